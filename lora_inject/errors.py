@@ -1,0 +1,93 @@
+"""Every error that this package raises on purpose.
+
+One idea: a message has three parts, and so does the exception. *What was asked* names the place in
+the user's own words, *what was found* is the fact, *what to do* is the way out. There is one base
+class and one child for each stage of the work, so that a caller can catch a stage.
+
+What is not here: warnings. Whatever would make an adapter inert, partial, doubled or wrong is an
+error, raised before anything was changed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "FormatError",
+    "LayerError",
+    "LoraInjectError",
+    "MatchError",
+    "StateError",
+    "nearest",
+]
+
+
+class LoraInjectError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        asked: What was asked for, with the name or place in the user's own words.
+        found: What was found instead.
+        remedy: What to do about it.
+
+    Example:
+        >>> from lora_inject.errors import LoraInjectError
+        >>> print(LoraInjectError("rule 1 ('v_prj')", "matched none of 12 names", "Try 'v_proj'"))
+        rule 1 ('v_prj'): matched none of 12 names. Try 'v_proj'.
+    """
+
+    def __init__(self, asked: str, found: str, remedy: str) -> None:
+        super().__init__(asked, found, remedy)
+        self.asked = asked
+        self.found = found
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        end = "" if self.remedy.endswith((".", "?", "!")) else "."
+        return f"{self.asked}: {self.found}. {self.remedy}{end}"
+
+
+class ConfigError(LoraInjectError):
+    """The config itself is wrong: unknown key, wrong type, impossible value, unsafe YAML."""
+
+
+class MatchError(LoraInjectError):
+    """A pattern matched nothing, or something that cannot be meant, or `expect` was missed."""
+
+
+class LayerError(LoraInjectError):
+    """A module or a parameter cannot carry an adapter the way that was asked."""
+
+
+class StateError(LoraInjectError):
+    """A verb was used at the wrong time: unknown adapter, name in use, merged, not injected."""
+
+
+class FormatError(LoraInjectError):
+    """Adapter files that are incomplete, contradictory, unsafe, or made for another base."""
+
+
+class CheckpointError(LoraInjectError):
+    """A model checkpoint on disk cannot be read, merged or written as asked."""
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """Return up to `n` of `names` that are spelled most like `name`, best first.
+
+    Args:
+        name: What the user wrote; regex punctuation is ignored.
+        names: What there is.
+        n: How many to return at most.
+
+    Returns:
+        The nearest spellings, possibly none.
+
+    Example:
+        >>> nearest("v_prj", ["q_proj", "v_proj", "norm"], n=1)
+        ['v_proj']
+    """
+    plain = name.replace("\\d+", "0").replace("\\", "").strip("^$()")
+    return difflib.get_close_matches(plain, list(names), n=n, cutoff=0.3)

@@ -1,0 +1,531 @@
+"""How one module carries adapters: the swapped class and what it keeps.
+
+One idea: a module that carries adapters stays the object it was and changes its class. The new
+class is the module's own class with a mixin to the left of it, made once per class, so everything
+that knew the old class still does: `isinstance`, hooks, tied tensors, quantised weights, other
+references to the layer. (PyTorch's FSDP2 and parametrize work the same way.)
+
+A module carries adapters in up to two ways. A *forward mount* overrides `forward` and adds to the
+output; each kind of layer has a mixin for it (`layers.linear`, `layers.embedding`). A *read* is a
+property of the class with the name of a parameter: whoever reads `module.weight` gets the effective
+value, while the raw parameter stays where it was in `_parameters`, under the same key. Reads serve
+weights that a model reads instead of calling their layer, and the full copies that `train` and
+`bias` entries make.
+
+Adapter tensors are plain Parameters of the module with flat names, found through its `Mounts` and
+never through their names. They are looked up at each use, because FSDP2 and `.to()` replace them.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.errors import LayerError
+from lora_inject.functional import Factors, effective_weight
+from lora_inject.layers.reentrant import refuse_dead_checkpoint
+from lora_inject.layers.selection import Selection, State
+from lora_inject.sites import SiteSpec
+
+__all__ = [
+    "Carrier",
+    "Entry",
+    "Geometry",
+    "Mounts",
+    "Reader",
+    "attribute",
+    "carrier_class",
+    "encode",
+    "mounts_of",
+    "plain_class",
+    "swap",
+    "unswap",
+]
+
+TRAINABLE_ROLES = ("A", "B", "T")
+
+
+class Geometry(NamedTuple):
+    """Shapes of a layer's weight matrix, stated by the layer and never read off packed weights.
+
+    Attributes:
+        in_features: Width of the input of A.
+        out_features: Width of the output of B.
+        weight_shape: Shape of the weight as the layer states it.
+        transposed: Whether the weight matrix is `(in, out)`.
+        experts: Length of a leading dimension of stacked matrices, or None.
+    """
+
+    in_features: int
+    out_features: int
+    weight_shape: tuple[int, ...]
+    transposed: bool = False
+    experts: int | None = None
+
+
+def encode(adapter: str) -> str:
+    """Return an adapter's name as it can stand in a parameter's name, which may hold no dot."""
+    return adapter.replace("%", "%25").replace(".", "%2E")
+
+
+def attribute(role: str, adapter: str, param: str | None = None) -> str:
+    """Return the flat name of an adapter's tensor on its module.
+
+    Args:
+        role: `A`, `B`, `A0`, `B0`, or `T` for a full trained copy.
+        adapter: Name of the adapter.
+        param: The parameter that is read, None for a forward mount.
+
+    Example:
+        >>> attribute("A", "default"), attribute("T", "v1.2", "bias")
+        ('lora_A__default', 'bias__lora_T__v1%2E2')
+    """
+    flat = f"lora_{role}__{encode(adapter)}"
+    return flat if param is None else f"{param}__{flat}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter on one tensor of one module.
+
+    Attributes:
+        adapter: Name of the adapter.
+        spec: The site, or None for a full trained copy.
+        param: Name of the parameter in the module that is adapted.
+        names: Role to flat attribute name.
+        why: For a trained copy, the config entry it came from: `train` or `bias`.
+    """
+
+    adapter: str
+    spec: SiteSpec | None
+    param: str
+    names: Mapping[str, str]
+    why: str = ""
+
+    def tensor(self, module: nn.Module, role: str) -> Tensor:
+        """Return the current tensor of a role."""
+        found = module._parameters[self.names[role]]
+        assert found is not None
+        return found
+
+    def pairs(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora."""
+        yield self.tensor(module, "A"), self.tensor(module, "B"), 1.0
+        if "A0" in self.names:
+            yield self.tensor(module, "A0"), self.tensor(module, "B0"), -1.0
+
+
+class Mounts:
+    """What one module carries.
+
+    Attributes:
+        selection: The cell that says which adapters take part.
+        forward: Adapter name to its entry on the output of this layer.
+        reads: Parameter name to adapter name to its entry on that parameter.
+        old_forward: The `_old_forward` that a hook had saved on the module, or None.
+        cache: Effective weights formed in the running forward of the module, or None outside one.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self.forward: dict[str, Entry] = {}
+        self.reads: dict[str, dict[str, Entry]] = {}
+        self.old_forward: Any = None
+        self.cache: dict[tuple[str, bool], Tensor] | None = None
+        self._chosen_for: State | None = None
+        self._chosen: tuple[tuple[Entry, float], ...] = ()
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield every entry, forward mount first."""
+        yield from self.forward.values()
+        for by_adapter in self.reads.values():
+            yield from by_adapter.values()
+
+    def add(self, entry: Entry, *, forward: bool) -> None:
+        """Register an entry whose tensors are on the module."""
+        by_adapter = self.forward if forward else self.reads.setdefault(entry.param, {})
+        by_adapter[entry.adapter] = entry
+        self._chosen_for = None
+
+    def remove(self, adapter: str) -> list[Entry]:
+        """Forget an adapter and return its entries."""
+        removed = [e for e in self.entries() if e.adapter == adapter]
+        self.forward.pop(adapter, None)
+        for param in list(self.reads):
+            self.reads[param].pop(adapter, None)
+            if not self.reads[param]:
+                del self.reads[param]
+        self._chosen_for = None
+        return removed
+
+    def chosen(self, state: State) -> tuple[tuple[Entry, float], ...]:
+        """Return the forward-mounted entries that take part, with their mixing weights."""
+        if torch.compiler.is_compiling():
+            return self._choose(state)
+        if state is not self._chosen_for:
+            self._chosen, self._chosen_for = self._choose(state), state
+        return self._chosen
+
+    def _choose(self, state: State) -> tuple[tuple[Entry, float], ...]:
+        return tuple((self.forward[n], weight) for n, weight in state.active if n in self.forward)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chosen_for": None, "_chosen": (), "cache": None}
+
+
+class Carrier(nn.Module):
+    """Mixin of every swapped class: copies, pickles, casts and loads like the class it stands on.
+
+    A kind of layer is a subclass with `kind`, `matches`, `geometry` and `forward`, and a row in
+    `layers.table.KINDS`.
+    """
+
+    kind: ClassVar[str] = ""
+    # Set on each swapped class by `carrier_class`.
+    _lora_plain: ClassVar[type[nn.Module]]
+    _lora_reads: ClassVar[frozenset[str]]
+    _lora_stock: ClassVar[bool]
+    # Set on each module by `swap`.
+    _lora: Mounts
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return whether this kind of layer is meant for `module`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def geometry(module: nn.Module) -> Geometry:
+        """Return the shapes of the layer's weight."""
+        raise NotImplementedError
+
+    @staticmethod
+    def stock(plain: type[nn.Module]) -> bool:
+        """Return whether a class computes exactly what its kind's own class does."""
+        raise NotImplementedError
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Build the plain class: `type(layer)(...)` must not make a carrier without adapters."""
+        return cls._lora_plain(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the plain class, from which the swapped one is made again."""
+        mixin = next(c for c in type(self).__mro__ if c.__dict__.get("kind"))
+        found = super().__reduce_ex__(2)
+        state = found[2] if isinstance(found, tuple) and len(found) > 2 else self.__dict__
+        return _rebuild, (self._lora_plain, mixin, tuple(sorted(self._lora_reads))), state
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or cast like nn.Module, but never narrow an adapter's float32 masters."""
+        masters = {
+            id(t)
+            for entry in self._lora.entries()
+            for name in entry.names.values()
+            if (p := self._parameters[name]) is not None
+            for t in (p, p.grad)
+        }
+
+        def keep_wide(t: Tensor) -> Tensor:
+            out: Tensor = fn(t)
+            narrowed = out.dtype != t.dtype and out.element_size() < t.element_size()
+            return t.to(out.device) if narrowed and id(t) in masters else out
+
+        return super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        by_adapter: dict[str, list[str]] = {}
+        for entry in self._lora.entries():
+            by_adapter.setdefault(entry.adapter, []).extend(
+                prefix + n for n in entry.names.values()
+            )
+        for adapter, keys in by_adapter.items():
+            if not any(key in state_dict for key in keys):
+                self._lora.selection.absent.setdefault(adapter, []).extend(keys)
+                missing_keys[:] = [key for key in missing_keys if key not in keys]
+            else:
+                self._lora.selection.present.add(adapter)
+
+    def extra_repr(self) -> str:
+        """Return the plain layer's description and the adapters on it."""
+        notes = [f"{e.adapter}: r={e.spec.rank}" for e in self._lora.entries() if e.spec]
+        plain = super().extra_repr()
+        return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
+
+    def _lora_updates(self, state: State) -> list[Factors]:
+        """Return the low-rank updates of the forward mount that take part under `state`."""
+        updates: list[Factors] = []
+        for entry, weight in self._lora.chosen(state):
+            updates += self._lora_factors(entry, weight)
+        if updates:
+            if self._lora.selection.witness is not None:
+                self._lora.selection.witness.add((id(self), None))
+            if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                refuse_dead_checkpoint()
+        return updates
+
+    def _lora_factors(self, entry: Entry, weight: float = 1.0) -> list[Factors]:
+        """Return the factors of one entry: the update, and the frozen start that it subtracts."""
+        spec = entry.spec
+        assert spec is not None
+        spans = spec.spans if spec.slices else None
+        dropout = spec.dropout if self.training else 0.0
+        scale = spec.scale * weight
+        return [Factors(A, B, scale * sign, spans, dropout) for A, B, sign in entry.pairs(self)]
+
+    def _lora_float32(self) -> bool:
+        """Return whether an adapter on this layer asks for float32 arithmetic."""
+        return any(e.spec and e.spec.compute == "float32" for e in self._lora.forward.values())
+
+    def _lora_routing(self, x: Tensor, state: State) -> tuple[Tensor, list[Entry]]:
+        """Return `(batch,)` indices for a batch routed by rows, and the entries they point to.
+
+        Raises:
+            LayerError: The first dimension of x is not the number of rows, nor its multiple.
+        """
+        rows = state.rows or ()
+        if x.shape[0] not in (len(rows), len(rows) * state.repeat):
+            multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
+            raise LayerError(
+                f"routed() with {len(rows)} rows",
+                f"a {type(self).__name__} got an input of shape {tuple(x.shape)}, whose first "
+                f"dimension is not the number of rows{multiple}",
+                "Give one adapter for each row of the batch; for beams use repeat=n",
+            )
+        mine = self._lora.forward
+        names = [n for n in dict.fromkeys(rows) if n is not None and n in mine]
+        index = {name: i + 1 for i, name in enumerate(names)}
+        found = torch.tensor([index.get(name or "", 0) for name in rows], device=x.device)
+        if names and self._lora.selection.witness is not None:
+            self._lora.selection.witness.add((id(self), None))
+        return found.repeat_interleave(x.shape[0] // len(rows)), [mine[n] for n in names]
+
+    def _lora_read(self, param: str) -> Any:
+        """Return the effective value of a parameter under the current selection."""
+        raw = self._parameters[param]
+        mounts = self._lora
+        entries = mounts.reads.get(param)
+        if raw is None or entries is None or _is_sharded(raw):
+            return raw
+        state = mounts.selection.current()
+        taking = [(entries[name], weight) for name, weight in state.active if name in entries]
+        if not taking:
+            return raw
+        if mounts.selection.witness is not None:
+            mounts.selection.witness.add((id(self), param))
+        # A value formed under no_grad would cut the gradient of a later read in the same forward.
+        key = (param, torch.is_grad_enabled())
+        if mounts.cache is not None and key in mounts.cache:
+            return mounts.cache[key]
+        value = self._lora_effective(raw, taking)
+        if mounts.cache is not None:
+            mounts.cache[key] = value
+        return value
+
+    def _lora_effective(self, raw: Tensor, taking: list[tuple[Entry, float]]) -> Tensor:
+        """Form `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
+        value = raw
+        low_rank, float32 = [], False
+        for entry, weight in taking:
+            spec = entry.spec
+            if spec is None:
+                value = _replaced(value, raw, entry.tensor(self, "T"), weight)
+                continue
+            float32 = float32 or spec.compute == "float32"
+            for A, B, sign in entry.pairs(self):
+                low_rank.append((spec, A, B, spec.scale * weight * sign))
+        return effective_weight(value, low_rank, float32=float32) if low_rank else value
+
+
+def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
+    """Return `value + weight * (copy - raw)`, or the copy itself where that is all there is."""
+    if weight == 1.0 and value is raw:
+        return copy.to(raw.dtype)
+    return (value.to(copy.dtype) + weight * (copy - raw.to(copy.dtype))).to(raw.dtype)
+
+
+def _is_sharded(raw: Tensor) -> bool:
+    """Whether FSDP2 holds the tensor: whoever reads it then wants to shard it, not to use it."""
+    return type(raw).__name__ == "DTensor"
+
+
+class Reader(Carrier):
+    """A module whose parameters are read: the mixin for reads without a forward mount."""
+
+    kind = "reader"
+
+
+def _cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
+    """Return the plain forward, during which each effective weight is formed once."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Carrier, *args: Any, **kwargs: Any) -> Any:
+        mounts = self._lora
+        if torch.compiler.is_compiling():
+            return plain.forward(self, *args, **kwargs)
+        outer, mounts.cache = mounts.cache, {}
+        try:
+            return plain.forward(self, *args, **kwargs)
+        finally:
+            mounts.cache = outer
+
+    return forward
+
+
+def _property(param: str) -> property:
+    def read(self: Carrier) -> Any:
+        try:
+            return self._lora_read(param)
+        except AttributeError as error:
+            # nn.Module would answer an AttributeError with the raw weight: an inert adapter.
+            raise LayerError(
+                f"reading {param!r} of {type(self).__name__}",
+                f"its effective value could not be formed ({error})",
+                "This is a defect of the adapter's arithmetic; please report it",
+            ) from error
+
+    return property(read)
+
+
+_CLASSES: dict[tuple[type, type, frozenset[str]], type[Carrier]] = {}
+
+
+def carrier_class(
+    plain: type[nn.Module], mixin: type[Carrier], reads: Iterable[str]
+) -> type[Carrier]:
+    """Return the swapped class of a plain class: one per class, or torch.compile guards fail.
+
+    Args:
+        plain: The module's own class.
+        mixin: The kind of layer, or `Reader`.
+        reads: Parameters whose effective value is read.
+
+    Returns:
+        A subclass of both, with the plain class's name.
+    """
+    key = (plain, mixin, frozenset(reads))
+    if key not in _CLASSES:
+        namespace: dict[str, Any] = {name: _property(name) for name in sorted(key[2])}
+        namespace |= {
+            "_lora_plain": plain,
+            "_lora_reads": key[2],
+            "_lora_stock": mixin is not Reader and mixin.stock(plain),
+            "__module__": plain.__module__,
+            "__qualname__": plain.__qualname__,
+            "__doc__": plain.__doc__,
+        }
+        if mixin is Reader:
+            namespace["forward"] = _cached_forward(plain)
+        _CLASSES[key] = types.new_class(
+            plain.__name__, (mixin, plain), exec_body=lambda ns: ns.update(namespace)
+        )
+    return _CLASSES[key]
+
+
+def _rebuild(plain: type[nn.Module], mixin: type[Carrier], reads: tuple[str, ...]) -> Carrier:
+    """Make an empty carrier, for pickle and deepcopy, which then restore its state."""
+    made: Carrier = object.__new__(carrier_class(plain, mixin, reads))
+    return made
+
+
+def mounts_of(module: nn.Module) -> Mounts | None:
+    """Return what a module carries, or None for a plain module."""
+    return module.__dict__.get("_lora")
+
+
+def plain_class(cls: type) -> type:
+    """Return a class without our mixin: what the module is to everybody else."""
+    if "_lora_plain" in cls.__dict__:
+        plain: type = cls.__dict__["_lora_plain"]
+        return plain
+    if not issubclass(cls, Carrier):
+        return cls
+    # Somebody (FSDP2) has swapped the class again on top of ours: the same class on plain bases.
+    key = ("plain", cls)
+    if key not in _PLAIN:
+        bases = tuple(plain_class(b) for b in cls.__bases__)
+        namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+        _PLAIN[key] = type(cls.__name__, bases, namespace)
+    return _PLAIN[key]
+
+
+_PLAIN: dict[tuple[str, type], type] = {}
+
+
+def swap(
+    module: nn.Module, selection: Selection, mixin: type[Carrier], reads: Iterable[str]
+) -> Mounts:
+    """Make `module` carry: change its class, or widen what its swapped class reads.
+
+    Args:
+        module: The module; stays the same object.
+        selection: The cell of its root.
+        mixin: The kind of layer, or `Reader` where only parameters are read.
+        reads: Parameters to be read, beside those that already are.
+
+    Returns:
+        Its mounts.
+    """
+    cls = type(module)
+    mounts = mounts_of(module)
+    if mounts is None:
+        mounts = module.__dict__["_lora"] = Mounts(selection)
+        target = carrier_class(cls, mixin, reads)
+    else:
+        ours = _own_class(cls)
+        kind = next(c for c in ours.__mro__ if c.__dict__.get("kind"))
+        wanted = frozenset(reads) | ours._lora_reads
+        new = carrier_class(ours._lora_plain, kind if mixin is Reader else mixin, wanted)
+        target = new if ours is cls else _with_base(cls, ours, new)
+    if target is not cls:
+        module.__class__ = target
+    _rebind_hooked_forward(module, mounts)
+    return mounts
+
+
+def _own_class(cls: type) -> type[Carrier]:
+    return next(c for c in cls.__mro__ if "_lora_plain" in c.__dict__)
+
+
+def _with_base(cls: type, old: type, new: type) -> type:
+    """Return `cls` with `old` replaced by `new` among its bases, at any depth."""
+    if cls is old:
+        return new
+    if not issubclass(cls, old):
+        return cls
+    bases = tuple(_with_base(b, old, new) for b in cls.__bases__)
+    namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, bases, namespace)
+
+
+def _rebind_hooked_forward(module: nn.Module, mounts: Mounts) -> None:
+    """Point accelerate's saved `_old_forward` at the swapped class, which it would bypass."""
+    if "forward" in module.__dict__ and "_old_forward" in module.__dict__:
+        if mounts.old_forward is None:
+            mounts.old_forward = module.__dict__["_old_forward"]
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def unswap(module: nn.Module) -> None:
+    """Give a module its own class back and forget its mounts."""
+    mounts = module.__dict__.pop("_lora")
+    if mounts.old_forward is not None:
+        module.__dict__["_old_forward"] = mounts.old_forward
+    module.__class__ = plain_class(type(module))

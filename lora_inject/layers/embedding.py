@@ -1,0 +1,108 @@
+"""Embeddings: `nn.Embedding` and its subclasses that look rows up the plain way.
+
+One idea: the table is a weight `(num, dim)` whose input is a one-hot vector, so `x A^T` is a lookup
+in A. As in the paper's code (loralib `layers.Embedding`), A starts at zero and B is random: rows
+of tokens that training never saw stay what they were.
+
+With `max_norm` torch renormalises rows of W in place during the forward. What a plain table with
+the weight `W + delta` would return is renormalised `W + delta`; that is computed here out of place,
+and the adapter never changes W.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_inject.errors import LayerError
+from lora_inject.functional import embedding, routed_embedding
+from lora_inject.layers.base import Carrier, Geometry
+from lora_inject.layers.selection import State
+
+__all__ = ["LoRAEmbedding"]
+
+
+class LoRAEmbedding(Carrier):
+    """Forward mount of `nn.Embedding`: `W[ids] + scale * A[:, ids]^T B^T`."""
+
+    kind = "embedding"
+    weight: Tensor
+    num_embeddings: int
+    padding_idx: int | None
+    max_norm: float | None
+    norm_type: float
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return whether the module is an `nn.Embedding`."""
+        return isinstance(module, nn.Embedding)
+
+    @staticmethod
+    def geometry(module: nn.Module) -> Geometry:
+        """Return the table's length as the input and its width as the output."""
+        num, dim = int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
+        return Geometry(num, dim, (num, dim), transposed=True)
+
+    @staticmethod
+    def stock(plain: type[nn.Module]) -> bool:
+        """Return whether `forward` is nn.Embedding's own."""
+        return plain.forward is nn.Embedding.forward
+
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Look rows up with the adapters that take part.
+
+        Args:
+            ids: `(...)`, integer.
+            *args: For the layer's own forward.
+            **kwargs: For the layer's own forward.
+
+        Returns:
+            `(..., embedding_dim)`.
+
+        Raises:
+            LayerError: The table was resized after inject, or `routed` got another batch.
+        """
+        state = self._lora.selection.current()
+        if state.rows is not None:
+            rows, entries = self._lora_routing(ids, state)
+            if not entries:
+                return super().forward(ids, *args, **kwargs)
+            adapters = [self._lora_factors(entry) for entry in entries]
+            base = self._lora_base(ids, *args, **kwargs)
+            return self._lora_renorm(routed_embedding(base, ids, rows, adapters, self.padding_idx))
+        updates = self._lora_updates(state)
+        if not updates:
+            return super().forward(ids, *args, **kwargs)
+        self._lora_refuse_resized(state)
+        base = self._lora_base(ids, *args, **kwargs)
+        return self._lora_renorm(embedding(base, ids, updates, self.padding_idx))
+
+    def _lora_refuse_resized(self, state: State) -> None:
+        entry, _ = self._lora.chosen(state)[0]
+        assert entry.spec is not None
+        if entry.spec.in_features != self.num_embeddings:
+            raise LayerError(
+                f"the embedding of site {entry.spec.name!r}",
+                f"it was resized from {entry.spec.in_features} to {self.num_embeddings} rows "
+                "after inject",
+                "Eject first, resize, then inject again",
+            )
+
+    def _lora_base(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Look up rows of W without torch's renormalisation in place."""
+        if self.max_norm is None:
+            found: Tensor = super().forward(ids, *args, **kwargs)
+            return found
+        return F.embedding(ids, self.weight)
+
+    def _lora_renorm(self, rows: Tensor) -> Tensor:
+        """Scale rows down to `max_norm`, as `torch.embedding_renorm_` would."""
+        if self.max_norm is None:
+            return rows
+        # ATen/native/Embedding.cpp, embedding_renorm_cpu_: the factor is formed in float64.
+        norm = torch.linalg.vector_norm(rows, self.norm_type, dim=-1, keepdim=True).double()
+        factor = (self.max_norm / (norm + 1e-7)).to(rows.dtype)
+        return torch.where(norm > self.max_norm, rows * factor, rows)

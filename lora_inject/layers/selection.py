@@ -1,0 +1,236 @@
+"""Which adapters take part: one small object that all layers of an injected root share.
+
+One idea: the selection is a value, `State`, held in one cell, `Selection`. Every layer reads the
+cell, so switching costs the same for ten sites as for ten thousand.
+
+Activation checkpointing runs a forward a second time, inside the backward, and that second run must
+see the selection of *its* forward, whatever was activated since. Autograd numbers the nodes of its
+graph in the order in which forwards create them. So the cell keeps a short log of its changes by
+that number, and the node whose backward asks for the recomputation tells, by its own number, which
+state was in force. This holds for both modes of `torch.utils.checkpoint`.
+
+What is not here: thread safety. One selection serves the forwards of one thread.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_inject.errors import StateError
+
+__all__ = ["BASE", "Selection", "State"]
+
+# How many changes of the selection a pending backward may look back on.
+LOG_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class State:
+    """One selection of adapters.
+
+    Attributes:
+        active: `(name, weight)` of each active adapter; empty for the plain base.
+        rows: For `routed`: the adapter of each row of the batch, None for the base; else None.
+        repeat: How many consecutive rows of an input share one entry of `rows` (beams).
+    """
+
+    active: tuple[tuple[str, float], ...] = ()
+    rows: tuple[str | None, ...] | None = None
+    repeat: int = 1
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every adapter that takes part."""
+        if self.rows is not None:
+            return frozenset(name for name in self.rows if name is not None)
+        return frozenset(name for name, _ in self.active)
+
+
+BASE = State()
+
+
+class _Timeline:
+    """Which state was in force when the autograd node of a given number was made."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self.states: list[State] = []
+        self.pruned = False
+
+    def note(self, state: State) -> None:
+        """Nodes made from here on belong to `state`."""
+        if self.states and self.states[-1] == state:
+            return
+        number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self.numbers.append(number)
+        self.states.append(state)
+        if len(self.numbers) > LOG_LENGTH:
+            del self.numbers[0], self.states[0]
+            self.pruned = True
+
+    def at(self, number: int) -> State | None:
+        """Return the state of the node of that number, None where it is not known."""
+        index = bisect.bisect_right(self.numbers, number) - 1
+        return self.states[index] if index >= 0 else None
+
+
+class Selection:
+    """The cell that holds the current `State`.
+
+    Attributes:
+        state: The state that a forward started now runs under.
+        merged: The state that is folded into the weights, or None.
+        witness: Where layers note that they took part, while `unreached` listens.
+        absent: While a state dict loads: adapter name to keys that it does not hold.
+        present: Likewise, the adapters of which it holds something.
+    """
+
+    def __init__(self, state: State = BASE, merged: State | None = None) -> None:
+        self.state = state
+        self.merged = merged
+        self.witness: set[tuple[int, str | None]] | None = None
+        self.absent: dict[str, list[str]] = {}
+        self.present: set[str] = set()
+        self._log = _Timeline()
+        self._thread = threading.get_ident()
+        # While a backward recomputes forwards: the states of nodes made by the recomputation, and
+        # the contexts that the recomputed function itself has entered.
+        self._replay = _Timeline()
+        self._replay_task = -1
+        self._entered: list[State] = []
+        self._region: Any = None
+
+    def current(self) -> State:
+        """Return the state that the running forward belongs to.
+
+        Raises:
+            StateError: A checkpointed forward is recomputed and its state is not known any more.
+        """
+        if torch.compiler.is_compiling():
+            return self.state
+        task = torch._C._current_graph_task_id()
+        if task != -1:
+            return self._recall(task)
+        if self._replay.numbers:
+            self._replay = _Timeline()
+        if self._region is not None:
+            self._refuse_nested_checkpoint()
+        return self.state
+
+    def replace(self, state: State) -> None:
+        """Make `state` current from here on.
+
+        Raises:
+            StateError: Called from inside a checkpointed function or a backward pass.
+        """
+        if torch._C._current_graph_task_id() != -1 or _checkpoint_hook() is not None:
+            raise StateError(
+                "activate",
+                "it was called inside a checkpointed function or a backward pass",
+                "Call it outside, or use disabled() or routed() inside",
+            )
+        self._note_change(state)
+        self.state = state
+
+    @contextmanager
+    def within(self, state: State) -> Iterator[None]:
+        """Run the body under `state`, and restore what was there, also after an exception."""
+        task = torch._C._current_graph_task_id()
+        if task != -1:
+            with self._within_recomputation(task, state):
+                yield
+            return
+        before, region = self.state, self._region
+        hook = _checkpoint_hook()
+        if hook is None:
+            self._note_change(state)
+        else:
+            # The recomputation of this checkpoint will enter this context by itself, and must
+            # start outside of it: nothing is logged.
+            self._region = hook
+        self.state = state
+        try:
+            yield
+        finally:
+            self.state, self._region = before, region
+            if hook is None:
+                self._note_change(before)
+
+    @contextmanager
+    def _within_recomputation(self, task: int, state: State) -> Iterator[None]:
+        outside = self._recall(task)
+        self._entered.append(state)
+        self._replay.note(state)
+        try:
+            yield
+        finally:
+            self._entered.pop()
+            self._replay.note(outside)
+
+    def _note_change(self, state: State) -> None:
+        if not self._log.numbers:
+            self._log.note(self.state)
+            self._log.numbers[0] = 0
+        self._log.note(state)
+        self._replay = _Timeline()
+
+    def _recall(self, task: int) -> State:
+        """Return the state of the forward that is being recomputed in the given graph task."""
+        if self._entered:
+            return self._entered[-1]
+        if len(set(self._log.states)) <= 1:
+            return self.state
+        node = torch._C._current_autograd_node()
+        if node is None:
+            return self.state
+        same_thread = threading.get_ident() == self._thread
+        if not same_thread and self._replay.numbers and task != self._replay_task:
+            raise StateError(
+                "backward through a reentrant checkpoint inside another one",
+                "the selection changed since its forward, and the two cannot be told apart here",
+                "Use use_reentrant=False, or keep one selection from forward to backward",
+            )
+        number = node._sequence_nr()
+        found = self._replay.at(number) if same_thread else None
+        if found is None:
+            found = self._log.at(number)
+        if found is None:
+            raise StateError(
+                "backward through a checkpoint",
+                f"the selection changed more than {LOG_LENGTH} times since its forward",
+                "Run the backward sooner",
+            )
+        if not self._replay.numbers:
+            self._replay_task = task
+        self._replay.note(found)
+        return found
+
+    def _refuse_nested_checkpoint(self) -> None:
+        if _checkpoint_hook() not in (None, self._region):
+            raise StateError(
+                "routed() or disabled() inside a checkpointed function",
+                "another checkpoint begins inside the context, and would be recomputed outside it",
+                "Enter the context outside both checkpoints, or inside the inner one",
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy carries: the state, not the log of a graph that stays behind."""
+        return {"state": self.state, "merged": self.merged}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        Selection.__init__(self, saved["state"], saved["merged"])
+
+
+def _checkpoint_hook() -> Any:
+    """Return the pack hook of the innermost non-reentrant checkpoint that is running, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is None or "checkpoint" not in getattr(hooks[0], "__module__", ""):
+        return None
+    return hooks[0]

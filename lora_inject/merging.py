@@ -1,0 +1,474 @@
+"""Fold what is active into the frozen weights, and restore them bit for bit.
+
+One idea: merging is two passes over the same arithmetic. The first forms every merged weight, row
+block by row block, counts what rounding leaves of each delta, and may refuse; the second writes.
+`unmerge` never subtracts: it puts back the tensors that `merge` kept.
+
+A weight whose tensor another module shares is untied first: the adapted module gets a tensor of its
+own, the others keep theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.errors import LayerError, StateError
+from lora_inject.functional import Tally, Term, fold_rows, fold_rows_
+from lora_inject.layers.base import Entry
+from lora_inject.layers.selection import BASE, Selection, State
+from lora_inject.layers.table import walk
+from lora_inject.surgery import (
+    ROOT,
+    Root,
+    check_names,
+    entries,
+    holders,
+    reach,
+    refuse_merged,
+    roots_of,
+)
+
+__all__ = ["MergeReport", "SiteReport", "merge", "unmerge"]
+
+M = TypeVar("M", bound=nn.Module)
+
+# Rows of a block are chosen so that its float32 copy stays in the cache of one core.
+BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What merging did to one tensor.
+
+    Attributes:
+        relative: `|D| / |W|`, Frobenius norms of delta and weight.
+        kept: `<W_merged - W, D> / <D, D>`: 1 where the delta survived rounding.
+        error: `|W_merged - W - D| / |D|`.
+        untied: Whether the weight got a tensor of its own because others share it.
+    """
+
+    relative: float
+    kept: float
+    error: float
+    untied: bool = False
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge` did, tensor by tensor.
+
+    Attributes:
+        adapters: `(name, weight)` of what was folded in.
+        sites: Name of each adapted tensor that is stored in 16 bits, to what rounding left of its
+            delta; tensors of 32 and 64 bits keep all of it and are counted only.
+        n_tensors: How many tensors were written.
+    """
+
+    adapters: tuple[tuple[str, float], ...]
+    sites: Mapping[str, SiteReport] = field(default_factory=dict)
+    n_tensors: int = 0
+
+    @property
+    def min_kept(self) -> float:
+        """The smallest `kept` of all sites; 1 where nothing is stored in 16 bits."""
+        return min((site.kept for site in self.sites.values()), default=1.0)
+
+    def __str__(self) -> str:
+        mix = ", ".join(f"{name} x {weight:g}" for name, weight in self.adapters)
+        lines = [f"merged {mix} into {self.n_tensors} tensors"]
+        worst = sorted(self.sites.items(), key=lambda item: item[1].kept)
+        if worst:
+            lines.append("   |D|/|W|     kept    error  tensor (least kept first)")
+        for name, site in worst[:10]:
+            lines.append(f"{site.relative:10.2e} {site.kept:8.3f} {site.error:8.3f}  {name}")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Target:
+    """One tensor to write."""
+
+    name: str
+    module: nn.Module
+    param: str
+    terms: list[Term] = field(default_factory=list)
+    copies: list[tuple[Tensor, float]] = field(default_factory=list)
+    untie: bool = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        found = self.module._parameters[self.param]
+        assert found is not None
+        return found
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        if self.terms:
+            return self.terms[0].spec.matrix_shape
+        return (self.weight.shape[0] if self.weight.dim() else 1, -1)
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` of the weight matrix, views in its own storage."""
+        matrix = self.weight.detach().view(self.matrix_shape)
+        step = max(1, BLOCK_BYTES // (4 * max(1, matrix.shape[1])))
+        for start in range(0, matrix.shape[0], step):
+            yield start, matrix[start : start + step]
+
+    def merged(self, rows: Tensor, start: int, tally: Tally | None = None) -> Tensor:
+        if self.copies:
+            return _mixed(self, rows, start, tally)
+        return fold_rows(rows, start, self.terms, tally=tally)
+
+    def write(self, rows: Tensor, start: int) -> None:
+        if not self.copies and rows.element_size() > 2:
+            fold_rows_(rows, start, self.terms)
+        else:
+            rows.copy_(self.merged(rows, start))
+
+
+def _mixed(target: _Target, rows: Tensor, start: int, tally: Tally | None) -> Tensor:
+    """Return `W + sum of weight * (T - W)` of trained copies, for some rows."""
+    stop = start + rows.shape[0]
+    pieces = [
+        (copy.detach().reshape(target.matrix_shape)[start:stop], weight)
+        for copy, weight in target.copies
+    ]
+    if len(pieces) == 1 and pieces[0][1] == 1.0:
+        wanted = pieces[0][0]
+    else:
+        base = rows.to(pieces[0][0].dtype)
+        wanted = base.clone()
+        for copy, weight in pieces:
+            wanted += weight * (copy - base)
+    merged = wanted.to(rows.dtype)
+    if tally is not None:
+        tally.add(rows.to(wanted.dtype), wanted, merged)
+    return merged
+
+
+@dataclass
+class _Undo:
+    """What `unmerge` puts back for one tensor.
+
+    Attributes:
+        path: Name of the module.
+        param: Name of the parameter in it.
+        original: The values before, or None where the parameter object itself was replaced.
+        tied_to: Name of a module and parameter that still hold the shared tensor, if untied.
+    """
+
+    path: str
+    param: str
+    original: Tensor | None
+    tied_to: tuple[str, str] | None = None
+
+
+@dataclass
+class _Merged:
+    """What the root keeps while merged; None for `targets` where nothing was kept."""
+
+    targets: list[_Undo] | None
+    was: State
+    trainable: list[tuple[str, str]]
+    tie_flags: list[Any]
+
+
+def merge(
+    model: nn.Module,
+    name: str | Mapping[str, float] | None = None,
+    undo: bool = True,
+    min_kept: float | None = None,
+) -> MergeReport:
+    """Fold `scale * B @ A` of the active adapters into the frozen weights, rounding once.
+
+    Args:
+        model: The injected root.
+        name: Activate this adapter, or mix, first; by default what is active is folded.
+        undo: Keep the original tensors, so that `unmerge` restores them bit for bit.
+        min_kept: Refuse, before any change, where less than this share of a delta would survive
+            the rounding to a 16-bit weight.
+
+    Returns:
+        What rounding left of each delta.
+
+    Raises:
+        StateError: Nothing is active, the model is merged already, or an adapter holds NaN or Inf.
+        LayerError: A weight is quantised, on the meta device or sharded, the merged weight would
+            not be finite, or `min_kept` is missed. Nothing was changed.
+    """
+    selection, root = _root_selection(model)
+    refuse_merged(selection, "merge")
+    state = _state_to_merge(model, selection, name)
+    targets = _targets(model, state)
+    report = _measure(targets, state, min_kept)
+    kept = _write(model, targets, undo)
+    flags = _clear_tie_flags(model) if any(target.untie for target in targets) else []
+    root.undo = _Merged(kept, selection.state, _trainable(model), flags)
+    for _, module, entry in entries(model):
+        for flat in entry.names.values():
+            parameter = module._parameters[flat]
+            assert parameter is not None
+            parameter.requires_grad_(False)
+    selection.replace(BASE)
+    selection.merged = state
+    return report
+
+
+def _root_selection(model: nn.Module) -> tuple[Selection, Root]:
+    root = model.__dict__.get(ROOT)
+    if root is not None:
+        return root.selection, root
+    inner = roots_of(model)
+    if len(inner) == 1:
+        found = next(iter(inner.values()))
+        return found.selection, found
+    raise StateError(
+        "merge or unmerge",
+        "the module is not an injected root"
+        + (f"; its roots are {sorted(inner)}" if inner else ""),
+        "Call it on the module that was injected",
+    )
+
+
+def _state_to_merge(
+    model: nn.Module, selection: Selection, name: str | Mapping[str, float] | None
+) -> State:
+    if name is None:
+        state = selection.state
+    else:
+        weights = {name: 1.0} if isinstance(name, str) else dict(name)
+        check_names(reach(model).names, weights, "merge")
+        state = State(active=tuple((n, float(w)) for n, w in weights.items()))
+    if not state.active or state.rows is not None:
+        raise StateError(
+            "merge", "no adapter is active", "Call activate(model, name), or merge(model, name)"
+        )
+    for adapter, weight in state.active:
+        if not math.isfinite(weight):
+            raise StateError(
+                f"merge {adapter!r}", f"its weight is {weight}", "Give a finite number"
+            )
+    return state
+
+
+def _targets(model: nn.Module, state: State) -> list[_Target]:
+    """Collect the tensors to write, one target each; check that each can be written."""
+    weights = dict(state.active)
+    found: dict[tuple[int, str], _Target] = {}
+    for path, module, entry in entries(model):
+        if entry.adapter not in weights:
+            continue
+        label = f"{path}.{entry.param}" if path else entry.param
+        target = found.setdefault((id(module), entry.param), _Target(label, module, entry.param))
+        _add_entry(target, module, entry, weights[entry.adapter])
+    targets = list(found.values())
+    held = holders(model)
+    for target in targets:
+        _check_weight(target)
+        target.untie = len(held[id(target.weight)]) > 1
+    return _once_if_tied(targets, held)
+
+
+def _once_if_tied(
+    targets: list[_Target], held: Mapping[int, list[tuple[nn.Module, str]]]
+) -> list[_Target]:
+    """A tied tensor that gets the same trained copy under all its names is written once, tied."""
+    by_tensor: dict[int, list[_Target]] = {}
+    for target in targets:
+        by_tensor.setdefault(id(target.weight), []).append(target)
+    kept = []
+    for same in by_tensor.values():
+        copies = {tuple((id(t), weight) for t, weight in target.copies) for target in same}
+        alike = len(copies) == 1 and not any(target.terms for target in same)
+        if alike and len(same) == len(held[id(same[0].weight)]):
+            same[0].untie = False
+            kept.append(same[0])
+        else:
+            kept += same
+    return kept
+
+
+def _add_entry(target: _Target, module: nn.Module, entry: Entry, weight: float) -> None:
+    for role in entry.names:
+        tensor = entry.tensor(module, role)
+        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+            n_bad = int((~torch.isfinite(tensor)).sum())
+            raise StateError(
+                f"merge {entry.adapter!r}",
+                f"{role} of site {target.name!r} holds {n_bad} values that are NaN or Inf",
+                "The adapter is broken; merge another checkpoint of it",
+            )
+    if entry.spec is None:
+        target.copies.append((entry.tensor(module, "T"), weight))
+        return
+    for A, B, sign in entry.pairs(module):
+        target.terms.append(Term(entry.spec, A.detach(), B.detach(), weight * sign))
+
+
+def _check_weight(target: _Target) -> None:
+    weight = target.weight
+    asked = f"merge into {target.name!r}"
+    if weight.device.type == "meta":
+        raise LayerError(asked, "the weight is on the meta device", "Load the base weights first")
+    if type(weight) is not nn.Parameter:
+        raise LayerError(
+            asked,
+            f"the weight is a {type(weight).__name__}",
+            "Merge into an unsharded copy in plain floating point",
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise LayerError(
+            asked, f"the weight is quantised ({weight.dtype})", "Merge into the base in 16 bits"
+        )
+    if not weight.is_contiguous():
+        raise LayerError(asked, "the weight is not contiguous", "Call .contiguous() on it first")
+
+
+def _measure(targets: list[_Target], state: State, min_kept: float | None) -> MergeReport:
+    """Form every 16-bit merged weight once, count, and refuse what must not be written."""
+    sites = {}
+    for target in targets:
+        if target.weight.element_size() > 2:
+            continue
+        tally = Tally()
+        for start, rows in target.blocks():
+            target.merged(rows, start, tally)
+        if not tally.finite:
+            raise LayerError(
+                f"merge into {target.name!r}",
+                f"the merged weight overflows {target.weight.dtype} or is not finite",
+                "Merge in a wider dtype, or check the base for NaN and Inf",
+            )
+        relative = tally.delta_norm / tally.weight_norm if tally.weight_norm else math.inf
+        sites[target.name] = SiteReport(relative, tally.kept, tally.error, target.untie)
+    missed = [n for n, site in sites.items() if min_kept is not None and site.kept < min_kept]
+    if missed:
+        worst = min(missed, key=lambda n: sites[n].kept)
+        raise LayerError(
+            f"merge with min_kept={min_kept}",
+            f"rounding would leave {sites[worst].kept:.3f} of the delta of {worst!r}, and less "
+            f"than asked at {len(missed)} of {len(targets)} tensors",
+            "Stay unmerged, or merge in float32",
+        )
+    return MergeReport(state.active, sites, len(targets))
+
+
+def _write(model: nn.Module, targets: list[_Target], undo: bool) -> list[_Undo] | None:
+    """Write every merged weight; take back what was written where that fails."""
+    paths = {id(module): path for path, module in walk(model)}
+    held = holders(model)
+    done: list[_Undo] = []
+    try:
+        for target in targets:
+            done.append(
+                (target.untie and _untie(target, held, paths)) or _keep(target, paths, undo)
+            )
+            for start, rows in target.blocks():
+                target.write(rows, start)
+    except BaseException:
+        _restore(model, done)
+        raise
+    return done if undo else None
+
+
+def _keep(target: _Target, paths: Mapping[int, str], undo: bool) -> _Undo:
+    original = target.weight.detach().clone() if undo else None
+    return _Undo(paths[id(target.module)], target.param, original)
+
+
+def _untie(
+    target: _Target, held: Mapping[int, list[tuple[nn.Module, str]]], paths: Mapping[int, str]
+) -> _Undo | None:
+    """Give a shared weight a tensor of its own; None where nobody shares it (any more)."""
+    shared = held[id(target.weight)]
+    if len(shared) < 2:
+        return None
+    shared.remove((target.module, target.param))
+    partner, key = shared[-1]
+    own = nn.Parameter(target.weight.detach().clone(), requires_grad=False)
+    target.module._parameters[target.param] = own
+    tied_to = (paths[id(partner)], key)
+    return _Undo(paths[id(target.module)], target.param, None, tied_to)
+
+
+def _restore(model: nn.Module, done: list[_Undo]) -> None:
+    """Put everything back, the last first: a tie is restored to a tensor that already was."""
+    for undo in reversed(done):
+        module = model.get_submodule(undo.path)
+        if undo.tied_to is not None:
+            partner = model.get_submodule(undo.tied_to[0])
+            module._parameters[undo.param] = partner._parameters[undo.tied_to[1]]
+        elif undo.original is not None:
+            weight = module._parameters[undo.param]
+            assert weight is not None
+            with torch.no_grad():
+                weight.copy_(undo.original)
+
+
+def _trainable(model: nn.Module) -> list[tuple[str, str]]:
+    """Return `(module name, flat name)` of every adapter tensor that requires a gradient."""
+    return [
+        (path, flat)
+        for path, module, entry in entries(model)
+        for flat in entry.names.values()
+        if (p := module._parameters[flat]) is not None and p.requires_grad
+    ]
+
+
+def _clear_tie_flags(model: nn.Module) -> list[Any]:
+    """Say in every transformers config inside that embeddings are not tied, and return which did.
+
+    Without this a saved merged model would be tied again when it is loaded.
+    """
+    cleared: list[Any] = []
+    pending: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+    while pending:
+        config = pending.pop()
+        if any(config is seen for seen in cleared) or not hasattr(config, "__dict__"):
+            continue
+        if config.__dict__.get("tie_word_embeddings"):
+            config.tie_word_embeddings = False
+            cleared.append(config)
+            pending += [v for k, v in config.__dict__.items() if k.endswith("_config")]
+    return cleared
+
+
+def unmerge(model: M) -> M:
+    """Restore the weights that `merge` folded an adapter into, bit for bit.
+
+    Args:
+        model: The injected root.
+
+    Returns:
+        The same object, with the selection and the `requires_grad` flags from before the merge.
+
+    Raises:
+        StateError: Nothing is merged, or it was merged with `undo=False`.
+    """
+    selection, root = _root_selection(model)
+    if selection.merged is None:
+        raise StateError("unmerge", "nothing is merged", "Call merge(model) first")
+    kept: _Merged = root.undo
+    if kept.targets is None:
+        raise StateError(
+            "unmerge",
+            "the merge kept nothing to restore (undo=False)",
+            "Load the base weights again",
+        )
+    _restore(model, kept.targets)
+    for config in kept.tie_flags:
+        config.tie_word_embeddings = True
+    for path, flat in kept.trainable:
+        parameter = model.get_submodule(path)._parameters[flat]
+        assert parameter is not None
+        parameter.requires_grad_(True)
+    root.undo = None
+    selection.merged = None
+    selection.replace(kept.was)
+    return model

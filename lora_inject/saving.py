@@ -1,0 +1,366 @@
+"""Between a live model and the adapter as a value: save and load.
+
+One idea: an `AdapterState` is read off a model or put onto one as a whole. Loading goes by the
+names and shapes of the adapter's own tensors, never by patterns from a file, and checks everything,
+the base's fingerprint included, before the model changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.errors import FormatError, LayerError, nearest
+from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.formats.fingerprint import compare, sample, unverifiable
+from lora_inject.functional import master_dtype
+from lora_inject.layers.base import Entry
+from lora_inject.layers.table import inventory, walk
+from lora_inject.matching import Candidate, Inventory, Trained, match_end
+from lora_inject.sites import SiteSpec
+from lora_inject.state import AdapterState, Fingerprint, SiteState
+from lora_inject.surgery import check_names, entries, mount, reach, roots_of
+
+__all__ = ["adapter_state", "fingerprint", "install", "load_adapter", "save_adapter"]
+
+M = TypeVar("M", bound=nn.Module)
+Base = Literal["same", "quantised", "any"]
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
+    """Read an adapter off a model, as a value.
+
+    Args:
+        model: The root, or any module that holds roots.
+        name: The adapter.
+
+    Returns:
+        Its state. The tensors are detached and share memory with the model's.
+
+    Raises:
+        StateError: There is no such adapter.
+
+    Example:
+        >>> from lora_inject.surgery import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> site = adapter_state(net).sites["0"]
+        >>> tuple(site.A.shape), tuple(site.B.shape), site.scale
+        ((2, 4), (6, 2), 8.0)
+    """
+    check_names(reach(model).names, [name], "adapter_state of")
+    sites: dict[str, SiteState] = {}
+    trained: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for path, module, entry in entries(model, name):
+        full = f"{path}.{entry.param}" if path else entry.param
+        if entry.spec is None:
+            trained[full] = _detached(module, entry, "T")
+            continue
+        spec = entry.spec
+        sites[spec.name] = SiteState(
+            spec,
+            *(_detached(module, entry, role) for role in ("A", "B", "A0", "B0")),
+        )
+        raw = module._parameters[entry.param]
+        assert raw is not None
+        weights[spec.weight] = raw
+    configs = [root.configs[name] for root in roots_of(model).values() if name in root.configs]
+    config = configs[0] if configs else None
+    return AdapterState(sites, trained, config, fingerprint(weights))
+
+
+def _detached(module: nn.Module, entry: Entry, role: str) -> Any:
+    if role not in entry.names:
+        return None
+    tensor = entry.tensor(module, role).detach()
+    # FSDP2 holds a shard of it; an adapter is small enough to be gathered.
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
+    """Sample weights, so that another base of the same shape can be told.
+
+    Args:
+        weights: Name to tensor. Quantised, sharded and meta tensors are named but not sampled.
+
+    Returns:
+        The fingerprint.
+    """
+    plain = {
+        name: weight
+        for name, weight in weights.items()
+        if weight.is_floating_point()
+        and weight.element_size() >= 2
+        and weight.device.type != "meta"
+        and type(weight) in (nn.Parameter, Tensor)
+    }
+    return Fingerprint(
+        shapes={name: tuple(weight.shape) for name, weight in weights.items()},
+        samples={name: sample(weight) for name, weight in plain.items()},
+        quantised=tuple(name for name in weights if name not in plain),
+    )
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | PathLike[str],
+    name: str = "default",
+    format: str = "peft",  # noqa: A002 - the word that users look for
+    **options: Any,
+) -> Path:
+    """Write an adapter to files, atomically.
+
+    Args:
+        model: The root, or any module that holds roots.
+        path: Where to; a directory for PEFT's format.
+        name: The adapter.
+        format: A row of `formats.FORMATS`.
+        **options: For the format.
+
+    Returns:
+        The path.
+
+    Raises:
+        StateError: There is no such adapter.
+        FormatError: The format cannot express it, or the path cannot be written.
+    """
+    state = adapter_state(model, name)
+    if format == "peft":
+        options.setdefault("module_names", tuple(alias for alias, _ in walk(model, aliases=True)))
+    write_adapter(state, path, format=format, **options)
+    return Path(path)
+
+
+def load_adapter(
+    model: M,
+    path: str | PathLike[str],
+    name: str = "default",
+    *,
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+    format: str | None = None,  # noqa: A002
+    **options: Any,
+) -> M:
+    """Read an adapter from files and put it onto a model, all of it or nothing.
+
+    It becomes active only where no adapter is active, and it is not trainable until
+    `train_only(model, name)` says so.
+
+    Args:
+        model: The model that it was made for.
+        path: What `save_adapter` or PEFT wrote.
+        name: Its name on this model.
+        leave_out: Patterns (as in a config) of trained tensors and sites to let go, for instance a
+            head of another task. Each must match something.
+        base: `same`: the base must be the one that the adapter was made on, as far as its
+            fingerprint tells, in whatever dtype. `quantised`: values that cannot be compared
+            because the base is quantised are let through. `any`: no comparison.
+        format: A row of `formats.FORMATS`; by default it is told from the files.
+        **options: For the format.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: Files that are incomplete or unsafe, tensors that do not fit the model, or
+            another base. Nothing was changed.
+        StateError: The name is in use, or the model is merged.
+    """
+    state = read_adapter(path, format=format, **options)
+    return install(model, state, name, leave_out=leave_out, base=base, asked=f"load {str(path)!r}")
+
+
+def install(
+    model: M,
+    state: AdapterState,
+    name: str = "default",
+    *,
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+    asked: str = "install",
+) -> M:
+    """Put an adapter, as a value, onto a model; see `load_adapter`.
+
+    Args:
+        model: The model.
+        state: The adapter; its tensors are copied.
+        name: Its name on this model.
+        leave_out: Patterns of trained tensors and sites to let go.
+        base: How sure to be of the base.
+        asked: What was asked, for messages.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: It does not fit the model. Nothing was changed.
+        StateError: The name is in use, or the model is merged.
+    """
+    state = _without(state, leave_out, asked)
+    found = inventory(model)
+    fitted = {s.spec.name: _fit(s.spec, found, asked) for s in state.sites.values()}
+    trained = tuple(_fit_trained(key, t, found, asked) for key, t in state.trained.items())
+    weights = _weights(model)
+    _check_base(state, fitted, weights, base, asked)
+    _check_base_copies(state, weights, asked)
+
+    def tensors(target: SiteSpec | Trained, weight: Tensor) -> dict[str, Tensor]:
+        dtype = master_dtype(weight.dtype)
+        if isinstance(target, Trained):
+            found_here = {"T": state.trained[sources[target.name]]}
+        else:
+            site = state.sites[sources[target.name]]
+            found_here = {
+                r: t for r in ("A", "B", "A0", "B0") if (t := getattr(site, r)) is not None
+            }
+        return {
+            role: t.detach().to(device=weight.device, dtype=dtype, copy=True)
+            for role, t in found_here.items()
+        }
+
+    sources = {spec.name: key for key, spec in fitted.items()}
+    sources |= {t.name: key for t, key in zip(trained, state.trained, strict=True)}
+    active = any(selection.state.active for selection in reach(model).selections)
+    mount(model, name, fitted.values(), trained, tensors, state.config, activate=not active)
+    return model
+
+
+def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
+    """Leave out what the caller's patterns name; each must name something."""
+    gone: set[str] = set()
+    for pattern in patterns:
+        matcher = match_end(pattern)
+        hits = {key for key in (*state.sites, *state.trained) if matcher.match(key)}
+        if not hits:
+            close = nearest(pattern, [*state.trained, *state.sites])
+            raise FormatError(
+                f"{asked}, leave_out {pattern!r}",
+                "it matches nothing in the adapter",
+                f"Nearest: {', '.join(map(repr, close)) or 'none'}",
+            )
+        gone |= hits
+    return dataclasses.replace(
+        state,
+        sites={key: site for key, site in state.sites.items() if key not in gone},
+        trained={key: t for key, t in state.trained.items() if key not in gone},
+    )
+
+
+def _fit(spec: SiteSpec, found: Inventory, asked: str) -> SiteSpec:
+    """Return a site's spec as this model holds it."""
+    candidate = _candidate(spec, found)
+    if candidate is None:
+        names = [c.name for c in found.candidates]
+        close = ", ".join(map(repr, nearest(spec.name, names))) or "none"
+        raise FormatError(
+            f"{asked}, site {spec.name!r}",
+            "the model has no such module",
+            f"Nearest: {close}. Load the adapter onto the model that it was made for",
+        )
+    if candidate.refusal is not None:
+        raise LayerError(f"{asked}, site {spec.name!r}", *candidate.refusal)
+    there = (spec.in_features, spec.out_features, spec.experts)
+    here = (candidate.in_features, candidate.out_features, candidate.experts)
+    if spec.kind == "parameter" and spec.transposed != candidate.transposed:
+        here = (candidate.out_features, candidate.in_features, candidate.experts)
+    if there != here:
+        raise FormatError(
+            f"{asked}, site {spec.name!r}",
+            f"it maps {there[0]} to {there[1]} features in the file, {here[0]} to {here[1]} here",
+            "Load the adapter onto the model that it was made for",
+        )
+    return dataclasses.replace(
+        spec,
+        name=candidate.name,
+        kind=candidate.kind,
+        weight_shape=candidate.weight_shape,
+        transposed=spec.transposed if spec.kind == "parameter" else candidate.transposed,
+        weight=candidate.weight,
+        mount=candidate.mount,
+        aliases=candidate.aliases,
+        rule=None,
+    )
+
+
+def _candidate(spec: SiteSpec, found: Inventory) -> Candidate | None:
+    for candidate in found.candidates:
+        if spec.name == candidate.name or spec.name in candidate.aliases:
+            return candidate
+    return None
+
+
+def _fit_trained(key: str, tensor: Tensor, found: Inventory, asked: str) -> Trained:
+    shape = found.parameters.get(key)
+    if shape == tuple(tensor.shape):
+        return Trained(name=key, shape=shape, why="train")
+    if shape is None:
+        what = "the model has no such parameter"
+    else:
+        what = f"it has shape {tuple(tensor.shape)} in the file and {shape} here"
+    raise FormatError(
+        f"{asked}, trained tensor {key!r}",
+        what,
+        "Load the adapter onto the model that it was made for, or leave this tensor out with "
+        f"leave_out=[{key!r}]",
+    )
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{path}.{key}" if path else key: parameter
+        for path, module in walk(model, aliases=True)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def _check_base(
+    state: AdapterState,
+    fitted: Mapping[str, SiteSpec],
+    weights: Mapping[str, Tensor],
+    base: Base,
+    asked: str,
+) -> None:
+    saved = state.fingerprint
+    if saved is None or base == "any":
+        return
+    specs = {state.sites[key].spec.weight: spec.weight for key, spec in fitted.items()}
+    here = fingerprint({old: weights[new] for old, new in specs.items()})
+    shapes = {key: shape for key, shape in saved.shapes.items() if key in specs}
+    if unknown := unverifiable(Fingerprint(shapes, saved.samples, saved.quantised), here):
+        if base != "quantised":
+            raise FormatError(
+                asked,
+                f"the base cannot be compared at {len(unknown)} sites, of which {unknown[0]!r}: "
+                "its weight is quantised, sharded or on the meta device, here or where it was made",
+                'Pass base="quantised" where it is the right base',
+            )
+        shapes = {key: shape for key, shape in shapes.items() if key not in unknown}
+    differences = compare(Fingerprint(shapes, saved.samples), here)
+    if differences:
+        key, what = next(iter(differences.items()))
+        raise FormatError(
+            asked,
+            f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
+            f"{len(shapes)} sites differ)",
+            'Load it onto its own base, or pass base="any"',
+        )
+
+
+def _check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
+    """PEFT stores whole base embeddings beside an adapter; one that differs would be lost."""
+    for key, copy in state.base_copies.items():
+        weight = weights.get(key)
+        same = weight is not None and weight.shape == copy.shape
+        if not same or not torch.equal(weight.detach().cpu().to(copy.dtype), copy):  # type: ignore[union-attr]
+            raise FormatError(
+                f"{asked}, {key!r}",
+                "the file carries a copy of this base tensor that is not the model's",
+                "Load the adapter onto the base that it was made on (was the vocabulary resized?)",
+            )

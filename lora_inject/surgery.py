@@ -1,0 +1,717 @@
+"""Inject and eject: adapters onto a live model and off it again, exactly.
+
+One idea: everything that can go wrong goes wrong before the first change. `mount` first finds every
+module, checks every name and makes every tensor; only then does it change classes, and a failure
+even there takes back what was done. The model is the only state: what was injected is read off its
+modules, and one small record on the root remembers what `eject` must restore.
+
+What is not here: choosing among adapters (`switching`), folding them (`merging`), files
+(`formats`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lora_inject.config import Config
+from lora_inject.errors import LayerError, StateError, nearest
+from lora_inject.functional import master_dtype
+from lora_inject.layers.base import (
+    TRAINABLE_ROLES,
+    Entry,
+    Reader,
+    attribute,
+    mounts_of,
+    swap,
+    unswap,
+)
+from lora_inject.layers.initial import FROM_WEIGHT, initial_tensors
+from lora_inject.layers.selection import Selection, State
+from lora_inject.layers.table import check_swappable, inventory, mixin_for, walk
+from lora_inject.matching import Plan, Trained, resolve
+from lora_inject.sites import SiteSpec
+
+__all__ = [
+    "AdapterInfo",
+    "Root",
+    "adapter_parameters",
+    "adapters",
+    "carriers",
+    "check_names",
+    "eject",
+    "entries",
+    "holders",
+    "inject",
+    "mount",
+    "named_parameters",
+    "parameter_groups",
+    "plan",
+    "reach",
+    "refuse_merged",
+    "roots_of",
+    "summary",
+    "train_only",
+]
+
+Tensors = Mapping[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
+
+ROOT = "_lora_root"
+
+
+@dataclass
+class Root:
+    """What the root of an injected model remembers.
+
+    Attributes:
+        selection: The cell that all its layers share.
+        configs: Adapter name to the config it was injected with, as plain data, or None.
+        required_grad: Names of base parameters that required a gradient before the first inject.
+        undo: What `unmerge` restores while the model is merged; owned by `merging`.
+        kept: A walk of the model and the generation that it belongs to; see `reach`.
+    """
+
+    selection: Selection
+    configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    required_grad: set[str] = field(default_factory=set)
+    undo: Any = None
+    kept: tuple[int, Reach] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy carries: a walk of another model is of no use to it."""
+        return {**self.__dict__, "kept": None}
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter on a model, as `adapters` lists it.
+
+    Attributes:
+        sites: Site name to its spec.
+        trained: Names of the base tensors of which the adapter has full copies.
+        n_parameters: Elements of all its trainable tensors.
+        weight: Its mixing weight in the current selection, None where it is not active.
+        trainable: Whether its tensors require gradients.
+    """
+
+    sites: Mapping[str, SiteSpec]
+    trained: tuple[str, ...]
+    n_parameters: int
+    weight: float | None
+    trainable: bool
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, ascending."""
+        return tuple(sorted({spec.rank for spec in self.sites.values()}))
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter takes part in a forward."""
+        return self.weight is not None
+
+
+def plan(model: nn.Module, config: Config | Mapping[str, Any] | str | PathLike[str]) -> Plan:
+    r"""Say what `inject` would do, and change nothing.
+
+    Args:
+        model: Any module, also on the meta device.
+        config: A `Config`, a dict, or the path of a YAML file.
+
+    Returns:
+        The plan; `print(plan)` shows it as a table.
+
+    Raises:
+        ConfigError: The config is not valid.
+        MatchError: A pattern matches nothing, or `expect` is missed.
+        LayerError: A matched module cannot carry an adapter.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
+        44
+    """
+    return resolve(Config.coerce(config), inventory(model))
+
+
+def inject(
+    model: M, config: Config | Mapping[str, Any] | str | PathLike[str], name: str = "default"
+) -> M:
+    """Put a new adapter onto a model, in place, and freeze everything else.
+
+    The adapter becomes the only active and the only trainable one; others keep their values.
+
+    Args:
+        model: Any module; stays the same object.
+        config: A `Config`, a dict, or the path of a YAML file.
+        name: Name of the adapter.
+
+    Returns:
+        The same object, for chaining.
+
+    Raises:
+        ConfigError: The config is not valid.
+        MatchError: A pattern matches nothing, or `expect` is missed.
+        LayerError: A matched module cannot carry an adapter.
+        StateError: The name is in use, or the model is merged.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = inject(net, {"rank": 2, "targets": ["0"]})
+        >>> sorted(n for n, p in net.named_parameters() if p.requires_grad)
+        ['0.lora_A__default', '0.lora_B__default']
+    """
+    config = Config.coerce(config)
+    planned = plan(model, config)
+    mount(model, name, planned.sites, planned.trained, _initial, config.to_dict())
+    return model
+
+
+def _initial(target: SiteSpec | Trained, weight: Tensor) -> dict[str, Tensor]:
+    """Make the tensors of a new adapter."""
+    if isinstance(target, SiteSpec):
+        return initial_tensors(target, weight)
+    return {"T": weight.detach().to(master_dtype(weight.dtype), copy=True)}
+
+
+def mount(
+    model: nn.Module,
+    name: str,
+    sites: Iterable[SiteSpec],
+    trained: Iterable[Trained],
+    make: Callable[[SiteSpec | Trained, Tensor], Tensors],
+    config: Mapping[str, Any] | None,
+    *,
+    activate: bool = True,
+) -> None:
+    """Put an adapter onto a model: check everything, make everything, then change.
+
+    Args:
+        model: The root.
+        name: Name of the new adapter.
+        sites: Its sites.
+        trained: The base tensors of which it has full copies.
+        make: Called with a site or a trained tensor and the frozen weight; returns role to tensor.
+        config: What the adapter was made from, as plain data.
+        activate: Whether it becomes the only active adapter.
+
+    Raises:
+        StateError: The name is in use, or the model is merged.
+        LayerError: A module cannot change its class, or an attribute is in the way.
+    """
+    _check_name(model, name)
+    placed = _place(model, name, tuple(sites), tuple(trained))
+    made = _make(placed, make)
+    selection = next(iter(reach(model).selections), None) or Selection()
+    done: list[_Placed] = []
+    try:
+        for place, parameters in zip(placed, made, strict=True):
+            done.append(place)
+            _attach(place, parameters, selection)
+    except BaseException:
+        for place in reversed(done):
+            _detach(place.module, name)
+        raise
+    root = _become_root(model, selection)
+    root.configs[name] = config
+    _freeze(model, root)
+    _structure_changed()
+    if activate:
+        train_only(model, name)
+        selection.replace(State(active=((name, 1.0),)))
+
+
+def _make(
+    placed: Iterable[_Placed], make: Callable[[SiteSpec | Trained, Tensor], Tensors]
+) -> list[dict[str, nn.Parameter]]:
+    """Make the Parameters of each place; a copy of a tied tensor is made once."""
+    made: dict[str, dict[str, nn.Parameter]] = {}
+    for place in placed:
+        if place.target.name not in made:
+            tensors = make(place.target, place.weight)
+            made[place.target.name] = {
+                role: nn.Parameter(tensor, requires_grad=False) for role, tensor in tensors.items()
+            }
+    return [made[place.target.name] for place in placed]
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where one tensor of a new adapter goes."""
+
+    target: SiteSpec | Trained
+    module: nn.Module
+    entry: Entry
+    forward: bool
+
+    @property
+    def weight(self) -> Tensor:
+        found = self.module._parameters[self.entry.param]
+        assert found is not None
+        return found
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    asked = f"adapter {name!r}"
+    if not isinstance(name, str) or not name:
+        raise StateError(asked, "a name is a string of one character or more", "Give another name")
+    if name in reach(model).names:
+        raise StateError(
+            asked, "the model has one of that name", "Eject it, or choose another name"
+        )
+    for selection in reach(model).selections:
+        refuse_merged(selection, f"adding adapter {name!r}")
+
+
+def refuse_merged(selection: Selection, asked: str) -> None:
+    """Raise where the weights hold a merged adapter.
+
+    Raises:
+        StateError: They do.
+    """
+    if selection.merged is not None:
+        merged = ", ".join(name for name, _ in selection.merged.active)
+        raise StateError(
+            asked, f"{merged!r} is merged into the weights", "Call unmerge(model) first"
+        )
+
+
+def _place(
+    model: nn.Module, name: str, sites: tuple[SiteSpec, ...], trained: tuple[Trained, ...]
+) -> list[_Placed]:
+    """Find the module of each tensor and check that it can carry it; change nothing."""
+    modules = dict(walk(model, aliases=True))
+    placed = []
+    for spec in sites:
+        forward = spec.mount == "forward"
+        owner, _, param = spec.weight.rpartition(".")
+        module = modules[owner]
+        roles = ("A", "B", "A0", "B0") if spec.init in FROM_WEIGHT else ("A", "B")
+        names = {role: attribute(role, name, None if forward else param) for role in roles}
+        placed.append(_Placed(spec, module, Entry(name, spec, param, names), forward))
+    held = holders(model) if trained else {}
+    for extra in trained:
+        owner, _, key = extra.name.rpartition(".")
+        # A tied tensor is one tensor: its copy is read under all its names.
+        for module, param in held[id(modules[owner]._parameters[key])]:
+            names = {"T": attribute("T", name, param)}
+            entry = Entry(name, None, param, names, extra.why)
+            placed.append(_Placed(extra, module, entry, forward=False))
+    for place in placed:
+        _check_place(place)
+    return placed
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return who holds each parameter: more than one holder means that it is tied."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, key))
+    return holders
+
+
+def _check_place(place: _Placed) -> None:
+    target = f"site {place.target.name!r}"
+    module = place.module
+    for flat in place.entry.names.values():
+        if flat in module.__dict__ or flat in module._modules or hasattr(type(module), flat):
+            taken = True
+        else:
+            taken = flat in module._parameters or flat in module._buffers
+        if taken:
+            raise LayerError(
+                target, f"the module has an attribute {flat!r}", "Choose another adapter name"
+            )
+    if not place.forward and mounts_of(module) is None and hasattr(type(module), place.entry.param):
+        raise LayerError(
+            target,
+            f"{type(module).__name__}.{place.entry.param} is computed by the class",
+            "A parameter that is itself computed cannot be mounted",
+        )
+    check_swappable(module, target)
+
+
+def _attach(place: _Placed, parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:
+    entry, module, target = place.entry, place.module, place.target
+    forward = place.forward and isinstance(target, SiteSpec)
+    mixin = mixin_for(target.kind) if forward else Reader  # type: ignore[union-attr]
+    mounts = swap(module, selection, mixin, () if place.forward else (entry.param,))
+    for role, flat in entry.names.items():
+        module._parameters[flat] = parameters[role]
+    mounts.add(entry, forward=place.forward)
+
+
+def _detach(module: nn.Module, name: str | None) -> None:
+    """Take an adapter, or all, off one module; the last one gives the class back."""
+    mounts = mounts_of(module)
+    if mounts is None:
+        return
+    names = {e.adapter for e in mounts.entries()} if name is None else {name}
+    for entry in [e for n in names for e in mounts.remove(n)]:
+        for flat in entry.names.values():
+            module._parameters.pop(flat, None)
+    if not any(True for _ in mounts.entries()):
+        unswap(module)
+
+
+def eject(model: M, name: str | None = None) -> M:
+    """Take one adapter, or all, off a model again.
+
+    Objects, classes, keys, their order, values and `requires_grad` flags are what they were before
+    the first inject. Ejecting all adapters of a merged model leaves the merged weights.
+
+    Args:
+        model: The root, or any module that holds roots.
+        name: The adapter; all of them by default.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: There is no such adapter, or it is merged together with others.
+    """
+    found = reach(model)
+    check_names(found.names, [] if name is None else [name], "eject")
+    if name is not None:
+        for selection in found.selections:
+            refuse_merged(selection, f"ejecting {name!r}")
+    for module in carriers(model).values():
+        _detach(module, name)
+    _structure_changed()
+    left = reach(model).names
+    for path, root in reversed(roots_of(model).items()):
+        _forget(model.get_submodule(path), root, left)
+    return model
+
+
+def _forget(module: nn.Module, root: Root, left: frozenset[str]) -> None:
+    """Drop what is gone from a root's record; without adapters the record goes too."""
+    gone = set(root.configs) - left
+    for name in gone:
+        del root.configs[name]
+    active = tuple(item for item in root.selection.state.active if item[0] not in gone)
+    if active != root.selection.state.active:
+        root.selection.replace(State(active=active))
+    if root.configs:
+        return
+    root.selection.merged = None
+    del module.__dict__[ROOT]
+    _remove_hooks(module)
+    inner = roots_of(module)
+    for key, parameter in named_parameters(module):
+        if key not in root.required_grad:
+            continue
+        for path, record in inner.items():
+            if key.startswith(path + "."):
+                record.required_grad.add(key.removeprefix(path + "."))
+                break
+        else:
+            parameter.requires_grad_(True)
+
+
+def _become_root(model: nn.Module, selection: Selection) -> Root:
+    """Make `model` the root of all adapters inside: one record, one selection."""
+    root: Root | None = model.__dict__.get(ROOT)
+    if root is None:
+        root = model.__dict__[ROOT] = Root(selection)
+        model.register_load_state_dict_pre_hook(_begin_loading)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_post_hook(_end_loading)  # type: ignore[no-untyped-call]
+    active = dict(selection.state.active)
+    for path, inner in roots_of(model).items():
+        if inner is root:
+            continue
+        module = model.get_submodule(path)
+        active.update(inner.selection.state.active)
+        root.configs.update(inner.configs)
+        root.required_grad |= {f"{path}.{key}" for key in inner.required_grad}
+        del module.__dict__[ROOT]
+        _remove_hooks(module)
+    for module in carriers(model).values():
+        mounts = mounts_of(module)
+        assert mounts is not None
+        mounts.selection = selection
+    if active != dict(selection.state.active):
+        selection.replace(State(active=tuple(active.items())))
+    return root
+
+
+def _freeze(model: nn.Module, root: Root) -> None:
+    """Freeze every base parameter and remember which ones were not."""
+    for key, parameter in named_parameters(model):
+        if parameter.requires_grad:
+            root.required_grad.add(key)
+            parameter.requires_grad_(False)
+
+
+# A plain base checkpoint loads strictly into an injected model; half an adapter does not. Each
+# layer forgives the absence of all its tensors, and the root takes that back for an adapter of
+# which the state dict holds some.
+
+
+def _begin_loading(module: nn.Module, *_: Any) -> None:
+    for selection in reach(module).selections:
+        selection.absent.clear()
+        selection.present.clear()
+
+
+def _end_loading(module: nn.Module, incompatible: Any) -> None:
+    for selection in reach(module).selections:
+        for name in selection.present & selection.absent.keys():
+            incompatible.missing_keys.extend(selection.absent[name])
+        selection.absent.clear()
+        selection.present.clear()
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    before, after = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
+    for key in [k for k, h in before.items() if getattr(h, "hook", h) is _begin_loading]:
+        del before[key]
+    for key in [k for k, h in after.items() if h is _end_loading]:
+        del after[key]
+
+
+# --------------------------------------------------------------------------------- what is there
+
+
+def carriers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that carry adapters, by canonical name, in the order of the model."""
+    return {name: module for name, module in walk(model) if "_lora" in module.__dict__}
+
+
+def entries(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module, Entry]]:
+    """Yield `(module name, module, entry)` of one adapter, or of all."""
+    for path, module in carriers(model).items():
+        mounts = mounts_of(module)
+        assert mounts is not None
+        for entry in mounts.entries():
+            if name is None or entry.adapter == name:
+                yield path, module, entry
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every base parameter once, by canonical name; adapters are left out."""
+    seen: set[int] = set()
+    for path, module in walk(model):
+        mounts = mounts_of(module)
+        ours = {n for e in mounts.entries() for n in e.names.values()} if mounts else set()
+        for key, parameter in module._parameters.items():
+            if parameter is None or key in ours or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield f"{path}.{key}" if path else key, parameter
+
+
+def roots_of(model: nn.Module) -> dict[str, Root]:
+    """Return the records of all injected roots in a model, by name; `""` is the model itself."""
+    return {name: module.__dict__[ROOT] for name, module in walk(model) if ROOT in module.__dict__}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a verb on a model reaches.
+
+    Attributes:
+        selections: The distinct selections of all layers inside.
+        names: The adapters that they carry.
+    """
+
+    selections: tuple[Selection, ...]
+    names: frozenset[str]
+
+
+_generation = 0
+
+
+def _structure_changed() -> None:
+    global _generation  # noqa: PLW0603 - counts inject and eject, so that roots can keep a walk
+    _generation += 1
+
+
+def reach(model: nn.Module) -> Reach:
+    """Return the selections and adapters in a model.
+
+    The walk is kept on the root until somebody injects or ejects, so that switching does not
+    depend on the size of the model.
+    """
+    root: Root | None = model.__dict__.get(ROOT)
+    if root is not None and root.kept is not None and root.kept[0] == _generation:
+        return root.kept[1]
+    selections: dict[int, Selection] = {}
+    names: set[str] = set()
+    for module in carriers(model).values():
+        mounts = mounts_of(module)
+        assert mounts is not None
+        selections.setdefault(id(mounts.selection), mounts.selection)
+        names.update(entry.adapter for entry in mounts.entries())
+    found = Reach(tuple(selections.values()), frozenset(names))
+    if root is not None:
+        root.kept = (_generation, found)
+    return found
+
+
+def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:
+    """Raise where a name is no adapter of the model.
+
+    Raises:
+        StateError: A name is unknown; the message lists what there is.
+    """
+    for name in names:
+        if name not in known:
+            there = ", ".join(map(repr, sorted(known))) or "none"
+            close = nearest(str(name), known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
+            raise StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
+    """List the adapters on a model.
+
+    Returns:
+        Adapter name to what it is, in the order of injection.
+
+    Example:
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
+        >>> adapters(net)["sql"].n_parameters
+        8
+    """
+    found: dict[str, list[tuple[str, nn.Module, Entry]]] = {}
+    for item in entries(model):
+        found.setdefault(item[2].adapter, []).append(item)
+    weights: dict[str, float] = {}
+    for selection in reach(model).selections:
+        weights.update((selection.merged or selection.state).active)
+    return {name: _info(items, weights.get(name)) for name, items in found.items()}
+
+
+def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> AdapterInfo:
+    tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if r in TRAINABLE_ROLES]
+    return AdapterInfo(
+        sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
+        trained=tuple(_join(path, e.param) for path, _, e in items if e.spec is None),
+        n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
+        weight=weight,
+        trainable=any(t.requires_grad for t in tensors),
+    )
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def summary(model: nn.Module) -> str:
+    """Return the adapters of a model as a plain text table."""
+    rows = [("adapter", "sites", "ranks", "trained", "parameters", "weight", "trainable")]
+    for name, info in adapters(model).items():
+        ranks = ", ".join(map(str, info.ranks)) or "-"
+        weight = "-" if info.weight is None else f"{info.weight:g}"
+        rows.append(
+            (
+                name,
+                str(len(info.sites)),
+                ranks,
+                str(len(info.trained)),
+                f"{info.n_parameters:,}",
+                weight,
+                "yes" if info.trainable else "no",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
+    """Return the trainable tensors of one adapter, or of all.
+
+    Args:
+        model: The model.
+        name: The adapter. By default all of them, and then the keys begin with `NAME:` where there
+            is more than one.
+
+    Returns:
+        `SITE.lora_A`, `SITE.lora_B` and the names of trained base tensors, to the Parameters. Ask
+        again after `.to()` or sharding: those may put new Parameters in place.
+
+    Raises:
+        StateError: There is no such adapter.
+    """
+    known = reach(model).names
+    check_names(known, [] if name is None else [name], "adapter_parameters of")
+    found: dict[str, nn.Parameter] = {}
+    for path, module, entry in entries(model, name):
+        prefix = f"{entry.adapter}:" if name is None and len(known) > 1 else ""
+        for role, flat in entry.names.items():
+            if role not in TRAINABLE_ROLES:
+                continue
+            key = (
+                _join(path, entry.param) if entry.spec is None else f"{entry.spec.name}.lora_{role}"
+            )
+            parameter = module._parameters[flat]
+            assert parameter is not None
+            found[prefix + key] = parameter
+    return found
+
+
+def parameter_groups(model: nn.Module, lr: float, b_lr_ratio: float = 1.0) -> list[dict[str, Any]]:
+    """Return optimiser groups over the trainable adapters.
+
+    Args:
+        model: The model.
+        lr: Learning rate of A and of trained base tensors.
+        b_lr_ratio: Learning rate of B over that of A; 16 is what LoRA+ (arXiv:2402.12354) advises.
+
+    Returns:
+        Groups with `params`, `lr` and a `name`, for any torch optimiser. Empty groups are left out.
+
+    Raises:
+        StateError: No adapter is trainable.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "T": []}
+    for _, module, entry in entries(model):
+        for role, flat in entry.names.items():
+            parameter = module._parameters[flat]
+            if role in groups and parameter is not None and parameter.requires_grad:
+                groups[role].append(parameter)
+    if not any(groups.values()):
+        raise StateError(
+            "parameter_groups",
+            "no adapter of the model is trainable",
+            "Call train_only(model, name)",
+        )
+    rates = {"A": lr, "B": lr * b_lr_ratio, "T": lr}
+    return [
+        {"params": parameters, "lr": rates[role], "name": f"lora_{role}"}
+        for role, parameters in groups.items()
+        if parameters
+    ]
+
+
+def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
+    """Say which adapters require gradients; all others, and the base, do not.
+
+    Args:
+        model: The model.
+        names: One adapter, several, or None for none.
+
+    Raises:
+        StateError: A name is unknown, or the model is merged.
+    """
+    wanted = {names} if isinstance(names, str) else set(names or ())
+    found = reach(model)
+    check_names(found.names, wanted, "train_only")
+    for selection in found.selections:
+        refuse_merged(selection, "train_only")
+    for _, module, entry in entries(model):
+        for role, flat in entry.names.items():
+            parameter = module._parameters[flat]
+            if role in TRAINABLE_ROLES and parameter is not None:
+                parameter.requires_grad_(entry.adapter in wanted)

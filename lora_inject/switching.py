@@ -1,0 +1,185 @@
+"""Choosing among adapters: which take part, for how much, for which rows.
+
+One idea: a verb here puts another `State` into the selection that all layers share. It touches no
+layer, no parameter and no `requires_grad`, so it costs the same for ten sites as for ten thousand.
+
+Not thread-safe: one selection serves the forwards of one thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lora_inject.errors import StateError
+from lora_inject.layers.base import mounts_of
+from lora_inject.layers.selection import BASE, State
+from lora_inject.surgery import carriers, check_names, reach, refuse_merged
+
+__all__ = ["activate", "disabled", "routed", "unreached"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def activate(model: M, which: str | Mapping[str, float] | None) -> M:
+    """Choose the adapters that take part from here on.
+
+    Args:
+        model: The root, or any module that holds roots.
+        which: One adapter; a mix of several with their weights (`W + sum of w * scale * B @ A`);
+            or None for the plain base.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: A name is unknown, a weight is not finite, or the model is merged.
+
+    Example:
+        >>> from lora_inject.surgery import inject
+        >>> net = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("sql", "style"):
+        ...     _ = inject(net, {"rank": 1, "targets": ["0"]}, name)
+        >>> _ = activate(net, {"sql": 0.7, "style": 0.3})
+    """
+    weights = _weights(which)
+    found = reach(model)
+    if not found.selections:
+        raise StateError("activate", "the model carries no adapter", "Inject or load one first")
+    check_names(found.names, weights, "activate")
+    for selection in found.selections:
+        refuse_merged(selection, "activate")
+    state = State(active=tuple(weights.items())) if weights else BASE
+    for selection in found.selections:
+        selection.replace(state)
+    return model
+
+
+def _weights(which: str | Mapping[str, float] | None) -> dict[str, float]:
+    if which is None:
+        return {}
+    if isinstance(which, str):
+        return {which: 1.0}
+    if not isinstance(which, Mapping):
+        raise StateError(
+            "activate",
+            f"got a {type(which).__name__}",
+            "Give a name, a mapping of names to weights, or None",
+        )
+    for name, weight in which.items():
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise StateError(
+                f"activate {name!r}", f"its weight is {weight!r}", "Give a finite number"
+            )
+    return {name: float(weight) for name, weight in which.items()}
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run the body with the plain base model: no adapter takes part.
+
+    Args:
+        model: The root, or any module that holds roots.
+
+    Raises:
+        StateError: The model is merged, and so there is no plain base.
+    """
+    with _within(model, BASE, "disabled"):
+        yield
+
+
+@contextmanager
+def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1) -> Iterator[None]:
+    """Run the body with one adapter for each row of the batch, in training as well.
+
+    Args:
+        model: The root, or any module that holds roots.
+        adapters: The adapter of each row; None for the plain base.
+        repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
+            search makes them.
+
+    Raises:
+        StateError: A name is unknown, the model is merged, or an adapter has sites that are
+            mounted by weight or full trained copies: a batch shares one weight.
+        LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
+    """
+    rows = tuple(adapters)
+    if not rows or repeat < 1:
+        raise StateError(
+            "routed()", f"got {len(rows)} rows and repeat={repeat}", "Give one adapter for each row"
+        )
+    names = dict.fromkeys(name for name in rows if name is not None)
+    check_names(reach(model).names, names, "routed to")
+    for path, module in carriers(model).items():
+        mounts = mounts_of(module)
+        for param, entries in mounts.reads.items() if mounts else ():
+            for name in entries.keys() & names.keys():
+                raise StateError(
+                    f"routed to {name!r}",
+                    f"it reads {_join(path, param)!r} as a whole weight, which a batch shares",
+                    "Route only adapters on layers that are called, without train or bias entries",
+                )
+    with _within(model, State(rows=rows, repeat=repeat), "routed"):
+        yield
+
+
+@contextmanager
+def _within(model: nn.Module, state: State, asked: str) -> Iterator[None]:
+    selections = reach(model).selections
+    if not selections:
+        raise StateError(asked, "the model carries no adapter", "Inject or load one first")
+    for selection in selections:
+        refuse_merged(selection, asked)
+    with ExitStack() as stack:
+        for selection in selections:
+            stack.enter_context(selection.within(state))
+        yield
+
+
+def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    r"""Return the sites whose adapter did not take part when `run()` ran the model.
+
+    Args:
+        model: The root, or any module that holds roots.
+        run: Runs the model, for instance `lambda: model(**batch)`.
+
+    Returns:
+        Names of sites of active adapters that no forward reached; empty when all took part. A
+        site that is read by its parent instead of being called shows up here: target its weight,
+        `SITE\.weight`.
+
+    Raises:
+        StateError: The model is merged or carries no active adapter.
+    """
+    found = reach(model)
+    for selection in found.selections:
+        refuse_merged(selection, "unreached")
+    active = {name for selection in found.selections for name in selection.state.names}
+    if not active:
+        raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")
+    seen: set[tuple[int, str | None]] = set()
+    for selection in found.selections:
+        selection.witness = seen
+    try:
+        run()
+    finally:
+        for selection in found.selections:
+            selection.witness = None
+    missed = []
+    for path, module in carriers(model).items():
+        mounts = mounts_of(module)
+        assert mounts is not None
+        if mounts.forward.keys() & active and (id(module), None) not in seen:
+            missed.append(path)
+        for param, entries in mounts.reads.items():
+            if entries.keys() & active and (id(module), param) not in seen:
+                missed.append(_join(path, param))
+    return missed
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
