@@ -1,0 +1,953 @@
+"""The config: what is accepted, what is refused with which words, and the way there and back."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import doctest
+import inspect
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_inject.config as config_module
+from lora_inject.config import Config, Expect, Normal, Rule
+from lora_inject.errors import ConfigError
+
+
+def test_docstring_examples_run() -> None:
+    result = doctest.testmod(config_module)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+def test_defaults_are_those_of_the_paper_code() -> None:
+    config = Config(targets=["q_proj"])
+    assert (config.version, config.rank, config.alpha, config.dropout) == (1, 8, 16.0, 0.0)
+    assert (config.init, config.scaling, config.compute) == ("kaiming", "standard", "base")
+    assert (config.exclude, config.train, config.bias, config.expect) == ((), (), "none", None)
+
+
+def test_every_field_of_the_schema_is_read() -> None:
+    config = Config.from_text(
+        r"""
+        version: 1
+        rank: 4
+        alpha: 32
+        dropout: 0.1
+        init: {normal: 0.02}
+        scaling: rslora
+        compute: float32
+        targets:
+          - q_proj
+          - match: 'h\.\d+\.attn\.c_attn'
+            rank: 2
+            alpha: 3.5
+            dropout: 0
+            init: pissa
+            scaling: standard
+            compute: base
+            slices: {q: 768, k: 64, v: 64}
+            adapt: [v, q]
+          - {match: 'experts\.up', layout: in_out}
+          - {match: c_attn, slices: [q, k], adapt: [k]}
+        exclude: [lm_head]
+        train: ['classifier\..*']
+        bias: adapted
+        expect: {sites: 24, lora: 294912, trainable: 887811}
+        """
+    )
+    assert config == Config(
+        version=1,
+        rank=4,
+        alpha=32,
+        dropout=0.1,
+        init=Normal(normal=0.02),
+        scaling="rslora",
+        compute="float32",
+        targets=[
+            Rule(match="q_proj"),
+            Rule(
+                match=r"h\.\d+\.attn\.c_attn",
+                rank=2,
+                alpha=3.5,
+                dropout=0.0,
+                init="pissa",
+                scaling="standard",
+                compute="base",
+                slices={"q": 768, "k": 64, "v": 64},
+                adapt=["v", "q"],
+            ),
+            Rule(match=r"experts\.up", layout="in_out"),
+            Rule(match="c_attn", slices=["q", "k"], adapt=["k"]),
+        ],
+        exclude=["lm_head"],
+        train=[r"classifier\..*"],
+        bias="adapted",
+        expect=Expect(sites=24, lora=294912, trainable=887811),
+    )
+    assert config.targets[1].slices == (("q", 768), ("k", 64), ("v", 64))
+    assert config.targets[1].slice_names == ("q", "k", "v")
+    assert config.targets[3].slices == ("q", "k")
+
+
+def test_a_string_is_the_rule_that_only_matches() -> None:
+    assert Config(targets=["q"]) == Config(targets=[Rule(match="q")])
+    assert Config(targets=["q"]) == Config(targets=[{"match": "q"}])
+    assert Config(targets=["q"]) != Config(targets=[Rule(match="q", rank=8)])
+
+
+def test_the_order_of_slices_is_part_of_the_config() -> None:
+    rules = [
+        Rule(match="c", slices=slices, adapt=["q"])
+        for slices in ({"q": 1, "k": 2}, {"k": 2, "q": 1})
+    ]
+    assert rules[0] != rules[1]
+
+
+def test_a_rule_overrides_and_zero_dropout_is_an_override() -> None:
+    config = Config(rank=8, alpha=4, dropout=0.5, init={"normal": 0.1}, targets=["a"])
+    plain = config.hyper(config.targets[0])
+    assert (plain.rank, plain.alpha, plain.dropout) == (8, 4.0, 0.5)
+    assert plain.init == ("normal", 0.1)
+    other = config.hyper(
+        Rule(match="b", dropout=0.0, rank=1, init="olora", scaling="rslora", compute="float32")
+    )
+    assert (other.rank, other.alpha, other.dropout, other.init) == (1, 4.0, 0.0, "olora")
+    assert (other.scaling, other.compute) == ("rslora", "float32")
+
+
+def test_configs_are_values() -> None:
+    config = Config(
+        targets=["q", Rule(match="c", slices={"q": 3, "k": 4}, adapt=["q"])], init={"normal": 1}
+    )
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config
+        assert hash(copied) == hash(config)
+    with pytest.raises(ValueError, match="frozen"):
+        config.rank = 3  # type: ignore[misc]
+    assert Config(**config.model_dump()) == config
+
+
+# What is refused, and the words
+
+AS_TEXT = {
+    "unknown key": (
+        "rnak: 4\ntargets: [q]",
+        "lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?",
+    ),
+    "unknown key of a rule": (
+        "targets:\n  - match: q\n    alhpa: 3",
+        "lora.yaml:3:5 (targets[0].alhpa): unknown key 'alhpa'. Did you mean 'alpha'?",
+    ),
+    "unknown key of expect": (
+        "targets: [q]\nexpect: {sits: 3}",
+        "lora.yaml:2:10 (expect.sits): unknown key 'sits'. Did you mean 'sites'?",
+    ),
+    "unknown key of init comes before the missing one": (
+        "targets: [q]\ninit: {std: 0.1}",
+        (
+            "lora.yaml:2:8 (init.std): unknown key 'std'. Did you mean 'normal'? "
+            "Also: lora.yaml:2:7 (init): 'normal' is missing."
+        ),
+    ),
+    "PEFT's name of a key": (
+        "lora_alpha: 4\ntargets: [q]",
+        "lora.yaml:1:1 (lora_alpha): unknown key 'lora_alpha'. Did you mean 'alpha'?",
+    ),
+    "key of the top level in a rule": (
+        "targets: [{match: q, train: [a]}]",
+        "lora.yaml:1:22 (targets[0].train): unknown key 'train'. 'train' belongs in the top level.",
+    ),
+    "key of a rule at the top level": (
+        "targets: [q]\nslices: [q, k]",
+        "lora.yaml:2:1 (slices): unknown key 'slices'. 'slices' belongs in an entry of targets.",
+    ),
+    "all faults at once, in the order of the text": (
+        "foo: 1\nrank: 0\nalpha: 0\ntargets: [q]",
+        (
+            "lora.yaml:1:1 (foo): unknown key 'foo'. Did you mean 'dropout'? "
+            "Also: lora.yaml:2:7 (rank): 0 is below 1; lora.yaml:3:8 (alpha): 0 is not above 0."
+        ),
+    ),
+    "rank 0": (
+        "rank: 0\ntargets: [q]",
+        "lora.yaml:1:7 (rank): 0 is below 1. Write a number of at least 1.",
+    ),
+    "rank of a rule": (
+        "targets:\n- a\n- {match: q, rank: -1}",
+        "lora.yaml:3:20 (targets[1].rank): -1 is below 1. Write a number of at least 1.",
+    ),
+    "rank 1.5": (
+        "rank: 1.5\ntargets: [q]",
+        "lora.yaml:1:7 (rank): 1.5 is not an integer. Write a whole number.",
+    ),
+    "rank is a word": (
+        "rank: eight\ntargets: [q]",
+        "lora.yaml:1:7 (rank): 'eight' is not an integer. Write a whole number.",
+    ),
+    "rank in quotes": (
+        "rank: '8'\ntargets: [q]",
+        "lora.yaml:1:7 (rank): '8' is not an integer. Write a whole number.",
+    ),
+    "rank true": (
+        "rank: true\ntargets: [q]",
+        (
+            "lora.yaml:1:7 (rank): True is not an integer. Write a whole number "
+            "(YAML reads true as true or false; in quotes it is a word)."
+        ),
+    ),
+    "rank without a value": (
+        "rank:\ntargets: [q]",
+        "lora.yaml:1:6 (rank): there is no value. Write one, or remove the key.",
+    ),
+    "octal": (
+        "rank: 010\ntargets: [q]",
+        (
+            "lora.yaml:1:7 (rank): 010 is a number that YAML reads its own way. "
+            "Write it as a plain decimal number, or in quotes if a string is meant."
+        ),
+    ),
+    "base 60": (
+        "rank: 1:30\ntargets: [q]",
+        (
+            "lora.yaml:1:7 (rank): 1:30 is a number that YAML reads its own way. "
+            "Write it as a plain decimal number, or in quotes if a string is meant."
+        ),
+    ),
+    "alpha 0": (
+        "alpha: 0\ntargets: [q]",
+        "lora.yaml:1:8 (alpha): 0 is not above 0. Write a number above 0.",
+    ),
+    "alpha negative": (
+        "alpha: -1.5\ntargets: [q]",
+        "lora.yaml:1:8 (alpha): -1.5 is not above 0. Write a number above 0.",
+    ),
+    "alpha NaN": (
+        "alpha: .nan\ntargets: [q]",
+        "lora.yaml:1:8 (alpha): nan is not finite. Write a finite number.",
+    ),
+    "alpha Inf": (
+        "alpha: .inf\ntargets: [q]",
+        "lora.yaml:1:8 (alpha): inf is not finite. Write a finite number.",
+    ),
+    "alpha overflows": (
+        "alpha: 1e999\ntargets: [q]",
+        "lora.yaml:1:8 (alpha): inf is not finite. Write a finite number.",
+    ),
+    "dropout 1": (
+        "dropout: 1\ntargets: [q]",
+        "lora.yaml:1:10 (dropout): 1 is not below 1. Write a number below 1.",
+    ),
+    "dropout negative": (
+        "dropout: -0.1\ntargets: [q]",
+        "lora.yaml:1:10 (dropout): -0.1 is below 0. Write a number of at least 0.",
+    ),
+    "a word misspelt": (
+        "bias: adaptd\ntargets: [q]",
+        "lora.yaml:1:7 (bias): 'adaptd' is not one of none, adapted, all. Did you mean 'adapted'?",
+    ),
+    "a word that YAML takes for false": (
+        "bias: no\ntargets: [q]",
+        (
+            "lora.yaml:1:7 (bias): False is not one of none, adapted, all. Write none or "
+            "adapted or "
+            "all (YAML reads no as true or false; in quotes it is a word)."
+        ),
+    ),
+    "init misspelt": (
+        "init: gausian\ntargets: [q]",
+        (
+            "lora.yaml:1:7 (init): 'gausian' is not one of kaiming, gaussian, pissa, olora. "
+            "Did you mean 'gaussian'?"
+        ),
+    ),
+    "init of no kind": (
+        "init: 3\ntargets: [q]",
+        (
+            "lora.yaml:1:7 (init): 3 is no init. "
+            "Write kaiming, gaussian, pissa, olora or {normal: 0.02}."
+        ),
+    ),
+    "standard deviation 0": (
+        "init: {normal: 0}\ntargets: [q]",
+        "lora.yaml:1:16 (init.normal): 0 is not above 0. Write a number above 0.",
+    ),
+    "another version": (
+        "version: 2\ntargets: [q]",
+        (
+            "lora.yaml:1:10 (version): 2 is no version of this schema that this library "
+            "knows. Write 1."
+        ),
+    ),
+    "version true": (
+        "version: true\ntargets: [q]",
+        (
+            "lora.yaml:1:10 (version): True is no version of this schema that this library knows. "
+            "Write 1 (YAML reads true as true or false; in quotes it is a word)."
+        ),
+    ),
+    "targets is no list": (
+        "targets: q_proj",
+        "lora.yaml:1:10 (targets): 'q_proj' is no list. Write a list: [q_proj].",
+    ),
+    "a rule that is a number": (
+        "targets: [12]",
+        (
+            "lora.yaml:1:11 (targets[0]): 12 is no rule. "
+            "Write a pattern in single quotes, or a mapping with 'match'."
+        ),
+    ),
+    "a rule without match": (
+        "targets: [{rank: 3}]",
+        "lora.yaml:1:11 (targets[0]): 'match' is missing. Add match: with its value.",
+    ),
+    "an exclude that is a number": (
+        "targets: [q]\nexclude: [3]",
+        "lora.yaml:2:11 (exclude[0]): 3 is not a string. Write it in single quotes.",
+    ),
+    "no regex": (
+        "targets:\n  - q\n  - '(q'",
+        (
+            "lora.yaml:3:5 (targets[1].match): '(q' is no regex: missing ), unterminated "
+            "subpattern "
+            "at position 0. Patterns are Python regexes; a literal dot is '\\.'."
+        ),
+    ),
+    "no regex in train": (
+        "targets: [q]\ntrain: ['a**']",
+        (
+            "lora.yaml:2:9 (train[0]): 'a**' is no regex: multiple repeat at position 2. "
+            "Patterns are Python regexes; a literal dot is '\\.'."
+        ),
+    ),
+    "a regex that Python warns about": (
+        "targets: ['[[a]']",
+        (
+            "lora.yaml:1:11 (targets[0].match): '[[a]' is no regex: Possible nested set "
+            "at position "
+            "1. Patterns are Python regexes; a literal dot is '\\.'."
+        ),
+    ),
+    "a repetition that is too large": (
+        "targets: ['a{99999999999999}']",
+        (
+            "lora.yaml:1:11 (targets[0].match): 'a{99999999999999}' is no regex: the repetition "
+            "number is too large. Patterns are Python regexes; a literal dot is '\\.'."
+        ),
+    ),
+    "an empty pattern": (
+        "targets: ['']",
+        (
+            "lora.yaml:1:11 (targets[0].match): the pattern is empty. "
+            "Write a regex that matches the end of a dotted name."
+        ),
+    ),
+    "a pattern that matches nothing at all": (
+        "targets: ['.*']",
+        (
+            "lora.yaml:1:11 (targets[0].match): '.*' also matches an empty name, so it "
+            "says nothing. "
+            "Write what must be there; '.+' matches every name, '^$' the root."
+        ),
+    ),
+    "adapt without slices": (
+        "targets: [{match: q, adapt: [q]}]",
+        (
+            "lora.yaml:1:29 (targets[0].adapt): 'adapt' names slices, but there are no 'slices'. "
+            "Add slices: [q, k, v], or their sizes; without slices the whole is adapted."
+        ),
+    ),
+    "slices without adapt": (
+        "targets: [{match: q, slices: [q, k]}]",
+        (
+            "lora.yaml:1:30 (targets[0].slices): 'slices' are given, but not which of "
+            "them to adapt. "
+            "Add adapt: with some of q, k."
+        ),
+    ),
+    "adapt nothing": (
+        "targets: [{match: q, slices: [q, k], adapt: []}]",
+        (
+            "lora.yaml:1:30 (targets[0].slices): 'slices' are given, but not which of "
+            "them to adapt. "
+            "Add adapt: with some of q, k."
+        ),
+    ),
+    "adapt no such slice": (
+        "targets: [{match: q, slices: [q, k], adapt: [q, x]}]",
+        "lora.yaml:1:49 (targets[0].adapt[1]): there is no slice 'x'. The slices are q, k.",
+    ),
+    "adapt twice": (
+        "targets: [{match: q, slices: [q, k], adapt: [q, q]}]",
+        "lora.yaml:1:45 (targets[0].adapt): 'q' is named twice. Name each slice once.",
+    ),
+    "a slice twice": (
+        "targets: [{match: q, slices: [q, q], adapt: [q]}]",
+        (
+            "lora.yaml:1:30 (targets[0].slices): the slice 'q' is named twice. "
+            "Give each part its own name."
+        ),
+    ),
+    "a slice of no width": (
+        "targets: [{match: q, slices: {q: 8, k: 0}, adapt: [q]}]",
+        (
+            "lora.yaml:1:40 (targets[0].slices.k): 0 is no width. "
+            "Write the slice's outputs, an integer >= 1."
+        ),
+    ),
+    "one slice": (
+        "targets: [{match: q, slices: {q: 8}, adapt: [q]}]",
+        (
+            "lora.yaml:1:30 (targets[0].slices): fewer than two slices. "
+            "A site that is adapted whole needs no slices."
+        ),
+    ),
+    "a slice's name": (
+        "targets: [{match: q, slices: ['a b', k], adapt: [k]}]",
+        (
+            "lora.yaml:1:31 (targets[0].slices[0]): 'a b' is no slice name. "
+            "Use letters, digits and '_'."
+        ),
+    ),
+    "another layout": (
+        "targets: [{match: q, layout: out-in}]",
+        (
+            "lora.yaml:1:30 (targets[0].layout): 'out-in' is not one of out_in, in_out. "
+            "Did you mean 'out_in'?"
+        ),
+    ),
+    "expect nothing": (
+        "targets: [q]\nexpect: {}",
+        (
+            "lora.yaml:2:9 (expect): nothing is expected. Give sites, lora or trainable, "
+            "or leave it "
+            "out."
+        ),
+    ),
+    "expect a negative count": (
+        "targets: [q]\nexpect: {lora: -1}",
+        "lora.yaml:2:16 (expect.lora): -1 is below 0. Write a number of at least 0.",
+    ),
+    "nothing asked for": (
+        "rank: 3",
+        (
+            "lora.yaml:1:1: nothing is asked for: no targets, no train, no bias. "
+            "Add targets: with patterns such as 'q_proj' (or train:, or bias:)."
+        ),
+    ),
+    "a key twice": (
+        "targets: [q]\nrank: 3\ntargets: [k]",
+        (
+            "lora.yaml:3:1 (targets): the key 'targets' is given twice, first in line 1. "
+            "Remove one of them."
+        ),
+    ),
+    "a key twice in a rule": (
+        "targets:\n- match: q\n  rank: 3\n  rank: 4",
+        (
+            "lora.yaml:4:3 (targets[0].rank): the key 'rank' is given twice, first in line 3. "
+            "Remove one of them."
+        ),
+    ),
+    "a key that is a number": (
+        "1: 2",
+        "lora.yaml:1:1: 1 is no key: keys are strings. Write it in quotes, if it is meant.",
+    ),
+    "a key that is a list": (
+        "? [a]\n: b",
+        (
+            "lora.yaml:1:3: a collection is no key: keys are strings. "
+            "Write it in quotes, if it is meant."
+        ),
+    ),
+    "a date": (
+        "rank: 2026-01-01\ntargets: [q]",
+        "lora.yaml:1:7 (rank): YAML reads 2026-01-01 as a date. Write it in quotes.",
+    ),
+    "a Python object": (
+        "targets: [!!python/name:os.system ]",
+        (
+            "lora.yaml:1:11 (targets[0]): the tag !!python/name:os.system is not allowed. "
+            "A config has strings, numbers, lists and mappings only; remove the tag."
+        ),
+    ),
+    "a call": (
+        "targets: !!python/object/apply:os.system ['touch /tmp/pwned']",
+        (
+            "lora.yaml:1:10 (targets): the tag !!python/object/apply:os.system is not allowed. "
+            "A config has strings, numbers, lists and mappings only; remove the tag."
+        ),
+    ),
+    "a set": (
+        "targets: !!set {q}",
+        (
+            "lora.yaml:1:10 (targets): the tag !!set is not allowed. "
+            "A config has strings, numbers, lists and mappings only; remove the tag."
+        ),
+    ),
+    "a backslash in double quotes": (
+        'targets: ["h\\.d"]',
+        (
+            "lora.yaml:1:14: this is no valid YAML: found unknown escape character '.'. "
+            "Write patterns in single quotes: there a backslash is only a backslash."
+        ),
+    ),
+    "a tab": (
+        "\ttargets: x",
+        (
+            "lora.yaml:1:1: this is no valid YAML: found character '\\t' that cannot "
+            "start any token. "
+            "Indent with spaces, not tabs."
+        ),
+    ),
+    "a pattern that looks like an alias": (
+        "targets: [*q_proj]",
+        (
+            "lora.yaml:1:11: this is no valid YAML: found undefined alias 'q_proj'. "
+            "Define the anchor before it is used; a pattern that begins with * needs quotes."
+        ),
+    ),
+    "an alias of itself": (
+        "targets: &a [*a]",
+        "lora.yaml:1:10 (targets[0]): an alias contains itself. Write the value out.",
+    ),
+    "two documents": (
+        "targets: [q]\n---\nrank: 3",
+        (
+            "lora.yaml:2:1: this is no valid YAML: but found another document. "
+            "Check indentation, brackets and quotes there."
+        ),
+    ),
+    "a control character": (
+        "targets: [\x01]",
+        "lora.yaml: the character U+0001 at 10 is not allowed in YAML. Remove it.",
+    ),
+    "half a surrogate pair": (
+        'targets: ["\\uD800"]',
+        (
+            "lora.yaml:1:11 (targets[0].match): the pattern is not valid Unicode. "
+            "Write it as UTF-8 text."
+        ),
+    ),
+    "empty": ("", "lora.yaml: the config is empty. Add targets: with patterns."),
+    "only comments": ("# a\n", "lora.yaml: the config is empty. Add targets: with patterns."),
+    "a list": (
+        "[q_proj]",
+        (
+            "lora.yaml:1:1: the config is no mapping. Write keys and values, such as "
+            "targets: [q_proj]."
+        ),
+    ),
+    "nested too deep": (
+        "targets: " + "[" * 5000,
+        (
+            "lora.yaml:1:25: this is no valid YAML: nested more than 16 deep. "
+            "Check indentation, brackets and quotes there."
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AS_TEXT)
+def test_faults_name_the_place_in_the_file_and_the_way_out(case: str) -> None:
+    text, message = AS_TEXT[case]
+    with pytest.raises(ConfigError) as caught:
+        Config.from_text(text, source="lora.yaml")
+    assert str(caught.value) == message
+
+
+AS_VALUE: dict[str, tuple[Any, str]] = {
+    "keyword": (lambda: Config(rank=0, targets=["q"]), "config (rank): 0 is below 1. "),
+    "unknown keyword": (lambda: Config(targets=["q"], rnak=3), "config (rnak): unknown key 'rnak'"),  # type: ignore[call-arg]
+    "a rule by itself": (lambda: Rule(match="q", rank=0), "Rule (rank): 0 is below 1. "),
+    "a rule without match": (lambda: Rule(), "Rule: 'match' is missing. "),  # type: ignore[call-arg]
+    "a rule inside": (
+        lambda: Config(targets=["a", {"match": "b", "alpha": float("nan")}]),
+        "config (targets[1].alpha): nan is not finite. ",
+    ),
+    "across fields inside": (
+        lambda: Config(targets=[{"match": "a", "adapt": ["q"]}]),
+        "config (targets[0].adapt): 'adapt' names slices, ",
+    ),
+    "across fields": (lambda: Config(rank=3), "config: nothing is asked for: "),
+    "normal": (lambda: Normal(normal=0), "Normal (normal): 0 is not above 0. "),
+    "expect": (lambda: Expect(), "Expect: nothing is expected. "),
+    "infinite": (lambda: Config(alpha=float("inf"), targets=["q"]), "config (alpha): inf is not "),
+    "a set": (lambda: Config(targets={"q"}), "config (targets): {'q'} is no list. "),  # type: ignore[arg-type]
+    "a key that is no string": (lambda: Config.from_dict({1: 2}), "config ([1]): 1 is no key. "),  # type: ignore[dict-item]
+    "no dict": (lambda: Config.from_dict(["q"]), "config: ['q'] is no mapping. "),  # type: ignore[arg-type]
+    "no config": (lambda: Config.coerce(3), "config: a value of type int. "),  # type: ignore[arg-type]
+    "text for a path": (lambda: Config.coerce("rank: 1\n"), "config: YAML text where a path "),
+}
+
+
+@pytest.mark.parametrize("case", AS_VALUE)
+def test_faults_of_values_name_the_key(case: str) -> None:
+    make, message = AS_VALUE[case]
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
+def test_an_unsafe_tag_runs_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "pwned"
+    text = f"targets: [!!python/object/apply:pathlib.Path.touch [!!python/name:x '{target}']]"
+    with pytest.raises(ConfigError, match="not allowed"):
+        Config.from_text(text)
+    assert not target.exists()
+
+
+def test_a_billion_laughs_are_refused_and_a_few_aliases_are_not() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    with pytest.raises(ConfigError, match="more than 50,000 values once its aliases are written"):
+        Config.from_text("\n".join(lines))
+    config = Config.from_text(
+        "targets:\n- &wide {match: q, rank: 64, alpha: 2}\n- {<<: *wide, match: k}\n"
+        "- {<<: [*wide, {rank: 1, dropout: 0.5}], alpha: 3, match: v}\nexclude: &x [a]\ntrain: *x"
+    )
+    assert config.targets[1] == Rule(match="k", rank=64, alpha=2)
+    assert config.targets[2] == Rule(match="v", rank=64, alpha=3, dropout=0.5)
+    assert config.train == config.exclude == ("a",)
+    with pytest.raises(ConfigError, match="'<<' takes a mapping"):
+        Config.from_text("targets:\n- &a {match: q}\n- {<<: 3, match: k}")
+
+
+@pytest.mark.parametrize(
+    ("text", "alpha"),
+    [("1e-3", 1e-3), ("1.0e3", 1e3), ("2E2", 200.0), (".5", 0.5), ("1_000", 1e3), ("+4", 4.0)],
+)
+def test_numbers_mean_what_people_mean(text: str, alpha: float) -> None:
+    # PyYAML, which speaks YAML 1.1, reads the first three as strings.
+    assert Config.from_text(f"alpha: {text}\ntargets: [q]").alpha == alpha
+
+
+def test_the_root_module_has_a_pattern_of_its_own() -> None:
+    assert Config(targets=["^$"]).targets[0].match == "^$"
+
+
+# Files
+
+
+def test_files_are_read_and_written(tmp_path: Path) -> None:
+    path = tmp_path / "lora.yaml"
+    config = Config(targets=["größe", Rule(match="v", rank=2)])
+    assert config.to_yaml(path) == path.read_text(encoding="utf-8")
+    for source in (path, str(path), config, config.to_dict()):
+        assert Config.coerce(source) == config
+    path.write_bytes(b"\xef\xbb\xbf" + config.to_yaml().encode())  # a BOM, as Windows editors write
+    assert Config.from_yaml(path) == config
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    missing, binary, huge = tmp_path / "no.yaml", tmp_path / "model.bin", tmp_path / "huge.yaml"
+    binary.write_bytes(b"targets: [q]\n\xff\xfe")
+    huge.write_bytes(b"#" * (1 << 20) + b"\ntargets: [q]")
+    for path, found in [
+        (missing, "No such file or directory. Give the path of a YAML file."),
+        (tmp_path, "Is a directory. Give the path of a YAML file."),
+        (binary, "byte 13 is not UTF-8. Save the config as UTF-8 text."),
+        (huge, "1,048,589 bytes, more than a config can have. "),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            Config.from_yaml(path)
+        assert str(caught.value).startswith(f"{path}: {found}")
+    with pytest.raises(ConfigError, match="No such file or directory"):
+        Config(targets=["q"]).to_yaml(tmp_path / "no" / "lora.yaml")
+
+
+def test_faults_in_a_file_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "lora.yaml"
+    path.write_text("targets: [q]\nrank: 0")
+    with pytest.raises(ConfigError) as caught:
+        Config.from_yaml(path)
+    assert str(caught.value).startswith(f"{path}:2:7 (rank): ")
+
+
+def test_yaml_is_short_and_in_the_order_of_the_schema() -> None:
+    config = Config(
+        alpha=8,
+        targets=["q_proj", Rule(match=r"c\.attn", slices={"q": 2, "k": 2}, adapt=["k"])],
+        init={"normal": 0.02},
+    )
+    assert config.to_yaml() == (
+        "version: 1\nrank: 8\nalpha: 8\ndropout: 0\ninit:\n  normal: 0.02\nscaling: standard\n"
+        "compute: base\ntargets:\n- q_proj\n- match: c\\.attn\n  slices:\n    q: 2\n    k: 2\n"
+        "  adapt:\n  - k\nbias: none\n"
+    )
+
+
+# There and back
+
+alphas = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+dropouts = st.floats(min_value=0, max_value=1, exclude_max=True, allow_nan=False)
+inits = st.sampled_from(["kaiming", "gaussian", "pissa", "olora"]) | alphas.map(
+    lambda std: Normal(normal=std)
+)
+names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,5}", fullmatch=True)
+# Text that YAML would read as something else, and any other text; both as literal patterns.
+patterns = st.one_of(
+    st.sampled_from(
+        [
+            "1e3",
+            "1.0e-3",
+            "10",
+            "010",
+            "on",
+            "no",
+            "null",
+            "~",
+            "2026-01-01",
+            "<<",
+            "=",
+            "a: b",
+            "#",
+            "- a",
+            "'",
+            '"',
+            "!!x",
+            "&a",
+            "%a",
+            "@a",
+            "0x1f",
+            "1:30",
+            ".inf",
+            "a\\.b",
+            "(?i)q",
+        ]
+    ),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
+).filter(lambda text: _compiles(text))
+
+
+def _compiles(text: str) -> bool:
+    try:
+        Rule(match=text)
+    except ConfigError:
+        return False
+    return True
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> Rule:
+    data: dict[str, Any] = {"match": draw(patterns)}
+    optional = {
+        "rank": st.integers(1, 2**40),
+        "alpha": alphas,
+        "dropout": dropouts,
+        "init": inits,
+        "scaling": st.sampled_from(["standard", "rslora"]),
+        "compute": st.sampled_from(["base", "float32"]),
+        "layout": st.sampled_from(["out_in", "in_out"]),
+    }
+    for key, strategy in optional.items():
+        if draw(st.booleans()):
+            data[key] = draw(strategy)
+    if draw(st.booleans()):
+        parts = draw(st.lists(names, min_size=2, max_size=4, unique=True))
+        sized = draw(st.booleans())
+        data["slices"] = {name: draw(st.integers(1, 99)) for name in parts} if sized else parts
+        data["adapt"] = draw(st.lists(st.sampled_from(parts), min_size=1, unique=True))
+    return Rule(**data)
+
+
+counts = st.none() | st.integers(0, 2**50)
+configs = st.builds(
+    Config,
+    rank=st.integers(1, 2**40),
+    alpha=alphas,
+    dropout=dropouts,
+    init=inits,
+    scaling=st.sampled_from(["standard", "rslora"]),
+    compute=st.sampled_from(["base", "float32"]),
+    targets=st.lists(rules() | patterns, min_size=1, max_size=3),
+    exclude=st.lists(patterns, max_size=2),
+    train=st.lists(patterns, max_size=2),
+    bias=st.sampled_from(["none", "adapted", "all"]),
+    expect=st.none() | st.builds(Expect, sites=st.integers(0, 99), lora=counts, trainable=counts),
+)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(configs)
+def test_config_to_yaml_to_config_is_the_identity(config: Config) -> None:
+    assert Config.from_text(config.to_yaml()) == config
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(configs)
+def test_config_to_json_to_config_is_the_identity(config: Config) -> None:
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def _made(make: Callable[[], Config]) -> Config | None:
+    try:
+        return make()
+    except ConfigError:
+        return None
+
+
+fragments = st.sampled_from(
+    [
+        "targets",
+        "rank",
+        "match",
+        "init",
+        ": ",
+        "- ",
+        "\n",
+        "  ",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        "'",
+        '"',
+        "&a",
+        "*a",
+        "<<: ",
+        "!!int ",
+        "!x ",
+        "\\",
+        "|",
+        ">",
+        "#",
+        "8",
+        "1e9",
+        "null",
+        "?",
+        "%",
+        "q",
+    ]
+)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.lists(fragments, max_size=25).map("".join) | st.text(max_size=40))
+def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
+    config = _made(lambda: Config.from_text(text))
+    assert config is None or Config.from_text(config.to_yaml()) == config
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*Config.model_fields, *Rule.model_fields, "x"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.dictionaries(st.sampled_from([*Config.model_fields, "x"]), json_values))
+def test_any_data_is_a_config_or_a_config_error(data: dict[str, Any]) -> None:
+    config = _made(lambda: Config.from_dict(data))
+    assert config is None or Config.from_dict(config.to_dict()) == config
+
+
+# The schema
+
+
+def _conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
+    """What of JSON Schema draft-07 `json_schema` uses, in a few lines."""
+    if "$ref" in schema:
+        return _conforms(value, root["$defs"][schema["$ref"].rpartition("/")[2]], root)
+    if "anyOf" in schema and not any(_conforms(value, s, root) for s in schema["anyOf"]):
+        return False
+    types = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
+    kind = schema.get("type")
+    if kind and (not isinstance(value, types[kind]) or isinstance(value, bool)):
+        return False
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        return False
+    if isinstance(value, dict):
+        known = schema.get("properties", {})
+        rest = schema.get("additionalProperties", {})
+        if any(key not in value for key in schema.get("required", [])):
+            return False
+        if rest is False and set(value) - set(known):
+            return False
+        return all(_conforms(item, known.get(key, rest or {}), root) for key, item in value.items())
+    if isinstance(value, list):
+        return all(_conforms(item, schema.get("items", {}), root) for item in value)
+    if isinstance(value, str):
+        return len(value) >= schema.get("minLength", 0)
+    low, above = schema.get("minimum", value), schema.get("exclusiveMinimum")
+    below = schema.get("exclusiveMaximum")
+    return value >= low and (above is None or value > above) and (below is None or value < below)
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(configs)
+def test_every_config_conforms_to_the_json_schema(config: Config) -> None:
+    schema = Config.json_schema()
+    assert _conforms(config.to_dict(), schema, schema)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"targets": "q"},
+        {"targets": [3]},
+        {"targets": [{"rank": 3}]},
+        {"targets": [{"match": "q", "foo": 1}]},
+        {"targets": ["q"], "rnak": 3},
+        {"targets": ["q"], "rank": 0},
+        {"targets": ["q"], "rank": 1.5},
+        {"targets": ["q"], "alpha": 0},
+        {"targets": ["q"], "dropout": 1},
+        {"targets": ["q"], "bias": "some"},
+        {"targets": ["q"], "init": "zero"},
+        {"targets": ["q"], "init": {"normal": 0}},
+        {"targets": ["q"], "expect": {"sits": 1}},
+        {"targets": ["q"], "version": 2},
+        {"targets": [{"match": "q", "slices": {"q": 0, "k": 1}, "adapt": ["q"]}]},
+        {"targets": [{"match": "q", "rank": None}]},
+    ],
+)
+def test_the_json_schema_refuses_what_the_config_refuses(data: dict[str, Any]) -> None:
+    schema = Config.json_schema()
+    assert _conforms({"targets": ["q"]}, schema, schema)
+    assert not _conforms(data, schema, schema)
+
+
+def test_the_json_schema_describes_every_key_to_an_editor() -> None:
+    schema = Config.json_schema()
+    assert list(schema)[:2] == ["$schema", "title"]
+    assert schema["$schema"] == "http://json-schema.org/draft-07/schema#"
+    assert list(schema["properties"]) == list(Config.model_fields)
+    assert list(schema["$defs"]["Rule"]["properties"]) == list(Rule.model_fields)
+    for part in (schema, *schema["$defs"].values()):
+        assert part["additionalProperties"] is False
+        for key, entry in part["properties"].items():
+            assert len(entry["description"]) > 15, key
+    assert '"null"' not in json.dumps(schema)
+    assert '"title"' not in json.dumps(schema["properties"])
+
+
+def test_the_signatures_for_type_checkers_state_the_fields() -> None:
+    """`__init__` is written out for editors and mypy; it must say what the fields say."""
+    tree = ast.parse(inspect.getsource(config_module))
+    for model in (Config, Rule, Expect, Normal):
+        cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == model.__name__)
+        init = next(
+            n for n in ast.walk(cls) if isinstance(n, ast.FunctionDef) and n.name == "__init__"
+        )
+        stated = {
+            arg.arg: None if default is None else ast.literal_eval(default)
+            for arg, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)
+        }
+        fields = {
+            name: None if field.is_required() else field.default
+            for name, field in model.model_fields.items()
+        }
+        assert stated == fields

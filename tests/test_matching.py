@@ -1,0 +1,980 @@
+"""Matching: which names a pattern means, which sites come of them, and the words when none do."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_inject.matching as matching_module
+from lora_inject.config import Config, Expect, Rule
+from lora_inject.errors import LayerError, MatchError
+from lora_inject.matching import Candidate, Inventory, Plan, Tied, canonical, match_end, resolve
+
+
+def linear(name: str, n_in: int = 8, n_out: int = 8, **more: Any) -> Candidate:
+    return Candidate(name, "linear", n_in, n_out, (n_out, n_in), f"{name}.weight", **more)
+
+
+def embedding(name: str, num: int = 32, dim: int = 8, **more: Any) -> Candidate:
+    weight = f"{name}.weight"
+    return Candidate(name, "embedding", num, dim, (num, dim), weight, transposed=True, **more)
+
+
+def parameter(name: str, *shape: int, **more: Any) -> Candidate:
+    owner = name.rpartition(".")[0]
+    experts = {"experts": shape[0], "needs_layout": True} if len(shape) > 2 else {}
+    n_out, n_in = shape[-2:]
+    return Candidate(
+        name, "parameter", n_in, n_out, shape, name, owner=owner, mount="weight", **experts, **more
+    )
+
+
+def inventory(
+    *candidates: Candidate,
+    others: dict[str, str] | None = None,
+    parameters: dict[str, tuple[int, ...]] | None = None,
+    aliases: dict[str, str] | None = None,
+) -> Inventory:
+    shapes = {c.weight: c.weight_shape for c in candidates if c.weight}
+    for candidate in candidates:  # a tied tensor is listed under its first name
+        for name in candidate.tied:
+            if name in shapes and candidate.weight in shapes:
+                del shapes[max(name, candidate.weight)]
+    shapes |= parameters or {}
+    return Inventory(candidates, others or {}, shapes, aliases=aliases or {})
+
+
+def tower(n_layers: int = 2) -> Inventory:
+    """A small decoder: q, k, v, out; up, down; norms; an embedding and a head."""
+    candidates, others, extra = [embedding("model.embed")], {"model": "container"}, {}
+    for i in range(n_layers):
+        layer = f"model.layers.{i}"
+        others |= {layer: "container", f"{layer}.attn": "container", f"{layer}.mlp": "container"}
+        others |= {f"{layer}.norm": "LayerNorm", f"{layer}.attn.drop": "Dropout"}
+        extra |= {f"{layer}.norm.weight": (8,), f"{layer}.norm.bias": (8,)}
+        for name in ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"):
+            candidates.append(linear(f"{layer}.{name}"))
+            extra |= {f"{layer}.{name}.bias": (8,)}
+        candidates += [linear(f"{layer}.mlp.up", 8, 16), linear(f"{layer}.mlp.down", 16, 8)]
+    candidates.append(linear("lm_head", 8, 32))
+    return inventory(*candidates, others=others, parameters=extra)
+
+
+def site_names(plan: Plan) -> list[str]:
+    return [site.name for site in plan.sites]
+
+
+def refused(config: Config, names: Inventory, error: type[Exception] = MatchError) -> str:
+    with pytest.raises(error) as caught:
+        resolve(config, names)
+    return str(caught.value)
+
+
+def test_docstring_examples_run() -> None:
+    result = doctest.testmod(matching_module)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "ddp", "expected"),
+    [
+        ("model.layers.0.q", False, "model.layers.0.q"),
+        ("_orig_mod.model.q", False, "model.q"),
+        ("_orig_mod._orig_mod.q", False, "q"),
+        ("m._fsdp_wrapped_module.0._checkpoint_wrapped_module.q", False, "m.0.q"),
+        ("module.q", False, "module.q"),
+        ("module.q", True, "q"),
+        ("module.module.q", True, "module.q"),
+        ("_orig_mod.module.q", True, "q"),
+        ("model.module.q", True, "model.module.q"),
+        ("q.parametrizations.weight.original", True, "q.parametrizations.weight.original"),
+        ("my_orig_mod.q", False, "my_orig_mod.q"),
+        ("_orig_mod", False, ""),
+        ("", True, ""),
+    ],
+)  # fmt: skip
+def test_canonical_names(name: str, ddp: bool, expected: str) -> None:
+    assert canonical(name, ddp=ddp) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hits", "misses"),
+    [
+        ("Wq", ["Wq", "a.Wq", "a.b.Wq"], ["aWq", "a.Wqx", "a.Wq.weight", "wq", "Wq."]),
+        ("q_proj", ["a.q_proj"], ["a.q_proj_norm", "a.my_q_proj", "q_proj.x", "a.q-q_proj"]),
+        (r"attn\.W[qv]", ["attn.Wq", "h.0.attn.Wv"], ["attn.Wk", "xattn.Wq", "attn_Wq"]),
+        (r"^enc\.layer\.0\..*", ["enc.layer.0.q"], ["x.enc.layer.0.q", "enc.layer.0"]),
+        ("^q", ["q"], ["a.q"]),
+        ("q$", ["q", "a.q"], ["q.a"]),
+        ("a|b", ["a", "x.a", "x.b"], ["ab", "x.ab", "a.x"]),
+        ("^a|b", ["a", "x.b"], ["x.a"]),
+        ("(a)(b)\\2", ["abb", "x.abb"], ["aba"]),
+        ("(?P<n>[qk])_(?P=n)", ["x.q_q"], ["x.q_k"]),
+        (r"(q)?x(?(1)y|z)", ["qxy", "xz", "a.xz"], ["qxz", "a.xy"]),
+        ("(?i)Q_PROJ", ["a.q_proj"], ["a.q_projx"]),
+        ("(?i)(?s)Q", ["a.q"], ["a.k"]),
+        ("(?i:Q)_proj", ["a.q_proj"], ["a.Q_PROJ"]),
+        ("(?x) q _ proj  # the query", ["a.q_proj"], ["a.k_proj"]),
+        ("(?x)\n q  # query\n | k  # key", ["a.q", "a.k"], ["a.v"]),
+        (".+", ["a", "a.b"], [""]),
+        (r"\d+", ["a.0", "12"], ["a.b0"]),
+        ("a.c", ["abc", "a.c", "x.a-c"], ["ac"]),
+        (r"(?<=q\.)weight", ["q.weight"], ["k.weight", "weight"]),
+        (r"(?<!q\.)weight", ["k.weight", "weight"], ["q.weight"]),
+        (r"h\.\d+\.(?!1\b)\w+", ["h.0.q"], ["h.0.1"]),
+        ("größe", ["a.größe"], ["a.grosse"]),
+        ("a\\+b \\[c]", ["x.a+b [c]"], ["x.ab [c]"]),
+        ("^$", [""], ["a"]),
+    ],
+)  # fmt: skip
+def test_a_pattern_matches_the_end_from_a_dot(
+    pattern: str, hits: list[str], misses: list[str]
+) -> None:
+    match = match_end(pattern).match
+    assert [name for name in hits + misses if match(name)] == hits
+
+
+def _reference(pattern: str, name: str) -> bool:
+    """The definition: the pattern alone matches from the start, or from some dot, to the end."""
+    starts = [0, *(m.end() for m in re.finditer(r"\.", name))]
+    return any(re.compile(pattern).fullmatch(name, start) for start in starts)
+
+
+pieces = st.sampled_from(
+    [
+        *["q", "k", "_", "0", r"\.", ".", "[qk]", "(q|k)", "(?:q|k)*", "(q)", "q?", ".*", r"\w+"],
+        *["^", "$", "|", r"\d+", r"\b", r"(?=k)", r"(?<=\.)", "(?i:Q)", r"\Z", "#"],
+    ]
+)
+flags = st.sampled_from(["", "", "(?i)", "(?x)", "(?s)(?i)", "(?m)", "(?a)", "(?xi) "])
+parts = st.sampled_from(["q", "k", "qk", "Q_0", "0", "q_k", "\n"])
+dotted = st.lists(parts, max_size=4).map(".".join)
+
+
+@settings(deadline=None, max_examples=300)
+@given(flags, st.lists(pieces, min_size=1, max_size=5).map("".join), st.lists(dotted, max_size=8))
+def test_wrapping_a_pattern_changes_nothing_inside_it(
+    flag: str, body: str, names: list[str]
+) -> None:
+    pattern = flag + body
+    match = match_end(pattern).match
+    assert [bool(match(name)) for name in names] == [_reference(pattern, name) for name in names]
+
+
+# Rules
+
+
+def test_sites_come_in_the_order_of_the_model_with_the_hyper_parameters_of_their_rule() -> None:
+    config = Config(rank=2, targets=[Rule(match="v_proj", rank=4, alpha=2), "q_proj"])
+    plan = resolve(config, tower())
+    found = [(site.name, site.rule, site.rank, site.scale) for site in plan.sites]
+    assert found == [
+        ("model.layers.0.attn.q_proj", 1, 2, 8.0),
+        ("model.layers.0.attn.v_proj", 0, 4, 0.5),
+        ("model.layers.1.attn.q_proj", 1, 2, 8.0),
+        ("model.layers.1.attn.v_proj", 0, 4, 0.5),
+    ]
+    site = plan.sites[0]
+    assert (site.kind, site.weight, site.mount) == ("linear", f"{site.name}.weight", "forward")
+    assert plan.n_sites_by_rule == (2, 2)
+    assert plan.n_lora == 2 * (4 * 16 + 2 * 16)
+    assert plan.n_trainable == plan.n_lora
+
+
+def test_all_hyper_parameters_reach_the_site() -> None:
+    rule = Rule(
+        match="q_proj", rank=4, alpha=6, dropout=0.25, init={"normal": 0.5}, scaling="rslora",
+        compute="float32",
+    )  # fmt: skip
+    site = resolve(Config(targets=[rule]), tower()).sites[0]
+    assert (site.rank, site.alpha, site.dropout, site.init) == (4, 6.0, 0.25, ("normal", 0.5))
+    assert (site.scaling, site.compute, site.scale) == ("rslora", "float32", 3.0)
+
+
+def test_the_first_rule_wins() -> None:
+    config = Config(targets=[Rule(match=r"0\.attn\.q_proj", rank=1), Rule(match="q_proj", rank=2)])
+    assert [site.rank for site in resolve(config, tower()).sites] == [1, 2]
+
+
+def test_exclude_goes_first() -> None:
+    config = Config(targets=["q_proj"], exclude=[r"layers\.0\..*"])
+    plan = resolve(config, tower())
+    assert site_names(plan) == ["model.layers.1.attn.q_proj"]
+    assert [(s.name, s.rule, s.reason) for s in plan.skipped] == [
+        ("model.layers.0.attn.q_proj", 0, "excluded")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (r"layers\.0", ["model.layers.1.attn.q_proj"]),  # a container, with all that lies below
+        (r"0\.attn", ["model.layers.1.attn.q_proj"]),
+        (r"0\.attn\.q_proj\.weight", ["model.layers.1.attn.q_proj"]),  # the tensor that it adapts
+        (r"0\.attn\.q_proj\.bias", ["model.layers.0.attn.q_proj", "model.layers.1.attn.q_proj"]),
+        ("lm_head", ["model.layers.0.attn.q_proj", "model.layers.1.attn.q_proj"]),
+    ],
+)
+def test_exclude_takes_out_what_it_names_and_all_below(exclude: str, left: list[str]) -> None:
+    assert site_names(resolve(Config(targets=["q_proj"], exclude=[exclude]), tower())) == left
+
+
+def test_an_excluded_module_is_no_parameter_either() -> None:
+    config = Config(targets=["q_proj", r"up\.weight"], exclude=[r"0\.mlp\.up"])
+    assert "model.layers.0.mlp.up.weight" not in site_names(resolve(config, tower()))
+
+
+def test_a_module_and_its_weight_are_excluded_once() -> None:
+    config = Config(targets=[r".*(q|k)_proj(\.weight)?"], exclude=["q_proj"])
+    skipped = [s.name for s in resolve(config, tower()).skipped]
+    assert skipped == ["model.layers.0.attn.q_proj", "model.layers.1.attn.q_proj"]
+
+
+def test_exclude_leaves_train_and_bias_alone() -> None:
+    config = Config(targets=["q_proj"], exclude=["norm", "lm_head"], train=["norm", "lm_head"])
+    assert len(resolve(config, tower()).trained) == 5
+
+
+def test_a_module_counts_before_its_own_weight() -> None:
+    plan = resolve(Config(targets=[r".*q_proj(\.weight)?"]), tower())
+    assert [(s.name, s.kind) for s in plan.sites] == [
+        ("model.layers.0.attn.q_proj", "linear"),
+        ("model.layers.1.attn.q_proj", "linear"),
+    ]
+
+
+def test_a_pattern_that_hits_the_weight_alone_mounts_the_parameter() -> None:
+    plan = resolve(Config(targets=[r"0\.mlp\.up\.weight", "embed.weight"], rank=2), tower())
+    up, embed = plan.sites[1], plan.sites[0]
+    assert (up.name, up.kind, up.mount) == ("model.layers.0.mlp.up.weight", "parameter", "weight")
+    assert (up.weight, up.in_features, up.out_features) == ("model.layers.0.mlp.up.weight", 8, 16)
+    assert not up.transposed
+    assert (embed.kind, embed.transposed, embed.a_shape, embed.b_shape) == (
+        "parameter", True, (2, 32), (8, 2),
+    )  # fmt: skip
+
+
+def test_no_tensor_gets_two_sites() -> None:
+    config = Config(targets=[r"q_proj\.weight", "q_proj"])
+    assert refused(config, tower()) == (
+        "rule 2 ('q_proj'): all that it hits is taken by rule 1 (2). "
+        "Put the narrower rule first, or remove this one."
+    )
+    plan = resolve(Config(targets=[r"q_proj\.weight", "[qk]_proj"]), tower())
+    assert [(s.name, s.rule) for s in plan.sites][:2] == [
+        ("model.layers.0.attn.q_proj.weight", 0),
+        ("model.layers.0.attn.k_proj", 1),
+    ]
+
+
+def test_a_shared_module_is_one_site_whichever_name_is_hit() -> None:
+    names = inventory(
+        linear("encoder.q", aliases=("decoder.q",)),
+        linear("decoder.k"),
+        parameters={"encoder.q.bias": (8,)},
+    )
+    for pattern in ("q", r"decoder\.q", r"encoder\.q"):
+        plan = resolve(Config(targets=[pattern]), names)
+        assert [(s.name, s.aliases) for s in plan.sites] == [("encoder.q", ("decoder.q",))]
+    weight = resolve(Config(targets=[r"decoder\.q\.weight"]), names)
+    assert site_names(weight) == ["encoder.q.weight"]
+    # What is excluded under one of its names would be adapted under the other.
+    assert "taken by exclude (1)" in refused(Config(targets=["q"], exclude=["decoder"]), names)
+    trained = resolve(Config(train=[r"decoder\.q"]), names).trained
+    assert [t.name for t in trained] == ["encoder.q.weight", "encoder.q.bias"]
+
+
+def test_a_raw_parameter_is_a_site() -> None:
+    names = inventory(parameter("attn.in_proj", 24, 8), linear("attn.out"))
+    rule = Rule(match="in_proj", slices=["q", "k", "v"], adapt=["v", "q"], rank=2)
+    site = resolve(Config(targets=[rule]), names).sites[0]
+    assert (site.name, site.kind, site.weight) == ("attn.in_proj", "parameter", "attn.in_proj")
+    assert site.slices is not None
+    assert site.slices.adapt == ("q", "v")  # in the order of the output
+    assert site.spans == ((0, 8), (16, 24))
+
+
+def test_an_explicit_weight_candidate_is_no_second_site() -> None:
+    weight = dataclasses.replace(parameter("q.weight", 8, 8), owner="q")
+    for order in ((linear("q"), weight), (weight, linear("q"))):
+        names = inventory(*order)
+        everything = resolve(Config(targets=[".+"]), names)
+        assert [(s.name, s.kind) for s in everything.sites] == [("q", "linear")]
+        alone = resolve(Config(targets=[r"q\.weight"]), names)
+        assert [s.kind for s in alone.sites] == ["parameter"]
+
+
+def test_a_name_that_stands_for_others_means_them() -> None:
+    attention = Candidate("attn", "attention", 0, 0, (), "", members=("attn.in_w", "attn.out"))
+    names = inventory(attention, parameter("attn.in_w", 24, 8), linear("attn.out"), linear("up"))
+    assert site_names(resolve(Config(targets=["attn"]), names)) == ["attn.in_w", "attn.out"]
+    config = Config(targets=["attn"], exclude=["out"])
+    assert site_names(resolve(config, names)) == ["attn.in_w"]
+
+
+def test_what_else_a_rule_hits_is_listed_as_skipped() -> None:
+    plan = resolve(Config(targets=[r"^model\.layers\.0\..*"]), tower())
+    assert len(plan.sites) == 6
+    # The biases and weights of q_proj and its like are their module's, not skipped names.
+    assert [(s.name, s.reason) for s in plan.skipped] == [
+        ("model.layers.0.attn", "container"),
+        ("model.layers.0.mlp", "container"),
+        ("model.layers.0.norm", "LayerNorm"),
+        ("model.layers.0.attn.drop", "Dropout"),
+    ]
+    alone = resolve(Config(targets=[r"(q_proj|norm\.bias|norm\.weight)"]), tower())
+    assert {s.reason for s in alone.skipped} == {"bias", "1-d parameter"}
+
+
+# Refusals of rules
+
+REFUSED: dict[str, tuple[Config, str]] = {
+    "a rule that matches nothing": (
+        Config(targets=["q_proj", "v_prj"]),
+        (
+            "rule 2 ('v_prj'): matched none of 51 names. Nearest: 'model.layers.0.attn.v_proj', "
+            "'model.layers.0.attn.q_proj', 'model.layers.0.attn.k_proj'."
+        ),
+    ),
+    "a misspelt module in the middle": (
+        Config(targets=[r"model\.layer\.\d+\.mlp"]),
+        (
+            "rule 1 ('model\\.layer\\.\\d+\\.mlp'): matched none of 51 names. "
+            "Nearest: 'model.layers.0.mlp.up', 'model.layers.0.attn.q_proj'."
+        ),
+    ),
+    "a rule of which a part must be spelt right": (
+        Config(targets=[r"^model\.layers\.\d+\.attention\.(k|v)_proj$"]),
+        (
+            "rule 1 ('^model\\.layers\\.\\d+\\.attention\\.(k|v)_proj$'): "
+            "matched none of 51 names. "
+            "Nearest: 'model.layers.0.attn.k_proj', 'model.layers.0.attn.v_proj', "
+            "'model.layers.0.attn.q_proj'."
+        ),
+    ),
+    "nothing like it": (
+        Config(targets=["zzz"]),
+        (
+            "rule 1 ('zzz'): matched none of 51 names. Nothing is spelled like it; there is "
+            "'model.embed', 'model.layers.{0..1}.attn.q_proj', 'model.layers.{0..1}.attn.k_proj', "
+            "'model.layers.{0..1}.attn.v_proj'."
+        ),
+    ),
+    "an exclude that matches nothing": (
+        Config(targets=["q_proj"], exclude=["lm_haed"]),
+        "exclude 1 ('lm_haed'): matched none of 52 names. Nearest: 'lm_head'.",
+    ),
+    "a train entry that matches nothing": (
+        Config(targets=["q_proj"], train=["norms"]),
+        ("train 1 ('norms'): matched none of 52 names. Nearest: 'model.layers.0.norm'."),
+    ),
+    "a rule whose hits are all taken": (
+        Config(targets=["[qk]_proj", "q_proj"], exclude=[r"layers\.0"]),
+        (
+            "rule 2 ('q_proj'): all that it hits is taken by exclude (1), rule 1 (1). "
+            "Put the narrower rule first, or remove this one."
+        ),
+    ),
+    "a rule whose hits are all excluded": (
+        Config(targets=["q_proj"], exclude=["attn"]),
+        (
+            "rule 1 ('q_proj'): all that it hits is taken by exclude (2). "
+            "Put the narrower rule first, or remove this one."
+        ),
+    ),
+    "a rule that hits containers only": (
+        Config(targets=["mlp"]),
+        (
+            "rule 1 ('mlp'): hits only what cannot carry an adapter: 'model.layers.0.mlp' "
+            "(container), "
+            "'model.layers.1.mlp' (container). "
+            "Name what lies in it: 'model.layers.0.mlp.up', 'model.layers.0.mlp.down'."
+        ),
+    ),
+    "a rule that hits norms only": (
+        Config(targets=["norm"]),
+        (
+            "rule 1 ('norm'): hits only what cannot carry an adapter: 'model.layers.0.norm' "
+            "(LayerNorm), 'model.layers.1.norm' (LayerNorm). "
+            "Name modules or parameters that hold a matrix."
+        ),
+    ),
+    "a rank above the smaller side": (
+        Config(targets=[Rule(match="up", rank=9)]),
+        (
+            "'model.layers.0.mlp.up', hit by rule 1 ('up'): rank 9 is above 8, the smaller side "
+            "(8 -> 16). Give the rule a rank of at most 8, or exclude 'model.layers.0.mlp.up'."
+        ),
+    ),
+    "a rank above the width of a slice": (
+        Config(rank=4, targets=[Rule(match="up", slices={"a": 13, "b": 3}, adapt=["a", "b"])]),
+        (
+            "'model.layers.0.mlp.up', hit by rule 1 ('up'): rank 4 is above 3, the smaller side of "
+            "slice 'b' (8 -> 3). "
+            "Give the rule a rank of at most 3, or exclude 'model.layers.0.mlp.up'."
+        ),
+    ),
+    "slices of another width": (
+        Config(targets=[Rule(match="up", slices={"a": 12, "b": 3}, adapt=["a"])]),
+        (
+            "'model.layers.0.mlp.up', hit by rule 1 ('up'): slices of 12 + 3 = 15, but it has 16 "
+            "outputs. Give the widths along its output."
+        ),
+    ),
+    "equal slices that do not divide": (
+        Config(targets=[Rule(match="up", slices=["a", "b", "c"], adapt=["a"])]),
+        (
+            "'model.layers.0.mlp.up', hit by rule 1 ('up'): 3 equal slices, but 16 outputs do not "
+            "divide. Give the widths: {a: ..., ...}."
+        ),
+    ),
+    "slices of an embedding": (
+        Config(targets=[Rule(match="embed", slices=["a", "b"], adapt=["a"])]),
+        (
+            "'model.embed', hit by rule 1 ('embed'): slices, but it is of kind embedding. "
+            "Slices are for linear layers, Conv1D and 2-d parameters."
+        ),
+    ),
+    "a layout for a layer": (
+        Config(targets=[Rule(match="q_proj", layout="in_out")]),
+        (
+            "'model.layers.0.attn.q_proj', hit by rule 1 ('q_proj'): layout: in_out, but "
+            "a linear of "
+            "shape (8, 8) has its own. Remove layout; it is for stacked parameters."
+        ),
+    ),
+    "dropout on a weight": (
+        Config(targets=[r"q_proj\.weight"], dropout=0.1),
+        (
+            "'model.layers.0.attn.q_proj.weight', hit by rule 1 ('q_proj\\.weight'): "
+            "dropout 0.1 on a "
+            "weight that is read, not called with inputs. Give the rule dropout: 0."
+        ),
+    ),
+    "adapted and trained": (
+        Config(targets=["q_proj"], train=[r"layers\.1"]),
+        (
+            "train 1 ('layers\\.1'): 'model.layers.1.attn.q_proj.weight' is the weight of the site "
+            "'model.layers.1.attn.q_proj': adapted and trained both. "
+            "Exclude 'model.layers.1.attn.q_proj', or narrow the pattern."
+        ),
+    ),
+    "train what has no parameters": (
+        Config(targets=["q_proj"], train=["drop"]),
+        (
+            "train 1 ('drop'): hits 'model.layers.0.attn.drop', "
+            "'model.layers.1.attn.drop', with no "
+            "parameters. Name what has parameters."
+        ),
+    ),
+    "no biases where they are asked for": (
+        Config(targets=["up"], bias="adapted"),
+        "bias: adapted: none of 2 adapted modules is or has a bias. Set bias: none, or all.",
+    ),
+    "counts that do not come out": (
+        Config(
+            targets=["q_proj", "k_proj"],
+            rank=2,
+            train=["lm_head"],
+            expect=Expect(sites=3, lora=128, trainable=400),
+        ),
+        (
+            "expect {sites: 3, trainable: 400}: found sites: 4, trainable: 384 (rule 1 "
+            "('q_proj') 2 "
+            "sites; rule 2 ('k_proj') 2 sites; train and bias 256 elements). "
+            "Correct the rules, or the counts."
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_say_what_was_asked_what_was_found_and_what_to_do(case: str) -> None:
+    config, message = REFUSED[case]
+    assert refused(config, tower()) == message
+
+
+def test_nearest_names_do_not_repeat_the_layers() -> None:
+    message = refused(Config(targets=["v_prj"]), tower(12))
+    assert message.count("layers.0") == 3
+    assert "layers.1" not in message
+
+
+def test_a_candidate_that_is_refused_says_why_unless_it_is_not_meant() -> None:
+    refusal = ("is read by its MultiheadAttention, never called", "Target 'attn' instead")
+    names = inventory(linear("attn.out_proj", refusal=refusal), linear("attn.q_proj"))
+    assert refused(Config(targets=[".*proj"]), names, LayerError) == (
+        "'attn.out_proj', hit by rule 1 ('.*proj'): is read by its MultiheadAttention, never "
+        "called. Target 'attn' instead."
+    )
+    # Its weight is refused with it: a packed or parametrised weight is none to mount.
+    assert "never called" in refused(Config(targets=[r"out_proj\.weight"]), names, LayerError)
+    config = Config(targets=[".*proj"], exclude=["out_proj"])
+    assert site_names(resolve(config, names)) == ["attn.q_proj"]
+
+
+def test_nothing_is_there_at_all() -> None:
+    message = "rule 1 ('q'): matched none of 0 names. There is nothing that could carry an adapter."
+    assert refused(Config(targets=["q"]), inventory()) == message
+
+
+def test_the_root_module_is_a_site() -> None:
+    root = Candidate("", "linear", 8, 8, (8, 8), "weight")
+    names = inventory(root, parameters={"bias": (8,)})
+    plan = resolve(Config(targets=["^$"], bias="adapted"), names)
+    assert [(s.name, s.weight) for s in plan.sites] == [("", "weight")]
+    assert [t.name for t in plan.trained] == ["bias"]
+    assert site_names(resolve(Config(targets=["weight"]), names)) == ["weight"]
+
+
+# Stacked parameters
+
+
+@pytest.mark.parametrize(
+    ("layout", "n_in", "n_out", "transposed"), [("out_in", 8, 12, False), ("in_out", 12, 8, True)]
+)
+def test_a_stacked_parameter_needs_its_layout(
+    layout: Any, n_in: int, n_out: int, transposed: bool
+) -> None:
+    names = inventory(parameter("mlp.experts.up", 4, 12, 8))
+    plan = resolve(Config(targets=[Rule(match="up", rank=2, layout=layout)]), names)
+    site = plan.sites[0]
+    assert (site.in_features, site.out_features) == (n_in, n_out)
+    assert (site.transposed, site.experts) == (transposed, 4)
+    assert (site.a_shape, site.b_shape) == ((4, 2, n_in), (4, n_out, 2))
+    assert plan.n_lora == 4 * 2 * 20
+    assert refused(Config(targets=["up"]), names) == (
+        "'mlp.experts.up', hit by rule 1 ('up'): nothing says which of (4, 12, 8) is the input. "
+        "Give the rule layout: out_in (Mixtral, Qwen) or in_out (GPT-OSS, Llama 4)."
+    )
+
+
+def test_the_rank_limit_and_slices_of_experts_follow_each_expert() -> None:
+    names = inventory(parameter("up", 4, 12, 8))
+    assert "rank 9 is above 8" in refused(
+        Config(targets=[Rule(match="up", rank=9, layout="out_in")]), names
+    )
+    rule = Rule(match="up", layout="out_in", slices=["a", "b"], adapt=["a"])
+    assert "slices, but it is of stacked experts" in refused(Config(targets=[rule]), names)
+
+
+def test_a_flat_parameter_may_state_its_layout() -> None:
+    names = inventory(parameter("w", 12, 8))
+    rule = Rule(match="w", layout="in_out", rank=1, slices=["a", "b"], adapt=["b"])
+    site = resolve(Config(targets=[rule]), names).sites[0]
+    assert (site.in_features, site.out_features, site.transposed) == (12, 8, True)
+    assert (site.experts, site.spans) == (None, ((4, 8),))
+
+
+def test_weight_derived_inits_are_allowed_block_by_block() -> None:
+    # Each block of a site is a matrix of its own, so its singular vectors are well defined.
+    names = inventory(parameter("up", 4, 12, 8), linear("qkv", 8, 24))
+    rules = [
+        Rule(match="up", layout="out_in", init="pissa", rank=2),
+        Rule(match="qkv", slices=["q", "k", "v"], adapt=["q"], init="olora", rank=2),
+    ]
+    assert [s.init for s in resolve(Config(targets=rules), names).sites] == ["pissa", "olora"]
+
+
+def test_weight_mounted_layers_refuse_dropout_and_note_their_rounding() -> None:
+    half = linear("attn.out", mount="weight", dtype="bfloat16")
+    names = inventory(half, linear("q", dtype="bfloat16"))
+    assert "dropout 0.1" in refused(Config(targets=["out"], dropout=0.1), names)
+    notes = resolve(Config(targets=["out", "q"]), names).notes
+    assert notes == (
+        (
+            "1 weight-mounted sites over bfloat16: W + delta is rounded on every read; "
+            "compute: float32 keeps small deltas"
+        ),
+    )
+    assert resolve(Config(targets=["out", "q"], compute="float32"), names).notes == ()
+
+
+# Tied tensors
+
+
+def tied() -> Inventory:
+    return inventory(
+        embedding("embed", 32, 8, tied=("head.weight",)),
+        linear("q"),
+        linear("head", 8, 32, tied=("embed.weight",)),
+    )
+
+
+def test_tied_modules_are_two_sites_only_when_both_are_hit() -> None:
+    both = ("embed.weight", "head.weight")
+    plan = resolve(Config(targets=["embed", "head", "q"]), tied())
+    assert site_names(plan) == ["embed", "q", "head"]
+    assert plan.tied == (Tied(both, ("embed", "head"), trained=False),)
+    assert resolve(Config(targets=["head"]), tied()).tied == (Tied(both, ("head",), trained=False),)
+    assert resolve(Config(targets=["q"]), tied()).tied == ()
+    assert resolve(Config(targets=["q"]), tied()).n_base == 32 * 8 + 64  # the tied one once
+
+
+def test_a_tied_tensor_trains_under_either_name_and_once() -> None:
+    both = ("embed.weight", "head.weight")
+    for pattern in ("embed", "head", r"head\.weight"):
+        plan = resolve(Config(targets=["q"], train=[pattern]), tied())
+        assert [t.name for t in plan.trained] == ["embed.weight"]
+        assert plan.tied == (Tied(both, (), trained=True),)
+    with pytest.raises(MatchError, match=r"'embed\.weight' is the weight of the site 'head'"):
+        resolve(Config(targets=["head"], train=["embed"]), tied())
+
+
+# What else trains
+
+
+def test_train_names_parameters_or_whole_modules() -> None:
+    plan = resolve(Config(targets=["q_proj"], train=["norm", r"1\.norm\.bias", "mlp"]), tower())
+    assert [(t.name, t.shape, t.why) for t in plan.trained] == [
+        ("model.layers.0.mlp.up.weight", (16, 8), "train 3 ('mlp')"),
+        ("model.layers.0.mlp.down.weight", (8, 16), "train 3 ('mlp')"),
+        ("model.layers.1.mlp.up.weight", (16, 8), "train 3 ('mlp')"),
+        ("model.layers.1.mlp.down.weight", (8, 16), "train 3 ('mlp')"),
+        ("model.layers.0.norm.weight", (8,), "train 1 ('norm')"),
+        ("model.layers.0.norm.bias", (8,), "train 1 ('norm')"),
+        ("model.layers.1.norm.weight", (8,), "train 1 ('norm')"),
+        ("model.layers.1.norm.bias", (8,), "train 1 ('norm')"),
+    ]
+    assert plan.n_trained == 4 * 128 + 4 * 8
+    assert plan.n_trainable == plan.n_lora + plan.n_trained
+
+
+def test_train_knows_every_name_of_a_parameter() -> None:
+    names = inventory(
+        linear("q"),
+        others={"a.norm": "LayerNorm"},
+        parameters={"a.norm.weight": (8,)},
+        aliases={"b.norm.weight": "a.norm.weight"},
+    )
+    for pattern in ("a", r"b\.norm", r"b\.norm\.weight"):
+        assert [t.name for t in resolve(Config(train=[pattern]), names).trained] == [
+            "a.norm.weight"
+        ]
+
+
+def test_biases_of_adapted_modules_or_all() -> None:
+    adapted = resolve(Config(targets=["q_proj", r"k_proj\.weight"], bias="adapted"), tower())
+    assert [t.name for t in adapted.trained] == [
+        f"model.layers.{i}.attn.{n}_proj.bias" for i in range(2) for n in "qk"
+    ]
+    assert {t.why for t in adapted.trained} == {"bias: adapted"}
+    everything = resolve(Config(targets=["q_proj"], bias="all"), tower())
+    assert len(everything.trained) == 2 * (4 + 1)
+
+
+def test_biases_are_known_by_their_last_segment() -> None:
+    names = inventory(
+        linear("q"),
+        parameter("mha.in_proj_weight", 24, 8),
+        embedding("relative_attention_bias", 32, 8),
+        parameters={
+            "mha.in_proj_bias": (24,),
+            "mha.bias_k": (1, 1, 8),
+            "experts.up_bias": (4, 8),  # stacked, one row for each expert
+            "norm.biased": (8,),
+            "mha.out.bias": (8,),
+        },
+    )
+    plan = resolve(Config(targets=["in_proj_weight"], bias="adapted"), names)
+    assert [t.name for t in plan.trained] == ["mha.in_proj_bias"]
+    plan = resolve(Config(bias="all"), names)
+    assert [t.name for t in plan.trained] == ["mha.in_proj_bias", "experts.up_bias", "mha.out.bias"]
+
+
+def test_train_and_bias_name_a_tensor_once() -> None:
+    config = Config(targets=["q_proj"], train=[r"q_proj\.bias"], bias="all")
+    plan = resolve(config, tower())
+    assert len(plan.trained) == 10
+    assert {t.why for t in plan.trained if "q_proj" in t.name} == {"train 1 ('q_proj\\.bias')"}
+    assert {t.why for t in plan.trained if "q_proj" not in t.name} == {"bias: all"}
+
+
+def test_bitfit_needs_no_targets() -> None:
+    plan = resolve(Config(bias="all"), tower())
+    assert (plan.n_sites, plan.n_lora, plan.n_trainable) == (0, 0, 80)
+
+
+def test_expect_passes_when_the_counts_come_out() -> None:
+    counts = Expect(sites=4, lora=128, trainable=384)
+    config = Config(targets=["q_proj", "k_proj"], rank=2, train=["lm_head"], expect=counts)
+    assert resolve(config, tower()).n_trainable == 384
+
+
+# The plan
+
+
+def test_the_plan_prints_as_a_table() -> None:
+    config = Config(
+        rank=2,
+        targets=[
+            "[qk]_proj",
+            Rule(match="up", slices=["a", "b"], adapt=["b"], rank=4, scaling="rslora", dropout=0.1),
+            r"norm|embed\.weight",
+        ],
+        train=["lm_head"],
+        bias="adapted",
+    )
+    assert str(resolve(config, tower())) == (
+        "rule 1 '[qk]_proj': rank 2, scale 16/2, kaiming\n"
+        "  model.layers.{0..1}.attn.q_proj  x2  linear  8 -> 8  32 each  64\n"
+        "  model.layers.{0..1}.attn.k_proj  x2  linear  8 -> 8  32 each  64\n"
+        "rule 2 'up': rank 4, scale 16/sqrt(4), kaiming, dropout 0.1\n"
+        "  model.layers.{0..1}.mlp.up  x2  linear  8 -> 16 [b]  64 each  128\n"
+        "rule 3 'norm|embed\\.weight': rank 2, scale 16/2, kaiming\n"
+        "  model.embed.weight  x1  parameter  32 -> 8  80 each  80\n"
+        "train 1 ('lm_head'): trained in full\n"
+        "  lm_head.weight  x1  trained  32 x 8  256 each  256\n"
+        "bias: adapted: trained in full\n"
+        "  model.layers.{0..1}.attn.q_proj.bias  x2  trained  8  8 each  16\n"
+        "  model.layers.{0..1}.attn.k_proj.bias  x2  trained  8  8 each  16\n"
+        "skipped, LayerNorm: model.layers.{0..1}.norm\n"
+        "7 sites: 336 in A and B + 288 trained in full = 624 trainable, 38.2 % of 1,632; "
+        "0.0 MB in float32"
+    )
+
+
+def test_the_plan_prints_ties_notes_and_assumptions() -> None:
+    text = str(resolve(Config(targets=["embed", "head"]), tied()))
+    assert "tied: embed.weight = head.weight; adapted at embed and head, each with its own" in text
+    text = str(resolve(Config(targets=["head"]), tied()))
+    assert "tied: embed.weight = head.weight; adapted at head only\n" in text
+    text = str(resolve(Config(train=["head"]), tied()))
+    assert "tied: embed.weight = head.weight; trained under all its names\n" in text
+    half = inventory(linear("out", mount="weight", dtype="float16"))
+    text = str(resolve(Config(targets=["out"]), half))
+    assert "linear (weight)" in text
+    assert "\nnote: 1 weight-mounted sites over float16" in text
+    guessed = resolve(Config(targets=["q"]), Inventory.from_keys({"q.weight": (8, 8)}))
+    assert str(guessed).startswith("kinds are assumed from names and shapes\n")
+
+
+def test_the_plan_is_json() -> None:
+    config = Config(
+        targets=["q_proj", Rule(match="up", slices=["a", "b"], adapt=["b"]), "norm|embed"],
+        init={"normal": 0.02},
+        train=["lm_head"],
+    )
+    plan = resolve(config, tower())
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert Config.from_dict(data["config"]) == config
+    assert data == plan.to_dict()
+    assert len(data["sites"]) == data["n_sites"] == 5
+    assert sum(site["n_parameters"] for site in data["sites"]) == data["n_lora"] == plan.n_lora
+    assert data["sites"][2]["slices"] == {"sizes": {"a": 8, "b": 8}, "adapt": ["b"]}
+    assert data["sites"][0]["init"] == ["normal", 0.02]
+    assert data["trained"] == [
+        {"name": "lm_head.weight", "shape": [32, 8], "why": "train 1 ('lm_head')"}
+    ]
+    assert data["skipped"][0] == {"name": "model.layers.0.norm", "rule": 2, "reason": "LayerNorm"}
+
+
+def _expand(template: str) -> list[str]:
+    """`a.{0..2,5}.b` written out, independently of how it was made."""
+    parts: list[list[str]] = []
+    for piece in re.split(r"(\{[^}]*\})", template):
+        if not piece.startswith("{"):
+            parts.append([piece])
+            continue
+        numbers: list[str] = []
+        for run in piece[1:-1].split(","):
+            low, _, high = run.partition("..")
+            numbers += map(str, range(int(low), int(high or low) + 1))
+        parts.append(numbers)
+    return ["".join(choice) for choice in product(*parts)]
+
+
+segments = st.sampled_from(["0", "1", "2", "3", "10", "007", "q", "k"])
+
+
+@settings(deadline=None)
+@given(st.sets(st.lists(segments, min_size=1, max_size=4).map(".".join), max_size=30))
+def test_collapsed_names_stand_for_exactly_the_names(names: set[str]) -> None:
+    templates = matching_module._templates(sorted(names))
+    expanded = [name for template in templates for name in _expand(template)]
+    assert sorted(expanded) == sorted(names)
+    assert all(len(_expand(template)) == n for template, n in templates.items())
+
+
+def test_a_grid_of_experts_is_one_line() -> None:
+    names = [f"h.{i}.experts.{e}.up" for i in range(32) for e in range(8)]
+    assert matching_module._templates(names) == {"h.{0..31}.experts.{0..7}.up": 256}
+    assert matching_module._templates(["h.0.q", "h.1.q", "h.2.q", "h.5.q"]) == {"h.{0..2,5}.q": 4}
+    assert matching_module._templates(["h.3.q"]) == {"h.3.q": 1}
+
+
+# Any inventory, any rules
+
+leaf_patterns = st.sampled_from(
+    ["q", "k", "q|k", ".+", r"q\.weight", r".*\.weight", r"a\..*", r"b\.q", r"k(\.weight)?", "norm"]
+)
+
+
+@st.composite
+def inventories(draw: st.DrawFn) -> Inventory:
+    candidates: list[Candidate] = []
+    for name in draw(st.lists(st.sampled_from(["a.q", "a.k", "b.q", "b.k", "q"]), unique=True)):
+        aliases = (f"alias.{name}",) if draw(st.booleans()) else ()
+        candidates.append(linear(name, aliases=aliases))
+        if draw(st.booleans()):
+            candidates.append(dataclasses.replace(parameter(f"{name}.weight", 8, 8), owner=name))
+    return inventory(*candidates, others={"a": "container", "norm": "LayerNorm"})
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    inventories(),
+    st.lists(leaf_patterns, min_size=1, max_size=3),
+    st.lists(leaf_patterns, max_size=1),
+)
+def test_no_rules_ever_give_one_tensor_two_sites(
+    names: Inventory, patterns: Sequence[str], exclude: Sequence[str]
+) -> None:
+    try:
+        plan = resolve(Config(targets=patterns, exclude=exclude), names)
+    except MatchError:
+        return
+    weights = [site.weight for site in plan.sites]
+    assert len(set(weights)) == len(weights)
+    for site in plan.sites:
+        assert site.rule is not None
+        known = {site.name, *site.aliases}
+        hit_by = [i for i, p in enumerate(patterns) if any(map(match_end(p).match, known))]
+        assert site.rule in hit_by
+        assert not any(match_end(p).match(name) for p in exclude for name in known)
+
+
+# From a checkpoint's keys
+
+
+def kinds(names: Inventory) -> dict[str, tuple[str, int, int]]:
+    return {c.name: (c.kind, c.in_features, c.out_features) for c in names.candidates}
+
+
+def test_keys_of_gpt2_are_told_from_linear_layers_by_their_biases() -> None:
+    keys = {
+        "wte.weight": (50, 8),
+        "wpe.weight": (16, 8),
+        "h.0.ln_1.weight": (8,),
+        "h.0.ln_1.bias": (8,),
+        "h.0.attn.c_attn.weight": (8, 24),
+        "h.0.attn.c_attn.bias": (24,),
+        "h.0.attn.c_proj.weight": (8, 8),
+        "h.0.attn.c_proj.bias": (8,),
+    }
+    names = Inventory.from_keys(keys)
+    assert names.assumed
+    assert kinds(names) == {
+        "wte": ("embedding", 50, 8),
+        "wpe": ("embedding", 16, 8),
+        "h.0.attn.c_attn": ("conv1d", 8, 24),
+        "h.0.attn.c_proj": ("conv1d", 8, 8),  # square: the others decide
+    }
+    assert names.others == {
+        "h.0.ln_1.weight": "1-d tensor",
+        "h.0.ln_1.bias": "bias",
+        "h.0.attn.c_attn.bias": "bias",
+        "h.0.attn.c_proj.bias": "bias",
+        "h.0.ln_1": "no matrix",
+        "h.0.attn": "container",
+        "h.0": "container",
+        "h": "container",
+    }
+    rule = Rule(match="c_attn", slices=["q", "k", "v"], adapt=["q", "v"], rank=4)
+    plan = resolve(Config(targets=[rule]), names)
+    assert plan.n_lora == 4 * (8 + 8) * 2
+    assert plan.sites[0].transposed
+
+
+def test_keys_of_other_models() -> None:
+    keys = {
+        "model.embed_tokens.weight": (50, 8),
+        "model.layers.0.q_proj.weight": (16, 8),
+        "model.layers.0.q_proj.bias": (16,),
+        "model.layers.0.o_proj.weight": (8, 8),
+        "model.layers.0.o_proj.bias": (8,),
+        "model.layers.0.experts.gate_up": (4, 32, 8),
+        "model.layers.0.experts.up_bias": (4, 32),
+        "model.layers.0.scale": (),
+        "model.layers.0.empty.weight": (0, 8),
+        "patch.weight": (8, 3, 4, 4),
+        "table": (5, 8),
+    }
+    names = Inventory.from_keys(keys)
+    assert kinds(names) == {
+        "model.embed_tokens": ("embedding", 50, 8),
+        "model.layers.0.q_proj": ("linear", 8, 16),
+        "model.layers.0.o_proj": ("linear", 8, 8),
+        "model.layers.0.experts.gate_up": ("parameter", 8, 32),
+        "patch": ("conv", 48, 8),
+        "table": ("parameter", 8, 5),
+    }
+    by_name = {c.name: c for c in names.candidates}
+    assert by_name["model.layers.0.experts.gate_up"].needs_layout
+    assert by_name["model.layers.0.experts.gate_up"].experts == 4
+    assert by_name["model.layers.0.experts.gate_up"].owner == "model.layers.0.experts"
+    assert not by_name["table"].needs_layout
+    assert names.others["model.layers.0.experts.up_bias"] == "bias"
+    assert names.parameters == keys
+
+
+def test_names_as_deep_as_a_file_can_make_them() -> None:
+    deep = ".".join(["a"] * 3_000)
+    names = Inventory.from_keys({f"{deep}.weight": (8, 8), "b.weight": (8, 8)})
+    plan = resolve(Config(targets=["a"], exclude=["b"]), names)
+    assert site_names(plan) == [deep]
+
+
+def test_keys_with_wrapper_segments_keep_their_tensor_names() -> None:
+    names = Inventory.from_keys({"_orig_mod.h.q.weight": (8, 8), "_orig_mod.h.q.bias": (8,)})
+    plan = resolve(Config(targets=[r"^h\.q"], bias="adapted"), names)
+    assert (plan.sites[0].name, plan.sites[0].weight) == ("h.q", "_orig_mod.h.q.weight")
+    assert [t.name for t in plan.trained] == ["h.q.bias"]
+    with pytest.raises(MatchError, match="adapted and trained both"):
+        resolve(Config(targets=["q"], train=["h"]), names)
+
+
+# The room's own rules
+
+
+def test_config_and_matching_import_no_torch() -> None:
+    code = "import sys; import {}; print(any(m == 'torch' for m in sys.modules))"
+    package = "import types, pathlib; p = types.ModuleType('lora_inject'); "
+    package += f"p.__path__ = [{str(matching_module.__file__).rpartition('/')[0]!r}]; "
+    package += "import sys; sys.modules['lora_inject'] = p; "
+    for module, expected in (("lora_inject.matching", "False"), ("torch", "True")):
+        shown = subprocess.run(
+            [sys.executable, "-c", package + code.format(module)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert shown.stdout.strip() == expected
+
+
+def test_a_plan_of_a_175b_model_is_exact() -> None:
+    width, depth = 12288, 96
+    keys: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (50257, width)}
+    for i in range(depth):
+        keys[f"transformer.h.{i}.attn.c_attn.weight"] = (width, 3 * width)
+        keys[f"transformer.h.{i}.attn.c_attn.bias"] = (3 * width,)
+    rule = Rule(match=r"h\.\d+\.attn\.c_attn", slices=["q", "k", "v"], adapt=["q", "v"])
+    for rank, count in ((1, 4_718_592), (4, 18_874_368), (8, 37_748_736)):
+        config = Config(rank=rank, targets=[rule], expect=Expect(sites=96, lora=count))
+        plan = resolve(config, Inventory.from_keys(keys))
+        assert all(site.spans == ((0, width), (2 * width, 3 * width)) for site in plan.sites)
