@@ -1,0 +1,140 @@
+"""Adapters as files: one row of a table for each format.
+
+One idea: a format is a module with three functions: `write(state, path, **options)`,
+`read(path, **options)` and `detects(path)`. The table below is the only place that knows them all,
+so a new format is one file and one row.
+
+What is not here: models. These functions turn a value into files and back; `surgery` takes the
+value off a model and puts it on one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_inject.errors import FormatError, nearest
+from lora_inject.formats import loralib, native, peft
+from lora_inject.formats.fingerprint import compare, sample, sample_positions, unverifiable
+from lora_inject.formats.geometry import conform
+from lora_inject.state import AdapterState
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "compare",
+    "conform",
+    "read_adapter",
+    "sample",
+    "sample_positions",
+    "unverifiable",
+    "write_adapter",
+]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table.
+
+    Attributes:
+        about: What it is, in one line.
+        write: `write(state, path, *, overwrite=False, **options) -> Path`.
+        read: `read(path, **options) -> AdapterState`.
+        detects: `detects(path) -> bool`, by content; the first row that says yes reads.
+    """
+
+    about: str
+    write: Callable[..., Path]
+    read: Callable[..., AdapterState]
+    detects: Callable[[Path], bool]
+
+
+FORMATS = {
+    "peft": Format("directory of Hugging Face PEFT", peft.write, peft.read, peft.detects),
+    "native": Format("one safetensors file", native.write, native.read, native.detects),
+    "loralib": Format(
+        "state dict of microsoft/loralib", loralib.write, loralib.read, loralib.detects
+    ),
+}
+
+
+def write_adapter(
+    state: AdapterState,
+    path: str | os.PathLike[str],
+    format: str = "peft",  # noqa: A002
+    **options: Any,
+) -> Path:
+    """Write an adapter to files, in one step: all of it, or nothing.
+
+    Args:
+        state: The adapter.
+        path: Where to.
+        format: Name of a row of `FORMATS`.
+        options: `overwrite=True` replaces an adapter that is there; others are the format's own,
+            see its `write`.
+
+    Returns:
+        What was written, symbolic links resolved.
+
+    Raises:
+        FormatError: The format does not exist or cannot express the adapter, or the target must not
+            be replaced.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lora_inject.sites import SiteSpec
+        >>> from lora_inject.state import SiteState
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> state = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     back = read_adapter(write_adapter(state, f"{parent}/sql"))
+        >>> back.sites["fc"].scale
+        2.0
+    """
+    return _row(format, f"write adapter to '{path}'").write(state, Path(path), **options)
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    format: str | None = None,  # noqa: A002
+    **options: Any,
+) -> AdapterState:
+    """Read an adapter from files.
+
+    Args:
+        path: Where from.
+        format: Name of a row of `FORMATS`, or None: found from what is there.
+        options: The format's own, see its `read`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FormatError: There is no adapter, or it cannot be read right.
+    """
+    place, asked = Path(path), f"read adapter '{path}'"
+    if format is not None:
+        return _row(format, asked).read(place, **options)
+    if not place.exists():
+        raise FormatError(asked, "there is no such file or directory", "Check the path")
+    for row in FORMATS.values():
+        if row.detects(place):
+            return row.read(place, **options)
+    raise FormatError(
+        asked,
+        "it is an adapter in none of the known formats",
+        f"Give a PEFT directory or a file of one of: {', '.join(FORMATS)}",
+    )
+
+
+def _row(name: str, asked: str) -> Format:
+    if name not in FORMATS:
+        raise FormatError(
+            asked,
+            f"there is no format '{name}'",
+            f"Nearest: {', '.join(nearest(name, FORMATS) or FORMATS)}",
+        )
+    return FORMATS[name]

@@ -1,0 +1,100 @@
+"""Checks that every format makes before it writes, and after it read.
+
+One idea: a site's tensors must have the shapes and dtypes that its spec states, whoever made them.
+
+What is not here: values. NaN may be written and read, so that it can be looked at; merging it is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from lora_inject.errors import FormatError
+from lora_inject.formats.metadata import one_line
+from lora_inject.state import SiteState
+
+__all__ = ["FLOATS", "check_keys", "check_pair", "check_site"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_site(site: SiteState, asked: str) -> None:
+    """Refuse a site whose tensors do not fit its spec.
+
+    Args:
+        site: The site.
+        asked: What is being done, for the message.
+
+    Raises:
+        FormatError: A shape or dtype is wrong, or only one of A0 and B0 is there.
+    """
+    spec, where = site.spec, f"{asked}, site '{site.spec.name}'"
+    check_pair(site.A, site.B, spec.a_shape, spec.b_shape, where)
+    if site.A0 is None and site.B0 is None:
+        return
+    if site.A0 is None or site.B0 is None:
+        raise FormatError(where, "it has only one of A0 and B0", "Give both or neither")
+    check_pair(site.A0, site.B0, spec.a_shape, spec.b_shape, f"{where}, A0 and B0")
+    if site.A0.dtype != site.A.dtype:
+        raise FormatError(
+            where, f"A is {site.A.dtype} and A0 {site.A0.dtype}", "Give them one dtype"
+        )
+
+
+def check_pair(
+    a: Tensor, b: Tensor, a_shape: tuple[int, ...], b_shape: tuple[int, ...], where: str
+) -> None:
+    """Refuse a pair of other shapes than these, or that is not plain floating point."""
+    for name, tensor, shape in (("A", a, a_shape), ("B", b, b_shape)):
+        if tuple(tensor.shape) != shape:
+            raise FormatError(
+                where,
+                f"{name} has shape {tuple(tensor.shape)} where {shape} is due",
+                "The tensors and what is said about them do not belong together",
+            )
+    if a.dtype != b.dtype or a.dtype not in FLOATS:
+        raise FormatError(
+            where,
+            f"A is {a.dtype} and B {b.dtype}",
+            "Both must be of one of float16, bfloat16, float32 and float64",
+        )
+
+
+def check_keys(found: Iterable[str], due: Iterable[str], asked: str) -> None:
+    """Refuse a file whose tensors are not exactly the ones that are due.
+
+    Args:
+        found: Names in the file.
+        due: Names that must be there.
+        asked: The file, for the message.
+
+    Raises:
+        FormatError: A tensor is missing or unknown.
+    """
+    found, due = set(found), set(due)
+    missing, unknown = sorted(due - found), sorted(found - due)
+    if missing or unknown:
+        parts = [f"it lacks {one_line(missing)}"] if missing else []
+        parts += [f"it holds {one_line(unknown)}, which nothing accounts for"] if unknown else []
+        raise FormatError(asked, "; ".join(parts), "The file is incomplete or was edited")
+
+
+def check_no_clash(keys: Iterable[str], asked: str) -> None:
+    """Refuse two tensors of one name."""
+    twice = [key for key, count in Counter(keys).items() if count > 1]
+    if twice:
+        raise FormatError(
+            asked, f"two tensors would be called {one_line(twice)}", 'Use format="native"'
+        )
+
+
+def check_trained(trained: Mapping[str, object], asked: str) -> None:
+    """Refuse what cannot be stored as a full tensor."""
+    wrong = [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]
+    if wrong:
+        raise FormatError(asked, f"{one_line(wrong)} is no tensor", "Pass tensors only")

@@ -1,0 +1,137 @@
+"""Telling one base from another of the same shape, by a few of its values.
+
+One idea: sixteen values at evenly spaced places of each adapted weight say which base it is. They
+are compared to the precision of bfloat16, so the same base in another dtype passes and another base
+does not.
+
+What is not here: reading the values off a model (`surgery` does, it knows which tensors are plain),
+and what to do about a difference.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from lora_inject.state import Fingerprint
+
+__all__ = ["N_SAMPLES", "compare", "sample", "sample_positions", "unverifiable"]
+
+N_SAMPLES = 16
+
+# bfloat16 keeps 8 significant bits: rounding moves a value by at most 2**-8 of itself. The saved
+# and the found base may each have been rounded. The smallest step of float16 is 2**-24.
+_RELATIVE = 2.0**-7
+_ABSOLUTE = 2.0**-24
+
+
+def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, ...]:
+    """Flat positions of the values that are compared, evenly spaced, first and last included.
+
+    Args:
+        shape: Shape of the tensor.
+        n: How many positions at most, two or more.
+
+    Returns:
+        Increasing flat positions, all of them where there are no more than `n`.
+
+    Example:
+        >>> sample_positions((2, 2))
+        (0, 1, 2, 3)
+        >>> sample_positions((10, 10), n=4)
+        (0, 33, 66, 99)
+    """
+    numel = math.prod(shape)
+    if numel <= n:
+        return tuple(range(numel))
+    return tuple(i * (numel - 1) // (n - 1) for i in range(n))
+
+
+def sample(weight: Tensor) -> tuple[float, ...]:
+    """Values of a plain floating point tensor at its `sample_positions`, as float32.
+
+    Args:
+        weight: Any shape; never copied as a whole.
+
+    Returns:
+        Up to `N_SAMPLES` values.
+
+    Example:
+        >>> import torch
+        >>> sample(torch.arange(3.0))
+        (0.0, 1.0, 2.0)
+    """
+    detached, values = weight.detach(), []
+    for position in sample_positions(tuple(weight.shape)):
+        index, rest = [], position
+        for size in reversed(detached.shape):
+            rest, place = divmod(rest, size)
+            index.append(place)
+        values.append(float(detached[tuple(reversed(index))].float()))
+    return tuple(values)
+
+
+def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
+    """Compare the base that an adapter was made on with the base at hand.
+
+    Args:
+        saved: From the adapter's file.
+        found: From the model.
+
+    Returns:
+        Name of each weight that differs, and how. Empty: the same base, as far as the values reach
+        (see `unverifiable`).
+
+    Example:
+        >>> a = Fingerprint({"w": (2,)}, {"w": (1.0, 2.0)})
+        >>> b = Fingerprint({"w": (2,)}, {"w": (1.001, 2.0)})
+        >>> c = Fingerprint({"w": (2,)}, {"w": (1.5, 2.0)})
+        >>> compare(a, b), compare(a, c)
+        ({}, {'w': '1 of 2 sampled values differ, first 1.0 in the file and 1.5 here'})
+    """
+    differences = {}
+    for name, shape in saved.shapes.items():
+        if name not in found.shapes:
+            differences[name] = "is not in this model"
+        elif tuple(found.shapes[name]) != tuple(shape):
+            differences[name] = (
+                f"has shape {tuple(shape)} in the file and {found.shapes[name]} here"
+            )
+        elif name in saved.samples and name in found.samples:
+            difference = _values_differ(saved.samples[name], found.samples[name])
+            if difference:
+                differences[name] = difference
+    return differences
+
+
+def unverifiable(saved: Fingerprint, found: Fingerprint) -> tuple[str, ...]:
+    """Names of weights whose values cannot be compared, because they are quantised on either side.
+
+    Example:
+        >>> unverifiable(Fingerprint({"w": (2,)}, {}, ("w",)), Fingerprint({"w": (2,)}, {}))
+        ('w',)
+    """
+    return tuple(
+        name for name in saved.shapes if name not in saved.samples or name not in found.samples
+    )
+
+
+def _values_differ(saved: tuple[float, ...], found: tuple[float, ...]) -> str:
+    """How two lists of samples differ, or an empty text."""
+    if len(saved) != len(found):
+        return f"has {len(saved)} sampled values in the file and {len(found)} here"
+    wrong = [(a, b) for a, b in zip(saved, found, strict=True) if not _close(a, b)]
+    if not wrong:
+        return ""
+    a, b = wrong[0]
+    return (
+        f"{len(wrong)} of {len(saved)} sampled values differ, "
+        f"first {a!r} in the file and {b!r} here"
+    )
+
+
+def _close(a: float, b: float) -> bool:
+    if math.isfinite(a) and math.isfinite(b):
+        return abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE
+    return a == b or (math.isnan(a) and math.isnan(b))

@@ -1,0 +1,93 @@
+"""One safetensors file with the tensors as this package holds them.
+
+One idea: no other program has to understand it, so nothing is re-arranged and everything can be
+said: sites that PEFT has no words for (a MultiheadAttention's output projection, convolutions in
+groups, parameters of the root) are saved by the same call.
+
+Keys: `A/SITE`, `B/SITE`, `A0/SITE`, `B0/SITE`, `trained/NAME`. The numbers are in the metadata.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_inject.errors import FormatError
+from lora_inject.formats import metadata as words
+from lora_inject.formats.checks import check_keys, check_site, check_trained
+from lora_inject.formats.files import write_file
+from lora_inject.formats.tensors import read_header, read_tensors, serialise
+from lora_inject.state import AdapterState, SiteState
+
+__all__ = ["detects", "read", "write"]
+
+
+def detects(path: Path) -> bool:
+    """Whether a path is such a file."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    return words.is_native(read_header(path)[1], "native")
+
+
+def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
+    """Write an adapter as one file.
+
+    Args:
+        state: The adapter.
+        path: The file, ending in `.safetensors`.
+        overwrite: Replace a file that is there already.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        FormatError: The state is inconsistent, or the target must not be replaced.
+    """
+    asked = f"write adapter to '{path}'"
+    if Path(path).suffix != ".safetensors":
+        raise FormatError(asked, "its name does not end in .safetensors", "Name it so")
+    check_trained(state.trained, asked)
+    tensors: dict[str, Tensor] = {}
+    for name, site in state.sites.items():
+        check_site(site, asked)
+        tensors.update(_named(name, site))
+    tensors.update((f"trained/{name}", tensor) for name, tensor in state.trained.items())
+    content = serialise(tensors, words.describe(state, "native"))
+    return write_file(path, content, overwrite=overwrite)
+
+
+def read(path: Path) -> AdapterState:
+    """Read what `write` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The adapter, tensors bit for bit.
+
+    Raises:
+        FormatError: The file is damaged, incomplete or was edited.
+    """
+    asked = f"read adapter '{path}'"
+    tensors, text = read_tensors(path)
+    if not words.is_native(text, "native"):
+        raise FormatError(asked, "it is no file of this format", "Leave format out")
+    described = words.parse(text, asked)
+    due = {f"trained/{name}" for name in described.trained}
+    for name in described.specs:
+        parts = ("A", "B", "A0", "B0") if name in described.derived else ("A", "B")
+        due |= {f"{part}/{name}" for part in parts}
+    check_keys(tensors, due, asked)
+    sites = {}
+    for name, spec in described.specs.items():
+        pair = tensors[f"A/{name}"], tensors[f"B/{name}"]
+        sites[name] = SiteState(spec, *pair, tensors.get(f"A0/{name}"), tensors.get(f"B0/{name}"))
+        check_site(sites[name], asked)
+    trained = {name: tensors[f"trained/{name}"] for name in described.trained}
+    return AdapterState(sites, trained, described.config, described.fingerprint)
+
+
+def _named(name: str, site: SiteState) -> dict[str, Tensor]:
+    parts = {"A": site.A, "B": site.B, "A0": site.A0, "B0": site.B0}
+    return {f"{part}/{name}": t for part, t in parts.items() if t is not None}

@@ -1,0 +1,80 @@
+"""The fingerprint: the same base in another dtype passes, another base does not."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_inject.formats import compare, sample, sample_positions, unverifiable
+from lora_inject.state import Fingerprint
+
+
+@given(st.lists(st.integers(0, 9), max_size=4))
+def test_positions_are_distinct_ends_included(shape: list[int]) -> None:
+    positions, numel = sample_positions(tuple(shape)), math.prod(shape)
+    assert len(positions) == min(numel, 16)
+    assert list(positions) == sorted(set(positions))
+    if numel:
+        assert (positions[0], positions[-1]) == (0, numel - 1)
+        gaps = [b - a for a, b in pairwise(positions)]
+        assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (40,), (7, 9), (3, 4, 5)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_samples_are_the_values_at_the_positions(shape: tuple[int, ...], transposed: bool) -> None:
+    weight = torch.randn(shape)
+    weight = weight.mT if transposed and weight.ndim > 1 else weight
+    due = [float(weight.flatten()[p]) for p in sample_positions(tuple(weight.shape))]
+    assert list(sample(weight)) == due
+
+
+def fingerprint_of(weight: torch.Tensor) -> Fingerprint:
+    return Fingerprint({"w": tuple(weight.shape)}, {"w": sample(weight)})
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("second", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-6, 0.02, 10.0])
+def test_the_same_base_in_another_dtype(
+    first: torch.dtype, second: torch.dtype, scale: float
+) -> None:
+    weight = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
+    assert compare(fingerprint_of(weight.to(first)), fingerprint_of(weight.to(second))) == {}
+
+
+def test_another_base_and_a_slightly_other_base() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(30, 30) * 0.02
+    assert (
+        "16 of 16"
+        in compare(fingerprint_of(weight), fingerprint_of(torch.randn(30, 30) * 0.02))["w"]
+    )
+    assert compare(fingerprint_of(weight), fingerprint_of(weight * 1.02)) != {}
+
+
+def test_other_shapes_names_and_values() -> None:
+    one = Fingerprint({"w": (2, 3)}, {})
+    assert (
+        "has shape (2, 3) in the file and (3, 2) here"
+        in compare(one, Fingerprint({"w": (3, 2)}, {}))["w"]
+    )
+    assert compare(one, Fingerprint({}, {}))["w"] == "is not in this model"
+    nan = Fingerprint({"w": (1,)}, {"w": (math.nan,)})
+    zero = Fingerprint({"w": (1,)}, {"w": (0.0,)})
+    assert compare(nan, nan) == {}
+    assert compare(nan, zero) != {}
+    assert compare(Fingerprint({"w": (1,)}, {"w": ()}), zero) != {}
+
+
+def test_quantised_weights_are_named_not_compared() -> None:
+    plain = Fingerprint({"w": (1,), "v": (1,)}, {"w": (1.0,), "v": (1.0,)})
+    packed = Fingerprint({"w": (1,), "v": (1,)}, {"v": (1.0,)}, ("w",))
+    for pair in ((plain, packed), (packed, plain)):
+        assert unverifiable(*pair) == ("w",)
+        assert compare(*pair) == {}

@@ -1,0 +1,599 @@
+"""Files that are damaged, contradictory or meant to do harm: an error, at once, that says what."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_formats_support import FINGERPRINT, KIND_SPECS, make_site, make_state
+
+from lora_inject.errors import FormatError
+from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.formats.tensors import read_header, read_tensors
+from lora_inject.state import AdapterState
+
+CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+P = "base_model.model."
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    """A file of this package: a plain site, a fused one, a trained tensor."""
+    sites = {
+        "h.0.fc": make_site(KIND_SPECS["linear"]),
+        "h.0.qkv": make_site(KIND_SPECS["slices"], derived=True),
+    }
+    state = AdapterState(sites, {"ln.weight": torch.ones(3)}, {"rank": 2}, FINGERPRINT)
+    return write_adapter(state, tmp_path / "ours")
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """The least that PEFT writes."""
+    path = tmp_path / "foreign"
+    path.mkdir()
+    write_foreign(path, pair("fc"))
+    return path
+
+
+def pair(name: str, rank: int = 2) -> dict[str, torch.Tensor]:
+    return {
+        f"{P}{name}.lora_A.weight": torch.ones(rank, 4),
+        f"{P}{name}.lora_B.weight": torch.ones(6, rank),
+    }
+
+
+def write_foreign(path: Path, tensors: dict[str, torch.Tensor], **config: Any) -> None:
+    save_file(tensors, path / MODEL)
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc"], **config}
+    (path / CONFIG).write_text(json.dumps({k: v for k, v in plain.items() if v != "absent"}))
+
+
+def edit_config(path: Path, **changes: Any) -> None:
+    config = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    write_header(path, json.dumps(header), data[8 + length :])
+
+
+def write_header(path: Path, text: str, body: bytes) -> None:
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % 8)
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + body)
+
+
+# Contradictions ---------------------------------------------------------------------------------
+
+
+def test_alpha_in_the_config_differs_from_the_metadata(ours: Path) -> None:
+    edit_config(ours, lora_alpha=64, alpha_pattern={})
+    with pytest.raises(FormatError) as caught:
+        read_adapter(ours)
+    message = str(caught.value)
+    assert "'h.0.fc'" in message
+    assert "adapter_config.json says alpha 64 (scale 32)" in message
+    assert "metadata of adapter_model.safetensors says alpha 4 (scale 2)" in message
+    assert 'prefer="metadata"' in message
+    assert 'prefer="config"' in message
+    assert read_adapter(ours, prefer="metadata").sites["h.0.fc"].scale == 2.0
+    assert read_adapter(ours, prefer="config").sites["h.0.fc"].scale == 32.0
+
+
+@pytest.mark.parametrize("change", [{"r": 3}, {"use_rslora": True}, {"rank_pattern": {"fc": 7}}])
+def test_other_contradictions(change: dict[str, Any], ours: Path) -> None:
+    edit_config(ours, **change)
+    with pytest.raises(FormatError, match="the metadata of"):
+        read_adapter(ours)
+
+
+def test_values_outside_the_slices_are_not_dropped(ours: Path) -> None:
+    tensors, metadata = read_tensors(ours / MODEL)
+    tensors[f"{P}h.0.qkv.lora_B.weight"][4, 0] = 1e-30
+    save_file(tensors, ours / MODEL, metadata)
+    with pytest.raises(
+        FormatError, match=r"1 values of B lie outside the adapted slices \['q', 'v'\]"
+    ):
+        read_adapter(ours)
+    assert read_adapter(ours, prefer="config").sites["h.0.qkv"].B[4, 0] == torch.tensor(1e-30)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.pop(f"{P}h.0.fc.lora_A.weight"),
+        lambda t: t.pop(f"{P}ln.weight"),
+        lambda t: t.update(stray=torch.ones(1)),
+        lambda t: t.update({f"{P}h.0.fc.lora_A.weight": torch.ones(3, 5)}),
+        lambda t: t.update({f"{P}h.0.fc.lora_A.weight": torch.ones(2, 5, dtype=torch.int32)}),
+    ],
+)
+def test_missing_extra_and_misshapen_tensors_of_ours(
+    change: Callable[[dict[str, torch.Tensor]], None], ours: Path
+) -> None:
+    tensors, metadata = read_tensors(ours / MODEL)
+    change(tensors)
+    save_file(tensors, ours / MODEL, metadata)
+    with pytest.raises(FormatError):
+        read_adapter(ours)
+
+
+def test_metadata_of_a_newer_version_is_refused(ours: Path) -> None:
+    edit_header(
+        ours / MODEL, lambda h: h["__metadata__"].update({"lora_inject.format_version": "2"})
+    )
+    with pytest.raises(FormatError, match="newer"):
+        read_adapter(ours)
+
+
+def test_edited_metadata_is_an_error_or_the_same_adapter(ours: Path) -> None:
+    """A thousand random edits of the JSON: never another exception than FormatError."""
+    metadata = read_header(ours / MODEL)[1]
+    chooser = random.Random(0)
+    strange = [
+        None,
+        True,
+        -1,
+        0,
+        2**70,
+        10**400,
+        1.5,
+        "x",
+        [],
+        {},
+        [[]],
+        {"a": 1},
+        "rslora",
+        ["normal", 1],
+    ]
+
+    def spots(node: Any) -> list[tuple[Any, Any]]:
+        keys = (
+            node.keys()
+            if isinstance(node, dict)
+            else range(len(node))
+            if isinstance(node, list)
+            else ()
+        )
+        return [(node, key) for key in keys] + [s for key in keys for s in spots(node[key])]
+
+    n_errors = 0
+    for _ in range(1000):
+        part = chooser.choice(
+            [f"lora_inject.{p}" for p in ("sites", "trained", "fingerprint", "config")]
+        )
+        root = [json.loads(metadata[part])]
+        node, key = chooser.choice(spots(root))
+        node[key] = chooser.choice(strange)
+        edit_header(
+            ours / MODEL, lambda h, p=part, r=root: h["__metadata__"].update({p: json.dumps(r[0])})
+        )
+        try:
+            read_adapter(ours)
+        except FormatError:
+            n_errors += 1
+        edit_header(ours / MODEL, lambda h: h["__metadata__"].update(metadata))
+    assert n_errors > 500
+
+
+# Damage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [CONFIG, MODEL])
+def test_cut_off_files(name: str, ours: Path) -> None:
+    whole = (ours / name).read_bytes()
+    for length in {0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 3}:
+        (ours / name).write_bytes(whole[:length])
+        with pytest.raises(FormatError):
+            read_adapter(ours)
+
+
+def test_random_bytes_are_an_error_or_harmless(ours: Path) -> None:
+    whole, chooser = bytearray((ours / MODEL).read_bytes()), random.Random(1)
+    header = struct.unpack("<Q", whole[:8])[0] + 8
+    n_errors = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[chooser.randrange(header)] = chooser.randrange(256)
+        (ours / MODEL).write_bytes(damaged)
+        try:
+            read_adapter(ours)
+        except FormatError:
+            n_errors += 1
+    assert n_errors > 150
+
+
+def test_duplicate_tensor_names_are_refused(foreign: Path) -> None:
+    data = (foreign / MODEL).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    text = data[8 : 8 + length].decode().rstrip()
+    entry = text[text.index(f'"{P}fc.lora_A') : text.index("}", text.index("lora_A")) + 1]
+    write_header(foreign / MODEL, f"{text[:-1]},{entry}}}", data[8 + length :])
+    with pytest.raises(FormatError, match="appears twice"):
+        read_adapter(foreign)
+
+
+def test_duplicate_config_keys_are_refused(foreign: Path) -> None:
+    text = (foreign / CONFIG).read_text()
+    (foreign / CONFIG).write_text(text[:-1] + ', "lora_alpha": 400}')
+    with pytest.raises(FormatError, match="'lora_alpha' appears twice"):
+        read_adapter(foreign)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "null", "{", '{"r": NaN}', "[" * 100_000, '{"r": ' + "9" * 5000 + "}", "\xff", '"LORA"'],
+)
+def test_configs_that_are_none(text: str, foreign: Path) -> None:
+    (foreign / CONFIG).write_text(text, encoding="latin-1")
+    with pytest.raises(FormatError):
+        read_adapter(foreign)
+
+
+def test_metadata_that_is_not_text(foreign: Path) -> None:
+    edit_header(foreign / MODEL, lambda h: h.update(__metadata__={"a": 1}))
+    with pytest.raises(FormatError, match="not text"):
+        read_adapter(foreign)
+
+
+def test_a_header_that_claims_to_be_huge(foreign: Path) -> None:
+    data = (foreign / MODEL).read_bytes()
+    (foreign / MODEL).write_bytes(struct.pack("<Q", 2**62) + data[8:])
+    with pytest.raises(FormatError, match="cut off"):
+        read_adapter(foreign)
+
+
+def test_a_tensor_of_no_elements_and_huge_shape(foreign: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        header[f"{P}fc.lora_A.weight"]["shape"] = [0, 2**62]
+        header[f"{P}fc.lora_A.weight"]["data_offsets"] = [0, 0]
+        header[f"{P}fc.lora_B.weight"]["data_offsets"] = [0, 48]
+
+    edit_header(foreign / MODEL, change)
+    data = (foreign / MODEL).read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    (foreign / MODEL).write_bytes(data[: 8 + length + 48])
+    with pytest.raises(FormatError, match="no low-rank pair"):
+        read_adapter(foreign)
+
+
+# Foreign configs --------------------------------------------------------------------------------
+
+BOMB = "(([a-z_.0-9])+)+X"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": BOMB},
+        {"exclude_modules": BOMB, "layers_pattern": [BOMB]},
+        {"layers_to_transform": [0]},
+        {"auto_mapping": {"parent_library": "os", "base_model_class": "system"}},
+        {"some_new_field": None, "another": False, "third": {}},
+        {"rank_pattern": {"nothing": 4}},
+    ],
+)
+def test_claims_that_are_not_needed_are_not_used(change: dict[str, Any], foreign: Path) -> None:
+    edit_config(foreign, **change)
+    start = time.perf_counter()
+    assert read_adapter(foreign).sites["fc"].scale == 2.0
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("key", [BOMB, "a|b", r"\d+", "q[kv]", "x*", "(x)", "a?", "x{2}", "\\"])
+def test_patterns_are_never_run(key: str, field: str, foreign: Path) -> None:
+    edit_config(foreign, **{field: {key: 4}})
+    start = time.perf_counter()
+    with pytest.raises(FormatError, match="regular expression"):
+        read_adapter(foreign)
+    assert time.perf_counter() - start < 2
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "alpha absent": ({"lora_alpha": "absent"}, "'lora_alpha' is missing"),
+    "alpha null": ({"lora_alpha": None}, "'lora_alpha' is missing"),
+    "alpha zero": ({"lora_alpha": 0}, "above 0"),
+    "alpha text": ({"lora_alpha": "8"}, "above 0"),
+    "alpha true": ({"lora_alpha": True}, "above 0"),
+    "alpha huge": ({"lora_alpha": 10**400}, "above 0"),
+    "rank differs": ({"r": 3}, "rank 2, adapter_config.json says 3"),
+    "rank huge": ({"r": 10**9}, "rank 2"),
+    "rank negative": ({"r": -1}, "'r' is not"),
+    "rank pattern text": ({"rank_pattern": {"fc": "8"}}, "impossible value"),
+    "pattern list": ({"alpha_pattern": ["fc"]}, "not a table"),
+    "dropout": ({"lora_dropout": 1.0}, "lora_dropout"),
+    "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
+    "rslora list": ({"use_rslora": []}, "use_rslora"),
+    "bias": ({"bias": "some"}, "'bias' is none of"),
+    "modules": ({"modules_to_save": "head"}, "not a list"),
+    "other method": ({"peft_type": "LOHA"}, "'LOHA', not 'LORA'"),
+    "no method": ({"peft_type": None}, "not 'LORA'"),
+    "dora": ({"use_dora": True}, "DoRA"),
+    "dora before alpha": ({"use_dora": True, "lora_alpha": None, "r": "x"}, "DoRA"),
+    "qalora": ({"use_qalora": True}, "QALoRA"),
+    "lora_bias": ({"lora_bias": True}, "bias on lora_B"),
+    "alora": ({"alora_invocation_tokens": [1]}, "aLoRA"),
+    "replication": ({"layer_replication": [[0, 1]]}, "replicated"),
+    "tokens": ({"trainable_token_indices": [1]}, "rows of an embedding"),
+    "megatron": ({"megatron_config": {"a": 1}}, "Megatron"),
+    "unknown": ({"some_new_field": 3}, "'some_new_field'"),
+    **{
+        f"init {init}": ({"init_lora_weights": init}, "init_lora_weights")
+        for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", ["x"])
+    },
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_foreign_configs_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    change, words = REFUSED[case]
+    write_foreign(tmp_path, pair("fc"), **change)
+    with pytest.raises(FormatError, match=words):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_inits_that_leave_the_base_alone(init: Any, foreign: Path) -> None:
+    edit_config(foreign, init_lora_weights=init)
+    assert list(read_adapter(foreign).sites) == ["fc"]
+
+
+def test_what_is_let_through_is_named(foreign: Path) -> None:
+    edit_config(foreign, init_lora_weights="pissa", some_new_field=3)
+    allowed = read_adapter(foreign, allow=["init_lora_weights", "some_new_field"])
+    assert list(allowed.sites) == ["fc"]
+    edit_config(foreign, use_dora=True)
+    with pytest.raises(FormatError, match="DoRA"):
+        read_adapter(foreign, allow=["use_dora"])
+
+
+KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "no B": ({f"{P}fc.lora_A.weight": torch.ones(2, 4)}, "'fc': its B is missing"),
+    "no A": ({f"{P}fc.lora_B.weight": torch.ones(6, 2)}, "'fc': its A is missing"),
+    "mixed prefix": ({**pair("fc"), "x.weight": torch.ones(1)}, "does not begin with"),
+    "ranks differ": (
+        {f"{P}fc.lora_A.weight": torch.ones(3, 4), f"{P}fc.lora_B.weight": torch.ones(6, 2)},
+        "the ranks differ",
+    ),
+    "one dimension": (
+        {f"{P}fc.lora_A.weight": torch.ones(2), f"{P}fc.lora_B.weight": torch.ones(6, 2)},
+        "no low-rank pair",
+    ),
+    "dtypes differ": (
+        {f"{P}fc.lora_A.weight": torch.ones(2, 4).half(), f"{P}fc.lora_B.weight": torch.ones(6, 2)},
+        "torch.float16 and B torch.float32",
+    ),
+    "whole numbers": (
+        {
+            f"{P}fc.lora_A.weight": torch.ones(2, 4).int(),
+            f"{P}fc.lora_B.weight": torch.ones(6, 2).int(),
+        },
+        "must be of one of",
+    ),
+    "magnitude": ({**pair("fc"), f"{P}fc.lora_magnitude_vector": torch.ones(6)}, "DoRA"),
+    "magnitude.weight": (
+        {**pair("fc"), f"{P}fc.lora_magnitude_vector.weight": torch.ones(6)},
+        "DoRA",
+    ),
+    "tokens": (
+        {**pair("fc"), f"{P}e.token_adapter.trainable_tokens_delta": torch.ones(2, 2)},
+        "rows of an embedding",
+    ),
+    "B bias": ({**pair("fc"), f"{P}fc.lora_B.bias": torch.ones(6)}, "bias of lora_B"),
+    "unknown lora": ({**pair("fc"), f"{P}fc.lora_C.weight": torch.ones(6)}, "no known kind"),
+    "twice": (
+        {**pair("fc"), f"{P}fc.lora_A.default.weight": torch.ones(2, 4)},
+        "a second time",
+    ),
+    "trained and adapted": (
+        {**pair("fc"), f"{P}fc.weight": torch.ones(6, 4)},
+        "has a site as well",
+    ),
+    "grouped conv": (
+        {f"{P}c.lora_A.weight": torch.ones(4, 4, 3), f"{P}c.lora_B.weight": torch.ones(6, 2, 1)},
+        "grouped convolutions",
+    ),
+    "stray level": (
+        {
+            f"{P}fc.base_layer.{n}.weight": t
+            for n, t in (("lora_A", torch.ones(2, 4)), ("lora_B", torch.ones(6, 2)))
+        },
+        "no name for them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_foreign_keys_are_strict(case: str, tmp_path: Path) -> None:
+    tensors, words = KEYS[case]
+    write_foreign(tmp_path, tensors)
+    with pytest.raises(FormatError, match=words):
+        read_adapter(tmp_path)
+
+
+def test_the_config_of_peft_0_12(foreign: Path) -> None:
+    """As it wrote it: fewer fields, targets as a list, no version."""
+    old = {
+        "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": "org/base",
+        "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
+        "loftq_config": {}, "lora_alpha": 16, "lora_dropout": 0.1, "megatron_config": None,
+        "megatron_core": "megatron.core", "modules_to_save": None, "peft_type": "LORA", "r": 2,
+        "rank_pattern": {}, "revision": "main", "target_modules": ["fc"], "task_type": "CAUSAL_LM",
+        "use_dora": False, "use_rslora": True,
+    }  # fmt: skip
+    (foreign / CONFIG).write_text(json.dumps(old))
+    spec = read_adapter(foreign).sites["fc"].spec
+    assert (spec.rank, spec.dropout) == (2, 0.1)
+    assert spec.scale == pytest.approx(16 / 2**0.5, rel=1e-15)
+
+
+def test_a_module_called_lora_in_may_be_trained(tmp_path: Path) -> None:
+    tensors = {**pair("fc"), f"{P}lora_in.weight": torch.ones(2, 2)}
+    write_foreign(tmp_path, tensors, modules_to_save=["lora_in"])
+    assert list(read_adapter(tmp_path).trained) == ["lora_in.weight"]
+
+
+def test_keys_without_prefix_and_with_adapter_name(tmp_path: Path) -> None:
+    a, b = torch.ones(2, 4), torch.ones(6, 2)
+    for keys in (
+        ("fc.lora_A.weight", "fc.lora_B.weight"),
+        (f"{P}fc.lora_A.default.weight", f"{P}fc.lora_B.default.weight"),
+    ):
+        write_foreign(tmp_path, dict(zip(keys, (a, b), strict=True)))
+        assert list(read_adapter(tmp_path).sites) == ["fc"]
+
+
+# Experts of others ------------------------------------------------------------------------------
+
+
+def experts(tmp_path: Path, **config: Any) -> Path:
+    """Two parameters of one module, of PEFT's ranks and order."""
+    e, r = 3, 2
+    tensors = {
+        f"{P}moe.base_layer.lora_A.weight": torch.randn(e * r, 4),
+        f"{P}moe.base_layer.lora_B.weight": torch.randn(10, r * e),
+        f"{P}moe.lora_A.weight": torch.randn(e * r, 5),
+        f"{P}moe.lora_B.weight": torch.randn(4, r * e),
+    }
+    write_foreign(tmp_path, tensors, target_parameters=["moe.down", "moe.up"], **config)
+    return tmp_path
+
+
+def test_two_parameters_need_the_models_names(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="tensor_names"):
+        read_adapter(experts(tmp_path))
+    found = read_adapter(tmp_path, tensor_names=["moe.up", "moe.other", "moe.down"]).sites
+    assert {n: s.spec.weight_shape for n, s in found.items()} == {
+        "moe.up": (3, 10, 4),
+        "moe.down": (3, 4, 5),
+    }
+    found = read_adapter(tmp_path, tensor_names=["moe.down", "moe.up"]).sites
+    assert {n: s.spec.weight_shape for n, s in found.items()} == {
+        "moe.down": (3, 10, 4),
+        "moe.up": (3, 4, 5),
+    }
+
+
+def test_experts_until_peft_0_18_are_marked(tmp_path: Path) -> None:
+    path = experts(tmp_path, peft_version="0.18.1")
+    spec = read_adapter(path, tensor_names=["moe.up", "moe.down"]).sites["moe.up"].spec
+    assert (spec.transposed, spec.weight_shape) == (True, (3, 4, 10))
+
+
+def test_columns_ordered_by_expert(tmp_path: Path) -> None:
+    path, names = experts(tmp_path), ["moe.up", "moe.down"]
+    by_rank = read_adapter(path, tensor_names=names).sites["moe.up"].B
+    by_expert = read_adapter(path, tensor_names=names, expert_major=True).sites["moe.up"].B
+    columns = read_tensors(path / MODEL)[0][f"{P}moe.base_layer.lora_B.weight"]
+    assert torch.equal(by_rank[1, :, 0], columns[:, 1])
+    assert torch.equal(by_expert[1, :, 0], columns[:, 2])
+
+
+def test_experts_of_another_rank(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="multiple of the rank 4"):
+        read_adapter(experts(tmp_path, r=4), tensor_names=["moe.up", "moe.down"])
+
+
+# Places -----------------------------------------------------------------------------------------
+
+
+def test_the_parent_of_a_named_adapter(foreign: Path, tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    shutil.copytree(foreign, parent / "sql")
+    with pytest.raises(FormatError, match="in its subfolders 'sql'"):
+        read_adapter(parent)
+    assert list(read_adapter(parent / "sql").sites) == ["fc"]
+
+
+def test_a_directory_without_its_config(foreign: Path) -> None:
+    (foreign / CONFIG).unlink()
+    with pytest.raises(FormatError, match=r"there is no adapter_config\.json in it"):
+        read_adapter(foreign)
+
+
+def test_a_pickle_is_refused_with_what_to_do(foreign: Path) -> None:
+    (foreign / MODEL).rename(foreign / "adapter_model.bin")
+    with pytest.raises(FormatError, match="save it again"):
+        read_adapter(foreign)
+
+
+@pytest.mark.parametrize("name", ["nothing", "file.txt", "empty"])
+def test_no_adapter_at_all(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FormatError):
+        read_adapter(tmp_path / name)
+    with pytest.raises(FormatError):
+        read_adapter(tmp_path / name, format="peft")
+
+
+def test_unknown_formats_and_choices(foreign: Path) -> None:
+    with pytest.raises(FormatError, match="Nearest: peft"):
+        read_adapter(foreign, format="pfet")
+    with pytest.raises(FormatError, match="Give 'metadata', 'config' or None"):
+        read_adapter(foreign, prefer="config.json")
+    with pytest.raises(FormatError, match="Leave prefer out"):
+        read_adapter(foreign, prefer="metadata")
+
+
+# What cannot be written -------------------------------------------------------------------------
+
+
+def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    import dataclasses
+
+    linear, table = KIND_SPECS["linear"], KIND_SPECS["parameter"]
+    cases = {
+        "root": [dataclasses.replace(linear, name="")],
+        "of kind 'mystery'": [dataclasses.replace(linear, kind="mystery")],
+        "whose weight is read": [dataclasses.replace(linear, mount="weight")],
+        "beside Conv1D": [KIND_SPECS["conv1d"], table],
+        "a module and a parameter of it": [
+            linear,
+            dataclasses.replace(table, name="h.0.fc.weight"),
+        ],
+        "root module or a parameter of it": [dataclasses.replace(table, name="table")],
+        "4 dimensions": [dataclasses.replace(table, weight_shape=(7, 5, 1, 1))],
+    }
+    for words, specs in cases.items():
+        with pytest.raises(FormatError, match=words):
+            write_adapter(make_state(*specs), tmp_path / "a")
+    up, down = KIND_SPECS["experts"], dataclasses.replace(KIND_SPECS["experts"], name="moe.down")
+    with pytest.raises(FormatError, match="order of the model"):
+        write_adapter(make_state(down, up), tmp_path / "a", tensor_names=["moe.up", "moe.down"])
+    site = make_site(linear)
+    with pytest.raises(FormatError, match=r"A has shape \(2, 4\)"):
+        write_adapter(
+            AdapterState({"h.0.fc": dataclasses.replace(site, A=torch.ones(2, 4))}), tmp_path / "a"
+        )
+    with pytest.raises(FormatError, match="only one of A0 and B0"):
+        write_adapter(
+            AdapterState({"h.0.fc": dataclasses.replace(site, A0=site.A)}), tmp_path / "a"
+        )
+    with pytest.raises(FormatError, match="not plain data"):
+        write_adapter(
+            dataclasses.replace(make_state(linear), config={"x": object()}), tmp_path / "a"
+        )
+    with pytest.raises(FormatError, match="meta device"):
+        write_adapter(
+            make_state(linear, trained={"x": torch.ones(1, device="meta")}), tmp_path / "a"
+        )
+    assert not list(tmp_path.iterdir())

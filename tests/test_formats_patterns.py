@@ -1,0 +1,187 @@
+"""PEFT's name patterns: the same sites as PEFT's own regular expression, without running one."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_inject.errors import FormatError
+from lora_inject.formats.patterns import compile_key, lookup, pattern_keys
+from lora_inject.formats.peft_modules import bias_setting, target_modules, whole_modules
+
+NAMES = [
+    "lin",
+    "xlin",
+    "a.lin",
+    "a.b.lin",
+    "a.bxlin",
+    "a-b",
+    "a.l+n",
+    "lin.a",
+    "a.b",
+    "aXb",
+    "x.aXb",
+    "^lin",
+]
+KEYS = [
+    "lin",
+    r"a\.lin",
+    "a.lin",
+    "^lin",
+    r"^a\.lin$",
+    r".*\.lin",
+    ".*lin",
+    r"(.*\.)?lin",
+    "lin$",
+    r"a\.l\+n",
+    "a-b",
+    r"a\-b",
+    "a.b",
+    r"a\.b",
+    "b.lin",
+    r"\^lin",
+    r"^\^lin",
+    "...",
+    "",
+    "^",
+]
+
+
+def peft_takes(key: str, name: str) -> bool:
+    """The line of PEFT, peft/utils/other.py."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_key_hits_what_it_hits_in_peft(key: str, name: str) -> None:
+    assert compile_key(key).hits(name) == peft_takes(key, name)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "a|b",
+        "a*",
+        "a+",
+        "[ab]",
+        "(ab)",
+        r"\d",
+        r"\w",
+        r"\1",
+        "a{2}",
+        "a?",
+        "a\\",
+        ".*a.*",
+        "a$b",
+        "b^",
+    ],
+)
+def test_other_expressions_are_refused(key: str) -> None:
+    with pytest.raises(FormatError, match="regular expression"):
+        compile_key(key)
+
+
+components = st.text("ab.+x0", min_size=1, max_size=5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(components, st.integers(1, 3), min_size=1, max_size=6), st.integers(1, 3))
+def test_written_tables_give_each_site_its_value_in_any_order(
+    values: dict[str, int], default: int
+) -> None:
+    keys = pattern_keys(values, default)
+    for table in (list(keys.items()), list(keys.items())[::-1]):
+        for name, value in values.items():
+            in_peft = next((v for k, v in table if peft_takes(k, name)), default)
+            here = lookup([(compile_key(k), v) for k, v in table], name, default)
+            assert in_peft == here == value
+
+
+def test_plain_names_are_written_plainly() -> None:
+    assert pattern_keys({"h.0.q": 4, "h.1.q": 8}, 8) == {"h.0.q": 4}
+    assert pattern_keys({"h.q": 4, "x.h.q": 8}, 8) == {r"^h\.q": 4}
+    assert pattern_keys({"h.q": 4, "hxq": 8}, 8) == {r"^h\.q": 4}
+
+
+def test_many_experts_take_no_time() -> None:
+    names = [f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in range(60) for e in range(128)]
+    values = {name: n % 3 for n, name in enumerate(names)}
+    start = time.perf_counter()
+    assert len(pattern_keys(values, 0)) == 2 * len(names) // 3
+    assert time.perf_counter() - start < 5
+
+
+def test_target_names() -> None:
+    assert target_modules(["b", "a"], parameters=False, module_names=None) == ["a", "b"]
+    assert target_modules([], parameters=True, module_names=["a"]) == []
+    found = target_modules(
+        ["lin", "a+b"], parameters=False, module_names=["lin", "a+b", "x.lin", "aab"]
+    )
+    assert isinstance(found, str)
+    assert [bool(re.fullmatch(found, n)) for n in ("lin", "a+b", "x.lin", "aab", "xlin")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+TENSORS = [
+    "h.ln.weight",
+    "h.ln.bias",
+    "h.norm.weight",
+    "h.fc.weight",
+    "h.fc.bias",
+    "bn.weight",
+    "bn.running_mean",
+    "classifier.dense.weight",
+    "classifier.dense.bias",
+    "classifier.out.weight",
+    "root",
+    "xh.norm.weight",
+    "list.0.a.weight",
+    "list.1.a.weight",
+]
+
+
+@pytest.mark.parametrize(
+    ("trained", "whole"),
+    [
+        (["h.ln.weight", "h.ln.bias"], ["h.ln"]),
+        (["h.ln.weight"], []),
+        (["bn.weight"], []),
+        (["root"], []),
+        (["h.norm.weight"], []),  # PEFT would take xh.norm as well
+        (["xh.norm.weight"], ["xh.norm"]),
+        (
+            ["classifier.dense.weight", "classifier.dense.bias", "classifier.out.weight"],
+            ["classifier"],
+        ),
+        (["classifier.dense.weight", "classifier.dense.bias"], ["classifier.dense"]),
+        (["list.0.a.weight", "list.1.a.weight"], ["list.0.a", "list.1.a"]),
+    ],
+)
+def test_whole_modules(trained: list[str], whole: list[str]) -> None:
+    assert whole_modules(trained, sites=["h.fc"], tensor_names=TENSORS, module_names=None) == whole
+
+
+@pytest.mark.parametrize(("site", "whole"), [("axb.fc", []), ("axc.fc", ["a.b"])])
+def test_no_module_is_kept_whole_that_hides_a_site(site: str, whole: list[str]) -> None:
+    """PEFT adapts nothing under a name that `modules_to_save`, taken as an expression, hits."""
+    names = ["a.b.weight", f"{site}.weight"]
+    assert re.match(r"(^|.*\.)a.b($|\..*)", "axb.fc")
+    found = whole_modules(["a.b.weight"], sites=[site], tensor_names=names, module_names=None)
+    assert found == whole
+
+
+def test_bias_setting() -> None:
+    assert bias_setting(["h.ln.weight"], sites=["h.fc"], whole=[]) == "none"
+    assert bias_setting(["head.bias"], sites=["h.fc"], whole=["head"]) == "none"
+    assert bias_setting(["h.fc.bias"], sites=["h.fc"], whole=[]) == "lora_only"
+    assert bias_setting(["h.fc.bias", "h.ln.bias"], sites=["h.fc"], whole=[]) == "all"

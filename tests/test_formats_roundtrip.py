@@ -1,0 +1,338 @@
+"""Writing and reading back is the identity, for every kind, and the files are what they claim."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_formats_support import (
+    FINGERPRINT,
+    KIND_SPECS,
+    assert_same_deltas,
+    assert_same_state,
+    dense,
+    make_site,
+    make_state,
+)
+
+from lora_inject.errors import FormatError
+from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.formats.tensors import read_header
+from lora_inject.sites import SiteSpec, Slices
+from lora_inject.state import AdapterState, Fingerprint
+
+MODEL = "adapter_model.safetensors"
+
+
+def place(parent: Path, layout: str) -> Path:
+    return parent / ("a.safetensors" if layout == "native" else "a")
+
+
+@pytest.mark.parametrize("layout", ["peft", "native"])
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize("kind", KIND_SPECS)
+def test_each_kind_comes_back(kind: str, derived: bool, layout: str, tmp_path: Path) -> None:
+    state = make_state(KIND_SPECS[kind], derived=derived)
+    path = write_adapter(state, place(tmp_path, layout), format=layout)
+    assert_same_state(read_adapter(path), state)
+
+
+@pytest.mark.parametrize(
+    "kind", set(KIND_SPECS) - {"turned experts", "turned parameter", "slices of conv1d", "conv1d"}
+)
+@pytest.mark.parametrize("derived", [False, True])
+def test_without_metadata_the_file_means_the_same(kind: str, derived: bool, tmp_path: Path) -> None:
+    """Slices and frozen starts, read as the plain PEFT adapter that the file also is."""
+    state = make_state(KIND_SPECS[kind], derived=derived)
+    path = write_adapter(state, tmp_path / "a")
+    found = read_adapter(path, prefer="config")
+    assert_same_deltas(
+        {n: dense(s) for n, s in found.sites.items()}, {n: dense(s) for n, s in state.sites.items()}
+    )
+    assert all(site.spec.slices is None and site.A0 is None for site in found.sites.values())
+    assert found.config is None
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("holds", [False, True])
+def test_experts_are_written_as_their_module_holds_them(
+    transposed: bool, holds: bool, tmp_path: Path
+) -> None:
+    """PEFT's pair is (in, out) of the module's own orientation; squares would hide an error."""
+    shape = (3, 5, 7) if transposed else (3, 7, 5)
+    spec = SiteSpec("moe.up", "parameter", 5, 7, shape, 2, 4.0, transposed, 3, weight="moe.up")
+    state = make_state(spec)
+    modules = ["moe"] if holds else []
+    path = write_adapter(state, tmp_path / "a", transposed_modules=modules)
+    found = load_file(path / MODEL)["base_model.model.moe.lora_A.weight"]
+    # PEFT: in = shape[1] of the stack if is_transposed, else shape[2].
+    assert tuple(found.shape) == (6, shape[1] if holds else shape[2])
+    assert_same_state(read_adapter(path), state)
+
+
+def test_everything_else_comes_back(tmp_path: Path) -> None:
+    sites = {
+        s.name: make_site(s, dtype=torch.bfloat16)
+        for s in (KIND_SPECS["linear"], KIND_SPECS["slices"])
+    }
+    trained = {
+        "h.0.fc.bias": torch.randn(7),
+        "ln.weight": torch.randn(3).half(),
+        "empty": torch.zeros(0, 4),
+        "count": torch.tensor(3),
+        "nan": torch.tensor([math.nan, math.inf]),
+    }
+    config = {"rank": 4, "targets": ["a|b", {"match": "ü\n", "alpha": 0.1}]}
+    samples = {"w": (math.nan, math.inf, -math.inf, 0.1)}
+    for fingerprint in (None, FINGERPRINT, Fingerprint({"w": ()}, samples)):
+        state = AdapterState(sites, trained, config, fingerprint)
+        for layout in ("peft", "native"):
+            path = write_adapter(state, place(tmp_path, layout), format=layout, overwrite=True)
+            found = read_adapter(path)
+            if fingerprint is not None and fingerprint.samples is samples:
+                assert repr(found.fingerprint) == repr(fingerprint)
+                continue
+            assert_same_state(found, state)
+
+
+def test_numbers_come_back_exactly(tmp_path: Path) -> None:
+    spec = SiteSpec(
+        "a",
+        "linear",
+        3,
+        3,
+        (3, 3),
+        3,
+        0.1 + 0.2,
+        scaling="rslora",
+        dropout=0.1,
+        init=("normal", 1e-3),
+        compute="float32",
+        weight="a.weight",
+    )
+    assert_same_state(
+        read_adapter(write_adapter(make_state(spec), tmp_path / "a")), make_state(spec)
+    )
+
+
+# Random adapters --------------------------------------------------------------------------------
+
+components = st.text(
+    st.characters(codec="utf-8", exclude_characters=".", exclude_categories=("Cs", "Cc")),
+    min_size=1,
+    max_size=6,
+) | st.sampled_from(
+    ["lora_A", "lora_in", "base_layer", "weight", "default", "0", "a+b", "^x$", "modules_to_save"]
+)
+names = st.lists(components, min_size=1, max_size=3).map(".".join)
+alphas = st.floats(1e-3, 1e3) | st.integers(1, 64).map(float)
+
+
+@st.composite
+def specs(draw: st.DrawFn, name: str) -> SiteSpec:
+    kind = draw(st.sampled_from(["linear", "conv1d", "embedding", "conv"]))
+    n_in, rank = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    slices, n_out = None, draw(st.integers(1, 5))
+    if kind in {"linear", "conv1d"} and draw(st.booleans()):
+        widths = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+        parts = [f"p{n}" for n in range(len(widths))]
+        adapt = draw(st.lists(st.sampled_from(parts), min_size=1, unique=True))
+        slices = Slices(
+            tuple(zip(parts, widths, strict=True)), tuple(p for p in parts if p in adapt)
+        )
+        n_out = sum(widths)
+    shape: tuple[int, ...] = (n_out, n_in) if kind == "linear" else (n_in, n_out)
+    if kind == "conv":
+        shape, n_in = (n_out, n_in, 2, 1), n_in * 2
+    return SiteSpec(
+        name,
+        kind,
+        n_in,
+        n_out,
+        shape,
+        rank,
+        draw(alphas),
+        transposed=kind in {"conv1d", "embedding"},
+        scaling=draw(st.sampled_from(["standard", "rslora"])),
+        dropout=draw(st.sampled_from([0.0, 0.1])),
+        slices=slices,
+        weight=f"{name}.weight",
+    )
+
+
+@st.composite
+def states(draw: st.DrawFn) -> AdapterState:
+    chosen = draw(st.lists(names, max_size=4, unique=True))
+    sites = {
+        n: make_site(draw(specs(n)), seed=draw(st.integers(0, 9)), derived=draw(st.booleans()))
+        for n in chosen
+    }
+    extra = [n for n in draw(st.lists(names, max_size=3, unique=True)) if n not in chosen]
+    trained = {name: torch.full((2,), float(n)) for n, name in enumerate(extra)}
+    trained |= (
+        {f"{n}.bias": torch.ones(1) for n in draw(st.sets(st.sampled_from(chosen)))}
+        if chosen
+        else {}
+    )
+    return AdapterState(sites, trained, draw(st.none() | st.just({"rank": 2})))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(state=states(), layout=st.sampled_from(["peft", "native"]))
+def test_random_adapters_come_back(state: AdapterState, layout: str) -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        try:
+            path = write_adapter(state, place(Path(parent), layout), format=layout)
+        except FormatError as error:
+            assert layout == "peft"
+            assert "two tensors would be called" in str(error)  # noqa: PT017
+            return
+        assert_same_state(read_adapter(path), state)
+
+
+# The files --------------------------------------------------------------------------------------
+
+
+# The fields of LoraConfig in PEFT 0.12, which fails on others.
+PEFT_0_12 = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "fan_in_fan_out",
+    "inference_mode",
+    "init_lora_weights",
+    "layer_replication",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+
+
+def test_peft_keys_dtypes_and_config(tmp_path: Path) -> None:
+    linear, embedding = KIND_SPECS["linear"], KIND_SPECS["embedding"]
+    sites = {"h.0.fc": make_site(linear, dtype=torch.bfloat16), "wte": make_site(embedding)}
+    state = AdapterState(sites, {"h.0.fc.bias": torch.ones(7)}, None, None)
+    path = write_adapter(state, tmp_path / "a", base_model="org/base", task_type="CAUSAL_LM")
+    tensors = load_file(path / MODEL)
+    assert {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} == {
+        "base_model.model.h.0.fc.lora_A.weight": ((2, 5), torch.bfloat16),
+        "base_model.model.h.0.fc.lora_B.weight": ((7, 2), torch.bfloat16),
+        "base_model.model.h.0.fc.base_layer.bias": ((7,), torch.float32),
+        "base_model.model.wte.lora_embedding_A": ((2, 11), torch.float32),
+        "base_model.model.wte.lora_embedding_B": ((4, 2), torch.float32),
+    }
+    text = (path / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert text == json.dumps(config, indent=2, sort_keys=True) + "\n"
+    assert config["target_modules"] == ["h.0.fc", "wte"]
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (2, 4, {"wte": 8})
+    assert (config["bias"], config["use_rslora"]) == ("lora_only", False)
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("org/base", "CAUSAL_LM")
+    assert config.keys() <= PEFT_0_12
+    metadata = read_header(path / MODEL)[1]
+    assert metadata["format"] == "pt"
+    assert metadata["lora_inject.format_version"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "kind", "derived", "alpha", "rank"),
+    [
+        ("standard", "slices", False, 6.0 * 2, 4),
+        ("standard", "slices", True, 6.0 * 4, 8),
+        ("standard", "linear", True, 8.0, 4),
+        ("rslora", "linear", False, 4.0, 2),
+        ("rslora", "linear", True, 4.0 * math.sqrt(2), 4),
+        ("rslora", "slices", False, 6.0 * math.sqrt(2), 4),
+    ],
+)
+def test_alpha_of_widened_ranks(
+    scaling: str, kind: str, derived: bool, alpha: float, rank: int, tmp_path: Path
+) -> None:
+    fields = {**KIND_SPECS[kind].__dict__, "scaling": scaling}
+    spec = SiteSpec(**{k: v for k, v in fields.items() if k in SiteSpec.__dataclass_fields__})
+    path = write_adapter(make_state(spec, derived=derived), tmp_path / "a")
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == pytest.approx(alpha, rel=1e-12)
+    assert (config["r"], config["use_rslora"]) == (rank, scaling == "rslora")
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    state = make_state(
+        *(KIND_SPECS[k] for k in ("linear", "slices", "embedding", "conv")), derived=True
+    )
+    paths = [write_adapter(state, tmp_path / name) for name in "ab"]
+    for name in ("adapter_config.json", MODEL, "README.md"):
+        assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+@pytest.mark.parametrize(
+    ("umask", "file", "directory"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)]
+)
+def test_permissions_follow_the_umask(
+    umask: int, file: int, directory: int, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        path = write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a")
+        single = write_adapter(
+            make_state(KIND_SPECS["linear"]), tmp_path / "b.safetensors", format="native"
+        )
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == directory
+    assert {p.stat().st_mode & 0o777 for p in [*path.iterdir(), single]} == {file}
+
+
+def test_the_card_says_what_the_adapter_is(tmp_path: Path) -> None:
+    import yaml
+
+    state = make_state(
+        KIND_SPECS["linear"], KIND_SPECS["embedding"], trained={"ln.weight": torch.ones(3)}
+    )
+    text = (
+        write_adapter(state, tmp_path / "a", base_model="org/base: 1") / "README.md"
+    ).read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front == {
+        "base_model": "org/base: 1",
+        "library_name": "peft",
+        "tags": ["lora", "lora-inject"],
+    }
+    assert "| 1 | embedding | 2 | 8 | 4 | `wte` |" in text
+    assert "1 tensors of the base travel in full (3 values)" in text
+    assert "base_model" not in (write_adapter(state, tmp_path / "b") / "README.md").read_text()
+
+
+def test_tensors_do_not_keep_the_file_mapped(tmp_path: Path) -> None:
+    """A change of the file after reading must not change the adapter."""
+    path = write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a")
+    state = read_adapter(path)
+    before = state.sites["h.0.fc"].A.clone()
+    with (path / MODEL).open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(size - 200)
+        file.write(b"\xff" * 200)
+    assert torch.equal(state.sites["h.0.fc"].A, before)

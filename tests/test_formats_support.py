@@ -1,0 +1,137 @@
+"""What the tests of formats share: states of every kind, and the dense delta they must mean.
+
+The reference is written from `SiteSpec.blocks` in float64, independently of every format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lora_inject.sites import SiteSpec, Slices
+from lora_inject.state import AdapterState, Fingerprint, SiteState
+
+KIND_SPECS: dict[str, SiteSpec] = {
+    "linear": SiteSpec("h.0.fc", "linear", 5, 7, (7, 5), 2, 4.0, weight="h.0.fc.weight"),
+    "conv1d": SiteSpec(
+        "h.0.c", "conv1d", 5, 6, (5, 6), 3, 1.5, transposed=True, weight="h.0.c.weight"
+    ),
+    "embedding": SiteSpec(
+        "wte", "embedding", 11, 4, (11, 4), 2, 8.0, transposed=True, weight="wte.weight"
+    ),
+    "conv": SiteSpec("stem", "conv", 18, 4, (4, 2, 3, 3), 2, 2.0, weight="stem.weight"),
+    "slices": SiteSpec(
+        "h.0.qkv",
+        "linear",
+        5,
+        8,
+        (8, 5),
+        2,
+        6.0,
+        weight="h.0.qkv.weight",
+        slices=Slices((("q", 4), ("k", 1), ("v", 3)), ("q", "v")),
+    ),
+    "slices of conv1d": SiteSpec(
+        "h.0.c_attn",
+        "conv1d",
+        4,
+        6,
+        (4, 6),
+        2,
+        32.0,
+        transposed=True,
+        weight="h.0.c_attn.weight",
+        slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")),
+    ),
+    "parameter": SiteSpec("mix.table", "parameter", 5, 7, (7, 5), 2, 4.0, weight="mix.table"),
+    "turned parameter": SiteSpec(
+        "mix.table", "parameter", 5, 7, (5, 7), 2, 4.0, transposed=True, weight="mix.table"
+    ),
+    "experts": SiteSpec("moe.up", "parameter", 5, 7, (3, 7, 5), 2, 4.0, experts=3, weight="moe.up"),
+    "turned experts": SiteSpec(
+        "moe.up", "parameter", 5, 7, (3, 5, 7), 2, 4.0, transposed=True, experts=3, weight="moe.up"
+    ),
+}
+
+
+def make_site(
+    spec: SiteSpec, *, seed: int = 0, derived: bool = False, dtype: torch.dtype = torch.float32
+) -> SiteState:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [spec.a_shape, spec.b_shape] * (2 if derived else 1)
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return SiteState(spec, *tensors)
+
+
+def make_state(*specs: SiteSpec, derived: bool = False, **others: object) -> AdapterState:
+    sites = {spec.name: make_site(spec, seed=n, derived=derived) for n, spec in enumerate(specs)}
+    return AdapterState(sites, **others)  # type: ignore[arg-type]
+
+
+def dense(site: SiteState) -> Tensor:
+    """`scale * (B A - B0 A0)` in the weight's own shape, float64, block by block."""
+    spec = site.spec
+    total = torch.zeros(spec.matrix_shape, dtype=torch.float64)
+    pairs = [(site.A, site.B, 1.0)]
+    if site.A0 is not None and site.B0 is not None:
+        pairs.append((site.A0, site.B0, -1.0))
+    for a, b, sign in pairs:
+        a2, b2 = a.double().reshape(-1, spec.in_features), b.double().reshape(-1, spec.rank)
+        for block in spec.blocks:
+            update = b2[slice(*block.b)] @ a2[slice(*block.a)]
+            update = update.T if spec.transposed else update
+            total[slice(*block.rows), slice(*block.cols)] += sign * spec.scale * update
+    return total.reshape(spec.weight_shape)
+
+
+def assert_same_state(found: AdapterState, due: AdapterState) -> None:
+    """Equal in every bit and number."""
+    assert list(found.sites) == list(due.sites)
+    for name, site in due.sites.items():
+        assert found.sites[name].spec == site.spec
+        for part in ("A", "B", "A0", "B0"):
+            assert_same(getattr(found.sites[name], part), getattr(site, part))
+    assert list(found.trained) == list(due.trained)
+    for name, tensor in due.trained.items():
+        assert_same(found.trained[name], tensor)
+    assert found.config == due.config
+    assert found.fingerprint == due.fingerprint
+    assert not found.base_copies
+
+
+def assert_same(found: Tensor | None, due: Tensor | None) -> None:
+    if found is None or due is None:
+        assert found is due
+        return
+    assert found.dtype == due.dtype
+    torch.testing.assert_close(found, due, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_same_deltas(
+    found: Mapping[str, Tensor], due: Mapping[str, Tensor], tolerance: float = 1e-6
+) -> None:
+    assert set(found) == set(due)
+    for name, delta in due.items():
+        assert found[name].shape == delta.shape, name
+        error = (found[name].double() - delta.double()).abs().max()
+        assert error <= tolerance * delta.abs().max(), name
+
+
+FINGERPRINT = Fingerprint(
+    {"h.0.fc.weight": (7, 5)}, {"h.0.fc.weight": (0.5, math.pi, 1e-30)}, ("q",)
+)
+
+
+def test_the_reference_is_the_textbook_product() -> None:
+    site = make_site(KIND_SPECS["linear"])
+    torch.testing.assert_close(dense(site), 2.0 * site.B.double() @ site.A.double())
+
+
+def test_the_reference_leaves_other_slices_at_zero() -> None:
+    delta = dense(make_site(KIND_SPECS["slices"]))
+    assert not delta[4:5].any()
+    assert delta[:4].all()
+    assert delta[5:].all()
