@@ -17,7 +17,7 @@ What is not here: modules. Everything takes and returns tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ __all__ = [
     "fold_rows_",
     "linear",
     "master_dtype",
+    "renormalised",
     "routed_embedding",
     "routed_update",
 ]
@@ -106,17 +107,18 @@ def linear(
     """
     if _needs_plain_operations():
         return add_updates(_base(x, weight, bias, transposed), x, updates, float32=float32)
+    seeds = tuple(_seed(u.dropout) for u in updates)
     tensors = [t for u in updates for t in (u.A, u.B)]
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, *tensors)
     ):
         rest = tuple((u.scale, u.spans, u.dropout) for u in updates)
-        how = _How(transposed, float32, rest, tuple(_seed(u.dropout) for u in updates))
+        how = _How(transposed, float32, rest, seeds)
         return _LinearFunction.apply(x, weight, bias, how, *tensors)  # type: ignore[no-untyped-call,no-any-return]
     y = _base(x, weight, bias, transposed)
     y2, x2 = y.view(-1, y.shape[-1]), _as_matrix(x, y.dtype, float32)
-    for u in updates:
-        _add_stage(y2, _a_stage(x2, u, _seed(u.dropout)), u)
+    for u, seed in zip(updates, seeds, strict=True):
+        _add_stage(y2, _a_stage(x2, u, seed), u)
     return y
 
 
@@ -125,8 +127,8 @@ def add_updates(
 ) -> Tensor:
     """Add low-rank updates to the output of a layer that was called untouched.
 
-    The general path: out of place, in operations that autograd, torch.func and torch.compile
-    differentiate themselves. It serves quantised and unknown bases.
+    The general path, for quantised and unknown bases: out of place, because such a base may need
+    its output in its own backward, or hand out a view.
 
     Args:
         y: `(..., out)`, output of the layer; never modified.
@@ -137,14 +139,48 @@ def add_updates(
     Returns:
         `(..., out)`, in the dtype of `y`.
     """
+    seeds = tuple(_seed(u.dropout) for u in updates)
+    if _needs_plain_operations():
+        return _plain_updates(y, x, updates, seeds, float32)
+    tensors = [t for u in updates for t in (u.A, u.B)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *tensors)):
+        rest = tuple((u.scale, u.spans, u.dropout) for u in updates)
+        how = _How(False, float32, rest, seeds)
+        return _UpdateFunction.apply(y, x, how, *tensors)  # type: ignore[no-untyped-call,no-any-return]
+    return _updated(y, x, updates, seeds, float32)[0]
+
+
+def _plain_updates(
+    y: Tensor, x: Tensor, updates: Iterable[Factors], seeds: Sequence[int | None], float32: bool
+) -> Tensor:
+    """The textbook formula in operations that autograd, torch.func and torch.compile know."""
     with torch.autocast(y.device.type, enabled=False):
         x2 = _as_matrix(x, y.dtype, float32)
         out = y.reshape(-1, y.shape[-1])
-        for u in updates:
-            dropped = F.dropout(x2, u.dropout) if u.dropout else x2
-            h = dropped @ u.A.to(x2.dtype).t()
-            out = _plain_add(out, h, u)
+        for u, seed in zip(updates, seeds, strict=True):
+            if seed is None:
+                dropped = x2
+            elif torch.compiler.is_compiling():
+                dropped = F.dropout(x2, u.dropout)
+            else:
+                dropped = x2 * _mask(x2, u.dropout, seed)
+            out = _plain_add(out, dropped @ u.A.to(x2.dtype).t(), u)
         return out.reshape(y.shape)
+
+
+def _updated(
+    y: Tensor, x: Tensor, updates: Iterable[Factors], seeds: Sequence[int | None], float32: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Return y with the updates added, in memory of its own, and every `h`."""
+    with torch.autocast(y.device.type, enabled=False):
+        out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
+        y2, x2 = out.view(-1, y.shape[-1]), _as_matrix(x, y.dtype, float32)
+        thin = []
+        for u, seed in zip(updates, seeds, strict=True):
+            h = _a_stage(x2, u, seed)
+            _add_stage(y2, h, u)
+            thin.append(h)
+        return out, thin
 
 
 def _plain_add(y2: Tensor, h: Tensor, u: Factors) -> Tensor:
@@ -261,7 +297,9 @@ class _LinearFunction(torch.autograd.Function):
                 thin.append(h)
         ctx.how = how
         ctx.save_for_backward(x, weight, bias, *tensors, *thin)
-        return y
+        # F.linear answers a batch with a view of a matrix, and autograd forbids to change a view
+        # that a Function returns; models do change a layer's output in place.
+        return torch.ops.aten._unsafe_view.default(y, y.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -271,7 +309,9 @@ class _LinearFunction(torch.autograd.Function):
         tensors, thin = rest[:n], rest[n:]
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return _twice_differentiable(x, weight, bias, how, tensors, needs, g)
+            y = _base(x, weight, bias, how.transposed)
+            out = _plain_updates(y, x, _factors(how, tensors), how.seeds, how.float32)
+            return _again(out, (x, weight, bias, None, *tensors), needs, g)
         g2 = g.reshape(-1, g.shape[-1])
         x2 = _as_matrix(x, g.dtype, how.float32)
         gx2 = None
@@ -338,25 +378,44 @@ def _update_backward(
     return gA, gB
 
 
-def _twice_differentiable(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    how: _How,
-    tensors: Sequence[Tensor],
-    needs: Sequence[bool],
-    g: Tensor,
+class _UpdateFunction(torch.autograd.Function):
+    """The updates alone, on the output of any layer; saves x, h and the small factors."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, how: _How, *tensors: Tensor) -> Tensor:
+        out, thin = _updated(y, x, _factors(how, tensors), how.seeds, how.float32)
+        ctx.how = how
+        ctx.save_for_backward(x, *tensors, *thin)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        how: _How = ctx.how
+        n = 2 * len(how.updates)
+        x, *rest = ctx.saved_tensors
+        tensors, thin = rest[:n], rest[n:]
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            zero = g.new_zeros(g.shape)
+            out = _plain_updates(zero, x, _factors(how, tensors), how.seeds, how.float32)
+            return (g, *_again(out, (x, None, *tensors), needs[1:], g))
+        g2 = g.reshape(-1, g.shape[-1])
+        x2 = _as_matrix(x, g.dtype, how.float32)
+        gx2 = x2.new_zeros(x2.shape, dtype=g.dtype) if needs[1] else None
+        grads: list[Tensor | None] = []
+        for i, u in enumerate(_factors(how, tensors)):
+            wanted = (needs[3 + 2 * i], needs[4 + 2 * i])
+            grads += _update_backward(g2, x2, thin[i], u, how.seeds[i], wanted, gx2)
+        gx = gx2.view(x.shape).to(x.dtype) if gx2 is not None else None
+        return (g, gx, None, *grads)
+
+
+def _again(
+    out: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], g: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Differentiate the textbook formula, for a backward that is itself differentiated."""
-    inputs = (x, weight, bias, None, *tensors)
-    y = _base(x, weight, bias, how.transposed)
-    x2 = _as_matrix(x, y.dtype, how.float32)
-    y2 = y.reshape(-1, y.shape[-1])
-    for u, seed in zip(_factors(how, tensors), how.seeds, strict=True):
-        dropped = x2 if seed is None else x2 * _mask(x2, u.dropout, seed)
-        y2 = _plain_add(y2, dropped @ u.A.to(x2.dtype).t(), u)
     wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
-    found = iter(torch.autograd.grad(y2.view(y.shape), wanted, g, create_graph=True))
+    found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
     return tuple(
         next(found) if t is not None and need else None
         for t, need in zip(inputs, needs, strict=True)
@@ -389,6 +448,49 @@ def embedding(
             update = torch.where((ids == padding_idx).unsqueeze(-1), update.detach(), update)
         out = (out + u.scale * update).to(base.dtype)
     return out
+
+
+def renormalised(rows: Tensor, max_norm: float, p: float) -> Tensor:
+    """Scale rows down to a norm, as `nn.Embedding(max_norm=...)` does to its table, differentiably.
+
+    Args:
+        rows: `(..., dim)`; never modified.
+        max_norm: The largest norm that a row may have.
+        p: Which norm.
+
+    Returns:
+        `(..., dim)`: bit for bit what `torch.embedding_renorm_` would leave in those rows.
+    """
+    if _needs_plain_operations():
+        return _scaled_down(rows, max_norm, p)
+    return _Renormalised.apply(rows, max_norm, p)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _scaled_down(rows: Tensor, max_norm: float, p: float) -> Tensor:
+    norm = torch.linalg.vector_norm(rows, p, dim=-1, keepdim=True)
+    return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
+
+
+class _Renormalised(torch.autograd.Function):
+    """torch's own renormalisation forward, the derivative of its formula backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, max_norm: float, p: float) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.how = (max_norm, p)
+        out = rows.reshape(-1, rows.shape[-1]).clone()
+        torch.embedding_renorm_(out, torch.arange(len(out), device=out.device), max_norm, p)
+        return torch.ops.aten._unsafe_view.default(out, rows.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaf = rows if twice else rows.detach().requires_grad_()
+            out = _scaled_down(leaf, *ctx.how)
+        (grad,) = torch.autograd.grad(out, leaf, g, create_graph=twice)
+        return grad, None, None
 
 
 def routed_embedding(
@@ -449,14 +551,57 @@ def routed_update(
             (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))) for A, B in pairs
         ]
         A_bank, B_bank = (torch.stack(bank) for bank in zip(base, *padded, strict=True))
-        x3 = x.reshape(x.shape[0], -1, x.shape[-1]).to(dtype)
+        x3 = x.reshape(x.shape[0], -1, x.shape[-1])
         x3 = _routed_dropout(x3, rows, [updates[0].dropout for updates in adapters])
-        h = torch.bmm(x3, A_bank.index_select(0, rows).transpose(1, 2))
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
-        right = B_bank.index_select(0, rows).transpose(1, 2)
-        if dtype == y.dtype:
-            return torch.baddbmm(y3, h, right).view(y.shape)
-        return (y3 + torch.bmm(h, right)).to(y.dtype).view(y.shape)
+        if _needs_plain_operations() or not torch.is_grad_enabled():
+            return _routed(y3, x3, rows, A_bank, B_bank)[0].view(y.shape)
+        out: Tensor = _RoutedFunction.apply(y3, x3, rows, A_bank, B_bank)  # type: ignore[no-untyped-call]
+        return out.view(y.shape)
+
+
+def _routed(
+    y3: Tensor, x3: Tensor, rows: Tensor, A_bank: Tensor, B_bank: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the routed output `(batch, n, out)` and `h = x A^T`, in the dtype of the banks."""
+    left = A_bank.index_select(0, rows).transpose(1, 2)
+    right = B_bank.index_select(0, rows).transpose(1, 2)
+    h = torch.bmm(x3.to(left.dtype), left)
+    if y3.dtype == h.dtype:
+        return torch.baddbmm(y3, h, right), h
+    return torch.baddbmm(y3.to(h.dtype), h, right).to(y3.dtype), h
+
+
+class _RoutedFunction(torch.autograd.Function):
+    """Saves x, h and the banks; the factors gathered for each row are gathered again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y3: Tensor, x3: Tensor, rows: Tensor, A_bank: Tensor, B_bank: Tensor
+    ) -> Tensor:
+        out, h = _routed(y3, x3, rows, A_bank, B_bank)
+        ctx.save_for_backward(x3, rows, A_bank, B_bank, h)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x3, rows, A_bank, B_bank, h = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            out, _ = _routed(g.new_zeros(g.shape), x3, rows, A_bank, B_bank)
+            return (g, *_again(out, (x3, None, A_bank, B_bank), needs[1:], g))
+        gw = g.to(h.dtype)
+        gh = torch.bmm(gw, B_bank.index_select(0, rows))
+        gx = gA = gB = None
+        if needs[1]:
+            gx = torch.bmm(gh, A_bank.index_select(0, rows)).to(x3.dtype)
+        if needs[3]:
+            each = torch.bmm(gh.transpose(1, 2), x3.to(gh.dtype))
+            gA = torch.zeros_like(A_bank).index_add_(0, rows, each)
+        if needs[4]:
+            each = torch.bmm(h.transpose(1, 2), gw).transpose(1, 2)
+            gB = torch.zeros_like(B_bank).index_add_(0, rows, each)
+        return g, gx, None, gA, gB
 
 
 def _one_pair(updates: Sequence[Factors], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -585,7 +730,7 @@ class Tally:
     _dd: float = field(default=0.0, repr=False)
     _ww: float = field(default=0.0, repr=False)
     _ed: float = field(default=0.0, repr=False)
-    _ee: float = field(default=0.0, repr=False)
+    _rr: float = field(default=0.0, repr=False)
 
     def add(self, before: Tensor, wanted: Tensor, after: Tensor) -> None:
         """Count some rows: W in the accumulation dtype, W + D, and what is stored."""
@@ -594,8 +739,8 @@ class Tally:
         self._dd += float(torch.dot(delta, delta))
         self._ww += float(before.square().sum())
         self._ed += float(torch.dot(effect, delta))
-        self._ee += float(torch.dot(effect, effect))
-        self.finite = self.finite and math.isfinite(self._ee)
+        self._rr += float((effect - delta).square().sum())
+        self.finite = self.finite and math.isfinite(self._rr)
 
     @property
     def delta_norm(self) -> float:
@@ -615,8 +760,7 @@ class Tally:
     @property
     def error(self) -> float:
         """`|W_merged - W - D| / |D|`: relative error of the delta that the weights really got."""
-        squared = self._ee - 2 * self._ed + self._dd
-        return math.sqrt(max(squared, 0.0) / self._dd) if self._dd else 0.0
+        return math.sqrt(self._rr / self._dd) if self._dd else 0.0
 
 
 def fold_rows(

@@ -10,8 +10,12 @@ own, the others keep theirs.
 
 from __future__ import annotations
 
+import inspect
 import math
+import signal
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,8 +25,9 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError, StateError
 from lora_inject.functional import Tally, Term, fold_rows, fold_rows_
 from lora_inject.layers.base import Entry
-from lora_inject.layers.selection import BASE, Selection, State
-from lora_inject.layers.table import walk
+from lora_inject.layers.selection import Selection, State
+from lora_inject.layers.snapshot import all_or_nothing
+from lora_inject.layers.table import unwrapped, walk
 from lora_inject.surgery import (
     ROOT,
     Root,
@@ -113,6 +118,16 @@ class _Target:
             return self.terms[0].spec.matrix_shape
         return (self.weight.shape[0] if self.weight.dim() else 1, -1)
 
+    def may_overflow(self) -> bool:
+        """Whether the largest value that a delta could have comes near the largest of the dtype."""
+        bound = sum(
+            abs(term.spec.scale * term.weight)
+            * float(torch.linalg.vector_norm(term.A, dtype=torch.float64))
+            * float(torch.linalg.vector_norm(term.B, dtype=torch.float64))
+            for term in self.terms
+        )
+        return bound > 1e-6 * torch.finfo(self.weight.dtype).max
+
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield `(first row, rows)` of the weight matrix, views in its own storage."""
         matrix = self.weight.detach().view(self.matrix_shape)
@@ -121,9 +136,14 @@ class _Target:
             yield start, matrix[start : start + step]
 
     def merged(self, rows: Tensor, start: int, tally: Tally | None = None) -> Tensor:
-        if self.copies:
-            return _mixed(self, rows, start, tally)
-        return fold_rows(rows, start, self.terms, tally=tally)
+        if not self.copies:
+            return fold_rows(rows, start, self.terms, tally=tally)
+        wanted = _with_copies(self, rows, start)
+        fold_rows_(wanted, start, self.terms)
+        merged = wanted.to(rows.dtype)
+        if tally is not None:
+            tally.add(rows.to(wanted.dtype), wanted, merged)
+        return merged
 
     def write(self, rows: Tensor, start: int) -> None:
         if not self.copies and rows.element_size() > 2:
@@ -132,24 +152,20 @@ class _Target:
             rows.copy_(self.merged(rows, start))
 
 
-def _mixed(target: _Target, rows: Tensor, start: int, tally: Tally | None) -> Tensor:
-    """Return `W + sum of weight * (T - W)` of trained copies, for some rows."""
+def _with_copies(target: _Target, rows: Tensor, start: int) -> Tensor:
+    """Return `W + sum of weight * (T - W)` of trained copies, for some rows, in a wide dtype."""
     stop = start + rows.shape[0]
     pieces = [
         (copy.detach().reshape(target.matrix_shape)[start:stop], weight)
         for copy, weight in target.copies
     ]
     if len(pieces) == 1 and pieces[0][1] == 1.0:
-        wanted = pieces[0][0]
-    else:
-        base = rows.to(pieces[0][0].dtype)
-        wanted = base.clone()
-        for copy, weight in pieces:
-            wanted += weight * (copy - base)
-    merged = wanted.to(rows.dtype)
-    if tally is not None:
-        tally.add(rows.to(wanted.dtype), wanted, merged)
-    return merged
+        return pieces[0][0].clone()
+    base = rows.to(pieces[0][0].dtype)
+    total = base.clone()
+    for copy, weight in pieces:
+        total += weight * (copy - base)
+    return total
 
 
 @dataclass
@@ -161,12 +177,14 @@ class _Undo:
         param: Name of the parameter in it.
         original: The values before, or None where the parameter object itself was replaced.
         tied_to: Name of a module and parameter that still hold the shared tensor, if untied.
+        lost: Whether values were written over that nobody kept.
     """
 
     path: str
     param: str
     original: Tensor | None
     tied_to: tuple[str, str] | None = None
+    lost: bool = False
 
 
 @dataclass
@@ -190,7 +208,8 @@ def merge(
     Args:
         model: The injected root.
         name: Activate this adapter, or mix, first; by default what is active is folded.
-        undo: Keep the original tensors, so that `unmerge` restores them bit for bit.
+        undo: Keep the original tensors, so that `unmerge` restores them bit for bit. Without them a
+            failure in the middle of writing cannot be taken back, and says so; Ctrl-C waits.
         min_kept: Refuse, before any change, where less than this share of a delta would survive
             the rounding to a 16-bit weight.
 
@@ -204,24 +223,45 @@ def merge(
     """
     selection, root = _root_selection(model)
     refuse_merged(selection, "merge")
+    selection.check_settled("merge")
     state = _state_to_merge(model, selection, name)
     targets = _targets(model, state)
+    _check_ties(model, targets)
     report = _measure(targets, state, min_kept)
-    kept = _write(model, targets, undo)
-    flags = _clear_tie_flags(model) if any(target.untie for target in targets) else []
-    root.undo = _Merged(kept, selection.state, _trainable(model), flags)
-    for _, module, entry in entries(model):
-        for flat in entry.names.values():
-            parameter = module._parameters[flat]
-            assert parameter is not None
-            parameter.requires_grad_(False)
-    selection.replace(BASE)
-    selection.merged = state
+    with all_or_nothing((module for _, module in walk(model)), (selection, root)):
+        was = selection.state
+        selection.replace(State(merged=True))
+        selection.merged = state
+        root.undo = _Merged(None, was, _trainable(model), [])
+        modules = dict(walk(model))
+        for path, flat in root.undo.trainable:
+            _set_flag(modules[path], flat, False)
+        done: list[_Undo] = []
+        try:
+            _write(targets, modules, undo, done)
+            if any(target.untie for target in targets):
+                _clear_tie_flags(model, root.undo.tie_flags)
+        except BaseException as error:
+            for config in root.undo.tie_flags:
+                config.tie_word_embeddings = True
+            _restore(modules, done)
+            if any(item.lost for item in done):
+                raise _torn(len(done), len(targets)) from error
+            raise
+        root.undo.targets = done if undo else None
     return report
 
 
+def _torn(n_written: int, n_targets: int) -> StateError:
+    return StateError(
+        "merge(undo=False)",
+        f"it failed at tensor {n_written} of {n_targets}, and what was written stays written",
+        "Load the base weights again, which undo=False did not keep",
+    )
+
+
 def _root_selection(model: nn.Module) -> tuple[Selection, Root]:
-    root = model.__dict__.get(ROOT)
+    root = unwrapped(model).__dict__.get(ROOT)
     if root is not None:
         return root.selection, root
     inner = roots_of(model)
@@ -330,11 +370,29 @@ def _check_weight(target: _Target) -> None:
         raise LayerError(asked, "the weight is not contiguous", "Call .contiguous() on it first")
 
 
+def _check_ties(model: nn.Module, targets: list[_Target]) -> None:
+    """Refuse to untie in a model that computes something else when its config says so."""
+    untied = [target.name for target in targets if target.untie]
+    readers = [m for m in model.modules() if untied and _reads_tie_flag(type(m))]
+    if readers:
+        raise LayerError(
+            f"merge into {untied[0]!r}",
+            f"its tensor is tied, and {type(readers[0]).__name__} scales its output by whether "
+            "config.tie_word_embeddings says so: untied it would be another model",
+            "Stay unmerged, or leave this site out of the adapter",
+        )
+
+
+def _reads_tie_flag(cls: type) -> bool:
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
+    return code is not None and "tie_word_embeddings" in code.co_names
+
+
 def _measure(targets: list[_Target], state: State, min_kept: float | None) -> MergeReport:
     """Form every 16-bit merged weight once, count, and refuse what must not be written."""
     sites = {}
     for target in targets:
-        if target.weight.element_size() > 2:
+        if target.weight.element_size() > 2 and not target.may_overflow():
             continue
         tally = Tally()
         for start, rows in target.blocks():
@@ -345,6 +403,8 @@ def _measure(targets: list[_Target], state: State, min_kept: float | None) -> Me
                 f"the merged weight overflows {target.weight.dtype} or is not finite",
                 "Merge in a wider dtype, or check the base for NaN and Inf",
             )
+        if target.weight.element_size() > 2:
+            continue
         relative = tally.delta_norm / tally.weight_norm if tally.weight_norm else math.inf
         sites[target.name] = SiteReport(relative, tally.kept, tally.error, target.untie)
     missed = [n for n, site in sites.items() if min_kept is not None and site.kept < min_kept]
@@ -359,22 +419,36 @@ def _measure(targets: list[_Target], state: State, min_kept: float | None) -> Me
     return MergeReport(state.active, sites, len(targets))
 
 
-def _write(model: nn.Module, targets: list[_Target], undo: bool) -> list[_Undo] | None:
-    """Write every merged weight; take back what was written where that fails."""
-    paths = {id(module): path for path, module in walk(model)}
-    held = holders(model)
-    done: list[_Undo] = []
-    try:
+def _write(
+    targets: list[_Target], modules: Mapping[str, nn.Module], undo: bool, done: list[_Undo]
+) -> None:
+    """Write every merged weight, and note in `done`, before each, what would take it back."""
+    paths = {id(module): path for path, module in modules.items()}
+    held = holders(modules[""])
+    interrupts = nullcontext() if undo else _held_back_interrupts()
+    with interrupts:
         for target in targets:
-            done.append(
-                (target.untie and _untie(target, held, paths)) or _keep(target, paths, undo)
-            )
+            undone = _untie(target, held, paths) if target.untie else None
+            done.append(undone or _keep(target, paths, undo))
             for start, rows in target.blocks():
                 target.write(rows, start)
-    except BaseException:
-        _restore(model, done)
-        raise
-    return done if undo else None
+                done[-1].lost = done[-1].tied_to is None and not undo
+
+
+@contextmanager
+def _held_back_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait until the last weight is written: without originals there is no way back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _keep(target: _Target, paths: Mapping[int, str], undo: bool) -> _Undo:
@@ -393,16 +467,15 @@ def _untie(
     partner, key = shared[-1]
     own = nn.Parameter(target.weight.detach().clone(), requires_grad=False)
     target.module._parameters[target.param] = own
-    tied_to = (paths[id(partner)], key)
-    return _Undo(paths[id(target.module)], target.param, None, tied_to)
+    return _Undo(paths[id(target.module)], target.param, None, (paths[id(partner)], key))
 
 
-def _restore(model: nn.Module, done: list[_Undo]) -> None:
+def _restore(modules: Mapping[str, nn.Module], done: list[_Undo]) -> None:
     """Put everything back, the last first: a tie is restored to a tensor that already was."""
     for undo in reversed(done):
-        module = model.get_submodule(undo.path)
+        module = modules[undo.path]
         if undo.tied_to is not None:
-            partner = model.get_submodule(undo.tied_to[0])
+            partner = modules[undo.tied_to[0]]
             module._parameters[undo.param] = partner._parameters[undo.tied_to[1]]
         elif undo.original is not None:
             weight = module._parameters[undo.param]
@@ -421,12 +494,17 @@ def _trainable(model: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
-def _clear_tie_flags(model: nn.Module) -> list[Any]:
-    """Say in every transformers config inside that embeddings are not tied, and return which did.
+def _set_flag(module: nn.Module, flat: str, flag: bool) -> None:
+    parameter = module._parameters[flat]
+    assert parameter is not None
+    parameter.requires_grad_(flag)
+
+
+def _clear_tie_flags(model: nn.Module, cleared: list[Any]) -> None:
+    """Say in every transformers config inside that embeddings are not tied; note which said so.
 
     Without this a saved merged model would be tied again when it is loaded.
     """
-    cleared: list[Any] = []
     pending: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
     while pending:
         config = pending.pop()
@@ -436,7 +514,6 @@ def _clear_tie_flags(model: nn.Module) -> list[Any]:
             config.tie_word_embeddings = False
             cleared.append(config)
             pending += [v for k, v in config.__dict__.items() if k.endswith("_config")]
-    return cleared
 
 
 def unmerge(model: M) -> M:
@@ -461,14 +538,13 @@ def unmerge(model: M) -> M:
             "the merge kept nothing to restore (undo=False)",
             "Load the base weights again",
         )
-    _restore(model, kept.targets)
+    modules = dict(walk(model))
+    selection.replace(kept.was)
+    selection.merged = None
+    _restore(modules, kept.targets)
     for config in kept.tie_flags:
         config.tie_word_embeddings = True
     for path, flat in kept.trainable:
-        parameter = model.get_submodule(path)._parameters[flat]
-        assert parameter is not None
-        parameter.requires_grad_(True)
+        _set_flag(modules[path], flat, True)
     root.undo = None
-    selection.merged = None
-    selection.replace(kept.was)
     return model

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import FormatError, LayerError, nearest
-from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.formats import FORMATS, read_adapter, write_adapter
 from lora_inject.formats.fingerprint import compare, sample, unverifiable
 from lora_inject.functional import master_dtype
 from lora_inject.layers.base import Entry
-from lora_inject.layers.table import inventory, walk
+from lora_inject.layers.table import KINDS, inventory, walk
 from lora_inject.matching import Candidate, Inventory, Trained, match_end
 from lora_inject.sites import SiteSpec
 from lora_inject.state import AdapterState, Fingerprint, SiteState
-from lora_inject.surgery import check_names, entries, mount, reach, roots_of
+from lora_inject.surgery import base_parameters, check_names, entries, mount, reach, roots_of
 
 __all__ = ["adapter_state", "fingerprint", "install", "load_adapter", "save_adapter"]
 
@@ -132,9 +132,22 @@ def save_adapter(
     """
     state = adapter_state(model, name)
     if format == "peft":
-        options.setdefault("module_names", tuple(alias for alias, _ in walk(model, aliases=True)))
+        for key, value in _peft_view(model).items():
+            options.setdefault(key, value)
     write_adapter(state, path, format=format, **options)
     return Path(path)
+
+
+def _peft_view(model: nn.Module) -> dict[str, Any]:
+    """Return what PEFT would see of the model, and its format therefore must know."""
+    modules = dict(walk(model, aliases=True))
+    return {
+        "module_names": tuple(name for name in modules if name),
+        "tensor_names": tuple(_weights(model)),
+        "transposed_modules": tuple(
+            name for name, module in modules.items() if getattr(module, "is_transposed", False)
+        ),
+    }
 
 
 def load_adapter(
@@ -172,6 +185,8 @@ def load_adapter(
             another base. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
+    if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
+        options.setdefault("tensor_names", tuple(_weights(model)))
     state = read_adapter(path, format=format, **options)
     return install(model, state, name, leave_out=leave_out, base=base, asked=f"load {str(path)!r}")
 
@@ -227,7 +242,16 @@ def install(
     sources = {spec.name: key for key, spec in fitted.items()}
     sources |= {t.name: key for t, key in zip(trained, state.trained, strict=True)}
     active = any(selection.state.active for selection in reach(model).selections)
-    mount(model, name, fitted.values(), trained, tensors, state.config, activate=not active)
+    mount(
+        model,
+        name,
+        fitted.values(),
+        trained,
+        tensors,
+        state.config,
+        activate=not active,
+        train=False,
+    )
     return model
 
 
@@ -255,6 +279,13 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
 def _fit(spec: SiteSpec, found: Inventory, asked: str) -> SiteSpec:
     """Return a site's spec as this model holds it."""
     candidate = _candidate(spec, found)
+    kinds = {row.kind for row in KINDS} | {"parameter"}
+    if spec.kind not in kinds:
+        raise FormatError(
+            f"{asked}, site {spec.name!r}",
+            f"its kind of layer, {spec.kind!r}, is not registered here",
+            "Import the module that calls register_kind for it first",
+        )
     if candidate is None:
         names = [c.name for c in found.candidates]
         close = ", ".join(map(repr, nearest(spec.name, names))) or "none"
@@ -292,6 +323,8 @@ def _candidate(spec: SiteSpec, found: Inventory) -> Candidate | None:
     for candidate in found.candidates:
         if spec.name == candidate.name or spec.name in candidate.aliases:
             return candidate
+        if spec.kind == "parameter" and spec.name == candidate.weight:
+            return candidate.as_parameter(spec.name)
     return None
 
 
@@ -312,11 +345,11 @@ def _fit_trained(key: str, tensor: Tensor, found: Inventory, asked: str) -> Trai
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the base's parameters under each of their names."""
     return {
         f"{path}.{key}" if path else key: parameter
         for path, module in walk(model, aliases=True)
-        for key, parameter in module._parameters.items()
-        if parameter is not None
+        for key, parameter in base_parameters(module)
     }
 
 

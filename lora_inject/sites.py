@@ -88,6 +88,8 @@ class SiteSpec:
         mount: `forward` where the update is added to the layer's output, `weight` where the weight
             reads as `W + delta`.
         aliases: Other names of the same module or parameter.
+        scale: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA (arXiv:2312.03732).
+        spans: `(start, stop)` along the output of each adapted part; one for a plain site.
     """
 
     name: str
@@ -108,17 +110,15 @@ class SiteSpec:
     weight: str = ""
     mount: str = "forward"
     aliases: tuple[str, ...] = field(default=(), compare=False)
+    scale: float = field(init=False, repr=False, compare=False)
+    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def scale(self) -> float:
-        """`alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA (arXiv:2312.03732)."""
+    def __post_init__(self) -> None:
+        """Compute what every forward reads; torch.compile cannot trace a cached property."""
         divisor = math.sqrt(self.rank) if self.scaling == "rslora" else self.rank
-        return self.alpha / divisor
-
-    @cached_property
-    def spans(self) -> tuple[tuple[int, int], ...]:
-        """`(start, stop)` along the output of each adapted part; one for a plain site."""
-        return self.slices.spans if self.slices else ((0, self.out_features),)
+        spans = self.slices.spans if self.slices else ((0, self.out_features),)
+        object.__setattr__(self, "scale", self.alpha / divisor)
+        object.__setattr__(self, "spans", spans)
 
     @property
     def a_shape(self) -> tuple[int, ...]:

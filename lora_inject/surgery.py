@@ -11,11 +11,13 @@ What is not here: choosing among adapters (`switching`), folding them (`merging`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.config import Config
@@ -27,12 +29,22 @@ from lora_inject.layers.base import (
     Reader,
     attribute,
     mounts_of,
+    narrow,
     swap,
     unswap,
 )
 from lora_inject.layers.initial import FROM_WEIGHT, initial_tensors
+from lora_inject.layers.resizing import allow_resizing, refuse_resizing
 from lora_inject.layers.selection import Selection, State
-from lora_inject.layers.table import check_swappable, inventory, mixin_for, walk
+from lora_inject.layers.snapshot import all_or_nothing
+from lora_inject.layers.table import (
+    base_parameters,
+    check_swappable,
+    inventory,
+    mixin_for,
+    unwrapped,
+    walk,
+)
 from lora_inject.matching import Plan, Trained, resolve
 from lora_inject.sites import SiteSpec
 
@@ -41,12 +53,14 @@ __all__ = [
     "Root",
     "adapter_parameters",
     "adapters",
+    "base_parameters",
     "carriers",
     "check_names",
     "eject",
     "entries",
     "holders",
     "inject",
+    "missed_sites",
     "mount",
     "named_parameters",
     "parameter_groups",
@@ -140,7 +154,11 @@ def plan(model: nn.Module, config: Config | Mapping[str, Any] | str | PathLike[s
 
 
 def inject(
-    model: M, config: Config | Mapping[str, Any] | str | PathLike[str], name: str = "default"
+    model: M,
+    config: Config | Mapping[str, Any] | str | PathLike[str],
+    name: str = "default",
+    *,
+    probe: Callable[[], Any] | None = None,
 ) -> M:
     """Put a new adapter onto a model, in place, and freeze everything else.
 
@@ -150,6 +168,8 @@ def inject(
         model: Any module; stays the same object.
         config: A `Config`, a dict, or the path of a YAML file.
         name: Name of the adapter.
+        probe: Runs the model once, for instance `lambda: model(**batch)`. With it a site that the
+            run does not reach, whose adapter would be inert, is an error.
 
     Returns:
         The same object, for chaining.
@@ -157,7 +177,7 @@ def inject(
     Raises:
         ConfigError: The config is not valid.
         MatchError: A pattern matches nothing, or `expect` is missed.
-        LayerError: A matched module cannot carry an adapter.
+        LayerError: A matched module cannot carry an adapter, or `probe` does not reach it.
         StateError: The name is in use, or the model is merged.
 
     Example:
@@ -168,7 +188,7 @@ def inject(
     """
     config = Config.coerce(config)
     planned = plan(model, config)
-    mount(model, name, planned.sites, planned.trained, _initial, config.to_dict())
+    mount(model, name, planned.sites, planned.trained, _initial, config.to_dict(), probe=probe)
     return model
 
 
@@ -188,6 +208,8 @@ def mount(
     config: Mapping[str, Any] | None,
     *,
     activate: bool = True,
+    train: bool = True,
+    probe: Callable[[], Any] | None = None,
 ) -> None:
     """Put an adapter onto a model: check everything, make everything, then change.
 
@@ -199,31 +221,90 @@ def mount(
         make: Called with a site or a trained tensor and the frozen weight; returns role to tensor.
         config: What the adapter was made from, as plain data.
         activate: Whether it becomes the only active adapter.
+        train: Whether it becomes the only trainable adapter; else it is frozen.
+        probe: Runs the model; sites that it does not reach are refused.
 
     Raises:
         StateError: The name is in use, or the model is merged.
-        LayerError: A module cannot change its class, or an attribute is in the way.
+        LayerError: A module cannot change its class, an attribute is in the way, or a site is not
+            reached by `probe`.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise LayerError(
+            f"adapter {name!r}",
+            "the model is wrapped in DistributedDataParallel, which would not reduce its gradients",
+            "Inject into the model first, then wrap it",
+        )
+    model = unwrapped(model)
     _check_name(model, name)
     placed = _place(model, name, tuple(sites), tuple(trained))
     made = _make(placed, make)
-    selection = next(iter(reach(model).selections), None) or Selection()
-    done: list[_Placed] = []
-    try:
+    found = reach(model)
+    selection = next(iter(found.selections), None) or Selection()
+    records = roots_of(model).values()
+    with all_or_nothing(
+        (module for _, module in walk(model)), (selection, *found.selections, *records)
+    ):
         for place, parameters in zip(placed, made, strict=True):
-            done.append(place)
             _attach(place, parameters, selection)
-    except BaseException:
-        for place in reversed(done):
-            _detach(place.module, name)
-        raise
-    root = _become_root(model, selection)
-    root.configs[name] = config
-    _freeze(model, root)
-    _structure_changed()
-    if activate:
-        train_only(model, name)
-        selection.replace(State(active=((name, 1.0),)))
+        root = _become_root(model, selection)
+        root.configs[name] = config
+        _freeze(model, root)
+        refuse_resizing((module for _, module in walk(model)), carriers(model).values())
+        _structure_changed()
+        if train:
+            train_only(model, name)
+        if activate:
+            selection.replace(State(active=((name, 1.0),)))
+        if probe is not None:
+            _refuse_unreached(model, probe)
+
+
+def _refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
+    training = {id(module): module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            missed = missed_sites(model, probe)
+    finally:
+        for module in model.modules():
+            module.training = training[id(module)]
+    if missed:
+        some = ", ".join(map(repr, missed[:3]))
+        weight = missed[0] if missed[0].endswith("weight") else f"{missed[0]}.weight"
+        raise LayerError(
+            f"inject, site {missed[0]!r}",
+            f"the probe reached its layer at no point ({len(missed)} such sites: {some}): its "
+            "adapter would be inert",
+            f"Where a parent reads the weight instead of calling the layer, target the weight: "
+            f"'{re.escape(weight)}'; else leave it out",
+        )
+
+
+def missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """Return the sites of active adapters that took no part when `run()` ran the model."""
+    selections = reach(model).selections
+    active = {name for selection in selections for name in selection.state.names}
+    seen: set[tuple[int, str | None]] = set()
+    for selection in selections:
+        selection.witness = seen
+    try:
+        run()
+    finally:
+        for selection in selections:
+            selection.witness = None
+    return [
+        entry.spec.name if entry.spec is not None else _join(path, entry.param)
+        for path, module, entry in entries(model)
+        if entry.adapter in active and (id(module), _read_param(module, entry)) not in seen
+    ]
+
+
+def _read_param(module: nn.Module, entry: Entry) -> str | None:
+    """Return the parameter by whose reading an entry takes part, None for a forward mount."""
+    mounts = mounts_of(module)
+    assert mounts is not None
+    return None if mounts.forward.get(entry.adapter) is entry else entry.param
 
 
 def _make(
@@ -265,6 +346,7 @@ def _check_name(model: nn.Module, name: str) -> None:
             asked, "the model has one of that name", "Eject it, or choose another name"
         )
     for selection in reach(model).selections:
+        selection.check_settled(f"adding adapter {name!r}")
         refuse_merged(selection, f"adding adapter {name!r}")
 
 
@@ -357,7 +439,9 @@ def _detach(module: nn.Module, name: str | None) -> None:
     for entry in [e for n in names for e in mounts.remove(n)]:
         for flat in entry.names.values():
             module._parameters.pop(flat, None)
-    if not any(True for _ in mounts.entries()):
+    if any(True for _ in mounts.entries()):
+        narrow(module)
+    else:
         unswap(module)
 
 
@@ -377,18 +461,23 @@ def eject(model: M, name: str | None = None) -> M:
     Raises:
         StateError: There is no such adapter, or it is merged together with others.
     """
+    wrapped, model = model, unwrapped(model)  # type: ignore[assignment]
     found = reach(model)
     check_names(found.names, [] if name is None else [name], "eject")
-    if name is not None:
-        for selection in found.selections:
+    for selection in found.selections:
+        selection.check_settled("eject")
+        if name is not None:
             refuse_merged(selection, f"ejecting {name!r}")
-    for module in carriers(model).values():
-        _detach(module, name)
-    _structure_changed()
-    left = reach(model).names
-    for path, root in reversed(roots_of(model).items()):
-        _forget(model.get_submodule(path), root, left)
-    return model
+    modules = dict(walk(model))
+    roots = roots_of(model)
+    with all_or_nothing(modules.values(), (*found.selections, *roots.values())):
+        for module in carriers(model).values():
+            _detach(module, name)
+        _structure_changed()
+        left = reach(model).names
+        for path, root in reversed(roots.items()):
+            _forget(modules[path], root, left)
+    return wrapped
 
 
 def _forget(module: nn.Module, root: Root, left: frozenset[str]) -> None:
@@ -396,9 +485,11 @@ def _forget(module: nn.Module, root: Root, left: frozenset[str]) -> None:
     gone = set(root.configs) - left
     for name in gone:
         del root.configs[name]
+    root.selection.forget(gone)
     active = tuple(item for item in root.selection.state.active if item[0] not in gone)
     if active != root.selection.state.active:
         root.selection.replace(State(active=active))
+    allow_resizing((inner for _, inner in walk(module)), carriers(module).values())
     if root.configs:
         return
     root.selection.merged = None
@@ -424,10 +515,11 @@ def _become_root(model: nn.Module, selection: Selection) -> Root:
         model.register_load_state_dict_pre_hook(_begin_loading)  # type: ignore[no-untyped-call]
         model.register_load_state_dict_post_hook(_end_loading)  # type: ignore[no-untyped-call]
     active = dict(selection.state.active)
+    modules = dict(walk(model))
     for path, inner in roots_of(model).items():
         if inner is root:
             continue
-        module = model.get_submodule(path)
+        module = modules[path]
         active.update(inner.selection.state.active)
         root.configs.update(inner.configs)
         root.required_grad |= {f"{path}.{key}" for key in inner.required_grad}
@@ -499,13 +591,10 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield every base parameter once, by canonical name; adapters are left out."""
     seen: set[int] = set()
     for path, module in walk(model):
-        mounts = mounts_of(module)
-        ours = {n for e in mounts.entries() for n in e.names.values()} if mounts else set()
-        for key, parameter in module._parameters.items():
-            if parameter is None or key in ours or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield f"{path}.{key}" if path else key, parameter
+        for key, parameter in base_parameters(module):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{path}.{key}" if path else key, parameter
 
 
 def roots_of(model: nn.Module) -> dict[str, Root]:
@@ -540,6 +629,7 @@ def reach(model: nn.Module) -> Reach:
     The walk is kept on the root until somebody injects or ejects, so that switching does not
     depend on the size of the model.
     """
+    model = unwrapped(model)
     root: Root | None = model.__dict__.get(ROOT)
     if root is not None and root.kept is not None and root.kept[0] == _generation:
         return root.kept[1]
@@ -675,12 +765,13 @@ def parameter_groups(model: nn.Module, lr: float, b_lr_ratio: float = 1.0) -> li
     Raises:
         StateError: No adapter is trainable.
     """
-    groups: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "T": []}
+    # By identity: the copy of a tied tensor stands under each of its names.
+    groups: dict[str, dict[int, nn.Parameter]] = {"A": {}, "B": {}, "T": {}}
     for _, module, entry in entries(model):
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]
             if role in groups and parameter is not None and parameter.requires_grad:
-                groups[role].append(parameter)
+                groups[role][id(parameter)] = parameter
     if not any(groups.values()):
         raise StateError(
             "parameter_groups",
@@ -689,7 +780,7 @@ def parameter_groups(model: nn.Module, lr: float, b_lr_ratio: float = 1.0) -> li
         )
     rates = {"A": lr, "B": lr * b_lr_ratio, "T": lr}
     return [
-        {"params": parameters, "lr": rates[role], "name": f"lora_{role}"}
+        {"params": list(parameters.values()), "lr": rates[role], "name": f"lora_{role}"}
         for role, parameters in groups.items()
         if parameters
     ]

@@ -18,7 +18,7 @@ from torch import nn
 from lora_inject.errors import StateError
 from lora_inject.layers.base import mounts_of
 from lora_inject.layers.selection import BASE, State
-from lora_inject.surgery import carriers, check_names, reach, refuse_merged
+from lora_inject.surgery import carriers, check_names, missed_sites, reach, refuse_merged
 
 __all__ = ["activate", "disabled", "routed", "unreached"]
 
@@ -53,6 +53,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     check_names(found.names, weights, "activate")
     for selection in found.selections:
         refuse_merged(selection, "activate")
+        selection.check_settled("activate")
     state = State(active=tuple(weights.items())) if weights else BASE
     for selection in found.selections:
         selection.replace(state)
@@ -161,24 +162,7 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     active = {name for selection in found.selections for name in selection.state.names}
     if not active:
         raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")
-    seen: set[tuple[int, str | None]] = set()
-    for selection in found.selections:
-        selection.witness = seen
-    try:
-        run()
-    finally:
-        for selection in found.selections:
-            selection.witness = None
-    missed = []
-    for path, module in carriers(model).items():
-        mounts = mounts_of(module)
-        assert mounts is not None
-        if mounts.forward.keys() & active and (id(module), None) not in seen:
-            missed.append(path)
-        for param, entries in mounts.reads.items():
-            if entries.keys() & active and (id(module), param) not in seen:
-                missed.append(_join(path, param))
-    return missed
+    return list(dict.fromkeys(missed_sites(model, run)))
 
 
 def _join(path: str, key: str) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "carrier_class",
     "encode",
     "mounts_of",
+    "narrow",
     "plain_class",
     "swap",
     "unswap",
@@ -182,11 +183,14 @@ class Mounts:
 class Carrier(nn.Module):
     """Mixin of every swapped class: copies, pickles, casts and loads like the class it stands on.
 
-    A kind of layer is a subclass with `kind`, `matches`, `geometry` and `forward`, and a row in
-    `layers.table.KINDS`.
+    A kind of layer is a subclass with `kind`, `matches` and `geometry`, and a row in
+    `layers.table.KINDS`, or a call of `layers.register_kind`. One that adds to the output derives
+    from `layers.linear.LoRALinear`, one whose weight is read derives from `Reader`.
     """
 
     kind: ClassVar[str] = ""
+    # Name of the layer's weight among its parameters.
+    weight_name: ClassVar[str] = "weight"
     # Set on each swapped class by `carrier_class`.
     _lora_plain: ClassVar[type[nn.Module]]
     _lora_reads: ClassVar[frozenset[str]]
@@ -203,6 +207,11 @@ class Carrier(nn.Module):
     def geometry(module: nn.Module) -> Geometry:
         """Return the shapes of the layer's weight."""
         raise NotImplementedError
+
+    @staticmethod
+    def mounts_forward(module: nn.Module) -> bool:  # noqa: ARG004 - for kinds that need to look
+        """Return whether options of this one module let it add to its output at all."""
+        return True
 
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
@@ -232,8 +241,9 @@ class Carrier(nn.Module):
 
         def keep_wide(t: Tensor) -> Tensor:
             out: Tensor = fn(t)
-            narrowed = out.dtype != t.dtype and out.element_size() < t.element_size()
-            return t.to(out.device) if narrowed and id(t) in masters else out
+            if out.dtype == t.dtype or id(t) not in masters:
+                return out
+            return t.to(out.device, torch.promote_types(out.dtype, torch.float32))
 
         return super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
 
@@ -275,11 +285,17 @@ class Carrier(nn.Module):
         for entry, weight in self._lora.chosen(state):
             updates += self._lora_factors(entry, weight)
         if updates:
-            if self._lora.selection.witness is not None:
-                self._lora.selection.witness.add((id(self), None))
-            if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                refuse_dead_checkpoint()
+            self._lora_takes_part(None, (u.A for u in updates))
         return updates
+
+    def _lora_takes_part(self, param: str | None, tensors: Iterable[Tensor]) -> None:
+        """Note for `unreached` that adapters take part, and refuse to train them in vain."""
+        if self._lora.selection.witness is not None:
+            self._lora.selection.witness.add((id(self), param))
+        if not self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if any(t.requires_grad for t in tensors):
+            refuse_dead_checkpoint()
 
     def _lora_factors(self, entry: Entry, weight: float = 1.0) -> list[Factors]:
         """Return the factors of one entry: the update, and the frozen start that it subtracts."""
@@ -313,8 +329,8 @@ class Carrier(nn.Module):
         names = [n for n in dict.fromkeys(rows) if n is not None and n in mine]
         index = {name: i + 1 for i, name in enumerate(names)}
         found = torch.tensor([index.get(name or "", 0) for name in rows], device=x.device)
-        if names and self._lora.selection.witness is not None:
-            self._lora.selection.witness.add((id(self), None))
+        if names:
+            self._lora_takes_part(None, (mine[n].tensor(self, "A") for n in names))
         return found.repeat_interleave(x.shape[0] // len(rows)), [mine[n] for n in names]
 
     def _lora_read(self, param: str) -> Any:
@@ -328,8 +344,9 @@ class Carrier(nn.Module):
         taking = [(entries[name], weight) for name, weight in state.active if name in entries]
         if not taking:
             return raw
-        if mounts.selection.witness is not None:
-            mounts.selection.witness.add((id(self), param))
+        self._lora_takes_part(
+            param, (e.tensor(self, "T" if e.spec is None else "A") for e, _ in taking)
+        )
         # A value formed under no_grad would cut the gradient of a later read in the same forward.
         key = (param, torch.is_grad_enabled())
         if mounts.cache is not None and key in mounts.cache:
@@ -523,9 +540,26 @@ def _rebind_hooked_forward(module: nn.Module, mounts: Mounts) -> None:
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
+def narrow(module: nn.Module) -> None:
+    """Let a swapped class read no more parameters than its mounts do."""
+    mounts = mounts_of(module)
+    assert mounts is not None
+    cls = type(module)
+    ours = _own_class(cls)
+    kind = next(c for c in ours.__mro__ if c.__dict__.get("kind")) if mounts.forward else Reader
+    new = carrier_class(ours._lora_plain, kind, mounts.reads)
+    if new is not ours:
+        module.__class__ = new if ours is cls else _with_base(cls, ours, new)
+        _rebind_hooked_forward(module, mounts)
+
+
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back and forget its mounts."""
     mounts = module.__dict__.pop("_lora")
-    if mounts.old_forward is not None:
+    if mounts.old_forward is not None and "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = mounts.old_forward
+    left = module.__dict__.get("forward")
+    if isinstance(left, types.MethodType) and left.__func__ is type(module).forward:
+        # A hook that was removed meanwhile has put our forward back, onto the instance.
+        del module.__dict__["forward"]
     module.__class__ = plain_class(type(module))

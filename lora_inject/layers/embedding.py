@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import embedding, routed_embedding
+from lora_inject.functional import embedding, renormalised, routed_embedding
 from lora_inject.layers.base import Carrier, Geometry
 from lora_inject.layers.selection import State
 
@@ -45,6 +44,11 @@ class LoRAEmbedding(Carrier):
         """Return the table's length as the input and its width as the output."""
         num, dim = int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
         return Geometry(num, dim, (num, dim), transposed=True)
+
+    @staticmethod
+    def mounts_forward(module: nn.Module) -> bool:
+        """Return False for `scale_grad_by_freq`, which changes the gradient of a read weight."""
+        return not module.scale_grad_by_freq
 
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
@@ -99,10 +103,6 @@ class LoRAEmbedding(Carrier):
         return F.embedding(ids, self.weight)
 
     def _lora_renorm(self, rows: Tensor) -> Tensor:
-        """Scale rows down to `max_norm`, as `torch.embedding_renorm_` would."""
         if self.max_norm is None:
             return rows
-        # ATen/native/Embedding.cpp, embedding_renorm_cpu_: the factor is formed in float64.
-        norm = torch.linalg.vector_norm(rows, self.norm_type, dim=-1, keepdim=True).double()
-        factor = (self.max_norm / (norm + 1e-7)).to(rows.dtype)
-        return torch.where(norm > self.max_norm, rows * factor, rows)
+        return renormalised(rows, self.max_norm, self.norm_type)

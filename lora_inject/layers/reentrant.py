@@ -1,9 +1,9 @@
-"""A checkpoint that can pass no gradient to adapters, found before it does so in silence.
+"""The reentrant mode of `torch.utils.checkpoint`, seen from inside a layer.
 
-One idea: the reentrant mode of `torch.utils.checkpoint` is an autograd Function of its tensor
-inputs. Where none of them requires a gradient, as the embeddings of a frozen model do not, its
-output requires none either, and every adapter inside is inert. Layers that are about to train look
-for that Function on the call stack.
+One idea: that mode is an autograd Function, and whoever runs inside it finds its frames on the call
+stack. Its forward tells a checkpoint that can pass no gradient to adapters: where none of its
+inputs requires one, as the embeddings of a frozen model do not, its output requires none either,
+and every adapter inside would be inert. Its backwards tell which checkpoints are being recomputed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,21 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lora_inject.errors import LayerError
 
-__all__ = ["refuse_dead_checkpoint"]
+__all__ = ["reentrant_backwards", "refuse_dead_checkpoint"]
 
-_CHECKPOINT_FORWARD = CheckpointFunction.forward.__code__
+_FORWARD = CheckpointFunction.forward.__code__
+_BACKWARD = CheckpointFunction.backward.__code__
+
+
+def reentrant_backwards() -> list[int]:
+    """Return the autograd numbers of the checkpoints being recomputed, the innermost first."""
+    numbers = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _BACKWARD:
+            numbers.append(int(frame.f_locals["ctx"]._sequence_nr()))
+        frame = frame.f_back  # type: ignore[assignment]
+    return numbers
 
 
 def refuse_dead_checkpoint() -> None:
@@ -27,7 +39,7 @@ def refuse_dead_checkpoint() -> None:
         LayerError: The innermost reentrant checkpoint has no input that requires a gradient.
     """
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _CHECKPOINT_FORWARD:
+    while frame is not None and frame.f_code is not _FORWARD:
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None:
         return

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lora_inject.errors import StateError
+from lora_inject.layers.reentrant import reentrant_backwards
 
 __all__ = ["BASE", "Selection", "State"]
 
@@ -39,11 +40,13 @@ class State:
         active: `(name, weight)` of each active adapter; empty for the plain base.
         rows: For `routed`: the adapter of each row of the batch, None for the base; else None.
         repeat: How many consecutive rows of an input share one entry of `rows` (beams).
+        merged: Whether the weights hold a merged adapter, and no other may be added.
     """
 
     active: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None
     repeat: int = 1
+    merged: bool = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -62,23 +65,30 @@ class _Timeline:
     def __init__(self) -> None:
         self.numbers: list[int] = []
         self.states: list[State] = []
-        self.pruned = False
+        self.owners: list[int] = []
 
-    def note(self, state: State) -> None:
-        """Nodes made from here on belong to `state`."""
-        if self.states and self.states[-1] == state:
+    def note(self, state: State, owner: int = -1) -> None:
+        """Nodes made from here on, by the recomputation `owner` if any, belong to `state`."""
+        if self.states and self.states[-1] == state and self.owners[-1] == owner:
             return
         number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self.numbers.append(number)
         self.states.append(state)
+        self.owners.append(owner)
         if len(self.numbers) > LOG_LENGTH:
-            del self.numbers[0], self.states[0]
-            self.pruned = True
+            del self.numbers[0], self.states[0], self.owners[0]
 
-    def at(self, number: int) -> State | None:
-        """Return the state of the node of that number, None where it is not known."""
+    def at(self, number: int, owner: int | None = None) -> State | None:
+        """Return the state of the node of that number, None where it is not known.
+
+        Args:
+            number: The node's number.
+            owner: Only what was noted by this recomputation counts, where given.
+        """
         index = bisect.bisect_right(self.numbers, number) - 1
-        return self.states[index] if index >= 0 else None
+        if index < 0 or (owner is not None and self.owners[index] != owner):
+            return None
+        return self.states[index]
 
 
 class Selection:
@@ -106,6 +116,8 @@ class Selection:
         self._replay_task = -1
         self._entered: list[State] = []
         self._region: Any = None
+        self._gone: dict[str, int] = {}
+        self._n_contexts = 0
 
     def current(self) -> State:
         """Return the state that the running forward belongs to.
@@ -128,16 +140,31 @@ class Selection:
         """Make `state` current from here on.
 
         Raises:
-            StateError: Called from inside a checkpointed function or a backward pass.
+            StateError: Called from inside a context, a checkpointed function or a backward pass.
         """
+        self.check_settled("a change of adapters")
+        self._note_change(state)
+        self.state = state
+
+    def check_settled(self, asked: str) -> None:
+        """Check that a lasting change can be made now.
+
+        Raises:
+            StateError: A context, a checkpointed function or a backward pass is running, which
+                would undo the change or see half of it.
+        """
+        if self._n_contexts:
+            raise StateError(
+                asked,
+                "it was called inside disabled() or routed(), whose end would undo it",
+                "Leave the context first",
+            )
         if torch._C._current_graph_task_id() != -1 or _checkpoint_hook() is not None:
             raise StateError(
-                "activate",
+                asked,
                 "it was called inside a checkpointed function or a backward pass",
                 "Call it outside, or use disabled() or routed() inside",
             )
-        self._note_change(state)
-        self.state = state
 
     @contextmanager
     def within(self, state: State) -> Iterator[None]:
@@ -156,9 +183,11 @@ class Selection:
             # start outside of it: nothing is logged.
             self._region = hook
         self.state = state
+        self._n_contexts += 1
         try:
             yield
         finally:
+            self._n_contexts -= 1
             self.state, self._region = before, region
             if hook is None:
                 self._note_change(before)
@@ -166,13 +195,15 @@ class Selection:
     @contextmanager
     def _within_recomputation(self, task: int, state: State) -> Iterator[None]:
         outside = self._recall(task)
+        recomputed = reentrant_backwards()
+        owner = recomputed[-1] if recomputed else -1
         self._entered.append(state)
-        self._replay.note(state)
+        self._replay.note(state, owner)
         try:
             yield
         finally:
             self._entered.pop()
-            self._replay.note(outside)
+            self._replay.note(outside, owner)
 
     def _note_change(self, state: State) -> None:
         if not self._log.numbers:
@@ -198,19 +229,44 @@ class Selection:
                 "Use use_reentrant=False, or keep one selection from forward to backward",
             )
         number = node._sequence_nr()
-        found = self._replay.at(number) if same_thread else None
+        recomputed = reentrant_backwards()
+        owner = recomputed[-1] if recomputed else -1
+        # A checkpoint inside a reentrant one was made by the recomputation of the outer one.
+        nested = len(recomputed) > 1
+        found = self._replay.at(number, owner if nested else None) if same_thread else None
         if found is None:
-            found = self._log.at(number)
+            found = self._log.at(owner if nested else number)
         if found is None:
             raise StateError(
                 "backward through a checkpoint",
                 f"the selection changed more than {LOG_LENGTH} times since its forward",
                 "Run the backward sooner",
             )
+        if found.merged != self.state.merged:
+            raise StateError(
+                "backward through a checkpoint",
+                "the model was merged or unmerged since its forward, which is to be recomputed",
+                "Run the backward before merge() or unmerge()",
+            )
         if not self._replay.numbers:
             self._replay_task = task
-        self._replay.note(found)
+        self._replay.note(found, owner)
+        self._refuse_ejected(found, owner if nested else number)
         return found
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Note that adapters are gone, for forwards that are still to be recomputed."""
+        number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self._gone.update(dict.fromkeys(names, number))
+
+    def _refuse_ejected(self, found: State, number: int) -> None:
+        for name in found.names:
+            if number < self._gone.get(name, -1):
+                raise StateError(
+                    "backward through a checkpoint",
+                    f"adapter {name!r} was ejected since its forward, which is to be recomputed",
+                    "Run the backward before eject()",
+                )
 
     def _refuse_nested_checkpoint(self) -> None:
         if _checkpoint_hook() not in (None, self._region):

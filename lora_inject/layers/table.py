@@ -22,17 +22,18 @@ from lora_inject.layers.parameter import LoRABilinear, LoRAConv, LoRAConvTranspo
 from lora_inject.layers.probe import linear_in_weight
 from lora_inject.matching import Candidate, Inventory, canonical
 
-__all__ = ["KINDS", "check_swappable", "inventory", "mixin_for", "walk"]
+__all__ = ["KINDS", "base_parameters", "check_swappable", "inventory", "mixin_for", "register_kind"]
+__all__ += ["unwrapped", "walk"]
 
 # The first row that matches a module is its kind.
-KINDS: tuple[type[Carrier], ...] = (
+KINDS: list[type[Carrier]] = [
     LoRAConv1D,
     LoRALinear,
     LoRAEmbedding,
     LoRAConv,
     LoRAConvTranspose,
     LoRABilinear,
-)
+]
 
 # These parents read the weights of their children, or do so in a fast path.
 READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -43,6 +44,76 @@ def mixin_for(kind: str) -> type[Carrier]:
     return next(row for row in KINDS if row.kind == kind)
 
 
+def register_kind(row: type[Carrier]) -> type[Carrier]:
+    """Add a kind of layer from outside the package; it is asked before the built-in ones.
+
+    Args:
+        row: A class with a `kind` of its own, `matches` and `geometry`. Derived from `LoRALinear`
+            it adds to the layer's output, where a probe finds the layer linear in its weight;
+            derived from `Reader` it mounts the weight. The kind's name travels with saved adapters.
+
+    Returns:
+        The class, so that this can stand as a decorator.
+
+    Raises:
+        LayerError: The class has no kind of its own, or its name is taken by another class.
+
+    Example:
+        >>> from torch import nn
+        >>> class Dense(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.kernel = nn.Parameter(torch.randn(4, 6))
+        ...     def forward(self, x):
+        ...         return x @ self.kernel
+        >>> @register_kind
+        ... class LoRADense(LoRALinear):
+        ...     kind, weight_name = "dense", "kernel"
+        ...     @classmethod
+        ...     def matches(cls, module):
+        ...         return isinstance(module, Dense)
+        ...     @staticmethod
+        ...     def geometry(module):
+        ...         return Geometry(4, 6, (4, 6), transposed=True)
+        >>> inventory(nn.Sequential(Dense())).candidates[0].kind
+        'dense'
+        >>> KINDS.remove(LoRADense)
+    """
+    kind = row.__dict__.get("kind")
+    if not kind or not issubclass(row, Carrier):
+        raise LayerError(
+            f"register_kind({row.__name__})",
+            "it is no Carrier with a kind of its own",
+            "Derive from LoRALinear or Reader and set kind",
+        )
+    for other in KINDS:
+        same = (other.__module__, other.__qualname__) == (row.__module__, row.__qualname__)
+        if other.kind == kind and not same:
+            raise LayerError(
+                f"register_kind({row.__name__})",
+                f"kind {kind!r} is taken by {other.__module__}.{other.__qualname__}",
+                "Choose another name",
+            )
+    KINDS[:] = [row, *(other for other in KINDS if other.kind != kind)]
+    return row
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's model inside torch.compile's, DistributedDataParallel's and like wrappers.
+
+    Adapters live on the model itself, so every verb means the same on a wrapped model.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif len(model._modules) == 1 and "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+            assert inner is not None
+            model = inner
+        else:
+            return model
+
+
 def walk(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Yield `(canonical name, module)` in the order of the model, the model itself as `""`.
 
@@ -50,8 +121,27 @@ def walk(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.M
         model: The model.
         aliases: Yield a shared module under each of its names, not only under the first.
     """
-    for name, module in model.named_modules(remove_duplicate=not aliases):
-        yield canonical(name), module
+    pending: list[tuple[str, nn.Module]] = [("", unwrapped(model))]
+    seen: set[int] = set()
+    while pending:
+        name, module = pending.pop()
+        if not aliases:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+        yield name, module
+        for key, child in reversed(module._modules.items()):
+            if child is not None:
+                pending.append((_join(name, key) if canonical(key) else name, child))
+
+
+def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a module's own parameters, without its children's and without adapters."""
+    mounts = mounts_of(module)
+    ours = {n for e in mounts.entries() for n in e.names.values()} if mounts else ()
+    for key, parameter in module._parameters.items():
+        if parameter is not None and key not in ours:
+            yield key, parameter
 
 
 def inventory(model: nn.Module) -> Inventory:
@@ -79,45 +169,48 @@ class _Survey:
             for child in module._modules.values():
                 if child is not None:
                     self.parents.setdefault(id(child), module)
-        self.probed: dict[type, bool] = {}
+        self.hooked = any("_hf_hook" in module.__dict__ for module in model.modules())
         self.candidates: list[Candidate] = []
         self.others: dict[str, str] = {}
         self.parameters: dict[str, tuple[int, ...]] = {}
         self.tensors: dict[int, list[str]] = {}
+        self.aliases: dict[str, str] = {}
 
     def inventory(self) -> Inventory:
         modules = dict(walk(self.model))
         for name, module in modules.items():
-            for key, parameter in self._base_parameters(module):
+            for key, parameter in base_parameters(module):
                 self.tensors.setdefault(id(parameter), []).append(_join(name, key))
+                for alias in self.names[id(module)][1:]:
+                    self.aliases[_join(alias, key)] = _join(name, key)
         for name, module in modules.items():
             self._module(name, module)
         return Inventory(
             candidates=tuple(self.candidates),
             others=self.others,
             parameters=self.parameters,
-            assumed=False,
+            aliases=self._first_names(),
         )
 
-    def _base_parameters(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        mounts = mounts_of(module)
-        ours = {n for e in mounts.entries() for n in e.names.values()} if mounts else ()
-        for key, parameter in module._parameters.items():
-            if parameter is not None and key not in ours:
-                yield key, parameter
+    def _first_names(self) -> dict[str, str]:
+        """Return every further name of a parameter, with the one that it is listed under."""
+        first = {name: names[0] for names in self.tensors.values() for name in names[1:]}
+        return first | {alias: first.get(name, name) for alias, name in self.aliases.items()}
 
     def _module(self, name: str, module: nn.Module) -> None:
         row = next((row for row in KINDS if row.matches(module)), None)
         if row is not None:
             self.candidates.append(self._candidate(name, module, row))
+        elif isinstance(module, nn.MultiheadAttention) and name:
+            self.candidates.append(self._attention(name, module))
         else:
             container = bool(module._modules)
             self.others[name] = "container" if container else plain_class(type(module)).__name__
-        for key, parameter in self._base_parameters(module):
+        for key, parameter in base_parameters(module):
             full = _join(name, key)
             if self.tensors[id(parameter)][0] == full:
-                self.parameters[full] = tuple(parameter.shape)
-            if row is None or key != "weight":
+                self.parameters[full] = _shape(parameter)
+            if row is None or key != row.weight_name:
                 self._parameter(full, module, key, parameter)
 
     def _candidate(self, name: str, module: nn.Module, row: type[Carrier]) -> Candidate:
@@ -130,17 +223,37 @@ class _Survey:
             weight_shape=shapes.weight_shape,
             transposed=shapes.transposed,
             experts=shapes.experts,
-            weight=_join(name, "weight"),
+            weight=_join(name, row.weight_name),
             aliases=tuple(self.names[id(module)][1:]),
-            tied=self._tied(name, module, "weight"),
-            refusal=(refusal := self._refusal(module)),
+            tied=self._tied(name, module, row.weight_name),
+            refusal=(refusal := self._refusal(module, row.weight_name)),
             mount="forward" if refusal or self._forward_mounts(module, row) else "weight",
-            dtype=_dtype(module._parameters.get("weight")),
+            dtype=_dtype(_parameter(module, row.weight_name)),
+        )
+
+    def _attention(self, name: str, module: nn.MultiheadAttention) -> Candidate:
+        """Whoever names an attention module means its projections, which it reads."""
+        keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights = [key for key in keys if _parameter(module, key) is not None]
+        members = tuple(_join(name, key) for key in (*weights, "out_proj"))
+        width = int(module.embed_dim)
+        aliases = tuple(self.names[id(module)][1:])
+        return Candidate(
+            name,
+            "attention",
+            width,
+            width,
+            (),
+            "",
+            aliases=aliases,
+            members=members,
+            mount="weight",
         )
 
     def _parameter(self, full: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
-        if parameter.dim() < 2 or _is_bias(key):
-            self.others[full] = "bias" if _is_bias(key) else f"{parameter.dim()}-d parameter"
+        n_dims = len(_shape(parameter))
+        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or _is_bias(key):
+            self.others[full] = "bias" if _is_bias(key) else f"{n_dims}-d parameter"
             return
         shapes = _raw_geometry(parameter)
         owner = full.rpartition(".")[0]
@@ -157,14 +270,14 @@ class _Survey:
                 aliases=tuple(_join(alias, key) for alias in self.names[id(module)][1:]),
                 tied=self._tied(owner, module, key),
                 refusal=_fused_kernel(module) or self._refusal(module, key),
-                needs_layout=parameter.dim() > 2,
+                needs_layout=n_dims > 2,
                 mount="weight",
                 dtype=_dtype(parameter),
             )
         )
 
     def _tied(self, name: str, module: nn.Module, key: str) -> tuple[str, ...]:
-        parameter = module._parameters.get(key)
+        parameter = _parameter(module, key)
         full = _join(name, key)
         return tuple(n for n in self.tensors.get(id(parameter), ()) if n != full)
 
@@ -172,19 +285,18 @@ class _Survey:
         """Whether adding to the module's output is right; else its weight is mounted."""
         if issubclass(row, Reader) or isinstance(self.parents.get(id(module)), READING_PARENTS):
             return False
+        if not row.mounts_forward(module):
+            return False
         plain = plain_class(type(module))
         if row.stock(plain):
             return True
-        weight = module._parameters.get("weight")
+        weight = _parameter(module, row.weight_name)
         if weight is None or not weight.is_floating_point() or type(weight) is not nn.Parameter:
             return True  # quantised: the class itself multiplies by what W stands for
-        if plain not in self.probed:
-            shapes = row.geometry(module)
-            ids = issubclass(row, LoRAEmbedding)
-            self.probed[plain] = linear_in_weight(module, shapes.transposed, ids)
-        return self.probed[plain]
+        ids = issubclass(row, LoRAEmbedding)
+        return linear_in_weight(module, row.geometry(module).transposed, ids, row.weight_name)
 
-    def _refusal(self, module: nn.Module, key: str = "weight") -> tuple[str, str] | None:
+    def _refusal(self, module: nn.Module, key: str) -> tuple[str, str] | None:
         cls = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             return f"{cls} is a ScriptModule, whose class cannot change", "Inject before scripting"
@@ -193,7 +305,7 @@ class _Survey:
                 f"the weight of {cls} is parametrised, so that a merge would write to a temporary",
                 "Call torch.nn.utils.parametrize.remove_parametrizations first",
             )
-        parameter = module._parameters.get(key)
+        parameter = _parameter(module, key)
         if parameter is None:
             return (
                 f"{cls} holds no parameter {key!r} of its own (weight_norm?)",
@@ -205,6 +317,11 @@ class _Survey:
             return (
                 f"this {cls} has its own forward on the instance, which would hide the adapter",
                 "Inject before patching the module, or remove the patch",
+            )
+        if self.hooked and parameter.device.type == "meta":
+            return (
+                "accelerate has offloaded its weights",
+                "Inject before dispatch_model, or load the model without offload",
             )
         return None
 
@@ -219,6 +336,11 @@ def _fused_kernel(module: nn.Module) -> tuple[str, str] | None:
     return found, "Adapt the layers around it"
 
 
+def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:
+    # A ScriptModule's table of parameters has items, but no get.
+    return dict(module._parameters.items()).get(key)
+
+
 def _dtype(tensor: torch.Tensor | None) -> str:
     return "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
 
@@ -227,8 +349,14 @@ def _is_bias(key: str) -> bool:
     return key == "bias" or key.endswith("_bias")
 
 
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
+
+
 def _raw_geometry(parameter: nn.Parameter) -> Geometry:
-    shape = tuple(parameter.shape)
+    shape = _shape(parameter)
+    if len(shape) < 2:
+        return Geometry(0, 0, shape)
     if len(shape) == 2:
         return Geometry(shape[1], shape[0], shape)
     return Geometry(shape[-1], shape[-2], shape, experts=math.prod(shape[:-2]))
