@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.functional import Tally, Term, fold_rows, fold_rows_
-from lora_inject.layers.base import Entry
+from lora_inject.functional import Scratch, Tally, Term, fold_rows, fold_rows_
+from lora_inject.layers.base import Entry, mounts_of
+from lora_inject.layers.loading import allow_loading, refuse_loading
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
-from lora_inject.layers.table import unwrapped, walk
+from lora_inject.layers.table import standing_still, unwrapped, walk
 from lora_inject.surgery import (
     ROOT,
     Root,
@@ -105,6 +106,8 @@ class _Target:
     terms: list[Term] = field(default_factory=list)
     copies: list[tuple[Tensor, float]] = field(default_factory=list)
     untie: bool = False
+    tally: Tally | None = None
+    scratch: Scratch = field(default_factory=Scratch)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -135,21 +138,37 @@ class _Target:
         for start in range(0, matrix.shape[0], step):
             yield start, matrix[start : start + step]
 
-    def merged(self, rows: Tensor, start: int, tally: Tally | None = None) -> Tensor:
+    @property
+    def narrow(self) -> bool:
+        """Whether the weight is stored in 16 bits, which may lose part of a delta."""
+        return self.weight.element_size() <= 2
+
+    def weight_norm(self) -> float:
+        return float(torch.linalg.vector_norm(self.weight.detach(), dtype=torch.float32))
+
+    def merged(
+        self, rows: Tensor, start: int, tally: Tally | None, out: Tensor | None = None
+    ) -> Tensor:
+        """Return some merged rows, possibly into `rows` itself."""
         if not self.copies:
-            return fold_rows(rows, start, self.terms, tally=tally)
+            return fold_rows(rows, start, self.terms, None, tally, self.scratch, out)
+        before = rows.to(self.copies[0][0].dtype) if tally is not None else None
         wanted = _with_copies(self, rows, start)
         fold_rows_(wanted, start, self.terms)
-        merged = wanted.to(rows.dtype)
-        if tally is not None:
-            tally.add(rows.to(wanted.dtype), wanted, merged)
+        merged = wanted.to(rows.dtype) if out is None else out.copy_(wanted)
+        if tally is not None and before is not None:
+            tally.add(before, wanted, merged)
         return merged
 
-    def write(self, rows: Tensor, start: int) -> None:
-        if not self.copies and rows.element_size() > 2:
-            fold_rows_(rows, start, self.terms)
-        else:
-            rows.copy_(self.merged(rows, start))
+    def write(self) -> None:
+        """Write all merged rows; count what rounding leaves where nobody has yet."""
+        tally = Tally() if self.narrow and self.tally is None else None
+        for start, rows in self.blocks():
+            if not self.copies and not self.narrow:
+                fold_rows_(rows, start, self.terms)
+            else:
+                self.merged(rows, start, tally, out=rows)
+        self.tally = self.tally or tally
 
 
 def _with_copies(target: _Target, rows: Tensor, start: int) -> Tensor:
@@ -221,17 +240,25 @@ def merge(
         LayerError: A weight is quantised, on the meta device or sharded, the merged weight would
             not be finite, or `min_kept` is missed. Nothing was changed.
     """
+    with standing_still(model):
+        return _merge(model, name, undo, min_kept)
+
+
+def _merge(
+    model: nn.Module, name: str | Mapping[str, float] | None, undo: bool, min_kept: float | None
+) -> MergeReport:
     selection, root = _root_selection(model)
     refuse_merged(selection, "merge")
     selection.check_settled("merge")
     state = _state_to_merge(model, selection, name)
-    targets = _targets(model, state)
+    targets = _targets(model, state, Scratch())
     _check_ties(model, targets)
-    report = _measure(targets, state, min_kept)
+    _check_results(targets, min_kept)
     with all_or_nothing((module for _, module in walk(model)), (selection, root)):
         was = selection.state
         selection.replace(State(merged=True))
         selection.merged = state
+        refuse_loading(unwrapped(model))
         root.undo = _Merged(None, was, _trainable(model), [])
         modules = dict(walk(model))
         for path, flat in root.undo.trainable:
@@ -249,7 +276,7 @@ def merge(
                 raise _torn(len(done), len(targets)) from error
             raise
         root.undo.targets = done if undo else None
-    return report
+    return _report(targets, state)
 
 
 def _torn(n_written: int, n_targets: int) -> StateError:
@@ -297,7 +324,7 @@ def _state_to_merge(
     return state
 
 
-def _targets(model: nn.Module, state: State) -> list[_Target]:
+def _targets(model: nn.Module, state: State, scratch: Scratch) -> list[_Target]:
     """Collect the tensors to write, one target each; check that each can be written."""
     weights = dict(state.active)
     found: dict[tuple[int, str], _Target] = {}
@@ -305,7 +332,8 @@ def _targets(model: nn.Module, state: State) -> list[_Target]:
         if entry.adapter not in weights:
             continue
         label = f"{path}.{entry.param}" if path else entry.param
-        target = found.setdefault((id(module), entry.param), _Target(label, module, entry.param))
+        new = _Target(label, module, entry.param, scratch=scratch)
+        target = found.setdefault((id(module), entry.param), new)
         _add_entry(target, module, entry, weights[entry.adapter])
     targets = list(found.values())
     held = holders(model)
@@ -341,7 +369,7 @@ def _add_entry(target: _Target, module: nn.Module, entry: Entry, weight: float) 
             n_bad = int((~torch.isfinite(tensor)).sum())
             raise StateError(
                 f"merge {entry.adapter!r}",
-                f"{role} of site {target.name!r} holds {n_bad} values that are NaN or Inf",
+                f"{role} of site {target.name!r} is NaN or Inf in {n_bad} places",
                 "The adapter is broken; merge another checkpoint of it",
             )
     if entry.spec is None:
@@ -388,34 +416,53 @@ def _reads_tie_flag(cls: type) -> bool:
     return code is not None and "tie_word_embeddings" in code.co_names
 
 
-def _measure(targets: list[_Target], state: State, min_kept: float | None) -> MergeReport:
-    """Form every 16-bit merged weight once, count, and refuse what must not be written."""
+def _check_results(targets: list[_Target], min_kept: float | None) -> None:
+    """Refuse, before any change, what must not be written.
+
+    Most merges can be judged without being carried out: where no delta can come near the largest
+    value of the dtype, the merged weight is finite if W is. The others are formed once without
+    being written.
+    """
+    for target in targets:
+        if target.narrow and not math.isfinite(target.weight_norm()):
+            raise _not_finite(target, "the base holds NaN or Inf", "Check the base")
+        if not (min_kept is not None and target.narrow) and not target.may_overflow():
+            continue
+        target.tally = Tally()
+        for start, rows in target.blocks():
+            target.merged(rows, start, target.tally)
+        if not target.tally.finite:
+            found = f"the merged weight overflows {target.weight.dtype}"
+            raise _not_finite(target, found, "Merge in a wider dtype")
+    if min_kept is not None:
+        _check_kept(targets, min_kept)
+
+
+def _not_finite(target: _Target, found: str, remedy: str) -> LayerError:
+    return LayerError(f"merge into {target.name!r}", found, remedy)
+
+
+def _check_kept(targets: list[_Target], min_kept: float) -> None:
+    kept = {t.name: t.tally.kept for t in targets if t.narrow and t.tally is not None}
+    missed = [name for name, share in kept.items() if share < min_kept]
+    if missed:
+        worst = min(missed, key=lambda name: kept[name])
+        raise LayerError(
+            f"merge with min_kept={min_kept}",
+            f"rounding would leave {kept[worst]:.3f} of the delta of {worst!r}, and less than "
+            f"asked at {len(missed)} of {len(targets)} tensors",
+            "Stay unmerged, or merge in float32",
+        )
+
+
+def _report(targets: list[_Target], state: State) -> MergeReport:
     sites = {}
     for target in targets:
-        if target.weight.element_size() > 2 and not target.may_overflow():
-            continue
-        tally = Tally()
-        for start, rows in target.blocks():
-            target.merged(rows, start, tally)
-        if not tally.finite:
-            raise LayerError(
-                f"merge into {target.name!r}",
-                f"the merged weight overflows {target.weight.dtype} or is not finite",
-                "Merge in a wider dtype, or check the base for NaN and Inf",
-            )
-        if target.weight.element_size() > 2:
+        tally = target.tally
+        if tally is None or not target.narrow:
             continue
         relative = tally.delta_norm / tally.weight_norm if tally.weight_norm else math.inf
         sites[target.name] = SiteReport(relative, tally.kept, tally.error, target.untie)
-    missed = [n for n, site in sites.items() if min_kept is not None and site.kept < min_kept]
-    if missed:
-        worst = min(missed, key=lambda n: sites[n].kept)
-        raise LayerError(
-            f"merge with min_kept={min_kept}",
-            f"rounding would leave {sites[worst].kept:.3f} of the delta of {worst!r}, and less "
-            f"than asked at {len(missed)} of {len(targets)} tensors",
-            "Stay unmerged, or merge in float32",
-        )
     return MergeReport(state.active, sites, len(targets))
 
 
@@ -430,9 +477,12 @@ def _write(
         for target in targets:
             undone = _untie(target, held, paths) if target.untie else None
             done.append(undone or _keep(target, paths, undo))
-            for start, rows in target.blocks():
-                target.write(rows, start)
-                done[-1].lost = done[-1].tied_to is None and not undo
+            version = target.weight._version
+            try:
+                target.write()
+            finally:
+                changed = target.weight._version != version
+                done[-1].lost = changed and done[-1].tied_to is None and not undo
 
 
 @contextmanager
@@ -539,6 +589,14 @@ def unmerge(model: M) -> M:
             "Load the base weights again",
         )
     modules = dict(walk(model))
+    for undo in kept.targets:
+        module = modules.get(undo.path)
+        if module is None or mounts_of(module) is None or undo.param not in module._parameters:
+            raise StateError(
+                f"unmerge of '{undo.path}.{undo.param}'",
+                "the module was renamed or replaced since the merge",
+                "Put it back under its name first",
+            )
     selection.replace(kept.was)
     selection.merged = None
     _restore(modules, kept.targets)
@@ -547,4 +605,5 @@ def unmerge(model: M) -> M:
     for path, flat in kept.trainable:
         _set_flag(modules[path], flat, True)
     root.undo = None
+    allow_loading(unwrapped(model))
     return model

@@ -21,11 +21,20 @@ from lora_inject.formats import FORMATS, read_adapter, write_adapter
 from lora_inject.formats.fingerprint import compare, sample, unverifiable
 from lora_inject.functional import master_dtype
 from lora_inject.layers.base import Entry
-from lora_inject.layers.table import KINDS, inventory, walk
+from lora_inject.layers.table import KINDS, inventory, unwrapped, walk
 from lora_inject.matching import Candidate, Inventory, Trained, match_end
 from lora_inject.sites import SiteSpec
 from lora_inject.state import AdapterState, Fingerprint, SiteState
-from lora_inject.surgery import base_parameters, check_names, entries, mount, reach, roots_of
+from lora_inject.surgery import (
+    base_parameters,
+    check_names,
+    check_new_name,
+    entries,
+    mount,
+    reach,
+    refuse_merged,
+    roots_of,
+)
 
 __all__ = ["adapter_state", "fingerprint", "install", "load_adapter", "save_adapter"]
 
@@ -44,7 +53,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         Its state. The tensors are detached and share memory with the model's.
 
     Raises:
-        StateError: There is no such adapter.
+        StateError: There is no such adapter, or the model is merged.
 
     Example:
         >>> from lora_inject.surgery import inject
@@ -53,7 +62,11 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         >>> tuple(site.A.shape), tuple(site.B.shape), site.scale
         ((2, 4), (6, 2), 8.0)
     """
-    check_names(reach(model).names, [name], "adapter_state of")
+    found = reach(model)
+    check_names(found.names, [name], "adapter_state of")
+    for selection in found.selections:
+        # The fingerprint is to be that of the base, which the weights are not now.
+        refuse_merged(selection, f"saving adapter {name!r}")
     sites: dict[str, SiteState] = {}
     trained: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -217,6 +230,7 @@ def install(
         FormatError: It does not fit the model. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
+    check_new_name(unwrapped(model), name)
     state = _without(state, leave_out, asked)
     found = inventory(model)
     fitted = {s.spec.name: _fit(s.spec, found, asked) for s in state.sites.values()}

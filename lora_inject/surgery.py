@@ -34,6 +34,7 @@ from lora_inject.layers.base import (
     unswap,
 )
 from lora_inject.layers.initial import FROM_WEIGHT, initial_tensors
+from lora_inject.layers.loading import allow_loading
 from lora_inject.layers.resizing import allow_resizing, refuse_resizing
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
@@ -42,6 +43,7 @@ from lora_inject.layers.table import (
     check_swappable,
     inventory,
     mixin_for,
+    standing_still,
     unwrapped,
     walk,
 )
@@ -56,6 +58,7 @@ __all__ = [
     "base_parameters",
     "carriers",
     "check_names",
+    "check_new_name",
     "eject",
     "entries",
     "holders",
@@ -187,8 +190,9 @@ def inject(
         ['0.lora_A__default', '0.lora_B__default']
     """
     config = Config.coerce(config)
-    planned = plan(model, config)
-    mount(model, name, planned.sites, planned.trained, _initial, config.to_dict(), probe=probe)
+    with standing_still(model):
+        planned = plan(model, config)
+        mount(model, name, planned.sites, planned.trained, _initial, config.to_dict(), probe=probe)
     return model
 
 
@@ -236,8 +240,23 @@ def mount(
             "Inject into the model first, then wrap it",
         )
     model = unwrapped(model)
-    _check_name(model, name)
-    placed = _place(model, name, tuple(sites), tuple(trained))
+    with standing_still(model):
+        _mount(model, name, tuple(sites), tuple(trained), make, config, activate, train, probe)
+
+
+def _mount(
+    model: nn.Module,
+    name: str,
+    sites: tuple[SiteSpec, ...],
+    trained: tuple[Trained, ...],
+    make: Callable[[SiteSpec | Trained, Tensor], Tensors],
+    config: Mapping[str, Any] | None,
+    activate: bool,
+    train: bool,
+    probe: Callable[[], Any] | None,
+) -> None:
+    check_new_name(model, name)
+    placed = _place(model, name, sites, trained)
     made = _make(placed, make)
     found = reach(model)
     selection = next(iter(found.selections), None) or Selection()
@@ -337,7 +356,12 @@ class _Placed:
         return found
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Check that an adapter of that name can be added now.
+
+    Raises:
+        StateError: The name is in use or no name, or the model is merged.
+    """
     asked = f"adapter {name!r}"
     if not isinstance(name, str) or not name:
         raise StateError(asked, "a name is a string of one character or more", "Give another name")
@@ -464,6 +488,12 @@ def eject(model: M, name: str | None = None) -> M:
     wrapped, model = model, unwrapped(model)  # type: ignore[assignment]
     found = reach(model)
     check_names(found.names, [] if name is None else [name], "eject")
+    with standing_still(model):
+        _eject(model, name, found)
+    return wrapped
+
+
+def _eject(model: nn.Module, name: str | None, found: Reach) -> None:
     for selection in found.selections:
         selection.check_settled("eject")
         if name is not None:
@@ -477,7 +507,6 @@ def eject(model: M, name: str | None = None) -> M:
         left = reach(model).names
         for path, root in reversed(roots.items()):
             _forget(modules[path], root, left)
-    return wrapped
 
 
 def _forget(module: nn.Module, root: Root, left: frozenset[str]) -> None:
@@ -493,8 +522,8 @@ def _forget(module: nn.Module, root: Root, left: frozenset[str]) -> None:
     if root.configs:
         return
     root.selection.merged = None
+    allow_loading(module)
     del module.__dict__[ROOT]
-    _remove_hooks(module)
     inner = roots_of(module)
     for key, parameter in named_parameters(module):
         if key not in root.required_grad:
@@ -512,8 +541,6 @@ def _become_root(model: nn.Module, selection: Selection) -> Root:
     root: Root | None = model.__dict__.get(ROOT)
     if root is None:
         root = model.__dict__[ROOT] = Root(selection)
-        model.register_load_state_dict_pre_hook(_begin_loading)  # type: ignore[no-untyped-call]
-        model.register_load_state_dict_post_hook(_end_loading)  # type: ignore[no-untyped-call]
     active = dict(selection.state.active)
     modules = dict(walk(model))
     for path, inner in roots_of(model).items():
@@ -524,7 +551,6 @@ def _become_root(model: nn.Module, selection: Selection) -> Root:
         root.configs.update(inner.configs)
         root.required_grad |= {f"{path}.{key}" for key in inner.required_grad}
         del module.__dict__[ROOT]
-        _remove_hooks(module)
     for module in carriers(model).values():
         mounts = mounts_of(module)
         assert mounts is not None
@@ -540,33 +566,6 @@ def _freeze(model: nn.Module, root: Root) -> None:
         if parameter.requires_grad:
             root.required_grad.add(key)
             parameter.requires_grad_(False)
-
-
-# A plain base checkpoint loads strictly into an injected model; half an adapter does not. Each
-# layer forgives the absence of all its tensors, and the root takes that back for an adapter of
-# which the state dict holds some.
-
-
-def _begin_loading(module: nn.Module, *_: Any) -> None:
-    for selection in reach(module).selections:
-        selection.absent.clear()
-        selection.present.clear()
-
-
-def _end_loading(module: nn.Module, incompatible: Any) -> None:
-    for selection in reach(module).selections:
-        for name in selection.present & selection.absent.keys():
-            incompatible.missing_keys.extend(selection.absent[name])
-        selection.absent.clear()
-        selection.present.clear()
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    before, after = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
-    for key in [k for k, h in before.items() if getattr(h, "hook", h) is _begin_loading]:
-        del before[key]
-    for key in [k for k, h in after.items() if h is _end_loading]:
-        del after[key]
 
 
 # --------------------------------------------------------------------------------- what is there
@@ -677,7 +676,9 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     weights: dict[str, float] = {}
     for selection in reach(model).selections:
         weights.update((selection.merged or selection.state).active)
-    return {name: _info(items, weights.get(name)) for name, items in found.items()}
+    order = {name: i for root in roots_of(model).values() for i, name in enumerate(root.configs)}
+    names = sorted(found, key=lambda name: order.get(name, len(order)))
+    return {name: _info(found[name], weights.get(name)) for name in names}
 
 
 def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> AdapterInfo:

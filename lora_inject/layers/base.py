@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import Factors, effective_weight
+from lora_inject.functional.factors import Spans
+from lora_inject.layers.loading import raise_merged
 from lora_inject.layers.reentrant import refuse_dead_checkpoint
 from lora_inject.layers.selection import Selection, State
 from lora_inject.sites import SiteSpec
@@ -115,11 +117,31 @@ class Entry:
         assert found is not None
         return found
 
+    def recipes(self, weight: float) -> Iterator[_Recipe]:
+        """Yield the update, and with a negative scale the frozen start of pissa or olora."""
+        spec = self.spec
+        assert spec is not None
+        spans = spec.spans if spec.slices else None
+        scale = spec.scale * weight
+        yield _Recipe(self.names["A"], self.names["B"], scale, spans, spec.dropout)
+        if "A0" in self.names:
+            yield _Recipe(self.names["A0"], self.names["B0"], -scale, spans, spec.dropout)
+
     def pairs(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora."""
         yield self.tensor(module, "A"), self.tensor(module, "B"), 1.0
         if "A0" in self.names:
             yield self.tensor(module, "A0"), self.tensor(module, "B0"), -1.0
+
+
+class _Recipe(NamedTuple):
+    """One update of a forward mount: the names of its tensors and its numbers."""
+
+    A: str
+    B: str
+    scale: float
+    spans: Spans | None
+    dropout: float
 
 
 class Mounts:
@@ -130,6 +152,7 @@ class Mounts:
         forward: Adapter name to its entry on the output of this layer.
         reads: Parameter name to adapter name to its entry on that parameter.
         old_forward: The `_old_forward` that a hook had saved on the module, or None.
+        float32: Whether an adapter on the output asks for float32 arithmetic.
         cache: Effective weights formed in the running forward of the module, or None outside one.
     """
 
@@ -139,8 +162,9 @@ class Mounts:
         self.reads: dict[str, dict[str, Entry]] = {}
         self.old_forward: Any = None
         self.cache: dict[tuple[str, bool], Tensor] | None = None
+        self.float32 = False
         self._chosen_for: State | None = None
-        self._chosen: tuple[tuple[Entry, float], ...] = ()
+        self._chosen: tuple[_Recipe, ...] = ()
 
     def entries(self) -> Iterator[Entry]:
         """Yield every entry, forward mount first."""
@@ -152,7 +176,7 @@ class Mounts:
         """Register an entry whose tensors are on the module."""
         by_adapter = self.forward if forward else self.reads.setdefault(entry.param, {})
         by_adapter[entry.adapter] = entry
-        self._chosen_for = None
+        self._changed()
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
@@ -162,19 +186,30 @@ class Mounts:
             self.reads[param].pop(adapter, None)
             if not self.reads[param]:
                 del self.reads[param]
-        self._chosen_for = None
+        self._changed()
         return removed
 
-    def chosen(self, state: State) -> tuple[tuple[Entry, float], ...]:
-        """Return the forward-mounted entries that take part, with their mixing weights."""
+    def _changed(self) -> None:
+        self._chosen_for = None
+        self.float32 = any(
+            e.spec is not None and e.spec.compute == "float32" for e in self.forward.values()
+        )
+
+    def chosen(self, state: State) -> tuple[_Recipe, ...]:
+        """Return what the forward mount needs of each update that takes part under `state`."""
         if torch.compiler.is_compiling():
             return self._choose(state)
         if state is not self._chosen_for:
             self._chosen, self._chosen_for = self._choose(state), state
         return self._chosen
 
-    def _choose(self, state: State) -> tuple[tuple[Entry, float], ...]:
-        return tuple((self.forward[n], weight) for n, weight in state.active if n in self.forward)
+    def _choose(self, state: State) -> tuple[_Recipe, ...]:
+        return tuple(
+            recipe
+            for name, weight in state.active
+            if name in self.forward
+            for recipe in self.forward[name].recipes(weight)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_chosen_for": None, "_chosen": (), "cache": None}
@@ -258,6 +293,8 @@ class Carrier(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
+        if self._lora.selection.merged is not None:
+            raise_merged()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -266,12 +303,12 @@ class Carrier(nn.Module):
             by_adapter.setdefault(entry.adapter, []).extend(
                 prefix + n for n in entry.names.values()
             )
+        loading = self._lora.selection.loading(missing_keys)
         for adapter, keys in by_adapter.items():
-            if not any(key in state_dict for key in keys):
-                self._lora.selection.absent.setdefault(adapter, []).extend(keys)
-                missing_keys[:] = [key for key in missing_keys if key not in keys]
+            if any(key in state_dict for key in keys):
+                loading.present(adapter)
             else:
-                self._lora.selection.present.add(adapter)
+                loading.absent(adapter, keys)
 
     def extra_repr(self) -> str:
         """Return the plain layer's description and the adapters on it."""
@@ -281,12 +318,19 @@ class Carrier(nn.Module):
 
     def _lora_updates(self, state: State) -> list[Factors]:
         """Return the low-rank updates of the forward mount that take part under `state`."""
-        updates: list[Factors] = []
-        for entry, weight in self._lora.chosen(state):
-            updates += self._lora_factors(entry, weight)
-        if updates:
+        recipes = self._lora.chosen(state)
+        updates = self._lora_factors(recipes) if recipes else []
+        if updates and (self.training or self._lora.selection.witness is not None):
             self._lora_takes_part(None, (u.A for u in updates))
         return updates
+
+    def _lora_factors(self, recipes: Iterable[_Recipe]) -> list[Factors]:
+        """Return updates with their tensors, which are looked up anew each time."""
+        held, training = self._parameters, self.training
+        return [
+            Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)  # type: ignore[arg-type]
+            for r in recipes
+        ]
 
     def _lora_takes_part(self, param: str | None, tensors: Iterable[Tensor]) -> None:
         """Note for `unreached` that adapters take part, and refuse to train them in vain."""
@@ -296,19 +340,6 @@ class Carrier(nn.Module):
             return
         if any(t.requires_grad for t in tensors):
             refuse_dead_checkpoint()
-
-    def _lora_factors(self, entry: Entry, weight: float = 1.0) -> list[Factors]:
-        """Return the factors of one entry: the update, and the frozen start that it subtracts."""
-        spec = entry.spec
-        assert spec is not None
-        spans = spec.spans if spec.slices else None
-        dropout = spec.dropout if self.training else 0.0
-        scale = spec.scale * weight
-        return [Factors(A, B, scale * sign, spans, dropout) for A, B, sign in entry.pairs(self)]
-
-    def _lora_float32(self) -> bool:
-        """Return whether an adapter on this layer asks for float32 arithmetic."""
-        return any(e.spec and e.spec.compute == "float32" for e in self._lora.forward.values())
 
     def _lora_routing(self, x: Tensor, state: State) -> tuple[Tensor, list[Entry]]:
         """Return `(batch,)` indices for a batch routed by rows, and the entries they point to.

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError
 from lora_inject.functional import embedding, renormalised, routed_embedding
 from lora_inject.layers.base import Carrier, Geometry
-from lora_inject.layers.selection import State
 
 __all__ = ["LoRAEmbedding"]
 
@@ -55,13 +54,12 @@ class LoRAEmbedding(Carrier):
         """Return whether `forward` is nn.Embedding's own."""
         return plain.forward is nn.Embedding.forward
 
-    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Look rows up with the adapters that take part.
 
         Args:
-            ids: `(...)`, integer.
-            *args: For the layer's own forward.
-            **kwargs: For the layer's own forward.
+            *args: For the layer's own forward; the first is the ids, `(...)`, integer.
+            **kwargs: For the layer's own forward; the first is the ids where there are no `args`.
 
         Returns:
             `(..., embedding_dim)`.
@@ -69,36 +67,34 @@ class LoRAEmbedding(Carrier):
         Raises:
             LayerError: The table was resized after inject, or `routed` got another batch.
         """
+        ids: Tensor = args[0] if args else next(iter(kwargs.values()))
         state = self._lora.selection.current()
         if state.rows is not None:
             rows, entries = self._lora_routing(ids, state)
             if not entries:
-                return super().forward(ids, *args, **kwargs)
-            adapters = [self._lora_factors(entry) for entry in entries]
-            base = self._lora_base(ids, *args, **kwargs)
+                return super().forward(*args, **kwargs)
+            adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
+            base = self._lora_base(ids, args, kwargs)
             return self._lora_renorm(routed_embedding(base, ids, rows, adapters, self.padding_idx))
         updates = self._lora_updates(state)
         if not updates:
-            return super().forward(ids, *args, **kwargs)
-        self._lora_refuse_resized(state)
-        base = self._lora_base(ids, *args, **kwargs)
+            return super().forward(*args, **kwargs)
+        self._lora_refuse_resized(updates[0].A.shape[1])
+        base = self._lora_base(ids, args, kwargs)
         return self._lora_renorm(embedding(base, ids, updates, self.padding_idx))
 
-    def _lora_refuse_resized(self, state: State) -> None:
-        entry, _ = self._lora.chosen(state)[0]
-        assert entry.spec is not None
-        if entry.spec.in_features != self.num_embeddings:
+    def _lora_refuse_resized(self, num: int) -> None:
+        if num != self.num_embeddings:
             raise LayerError(
-                f"the embedding of site {entry.spec.name!r}",
-                f"it was resized from {entry.spec.in_features} to {self.num_embeddings} rows "
-                "after inject",
+                "an embedding with an adapter",
+                f"it was resized from {num} to {self.num_embeddings} rows after inject",
                 "Eject first, resize, then inject again",
             )
 
-    def _lora_base(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _lora_base(self, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Look up rows of W without torch's renormalisation in place."""
         if self.max_norm is None:
-            found: Tensor = super().forward(ids, *args, **kwargs)
+            found: Tensor = super().forward(*args, **kwargs)
             return found
         return F.embedding(ids, self.weight)
 

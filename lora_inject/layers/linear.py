@@ -41,13 +41,12 @@ class LoRALinear(Carrier):
         """Return whether `forward` is nn.Linear's own."""
         return plain.forward is nn.Linear.forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the adapters that take part.
 
         Args:
-            x: `(..., in_features)`.
-            *args: For the layer's own forward.
-            **kwargs: For the layer's own forward.
+            *args: For the layer's own forward; the first is x, `(..., in_features)`.
+            **kwargs: For the layer's own forward; the first is x where there are no `args`.
 
         Returns:
             `(..., out_features)`, in the dtype of the plain layer's output.
@@ -55,22 +54,23 @@ class LoRALinear(Carrier):
         Raises:
             LayerError: Under `routed`, the batch is not as long as the rows.
         """
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         state = self._lora.selection.current()
         if state.rows is not None:
             rows, entries = self._lora_routing(x, state)
-            y = super().forward(x, *args, **kwargs)
+            y = super().forward(*args, **kwargs)
             if not entries:
                 return y
-            adapters = [self._lora_factors(entry) for entry in entries]
-            return routed_update(y, x, rows, adapters, float32=self._lora_float32())
+            adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
+            return routed_update(y, x, rows, adapters, float32=self._lora.float32)
         updates = self._lora_updates(state)
         if not updates:
-            return super().forward(x, *args, **kwargs)
-        float32 = self._lora_float32()
+            return super().forward(*args, **kwargs)
+        float32 = self._lora.float32
         if self._lora_stock and type(self._parameters["weight"]) is nn.Parameter:
             weight, bias = self.weight, self.bias
             return linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
-        return add_updates(super().forward(x, *args, **kwargs), x, updates, float32=float32)
+        return add_updates(super().forward(*args, **kwargs), x, updates, float32=float32)
 
 
 class LoRAConv1D(LoRALinear):

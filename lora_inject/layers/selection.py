@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lora_inject.errors import StateError
+from lora_inject.layers.loading import Loading
 from lora_inject.layers.reentrant import reentrant_backwards
 
 __all__ = ["BASE", "Selection", "State"]
@@ -98,16 +99,13 @@ class Selection:
         state: The state that a forward started now runs under.
         merged: The state that is folded into the weights, or None.
         witness: Where layers note that they took part, while `unreached` listens.
-        absent: While a state dict loads: adapter name to keys that it does not hold.
-        present: Likewise, the adapters of which it holds something.
     """
 
     def __init__(self, state: State = BASE, merged: State | None = None) -> None:
         self.state = state
         self.merged = merged
         self.witness: set[tuple[int, str | None]] | None = None
-        self.absent: dict[str, list[str]] = {}
-        self.present: set[str] = set()
+        self._loading: Loading | None = None
         self._log = _Timeline()
         self._thread = threading.get_ident()
         # While a backward recomputes forwards: the states of nodes made by the recomputation, and
@@ -118,6 +116,12 @@ class Selection:
         self._region: Any = None
         self._gone: dict[str, int] = {}
         self._n_contexts = 0
+
+    def loading(self, missing_keys: list[str]) -> Loading:
+        """Return what is known of the call of `load_state_dict` that collects `missing_keys`."""
+        if self._loading is None or self._loading.missing_keys is not missing_keys:
+            self._loading = Loading(missing_keys)
+        return self._loading
 
     def current(self) -> State:
         """Return the state that the running forward belongs to.

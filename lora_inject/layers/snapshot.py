@@ -19,7 +19,7 @@ __all__ = ["all_or_nothing"]
 
 # What verbs put into a module's __dict__.
 KEYS = ("_lora", "_lora_root", "_old_forward", "resize_token_embeddings")
-TABLES = ("_parameters", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+TABLES = ("_parameters", "_load_state_dict_pre_hooks")
 
 
 @contextmanager

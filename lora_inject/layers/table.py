@@ -8,8 +8,10 @@ forward is known or found to be linear in W, else by its weight, or not at all a
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from lora_inject.layers.probe import linear_in_weight
 from lora_inject.matching import Candidate, Inventory, canonical
 
 __all__ = ["KINDS", "base_parameters", "check_swappable", "inventory", "mixin_for", "register_kind"]
-__all__ += ["unwrapped", "walk"]
+__all__ += ["standing_still", "unwrapped", "walk"]
 
 # The first row that matches a module is its kind.
 KINDS: list[type[Carrier]] = [
@@ -121,6 +123,44 @@ def walk(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.M
         model: The model.
         aliases: Yield a shared module under each of its names, not only under the first.
     """
+    known = _WALKS.get((id(model), aliases))
+    if known is None:
+        known = list(_walk(model, aliases))
+        if id(model) in _STILL:
+            _WALKS[id(model), aliases] = known
+    return iter(known)
+
+
+# A verb that asks for the same walk many times says with `standing_still` that no module comes or
+# goes while it runs.
+_STILL: set[int] = set()
+_WALKS: dict[tuple[int, bool], list[tuple[str, nn.Module]]] = {}
+
+
+@contextmanager
+def standing_still(model: nn.Module) -> Iterator[None]:
+    """Walk a model once, however often the body asks; and let no garbage be collected meanwhile.
+
+    A verb makes some dozens of small objects for each site. Python would look through all of them
+    again and again for cycles, and take longer over that than over the work.
+    """
+    if id(model) in _STILL:
+        yield
+        return
+    collecting = gc.isenabled()
+    gc.disable()
+    _STILL.add(id(model))
+    try:
+        yield
+    finally:
+        _STILL.discard(id(model))
+        _WALKS.pop((id(model), False), None)
+        _WALKS.pop((id(model), True), None)
+        if collecting:
+            gc.enable()
+
+
+def _walk(model: nn.Module, aliases: bool) -> Iterator[tuple[str, nn.Module]]:
     pending: list[tuple[str, nn.Module]] = [("", unwrapped(model))]
     seen: set[int] = set()
     while pending:

@@ -1,0 +1,128 @@
+"""The exact renames between a transformers class and its files, where transformers is installed.
+
+One idea: transformers 5 knows how to turn every name in a file into a name of the class. The class
+is built on the meta device, where it weighs nothing, every name of the checkpoint is sent through
+that machinery once, and the table is read backwards.
+
+What is not here: tensors that the class stacks from several (`place` does, by shape), and classes
+whose code comes with the checkpoint, which is never run.
+Source: transformers 5, `core_model_loading.rename_source_key`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lora_inject.checkpoint.index import Checkpoint
+
+__all__ = ["TableRule", "class_rule"]
+
+
+@dataclass(frozen=True)
+class TableRule:
+    """A rename that is looked up.
+
+    Attributes:
+        label: Where it comes from, for messages.
+        table: The class's name to the file's.
+        pairs: `(prefix, replacement)`, longest first, for names that the table lacks.
+    """
+
+    label: str
+    table: Mapping[str, str]
+    pairs: tuple[tuple[str, str], ...] = ()
+    exact: bool = False
+
+    def __call__(self, name: str) -> str | None:
+        """Return the file's name of a tensor."""
+        if name in self.table:
+            return self.table[name]
+        for old, new in self.pairs:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
+
+def class_rule(checkpoint: Checkpoint) -> TableRule | None:
+    """Return the renames of the class that a checkpoint is of.
+
+    Args:
+        checkpoint: The base.
+
+    Returns:
+        The rule; None without transformers, or where the config names no class of it.
+    """
+    architectures = checkpoint.config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return None
+    try:
+        model = _on_meta(str(architectures[0]), checkpoint.config)
+        table = dict(_backwards(model, checkpoint))
+    except (
+        ImportError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+    ):
+        # Another version of transformers, or a config that its class does not take: then the rules
+        # without the class have had their say already, and the adapter is refused with its list.
+        return None
+    pairs = Counter(_prefixes(mine, theirs) for mine, theirs in table.items())
+    ordered = sorted(pairs, key=lambda pair: (-len(pair[0]), -pairs[pair]))
+    return TableRule(f"names of {architectures[0]}", table, tuple(ordered))
+
+
+def _on_meta(architecture: str, config: Mapping[str, Any]) -> Any:
+    """Build a class of transformers without its weights."""
+    import transformers
+
+    known = getattr(transformers, architecture)
+    if not issubclass(known, transformers.PreTrainedModel):
+        raise TypeError
+    # Private keys of a downloaded config have made older versions fetch and run code.
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    plain.pop("quantization_config", None)
+    made = transformers.CONFIG_MAPPING[str(config["model_type"])].from_dict(plain)
+    with torch.device("meta"):
+        return known._from_config(made, attn_implementation="eager")
+
+
+def _backwards(model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Yield `(class's name, file's name)` of every tensor that is one and the same in both."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    transforms = get_model_conversion_mapping(model)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    renamings: list[Any] = [t for t in transforms if isinstance(t, WeightRenaming)]
+    renamings += [t for t in transforms if t not in converters and t not in renamings]
+    there = model.state_dict()
+    for name in checkpoint.tensors:
+        mine, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, there
+        )
+        if pattern is None and mine in there:
+            yield mine, name
+        elif name in there:
+            yield name, name
+
+
+def _prefixes(mine: str, theirs: str) -> tuple[str, str]:
+    """Return the beginnings of two names that end alike: what is before the shared end."""
+    a, b = mine.split("."), theirs.split(".")
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return ".".join([*a, ""]), ".".join([*b, ""])

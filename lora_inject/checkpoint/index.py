@@ -1,0 +1,254 @@
+"""A checkpoint folder: its shards, its index, and where each tensor lies.
+
+One idea: the headers are the truth and the index only repeats them, so both are read and must say
+the same. From then on a checkpoint is a table from tensor name to (shard, dtype, shape, bytes).
+
+What is not here: what a tensor means to a model (`names`), or its values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_inject.checkpoint.safetensors_file import Header, TensorEntry, parse_json, read_header
+from lora_inject.errors import CheckpointError
+
+__all__ = ["Checkpoint", "Shard", "read_config"]
+
+MAX_INDEX_BYTES = 200_000_000
+MAX_CONFIG_BYTES = 20_000_000
+_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a checkpoint.
+
+    Attributes:
+        name: Its plain file name.
+        path: Where its bytes are, links resolved.
+        header: Its header.
+        mtime_ns: Time of its last change.
+    """
+
+    name: str
+    path: Path
+    header: Header
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A safetensors checkpoint, single or sharded.
+
+    Attributes:
+        folder: The folder, links resolved.
+        shards: File name to shard, in the order of the names.
+        index_name: File name of the index, None for a single file.
+        index: The index as parsed, None for a single file.
+        config: `config.json` as parsed, empty where there is none.
+    """
+
+    folder: Path
+    shards: Mapping[str, Shard]
+    index_name: str | None
+    index: Mapping[str, Any] | None
+    config: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Read the headers, the index and the config of a checkpoint.
+
+        Args:
+            path: The folder, or one `.safetensors` file.
+
+        Raises:
+            CheckpointError: There is no safetensors checkpoint, or it contradicts itself.
+        """
+        path = Path(path)
+        asked = f"open the checkpoint '{path}'"
+        if path.is_file() and path.suffix == ".safetensors":
+            folder = path.parent.resolve()
+            return cls(folder, {path.name: _read_shard(folder, path.name)}, None, None, {})
+        if not path.is_dir():
+            raise CheckpointError(
+                asked,
+                "there is no such folder" if not path.exists() else "it is not a folder",
+                "Give the folder that holds config.json and the .safetensors files",
+            )
+        folder = path.resolve()
+        index_name, names, index = _find_shards(folder, asked)
+        shards = {name: _read_shard(folder, name) for name in sorted(names)}
+        checkpoint = cls(folder, shards, index_name, index, read_config(folder))
+        if index is not None:
+            _check_index(asked, index["weight_map"], shards)
+        return checkpoint
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorEntry]:
+        """Tensor name to entry, over all shards."""
+        return {
+            name: entry
+            for shard in self.shards.values()
+            for name, entry in shard.header.tensors.items()
+        }
+
+    @cached_property
+    def shard_of(self) -> Mapping[str, str]:
+        """Tensor name to the name of its shard."""
+        return {name: s.name for s in self.shards.values() for name in s.header.tensors}
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.header.size_bytes for shard in self.shards.values())
+
+    @property
+    def stem(self) -> str:
+        """What the weight files' names begin with: `model`, `diffusion_pytorch_model`, ..."""
+        if self.index_name is not None:
+            return self.index_name.removesuffix(_INDEX_SUFFIX)
+        return next(iter(self.shards)).removesuffix(".safetensors")
+
+    def __iter__(self) -> Iterator[TensorEntry]:
+        return iter(self.tensors.values())
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """Return `config.json` of a folder as parsed, empty where there is none.
+
+    Raises:
+        CheckpointError: It is too long, or not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = _read_json(resolve_inside(folder, "config.json"), MAX_CONFIG_BYTES)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"read '{path}'", "it is not a JSON object", "Fetch it again")
+    return config
+
+
+def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
+    """Return the index's file name, the shards' names, and the index as parsed."""
+    indexes = sorted(p.name for p in folder.glob("*" + _INDEX_SUFFIX))
+    files = sorted(p.name for p in folder.glob("*.safetensors") if p.name[0] != ".")
+    index_name = _prefer_model(indexes, asked)
+    if index_name is not None:
+        stem = index_name.removesuffix(_INDEX_SUFFIX)
+        if stem + ".safetensors" in files:
+            raise CheckpointError(
+                asked,
+                f"it holds both '{stem}.safetensors' and '{index_name}'",
+                "Programs differ in which they load; remove the one that is not meant",
+            )
+        index = _read_index(folder, index_name)
+        return index_name, set(index["weight_map"].values()), index
+    files = [name for name in files if not name.startswith("adapter_model")]
+    name = _prefer_model(files, asked)
+    if name is None:
+        raise CheckpointError(
+            asked,
+            "it holds no .safetensors weights",
+            "Convert it first: load it and call save_pretrained, which writes safetensors",
+        )
+    return None, {name}, None
+
+
+def _prefer_model(names: list[str], asked: str) -> str | None:
+    """Return the one name, or the one called `model`."""
+    if len(names) <= 1:
+        return names[0] if names else None
+    for name in names:
+        if name.split(".")[0] == "model":
+            return name
+    raise CheckpointError(
+        asked,
+        f"it holds several and none is called 'model': {', '.join(names[:5])}",
+        "Give the path of the .safetensors file that is meant, or restore the index",
+    )
+
+
+def _read_index(folder: Path, name: str) -> dict[str, Any]:
+    index = _read_json(resolve_inside(folder, name), MAX_INDEX_BYTES)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"read '{name}'", "it has no table 'weight_map'", "The index is damaged; fetch it again"
+        )
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
+            raise CheckpointError(
+                f"read '{name}'",
+                f"it puts {tensor[:80]!r} into {str(shard)[:80]!r}, which is not the plain name of "
+                "a .safetensors file",
+                "Do not use this checkpoint: such an index reaches outside its folder",
+            )
+    return index  # type: ignore[no-any-return]
+
+
+def _read_json(path: Path, limit_bytes: int) -> Any:
+    size = path.stat().st_size
+    if size > limit_bytes:
+        raise CheckpointError(
+            f"read '{path.name}'",
+            f"it has {size} bytes, more than {limit_bytes}",
+            "No real checkpoint's is so long; fetch it again",
+        )
+    return parse_json(path.read_bytes(), f"read '{path.name}'")
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """Resolve a plain file name and refuse links that lead somewhere else.
+
+    A link may lead to a file below the folder itself, or into `blobs` of the hub's cache, which
+    keeps every file as `snapshots/REVISION/NAME -> ../../blobs/HASH`.
+
+    Raises:
+        CheckpointError: The file is missing, not regular, or elsewhere.
+    """
+    path = folder / name
+    real = path.resolve()
+    if not real.is_file():
+        raise CheckpointError(
+            f"read '{name}' of '{folder}'",
+            "there is no such file",
+            "The download is not complete; fetch the checkpoint again",
+        )
+    roots = [folder]
+    if folder.parent.name == "snapshots":
+        roots.append(folder.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise CheckpointError(
+            f"read '{name}' of '{folder}'",
+            f"it is a link to '{real}', outside the folder",
+            "Copy the file into the folder if it is meant",
+        )
+    return real
+
+
+def _read_shard(folder: Path, name: str) -> Shard:
+    path = resolve_inside(folder, name)
+    mtime_ns = path.stat().st_mtime_ns
+    return Shard(name, path, read_header(path), mtime_ns)
+
+
+def _check_index(asked: str, weight_map: Mapping[str, str], shards: Mapping[str, Shard]) -> None:
+    found = {(tensor, shard.name) for shard in shards.values() for tensor in shard.header.tensors}
+    claimed = set(weight_map.items())
+    if found == claimed:
+        return
+    extra, missing = sorted(found - claimed), sorted(claimed - found)
+    what = [f"'{t}' of '{s}' is not in the index" for t, s in extra[:3]]
+    what += [f"the index puts '{t}' into '{s}', which does not hold it" for t, s in missing[:3]]
+    raise CheckpointError(
+        asked,
+        f"index and files differ on {len(extra) + len(missing)} tensors: {'; '.join(what)}",
+        "The checkpoint is incomplete or mixed from two; fetch it again",
+    )

@@ -1,0 +1,87 @@
+"""How to merge: the choices, checked.
+
+One idea: each choice is one field with one meaning; what they imply is settled in `plan`.
+
+What is not here: which files (arguments of the verbs).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lora_inject.errors import CheckpointError
+
+__all__ = ["MergeOptions"]
+
+_FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge.
+
+    Attributes:
+        dtype: `float32`, `bfloat16` or `float16` to write every float tensor so; None keeps each
+            tensor's own. `fp32`, `bf16` and `fp16` are understood.
+        min_kept: Least share of every delta that must survive rounding, in [0, 1]; None: any.
+        on_lost: What to do where less survives: `fail` before anything is visible, or `warn`, which
+            lists the tensors in the report.
+        verify: Re-derive every merged tensor and compare every other byte before publishing.
+        copy_code: Take the base's `*.py` files along.
+        allow_new: Add trained tensors that the base lacks (a new classifier) instead of refusing.
+        dequantise: Write a float8 base with block scales as bfloat16 (or as `dtype`).
+        any_base: Merge although the adapter's fingerprint says that it was made on another base.
+        workers: Threads that compute; None: one for each core, at most four.
+    """
+
+    dtype: str | None = None
+    min_kept: float | None = None
+    on_lost: str = "fail"
+    verify: bool = False
+    copy_code: bool = False
+    allow_new: bool = False
+    dequantise: bool = False
+    any_base: bool = False
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:  # an enum's member becomes plain text
+            object.__setattr__(self, "dtype", _SHORT.get(self.dtype, str(self.dtype)))
+        if self.dtype is not None and self.dtype not in _FORMAT_DTYPES:
+            raise CheckpointError(
+                f"write dtype {self.dtype!r}", "it is not known", f"Use {', '.join(_FORMAT_DTYPES)}"
+            )
+        if self.min_kept is not None and not (
+            math.isfinite(self.min_kept) and 0 <= self.min_kept <= 1
+        ):
+            raise CheckpointError(
+                f"keep at least {self.min_kept} of every delta",
+                "it is not a share",
+                "Give a number from 0 to 1, such as 0.98",
+            )
+        if self.on_lost not in {"fail", "warn"}:
+            raise CheckpointError(
+                f"on_lost {self.on_lost!r}", "it is not known", "Use 'fail' or 'warn'"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise CheckpointError(
+                f"{self.workers} workers", "that is none at all", "Give 1 or more"
+            )
+
+    @property
+    def format_dtype(self) -> str | None:
+        """The safetensors name of `dtype`."""
+        return None if self.dtype is None else _FORMAT_DTYPES[self.dtype]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The choices that decide what the output is; a rerun must agree on them."""
+        return {
+            "dtype": self.dtype,
+            "copy_code": self.copy_code,
+            "allow_new": self.allow_new,
+            "dequantise": self.dequantise,
+        }

@@ -1,0 +1,296 @@
+"""Where one adapter's updates land: tensors, rows, and the way round.
+
+One idea: whatever the adapter and the file each call a weight, and however they stack it, an
+update ends as low-rank terms on a range of rows of one tensor seen as a matrix. A plain site is
+one such range; a bank of experts is one for each expert, in one tensor or in many. Shapes decide
+the orientation; only a square matrix needs to be told.
+
+What is not here: which names to try (`names`), and what becomes of the tensors (`plan`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from lora_inject.checkpoint.safetensors_file import TensorEntry
+from lora_inject.functional import Term
+from lora_inject.sites import SiteSpec
+from lora_inject.state import SiteState
+
+__all__ = ["CONV1D_MODELS", "CONV1D_NAMES", "Orientation", "Placed", "matrix_of", "place_site"]
+
+_FAMILIES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_ONE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)(?:\.weight)?")
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Low-rank terms on some rows of one tensor.
+
+    Attributes:
+        tensor: Name of the tensor in the output.
+        source: The base's tensor that the rows come from; another name where a tie is undone.
+        start: First row of the tensor's matrix.
+        stop: First row after.
+        n_cols: Columns of the tensor's matrix.
+        terms: The updates, on a matrix of `stop - start` rows.
+    """
+
+    tensor: str
+    source: TensorEntry
+    start: int
+    stop: int
+    n_cols: int
+    terms: tuple[Term, ...]
+
+
+def matrix_of(shape: tuple[int, ...], *, stacked: bool = False) -> tuple[int, int]:
+    """Return the shape of a tensor seen as one matrix, in its own memory order.
+
+    Args:
+        shape: Its dimensions.
+        stacked: Whether it is a stack of matrices rather than one weight of many dimensions.
+
+    Example:
+        >>> matrix_of((8, 3, 3, 3)), matrix_of((4, 6, 5), stacked=True), matrix_of((7,))
+        ((8, 27), (24, 5), (1, 7))
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    if stacked:
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
+
+
+@dataclass
+class Orientation:
+    """What is known about the way round of square matrices.
+
+    Attributes:
+        config: The base's `config.json`.
+        contradicted: Name of a site whose shape says the opposite of what its adapter says.
+    """
+
+    config: Mapping[str, Any]
+    contradicted: str | None = None
+
+    def transposed(self, spec: SiteSpec, matrix: tuple[int, int]) -> bool | str:
+        """Return whether the matrix is `(in, out)`, or the reason why that cannot be said."""
+        wide = (spec.out_features, spec.in_features)
+        if matrix not in (wide, wide[::-1]):
+            return f"its shape is {list(matrix)}, the adapter's update is {list(wide)}"
+        if wide[0] != wide[1]:
+            found = matrix != wide
+            if found != spec.transposed and spec.kind in {"linear", "conv1d"}:
+                self.contradicted = self.contradicted or spec.name
+            return found
+        leaf = spec.name.rpartition(".")[2]
+        if self.config.get("model_type") in CONV1D_MODELS and leaf in CONV1D_NAMES:
+            return True
+        if self.contradicted is not None and spec.kind in {"linear", "conv1d"}:
+            return (
+                f"it is square, and the adapter has the orientation of '{self.contradicted}' wrong"
+            )
+        return spec.transposed
+
+
+def place_site(
+    state: SiteState,
+    weight: float,
+    name: str,
+    tensors: Mapping[str, TensorEntry],
+    tied: TensorEntry | None,
+    way: Orientation,
+) -> list[Placed] | str:
+    """Find the rows that one site's update belongs to.
+
+    Args:
+        state: The site and its tensors.
+        weight: Mixing weight of the adapter.
+        name: The tensor's name, renamed by the rule on trial.
+        tensors: The base's tensors.
+        tied: The embedding that `name` is tied to, if it is an absent head.
+        way: Orientation of square matrices.
+
+    Returns:
+        Where the terms go, or the reason why they go nowhere.
+    """
+    entry = tensors.get(name, tied)
+    if entry is not None:
+        return _place_direct(state, weight, name, entry, way)
+    if state.spec.experts is not None:
+        return _place_on_separate_experts(state, weight, name, tensors)
+    return _place_in_stack(state, weight, name, tensors)
+
+
+def _terms(state: SiteState, weight: float, spec: SiteSpec, expert: int | None) -> tuple[Term, ...]:
+    """Return the site's update, and the subtraction of its frozen start where it has one."""
+
+    def pick(t: Tensor, last: int) -> Tensor:
+        return t.reshape(-1, last) if expert is None else t[expert]
+
+    def term(A: Tensor, B: Tensor, w: float) -> Term:
+        return Term(spec, pick(A, spec.in_features), pick(B, spec.rank), w)
+
+    terms = [term(state.A, state.B, weight)]
+    if state.A0 is not None and state.B0 is not None:
+        terms.append(term(state.A0, state.B0, -weight))
+    return tuple(terms)
+
+
+def _place_direct(
+    state: SiteState, weight: float, name: str, entry: TensorEntry, way: Orientation
+) -> list[Placed] | str:
+    spec, shape = state.spec, entry.shape
+    stacked = spec.experts is not None
+    if len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
+        experts = f" for {spec.experts} experts" if stacked else ""
+        return f"'{name}' has the shape {list(shape)}, which takes no low-rank update{experts}"
+    matrix = matrix_of(shape[1:] if stacked else shape)
+    transposed = way.transposed(spec, matrix)
+    if isinstance(transposed, str):
+        return f"'{name}': {transposed}"
+    plain = replace(spec, experts=None, weight_shape=matrix, transposed=transposed)
+    rows = matrix[0]
+    return [
+        Placed(
+            name,
+            entry,
+            e * rows,
+            (e + 1) * rows,
+            matrix[1],
+            _terms(state, weight, plain, e if stacked else None),
+        )
+        for e in range(spec.experts or 1)
+    ]
+
+
+def _place_on_separate_experts(
+    state: SiteState, weight: float, name: str, tensors: Mapping[str, TensorEntry]
+) -> list[Placed] | str:
+    """Cut an update of stacked experts into the per-expert tensors of the file.
+
+    Mixtral, Qwen2-MoE and DeepSeek files keep `experts.0.gate_proj.weight` apart, transformers 5
+    runs them as `experts.gate_up_proj (E, 2 I, H)` with the gate's rows first.
+    """
+    spec, path = state.spec, name.removesuffix(".weight")
+    container, _, leaf = path.rpartition(".")
+    for family in _FAMILIES:
+        leaves = {"gate_up_proj": family[:2], "down_proj": family[2:]}.get(leaf, ())
+        for where in (container, container.replace(".mlp.", ".block_sparse_moe.")):
+            if leaves and f"{where}.0.{leaves[0]}.weight" in tensors:
+                names = [
+                    [f"{where}.{e}.{one}.weight" for one in leaves]
+                    for e in range(spec.experts or 0)
+                ]
+                return _cut(state, weight, names, tensors)
+    return f"'{name}' is not in the checkpoint"
+
+
+def _cut(
+    state: SiteState, weight: float, names: list[list[str]], tensors: Mapping[str, TensorEntry]
+) -> list[Placed] | str:
+    spec, placed = state.spec, []
+    missing = [n for expert in names for n in expert if n not in tensors]
+    if missing:
+        return f"'{missing[0]}' is not in the checkpoint, though its neighbours are"
+    if spec.slices is not None:
+        return "slices of experts that the file keeps apart are not supported"
+    first = tensors[names[0][0]].shape
+    if len(first) != 2:
+        return f"'{names[0][0]}' has the shape {list(first)}, not that of a matrix"
+    height, width = len(names[0]) * first[0], first[1]
+    # A before B where the update was made for the transposed stack (PEFT before 0.19).
+    if (spec.out_features, spec.in_features) == (height, width):
+        transposed = False
+    elif (spec.in_features, spec.out_features) == (height, width):
+        transposed = True
+    else:
+        return (
+            f"'{names[0][0]}' and its neighbours make a matrix of {[height, width]}, the "
+            f"adapter's update is {[spec.out_features, spec.in_features]}"
+        )
+    for e, expert in enumerate(names):
+        for part, name in enumerate(expert):
+            if tensors[name].shape != first:
+                return f"'{name}' has another shape than '{names[0][0]}'"
+            rows = slice(part * first[0], (part + 1) * first[0])
+            terms = _cut_terms(state, weight, e, rows, transposed, first)
+            placed.append(Placed(name, tensors[name], 0, first[0], first[1], terms))
+    return placed
+
+
+def _cut_terms(
+    state: SiteState,
+    weight: float,
+    expert: int,
+    rows: slice,
+    transposed: bool,
+    shape: tuple[int, ...],
+) -> tuple[Term, ...]:
+    n_rows = rows.stop - rows.start
+    spec = replace(
+        state.spec,
+        experts=None,
+        weight_shape=shape,
+        transposed=transposed,
+        **{"in_features" if transposed else "out_features": n_rows},
+    )
+    pairs = [(state.A, state.B, weight)]
+    if state.A0 is not None and state.B0 is not None:
+        pairs.append((state.A0, state.B0, -weight))
+    return tuple(
+        Term(spec, A[expert][:, rows], B[expert], w)
+        if transposed
+        else Term(spec, A[expert], B[expert][rows], w)
+        for A, B, w in pairs
+    )
+
+
+def _place_in_stack(
+    state: SiteState, weight: float, name: str, tensors: Mapping[str, TensorEntry]
+) -> list[Placed] | str:
+    """Place the update of one expert, named apart, in its rows of a stack `(E, out, in)`."""
+    absent = f"'{name}' is not in the checkpoint"
+    match = _ONE_EXPERT.fullmatch(name)
+    if match is None:
+        return absent
+    container, expert, leaf = match[1], int(match[2]), match[3]
+    family = next((f for f in _FAMILIES if leaf in f), None)
+    if family is None:
+        return absent
+    part, n_parts, stack = (
+        (0, 1, "down_proj")
+        if leaf == family[2]
+        else (
+            family.index(leaf),
+            2,
+            "gate_up_proj",
+        )
+    )
+    for where in (container, container.replace(".block_sparse_moe.", ".mlp.")):
+        entry = tensors.get(f"{where}.{stack}")
+        if entry is not None and len(entry.shape) == 3:
+            break
+    else:
+        return absent
+    spec = state.spec
+    n_experts, rows, cols = entry.shape
+    if (rows, cols) != (n_parts * spec.out_features, spec.in_features) or rows == cols:
+        return f"'{entry.name}' {list(entry.shape)} is not stacked as (experts, out, in)"
+    if expert >= n_experts:
+        return f"'{entry.name}' has {n_experts} experts, the adapter names number {expert}"
+    start = expert * rows + part * spec.out_features
+    plain = replace(
+        spec, weight_shape=(spec.out_features, spec.in_features), transposed=False, experts=None
+    )
+    terms = _terms(state, weight, plain, None)
+    return [Placed(entry.name, entry, start, start + spec.out_features, cols, terms)]

@@ -1,0 +1,91 @@
+"""Reading a tensor of a file in row blocks, with memory that does not depend on its size.
+
+One idea: one buffer for each thread, filled by positioned reads. The file is not mapped: the pages
+of a mapping count as the process's own memory, and would make it look as large as the checkpoint.
+
+What is not here: what is done with the rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from lora_inject.checkpoint.disk import open_read, read_at
+from lora_inject.checkpoint.layout import READABLE
+from lora_inject.checkpoint.safetensors_file import TensorEntry
+
+__all__ = ["BLOCK_ELEMENTS", "RowReader", "rows_per_block"]
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements worked on at a time: a float32 copy of them stays in the processor's cache."""
+
+
+def rows_per_block(n_cols: int) -> int:
+    """Return how many rows make a block."""
+    return max(1, BLOCK_ELEMENTS // max(1, n_cols))
+
+
+class RowReader:
+    """Reads rows of tensors of one file into a buffer that it reuses.
+
+    Args:
+        file: A path, or a descriptor that the caller keeps open.
+    """
+
+    def __init__(self, file: Path | int) -> None:
+        self._own = not isinstance(file, int)
+        self._fd = file if isinstance(file, int) else open_read(file)
+        self._buffer = bytearray()
+
+    def __enter__(self) -> RowReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file if this reader opened it."""
+        if self._own:
+            os.close(self._fd)
+
+    def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` of a tensor's matrix; valid until the next call.
+
+        Args:
+            entry: A tensor whose dtype is one of `READABLE`.
+            n_cols: Columns of the matrix.
+            start: First row.
+            stop: First row after.
+
+        Returns:
+            `(stop - start, n_cols)` in the stored dtype.
+        """
+        dtype = READABLE[entry.dtype]
+        n_elements = (stop - start) * n_cols
+        n_bytes = n_elements * dtype.itemsize
+        if len(self._buffer) < n_bytes:
+            self._buffer = bytearray(n_bytes)
+        if n_elements == 0:
+            return torch.empty(stop - start, n_cols, dtype=dtype)
+        view = memoryview(self._buffer)[:n_bytes]
+        read_at(self._fd, view, entry.start + start * n_cols * dtype.itemsize)
+        flat = torch.frombuffer(self._buffer, dtype=dtype, count=n_elements)
+        return flat.view(stop - start, n_cols)
+
+    def blocks(self, entry: TensorEntry, n_cols: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` over a whole tensor."""
+        n_rows = entry.n_elements // max(1, n_cols)
+        step = rows_per_block(n_cols)
+        for start in range(0, n_rows, step):
+            yield start, self.rows(entry, n_cols, start, min(n_rows, start + step))

@@ -1,0 +1,74 @@
+"""Telling whether an adapter was made on the base at hand, by a few values of each weight.
+
+One idea: the adapter's fingerprint holds sixteen values of every adapted weight; the same places
+are read from the checkpoint and compared as loading onto a model does it (`formats.compare`).
+
+What is not here: adapters without a fingerprint, which most of other libraries are.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from lora_inject.checkpoint.choose import Fit
+from lora_inject.checkpoint.disk import open_read, read_at
+from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.layout import FLOATS
+from lora_inject.checkpoint.parts import Part
+from lora_inject.checkpoint.safetensors_file import TensorEntry
+from lora_inject.errors import CheckpointError
+from lora_inject.formats import compare, sample_positions
+from lora_inject.state import Fingerprint
+
+__all__ = ["check_same_base"]
+
+
+def check_same_base(checkpoint: Checkpoint, part: Part, fit: Fit) -> None:
+    """Refuse an adapter whose fingerprint says that it was made on another base.
+
+    Args:
+        checkpoint: The base.
+        part: The adapter.
+        fit: Where its tensors belong.
+
+    Raises:
+        CheckpointError: Sampled values differ by more than a rounding to bfloat16.
+    """
+    saved = part.state.fingerprint
+    if saved is None:
+        return
+    shapes, samples = {}, {}
+    for name, shape in saved.shapes.items():
+        entry = checkpoint.tensors.get(fit.rule(name) or name)
+        # Stacked, cut and grown tensors have their places by shape; their values lie elsewhere.
+        if entry is not None and entry.shape == tuple(shape) and entry.dtype in FLOATS:
+            shapes[name], samples[name] = entry.shape, _sample(checkpoint, entry)
+    known = Fingerprint(
+        {name: saved.shapes[name] for name in shapes},
+        {name: values for name, values in saved.samples.items() if name in shapes},
+        saved.quantised,
+    )
+    differences = compare(known, Fingerprint(shapes, samples))
+    if differences:
+        name, how = next(iter(differences.items()))
+        raise CheckpointError(
+            f"merge {part.label} into '{checkpoint.folder}'",
+            f"it was made on another base: {len(differences)} of {len(shapes)} weights differ, "
+            f"'{name}' {how}",
+            "Use the base that it was trained on, or say that any base will do (any_base)",
+        )
+
+
+def _sample(checkpoint: Checkpoint, entry: TensorEntry) -> tuple[float, ...]:
+    dtype, values = FLOATS[entry.dtype], []
+    fd = open_read(checkpoint.shards[checkpoint.shard_of[entry.name]].path)
+    try:
+        for position in sample_positions(entry.shape):
+            data = bytearray(dtype.itemsize)
+            read_at(fd, memoryview(data), entry.start + position * dtype.itemsize)
+            values.append(float(torch.frombuffer(data, dtype=dtype).float()))
+    finally:
+        os.close(fd)
+    return tuple(values)

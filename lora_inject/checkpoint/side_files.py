@@ -1,0 +1,136 @@
+"""The small files of a checkpoint: which come along, and what changes in config.json.
+
+One idea: a list of what belongs, not of what does not. Weights of other formats, optimiser states
+and hidden files stay behind; code comes only when asked for, as nobody should run code because an
+adapter was merged.
+
+What is not here: the index (`plan` knows whether it changes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_inject.checkpoint.index import resolve_inside
+from lora_inject.errors import CheckpointError
+
+__all__ = ["edit_config", "find_side_files"]
+
+MAX_SIDE_FILE_BYTES = 512 << 20
+MAX_DEPTH = 2
+
+_SUFFIXES = {
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".md",
+    ".tiktoken",
+    ".bpe",
+    ".spm",
+    ".vocab",
+    ".yaml",
+    ".yml",
+}
+_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+_NOT = ("adapter_config.json", "trainer_state.json", "config.json")
+
+
+def find_side_files(folder: Path, *, code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """List the files that come along with the weights.
+
+    Args:
+        folder: The base's folder.
+        code: Whether `*.py` files come too.
+
+    Returns:
+        Paths relative to the folder of what comes along, and those of code that stays behind.
+        `config.json` and weight indexes are neither: they are written apart, last.
+    """
+    taken: list[str] = []
+    left: list[str] = []
+    for path in sorted(_walk(folder, MAX_DEPTH)):
+        relative = path.relative_to(folder).as_posix()
+        if path.suffix == ".py":
+            (taken if code else left).append(relative)
+        elif _belongs(path, relative):
+            taken.append(relative)
+    return tuple(taken), tuple(left)
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if depth > 0:
+                yield from _walk(path, depth - 1)
+        elif path.is_file():
+            yield path
+
+
+def _belongs(path: Path, relative: str) -> bool:
+    if relative in _NOT or path.name.endswith(".index.json"):
+        return False
+    if path.name.startswith(("adapter_", "optimizer", "pytorch_model", "rng_state")):
+        return False
+    return path.suffix in _SUFFIXES or path.name.startswith(_NAMES)
+
+
+def read_side_file(folder: Path, relative: str) -> bytes:
+    """Return the bytes of a small file of the base.
+
+    Raises:
+        CheckpointError: It is larger than any tokenizer, or a link that leads elsewhere.
+    """
+    path = resolve_inside(folder, relative)
+    size = path.stat().st_size
+    if size > MAX_SIDE_FILE_BYTES:
+        raise CheckpointError(
+            f"copy '{relative}'",
+            f"it has {size} bytes, more than {MAX_SIDE_FILE_BYTES}",
+            "Move it out of the base's folder if it does not belong to the model",
+        )
+    return path.read_bytes()
+
+
+def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
+    """Return `config.json` with some values changed and everything else kept, in its order.
+
+    Args:
+        config: The base's config, as parsed.
+        changes: New values by key. A key that inner configs (`text_config`) hold is changed there
+            too; None removes it.
+
+    Example:
+        >>> print(edit_config({"a": 1, "text_config": {"a": 1}}, {"a": 2}).decode())
+        {
+          "a": 2,
+          "text_config": {
+            "a": 2
+          }
+        }
+        <BLANKLINE>
+    """
+    edited: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in changes:
+            inner = {k: changes.get(k, v) for k, v in value.items()}
+            edited[key] = {k: v for k, v in inner.items() if v is not None or k not in changes}
+        else:
+            edited[key] = value
+    for key, value in changes.items():
+        if value is None:
+            edited.pop(key, None)
+        elif key in edited or not _only_inside(config, key):
+            edited[key] = value
+    return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _only_inside(config: Mapping[str, Any], key: str) -> bool:
+    """Whether inner configs hold a key that the outer one does not, so that it belongs there."""
+    inner = any(key in v for v in config.values() if isinstance(v, dict))
+    return inner and key not in config and key != "tie_word_embeddings"

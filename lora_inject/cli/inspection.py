@@ -1,0 +1,203 @@
+"""What `lora-inject inspect` says of an adapter: sizes, norms, and values that are not finite.
+
+One idea: the norm of a delta needs no delta. `|B A|^2` is the sum of the elementwise product of
+`B^T B` and `A A^T`, two matrices of rank by rank (of the frozen start of pissa and olora as well,
+whose factors are more rank with the opposite sign).
+
+What is not here: printing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_inject.state import AdapterState, SiteState
+
+__all__ = ["Inspection", "SiteFigures", "TensorFigures", "inspect_state"]
+
+
+@dataclass(frozen=True)
+class TensorFigures:
+    """One tensor in numbers.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype.
+        norm: Frobenius norm; NaN or Inf where a value is.
+        n_nonfinite: Values that are NaN or Inf.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    norm: float
+    n_nonfinite: int
+
+    @property
+    def n_elements(self) -> int:
+        """How many values it has."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class SiteFigures:
+    """One site in numbers.
+
+    Attributes:
+        name: Canonical name.
+        kind: Row of the table of layer kinds.
+        in_features: Width of the input of A.
+        out_features: Width of the output of B.
+        rank: r.
+        alpha: alpha.
+        scaling: `standard` or `rslora`.
+        scale: The factor on `B @ A`.
+        slices: Names of the adapted slices, empty for a whole site.
+        A: The tensor A.
+        B: The tensor B.
+        delta_norm: Frobenius norm of `scale * B @ A`, less the frozen start where there is one.
+        frozen_start: Whether there is one (pissa, olora).
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float
+    scaling: str
+    scale: float
+    slices: tuple[str, ...]
+    A: TensorFigures
+    B: TensorFigures
+    delta_norm: float
+    frozen_start: bool
+
+    @property
+    def n_nonfinite(self) -> int:
+        """Values of A and B that are NaN or Inf."""
+        return self.A.n_nonfinite + self.B.n_nonfinite
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter in numbers.
+
+    Attributes:
+        sites: Every site.
+        trained: Full trained copies by the name of the base's tensor.
+        base_copies: Tensors of the base that the file carries along, by name.
+        config: The config it was made from, None where it is not known.
+        n_fingerprinted: Base tensors that the file can recognise.
+    """
+
+    sites: tuple[SiteFigures, ...]
+    trained: dict[str, TensorFigures]
+    base_copies: dict[str, TensorFigures]
+    config: dict[str, Any] | None
+    n_fingerprinted: int
+
+    @property
+    def n_lora(self) -> int:
+        """Elements of A and B of all sites."""
+        return sum(site.A.n_elements + site.B.n_elements for site in self.sites)
+
+    @property
+    def n_trained(self) -> int:
+        """Elements of the full trained copies."""
+        return sum(tensor.n_elements for tensor in self.trained.values())
+
+    @property
+    def n_nonfinite(self) -> int:
+        """Values that are NaN or Inf, in all tensors."""
+        tensors = (*self.trained.values(), *self.base_copies.values())
+        in_sites = sum(site.n_nonfinite for site in self.sites)
+        return in_sites + sum(tensor.n_nonfinite for tensor in tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        totals = {
+            "n_sites": len(self.sites),
+            "n_lora": self.n_lora,
+            "n_trained": self.n_trained,
+            "n_nonfinite": self.n_nonfinite,
+        }
+        return {**totals, **asdict(self)}
+
+
+def inspect_state(state: AdapterState) -> Inspection:
+    """Put an adapter into numbers.
+
+    Args:
+        state: The adapter.
+
+    Returns:
+        Its sizes, norms and non-finite values.
+
+    Example:
+        >>> from lora_inject.sites import SiteSpec
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> site = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))
+        >>> found = inspect_state(AdapterState({"fc": site})).sites[0]
+        >>> round(found.delta_norm**2, 6)  # 24 values of 2 * (1 + 1)
+        384.0
+    """
+    return Inspection(
+        sites=tuple(_site(name, site) for name, site in state.sites.items()),
+        trained={name: _tensor(t) for name, t in state.trained.items()},
+        base_copies={name: _tensor(t) for name, t in state.base_copies.items()},
+        config=None if state.config is None else dict(state.config),
+        n_fingerprinted=len(state.fingerprint.samples) if state.fingerprint else 0,
+    )
+
+
+def _tensor(tensor: Tensor) -> TensorFigures:
+    wide = tensor.detach().double()
+    return TensorFigures(
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        norm=float(torch.linalg.vector_norm(wide)),
+        n_nonfinite=int((~torch.isfinite(wide)).sum()),
+    )
+
+
+def _site(name: str, site: SiteState) -> SiteFigures:
+    spec = site.spec
+    return SiteFigures(
+        name=name,
+        kind=spec.kind,
+        in_features=spec.in_features,
+        out_features=spec.out_features,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        scaling=spec.scaling,
+        scale=spec.scale,
+        slices=spec.slices.adapt if spec.slices else (),
+        A=_tensor(site.A),
+        B=_tensor(site.B),
+        delta_norm=abs(spec.scale) * math.sqrt(sum(_squares(site))),
+        frozen_start=site.A0 is not None,
+    )
+
+
+def _squares(site: SiteState) -> Iterator[float]:
+    """Yield `|B A - B0 A0|^2` of each block of a site."""
+    spec = site.spec
+    pairs = [(site.A, site.B, 1.0)]
+    if site.A0 is not None and site.B0 is not None:
+        pairs.append((site.A0, site.B0, -1.0))
+    flat = [
+        (A.detach().double().reshape(-1, spec.in_features),
+         sign * B.detach().double().reshape(-1, spec.rank))
+        for A, B, sign in pairs
+    ]  # fmt: skip
+    for block in spec.blocks:
+        A = torch.cat([a[slice(*block.a)] for a, _ in flat])  # (r or 2r, in)
+        B = torch.cat([b[slice(*block.b)] for _, b in flat], dim=1)  # (out, r or 2r)
+        square = float(((B.T @ B) * (A @ A.T)).sum())
+        yield square if math.isnan(square) else max(0.0, square)  # -1e-17 for B A = B0 A0

@@ -1,0 +1,35 @@
+"""The arithmetic: low-rank forward and backward, the effective weight, the dense delta, the fold.
+
+One idea: the same fact, `W' = W + scale * B @ A`, is stated once for each use. `linear` adds the
+update to a layer's output and never forms the delta (arXiv:2106.09685, eq. 3); `routed` does so
+with an adapter for each row; `embedding` for looked-up rows; `weight` forms `W'` where a model
+reads the weight instead of calling the layer; `fold` adds the delta to rows of W for merging.
+
+What is not here: modules. Everything takes and returns tensors.
+"""
+
+from lora_inject.functional.embedding import embedding, renormalised, routed_embedding
+from lora_inject.functional.factors import Factors, master_dtype
+from lora_inject.functional.fold import Scratch, Tally, Term, fold_block, fold_rows, fold_rows_
+from lora_inject.functional.linear import add_updates, linear
+from lora_inject.functional.routed import routed_update
+from lora_inject.functional.weight import dense_delta, effective_weight
+
+__all__ = [
+    "Factors",
+    "Scratch",
+    "Tally",
+    "Term",
+    "add_updates",
+    "dense_delta",
+    "effective_weight",
+    "embedding",
+    "fold_block",
+    "fold_rows",
+    "fold_rows_",
+    "linear",
+    "master_dtype",
+    "renormalised",
+    "routed_embedding",
+    "routed_update",
+]

@@ -1,0 +1,60 @@
+"""The words of the arithmetic: one update as a forward uses it, and which operations to use.
+
+One idea: an update is a pair of thin matrices, a scale and the spans of the output that it reaches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Factors", "Spans", "master_dtype", "needs_plain_operations", "spread"]
+
+Spans = tuple[tuple[int, int], ...]
+
+
+class Factors(NamedTuple):
+    """One low-rank update as a forward uses it.
+
+    Attributes:
+        A: `(rank * parts, in)`.
+        B: `(adapted out, rank)`.
+        scale: Factor on `B @ A`, mixing weight included.
+        spans: `(start, stop)` along the output of each part; None for the whole output.
+        dropout: Probability of dropping an element of the input of A; 0 outside training.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    spans: Spans | None = None
+    dropout: float = 0.0
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that adapters over a base of `dtype` are kept in.
+
+    float32 for every 16-bit, quantised or integer base, so that small optimiser steps are not
+    rounded away; float64 stays float64.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def needs_plain_operations() -> bool:
+    """Whether a tracer or a function transform is watching, which a Function would hide from."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def spread(B: Tensor, spans: Spans, out: int) -> Tensor:
+    """Spread a stacked B over all outputs: `(..., adapted, rank)` to `(..., out, rank * parts)`."""
+    rank, parts, pieces, end, row = B.shape[-1], len(spans), [], 0, 0
+    for part, (start, stop) in enumerate(spans):
+        pieces.append(B.new_zeros(*B.shape[:-2], start - end, rank * parts))
+        piece = B[..., row : row + stop - start, :]
+        pieces.append(F.pad(piece, (part * rank, (parts - part - 1) * rank)))
+        end, row = stop, row + stop - start
+    pieces.append(B.new_zeros(*B.shape[:-2], out - end, rank * parts))
+    return torch.cat(pieces, dim=-2)

@@ -1,0 +1,406 @@
+"""A frozen linear layer and its low-rank updates, forward and backward.
+
+One idea: with gradients, layer and updates are one autograd Function that keeps x, which autograd
+would keep anyway, and `h = A x^T`, which is thin; without gradients they are two matrix products on
+top of the layer's own. The thin products are laid out with the rank as rows: `A x^T`, `B^T g^T`. On
+a CPU that is up to three times faster than `g B`, and it needs no transposed copy of anything.
+
+A quantised or unknown base is called untouched, and `add_updates` adds to its output out of place:
+such a layer may need its output in its own backward, or hand out a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.functional.dropout import KEEP_UP_TO, Drop, draw_seed, drop_, dropped
+from lora_inject.functional.factors import Factors, Spans, needs_plain_operations
+
+__all__ = ["add_updates", "differentiate_again", "linear"]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[Factors],
+    *,
+    transposed: bool = False,
+    float32: bool = False,
+) -> Tensor:
+    """Apply a frozen linear layer and its low-rank updates.
+
+    Args:
+        x: `(..., in)`.
+        weight: `(out, in)`, or `(in, out)` where `transposed`.
+        bias: `(out,)` or None.
+        updates: The updates to add.
+        transposed: Whether the weight is stored as transformers' Conv1D stores it.
+        float32: Keep the low-rank arithmetic in float32 over a 16-bit base.
+
+    Returns:
+        `(..., out)`, in the dtype of the plain layer's output.
+
+    Example:
+        >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+        >>> x = torch.randn(3, 4)
+        >>> y = linear(x, W, None, [Factors(A, B, 0.5)])
+        >>> torch.allclose(y, x @ (W + 0.5 * B @ A).T, atol=1e-5)
+        True
+    """
+    if needs_plain_operations():
+        return add_updates(_base(x, weight, bias, transposed), x, updates, float32=float32)
+    drops = [draw_seed(u.dropout) if u.dropout else None for u in updates]
+    if torch.is_grad_enabled():
+        tensors = [t for u in updates for t in (u.A, u.B)]
+        if any(t is not None and t.requires_grad for t in (x, weight, bias, *tensors)):
+            how = _How(transposed, float32, [(u.scale, u.spans) for u in updates], drops)
+            return _LinearFunction.apply(x, weight, bias, how, *tensors)  # type: ignore[no-untyped-call,no-any-return]
+    y = _base(x, weight, bias, transposed)
+    _add(y, x, updates, drops, float32)
+    return y
+
+
+def add_updates(
+    y: Tensor, x: Tensor, updates: Sequence[Factors], *, float32: bool = False
+) -> Tensor:
+    """Add low-rank updates to the output of a layer that was called untouched.
+
+    Args:
+        y: `(..., out)`, output of the layer; never modified.
+        x: `(..., in)`, its input.
+        updates: The updates to add.
+        float32: Keep the low-rank arithmetic in float32 over a 16-bit base.
+
+    Returns:
+        `(..., out)`, in the dtype of `y`.
+    """
+    drops = [draw_seed(u.dropout) if u.dropout else None for u in updates]
+    if needs_plain_operations():
+        return _plain(y, x, updates, drops, float32)
+    if torch.is_grad_enabled():
+        tensors = [t for u in updates for t in (u.A, u.B)]
+        if any(t.requires_grad for t in (y, x, *tensors)):
+            how = _How(False, float32, [(u.scale, u.spans) for u in updates], drops)
+            return _UpdateFunction.apply(y, x, how, *tensors)  # type: ignore[no-untyped-call,no-any-return]
+    out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
+    _add(out, x, updates, drops, float32)
+    return out
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Compute the frozen layer exactly as its own class does, bit for bit."""
+    if not transposed:
+        return F.linear(x, weight, bias).contiguous()
+    # transformers.pytorch_utils.Conv1D.forward
+    size_out = (*x.shape[:-1], weight.shape[1])
+    if bias is None:
+        return (x.reshape(-1, x.shape[-1]) @ weight).view(size_out)
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(size_out)
+
+
+def _compute_dtype(dtype: torch.dtype, float32: bool) -> torch.dtype:
+    return torch.float32 if float32 and dtype != torch.float64 else dtype
+
+
+# ----------------------------------------------------------------------- the textbook's operations
+
+
+def _plain(
+    y: Tensor, x: Tensor, updates: Iterable[Factors], drops: Sequence[Drop | None], float32: bool
+) -> Tensor:
+    """The formula in operations that autograd, torch.func and torch.compile know."""
+    with torch.autocast(y.device.type, enabled=False):
+        x2 = x.reshape(-1, x.shape[-1]).to(_compute_dtype(y.dtype, float32))
+        out = y.reshape(-1, y.shape[-1])
+        for u, drop in zip(updates, drops, strict=True):
+            h = _plain_dropout(x2, drop) @ u.A.to(x2.dtype).t()
+            out = _plain_add(out, h, u)
+        return out.reshape(y.shape)
+
+
+def _plain_dropout(x2: Tensor, drop: Drop | None) -> Tensor:
+    if drop is None:
+        return x2
+    if torch.compiler.is_compiling():
+        return F.dropout(x2, drop.p)
+    mask = drop_(torch.full_like(x2, 1 / (1 - drop.p)), dropped(drop, x2))
+    return x2 * mask
+
+
+def _plain_add(y2: Tensor, h: Tensor, u: Factors) -> Tensor:
+    """Return `y2 + scale * h B^T` over the spans of `u`; y2 `(n, out)`, h `(n, rank * parts)`."""
+    B = u.B.to(h.dtype)
+    if u.spans is None:
+        if h.dtype == y2.dtype:
+            return torch.addmm(y2, h, B.t(), alpha=u.scale)
+        return (y2 + u.scale * (h @ B.t())).to(y2.dtype)
+    rank, pieces, end, row = B.shape[1], [], 0, 0
+    for part, (start, stop) in enumerate(u.spans):
+        pieces.append(y2[:, end:start])
+        rows, cols = slice(row, row + stop - start), slice(part * rank, (part + 1) * rank)
+        update = u.scale * (h[:, cols] @ B[rows].t())
+        pieces.append((y2[:, start:stop] + update).to(y2.dtype))
+        end, row = stop, rows.stop
+    pieces.append(y2[:, end:])
+    return torch.cat([p for p in pieces if p.shape[1]], dim=1)
+
+
+def differentiate_again(
+    out: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], g: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Differentiate the textbook formula, for a backward that is itself differentiated.
+
+    Args:
+        out: The formula's value, with its graph.
+        inputs: What it was formed from.
+        needs: Which of them need a gradient.
+        g: Gradient of `out`.
+
+    Returns:
+        A gradient, with its own graph, for each input that needs one.
+    """
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
+    found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
+    return tuple(
+        next(found) if t is not None and need else None
+        for t, need in zip(inputs, needs, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------- the fast products
+
+
+def _add(
+    y: Tensor,
+    x: Tensor,
+    updates: Iterable[Factors],
+    drops: Sequence[Drop | None],
+    float32: bool,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Add all updates to a contiguous y, in place.
+
+    Returns:
+        For each update `h = A drop(x)^T`, `(rank * parts, n)`, and the positions that were dropped,
+        where they are worth keeping.
+    """
+    y2 = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    dtype = _compute_dtype(y.dtype, float32)
+    if x2.dtype != dtype:
+        x2 = x2.to(dtype)
+    thin, positions = [], []
+    for u, drop in zip(updates, drops, strict=True):
+        kept, scale = None, u.scale
+        inputs = x2
+        if drop is not None:
+            where = dropped(drop, x2)
+            inputs, scale = drop_(_own(x2), where), scale / (1 - drop.p)
+            kept = where.to(torch.int32) if drop.p <= KEEP_UP_TO and _fits(x2) else None
+        h = torch.mm(_cast(u.A, dtype), inputs.t())
+        _add_parts(y2, h, u, scale)
+        thin.append(h)
+        positions.append(kept)
+    return thin, positions
+
+
+def _own(x2: Tensor) -> Tensor:
+    return x2.clone(memory_format=torch.contiguous_format)
+
+
+def _fits(x2: Tensor) -> bool:
+    return x2.numel() < 2**31
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _add_parts(y2: Tensor, h: Tensor, u: Factors, scale: float) -> None:
+    """Add `scale * h^T B^T` to y2 in place, part by part."""
+    B = _cast(u.B, h.dtype)
+    if u.spans is None:
+        _addmm_(y2, h.t(), B.t(), scale)
+        return
+    rank, row = B.shape[1], 0
+    for part, (start, stop) in enumerate(u.spans):
+        rows = B[row : row + stop - start]
+        _addmm_(y2[:, start:stop], h[part * rank : (part + 1) * rank].t(), rows.t(), scale)
+        row += stop - start
+
+
+def _addmm_(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """`y2 += scale * left @ right` for thin factors, rounding once.
+
+    Float32 factors over a 16-bit y2 are split into a high and a low 16-bit half each, and the three
+    products that matter go into one matrix product, which accumulates in float32: 16 bits of the
+    update are right, y2 keeps 8, and no float32 copy of y2 is made.
+    """
+    if y2.dtype != left.dtype:
+        left_high, right_high = left.to(y2.dtype), right.to(y2.dtype)
+        left_low = left.sub(left_high).to(y2.dtype)
+        right_low = right.sub(right_high).to(y2.dtype)
+        left = torch.cat([left_high, left_low, left_high], dim=1)
+        right = torch.cat([right_high, right_high, right_low])
+    y2.addmm_(left, right, alpha=scale)
+
+
+class _How(NamedTuple):
+    """What the Functions need beside tensors."""
+
+    transposed: bool
+    float32: bool
+    updates: Sequence[tuple[float, Spans | None]]
+    drops: Sequence[Drop | None]
+
+    def factors(self, tensors: Sequence[Tensor]) -> list[Factors]:
+        return [
+            Factors(tensors[2 * i], tensors[2 * i + 1], scale, spans)
+            for i, (scale, spans) in enumerate(self.updates)
+        ]
+
+
+def _without_autocast(y: Tensor) -> torch.autocast | None:
+    """Return a context that is needed only inside autocast, which is dear to enter."""
+    kind = y.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
+
+
+def _add_in_function(y: Tensor, x: Tensor, how: _How, tensors: Sequence[Tensor]) -> Any:
+    factors = how.factors(tensors)
+    context = _without_autocast(y)
+    if context is None:
+        return _add(y, x, factors, how.drops, how.float32)
+    with context:
+        return _add(y, x, factors, how.drops, how.float32)
+
+
+class _LinearFunction(torch.autograd.Function):
+    """Frozen layer and updates in one node; saves x, h and the small factors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How, *tensors: Tensor
+    ) -> Tensor:
+        y = _base(x, weight, bias, how.transposed)
+        thin, positions = _add_in_function(y, x, how, tensors)
+        ctx.how = how
+        ctx.save_for_backward(x, weight, bias, *tensors, *thin, *positions)
+        # F.linear answers a batch with a view of a matrix, and autograd forbids to change a view
+        # that a Function returns; models do change a layer's output in place.
+        return torch.ops.aten._unsafe_view.default(y, y.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        how: _How = ctx.how
+        x, weight, bias, *rest = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        n = len(how.updates)
+        if torch.is_grad_enabled():
+            y = _base(x, weight, bias, how.transposed)
+            tensors = rest[: 2 * n]
+            out = _plain(y, x, how.factors(tensors), how.drops, how.float32)
+            return differentiate_again(out, (x, weight, bias, None, *tensors), needs, g)
+        g2 = g.reshape(-1, g.shape[-1])
+        gx2 = gw = gb = None
+        if needs[0]:
+            gx2 = torch.mm(g2, _cast(weight.t() if how.transposed else weight, g.dtype))
+        grads = _updates_backward(g2, x, how, rest, needs[4:], gx2)
+        if needs[1]:
+            x2 = _cast(x.reshape(-1, x.shape[-1]), g.dtype)
+            gw = _cast(x2.t() @ g2 if how.transposed else g2.t() @ x2, weight.dtype)
+        if bias is not None and needs[2]:
+            gb = _cast(g2.sum(0), bias.dtype)
+        return (_shaped(gx2, x), gw, gb, None, *grads)
+
+
+class _UpdateFunction(torch.autograd.Function):
+    """The updates alone, on the output of any layer; saves x, h and the small factors."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, how: _How, *tensors: Tensor) -> Tensor:
+        out = torch.empty_like(y, memory_format=torch.contiguous_format).copy_(y)
+        thin, positions = _add_in_function(out, x, how, tensors)
+        ctx.how = how
+        ctx.save_for_backward(x, *tensors, *thin, *positions)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        how: _How = ctx.how
+        x, *rest = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            tensors = rest[: 2 * len(how.updates)]
+            zero = g.new_zeros(g.shape)
+            out = _plain(zero, x, how.factors(tensors), how.drops, how.float32)
+            return (g, *differentiate_again(out, (x, None, *tensors), needs[1:], g))
+        g2 = g.reshape(-1, g.shape[-1])
+        gx2 = g2.new_zeros(g2.shape[0], x.shape[-1]) if needs[1] else None
+        grads = _updates_backward(g2, x, how, rest, needs[3:], gx2)
+        return (g, _shaped(gx2, x), None, *grads)
+
+
+def _shaped(gx2: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if gx2 is None else _cast(gx2.view(x.shape), x.dtype)
+
+
+def _updates_backward(
+    g2: Tensor,
+    x: Tensor,
+    how: _How,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    gx2: Tensor | None,
+) -> list[Tensor | None]:
+    """Return the gradients of every A and B, and add the updates' part to gx2 in place."""
+    n = len(how.updates)
+    tensors, thin, positions = saved[: 2 * n], saved[2 * n : 3 * n], saved[3 * n :]
+    dtype = _compute_dtype(g2.dtype, how.float32)
+    wide = _cast(g2, dtype)
+    x2 = _cast(x.reshape(-1, x.shape[-1]), dtype)
+    grads: list[Tensor | None] = []
+    for i, u in enumerate(how.factors(tensors)):
+        drop, where, scale, inputs = how.drops[i], None, u.scale, x2
+        if drop is not None:
+            where = positions[i] if positions[i] is not None else dropped(drop, x2)
+            scale = scale / (1 - drop.p)
+            inputs = drop_(_own(x2), where) if needs[2 * i] else x2
+        gh, gB = _b_backward(wide, thin[i], u, scale, needs[2 * i + 1])
+        gA = _cast(torch.mm(gh, inputs).mul_(scale), u.A.dtype) if needs[2 * i] else None
+        if gx2 is not None:
+            _add_to_input(gx2, gh, _cast(u.A, dtype), scale, where)
+        grads += [gA, gB]
+    return grads
+
+
+def _b_backward(
+    g2: Tensor, h: Tensor, u: Factors, scale: float, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return `B^T g^T`, `(rank * parts, n)`, without the scale, and the gradient of B."""
+    B = _cast(u.B, g2.dtype)
+    if u.spans is None:
+        gB = torch.mm(h, g2).mul_(scale).t() if wanted else None
+        return torch.mm(B.t(), g2.t()), None if gB is None else _cast(gB, u.B.dtype)
+    rank, row = B.shape[1], 0
+    gh, parts = torch.empty_like(h), []
+    for part, (start, stop) in enumerate(u.spans):
+        ranks, g_part = slice(part * rank, (part + 1) * rank), g2[:, start:stop]
+        torch.mm(B[row : row + stop - start].t(), g_part.t(), out=gh[ranks])
+        if wanted:
+            parts.append(torch.mm(h[ranks], g_part).mul_(scale).t())
+        row += stop - start
+    return gh, _cast(torch.cat(parts), u.B.dtype) if wanted else None
+
+
+def _add_to_input(gx2: Tensor, gh: Tensor, A: Tensor, scale: float, where: Tensor | None) -> None:
+    """Add `scale * gh^T A` to gx2 in place, but not where the input was dropped."""
+    if where is None:
+        _addmm_(gx2, gh.t(), A, scale)
+    else:
+        gx2 += drop_(torch.mm(gh.t(), A).mul_(scale), where)

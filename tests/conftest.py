@@ -1,0 +1,408 @@
+"""What the tests of the core share: a table of layer kinds, and the dense layer each must equal.
+
+One idea: a `Kind` states in the test's own words what a layer's weight means. From that, and from
+nothing of the package, `dense_output` forms `W + scale * B @ A` in float64 and runs the plain layer
+with it, differentiably.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_inject as li
+
+RANK, ALPHA = 2, 3.0
+SCALE = 1.5  # alpha / rank, by hand
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------- layers to adapt
+
+
+class StockSubclass(nn.Linear):
+    """A subclass that leaves `forward` alone, as attention's output projection is."""
+
+
+class OwnForward(nn.Linear):
+    """A subclass with a forward of its own that is linear in W."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.t() + self.bias).contiguous()
+
+
+class ActivationInside(nn.Linear):
+    """A subclass that is not linear in W."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(super().forward(x))
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Multiplies what it looks up, as Gemma's and Bart's embeddings do."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embedding_dim**0.5
+
+
+class Mix(nn.Module):
+    """A raw matrix, read and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix.t()
+
+
+class Experts(nn.Module):
+    """Stacked experts, `(E, out, in)` as in Mixtral or `(E, in, out)` as in GPT-OSS."""
+
+    def __init__(self, equation: str, *shape: int) -> None:
+        super().__init__()
+        self.equation = equation
+        self.up = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, x, self.up)
+
+
+def conv1d(n_out: int, n_in: int) -> Conv1D:
+    layer = Conv1D(n_out, n_in)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+# ------------------------------------------------------------------------------- the table of kinds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer and what its weight means.
+
+    Attributes:
+        layer: Builds the layer.
+        sizes: `(in, out)` of the low-rank update.
+        shapes: Shapes of its inputs; a string `ids` for integer ids below `in`.
+        weight: Name of the adapted parameter in the layer.
+        site: Name of the site in a `Host`.
+        rule: What the rule says beside the match.
+        spans: `(start, stop)` along the output of each adapted slice.
+        transposed: Whether the weight is `(in, out)`.
+        experts: Length of a leading dimension.
+        mount: `forward` or `weight`.
+        formula: The layer as a function of the weight, where the plain layer has side effects.
+    """
+
+    layer: Callable[[], nn.Module]
+    sizes: tuple[int, int]
+    shapes: Sequence[tuple[int, ...] | str] = ((4, 3, 5),)
+    weight: str = "weight"
+    site: str = "layer"
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    spans: tuple[tuple[int, int], ...] = ()
+    transposed: bool = False
+    experts: int | None = None
+    mount: str = "forward"
+    formula: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        rule = {"match": self.site.replace(".", r"\."), **self.rule}
+        return {"rank": RANK, "alpha": ALPHA, "targets": [rule]}
+
+    def inputs(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        ids = torch.randint(0, self.sizes[0], (4, 3))
+        ids[0, :2] = torch.tensor([1, 0])  # 1 is the padding index of one kind
+        return tuple(
+            ids if shape == "ids" else torch.randn(shape).to(dtype) for shape in self.shapes
+        )
+
+    @property
+    def key(self) -> str:
+        return f"layer.{self.weight}"
+
+
+def renormalised(weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows of norm at most 1: what a lookup with max_norm=1 returns."""
+    rows = weight[ids]
+    norm = rows.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 1.0, rows / (norm + 1e-7), rows)
+
+
+def _slices(n: Sequence[int], *adapt: str) -> dict[str, Any]:
+    return {"slices": dict(zip("qkv", n, strict=True)), "adapt": list(adapt)}
+
+
+EQUAL = {"slices": ["q", "k", "v"], "adapt": ["q", "v"]}
+
+KINDS: dict[str, Kind] = {
+    "linear": Kind(lambda: nn.Linear(5, 6), (5, 6)),
+    "linear without bias": Kind(lambda: nn.Linear(5, 6, bias=False), (5, 6)),
+    "stock subclass": Kind(lambda: StockSubclass(5, 6), (5, 6)),
+    "own linear forward": Kind(lambda: OwnForward(5, 6), (5, 6)),
+    "activation inside": Kind(lambda: ActivationInside(5, 6), (5, 6), mount="weight"),
+    "conv1d": Kind(lambda: conv1d(6, 5), (5, 6), transposed=True),
+    "embedding": Kind(lambda: nn.Embedding(7, 5), (7, 5), ["ids"], transposed=True),
+    "embedding padding": Kind(
+        lambda: nn.Embedding(7, 5, padding_idx=1), (7, 5), ["ids"], transposed=True
+    ),
+    "embedding max_norm": Kind(
+        lambda: nn.Embedding(7, 5, max_norm=1.0),
+        (7, 5),
+        ["ids"],
+        transposed=True,
+        formula=renormalised,
+    ),
+    "scaled embedding": Kind(
+        lambda: ScaledEmbedding(7, 5), (7, 5), ["ids"], transposed=True, mount="weight"
+    ),
+    "equal slices": Kind(lambda: nn.Linear(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9))),
+    "unequal slices": Kind(
+        lambda: nn.Linear(5, 9), (5, 9), rule=_slices((4, 2, 3), "v", "q"), spans=((0, 4), (6, 9))
+    ),
+    "one slice": Kind(
+        lambda: nn.Linear(5, 9), (5, 9), rule=_slices((4, 2, 3), "k"), spans=((4, 6),)
+    ),
+    "all slices": Kind(
+        lambda: nn.Linear(5, 9),
+        (5, 9),
+        rule=_slices((4, 2, 3), "q", "k", "v"),
+        spans=((0, 4), (4, 6), (6, 9)),
+    ),
+    "slices of own forward": Kind(
+        lambda: OwnForward(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9))
+    ),
+    "slices of activation inside": Kind(
+        lambda: ActivationInside(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), mount="weight"
+    ),
+    "equal slices of conv1d": Kind(
+        lambda: conv1d(9, 5), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), transposed=True
+    ),
+    "unequal slices of conv1d": Kind(
+        lambda: conv1d(9, 5),
+        (5, 9),
+        rule=_slices((4, 2, 3), "k", "v"),
+        spans=((4, 6), (6, 9)),
+        transposed=True,
+    ),
+    "conv 1d": Kind(
+        lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, padding_mode="circular"),
+        (12, 6),
+        [(2, 4, 9)],
+        mount="weight",
+    ),
+    "conv 2d": Kind(
+        lambda: nn.Conv2d(4, 6, (3, 2), groups=2, padding="same", padding_mode="reflect"),
+        (12, 6),
+        [(2, 4, 6, 5)],
+        mount="weight",
+    ),
+    "conv 3d": Kind(
+        lambda: nn.Conv3d(2, 3, (1, 2, 3), bias=False), (12, 3), [(1, 2, 3, 4, 5)], mount="weight"
+    ),
+    "conv_transpose 2d": Kind(
+        lambda: nn.ConvTranspose2d(4, 6, (2, 3), stride=2, output_padding=1, groups=2),
+        (4, 18),
+        [(2, 4, 3, 3)],
+        transposed=True,
+        mount="weight",
+    ),
+    "conv_transpose 1d": Kind(
+        lambda: nn.ConvTranspose1d(4, 3, 2), (4, 6), [(2, 4, 3)], transposed=True, mount="weight"
+    ),
+    "bilinear": Kind(lambda: nn.Bilinear(3, 4, 5), (12, 5), [(4, 3), (4, 4)], mount="weight"),
+    "parameter": Kind(Mix, (5, 6), weight="matrix", site="layer.matrix", mount="weight"),
+    "turned parameter": Kind(
+        Mix,
+        (6, 5),
+        weight="matrix",
+        site="layer.matrix",
+        rule={"layout": "in_out"},
+        transposed=True,
+        mount="weight",
+    ),
+    "slices of a parameter": Kind(
+        Mix,
+        (5, 6),
+        weight="matrix",
+        site="layer.matrix",
+        rule=EQUAL,
+        spans=((0, 2), (4, 6)),
+        mount="weight",
+    ),
+    "weight of a linear": Kind(
+        lambda: nn.Linear(5, 6), (5, 6), site="layer.weight", mount="weight"
+    ),
+    "experts": Kind(
+        lambda: Experts("bi,eoi->beo", 3, 6, 5),
+        (5, 6),
+        [(4, 5)],
+        weight="up",
+        site="layer.up",
+        rule={"layout": "out_in"},
+        experts=3,
+        mount="weight",
+    ),
+    "turned experts": Kind(
+        lambda: Experts("bi,eio->beo", 3, 5, 6),
+        (5, 6),
+        [(4, 5)],
+        weight="up",
+        site="layer.up",
+        rule={"layout": "in_out"},
+        transposed=True,
+        experts=3,
+        mount="weight",
+    ),
+}
+
+
+class Host(nn.Module):
+    """A layer between siblings, so that names, keys, order and flags can be seen to stay."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Linear(2, 2)
+        self.layer = layer
+        self.after = nn.LayerNorm(2)
+        self.register_buffer("steps", torch.arange(3.0))
+        self.before.weight.requires_grad_(False)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        found: Tensor = self.layer(*inputs)
+        return found
+
+
+def host(kind: Kind, dtype: torch.dtype = torch.float32) -> Host:
+    return Host(kind.layer()).to(dtype)
+
+
+def injected(kind: Kind, dtype: torch.dtype = torch.float32, name: str = "default") -> Host:
+    """A host with one adapter, none of whose tensors is zero."""
+    return fill(li.inject(host(kind, dtype), kind.config, name), name)
+
+
+def fill(model: Any, name: str = "default", std: float = 0.5) -> Any:
+    """Give an adapter random values."""
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model, name).values():
+            parameter.normal_(0.0, std)
+    return model
+
+
+# ------------------------------------------------------------------------------ the dense reference
+
+
+def dense_delta(kind: Kind, A: Tensor, B: Tensor, scale: float = SCALE) -> Tensor:
+    """`scale * B @ A` as a matrix `(E, out, in)` or its transpose, zero outside the slices."""
+    n_in, n_out = kind.sizes
+    spans = kind.spans or ((0, n_out),)
+    A = A.reshape(kind.experts or 1, len(spans), RANK, n_in)
+    B = B.reshape(kind.experts or 1, -1, RANK)
+    delta, row = A.new_zeros(len(A), n_out, n_in), 0
+    for part, (start, stop) in enumerate(spans):
+        block = scale * torch.einsum("eor,eri->eoi", B[:, row : row + stop - start], A[:, part])
+        delta = delta + F.pad(block, (0, 0, start, n_out - stop))
+        row += stop - start
+    return delta.transpose(1, 2) if kind.transposed else delta
+
+
+def dense_weight(kind: Kind, W: Tensor, A: Tensor, B: Tensor, scale: float = SCALE) -> Tensor:
+    return W + dense_delta(kind, A, B, scale).reshape(W.shape)
+
+
+def dense_output(
+    kind: Kind, plain: Host, A: Tensor, B: Tensor, inputs: Sequence[Tensor], scale: float = SCALE
+) -> Tensor:
+    """The plain layer in float64 with the dense weight; A, B and inputs may require gradients."""
+    wide = copy.deepcopy(plain).double()
+    W = dict(wide.named_parameters())[kind.key].detach()
+    weight = dense_weight(kind, W, A, B, scale)
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    if kind.formula is not None:
+        return kind.formula(weight, *inputs)
+    found: Tensor = torch.func.functional_call(wide, {kind.key: weight}, inputs)
+    return found
+
+
+# float64: what rounding may leave, with a margin. float32 and bfloat16: sums here have at most 20
+# terms, so the accumulated rounding of a float32 sum stays under 16 eps of the largest value; in
+# bfloat16 sums are formed in float32, and a result passes through h, the update, the output, and in
+# the backward the gradient of h: each rounds by half an eps of its own largest value.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 16 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: 3 * torch.finfo(torch.bfloat16).eps,
+}
+DTYPES = list(TOLERANCE)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest value."""
+    assert found.shape == wanted.shape
+    assert torch.isfinite(found).all()
+    worst = (found.detach().double() - wanted.detach().double()).abs().max()
+    return float(worst / wanted.detach().double().abs().max())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits: unlike `torch.equal`, 0.0 is not -0.0."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return torch.equal(
+        a.detach().contiguous().view(-1).view(torch.uint8),
+        b.detach().contiguous().view(-1).view(torch.uint8),
+    )
+
+
+# ---------------------------------------------------------------------------- a model's whole state
+
+
+def photograph(model: nn.Module) -> list[Any]:
+    """All that a model is: objects, classes, keys, order, values, flags, hooks, of each module."""
+    return [
+        (name, id(module), type(module), [*_attributes(module)])
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for key, value in module.__dict__.items():
+        if key in ("_parameters", "_buffers"):
+            yield key, [(name, *_tensor(t)) for name, t in value.items()]
+        elif isinstance(value, Mapping):
+            yield key, [(name, id(item)) for name, item in value.items()]
+        else:
+            yield key, id(value)
+
+
+def _tensor(t: Tensor | None) -> tuple[Any, ...]:
+    if t is None:
+        return (None,)
+    bits = t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    grad = None if t.grad is None else id(t.grad)
+    return id(t), type(t), t.dtype, tuple(t.shape), t.requires_grad, t.is_leaf, grad, bits
+
+
+def refusal(run: Callable[[], Any], *classes: type[Exception]) -> Exception | None:
+    """Run, and return the refusal, or None where it went through: for `right, or refused`."""
+    try:
+        run()
+    except classes as raised:
+        return raised
+    return None

@@ -1,0 +1,492 @@
+"""The invariants of the design, for every kind of layer and every dtype.
+
+One idea: everything is compared with a dense float64 layer that the test builds itself, or bit for
+bit with what was there before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    ALPHA,
+    DTYPES,
+    KINDS,
+    RANK,
+    TOLERANCE,
+    Host,
+    Kind,
+    conv1d,
+    dense_output,
+    dense_weight,
+    error,
+    fill,
+    host,
+    injected,
+    photograph,
+    refusal,
+    same_bits,
+)
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject import merging, surgery
+from lora_inject.layers import base, selection, table
+
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+
+
+def factors(
+    model: nn.Module, kind: Kind, name: str = "default"
+) -> tuple[nn.Parameter, nn.Parameter]:
+    found = li.adapter_parameters(model, name)
+    return found[f"{kind.site}.lora_A"], found[f"{kind.site}.lora_B"]
+
+
+def test_every_row_of_the_table_is_held_to_the_contract() -> None:
+    covered = {li.plan(host(kind), kind.config).sites[0].kind for kind in KINDS.values()}
+    assert covered == {row.kind for row in table.KINDS} | {"parameter"}
+
+
+@every_kind
+def test_mounts_as_stated(kind: Kind) -> None:
+    (spec,) = li.adapters(injected(kind))["default"].sites.values()
+    assert (spec.name, spec.mount, spec.rank, spec.scale) == (kind.site, kind.mount, RANK, 1.5)
+    assert (spec.in_features, spec.out_features) == kind.sizes
+
+
+# ------------------------------------------------------------------------------------- 1. one truth
+
+
+@every_dtype
+@every_kind
+def test_output_equals_the_dense_layer(kind: Kind, dtype: torch.dtype) -> None:
+    plain = host(kind, dtype)
+    model = fill(li.inject(copy.deepcopy(plain), kind.config))
+    A, B = factors(model, kind)
+    inputs = kind.inputs(dtype)
+    wanted = dense_output(kind, plain, A.double(), B.double(), inputs)
+    without = dense_output(kind, plain, A.double(), torch.zeros_like(B).double(), inputs)
+    assert error(without, wanted) > 0.05, "the delta is too small to be seen"
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = model(*inputs)
+        assert y.dtype == dtype
+        assert error(y, wanted) <= TOLERANCE[dtype]
+
+
+@every_dtype
+@every_kind
+def test_gradients_equal_the_dense_layers(kind: Kind, dtype: torch.dtype) -> None:
+    plain = host(kind, dtype)
+    model = fill(li.inject(copy.deepcopy(plain), kind.config))
+    A, B = factors(model, kind)
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.inputs(dtype)]
+    y = model(*inputs)
+    g = torch.randn_like(y)
+    y.backward(g)
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (A, B)]
+    wide_inputs = [x.detach().double().requires_grad_() if x.requires_grad else x for x in inputs]
+    dense_output(kind, plain, *wide, wide_inputs).backward(g.double())
+    for found, wanted in zip((A, B, *inputs), (*wide, *wide_inputs), strict=True):
+        if wanted.requires_grad:
+            assert found.grad is not None
+            assert found.grad.dtype == found.dtype
+            assert error(found.grad, wanted.grad) <= TOLERANCE[dtype]
+    assert all(p.grad is None for n, p in model.named_parameters() if "lora" not in n)
+
+
+# ------------------------------------------------------------------------------------ 2. zero start
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", {"normal": 0.3}], ids=str)
+@every_dtype
+@every_kind
+def test_zero_start_is_the_plain_model_bit_for_bit(
+    kind: Kind, dtype: torch.dtype, init: Any
+) -> None:
+    plain = host(kind, dtype)
+    model = li.inject(copy.deepcopy(plain), {**kind.config, "init": init})
+    inputs = kind.inputs(dtype)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert same_bits(model(*inputs), copy.deepcopy(plain)(*inputs))
+    A, B = factors(model, kind)
+    zero, random = (A, B) if isinstance(model.layer, nn.Embedding) else (B, A)
+    assert not zero.any()
+    assert random.all()
+
+
+# ------------------------------------------------------------------------ 3. base names do not move
+
+
+@every_dtype
+@every_kind
+def test_base_names_objects_and_order_stay(kind: Kind, dtype: torch.dtype) -> None:
+    model = host(kind, dtype)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    keys, modules = list(model.state_dict()), dict(model.named_modules())
+    classes = {name: type(module) for name, module in modules.items()}
+    assert li.inject(model, kind.config) is model
+    assert dict(model.named_modules()) == modules
+    assert list(model.named_modules()) == list(modules.items())
+    after = dict(model.named_parameters())
+    assert [n for n in after if n in parameters] == list(parameters)
+    assert all(after[n] is p for n, p in parameters.items())
+    assert all(dict(model.named_buffers())[n] is b for n, b in buffers.items())
+    assert [k for k in model.state_dict() if k in keys] == keys
+    for name, module in modules.items():
+        assert isinstance(module, classes[name])
+        assert type(module).__name__ == classes[name].__name__
+    assert len(after) == len(parameters) + 2
+    # Whoever fetches a weight-mounted parameter gets the raw one, or is refused.
+    try:
+        assert model.get_parameter(kind.key) is parameters[kind.key]
+    except AttributeError:
+        assert kind.mount == "weight"
+
+
+@every_kind
+def test_a_plain_base_checkpoint_loads_strictly_and_acts(kind: Kind) -> None:
+    model, other = injected(kind), host(kind)
+    fill_base(other)
+    A, B = factors(model, kind)
+    model.load_state_dict(other.state_dict(), strict=True)
+    inputs = kind.inputs(torch.float32)
+    wanted = dense_output(kind, other, A.double(), B.double(), inputs)
+    assert error(model(*inputs), wanted) <= TOLERANCE[torch.float32]
+
+
+def fill_base(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+
+
+# -------------------------------------------------------------------------------- 4. all or nothing
+
+
+class Several(nn.Module):
+    """Every way to carry: forward mounts, weight mounts, a trained head, biases, a tied tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.fc = nn.Linear(4, 6)
+        self.c = conv1d(4, 6)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.mix = nn.Parameter(torch.randn(4, 4))
+        self.lm_head = nn.Linear(4, 7, bias=False)
+        self.lm_head.weight = self.embed.weight
+        self.head = nn.Linear(4, 2)
+        self.fc.weight.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def resize_token_embeddings(self) -> None:
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.c(self.fc(self.embed(ids)))
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2) @ self.mix
+        return self.lm_head(x), self.head(x)
+
+
+SEVERAL = {
+    "rank": 2,
+    "targets": ["embed", "fc", {"match": "c", "slices": ["a", "b"], "adapt": ["b"]}, "conv", "mix"],
+    "train": ["head"],
+    "bias": "all",
+}
+OTHER = {"rank": 1, "targets": ["fc", "lm_head"], "train": ["head.bias"], "init": "pissa"}
+
+
+class PlannedError(Exception):
+    pass
+
+
+def _fail(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int, after: bool
+) -> Callable[[], int]:
+    """Let the call number `at` of a function fail, before or after its work; return the count."""
+    original, calls = getattr(owner, name), 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at and not after:
+            raise PlannedError
+        result = original(*args, **kwargs)
+        if calls == at:
+            raise PlannedError
+        return result
+
+    monkeypatch.setattr(owner, name, failing)
+    return lambda: calls
+
+
+# Every function that `inject` calls on its way.
+INJECT_STEPS = [
+    (surgery, "inventory"),
+    (surgery, "resolve"),
+    (surgery, "check_new_name"),
+    (surgery, "holders"),
+    (surgery, "check_swappable"),
+    (surgery, "initial_tensors"),
+    (surgery, "swap"),
+    (base, "carrier_class"),
+    (base.Mounts, "add"),
+    (surgery, "_become_root"),
+    (surgery, "_freeze"),
+    (surgery, "refuse_resizing"),
+    (surgery, "train_only"),
+    (selection.Selection, "replace"),
+]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("second", [False, True], ids=["first adapter", "second adapter"])
+@pytest.mark.parametrize("step", INJECT_STEPS, ids=lambda step: step[1])
+def test_a_failing_inject_changes_nothing(
+    step: tuple[Any, str], second: bool, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Several()
+    if second:
+        fill(li.inject(model, OTHER, "first"), "first")
+    ids = torch.randint(0, 7, (2, 3))
+    before, outputs, listed = photograph(model), model(ids), li.summary(model)
+    for at in range(1, 100):
+        with monkeypatch.context() as patch:
+            calls = _fail(patch, *step, at, after)
+            try:
+                li.inject(model, SEVERAL, "new")
+            except PlannedError:
+                assert photograph(model) == before, f"failed in call {at}"
+                assert li.summary(model) == listed
+                assert all(map(same_bits, model(ids), outputs))
+                continue
+        assert at > 1, "the step is never reached"
+        assert calls() == at - 1
+        break
+
+
+MERGE_STEPS = [
+    (merging, "_targets"),
+    (merging, "_check_weight"),
+    (merging, "fold_rows"),
+    (merging, "fold_rows_"),
+    (merging, "_keep"),
+    (merging, "_untie"),
+    (merging._Target, "write"),
+    (merging, "_clear_tie_flags"),
+    (merging, "_trainable"),
+    (selection.Selection, "replace"),
+]
+
+
+@pytest.mark.parametrize("undo", [True, False])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("step", MERGE_STEPS, ids=lambda step: step[1])
+def test_a_failing_merge_changes_nothing(
+    step: tuple[Any, str], undo: bool, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Several().bfloat16() if step[1] == "fold_rows" else Several()
+    fill(li.inject(model, SEVERAL, "new"), "new")
+    ids = torch.randint(0, 7, (2, 3))
+    before, outputs, listed = photograph(model), model(ids), li.summary(model)
+    for at in range(1, 100):
+        with monkeypatch.context() as patch:
+            _fail(patch, *step, at, after)
+            raised = refusal(lambda: li.merge(model, undo=undo), PlannedError, li.StateError)
+        if isinstance(raised, li.StateError):  # nothing was kept, and it says so
+            assert not undo
+            assert "what was written stays written" in str(raised)
+            assert isinstance(raised.__cause__, PlannedError)
+            assert photograph(model) != before
+            break
+        if raised is None:
+            assert at > 1, "the step is never reached"
+            break
+        assert photograph(model) == before, f"failed in call {at}"
+        assert li.summary(model) == listed
+        assert all(map(same_bits, model(ids), outputs))
+
+
+@pytest.mark.parametrize(
+    ("config", "error_class"),
+    [
+        ({"rank": 2, "targets": ["fc", "nothing_like_it"]}, li.MatchError),
+        ({"rank": 99, "targets": ["fc"]}, li.MatchError),
+        ({"rank": 2, "targets": ["fc"], "expect": {"sites": 2}}, li.MatchError),
+        ({"rank": 2, "targets": ["fc"], "train": ["hedd"]}, li.MatchError),
+        ({"rank": 2, "targets": ["fc"], "train": ["fc"]}, li.MatchError),
+        ({"rank": 2, "targets": ["conv"], "dropout": 0.1}, li.MatchError),
+        ({"rank": 0, "targets": ["fc"]}, li.ConfigError),
+    ],
+    ids=lambda value: None,
+)
+def test_a_refused_inject_changes_nothing(config: Any, error_class: type[Exception]) -> None:
+    model = Several()
+    before = photograph(model)
+    with pytest.raises(error_class):
+        li.inject(model, config)
+    assert photograph(model) == before
+    assert li.adapters(model) == {}
+
+
+# ------------------------------------------------------------------------------------ 5. exact undo
+
+
+@every_dtype
+@every_kind
+def test_eject_is_exact(kind: Kind, dtype: torch.dtype) -> None:
+    model = host(kind, dtype)
+    model.layer.register_forward_hook(lambda *_: None)
+    before = photograph(model)
+    fill(li.inject(model, kind.config))
+    model(*kind.inputs(dtype)).sum().backward()
+    li.inject(model, kind.config, "second")
+    if kind.formula is None:  # with max_norm the plain layer itself writes W
+        with li.disabled(model):
+            model(*kind.inputs(dtype))
+    assert photograph(model) != before
+    li.eject(model, "default")
+    assert li.eject(model) is model
+    assert photograph(model) == before
+
+
+def test_eject_of_everything_at_once_is_exact() -> None:
+    model = Several()
+    before, ids = photograph(model), torch.randint(0, 7, (2, 3))
+    outputs = model(ids)
+    fill(li.inject(model, SEVERAL, "a"), "a")
+    fill(li.inject(model, OTHER, "b"), "b")
+    assert not same_bits(model(ids)[0], outputs[0])
+    li.eject(model)
+    assert photograph(model) == before
+    assert all(map(same_bits, model(ids), outputs))
+
+
+def test_eject_of_the_newest_leaves_the_others_as_they_were() -> None:
+    model = Several()
+    fill(li.inject(model, OTHER, "a"), "a")
+    before = photograph(model)
+    fill(li.inject(model, SEVERAL, "b"), "b")
+    li.train_only(model, "a")
+    li.eject(model, "b")
+    assert photograph(model) == before
+
+
+@pytest.mark.parametrize("undo", [True, False])
+@every_dtype
+@every_kind
+def test_merged_equals_adapted(kind: Kind, dtype: torch.dtype, undo: bool) -> None:
+    plain = host(kind, dtype)
+    model = fill(li.inject(copy.deepcopy(plain), kind.config))
+    A, B = (t.detach().double() for t in factors(model, kind))
+    inputs = kind.inputs(dtype)
+    wanted = dense_output(kind, plain, A, B, inputs)
+    li.merge(model, undo=undo)
+    W, Wm = (dict(m.named_parameters())[kind.key].detach() for m in (plain, model))
+    exact = dense_weight(kind, W.double(), A, B)
+    # Rounded once: half an eps, beside the rounding of sums of 2 terms in the wider dtype.
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    slack = 4 * wide * (W.double().abs() + (exact - W).abs())
+    half = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
+    assert ((Wm.double() - exact).abs() <= half * exact.abs() + slack).all()
+    untouched = exact == W
+    assert same_bits(Wm[untouched], W[untouched])
+    assert error(copy.deepcopy(model)(*inputs), wanted) <= TOLERANCE[dtype]
+    li.eject(model)
+    assert error(copy.deepcopy(model)(*inputs), wanted) <= TOLERANCE[dtype]
+    assert same_bits(dict(model.named_parameters())[kind.key], Wm)
+
+
+@every_dtype
+@every_kind
+def test_unmerge_restores_every_bit(kind: Kind, dtype: torch.dtype) -> None:
+    model = injected(kind, dtype)
+    before, listed = photograph(model), li.summary(model)
+    li.merge(model)
+    assert photograph(model) != before
+    assert li.unmerge(model) is model
+    assert photograph(model) == before
+    assert li.summary(model) == listed
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "parameter"])
+def test_a_thousand_cycles_in_bfloat16_change_no_bit(kind: str) -> None:
+    model = injected(KINDS[kind], torch.bfloat16)
+    before = photograph(model)
+    W = model.get_submodule("layer")._parameters[KINDS[kind].weight]
+    assert W is not None
+    original = W.detach().clone()
+    for _ in range(1000):
+        li.merge(model)
+        assert not torch.equal(W, original)
+        li.unmerge(model)
+    assert photograph(model) == before
+
+
+# -------------------------------------------------------------------------- 7. names from structure
+
+
+class Odd(nn.Linear):
+    """A base whose own names look like an adapter's."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 6)
+        self.lora_A = nn.Parameter(torch.randn(2, 5))
+        self.lora_A__default = nn.Parameter(torch.randn(2))
+        self.lora_in = nn.Linear(2, 2)
+        self.register_buffer("lora_B", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.lora_A.sum() + self.lora_in(self.lora_A__default).sum()
+
+
+def test_names_come_from_structure() -> None:
+    model = Host(Odd())
+    before, own = photograph(model), dict(model.named_parameters())
+    li.inject(model, {"rank": 2, "alpha": 3, "targets": ["layer"]}, "mine")
+    fill(model, "mine")
+    found = li.adapter_parameters(model, "mine")
+    assert list(found) == ["layer.lora_A", "layer.lora_B"]
+    assert not {id(p) for p in found.values()} & {id(p) for p in own.values()}
+    assert not any(p.requires_grad for p in own.values())
+    assert li.adapters(model)["mine"].n_parameters == 2 * 5 + 6 * 2
+    assert set(li.adapter_state(model, "mine").sites) == {"layer"}
+    li.merge(model, undo=True)
+    li.unmerge(model)
+    li.eject(model)
+    assert photograph(model) == before
+
+
+@every_kind
+def test_the_adapters_parameters_are_a_and_b(kind: Kind) -> None:
+    model = injected(kind)
+    A, B = factors(model, kind)
+    assert list(li.adapter_parameters(model)) == [f"{kind.site}.lora_A", f"{kind.site}.lora_B"]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(A), id(B)}
+    assert li.adapters(model)["default"].n_parameters == A.numel() + B.numel()
+    parts, experts = max(len(kind.spans), 1), kind.experts or 1
+    width = sum(b - a for a, b in kind.spans) or kind.sizes[1]
+    assert A.numel() == experts * parts * RANK * kind.sizes[0]
+    assert B.numel() == experts * width * RANK
+    assert li.adapter_state(model).sites[kind.site].scale == ALPHA / RANK
+
+
+# ------------------------------------------------------------------------------------ 8. round once
+
+
+@every_kind
+def test_masters_are_float32_over_sixteen_bits(kind: Kind) -> None:
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        assert {t.dtype for t in factors(injected(kind, dtype), kind)} == {wanted}

@@ -1,0 +1,399 @@
+"""Merging: what is written, what the report says, what is refused, what comes back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    KINDS,
+    TOLERANCE,
+    Host,
+    dense_weight,
+    error,
+    fill,
+    host,
+    injected,
+    photograph,
+    refusal,
+    same_bits,
+)
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject import merging
+
+RANK2 = {"rank": 2, "alpha": 3}
+SIXTEEN = [torch.bfloat16, torch.float16]
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
+
+
+def delta_of(relative: float, dtype: torch.dtype, n: int = 64) -> tuple[Host, Tensor]:
+    """A host whose layer has a delta of the given size relative to W, and that delta."""
+    model = Host(nn.Linear(n, n, bias=False)).to(dtype)
+    fill(li.inject(model, {"rank": 4, "alpha": 4, "targets": ["layer"]}))
+    A, B = li.adapter_parameters(model).values()
+    with torch.no_grad():
+        size = (B.double() @ A.double()).norm() / model.layer.weight.double().norm()
+        B.mul_(relative / float(size))
+    return model, (B.double() @ A.double()).detach()
+
+
+# ---------------------------------------------------------------------------------- what it reports
+
+
+@pytest.mark.parametrize("relative", [1e-4, 1e-3, 1e-2, 0.5])
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+def test_the_report_says_what_rounding_left(dtype: torch.dtype, relative: float) -> None:
+    model, D = delta_of(relative, dtype)
+    W = model.layer.weight.detach().double()
+    report = li.merge(model)
+    moved = model.layer.weight.detach().double() - W
+    site = report.sites["layer.weight"]
+    # D is formed as (W + D) - W in float32, which costs it a few 1e-8 of W.
+    limit = 1e-8 / relative
+    assert site.kept == pytest.approx(float((moved * D).sum() / (D * D).sum()), rel=1e-4, abs=limit)
+    assert site.error == pytest.approx(float((moved - D).norm() / D.norm()), rel=1e-3, abs=1e-6)
+    assert site.relative == pytest.approx(relative, rel=1e-4)
+    assert (report.adapters, report.n_tensors) == ((("default", 1.0),), 1)
+    assert report.min_kept == site.kept
+    assert "layer.weight" in str(report)
+
+
+def test_a_small_delta_in_bfloat16_loses_half_of_itself() -> None:
+    """The reason for the report: no sum of a bf16 weight and a thousandth of it is exact."""
+    model, _ = delta_of(1e-3, torch.bfloat16)
+    report = li.merge(model)
+    assert 0.3 < report.min_kept < 0.98
+    assert report.sites["layer.weight"].error > 0.5
+    wide, _ = delta_of(1e-3, torch.float32)
+    assert li.merge(wide).sites == {}
+    assert li.merge(delta_of(1e-3, torch.float64)[0]).min_kept == 1.0
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_min_kept_is_checked_before_any_change(undo: bool) -> None:
+    model, _ = delta_of(1e-3, torch.bfloat16)
+    li.inject(model, {"rank": 1, "targets": ["before"]}, "other")
+    li.activate(model, {"other": 1.0, "default": 1.0})
+    before, listed = photograph(model), li.summary(model)
+    with pytest.raises(li.LayerError, match=r"rounding would leave 0\.\d+ of the delta of 'layer"):
+        li.merge(model, undo=undo, min_kept=0.999)
+    assert photograph(model) == before
+    assert li.summary(model) == listed
+    assert li.merge(model, undo=undo, min_kept=0.2).min_kept > 0.2
+
+
+def test_what_is_not_touched_keeps_everything() -> None:
+    model = Host(nn.Linear(5, 6)).bfloat16()
+    li.inject(model, {"rank": 1, "targets": ["layer"]})  # B = 0
+    W = model.layer.weight.detach().clone()
+    report = li.merge(model, min_kept=1.0)
+    assert (report.min_kept, report.sites["layer.weight"].error) == (1.0, 0.0)
+    assert same_bits(model.layer.weight, W)
+
+
+# ----------------------------------------------------------------------------------- what it writes
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "equal slices of conv1d", "turned experts", "conv 2d"])
+def test_row_blocks_do_not_show(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = injected(KINDS[kind], dtype)
+    many = copy.deepcopy(one)
+    whole = li.merge(one)
+    monkeypatch.setattr(merging, "BLOCK_BYTES", 1)
+    apart = li.merge(many)
+    found, wanted = weights(many)[KINDS[kind].key], weights(one)[KINDS[kind].key]
+    if dtype in SIXTEEN:
+        assert same_bits(found, wanted)
+    assert error(found, wanted) < TOLERANCE.get(dtype, 1e-3)
+    for name, site in whole.sites.items():
+        assert apart.sites[name].kept == pytest.approx(site.kept, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_mix_is_rounded_once(dtype: torch.dtype) -> None:
+    kind = KINDS["linear"]
+    plain = host(kind, dtype)
+    model = copy.deepcopy(plain)
+    for name in "abc":
+        fill(li.inject(model, kind.config, name), name)
+    mix = {"a": 0.7, "b": -1.3, "c": 0.1}
+    exact = plain.layer.weight.detach().double()
+    for name, weight in mix.items():
+        A, B = (p.detach().double() for p in li.adapter_parameters(model, name).values())
+        exact = dense_weight(kind, exact, A, B, 1.5 * weight)
+    report = li.merge(model, mix)
+    assert dict(report.adapters) == mix
+    found = model.layer.weight.detach().double()
+    half = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert ((found - exact).abs() <= half * exact.abs() + 8 * wide * exact.abs().max()).all()
+
+
+def test_a_named_merge_comes_back_to_the_selection_before_it() -> None:
+    model = Host(nn.Linear(5, 6))
+    for name in "ab":
+        fill(li.inject(model, {**RANK2, "targets": ["layer"]}, name), name)
+    x = torch.randn(2, 5)
+    li.activate(model, "a")
+    of_a = model(x)
+    li.activate(model, {"a": 0.25, "b": 1.0})
+    li.train_only(model, ["a", "b"])
+    wanted, flags = model(x), {n: p.requires_grad for n, p in model.named_parameters()}
+    li.merge(model, "a")
+    assert error(model(x), of_a) < TOLERANCE[torch.float32]
+    assert {n: i.weight for n, i in li.adapters(model).items()} == {"a": 1.0, "b": None}
+    assert not any(p.requires_grad for p in model.parameters())
+    li.unmerge(model)
+    assert same_bits(model(x), wanted)
+    assert {n: i.weight for n, i in li.adapters(model).items()} == {"a": 0.25, "b": 1.0}
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+def test_a_site_and_a_trained_copy_of_one_tensor_mix() -> None:
+    """One adapter has low-rank factors on fc, the other its own copy of fc."""
+    for site in ("layer", r"layer\.weight"):
+        plain = Host(nn.Linear(5, 6)).double()
+        model = copy.deepcopy(plain)
+        fill(li.inject(model, {**RANK2, "targets": [site]}, "low"), "low")
+        fill(li.inject(model, {"train": ["layer"]}, "full"), "full")
+        A, B = (p.detach() for p in li.adapter_parameters(model, "low").values())
+        T = li.adapter_parameters(model, "full")["layer.weight"].detach()
+        b = li.adapter_parameters(model, "full")["layer.bias"].detach()
+        W, bias = plain.layer.weight.detach(), plain.layer.bias.detach()
+        x = torch.randn(3, 5, dtype=torch.float64)
+        for low, full in ((1.0, 1.0), (0.5, -2.0)):
+            dense = W + full * (T - W) + low * 1.5 * B @ A
+            wanted = x @ dense.t() + bias + full * (b - bias)
+            li.activate(model, {"low": low, "full": full})
+            before = photograph(model)
+            assert error(model(x), wanted) < 1e-12
+            li.merge(model)
+            assert error(model(x), wanted) < 1e-12
+            li.unmerge(model)
+            assert photograph(model) == before
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+def test_trained_copies_are_rounded_and_reported(dtype: torch.dtype) -> None:
+    model = Host(nn.Linear(5, 6)).to(dtype)
+    li.inject(model, {"train": ["layer"]})
+    copies = li.adapter_parameters(model)
+    W = model.layer._parameters["weight"].detach().double()  # type: ignore[union-attr]
+    with torch.no_grad():
+        for parameter in copies.values():
+            parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+    T = copies["layer.weight"].detach()
+    report = li.merge(model)
+    assert same_bits(model.layer.weight, T.to(dtype))
+    D, moved = T.double() - W, T.to(dtype).double() - W
+    kept = float((moved * D).sum() / (D * D).sum())
+    assert report.sites["layer.weight"].kept == pytest.approx(kept, rel=1e-4)
+    assert set(report.sites) == {"layer.weight", "layer.bias"}
+
+
+def test_a_shared_module_is_merged_once() -> None:
+    layer = nn.Linear(5, 5)
+    model = nn.Sequential(layer, layer)
+    fill(li.inject(model, {**RANK2, "targets": ["0"]}))
+    A, B = (p.detach() for p in li.adapter_parameters(model).values())
+    wanted = layer.weight.detach() + 1.5 * B @ A
+    assert li.merge(model).n_tensors == 1
+    assert torch.allclose(layer.weight, wanted)
+
+
+def test_three_holders_of_one_tensor_are_untied_and_tied_again() -> None:
+    model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4)))
+    for i in (1, 2, 3):
+        model[i].weight = model[0].weight
+    before = photograph(model)
+    x = torch.randn(2, 5)
+    for name, targets in (("one", ["1"]), ("three", ["0", "2", "3"]), ("all", [r"\d"])):
+        fill(li.inject(model, {**RANK2, "targets": targets}, name), name)
+        wanted = model(x)
+        inside = photograph(model)
+        report = li.merge(model)
+        assert report.n_tensors == len(targets) if name != "all" else 4
+        assert error(model(x), wanted) < 8 * TOLERANCE[torch.float32]
+        li.unmerge(model)
+        assert photograph(model) == inside
+    li.eject(model)
+    assert photograph(model) == before
+
+
+def test_ejecting_a_merged_model_leaves_the_merged_plain_model() -> None:
+    plain = Host(nn.Linear(5, 6))
+    required = {n: p.requires_grad for n, p in plain.named_parameters()}
+    keys, objects = list(plain.state_dict()), {n: id(p) for n, p in plain.named_parameters()}
+    model = fill(li.inject(plain, {**RANK2, "targets": ["layer"]}))
+    x = torch.randn(2, 5)
+    wanted = model(x)
+    li.merge(model)
+    li.eject(model)
+    assert type(model.layer) is nn.Linear
+    assert error(model(x), wanted) < TOLERANCE[torch.float32]
+    assert list(model.state_dict()) == keys
+    assert {n: id(p) for n, p in model.named_parameters()} == objects
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == required
+    with pytest.raises(li.StateError):
+        li.unmerge(model)
+    li.inject(model, {**RANK2, "targets": ["layer"]})
+    assert error(model(x), wanted) < TOLERANCE[torch.float32]
+
+
+def test_a_checkpoint_does_not_load_into_a_merged_model() -> None:
+    """What unmerge would put back is not the base that was loaded: refused, or right."""
+    model = injected(KINDS["linear"])
+    other = host(KINDS["linear"]).state_dict()
+    with torch.no_grad():
+        other = {k: torch.randn_like(v) for k, v in other.items()}
+    li.merge(model)
+    before = photograph(model)
+    if refusal(lambda: model.load_state_dict(other), li.StateError) is not None:
+        assert photograph(model) == before
+        return
+    if refusal(lambda: li.unmerge(model), li.StateError) is None:
+        assert same_bits(model.layer.weight, other["layer.weight"])
+
+
+@pytest.mark.parametrize("how", ["renamed", "replaced"])
+def test_unmerge_after_a_module_went_away_says_so(how: str) -> None:
+    model = Host(nn.Linear(5, 6))
+    fill(li.inject(model, {**RANK2, "targets": ["before", "layer"]}))
+    originals = weights(model)
+    li.merge(model)
+    if how == "renamed":
+        model.renamed = model.layer
+        del model.layer
+    else:
+        model.layer = nn.Identity()
+    before = photograph(model)
+    if refusal(lambda: li.unmerge(model), li.StateError) is not None:
+        assert photograph(model) == before
+    else:
+        assert same_bits(model.before.weight, originals["before.weight"])
+        assert how == "replaced" or same_bits(model.renamed.weight, originals["layer.weight"])
+
+
+def test_unmerge_follows_a_cast() -> None:
+    model = injected(KINDS["linear"])
+    W = model.layer.weight.detach().clone()
+    li.merge(model)
+    li.unmerge(model.bfloat16())
+    assert same_bits(model.layer.weight, W.bfloat16())
+
+
+def test_without_undo_nothing_is_kept_and_unmerge_refuses() -> None:
+    model = injected(KINDS["linear"])
+    x = torch.randn(2, 5)
+    wanted = model(x)
+    li.merge(model, undo=False)
+    assert model.__dict__["_lora_root"].undo.targets is None
+    before = photograph(model)
+    with pytest.raises(li.StateError) as caught:
+        li.unmerge(model)
+    assert str(caught.value) == (
+        "unmerge: the merge kept nothing to restore (undo=False). Load the base weights again."
+    )
+    assert photograph(model) == before
+    assert error(model(x), wanted) < TOLERANCE[torch.float32]
+
+
+def test_with_undo_the_merged_weights_are_kept_once() -> None:
+    model = Host(nn.Linear(50, 60))
+    fill(li.inject(model, {**RANK2, "targets": ["layer"], "bias": "adapted"}))
+    li.merge(model)
+    kept = [t.original for t in model.__dict__["_lora_root"].undo.targets]
+    assert sum(t.numel() for t in kept if t is not None) == 50 * 60 + 60
+
+
+def test_merging_keeps_requires_grad_of_the_base_and_gradients() -> None:
+    model = injected(KINDS["linear"])
+    model.before.bias.requires_grad_(True)  # the user's own choice, after inject
+    li.merge(model)
+    li.unmerge(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "before.bias",
+        "layer.lora_A__default",
+        "layer.lora_B__default",
+    ]
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def _not_active(model: Host) -> Any:
+    li.activate(model, None)
+    return li.merge(model)
+
+
+def _meta(model: Host) -> Any:
+    return li.merge(model.to("meta"))
+
+
+def _integer(model: Host) -> Any:
+    model.layer.weight = nn.Parameter(torch.ones(6, 5, dtype=torch.int8), requires_grad=False)
+    return li.merge(model)
+
+
+def _strided(model: Host) -> Any:
+    model.layer.weight = nn.Parameter(torch.randn(5, 6).t(), requires_grad=False)
+    return li.merge(model)
+
+
+def _subclass(model: Host) -> Any:
+    class Packed(nn.Parameter):
+        pass
+
+    model.layer._parameters["weight"] = Packed(torch.randn(6, 5), requires_grad=False)
+    return li.merge(model)
+
+
+def _twice(model: Host) -> Any:
+    li.merge(model)
+    return li.merge(model)
+
+
+REFUSED = {
+    "no adapter is active": (_not_active, li.StateError),
+    "the weight is on the meta device": (_meta, li.LayerError),
+    r"the weight is quantised \(torch.int8\)": (_integer, li.LayerError),
+    "the weight is not contiguous": (_strided, li.LayerError),
+    "the weight is a Packed": (_subclass, li.LayerError),
+    "'default' is merged into the weights": (_twice, li.StateError),
+    "its weight is nan": (lambda m: li.merge(m, {"default": math.nan}), li.StateError),
+    "Did you mean 'default'": (lambda m: li.merge(m, {"defualt": 1.0}), li.StateError),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_merge_refuses(words: str) -> None:
+    model = injected(KINDS["linear"])
+    run, error_class = REFUSED[words]
+    with pytest.raises(error_class, match=words):
+        run(model)
+
+
+@pytest.mark.parametrize("context", ["routed", "disabled"])
+def test_merge_inside_a_context_is_refused(context: str) -> None:
+    model = injected(KINDS["linear"])
+    before, x = photograph(model), torch.randn(1, 5)
+    wanted = model(x)
+    manager = li.disabled(model) if context == "disabled" else li.routed(model, ["default"])
+    with manager, pytest.raises(li.StateError):
+        li.merge(model, "default")
+    assert photograph(model) == before
+    assert same_bits(model(x), wanted)
+    li.merge(model)
+    li.unmerge(model)
+    assert photograph(model) == before

@@ -1,0 +1,415 @@
+"""A live model's adapter to files and back: exact, whole, of the right base, or an error.
+
+The formats are tested in test_formats_*.py; here it is the model that must come out right.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    KINDS,
+    TOLERANCE,
+    Host,
+    Kind,
+    error,
+    fill,
+    host,
+    injected,
+    photograph,
+    refusal,
+    same_bits,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject import saving, surgery
+
+CONFIG = {"rank": 2, "alpha": 3}
+FORMATS = {"peft": "adapter", "native": "adapter.safetensors"}
+every_format = pytest.mark.parametrize("layout", FORMATS)
+
+
+def expressible(kind: Kind, layout: str) -> bool:
+    """PEFT has no words for weights that are read, bilinear layers and a parameter's slices."""
+    return layout == "native" or kind.mount == "forward"
+
+
+def save(model: nn.Module, folder: Path, layout: str, name: str = "default") -> Path:
+    return li.save_adapter(model, folder / FORMATS[layout], name, format=layout)
+
+
+# -------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@every_format
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_comes_back_bit_for_bit(
+    kind: str, layout: str, dtype: torch.dtype, init: str, tmp_path: Path
+) -> None:
+    row = KINDS[kind]
+    plain = host(row, dtype)
+    config = {**row.config, "init": init, "dropout": 0.25 if row.mount == "forward" else 0.0}
+    model = fill(li.inject(copy.deepcopy(plain), config)).eval()
+    inputs = row.inputs(dtype)
+    wanted, before = model(*inputs), photograph(plain)
+    refused = refusal(lambda: save(model, tmp_path, layout), li.FormatError)
+    if refused is not None:
+        assert layout == "peft"
+        assert not expressible(row, layout)
+        assert 'format="native"' in str(refused)
+        assert not any(tmp_path.iterdir())
+        return
+    loaded = li.load_adapter(plain.eval(), tmp_path / FORMATS[layout])
+    assert same_bits(loaded(*inputs), wanted)
+    (spec,) = li.adapters(loaded)["default"].sites.values()
+    (saved,) = li.adapters(model)["default"].sites.values()
+    facts = (
+        "name",
+        "kind",
+        "rank",
+        "alpha",
+        "scale",
+        "dropout",
+        "slices",
+        "mount",
+        "init",
+        "compute",
+    )
+    for fact in facts:
+        assert getattr(spec, fact) == getattr(saved, fact), fact
+    dtypes = {p.dtype for p in li.adapter_parameters(loaded).values()}
+    assert dtypes == {torch.float64 if dtype == torch.float64 else torch.float32}
+    li.eject(loaded)
+    loaded.train()
+    assert photograph(loaded) == before
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.fc = nn.Linear(5, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.head(self.norm(torch.tanh(self.fc(self.embed(ids)))))
+        return found
+
+
+IDS = torch.arange(6).view(2, 3)
+RICH = {
+    "targets": [{"match": "embed", "rank": 1, "scaling": "rslora", "alpha": 7}, "fc"],
+    "train": ["head"],
+    "bias": "all",
+    **CONFIG,
+}
+
+
+@every_format
+def test_everything_that_an_adapter_is_comes_back(layout: str, tmp_path: Path) -> None:
+    plain = Net()
+    model = fill(li.inject(copy.deepcopy(plain), RICH, "sql"), "sql")
+    path = save(model, tmp_path, layout, "sql")
+    loaded = li.load_adapter(copy.deepcopy(plain), path, "other.name")
+    assert same_bits(loaded(IDS), model(IDS))
+    one, two = li.adapter_state(model, "sql"), li.adapter_state(loaded, "other.name")
+    assert one.trained.keys() == two.trained.keys()
+    assert all(same_bits(t, two.trained[k]) for k, t in one.trained.items())
+    assert {n: s.scale for n, s in one.sites.items()} == {n: s.scale for n, s in two.sites.items()}
+    assert two.config == one.config == li.Config.from_dict(RICH).to_dict()
+    again = save(loaded, tmp_path / "second", layout, "other.name")
+    files = [p / "adapter_model.safetensors" if p.is_dir() else p for p in (path, again)]
+    first, second = map(load_file, files)
+    assert first.keys() == second.keys()
+    assert all(same_bits(t, second[k]) for k, t in first.items())
+
+
+@every_format
+@pytest.mark.parametrize("config", [{"bias": "all"}, {"train": ["head"]}], ids=str)
+def test_adapters_without_sites_come_back(
+    config: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    plain = Net()
+    model = fill(li.inject(copy.deepcopy(plain), config))
+    loaded = li.load_adapter(copy.deepcopy(plain), save(model, tmp_path, layout))
+    assert same_bits(loaded(IDS), model(IDS))
+
+
+@every_format
+def test_the_base_is_not_dragged_along(layout: str, tmp_path: Path) -> None:
+    model = Host(nn.Embedding(1000, 50))
+    li.inject(model, {"rank": 1, "targets": ["layer"]})
+    path = save(model, tmp_path, layout)
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    assert file.stat().st_size < 4 * 1050 + 4000
+    assert sum(t.numel() for t in load_file(file).values()) == 1050
+
+
+def test_an_adapter_fits_the_same_base_in_another_dtype(tmp_path: Path) -> None:
+    plain = Net()
+    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["fc", "embed"]}))
+    path = save(model, tmp_path, "peft")
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        loaded = li.load_adapter(copy.deepcopy(plain).to(dtype), path)
+        assert loaded(IDS).dtype == dtype
+        assert error(loaded(IDS), model(IDS)) < 0.05
+        for name, parameter in li.adapter_parameters(loaded).items():
+            assert torch.equal(parameter.float(), li.adapter_parameters(model)[name])
+
+
+def test_the_tensors_of_a_loaded_adapter_are_its_own() -> None:
+    model = fill(li.inject(Net(), RICH))
+    state = li.adapter_state(model)
+    assert state.sites["fc"].A.data_ptr() == li.adapter_parameters(model)["fc.lora_A"].data_ptr()
+    assert not state.sites["fc"].A.requires_grad
+    other = li.install(li.eject(copy.deepcopy(model)), state)
+    before = state.sites["fc"].A.clone()
+    fill(other)
+    assert torch.equal(state.sites["fc"].A, before)
+
+
+def test_saving_a_merged_model_saves_the_adapter_alone(tmp_path: Path) -> None:
+    plain = Net()
+    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["fc"]}))
+    wanted = model(IDS)
+    li.merge(model)
+    try:
+        path = save(model, tmp_path, "peft")
+    except li.StateError:
+        return  # refused: the fingerprint would be the merged base's
+    assert same_bits(li.load_adapter(copy.deepcopy(plain), path)(IDS), wanted)
+
+
+# ------------------------------------------------------------------------ checked before any change
+
+
+def refused(model: nn.Module, path: Path, words: str, **options: Any) -> None:
+    before, listed = photograph(model), li.summary(model)
+    with pytest.raises(li.LoraInjectError, match=words):
+        li.load_adapter(model, path, **options)
+    assert photograph(model) == before
+    assert li.summary(model) == listed
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    return save(fill(li.inject(Net(), RICH)), tmp_path, "peft")
+
+
+def base() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_a_name_in_use_is_refused(saved: Path) -> None:
+    model = li.load_adapter(base(), saved)
+    refused(model, saved, "the model has one of that name")
+
+
+def test_a_merged_model_is_refused(saved: Path) -> None:
+    model = li.load_adapter(base(), saved)
+    li.merge(model)
+    refused(model, saved, "is merged into the weights", name="other")
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    refused(base(), tmp_path / "nothing", "there is no such file or directory")
+
+
+@pytest.mark.parametrize("key", ["embed", "fc"])
+def test_another_base_is_refused_unless_told(saved: Path, key: str) -> None:
+    model = base()
+    with torch.no_grad():
+        model.get_submodule(key).weight.mul_(1.02)
+    refused(model, saved, f"another base: '{key}.weight'")
+    assert li.load_adapter(model, saved, base="any") is model
+
+
+def test_a_fine_tuned_base_is_refused(saved: Path) -> None:
+    model = base()
+    with torch.no_grad():
+        model.fc.weight.add_(torch.randn_like(model.fc.weight), alpha=0.01)
+    refused(model, saved, "another base")
+
+
+def test_a_quantised_base_is_named_and_needs_the_argument(saved: Path) -> None:
+    class Packed(nn.Linear):
+        """Holds codes; multiplies by what they stand for."""
+
+        def __init__(self, plain: nn.Linear) -> None:
+            super().__init__(plain.in_features, plain.out_features)
+            self.bias = plain.bias
+            self.scale = plain.weight.detach().abs().max() / 127
+            codes = (plain.weight.detach() / self.scale).round().to(torch.int8)
+            self.weight = nn.Parameter(codes, requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.float() * self.scale, self.bias)
+
+    model = base()
+    model.fc = Packed(model.fc)
+    refused(model, saved, "cannot be compared at 1 sites, of which 'fc.weight'")
+    plain = li.load_adapter(base(), saved)
+    loaded = li.load_adapter(model, saved, base="quantised")
+    assert error(loaded(IDS), plain(IDS)) < 0.05
+    other = base()
+    other.fc = Packed(other.fc)
+    with torch.no_grad():
+        other.embed.weight.add_(1)
+    refused(other, saved, "another base: 'embed", base="quantised")
+
+
+def _without_fc(model: Net) -> None:
+    del model.fc
+
+
+def _narrow(model: Net) -> None:
+    model.fc = nn.Linear(4, 6)
+
+
+def _renamed(model: Net) -> None:
+    model.fc1 = model.fc
+    del model.fc
+
+
+def _other_head(model: Net) -> None:
+    model.head = nn.Linear(6, 4)
+
+
+def _no_head(model: Net) -> None:
+    del model.head
+
+
+def _scripted(model: Net) -> None:
+    model.fc = nn.LSTM(5, 6)  # type: ignore[assignment]
+
+
+CHANGES = {
+    "the model has no such module": (_without_fc, "any"),
+    "maps 5 to 6 features in the file, 4 to 6 here": (_narrow, "any"),
+    "Nearest: .*'fc1'": (_renamed, "any"),
+    r"has shape \(\d(, 6)?\) in the file and \(\d(, 6)?\) here": (_other_head, "same"),
+    r"the model has no such parameter\. .*leave_out": (_no_head, "same"),
+    "site 'fc'": (_scripted, "any"),
+}
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_model_that_does_not_fit_is_refused(words: str, saved: Path) -> None:
+    model = base()
+    change, how = CHANGES[words]
+    change(model)
+    refused(model, saved, words, base=how)
+
+
+def test_what_is_let_through_is_named(saved: Path) -> None:
+    model = base()
+    _other_head(model)
+    li.load_adapter(model, saved, leave_out=["head.*"])
+    assert set(li.adapters(model)["default"].trained) == {"fc.bias", "norm.bias"}
+    refused(
+        base(), saved, r"leave_out 'haed': it matches nothing .*Nearest: 'head", leave_out=["haed"]
+    )
+
+
+@pytest.mark.parametrize("owner", [(surgery, "swap"), (surgery, "train_only"), (saving, "mount")])
+def test_a_failing_load_changes_nothing(
+    owner: tuple[Any, str], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, original, calls = base(), getattr(*owner), 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = original(*args, **kwargs)
+        if calls == 3 or owner[1] != "swap":
+            raise ZeroDivisionError
+        return result
+
+    before = photograph(model)
+    monkeypatch.setattr(*owner, failing)
+    if owner[1] == "train_only":
+        fill(li.load_adapter(model, saved))  # loading does not say what trains
+        return
+    if owner[1] == "mount":
+        monkeypatch.setattr(*owner, lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        li.load_adapter(model, saved)
+    assert photograph(model) == before
+
+
+def test_an_adapter_loads_under_any_name_of_a_shared_module(tmp_path: Path) -> None:
+    class Shared(nn.Module):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__()
+            layer = nn.Linear(5, 5)
+            self.add_module(first, layer)
+            self.add_module(second, layer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.b(self.a(x))
+            return found
+
+    torch.manual_seed(0)
+    model = fill(li.inject(Shared("a", "b"), {**CONFIG, "targets": ["a"]}))
+    torch.manual_seed(0)
+    turned = Shared("b", "a")
+    x = torch.randn(2, 5)
+    loaded = li.load_adapter(turned, save(model, tmp_path, "native"))
+    assert list(li.adapters(loaded)["default"].sites) == ["b"]
+    assert same_bits(loaded(x), model(x))
+
+
+def test_save_refuses_unknown_names_and_formats(tmp_path: Path) -> None:
+    model = injected(KINDS["linear"])
+    with pytest.raises(li.StateError, match="adapter_state of 'x': the model's adapters are"):
+        li.save_adapter(model, tmp_path / "a", "x")
+    with pytest.raises(li.FormatError, match=r"there is no format .peff.*Nearest: peft"):
+        li.save_adapter(model, tmp_path / "a", format="peff")
+    assert not any(tmp_path.iterdir())
+    path = save(model, tmp_path, "peft")
+    before = {p.name: p.read_bytes() for p in path.iterdir()}
+    fill(model)
+    with pytest.raises(li.FormatError, match="overwrite"):
+        save(model, tmp_path, "peft")
+    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    li.save_adapter(model, path, overwrite=True)
+    x = torch.randn(2, 5)
+    wanted = model(x)
+    assert same_bits(li.load_adapter(li.eject(model), path)(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_peft_reads_what_a_model_saved_and_the_model_what_peft_saved(tmp_path: Path) -> None:
+    """One end to end pass; the exchange at large is in test_formats_peft_exchange.py."""
+    from peft import PeftModel
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 13, "n_positions": 16}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    plain = GPT2LMHeadModel(config).eval()
+    rules = [{"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}, "c_proj"]
+    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": rules, "train": ["ln_f"]}))
+    ids = torch.arange(10).view(2, 5)
+    wanted = model(ids).logits
+    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), save(model, tmp_path, "peft"))
+    assert error(theirs(ids).logits, wanted) < TOLERANCE[torch.float32]
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs", leave_out=[])
+    sites_only = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in li.adapter_parameters(sites_only).items():
+            if "ln_f" in name:
+                parameter.copy_(dict(plain.named_parameters())[name])
+    either = (wanted, sites_only(ids).logits)
+    assert min(error(loaded(ids).logits, w) for w in either) < TOLERANCE[torch.float32]

@@ -1,0 +1,392 @@
+"""Copies and round trips in any order: pickle, deepcopy, torch.save, state dicts, files, compile.
+
+One idea: after any sequence of round trips the model computes the same bits under every selection,
+lists the same adapters, and can go on: switch, train, merge, eject.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, OwnForward, conv1d, error, fill, injected, photograph, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject import surgery
+
+
+class Model(nn.Module):
+    """One site of each way to mount, a tied tensor, a trained head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.fc = nn.Linear(4, 6)
+        self.own = OwnForward(6, 6)
+        self.c = conv1d(4, 6)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.mix = nn.Parameter(torch.randn(4, 4))
+        self.lm_head = nn.Linear(4, 7, bias=False)
+        self.lm_head.weight = self.embed.weight
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.c(torch.tanh(self.own(torch.tanh(self.fc(self.embed(ids))))))
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2) @ self.mix
+        return torch.cat([self.lm_head(x), self.head(x)], dim=-1)
+
+
+ONE = {
+    "rank": 2,
+    "alpha": 5,
+    "targets": ["embed", "fc", "own", {"match": "c", "slices": ["a", "b"], "adapt": ["b"]}, "mix"],
+    "train": ["head"],
+    "bias": "all",
+}
+TWO = {"rank": 1, "scaling": "rslora", "targets": ["fc", "conv"], "init": "pissa", "alpha": 2}
+IDS = torch.arange(6).view(2, 3)
+MIX = {"one": 0.5, "tw.o": 1.5}
+
+
+def build() -> Model:
+    torch.manual_seed(0)
+    model = Model()
+    fill(li.inject(model, ONE, "one"), "one")
+    fill(li.inject(model, TWO, "tw.o"), "tw.o")
+    li.train_only(model, "one")
+    return li.activate(model, MIX).eval()
+
+
+def through_pickle(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def through_state_dict(model: Any) -> Any:
+    """Into another model with the same adapters and other values."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1.0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    return other
+
+
+def through_files(model: Any) -> Any:
+    """Each adapter saved, ejected and loaded again."""
+    weights = {name: info.weight for name, info in li.adapters(model).items()}
+    with tempfile.TemporaryDirectory() as parent:
+        for i, name in enumerate(weights):
+            li.save_adapter(model, Path(parent) / f"{i}.safetensors", name, format="native")
+        li.eject(model)
+        for i, name in enumerate(weights):
+            li.load_adapter(model, Path(parent) / f"{i}.safetensors", name)
+    li.train_only(model, "one")
+    return li.activate(model, {n: w for n, w in weights.items() if w is not None})
+
+
+def through_merge(model: Any) -> Any:
+    li.merge(model)
+    return li.unmerge(model)
+
+
+def through_merged_copy(model: Any) -> Any:
+    li.merge(model)
+    return li.unmerge(copy.deepcopy(model))
+
+
+def through_merged_pickle(model: Any) -> Any:
+    li.merge(model)
+    return li.unmerge(through_pickle(model))
+
+
+def through_train_mode(model: Any) -> Any:
+    return model.train().eval()
+
+
+def through_double(model: Any) -> Any:
+    return model.double().float()
+
+
+ROUNDS: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": through_pickle,
+    "torch.save": through_torch_save,
+    "state_dict": through_state_dict,
+    "files": through_files,
+    "merge": through_merge,
+    "merged deepcopy": through_merged_copy,
+    "merged pickle": through_merged_pickle,
+    "train mode": through_train_mode,
+    "double": through_double,
+}
+SELECTIONS: tuple[Any, ...] = ("one", "tw.o", MIX, None)
+
+
+def outputs(model: Any) -> list[Tensor]:
+    """The current selection's output, then each selection's; the current one is put back."""
+    weights = {n: i.weight for n, i in li.adapters(model).items() if i.weight is not None}
+    found = [model(IDS)]
+    for which in SELECTIONS:
+        li.activate(model, which)
+        found.append(model(IDS))
+    li.activate(model, weights)
+    return found
+
+
+def listing(model: Any) -> dict[str, Any]:
+    """What `adapters` says, apart from the rule that a site came from."""
+    return {
+        name: (
+            {
+                n: (s.rank, s.alpha, s.scale, s.slices, s.mount, s.init)
+                for n, s in info.sites.items()
+            },
+            set(info.trained),
+            info.n_parameters,
+            info.weight,
+            info.trainable,
+        )
+        for name, info in li.adapters(model).items()
+    }
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    assert listing(found) == listing(wanted)
+    for a, b in zip(outputs(found), outputs(wanted), strict=True):
+        assert same_bits(a, b)
+    assert {n: p.requires_grad for n, p in found.named_parameters()} == {
+        n: p.requires_grad for n, p in wanted.named_parameters()
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(sorted(ROUNDS)), min_size=1, max_size=4))
+def test_any_order_of_rounds_changes_nothing(rounds: list[str]) -> None:
+    wanted, model = build(), build()
+    for name in rounds:
+        model = ROUNDS[name](model)
+    assert_equal(model, wanted)
+    assert model.lm_head._parameters["weight"] is model.embed._parameters["weight"]
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_model_goes_on_after_each_round(name: str) -> None:
+    model, wanted = ROUNDS[name](build()), build()
+    for m in (model, wanted):
+        li.activate(m, "one")
+        optimiser = torch.optim.SGD(li.parameter_groups(m, 0.01))
+        for _ in range(2):
+            optimiser.zero_grad()
+            m(IDS).square().mean().backward()
+            optimiser.step()
+        li.inject(m.eval(), {"rank": 1, "init": {"normal": 1e-9}, "targets": ["fc"]}, "three")
+        li.activate(m, MIX)
+    assert_equal(model, wanted)
+    for m in (model, wanted):
+        li.merge(m)
+        li.eject(m)
+        assert type(m.fc) is nn.Linear
+        assert not any(hasattr(module, "_lora") for module in m.modules())
+    assert same_bits(model(IDS), wanted(IDS))
+    assert model.state_dict().keys() == wanted.state_dict().keys() == Model().state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["deepcopy", "pickle", "torch.save", "state_dict"])
+def test_a_copy_is_apart_from_its_original(name: str) -> None:
+    model = build()
+    before, listed, wanted = photograph(model), li.summary(model), model(IDS)
+    other = ROUNDS[name](model)
+    assert len({id(m._lora.selection) for m in surgery.carriers(other).values()}) == 1
+    li.activate(other, "one")
+    li.train_only(other, "tw.o")
+    fill(fill(other, "one"), "tw.o")
+    li.merge(other)
+    li.eject(other)
+    assert photograph(model) == before
+    assert li.summary(model) == listed
+    assert same_bits(model(IDS), wanted)
+    last = ROUNDS[name](model)
+    li.eject(model)
+    assert same_bits(last(IDS), wanted)
+
+
+@pytest.mark.parametrize("context", ["disabled", "routed"])
+def test_a_copy_made_inside_a_context_is_whole(context: str) -> None:
+    model = injected(KINDS["linear"])
+    x = torch.randn(1, 5)
+    wanted = model(x)
+    with li.disabled(model) if context == "disabled" else li.routed(model, [None]):
+        other = copy.deepcopy(model)
+        base = model(x)
+    for which, output in (("default", wanted), (None, base)):
+        li.activate(other, which)
+        assert same_bits(other(x), output)
+    assert same_bits(model(x), wanted)
+
+
+def test_a_copy_of_one_layer_works_alone() -> None:
+    model = injected(KINDS["equal slices"])
+    x = torch.randn(2, 5)
+    wanted = model(x)
+    for layer in (copy.deepcopy(model.layer), through_pickle(model.layer)):
+        assert type(layer) is type(model.layer)
+        assert same_bits(layer(x), wanted)
+        li.activate(layer, None)
+        assert not same_bits(layer(x), wanted)
+        assert same_bits(model(x), wanted)
+        li.eject(layer)
+        assert type(layer) is nn.Linear
+
+
+def test_a_pickle_is_read_in_a_process_that_never_injected(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    model = injected(KINDS["linear"])
+    x = torch.randn(2, 5)
+    torch.save({"layer": model.layer, "x": x, "y": model(x)}, tmp_path / "m.pt")
+    code = (
+        "import sys, torch; saved = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert torch.equal(saved['layer'](saved['x']), saved['y'])\n"
+        "assert type(saved['layer']) is not torch.nn.Linear"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.pt")], check=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_copies_and_pickles(kind: str) -> None:
+    if "own" in kind or "inside" in kind or "scaled" in kind or KINDS[kind].site != "layer":
+        model: nn.Module = injected(KINDS[kind])
+    else:
+        model = injected(KINDS[kind]).layer
+    inputs = KINDS[kind].inputs(torch.float32)
+    wanted = model(*inputs)
+    for other in (copy.deepcopy(model), through_pickle(model), copy.copy(model)):
+        assert same_bits(other(*inputs), wanted)
+    with torch.no_grad():
+        assert error(model(*inputs), wanted) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------ compile
+
+COMPILED = ["linear", "conv1d", "embedding", "unequal slices", "conv 2d", "own linear forward",
+            "turned experts", "scaled embedding"]  # fmt: skip
+
+
+@pytest.fixture
+def _fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_forward_and_backward_without_a_graph_break(kind: str) -> None:
+    model = injected(KINDS[kind])
+    inputs = [
+        x.requires_grad_() if x.is_floating_point() else x
+        for x in KINDS[kind].inputs(torch.float32)
+    ]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    y = model(*inputs)
+    g = torch.randn_like(y)
+    y.backward(g)
+    tensors = [*li.adapter_parameters(model).values(), *(x for x in inputs if x.requires_grad)]
+    wanted = [t.grad for t in tensors]
+    for t in tensors:
+        t.grad = None
+    found = compiled(*inputs)
+    assert error(found, y) < 1e-5
+    found.backward(g)
+    for t, grad in zip(tensors, wanted, strict=True):
+        assert t.grad is not None
+        assert error(t.grad, grad) < 1e-5
+    with torch.no_grad():
+        assert error(compiled(*inputs), y) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_switching_under_compile_gives_the_right_numbers() -> None:
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for which in ("one", "tw.o", MIX, None, "one"):
+        li.activate(model, which)
+        wanted = model(IDS)
+        assert error(compiled(IDS), wanted) < 1e-5
+        with li.disabled(model):
+            base = model(IDS)
+            assert error(compiled(IDS), base) < 1e-5
+        if which is not None:
+            assert error(base, wanted) > 1e-2
+    li.activate(model, MIX)
+    wanted = model(IDS)
+    li.merge(model)
+    assert error(compiled(IDS), wanted) < 1e-5
+    li.unmerge(model)
+    assert error(compiled(IDS), wanted) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_rounds_of_a_compiled_model() -> None:
+    """Compiled first, injected after; and copied while compiled."""
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(IDS)
+    fill(li.inject(model, ONE, "one"), "one")
+    wanted = model(IDS)
+    assert error(compiled(IDS), wanted) < 1e-6
+    other = copy.deepcopy(model)
+    assert error(torch.compile(other, fullgraph=True, backend="eager")(IDS), wanted) < 1e-6
+    li.eject(model)
+    assert error(compiled(IDS), model(IDS)) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_verbs_reach_through_the_compiled_wrapper() -> None:
+    model = build()
+    compiled = torch.compile(model, backend="eager")
+    li.activate(compiled, "one")
+    assert li.adapters(model)["one"].active
+    assert list(li.adapters(compiled)["one"].sites) == list(li.adapters(model)["one"].sites)
+    before = photograph(model)
+    li.merge(compiled)
+    li.unmerge(compiled)
+    assert photograph(model) == before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_routed_under_compile_is_right() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 5))
+    for name in "ab":
+        fill(li.inject(model, {"rank": 2, "targets": [r"\d"]}, name), name)
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(3, 5)
+    for rows in (["a", None, "b"], ["b", "b", "a"]):
+        with li.routed(model, rows), torch.no_grad():
+            assert error(compiled(x), model(x)) < 1e-6

@@ -1,0 +1,1029 @@
+"""What each verb leaves behind: the State section of the design, sentence by sentence."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    KINDS,
+    SCALE,
+    TOLERANCE,
+    Host,
+    dense_output,
+    error,
+    fill,
+    host,
+    injected,
+    photograph,
+    refusal,
+    same_bits,
+)
+from torch import Tensor, nn
+
+import lora_inject as li
+
+RANK2 = {"rank": 2, "alpha": 3}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.fc = nn.Linear(5, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.head(self.norm(torch.tanh(self.fc(self.embed(ids)))))
+        return found
+
+
+IDS = torch.arange(6).view(2, 3)
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def base_bits(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
+
+
+def assert_base_is(model: nn.Module, bits: dict[str, Tensor]) -> None:
+    for name, wanted in bits.items():
+        path, _, key = name.rpartition(".")
+        found = model.get_submodule(path)._parameters[key]
+        assert found is not None
+        assert same_bits(found, wanted), name
+
+
+def train(model: nn.Module, steps: int = 3, lr: float = 0.1) -> None:
+    groups = li.parameter_groups(model, lr)
+    optimiser = torch.optim.SGD(groups)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        model(IDS).float().square().sum().backward()
+        optimiser.step()
+
+
+# ---------------------------------------------------------------------------------- inject and load
+
+
+def test_inject_makes_the_new_adapter_the_only_active_and_trainable_one() -> None:
+    model = Net()
+    fill(li.inject(model, {**RANK2, "targets": ["fc"], "train": ["head"]}, "old"), "old")
+    values = {n: p.detach().clone() for n, p in li.adapter_parameters(model, "old").items()}
+    li.inject(model, {**RANK2, "targets": ["embed"], "bias": "all"}, "new")
+    info = li.adapters(model)
+    assert {n: (i.active, i.trainable) for n, i in info.items()} == {
+        "old": (False, False),
+        "new": (True, True),
+    }
+    assert info["new"].weight == 1.0
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for p in li.adapter_parameters(model, "new").values()}
+    for name, parameter in li.adapter_parameters(model, "old").items():
+        assert same_bits(parameter, values[name])
+
+
+def test_a_name_in_use_is_an_error() -> None:
+    model = injected(KINDS["linear"])
+    before = photograph(model)
+    with pytest.raises(li.StateError) as caught:
+        li.inject(model, {"rank": 1, "targets": ["before"]})
+    assert str(caught.value) == (
+        "adapter 'default': the model has one of that name. Eject it, or choose another name."
+    )
+    assert photograph(model) == before
+
+
+def test_load_activates_only_where_none_is_active(tmp_path: Any) -> None:
+    model = injected(KINDS["linear"])
+    li.save_adapter(model, tmp_path / "a")
+    li.load_adapter(model, tmp_path / "a", "second")
+    info = li.adapters(model)
+    assert {n: (i.active, i.trainable) for n, i in info.items()} == {
+        "default": (True, True),
+        "second": (False, False),
+    }
+    li.activate(model, None)
+    li.load_adapter(model, tmp_path / "a", "third")
+    assert {n for n, i in li.adapters(model).items() if i.active} == {"third"}
+    li.eject(model)
+    li.load_adapter(model, tmp_path / "a", "alone")
+    alone = li.adapters(model)["alone"]
+    assert (alone.active, alone.trainable) == (True, False)
+    assert not any(flags(model).values())
+
+
+def test_train_only_chooses_who_requires_grad_and_nothing_else() -> None:
+    model = Net()
+    for name in "abc":
+        li.inject(model, {**RANK2, "targets": ["fc"], "train": ["head"], "init": "pissa"}, name)
+    for wanted in ({"a"}, {"a", "c"}, set(), {"b"}):
+        li.train_only(model, wanted or None)
+        assert {n for n, i in li.adapters(model).items() if i.trainable} == wanted
+        required = {id(p) for p in model.parameters() if p.requires_grad}
+        expected = {id(p) for n in wanted for p in li.adapter_parameters(model, n).values()}
+        assert required == expected, "frozen starts and base tensors never require a gradient"
+        assert {n for n, i in li.adapters(model).items() if i.active} == {"c"}
+    with pytest.raises(li.StateError, match="train_only 'x': the model's adapters are"):
+        li.train_only(model, ["a", "x"])
+    assert {n for n, i in li.adapters(model).items() if i.trainable} == {"b"}
+
+
+# ---------------------------------------------------------------------------- freezing and its undo
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_freezing_is_undone_exactly(order: str) -> None:
+    model = Net()
+    model.fc.weight.requires_grad_(False)
+    model.norm.requires_grad_(False)
+    before, first = photograph(model), flags(model)
+    li.inject(model, {**RANK2, "targets": ["fc"]}, "a")
+    assert [n for n, flag in flags(model).items() if flag] == [
+        "fc.lora_A__a",
+        "fc.lora_B__a",
+    ]
+    li.inject(model, {**RANK2, "targets": ["embed"]}, "b")
+    li.eject(model, order[0])
+    assert not any(flag for n, flag in flags(model).items() if n in first)
+    li.eject(model, order[1])
+    assert photograph(model) == before
+    assert flags(model) == first
+
+
+def test_eject_forgets_the_adapter_entirely() -> None:
+    model = injected(KINDS["linear"])
+    dead = weakref.ref(li.adapter_parameters(model)["layer.lora_A"])
+    li.eject(model)
+    gc.collect()
+    assert dead() is None
+    assert li.adapters(model) == {}
+    assert li.summary(model).count("\n") == 0
+    with pytest.raises(li.StateError, match="eject 'default': the model's adapters are: none"):
+        li.eject(model, "default")
+
+
+def test_eject_of_one_leaves_the_mix_of_the_others() -> None:
+    model = Net()
+    for name in "abc":
+        fill(li.inject(model, {**RANK2, "targets": ["fc", "embed"]}, name), name)
+    li.activate(model, {"a": 0.5, "c": 2.0})
+    wanted = model(IDS)
+    li.eject(model, "b")
+    assert same_bits(model(IDS), wanted)
+    li.activate(model, {"a": 0.5})
+    alone = model(IDS)
+    li.activate(model, {"a": 0.5, "c": 2.0})
+    li.eject(model, "c")
+    assert same_bits(model(IDS), alone)
+    assert {n: i.weight for n, i in li.adapters(model).items()} == {"a": 0.5}
+
+
+def test_other_references_to_the_layer_see_the_adapter() -> None:
+    model = Host(nn.Linear(5, 6))
+    layer, forward = model.layer, model.layer.forward
+    x = torch.randn(2, 5)
+    plain = layer(x)
+    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
+    assert layer is model.layer
+    assert not same_bits(layer(x), plain)
+    assert same_bits(model.layer.weight, layer.weight)
+    assert forward.__self__ is layer
+
+
+def test_hooks_stay_and_their_outputs_are_not_written() -> None:
+    """A hook that keeps what it saw must not see it change."""
+    model = Host(nn.Linear(5, 6))
+    kept: list[Tensor] = []
+    handle = model.layer.register_forward_hook(lambda m, args, y: kept.append(y))
+    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
+    x = torch.randn(2, 5)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = model(x)
+        assert same_bits(kept.pop(), y)
+    li.eject(model)
+    handle.remove()
+    assert not model.layer._forward_hooks
+
+
+def test_an_instance_forward_does_not_hide_the_adapter() -> None:
+    """What accelerate's hooks do to a module."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    plain = Host(nn.Linear(5, 6))
+    model = copy.deepcopy(plain)
+    add_hook_to_module(model.layer, ModelHook())
+    before = photograph(model)
+    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
+    A, B = (p.detach().double() for p in li.adapter_parameters(model).values())
+    x = torch.randn(2, 5)
+    wanted = dense_output(KINDS["linear"], plain, A, B, [x])
+    assert error(model(x), wanted) < TOLERANCE[torch.float32]
+    li.eject(model)
+    assert photograph(model) == before
+    assert same_bits(model(x), plain(x))
+    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
+    remove_hook_from_module(model.layer)
+    assert not same_bits(model(x), plain(x)), "the adapter went with the hook"
+    li.eject(model)
+    assert same_bits(model(x), plain(x))
+
+
+def test_an_unknown_instance_forward_is_refused() -> None:
+    model = Host(nn.Linear(5, 6))
+    model.layer.forward = lambda x: x  # type: ignore[method-assign]
+    before = photograph(model)
+    with pytest.raises(li.LayerError, match="has its own forward on the instance"):
+        li.inject(model, {**RANK2, "targets": ["layer"]})
+    assert photograph(model) == before
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_layers_may_be_called_by_keyword(kind: str) -> None:
+    model = injected(KINDS[kind])
+    (x,) = KINDS[kind].inputs(torch.float32)
+    keyword = "x" if kind == "conv1d" else "input"
+    li.eject(plain := copy.deepcopy(model))
+    plain.layer(**{keyword: x})
+    assert same_bits(model.layer(**{keyword: x}), model(x))
+
+
+def test_backward_hooks_see_the_whole_layer() -> None:
+    model = injected(KINDS["linear"], torch.float64)
+    seen: list[Any] = []
+    model.layer.register_full_backward_hook(lambda _, inputs, outputs: seen.append(inputs[0]))
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    model(x).square().sum().backward()
+    assert torch.equal(seen[0], x.grad)
+
+
+class Packed(nn.Linear):
+    """A quantised layer: holds int8 codes, multiplies by what they stand for."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out)
+        self.step = 0.01
+        codes = (self.weight.detach() / self.step).round().to(torch.int8)
+        self.weight = nn.Parameter(codes.flatten(), requires_grad=False)  # packed: another shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(self.out_features, -1).to(x.dtype) * self.step
+        return nn.functional.linear(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantised_subclass_is_called_untouched(dtype: torch.dtype) -> None:
+    model = Host(Packed(5, 6)).to(dtype)
+    codes = model.layer.weight
+    before = photograph(model)
+    x = torch.randn(3, 5).to(dtype).requires_grad_()
+    plain = model(x).detach()
+    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
+    A, B = li.adapter_parameters(model).values()
+    assert (A.dtype, B.dtype) == (torch.float32, torch.float32)
+    wanted = plain.double() + SCALE * x.double() @ A.double().t() @ B.double().t()
+    assert error(model(x), wanted) < TOLERANCE[dtype]
+    model(x).sum().backward()
+    assert A.grad is not None
+    assert model.layer.weight is codes
+    with pytest.raises(li.LayerError, match="quantised"):
+        li.merge(model)
+    li.eject(model)
+    assert photograph(model) == before
+
+
+# ------------------------------------------------------------------------------- weights that read
+
+
+@pytest.mark.parametrize("kind", [k for k, row in KINDS.items() if row.mount == "forward"])
+def test_a_forward_mounted_layers_weight_stays_the_raw_parameter(kind: str) -> None:
+    model = host(KINDS[kind])
+    raw = model.layer.weight
+    fill(li.inject(model, KINDS[kind].config))
+    assert model.layer.weight is raw
+    assert model.get_parameter("layer.weight") is raw
+
+
+class ReadsThrice(nn.Module):
+    """Reads its weight with and without gradients, and again with the adapter off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.fail = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            first = x @ self.w
+        second = x @ self.w
+        third = x @ self.w
+        if self.fail:
+            raise ZeroDivisionError
+        with li.disabled(self):
+            off = x @ self.w
+        return torch.stack([first, second, third, off])
+
+
+def test_one_delta_a_forward_and_none_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_inject.layers import base
+
+    model = fill(li.inject(ReadsThrice(), {**RANK2, "targets": ["w"]}))
+    raw = model._parameters["w"]
+    formed: list[int] = []
+    real = base.effective_weight
+    monkeypatch.setattr(base, "effective_weight", lambda *a, **k: formed.append(1) or real(*a, **k))
+    x = torch.randn(3, 4)
+    first, second, third, off = model(x)
+    assert len(formed) == 2, "one without gradients, one with"
+    assert same_bits(first, second)
+    assert same_bits(second, third)
+    assert same_bits(off, x @ raw)
+    assert second.requires_grad, "a value formed under no_grad cuts no gradient"
+    second.sum().backward()
+    assert all(p.grad is not None for p in li.adapter_parameters(model).values())
+    model.fail = True
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    with torch.no_grad():
+        before = model.w.clone()
+        fill(model)
+        assert not same_bits(model.w, before), "outside a forward each read is fresh"
+    assert model.w.requires_grad
+
+
+def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_inject.layers import base
+
+    model = injected(KINDS["parameter"])
+
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        raise AttributeError("inside")
+
+    monkeypatch.setattr(base, "effective_weight", broken)
+    with pytest.raises(li.LayerError, match="inside"):
+        _ = model.layer.matrix
+    with pytest.raises(li.LayerError):
+        getattr(model.layer, "matrix", None)
+
+
+def test_whoever_registers_a_read_weight_gets_the_raw_one_or_is_refused() -> None:
+    from test_traps import gpt2
+
+    model = fill(li.inject(gpt2(), {**RANK2, "targets": [r"wte\.weight"]}))
+    ids = torch.arange(10).view(2, 5)
+    wanted, before = model(ids).logits, photograph(model)
+    refusal(model.tie_weights, AttributeError, li.LayerError)
+    assert photograph(model) == before
+    assert same_bits(model(ids).logits, wanted)
+    new = nn.Parameter(torch.zeros(13, 8), requires_grad=False)
+    model.transformer.wte.weight = new
+    assert model.transformer.wte._parameters["weight"] is new
+    assert not same_bits(model.transformer.wte.weight, new)
+
+
+def test_plan_says_that_reads_are_rounded_over_16_bits() -> None:
+    model = Host(nn.Conv1d(4, 4, 1)).bfloat16()
+    planned = li.plan(model, {**RANK2, "targets": ["layer"]})
+    assert "rounded on every" in str(planned)
+    assert "rounded on every" not in str(li.plan(model.float(), {**RANK2, "targets": ["layer"]}))
+
+
+def test_a_class_built_from_a_carrier_is_plain() -> None:
+    model = injected(KINDS["linear"])
+    other = type(model.layer)(3, 4)
+    assert type(other) is nn.Linear
+    assert repr(other) == "Linear(in_features=3, out_features=4, bias=True)"
+    assert "default: r=2" in repr(model.layer)
+    assert type(injected(KINDS["linear"]).layer) is type(model.layer), "one class per base class"
+
+
+# ---------------------------------------------------------------------- trained copies: train, bias
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_copies_start_as_the_base_bit_for_bit(dtype: torch.dtype) -> None:
+    model = Net().to(dtype)
+    plain = copy.deepcopy(model)
+    li.inject(model, {**RANK2, "targets": ["fc"], "train": ["head", "norm"], "bias": "all"})
+    assert same_bits(model(IDS), plain(IDS))
+    copies = {n: p for n, p in li.adapter_parameters(model).items() if "lora" not in n}
+    assert set(copies) == {"norm.weight", "norm.bias", "head.weight", "head.bias", "fc.bias"}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {p.dtype for p in copies.values()} == {wide}
+    assert li.adapters(model)["default"].n_parameters == 2 * 5 + 6 * 2 + 6 + 6 + 18 + 3 + 6
+
+
+@pytest.mark.parametrize(
+    ("bias", "wanted"),
+    [("none", set()), ("adapted", {"fc.bias"}), ("all", {"fc.bias", "norm.bias", "head.bias"})],
+)
+def test_bias_names_the_biases(bias: str, wanted: set[str]) -> None:
+    model = li.inject(Net(), {**RANK2, "targets": ["fc", "embed"], "bias": bias})
+    assert set(li.adapters(model)["default"].trained) == wanted
+
+
+def test_base_tensors_are_never_written_by_training() -> None:
+    model = Net()
+    bits = base_bits(model)
+    plain = copy.deepcopy(model)
+    li.inject(model, {**RANK2, "targets": ["fc", "embed"], "train": ["head"], "bias": "all"})
+    train(model)
+    assert_base_is(model, bits)
+    assert not same_bits(model(IDS), plain(IDS))
+    with li.disabled(model):
+        assert same_bits(model(IDS), plain(IDS))
+    li.eject(model)
+    assert same_bits(model(IDS), plain(IDS))
+
+
+def test_two_adapters_hold_two_heads_and_train_as_alone() -> None:
+    heads = {}
+    both = Net()
+    for name, site in (("a", "fc"), ("b", "embed")):
+        config = {**RANK2, "targets": [site], "train": ["head"]}
+        alone = copy.deepcopy(both)
+        if li.adapters(alone):
+            li.eject(alone)
+        torch.manual_seed(3)
+        li.inject(alone, config, name)
+        train(alone)
+        heads[name] = alone(IDS)
+        torch.manual_seed(3)
+        li.inject(both, config, name)
+        train(both)
+    for name, wanted in heads.items():
+        li.activate(both, name)
+        assert same_bits(both(IDS), wanted)
+    assert not same_bits(heads["a"], heads["b"])
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"a": 0.7, "b": 0.3}, {"a": 1.0, "b": 1.0}, {"a": -0.5}, {"b": 2.0, "a": 0.0}, {"a": 1.0}],
+    ids=str,
+)
+def test_a_mix_reads_the_weighted_differences(weights: dict[str, float]) -> None:
+    model = Net().double()
+    plain = copy.deepcopy(model)
+    for name in "ab":
+        config = {**RANK2, "targets": ["embed"], "train": ["head"], "bias": "all"}
+        fill(li.inject(model, config, name), name)
+    li.activate(model, weights)
+    wanted = copy.deepcopy(plain)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            state = li.adapter_state(model, name)
+            site = state.sites["embed"]
+            wanted.embed.weight += weight * SCALE * (site.B @ site.A).t()
+            for key, copied in state.trained.items():
+                base = dict(plain.named_parameters())[key]
+                wanted.get_parameter(key).add_(copied - base, alpha=weight)
+    assert error(model(IDS), wanted(IDS)) < 1e-12
+    li.merge(model)
+    assert error(model(IDS), wanted(IDS)) < 1e-12
+
+
+def test_gradients_of_copies_are_those_of_plain_training() -> None:
+    model = Net().double()
+    plain = copy.deepcopy(model)
+    li.inject(model, {"train": ["head", "norm"], "bias": "all"})
+    model(IDS).square().sum().backward()
+    plain(IDS).square().sum().backward()
+    for name, parameter in li.adapter_parameters(model).items():
+        assert error(parameter.grad, plain.get_parameter(name).grad) < 1e-12
+
+
+def test_bitfit_is_bias_without_targets() -> None:
+    model = Net()
+    plain = copy.deepcopy(model)
+    li.inject(model, {"bias": "all", "expect": {"sites": 0, "lora": 0, "trainable": 15}})
+    assert set(li.adapter_parameters(model)) == {"fc.bias", "norm.bias", "head.bias"}
+    train(model)
+    by_hand = torch.optim.SGD([p for n, p in plain.named_parameters() if "bias" in n], lr=0.1)
+    for _ in range(3):
+        by_hand.zero_grad()
+        plain(IDS).square().sum().backward()
+        by_hand.step()
+    assert same_bits(model(IDS), plain(IDS))
+    before = base_bits(model)
+    li.merge(model)
+    assert same_bits(model(IDS), plain(IDS))
+    li.unmerge(model)
+    assert_base_is(model, before)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.head(torch.tanh(self.embed(ids)))
+        return found
+
+
+@pytest.mark.parametrize("entry", ["embed", "head", r"head\.weight"])
+def test_a_tied_tensor_in_train_is_one_copy_read_under_both_names(entry: str) -> None:
+    model = Tied()
+    plain, before = copy.deepcopy(model), photograph(model)
+    li.inject(model, {"train": [entry]})
+    assert li.adapters(model)["default"].n_parameters == 35
+    parameters = li.adapter_parameters(model)
+    assert len({id(p) for p in parameters.values()}) == 1
+    train(model)
+    by_hand = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(3):
+        by_hand.zero_grad()
+        plain(IDS).square().sum().backward()
+        by_hand.step()
+    assert same_bits(model(IDS), plain(IDS))
+    merged = copy.deepcopy(model)
+    li.merge(merged)
+    assert same_bits(merged(IDS), plain(IDS))
+    assert merged.head.weight is merged.embed.weight, "one copy for both names: still tied"
+    li.eject(merged)
+    assert merged.head.weight is merged.embed.weight
+    li.eject(model)
+    assert photograph(model) == before
+
+
+def test_float32_copies_over_a_16_bit_base_keep_small_steps() -> None:
+    """A step of 1e-4 of a weight of 1 is lost in bf16, and kept by the copy."""
+    model = Net().bfloat16()
+    li.inject(model, {"train": ["head"]})
+    copied = li.adapter_parameters(model)["head.weight"]
+    start = copied.detach().clone()
+    for _ in range(100):
+        with torch.no_grad():
+            copied.add_(1e-4)
+    assert torch.allclose(copied, start + 1e-2, atol=1e-5)
+    assert model.head.weight.dtype == torch.bfloat16
+    assert model(IDS).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------- pissa, olora
+
+DERIVED = ["linear", "conv1d", "embedding", "equal slices", "unequal slices of conv1d", "conv 2d",
+           "parameter", "own linear forward", "turned experts"]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", DERIVED)
+def test_weight_derived_inits_leave_the_base_and_start_exact(
+    kind: str, init: str, dtype: torch.dtype
+) -> None:
+    row = KINDS[kind]
+    model = host(row, dtype)
+    plain, before = copy.deepcopy(model), photograph(model)
+    bits = base_bits(model)
+    li.inject(model, {**row.config, "init": init})
+    assert_base_is(model, bits)
+    inputs = row.inputs(dtype)
+    assert error(model(*inputs), plain(*inputs).double()) <= TOLERANCE[dtype]
+    names = list(li.adapter_parameters(model))
+    assert names == [f"{row.site}.lora_A", f"{row.site}.lora_B"], "the start is frozen"
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    site = li.adapter_state(model).sites[row.site]
+    assert site.A0 is not None
+    assert site.B0 is not None
+    moved, start = ((a.double(), b.double()) for a, b in ((site.A, site.B), (site.A0, site.B0)))
+    wanted = (
+        dense_output(row, plain, *moved, inputs)
+        - dense_output(row, plain, *start, inputs)
+        + dense_output(row, plain, start[0], torch.zeros_like(start[1]), inputs)
+    )
+    assert error(model(*inputs), wanted) <= 2 * TOLERANCE[dtype]
+    li.merge(model)
+    assert error(model(*inputs), wanted) <= 2 * TOLERANCE[dtype]
+    li.unmerge(model)
+    li.eject(model)
+    assert photograph(model) == before
+
+
+def test_pissa_starts_at_the_best_approximation_and_olora_at_qr() -> None:
+    model = Host(nn.Linear(5, 6)).double()
+    W = model.layer.weight.detach()
+    U, S, Vh = torch.linalg.svd(W)
+    li.inject(model, {**RANK2, "targets": ["layer"], "init": "pissa"}, "pissa")
+    site = li.adapter_state(model, "pissa").sites["layer"]
+    assert error(SCALE * site.B @ site.A, (U[:, :2] * S[:2]) @ Vh[:2]) < 1e-12
+    li.inject(model, {**RANK2, "targets": ["layer"], "init": "olora"}, "olora")
+    site = li.adapter_state(model, "olora").sites["layer"]
+    Q, R = torch.linalg.qr(W)
+    assert error(site.B @ site.A, Q[:, :2] @ R[:2]) < 1e-12
+
+
+# ------------------------------------------------------------------------------ scaling, init, rank
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "scaling", "scale"),
+    [
+        (1, 1, "standard", 1.0),
+        (4, 32, "standard", 8.0),
+        (4, 32, "rslora", 16.0),
+        (2, 0.5, "standard", 0.25),
+    ],
+)
+def test_scale_is_alpha_over_rank_or_its_root(
+    rank: int, alpha: float, scaling: str, scale: float
+) -> None:
+    plain = Host(nn.Linear(5, 6)).double()
+    config = {"rank": rank, "alpha": alpha, "scaling": scaling, "targets": ["layer"]}
+    model = fill(li.inject(copy.deepcopy(plain), config))
+    A, B = li.adapter_parameters(model).values()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    assert error(model(x) - plain(x), scale * x @ A.t() @ B.t()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("init", "std"),
+    [("kaiming", 3**-0.5 / 20), ("gaussian", 1 / 4), ({"normal": 0.02}, 0.02)],
+    ids=str,
+)
+def test_inits_have_their_spread(init: Any, std: float) -> None:
+    """kaiming_uniform_(a=sqrt(5)) over 400 inputs is uniform within 1/20."""
+    model = Host(nn.Linear(400, 40))
+    li.inject(model, {"rank": 4, "init": init, "targets": ["layer"]})
+    A, B = (p.detach() for p in li.adapter_parameters(model).values())
+    assert not B.any()
+    assert abs(float(A.std()) / std - 1) < 5 / (2 * A.numel()) ** 0.5
+    assert abs(float(A.mean())) < 5 * std / A.numel() ** 0.5
+    if init == "kaiming":
+        assert 0.049 < float(A.abs().max()) <= 0.05
+
+
+def test_inject_is_reproducible_by_the_seed() -> None:
+    found = []
+    for seed in (1, 1, 2):
+        model = Host(nn.Linear(5, 6))
+        torch.manual_seed(seed)
+        li.inject(model, {**RANK2, "targets": ["layer", "before"]})
+        found.append(torch.cat([p.flatten() for p in li.adapter_parameters(model).values()]))
+    assert same_bits(found[0], found[1])
+    assert not same_bits(found[0], found[2])
+
+
+# ---------------------------------------------------------------------------------- float32 masters
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "to", "to module dtype"])
+def test_float32_masters_stay_under_narrowing_casts(cast: str) -> None:
+    model = Net()
+    li.inject(model, {**RANK2, "targets": ["fc", "embed"], "train": ["head"], "init": "olora"})
+    model(IDS).sum().backward()
+    adapters = li.adapter_parameters(model)
+    bits = {n: p.detach().clone() for n, p in adapters.items()}
+    grads = {n: p.grad.clone() for n, p in adapters.items() if p.grad is not None}
+    narrow = torch.float16 if cast == "half" else torch.bfloat16
+    if cast.startswith("to"):
+        model.to(dtype=narrow)
+    else:
+        getattr(model, cast)()
+    assert {p.dtype for n, p in model.named_parameters() if "lora" not in n} == {narrow}
+    for name, parameter in li.adapter_parameters(model).items():
+        assert same_bits(parameter, bits[name])
+        assert parameter.requires_grad
+        assert parameter.grad is not None
+        assert same_bits(parameter.grad, grads[name])
+    assert model(IDS).dtype == narrow
+    assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
+
+
+def test_double_widens_everything_and_float_comes_back() -> None:
+    model = Net()
+    fill(li.inject(model, {**RANK2, "targets": ["fc"], "train": ["head"]}))
+    wanted = model(IDS)
+    model.double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert error(model(IDS), wanted) < TOLERANCE[torch.float32]
+    model.float()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert same_bits(model(IDS), wanted)
+    model.double().bfloat16()
+    assert {p.dtype for p in li.adapter_parameters(model).values()} == {torch.float32}
+
+
+def test_a_frozen_part_on_the_meta_device_moves_with_to_empty() -> None:
+    model = Host(nn.Linear(5, 6)).to("meta")
+    li.inject(model, {**RANK2, "targets": ["layer"]})
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    model.to_empty(device="cpu")
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        "layer.lora_A__default",
+        "layer.lora_B__default",
+    }
+
+
+# ------------------------------------------------------------------------------------- strict loads
+
+
+def test_a_plain_base_checkpoint_loads_strictly() -> None:
+    model = Net()
+    state = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+    config = {**RANK2, "targets": ["fc", r"embed\.weight"], "train": ["head"], "init": "pissa"}
+    fill(li.inject(model, config))
+    adapters = {n: p.detach().clone() for n, p in li.adapter_parameters(model).items()}
+    result = model.load_state_dict(state, strict=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert_base_is(model, state)
+    assert all(same_bits(p, adapters[n]) for n, p in li.adapter_parameters(model).items())
+
+
+def _without(state: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not all(part in k for part in parts)}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [("lora_A__one", "fc"), ("lora_B__one",), ("fc", "__one"), ("head", "__one"), ("A__two",)],
+    ids=str,
+)
+def test_half_an_adapter_does_not_load_strictly(parts: tuple[str, ...]) -> None:
+    model = Net()
+    li.inject(model, {**RANK2, "targets": ["fc", "embed"], "train": ["head"]}, "one")
+    li.inject(model, {**RANK2, "targets": ["fc"]}, "two")
+    state = model.state_dict()
+    model.load_state_dict(state, strict=True)
+    half = _without(state, *parts)
+    assert len(half) < len(state)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(half, strict=True)
+    missing = model.load_state_dict(half, strict=False).missing_keys
+    assert set(missing) == set(state) - set(half)
+    model.load_state_dict(state, strict=True)
+
+
+def test_half_an_adapter_does_not_load_strictly_into_a_part() -> None:
+    part = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model = nn.Sequential(part)
+    plain = part.state_dict()
+    li.inject(model, {"rank": 1, "targets": [r"\d"]})
+    part.load_state_dict(plain, strict=True)
+    part.load_state_dict(part.state_dict(), strict=True)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        part.load_state_dict(_without(part.state_dict(), "0.lora"), strict=True)
+
+
+def test_an_injected_part_loads_with_its_parent() -> None:
+    part = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model = nn.Sequential(part)
+    plain = model.state_dict()
+    li.inject(part, {"rank": 1, "targets": [r"\d"]})
+    model.load_state_dict(plain, strict=True)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(_without(model.state_dict(), "0.0.lora"), strict=True)
+
+
+def test_one_whole_adapter_of_two_loads_strictly() -> None:
+    model = Net()
+    li.inject(model, {**RANK2, "targets": ["fc", "embed"]}, "one")
+    li.inject(model, {**RANK2, "targets": ["fc"]}, "two")
+    state = model.state_dict()
+    model.load_state_dict(_without(state, "__two"), strict=True)
+    model.load_state_dict(_without(state, "__one"), strict=True)
+    model.load_state_dict(_without(state, "lora"), strict=True)
+
+
+@pytest.mark.parametrize("key", ["fc.weight", "head.bias", "norm.weight"])
+def test_half_a_base_does_not_load_strictly(key: str) -> None:
+    model = Net()
+    state = model.state_dict()
+    del state[key]
+    li.inject(model, {**RANK2, "targets": ["fc"]})
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{key}"'):
+        model.load_state_dict(state, strict=True)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        model.load_state_dict({**model.state_dict(), "fc.lora_A__other": torch.ones(2)})
+
+
+def test_a_live_state_dict_holds_base_and_adapters() -> None:
+    model = Net()
+    plain = set(model.state_dict())
+    fill(li.inject(model, {**RANK2, "targets": ["fc"], "train": ["head"]}))
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    assert set(state) > plain
+    assert set(state) - plain == {
+        "fc.lora_A__default",
+        "fc.lora_B__default",
+        "head.weight__lora_T__default",
+        "head.bias__lora_T__default",
+    }
+    wanted = model(IDS)
+    fill(model)
+    model.load_state_dict(state)
+    assert same_bits(model(IDS), wanted)
+
+
+def test_loading_by_assignment_works() -> None:
+    model = Net()
+    fill(li.inject(model, {**RANK2, "targets": ["fc", r"embed\.weight"]}))
+    wanted = model(IDS)
+    state = copy.deepcopy(model.state_dict())
+    fill(model)
+    model.load_state_dict(state, assign=True)
+    assert same_bits(model(IDS), wanted)
+
+
+# ----------------------------------------------------------------------------------------- the root
+
+
+def test_a_swapped_root_keeps_its_name(tmp_path: Any) -> None:
+    """transformers writes the class's name as the architecture."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 13, "n_positions": 16}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    model = GPT2LMHeadModel(config)
+    model.register_parameter("table", nn.Parameter(torch.randn(3, 3)))
+    li.inject(model, {**RANK2, "targets": ["c_attn", "^table"]})
+    assert type(model) is not GPT2LMHeadModel
+    model.save_pretrained(tmp_path)
+    assert '"GPT2LMHeadModel"' in (tmp_path / "config.json").read_text()
+
+
+class RootWithParameter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 5))
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(x) @ self.table.t()
+        return found
+
+
+def test_the_root_itself_may_carry() -> None:
+    model = RootWithParameter()
+    before = photograph(model)
+    fill(li.inject(model, {**RANK2, "targets": ["table", "fc"]}))
+    assert type(model) is not RootWithParameter
+    assert type(model).__name__ == "RootWithParameter"
+    assert type(model).__qualname__ == "RootWithParameter"
+    assert type(model).__module__ == RootWithParameter.__module__
+    assert isinstance(model, RootWithParameter)
+    li.eject(model)
+    assert photograph(model) == before
+    single = nn.Linear(5, 6)
+    before = photograph(single)
+    fill(li.inject(single, {**RANK2, "targets": ["^$"]}))
+    assert len(li.adapter_parameters(single)) == 2
+    li.eject(single)
+    assert photograph(single) == before
+
+
+def nested() -> nn.Sequential:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Linear(3, 3))
+    model[0][0].bias.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("undone", ["all", "outer first", "inner first", "by the part"])
+@pytest.mark.parametrize("first", ["inner", "outer"])
+def test_roots_inside_roots_are_undone_exactly(first: str, undone: str) -> None:
+    model = nested()
+    before, x = photograph(model), torch.randn(2, 3)
+    wanted = model(x)
+    for which in (first, "outer" if first == "inner" else "inner"):
+        if which == "inner":
+            fill(li.inject(model[0], {"rank": 1, "targets": ["^0"]}, "inner"), "inner")
+        else:
+            fill(li.inject(model, {"rank": 1, "targets": ["^1"]}, "outer"), "outer")
+    assert set(li.adapters(model)) == {"inner", "outer"}
+    assert not same_bits(model(x), wanted)
+    with li.disabled(model):
+        assert same_bits(model(x), wanted)
+    li.activate(model, {"inner": 0.5, "outer": 2.0})
+    assert {n: i.weight for n, i in li.adapters(model).items()} == {"inner": 0.5, "outer": 2.0}
+    if undone == "by the part":
+        li.eject(model[0], "inner")
+    elif undone != "all":
+        li.eject(model, undone.split(maxsplit=1)[0])
+    li.eject(model)
+    assert photograph(model) == before
+    assert same_bits(model(x), wanted)
+
+
+# ----------------------------------------------------------------------------------- what is listed
+
+
+def test_adapter_parameters_and_groups() -> None:
+    model = Net()
+    li.inject(model, {**RANK2, "targets": ["fc", "embed"], "train": ["head"]}, "sql")
+    assert list(li.adapter_parameters(model)) == [
+        "embed.lora_A",
+        "embed.lora_B",
+        "fc.lora_A",
+        "fc.lora_B",
+        "head.weight",
+        "head.bias",
+    ]
+    li.inject(model, {**RANK2, "targets": ["fc"]}, "style")
+    assert {"sql:fc.lora_A", "style:fc.lora_A"} <= set(li.adapter_parameters(model))
+    li.train_only(model, "sql")
+    groups = li.parameter_groups(model, lr=0.1, b_lr_ratio=16)
+    assert [(g["name"], g["lr"], len(g["params"])) for g in groups] == [
+        ("lora_A", 0.1, 2),
+        ("lora_B", 1.6, 2),
+        ("lora_T", 0.1, 2),
+    ]
+    grouped = {id(p) for g in groups for p in g["params"]}
+    assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
+    torch.optim.AdamW(groups)
+    li.train_only(model, None)
+    with pytest.raises(li.StateError, match="no adapter of the model is trainable"):
+        li.parameter_groups(model, lr=0.1)
+
+
+def test_a_tied_copy_is_optimised_once() -> None:
+    model = Tied()
+    li.inject(model, {"train": ["embed"]})
+    groups = li.parameter_groups(model, lr=0.1)
+    assert [len(g["params"]) for g in groups] == [1]
+
+
+def test_summary_lists_the_adapters() -> None:
+    model = Net()
+    li.inject(model, {**RANK2, "targets": ["fc", {"match": "embed", "rank": 1}]}, "sql")
+    li.inject(model, {"bias": "all"}, "bitfit")
+    li.activate(model, {"sql": 0.25})
+    lines = [line.split() for line in li.summary(model).splitlines()]
+    assert lines[1][:2] == ["sql", "2"]
+    assert lines[1][-2:] == ["0.25", "no"]
+    assert lines[2] == ["bitfit", "0", "-", "3", "15", "-", "yes"]
+
+
+UNKNOWN = {
+    "eject": lambda m: li.eject(m, "sqll"),
+    "train_only": lambda m: li.train_only(m, "sqll"),
+    "activate": lambda m: li.activate(m, "sqll"),
+    "adapter_parameters of": lambda m: li.adapter_parameters(m, "sqll"),
+    "adapter_state of": lambda m: li.adapter_state(m, "sqll"),
+    "merge": lambda m: li.merge(m, "sqll"),
+}
+
+
+@pytest.mark.parametrize("verb", UNKNOWN)
+def test_unknown_adapters_are_named_with_the_nearest(verb: str) -> None:
+    model = li.inject(Net(), {**RANK2, "targets": ["fc"]}, "sql")
+    before = photograph(model)
+    with pytest.raises(li.StateError) as caught:
+        UNKNOWN[verb](model)
+    assert str(caught.value) == (
+        f"{verb} 'sqll': the model's adapters are: 'sql'. Did you mean 'sql'?"
+    )
+    assert photograph(model) == before
+
+
+MERGED = {
+    "adding adapter 'x'": lambda m: li.inject(m, {**RANK2, "targets": ["fc"]}, "x"),
+    "activate": lambda m: li.activate(m, "sql"),
+    "disabled": lambda m: li.disabled(m).__enter__(),
+    "routed": lambda m: li.routed(m, ["sql"]).__enter__(),
+    "train_only": lambda m: li.train_only(m, "sql"),
+    "ejecting 'sql'": lambda m: li.eject(m, "sql"),
+    "merge": lambda m: li.merge(m),
+    "unreached": lambda m: li.unreached(m, lambda: None),
+}
+
+
+@pytest.mark.parametrize("asked", MERGED)
+def test_a_merged_model_refuses_what_would_double_or_hide_the_delta(asked: str) -> None:
+    model = li.inject(Net(), {**RANK2, "targets": ["fc"]}, "sql")
+    fill(model, "sql")
+    li.merge(model)
+    before, wanted = photograph(model), model(IDS)
+    with pytest.raises(li.StateError) as caught:
+        MERGED[asked](model)
+    assert str(caught.value) == (
+        f"{asked}: 'sql' is merged into the weights. Call unmerge(model) first."
+    )
+    assert photograph(model) == before
+    assert same_bits(model(IDS), wanted)
+
+
+def test_unmerge_refuses_what_is_not_merged() -> None:
+    model = li.inject(Net(), {**RANK2, "targets": ["fc"]})
+    with pytest.raises(li.StateError, match="unmerge: nothing is merged"):
+        li.unmerge(model)
+    for verb in (li.merge, li.unmerge):
+        with pytest.raises(li.StateError, match="not an injected root"):
+            verb(model.norm)
+    parts = nn.ModuleList([copy.deepcopy(model), model])
+    with pytest.raises(li.StateError, match="its roots are"):
+        li.merge(parts)
