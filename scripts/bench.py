@@ -1,0 +1,131 @@
+"""How fast lora_inject is, beside the frozen floor, PEFT and loralib: one row for each promise.
+
+    python scripts/bench.py                                   every row, half an hour
+    python scripts/bench.py decode merge --rounds 15          some rows
+    python scripts/bench.py --quick                           tiny sizes: does it work at all
+    python scripts/bench.py --json results.json --write docs/performance.md --plot plots
+
+With `--json` the rows that were measured replace their old numbers in the file, and the document
+and the plots show all that it holds. Needs the `bench` extra: `pip install -e '.[bench]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Before torch reads them: the profiler is loud, and no peer may ask a server for anything.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from benchmarks import compiled, exact, report, serving, sharing, steps, surgery
+from benchmarks.measure import Options, Result
+
+METHOD = """\
+Written by `python scripts/bench.py --write docs/performance.md`; none of this is tested for time.
+
+All variants of a case run in one process, in an order that is shuffled for each round. Ratios are
+formed within a round; the tables show the median over rounds, and the smallest and the largest.
+*floor again* is the floor measured a second time: its distance from 1 is how far any other ratio may
+be off. Rounds that warm up do not count, the garbage collector is off while the clock runs, and the
+allocator's settings are the system's. Rows use one thread where they do not say otherwise.
+
+The *floor* of a training step is the same model with every parameter frozen and the output of its
+embedding requiring a gradient: forward and the gradient of the input, without an optimiser. No
+adapter can train faster. It does compute the gradient of the first layer's input, which adapters do
+not need: about 0.7 % of a step of twelve layers. A step with adapters is forward, backward and AdamW.
+
+"Reached" compares the median with the target."""
+
+Row = Callable[[Options], Result]
+
+ROWS: dict[str, Row] = {
+    "step-fp32": steps.step_fp32,
+    "step-bf16": steps.step_bf16,
+    "step-float32": steps.step_float32,
+    "saved-bytes": steps.saved,
+    "dropout": steps.dropout,
+    "decode": serving.decode,
+    "inject": surgery.injection,
+    "load": surgery.load,
+    "switch": serving.switch,
+    "hot-swap": serving.hot_swap,
+    "routed": serving.routed_batch,
+    "merge": surgery.merging,
+    "experts": sharing.experts,
+    "train-many": sharing.train_many,
+    "compile": compiled.compiled,
+    "exactness": exact.exactness,
+}
+
+
+def main() -> int:
+    """Run the rows that were asked for."""
+    args = _arguments()
+    unknown = [name for name in args.rows if name not in ROWS]
+    if unknown:
+        print(f"error: no such row: {', '.join(unknown)}. Rows: {', '.join(ROWS)}", file=sys.stderr)
+        return 2
+    options = Options(args.quick, args.full, args.rounds, args.threads)
+    torch.set_num_threads(args.threads or 1)
+    rows = {}
+    for name in [row for row in ROWS if not args.rows or row in args.rows]:
+        rows[name] = _run(name, options)
+    found = {"machine": report.machine(), "rows": rows}
+    if args.json is not None:
+        found = report.merged_into(args.json, found)
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found["rows"] = {name: found["rows"][name] for name in ROWS if name in found["rows"]}
+    print("\n" + report.plain(report.summary(rows)))
+    if args.write is not None:
+        args.write.write_text(report.document(found, args.write, METHOD), encoding="utf-8")
+    for path in report.plots(found["rows"], args.plot) if args.plot is not None else []:
+        print(path)
+    return 0
+
+
+def _run(name: str, options: Options) -> dict[str, object]:
+    row = ROWS[name]
+    title = (row.__doc__ or "").strip().splitlines()[0]
+    print(f"\n{name}: {title}", flush=True)
+    began, load = time.time(), os.getloadavg()[0]
+    result = row(options)
+    gc.collect()
+    n = options.threads or 1
+    return report.as_dict(
+        title,
+        result,
+        date=time.strftime("%Y-%m-%d %H:%M", time.gmtime(began)) + " UTC",
+        seconds=round(time.time() - began, 1),
+        load=load,
+        threads=f"{n} thread{'s' * (n > 1)}",
+        quick=options.quick,
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--threads", type=int, help="1; step-bf16 also runs with 2")
+    parser.add_argument("--rounds", type=int, help="rounds of every case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw one PNG for each row")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write a document in Markdown")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds")
+    parser.add_argument("--full", action="store_true", help="run PEFT at 20,000 sites too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""How everything here is measured: interleaved, shuffled, paired, with a control.
+
+One idea: a time on a shared machine says little, a ratio of two times taken a moment apart says a
+lot. So all variants of a case run in one process, in an order that is shuffled for each round, and
+each round gives one ratio to the floor of the same round. The floor runs twice under two names; how
+far their ratio is from 1 is how far any other ratio may be off.
+
+What is left out: the allocator's settings are those of the system, and no process is pinned.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+AGAIN = "floor again"
+
+
+@dataclass
+class Variant:
+    """One way of doing the work of a case.
+
+    Attributes:
+        run: Does it once; this is what is timed.
+        before: Prepares one run, untimed.
+        after: Cleans up after one run, untimed.
+    """
+
+    run: Callable[[], Any]
+    before: Callable[[], Any] | None = None
+    after: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured number, as every report shows it.
+
+    Attributes:
+        case: What was measured, with sizes, dtype and threads where they are not the row's.
+        variant: Who did it.
+        metric: What the number is, with its unit.
+        low: The smallest of all rounds.
+        mid: The median; the number that is compared with the target.
+        high: The largest.
+        n: How many rounds.
+        target: The largest value that is good enough, None for what is shown only.
+    """
+
+    case: str
+    variant: str
+    metric: str
+    low: float
+    mid: float
+    high: float
+    n: int
+    target: float | None = None
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether the median meets the target, None without one."""
+        return None if self.target is None else self.mid <= self.target
+
+
+@dataclass
+class Options:
+    """What the command line asks of every row.
+
+    Attributes:
+        quick: Tiny sizes and few rounds: shows that a row works, measures nothing.
+        full: Also run PEFT where it takes minutes.
+        rounds: Rounds of every case, None for what each row thinks is enough.
+        threads: Threads that were asked for, None for what each row is defined with.
+    """
+
+    quick: bool = False
+    full: bool = False
+    rounds: int | None = None
+    threads: int | None = None
+
+    def n_rounds(self, usual: int, quick: int = 2) -> int:
+        """Return how many rounds to run."""
+        return self.rounds or (quick if self.quick else usual)
+
+
+@dataclass
+class Result:
+    """What one row found.
+
+    Attributes:
+        lines: The numbers.
+        notes: What a reader must know beside them.
+    """
+
+    lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(
+        self,
+        case: str,
+        variant: str,
+        metric: str,
+        values: Sequence[float] | float,
+        target: float | None = None,
+    ) -> Line:
+        """Add one number, from its values in all rounds."""
+        many = [float(values)] if isinstance(values, int | float) else [float(v) for v in values]
+        line = Line(
+            case, variant, metric, min(many), statistics.median(many), max(many), len(many), target
+        )
+        self.lines.append(line)
+        show(line)
+        return line
+
+    def ratios(
+        self,
+        case: str,
+        times: Mapping[str, Sequence[float]],
+        metric: str = "time / floor",
+        floor: str = "floor",
+        targets: Mapping[str, float] | None = None,
+    ) -> None:
+        """Add the floor's time in ms, and every other variant's paired ratio to it."""
+        self.add(case, floor, "ms", [1e3 * t for t in times[floor]])
+        for name in times:
+            if name != floor:
+                target = (targets or {}).get(name)
+                self.add(case, name, metric, paired(times[name], times[floor]), target)
+
+
+def show(line: Line) -> None:
+    """Print a line as soon as it is known."""
+    goal = "" if line.target is None else f"  target {line.target:g} {verdict(line)}"
+    print(
+        f"  {line.case:<44} {line.variant:<34} {line.mid:10.4g} "
+        f"[{line.low:.4g} - {line.high:.4g}] {line.metric} (n={line.n}){goal}",
+        flush=True,
+    )
+
+
+def verdict(line: Line) -> str:
+    """Return `yes`, `NO`, or nothing where there is no target."""
+    return {True: "yes", False: "NO", None: ""}[line.reached]
+
+
+def paired(times: Sequence[float], floor: Sequence[float]) -> list[float]:
+    """Return the ratio of each round."""
+    return [t / f for t, f in zip(times, floor, strict=True)]
+
+
+def interleave(
+    variants: Mapping[str, Variant | Callable[[], Any]], rounds: int, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Time every variant once a round, in an order that is shuffled for each round.
+
+    Args:
+        variants: Name to what is timed.
+        rounds: Rounds that count.
+        warm_up: Rounds before them that do not.
+
+    Returns:
+        Name to seconds of each round.
+    """
+    known = {n: v if isinstance(v, Variant) else Variant(v) for n, v in variants.items()}
+    names = list(known)
+    shuffle = torch.Generator().manual_seed(0)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(warm_up + rounds):
+        for i in torch.randperm(len(names), generator=shuffle).tolist():
+            seconds = timed(known[names[i]])
+            if number >= warm_up:
+                times[names[i]].append(seconds)
+    return times
+
+
+def timed(variant: Variant) -> float:
+    """Return the seconds of one run, without the garbage collector."""
+    if variant.before is not None:
+        variant.before()
+    gc.collect()
+    gc.disable()
+    try:
+        began = time.perf_counter()
+        variant.run()
+        seconds = time.perf_counter() - began
+    finally:
+        gc.enable()
+    if variant.after is not None:
+        variant.after()
+    return seconds
+
+
+def many(run: Callable[[], Any], calls: int) -> Callable[[], None]:
+    """Return a function that calls `run` so often, for work of microseconds."""
+
+    def loop() -> None:
+        for _ in range(calls):
+            run()
+
+    return loop
+
+
+def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
+    """Return the bytes that autograd keeps for the backward of `run()`.
+
+    Every distinct storage counts once and whole, as a view keeps all of it alive; those of the
+    model's own parameters and buffers do not count.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no other storage gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Return how far `run()` raises what torch has allocated on the CPU, at its highest."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    gc.collect()
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = [e for e in results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+class threads:  # noqa: N801 - used like a function
+    """Run the body with so many threads."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.n)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.before)

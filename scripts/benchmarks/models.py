@@ -1,0 +1,193 @@
+"""The models that are measured, and how each peer puts adapters onto them.
+
+One idea: everybody gets the same model with the same targets, r = 8 and alpha = 16, and is used as
+its documentation says. Weights are random: no time here depends on their values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject import inject
+
+RANK, ALPHA = 8, 16
+LLAMA = r"(?:q|k|v|o|gate|up|down)_proj"
+GPT2 = r"h\.\d+\.(?:attn|mlp)\.(?:c_attn|c_proj|c_fc)"
+
+
+@contextmanager
+def quiet() -> Any:
+    """Silence the peers' advice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def llama(dtype: torch.dtype = torch.float32, *, device: str = "cpu", **sizes: Any) -> Any:
+    """Return a Llama for causal language modelling: 124M parameters unless sizes say otherwise."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    usual = {
+        "vocab_size": 50257,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(0)
+    with torch.device(device):
+        return LlamaForCausalLM(LlamaConfig(**(usual | sizes))).to(dtype)
+
+
+def gpt2(dtype: torch.dtype = torch.float32, **sizes: Any) -> Any:
+    """Return a GPT-2 without dropout of its own: 124M parameters unless sizes say otherwise."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**(off | sizes))).to(dtype)
+
+
+def targets_of(model: nn.Module) -> str:
+    """Return the pattern of all linear layers in the blocks."""
+    return GPT2 if type(model).__name__.startswith("GPT2") else LLAMA
+
+
+def with_lora(model: Any, **config: Any) -> Any:
+    """Return the model with adapters of this package on all linear layers of its blocks."""
+    usual = {"rank": RANK, "alpha": ALPHA, "targets": [targets_of(model)]}
+    return inject(model, usual | config)
+
+
+def with_peft(model: Any, rank: int = RANK, **config: Any) -> Any:
+    """Return the model with PEFT's adapters on the same layers."""
+    from peft import LoraConfig, get_peft_model
+
+    conv1d = type(model).__name__.startswith("GPT2")
+    usual = {"target_modules": f".*{targets_of(model)}", "fan_in_fan_out": conv1d}
+    with quiet():
+        settings = LoraConfig(r=rank, lora_alpha=ALPHA, **(usual | config))
+        return get_peft_model(model, settings)
+
+
+def with_loralib(model: Any, matches: Callable[[str], bool] | None = None) -> Any:
+    """Return the model with loralib's layers, which its users write into their models by hand."""
+    import re
+
+    import loralib
+
+    pattern = re.compile(rf"(?:.*\.)?(?:{targets_of(model)})$")
+    wanted = matches or (lambda name: bool(pattern.match(name)))
+    for path, module in list(model.named_modules()):
+        if wanted(path):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _loralib_layer(module, loralib))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def _loralib_layer(module: Any, loralib: Any) -> Any:
+    conv1d = not isinstance(module, nn.Linear)
+    n_in, n_out = module.weight.shape if conv1d else module.weight.shape[::-1]
+    layer = loralib.Linear(
+        n_in,
+        n_out,
+        r=RANK,
+        lora_alpha=ALPHA,
+        fan_in_fan_out=conv1d,
+        merge_weights=False,
+        bias=module.bias is not None,
+    ).to(module.weight.dtype)
+    layer.weight, layer.bias = module.weight, module.bias
+    return layer
+
+
+def frozen(model: Any) -> Any:
+    """Return the floor: nothing trains, and the output of the embedding requires a gradient."""
+    model.requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+    return model
+
+
+def opaque(model: Any) -> Any:
+    """Make every linear layer one of an unknown subclass, which takes the general path."""
+    for module in model.modules():
+        kind = _OPAQUE.get(type(module).__name__)
+        if kind is not None:
+            module.__class__ = kind(type(module))
+    return model
+
+
+def _opaque_class(plain: type) -> type:
+    if plain not in _MADE:
+        _MADE[plain] = type("Opaque", (plain,), {"forward": lambda self, x: plain.forward(self, x)})
+    return _MADE[plain]
+
+
+_MADE: dict[type, type] = {}
+_OPAQUE = {"Linear": _opaque_class, "Conv1D": _opaque_class}
+
+
+def training_step(model: Any, ids: Tensor, *, optimise: bool = True) -> Callable[[], None]:
+    """Return one step of training: forward, backward, and AdamW on what trains."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4) if trained and optimise else None
+    model.train()
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if optimiser is not None:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+    return step
+
+
+def randomise(parameters: Iterable[Tensor], std: float = 0.02) -> None:
+    """Give adapters values, so that none is zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+class Grove(nn.Module):
+    """A tree of so many small linear layers, a thousand in a block, as a mixture of experts has."""
+
+    def __init__(self, n_sites: int, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            _Patch(min(1000, n_sites - start), width) for start in range(0, n_sites, 1000)
+        )
+
+
+class _Patch(nn.Module):
+    def __init__(self, n_sites: int, width: int) -> None:
+        super().__init__()
+        names = ("gate_proj", "up_proj", "down_proj", "router_proj")
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in names})
+            for _ in range(n_sites // len(names))
+        )
+
+
+class Stack(nn.Module):
+    """Linear layers one after the other."""
+
+    def __init__(self, n: int, width: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(n))
+        self.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x

@@ -1,0 +1,283 @@
+"""Inference with adapters: decode, switch, hot-swap, routed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import AGAIN, Options, Result, Variant, interleave, many
+from benchmarks.models import (
+    ALPHA,
+    LLAMA,
+    RANK,
+    Stack,
+    llama,
+    quiet,
+    randomise,
+    with_loralib,
+    with_peft,
+)
+from lora_inject import (
+    activate,
+    adapter_parameters,
+    adapter_state,
+    disabled,
+    eject,
+    inject,
+    merge,
+    routed,
+)
+
+OURS = "lora_inject"
+
+
+# ------------------------------------------------------------------------------------- decode
+
+
+def decode(options: Options) -> Result:
+    """Time one token through a stack of linear layers: what an adapter adds to each of them."""
+    result = Result()
+    sizes = [(64, torch.float32, 400), (768, torch.float32, 20), (768, torch.bfloat16, 20)]
+    if options.quick:
+        sizes = [(64, torch.float32, 20)]
+    else:
+        sizes.append((2048, torch.bfloat16, 5))
+    for width, dtype, calls in sizes:
+        _decode(result, options, width, dtype, calls)
+    return result
+
+
+def _decode(
+    result: Result, options: Options, width: int, dtype: torch.dtype, calls: int, depth: int = 24
+) -> None:
+    torch.manual_seed(0)
+    plain = Stack(depth, width, dtype)
+    x = torch.randn(1, 1, width, dtype=dtype)
+    config = {"rank": RANK, "alpha": ALPHA, "targets": [r"layers\.\d+"]}
+
+    def adapted() -> nn.Module:
+        model = inject(copy.deepcopy(plain), config)
+        randomise(adapter_parameters(model).values())
+        return model
+
+    after_eject = adapted()
+    merge(after_eject, undo=False)
+    eject(after_eject)
+    off = adapted()
+    activate(off, None)
+    merged = adapted()
+    merge(merged)
+    peft = with_peft(copy.deepcopy(plain), target_modules=r"layers\.\d+", fan_in_fan_out=False)
+    made = {
+        "nn.Linear": plain,
+        AGAIN: copy.deepcopy(plain),
+        OURS: adapted(),
+        "lora_inject, merged": merged,
+        "lora_inject, merged and ejected": after_eject,
+        "lora_inject, no adapter active": off,
+        "PEFT": peft,
+        "loralib": with_loralib(copy.deepcopy(plain), lambda name: name.startswith("layers.")),
+    }
+
+    def token(model: Any) -> Callable[[], None]:
+        model.eval()
+
+        def run() -> None:
+            with torch.inference_mode():
+                for _ in range(calls):
+                    model(x)
+
+        return run
+
+    times = interleave({n: token(m) for n, m in made.items()}, options.n_rounds(25))
+    case = f"{depth} layers of width {width}, {str(dtype).removeprefix('torch.')}"
+    each = 1e6 / (calls * depth)
+    result.add(case, "nn.Linear", "us a layer", [each * t for t in times["nn.Linear"]])
+    goals = {OURS: 8.0} if width == 64 else {}
+    for name in list(times)[1:]:
+        over = [each * (t - f) for t, f in zip(times[name], times["nn.Linear"], strict=True)]
+        result.add(case, name, "us a layer over nn.Linear", over, goals.get(name))
+    same = all(type(layer) is nn.Linear for layer in after_eject.layers)  # type: ignore[union-attr]
+    result.add(case, "lora_inject, merged and ejected", "layers not nn.Linear", float(not same), 0.0)
+
+
+# --------------------------------------------------------------------------- switch, hot swap
+
+
+class _Tree(nn.Module):
+    """Seven projections in each layer, as a Llama has; 80 layers have 560."""
+
+    def __init__(self, n_layers: int, width: int) -> None:
+        super().__init__()
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({f"{n}_proj": nn.Linear(width, width, bias=False) for n in names})
+            for _ in range(n_layers)
+        )
+
+
+def switch(options: Options) -> Result:
+    """Time a change of adapter, at 560 sites and at ten times as many."""
+    result = Result()
+    for n_layers in (8,) if options.quick else (80, 800):
+        config = {"rank": 4, "targets": [r".*_proj"]}
+        tree = _Tree(n_layers, 32)
+        for name in ("one", "two"):
+            inject(tree, config, name)
+        runs: dict[str, Variant | Callable[[], Any]] = {
+            OURS: many(_turns(lambda name, tree=tree: activate(tree, name)), 100),
+            "lora_inject, disabled()": many(lambda tree=tree: _off(tree), 100),
+        }
+        if n_layers <= 80:
+            peft = with_peft(_Tree(n_layers, 32), 4, target_modules=r".*_proj", fan_in_fan_out=False)
+            with quiet():
+                peft.add_adapter("two", peft.peft_config["default"])
+            turns = _turns(peft.set_adapter, ("default", "two"))
+            runs["PEFT"] = many(turns, 5)
+        times = interleave(runs, options.n_rounds(25))
+        case = f"{7 * n_layers} sites"
+        result.add(case, OURS, "ms", [10 * t for t in times[OURS]], 0.01)
+        result.add(case, "lora_inject, disabled()", "ms", [10 * t for t in times["lora_inject, disabled()"]])
+        if "PEFT" in times:
+            result.add(case, "PEFT", "ms", [200 * t for t in times["PEFT"]])
+    return result
+
+
+def _off(tree: nn.Module) -> None:
+    with disabled(tree):
+        pass
+
+
+def _turns(use: Callable[[str], Any], names: tuple[str, str] = ("one", "two")) -> Callable[[], None]:
+    """Return a function that uses the one name and the other, in turn."""
+    turn = [0]
+
+    def run() -> None:
+        turn[0] += 1
+        use(names[turn[0] % 2])
+
+    return run
+
+
+def hot_swap(options: Options) -> Result:
+    """Time new values into an adapter that is on the model, in place."""
+    result = Result()
+    n_layers, width = (8, 32) if options.quick else (80, 768)
+    case = f"{7 * n_layers} sites"
+    tree = inject(_Tree(n_layers, width), {"rank": 4, "targets": [r".*_proj"]}, "slot")
+    slot = list(adapter_parameters(tree, "slot").values())
+    randomise(slot)
+    new = [torch.randn_like(p) for p in slot]
+    state = {k: torch.randn_like(v) for k, v in tree.state_dict().items() if "lora_" in k}
+    size = sum(t.numel() * t.element_size() for t in new) / 2**20
+    result.add(case, OURS, "MiB of adapter", size)
+
+    def values() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(adapter_parameters(tree, "slot").values()), new)
+
+    def value() -> None:
+        sites = adapter_state(tree, "slot").sites.values()
+        torch._foreach_copy_([t for s in sites for t in (s.A, s.B)], new)
+
+    runs = {
+        "memcpy of the values": lambda: torch._foreach_copy_([p.data for p in slot], new),
+        "adapter_parameters, then copied": values,
+        "adapter_state, then copied": value,
+        "load_state_dict": lambda: tree.load_state_dict(state, strict=False),
+    }
+    times = interleave(runs, options.n_rounds(15))
+    for name in runs:
+        goal = 4.0 if name == "adapter_parameters, then copied" else None
+        result.add(case, name, "ms", [1e3 * t for t in times[name]], goal)
+    moved = sum(p is not q for p, q in zip(slot, adapter_parameters(tree).values(), strict=True))
+    result.add(case, "adapter_parameters, then copied", "Parameters replaced", float(moved), 0.0)
+    result.notes.append(
+        "No verb puts an AdapterState into a slot that exists: `install` refuses a name in use. "
+        "What is timed is copying into what `adapter_parameters` returns, in place, which checks "
+        "shapes but neither rank and alpha nor the base's fingerprint."
+    )
+    return result
+
+
+# ------------------------------------------------------------------------------------- routed
+
+
+def routed_batch(options: Options) -> Result:
+    """Time a batch in which every row has its own adapter."""
+    result = Result()
+    sizes: dict[str, int] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+    sizes |= {"num_attention_heads": 8, "vocab_size": 4096}
+    if options.quick:
+        sizes |= {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
+    counts = (2, 8) if options.quick else (2, 8, 32)
+    base = llama(**sizes).eval()
+    ours = {n: _many(copy.deepcopy(base), [RANK] * n) for n in counts}
+    unequal = _many(copy.deepcopy(base), [2, 4, 8, 8, 16, 4, 2, 16])
+    peft = {n: _many_peft(copy.deepcopy(base), n) for n in counts[:2]}
+    for length, label, goal, calls in ((1, "decode", 1.15, 10), (64, "length 64", 1.10, 1)):
+        ids = torch.randint(500, (16, length), generator=torch.Generator().manual_seed(0))
+        again = copy.deepcopy(base)
+        runs: dict[str, Callable[[], Any]] = {
+            "no adapter": lambda ids=ids: base(ids, use_cache=False),
+            AGAIN: lambda ids=ids, again=again: again(ids, use_cache=False),
+        }
+        goals = {}
+        for n, model in ours.items():
+            runs[f"lora_inject, {n} adapters"] = _routed(model, ids, n)
+            goals[f"lora_inject, {n} adapters"] = goal
+        runs["lora_inject, 8 of unequal rank"] = _routed(unequal, ids, 8)
+        goals["lora_inject, 8 of unequal rank"] = goal
+        activate(ours[2], "a0")
+        runs["lora_inject, one for all rows"] = lambda ids=ids: ours[2](ids, use_cache=False)
+        for n, model in peft.items():
+            names = [f"a{i % n}" for i in range(16)]
+            runs[f"PEFT, {n} adapters"] = lambda ids=ids, model=model, names=names: model(
+                input_ids=ids, use_cache=False, adapter_names=names
+            )
+        loops = {name: _inference(run, calls) for name, run in runs.items()}
+        times = interleave(loops, options.n_rounds(15))
+        result.ratios(f"16 rows, {label}", times, "time / no adapter", "no adapter", goals)
+    result.notes.append("With 32 adapters a batch of 16 rows names 16 of them, others being ready.")
+    return result
+
+
+def _many(model: Any, ranks: list[int]) -> Any:
+    for i, rank in enumerate(ranks):
+        inject(model, {"rank": rank, "alpha": ALPHA, "targets": [LLAMA]}, f"a{i}")
+        randomise(adapter_parameters(model, f"a{i}").values())
+    return model.eval()
+
+
+def _many_peft(model: Any, n: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=f".*{LLAMA}")
+    with quiet():
+        made = get_peft_model(model, config, adapter_name="a0")
+        for i in range(1, n):
+            made.add_adapter(f"a{i}", config)
+    return made.eval()
+
+
+def _routed(model: Any, ids: torch.Tensor, n: int) -> Callable[[], Any]:
+    names = [f"a{i % n}" for i in range(16)]
+
+    def run() -> Any:
+        with routed(model, names):
+            return model(ids, use_cache=False)
+
+    return run
+
+
+def _inference(run: Callable[[], Any], calls: int) -> Callable[[], None]:
+    def loop() -> None:
+        with torch.inference_mode():
+            for _ in range(calls):
+                run()
+
+    return loop

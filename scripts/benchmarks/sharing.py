@@ -1,0 +1,187 @@
+"""Weights that many share: experts (a mount on stacked weights), train-many (one frozen base)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import AGAIN, Options, Result, interleave, paired, peak_bytes
+from benchmarks.models import ALPHA, LLAMA, RANK, llama, quiet, randomise
+from lora_inject import activate, adapter_parameters, inject, routed, train_only
+
+OURS = "lora_inject"
+MIB = 2**20
+
+
+# ------------------------------------------------------------------------------------ experts
+
+
+def experts(options: Options) -> Result:
+    """Time adapters on the stacked weights of a Mixtral block, and measure their peak memory."""
+    result = Result()
+    sizes = (64, 224, 32) if options.quick else (1024, 3584, 512)
+    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        _experts(result, options, label, dtype, *sizes)
+    result.notes.append(
+        "A Mixtral block (8 experts, 2 a token) at a quarter of its widths, adapters of r = 8 on "
+        "gate_up_proj and down_proj; one step is forward, backward with the gradient of the input, "
+        "without an optimiser. The peak is what torch's allocator holds above the start of a step."
+    )
+    return result
+
+
+def _experts(
+    result: Result,
+    options: Options,
+    label: str,
+    dtype: torch.dtype,
+    hidden: int,
+    inner: int,
+    n_tokens: int,
+) -> None:
+    base = _mixtral_block(hidden, inner).to(dtype)
+    x = torch.randn(1, n_tokens, hidden, dtype=dtype, requires_grad=True)
+    names = ("experts.gate_up_proj", "experts.down_proj")
+    config = {"rank": RANK, "alpha": ALPHA}
+    targets = [{"match": name.replace(".", r"\."), "layout": "out_in"} for name in names]
+    made = {
+        "floor": copy.deepcopy(base).requires_grad_(False),
+        AGAIN: copy.deepcopy(base).requires_grad_(False),
+        OURS: inject(copy.deepcopy(base), {**config, "targets": targets}),
+        "PEFT": _peft_experts(copy.deepcopy(base), names),
+    }
+    for model in made.values():
+        randomise(p for p in model.parameters() if p.requires_grad)
+    steps = {name: _block_step(model, x) for name, model in made.items()}
+    times = interleave(steps, options.n_rounds(7))
+    case = f"8 experts, {hidden} to {inner}, {n_tokens} tokens, {label}"
+    result.ratios(case, times)
+    judged = not options.quick
+    against = paired(times[OURS], times["PEFT"])
+    result.add(case, OURS, "time / PEFT", against, 0.6 if judged else None)
+    peaks = {name: peak_bytes(step) / MIB for name, step in steps.items() if name != AGAIN}
+    for name, peak in peaks.items():
+        result.add(case, name, "peak, MiB", peak)
+    goal = 0.5 if judged else None
+    result.add(case, OURS, "peak / PEFT's peak", peaks[OURS] / peaks["PEFT"], goal)
+
+
+def _mixtral_block(hidden: int, inner: int) -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    torch.manual_seed(0)
+    block = MixtralSparseMoeBlock(MixtralConfig(hidden_size=hidden, intermediate_size=inner))
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.02)
+    return block
+
+
+def _peft_experts(block: nn.Module, names: tuple[str, ...]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=list(names)
+    )
+    with quiet():
+        return get_peft_model(block, config)
+
+
+def _block_step(model: Any, x: Tensor) -> Callable[[], None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        model(x).float().square().mean().backward()
+        x.grad = None
+        for parameter in trained:
+            parameter.grad = None
+
+    return step
+
+
+# --------------------------------------------------------------------------------- train-many
+
+
+def train_many(options: Options) -> Result:
+    """Time the training of eight adapters at once against eight runs in turn."""
+    result = Result()
+    sizes: dict[str, int] = {"num_hidden_layers": 4, "vocab_size": 4096}
+    if options.quick:
+        sizes |= {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
+    names = [f"a{i}" for i in range(8)]
+    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        model = llama(dtype, **sizes)
+        for name in names:
+            inject(model, {"rank": RANK, "alpha": ALPHA, "targets": [LLAMA]}, name)
+            randomise(adapter_parameters(model, name).values())
+        train_only(model, names)
+        for n_tokens, goal in ((8, 0.5), (32, 0.7), (128, 1.0)):
+            case = f"Llama of {sizes['num_hidden_layers']} layers {label}, {n_tokens} tokens a run"
+            target = None if options.quick else goal
+            _train_many(result, options, case, model, names, n_tokens, target)
+    result.notes.append(
+        "A run is one row of its own tokens with a mean loss of its own; all rows of the joint step "
+        "are of equal length, so eight times its mean loss is the sum of theirs. Both sides step "
+        "one AdamW over all adapters."
+    )
+    return result
+
+
+def _train_many(
+    result: Result,
+    options: Options,
+    case: str,
+    model: Any,
+    names: list[str],
+    n_tokens: int,
+    target: float | None,
+) -> None:
+    ids = torch.randint(500, (8, n_tokens), generator=torch.Generator().manual_seed(0))
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def at_once() -> None:
+        with routed(model, names):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        (8 * loss).backward()
+
+    def in_turn() -> None:
+        for i, name in enumerate(names):
+            activate(model, name)
+            row = ids[i : i + 1]
+            model(input_ids=row, labels=row, use_cache=False).loss.backward()
+
+    model.train()
+    gradients = [_gradients(model, run) for run in (in_turn, at_once)]
+    optimiser = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+
+    def with_optimiser(run: Callable[[], None]) -> Callable[[], None]:
+        def step() -> None:
+            run()
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+        return step
+
+    runs = {
+        "in turn": with_optimiser(in_turn),
+        "in turn again": with_optimiser(in_turn),
+        "at once": with_optimiser(at_once),
+    }
+    times = interleave(runs, options.n_rounds(5))
+    result.ratios(case, times, "time / in turn", "in turn", {"at once": target} if target else None)
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    fine = 1e-5 if model.dtype == torch.float32 else None
+    result.add(case, "at once", "gradients, relative difference", float(error), fine)
+
+
+def _gradients(model: nn.Module, run: Callable[[], None]) -> Tensor:
+    model.zero_grad(set_to_none=True)
+    run()
+    found = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return torch.cat(found)

@@ -1,0 +1,195 @@
+"""Putting adapters on and folding them in: inject, load, merge."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measure import AGAIN, Options, Result, Variant, interleave
+from benchmarks.models import ALPHA, RANK, Grove, llama, quiet, randomise, with_lora, with_peft
+from lora_inject import adapter_parameters, eject, inject, load_adapter, merge, save_adapter
+from lora_inject import unmerge as unmerged
+
+OURS = "lora_inject"
+GROVE = r"[a-z]+_proj"
+
+
+# ------------------------------------------------------------------------------------- inject
+
+
+def injection(options: Options) -> Result:
+    """Time inject: by the site, in trees of small layers, and for the shape of a 70B Llama."""
+    result = Result()
+    sizes = (100, 200, 400) if options.quick else (1000, 5000, 10000, 20000)
+    for n_sites in sizes:
+        goal = 1.0 if n_sites == 20000 else None
+        _grove(result, options, n_sites, goal, peft=options.full or n_sites <= 5000)
+    layers = 4 if options.quick else 80
+    big = {"hidden_size": 8192, "intermediate_size": 28672, "num_key_value_heads": 8}
+    shape = {**big, "num_attention_heads": 64, "num_hidden_layers": layers}
+    model = llama(torch.bfloat16, device="meta", **shape, vocab_size=32000)
+    peft_base = llama(torch.bfloat16, device="meta", **shape, vocab_size=32000)
+    case = f"Llama of {7 * layers} sites, 70B shape, meta"
+    times = interleave(
+        {
+            OURS: Variant(lambda: with_lora(model), after=lambda: eject(model)),
+            "PEFT": _peft_injection(peft_base, {}),
+        },
+        options.n_rounds(7),
+    )
+    result.add(case, OURS, "s", times[OURS], None if options.quick else 0.03)
+    result.add(case, "PEFT", "s", times["PEFT"])
+    return result
+
+
+def _grove(
+    result: Result, options: Options, n_sites: int, goal: float | None, *, peft: bool
+) -> None:
+    grove = Grove(n_sites)
+    config = {"rank": RANK, "alpha": ALPHA, "targets": [GROVE], "expect": {"sites": n_sites}}
+    runs = {OURS: Variant(lambda: inject(grove, config), after=lambda: eject(grove))}
+    if peft:
+        only = {"target_modules": f".*{GROVE}", "fan_in_fan_out": False}
+        runs["PEFT"] = _peft_injection(Grove(n_sites), only)
+    times = interleave(runs, options.n_rounds(5 if n_sites <= 5000 else 7))
+    case = f"{n_sites:,} sites of width 32"
+    for name in runs:
+        result.add(case, name, "s", times[name], goal if name == OURS else None)
+        each = [1e3 * t / n_sites for t in times[name]]
+        judged = name == OURS and not options.quick
+        result.add(case, name, "ms a site", each, 0.04 if judged else None)
+
+
+def _peft_injection(base: nn.Module, config: dict[str, Any]) -> Variant:
+    made: list[Any] = []
+    return Variant(
+        lambda: made.append(with_peft(base, **config)), after=lambda: made.pop().unload()
+    )
+
+
+# --------------------------------------------------------------------------------------- load
+
+
+def load(options: Options) -> Result:
+    """Time loading a second adapter from a file."""
+    result = Result()
+    sizes = (100, 200) if options.quick else (5000, 20000)
+    goals = {5000: 0.3, 20000: 1.2}
+    for n_sites in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            _load(result, options, n_sites, goals.get(n_sites), Path(folder) / "adapter")
+    return result
+
+
+def _load(
+    result: Result, options: Options, n_sites: int, goal: float | None, path: Path
+) -> None:
+    grove = inject(Grove(n_sites), {"rank": RANK, "alpha": ALPHA, "targets": [GROVE]}, "first")
+    save_adapter(grove, path, "first")
+    case = f"{n_sites:,} sites of width 32"
+    size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+    result.add(case, "the file", "MiB", size)
+    second = Variant(
+        lambda: load_adapter(grove, path, "second"), after=lambda: eject(grove, "second")
+    )
+    times = interleave({OURS: second}, options.n_rounds(5))
+    result.add(case, OURS, "s", times[OURS], goal)
+    result.add(case, OURS, "ms a site", [1e3 * t / n_sites for t in times[OURS]])
+    if options.full or n_sites <= 5000:
+        peft = with_peft(Grove(n_sites), target_modules=f".*{GROVE}", fan_in_fan_out=False)
+
+        def run() -> None:
+            with quiet():
+                peft.load_adapter(str(path), "second")
+
+        result.add(case, "PEFT", "s", interleave({"PEFT": run}, 1, warm_up=0)["PEFT"])
+
+
+# -------------------------------------------------------------------------------------- merge
+
+
+class _Weights(nn.Module):
+    """The 56 linear layers of eight blocks of a 134M model."""
+
+    def __init__(self, n: int, hidden: int, inner: int) -> None:
+        super().__init__()
+        square = {name: (hidden, hidden) for name in ("q", "k", "v", "o")}
+        shapes = square | {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {f"{k}_proj": nn.Linear(i, o, bias=False) for k, (o, i) in shapes.items()}
+            )
+            for _ in range(n)
+        )
+
+
+def merging(options: Options) -> Result:
+    """Time merge against a copy of the weights that it writes."""
+    result = Result()
+    sizes = (2, 64, 176) if options.quick else (8, 1152, 3328)
+    goals = {torch.float32: (1.3, 2.6), torch.bfloat16: (5.0, 6.0)}
+    for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        _merge(result, options, label, _Weights(*sizes).to(dtype), goals[dtype])
+    result.notes.append(
+        "memcpy copies the merged weights into tensors that exist. `undo=True` also keeps the "
+        "originals, in fresh memory. Over bf16, merge measures what rounding leaves of each delta "
+        "before it writes; PEFT and memcpy report nothing."
+    )
+    return result
+
+
+def _merge(
+    result: Result, options: Options, label: str, base: nn.Module, goals: tuple[float, float]
+) -> None:
+    config = {"rank": 16, "alpha": ALPHA, "targets": [GROVE]}
+    kept = inject(copy.deepcopy(base), config)
+    bare = inject(copy.deepcopy(base), config)
+    peft = with_peft(
+        copy.deepcopy(base), 16, target_modules=f".*{GROVE}", fan_in_fan_out=False
+    )
+    for model in (kept, bare):
+        randomise(adapter_parameters(model).values())
+    randomise(p for p in peft.parameters() if p.requires_grad)
+    source = [p.detach() for p in base.parameters()]
+    target = [torch.empty_like(p) for p in source]
+
+    def restore() -> None:
+        eject(bare)
+        with torch.no_grad():
+            torch._foreach_copy_(list(bare.parameters()), source)
+        inject(bare, config)
+        randomise(adapter_parameters(bare).values())
+
+    def copied() -> None:
+        for into, value in zip(target, source, strict=True):
+            into.copy_(value)
+
+    times = interleave(
+        {
+            "memcpy": copied,
+            AGAIN: copied,
+            "lora_inject, undo=False": Variant(lambda: merge(bare, undo=False), after=restore),
+            "lora_inject, undo=True": Variant(lambda: merge(kept), after=lambda: unmerged(kept)),
+            "PEFT": Variant(peft.merge_adapter, after=peft.unmerge_adapter),
+        },
+        options.n_rounds(9),
+        warm_up=2,
+    )
+    n = sum(p.numel() for p in source)
+    case = f"{n / 1e6:.0f}M weights, r = 16, {label}"
+    names = ("lora_inject, undo=False", "lora_inject, undo=True")
+    targets = {} if options.quick else dict(zip(names, goals, strict=True))
+    result.ratios(case, times, "time / memcpy", "memcpy", targets)
+    same = all(torch.equal(p, q) for p, q in zip(source, _base(kept), strict=True))
+    result.add(case, "lora_inject, undo=True", "weights not restored", float(not same), 0.0)
+
+
+def _base(model: nn.Module) -> list[torch.Tensor]:
+    return [p.detach() for n, p in model.named_parameters() if "lora_" not in n]
+
+

@@ -1,0 +1,162 @@
+"""The reverse of merging: differences of checkpoints as adapters."""
+
+import json
+
+import pytest
+import torch
+from test_checkpoint_helpers import (
+    LLAMA,
+    adapter,
+    dense,
+    llama_adapter,
+    llama_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    site,
+)
+
+from lora_inject.checkpoint import Part, extract_adapter, merge_checkpoint
+from lora_inject.checkpoint import svd as decomposing
+from lora_inject.checkpoint.svd import decompose
+from lora_inject.errors import CheckpointError
+from lora_inject.formats import read_adapter, write_adapter
+
+
+def case(tmp_path, dtype=torch.float32):
+    tensors = llama_tensors(dtype=dtype)
+    base = save_checkpoint(tmp_path / "base", tensors, 2, {**LLAMA, "vocab_size": 32})
+    state = llama_adapter(tensors, rank=3)
+    tuned = save_checkpoint(tmp_path / "tuned", dense(tensors, (state, 1.0)), 3, LLAMA)
+    return tensors, base, tuned, state
+
+
+def test_difference_of_rank_r_comes_back_whole(tmp_path):
+    tensors, base, tuned, state = case(tmp_path)
+    found, report = extract_adapter(base, tuned, rank=3)
+    assert found.sites.keys() == state.sites.keys()
+    assert all(t.energy == pytest.approx(1.0, abs=1e-6) for t in report.tensors)
+    assert report.n_equal == len(tensors) - len(state.sites)
+    merge_checkpoint(base, [Part(found)], tmp_path / "out")
+    again, wanted = load_checkpoint(tmp_path / "out"), load_checkpoint(tuned)
+    for name, t in wanted.items():
+        assert torch.allclose(again[name], t, atol=1e-5), name
+
+
+def test_energy_finds_the_rank(tmp_path):
+    _, base, tuned, state = case(tmp_path)
+    found, report = extract_adapter(base, tuned, energy=0.9999)
+    assert all(s.spec.rank <= 3 for s in found.sites.values())
+    for t in report.tensors:
+        s = state.sites[t.name.removesuffix(".weight")]
+        values = torch.linalg.svdvals(s.scale * s.B.double() @ s.A.double()).square()
+        held = values.cumsum(0) / values.sum()
+        assert t.rank == int((held < 0.9999 - 1e-6).sum()) + 1
+        assert t.energy >= 0.9999 - 1e-6
+
+
+def test_energy_lost_is_what_the_report_says(tmp_path):
+    _, base, tuned, state = case(tmp_path)
+    found, report = extract_adapter(base, tuned, rank=1)
+    for t in report.tensors:
+        s, f = (a.sites[t.name.removesuffix(".weight")] for a in (state, found))
+        d = s.scale * s.B.double() @ s.A.double()
+        lost = (d - f.scale * f.B.double() @ f.A.double()).square().sum() / d.square().sum()
+        assert 1 - t.energy == pytest.approx(float(lost), abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300)])
+def test_randomised_svd_is_near_the_best(monkeypatch, shape):
+    monkeypatch.setattr(decomposing, "EXACT_ELEMENTS", 0)
+    g = torch.Generator().manual_seed(0)
+    U, S, Vh = torch.linalg.svd(torch.randn(*shape, generator=g), full_matrices=False)
+    D = U @ torch.diag(0.9 ** torch.arange(len(S)) * S[0]) @ Vh
+    values = torch.linalg.svdvals(D)
+
+    def blocks():
+        for start in range(0, shape[0], 37):
+            yield start, D[start : start + 37]
+
+    found = decompose(blocks, shape, 20, None)
+    assert not found.exact
+    best = float((values[20:] ** 2).sum())
+    off = float((D - found.U @ torch.diag(found.S) @ found.V.T).square().sum())
+    assert off <= 1.01 * best
+    assert found.energy == pytest.approx(1 - best / float((values**2).sum()), abs=1e-3)
+    enough = decompose(blocks, shape, None, 0.999)
+    held = (values**2).cumsum(0) / (values**2).sum()
+    assert len(enough.S) - int((held < 0.999).sum()) - 1 in {0, 1}
+
+
+def test_small_tensors_are_stored_in_full_only_when_asked(tmp_path):
+    tensors = llama_tensors(dtype=torch.float32)
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
+    state = llama_adapter(tensors, leaves=("q_proj",))
+    changed = dense(tensors, (state, 1.0)) | {"model.norm.weight": torch.randn(16)}
+    tuned = save_checkpoint(tmp_path / "tuned", changed, 1, LLAMA)
+    found, report = extract_adapter(base, tuned, rank=2)
+    assert report.left == ("model.norm.weight",)
+    assert not found.trained
+    found, report = extract_adapter(base, tuned, rank=2, full=True)
+    assert report.left == ()
+    assert torch.equal(found.trained["model.norm.weight"], changed["model.norm.weight"])
+
+
+def test_embeddings_conv1d_convolutions_and_experts(tmp_path):
+    tensors = {
+        "wte.weight": torch.randn(20, 8),
+        "h.0.attn.c_proj.weight": torch.randn(8, 8),
+        "patch.weight": torch.randn(6, 3, 4, 4),
+        "experts.gate_up_proj": torch.randn(3, 8, 6),
+    }
+    config = {"model_type": "gpt2", "vocab_size": 20}
+    base = save_checkpoint(tmp_path / "base", tensors, 1, config)
+    state = adapter(
+        site("wte", (20, 8), kind="embedding", transposed=True),
+        site("h.0.attn.c_proj", (8, 8), kind="conv1d", transposed=True),
+        site("patch", (6, 3, 4, 4), kind="conv"),
+        site("experts.gate_up_proj", (3, 8, 6), experts=3),
+    )
+    tuned = save_checkpoint(tmp_path / "tuned", dense(tensors, (state, 1.0)), 1, config)
+    found, _ = extract_adapter(base, tuned, rank=2)
+    assert {n: s.spec.kind for n, s in found.sites.items()} == {
+        n: s.spec.kind for n, s in state.sites.items()
+    }
+    merge_checkpoint(base, [Part(found)], tmp_path / "out")
+    again, wanted = load_checkpoint(tmp_path / "out"), load_checkpoint(tuned)
+    for name, t in wanted.items():
+        assert torch.allclose(again[name], t, atol=1e-4), name
+
+
+def test_extracted_adapter_survives_its_files(tmp_path):
+    _, base, tuned, _ = case(tmp_path)
+    found, report = extract_adapter(base, tuned, energy=0.9)
+    back = read_adapter(write_adapter(found, tmp_path / "adapter"))
+    assert {n: s.spec.rank for n, s in back.sites.items()} == {
+        n: s.spec.rank for n, s in found.sites.items()
+    }
+    merge_checkpoint(base, [Part(back)], tmp_path / "out")
+    assert json.loads(json.dumps(report.to_dict()))["left"] == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "found"),
+    [
+        ({}, "neither"),
+        ({"rank": 0}, "none at all"),
+        ({"energy": 0.0}, "not a share"),
+        ({"energy": 1.5}, "not a share"),
+        ({"energy": float("nan")}, "not a share"),
+    ],
+)
+def test_impossible_measures_are_refused(tmp_path, kwargs, found):
+    with pytest.raises(CheckpointError, match=found):
+        extract_adapter(tmp_path, tmp_path, **kwargs)
+
+
+def test_equal_checkpoints_and_other_names_are_refused(tmp_path):
+    tensors, base, _, _ = case(tmp_path)
+    with pytest.raises(CheckpointError, match="13 tensors equal the base's and 0 differ"):
+        extract_adapter(base, base, rank=1)
+    other = save_checkpoint(tmp_path / "other", {"more": torch.zeros(2), **tensors}, 1)
+    with pytest.raises(CheckpointError, match="'more' is only in the fine-tuned one"):
+        extract_adapter(base, other, rank=1)

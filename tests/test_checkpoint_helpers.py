@@ -1,0 +1,157 @@
+"""Small checkpoints and adapters for the tests of the checkpoint room, and tests of these."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_inject.functional import dense_delta
+from lora_inject.sites import SiteSpec
+from lora_inject.state import AdapterState, SiteState
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+
+
+def llama_tensors(layers=2, hidden=16, inner=24, vocab=32, dtype=torch.bfloat16, head=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def w(*shape):
+        return (0.05 * torch.randn(*shape, generator=g)).to(dtype)
+
+    tensors = {"model.embed_tokens.weight": w(vocab, hidden), "model.norm.weight": w(hidden)}
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        tensors[p + "self_attn.q_proj.weight"] = w(hidden, hidden)
+        tensors[p + "self_attn.v_proj.weight"] = w(hidden // 2, hidden)
+        tensors[p + "mlp.up_proj.weight"] = w(inner, hidden)
+        tensors[p + "mlp.down_proj.weight"] = w(hidden, inner)
+        tensors[p + "input_layernorm.weight"] = w(hidden)
+    if head:
+        tensors["lm_head.weight"] = w(vocab, hidden)
+    return tensors
+
+
+def save_checkpoint(folder, tensors, shards=1, config=None, stem="model"):
+    """Write a checkpoint as transformers does: one file, or several and an index."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    names = list(tensors)
+    if shards == 1:
+        save_file(tensors, folder / f"{stem}.safetensors", {"format": "pt"})
+        return folder
+    weight_map = {}
+    for s in range(shards):
+        part = {n: tensors[n] for n in names[s::shards]}
+        name = f"{stem}-{s + 1:05d}-of-{shards:05d}.safetensors"
+        save_file(part, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+def load_checkpoint(folder):
+    """Read all tensors with the reference library."""
+    folder = Path(folder)
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def site(name, weight_shape, rank=2, alpha=4.0, seed=1, size=0.3, **kwargs):
+    """Make a site with random A and B; shapes from the weight's, `transposed` and `experts`."""
+    g = torch.Generator().manual_seed(seed * 7919 + sum(map(ord, name)))
+    experts, transposed = kwargs.get("experts"), kwargs.get("transposed", False)
+    matrix = weight_shape[1:] if experts else weight_shape
+    rows, cols = matrix[0], math.prod(matrix[1:])
+    n_in, n_out = (rows, cols) if transposed else (cols, rows)
+    kind = kwargs.pop("kind", "parameter" if experts else "linear")
+    spec = SiteSpec(name, kind, n_in, n_out, tuple(weight_shape), rank, alpha, **kwargs)
+    A = size * torch.randn(*spec.a_shape, generator=g)
+    B = size * torch.randn(*spec.b_shape, generator=g)
+    return SiteState(spec, A, B)
+
+
+def adapter(*sites, **kwargs):
+    return AdapterState({s.spec.name: s for s in sites}, **kwargs)
+
+
+def llama_adapter(tensors, leaves=("q_proj", "v_proj", "down_proj"), seed=1, **kwargs):
+    """An adapter on all projections of a checkpoint that end in one of `leaves`."""
+    return adapter(
+        *(
+            site(name.removesuffix(".weight"), tuple(t.shape), seed=seed, **kwargs)
+            for name, t in tensors.items()
+            if name.removesuffix(".weight").endswith(leaves)
+        )
+    )
+
+
+def dense(tensors, *weighted):
+    """Merge in float64 by the textbook formula and round once: the independent reference."""
+    out = {name: t.clone() for name, t in tensors.items()}
+    sums = {}
+    for state, weight in weighted:
+        for s in state.sites.values():
+            name = s.spec.weight or (
+                s.spec.name if s.spec.kind == "parameter" else s.spec.name + ".weight"
+            )
+            delta = weight * dense_delta(s.spec, s.A, s.B)
+            if s.A0 is not None:
+                delta = delta - weight * dense_delta(s.spec, s.A0, s.B0)
+            sums[name] = sums.get(name, 0) + delta
+    for name, delta in sums.items():
+        out[name] = (tensors[name].double() + delta.reshape(tensors[name].shape)).to(
+            tensors[name].dtype
+        )
+    return out
+
+
+def ulps(a, b):
+    """Distance in units in the last place, element by element."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+
+    def ordered(t):
+        wide = t.contiguous().view(bits).to(torch.int64)
+        return torch.where(wide < 0, torch.iinfo(bits).min - wide, wide)
+
+    return (ordered(a) - ordered(b)).abs()
+
+
+def assert_equal_to_dense(found, wanted, touched):
+    """Untouched tensors have the same bits; touched ones are at most one ulp off, and rarely."""
+    assert found.keys() == wanted.keys()
+    off = total = 0
+    for name, t in wanted.items():
+        assert found[name].dtype == t.dtype, name
+        assert found[name].shape == t.shape, name
+        if name not in touched:
+            assert torch.equal(found[name].view(torch.uint8), t.view(torch.uint8)), name
+            continue
+        if t.dtype in {torch.float32, torch.float64}:  # sums differ in the last bits
+            bound = 1e-6 if t.dtype == torch.float32 else 1e-14
+            assert torch.allclose(found[name], t, rtol=bound, atol=bound), name
+            continue
+        distance = ulps(found[name], t)
+        assert int(distance.max()) <= 1, name
+        off, total = off + int((distance > 0).sum()), total + t.numel()
+    assert off <= 0.001 * total + 1, f"{off} of {total}"
+
+
+def test_ulps_counts_across_zero():
+    a = torch.tensor([1.0, -1.0, 0.0]).bfloat16()
+    b = torch.tensor([1.0 + 2**-7, -1.0 - 2**-7, 0.0]).bfloat16()
+    assert ulps(a, b).tolist() == [1, 1, 0]
+
+
+def test_dense_reference_adds_what_the_formula_says():
+    tensors = {"q.weight": torch.zeros(4, 3)}
+    s = site("q", (4, 3), rank=1, alpha=3.0)
+    found = dense(tensors, (adapter(s), 2.0))["q.weight"]
+    assert torch.allclose(found, 6.0 * s.B @ s.A, atol=1e-6)

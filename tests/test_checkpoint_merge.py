@@ -1,0 +1,453 @@
+"""Merging on disk against the dense float64 reference: numbers, bytes, dtypes, ties, reports."""
+
+import json
+import os
+import stat
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_checkpoint_helpers import (
+    LLAMA,
+    adapter,
+    assert_equal_to_dense,
+    dense,
+    llama_adapter,
+    llama_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    site,
+    ulps,
+)
+
+from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, verify_checkpoint
+from lora_inject.checkpoint import read as reading
+from lora_inject.errors import CheckpointError
+from lora_inject.state import AdapterState
+
+
+def names_of(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_merge_equals_the_dense_reference(tmp_path, shards, dtype):
+    tensors = llama_tensors(dtype=dtype)
+    base = save_checkpoint(tmp_path / "base", tensors, shards, LLAMA)
+    state = llama_adapter(tensors)
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    touched = {n + ".weight" for n in state.sites}
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), touched)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_layout_is_that_of_the_base_byte_for_byte(tmp_path, shards):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, shards, LLAMA)
+    (base / "tokenizer.json").write_text("{}")
+    (base / "modeling_evil.py").write_text("raise SystemExit")
+    report = merge_checkpoint(base, [Part(llama_adapter(tensors))], tmp_path / "out")
+    assert names_of(tmp_path / "out") == [n for n in names_of(base) if not n.endswith(".py")]
+    assert "modeling_evil.py" in " ".join(report.notes)
+    for path in base.iterdir():
+        if path.suffix == ".safetensors":
+            a, b = path.read_bytes(), (tmp_path / "out" / path.name).read_bytes()
+            length = 8 + int.from_bytes(a[:8], "little")
+            assert len(a) == len(b)
+            assert a[:length] == b[:length]
+        elif path.suffix == ".json":
+            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_code_comes_along_only_on_request(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
+    (base / "modeling_x.py").write_text("x = 1")
+    options = MergeOptions(copy_code=True)
+    merge_checkpoint(base, [Part(llama_adapter(tensors))], tmp_path / "out", options)
+    assert (tmp_path / "out" / "modeling_x.py").read_text() == "x = 1"
+
+
+def test_several_adapters_with_weights_are_rounded_once(tmp_path):
+    tensors = llama_tensors(hidden=64, inner=64)
+    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
+    first, second = llama_adapter(tensors, seed=1), llama_adapter(tensors, seed=2, rank=3)
+    parts = [Part(first, 0.7), Part(second, -0.3)]
+    merge_checkpoint(base, parts, tmp_path / "out")
+    wanted = dense(tensors, (first, 0.7), (second, -0.3))
+    touched = {n + ".weight" for n in first.sites}
+    found = load_checkpoint(tmp_path / "out")
+    assert_equal_to_dense(found, wanted, touched)
+    # Rounding after each adapter would be off in many places: the test can tell.
+    merge_checkpoint(base, parts[:1], tmp_path / "one")
+    merge_checkpoint(tmp_path / "one", parts[1:], tmp_path / "two")
+    twice = load_checkpoint(tmp_path / "two")
+    off = sum(int((ulps(twice[n], wanted[n]) > 0).sum()) for n in touched)
+    assert off > 0.02 * sum(wanted[n].numel() for n in touched)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_blocks_and_threads_do_not_change_a_bit(tmp_path, monkeypatch, workers):
+    tensors = llama_tensors(hidden=48, inner=40, vocab=96)
+    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
+    state = llama_adapter(tensors, leaves=("proj", "embed_tokens"))
+    sites = dict(state.sites)
+    emb = site("model.embed_tokens", (96, 48), kind="embedding", transposed=True)
+    sites[emb.spec.name] = emb
+    state = AdapterState(sites)
+    merge_checkpoint(base, [Part(state)], tmp_path / "whole", MergeOptions(workers=1))
+    monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("lora_inject.checkpoint.fold.SPAN_ELEMENTS", 500)
+    monkeypatch.setattr("lora_inject.checkpoint.write.COPY_TASK_BYTES", 64)
+    merge_checkpoint(base, [Part(state)], tmp_path / "out", MergeOptions(workers=workers))
+    whole, blocks = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "out")
+    for name in whole:
+        assert int(ulps(whole[name], blocks[name]).max()) <= 1
+    assert_equal_to_dense(blocks, dense(tensors, (state, 1.0)), {n + ".weight" for n in sites})
+
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtype_is_rewritten_everywhere(tmp_path, shards, dtype):
+    tensors = llama_tensors() | {"rotary.count": torch.arange(5)}
+    config = {**LLAMA, "text_config": {"dtype": "bfloat16"}}
+    base = save_checkpoint(tmp_path / "base", tensors, shards, config)
+    state = llama_adapter(tensors)
+    merge_checkpoint(base, [Part(state)], tmp_path / "out", MergeOptions(dtype=dtype))
+    found = load_checkpoint(tmp_path / "out")
+    # Float32 first: the delta must not pass through the base's own bfloat16.
+    wanted = dense({n: t.double() for n, t in tensors.items()}, (state, 1.0))
+    wanted = {n: t.to(DTYPES[dtype]) for n, t in wanted.items()}
+    wanted["rotary.count"] = tensors["rotary.count"]
+    assert found.keys() == wanted.keys()
+    for name, t in wanted.items():
+        assert found[name].dtype == t.dtype
+        if t.dtype.is_floating_point:
+            assert (
+                torch.allclose(
+                    found[name].double(),
+                    t.double(),
+                    rtol=2e-6 if dtype == "float32" else 0,
+                    atol=2e-6,
+                )
+                or int(ulps(found[name], t).max()) <= 1
+            )
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    full = {"fp16": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
+    assert written["torch_dtype"] == full
+    assert written["text_config"]["dtype"] == full
+    if shards > 1:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        size = sum(t.numel() * t.element_size() for t in found.values())
+        assert index["metadata"]["total_size"] == size
+        for name, shard in index["weight_map"].items():
+            with safe_open(tmp_path / "out" / shard, "pt") as file:
+                assert name in file.keys()  # noqa: SIM118
+    assert (
+        verify_checkpoint(base, [Part(state)], tmp_path / "out", MergeOptions(dtype=dtype)).problems
+        == ()
+    )
+
+
+def test_overflow_is_refused_and_nothing_appears(tmp_path):
+    tensors = {"q.weight": torch.full((4, 4), 6e4)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(site("q", (4, 4), size=100.0))
+    with pytest.raises(CheckpointError, match=r"'q\.weight'.*too large for F16"):
+        merge_checkpoint(base, [Part(state)], tmp_path / "out", MergeOptions(dtype="fp16"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_overflow_of_an_untouched_tensor_is_refused_too(tmp_path):
+    tensors = {"q.weight": torch.zeros(4, 4), "norm": torch.tensor([1e9])}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    with pytest.raises(CheckpointError, match=r"'norm'.*too large for F16"):
+        merge_checkpoint(
+            base, [Part(adapter(site("q", (4, 4))))], tmp_path / "out", MergeOptions(dtype="fp16")
+        )
+
+
+def test_infinite_mask_is_cast_as_it_is(tmp_path):
+    tensors = {"q.weight": torch.zeros(4, 4), "mask": torch.tensor([0.0, float("-inf")])}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(site("q", (4, 4)))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out", MergeOptions(dtype="fp16"))
+    assert load_checkpoint(tmp_path / "out")["mask"].tolist() == [0.0, float("-inf")]
+
+
+def test_damaged_base_is_told_from_overflow(tmp_path):
+    tensors = {"q.weight": torch.full((4, 4), float("nan"))}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    with pytest.raises(CheckpointError, match="base holds NaN"):
+        merge_checkpoint(base, [Part(adapter(site("q", (4, 4))))], tmp_path / "out")
+
+
+# What rounding leaves ---------------------------------------------------------------------------
+
+
+def tiny_delta(scale):
+    tensors = {"q.weight": 0.02 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))}
+    tensors = {n: t.bfloat16() for n, t in tensors.items()}
+    s = site("q", (64, 64), rank=8, alpha=8.0, size=1.0)
+    size = (scale * tensors["q.weight"].float().norm() / (s.B @ s.A).norm()).sqrt()
+    return tensors, adapter(replace(s, A=s.A * size, B=s.B * size))
+
+
+@pytest.mark.parametrize(("scale", "low", "high"), [(0.1, 0.99, 1.01), (0.001, 0.4, 0.65)])
+def test_report_says_how_much_of_the_delta_survived(tmp_path, scale, low, high):
+    tensors, state = tiny_delta(scale)
+    base = save_checkpoint(tmp_path / "base", tensors)
+    report = merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    (found,) = report.tensors
+    w, merged = tensors["q.weight"].double(), load_checkpoint(tmp_path / "out")["q.weight"].double()
+    s = state.sites["q"]
+    d = s.scale * s.B.double() @ s.A.double()
+    kept = float(((merged - w) * d).sum() / (d * d).sum())
+    assert found.kept == pytest.approx(kept, abs=1e-3)
+    assert found.relative == pytest.approx(float(d.norm() / w.norm()), rel=1e-3)
+    assert found.error == pytest.approx(float((merged - w - d).norm() / d.norm()), rel=1e-3)
+    assert low < found.kept < high
+
+
+def test_min_kept_fails_before_anything_is_visible(tmp_path):
+    tensors, state = tiny_delta(0.001)
+    base = save_checkpoint(tmp_path / "base", tensors)
+    with pytest.raises(CheckpointError, match=r"at least 0.98.*'q\.weight' 0\.[45]"):
+        merge_checkpoint(base, [Part(state)], tmp_path / "out", MergeOptions(min_kept=0.98))
+    assert not (tmp_path / "out").exists()
+
+
+def test_min_kept_warns_if_asked(tmp_path):
+    tensors, state = tiny_delta(0.001)
+    base = save_checkpoint(tmp_path / "base", tensors)
+    options = MergeOptions(min_kept=0.98, on_lost="warn")
+    report = merge_checkpoint(base, [Part(state)], tmp_path / "out", options)
+    assert report.lost == ("q.weight",)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_float32_output_keeps_a_delta_that_bfloat16_loses(tmp_path):
+    tensors, state = tiny_delta(0.001)
+    base = save_checkpoint(tmp_path / "base", tensors)
+    options = MergeOptions(min_kept=0.98, dtype="float32")
+    report = merge_checkpoint(base, [Part(state)], tmp_path / "out", options)
+    assert report.tensors[0].kept == pytest.approx(1.0, abs=1e-4)
+
+
+# Ties -------------------------------------------------------------------------------------------
+
+TIED = {**LLAMA, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("ends", [("lm_head",), ("embed",), ("lm_head", "embed")], ids="+".join)
+def test_adapting_one_end_of_a_tie_unties(tmp_path, shards, ends):
+    tensors = llama_tensors(head=False)
+    base = save_checkpoint(tmp_path / "base", tensors, shards, TIED)
+    sites = []
+    if "embed" in ends:
+        sites.append(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
+    if "lm_head" in ends:
+        sites.append(site("lm_head", (32, 16)))
+    sites.append(site("model.layers.0.self_attn.q_proj", (16, 16)))
+    state = adapter(*sites)
+    report = merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    found = load_checkpoint(tmp_path / "out")
+    touched = {n + ".weight" for n in state.sites}
+    assert_equal_to_dense(found, dense(both, (state, 1.0)), touched)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert "tied" in " ".join(report.notes)
+    if shards > 1:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert index["weight_map"]["lm_head.weight"] == "model-added.safetensors"
+        before = json.loads((base / "model.safetensors.index.json").read_text())
+        size = 2 * 32 * 16
+        assert index["metadata"]["total_size"] == before["metadata"]["total_size"] + size
+        # Every other shard keeps its name and its bytes but for the merged tensors.
+        assert {*before["weight_map"].values()} < {*index["weight_map"].values()}
+    assert verify_checkpoint(base, [Part(state)], tmp_path / "out").problems == ()
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "LlamaForSequenceClassification"])
+def test_embedding_of_a_model_without_a_head_is_not_untied(tmp_path, architecture):
+    tensors = llama_tensors(head=False)
+    base = save_checkpoint(tmp_path / "base", tensors, 1, {"architectures": [architecture]})
+    state = adapter(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    assert "lm_head.weight" not in load_checkpoint(tmp_path / "out")
+
+
+def test_head_stored_beside_its_embedding_only_loses_the_flag(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, TIED)
+    state = adapter(site("lm_head", (32, 16)))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    assert_equal_to_dense(
+        load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), {"lm_head.weight"}
+    )
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
+
+
+def test_untouched_tie_stays(tmp_path):
+    tensors = llama_tensors(head=False)
+    base = save_checkpoint(tmp_path / "base", tensors, 1, TIED)
+    merge_checkpoint(base, [Part(llama_adapter(tensors))], tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+# Trained tensors --------------------------------------------------------------------------------
+
+
+def test_trained_tensors_replace_the_base(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
+    norm, head = torch.randn(16), torch.randn(32, 16)
+    state = AdapterState({}, {"model.norm.weight": norm, "lm_head.weight": head})
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    wanted = tensors | {"model.norm.weight": norm.bfloat16(), "lm_head.weight": head.bfloat16()}
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set())
+
+
+def test_trained_tensors_of_several_adapters_mix(tmp_path):
+    tensors = {"norm": torch.randn(16)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    t = [torch.randn(16), torch.randn(16)]
+    parts = [
+        Part(AdapterState({}, {"norm": t[0]}), 0.7),
+        Part(AdapterState({}, {"norm": t[1]}), 0.5),
+    ]
+    merge_checkpoint(base, parts, tmp_path / "out")
+    w = tensors["norm"]
+    wanted = w + 0.7 * (t[0] - w) + 0.5 * (t[1] - w)
+    assert torch.allclose(load_checkpoint(tmp_path / "out")["norm"], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_new_classifier_is_added_only_on_request(tmp_path, shards):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, shards, LLAMA)
+    value = torch.randn(3, 16)
+    part = Part(AdapterState({}, {"score.weight": value}))
+    with pytest.raises(CheckpointError, match=r"'score\.weight' is not in the checkpoint"):
+        merge_checkpoint(base, [part], tmp_path / "out")
+    options = MergeOptions(allow_new=True)
+    merge_checkpoint(base, [part], tmp_path / "out", options)
+    wanted = tensors | {"score.weight": value.bfloat16()}
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set())
+    assert verify_checkpoint(base, [part], tmp_path / "out", options).problems == ()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_grown_vocabulary(tmp_path, shards):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, shards, {**LLAMA, "vocab_size": 32})
+    embed, head = torch.randn(35, 16), torch.randn(35, 16)
+    trained = {"model.embed_tokens.weight": embed, "lm_head.weight": head}
+    part = Part(AdapterState({}, trained))
+    merge_checkpoint(base, [part], tmp_path / "out")
+    wanted = tensors | {n: t.bfloat16() for n, t in trained.items()}
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 35
+    assert verify_checkpoint(base, [part], tmp_path / "out").problems == ()
+
+
+def test_grown_embedding_without_its_head_is_refused(tmp_path):
+    base = save_checkpoint(tmp_path / "base", llama_tensors(), 1, LLAMA)
+    part = Part(AdapterState({}, {"model.embed_tokens.weight": torch.randn(35, 16)}))
+    with pytest.raises(CheckpointError, match=r"grows to 35 rows and 'lm_head.weight' stays at 32"):
+        merge_checkpoint(base, [part], tmp_path / "out")
+
+
+def test_copy_of_the_base_must_equal_it(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
+    emb = site("model.embed_tokens", (32, 16), kind="embedding", transposed=True)
+    copy = tensors["model.embed_tokens.weight"].float()
+    state = replace(adapter(emb), base_copies={"model.embed_tokens.weight": copy})
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    assert_equal_to_dense(
+        load_checkpoint(tmp_path / "out"),
+        dense(tensors, (state, 1.0)),
+        {"model.embed_tokens.weight"},
+    )
+    copy[3, 3] += 1
+    with pytest.raises(CheckpointError, match="differs from the base"):
+        merge_checkpoint(base, [Part(state)], tmp_path / "other")
+
+
+def test_copy_that_grew_is_the_base_of_the_update(tmp_path):
+    tensors = llama_tensors(head=False)
+    base = save_checkpoint(tmp_path / "base", tensors, 2, {**TIED, "vocab_size": 32})
+    emb = site("model.embed_tokens", (35, 16), kind="embedding", transposed=True)
+    copy = torch.cat([tensors["model.embed_tokens.weight"], torch.randn(3, 16).bfloat16()])
+    state = replace(adapter(emb), base_copies={"model.embed_tokens.weight": copy})
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    grown = tensors | {"model.embed_tokens.weight": copy, "lm_head.weight": copy.clone()}
+    assert_equal_to_dense(
+        load_checkpoint(tmp_path / "out"), dense(grown, (state, 1.0)), {"model.embed_tokens.weight"}
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["vocab_size"], config["tie_word_embeddings"]) == (35, False)
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_mode_of_the_umask(tmp_path, umask):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
+    before = os.umask(umask)
+    try:
+        merge_checkpoint(base, [Part(llama_adapter(tensors))], tmp_path / "out")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path.name
+
+
+def test_progress_reaches_the_total_and_never_falls(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 3, LLAMA)
+    seen = []
+    merge_checkpoint(
+        base,
+        [Part(llama_adapter(tensors))],
+        tmp_path / "out",
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len({total for _, total in seen}) == 1
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_report_is_plain_data(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
+    report = merge_checkpoint(base, [Part(llama_adapter(tensors))], tmp_path / "out")
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["complete"] is True
+    assert data["n_tensors"] == len(tensors)
+    assert len(data["tensors"]) == 6
+    assert data["peak_memory_bytes"] > 1 << 20
+
+
+def test_checkpoint_of_any_module_without_config(tmp_path):
+    tensors = {"0.weight": torch.randn(8, 4), "2.weight": torch.randn(3, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(site("0", (8, 4)), site("2", (3, 8)))
+    merge_checkpoint(base / "model.safetensors", [Part(state)], tmp_path / "out")
+    assert_equal_to_dense(
+        load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), set(tensors)
+    )

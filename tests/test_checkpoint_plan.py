@@ -1,0 +1,406 @@
+"""Where adapters land: names, shapes, orientation, experts, quantised bases, nothing left over."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_checkpoint_helpers import (
+    LLAMA,
+    adapter,
+    assert_equal_to_dense,
+    dense,
+    llama_adapter,
+    llama_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    site,
+)
+
+from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, plan_merge
+from lora_inject.errors import CheckpointError
+from lora_inject.functional import dense_delta
+from lora_inject.sites import Slices
+from lora_inject.state import AdapterState, SiteState
+
+
+def renamed(state, rename):
+    """The same adapter under other names."""
+    sites = {}
+    for s in state.sites.values():
+        weight = rename(s.spec.weight or s.spec.name + ".weight")
+        spec = replace(s.spec, name=weight.removesuffix(".weight"), weight=weight)
+        sites[spec.name] = replace(s, spec=spec)
+    return replace(state, sites=sites)
+
+
+RENAMES = {
+    "same": lambda n: n,
+    "without model.": lambda n: n.removeprefix("model."),
+    "with model.": lambda n: "model." + n,
+    "vlm runtime names": lambda n: n.replace("model.", "model.language_model.", 1),
+}
+
+
+@pytest.mark.parametrize("case", RENAMES)
+def test_one_prefix_rule_places_the_whole_adapter(tmp_path, case):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
+    state = llama_adapter(tensors)
+    other = renamed(state, RENAMES[case])
+    merge_checkpoint(base, [Part(other)], tmp_path / "out")
+    touched = {n + ".weight" for n in state.sites}
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), touched)
+
+
+VLM = {
+    "llava": (
+        lambda n: n.replace("model.", "language_model.model.", 1).replace(
+            "lm_head", "language_model.lm_head"
+        ),
+        lambda n: n.replace("model.", "model.language_model.", 1),
+    ),
+    "llava, old adapter on new file": (
+        lambda n: n.replace("model.", "model.language_model.", 1),
+        lambda n: n.replace("model.", "language_model.model.", 1).replace(
+            "lm_head", "language_model.lm_head"
+        ),
+    ),
+    "qwen-vl": (lambda n: n, lambda n: n.replace("model.", "model.language_model.", 1)),
+    "text adapter on llava file": (
+        lambda n: n.replace("model.", "language_model.model.", 1).replace(
+            "lm_head", "language_model.lm_head"
+        ),
+        lambda n: n,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", VLM)
+def test_vision_language_renames_both_ways(tmp_path, case):
+    in_file, in_adapter = VLM[case]
+    tensors = llama_tensors()
+    filed = {in_file(n): t for n, t in tensors.items()}
+    base = save_checkpoint(tmp_path / "base", filed, 1, {"model_type": "llava"})
+    state = llama_adapter(tensors, leaves=("q_proj", "lm_head"))
+    merge_checkpoint(base, [Part(renamed(state, in_adapter))], tmp_path / "out")
+    wanted = {in_file(n): t for n, t in dense(tensors, (state, 1.0)).items()}
+    touched = {in_file(n + ".weight") for n in state.sites}
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, touched)
+
+
+def test_what_has_no_place_is_listed_and_nothing_is_written(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
+    state = llama_adapter(tensors)
+    stray = site("model.layers.7.self_attn.q_proj", (16, 16))
+    state = replace(state, sites={**state.sites, stray.spec.name: stray})
+    with pytest.raises(CheckpointError) as error:
+        merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    assert "1 of 7 tensors have no place" in str(error.value)
+    assert "model.layers.7.self_attn.q_proj.weight" in str(error.value)
+    assert "Nearest names" in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_shape_is_named_with_both_shapes(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
+    state = adapter(site("model.layers.0.mlp.up_proj", (24, 12)))
+    with pytest.raises(CheckpointError, match=r"\[24, 16\].*\[24, 12\]"):
+        plan_merge(base, [Part(state)])
+
+
+def test_two_rules_that_fit_are_an_error(tmp_path):
+    w = torch.zeros(4, 4)
+    base = save_checkpoint(tmp_path / "base", {"text.q.weight": w, "vision.q.weight": w.clone()})
+    with pytest.raises(CheckpointError, match=r"several ways.*'text\.'.*'vision\.'"):
+        plan_merge(base, [Part(adapter(site("q", (4, 4))))])
+
+
+def test_the_exact_name_wins_over_a_prefix(tmp_path):
+    w = torch.zeros(4, 4)
+    base = save_checkpoint(tmp_path / "base", {"q.weight": w, "vision.q.weight": w.clone()})
+    plan = plan_merge(base, [Part(adapter(site("q", (4, 4))))])
+    assert [job.name for job in plan.jobs] == ["q.weight"]
+
+
+# Orientation ------------------------------------------------------------------------------------
+
+
+def test_orientation_follows_the_shape(tmp_path):
+    tensors = {"h.0.attn.c_attn.weight": torch.randn(8, 24), "h.0.fc.weight": torch.randn(6, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    # As a reader of a foreign file assumes: everything is (out, in).
+    state = adapter(site("h.0.attn.c_attn", (24, 8)), site("h.0.fc", (6, 8)))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    found = load_checkpoint(tmp_path / "out")
+    s = state.sites["h.0.attn.c_attn"]
+    wanted = tensors["h.0.attn.c_attn.weight"] + s.scale * (s.B @ s.A).T
+    assert torch.allclose(found["h.0.attn.c_attn.weight"], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_square_matrix_follows_what_the_adapter_says(tmp_path, said):
+    tensors = {"fc.weight": torch.randn(8, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(site("fc", (8, 8), transposed=said, kind="conv1d" if said else "linear"))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    found = load_checkpoint(tmp_path / "out")["fc.weight"]
+    s = state.sites["fc"]
+    delta = s.scale * s.B @ s.A
+    assert torch.allclose(found, tensors["fc.weight"] + (delta.T if said else delta), atol=1e-5)
+
+
+def test_square_conv1d_of_gpt2_is_known_by_its_config(tmp_path):
+    tensors = {"h.0.attn.c_proj.weight": torch.randn(8, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors, 1, {"model_type": "gpt2"})
+    state = adapter(site("h.0.attn.c_proj", (8, 8)))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    s = state.sites["h.0.attn.c_proj"]
+    wanted = tensors["h.0.attn.c_proj.weight"] + s.scale * (s.B @ s.A).T
+    found = load_checkpoint(tmp_path / "out")["h.0.attn.c_proj.weight"]
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_square_matrix_of_an_adapter_that_is_wrong_elsewhere_is_refused(tmp_path, order):
+    tensors = {"a.weight": torch.randn(8, 24), "b.weight": torch.randn(8, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    sites = [site("a", (24, 8)), site("b", (8, 8))][::order]
+    with pytest.raises(CheckpointError, match=r"square.*orientation of 'a'"):
+        plan_merge(base, [Part(adapter(*sites))])
+
+
+def test_convolution(tmp_path):
+    tensors = {"patch.weight": torch.randn(6, 3, 4, 4)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(site("patch", (6, 3, 4, 4), kind="conv"))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    s = state.sites["patch"]
+    wanted = tensors["patch.weight"] + dense_delta(s.spec, s.A, s.B, torch.float32)
+    assert torch.allclose(load_checkpoint(tmp_path / "out")["patch.weight"], wanted, atol=1e-5)
+
+
+def test_slices_leave_the_other_rows_bit_identical(tmp_path):
+    tensors = {
+        "c_attn.weight": torch.randn(8, 24).bfloat16(),
+        "qkv.weight": torch.randn(24, 8).bfloat16(),
+    }
+    base = save_checkpoint(tmp_path / "base", tensors)
+    parts = Slices((("q", 8), ("k", 8), ("v", 8)), ("q", "v"))
+    state = adapter(
+        site("c_attn", (8, 24), transposed=True, kind="conv1d", slices=parts),
+        site("qkv", (24, 8), slices=parts),
+    )
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    found = load_checkpoint(tmp_path / "out")
+    assert torch.equal(found["c_attn.weight"][:, 8:16], tensors["c_attn.weight"][:, 8:16])
+    assert torch.equal(found["qkv.weight"][8:16], tensors["qkv.weight"][8:16])
+    assert_equal_to_dense(found, dense(tensors, (state, 1.0)), set(tensors))
+
+
+def test_frozen_start_of_derived_inits_is_subtracted(tmp_path):
+    tensors = {"q.weight": torch.randn(6, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    s, start = site("q", (6, 8), seed=1), site("q", (6, 8), seed=2)
+    state = adapter(SiteState(s.spec, s.A, s.B, start.A, start.B))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    wanted = tensors["q.weight"] + s.scale * (s.B @ s.A - start.B @ start.A)
+    assert torch.allclose(load_checkpoint(tmp_path / "out")["q.weight"], wanted, atol=1e-5)
+
+
+# Experts ----------------------------------------------------------------------------------------
+
+E, I, H = 3, 6, 8  # noqa: E741
+FUSED = {"gate_up_proj": (E, 2 * I, H), "down_proj": (E, H, I)}
+FILES = {
+    "qwen": ("model.layers.0.mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    "mixtral": ("model.layers.0.block_sparse_moe.experts", ("w1", "w3", "w2")),
+}
+
+
+def separate(family, fused):
+    """The per-expert tensors of a file, from the stacks that the class runs."""
+    where, (gate, up, down) = FILES[family]
+    out = {}
+    for e in range(E):
+        out[f"{where}.{e}.{gate}.weight"] = fused["gate_up_proj"][e, :I].clone()
+        out[f"{where}.{e}.{up}.weight"] = fused["gate_up_proj"][e, I:].clone()
+        out[f"{where}.{e}.{down}.weight"] = fused["down_proj"][e].clone()
+    return out
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("family", FILES)
+@pytest.mark.parametrize("old", [False, True])
+def test_stacked_experts_are_cut_into_the_tensors_of_the_file(tmp_path, family, shards, old):
+    fused = {name: torch.randn(shape).bfloat16() for name, shape in FUSED.items()}
+    tensors = separate(family, fused)
+    router = "model.layers.0.mlp.gate.weight"
+    in_file = router if family == "qwen" else "model.layers.0.block_sparse_moe.gate.weight"
+    tensors[in_file] = torch.randn(E, H).bfloat16()
+    base = save_checkpoint(tmp_path / "base", tensors, shards, {"model_type": family})
+    sites = [
+        site(f"model.layers.0.mlp.experts.{n}", shape, experts=E, transposed=old)
+        for n, shape in FUSED.items()
+    ]
+    gate = site("model.layers.0.mlp.gate", (E, H))
+    merge_checkpoint(base, [Part(adapter(*sites, gate))], tmp_path / "out")
+    merged = {
+        s.spec.name.rpartition(".")[2]: (
+            fused[s.spec.name.rpartition(".")[2]].double() + dense_delta(s.spec, s.A, s.B)
+        ).bfloat16()
+        for s in sites
+    }
+    wanted = separate(family, merged)
+    wanted[in_file] = (
+        tensors[in_file].double() + dense_delta(gate.spec, gate.A, gate.B)
+    ).bfloat16()
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set(wanted))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stacked_experts_in_a_stacked_file(tmp_path, transposed):
+    shape = (E, H, 2 * I) if transposed else (E, 2 * I, H)
+    tensors = {"mlp.experts.gate_up_proj": torch.randn(shape).bfloat16()}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(site("mlp.experts.gate_up_proj", shape, experts=E, transposed=transposed))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    assert_equal_to_dense(
+        load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), set(tensors)
+    )
+
+
+@pytest.mark.parametrize("family", FILES)
+def test_per_expert_adapter_on_a_stacked_file(tmp_path, family):
+    fused = {name: torch.randn(shape).bfloat16() for name, shape in FUSED.items()}
+    tensors = {f"model.layers.0.mlp.experts.{n}": t for n, t in fused.items()}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    where, (gate, up, down) = FILES[family]
+    sites = [
+        site(f"{where}.1.{gate}", (I, H)),
+        site(f"{where}.2.{up}", (I, H)),
+        site(f"{where}.2.{down}", (H, I)),
+    ]
+    merge_checkpoint(base, [Part(adapter(*sites))], tmp_path / "out")
+    wanted = {n: t.double() for n, t in tensors.items()}
+    for s, rows in zip(
+        sites, ((1, slice(0, I)), (2, slice(I, 2 * I)), (2, slice(0, H))), strict=True
+    ):
+        name = "down_proj" if s is sites[2] else "gate_up_proj"
+        wanted[f"model.layers.0.mlp.experts.{name}"][rows] += dense_delta(s.spec, s.A, s.B)
+    wanted = {n: t.bfloat16() for n, t in wanted.items()}
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set(wanted))
+
+
+def test_missing_expert_is_named(tmp_path):
+    fused = {name: torch.randn(shape) for name, shape in FUSED.items()}
+    tensors = separate("qwen", fused)
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight"]
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(
+        site("model.layers.0.mlp.experts.gate_up_proj", FUSED["gate_up_proj"], experts=E)
+    )
+    with pytest.raises(CheckpointError, match=r"experts\.2\.up_proj\.weight"):
+        plan_merge(base, [Part(state)])
+
+
+# Refusals ---------------------------------------------------------------------------------------
+
+QUANTISED = {
+    "bitsandbytes": {
+        "q.weight": torch.zeros(32, 1, dtype=torch.uint8),
+        "q.weight.absmax": torch.zeros(2),
+        "q.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8),
+    },
+    "GPTQ": {
+        "q.qweight": torch.zeros(1, 8, dtype=torch.int32),
+        "q.scales": torch.zeros(1, 8),
+        "q.qzeros": torch.zeros(1, 1, dtype=torch.int32),
+    },
+    "fp8 with block scales": {
+        "q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn),
+        "q.weight_scale_inv": torch.ones(1, 1),
+    },
+    "MXFP4": {
+        "q.weight_blocks": torch.zeros(8, 1, 4, dtype=torch.uint8),
+        "q.weight_scales": torch.zeros(8, 1, dtype=torch.uint8),
+    },
+    "fp8": {"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn)},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_base_is_recognised_and_the_way_out_is_named(tmp_path, method):
+    base = save_checkpoint(tmp_path / "base", QUANTISED[method])
+    with pytest.raises(CheckpointError, match=rf"quantised: {method}.*16-bit checkpoint"):
+        plan_merge(base, [Part(adapter(site("q", (8, 8))))])
+
+
+def test_float_layers_of_a_quantised_base_merge(tmp_path):
+    tensors = {**QUANTISED["GPTQ"], "lm_head.weight": torch.randn(8, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(site("lm_head", (8, 8)))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    found = load_checkpoint(tmp_path / "out")
+    assert torch.equal(found["q.qweight"], tensors["q.qweight"])
+    assert_equal_to_dense(found, dense(tensors, (state, 1.0)), {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("where", ["A", "B", "trained"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_adapter_is_refused_by_name(tmp_path, where, value):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
+    state = llama_adapter(tensors, leaves=("q_proj",))
+    if where == "trained":
+        state = replace(state, trained={"model.norm.weight": torch.full((16,), value)})
+        name = "model.norm.weight"
+    else:
+        name = "model.layers.1.self_attn.q_proj"
+        getattr(state.sites[name], where)[0, 0] = value
+    with pytest.raises(CheckpointError, match=rf"'{name}.*NaN or Inf"):
+        plan_merge(base, [Part(state)])
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        ([], "no adapter"),
+        ([Part(AdapterState({}))], "holds no tensors"),
+        ([Part(adapter(site("q", (4, 4))), 0.0)], "weight is 0"),
+        ([Part(adapter(site("q", (4, 4))), float("nan"))], "weight is nan"),
+    ],
+)
+def test_nothing_to_merge_is_refused(tmp_path, parts, found):
+    base = save_checkpoint(tmp_path / "base", {"q.weight": torch.zeros(4, 4)})
+    with pytest.raises(CheckpointError, match=found):
+        plan_merge(base, parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"dtype": "int8"}, "int8"),
+        ({"min_kept": 2.0}, "not a share"),
+        ({"min_kept": float("nan")}, "not a share"),
+        ({"on_lost": "shrug"}, "shrug"),
+        ({"workers": 0}, "0 workers"),
+    ],
+)
+def test_impossible_options_are_refused(options, found):
+    with pytest.raises(CheckpointError, match=found):
+        MergeOptions(**options)
+
+
+def test_plan_says_what_will_happen(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 3, LLAMA)
+    plan = plan_merge(base, [Part(llama_adapter(tensors), label="sql")]).to_dict()
+    assert plan["output_bytes"] == plan["base_bytes"]
+    assert sum(shard["merged"] for shard in plan["shards"]) == 6 == len(plan["tensors"])
+    assert all(shard["same_layout"] for shard in plan["shards"])
+    assert plan["adapters"] == [
+        {"label": "sql", "weight": 1.0, "sites": 6, "names": "names as they are"}
+    ]
+    assert plan["index"] == "kept"

@@ -1,0 +1,336 @@
+"""Large, strange and hostile: 671B parameters, float8, fingerprints, Ctrl-C, lean imports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_checkpoint_helpers import (
+    LLAMA,
+    adapter,
+    assert_equal_to_dense,
+    dense,
+    llama_adapter,
+    llama_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    site,
+)
+
+from lora_inject.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    Part,
+    Ranks,
+    load_part,
+    merge_checkpoint,
+    plan_merge,
+    verify_checkpoint,
+)
+from lora_inject.checkpoint.journal import STAGING
+from lora_inject.checkpoint.safetensors_file import build_header, read_header
+from lora_inject.errors import CheckpointError, LoraInjectError
+from lora_inject.formats import sample
+from lora_inject.state import Fingerprint
+
+# Float8 -----------------------------------------------------------------------------------------
+
+
+def quantised(w, block):
+    """Quantise by blocks as DeepSeek's checkpoints are; returns the two tensors."""
+    rows, cols = (-(-size // b) for size, b in zip(w.shape, block, strict=True))
+    values, scales = torch.empty_like(w), torch.empty(rows, cols)
+    for i in range(rows):
+        for j in range(cols):
+            at = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
+            scales[i, j] = w[at].abs().max() / 448
+            values[at] = w[at] / scales[i, j]
+    return values.to(torch.float8_e4m3fn), scales
+
+
+def dequantised(q, s, block):
+    full = s.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return q.float() * full[: q.shape[0], : q.shape[1]]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("block", [(128, 128), (8, 16)])
+def test_float8_base_is_dequantised_on_request(tmp_path, shards, block):
+    plain = {n: torch.randn(300, 200) if block[0] == 128 else torch.randn(20, 40) for n in "qv"}
+    tensors, wanted = {"norm.weight": torch.ones(8).bfloat16()}, {}
+    for n, w in plain.items():
+        q, s = quantised(w, block)
+        tensors |= {f"{n}.weight": q, f"{n}.weight_scale_inv": s}
+        wanted[f"{n}.weight"] = dequantised(q, s, block)
+    quantisation = {"quant_method": "fp8", "weight_block_size": list(block)}
+    config = {**LLAMA, "quantization_config": quantisation}
+    base = save_checkpoint(tmp_path / "base", tensors, shards, config)
+    state = adapter(site("q", tuple(plain["q"].shape), size=0.1))
+    with pytest.raises(CheckpointError, match=r"fp8 with block scales.*dequantise"):
+        plan_merge(base, [Part(state)])
+    options = MergeOptions(dequantise=True)
+    merge_checkpoint(base, [Part(state)], tmp_path / "out", options)
+    wanted = {n: t.bfloat16() for n, t in dense(wanted, (state, 1.0)).items()}
+    wanted["norm.weight"] = tensors["norm.weight"]
+    found = load_checkpoint(tmp_path / "out")
+    assert_equal_to_dense(found, wanted, {"q.weight", "v.weight"})
+    assert torch.equal(found["v.weight"], wanted["v.weight"])
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    Checkpoint.open(tmp_path / "out")  # the index agrees with the files
+    assert verify_checkpoint(base, [Part(state)], tmp_path / "out", options).problems == ()
+
+
+def test_float8_without_scales_is_refused(tmp_path):
+    tensors = {"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "v.weight": torch.zeros(8, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    with pytest.raises(CheckpointError, match="without block scales"):
+        plan_merge(base, [Part(adapter(site("v", (8, 8))))], MergeOptions(dequantise=True))
+
+
+# Fingerprints -----------------------------------------------------------------------------------
+
+
+def with_fingerprint(state, tensors):
+    names = [n + ".weight" for n in state.sites]
+    shapes = {n: tuple(tensors[n].shape) for n in names}
+    return replace(state, fingerprint=Fingerprint(shapes, {n: sample(tensors[n]) for n in names}))
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_another_base_of_the_same_shape_is_refused(tmp_path, prefix):
+    tensors, other = llama_tensors(seed=0), llama_tensors(seed=1)
+    state = with_fingerprint(llama_adapter(tensors), tensors)
+
+    def filed(t):
+        return {n.removeprefix(prefix): v for n, v in t.items()}
+
+    base = save_checkpoint(tmp_path / "base", filed(other), 1, LLAMA)
+    with pytest.raises(CheckpointError, match=r"another base: 6 of 6 weights differ.*any_base"):
+        plan_merge(base, [Part(state)])
+    plan_merge(base, [Part(state)], MergeOptions(any_base=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_same_base_in_another_dtype_is_not(tmp_path, dtype):
+    tensors = llama_tensors(dtype=torch.float32)
+    state = with_fingerprint(llama_adapter(tensors), tensors)
+    cast = {n: t.to(dtype) for n, t in tensors.items()}
+    plan_merge(save_checkpoint(tmp_path / "base", cast, 1, LLAMA), [Part(state)])
+
+
+# 671 billion parameters -------------------------------------------------------------------------
+
+
+def deepseek_v3():
+    """Names and shapes of DeepSeek-V3's checkpoint, in bfloat16, layer by layer."""
+    h, dense_inner, inner, experts = 7168, 18432, 2048, 256
+    yield "model.embed_tokens.weight", (129280, h)
+    for i in range(61):
+        p = f"model.layers.{i}."
+        yield p + "self_attn.q_a_proj.weight", (1536, h)
+        yield p + "self_attn.q_a_layernorm.weight", (1536,)
+        yield p + "self_attn.q_b_proj.weight", (24576, 1536)
+        yield p + "self_attn.kv_a_proj_with_mqa.weight", (576, h)
+        yield p + "self_attn.kv_b_proj.weight", (32768, 512)
+        yield p + "self_attn.o_proj.weight", (h, 16384)
+        width = dense_inner if i < 3 else inner
+        where = ["mlp."] if i < 3 else ["mlp.shared_experts."]
+        where += [] if i < 3 else [f"mlp.experts.{e}." for e in range(experts)]
+        for w in where:
+            yield p + w + "gate_proj.weight", (width, h)
+            yield p + w + "up_proj.weight", (width, h)
+            yield p + w + "down_proj.weight", (h, width)
+        if i >= 3:
+            yield p + "mlp.gate.weight", (experts, h)
+    yield "lm_head.weight", (129280, h)
+    yield "model.norm.weight", (h,)
+
+
+def save_sparse(folder, limit=8 << 30):
+    """Write real headers and no data: files full of holes."""
+    folder.mkdir()
+    shards, room = [[]], limit
+    for name, shape in deepseek_v3():
+        size = 2 * torch.Size(shape).numel()
+        if size > room or name == "lm_head.weight":
+            shards.append([])
+            room = limit
+        shards[-1].append((name, "BF16", shape))
+        room -= size
+    weight_map = {}
+    for k, rows in enumerate(shards):
+        file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
+        header = build_header(rows, {"format": "pt"})
+        with (folder / file).open("wb") as out:
+            out.write(header.raw)
+            out.truncate(header.size_bytes)
+        weight_map |= dict.fromkeys((name for name, _, _ in rows), file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return len(shards)
+
+
+@pytest.mark.slow
+def test_671b_parameters_are_planned_in_seconds_and_a_shard_is_merged(tmp_path):
+    n_shards = save_sparse(tmp_path / "base")
+    sites = [
+        site(f"model.layers.{i}.self_attn.{leaf}", shape, rank=1)
+        for i in range(61)
+        for leaf, shape in (("q_a_proj", (1536, 7168)), ("o_proj", (7168, 16384)))
+    ]
+    sites.append(
+        site("model.layers.9.mlp.experts.down_proj", (256, 7168, 2048), rank=1, experts=256)
+    )
+    sites.append(site("lm_head", (129280, 7168), rank=1))
+    part = Part(adapter(*sites))
+    began = time.monotonic()
+    plan = plan_merge(tmp_path / "base", [part])
+    seconds = time.monotonic() - began
+    print(
+        f"{plan.n_bytes / 1e12:.2f} TB, {sum(len(s.header.tensors) for s in plan.shards)} tensors"
+    )
+    print(f"in {n_shards} shards planned in {seconds:.1f} s, {len(plan.jobs)} tensors to merge")
+    assert plan.n_bytes > 1.3e12
+    assert len(plan.jobs) == 122 + 256 + 1
+    assert seconds < 30
+    # The last shard (head and norm, 1.9 GB) is the smallest: the rank that gets it alone.
+    world = Ranks(0, n_shards)
+    ranks = [replace(world, rank=r) for r in range(n_shards)]
+    sizes = [(s.name, s.header.size_bytes) for s in plan.shards]
+    mine = next(r for r in ranks if r.mine(sizes) == [plan.shards[-1].name])
+    report = merge_checkpoint(plan.base, [part], tmp_path / "out", ranks=mine)
+    assert not report.complete
+    (head,) = report.tensors
+    assert head.name == "lm_head.weight"
+    path = tmp_path / "out" / STAGING / plan.shards[-1].name
+    entry = read_header(path).tensors["lm_head.weight"]
+    s, rows = sites[-1], 50
+    with path.open("rb") as file:
+        file.seek(entry.start + 2 * 7168 * 1000)
+        data = bytearray(file.read(2 * 7168 * rows))
+    found = torch.frombuffer(data, dtype=torch.bfloat16).view(rows, 7168)
+    wanted = (s.scale * s.B[1000 : 1000 + rows].double() @ s.A.double()).bfloat16()
+    assert torch.allclose(found.float(), wanted.float(), rtol=2**-7)
+
+
+# Processes --------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+import sys
+sys.path[:0] = {path!r}
+from test_checkpoint_helpers import llama_adapter, load_checkpoint
+from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint
+part = Part(llama_adapter(load_checkpoint(sys.argv[1])))
+def progress(done, total):
+    print("writing", flush=True)
+while True:
+    try:
+        merge_checkpoint(sys.argv[1], [part], sys.argv[2], MergeOptions(workers=2), progress)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+        break
+    import shutil
+    shutil.rmtree(sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path):
+    tensors = llama_tensors(layers=4, hidden=512, inner=2048, vocab=2048)
+    base = save_checkpoint(tmp_path / "base", tensors, 4, LLAMA)
+    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    command = [
+        sys.executable,
+        "-c",
+        INTERRUPTED.format(path=path),
+        str(base),
+        str(tmp_path / "out"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(30):
+            process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        said = process.stdout.read().split()
+    assert process.returncode == 0
+    assert said[-1] == "stopped"
+    out = tmp_path / "out"
+    assert not out.exists() or not list(out.rglob("*.partial"))
+    assert not (out / "config.json").exists()
+    part = Part(llama_adapter(tensors))
+    merge_checkpoint(base, [part], out)
+    assert verify_checkpoint(base, [part], out).problems == ()
+
+
+def test_merging_imports_no_model_library():
+    code = (
+        "import sys, lora_inject.checkpoint\n"
+        "def found(): return {'transformers', 'peft', 'accelerate', 'gguf'} & sys.modules.keys()\n"
+        "assert not found(), found()\n"
+        "sys.modules['peft'] = sys\n"
+        "assert found()  # the check can fail\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+# Hostile adapters -------------------------------------------------------------------------------
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.floats() | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+    ),
+)
+KEYS = [
+    "r",
+    "lora_alpha",
+    "peft_type",
+    "bias",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "fan_in_fan_out",
+    "peft_version",
+    "trainable_token_indices",
+    "init_lora_weights",
+    "target_modules",
+]
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(changes=st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=3))
+def test_any_adapter_config_is_merged_or_refused(tmp_path_factory, changes):
+    """No traceback but ours, whatever adapter_config.json says."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("fuzz")
+    base = save_checkpoint(folder / "base", {"q.weight": torch.zeros(4, 4)})
+    (folder / "adapter").mkdir()
+    tensors = {
+        "base_model.model.q.lora_A.weight": torch.ones(2, 4),
+        "base_model.model.q.lora_B.weight": torch.ones(4, 2),
+    }
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"], **changes}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    try:
+        checkpoint = Checkpoint.open(base)
+        merge_checkpoint(checkpoint, [load_part(folder / "adapter", checkpoint)], folder / "out")
+    except LoraInjectError:
+        assert not (folder / "out").exists()

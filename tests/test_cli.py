@@ -1,0 +1,676 @@
+"""The command line: what each command prints, where, and with which exit code.
+
+One idea: numbers are compared with a dense float64 reference made here from the files themselves,
+never with what the package says elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lora_inject as li
+from lora_inject.cli import app, show
+from lora_inject.formats import read_adapter, write_adapter
+
+CONFIG = """\
+rank: 2
+alpha: 4
+targets:
+  - match: 'attn\\.c_attn'
+    slices: [q, k, v]
+    adapt: [q, v]
+  - 'mlp\\.c_fc'
+"""
+TINY = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 40}
+TINY |= {"bos_token_id": 0, "eos_token_id": 0}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., Ran]:
+    def run(*args: object) -> Ran:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            app([str(arg) for arg in args], prog_name="lora-inject")
+        assert left.value.code is None or isinstance(left.value.code, int)
+        return Ran(left.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def write_config(folder: Path, text: str = CONFIG) -> Path:
+    path = folder / "lora.yaml"
+    path.write_text(text)
+    return path
+
+
+def tiny_gpt2(dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**TINY)).to(dtype).eval()
+
+
+def add_adapter(model: torch.nn.Module, config: str, name: str, std: float) -> None:
+    li.inject(model, li.Config.from_text(config), name)
+    for parameter in li.adapter_parameters(model, name).values():
+        torch.nn.init.normal_(parameter, std=std)
+
+
+@dataclass(frozen=True)
+class Files:
+    """A base, two adapters of it, and a config, on disk."""
+
+    base: Path
+    sharded: Path
+    bf16: Path
+    one: Path
+    two: Path
+    config: Path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Files:
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_gpt2()
+    model.save_pretrained(folder / "base")
+    model.save_pretrained(folder / "sharded", max_shard_size="8KB")
+    tiny_gpt2(torch.bfloat16).save_pretrained(folder / "bf16")
+    add_adapter(model, CONFIG, "one", 0.2)
+    add_adapter(model, "{rank: 1, alpha: 3, scaling: rslora, targets: ['c_fc']}", "two", 0.1)
+    li.save_adapter(model, folder / "one", "one")
+    li.save_adapter(model, folder / "two", "two")
+    config = write_config(folder)
+    names = ("base", "sharded", "bf16", "one", "two")
+    return Files(*(folder / name for name in names), config)
+
+
+def dense(adapter: Path) -> dict[str, torch.Tensor]:
+    """Delta of each weight, float64, from the A and B of a PEFT folder (rank and alpha by hand)."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    rank_of_file = {"one": {"c_attn": 4, "c_fc": 2}, "two": {"c_fc": 1}}[adapter.name]
+    scale = {"one": 2.0, "two": 3.0}[adapter.name]
+    deltas = {}
+    for key, A in tensors.items():
+        if ".lora_A." not in key:
+            continue
+        B = tensors[key.replace(".lora_A.", ".lora_B.")]
+        name = key.removeprefix("base_model.model.").split(".lora_A")[0]
+        assert A.shape[0] == rank_of_file[name.rpartition(".")[2]]
+        deltas[f"{name}.weight"] = scale * (B.double() @ A.double()).T  # Conv1D: (in, out)
+    return deltas
+
+
+# --------------------------------------------------------------------------------------------- plan
+
+
+def test_plan_prints_the_table(run, files):
+    found = run("plan", files.config, files.base)
+    assert found.code == 0
+    assert found.err == "planned on GPT2LMHeadModel, built from its config.json\n"
+    assert found.out.splitlines() == [
+        r"rule 1 'attn\.c_attn': rank 2, scale 4/2, kaiming",
+        "  transformer.h.{0..1}.attn.c_attn  x2  conv1d  16 -> 48 [q, v]  128 each  256",
+        r"rule 2 'mlp\.c_fc': rank 2, scale 4/2, kaiming",
+        "  transformer.h.{0..1}.mlp.c_fc  x2  conv1d  16 -> 64  160 each  320",
+        "4 sites: 576 in A and B = 576 trainable, 7.83 % of 7,360; 0.0 MB in float32",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "keys"),
+    [
+        ("base", ()),
+        ("base/config.json", ()),
+        ("base", ("--keys",)),
+        ("base/config.json", ("--keys",)),
+        ("base/model.safetensors", ()),
+        ("sharded", ("--keys",)),
+        ("sharded/model.safetensors.index.json", ()),
+    ],
+)
+def test_plan_finds_the_same_sites_whatever_it_plans_on(run, files, model, keys):
+    found = run("plan", files.config, files.base.parent / model, "--json", *keys)
+    assert found.code == 0
+    data = json.loads(found.out)
+    live = li.plan(tiny_gpt2(), files.config)
+    assert [(s["name"], s["kind"]) for s in data["sites"]] == [(s.name, s.kind) for s in live.sites]
+    assert data["n_lora"] == live.n_lora == 576
+    assert data["n_base"] == live.n_base
+    assert data["assumed"] is bool(keys or "model.safetensors" in model)
+
+
+def test_plan_of_gpt3_175b_takes_seconds_and_less_than_a_gigabyte(tmp_path):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    config = GPT2Config(n_layer=96, n_embd=12288, n_head=96, n_positions=2048, vocab_size=50257)
+    config.to_json_file(tmp_path / "config.json")
+    code = (
+        "import sys, time, json\n"
+        "from lora_inject.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit as left:\n    assert not left.code\n"
+        "peak = next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1]\n"
+        "print(int(peak) * 1024, time.process_time(), file=sys.stderr)\n"
+    )
+    args = [sys.executable, "-c", code, "plan", write_config(tmp_path), tmp_path, "--json"]
+    done = subprocess.run(args, capture_output=True, text=True, check=True)
+    data = json.loads(done.stdout)
+    assert data["n_sites"] == 192
+    # q and v of c_attn: 2 (12,288 + 12,288) each; c_fc: 12,288 + 49,152; times rank 2 and 96 layers
+    assert data["n_lora"] == 96 * 2 * (2 * 2 * 12288 + 5 * 12288)
+    assert data["n_base"] == 174_604_259_328  # 50,257 d + 2,048 d + 96 (12 d^2 + 13 d) + 2 d
+    peak_bytes, seconds = done.stderr.split()[-2:]
+    assert int(peak_bytes) < 10**9
+    assert float(seconds) < 30
+
+
+def test_plan_never_runs_code_of_the_model(run, files, tmp_path):
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    config = {"model_type": "hostile", "architectures": ["Hostile"]}
+    config["auto_map"] = {"AutoConfig": "evil.Hostile", "AutoModel": "evil.Hostile"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    found = run("plan", files.config, folder)
+    assert found.code == 1
+    assert not (tmp_path / "ran").exists()
+    assert "--keys" in found.err
+
+
+@pytest.mark.parametrize(
+    ("files_in_it", "words"),
+    [
+        ({}, "it holds no .safetensors weights"),
+        ({"config.json": "{"}, "transformers"),
+        ({"config.json": '{"model_type": "no_such_model"}'}, "no_such_model"),
+        ({"config.json": '{"model_type": "gpt2", "n_embd": "wide"}'}, "transformers"),
+        ({"config.json": "[1]"}, "transformers"),
+        ({"model.safetensors": "short"}, "model.safetensors"),
+    ],
+)
+def test_plan_refuses_what_is_no_model(run, files, tmp_path, files_in_it, words):
+    for name, text in files_in_it.items():
+        (tmp_path / name).write_text(text)
+    found = run("plan", files.config, tmp_path)
+    assert found.code == 1
+    assert found.out == ""
+    assert found.err.startswith("CheckpointError: ")
+    assert found.err.count("\n") == 1
+    assert words in found.err
+
+
+def test_plan_passes_the_errors_of_config_and_matching_on(run, files, tmp_path):
+    wrong = write_config(tmp_path, "rnak: 4\ntargets: [c_attn]")
+    found = run("plan", wrong, files.base)
+    expected = f"{wrong}:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?"
+    assert (found.code, found.out, found.err) == (1, "", f"ConfigError: {expected}\n")
+    found = run("plan", write_config(tmp_path, "targets: [c_atn]"), files.base)
+    assert found.code == 1
+    assert "MatchError: rule 1 ('c_atn'): matched none of" in found.err
+    assert "transformer.h.0.attn.c_attn" in found.err
+
+
+# ------------------------------------------------------------------------------------------ inspect
+
+
+def test_inspect_reports_the_norms_of_a_dense_reference(run, files):
+    found = run("inspect", files.one, "--json")
+    assert (found.code, found.err) == (0, "")
+    data = json.loads(found.out)
+    deltas = dense(files.one)
+    assert [f"{site['name']}.weight" for site in data["sites"]] == list(deltas)
+    for site in data["sites"]:
+        norm = float(deltas[f"{site['name']}.weight"].norm())
+        assert site["delta_norm"] == pytest.approx(norm, rel=1e-9)
+        assert (site["rank"], site["scale"]) == (2, 2.0)
+    assert data["n_lora"] == 576
+    assert data["n_nonfinite"] == 0
+    A = read_adapter(files.one).sites["transformer.h.0.mlp.c_fc"].A
+    fc = next(s for s in data["sites"] if s["name"] == "transformer.h.0.mlp.c_fc")
+    assert fc["A"]["norm"] == pytest.approx(float(A.double().norm()), rel=1e-12)
+    assert fc["A"]["shape"] == [2, 16]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_inspect_leaves_out_the_frozen_start(run, tmp_path, init):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    li.inject(net, {"rank": 2, "alpha": 3, "init": init, "targets": ["0"]})
+    for step in range(2):
+        found = run("inspect", li.save_adapter(net, tmp_path / f"{init}{step}"), "--json")
+        site = json.loads(found.out)["sites"][0]
+        state = li.adapter_state(net).sites["0"]
+        assert state.A0 is not None
+        delta = 1.5 * (state.B.double() @ state.A.double() - state.B0.double() @ state.A0.double())
+        # PEFT's folder holds it as one pair of rank 2 r, so cancellation is all that may differ.
+        assert site["delta_norm"] == pytest.approx(float(delta.norm()), rel=1e-6, abs=1e-6)
+        with torch.no_grad():
+            li.adapter_parameters(net)["0.lora_B"].add_(0.1)
+
+
+def test_inspect_counts_what_is_not_finite(run, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5))
+    li.inject(net, {"rank": 2, "targets": ["0"], "train": ["1"]})
+    state = li.adapter_state(net)
+    A = state.sites["0"].A.clone()
+    A[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    norm = state.trained["1.weight"].clone()
+    norm[1] = math.nan
+    broken = replace(
+        state,
+        sites={"0": replace(state.sites["0"], A=A)},
+        trained={**state.trained, "1.weight": norm},
+    )
+    path = write_adapter(broken, tmp_path / "broken.safetensors", format="native")
+    found = run("inspect", path, "--json")
+    assert found.code == 0
+    data = json.loads(found.out, parse_constant=pytest.fail)  # NaN is no JSON
+    assert data["n_nonfinite"] == 4
+    assert data["sites"][0]["A"]["n_nonfinite"] == 3
+    assert data["sites"][0]["A"]["norm"] is None
+    assert data["sites"][0]["B"]["n_nonfinite"] == 0
+    assert data["trained"]["1.weight"]["n_nonfinite"] == 1
+    table = run("inspect", path).out
+    assert "4 values are NaN or Inf" in table
+    assert table.splitlines()[1].split() == [
+        "0",
+        "linear",
+        "6",
+        "->",
+        "5",
+        "2",
+        "8",
+        "nan",
+        "0",
+        "nan",
+        "3",
+    ]
+
+
+def test_inspect_prints_one_line_a_site_and_the_totals(run, files):
+    lines = run("inspect", files.one).out.splitlines()
+    heads = ["site", "kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|", "not finite"]
+    assert lines[0].split() == " ".join(heads).split()
+    assert len(lines) == 1 + 4 + 1
+    assert lines[1].startswith("transformer.h.0.attn.c_attn  conv1d  16 -> 48 [q, v] ")
+    assert lines[-1] == "4 sites: 576 in A and B; recognises its base by 4 tensors; finite"
+
+
+def test_inspect_of_something_else(run, files, tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere", files.config, files.base):
+        found = run("inspect", path)
+        assert (found.code, found.out) == (1, "")
+        assert found.err.startswith("FormatError: ")
+    found = run("inspect", files.one, "--format", "pef")
+    assert found.code == 1
+    assert "Nearest: peft" in found.err
+
+
+def test_a_folder_that_was_edited_needs_to_be_told_what_to_believe(run, files, tmp_path):
+    folder = shutil.copytree(files.two, tmp_path / "edited")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 30}))
+    found = run("inspect", folder)
+    assert found.code == 1
+    assert "prefer=" in found.err
+    for believed, scale in (("metadata", 3.0), ("config", 30.0)):
+        data = json.loads(run("inspect", folder, "--prefer", believed, "--json").out)
+        assert {site["scale"] for site in data["sites"]} == {scale}, believed
+    merge = ("merge", files.base, folder, "--dry-run")
+    assert run(*merge).code == 1
+    assert run(*merge, "--prefer", "config").code == 0
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 3, "shiny": True}))
+    assert run("inspect", folder).code == 1
+    assert run("inspect", folder, "--allow", "shiny").code == 0
+
+
+# -------------------------------------------------------------------------------- merge and verify
+
+
+@pytest.mark.parametrize("base", ["base", "sharded"])
+@pytest.mark.parametrize(
+    ("adapters", "weights"),
+    [(("one",), ()), (("one", "two"), ()), (("one", "two"), (0.5, -0.25))],
+)
+def test_merge_adds_the_dense_deltas(run, files, tmp_path, base, adapters, weights):
+    folder = files.base.parent
+    flags = [flag for w in weights for flag in ("--weight", w)]
+    out = tmp_path / "out"
+    found = run("merge", folder / base, *(folder / a for a in adapters), "-o", out, *flags)
+    assert found.code == 0, found.err
+    wanted = {
+        k: v.double()
+        for p in (folder / base).glob("*.safetensors")
+        for k, v in load_file(p).items()
+    }
+    for name, weight in zip(adapters, weights or (1.0, 1.0), strict=False):
+        for key, delta in dense(folder / name).items():
+            wanted[key] = wanted[key] + weight * delta
+    merged = {k: v for path in out.glob("*.safetensors") for k, v in load_file(path).items()}
+    assert merged.keys() == wanted.keys()
+    for key, value in merged.items():
+        assert torch.allclose(value.double(), wanted[key], rtol=0, atol=1e-7), key
+    assert (
+        f"merged {4 if 'one' in adapters else 2} of {len(wanted)} tensors into {out}" in found.out
+    )
+
+
+def test_merge_gives_a_checkpoint_that_plain_transformers_loads(run, files, tmp_path):
+    assert run("merge", files.base, files.one, "--output", tmp_path / "out").code == 0
+    ids = torch.arange(8)[None]
+    adapted = li.load_adapter(tiny_gpt2(), files.one)
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        difference = adapted(ids).logits - merged(ids).logits
+        assert difference.abs().max() < 1e-5
+        assert (adapted(ids).logits - tiny_gpt2()(ids).logits).abs().max() > 1e-2
+
+
+def test_merge_json_is_the_report(run, files, tmp_path):
+    args = ("merge", files.bf16, files.one, "-w", 1e-3, "-o", tmp_path / "out")
+    found = run(*args, "--json", "--verify")
+    data = json.loads(found.out)
+    assert data["output"] == str(tmp_path / "out")
+    assert data["verified"] is True
+    assert {t["name"] for t in data["tensors"]} == set(dense(files.one))
+    before = load_file(files.bf16 / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for tensor in data["tensors"]:
+        D = 1e-3 * dense(files.one)[tensor["name"]]
+        moved = after[tensor["name"]].double() - before[tensor["name"]].double()
+        assert tensor["kept"] == pytest.approx(float((moved * D).sum() / (D * D).sum()), rel=1e-4)
+        assert tensor["error"] == pytest.approx(float((moved - D).norm() / D.norm()), rel=1e-4)
+
+
+def test_merge_dry_run_writes_nothing(run, files, tmp_path):
+    out = tmp_path / "out"
+    found = run("merge", files.base, files.one, "-o", out, "--dry-run")
+    assert found.code == 0
+    assert "nothing was written" in found.out
+    assert "transformer.h.1.mlp.c_fc.weight" in found.out
+    data = json.loads(run("merge", files.base, files.one, "--dry-run", "--json").out)
+    assert {t["name"] for t in data["tensors"]} == set(dense(files.one))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_refuses_where_rounding_leaves_too_little(run, files, tmp_path):
+    small = ("--weight", 1e-5)  # a delta far below half a unit in the last place of bf16
+    args = ("merge", files.bf16, files.one, *small, "--min-kept", 0.99, "-o", tmp_path / "out")
+    found = run(*args)
+    assert found.code == 1
+    assert found.err.startswith(
+        "CheckpointError: keep at least 0.99 of every delta: rounding leaves"
+    )
+    assert not (tmp_path / "out").exists()
+    found = run(*args, "--on-lost", "warn")
+    assert found.code == 0
+    assert "lost more than allowed in" in found.out
+    assert run(*args[:-1], tmp_path / "wide", "--dtype", "float32").code == 0
+
+
+def test_merge_refuses_an_adapter_of_another_model(run, files, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    li.save_adapter(li.inject(net, {"rank": 2, "targets": ["0"]}), tmp_path / "other")
+    found = run("merge", files.base, tmp_path / "other", "-o", tmp_path / "out")
+    assert (found.code, found.out) == (1, "")
+    assert found.err.startswith("CheckpointError: ")
+    assert "have no place in it" in found.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_finds_one_flipped_bit(run, files, tmp_path):
+    out = tmp_path / "out"
+    run("merge", files.base, files.one, files.two, "-w", 1, "-w", 2, "-o", out)
+    args = ("verify", files.base, files.one, files.two, out, "-w", 1, "-w", 2)
+    found = run(*args)
+    assert found.code == 0, found.out
+    assert found.out.startswith("verified: 4 tensors computed again")
+    tensors = load_file(out / "model.safetensors")
+    bits = tensors["transformer.h.1.ln_1.weight"].view(torch.int32)
+    bits[3] ^= 1
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    found = run(*args)
+    assert (found.code, found.err) == (1, "")
+    assert "NOT verified" in found.out
+    found = run(*args, "--json")
+    assert found.code == 1
+    assert any("transformer.h.1.ln_1.weight" in p or "model.safetensors" in p
+               for p in json.loads(found.out)["problems"])  # fmt: skip
+
+
+def test_verify_with_other_weights_fails(run, files, tmp_path):
+    run("merge", files.base, files.one, "-o", tmp_path / "out")
+    assert run("verify", files.base, files.one, tmp_path / "out", "-w", "1.01").code == 1
+    assert run("verify", files.base, files.one, tmp_path / "out").code == 0
+
+
+def test_merge_onto_another_base_of_the_same_shape_is_refused(run, files, tmp_path):
+    tensors = load_file(files.base / "model.safetensors")
+    other = shutil.copytree(files.base, tmp_path / "other")
+    save_file({k: v + 0.01 for k, v in tensors.items()}, other / "model.safetensors")
+    args = ("merge", other, files.one, "-o", tmp_path / "out")
+    found = run(*args)
+    assert found.code == 1
+    assert "it was made on another base: 4 of 4 weights differ" in found.err
+    assert not (tmp_path / "out").exists()
+    assert run(*args, "--any-base").code == 0
+    assert run("verify", other, files.one, tmp_path / "out", "--any-base").code == 0
+
+
+def test_extract_is_the_reverse_of_merge(run, files, tmp_path):
+    run("merge", files.base, files.two, "-o", tmp_path / "tuned")
+    args = ("extract", files.base, tmp_path / "tuned", "-o", tmp_path / "again", "--rank", 1)
+    found = run(*args)
+    assert found.code == 0, found.err
+    assert found.out.splitlines()[-1] == (
+        f"wrote {tmp_path / 'again'}: 2 sites, 0 tensors in full; 0 left behind, 26 equal to the "
+        "base's"
+    )
+    for name, site in read_adapter(tmp_path / "again").sites.items():
+        delta = site.scale * (site.B.double() @ site.A.double()).T
+        wanted = dense(files.two)[f"{name}.weight"]
+        assert float((delta - wanted).norm() / wanted.norm()) < 1e-5
+    assert run(*args).code == 1  # it is there
+    data = json.loads(run(*args, "--overwrite", "--json").out)
+    assert data["output"] == str(tmp_path / "again")
+    assert [t["energy"] for t in data["tensors"]] == pytest.approx([1, 1], abs=1e-6)
+
+
+def test_extract_lists_what_it_leaves_behind(run, files, tmp_path):
+    tensors = load_file(files.base / "model.safetensors")
+    tuned = shutil.copytree(files.base, tmp_path / "tuned")
+    tensors["transformer.ln_f.bias"] += 1
+    tensors["transformer.h.0.mlp.c_fc.weight"][0] += 1
+    save_file(tensors, tuned / "model.safetensors")
+    args = ("extract", files.base, tuned, "--energy", 0.9, "--overwrite", "-o", tmp_path / "a")
+    assert "left behind: transformer.ln_f.bias\n" in run(*args).out
+    assert "1 tensor in full; 0 left behind" in run(*args, "--full").out
+    state = read_adapter(tmp_path / "a")
+    assert torch.equal(state.trained["transformer.ln_f.bias"], tensors["transformer.ln_f.bias"])
+
+
+# ----------------------------------------------------------------- schema, exit codes, interruption
+
+
+def test_schema_is_the_schema_of_config(run):
+    found = run("schema")
+    assert found.code == 0
+    assert json.loads(found.out) == li.Config.json_schema()
+
+
+def test_version(run):
+    assert run("--version").out == f"lora-inject {li.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("nonsense",),
+        ("plan",),
+        ("plan", "a.yaml"),
+        ("plan", "a.yaml", "model", "more"),
+        ("inspect",),
+        ("inspect", "a", "--nonsense"),
+        ("merge", "base"),
+        ("merge", "base", "adapter"),
+        ("merge", "base", "adapter", "-o", "out", "--min-kept", "1.5"),
+        ("merge", "base", "adapter", "-o", "out", "--min-kept", "some"),
+        ("merge", "base", "adapter", "-o", "out", "--dtype", "int8"),
+        ("merge", "base", "adapter", "-o", "out", "--workers", "0"),
+        ("merge", "base", "adapter", "-o", "out", "--on-lost", "shrug"),
+        ("merge", "base", "one", "two", "-o", "out", "-w", "1"),
+        ("merge", "base", "one", "-o", "out", "-w", "0"),
+        ("merge", "base", "one", "-o", "out", "-w", "nan"),
+        ("verify", "base", "adapter"),
+        ("extract", "base", "tuned", "-o", "out"),
+        ("extract", "base", "tuned", "--rank", "2"),
+        ("extract", "base", "tuned", "-o", "out", "--rank", "0"),
+        ("inspect", "one.safetensors", "--prefer", "config"),
+        ("schema", "more"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(run, args):
+    found = run(*args)
+    assert found.code == 2
+    assert (found.out if not args else found.err) != ""
+
+
+def test_a_defect_is_not_taken_for_a_refusal(monkeypatch):
+    def fail() -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(li.Config, "json_schema", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        app(["schema"])
+
+
+def test_every_refusal_of_the_package_is_exit_code_1(run, monkeypatch):
+    kinds = [kind for kind in vars(li).values()
+             if isinstance(kind, type) and issubclass(kind, li.LoraInjectError)]  # fmt: skip
+    assert len(kinds) >= 7
+    for kind in kinds:
+
+        def fail(kind=kind) -> None:
+            raise kind("asked", "found", "remedy")
+
+        monkeypatch.setattr(li.Config, "json_schema", fail)
+        found = run("schema")
+        assert (found.code, found.out) == (1, "")
+        assert found.err == f"{kind.__name__}: asked: found. remedy.\n"
+
+
+def test_ctrl_c_is_exit_code_130_and_one_line(tmp_path):
+    code = (
+        "import sys, time\n"
+        "from lora_inject.cli import main\n"
+        "from lora_inject.config import Config\n"
+        "def slow():\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "Config.json_schema = slow\n"
+        "main()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, "schema"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("way", ["-m", "script"])
+def test_both_ways_to_call_it_print_errors_without_a_traceback(way):
+    script = shutil.which("lora-inject", path=str(Path(sys.executable).parent))
+    if way == "script" and script is None:
+        pytest.skip("the package is not installed here, so there is no script")
+    start = [script] if way == "script" else [sys.executable, "-m", "lora_inject"]
+    args = [*start, "inspect", "nowhere"]
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    words = "FormatError: read adapter 'nowhere': there is no such file or directory."
+    assert done.stderr.startswith(words)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "lora_inject", "schema"], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert b"Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------- how it looks
+
+
+def test_a_pipe_gets_whole_lines(run, tmp_path):
+    long = "a_rather_long_name_of_a_module_" * 4
+    net = torch.nn.ModuleDict({long: torch.nn.Linear(6, 5)})
+    li.inject(net, {"rank": 2, "targets": [long]})
+    found = run("inspect", li.save_adapter(net, tmp_path / "long"))
+    line = next(line for line in found.out.splitlines() if line.startswith(long))
+    assert line.endswith(" 0")
+    assert found.out == "".join(f"{line.rstrip()}\n" for line in found.out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (538_090_408, "538.1 MB"),
+     (1_234_567_890_123, "1,234.6 GB")],
+)  # fmt: skip
+def test_sizes(n_bytes, text):
+    assert show._size(n_bytes) == text
+
+
+def test_progress_is_silent_where_nobody_looks(capsys):
+    with show.progress_bar("merging") as update:
+        update(1, 2)
+        update(2, 2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_of_a_terminal_goes_to_stderr(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with show.progress_bar("merging") as update:
+        update(1, 2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "merging" in err
+
+
+def test_help_of_every_command_names_its_arguments(run):
+    listed = run("--help").out
+    for info in app.registered_commands:
+        assert info.callback is not None
+        name = info.callback.__name__
+        assert f" {name} " in listed
+        found = run(name, "--help")
+        assert found.code == 0
+        for argument in set(re.findall(r"\b[A-Z]{4,}\b", info.callback.__doc__ or "")) - {"JSON"}:
+            assert argument in found.out.partition("\n Usage:")[2].partition("\n")[0], argument

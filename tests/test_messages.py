@@ -1,0 +1,424 @@
+"""The wording of errors: what was asked, what was found, what to do, with names and numbers.
+
+One idea: a message is part of the interface, so a table holds it word for word, one row for each
+kind of mistake, each made the way a user would make it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lora_inject as li
+from lora_inject.checkpoint import Checkpoint, MergeOptions, Part, merge_checkpoint, plan_merge
+from lora_inject.formats import read_adapter
+
+Q = {"rank": 2, "targets": ["q_proj"]}
+ROWS: list[tuple[str, type[li.LoraInjectError], str, Callable[..., object]]] = []
+
+
+def net() -> nn.ModuleDict:
+    torch.manual_seed(0)
+
+    def layer() -> nn.ModuleDict:
+        projections = {"q_proj": nn.Linear(6, 8), "v_proj": nn.Linear(6, 4)}
+        return nn.ModuleDict({**projections, "norm": nn.LayerNorm(6)})
+
+    return nn.ModuleDict(
+        {"layers": nn.ModuleList(layer() for _ in range(2)), "head": nn.Linear(8, 3)}
+    )
+
+
+def injected() -> nn.ModuleDict:
+    return li.inject(net(), Q)
+
+
+def saved(tmp_path: Path) -> Path:
+    return li.save_adapter(injected(), tmp_path / "sql")
+
+
+def says(kind: type[li.LoraInjectError], text: str) -> Callable[..., Callable[..., object]]:
+    """Add a row: the function makes the mistake, `text` is the whole message."""
+
+    def add(mistake: Callable[..., object]) -> Callable[..., object]:
+        ROWS.append((mistake.__name__, kind, text, mistake))
+        return mistake
+
+    return add
+
+
+# ------------------------------------------------------------------------------------------- config
+
+
+@says(
+    li.ConfigError,
+    "lora.yaml:3:1 (expct): unknown key 'expct'. Did you mean 'expect'?",
+)
+def an_unknown_key(tmp_path):
+    text = "rank: 4\ntargets: [q_proj]\nexpct: {sites: 2}\n"
+    li.Config.from_text(text, source="lora.yaml")
+
+
+@says(
+    li.ConfigError,
+    "lora.yaml:1:7 (rank): 'four' is not an integer. Write a whole number.",
+)
+def a_wrong_type(tmp_path):
+    li.Config.from_text("rank: four\ntargets: [q_proj]", source="lora.yaml")
+
+
+@says(
+    li.ConfigError,
+    "lora.yaml:1:11 (targets[0].match): 'q(' is no regex: missing ), unterminated subpattern at "
+    "position 1. Patterns are Python regexes; a literal dot is '\\.'.",
+)
+def a_bad_regex(tmp_path):
+    li.Config.from_text("targets: ['q(']", source="lora.yaml")
+
+
+@says(li.ConfigError, "config (alpha): 0 is not above 0. Write a number above 0.")
+def an_impossible_value(tmp_path):
+    li.Config(alpha=0, targets=["q_proj"])
+
+
+@says(
+    li.ConfigError,
+    "lora.yaml:2:1 (rank): the key 'rank' is given twice, first in line 1. Remove one of them.",
+)
+def a_key_given_twice(tmp_path):
+    li.Config.from_text("rank: 4\nrank: 8\ntargets: [q_proj]", source="lora.yaml")
+
+
+@says(
+    li.ConfigError,
+    "lora.yaml:1:10 (targets): the tag !!python/object:os.system is not allowed. A config has "
+    "strings, numbers, lists and mappings only; remove the tag.",
+)
+def an_unsafe_tag(tmp_path):
+    li.Config.from_text("targets: !!python/object:os.system [q]", source="lora.yaml")
+
+
+# ----------------------------------------------------------------------------------------- matching
+
+
+@says(
+    li.MatchError,
+    "rule 1 ('layers\\.\\d+\\.v_prj'): matched none of 25 names. Nearest: 'layers.0.v_proj', "
+    "'layers.0.q_proj'.",
+)
+def a_rule_that_matches_nothing(tmp_path):
+    li.plan(net(), {"targets": [r"layers\.\d+\.v_prj"]})
+
+
+@says(li.MatchError, "exclude 1 ('haed'): matched none of 25 names. Nearest: 'head'.")
+def an_exclude_that_matches_nothing(tmp_path):
+    li.plan(net(), {**Q, "exclude": ["haed"]})
+
+
+@says(
+    li.MatchError,
+    "'layers.0.v_proj', hit by rule 1 ('v_proj'): rank 5 is above 4, the smaller side (6 -> 4). "
+    "Give the rule a rank of at most 4, or exclude 'layers.0.v_proj'.",
+)
+def a_rank_above_the_layer(tmp_path):
+    li.plan(net(), {"rank": 5, "targets": ["v_proj"]})
+
+
+@says(
+    li.MatchError,
+    "rule 1 ('norm'): hits only what cannot carry an adapter: 'layers.0.norm' (LayerNorm), "
+    "'layers.1.norm' (LayerNorm). Name modules or parameters that hold a matrix.",
+)
+def a_rule_that_hits_norms_only(tmp_path):
+    li.plan(net(), {"targets": ["norm"]})
+
+
+@says(
+    li.MatchError,
+    "rule 2 ('layers.0.q_proj'): all that it hits is taken by rule 1 (1). Put the narrower rule "
+    "first, or remove this one.",
+)
+def a_rule_behind_a_wider_one(tmp_path):
+    li.plan(net(), {"rank": 2, "targets": ["q_proj", "layers.0.q_proj"]})
+
+
+@says(
+    li.MatchError,
+    "'layers.0.q_proj', hit by rule 1 ('q_proj'): slices of 4 + 5 = 9, but it has 8 outputs. Give "
+    "the widths along its output.",
+)
+def slices_that_do_not_add_up(tmp_path):
+    rule = {"match": "q_proj", "slices": {"q": 4, "k": 5}, "adapt": ["q"]}
+    li.plan(net(), {"targets": [rule]})
+
+
+@says(
+    li.MatchError,
+    "expect {sites: 3}: found sites: 2 (rule 1 ('q_proj') 2 sites). Correct the rules, or the "
+    "counts.",
+)
+def an_expectation_that_is_missed(tmp_path):
+    li.plan(net(), {**Q, "expect": {"sites": 3, "lora": 56}})
+
+
+@says(
+    li.MatchError,
+    "'experts', hit by rule 1 ('experts'): nothing says which of (2, 4, 6) is the input. Give the "
+    "rule layout: out_in (Mixtral, Qwen) or in_out (GPT-OSS, Llama 4).",
+)
+def experts_without_a_layout(tmp_path):
+    model = nn.Module()
+    model.experts = nn.Parameter(torch.zeros(2, 4, 6))
+    li.plan(model, {"rank": 2, "targets": ["experts"]})
+
+
+# ------------------------------------------------------------------------------------------- layers
+
+
+@says(
+    li.LayerError,
+    "'rnn.weight_ih_l0', hit by rule 1 ('weight_ih_l0'): LSTM hands its weights to a fused kernel "
+    "in a list of its own, so that an adapted one would not be read. Adapt the layers around it.",
+)
+def a_weight_that_nobody_reads(tmp_path):
+    li.plan(nn.ModuleDict({"rnn": nn.LSTM(4, 5)}), {"rank": 2, "targets": ["weight_ih_l0"]})
+
+
+@says(
+    li.LayerError,
+    "'head', hit by rule 1 ('head'): the weight of ParametrizedLinear is parametrised, so that a "
+    "merge would write to a temporary. Call "
+    "torch.nn.utils.parametrize.remove_parametrizations first.",
+)
+def a_parametrised_weight(tmp_path):
+    model = net()
+    nn.utils.parametrizations.weight_norm(model["head"])
+    li.plan(model, {"rank": 2, "targets": ["head"]})
+
+
+@says(
+    li.LayerError,
+    "'head', hit by rule 1 ('head'): this Linear has its own forward on the instance, which would "
+    "hide the adapter. Inject before patching the module, or remove the patch.",
+)
+def a_patched_module(tmp_path):
+    model = net()
+    model["head"].forward = model["head"].forward
+    li.plan(model, {"rank": 2, "targets": ["head"]})
+
+
+@says(
+    li.LayerError,
+    "merge with min_kept=0.9: rounding would leave 0.000 of the delta of "
+    "'layers.0.q_proj.weight', and less than asked at 2 of 2 tensors. Stay unmerged, or merge in "
+    "float32.",
+)
+def a_delta_that_rounding_eats(tmp_path):
+    model = li.inject(net().bfloat16(), Q)
+    for parameter in li.adapter_parameters(model).values():
+        nn.init.normal_(parameter, std=1e-4)
+    li.merge(model, min_kept=0.9)
+
+
+@says(
+    li.LayerError,
+    "routed() with 3 rows: a Linear got an input of shape (2, 4), whose first dimension is not the "
+    "number of rows. Give one adapter for each row of the batch; for beams use repeat=n.",
+)
+def rows_that_are_not_the_batch(tmp_path):
+    model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]})
+    with li.routed(model, ["default", None, "default"]):
+        model(torch.zeros(2, 4))
+
+
+# -------------------------------------------------------------------------------------------- state
+
+
+@says(
+    li.StateError,
+    "adapter 'default': the model has one of that name. Eject it, or choose another name.",
+)
+def a_name_in_use(tmp_path):
+    li.inject(injected(), Q)
+
+
+@says(li.StateError, "activate 'sqk': the model's adapters are: 'sql'. Did you mean 'sql'?")
+def an_unknown_adapter(tmp_path):
+    li.activate(li.inject(net(), Q, "sql"), "sqk")
+
+
+@says(
+    li.StateError,
+    "merge: 'default' is merged into the weights. Call unmerge(model) first.",
+)
+def merging_twice(tmp_path):
+    model = injected()
+    li.merge(model)
+    li.merge(model)
+
+
+@says(
+    li.StateError,
+    "unmerge: the merge kept nothing to restore (undo=False). Load the base weights again.",
+)
+def unmerging_what_was_not_kept(tmp_path):
+    model = injected()
+    li.merge(model, undo=False)
+    li.unmerge(model)
+
+
+@says(li.StateError, "activate 'default': its weight is inf. Give a finite number.")
+def an_infinite_weight(tmp_path):
+    li.activate(injected(), {"default": math.inf})
+
+
+@says(
+    li.StateError,
+    "routed to 'default': it reads '0.weight' as a whole weight, which a batch shares. Route only "
+    "adapters on layers that are called, without train or bias entries.",
+)
+def routing_a_weight_mount(tmp_path):
+    model = li.inject(nn.Sequential(nn.Conv1d(4, 4, 1)), {"rank": 1, "targets": ["0"]})
+    with li.routed(model, ["default"]):
+        pass
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@says(
+    li.FormatError,
+    "read adapter 'nowhere': there is no such file or directory. Check the path.",
+)
+def an_adapter_that_is_not_there(tmp_path):
+    read_adapter("nowhere")
+
+
+@says(li.FormatError, "write adapter to 'x': there is no format 'pefd'. Nearest: peft.")
+def an_unknown_format(tmp_path):
+    li.save_adapter(injected(), "x", format="pefd")
+
+
+@says(
+    li.FormatError,
+    "load 'TMP/sql', site 'layers.0.q_proj': it maps 6 to 8 features in the file, 6 to 9 here. "
+    "Load the adapter onto the model that it was made for.",
+)
+def an_adapter_of_another_shape(tmp_path):
+    other = net()
+    other["layers"][0]["q_proj"] = nn.Linear(6, 9)
+    li.load_adapter(other, saved(tmp_path))
+
+
+@says(
+    li.FormatError,
+    "load 'TMP/sql', site 'layers.1.q_proj': the model has no such module. Nearest: "
+    "'layers.1.v_proj', 'layers.0.q_proj', 'layers.0.v_proj'. Load the adapter onto the model that "
+    "it was made for.",
+)
+def an_adapter_of_a_larger_model(tmp_path):
+    other = net()
+    del other["layers"][1]["q_proj"]
+    li.load_adapter(other, saved(tmp_path))
+
+
+@says(
+    li.FormatError,
+    "load 'TMP/sql': the adapter was made on another base: 'layers.0.q_proj.weight' 16 of 16 "
+    "sampled values differ, first NUMBER in the file and NUMBER here (1 of 2 sites differ). Load "
+    'it onto its own base, or pass base="any".',
+)
+def an_adapter_of_another_base(tmp_path):
+    other = net()
+    with torch.no_grad():
+        other["layers"][0]["q_proj"].weight.add_(0.01)
+    li.load_adapter(other, saved(tmp_path))
+
+
+@says(
+    li.FormatError,
+    "read adapter 'TMP/sql', adapter_model.safetensors: it lacks "
+    "'base_model.model.layers.0.q_proj.lora_B.weight'. The file is incomplete or was edited.",
+)
+def half_an_adapter(tmp_path):
+    path = saved(tmp_path) / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    del tensors["base_model.model.layers.0.q_proj.lora_B.weight"]
+    save_file(tensors, path, metadata)
+    read_adapter(path.parent)
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+@says(
+    li.CheckpointError,
+    "open the checkpoint 'TMP': it holds no .safetensors weights. Convert it first: load it and "
+    "call save_pretrained, which writes safetensors.",
+)
+def a_folder_without_weights(tmp_path):
+    Checkpoint.open(tmp_path)
+
+
+@says(
+    li.CheckpointError,
+    "keep at least 98 of every delta: it is not a share. Give a number from 0 to 1, such as 0.98.",
+)
+def a_share_in_percent(tmp_path):
+    MergeOptions(min_kept=98)
+
+
+@says(
+    li.CheckpointError,
+    "merge sql into 'TMP': 2 of 2 tensors have no place in it ('layers.0.q_proj.weight' is not in "
+    "the checkpoint; 'layers.1.q_proj.weight' is not in the checkpoint). Nearest names in the "
+    "checkpoint: 'other.weight'. Use the checkpoint that the adapter was trained on; nothing was "
+    "written.",
+)
+def an_adapter_of_another_checkpoint(tmp_path):
+    save_file({"other.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    plan_merge(tmp_path, [Part(li.adapter_state(injected()), label="sql")])
+
+
+@says(li.CheckpointError, "merge: no adapter was given. Name at least one.")
+def merging_nothing(tmp_path):
+    save_file({"other.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
+    merge_checkpoint(tmp_path, [], tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "mistake"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS]
+)
+def test_the_message_is_word_for_word(kind, text, mistake, tmp_path):
+    with pytest.raises(li.LoraInjectError) as raised:
+        mistake(tmp_path)
+    error = raised.value
+    assert isinstance(error, kind)
+    said = str(error).replace(str(tmp_path), "TMP")
+    if "NUMBER" in text:
+        said = re.sub(r"-?\d+\.\d+(?:e-?\d+)?", "NUMBER", said)
+    assert said == text
+    assert error.asked
+    assert error.found
+    assert not error.found.endswith(".")
+    assert error.remedy
+    assert error.args == (error.asked, error.found, error.remedy)
+
+
+def test_every_class_of_error_has_a_row():
+    named = {kind for kind in vars(li).values()
+             if isinstance(kind, type) and issubclass(kind, li.LoraInjectError)}  # fmt: skip
+    assert {row[1] for row in ROWS} == named - {li.LoraInjectError}

@@ -1,0 +1,233 @@
+"""Every block of the documents runs: Python, YAML, console.
+
+One idea: a reader copies blocks in order into one session in one folder, and so does this test. The
+folder holds a tiny GPT-2 with random weights under the name `gpt2`, and the real config of GPT-2
+medium. Expected output may leave parts out with `...`.
+"""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lora_inject as li
+from lora_inject import formats
+from lora_inject.cli import app
+from lora_inject.layers import table
+
+REPO = Path(__file__).parents[1]
+README = REPO / "README.md"
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+LANGUAGES = {"python", "yaml", "console", "text"}
+CHECKER = doctest.OutputChecker()
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a document."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    found, language, start = [], None, 0
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith("```"):
+            continue
+        if language is None:
+            language, start = line.strip().removeprefix("```"), number + 1
+        else:
+            found.append(Block(language, "\n".join(lines[start:number]) + "\n", start + 1))
+            language = None
+    assert language is None, f"the block at line {start} does not end"
+    return found
+
+
+def commands(block: Block) -> list[tuple[str, str]]:
+    """Each `$ command` of a console block with the output that is shown below it."""
+    parts = re.split(r"^\$ ", block.text, flags=re.MULTILINE)
+    assert parts[0] == "", f"line {block.line}: output without a command"
+    return [(command, output) for command, _, output in (p.partition("\n") for p in parts[1:])]
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch) -> Path:
+    """A folder as a reader might have it."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    tiny = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=32)
+    GPT2LMHeadModel(tiny).save_pretrained("gpt2")
+    medium = GPT2Config(n_layer=24, n_embd=1024, n_head=16, architectures=["GPT2LMHeadModel"])
+    medium.save_pretrained("gpt2-medium")
+    return tmp_path
+
+
+def run_python(block: Block, names: dict[str, Any], source: str) -> None:
+    code = compile("\n" * (block.line - 1) + block.text, source, "exec")
+    exec(code, names)
+
+
+def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)
+    if words[0] == "bash":
+        script = REPO / words[1]
+        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    elif words[:2] == ["pip", "install"]:
+        extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+        for extra in re.findall(r"\[([\w,]+)\]", command):
+            assert set(extra.split(",")) <= extras["optional-dependencies"].keys()
+    elif words[0] == "lora-inject":
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            app(words[1:], prog_name="lora-inject")
+        printed, said = capsys.readouterr()
+        assert not left.value.code, said
+        if output:
+            assert CHECKER.check_output(output, printed, FLAGS), f"{command}\n{printed}"
+    else:
+        pytest.fail(f"do not know how to check: {command}")
+
+
+def run_document(text: str, source: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Run all blocks in order; YAML that begins with `# NAME.yaml` is a file from the start."""
+    found = blocks(text)
+    for block in found:
+        if block.language == "yaml":
+            name = re.match(r"# ([\w.-]+\.yaml)\n", block.text)
+            if name:
+                Path(name[1]).write_text(block.text)
+    names: dict[str, Any] = {"__name__": "readme"}
+    for block in found:
+        if block.language == "python":
+            run_python(block, names, source)
+        elif block.language == "yaml":
+            li.Config.from_text(block.text, source=f"{source}:{block.line}")
+        elif block.language == "console":
+            for command, output in commands(block):
+                run_command(command, output, capsys)
+    return names
+
+
+# PEFT asks the model for a property that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_every_block_of_the_readme_runs(session, capsys):
+    names = run_document(README.read_text(), "README.md", capsys)
+    assert "theirs" in names  # the session went to its end
+
+
+def test_every_step_of_the_architecture_runs(session, capsys, monkeypatch):
+    """How to add a layer kind and a format, as it is written there."""
+    monkeypatch.setattr(table, "KINDS", table.KINDS)
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
+    names = run_document((REPO / "ARCHITECTURE.md").read_text(), "ARCHITECTURE.md", capsys)
+    assert table.KINDS[0] is names["LoRAPerHead"]
+    assert "text" in formats.FORMATS
+
+
+def test_the_architecture_names_every_file():
+    text = (REPO / "ARCHITECTURE.md").read_text()
+    rows = re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    package = Path(li.__file__).parent
+    files = {str(p.relative_to(package)) for p in package.rglob("*.py")}
+    assert set(rows) == {f for f in files if not f.endswith("__.py")}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_block_says_what_it_is(name):
+    for block in blocks((REPO / name).read_text()):
+        assert block.language in LANGUAGES, f"{name}:{block.line}"
+
+
+def test_the_first_screen_shows_it():
+    first = README.read_text().split("\n## ")[0]
+    kinds = [block.language for block in blocks(first)]
+    assert kinds == ["python", "yaml", "console"]
+    assert "scripts/demo.sh" in first
+    assert "scripts/test.sh" in first
+    for row in ("object", "class", "keys", "trainable", "undo"):
+        assert f"\n| {row} |" in first
+
+
+def test_the_readme_names_the_whole_interface():
+    text = README.read_text()
+    verbs = [name for name in li.__all__ if inspect.isfunction(getattr(li, name))]
+    assert len(verbs) > 15
+    for name in verbs:
+        assert re.search(rf"\b(?:li\.)?{name}\(|`{name}`", text), name
+    schema = li.Config.json_schema()
+    for key in (*schema["properties"], *schema["$defs"]["Rule"]["properties"]):
+        assert re.search(rf"\b{key}:", text), key
+    for info in app.registered_commands:
+        assert info.callback is not None
+        assert f"| `{info.callback.__name__}" in text
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)#]+)\)", (REPO / name).read_text()):
+        assert target.startswith("https://") or (REPO / target).exists(), target
+    for path in re.findall(
+        r"`((?:scripts|configs|tests|lora_inject)/[\w./*-]*)`", (REPO / name).read_text()
+    ):
+        assert list(REPO.glob(path.rstrip("/"))), path
+
+
+def project_files() -> list[Path]:
+    folders = ("lora_inject", "tests", "scripts", "configs", "docs", ".github", ".ci")
+    kinds = {".py", ".md", ".yaml", ".yml", ".sh", ".toml", ".json", ""}
+    found = [p for folder in folders for p in (REPO / folder).rglob("*") if p.suffix in kinds]
+    found += [p for p in REPO.iterdir() if p.suffix in kinds]
+    return [
+        p for p in found if p.is_file() and "__pycache__" not in p.parts and p.name[:4] != ".git"
+    ]
+
+
+def test_no_path_of_some_machine_is_written_anywhere():
+    # Places of one machine, not of the system: /proc, /dev and /usr/bin/env are everywhere.
+    places = re.compile(r"(?<![\w.:/-])/(?:home|root|work|mnt|Users)/\w")
+    assert places.search("in {}home/me".format("/"))
+    for path in project_files():
+        found = places.search(path.read_text(encoding="utf-8"))
+        assert found is None, f"{path.relative_to(REPO)}: {found}"
+
+
+# ------------------------------------------------------------------------------ the checks can fail
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\nassert False\n```\n",
+        "```yaml\nrnak: 4\n```\n",
+        "```console\n$ lora-inject nonsense\n```\n",
+        "```console\n$ lora-inject schema\nsomething else\n```\n",
+        "```console\n$ bash scripts/nowhere.sh\n```\n",
+        "```console\n$ pip install '.[nonsense]'\n```\n",
+    ],
+)
+def test_a_wrong_block_is_found(session, capsys, text):
+    with pytest.raises((AssertionError, li.ConfigError)):
+        run_document(text, "wrong.md", capsys)
+
+
+def test_output_may_leave_parts_out(session, capsys):
+    schema = json.dumps(li.Config.json_schema(), indent=2)
+    first = schema.splitlines()[0]
+    run_document(f"```console\n$ lora-inject schema\n{first}\n...\n```\n", "right.md", capsys)

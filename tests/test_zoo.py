@@ -1,0 +1,180 @@
+"""Tiny instances of 317 model types of transformers, each held to the invariants.
+
+A sample of twenty runs with the ordinary tests, the others with the marker `zoo`. The count that
+passes is printed at the end of a run without xdist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_inject as li
+
+pytest.importorskip("transformers")
+
+from zoo import MODEL_TYPES, SAMPLE
+from zoo.build import build
+from zoo.exceptions import EXEMPTIONS
+from zoo.inputs import dummy_inputs
+from zoo.steps import Calls, Ours, changed, hold, randomise_factors, run, same
+from zoo.targets import ALPHA, Targets
+
+# transformers warns of its own future and of configs as small as these.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+CASES = [
+    pytest.param(name, marks=[] if name in SAMPLE else [pytest.mark.zoo]) for name in MODEL_TYPES
+]
+
+
+@pytest.fixture(scope="module")
+def count(request: pytest.FixtureRequest) -> Iterator[dict[str, bool]]:
+    """Model type to whether it passed; printed when all have run."""
+    passed: dict[str, bool] = {}
+    yield passed
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        n_passed, n_excused = sum(passed.values()), len(passed.keys() & EXEMPTIONS.keys())
+        terminal.write_line(
+            f"\nzoo: {n_passed} of {len(passed)} model types pass every step, {n_excused} of them "
+            "with a stated exemption"
+        )
+
+
+@pytest.mark.parametrize("model_type", CASES)
+def test_zoo(model_type: str, count: dict[str, bool]) -> None:
+    count[model_type] = False
+    report = hold(model_type)
+    assert not report.failures, "\n".join(report.failures)
+    assert not report.further, "\n".join(report.further)
+    assert report.n_sites > 0
+    count[model_type] = True
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("model_type", [name for name, e in EXEMPTIONS.items() if e.dead])
+def test_dead_sites_are_dead_in_the_model(model_type: str) -> None:
+    """Where an exemption says that a site has no effect, the model's own weight has none either."""
+    model = build(model_type).requires_grad_(False)
+    calls = dummy_inputs(model, model_type)
+    dead = hold(model_type).dead
+    assert dead
+    claimed = re.compile(EXEMPTIONS[model_type].dead or "")
+    plain = run(model, calls)
+    for name in dead:
+        assert claimed.fullmatch(name)
+        with changed(model.get_submodule(name).weight):
+            assert same(plain, run(model, calls)), name
+
+
+@torch.no_grad()
+def _nudge(model: nn.Module) -> None:
+    """Change one weight of the base in its last bits."""
+    weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    weight[0, 0] = weight[0, 0] * (1 + 2**-20)
+
+
+class _Nonzero(Ours):
+    def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
+        super().inject(model, targets, calls)
+        randomise_factors(self.factors(model).values())
+        return model
+
+
+class _Unfrozen(Ours):
+    def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
+        super().inject(model, targets, calls)
+        model.get_submodule("model.norm").requires_grad_(True)
+        return model
+
+
+class _Left(Ours):
+    def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
+        fewer = Targets(dict(list(targets.modules.items())[1:]), targets.experts)
+        return super().inject(model, fewer, calls)
+
+
+class _Inert(Ours):
+    def factors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        factors = super().factors(model)
+        name = next(iter(factors))
+        module = model.get_submodule(name)
+        module.forward = type(module)._lora_plain.forward.__get__(module)
+        return factors
+
+
+class _Twice(Ours):
+    def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
+        return li.inject(model, {**targets.config(), "alpha": 2 * ALPHA})
+
+
+class _Half(Ours):
+    def load(self, fresh: nn.Module, path: Path) -> nn.Module:
+        return li.activate(super().load(fresh, path), {"default": 0.5})
+
+
+class _Merged(Ours):
+    def merge(self, model: nn.Module) -> None:
+        li.merge(model, {"default": 1.5})
+
+
+class _Drift(Ours):
+    def unmerge(self, model: nn.Module) -> None:
+        super().unmerge(model)
+        _nudge(model)
+
+
+class _Remainder(Ours):
+    def eject(self, model: nn.Module) -> nn.Module:
+        super().eject(model)
+        _nudge(model)
+        return model
+
+
+class _Key(Ours):
+    def eject(self, model: nn.Module) -> nn.Module:
+        super().eject(model)
+        model.register_parameter("left", nn.Parameter(torch.zeros(1)))
+        return model
+
+
+class _Flags(Ours):
+    def eject(self, model: nn.Module) -> nn.Module:
+        return super().eject(model).requires_grad_(False)
+
+
+DEFECTS = {
+    _Nonzero: "zero start",
+    _Unfrozen: "freezing",
+    _Left: "sites",
+    _Inert: "effect",
+    _Twice: "adapted equals dense",
+    _Half: "load: same outputs",
+    _Merged: "merged equals unmerged",
+    _Drift: "unmerge: same values",
+    _Remainder: "eject: same values",
+    _Key: "eject: same keys",
+    _Flags: "eject: same requires_grad",
+}
+
+
+@pytest.mark.parametrize("library", DEFECTS)
+def test_the_steps_find_defects(library: type[Ours]) -> None:
+    report = hold("llama", library())
+    found = report.failures + report.further
+    assert any(failure.startswith(DEFECTS[library]) for failure in found), found
+
+
+def test_the_list() -> None:
+    assert len(MODEL_TYPES) == len(set(MODEL_TYPES)) == 317
+    assert len(SAMPLE) == len(set(SAMPLE)) == 20
+    assert len(EXEMPTIONS) <= 20
+    assert set(SAMPLE) | set(EXEMPTIONS) <= set(MODEL_TYPES)
+    assert not set(SAMPLE) & set(EXEMPTIONS)
+    assert all(len(e.reason) > 20 and (e.dead or e.untying) for e in EXEMPTIONS.values())

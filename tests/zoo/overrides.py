@@ -1,0 +1,134 @@
+"""What a name in a config does not tell: entries, classes and extra inputs of single model types.
+
+Keys are dotted paths into the config. Each line is about what the model demands of its config, or
+about a tower that would otherwise not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "aria": {
+        "projector_patch_to_query_dict": {16: 8},
+        "max_value_projector_patch_to_query_dict": 8,
+    },
+    "bit": {"num_groups": 4},
+    "cvt": {"embed_dim": [16, 32, 32], "depth": [1, 2, 3], "num_heads": [1, 2, 2]},
+    "deepseek_v4": {"index_topk": 1},
+    "deepseek_vl_hybrid": {"high_res_vision_config.output_channels": 16},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 100,
+            "<|extra_200|>": 101,
+            **{f"<|visual token {i:06d}|>": i for i in range(64)},
+        },
+        "vq_config.codebook_size": 64,
+        "vq_config.base_channels": 32,
+        "vq_config.hidden_size": 128,
+    },
+    "fastspeech2_conformer": {
+        "speech_decoder_postnet_units": 16,
+        "pitch_predictor_channels": 16,
+        "energy_predictor_channels": 16,
+        "duration_predictor_channels": 16,
+        "vocab_size": 128,
+    },
+    "glpn": {"image_size": 64},
+    "fun_asr_nano": {
+        "adaptor_config.intermediate_size": 8,
+        "audio_config.num_timestamp_prediction_layers": 1,
+    },
+    "glmasr": {"audio_config.intermediate_size": 128},
+    "hgnet_v2": {
+        "stem_channels": [3, 8, 16],
+        "stage_in_channels": [16, 16, 16, 16],
+        "stage_mid_channels": [8, 8, 8, 8],
+        "stage_out_channels": [16, 16, 16, 16],
+        "stage_numb_of_layers": [1, 1, 1, 1],
+    },
+    "kosmos-2.5": {"latent_query_num": 4},
+    "llama4": {"vision_config.intermediate_size": 128},
+    "llava_next": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_next_video": {"image_grid_pinpoints": [[32, 32]]},
+    "llava_onevision": {"image_grid_pinpoints": [[32, 32]]},
+    "maskformer": {"fpn_feature_size": 32, "mask_feature_size": 16},
+    "minicpm_ocr": {
+        "image_token_id": 100,
+        "insert_layer_id": 0,
+        "vision_config.insert_layer_id": 0,
+    },
+    "minicpmv4_6": {
+        "image_token_id": 100,
+        "insert_layer_id": 0,
+        "vision_config.insert_layer_id": 0,
+    },
+    "minicpmv4_7": {
+        "image_token_id": 100,
+        "insert_layer_id": 0,
+        "vision_config.insert_layer_id": 0,
+    },
+    "mllama": {"vision_config.vision_output_dim": 96},
+    "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 32},
+    "mobilevit": {"image_size": 128},
+    "mobilenet_v1": {"depth_multiplier": 0.05},
+    "mobilenet_v2": {"depth_multiplier": 0.05},
+    "molmo2": {
+        "adapter_config.vision_feature_layer": [1, 0],
+        "vision_config.num_position_embeddings": 16,
+    },
+    "phi4_multimodal": {
+        "audio_config.audio_token_id": 95,
+        "audio_config.nemo_conv_channels": 16,
+        "audio_config.ext_pw_out_channel": 32,
+        "audio_config.depthwise_separable_out_channel": 32,
+    },
+    "pvt": {"image_size": 64},
+    "pvt_v2": {"image_size": 64},
+    "qwen3_asr": {"audio_config.n_window_infer": 100},
+    "qwen3_omni_moe_thinker": {"audio_config.n_window_infer": 100, "vision_start_token_id": 98},
+    "textnet": {"hidden_sizes": [16, 16, 32, 32, 32], "stem_out_channels": 16},
+    "vipllava": {"vision_feature_layer": [-1, -2]},
+    "vits": {
+        "vocab_size": 128,
+        "upsample_initial_channel": 32,
+        "upsample_rates": [2, 2],
+        "upsample_kernel_sizes": [4, 4],
+        "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1]],
+        "spectrogram_bins": 17,
+        "use_stochastic_duration_prediction": False,
+    },
+    "voxtral": {"audio_token_id": 100, "audio_config.intermediate_size": 128},
+}
+
+# A class in which every layer takes part: masked language models leave the pooler out, and so on.
+CLASSES: dict[str, str] = {
+    "big_bird": "BigBirdForPreTraining",
+    "flava": "FlavaForPreTraining",
+    "fnet": "FNetForPreTraining",
+    "layoutlm": "LayoutLMModel",
+    "squeezebert": "SqueezeBertModel",
+}
+
+
+def _short_speech(model: nn.Module) -> None:
+    """Durations are exponentials of this layer's output: random ones would be hours long."""
+    for parameter in model.duration_predictor.proj.parameters():
+        parameter.zero_()
+
+
+def _no_pictures_of_the_text_model(model: nn.Module) -> None:
+    """This version reads `image_outputs` off the output of its text model, which has none."""
+    model.language_model.register_forward_hook(
+        lambda _module, _args, output: setattr(output, "image_outputs", None)
+    )
+
+
+AFTER: dict[str, Callable[[Any], None]] = {
+    "llama4": _no_pictures_of_the_text_model,
+    "vits": _short_speech,
+}

@@ -1,0 +1,383 @@
+"""What every model of the zoo is held to.
+
+One idea: the steps know no library. They speak to a `Library`, of which this file has ours and a
+script has another, so that both are held to the same.
+
+The steps: zero start bit for bit; freezing; every site's B has an effect on an output; what is
+saved gives the same outputs on a fresh copy; merged equals unmerged; eject is exact in values,
+keys, classes. Beyond these, what this package alone promises: adapted equals a dense reference that
+is formed here; loading and unmerge give the same bits; eject restores objects, attributes, flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import lora_inject as li
+from zoo.build import build
+from zoo.exceptions import EXEMPTIONS, Exemption
+from zoo.inputs import dummy_inputs
+from zoo.targets import ALPHA, Targets, targets_of
+
+# The largest difference over the largest value of an output, in float32. The zoo's largest are
+# 5e-5, while the adapters move the outputs by 3e-2 at least.
+TOLERANCE, MOVES = 1e-4, 1e-2
+
+Calls = Sequence[Mapping[str, Any]]
+
+
+class Library(Protocol):
+    """How the steps use a library of adapters."""
+
+    def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
+        """Put an adapter with B = 0 onto a model; return what is to be called."""
+
+    def factors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return site to (A, B), the Parameters themselves."""
+
+    def save(self, model: nn.Module, folder: Path) -> Path:
+        """Write the adapter to files."""
+
+    def load(self, fresh: nn.Module, path: Path) -> nn.Module:
+        """Put what was saved onto a fresh copy of the base."""
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the adapter into the weights, so that it can be taken out again."""
+
+    def unmerge(self, model: nn.Module) -> None:
+        """Take it out of the weights again."""
+
+    def eject(self, model: nn.Module) -> nn.Module:
+        """Take the adapter off; return the base."""
+
+
+class Ours:
+    """This package."""
+
+    def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
+        li.inject(model, targets.config())
+        missed = li.unreached(model, lambda: run(model, calls))
+        if not missed:
+            return model
+        # What is read and not called is mounted by its weight, as `unreached` advises.
+        li.inject(li.eject(model), targets.config(read=missed))
+        still = li.unreached(model, lambda: run(model, calls))
+        read = {name for name in missed if f"{name}.weight" not in still}
+        return li.inject(li.eject(model), targets.config(read=read))
+
+    def factors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        parameters = li.adapter_parameters(model)
+        names = [name.removesuffix(".lora_A") for name in parameters if name.endswith(".lora_A")]
+        return {n: (parameters[f"{n}.lora_A"], parameters[f"{n}.lora_B"]) for n in names}
+
+    def save(self, model: nn.Module, folder: Path) -> Path:
+        sites = li.adapter_state(model).sites.values()
+        # PEFT's format cannot say that the weight of a Linear is mounted.
+        read = any(s.spec.mount == "weight" and s.spec.kind != "parameter" for s in sites)
+        path = folder / ("adapter.safetensors" if read else "adapter")
+        return li.save_adapter(model, path, format="native" if read else "peft")
+
+    def load(self, fresh: nn.Module, path: Path) -> nn.Module:
+        return li.load_adapter(fresh, path)
+
+    def merge(self, model: nn.Module) -> None:
+        li.merge(model)
+
+    def unmerge(self, model: nn.Module) -> None:
+        li.unmerge(model)
+
+    def eject(self, model: nn.Module) -> nn.Module:
+        return li.eject(model)
+
+
+@dataclass
+class Report:
+    """How a model type fared.
+
+    Attributes:
+        model_type: Which.
+        n_sites: Number of sites, experts included.
+        n_experts: Number of stacked parameters among them.
+        has_linear: Whether the model has any Linear or Conv1D.
+        failures: What did not hold, step by step.
+        further: What did not hold of what this package alone promises.
+        dead: Sites whose B has no effect.
+        distances: How far outputs are from each other; see `distance`.
+    """
+
+    model_type: str
+    n_sites: int = 0
+    n_experts: int = 0
+    has_linear: bool = True
+    failures: list[str] = field(default_factory=list)
+    further: list[str] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
+    distances: dict[str, float] = field(default_factory=dict)
+
+
+def hold(model_type: str, library: Library | None = None) -> Report:
+    """Hold a model type to the steps and report what failed."""
+    held = _Held(model_type, library or Ours())
+    held.go()
+    return held.report
+
+
+class _Held:
+    """One model on its way through the steps."""
+
+    def __init__(self, model_type: str, library: Library) -> None:
+        self.model_type, self.library = model_type, library
+        self.exemption = EXEMPTIONS.get(model_type, Exemption("none"))
+        self.report = Report(model_type)
+        self.model = build(model_type)
+        self.calls = dummy_inputs(self.model, model_type)
+
+    def go(self) -> None:
+        self.start()
+        self.inject()
+        self.effects()
+        if isinstance(self.library, Ours):
+            self.dense()
+        loaded = self.save_and_load()
+        if self.exemption.untying and isinstance(self.library, Ours):
+            self.refuse_to_merge(loaded)
+        else:
+            self.merge(loaded)
+        self.eject()
+
+    def check(self, step: str, ok: bool, found: object = "", *, further: bool = False) -> None:
+        if not ok:
+            failures = self.report.further if further else self.report.failures
+            failures.append(f"{step}: {found}" if found else step)
+
+    def run(self, model: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return run(model, self.calls)
+
+    def start(self) -> None:
+        """The plain model is one that can be compared with at all."""
+        self.unfrozen = self.run(self.model)
+        self.check("model: two forwards are the same", same(self.unfrozen, self.run(self.model)))
+        finite = all(torch.isfinite(x).any() for x in self.unfrozen if x.numel())
+        self.check("model: finite outputs", finite)
+        fresh = build(self.model_type)
+        self.check("model: two builds are the same", same(self.unfrozen, self.run(fresh)))
+        # Torch multiplies in another order where a weight requires a gradient (`should_fold` of
+        # at::matmul), also under no_grad: to be compared with is the frozen model.
+        self.plain = self.run(fresh.requires_grad_(False))
+        self.before, self.values = photograph(self.model), values_of(self.model)
+
+    def inject(self) -> None:
+        targets = targets_of(self.model)
+        self.report.has_linear = targets.has_linear
+        self.check("targets: all can be adapted", not targets.refused, targets.refused)
+        self.model = self.library.inject(self.model, targets, self.calls)
+        factors = self.library.factors(self.model)
+        self.report.n_sites, self.report.n_experts = len(factors), len(targets.experts)
+        wanted = len(targets.modules) + len(targets.experts)
+        self.check("sites: one for each target", len(factors) == wanted, (len(factors), wanted))
+        self.check("zero start", same(self.plain, self.run(self.model)))
+        ours = {id(p) for pair in factors.values() for p in pair}
+        trainable = {id(p) for p in self.model.parameters() if p.requires_grad}
+        self.check("freezing: the adapter trains, all else does not", ours == trainable)
+
+    def effects(self) -> None:
+        factors = self.library.factors(self.model)
+        randomise_factors(factors.values())
+        self.adapted = self.run(self.model)
+        moved = self.report.distances["moved"] = distance(self.plain, self.adapted)
+        self.check("effect: the outputs move", moved >= MOVES, f"{moved:.1e}")
+        loss_of(run(self.model, self.calls)).backward()
+        # Where nothing is differentiable in B, a different B must show.
+        silent = [n for n, (_, B) in factors.items() if B.grad is None or not bool(B.grad.any())]
+        self.model.zero_grad(set_to_none=True)
+        for name in silent:
+            with changed(factors[name][1]):
+                if same(self.adapted, self.run(self.model)):
+                    self.report.dead.append(name)
+        claimed = re.compile(self.exemption.dead or r"(?!)")
+        unexpected = [name for name in self.report.dead if not claimed.fullmatch(name)]
+        self.check("effect: every site has one", not unexpected, unexpected)
+
+    def dense(self) -> None:
+        reference = build(self.model_type).requires_grad_(False)
+        make_dense(reference, li.adapter_state(self.model))
+        self.near("adapted equals dense", reference, further=True)
+
+    def near(self, step: str, model: nn.Module, *, further: bool = False) -> None:
+        found = self.report.distances[step] = distance(self.run(model), self.adapted)
+        self.check(step, found <= TOLERANCE, f"{found:.1e}", further=further)
+
+    def save_and_load(self) -> nn.Module:
+        with tempfile.TemporaryDirectory() as folder:
+            path = self.library.save(self.model, Path(folder))
+            loaded = self.library.load(build(self.model_type), path).eval()
+        self.near("load: same outputs", loaded)
+        self.check("load: same bits", same(self.adapted, self.run(loaded)), further=True)
+        return loaded
+
+    def merge(self, loaded: nn.Module) -> None:
+        self.library.merge(loaded)
+        self.near("merged equals unmerged", loaded)
+        self.library.unmerge(loaded)
+        differ = differences(self.values, values_of(loaded))
+        self.check("unmerge: same values", not differ, differ[:3], further=True)
+        self.check("unmerge: same outputs", same(self.adapted, self.run(loaded)), further=True)
+
+    def refuse_to_merge(self, loaded: nn.Module) -> None:
+        before = values_of(loaded)
+        try:
+            self.library.merge(loaded)
+        except li.LayerError as error:
+            self.check("merge: the refusal names the head", "lm_head" in str(error), error)
+        else:
+            self.check("merge: refused", False)
+        self.check("merge: nothing changed", not differences(before, values_of(loaded)))
+        self.check("merge: same outputs", same(self.adapted, self.run(loaded)))
+
+    def eject(self) -> None:
+        model = self.library.eject(self.model)
+        after = photograph(model)
+        for what, before in self.before.items():
+            further = what not in ("keys", "classes")
+            self.check(f"eject: same {what}", before == after[what], further=further)
+        differ = differences(self.values, values_of(model))
+        self.check("eject: same values", not differ, differ[:3])
+        self.check("eject: same outputs", same(self.unfrozen, self.run(model)), further=True)
+
+
+# ------------------------------------------------------------------------------------ what they use
+
+
+def run(model: nn.Module, calls: Calls) -> list[Tensor]:
+    """Return every tensor among the outputs, with the same random numbers each time."""
+    torch.manual_seed(0)
+    return [tensor for inputs in calls for tensor in tensors_in(model(**inputs))]
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested outputs, caches included."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from tensors_in(list(output.values()))
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_in(value)
+    elif hasattr(output, "__dict__") and not isinstance(output, type):
+        held = (Tensor, list, tuple, Mapping)
+        yield from tensors_in([value for value in vars(output).values() if isinstance(value, held)])
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether two outputs are the same bits."""
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and torch.equal(_bits(x), _bits(y))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _bits(x: Tensor) -> Tensor:
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    x = x.detach().contiguous()
+    return x.view(integers[x.element_size()]) if x.is_floating_point() else x
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """Return the largest difference over the largest value of the same output, of all outputs.
+
+    Infinite where the outputs have other shapes or are not finite in the same places.
+    """
+    if [x.shape for x in a] != [y.shape for y in b]:
+        return float("inf")
+    return max(_distance(x.double(), y.double()) for x, y in zip(a, b, strict=True))
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    finite = torch.isfinite(x)
+    if not torch.equal(finite, torch.isfinite(y)):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float((x[finite] - y[finite]).abs().max() / x[finite].abs().max().clamp_min(1e-30))
+
+
+def photograph(model: nn.Module) -> dict[str, Any]:
+    """Return what eject must bring back, but for the values."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    modules = list(model.named_modules(remove_duplicate=False))
+    return {
+        "modules": [(name, id(module)) for name, module in modules],
+        "classes": [(name, type(module)) for name, module in modules],
+        "attributes": [(name, sorted(vars(module))) for name, module in modules],
+        "parameters": [(name, id(parameter)) for name, parameter in named],
+        "requires_grad": [(name, parameter.requires_grad) for name, parameter in named],
+        "keys": list(model.state_dict()),
+    }
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of parameters and buffers, those included that no state dict has."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def differences(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Return the names whose values are gone or are other bits."""
+    return [k for k, v in before.items() if k not in after or not same([v], [after[k]])]
+
+
+@torch.no_grad()
+def randomise_factors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give A and B random values, with deltas of the order of the weights."""
+    generator = torch.Generator().manual_seed(1)
+    for A, B in pairs:
+        A.copy_(torch.randn(A.shape, generator=generator) * A.shape[-1] ** -0.5)
+        B.copy_(torch.randn(B.shape, generator=generator) * 0.2)
+
+
+@contextlib.contextmanager
+def changed(tensor: Tensor) -> Iterator[None]:
+    """Run the body with a tensor that is very different."""
+    with torch.no_grad():
+        kept = tensor.clone()
+        tensor.mul_(-30)
+        yield
+        tensor.copy_(kept)
+
+
+def loss_of(outputs: list[Tensor]) -> Tensor:
+    """Return one number that depends on every element of the outputs."""
+    generator = torch.Generator().manual_seed(2)
+    total = torch.zeros((), dtype=torch.float64)
+    for x in outputs:
+        if x.is_floating_point() and x.requires_grad:
+            noise = torch.randn(x.shape, generator=generator).to(x.dtype)
+            total = total + (torch.where(torch.isfinite(x), x, 0) * noise).double().sum()
+    return total
+
+
+def make_dense(model: nn.Module, state: li.AdapterState) -> None:
+    """Give `model` the weights `W + scale * B @ A`, formed here and by nothing of the package.
+
+    Each module gets a tensor of its own, so that a tied embedding stays what it is.
+    """
+    for site in state.sites.values():
+        owner, _, key = site.spec.weight.rpartition(".")
+        module = model.get_submodule(owner)
+        weight = module._parameters[key]
+        assert weight is not None
+        delta = ALPHA / site.spec.rank * (site.B.double() @ site.A.double())
+        if site.spec.transposed:
+            delta = delta.transpose(-1, -2)
+        merged = (weight.double() + delta.reshape(weight.shape)).to(weight.dtype)
+        module._parameters[key] = nn.Parameter(merged, requires_grad=False)
