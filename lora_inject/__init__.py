@@ -14,8 +14,8 @@ from lora_inject.errors import (
     MatchError,
     StateError,
 )
-from lora_inject.matching import Plan
 from lora_inject.merging import MergeReport, merge, unmerge
+from lora_inject.plans import Plan
 from lora_inject.saving import adapter_state, install, load_adapter, save_adapter
 from lora_inject.state import AdapterState, SiteState
 from lora_inject.surgery import (

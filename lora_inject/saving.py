@@ -20,9 +20,11 @@ from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import FORMATS, read_adapter, write_adapter
 from lora_inject.formats.fingerprint import compare, sample, unverifiable
 from lora_inject.functional import master_dtype
+from lora_inject.inventory import Candidate, Inventory
 from lora_inject.layers.base import Entry
 from lora_inject.layers.table import KINDS, inventory, unwrapped, walk
-from lora_inject.matching import Candidate, Inventory, Trained, match_end
+from lora_inject.names import match_end
+from lora_inject.plans import Trained
 from lora_inject.sites import SiteSpec
 from lora_inject.state import AdapterState, Fingerprint, SiteState
 from lora_inject.surgery import (

@@ -47,7 +47,8 @@ from lora_inject.layers.table import (
     unwrapped,
     walk,
 )
-from lora_inject.matching import Plan, Trained, resolve
+from lora_inject.matching import resolve
+from lora_inject.plans import Plan, Trained
 from lora_inject.sites import SiteSpec
 
 __all__ = [

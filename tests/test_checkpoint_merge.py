@@ -22,6 +22,7 @@ from test_checkpoint_helpers import (
 )
 
 from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, verify_checkpoint
+from lora_inject.checkpoint import merge as merging
 from lora_inject.checkpoint import read as reading
 from lora_inject.errors import CheckpointError
 from lora_inject.state import AdapterState
@@ -224,6 +225,27 @@ def test_min_kept_fails_before_anything_is_visible(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("lossy", [0, 1])
+def test_min_kept_fails_at_the_shard_and_leaves_no_other_behind(tmp_path, monkeypatch, lossy):
+    tensors, state = tiny_delta(0.001)
+    sites = dict(state.sites)
+    fine = site("p", (64, 64), rank=8, alpha=8.0, size=1.0)
+    names = ["q.weight", "p.weight"] if lossy == 0 else ["p.weight", "q.weight"]
+    both = tensors | {"p.weight": tensors["q.weight"].clone()}
+    base = save_checkpoint(tmp_path / "base", {n: both[n] for n in names}, 2)
+    written, real = [], merging.write_shard
+    monkeypatch.setattr(merging, "write_shard", lambda *a: written.append(a) or real(*a))
+    with pytest.raises(CheckpointError, match=r"less in 1 tensors: 'q\.weight'"):
+        merge_checkpoint(
+            base,
+            [Part(AdapterState(sites | {"p": fine}))],
+            tmp_path / "out",
+            MergeOptions(min_kept=0.98),
+        )
+    assert len(written) == lossy + 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_min_kept_warns_if_asked(tmp_path):
     tensors, state = tiny_delta(0.001)
     base = save_checkpoint(tmp_path / "base", tensors)
@@ -281,6 +303,14 @@ def test_adapting_one_end_of_a_tie_unties(tmp_path, shards, ends):
 def test_embedding_of_a_model_without_a_head_is_not_untied(tmp_path, architecture):
     tensors = llama_tensors(head=False)
     base = save_checkpoint(tmp_path / "base", tensors, 1, {"architectures": [architecture]})
+    state = adapter(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    assert "lm_head.weight" not in load_checkpoint(tmp_path / "out")
+
+
+def test_embedding_that_the_config_says_is_not_tied_is_not_untied(tmp_path):
+    tensors = llama_tensors(head=False)
+    base = save_checkpoint(tmp_path / "base", tensors, 1, {**LLAMA, "tie_word_embeddings": False})
     state = adapter(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
     merge_checkpoint(base, [Part(state)], tmp_path / "out")
     assert "lm_head.weight" not in load_checkpoint(tmp_path / "out")

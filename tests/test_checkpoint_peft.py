@@ -431,6 +431,13 @@ def test_family_loaded_by_plain_transformers_equals_the_adapted_model(tmp_path, 
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_options_of_the_readers_do_not_trip_over_variants(tmp_path):
+    base, _ = made(tmp_path, *FAMILIES["dora"], torch.float32)
+    part = load_part(tmp_path / "adapter", Checkpoint.open(base), prefer="config")
+    assert part.magnitudes.keys() == part.state.sites.keys()
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("target", ["embed_tokens", "patch"])
 def test_dora_on_embeddings_and_convolutions_equals_pefts_merge(tmp_path, target):
     torch.manual_seed(0)

@@ -17,7 +17,9 @@ import transformers as tf
 from torch import nn
 
 from lora_inject.config import Config
-from lora_inject.matching import Candidate, Inventory, Plan, resolve
+from lora_inject.inventory import Candidate, Inventory
+from lora_inject.matching import resolve
+from lora_inject.plans import Plan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -318,6 +318,26 @@ def _in_order(examples: list) -> list:
     return [e for batch in pairs.batches(examples, script("demo_stages").BATCH) for e in batch]
 
 
+# -------------------------------------------------------------------------------------- schedule
+
+
+def test_schedule_goes_up_and_then_down_by_the_steps_where_time_allows() -> None:
+    schedule = script("demo_stages").schedule
+    factors = [schedule(step, 20, step / 40) for step in range(21)]
+    assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert factors[2:] == pytest.approx([1 - i / 18 for i in range(19)])
+    assert factors[20] == 0
+
+
+@given(st.integers(1, 200), st.floats(0.05, 5))
+def test_schedule_ends_in_time_and_takes_no_step_of_nothing(steps: int, pace: float) -> None:
+    schedule = script("demo_stages").schedule
+    factors = [schedule(step, steps, pace * step / steps) for step in range(steps + 1)]
+    taken = factors.index(0)
+    assert taken == min(steps, math.ceil(steps / pace))
+    assert all(0 < factor <= 1 for factor in factors[:taken])
+
+
 # ------------------------------------------------------------------------------- the real decoder
 
 

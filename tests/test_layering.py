@@ -21,8 +21,9 @@ PACKAGE = Path(lora_inject.__file__).parent
 # From the top down; `X.*` is every file of a package that has no rung of its own.
 LADDER = (
     ("version", "errors"),
-    ("sites",),
-    ("config",),
+    ("sites", "names"),
+    ("config", "inventory"),
+    ("plans",),
     ("matching",),
     ("functional.*", "functional"),
     ("layers.loading", "layers.reentrant"),
@@ -48,7 +49,7 @@ ROOT = "the package's front"  # lora_inject/__init__.py, for users; no file insi
 # What costs seconds, or need not be installed, is imported where it is used.
 NEVER_AT_IMPORT = {"transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub"}
 # Names, configs and plans are values without tensors.
-WITHOUT_TORCH = ("version", "errors", "sites", "config", "matching")
+WITHOUT_TORCH = ("version", "errors", "sites", "names", "config", "inventory", "plans", "matching")
 
 
 def modules() -> dict[str, str]:

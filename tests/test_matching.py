@@ -16,10 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lora_inject.inventory as inventory_module
 import lora_inject.matching as matching_module
+import lora_inject.names as names_module
 from lora_inject.config import Config, Expect, Rule
 from lora_inject.errors import LayerError, MatchError
-from lora_inject.matching import Candidate, Inventory, Plan, Tied, canonical, match_end, resolve
+from lora_inject.inventory import Candidate, Inventory
+from lora_inject.matching import resolve
+from lora_inject.names import canonical, match_end
+from lora_inject.names import templates as templates_of
+from lora_inject.plans import Plan, Tied
 
 
 def linear(name: str, n_in: int = 8, n_out: int = 8, **more: Any) -> Candidate:
@@ -82,9 +88,10 @@ def refused(config: Config, names: Inventory, error: type[Exception] = MatchErro
 
 
 def test_docstring_examples_run() -> None:
-    result = doctest.testmod(matching_module)
-    assert result.attempted > 5
-    assert result.failed == 0
+    modules = (matching_module, inventory_module, names_module)
+    results = [doctest.testmod(module) for module in modules]
+    assert sum(result.attempted for result in results) > 5
+    assert not any(result.failed for result in results)
 
 
 # Names
@@ -805,7 +812,7 @@ segments = st.sampled_from(["0", "1", "2", "3", "10", "007", "q", "k"])
 @settings(deadline=None)
 @given(st.sets(st.lists(segments, min_size=1, max_size=4).map(".".join), max_size=30))
 def test_collapsed_names_stand_for_exactly_the_names(names: set[str]) -> None:
-    templates = matching_module._templates(sorted(names))
+    templates = templates_of(sorted(names))
     expanded = [name for template in templates for name in _expand(template)]
     assert sorted(expanded) == sorted(names)
     assert all(len(_expand(template)) == n for template, n in templates.items())
@@ -813,9 +820,9 @@ def test_collapsed_names_stand_for_exactly_the_names(names: set[str]) -> None:
 
 def test_a_grid_of_experts_is_one_line() -> None:
     names = [f"h.{i}.experts.{e}.up" for i in range(32) for e in range(8)]
-    assert matching_module._templates(names) == {"h.{0..31}.experts.{0..7}.up": 256}
-    assert matching_module._templates(["h.0.q", "h.1.q", "h.2.q", "h.5.q"]) == {"h.{0..2,5}.q": 4}
-    assert matching_module._templates(["h.3.q"]) == {"h.3.q": 1}
+    assert templates_of(names) == {"h.{0..31}.experts.{0..7}.up": 256}
+    assert templates_of(["h.0.q", "h.1.q", "h.2.q", "h.5.q"]) == {"h.{0..2,5}.q": 4}
+    assert templates_of(["h.3.q"]) == {"h.3.q": 1}
 
 
 # Any inventory, any rules

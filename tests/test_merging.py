@@ -56,7 +56,7 @@ def test_the_report_says_what_rounding_left(dtype: torch.dtype, relative: float)
     report = li.merge(model)
     moved = model.layer.weight.detach().double() - W
     site = report.sites["layer.weight"]
-    # D is formed as (W + D) - W in float32, which costs it a few 1e-8 of W.
+    # W + D is formed in float32, which costs D a few 1e-8 of W.
     limit = 1e-8 / relative
     assert site.kept == pytest.approx(float((moved * D).sum() / (D * D).sum()), rel=1e-4, abs=limit)
     assert site.error == pytest.approx(float((moved - D).norm() / D.norm()), rel=1e-3, abs=1e-6)

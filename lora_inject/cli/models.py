@@ -18,8 +18,8 @@ from torch import nn
 
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.errors import CheckpointError
+from lora_inject.inventory import Inventory
 from lora_inject.layers.table import inventory
-from lora_inject.matching import Inventory
 
 __all__ = ["Source", "source_of"]
 

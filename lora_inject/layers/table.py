@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from lora_inject.errors import LayerError
+from lora_inject.inventory import Candidate, Inventory
 from lora_inject.layers.base import Carrier, Geometry, Reader, carrier_class, mounts_of, plain_class
 from lora_inject.layers.embedding import LoRAEmbedding
 from lora_inject.layers.linear import LoRAConv1D, LoRALinear
 from lora_inject.layers.parameter import LoRABilinear, LoRAConv, LoRAConvTranspose
 from lora_inject.layers.probe import linear_in_weight
-from lora_inject.matching import Candidate, Inventory, canonical
+from lora_inject.names import canonical, is_bias
 
 __all__ = ["KINDS", "base_parameters", "check_swappable", "inventory", "mixin_for", "register_kind"]
 __all__ += ["standing_still", "unwrapped", "walk"]
@@ -292,8 +293,8 @@ class _Survey:
 
     def _parameter(self, full: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
         n_dims = len(_shape(parameter))
-        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or _is_bias(key):
-            self.others[full] = "bias" if _is_bias(key) else f"{n_dims}-d parameter"
+        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key):
+            self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
         shapes = _raw_geometry(parameter)
         owner = full.rpartition(".")[0]
@@ -383,10 +384,6 @@ def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:
 
 def _dtype(tensor: torch.Tensor | None) -> str:
     return "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
-
-
-def _is_bias(key: str) -> bool:
-    return key == "bias" or key.endswith("_bias")
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
