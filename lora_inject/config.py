@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, cast, get_args
@@ -37,6 +37,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lora_inject.errors import ConfigError, nearest
+from lora_inject.yaml_document import MAX_TEXT_BYTES, Document, Dumper, Loc, dotted, show
 
 __all__ = ["Bias", "Compute", "Config", "Expect", "Hyper", "Init", "Layout", "Normal", "Rule"]
 __all__ += ["Scaling"]
@@ -47,12 +48,8 @@ Compute = Literal["base", "float32"]
 Bias = Literal["none", "adapted", "all"]
 Layout = Literal["out_in", "in_out"]
 
-Loc = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
 
-MAX_TEXT_BYTES = 1 << 20
-MAX_NODES = 50_000  # of the document with its aliases written out
-MAX_DEPTH = 16
 _ALSO = 4  # further faults that one message lists
 
 
@@ -91,14 +88,14 @@ _REGEX_HELP = "Patterns are Python regexes; a literal dot is '\\.'"
 def _read_version(value: Any, _read: ValidatorFunctionWrapHandler) -> Literal[1]:
     if isinstance(value, int) and not isinstance(value, bool) and value == 1:
         return 1
-    raise _fault(f"{_show(value)} is no version of this schema that this library knows", "Write 1")
+    raise _fault(f"{show(value)} is no version of this schema that this library knows", "Write 1")
 
 
 def _read_list(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
     if isinstance(value, (list, tuple)):
         return read(tuple(value))
     remedy = f"Write a list: [{value}]" if isinstance(value, str) else "Write a list"
-    raise _fault(f"{_show(value)} is no list", remedy)
+    raise _fault(f"{show(value)} is no list", remedy)
 
 
 def _read_inner(model: type[M], value: Any) -> M:
@@ -115,7 +112,7 @@ def _read_init(value: Any, _read: ValidatorFunctionWrapHandler) -> Any:
         if value in names:
             return value
         raise _fault(*_unknown_choice(value, names))
-    raise _fault(f"{_show(value)} is no init", f"Write {', '.join(names)} or {{normal: 0.02}}")
+    raise _fault(f"{show(value)} is no init", f"Write {', '.join(names)} or {{normal: 0.02}}")
 
 
 def _read_rule(value: Any, _read: ValidatorFunctionWrapHandler) -> Rule:
@@ -124,7 +121,7 @@ def _read_rule(value: Any, _read: ValidatorFunctionWrapHandler) -> Rule:
     if isinstance(value, (Mapping, Rule)):
         return _read_inner(Rule, value)
     remedy = "Write a pattern in single quotes, or a mapping with 'match'"
-    raise _fault(f"{_show(value)} is no rule", remedy)
+    raise _fault(f"{show(value)} is no rule", remedy)
 
 
 def _read_expect(value: Any, _read: ValidatorFunctionWrapHandler) -> Expect | None:
@@ -139,7 +136,7 @@ def _read_slices(value: Any, _read: ValidatorFunctionWrapHandler) -> Sizes | Non
         return None
     if not isinstance(value, (Mapping, list, tuple)):
         remedy = "Write {q: 768, k: 768, v: 768}, or [q, k, v] for equal parts"
-        raise _fault(f"{_show(value)} are no slices", remedy)
+        raise _fault(f"{show(value)} are no slices", remedy)
     if len(value) < 2:
         raise _fault("fewer than two slices", "A site that is adapted whole needs no slices")
     keyed = isinstance(value, Mapping)
@@ -154,14 +151,14 @@ def _read_slices(value: Any, _read: ValidatorFunctionWrapHandler) -> Sizes | Non
 def _read_slice_name(name: Any, at: Loc) -> str:
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         return name
-    raise _fault(f"{_show(name)} is no slice name", "Use letters, digits and '_'", at)
+    raise _fault(f"{show(name)} is no slice name", "Use letters, digits and '_'", at)
 
 
 def _read_width(width: Any, name: str) -> int:
     if isinstance(width, int) and not isinstance(width, bool) and width >= 1:
         return width
     raise _fault(
-        f"{_show(width)} is no width", "Write the slice's outputs, an integer >= 1", (name,)
+        f"{show(width)} is no width", "Write the slice's outputs, an integer >= 1", (name,)
     )
 
 
@@ -233,7 +230,7 @@ class _Strict(BaseModel):
         except (ValidationError, PydanticCustomError) as error:
             if info.context == _INNER:
                 raise
-            document = info.context if isinstance(info.context, _Document) else None
+            document = info.context if isinstance(info.context, Document) else None
             raise _config_error(error, cls, document) from None
         return made
 
@@ -556,7 +553,7 @@ class Config(_Strict):
             ...     print(error)
             lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
         """
-        document = _Document(text, source)
+        document = Document(text, source)
         return cls.model_validate(document.data, context=document)
 
     @classmethod
@@ -573,7 +570,7 @@ class Config(_Strict):
             ConfigError: It is no valid config; the message names the key.
         """
         if not isinstance(data, Mapping):
-            found = f"{_show(data)} is no mapping"
+            found = f"{show(data)} is no mapping"
             raise ConfigError("config", found, "Give a dict with the config's keys")
         return cls.model_validate(dict(data))
 
@@ -630,7 +627,7 @@ class Config(_Strict):
             ConfigError: The file cannot be written.
         """
         text = yaml.dump(
-            self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 16
+            self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1 << 16
         )
         if path is not None:
             try:
@@ -699,22 +696,10 @@ def _plain_schema(node: Any, *, names: bool = False) -> Any:
 # From pydantic's faults to this package's words
 
 
-def _show(value: Any) -> str:
-    """The value as the user would recognise it, short."""
-    text = f"'{value}'" if isinstance(value, str) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _dotted(path: Loc) -> str:
-    """`("targets", 1, "rank")` as `targets[1].rank`."""
-    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".")
-
-
 def _config_error(
     error: ValidationError | PydanticCustomError,
     model: type[_Strict],
-    document: _Document | None,
+    document: Document | None,
 ) -> ConfigError:
     """The first fault in the order of the text, and a line on each further one."""
     if isinstance(error, ValidationError):
@@ -743,7 +728,7 @@ class _Fault:
     order: tuple[bool, int, int] = (False, 0, 0)
 
 
-def _explain(detail: ErrorDetails, model: type[_Strict], document: _Document | None) -> _Fault:
+def _explain(detail: ErrorDetails, model: type[_Strict], document: Document | None) -> _Fault:
     """One of pydantic's faults with its place, what was found, and what to do."""
     context = detail.get("ctx", {})
     path = (*detail["loc"], *context.get("at", ()))
@@ -761,12 +746,12 @@ def _explain(detail: ErrorDetails, model: type[_Strict], document: _Document | N
         found, remedy = _unknown_choice(value, choices)
     elif kind in _WORDS:
         wanted, remedy = (words.format(**context) for words in _WORDS[kind])
-        found = f"{_show(value)} is {wanted}"
+        found = f"{show(value)} is {wanted}"
     else:
         found, remedy = detail["msg"], "See the schema: lora-inject schema"
     if document is None:
         outer = "config" if model is Config else model.__name__
-        place = f"{outer} ({_dotted(path)})" if path else outer
+        place = f"{outer} ({dotted(path)})" if path else outer
         return _Fault(place, found, remedy, (kind == "missing", 0, 0))
     at_key = kind == "extra_forbidden"
     if not at_key and (hint := document.hint(path)):
@@ -830,230 +815,6 @@ _ELSEWHERE = {
 
 def _unknown_choice(value: Any, choices: Sequence[str]) -> tuple[str, str]:
     """What to write instead of a word that is none of the choices."""
-    found = f"{_show(value)} is not one of {', '.join(choices)}"
+    found = f"{show(value)} is not one of {', '.join(choices)}"
     near = nearest(value.lower(), choices, n=1) if isinstance(value, str) else []
     return found, f"Did you mean '{near[0]}'?" if near else f"Write {' or '.join(choices)}"
-
-
-# YAML
-
-_TAG = "tag:yaml.org,2002:"
-# YAML 1.1, which PyYAML speaks, reads 1e-3 and 1.0e3 as strings; YAML 1.2 and people read numbers.
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+")
-_PLAIN_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,17})")
-_PLAIN_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-
-
-class _Loader(yaml.SafeLoader):
-    """Composes nodes, never builds objects; refuses nesting that no config has."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would read as something else; never writes aliases."""
-
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  (PyYAML's signature)
-        return True
-
-    def text(self, data: str) -> yaml.ScalarNode:
-        # YAML folds line breaks, and U+0085 is one, in any style but double quotes.
-        style = None if data.splitlines() == [data] else '"'
-        return self.represent_scalar(f"{_TAG}str", data, style=style)
-
-
-_Dumper.add_representer(str, _Dumper.text)
-for _reader in (_Loader, _Dumper):
-    _reader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))
-
-
-@dataclass
-class _Document:
-    """YAML text as plain data that remembers where each of its values stands.
-
-    Attributes:
-        text: The YAML.
-        source: What messages call it.
-        data: Strings, numbers, booleans, lists and dicts.
-    """
-
-    text: str
-    source: str
-    data: dict[str, Any] = field(init=False)
-    nodes: dict[Loc, yaml.Node] = field(init=False, default_factory=dict)
-    keys: dict[Loc, yaml.Node] = field(init=False, default_factory=dict)
-    n_nodes: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        root = self._compose()
-        if root is None:
-            raise self._error(None, (), "the config is empty", "Add targets: with patterns")
-        self.nodes[()] = root
-        if not isinstance(root, yaml.MappingNode):
-            remedy = "Write keys and values, such as targets: [q_proj]"
-            raise self._error(root, (), "the config is no mapping", remedy)
-        self.data = self._mapping(root, (), ())
-
-    def _compose(self) -> yaml.Node | None:
-        if len(self.text) > MAX_TEXT_BYTES:
-            found = f"{len(self.text):,} characters, more than a config can have"
-            raise ConfigError(self.source, found, "Shorten it")
-        try:
-            return _Loader(self.text).get_single_node()
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            place = self.source if mark is None else f"{self.source}{_line(mark)}"
-            found = f"this is no valid YAML: {error.problem}"
-            raise ConfigError(place, found, _yaml_help(str(error.problem))) from None
-        except (
-            ValueError,
-            OverflowError,
-        ) as error:  # an escape of no character, such as \UFFFFFFFF
-            remedy = "Write patterns in single quotes: there a backslash is only a backslash"
-            raise ConfigError(self.source, f"this is no valid YAML: {error}", remedy) from None
-        except yaml.reader.ReaderError as error:
-            found = (
-                f"the character U+{error.character:04X} at {error.position} is not allowed in YAML"
-            )
-            raise ConfigError(self.source, found, "Remove it") from None
-
-    def _build(self, node: yaml.Node, path: Loc, above: tuple[yaml.Node, ...]) -> Any:
-        self.n_nodes += 1
-        if self.n_nodes > MAX_NODES:
-            found = f"more than {MAX_NODES:,} values once its aliases are written out"
-            raise self._error(node, path, found, "Use fewer aliases")
-        if any(node is other for other in above):
-            raise self._error(node, path, "an alias contains itself", "Write the value out")
-        self.nodes.setdefault(path, node)
-        if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, path)
-        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
-            return [
-                self._build(child, (*path, i), (*above, node)) for i, child in enumerate(node.value)
-            ]
-        if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
-            return self._mapping(node, path, above)
-        raise self._tag_error(node, path)
-
-    def _mapping(
-        self, node: yaml.MappingNode, path: Loc, above: tuple[yaml.Node, ...]
-    ) -> dict[str, Any]:
-        pairs: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        merged: list[yaml.Node] = []
-        for key_node, value_node in node.value:
-            if key_node.tag == f"{_TAG}merge":
-                merged.append(value_node)
-                continue
-            key = self._key(key_node, path)
-            if key in pairs:
-                line = pairs[key][0].start_mark.line + 1
-                found = f"the key '{key}' is given twice, first in line {line}"
-                raise self._error(key_node, (*path, key), found, "Remove one of them")
-            pairs[key] = key_node, value_node
-        data = {}
-        for key, (key_node, value_node) in pairs.items():
-            self.keys.setdefault((*path, key), key_node)
-            data[key] = self._build(value_node, (*path, key), (*above, node))
-        for value_node in merged:  # `<<: *anchor`; what stands here itself goes before it
-            data = {**self._merge(value_node, path, (*above, node)), **data}
-        return data
-
-    def _merge(self, node: yaml.Node, path: Loc, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
-        many = isinstance(node, yaml.SequenceNode)
-        data: dict[str, Any] = {}
-        for part in node.value if many else [node]:
-            if not isinstance(part, yaml.MappingNode):
-                raise self._error(part, path, "'<<' takes a mapping", "Write <<: *anchor")
-            data = {**self._build(part, path, above), **data}
-        return data
-
-    def _key(self, node: yaml.Node, path: Loc) -> str:
-        if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}str":
-            return cast("str", node.value)
-        text = node.value if isinstance(node, yaml.ScalarNode) else "a collection"
-        found = f"{text} is no key: keys are strings"
-        raise self._error(node, path, found, "Write it in quotes, if it is meant")
-
-    def _scalar(self, node: yaml.ScalarNode, path: Loc) -> Any:
-        text, kind = cast("str", node.value), node.tag.removeprefix(_TAG)
-        if kind == "str":
-            return text
-        if kind == "bool":
-            return text.lower() in {"yes", "true", "on"}
-        if kind == "null":
-            raise self._error(node, path, "there is no value", "Write one, or remove the key")
-        if kind == "int":
-            if _PLAIN_INT.fullmatch(text):
-                return int(text)
-            remedy = "Write it as a plain decimal number, or in quotes if a string is meant"
-            raise self._error(node, path, f"{text} is a number that YAML reads its own way", remedy)
-        if kind == "float":
-            if text.lower().strip("-+") in {".inf", ".nan"}:
-                return float(text.replace(".", ""))
-            if _PLAIN_FLOAT.fullmatch(text):
-                return float(text)
-            remedy = "Write it as a plain decimal number, or in quotes if a string is meant"
-            raise self._error(node, path, f"{text} is a number that YAML reads its own way", remedy)
-        raise self._tag_error(node, path)
-
-    def _tag_error(self, node: yaml.Node, path: Loc) -> ConfigError:
-        if node.tag == f"{_TAG}timestamp":
-            return self._error(
-                node, path, f"YAML reads {node.value} as a date", "Write it in quotes"
-            )
-        tag = node.tag.replace(_TAG, "!!")
-        remedy = "A config has strings, numbers, lists and mappings only; remove the tag"
-        return self._error(node, path, f"the tag {tag} is not allowed", remedy)
-
-    def _error(self, node: yaml.Node | None, path: Loc, found: str, remedy: str) -> ConfigError:
-        mark = "" if node is None else _line(node.start_mark)
-        key = f" ({_dotted(path)})" if path else ""
-        return ConfigError(f"{self.source}{mark}{key}", found, remedy)
-
-    def _node(self, path: Loc) -> yaml.Node:
-        """The node at `path`, or the innermost one around it."""
-        for n in range(len(path), 0, -1):
-            if path[:n] in self.nodes:
-                return self.nodes[path[:n]]
-        return self.nodes[()]
-
-    def place(self, path: Loc, *, key: bool = False) -> str:
-        """`FILE:LINE:COLUMN (key)` of a value, or of its key."""
-        node = self.keys[path] if key and path in self.keys else self._node(path)
-        name = f" ({_dotted(path)})" if path else ""
-        return f"{self.source}{_line(node.start_mark)}{name}"
-
-    def order(self, path: Loc) -> tuple[int, int]:
-        """Where a value stands, to sort by."""
-        mark = self._node(path).start_mark
-        return mark.line, mark.column
-
-    def hint(self, path: Loc) -> str | None:
-        """What to do where YAML's own reading of a plain word is the likely mistake."""
-        node = self._node(path)
-        if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}bool" and not node.style:
-            return f"YAML reads {node.value} as true or false; in quotes it is a word"
-        return None
-
-
-def _line(mark: yaml.Mark) -> str:
-    return f":{mark.line + 1}:{mark.column + 1}"
-
-
-def _yaml_help(problem: str) -> str:
-    if "unknown escape" in problem:
-        return "Write patterns in single quotes: there a backslash is only a backslash"
-    if "\\t" in problem:
-        return "Indent with spaces, not tabs"
-    if "alias" in problem:
-        return "Define the anchor before it is used; a pattern that begins with * needs quotes"
-    return "Check indentation, brackets and quotes there"

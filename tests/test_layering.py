@@ -21,7 +21,7 @@ PACKAGE = Path(lora_inject.__file__).parent
 # From the top down; `X.*` is every file of a package that has no rung of its own.
 LADDER = (
     ("version", "errors"),
-    ("sites", "names"),
+    ("sites", "names", "yaml_document"),
     ("config", "inventory"),
     ("plans",),
     ("matching",),
@@ -49,7 +49,17 @@ ROOT = "the package's front"  # lora_inject/__init__.py, for users; no file insi
 # What costs seconds, or need not be installed, is imported where it is used.
 NEVER_AT_IMPORT = {"transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub"}
 # Names, configs and plans are values without tensors.
-WITHOUT_TORCH = ("version", "errors", "sites", "names", "config", "inventory", "plans", "matching")
+WITHOUT_TORCH = (
+    "version",
+    "errors",
+    "sites",
+    "names",
+    "yaml_document",
+    "config",
+    "inventory",
+    "plans",
+    "matching",
+)
 
 
 def modules() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""One test for each way in which PEFT 0.21.2 was seen to fail: wrong numbers, wrong targets, torn state.
+"""One test for each way in which PEFT 0.21.2 was seen to fail.
 
 One idea: each test is named after what goes wrong there, and shows that it is right here (against a
 dense float64 reference that is formed by hand, and gradients against finite differences of that
@@ -6,18 +6,18 @@ reference) or that it is refused before anything changed.
 
 Where PEFT has a feature that does not exist here, the nearest thing that does exist is tested:
 
-| there                           | here                                                              |
-|---------------------------------|-------------------------------------------------------------------|
-| ensure_weight_tying             | none: head and embedding are two sites, merging unties them       |
-| pissa_niter_N (random svd)      | pissa only, exact, and its start travels with the adapter         |
-| layer_replication               | none: one layer that runs several times is the nearest            |
-| add_weighted_adapter            | activate() with weights; it makes no third adapter                |
-| low_cpu_mem_usage               | none: a load with missing tensors, and a base without values      |
-| set_scale                       | none: alpha belongs to the site; weights belong to the selection  |
-| rank_pattern, alpha_pattern     | rules, first match wins                                           |
-| layers_to_transform             | a pattern that names the layers                                   |
-| modules_to_save                 | train                                                             |
-| all-linear                      | none: a pattern says what is meant                                |
+there                           | here
+--------------------------------|----------------------------------------------------------
+ensure_weight_tying             | none: head and embedding are two sites, merging unties them
+pissa_niter_N (random svd)      | pissa only, exact, and its start travels with the adapter
+layer_replication               | none: one layer that runs several times is the nearest
+add_weighted_adapter            | activate() with weights; it makes no third adapter
+low_cpu_mem_usage               | none: a load with missing tensors, and a base without values
+set_scale                       | none: alpha belongs to the site; weights to the selection
+rank_pattern, alpha_pattern     | rules, first match wins
+layers_to_transform             | a pattern that names the layers
+modules_to_save                 | train
+all-linear                      | none: a pattern says what is meant
 """
 
 from __future__ import annotations
@@ -798,7 +798,7 @@ def test_an_alpha_of_zero_or_nan_is_accepted(alpha: Any) -> None:
     refused(model, run, li.ConfigError, "alpha")
 
 
-# -------------------------------------------------------------------------- not atomic, side effects
+# ------------------------------------------------------------------------- not atomic, side effects
 
 
 def test_a_bad_second_target_leaves_the_first_replaced() -> None:
