@@ -235,7 +235,8 @@ def install(
     check_new_name(unwrapped(model), name)
     state = _without(state, leave_out, asked)
     found = inventory(model)
-    fitted = {s.spec.name: _fit(s.spec, found, asked) for s in state.sites.values()}
+    names = _Names(found)
+    fitted = {s.spec.name: _fit(s.spec, names, asked) for s in state.sites.values()}
     trained = tuple(_fit_trained(key, t, found, asked) for key, t in state.trained.items())
     weights = _weights(model)
     _check_base(state, fitted, weights, base, asked)
@@ -292,9 +293,9 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
     )
 
 
-def _fit(spec: SiteSpec, found: Inventory, asked: str) -> SiteSpec:
+def _fit(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
     """Return a site's spec as this model holds it."""
-    candidate = _candidate(spec, found)
+    candidate = names.find(spec)
     kinds = {row.kind for row in KINDS} | {"parameter"}
     if spec.kind not in kinds:
         raise FormatError(
@@ -303,8 +304,7 @@ def _fit(spec: SiteSpec, found: Inventory, asked: str) -> SiteSpec:
             "Import the module that calls register_kind for it first",
         )
     if candidate is None:
-        names = [c.name for c in found.candidates]
-        close = ", ".join(map(repr, nearest(spec.name, names))) or "none"
+        close = ", ".join(map(repr, nearest(spec.name, names.names))) or "none"
         raise FormatError(
             f"{asked}, site {spec.name!r}",
             "the model has no such module",
@@ -335,13 +335,23 @@ def _fit(spec: SiteSpec, found: Inventory, asked: str) -> SiteSpec:
     )
 
 
-def _candidate(spec: SiteSpec, found: Inventory) -> Candidate | None:
-    for candidate in found.candidates:
-        if spec.name == candidate.name or spec.name in candidate.aliases:
-            return candidate
-        if spec.kind == "parameter" and spec.name == candidate.weight:
-            return candidate.as_parameter(spec.name)
-    return None
+class _Names:
+    """The candidates of a model by every name that an adapter may know them by."""
+
+    def __init__(self, found: Inventory) -> None:
+        self.names = [candidate.name for candidate in found.candidates]
+        self._sites: dict[str, Candidate] = {}
+        self._weights: dict[str, Candidate] = {}
+        for candidate in found.candidates:
+            for name in (candidate.name, *candidate.aliases):
+                self._sites.setdefault(name, candidate)
+            self._weights.setdefault(candidate.weight, candidate)
+
+    def find(self, spec: SiteSpec) -> Candidate | None:
+        found = self._sites.get(spec.name)
+        if found is None and spec.kind == "parameter" and spec.name in self._weights:
+            return self._weights[spec.name].as_parameter(spec.name)
+        return found
 
 
 def _fit_trained(key: str, tensor: Tensor, found: Inventory, asked: str) -> Trained:

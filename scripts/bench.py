@@ -26,7 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-
 from benchmarks import compiled, exact, report, serving, sharing, steps, surgery
 from benchmarks.measure import Options, Result
 
@@ -35,14 +34,15 @@ Written by `python scripts/bench.py --write docs/performance.md`; none of this i
 
 All variants of a case run in one process, in an order that is shuffled for each round. Ratios are
 formed within a round; the tables show the median over rounds, and the smallest and the largest.
-*floor again* is the floor measured a second time: its distance from 1 is how far any other ratio may
-be off. Rounds that warm up do not count, the garbage collector is off while the clock runs, and the
-allocator's settings are the system's. Rows use one thread where they do not say otherwise.
+*floor again* is the floor measured a second time: its distance from 1 is how far any other ratio
+may be off. Rounds that warm up do not count, the garbage collector is off while the clock runs, and
+the allocator's settings are the system's. Rows use one thread where they do not say otherwise.
 
 The *floor* of a training step is the same model with every parameter frozen and the output of its
 embedding requiring a gradient: forward and the gradient of the input, without an optimiser. No
-adapter can train faster. It does compute the gradient of the first layer's input, which adapters do
-not need: about 0.7 % of a step of twelve layers. A step with adapters is forward, backward and AdamW.
+adapter can train faster. It does compute the gradient of the first layer's input, which adapters
+do not need: about 0.7 % of a step of twelve layers. A step with adapters is forward, backward and
+AdamW.
 
 "Reached" compares the median with the target."""
 

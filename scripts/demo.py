@@ -31,6 +31,7 @@ from typing import Any
 import smollm2
 from demo_files import DemoError, digest, discard, folder_bytes, write_json
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
@@ -87,24 +88,17 @@ class Record:
     reused: bool = False
 
 
-def stages(out: Path, config: Path, steps: int, lr: float, n_pairs: int) -> list[Stage]:
+def stages(args: argparse.Namespace) -> list[Stage]:
     """All stages in their order."""
+    out = args.out
     base, pairs, adapter, merged = (out / n for n in ("base", "pairs.json", "adapter", "merged"))
 
     def measure(model: Path, *options: str) -> tuple[str, ...]:
-        held_out = ("--pairs", str(pairs), "--n-pairs", str(n_pairs))
+        held_out = ("--pairs", str(pairs), "--n-pairs", str(args.n_pairs))
         return ("stages", "measure", "--model", str(model), *held_out, *options)
 
-    learn = (
-        "--pairs",
-        str(pairs),
-        "--config",
-        str(config),
-        "--steps",
-        str(steps),
-        "--lr",
-        f"{lr:g}",
-    )
+    learn = ("--pairs", str(pairs), "--config", str(args.config), "--steps", str(args.steps))
+    learn += ("--minutes", f"{args.minutes:g}", "--lr", f"{args.lr:g}")
     return [
         Stage(
             "base",
@@ -121,7 +115,7 @@ def stages(out: Path, config: Path, steps: int, lr: float, n_pairs: int) -> list
         Stage(
             "plan",
             "Plan: what the config means for this model",
-            ("lora-inject", "plan", str(config), str(base)),
+            ("lora-inject", "plan", str(args.config), str(base)),
             after=("base",),
             injects=True,
         ),
@@ -212,7 +206,12 @@ def run(stage: Stage, out: Path, key: str) -> Record:
         script = str(HERE / "demo_stages.py")
         argv = [sys.executable, script, "--result", str(result), *stage.command[1:]]
     start = time.perf_counter()
-    peak_bytes = wait(stage, argv)
+    try:
+        peak_bytes = wait(stage, argv)
+    except BaseException:
+        if stage.product:
+            discard(stage.product)
+        raise
     found = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     record = Record(key, time.perf_counter() - start, peak_bytes, found)
     kept = {name: getattr(record, name) for name in ("key", "seconds", "peak_bytes", "result")}
@@ -228,16 +227,17 @@ def wait(stage: Stage, argv: list[str]) -> int:
         DemoError: It failed.
         KeyboardInterrupt: The user stopped the demo; the command is gone by then.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen(argv, cwd=REPO, env=environment)
+    # threads that wait asleep: beside other work, ones that spin cost 3 to 5 times the time
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    environment |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    # a group of its own, so that Ctrl-C reaches the demo alone; open files, so that it holds the lock
+    process = subprocess.Popen(argv, cwd=REPO, env=environment, process_group=0, close_fds=False)
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except KeyboardInterrupt:
         end(process)
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode in (130, -signal.SIGINT):
-        raise KeyboardInterrupt
     if process.returncode == -signal.SIGKILL:
         raise DemoError(
             f"stage {stage.name!r}",
@@ -251,13 +251,14 @@ def wait(stage: Stage, argv: list[str]) -> int:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """See a command to its end: it got the same Ctrl-C, unless only the demo was signalled."""
-    for stop in (process.terminate, process.kill):
-        try:
-            process.wait(timeout=3)
-        except subprocess.TimeoutExpired:
-            stop()
-    process.wait()
+    """Stop a command at once; it may be stopped anywhere, as nobody uses what it leaves."""
+    process.terminate()
+    try:
+        process.wait(timeout=3)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    console.show_cursor()  # a progress bar hides it
 
 
 # --------------------------------------------------------------------------------------- results
@@ -417,7 +418,7 @@ def better(before: dict[str, Any], after: dict[str, Any]) -> int:
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """Hold a lock on the folder; the lock goes with the process, however that ends.
+    """Hold a lock on the folder, which goes with this process and its command, however they end.
 
     Raises:
         DemoError: Another demo works in the same folder.
@@ -429,9 +430,18 @@ def alone(out: Path) -> Iterator[None]:
         except BlockingIOError as error:
             found = "another demo is running there"
             raise DemoError(f"folder {out}", found, "Wait for it, or give another --out") from error
-        for partial in (*out.glob("*.partial"), *out.glob("records/*.partial")):
-            discard(partial)
-        yield
+        os.set_inheritable(file.fileno(), True)
+        clear(out)
+        try:
+            yield
+        finally:
+            clear(out)
+
+
+def clear(out: Path) -> None:
+    """Remove what a stopped stage has begun to write."""
+    for partial in (*out.glob("*.partial"), *out.glob("records/*.partial")):
+        discard(partial)
 
 
 def forget(out: Path) -> None:
@@ -446,6 +456,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo.sh", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="20 steps, 32 held-out pairs")
     parser.add_argument("--steps", type=int, help="training steps of 8 pairs (80)")
+    parser.add_argument(
+        "--minutes", type=float, default=5, help="train no longer than this (%(default)s)"
+    )
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--config", type=Path, default=CONFIG, help="adapter config (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path(".demo"), help="work folder (%(default)s)")
@@ -453,12 +466,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps is not None and args.steps < 1:
         parser.error("--steps must be 1 or more")
+    if not args.minutes > 0:
+        parser.error("--minutes must be above 0")
     args.steps = args.steps or (20 if args.quick else 80)
+    args.n_pairs = 32 if args.quick else 96
     return args
 
 
 def demo(args: argparse.Namespace) -> int:
     """Run the demo; return the exit code."""
+    if not args.config.is_file():
+        raise DemoError(f"--config {args.config}", "there is no such file", "See configs/")
     with alone(args.out):
         if args.fresh:
             forget(args.out)
@@ -471,8 +489,7 @@ def demo(args: argparse.Namespace) -> int:
         sources = [HERE / f"{n}.py" for n in ("demo_stages", "objective", "pairs", "smollm2")]
         versions = [f"{n} {version(n)}" for n in ("torch", "transformers", "gguf")]
         shared = digest([*sources, args.config], smollm2.SHA256, sys.version, *versions)
-        n_pairs = 32 if args.quick else 96
-        todo = stages(args.out, args.config, args.steps, args.lr, n_pairs)
+        todo = stages(args)
         records = run_all(todo, args.out, shared)
         if not show(todo, records, args.out):
             console.print("[red bold]error:[/] a check failed; see above", highlight=False)
@@ -483,11 +500,13 @@ def demo(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """Run the demo and turn the ways it can end into exit codes."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopping is stopping
+    for stop in (signal.SIGTERM, signal.SIGHUP):  # stopping is stopping; nohup ignores the second
+        if signal.getsignal(stop) != signal.SIG_IGN:
+            signal.signal(stop, signal.default_int_handler)
     try:
         return demo(parse())
     except DemoError as error:
-        console.print(f"[red bold]error:[/] {error}", highlight=False, markup=True)
+        console.print(f"[red bold]error:[/] {escape(str(error))}", highlight=False)
         return 1
     except KeyboardInterrupt:
         console.print(

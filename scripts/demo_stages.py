@@ -23,6 +23,7 @@ import pairs as data
 from demo_files import DemoError, write_json
 from pairs import Example, Pair, batches, collate, encode, prompt_of, target_of
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -94,18 +95,23 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         lora_inject.parameter_groups(model, lr=args.lr), weight_decay=0.01
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_then_down(args.steps))
+    peaks = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
     n_tokens, start = 0, time.perf_counter()
     model.train()
     with progress("loss {task.fields[loss]:.2f}", "{task.fields[speed]:.0f} tokens/s") as bar:
         task = bar.add_task("training", total=args.steps, loss=float("nan"), speed=0.0)
-        for batch in batches(chosen, BATCH):
+        for step, batch in enumerate(batches(chosen, BATCH)):
+            seconds = time.perf_counter() - start
+            factor = schedule(step, args.steps, seconds / (60 * args.minutes))
+            if factor == 0:
+                break
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
             loss = -target_log_probs(model, *collate(batch, tokenizer.pad_token_id)).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            scheduler.step()
             losses.append(loss.item())
             n_tokens += sum(len(example.tokens) for example in batch)
             speed = n_tokens / (time.perf_counter() - start)
@@ -113,11 +119,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             if losses[-1] != losses[-1]:
                 found = f"the loss of step {len(losses)} is not a number"
                 raise DemoError("training", found, "Try a lower --lr")
+    if len(losses) < args.steps:
+        console.print(f"{args.minutes:g} minutes were up after {len(losses)} of {args.steps} steps")
     lora_inject.save_adapter(model, args.output)
     return {
         "losses": losses,
         "tokens_per_second": speed,
-        "n_pairs": len(chosen),
         "n_trained": n_trained,
         "n_base": n_base,
         "weights": [s.spec.weight for s in lora_inject.adapter_state(model).sites.values()],
@@ -312,10 +319,21 @@ def take(pairs: Sequence[Pair], tokenizer: Tokenizer, n: int, *, ended: bool) ->
     return found
 
 
-def warm_up_then_down(steps: int) -> Any:
-    """The paper's schedule, linear up and then down, over a run of `steps` steps."""
-    n_up = max(1, steps // 10)
-    return lambda step: min((step + 1) / n_up, (steps - step) / max(1, steps - n_up))
+def schedule(step: int, steps: int, spent: float) -> float:
+    """The paper's schedule, linear up and then down to nothing, for a run that ends in time.
+
+    Args:
+        step: Steps taken so far.
+        steps: Steps to take if time allows. The rate goes up over the first tenth of them.
+        spent: Share of the allowed time that is gone. Where it runs ahead of the steps, on a slow
+            or busy machine, the rate comes down by the clock; else the result depends on none.
+
+    Returns:
+        The factor on the peak rate, 0 where training is over.
+    """
+    up = max(1, steps // 10) / steps
+    done = max(step / steps, spent)
+    return max(0.0, min((step + 1) / steps / up, (1 - done) / (1 - up) if up < 1 else 1 - done))
 
 
 def progress(*extra: str) -> Progress:
@@ -341,7 +359,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         base: {"--output": Path},
         pairs: {"--output": Path},
         train: {"--base": Path, "--pairs": Path, "--config": Path, "--steps": int, "--lr": float}
-        | {"--output": Path},
+        | {"--minutes": float, "--output": Path},
         measure: {"--model": Path, "--pairs": Path, "--n-pairs": int},
     }
     for stage, required in options.items():
@@ -362,10 +380,8 @@ def main() -> int:
     try:
         write_json(args.result, args.stage(args))
     except DemoError as error:
-        console.print(f"[red bold]error:[/] {error}", highlight=False)
+        console.print(f"[red bold]error:[/] {escape(str(error))}", highlight=False)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -271,8 +272,7 @@ def test_peft_keys_dtypes_and_config(tmp_path: Path) -> None:
 def test_alpha_of_widened_ranks(
     scaling: str, kind: str, derived: bool, alpha: float, rank: int, tmp_path: Path
 ) -> None:
-    fields = {**KIND_SPECS[kind].__dict__, "scaling": scaling}
-    spec = SiteSpec(**{k: v for k, v in fields.items() if k in SiteSpec.__dataclass_fields__})
+    spec = dataclasses.replace(KIND_SPECS[kind], scaling=scaling)
     path = write_adapter(make_state(spec, derived=derived), tmp_path / "a")
     config = json.loads((path / "adapter_config.json").read_text())
     assert config["lora_alpha"] == pytest.approx(alpha, rel=1e-12)

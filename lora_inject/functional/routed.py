@@ -42,12 +42,12 @@ def routed_update(
     with torch.autocast(y.device.type, enabled=False):
         dtype = torch.float32 if float32 and y.dtype != torch.float64 else y.dtype
         pairs = [_one_pair(updates, y.shape[-1], dtype) for updates in adapters]
-        rank = max(A.shape[0] for A, _ in pairs)
+        ranks = {A.shape[0] for A, _ in pairs}
+        rank = max(ranks)
         base = (pairs[0][0].new_zeros(rank, x.shape[-1]), pairs[0][1].new_zeros(y.shape[-1], rank))
-        padded = [
-            (F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))) for A, B in pairs
-        ]
-        A_bank, B_bank = (torch.stack(bank) for bank in zip(base, *padded, strict=True))
+        if len(ranks) > 1:
+            pairs = [(_padded(A, rank, 0), _padded(B, rank, 1)) for A, B in pairs]
+        A_bank, B_bank = (torch.stack(bank) for bank in zip(base, *pairs, strict=True))
         x3 = x.reshape(x.shape[0], -1, x.shape[-1])
         x3 = _routed_dropout(x3, rows, [updates[0].dropout for updates in adapters])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
@@ -99,6 +99,11 @@ class _RoutedFunction(torch.autograd.Function):
             each = torch.bmm(h.transpose(1, 2), gw).transpose(1, 2)
             gB = torch.zeros_like(B_bank).index_add_(0, rows, each)
         return g, gx, None, gA, gB
+
+
+def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
+    missing = rank - factor.shape[dim]
+    return F.pad(factor, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
 def _one_pair(updates: Sequence[Factors], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,9 @@ __all__ = [
     "unswap",
 ]
 
+# Key of the scales in a state dict's metadata.
+SCALES = "lora_scales"
+
 TRAINABLE_ROLES = ("A", "B", "T")
 
 
@@ -282,6 +285,16 @@ class Carrier(nn.Module):
 
         return super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save like nn.Module, and note every scale, which the tensors do not tell."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        noted = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if noted is not None:
+            noted[SCALES] = self._lora_scales()
+
+    def _lora_scales(self) -> dict[str, float]:
+        return {entry.names["A"]: entry.spec.scale for entry in self._lora.entries() if entry.spec}
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -298,6 +311,13 @@ class Carrier(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        noted = local_metadata.get(SCALES, {})
+        for name, scale in self._lora_scales().items():
+            if prefix + name in state_dict and noted.get(name, scale) != scale:
+                error_msgs.append(
+                    f"{prefix}{name}: its adapter has scale {noted[name]:g} in the state dict and "
+                    f"{scale:g} here. Inject with the same alpha and rank, or use load_adapter"
+                )
         by_adapter: dict[str, list[str]] = {}
         for entry in self._lora.entries():
             by_adapter.setdefault(entry.adapter, []).extend(

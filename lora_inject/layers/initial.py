@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from lora_inject.errors import LayerError
 from lora_inject.functional import master_dtype
 from lora_inject.sites import SiteSpec
 
@@ -35,9 +36,18 @@ def initial_tensors(spec: SiteSpec, weight: Tensor) -> dict[str, Tensor]:
     Returns:
         Role to tensor: `A` of `spec.a_shape`, `B` of `spec.b_shape`, and for pissa and olora the
         frozen `A0` and `B0`. float32, or float64 over a float64 weight; on the weight's device.
+
+    Raises:
+        LayerError: pissa or olora over a weight without values.
     """
     dtype = master_dtype(weight.dtype)
     if spec.init in FROM_WEIGHT:
+        if weight.device.type == "meta":
+            raise LayerError(
+                f"init {spec.init} of site {spec.name!r}",
+                "the weight is on the meta device and has no values to start from",
+                "Load the base weights first",
+            )
         return _from_weight(spec, weight, dtype)
     std = spec.init[1] if isinstance(spec.init, tuple) else 1.0 / spec.rank
     is_embedding = spec.kind == "embedding"

@@ -60,9 +60,7 @@ def compiled(options: Options) -> Result:
     return result
 
 
-def _steps(
-    result: Result, options: Options, label: str, base: nn.Sequential, hidden: int
-) -> None:
+def _steps(result: Result, options: Options, label: str, base: nn.Sequential, hidden: int) -> None:
     config = {"rank": RANK, "alpha": ALPHA, "targets": [LLAMA]}
     x = torch.randn(4, 16 if options.quick else 128, hidden, dtype=base[0].q_proj.weight.dtype)
     x.requires_grad_()
@@ -138,7 +136,7 @@ def _recompilations(result: Result) -> None:
 def _switched(
     call: Any, counter: Any, model: nn.Module, names: list[str], x: Tensor
 ) -> tuple[float, float]:
-    """Switch through all adapters twice; return recompilations, and how many switches went wrong."""
+    """Switch through all adapters twice; return recompilations, and how often it went wrong."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
     before, wrong = counter.frame_count, 0

@@ -128,7 +128,11 @@ def opaque(model: Any) -> Any:
 
 def _opaque_class(plain: type) -> type:
     if plain not in _MADE:
-        _MADE[plain] = type("Opaque", (plain,), {"forward": lambda self, x: plain.forward(self, x)})
+
+        def forward(self: Any, x: Tensor) -> Any:
+            return plain.forward(self, x)  # type: ignore[attr-defined]
+
+        _MADE[plain] = type("Opaque", (plain,), {"forward": forward})
     return _MADE[plain]
 
 

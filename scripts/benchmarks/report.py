@@ -69,23 +69,31 @@ def lines_of(row: Mapping[str, Any]) -> list[Line]:
 
 
 def summary(rows: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the final table: every number that has a target."""
+    """Return the final table: every number that has a target.
+
+    Counts and errors of many cases stand in one line, with the worst of them.
+    """
     table = [("row", "case", "what", "target", "median", "min - max", "reached")]
     for name, row in rows.items():
+        groups: dict[tuple[Any, ...], list[Line]] = {}
         for line in lines_of(row):
             if line.target is not None:
-                table.append(
-                    (
-                        name,
-                        line.case,
-                        f"{line.variant}: {line.metric}",
-                        f"{line.target:.3g}",
-                        number(line.mid),
-                        f"{number(line.low)} - {number(line.high)}",
-                        verdict(line),
-                    )
-                )
+                apart = line.case if line.n > 1 else ""
+                key = (line.variant, line.metric, line.target, apart)
+                groups.setdefault(key, []).append(line)
+        for lines in groups.values():
+            worst = max(lines, key=lambda line: line.mid)
+            case = worst.case if len(lines) == 1 else f"worst of {len(lines)} cases"
+            what = f"{worst.variant}: {worst.metric}"
+            cells = (f"{worst.target:.3g}", number(worst.mid), spread(worst))
+            quick = row["quick"] and worst.n > 1
+            table.append((name, case, what, *cells, "not judged" if quick else verdict(worst)))
     return table
+
+
+def spread(line: Line) -> str:
+    """Return the smallest and the largest value, where there was more than one round."""
+    return f"{number(line.low)} - {number(line.high)}" if line.n > 1 else ""
 
 
 def number(value: float) -> str:
@@ -116,11 +124,14 @@ def document(found: Mapping[str, Any], path: Path, method: str) -> str:
     """Return docs/performance.md: all rows, and what was written below them by hand."""
     here = found["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in here["versions"].items())
+    where = (
+        f"Machine: {here['processor']}, {here['cores']} cores, {here['memory_gib']} GiB, "
+        f"{here['capability']}; {here['system']}. Python {here['python']}, {versions}."
+    )
     parts = [
         "# Performance",
         method,
-        f"Machine: {here['processor']}, {here['cores']} cores, {here['memory_gib']} GiB, "
-        f"{here['capability']}; {here['system']}. Python {here['python']}, {versions}.",
+        where,
         "## Targets",
         markdown(summary(found["rows"])),
     ]
@@ -140,8 +151,7 @@ def _row_table(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     table = [("case", "variant", "number", "median", "min - max", "n", "target", "reached")]
     for line in lines_of(row):
         target = "" if line.target is None else f"{line.target:.3g}"
-        spread = f"{number(line.low)} - {number(line.high)}" if line.n > 1 else ""
-        cells = (line.case, line.variant, line.metric, number(line.mid), spread)
+        cells = (line.case, line.variant, line.metric, number(line.mid), spread(line))
         table.append((*cells, str(line.n), target, verdict(line)))
     return table
 
@@ -183,12 +193,12 @@ def plots(rows: Mapping[str, Any], folder: Path) -> list[Path]:
 def _bars(axis: Any, case: str, metric: str, lines: Sequence[Line]) -> None:
     lines = list(reversed(lines))
     middle = [line.mid for line in lines]
-    spread = [
+    reach = [
         [line.mid - line.low for line in lines],
         [line.high - line.mid for line in lines],
     ]
     names = [line.variant for line in lines]
-    axis.barh(names, middle, xerr=spread, color="#7a9cc6", ecolor="#333333")
+    axis.barh(names, middle, xerr=reach, color="#7a9cc6", ecolor="#333333")
     for target in {line.target for line in lines if line.target is not None}:
         axis.axvline(target, color="#b03a2e", linestyle="--", linewidth=1)
     if metric.startswith("time / "):

@@ -102,7 +102,9 @@ def _decode(
         over = [each * (t - f) for t, f in zip(times[name], times["nn.Linear"], strict=True)]
         result.add(case, name, "us a layer over nn.Linear", over, goals.get(name))
     same = all(type(layer) is nn.Linear for layer in after_eject.layers)  # type: ignore[union-attr]
-    result.add(case, "lora_inject, merged and ejected", "layers not nn.Linear", float(not same), 0.0)
+    result.add(
+        case, "lora_inject, merged and ejected", "layers not nn.Linear", float(not same), 0.0
+    )
 
 
 # --------------------------------------------------------------------------- switch, hot swap
@@ -133,7 +135,9 @@ def switch(options: Options) -> Result:
             "lora_inject, disabled()": many(lambda tree=tree: _off(tree), 100),
         }
         if n_layers <= 80:
-            peft = with_peft(_Tree(n_layers, 32), 4, target_modules=r".*_proj", fan_in_fan_out=False)
+            peft = with_peft(
+                _Tree(n_layers, 32), 4, target_modules=r".*_proj", fan_in_fan_out=False
+            )
             with quiet():
                 peft.add_adapter("two", peft.peft_config["default"])
             turns = _turns(peft.set_adapter, ("default", "two"))
@@ -141,7 +145,12 @@ def switch(options: Options) -> Result:
         times = interleave(runs, options.n_rounds(25))
         case = f"{7 * n_layers} sites"
         result.add(case, OURS, "ms", [10 * t for t in times[OURS]], 0.01)
-        result.add(case, "lora_inject, disabled()", "ms", [10 * t for t in times["lora_inject, disabled()"]])
+        result.add(
+            case,
+            "lora_inject, disabled()",
+            "ms",
+            [10 * t for t in times["lora_inject, disabled()"]],
+        )
         if "PEFT" in times:
             result.add(case, "PEFT", "ms", [200 * t for t in times["PEFT"]])
     return result
@@ -152,7 +161,9 @@ def _off(tree: nn.Module) -> None:
         pass
 
 
-def _turns(use: Callable[[str], Any], names: tuple[str, str] = ("one", "two")) -> Callable[[], None]:
+def _turns(
+    use: Callable[[str], Any], names: tuple[str, str] = ("one", "two")
+) -> Callable[[], None]:
     """Return a function that uses the one name and the other, in turn."""
     turn = [0]
 

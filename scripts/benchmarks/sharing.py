@@ -85,9 +85,7 @@ def _mixtral_block(hidden: int, inner: int) -> nn.Module:
 def _peft_experts(block: nn.Module, names: tuple[str, ...]) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=list(names)
-    )
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=list(names))
     with quiet():
         return get_peft_model(block, config)
 
@@ -125,9 +123,9 @@ def train_many(options: Options) -> Result:
             target = None if options.quick else goal
             _train_many(result, options, case, model, names, n_tokens, target)
     result.notes.append(
-        "A run is one row of its own tokens with a mean loss of its own; all rows of the joint step "
-        "are of equal length, so eight times its mean loss is the sum of theirs. Both sides step "
-        "one AdamW over all adapters."
+        "A run is one row of its own tokens with a mean loss of its own; all rows of the joint "
+        "step are of equal length, so eight times its mean loss is the sum of theirs. Both sides "
+        "step one AdamW over all adapters."
     )
     return result
 

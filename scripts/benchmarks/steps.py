@@ -37,7 +37,9 @@ def _models(options: Options) -> dict[str, Maker]:
         small = {"vocab_size": 512, "num_hidden_layers": 2}
         return {
             "GPT-2 tiny": lambda dtype: gpt2(dtype, vocab_size=512, n_layer=2, n_embd=96),
-            "Llama tiny": lambda dtype: llama(dtype, **small, hidden_size=96, intermediate_size=256),
+            "Llama tiny": lambda dtype: llama(
+                dtype, **small, hidden_size=96, intermediate_size=256
+            ),
         }
     return {"GPT-2 124M": gpt2, "Llama 124M": llama}
 
@@ -59,9 +61,9 @@ def step_bf16(options: Options) -> Result:
     """Time a training step in bfloat16, on one thread and on two."""
     result = Result()
     result.notes.append(
-        "In bf16, PEFT keeps the low-rank arithmetic in float32 by default, loralib and lora_inject "
-        "in bf16; `compute: float32` is lora_inject's choice that equals PEFT's. See step-float32 "
-        "for what each does to the gradients of A and B."
+        "In bf16, PEFT keeps the low-rank arithmetic in float32 by default, loralib and "
+        "lora_inject in bf16; `compute: float32` is lora_inject's choice that equals PEFT's. See "
+        "step-float32 for what each does to the gradients of A and B."
     )
     counts = [options.threads] if options.threads else [1, 2]
     for n in counts:
@@ -216,13 +218,13 @@ def saved(options: Options) -> Result:
 
 def _saved(result: Result, case: str, base: Any, ids: Tensor, options: Options) -> None:
     made = {
-        OURS: lambda m: with_lora(m),
+        OURS: with_lora,
         FLOAT32: lambda m: with_lora(m, compute="float32"),
         "lora_inject, dropout 0.05": lambda m: with_lora(m, dropout=0.05),
         GENERAL: lambda m: with_lora(opaque(m)),
-        "PEFT": lambda m: with_peft(m),
+        "PEFT": with_peft,
         "PEFT, dropout 0.05": lambda m: with_peft(m, lora_dropout=0.05),
-        "loralib": lambda m: with_loralib(m),
+        "loralib": with_loralib,
     }
     floor = _kept(frozen(copy.deepcopy(base)), ids)
     result.add(case, "floor", "MiB", floor / MIB)
@@ -280,7 +282,9 @@ def _check_dropout(result: Result) -> None:
             tensor.copy_(torch.eye(64))
     torch.manual_seed(0)
     out = net(torch.ones(4096, 64)).detach()
-    result.add("x of ones through A = B = 1", OURS, "share dropped", float((out == 0).float().mean()))
+    result.add(
+        "x of ones through A = B = 1", OURS, "share dropped", float((out == 0).float().mean())
+    )
     result.add("x of ones through A = B = 1", OURS, "mean", float(out.mean()))
     randomise(factors.values())
     x = torch.randn(32, 64)

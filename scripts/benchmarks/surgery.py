@@ -86,9 +86,7 @@ def load(options: Options) -> Result:
     return result
 
 
-def _load(
-    result: Result, options: Options, n_sites: int, goal: float | None, path: Path
-) -> None:
+def _load(result: Result, options: Options, n_sites: int, goal: float | None, path: Path) -> None:
     grove = inject(Grove(n_sites), {"rank": RANK, "alpha": ALPHA, "targets": [GROVE]}, "first")
     save_adapter(grove, path, "first")
     case = f"{n_sites:,} sites of width 32"
@@ -118,7 +116,7 @@ class _Weights(nn.Module):
 
     def __init__(self, n: int, hidden: int, inner: int) -> None:
         super().__init__()
-        square = {name: (hidden, hidden) for name in ("q", "k", "v", "o")}
+        square = dict.fromkeys(("q", "k", "v", "o"), (hidden, hidden))
         shapes = square | {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -149,9 +147,7 @@ def _merge(
     config = {"rank": 16, "alpha": ALPHA, "targets": [GROVE]}
     kept = inject(copy.deepcopy(base), config)
     bare = inject(copy.deepcopy(base), config)
-    peft = with_peft(
-        copy.deepcopy(base), 16, target_modules=f".*{GROVE}", fan_in_fan_out=False
-    )
+    peft = with_peft(copy.deepcopy(base), 16, target_modules=f".*{GROVE}", fan_in_fan_out=False)
     for model in (kept, bare):
         randomise(adapter_parameters(model).values())
     randomise(p for p in peft.parameters() if p.requires_grad)
@@ -191,5 +187,3 @@ def _merge(
 
 def _base(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach() for n, p in model.named_parameters() if "lora_" not in n]
-
-
