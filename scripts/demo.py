@@ -230,7 +230,7 @@ def wait(stage: Stage, argv: list[str]) -> int:
     # threads that wait asleep: beside other work, ones that spin cost 3 to 5 times the time
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
     environment |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    # a group of its own, so that Ctrl-C reaches the demo alone; open files, so that it holds the lock
+    # a group of its own: Ctrl-C reaches the demo alone; open files: it holds the lock, too
     process = subprocess.Popen(argv, cwd=REPO, env=environment, process_group=0, close_fds=False)
     try:
         _, status, usage = os.wait4(process.pid, 0)

@@ -943,7 +943,6 @@ def test_scale_and_alpha_are_lost_on_the_way(tmp_path: Path) -> None:
         assert error(logits(again), wanted) < EXACT
 
 
-@pytest.mark.xfail(reason="open: pissa and olora are accepted over weights that have no values")
 def test_pissa_over_a_base_without_values_fails_in_torch() -> None:
     model = llama().to("meta")
     run = lambda: li.inject(model, config("q_proj", init="pissa"))  # noqa: E731

@@ -147,7 +147,9 @@ T5 = [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"], ["q", "embed_t
 @pytest.mark.parametrize("targets", T5, ids=str)
 def test_a_t5_merges_saves_and_reloads(targets: list[str], tied: bool, tmp_path: Path) -> None:
     plain = t5(tied)
-    assert (plain.lm_head.weight is plain.shared.weight) is tied
+    # transformers ties a T5 whatever the flag says; the flag decides on scaling the outputs.
+    assert plain.lm_head.weight is plain.shared.weight
+    says = plain.config.tie_word_embeddings
     model = adapted(plain, *targets)
     assert li.unreached(model, lambda: t5_logits(model)) == []
     wanted = t5_logits(dense(plain, model))
@@ -164,8 +166,8 @@ def test_a_t5_merges_saves_and_reloads(targets: list[str], tied: bool, tmp_path:
     assert all(same_bits(t, plain.state_dict()[k]) for k, t in base_state(model).items())
     holders = [model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens]
     assert len({id(m._parameters["weight"]) for m in holders}) == 1
-    assert (model.lm_head._parameters["weight"] is holders[0]._parameters["weight"]) is tied
-    assert model.config.tie_word_embeddings is tied
+    assert model.lm_head._parameters["weight"] is holders[0]._parameters["weight"]
+    assert model.config.tie_word_embeddings is says
 
 
 def test_a_tied_name_that_is_never_called_is_refused_by_a_probe() -> None:
@@ -361,7 +363,6 @@ def test_a_model_offloaded_after_inject_serves_its_adapter() -> None:
         assert error(model(x), wanted) < FLOAT32
 
 
-@pytest.mark.xfail(reason="open: training under offload puts the gradients on copies, silently")
 def test_training_under_offload_is_never_in_vain() -> None:
     import accelerate
 
@@ -468,7 +469,7 @@ def test_recurrent_layers_are_refused_with_the_reason(make: Any) -> None:
     for target in (r"weight_hh_l0", r"rnn\.weight_ih_l0", r"rnn\..+"):
         run = lambda t=target: li.inject(model, config("out", t))  # noqa: E731
         refused(model, run, li.LayerError, r"'rnn\.weight.*fused kernel.*layers around it")
-    refused(model, lambda: li.inject(model, config("rnn")), li.MatchError, "rnn")
+    refused(model, lambda: li.inject(model, config("rnn")), li.LayerError, "'rnn'.*fused kernel")
 
 
 @pytest.mark.parametrize("make", [nn.LSTMCell, nn.GRUCell, nn.RNNCell], ids=lambda c: c.__name__)

@@ -25,6 +25,7 @@ from conftest import (
     TOLERANCE,
     Host,
     Kind,
+    conv1d,
     dense_output,
     error,
     fill,
@@ -456,10 +457,12 @@ def test_embedding_options_keep_their_gradients(options: dict[str, Any]) -> None
     data=st.data(),
     transposed=st.booleans(),
     rank=st.integers(1, 2),
+    seed=st.integers(0, 9999),
 )
-def test_fused_slices(sizes: list[int], data: st.DataObject, transposed: bool, rank: int) -> None:
-    from conftest import conv1d
-
+def test_fused_slices(
+    sizes: list[int], data: st.DataObject, transposed: bool, rank: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
     names = [f"s{i}" for i in range(len(sizes))]
     wide = [n for n, size in zip(names, sizes, strict=True) if size >= rank]
     if not wide:

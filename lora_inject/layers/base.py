@@ -218,6 +218,22 @@ class Mounts:
         return {**self.__dict__, "_chosen_for": None, "_chosen": (), "cache": None}
 
 
+def refuse_offloaded(module: nn.Module) -> None:
+    """Raise where accelerate offloads a module: its hook trains copies and throws them away.
+
+    Raises:
+        LayerError: The module's hook offloads.
+    """
+    hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))  # accelerate.hooks.SequentialHook, or one hook
+    if any(getattr(h, "offload", False) for h in hooks):
+        raise LayerError(
+            f"training an adapter on a {type(module).__name__} that accelerate offloads",
+            "its hook hands the forward copies of all parameters, whose gradients are lost",
+            "Train without offload; for inference call model.eval()",
+        )
+
+
 class Carrier(nn.Module):
     """Mixin of every swapped class: copies, pickles, casts and loads like the class it stands on.
 
@@ -356,9 +372,12 @@ class Carrier(nn.Module):
         """Note for `unreached` that adapters take part, and refuse to train them in vain."""
         if self._lora.selection.witness is not None:
             self._lora.selection.witness.add((id(self), param))
-        if not self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.training or torch.compiler.is_compiling():
             return
-        if any(t.requires_grad for t in tensors):
+        if torch.is_grad_enabled():
+            if "_hf_hook" in self.__dict__:
+                refuse_offloaded(self)
+        elif any(t.requires_grad for t in tensors):
             refuse_dead_checkpoint()
 
     def _lora_routing(self, x: Tensor, state: State) -> tuple[Tensor, list[Entry]]:

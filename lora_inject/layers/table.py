@@ -242,6 +242,10 @@ class _Survey:
         row = next((row for row in KINDS if row.matches(module)), None)
         if row is not None:
             self.candidates.append(self._candidate(name, module, row))
+        elif isinstance(module, nn.RNNBase) and name:
+            cls = plain_class(type(module)).__name__
+            refusal = _fused_kernel(module)
+            self.candidates.append(Candidate(name, cls, 0, 0, (), "", refusal=refusal))
         elif isinstance(module, nn.MultiheadAttention) and name:
             self.candidates.append(self._attention(name, module))
         else:

@@ -5,7 +5,9 @@ lot. So all variants of a case run in one process, in an order that is shuffled 
 each round gives one ratio to the floor of the same round. The floor runs twice under two names; how
 far their ratio is from 1 is how far any other ratio may be off.
 
-What is left out: the allocator's settings are those of the system, and no process is pinned.
+What is left out: the allocator's settings are those of the system, and no process is pinned. On a
+machine that others use, `clock("cpu")` counts the processor time of this process instead of the
+time that passes, which leaves out waiting for a core, but not sharing its caches.
 """
 
 from __future__ import annotations
@@ -20,6 +22,14 @@ from typing import Any
 import torch
 
 AGAIN = "floor again"
+
+_now = time.perf_counter
+
+
+def clock(which: str) -> None:
+    """Choose what is measured from here on: `wall` or `cpu`."""
+    global _now  # noqa: PLW0603 - one clock for all rows of a run
+    _now = {"wall": time.perf_counter, "cpu": time.process_time}[which]
 
 
 @dataclass
@@ -143,9 +153,22 @@ def show(line: Line) -> None:
     )
 
 
-def verdict(line: Line) -> str:
-    """Return `yes`, `NO`, or nothing where there is no target."""
+def verdict(line: Line, noise: float = 0.0) -> str:
+    """Return `yes`, `NO`, `undecided` where noise is larger than what is missing, or nothing."""
+    if line.target is not None and noise and abs(line.mid - line.target) < noise:
+        return "undecided"
     return {True: "yes", False: "NO", None: ""}[line.reached]
+
+
+def noise_of(line: Line, control: Line) -> float:
+    """Return how far off the median of a line may be, from the control of the same case.
+
+    How far the median of the control is from what it should be, and half its range over the root of
+    the number of rounds.
+    """
+    right = 1.0 if control.metric.startswith("time / ") else 0.0
+    off = abs(control.mid - right) + (control.high - control.low) / (2 * control.n**0.5)
+    return off * (100 if line.metric.startswith("points") else 1)
 
 
 def paired(times: Sequence[float], floor: Sequence[float]) -> list[float]:
@@ -185,9 +208,9 @@ def timed(variant: Variant) -> float:
     gc.collect()
     gc.disable()
     try:
-        began = time.perf_counter()
+        began = _now()
         variant.run()
-        seconds = time.perf_counter() - began
+        seconds = _now() - began
     finally:
         gc.enable()
     if variant.after is not None:
@@ -243,14 +266,18 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 class threads:  # noqa: N801 - used like a function
-    """Run the body with so many threads."""
+    """Run the body with so many threads; several of them are timed by the clock on the wall."""
 
     def __init__(self, n: int) -> None:
         self.n = n
 
     def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
+        self.before, self.now = torch.get_num_threads(), _now
+        if self.n > 1:
+            clock("wall")
         torch.set_num_threads(self.n)
 
     def __exit__(self, *error: object) -> None:
+        global _now  # noqa: PLW0603 - what it was before
         torch.set_num_threads(self.before)
+        _now = self.now

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Line, Result, verdict
+from benchmarks.measure import Line, Result, noise_of, verdict
 
 PACKAGES = ("lora-inject", "torch", "transformers", "peft", "loralib", "safetensors")
 # What stands below this line in the document is written by hand, and kept.
@@ -86,9 +86,17 @@ def summary(rows: Mapping[str, Any]) -> list[tuple[str, ...]]:
             case = worst.case if len(lines) == 1 else f"worst of {len(lines)} cases"
             what = f"{worst.variant}: {worst.metric}"
             cells = (f"{worst.target:.3g}", number(worst.mid), spread(worst))
-            quick = row["quick"] and worst.n > 1
-            table.append((name, case, what, *cells, "not judged" if quick else verdict(worst)))
+            table.append((name, case, what, *cells, _judged(worst, row)))
     return table
+
+
+def _judged(line: Line, row: Mapping[str, Any]) -> str:
+    if line.n == 1:
+        return verdict(line)
+    if row["quick"]:
+        return "not judged"
+    same = [c for c in lines_of(row) if c.case == line.case and c.variant.endswith("again")]
+    return verdict(line, noise_of(line, same[0]) if same else 0.0)
 
 
 def spread(line: Line) -> str:
@@ -143,7 +151,7 @@ def document(found: Mapping[str, Any], path: Path, method: str) -> str:
 
 
 def _about(row: Mapping[str, Any]) -> str:
-    where = f"{row['date']}, {row['threads']}, load of the machine {row['load']:.1f} at the start"
+    where = f"{row['date']}, {row['threads']}, {row['clock']} time, load average {row['load']:.1f}"
     return f"{row['title']} ({where}; {row['seconds']:.0f} s)"
 
 
@@ -152,7 +160,7 @@ def _row_table(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for line in lines_of(row):
         target = "" if line.target is None else f"{line.target:.3g}"
         cells = (line.case, line.variant, line.metric, number(line.mid), spread(line))
-        table.append((*cells, str(line.n), target, verdict(line)))
+        table.append((*cells, str(line.n), target, _judged(line, row)))
     return table
 
 

@@ -1,0 +1,323 @@
+"""Two processes: FSDP2 and DistributedDataParallel against one process, adapters and all.
+
+One idea: each worker trains on its half of a batch and rank 0 writes down what came out; the test
+trains the same model in one process on both halves and compares values. Both sides run in float64,
+so that a delta counted twice or a gradient averaged wrongly cannot hide in rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import lora_inject as li
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="no c10d")]
+
+WORLD, STEPS = 2, 2
+TARGETS = ["q_proj", r"o_proj\.weight", "embed_tokens", "down_proj"]
+CONFIG = {"rank": 2, "alpha": 3.0, "targets": TARGETS, "train": [r"model\.norm"]}
+FORWARD = {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "down_proj"]}
+IDS = torch.arange(4 * 6).view(4, 6) % 17
+
+
+def build(config: dict[str, Any] | None = None) -> Any:
+    """A tiny Llama with an adapter whose tensors are all random, the same in every process."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 17,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).double()
+    li.inject(model, config or CONFIG)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise, alpha=0.3)
+    return model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The unsharded values of a tensor, a copy."""
+    full = getattr(tensor, "full_tensor", None)
+    return (tensor if full is None else full()).detach().clone()
+
+
+def train(model: Any, wrapped: Any, batches: list[Tensor]) -> dict[str, Any]:
+    """Two steps of SGD; what each came to. The losses of several batches are averaged."""
+    parameters = li.adapter_parameters(model)
+    optimiser = torch.optim.SGD(parameters.values(), lr=0.1)
+    losses, gradients = [], []
+    for _ in range(STEPS):
+        loss = torch.stack([wrapped(ids, labels=ids).loss for ids in batches]).mean()
+        loss.backward()
+        gradients.append({key: whole(p.grad) for key, p in parameters.items()})
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        logits = wrapped(IDS).logits.detach()
+    return {"losses": losses, "gradients": gradients, "logits": logits, **values(model)}
+
+
+def values(model: Any) -> dict[str, Any]:
+    state = li.adapter_state(model)
+    tensors = {f"{k}.A": s.A for k, s in state.sites.items()}
+    tensors |= {f"{k}.B": s.B for k, s in state.sites.items()}
+    tensors |= state.trained
+    return {"state": {key: whole(t) for key, t in tensors.items()}}
+
+
+def mine(rank: int) -> Tensor:
+    return IDS[2 * rank : 2 * rank + 2]
+
+
+# ------------------------------------------------------------ what each process does
+
+
+def fsdp(rank: int, model: Any, checkpoints: bool) -> dict[str, Any]:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if checkpoints:
+        checkpointed(model)
+    plain = {name: type(m) for name, m in li.eject(copy.deepcopy(model)).named_modules()}
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = train(model, model, [mine(rank)])
+    found["refused"] = {
+        "merge": said(lambda: li.merge(model)),
+        "inject": said(lambda: li.inject(model, FORWARD, "default")),
+    }
+    with li.disabled(model), torch.no_grad():
+        found["base"] = model(IDS).logits.detach()
+    with torch.no_grad():
+        found["again"] = model(IDS).logits.detach()
+    li.eject(model)
+    with torch.no_grad():
+        found["ejected"] = model(IDS).logits.detach()
+    left = {name: type(m) for name, m in model.named_modules()}
+    sharded = {name for name, cls in left.items() if issubclass(cls, FSDPModule)}
+    found["sharded"] = sharded
+    found["classes"] = [
+        name
+        for name, cls in plain.items()
+        if (left[name].__mro__[1:3] != (FSDPModule, cls) if name in sharded else left[name] != cls)
+    ]
+    return found
+
+
+def fsdp_checkpointed(rank: int, model: Any) -> dict[str, Any]:
+    return fsdp(rank, model, checkpoints=True)
+
+
+def fsdp_plain(rank: int, model: Any) -> dict[str, Any]:
+    return fsdp(rank, model, checkpoints=False)
+
+
+def checkpointed(model: Any) -> None:
+    with warnings.catch_warnings():
+        # The name of this call changed within transformers 5.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.training
+
+
+def ddp(rank: int, model: Any) -> dict[str, Any]:
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    found = train(model, wrapped, [mine(rank)])
+    found["refused"] = {"inject": said(lambda: li.inject(wrapped, FORWARD, "b"))}
+    found["names"] = sorted(li.adapters(wrapped))
+    found["through"] = values(wrapped)["state"]
+    with torch.no_grad():
+        with li.disabled(wrapped):
+            found["base"] = wrapped(IDS).logits.detach()
+        li.merge(wrapped)
+        found["merged"] = wrapped(IDS).logits.detach()
+        li.unmerge(wrapped)
+        found["unmerged"] = wrapped(IDS).logits.detach()
+        li.activate(wrapped, None)
+        found["off"] = wrapped(IDS).logits.detach()
+        li.activate(wrapped, "default")
+        li.eject(wrapped)
+        found["ejected"] = wrapped(IDS).logits.detach()
+    return found
+
+
+def said(run: Callable[[], Any]) -> str:
+    """What a refusal says, with its class; empty where it went through."""
+    try:
+        run()
+    except li.LoraInjectError as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def work(rank: int, port: int, job: str, config: dict[str, Any], out: str) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD)
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        found = globals()[job](rank, build(config))
+        torch.save(found, f"{out}.{rank}")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def two_ranks(job: str, config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = str(folder / "found")
+    torch.multiprocessing.spawn(work, (port, job, config, out), WORLD)
+    return [torch.load(f"{out}.{rank}", weights_only=False) for rank in range(WORLD)]
+
+
+# ------------------------------------------------------------------------------------- the tests
+
+# The norms and the softmax of a Llama are float32, and so are sums over two processes' halves of
+# what passed through them: a few roundings of float32, of the largest value of each tensor.
+TOLERANCE = 1e-5
+
+
+def far(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for step in range(STEPS):
+        assert found["gradients"][step].keys() == wanted["gradients"][step].keys()
+        for key, gradient in wanted["gradients"][step].items():
+            assert far(found["gradients"][step][key], gradient) < TOLERANCE, (step, key)
+    assert found["state"].keys() == wanted["state"].keys()
+    for key, tensor in wanted["state"].items():
+        assert far(found["state"][key], tensor) < TOLERANCE, key
+    assert far(found["logits"], wanted["logits"]) < TOLERANCE
+
+
+def base_logits(model: Any) -> Tensor:
+    with li.disabled(model), torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("job", ["fsdp_plain", "fsdp_checkpointed"])
+def test_a_sharded_model_trains_like_an_unsharded_one(job: str, tmp_path: Path) -> None:
+    ranks = two_ranks(job, CONFIG, tmp_path)
+    model = build()
+    if job == "fsdp_checkpointed":
+        checkpointed(model)
+    first = values(model)["state"]
+    wanted = train(model, model, [mine(0), mine(1)])
+    assert all(far(t, first[key]) > 1e-4 for key, t in wanted["state"].items()), "it trained"
+    assert {k.rpartition(".")[2] for k in wanted["state"]} == {"A", "B", "weight"}
+    assert "model.layers.1.self_attn.o_proj.weight.A" in wanted["state"]
+    for found in ranks:
+        compare(found, wanted)
+        assert far(found["again"], wanted["logits"]) < TOLERANCE
+        for key in ("base", "ejected"):
+            assert far(found[key], base_logits(model)) < TOLERANCE
+        assert found["sharded"] == {"", "model.layers.0", "model.layers.1"}
+        assert found["classes"] == [], "eject leaves FSDP's class over the plain one"
+        assert found["refused"]["merge"].startswith("LayerError: ")
+        assert "sharded" in found["refused"]["merge"]
+        assert found["refused"]["inject"].startswith("StateError: ")
+    both = [sum(r["losses"][i] for r in ranks) / WORLD for i in range(STEPS)]
+    assert both == pytest.approx(wanted["losses"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("config", [CONFIG, FORWARD], ids=["every mount", "forward mounts"])
+def test_data_parallel_training_equals_one_process(config: dict[str, Any], tmp_path: Path) -> None:
+    ranks = two_ranks("ddp", config, tmp_path)
+    model = build(config)
+    wanted = train(model, model, [mine(0), mine(1)])
+    for found in ranks:
+        compare(found, wanted)
+        assert found["names"] == ["default"]
+        assert all(torch.equal(t, found["state"][key]) for key, t in found["through"].items())
+        for key in ("base", "off", "ejected"):
+            assert far(found[key], base_logits(model)) < TOLERANCE, key
+        assert far(found["merged"], wanted["logits"]) < TOLERANCE
+        assert torch.equal(found["unmerged"], found["logits"])
+        assert found["refused"]["inject"].startswith("LayerError: adapter 'b'")
+        assert "Inject into the model first, then wrap it" in found["refused"]["inject"]
+    assert all(torch.equal(t, ranks[1]["state"][key]) for key, t in ranks[0]["state"].items())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_layers_wrapped_for_activation_checkpointing(when: str, reentrant: bool) -> None:
+    """The wrapper that sits between a module and its name, as FSDP users apply it."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        CheckpointImpl,
+        apply_activation_checkpointing,
+        checkpoint_wrapper,
+    )
+
+    how = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(2)]
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    def wrap(model: nn.Module) -> None:
+        apply_activation_checkpointing(
+            model,
+            checkpoint_wrapper_fn=lambda m: checkpoint_wrapper(m, checkpoint_impl=how),
+            check_fn=lambda m: isinstance(m, nn.Sequential),
+        )
+
+    torch.manual_seed(0)
+    plain = Net().double()
+    config = {"rank": 2, "targets": [r"layers\.\d\.0", r"layers\.\d\.2\.weight"]}
+    wanted = li.inject(copy.deepcopy(plain), config)
+    model = copy.deepcopy(plain)
+    if when == "before":
+        wrap(model)
+    li.inject(model, config)
+    if when == "after":
+        wrap(model)
+    with torch.no_grad():
+        source, target = li.adapter_parameters(wanted), li.adapter_parameters(model)
+        assert source.keys() == target.keys(), "canonical names do not hold the wrapper's part"
+        for key, parameter in source.items():
+            target[key].copy_(parameter.normal_())
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    for m in (wanted, model):
+        m(x).square().sum().backward()
+    for key, parameter in source.items():
+        assert torch.equal(target[key].grad, parameter.grad), key
+    assert li.adapter_state(model).sites.keys() == li.adapter_state(wanted).sites.keys()
+    li.eject(model)
+    assert torch.equal(model(x), plain(x))

@@ -1,0 +1,215 @@
+"""Quantised bases: torchao and bitsandbytes layers carry adapters and are never merged into.
+
+One idea: the quantised layer is called untouched, so that an adapter whose B is zero changes no bit
+of its output, and the update is the dense `scale * B @ A` beside it. What the packed weight stands
+for is the quantiser's business: merging is refused, and a load asks to be told.
+
+Both packages are optional: what is absent, or does not run on this machine, is skipped with the
+reason. int4 weights of torchao need its kernel package `mslk`, which has no build for CPUs.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import error, fill, same_bits
+from test_peft_failures import SCALE, config, saved
+from torch import Tensor, nn
+
+import lora_inject as li
+
+N = 64  # the smallest block of the 4-bit formats
+
+
+def plain_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 32)).to(dtype)
+
+
+def imported(package: str) -> Any:
+    """Import quietly: both packages warn of what this machine lacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(package)
+
+
+def torchao(config_name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    quantization = imported("torchao.quantization")
+    net = plain_net(dtype)
+    try:
+        quantization.quantize_(net, getattr(quantization, config_name)(**options))
+    except (ImportError, NotImplementedError) as missing:
+        pytest.skip(f"torchao {config_name}: {missing}")
+    return net
+
+
+def bitsandbytes(cls: str, **options: Any) -> nn.Module:
+    layers = imported("bitsandbytes").nn
+    make = getattr(layers, cls)
+    net = nn.Sequential(make(N, N, **options), nn.Tanh(), make(N, 32, **options))
+    net.load_state_dict(plain_net().state_dict())
+    return net.to("cpu")  # this is what quantises
+
+
+FORMATS: dict[str, Callable[[], nn.Module]] = {
+    "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao int4": lambda: torchao("Int4WeightOnlyConfig", torch.bfloat16, group_size=32),
+    "bitsandbytes 8-bit": lambda: bitsandbytes("Linear8bitLt", has_fp16_weights=False),
+    "bitsandbytes 4-bit": lambda: bitsandbytes("Linear4bit", compute_dtype=torch.float32),
+    "bitsandbytes nf4": lambda: bitsandbytes(
+        "Linear4bit", compute_dtype=torch.float32, quant_type="nf4"
+    ),
+}
+
+pytestmark = [
+    pytest.mark.parametrize("form", FORMATS),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # the quantisers' own, about casts
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+def build(form: str) -> tuple[Any, Tensor]:
+    net = FORMATS[form]()
+    dtype = next((p.dtype for n, p in net.named_parameters() if n.endswith("bias")), torch.float32)
+    return net, torch.randn(3, N).to(dtype)
+
+
+def test_the_start_is_the_quantised_model_bit_for_bit(form: str) -> None:
+    net, x = build(form)
+    before = net(x)
+    held = {k: (id(p), type(p)) for k, p in net.named_parameters()}
+    li.inject(net, config("0", "2"))
+    assert same_bits(net(x), before)
+    assert {k: v for k, v in objects(net).items() if "lora_" not in k} == held
+    sites = li.adapters(net)["default"].sites.values()
+    assert [(s.in_features, s.out_features, s.mount) for s in sites] == [
+        (N, N, "forward"),
+        (N, 32, "forward"),
+    ], "widths are what the layers state, not those of packed weights"
+    li.eject(fill(net))
+    assert same_bits(net(x), before)
+    assert objects(net) == held
+
+
+def objects(net: nn.Module) -> dict[str, tuple[int, type]]:
+    return {k: (id(p), type(p)) for k, p in net.named_parameters()}
+
+
+def test_the_update_is_the_dense_one_beside_the_layer(form: str) -> None:
+    net, x = build(form)
+    bare = net[0](x)
+    fill(li.inject(net, config("0")))
+    site = li.adapter_state(net).sites["0"]
+    wanted = bare.double() + x.double() @ (SCALE * site.B.double() @ site.A.double()).t()
+    tolerance = 3 * torch.finfo(x.dtype).eps if x.dtype == torch.bfloat16 else 1e-5
+    assert error(net[0](x), wanted) < tolerance
+
+
+def test_adapters_train_and_the_base_does_not(form: str) -> None:
+    net, x = build(form)
+    li.inject(net, config("0", "2"))
+    with li.disabled(net):
+        base = net(x)
+    optimiser = torch.optim.Adam(li.adapter_parameters(net).values(), lr=0.02)
+    target = torch.randn(3, 32)
+    losses = []
+    for _ in range(25):
+        loss = (net(x).float() - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert all(p.grad is not None and p.grad.any() for p in li.adapter_parameters(net).values())
+    assert losses[-1] < 0.5 * losses[0]
+    with li.disabled(net):
+        assert same_bits(net(x), base)
+
+
+def test_gradients_are_those_of_the_update(form: str) -> None:
+    net, x = build(form)
+    fill(li.inject(net, config("2")))
+    hidden = net[1](net[0](x)).detach()
+    weights = torch.randn(3, 32)
+    (net(x).float() * weights).sum().backward()
+    site = li.adapter_state(net).sites["2"]
+    G = weights.double().t() @ hidden.double()
+    parameters = li.adapter_parameters(net)
+    tolerance = 0.03 if x.dtype == torch.bfloat16 else 1e-5
+    wanted = SCALE * site.B.double().t() @ G
+    assert error(parameters["2.lora_A"].grad, wanted) < tolerance
+    assert error(parameters["2.lora_B"].grad, SCALE * G @ site.A.double().t()) < tolerance
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_merging_is_refused_and_the_way_out_named(form: str, undo: bool) -> None:
+    net, x = build(form)
+    fill(li.inject(net, config("0", "2")))
+    before, held = net(x), objects(net)
+    with pytest.raises(li.LayerError, match=r"merge into '0\.weight'.*plain floating point"):
+        li.merge(net, undo=undo)
+    assert same_bits(net(x), before)
+    assert objects(net) == held
+    li.activate(net, None)  # it is not half merged
+
+
+@pytest.mark.parametrize("layout", ["native", "peft"])
+def test_a_load_asks_to_be_told_that_the_base_is_quantised(
+    form: str, layout: str, tmp_path: Path
+) -> None:
+    net, x = build(form)
+    fill(li.inject(net, config("0", "2")))
+    adapted, state = net(x), li.adapter_state(net)
+    path, _ = saved(net, tmp_path, layout)
+    li.eject(net)
+    bare, held = net(x), objects(net)
+    with pytest.raises(li.FormatError, match=r'quantised.*base="quantised"'):
+        li.load_adapter(net, path)
+    assert same_bits(net(x), bare)
+    assert objects(net) == held
+    li.load_adapter(net, path, base="quantised")
+    assert same_bits(net(x), adapted)
+    again = li.adapter_state(net)
+    assert all(same_bits(again.sites[k].B, site.B) for k, site in state.sites.items())
+
+
+def test_an_adapter_made_on_a_quantised_base_serves_the_plain_one(
+    form: str, tmp_path: Path
+) -> None:
+    """The way out of the refused merge: load it onto the floating point base, and merge there."""
+    net, _ = build(form)
+    fill(li.inject(net, config("0", "2")))
+    path, _ = saved(net, tmp_path, "native")
+    base = plain_net()
+    x = torch.randn(3, N)
+    wide = copy.deepcopy(base).double()
+    with torch.no_grad():
+        for name, site in li.adapter_state(net).sites.items():
+            wide.get_submodule(name).weight += SCALE * site.B.double() @ site.A.double()  # type: ignore[operator]
+    li.load_adapter(base, path, base="quantised")
+    li.merge(base)
+    assert error(base(x), wide(x.double())) < 1e-5
+
+
+@pytest.mark.xfail(reason="open: refused by torch in the forward, or not at all")
+def test_a_quantised_weight_cannot_be_read_as_a_whole(form: str) -> None:
+    net, _ = build(form)
+    held = objects(net)
+    with pytest.raises(li.LayerError, match=r"'0\.weight'.*quantised"):
+        li.inject(net, config(r"0\.weight"))
+    assert objects(net) == held
+
+
+@pytest.mark.xfail(reason="open: refused by torch, or started from packed codes")
+def test_no_start_comes_from_a_quantised_weight(form: str) -> None:
+    net, _ = build(form)
+    held = objects(net)
+    with pytest.raises(li.LayerError, match=r"'0'.*pissa"):
+        li.inject(net, config("0", init="pissa"))
+    assert objects(net) == held
