@@ -442,7 +442,23 @@ def _check_place(place: _Placed) -> None:
             f"{type(module).__name__}.{place.entry.param} is computed by the class",
             "A parameter that is itself computed cannot be mounted",
         )
+    spec = place.target
+    reads = not place.forward or (isinstance(spec, SiteSpec) and spec.init in FROM_WEIGHT)
+    if reads and _is_quantised(place.weight):
+        init = spec.init if isinstance(spec, SiteSpec) else ""
+        reader = f"init {init}" if place.forward else "a weight mount"
+        raise LayerError(
+            target,
+            f"{reader} reads its values, and they are quantised ({type(place.weight).__name__})",
+            "Name the layer rather than its weight, with an init that does not start from W",
+        )
     check_swappable(module, target)
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    plain = weight.is_floating_point() and weight.element_size() >= 2
+    # FSDP2's sharded tensors are plain; their class is known by name, for its import takes seconds.
+    return not plain or not (type(weight) is nn.Parameter or type(weight).__name__ == "DTensor")
 
 
 def _attach(place: _Placed, parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:

@@ -299,8 +299,11 @@ def test_padding_and_batch_mates_change_nothing(decoder: torch.nn.Module) -> Non
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
-def test_examples_read_once_equal_examples_in_every_prompt(decoder: torch.nn.Module) -> None:
+def test_examples_read_once_equal_examples_in_every_prompt(
+    decoder: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = script("demo_stages")
+    monkeypatch.setattr(stages, "BATCH", 2)  # two batches: the second must not see the first
     shots = [30, 31, 32, 33]
     with torch.inference_mode():
         found = stages.evaluate(decoder, _PaddedWith0(), BATCH, "test", shots)

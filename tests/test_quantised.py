@@ -197,7 +197,6 @@ def test_an_adapter_made_on_a_quantised_base_serves_the_plain_one(
     assert error(base(x), wide(x.double())) < 1e-5
 
 
-@pytest.mark.xfail(reason="open: refused by torch in the forward, or not at all")
 def test_a_quantised_weight_cannot_be_read_as_a_whole(form: str) -> None:
     net, _ = build(form)
     held = objects(net)
@@ -206,7 +205,6 @@ def test_a_quantised_weight_cannot_be_read_as_a_whole(form: str) -> None:
     assert objects(net) == held
 
 
-@pytest.mark.xfail(reason="open: refused by torch, or started from packed codes")
 def test_no_start_comes_from_a_quantised_weight(form: str) -> None:
     net, _ = build(form)
     held = objects(net)
