@@ -457,7 +457,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="20 steps, 32 held-out pairs")
     parser.add_argument("--steps", type=int, help="training steps of 8 pairs (80)")
     parser.add_argument(
-        "--minutes", type=float, default=5, help="train no longer than this (%(default)s)"
+        "--minutes", type=float, default=4, help="train no longer than this (%(default)s)"
     )
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--config", type=Path, default=CONFIG, help="adapter config (%(default)s)")

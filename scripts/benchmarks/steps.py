@@ -210,8 +210,9 @@ def saved(options: Options) -> Result:
         for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             _saved(result, f"{name} {label}", make(dtype), ids, options)
     result.notes.append(
-        "Distinct storages that autograd's hooks see, without parameters. The target is for the "
-        "Llama in bf16; dropout may add a mask of one bit an element."
+        "Distinct storages that autograd's hooks see, without parameters. The targets are for the "
+        "Llama in bf16; that of dropout allows 4.9 MiB more, which is one bit for each element of "
+        "the input of each site."
     )
     return result
 
@@ -229,7 +230,7 @@ def _saved(result: Result, case: str, base: Any, ids: Tensor, options: Options) 
     floor = _kept(frozen(copy.deepcopy(base)), ids)
     result.add(case, "floor", "MiB", floor / MIB)
     judged = not options.quick and case.startswith("Llama") and "bf16" in case
-    targets = {OURS: 42.0, GENERAL: 42.0, "lora_inject, dropout 0.05": 42.0 * 17 / 16}
+    targets = {OURS: 42.0, GENERAL: 42.0, "lora_inject, dropout 0.05": 46.9}
     for name, make in made.items():
         over = _kept(make(copy.deepcopy(base)), ids) - floor
         result.add(case, name, "MiB over floor", over / MIB, targets.get(name) if judged else None)
