@@ -247,6 +247,8 @@ def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
+    alive.clear()
+    gc.collect()  # the graph and its hooks hold each other: gigabytes, for a large model
     return sum(kept.values())
 
 
