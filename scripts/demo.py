@@ -455,7 +455,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="scripts/demo.sh", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="20 steps, 32 held-out pairs")
-    parser.add_argument("--steps", type=int, help="training steps of 8 pairs (80)")
+    parser.add_argument("--steps", type=int, help="training steps of 8 pairs (64)")
     parser.add_argument(
         "--minutes", type=float, default=4, help="train no longer than this (%(default)s)"
     )
@@ -468,7 +468,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--steps must be 1 or more")
     if not args.minutes > 0:
         parser.error("--minutes must be above 0")
-    args.steps = args.steps or (20 if args.quick else 80)
+    args.steps = args.steps or (20 if args.quick else 64)
     args.n_pairs = 32 if args.quick else 96
     return args
 

@@ -229,7 +229,7 @@ def many(run: Callable[[], Any], calls: int) -> Callable[[], None]:
 
 
 def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
-    """Return the bytes that autograd keeps for the backward of `run()`.
+    """Return the bytes that autograd keeps for a backward of `run()`, which is never run.
 
     Every distinct storage counts once and whole, as a view keeps all of it alive; those of the
     model's own parameters and buffers do not count.
@@ -238,17 +238,16 @@ def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)  # so that no other storage gets its address
-        return tensor
+        # Nothing is handed to the graph: a node that held its own output would never be freed.
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         run()
-    alive.clear()
-    gc.collect()  # the graph and its hooks hold each other: gigabytes, for a large model
+    alive.clear()  # else the graph, its hooks and this list hold each other, out of gc's sight
     return sum(kept.values())
 
 
