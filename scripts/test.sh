@@ -11,32 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv-test
 sources=(lora_inject tests scripts)
 
-new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
-
-find_python() {
-    local candidate
-    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
-        if new_enough "$candidate"; then
-            command -v "$candidate"
-            return
-        fi
-    done
-    echo "error: Python: none of '${PYTHON:-python3 python3.13 python3.12 python3.11}' is 3.11 or" \
-        "newer. Set PYTHON to one that is." >&2
-    return 1
-}
-
-# The mark is written last, so an environment without the right mark was interrupted or is of
-# another pyproject.toml, and is made anew.
-mark="$(cksum <pyproject.toml)"
-if [[ "$(cat "$venv/complete" 2>/dev/null)" != "$mark" ]] || ! new_enough "$venv/bin/python"; then
-    python="$(find_python)"
-    echo "making the environment $venv with $("$python" --version) (once; a few minutes)"
-    rm -rf "$venv"
-    "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
-    echo "$mark" >"$venv/complete"
-fi
+# shellcheck source=scripts/environment.sh
+source scripts/environment.sh
+make_environment "$venv" tests --editable '.[test,lint]'
 
 # One thread for each of the two test processes: tiny models gain nothing from more, and lose much.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1

@@ -24,6 +24,23 @@ RANK, ALPHA = 2, 3.0
 SCALE = 1.5  # alpha / rank, by hand
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many model types of the zoo passed, also where xdist ran them."""
+    from zoo.exceptions import EXEMPTIONS
+
+    counts = {}
+    for outcome in ("passed", "failed"):
+        names = [report.nodeid for report in terminalreporter.stats.get(outcome, ())]
+        counts[outcome] = {n[n.index("[") + 1 : -1] for n in names if "test_zoo.py::test_zoo[" in n}
+    passed, n = counts["passed"], len(counts["passed"] | counts["failed"])
+    if n:
+        n_excused = len(passed & EXEMPTIONS.keys())
+        terminalreporter.write_line(
+            f"zoo: {len(passed)} of {n} model types pass, {n_excused} of them but for a stated "
+            "exemption"
+        )
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
