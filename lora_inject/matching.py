@@ -123,8 +123,7 @@ class _Index:
             for alias in candidate.aliases:
                 self.sites.setdefault(alias, i)
             if candidate.kind != "parameter" and candidate.weight:
-                for name in self.weight_names(candidate):
-                    self.weights[name] = i
+                self.weights.update(dict.fromkeys(self.weight_names(candidate), i))
         self.names = dict.fromkeys(self.sites)
         for names in (self.weights, inventory.others, inventory.parameters, inventory.aliases):
             self.names.update(dict.fromkeys(names))
@@ -133,6 +132,8 @@ class _Index:
     def weight_names(candidate: Candidate) -> list[str]:
         """Names of the weight of a module, the canonical one first."""
         weight = canonical(candidate.weight)
+        if not candidate.aliases:
+            return [weight]
         tail = weight.removeprefix(candidate.name)
         return [weight, *(alias + tail for alias in candidate.aliases)]
 
@@ -308,14 +309,14 @@ def _all_skipped(label: str, others: Sequence[str], index: _Index) -> MatchError
 
 
 class _Fit:
-    """Makes the specs of one rule's sites; sites of one shape are checked once."""
+    """Makes the specs of one rule's sites; sites that differ in their names only are made once."""
 
     def __init__(self, config: Config, i: int) -> None:
         self.i = i
         self.rule = config.targets[i]
         self.hyper = config.hyper(self.rule)
         self.label = _rule_label(config, i)
-        self.shapes: dict[tuple[object, ...], _Shape] = {}
+        self.made: dict[tuple[object, ...], SiteSpec] = {}
 
     def spec(self, candidate: Candidate) -> SiteSpec:
         key = (
@@ -324,13 +325,17 @@ class _Fit:
             candidate.in_features,
             candidate.out_features,
             candidate.transposed,
+            candidate.experts,
             candidate.needs_layout,
             candidate.mount,
         )
-        shape = self.shapes.get(key)
-        if shape is None:
-            shape = self.shapes[key] = self._shape(candidate)
-        hyper = self.hyper
+        like = self.made.get(key)
+        if like is None:
+            like = self.made[key] = self._first(candidate)
+        return like.at(candidate.name, candidate.weight, candidate.aliases)
+
+    def _first(self, candidate: Candidate) -> SiteSpec:
+        shape, hyper = self._shape(candidate), self.hyper
         return SiteSpec(
             name=candidate.name,
             kind=candidate.kind,

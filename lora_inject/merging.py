@@ -17,13 +17,22 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.functional import Scratch, Tally, Term, fold_rows, fold_rows_
+from lora_inject.functional import (
+    Delta,
+    Scratch,
+    Tally,
+    Term,
+    block_rows,
+    fold_rows,
+    fold_rows_,
+)
 from lora_inject.layers.base import Entry, mounts_of
 from lora_inject.layers.loading import allow_loading, refuse_loading
 from lora_inject.layers.selection import Selection, State
@@ -43,9 +52,6 @@ from lora_inject.surgery import (
 __all__ = ["MergeReport", "SiteReport", "merge", "unmerge"]
 
 M = TypeVar("M", bound=nn.Module)
-
-# Rows of a block are chosen so that its float32 copy stays in the cache of one core.
-BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -124,34 +130,39 @@ class _Target:
     def may_overflow(self) -> bool:
         """Whether the largest value that a delta could have comes near the largest of the dtype."""
         bound = sum(
-            abs(term.spec.scale * term.weight)
-            * float(torch.linalg.vector_norm(term.A, dtype=torch.float64))
-            * float(torch.linalg.vector_norm(term.B, dtype=torch.float64))
+            abs(term.spec.scale * term.weight) * _norm(term.A) * _norm(term.B)
             for term in self.terms
         )
-        return bound > 1e-6 * torch.finfo(self.weight.dtype).max
+        return not bound <= 1e-6 * torch.finfo(self.weight.dtype).max
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` of the weight matrix, views in its own storage."""
+    @cached_property
+    def delta(self) -> Delta:
+        """The terms, prepared for all blocks."""
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        return Delta(self.terms, wide)
+
+    def blocks(self, n: float = 1) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` of the weight matrix, views in its own storage.
+
+        Args:
+            n: How many usual blocks to take at once.
+        """
         matrix = self.weight.detach().view(self.matrix_shape)
-        step = max(1, BLOCK_BYTES // (4 * max(1, matrix.shape[1])))
-        for start in range(0, matrix.shape[0], step):
-            yield start, matrix[start : start + step]
+        step = int(min(n * block_rows(matrix), max(1, matrix.shape[0])))
+        for i, rows in enumerate(matrix.split(step)):  # type: ignore[no-untyped-call]
+            yield i * step, rows
 
     @property
     def narrow(self) -> bool:
         """Whether the weight is stored in 16 bits, which may lose part of a delta."""
         return self.weight.element_size() <= 2
 
-    def weight_norm(self) -> float:
-        return float(torch.linalg.vector_norm(self.weight.detach(), dtype=torch.float32))
-
     def merged(
         self, rows: Tensor, start: int, tally: Tally | None, out: Tensor | None = None
     ) -> Tensor:
         """Return some merged rows, possibly into `rows` itself."""
         if not self.copies:
-            return fold_rows(rows, start, self.terms, None, tally, self.scratch, out)
+            return fold_rows(rows, start, self.delta, None, tally, self.scratch, out)
         before = rows.to(self.copies[0][0].dtype) if tally is not None else None
         wanted = _with_copies(self, rows, start)
         fold_rows_(wanted, start, self.terms)
@@ -160,15 +171,33 @@ class _Target:
             tally.add(before, wanted, merged)
         return merged
 
-    def write(self) -> None:
-        """Write all merged rows; count what rounding leaves where nobody has yet."""
+    def write(self, undo: _Undo) -> None:
+        """Write all merged rows; count what rounding leaves where nobody has yet.
+
+        Args:
+            undo: Keeps the rows before they are changed, where it has memory for them.
+        """
         tally = Tally() if self.narrow and self.tally is None else None
-        for start, rows in self.blocks():
-            if not self.copies and not self.narrow:
-                fold_rows_(rows, start, self.terms)
+        in_place = not self.copies and not self.narrow
+        n_blocks = 1.0
+        if in_place:  # without float32 copies more fits the cache; without any, no need of it
+            n_blocks = math.inf if undo.original is None else 4
+        for start, rows in self.blocks(n_blocks):
+            undo.keep(rows, start)
+            if in_place:
+                fold_rows_(rows, start, self.delta)
             else:
                 self.merged(rows, start, tally, out=rows)
         self.tally = self.tally or tally
+
+
+def _norm(t: Tensor) -> float:
+    return float(torch.linalg.vector_norm(t))
+
+
+def _all_finite(t: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no Inf; a sum tells so in most cases, and is cheap."""
+    return math.isfinite(float(t.detach().sum())) or bool(torch.isfinite(t).all())
 
 
 def _with_copies(target: _Target, rows: Tensor, start: int) -> Tensor:
@@ -194,9 +223,11 @@ class _Undo:
     Attributes:
         path: Name of the module.
         param: Name of the parameter in it.
-        original: The values before, or None where the parameter object itself was replaced.
+        original: Memory for the values before as a matrix, None where the parameter object itself
+            was replaced or nothing is kept.
         tied_to: Name of a module and parameter that still hold the shared tensor, if untied.
         lost: Whether values were written over that nobody kept.
+        n_kept: How many rows `original` holds.
     """
 
     path: str
@@ -204,6 +235,13 @@ class _Undo:
     original: Tensor | None
     tied_to: tuple[str, str] | None = None
     lost: bool = False
+    n_kept: int = 0
+
+    def keep(self, rows: Tensor, start: int) -> None:
+        """Copy some rows that are about to be changed, which come in order."""
+        if self.original is not None:
+            self.original[start : start + rows.shape[0]].copy_(rows)
+            self.n_kept = start + rows.shape[0]
 
 
 @dataclass
@@ -253,7 +291,7 @@ def _merge(
     state = _state_to_merge(model, selection, name)
     targets = _targets(model, state, Scratch())
     _check_ties(model, targets)
-    _check_results(targets, min_kept)
+    _check_results(targets, min_kept, undo)
     with all_or_nothing((module for _, module in walk(model)), (selection, root)):
         was = selection.state
         selection.replace(State(merged=True))
@@ -365,7 +403,7 @@ def _once_if_tied(
 def _add_entry(target: _Target, module: nn.Module, entry: Entry, weight: float) -> None:
     for role in entry.names:
         tensor = entry.tensor(module, role)
-        if tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+        if tensor.device.type != "meta" and not _all_finite(tensor):
             n_bad = int((~torch.isfinite(tensor)).sum())
             raise StateError(
                 f"merge {entry.adapter!r}",
@@ -416,30 +454,33 @@ def _reads_tie_flag(cls: type) -> bool:
     return code is not None and "tie_word_embeddings" in code.co_names
 
 
-def _check_results(targets: list[_Target], min_kept: float | None) -> None:
+def _check_results(targets: list[_Target], min_kept: float | None, undo: bool) -> None:
     """Refuse, before any change, what must not be written.
 
     Most merges can be judged without being carried out: where no delta can come near the largest
-    value of the dtype, the merged weight is finite if W is. The others are formed once without
-    being written.
+    value of the dtype, the merged weight is finite if W is, which is asked now only where a merge
+    cannot be taken back when it comes to light. The others are formed once without being written.
     """
     for target in targets:
-        if target.narrow and not math.isfinite(target.weight_norm()):
-            raise _not_finite(target, "the base holds NaN or Inf", "Check the base")
+        if target.narrow and not undo and not _all_finite(target.weight):
+            raise _not_finite(target, target.weight)
         if not (min_kept is not None and target.narrow) and not target.may_overflow():
             continue
         target.tally = Tally()
         for start, rows in target.blocks():
             target.merged(rows, start, target.tally)
         if not target.tally.finite:
-            found = f"the merged weight overflows {target.weight.dtype}"
-            raise _not_finite(target, found, "Merge in a wider dtype")
+            raise _not_finite(target, target.weight)
     if min_kept is not None:
         _check_kept(targets, min_kept)
 
 
-def _not_finite(target: _Target, found: str, remedy: str) -> LayerError:
-    return LayerError(f"merge into {target.name!r}", found, remedy)
+def _not_finite(target: _Target, base: Tensor) -> LayerError:
+    asked = f"merge into {target.name!r}"
+    if not _all_finite(base):
+        return LayerError(asked, "the base holds NaN or Inf", "Check the base")
+    found = f"the merged weight overflows {target.weight.dtype}"
+    return LayerError(asked, found, "Merge in a wider dtype")
 
 
 def _check_kept(targets: list[_Target], min_kept: float) -> None:
@@ -479,10 +520,13 @@ def _write(
             done.append(undone or _keep(target, paths, undo))
             version = target.weight._version
             try:
-                target.write()
+                target.write(done[-1])
             finally:
                 changed = target.weight._version != version
                 done[-1].lost = changed and done[-1].tied_to is None and not undo
+            if target.tally is not None and not target.tally.finite:
+                original = done[-1].original
+                raise _not_finite(target, target.weight if original is None else original)
 
 
 @contextmanager
@@ -502,8 +546,8 @@ def _held_back_interrupts() -> Iterator[None]:
 
 
 def _keep(target: _Target, paths: Mapping[int, str], undo: bool) -> _Undo:
-    original = target.weight.detach().clone() if undo else None
-    return _Undo(paths[id(target.module)], target.param, original)
+    matrix = target.weight.detach().view(target.matrix_shape)
+    return _Undo(paths[id(target.module)], target.param, torch.empty_like(matrix) if undo else None)
 
 
 def _untie(
@@ -531,7 +575,8 @@ def _restore(modules: Mapping[str, nn.Module], done: list[_Undo]) -> None:
             weight = module._parameters[undo.param]
             assert weight is not None
             with torch.no_grad():
-                weight.copy_(undo.original)
+                matrix = weight.detach().view(undo.original.shape)
+                matrix[: undo.n_kept].copy_(undo.original[: undo.n_kept])
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, str]]:

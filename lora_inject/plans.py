@@ -94,9 +94,7 @@ class Plan:
     @cached_property
     def n_lora(self) -> int:
         """Elements of A and B of all sites."""
-        alike = Counter(_alike(site) for site in self.sites)
-        first = {_alike(site): site for site in reversed(self.sites)}
-        return sum(first[key].n_parameters * n for key, n in alike.items())
+        return sum(site.n_parameters for site in self.sites)
 
     @cached_property
     def n_trained(self) -> int:

@@ -90,6 +90,10 @@ class SiteSpec:
         aliases: Other names of the same module or parameter.
         scale: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA (arXiv:2312.03732).
         spans: `(start, stop)` along the output of each adapted part; one for a plain site.
+        a_shape: Shape of A: `(rank * parts, in)`, with a leading `experts` where there are any.
+        b_shape: Shape of B: `(adapted out, rank)`, with a leading `experts` where there are any.
+        n_parameters: Elements of A and B together.
+        form: What two sites must have in common for values of A and B to mean the same in both.
     """
 
     name: str
@@ -112,30 +116,44 @@ class SiteSpec:
     aliases: tuple[str, ...] = field(default=(), compare=False)
     scale: float = field(init=False, repr=False, compare=False)
     spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    a_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    b_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    n_parameters: int = field(init=False, repr=False, compare=False)
+    form: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Compute what every forward reads; torch.compile cannot trace a cached property."""
+        """Compute what follows; torch.compile cannot trace a cached property."""
         divisor = math.sqrt(self.rank) if self.scaling == "rslora" else self.rank
         spans = self.slices.spans if self.slices else ((0, self.out_features),)
-        object.__setattr__(self, "scale", self.alpha / divisor)
-        object.__setattr__(self, "spans", spans)
-
-    @property
-    def a_shape(self) -> tuple[int, ...]:
-        """Shape of A: `(rank * parts, in)`, with a leading `experts` where there are any."""
         lead = () if self.experts is None else (self.experts,)
-        return (*lead, self.rank * len(self.spans), self.in_features)
+        a_shape = (*lead, self.rank * len(spans), self.in_features)
+        b_shape = (*lead, sum(stop - start for start, stop in spans), self.rank)
+        scale = self.alpha / divisor
+        turned = self.kind == "parameter" and self.transposed
+        self.__dict__.update(
+            scale=scale,
+            spans=spans,
+            a_shape=a_shape,
+            b_shape=b_shape,
+            n_parameters=math.prod(a_shape) + math.prod(b_shape),
+            form=(self.rank, scale, spans, self.experts, turned),
+        )
 
-    @property
-    def b_shape(self) -> tuple[int, ...]:
-        """Shape of B: `(adapted out, rank)`, with a leading `experts` where there are any."""
-        lead = () if self.experts is None else (self.experts,)
-        return (*lead, sum(stop - start for start, stop in self.spans), self.rank)
+    def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
+        """Return the same site in another place.
 
-    @property
-    def n_parameters(self) -> int:
-        """Elements of A and B together."""
-        return math.prod(self.a_shape) + math.prod(self.b_shape)
+        Models have thousands of sites that differ in nothing else. What was computed once of the
+        shapes is shared, so this costs a fraction of a new spec.
+
+        Example:
+            >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)
+            >>> k = q.at("h.0.k", "h.0.k.weight")
+            >>> k.name, k.a_shape == q.a_shape
+            ('h.0.k', True)
+        """
+        made = object.__new__(SiteSpec)
+        made.__dict__.update(self.__dict__, name=name, weight=weight, aliases=aliases)
+        return made
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,13 @@ from lora_inject.layers.resizing import allow_resizing, refuse_resizing
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.table import (
-    base_parameters,
     check_swappable,
     inventory,
     mixin_for,
     standing_still,
     unwrapped,
     walk,
+    walk_base,
 )
 from lora_inject.matching import resolve
 from lora_inject.plans import Plan, Trained
@@ -56,7 +56,6 @@ __all__ = [
     "Root",
     "adapter_parameters",
     "adapters",
-    "base_parameters",
     "carriers",
     "check_names",
     "check_new_name",
@@ -92,6 +91,7 @@ class Root:
         required_grad: Names of base parameters that required a gradient before the first inject.
         undo: What `unmerge` restores while the model is merged; owned by `merging`.
         kept: A walk of the model and the generation that it belongs to; see `reach`.
+        sampled: A fingerprint of the base and what it was taken of; owned by `swapping`.
     """
 
     selection: Selection
@@ -99,10 +99,11 @@ class Root:
     required_grad: set[str] = field(default_factory=set)
     undo: Any = None
     kept: tuple[int, Reach] | None = None
+    sampled: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy carries: a walk of another model is of no use to it."""
-        return {**self.__dict__, "kept": None}
+        """Return what a copy carries: what was read off another model is of no use to it."""
+        return {**self.__dict__, "kept": None, "sampled": None}
 
 
 @dataclass(frozen=True)
@@ -256,24 +257,24 @@ def _mount(
     train: bool,
     probe: Callable[[], Any] | None,
 ) -> None:
-    check_new_name(model, name)
-    placed = _place(model, name, sites, trained)
-    made = _make(placed, make)
     found = reach(model)
+    check_new_name(found, name)
+    placed = _place(model, name, sites, trained)
+    made = _make(placed, make, train)
     selection = next(iter(found.selections), None) or Selection()
     records = roots_of(model).values()
     with all_or_nothing(
         (module for _, module in walk(model)), (selection, *found.selections, *records)
     ):
-        for place, parameters in zip(placed, made, strict=True):
-            _attach(place, parameters, selection)
         root = _become_root(model, selection)
         root.configs[name] = config
         _freeze(model, root)
+        if train:
+            train_only(model, None)  # the new tensors are made trainable
+        for place, parameters in zip(placed, made, strict=True):
+            _attach(place, parameters, selection)
         refuse_resizing((module for _, module in walk(model)), carriers(model).values())
         _structure_changed()
-        if train:
-            train_only(model, name)
         if activate:
             selection.replace(State(active=((name, 1.0),)))
         if probe is not None:
@@ -328,21 +329,20 @@ def _read_param(module: nn.Module, entry: Entry) -> str | None:
 
 
 def _make(
-    placed: Iterable[_Placed], make: Callable[[SiteSpec | Trained, Tensor], Tensors]
+    placed: Iterable[_Placed], make: Callable[[SiteSpec | Trained, Tensor], Tensors], train: bool
 ) -> list[dict[str, nn.Parameter]]:
     """Make the Parameters of each place; a copy of a tied tensor is made once."""
     made: dict[str, dict[str, nn.Parameter]] = {}
     for place in placed:
         if place.target.name not in made:
-            tensors = make(place.target, place.weight)
             made[place.target.name] = {
-                role: nn.Parameter(tensor, requires_grad=False) for role, tensor in tensors.items()
+                role: nn.Parameter(tensor, train and role in TRAINABLE_ROLES)
+                for role, tensor in make(place.target, place.weight).items()
             }
     return [made[place.target.name] for place in placed]
 
 
-@dataclass(frozen=True)
-class _Placed:
+class _Placed(NamedTuple):
     """Where one tensor of a new adapter goes."""
 
     target: SiteSpec | Trained
@@ -357,8 +357,8 @@ class _Placed:
         return found
 
 
-def check_new_name(model: nn.Module, name: str) -> None:
-    """Check that an adapter of that name can be added now.
+def check_new_name(found: Reach, name: str) -> None:
+    """Check that an adapter of that name can be added now, to a model with these adapters.
 
     Raises:
         StateError: The name is in use or no name, or the model is merged.
@@ -366,11 +366,11 @@ def check_new_name(model: nn.Module, name: str) -> None:
     asked = f"adapter {name!r}"
     if not isinstance(name, str) or not name:
         raise StateError(asked, "a name is a string of one character or more", "Give another name")
-    if name in reach(model).names:
+    if name in found.names:
         raise StateError(
             asked, "the model has one of that name", "Eject it, or choose another name"
         )
-    for selection in reach(model).selections:
+    for selection in found.selections:
         selection.check_settled(f"adding adapter {name!r}")
         refuse_merged(selection, f"adding adapter {name!r}")
 
@@ -394,13 +394,18 @@ def _place(
     """Find the module of each tensor and check that it can carry it; change nothing."""
     modules = dict(walk(model, aliases=True))
     placed = []
+    flat: dict[tuple[str | None, bool], dict[str, str]] = {}  # shared by all sites alike
     for spec in sites:
         forward = spec.mount == "forward"
         owner, _, param = spec.weight.rpartition(".")
-        module = modules[owner]
-        roles = ("A", "B", "A0", "B0") if spec.init in FROM_WEIGHT else ("A", "B")
-        names = {role: attribute(role, name, None if forward else param) for role in roles}
-        placed.append(_Placed(spec, module, Entry(name, spec, param, names), forward))
+        read = None if forward else param
+        names = flat.get((read, spec.init in FROM_WEIGHT))
+        if names is None:
+            derived = spec.init in FROM_WEIGHT
+            roles = ("A", "B", "A0", "B0") if derived else ("A", "B")
+            names = flat[read, derived] = {role: attribute(role, name, read) for role in roles}
+        entry = Entry(name, spec, param, names)
+        placed.append(_Placed(spec, modules[owner], entry, forward))
     held = holders(model) if trained else {}
     for extra in trained:
         owner, _, key = extra.name.rpartition(".")
@@ -579,10 +584,11 @@ def _become_root(model: nn.Module, selection: Selection) -> Root:
 
 def _freeze(model: nn.Module, root: Root) -> None:
     """Freeze every base parameter and remember which ones were not."""
-    for key, parameter in named_parameters(model):
-        if parameter.requires_grad:
-            root.required_grad.add(key)
-            parameter.requires_grad_(False)
+    for path, _, own in walk_base(model):
+        for key, parameter in own.items():
+            if parameter.requires_grad:
+                root.required_grad.add(_join(path, key))
+                parameter.requires_grad_(False)
 
 
 # --------------------------------------------------------------------------------- what is there
@@ -595,10 +601,9 @@ def carriers(model: nn.Module) -> dict[str, nn.Module]:
 
 def entries(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module, Entry]]:
     """Yield `(module name, module, entry)` of one adapter, or of all."""
-    for path, module in carriers(model).items():
+    for path, module in walk(model):
         mounts = mounts_of(module)
-        assert mounts is not None
-        for entry in mounts.entries():
+        for entry in mounts.entries() if mounts is not None else ():
             if name is None or entry.adapter == name:
                 yield path, module, entry
 
@@ -606,8 +611,8 @@ def entries(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield every base parameter once, by canonical name; adapters are left out."""
     seen: set[int] = set()
-    for path, module in walk(model):
-        for key, parameter in base_parameters(module):
+    for path, _, own in walk_base(model):
+        for key, parameter in own.items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield f"{path}.{key}" if path else key, parameter
@@ -819,6 +824,8 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     check_names(found.names, wanted, "train_only")
     for selection in found.selections:
         refuse_merged(selection, "train_only")
+    for selection in found.selections:
+        selection.trained = frozenset(wanted)
     for _, module, entry in entries(model):
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]

@@ -103,6 +103,10 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
         repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
             search makes them.
 
+    In eval mode without gradients each layer keeps what it gathered until the context ends, at
+    most twice the memory of the adapters. New values of A and B are noticed, also those of an
+    optimiser; only what is written through `.data` inside the context is not.
+
     Raises:
         StateError: A name is unknown, the model is merged, or an adapter has sites that are
             mounted by weight or full trained copies: a batch shares one weight.
@@ -124,8 +128,12 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
                     f"it reads {_join(path, param)!r} as a whole weight, which a batch shares",
                     "Route only adapters on layers that are called, without train or bias entries",
                 )
-    with _within(model, State(rows=rows, repeat=repeat), "routed"):
-        yield
+    state = State(rows=rows, repeat=repeat)
+    try:
+        with _within(model, state, "routed"):
+            yield
+    finally:
+        state.kept.clear()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from conftest import (
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject import merging
+from lora_inject.functional import fold
 
 RANK2 = {"rank": 2, "alpha": 3}
 SIXTEEN = [torch.bfloat16, torch.float16]
@@ -110,7 +110,7 @@ def test_row_blocks_do_not_show(
     one = injected(KINDS[kind], dtype)
     many = copy.deepcopy(one)
     whole = li.merge(one)
-    monkeypatch.setattr(merging, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 1)
     apart = li.merge(many)
     found, wanted = weights(many)[KINDS[kind].key], weights(one)[KINDS[kind].key]
     if dtype in SIXTEEN:
@@ -397,3 +397,73 @@ def test_merge_inside_a_context_is_refused(context: str) -> None:
     li.merge(model)
     li.unmerge(model)
     assert photograph(model) == before
+
+
+# ------------------------------------------------------------------------- what it keeps, and where
+
+
+@pytest.mark.parametrize("undo", [True, False])
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+def test_a_base_that_is_not_finite_is_refused_and_left_alone(
+    dtype: torch.dtype, undo: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `undo` it comes to light only while rows are written, and they are put back."""
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
+    for bad in (math.nan, math.inf, -math.inf):
+        model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 8)).to(dtype)
+        with torch.no_grad():
+            model[1].weight[5, 7] = bad
+        fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
+        before = photograph(model)
+        with pytest.raises(li.LayerError, match="NaN or Inf"):
+            li.merge(model, undo=undo)
+        assert photograph(model) == before
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
+def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
+    model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 8)).to(dtype)
+    fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
+    before = photograph(model)
+    add, write = fold.Delta.add_, fold.Delta.write
+
+    def fails(real: Any) -> Any:
+        def step(delta: Any, rows: Tensor, start: int) -> Tensor:
+            if start >= 4 and rows.shape[1] == 40:
+                raise ZeroDivisionError
+            found: Tensor = real(delta, rows, start)
+            return found
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fold.Delta, "add_", fails(add))
+        patch.setattr(fold.Delta, "write", fails(write))
+        with pytest.raises(ZeroDivisionError):
+            li.merge(model)
+    assert photograph(model) == before
+    li.merge(model)
+    assert photograph(model) != before
+    li.unmerge(model)
+    assert photograph(model) == before
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("n_blocks", ["one", "many"])
+def test_zeros_outside_the_delta_keep_their_sign(
+    dtype: torch.dtype, n_blocks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if n_blocks == "many":
+        monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 4)
+    model = nn.Sequential(nn.Linear(4, 6, bias=False)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.fill_(-0.0)
+    slices = {"q": 2, "k": 2, "v": 2}
+    rule = {"match": "0", "slices": slices, "adapt": ["q", "v"]}
+    fill(li.inject(model, {**RANK2, "targets": [rule]}))
+    li.merge(model)
+    k = model[0].weight.detach()[2:4]
+    assert same_bits(k, torch.full_like(k, -0.0))

@@ -653,23 +653,21 @@ def test_stacked_experts_in_the_family_s_own_way(family: str) -> None:
     assert all(p.grad is not None and p.grad.any() for p in li.adapter_parameters(model).values())
 
 
+@pytest.mark.parametrize("how", ["eager", "batched_mm", "default"])
 @pytest.mark.parametrize("family", MOE)
-def test_one_delta_for_all_experts_of_a_forward(
-    family: str, monkeypatch: pytest.MonkeyPatch
+def test_the_delta_of_experts_is_not_formed(
+    family: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_inject.layers import base
+    from lora_inject.functional.weight import LowRank
 
-    plain, layout = experts(family)
+    plain, layout = experts(family, how)
     model = fill(li.inject(plain, config(expert_rule(layout))))
     formed: list[Any] = []
-    real = base.effective_weight
-    monkeypatch.setattr(base, "effective_weight", lambda *a, **k: formed.append(a) or real(*a, **k))
-    logits(model)
-    assert len(formed) == 2, "gate_up_proj once and down_proj once, not once for each expert"
-    formed.clear()
-    with torch.no_grad():
-        logits(model)
-    assert len(formed) == 2
+    real = LowRank.formed
+    monkeypatch.setattr(LowRank, "formed", lambda *a: formed.append(a) or real(*a))
+    logits(model).sum().backward()
+    assert not formed
+    assert all(p.grad is not None for p in li.adapter_parameters(model).values())
 
 
 def test_dropout_on_stacked_experts_is_refused() -> None:

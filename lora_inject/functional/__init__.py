@@ -8,25 +8,42 @@ reads the weight instead of calling the layer; `fold` adds the delta to rows of 
 What is not here: modules. Everything takes and returns tensors.
 """
 
+from lora_inject.functional.chosen import chosen_factors, chosen_rows
 from lora_inject.functional.embedding import embedding, renormalised, routed_embedding
 from lora_inject.functional.factors import Factors, master_dtype
-from lora_inject.functional.fold import Scratch, Tally, Term, fold_block, fold_rows, fold_rows_
+from lora_inject.functional.fold import (
+    Delta,
+    Scratch,
+    Tally,
+    Term,
+    block_rows,
+    fold_rows,
+    fold_rows_,
+)
+from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
-from lora_inject.functional.routed import routed_update
+from lora_inject.functional.routed import Gathered, gather, routed_update
 from lora_inject.functional.weight import dense_delta, effective_weight
 
 __all__ = [
+    "Delta",
     "Factors",
+    "Gathered",
+    "LazyWeight",
     "Scratch",
     "Tally",
     "Term",
     "add_updates",
+    "block_rows",
+    "chosen_factors",
+    "chosen_rows",
     "dense_delta",
     "effective_weight",
     "embedding",
-    "fold_block",
     "fold_rows",
     "fold_rows_",
+    "gather",
+    "lazy_weight",
     "linear",
     "master_dtype",
     "renormalised",

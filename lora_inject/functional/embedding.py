@@ -110,6 +110,11 @@ def routed_embedding(
     # A table of ids is small; the rows of each adapter are taken together.
     out = base
     for index, updates in enumerate(adapters):
+        if needs_plain_operations():
+            # How many rows an adapter has is not known to a tracer.
+            mine = (rows == index + 1).view(-1, *[1] * ids.dim())
+            out = torch.where(mine, embedding(base, ids, updates, padding_idx), out)
+            continue
         where = (rows == index + 1).nonzero().squeeze(1)
         changed = embedding(
             base.index_select(0, where), ids.index_select(0, where), updates, padding_idx

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Factors", "Spans", "master_dtype", "needs_plain_operations", "spread"]
+__all__ = [
+    "Factors",
+    "Spans",
+    "master_dtype",
+    "needs_plain_operations",
+    "spread",
+    "without_autocast",
+]
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -46,6 +53,14 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 def needs_plain_operations() -> bool:
     """Whether a tracer or a function transform is watching, which a Function would hide from."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def without_autocast(y: Tensor) -> torch.autocast | None:
+    """Return a context that is needed only inside autocast, which is dear to enter."""
+    kind = y.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch refuses to ask about meta
+        return None
+    return torch.autocast(kind, enabled=False)
 
 
 def spread(B: Tensor, spans: Spans, out: int) -> Tensor:

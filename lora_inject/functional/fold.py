@@ -8,15 +8,32 @@ of the delta is counted on the way, while the block is at hand.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_inject.sites import Block, SiteSpec
+from lora_inject.sites import SiteSpec
 
-__all__ = ["Scratch", "Tally", "Term", "fold_block", "fold_rows", "fold_rows_"]
+__all__ = ["Delta", "Scratch", "Tally", "Term", "block_rows", "fold_rows", "fold_rows_"]
+
+# Elements of a block: two float32 copies of it, and the rows themselves, fit the cache of one core.
+BLOCK_ELEMENTS = 1 << 16
+
+
+def block_rows(matrix: Tensor) -> int:
+    """Return how many rows of a matrix to fold at once.
+
+    Each thread of a CPU gets a block's worth; an accelerator gets enough to keep it busy.
+    """
+    n_elements = BLOCK_ELEMENTS * torch.get_num_threads()
+    if matrix.device.type != "cpu":
+        n_elements = BLOCK_ELEMENTS << 8
+    return max(1, n_elements // max(1, matrix.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,92 @@ class Term:
     weight: float = 1.0
 
 
+class _Part(NamedTuple):
+    """`left @ right`, added to rows `first` to `last` and some columns of a weight matrix."""
+
+    first: int
+    last: int
+    cols: slice
+    left: Tensor
+    right: Tensor
+
+
+class Delta:
+    """What several terms add to one weight matrix: prepared once, asked for block by block.
+
+    Args:
+        terms: The updates.
+        dtype: Dtype of the arithmetic.
+
+    Example:
+        >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
+        >>> rows = Delta([Term(spec, A, B)]).write(torch.empty(3, 4), start=1)
+        >>> torch.allclose(rows, 2.0 * (B @ A)[1:4], atol=1e-6)
+        True
+    """
+
+    def __init__(self, terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> None:
+        parts = [part for term in terms for part in _parts(term, dtype)]
+        self._parts = sorted(parts, key=lambda part: part.first)
+        self._firsts = [part.first for part in self._parts]
+        self._lasts = list(accumulate((part.last for part in self._parts), max))
+
+    def _on(self, start: int, stop: int) -> list[_Part]:
+        """Return the parts that may reach rows `start` to `stop`."""
+        if len(self._parts) == 1:
+            return self._parts
+        return self._parts[bisect_right(self._lasts, start) : bisect_left(self._firsts, stop)]
+
+    def add_(self, rows: Tensor, start: int) -> Tensor:
+        """Add the delta to some rows, in place.
+
+        Args:
+            rows: `(n, cols)`: rows `start` to `start + n` of the weight matrix.
+            start: Index of the first row.
+
+        Returns:
+            `rows`. Values outside every block keep their bits.
+        """
+        for part in self._on(start, start + rows.shape[0]):
+            first, last = max(part.first, start), min(part.last, start + rows.shape[0])
+            if first < last:
+                left = part.left[first - part.first : last - part.first]
+                rows[first - start : last - start, part.cols].addmm_(left, part.right)
+        return rows
+
+    def write(self, out: Tensor, start: int) -> Tensor:
+        """Write the delta of some rows.
+
+        Args:
+            out: `(n, cols)`, for rows `start` to `start + n` of the weight matrix.
+            start: Index of the first row.
+
+        Returns:
+            `out`; -0.0 outside every block: added to any value it leaves all of its bits.
+        """
+        n, n_cols = out.shape
+        found = self._on(start, start + n)
+        if len(found) == 1:
+            first, last, cols, left, right = found[0]
+            if first <= start and start + n <= last and cols == slice(0, n_cols):
+                return torch.mm(left[start - first : start - first + n], right, out=out)
+        return self.add_(out.fill_(-0.0), start)
+
+
+def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
+    """Return the blocks of a term, with the scale in B and everything in its dtype."""
+    spec = term.spec
+    A = term.A.detach().reshape(-1, spec.in_features).to(dtype)
+    B = term.B.detach().reshape(-1, spec.rank).to(dtype) * (spec.scale * term.weight)
+    parts = []
+    for block in spec.blocks:
+        a, b = A[slice(*block.a)], B[slice(*block.b)]
+        left, right = (a.t(), b.t()) if spec.transposed else (b, a)
+        parts.append(_Part(*block.rows, slice(*block.cols), left, right))
+    return parts
+
+
 @dataclass
 class Tally:
     """Running sums over the row blocks of one tensor: what rounding left of the delta D.
@@ -47,8 +150,9 @@ class Tally:
     finite: bool = True
     _dd: float = field(default=0.0, repr=False)
     _ww: float = field(default=0.0, repr=False)
-    _ed: float = field(default=0.0, repr=False)
+    _rd: float = field(default=0.0, repr=False)
     _rr: float = field(default=0.0, repr=False)
+    _eps: float = field(default=0.0, repr=False)
 
     def add(self, before: Tensor, wanted: Tensor, after: Tensor) -> None:
         """Count some rows.
@@ -68,12 +172,24 @@ class Tally:
             delta: D.
             effect: What W really changed by; used up.
         """
-        self._ww += _dot(before, before)
-        self._dd += _dot(delta, delta)
-        self._ed += _dot(effect, delta)
-        lost = effect.sub_(delta)
-        self._rr += _dot(lost, lost)
-        self.finite = self.finite and math.isfinite(self._rr)
+        lost = torch.sub(delta, effect, out=effect)
+        self.count_weight(before)
+        both = torch.stack([lost.reshape(-1), delta.reshape(-1)])
+        self.count_loss(both, both.t())
+
+    def count_weight(self, before: Tensor) -> None:
+        """Count W of some rows."""
+        flat = before.reshape(-1)
+        self._ww += torch.dot(flat, flat).item()
+        self._eps = torch.finfo(flat.dtype).eps
+
+    def count_loss(self, both: Tensor, turned: Tensor) -> None:
+        """Count some rows of R = W + D - W_merged and of D, the two rows of one matrix."""
+        (rr, rd), (_, dd) = torch.mm(both, turned).tolist()
+        self._rr += rr
+        self._rd += rd
+        self._dd += dd
+        self.finite = self.finite and math.isfinite(rr)
 
     @property
     def delta_norm(self) -> float:
@@ -88,7 +204,12 @@ class Tally:
     @property
     def kept(self) -> float:
         """`<W_merged - W, D> / <D, D>`: 1 where the delta survived, 0 where it was rounded away."""
-        return self._ed / self._dd if self._dd else 1.0
+        if not self._dd:
+            return 1.0
+        effect = self._dd - self._rd
+        # W + D is itself rounded, to float32: less than that is nothing.
+        noise = self._eps / 2 * math.sqrt(self._ww * self._dd)
+        return effect / self._dd if not abs(effect) <= noise else 0.0
 
     @property
     def error(self) -> float:
@@ -96,28 +217,37 @@ class Tally:
         return math.sqrt(self._rr / self._dd) if self._dd else 0.0
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
+class _Buffers(NamedTuple):
+    """Float32 copies of a block, and two of them as the rows of one matrix."""
+
+    total: Tensor
+    delta: Tensor
+    stored: Tensor
+    both: Tensor
+    turned: Tensor
 
 
 class Scratch:
     """Buffers that a pass over many blocks of rows uses again, so that it allocates nothing."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.Size, torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[tuple[torch.Size, torch.dtype, torch.device], _Buffers] = {}
 
-    def like(self, name: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised buffer of the shape of `rows`, the same one each time."""
-        key = (name, rows.shape, dtype, rows.device)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(rows.shape, dtype=dtype, device=rows.device)
-        return self._buffers[key]
+    def like(self, rows: Tensor, dtype: torch.dtype) -> _Buffers:
+        """Return uninitialised buffers of the shape of `rows`, the same ones each time."""
+        key = (rows.shape, dtype, rows.device)
+        found = self._buffers.get(key)
+        if found is None:
+            room = torch.empty(3, *rows.shape, dtype=dtype, device=rows.device)
+            both = room[:2].view(2, -1)
+            found = self._buffers[key] = _Buffers(room[0], room[1], room[2], both, both.t())
+        return found
 
 
 def fold_rows(
     rows: Tensor,
     start: int,
-    terms: Sequence[Term],
+    terms: Sequence[Term] | Delta,
     dtype: torch.dtype | None = None,
     tally: Tally | None = None,
     scratch: Scratch | None = None,
@@ -129,7 +259,7 @@ def fold_rows(
         rows: `(n, cols)`: rows `start` to `start + n` of the weight matrix; modified only where
             they are `out`.
         start: Index of the first row.
-        terms: The updates.
+        terms: The updates, as a `Delta` in the accumulation dtype where many blocks share it.
         dtype: Dtype of the result; that of `rows` by default.
         tally: Counts what rounding left, where given.
         scratch: Buffers to use again; new ones by default.
@@ -141,61 +271,28 @@ def fold_rows(
     """
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     scratch = scratch or Scratch()
-    total = scratch.like("total", rows, wide).copy_(rows)
+    delta = terms if isinstance(terms, Delta) else Delta(terms, wide)
+    total, change, stored, both, turned = scratch.like(rows, wide)
+    total.copy_(rows)
     if out is None:
         out = torch.empty(rows.shape, dtype=dtype or rows.dtype, device=rows.device)
     if tally is None:
-        fold_rows_(total, start, terms)
-        return out.copy_(total)
-    delta = scratch.like("delta", rows, wide).zero_()
-    fold_rows_(delta, start, terms)
-    wanted = torch.add(total, delta, out=scratch.like("wanted", rows, wide))
-    out.copy_(wanted)
-    tally.count(total, delta, wanted.copy_(out).sub_(total))
+        return out.copy_(delta.add_(total, start))
+    delta.write(change, start)
+    tally.count_weight(total)
+    out.copy_(total.add_(change))
+    total.sub_(stored.copy_(out))
+    tally.count_loss(both, turned)
     return out
 
 
-def fold_rows_(rows: Tensor, start: int, terms: Sequence[Term]) -> None:
+def fold_rows_(rows: Tensor, start: int, terms: Sequence[Term] | Delta) -> None:
     """Add all terms to some rows of a float32 or float64 weight matrix, in place.
 
     Args:
         rows: `(n, cols)`: rows `start` to `start + n` of the weight matrix.
         start: Index of the first row.
-        terms: The updates.
+        terms: The updates, as a `Delta` in the dtype of `rows` where many blocks share it.
     """
-    for term in terms:
-        A = term.A.reshape(-1, term.spec.in_features)
-        B = term.B.reshape(-1, term.spec.rank)
-        scale = term.spec.scale * term.weight
-        for block in term.spec.blocks:
-            fold_block(rows, start, block, A, B, scale, term.spec.transposed)
-
-
-def fold_block(
-    total: Tensor,
-    start: int,
-    block: Block,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    transposed: bool,
-) -> None:
-    """Add the part of one block that falls on rows `start` to `start + n`.
-
-    Args:
-        total: `(n, cols)`, float32 or float64; changed in place.
-        start: Index of its first row in the weight matrix.
-        block: The block.
-        A: A of the site, flattened to two dimensions.
-        B: B of the site, likewise.
-        scale: Factor on `B @ A`.
-        transposed: Whether the weight matrix is `(in, out)`.
-    """
-    first, last = max(block.rows[0], start), min(block.rows[1], start + total.shape[0])
-    if first >= last:
-        return
-    a, b = A[slice(*block.a)].to(total.dtype), B[slice(*block.b)].to(total.dtype)
-    left, right = (a.t(), b.t()) if transposed else (b, a)
-    left = left[first - block.rows[0] : last - block.rows[0]]
-    target = total[first - start : last - start, slice(*block.cols)]
-    target.addmm_(left, right, alpha=scale)
+    delta = terms if isinstance(terms, Delta) else Delta(terms, rows.dtype)
+    delta.add_(rows, start)

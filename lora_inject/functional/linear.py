@@ -11,17 +11,33 @@ such a layer may need its output in its own backward, or hand out a view.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.functional.dropout import KEEP_UP_TO, Drop, draw_seed, drop_, dropped
-from lora_inject.functional.factors import Factors, Spans, needs_plain_operations
+from lora_inject.functional.dropout import (
+    KEEP_UP_TO,
+    Drop,
+    draw_seed,
+    drop_,
+    dropped,
+    packed,
+    unpacked,
+)
+from lora_inject.functional.factors import (
+    Factors,
+    Spans,
+    needs_plain_operations,
+    without_autocast,
+)
 
 __all__ = ["add_updates", "differentiate_again", "linear"]
+
+# Elements of one float32 block: half a MiB, which a core's own cache holds beside the factors.
+BLOCK = 2**17
 
 
 def linear(
@@ -55,6 +71,7 @@ def linear(
     """
     if needs_plain_operations():
         return add_updates(_base(x, weight, bias, transposed), x, updates, float32=float32)
+    float32 = float32 or _few_tokens(x, updates)
     drops = [draw_seed(u.dropout) if u.dropout else None for u in updates]
     if torch.is_grad_enabled():
         tensors = [t for u in updates for t in (u.A, u.B)]
@@ -83,6 +100,7 @@ def add_updates(
     drops = [draw_seed(u.dropout) if u.dropout else None for u in updates]
     if needs_plain_operations():
         return _plain(y, x, updates, drops, float32)
+    float32 = float32 or _few_tokens(x, updates)
     if torch.is_grad_enabled():
         tensors = [t for u in updates for t in (u.A, u.B)]
         if any(t.requires_grad for t in (y, x, *tensors)):
@@ -187,13 +205,11 @@ def _add(
 
     Returns:
         For each update `h = A drop(x)^T`, `(rank * parts, n)`, and the positions that were dropped,
-        where they are worth keeping.
+        packed, where they are worth keeping.
     """
     y2 = y if y.dim() == 2 else y.view(-1, y.shape[-1])
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dtype = _compute_dtype(y.dtype, float32)
-    if x2.dtype != dtype:
-        x2 = x2.to(dtype)
     thin, positions = [], []
     for u, drop in zip(updates, drops, strict=True):
         kept, scale = None, u.scale
@@ -201,20 +217,45 @@ def _add(
         if drop is not None:
             where = dropped(drop, x2)
             inputs, scale = drop_(_own(x2), where), scale / (1 - drop.p)
-            kept = where.to(torch.int32) if drop.p <= KEEP_UP_TO and _fits(x2) else None
-        h = torch.mm(_cast(u.A, dtype), inputs.t())
+            kept = packed(where) if drop.p <= KEEP_UP_TO else None
+        A = _cast(u.A, dtype)
+        parts = [torch.mm(A, block.t()) for (block,) in _blocks(dtype, inputs)]
+        h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         _add_parts(y2, h, u, scale)
         thin.append(h)
         positions.append(kept)
     return thin, positions
 
 
+def _few_tokens(x: Tensor, updates: Sequence[Factors]) -> bool:
+    """Whether casting x and y to float32 is cheaper than casting A and B to 16 bits.
+
+    It is for `n (in + 2 out)` elements against `rank (in + out)`, and rounds less.
+    """
+    A = updates[0].A
+    return (
+        x.dtype.itemsize == 2
+        and A.dtype == torch.float32
+        and 2 * x.numel() <= x.shape[-1] * A.shape[0]
+    )
+
+
 def _own(x2: Tensor) -> Tensor:
     return x2.clone(memory_format=torch.contiguous_format)
 
 
-def _fits(x2: Tensor) -> bool:
-    return x2.numel() < 2**31
+def _blocks(dtype: torch.dtype, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield matrices of equally many rows in `dtype`: whole, or in blocks where one must be cast.
+
+    A block stays in the cache from its cast to its product. Casting a whole matrix would write it
+    to memory, read it back, and take the kernel's time for fresh pages.
+    """
+    if all(m.dtype == dtype for m in matrices):
+        yield matrices
+        return
+    n_rows = max(32, BLOCK // max(m.shape[1] for m in matrices))
+    for blocks in zip(*(torch.split(m, n_rows) for m in matrices), strict=True):
+        yield tuple(_cast(block, dtype) for block in blocks)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -239,8 +280,11 @@ def _addmm_(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
 
     Float32 factors over a 16-bit y2 are split into a high and a low 16-bit half each, and the three
     products that matter go into one matrix product, which accumulates in float32: 16 bits of the
-    update are right, y2 keeps 8, and no float32 copy of y2 is made.
+    update are right, y2 keeps 8, and no float32 copy of y2 is made. A few rows are copied instead.
     """
+    if y2.dtype != left.dtype and y2.shape[0] <= left.shape[1]:
+        y2.copy_(y2.to(left.dtype).addmm_(left, right, alpha=scale))
+        return
     if y2.dtype != left.dtype:
         left_high, right_high = left.to(y2.dtype), right.to(y2.dtype)
         left_low = left.sub(left_high).to(y2.dtype)
@@ -265,15 +309,9 @@ class _How(NamedTuple):
         ]
 
 
-def _without_autocast(y: Tensor) -> torch.autocast | None:
-    """Return a context that is needed only inside autocast, which is dear to enter."""
-    kind = y.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
-
-
 def _add_in_function(y: Tensor, x: Tensor, how: _How, tensors: Sequence[Tensor]) -> Any:
     factors = how.factors(tensors)
-    context = _without_autocast(y)
+    context = without_autocast(y)
     if context is None:
         return _add(y, x, factors, how.drops, how.float32)
     with context:
@@ -362,40 +400,78 @@ def _updates_backward(
     n = len(how.updates)
     tensors, thin, positions = saved[: 2 * n], saved[2 * n : 3 * n], saved[3 * n :]
     dtype = _compute_dtype(g2.dtype, how.float32)
-    wide = _cast(g2, dtype)
-    x2 = _cast(x.reshape(-1, x.shape[-1]), dtype)
+    x2 = x.reshape(-1, x.shape[-1])
     grads: list[Tensor | None] = []
     for i, u in enumerate(how.factors(tensors)):
         drop, where, scale, inputs = how.drops[i], None, u.scale, x2
         if drop is not None:
-            where = positions[i] if positions[i] is not None else dropped(drop, x2)
+            kept = positions[i]
+            where = dropped(drop, x2) if kept is None else unpacked(kept)
             scale = scale / (1 - drop.p)
             inputs = drop_(_own(x2), where) if needs[2 * i] else x2
-        gh, gB = _b_backward(wide, thin[i], u, scale, needs[2 * i + 1])
-        gA = _cast(torch.mm(gh, inputs).mul_(scale), u.A.dtype) if needs[2 * i] else None
+        gh, gA, gB = _thin_gradients(dtype, g2, inputs, thin[i], u, needs[2 * i : 2 * i + 2])
         if gx2 is not None:
             _add_to_input(gx2, gh, _cast(u.A, dtype), scale, where)
-        grads += [gA, gB]
+        grads.append(None if gA is None else _cast(gA.mul_(scale), u.A.dtype))
+        grads.append(None if gB is None else _cast(gB.mul_(scale), u.B.dtype))
     return grads
 
 
-def _b_backward(
-    g2: Tensor, h: Tensor, u: Factors, scale: float, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return `B^T g^T`, `(rank * parts, n)`, without the scale, and the gradient of B."""
-    B = _cast(u.B, g2.dtype)
-    if u.spans is None:
-        gB = torch.mm(h, g2).mul_(scale).t() if wanted else None
-        return torch.mm(B.t(), g2.t()), None if gB is None else _cast(gB, u.B.dtype)
+def _thin_gradients(
+    dtype: torch.dtype, g2: Tensor, x2: Tensor, h: Tensor, u: Factors, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return `B^T g^T`, `(rank * parts, n)`, and the gradients of A and B, all without the scale.
+
+    Args:
+        dtype: What to compute in.
+        g2: `(n, out)`.
+        x2: `(n, in)`, after dropout.
+        h: `(rank * parts, n)`.
+        u: The update.
+        needs: Whether the gradients of A and of B are wanted.
+    """
+    B, start, ghs = _cast(u.B, dtype), 0, []
+    gA = gB = None
+    for g_block, x_block in _blocks(dtype, g2, x2):
+        h_block = h[:, start : start + g_block.shape[0]]
+        start += g_block.shape[0]
+        gh = _through_b(g_block, B, u.spans)
+        ghs.append(gh)
+        if needs[0]:
+            gA = _plus(gA, torch.mm(gh, x_block))
+        if needs[1]:
+            gB = _plus(gB, _gradient_of_b(g_block, h_block, B, u.spans))
+    return ghs[0] if len(ghs) == 1 else torch.cat(ghs, dim=1), gA, gB
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total.add_(more)
+
+
+def _through_b(g2: Tensor, B: Tensor, spans: Spans | None) -> Tensor:
+    """Return `B^T g^T`, `(rank * parts, n)`."""
+    if spans is None:
+        return torch.mm(B.t(), g2.t())
     rank, row = B.shape[1], 0
-    gh, parts = torch.empty_like(h), []
-    for part, (start, stop) in enumerate(u.spans):
-        ranks, g_part = slice(part * rank, (part + 1) * rank), g2[:, start:stop]
-        torch.mm(B[row : row + stop - start].t(), g_part.t(), out=gh[ranks])
-        if wanted:
-            parts.append(torch.mm(h[ranks], g_part).mul_(scale).t())
+    gh = g2.new_empty(rank * len(spans), g2.shape[0])
+    for part, (start, stop) in enumerate(spans):
+        rows = B[row : row + stop - start]
+        torch.mm(rows.t(), g2[:, start:stop].t(), out=gh[part * rank : (part + 1) * rank])
         row += stop - start
-    return gh, _cast(torch.cat(parts), u.B.dtype) if wanted else None
+    return gh
+
+
+def _gradient_of_b(g2: Tensor, h: Tensor, B: Tensor, spans: Spans | None) -> Tensor:
+    """Return `g^T h^T` over the spans, `(adapted out, rank)`."""
+    if spans is None:
+        return torch.mm(h, g2).t()
+    rank = B.shape[1]
+    return torch.cat(
+        [
+            torch.mm(h[part * rank : (part + 1) * rank], g2[:, start:stop]).t()
+            for part, (start, stop) in enumerate(spans)
+        ]
+    )
 
 
 def _add_to_input(gx2: Tensor, gh: Tensor, A: Tensor, scale: float, where: Tensor | None) -> None:

@@ -2,22 +2,27 @@
 
 One idea: factors are gathered by row, so the cost does not grow with the number of adapters
 (Punica, arXiv:2310.18547, has the same idea as a GPU kernel). In training each adapter's gradient
-is the sum over its own rows.
+is the sum over its own rows. Without gradients, `gather` does the gathering once for many forwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.functional.factors import Factors, needs_plain_operations, spread
+from lora_inject.functional.factors import (
+    Factors,
+    needs_plain_operations,
+    spread,
+    without_autocast,
+)
 from lora_inject.functional.linear import differentiate_again
 
-__all__ = ["routed_update"]
+__all__ = ["Gathered", "bank", "gather", "routed_update"]
 
 
 def routed_update(
@@ -40,14 +45,7 @@ def routed_update(
         `(batch, ..., out)`, in the dtype of `y`.
     """
     with torch.autocast(y.device.type, enabled=False):
-        dtype = torch.float32 if float32 and y.dtype != torch.float64 else y.dtype
-        pairs = [_one_pair(updates, y.shape[-1], dtype) for updates in adapters]
-        ranks = {A.shape[0] for A, _ in pairs}
-        rank = max(ranks)
-        base = (pairs[0][0].new_zeros(rank, x.shape[-1]), pairs[0][1].new_zeros(y.shape[-1], rank))
-        if len(ranks) > 1:
-            pairs = [(_padded(A, rank, 0), _padded(B, rank, 1)) for A, B in pairs]
-        A_bank, B_bank = (torch.stack(bank) for bank in zip(base, *pairs, strict=True))
+        A_bank, B_bank = bank(adapters, y.shape[-1], _dtype(y, float32), base=True)
         x3 = x.reshape(x.shape[0], -1, x.shape[-1])
         x3 = _routed_dropout(x3, rows, [updates[0].dropout for updates in adapters])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
@@ -57,16 +55,49 @@ def routed_update(
         return out.view(y.shape)
 
 
+def bank(
+    adapters: Sequence[Sequence[Factors]], out: int, dtype: torch.dtype, *, base: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Stack adapters, each as one plain pair that equals all its updates, scale and spans included.
+
+    Args:
+        adapters: The updates of each of `n` adapters.
+        out: Width of the output.
+        dtype: What to stack in.
+        base: Put zeros before the first, which stand for no adapter.
+
+    Returns:
+        A `(n, R, in)` and B `(n, out, R)`; smaller ranks are padded with zeros.
+    """
+    pairs = [_one_pair(updates, out, dtype) for updates in adapters]
+    rank = max(A.shape[0] for A, _ in pairs)
+    if base:
+        A, B = pairs[0]
+        pairs.insert(0, (A.new_zeros(rank, A.shape[1]), B.new_zeros(out, rank)))
+    As, Bs = zip(*(_padded(A, B, rank) for A, B in pairs), strict=True)
+    return torch.stack(As), torch.stack(Bs)
+
+
+def _dtype(y: Tensor, float32: bool) -> torch.dtype:
+    return torch.float32 if float32 and y.dtype != torch.float64 else y.dtype
+
+
 def _routed(
     y3: Tensor, x3: Tensor, rows: Tensor, A_bank: Tensor, B_bank: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the routed output `(batch, n, out)` and `h = x A^T`, in the dtype of the banks."""
-    left = A_bank.index_select(0, rows).transpose(1, 2)
+    """Return the routed output `(batch, n, out)`, and `h = A x^T`, `(batch, R, n)`.
+
+    As in `linear`, thin products have the rank as rows: `x A^T` takes up to twice as long.
+    """
+    h = torch.bmm(A_bank.index_select(0, rows), x3.to(A_bank.dtype).transpose(1, 2))
     right = B_bank.index_select(0, rows).transpose(1, 2)
-    h = torch.bmm(x3.to(left.dtype), left)
+    return _added(y3, h.transpose(1, 2), right), h
+
+
+def _added(y3: Tensor, h: Tensor, right: Tensor) -> Tensor:
     if y3.dtype == h.dtype:
-        return torch.baddbmm(y3, h, right), h
-    return torch.baddbmm(y3.to(h.dtype), h, right).to(y3.dtype), h
+        return torch.baddbmm(y3, h, right)
+    return torch.baddbmm(y3.to(h.dtype), h, right).to(y3.dtype)
 
 
 class _RoutedFunction(torch.autograd.Function):
@@ -88,22 +119,21 @@ class _RoutedFunction(torch.autograd.Function):
             out, _ = _routed(g.new_zeros(g.shape), x3, rows, A_bank, B_bank)
             return (g, *differentiate_again(out, (x3, None, A_bank, B_bank), needs[1:], g))
         gw = g.to(h.dtype)
-        gh = torch.bmm(gw, B_bank.index_select(0, rows))
+        gh = torch.bmm(B_bank.index_select(0, rows).transpose(1, 2), gw.transpose(1, 2))
         gx = gA = gB = None
         if needs[1]:
-            gx = torch.bmm(gh, A_bank.index_select(0, rows)).to(x3.dtype)
+            gx = torch.bmm(gh.transpose(1, 2), A_bank.index_select(0, rows)).to(x3.dtype)
         if needs[3]:
-            each = torch.bmm(gh.transpose(1, 2), x3.to(gh.dtype))
-            gA = torch.zeros_like(A_bank).index_add_(0, rows, each)
+            gA = torch.zeros_like(A_bank).index_add_(0, rows, torch.bmm(gh, x3.to(gh.dtype)))
         if needs[4]:
-            each = torch.bmm(h.transpose(1, 2), gw).transpose(1, 2)
+            each = torch.bmm(h, gw).transpose(1, 2)
             gB = torch.zeros_like(B_bank).index_add_(0, rows, each)
         return g, gx, None, gA, gB
 
 
-def _padded(factor: Tensor, rank: int, dim: int) -> Tensor:
-    missing = rank - factor.shape[dim]
-    return F.pad(factor, (0, 0, 0, missing) if dim == 0 else (0, missing))
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - A.shape[0]
+    return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing else (A, B)
 
 
 def _one_pair(updates: Sequence[Factors], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -123,3 +153,80 @@ def _routed_dropout(x3: Tensor, rows: Tensor, dropouts: Sequence[float]) -> Tens
     p = torch.tensor((0.0, *dropouts), device=x3.device, dtype=x3.dtype)[rows].view(-1, 1, 1)
     keep = torch.rand_like(x3) >= p
     return x3 * keep / (1 - p)
+
+
+# -------------------------------------------------------------- many forwards without gradients
+
+
+class Gathered(NamedTuple):
+    """What one layer needs of a routed batch, for forwards without gradients.
+
+    Where the batch has few adapters they are kept as they are, and a token's `h` is formed with
+    all of them and masked. Where it has many, each row gets a copy of its own. Neither takes more
+    than twice the memory of the adapters.
+
+    Attributes:
+        A: `(batch, R, in)`, or `(n, R, in)` for `n` adapters that are shared.
+        B: `(batch, R, out)`, or `(n, R, out)`; scale included.
+        places: `(batch,)`, int64, in A and B where they are shared, else None.
+        others: `(batch, n, 1)`, bool: not the row's own, where they are shared, else None.
+    """
+
+    A: Tensor
+    B: Tensor
+    places: Tensor | None = None
+    others: Tensor | None = None
+
+    def add(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add to each row the update of its own adapter.
+
+        Args:
+            y: `(batch, ..., out)`; never modified.
+            x: `(batch, ..., in)`.
+
+        Returns:
+            `(batch, ..., out)`, in the dtype of `y`.
+        """
+        context = without_autocast(y)
+        if context is None:
+            return self._add(y, x)
+        with context:
+            return self._add(y, x)
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        A, B, places, others = self
+        batch, width, out = x.shape[0], x.shape[-1], y.shape[-1]
+        x3 = x.reshape(batch, -1, width).to(A.dtype)
+        y3 = y.reshape(batch, -1, out)
+        if others is None or places is None:
+            return _added(y3, torch.bmm(x3, A.transpose(1, 2)), B).view(y.shape)
+        if x3.shape[1] > 1:
+            h = torch.bmm(x3, A.index_select(0, places).transpose(1, 2))
+            h.masked_fill_(others.all(1, keepdim=True), 0)
+            return _added(y3, h, B.index_select(0, places)).view(y.shape)
+        h = torch.mm(x3.view(batch, width), A.view(-1, width).t())
+        h = h.view(batch, *A.shape[:2]).masked_fill_(others, 0).view(1, batch, -1)
+        return _added(y3.view(1, batch, out), h, B.view(1, -1, out)).view(y.shape)
+
+
+def gather(
+    rows: Tensor, adapters: Sequence[Sequence[Factors]], out: int, dtype: torch.dtype
+) -> Gathered:
+    """Gather the factors of a routed batch.
+
+    Args:
+        rows: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
+        adapters: The updates of each adapter, without dropout.
+        out: Width of the output.
+        dtype: What to compute in.
+    """
+    A, B = bank(adapters, out, dtype)
+    B = B.transpose(1, 2).contiguous()
+    n, index = len(adapters), (rows - 1).clamp(min=0)
+    # In a shared product a broken adapter would spoil every row, by 0 * NaN.
+    if len(rows) > 2 * n and bool(A.isfinite().all() & B.isfinite().all()):
+        numbers = torch.arange(1, n + 1, device=rows.device)
+        return Gathered(A, B, index, (rows[:, None] != numbers).unsqueeze(2))
+    A, B = A.index_select(0, index), B.index_select(0, index)
+    A[rows == 0], B[rows == 0] = 0, 0
+    return Gathered(A, B)

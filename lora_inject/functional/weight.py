@@ -1,25 +1,74 @@
-"""The weight with its updates: formed where a model reads it, and as the textbook formula.
+"""The weight with its updates: as a sum that can wait, formed, and as the textbook formula.
 
-One idea: `effective_weight` is the differentiable form, one batched product over the weight's own
-memory; `dense_delta` is the formula itself, for analysis and for tests of everything else.
+One idea: a weight and its updates are `base + sum of scale * left @ right`, matrix by matrix over
+the weight's own memory (`LowRank`). `effective_weight` carries the sum out, differentiably;
+`products` multiplies with it and never does; `dense_delta` is the formula itself, for analysis and
+for tests of everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_inject.functional.factors import spread
+from lora_inject.functional.factors import spread, without_autocast
 from lora_inject.sites import SiteSpec
 
-__all__ = ["dense_delta", "effective_weight"]
+__all__ = ["LowRank", "Update", "dense_delta", "effective_weight", "low_rank"]
+
+Update = tuple[SiteSpec, Tensor, Tensor, float]
 
 
-def effective_weight(
-    weight: Tensor, updates: Sequence[tuple[SiteSpec, Tensor, Tensor, float]], *, float32: bool
-) -> Tensor:
+class LowRank(NamedTuple):
+    """A weight and its updates: `base + sum of scale * left @ right`.
+
+    Attributes:
+        base: `(..., m, n)`.
+        terms: `(left, right, scale)` of each update, `(..., m, R)` and `(..., R, n)`, in float32 or
+            wider.
+    """
+
+    base: Tensor
+    terms: tuple[tuple[Tensor, Tensor, float], ...]
+
+    def formed(self, dtype: torch.dtype) -> Tensor:
+        """Carry out the sum, differentiably: `(..., m, n)`, rounded once to `dtype`."""
+        wide = torch.promote_types(self.base.dtype, torch.float32)
+        add = torch.addmm if self.base.dim() == 2 else torch.baddbmm
+        total = self.base.to(wide)
+        with without_autocast(total) or nullcontext():
+            for left, right, scale in self.terms:
+                total = add(total, left.to(wide), right.to(wide), alpha=scale)
+        return total.to(dtype)
+
+
+def low_rank(weight: Tensor, updates: Sequence[Update]) -> LowRank:
+    """Return a weight and its updates as matrices.
+
+    Args:
+        weight: The frozen tensor, any shape that `spec.weight_shape` states.
+        updates: `(spec, A, B, scale)` for each update.
+
+    Returns:
+        Views of the weight, of every A and, where it has no slices, of every B: `(E, m, n)` for
+        stacked experts, one matrix for everything else.
+    """
+    spec = updates[0][0]
+    lead = () if spec.experts is None else (spec.experts,)
+    terms = []
+    for site, A, B, scale in updates:
+        right, left = A.reshape(*lead, -1, site.in_features), B.reshape(*lead, -1, site.rank)
+        if site.slices is not None:
+            left = spread(left, site.spans, site.out_features)
+        terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
+    return LowRank(weight.reshape(*lead, -1, spec.matrix_shape[1]), tuple(terms))
+
+
+def effective_weight(weight: Tensor, updates: Sequence[Update], *, float32: bool) -> Tensor:
     """Form `W + sum of scale * B @ A` for a weight that is read, differentiably.
 
     Args:
@@ -31,23 +80,8 @@ def effective_weight(
         A new tensor of the weight's shape. Over a 16-bit weight the sum is formed in float32 and
         rounded once.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else None
-    total = weight.to(dtype)
-    for spec, A, B, scale in updates:
-        matrices = total.reshape(spec.experts or 1, -1, spec.matrix_shape[1])
-        left, right = _matrix_factors(spec, A.to(total.dtype), B.to(total.dtype))
-        total = torch.baddbmm(matrices, left, right, alpha=scale).reshape(weight.shape)
-    return total if float32 else total.to(weight.dtype)
-
-
-def _matrix_factors(spec: SiteSpec, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `(E, rows, R)` and `(E, R, cols)`, whose product is the matrix of `B A`."""
-    experts = spec.experts or 1
-    A3 = A.reshape(experts, -1, spec.in_features)
-    B3 = B.reshape(experts, -1, spec.rank)
-    if spec.slices is not None:
-        B3 = spread(B3, spec.spans, spec.out_features)
-    return (A3.transpose(1, 2), B3.transpose(1, 2)) if spec.transposed else (B3, A3)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if float32 else weight.dtype
+    return low_rank(weight, updates).formed(dtype).reshape(weight.shape)
 
 
 def dense_delta(spec: SiteSpec, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

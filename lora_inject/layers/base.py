@@ -28,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import Factors, effective_weight
+from lora_inject.functional import effective_weight, lazy_weight
 from lora_inject.functional.factors import Spans
 from lora_inject.layers.loading import raise_merged
 from lora_inject.layers.reentrant import refuse_dead_checkpoint
-from lora_inject.layers.selection import Selection, State
+from lora_inject.layers.selection import Selection, State, number
 from lora_inject.sites import SiteSpec
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Geometry",
     "Mounts",
     "Reader",
+    "Recipe",
     "attribute",
     "carrier_class",
     "encode",
@@ -120,15 +121,15 @@ class Entry:
         assert found is not None
         return found
 
-    def recipes(self, weight: float) -> Iterator[_Recipe]:
+    def recipes(self, weight: float) -> Iterator[Recipe]:
         """Yield the update, and with a negative scale the frozen start of pissa or olora."""
         spec = self.spec
         assert spec is not None
         spans = spec.spans if spec.slices else None
         scale = spec.scale * weight
-        yield _Recipe(self.names["A"], self.names["B"], scale, spans, spec.dropout)
+        yield Recipe(self.names["A"], self.names["B"], scale, spans, spec.dropout)
         if "A0" in self.names:
-            yield _Recipe(self.names["A0"], self.names["B0"], -scale, spans, spec.dropout)
+            yield Recipe(self.names["A0"], self.names["B0"], -scale, spans, spec.dropout)
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora."""
@@ -137,7 +138,7 @@ class Entry:
             yield self.tensor(module, "A0"), self.tensor(module, "B0"), -1.0
 
 
-class _Recipe(NamedTuple):
+class Recipe(NamedTuple):
     """One update of a forward mount: the names of its tensors and its numbers."""
 
     A: str
@@ -156,7 +157,9 @@ class Mounts:
         reads: Parameter name to adapter name to its entry on that parameter.
         old_forward: The `_old_forward` that a hook had saved on the module, or None.
         float32: Whether an adapter on the output asks for float32 arithmetic.
-        cache: Effective weights formed in the running forward of the module, or None outside one.
+        numbers: What stands for each adapter of `forward` in a selection's tensor.
+        cache: Effective weights read in the running forward of the module, or None outside one.
+        hooks: The hooks on saved tensors that this forward was entered with.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -165,9 +168,11 @@ class Mounts:
         self.reads: dict[str, dict[str, Entry]] = {}
         self.old_forward: Any = None
         self.cache: dict[tuple[str, bool], Tensor] | None = None
+        self.hooks: Any = None
         self.float32 = False
+        self.numbers: tuple[int, ...] = ()
         self._chosen_for: State | None = None
-        self._chosen: tuple[_Recipe, ...] = ()
+        self._chosen: tuple[Recipe, ...] = ()
 
     def entries(self) -> Iterator[Entry]:
         """Yield every entry, forward mount first."""
@@ -194,11 +199,12 @@ class Mounts:
 
     def _changed(self) -> None:
         self._chosen_for = None
+        self.numbers = tuple(map(number, self.forward))
         self.float32 = any(
             e.spec is not None and e.spec.compute == "float32" for e in self.forward.values()
         )
 
-    def chosen(self, state: State) -> tuple[_Recipe, ...]:
+    def chosen(self, state: State) -> tuple[Recipe, ...]:
         """Return what the forward mount needs of each update that takes part under `state`."""
         if torch.compiler.is_compiling():
             return self._choose(state)
@@ -206,7 +212,7 @@ class Mounts:
             self._chosen, self._chosen_for = self._choose(state), state
         return self._chosen
 
-    def _choose(self, state: State) -> tuple[_Recipe, ...]:
+    def _choose(self, state: State) -> tuple[Recipe, ...]:
         return tuple(
             recipe
             for name, weight in state.active
@@ -214,8 +220,31 @@ class Mounts:
             for recipe in self.forward[name].recipes(weight)
         )
 
+    def reads_so_far(self) -> dict[tuple[str, bool], Tensor] | None:
+        """Return the values that were read in the running forward, for the next reads in it.
+
+        Returns:
+            None outside a forward of the module, and in a checkpoint that its forward has entered:
+            that part of a forward is recomputed outside of it, must read the same way there, and
+            has hooks of its own on the tensors that it saves.
+        """
+        if self.cache is None or torch.compiler.is_compiling():
+            return None
+        now = _hooks()
+        same = now is self.hooks or (now and self.hooks and now[0] is self.hooks[0])
+        return self.cache if same else None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chosen_for": None, "_chosen": (), "cache": None}
+        return {**self.__dict__, "_chosen_for": None, "_chosen": (), "cache": None, "hooks": None}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__dict__.update(saved)
+        self._changed()
+
+
+def _hooks() -> Any:
+    """Return the hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def refuse_offloaded(module: nn.Module) -> None:
@@ -247,6 +276,7 @@ class Carrier(nn.Module):
     weight_name: ClassVar[str] = "weight"
     # Set on each swapped class by `carrier_class`.
     _lora_plain: ClassVar[type[nn.Module]]
+    _lora_mixin: ClassVar[type[Carrier]]
     _lora_reads: ClassVar[frozenset[str]]
     _lora_stock: ClassVar[bool]
     # Set on each module by `swap`.
@@ -278,7 +308,7 @@ class Carrier(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy by the plain class, from which the swapped one is made again."""
-        mixin = next(c for c in type(self).__mro__ if c.__dict__.get("kind"))
+        mixin = self._lora_mixin
         found = super().__reduce_ex__(2)
         state = found[2] if isinstance(found, tuple) and len(found) > 2 else self.__dict__
         return _rebuild, (self._lora_plain, mixin, tuple(sorted(self._lora_reads))), state
@@ -352,22 +382,6 @@ class Carrier(nn.Module):
         plain = super().extra_repr()
         return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
 
-    def _lora_updates(self, state: State) -> list[Factors]:
-        """Return the low-rank updates of the forward mount that take part under `state`."""
-        recipes = self._lora.chosen(state)
-        updates = self._lora_factors(recipes) if recipes else []
-        if updates and (self.training or self._lora.selection.witness is not None):
-            self._lora_takes_part(None, (u.A for u in updates))
-        return updates
-
-    def _lora_factors(self, recipes: Iterable[_Recipe]) -> list[Factors]:
-        """Return updates with their tensors, which are looked up anew each time."""
-        held, training = self._parameters, self.training
-        return [
-            Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)  # type: ignore[arg-type]
-            for r in recipes
-        ]
-
     def _lora_takes_part(self, param: str | None, tensors: Iterable[Tensor]) -> None:
         """Note for `unreached` that adapters take part, and refuse to train them in vain."""
         if self._lora.selection.witness is not None:
@@ -379,29 +393,6 @@ class Carrier(nn.Module):
                 refuse_offloaded(self)
         elif any(t.requires_grad for t in tensors):
             refuse_dead_checkpoint()
-
-    def _lora_routing(self, x: Tensor, state: State) -> tuple[Tensor, list[Entry]]:
-        """Return `(batch,)` indices for a batch routed by rows, and the entries they point to.
-
-        Raises:
-            LayerError: The first dimension of x is not the number of rows, nor its multiple.
-        """
-        rows = state.rows or ()
-        if x.shape[0] not in (len(rows), len(rows) * state.repeat):
-            multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
-            raise LayerError(
-                f"routed() with {len(rows)} rows",
-                f"a {type(self).__name__} got an input of shape {tuple(x.shape)}, whose first "
-                f"dimension is not the number of rows{multiple}",
-                "Give one adapter for each row of the batch; for beams use repeat=n",
-            )
-        mine = self._lora.forward
-        names = [n for n in dict.fromkeys(rows) if n is not None and n in mine]
-        index = {name: i + 1 for i, name in enumerate(names)}
-        found = torch.tensor([index.get(name or "", 0) for name in rows], device=x.device)
-        if names:
-            self._lora_takes_part(None, (mine[n].tensor(self, "A") for n in names))
-        return found.repeat_interleave(x.shape[0] // len(rows)), [mine[n] for n in names]
 
     def _lora_read(self, param: str) -> Any:
         """Return the effective value of a parameter under the current selection."""
@@ -417,17 +408,18 @@ class Carrier(nn.Module):
         self._lora_takes_part(
             param, (e.tensor(self, "T" if e.spec is None else "A") for e, _ in taking)
         )
-        # A value formed under no_grad would cut the gradient of a later read in the same forward.
-        key = (param, torch.is_grad_enabled())
-        if mounts.cache is not None and key in mounts.cache:
-            return mounts.cache[key]
-        value = self._lora_effective(raw, taking)
-        if mounts.cache is not None:
-            mounts.cache[key] = value
-        return value
+        # A value read under no_grad would cut the gradient of a later read in the same forward.
+        key, cache = (param, torch.is_grad_enabled()), mounts.reads_so_far()
+        if cache is None:
+            return self._lora_effective(raw, taking, effective_weight)
+        if key not in cache:
+            cache[key] = self._lora_effective(raw, taking, lazy_weight)
+        return cache[key]
 
-    def _lora_effective(self, raw: Tensor, taking: list[tuple[Entry, float]]) -> Tensor:
-        """Form `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
+    def _lora_effective(
+        self, raw: Tensor, taking: list[tuple[Entry, float]], form: Callable[..., Tensor]
+    ) -> Tensor:
+        """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
         value = raw
         low_rank, float32 = [], False
         for entry, weight in taking:
@@ -438,7 +430,7 @@ class Carrier(nn.Module):
             float32 = float32 or spec.compute == "float32"
             for A, B, sign in entry.pairs(self):
                 low_rank.append((spec, A, B, spec.scale * weight * sign))
-        return effective_weight(value, low_rank, float32=float32) if low_rank else value
+        return form(value, low_rank, float32=float32) if low_rank else value
 
 
 def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
@@ -467,11 +459,11 @@ def _cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
         mounts = self._lora
         if torch.compiler.is_compiling():
             return plain.forward(self, *args, **kwargs)
-        outer, mounts.cache = mounts.cache, {}
+        outer, mounts.cache, mounts.hooks = (mounts.cache, mounts.hooks), {}, _hooks()
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
-            mounts.cache = outer
+            mounts.cache, mounts.hooks = outer
 
     return forward
 
@@ -512,6 +504,7 @@ def carrier_class(
         namespace: dict[str, Any] = {name: _property(name) for name in sorted(key[2])}
         namespace |= {
             "_lora_plain": plain,
+            "_lora_mixin": mixin,
             "_lora_reads": key[2],
             "_lora_stock": mixin is not Reader and mixin.stock(plain),
             "__module__": plain.__module__,
@@ -577,17 +570,19 @@ def swap(
         target = carrier_class(cls, mixin, reads)
     else:
         ours = _own_class(cls)
-        kind = next(c for c in ours.__mro__ if c.__dict__.get("kind"))
-        wanted = frozenset(reads) | ours._lora_reads
-        new = carrier_class(ours._lora_plain, kind if mixin is Reader else mixin, wanted)
+        kind = ours._lora_mixin if mixin is Reader else mixin
+        new = carrier_class(ours._lora_plain, kind, ours._lora_reads.union(reads))
         target = new if ours is cls else _with_base(cls, ours, new)
     if target is not cls:
-        module.__class__ = target
+        # Past nn.Module.__setattr__, which would look for parameters and children of that name.
+        object.__setattr__(module, "__class__", target)
     _rebind_hooked_forward(module, mounts)
     return mounts
 
 
 def _own_class(cls: type) -> type[Carrier]:
+    if "_lora_plain" in cls.__dict__:
+        return cls
     return next(c for c in cls.__mro__ if "_lora_plain" in c.__dict__)
 
 
@@ -616,7 +611,7 @@ def narrow(module: nn.Module) -> None:
     assert mounts is not None
     cls = type(module)
     ours = _own_class(cls)
-    kind = next(c for c in ours.__mro__ if c.__dict__.get("kind")) if mounts.forward else Reader
+    kind = ours._lora_mixin if mounts.forward else Reader
     new = carrier_class(ours._lora_plain, kind, mounts.reads)
     if new is not ours:
         module.__class__ = new if ours is cls else _with_base(cls, ours, new)

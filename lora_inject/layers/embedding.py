@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import embedding, renormalised, routed_embedding
-from lora_inject.layers.base import Carrier, Geometry
+from lora_inject.layers.base import Geometry
+from lora_inject.layers.forward import ForwardMount
 
 __all__ = ["LoRAEmbedding"]
 
 
-class LoRAEmbedding(Carrier):
+class LoRAEmbedding(ForwardMount):
     """Forward mount of `nn.Embedding`: `W[ids] + scale * A[:, ids]^T B^T`."""
 
     kind = "embedding"
@@ -69,14 +70,14 @@ class LoRAEmbedding(Carrier):
         """
         ids: Tensor = args[0] if args else next(iter(kwargs.values()))
         state = self._lora.selection.current()
-        if state.rows is not None:
-            rows, entries = self._lora_routing(ids, state)
-            if not entries:
+        if state.routed:
+            routing = self._lora_routing(ids, state)
+            if not routing.entries:
                 return super().forward(*args, **kwargs)
-            adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
-            base = self._lora_base(ids, args, kwargs)
+            adapters = [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
+            base, rows = self._lora_base(ids, args, kwargs), routing.rows
             return self._lora_renorm(routed_embedding(base, ids, rows, adapters, self.padding_idx))
-        updates = self._lora_updates(state)
+        updates = self._lora_compiled(self.weight, state) or self._lora_updates(state)
         if not updates:
             return super().forward(*args, **kwargs)
         self._lora_refuse_resized(updates[0].A.shape[1])

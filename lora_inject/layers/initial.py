@@ -49,23 +49,26 @@ def initial_tensors(spec: SiteSpec, weight: Tensor) -> dict[str, Tensor]:
                 "Load the base weights first",
             )
         return _from_weight(spec, weight, dtype)
-    std = spec.init[1] if isinstance(spec.init, tuple) else 1.0 / spec.rank
-    is_embedding = spec.kind == "embedding"
-    zero, random = ("A", "B") if is_embedding else ("B", "A")
-    shapes = {"A": spec.a_shape, "B": spec.b_shape}
-    made = torch.empty(shapes[random], dtype=dtype, device=weight.device)
-    if spec.init != "kaiming":
-        made.normal_(0.0, std)
-    elif is_embedding:
-        made.normal_()
+    device = weight.device
+    A = torch.empty(spec.a_shape, dtype=dtype, device=device)
+    B = torch.empty(spec.b_shape, dtype=dtype, device=device)
+    if device.type != "meta":  # else there are no values, and torch would take long to say so
+        zero, random = (A, B) if spec.kind == "embedding" else (B, A)
+        zero.zero_()
+        _randomise(random, spec)
+    return {"A": A, "B": B}
+
+
+def _randomise(tensor: Tensor, spec: SiteSpec) -> None:
+    if spec.init == "kaiming":
+        if spec.kind == "embedding":
+            tensor.normal_()
+        else:
+            # kaiming_uniform_(a=sqrt(5)) of the paper's code is this bound.
+            bound = 1.0 / math.sqrt(spec.in_features)
+            tensor.uniform_(-bound, bound)
     else:
-        # kaiming_uniform_(a=sqrt(5)) of the paper's code is this bound.
-        bound = 1.0 / math.sqrt(spec.in_features)
-        made.uniform_(-bound, bound)
-    return {
-        random: made,
-        zero: torch.zeros(shapes[zero], dtype=dtype, device=weight.device),
-    }
+        tensor.normal_(0.0, spec.init[1] if isinstance(spec.init, tuple) else 1.0 / spec.rank)
 
 
 def _from_weight(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

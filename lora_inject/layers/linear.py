@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lora_inject.functional import add_updates, linear, routed_update
-from lora_inject.layers.base import Carrier, Geometry
+from lora_inject.functional import add_updates, linear
+from lora_inject.layers.base import Geometry
+from lora_inject.layers.forward import ForwardMount
 
 __all__ = ["LoRAConv1D", "LoRALinear"]
 
 
-class LoRALinear(Carrier):
+class LoRALinear(ForwardMount):
     """Forward mount of `nn.Linear`: `x W^T + b + scale * drop(x) A^T B^T` (paper, eq. 3)."""
 
     kind = "linear"
@@ -56,17 +58,17 @@ class LoRALinear(Carrier):
         """
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         state = self._lora.selection.current()
-        if state.rows is not None:
-            rows, entries = self._lora_routing(x, state)
+        if state.routed:
+            routing = self._lora_routing(x, state)
+            return self._lora_routed(super().forward(*args, **kwargs), x, routing)
+        float32 = self._lora.float32
+        if torch.compiler.is_compiling():
             y = super().forward(*args, **kwargs)
-            if not entries:
-                return y
-            adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
-            return routed_update(y, x, rows, adapters, float32=self._lora.float32)
+            updates = self._lora_compiled(y, state) or self._lora_updates(state)
+            return add_updates(y, x, updates, float32=float32) if updates else y
         updates = self._lora_updates(state)
         if not updates:
             return super().forward(*args, **kwargs)
-        float32 = self._lora.float32
         if self._lora_stock and type(self._parameters["weight"]) is nn.Parameter:
             weight, bias = self.weight, self.bias
             return linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)

@@ -35,20 +35,22 @@ class _Refusal:
 
 def refuse_resizing(modules: Iterable[nn.Module], carrying: Iterable[nn.Module]) -> None:
     """Refuse resizing on every model inside whose embedding or head carries an adapter."""
-    carriers = _tensors(carrying)
-    for model in modules:
-        if callable(getattr(model, METHOD, None)) and METHOD not in model.__dict__:
-            name = _carrying_name(model, carriers)
-            if name is not None:
-                model.__dict__[METHOD] = _Refusal(name)
+    listed = list(modules)
+    resizing = {c for c in set(map(type, listed)) if callable(getattr(c, METHOD, None))}
+    models = [m for m in listed if type(m) in resizing and METHOD not in m.__dict__]
+    carriers = _tensors(carrying) if models else set()
+    for model in models:
+        name = _carrying_name(model, carriers)
+        if name is not None:
+            model.__dict__[METHOD] = _Refusal(name)
 
 
 def allow_resizing(modules: Iterable[nn.Module], carrying: Iterable[nn.Module]) -> None:
     """Take the refusal away where no embedding or head carries an adapter any more."""
-    carriers = _tensors(carrying)
-    for model in modules:
-        refusal = model.__dict__.get(METHOD)
-        if isinstance(refusal, _Refusal) and _carrying_name(model, carriers) is None:
+    models = [m for m in modules if isinstance(m.__dict__.get(METHOD), _Refusal)]
+    carriers = _tensors(carrying) if models else set()
+    for model in models:
+        if _carrying_name(model, carriers) is None:
             del model.__dict__[METHOD]
 
 

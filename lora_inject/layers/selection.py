@@ -18,19 +18,35 @@ import bisect
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_inject.errors import StateError
 from lora_inject.layers.loading import Loading
 from lora_inject.layers.reentrant import reentrant_backwards
 
-__all__ = ["BASE", "Selection", "State"]
+__all__ = ["BASE", "Selection", "State", "number"]
 
 # How many changes of the selection a pending backward may look back on.
 LOG_LENGTH = 4096
+
+_NUMBERS: dict[str, int] = {}
+
+
+def number(adapter: str) -> int:
+    """Return the number that stands for an adapter's name in tensors, the same in all models."""
+    return _NUMBERS.setdefault(adapter, len(_NUMBERS))
+
+
+def _as_tensor(pairs: list[tuple[int, float]]) -> Tensor:
+    """Return `(n, 2)`, float64, that may be saved for a backward: no tensor of inference mode."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return _as_tensor(pairs)
+    return torch.tensor(pairs, dtype=torch.float64, device="cpu").view(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -42,12 +58,32 @@ class State:
         rows: For `routed`: the adapter of each row of the batch, None for the base; else None.
         repeat: How many consecutive rows of an input share one entry of `rows` (beams).
         merged: Whether the weights hold a merged adapter, and no other may be added.
+        choice: The same as a tensor, for compiled graphs, in which a name would be a constant:
+            `(n, 2)`, float64 on the CPU; the `number` of each active adapter, or of each row's (-1
+            for the base), and its weight.
+        routed: Whether there are `rows`.
+        kept: What layers keep for the forwards of one `routed`, emptied at its end.
     """
 
     active: tuple[tuple[str, float], ...] = ()
     rows: tuple[str | None, ...] | None = None
     repeat: int = 1
     merged: bool = False
+    choice: Tensor = field(init=False, repr=False, compare=False)
+    routed: bool = field(init=False, repr=False, compare=False)
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        chosen = self.active
+        if self.rows is not None:
+            chosen = tuple((name, 1.0) for name in self.rows)  # type: ignore[misc]
+        pairs = [(-1 if name is None else number(name), weight) for name, weight in chosen]
+        object.__setattr__(self, "choice", _as_tensor(pairs))
+        object.__setattr__(self, "routed", self.rows is not None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by the names: numbers are of one process."""
+        return State, (self.active, self.rows, self.repeat, self.merged)
 
     @property
     def names(self) -> frozenset[str]:
@@ -98,12 +134,14 @@ class Selection:
     Attributes:
         state: The state that a forward started now runs under.
         merged: The state that is folded into the weights, or None.
+        trained: The adapters that `train_only` named last.
         witness: Where layers note that they took part, while `unreached` listens.
     """
 
     def __init__(self, state: State = BASE, merged: State | None = None) -> None:
         self.state = state
         self.merged = merged
+        self.trained: frozenset[str] = frozenset()
         self.witness: set[tuple[int, str | None]] | None = None
         self._loading: Loading | None = None
         self._log = _Timeline()
@@ -282,10 +320,11 @@ class Selection:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy carries: the state, not the log of a graph that stays behind."""
-        return {"state": self.state, "merged": self.merged}
+        return {"state": self.state, "merged": self.merged, "trained": self.trained}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         Selection.__init__(self, saved["state"], saved["merged"])
+        self.trained = saved.get("trained", frozenset())
 
 
 def _checkpoint_hook() -> Any:

@@ -7,7 +7,7 @@ raises, Ctrl-C included, the photograph is put back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from lora_inject.layers.base import mounts_of
 __all__ = ["all_or_nothing"]
 
 # What verbs put into a module's __dict__.
-KEYS = ("_lora", "_lora_root", "_old_forward", "resize_token_embeddings")
+KEYS = frozenset({"_lora", "_lora_root", "_old_forward", "resize_token_embeddings"})
 TABLES = ("_parameters", "_load_state_dict_pre_hooks")
 
 
@@ -32,12 +32,20 @@ def all_or_nothing(modules: Iterable[nn.Module], values: Iterable[Any] = ()) -> 
     """
     distinct = list({id(module): module for module in modules}.values())
     photographs = [_Photograph(module) for module in distinct]
+    flags = [
+        (parameter, parameter.requires_grad)
+        for module in distinct
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
     attributes = [(value, _copied(value.__dict__)) for value in values]
     try:
         yield
     except BaseException:
         for photograph in photographs:
             photograph.restore()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
         for value, saved in attributes:
             value.__dict__.clear()
             value.__dict__.update(saved)
@@ -47,12 +55,14 @@ def all_or_nothing(modules: Iterable[nn.Module], values: Iterable[Any] = ()) -> 
 class _Photograph:
     """One module."""
 
+    __slots__ = ("cls", "extras", "module", "mounts", "tables")
+
     def __init__(self, module: nn.Module) -> None:
+        own = module.__dict__
         self.module = module
         self.cls = type(module)
-        self.extras = {key: module.__dict__[key] for key in KEYS if key in module.__dict__}
-        self.tables = [(table, dict(module.__dict__[table])) for table in TABLES]
-        self.flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+        self.extras = {} if KEYS.isdisjoint(own) else {k: v for k, v in own.items() if k in KEYS}
+        self.tables = [dict(table) if (table := own[name]) else _NOTHING for name in TABLES]
         mounts = mounts_of(module)
         self.mounts = None if mounts is None else _copied(mounts.__dict__)
 
@@ -62,25 +72,24 @@ class _Photograph:
         for key in KEYS:
             module.__dict__.pop(key, None)
         module.__dict__.update(self.extras)
-        for table, saved in self.tables:
-            module.__dict__[table].clear()
-            module.__dict__[table].update(saved)
-        for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
+        for name, saved in zip(TABLES, self.tables, strict=True):
+            module.__dict__[name].clear()
+            module.__dict__[name].update(saved)
         mounts = mounts_of(module)
         if mounts is not None and self.mounts is not None:
             mounts.__dict__.clear()
             mounts.__dict__.update(self.mounts)
 
 
+_NOTHING: Mapping[str, Any] = {}
+
+
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
     """Copy attributes, and the dicts and sets among them two levels deep."""
-    return {key: _copy(value) for key, value in attributes.items()}
-
-
-def _copy(value: Any) -> Any:
-    if type(value) is dict:
-        return {k: dict(v) if type(v) is dict else v for k, v in value.items()}
-    if type(value) is set:
-        return set(value)
-    return value
+    copied = dict(attributes)
+    for key, value in attributes.items():
+        if type(value) is dict:
+            copied[key] = {k: dict(v) if type(v) is dict else v for k, v in value.items()}
+        elif type(value) is set:
+            copied[key] = set(value)
+    return copied

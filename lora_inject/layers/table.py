@@ -8,6 +8,7 @@ forward is known or found to be linear in W, else by its weight, or not at all a
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 from collections.abc import Iterator
@@ -25,13 +26,13 @@ from lora_inject.layers.parameter import LoRABilinear, LoRAConv, LoRAConvTranspo
 from lora_inject.layers.probe import linear_in_weight
 from lora_inject.names import canonical, is_bias
 
-__all__ = ["KINDS", "base_parameters", "check_swappable", "inventory", "mixin_for", "register_kind"]
-__all__ += ["standing_still", "unwrapped", "walk"]
+__all__ = ["KINDS", "check_swappable", "inventory", "mixin_for", "register_kind", "standing_still"]
+__all__ += ["unwrapped", "walk", "walk_base"]
 
 # The first row that matches a module is its kind.
 KINDS: list[type[Carrier]] = [
-    LoRAConv1D,
     LoRALinear,
+    LoRAConv1D,
     LoRAEmbedding,
     LoRAConv,
     LoRAConvTranspose,
@@ -124,6 +125,7 @@ def walk(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.M
         model: The model.
         aliases: Yield a shared module under each of its names, not only under the first.
     """
+    model = unwrapped(model)
     known = _WALKS.get((id(model), aliases))
     if known is None:
         known = list(_walk(model, aliases))
@@ -132,10 +134,22 @@ def walk(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.M
     return iter(known)
 
 
-# A verb that asks for the same walk many times says with `standing_still` that no module comes or
-# goes while it runs.
+def walk_base(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
+    """Return `(canonical name, module, its own base parameters)`, each module once."""
+    model = unwrapped(model)
+    known = _BASES.get(id(model))
+    if known is None:
+        known = [(name, module, _base_parameters(module)) for name, module in walk(model)]
+        if id(model) in _STILL:
+            _BASES[id(model)] = known
+    return known
+
+
+# A verb that asks for the same walk many times says with `standing_still` that no module and no
+# base parameter comes or goes while it runs.
 _STILL: set[int] = set()
 _WALKS: dict[tuple[int, bool], list[tuple[str, nn.Module]]] = {}
+_BASES: dict[int, list[tuple[str, nn.Module, dict[str, nn.Parameter]]]] = {}
 
 
 @contextmanager
@@ -145,6 +159,7 @@ def standing_still(model: nn.Module) -> Iterator[None]:
     A verb makes some dozens of small objects for each site. Python would look through all of them
     again and again for cycles, and take longer over that than over the work.
     """
+    model = unwrapped(model)
     if id(model) in _STILL:
         yield
         return
@@ -157,12 +172,13 @@ def standing_still(model: nn.Module) -> Iterator[None]:
         _STILL.discard(id(model))
         _WALKS.pop((id(model), False), None)
         _WALKS.pop((id(model), True), None)
+        _BASES.pop(id(model), None)
         if collecting:
             gc.enable()
 
 
 def _walk(model: nn.Module, aliases: bool) -> Iterator[tuple[str, nn.Module]]:
-    pending: list[tuple[str, nn.Module]] = [("", unwrapped(model))]
+    pending: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[int] = set()
     while pending:
         name, module = pending.pop()
@@ -171,18 +187,20 @@ def _walk(model: nn.Module, aliases: bool) -> Iterator[tuple[str, nn.Module]]:
                 continue
             seen.add(id(module))
         yield name, module
-        for key, child in reversed(module._modules.items()):
-            if child is not None:
-                pending.append((_join(name, key) if canonical(key) else name, child))
+        if children := module._modules:
+            for key, child in reversed(children.items()):
+                if child is not None:
+                    pending.append((_join(name, key) if canonical(key) else name, child))
 
 
-def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a module's own parameters, without its children's and without adapters."""
-    mounts = mounts_of(module)
-    ours = {n for e in mounts.entries() for n in e.names.values()} if mounts else ()
-    for key, parameter in module._parameters.items():
-        if parameter is not None and key not in ours:
-            yield key, parameter
+def _base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's own parameters, without its children's and without adapters."""
+    own = {key: p for key, p in module._parameters.items() if p is not None}
+    if (mounts := mounts_of(module)) is not None:
+        for entry in mounts.entries():
+            for flat in entry.names.values():
+                own.pop(flat, None)
+    return own
 
 
 def inventory(model: nn.Module) -> Inventory:
@@ -199,33 +217,41 @@ def inventory(model: nn.Module) -> Inventory:
 
 
 class _Survey:
-    """One walk over a model."""
+    """One walk over a model.
+
+    Attributes:
+        modules: `(canonical name, module, its parameters)`, each module once.
+        further: Module to its names but the first, for modules that have several.
+        read: Modules whose weights their parent reads.
+        hooked: Whether accelerate has put hooks on the model.
+        first: Tensor to its first name.
+        tied: Tensor to all its names, for tensors that have several.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names: dict[int, list[str]] = {}
-        self.parents: dict[int, nn.Module] = {}
-        for name, module in walk(model, aliases=True):
-            self.names.setdefault(id(module), []).append(name)
-            for child in module._modules.values():
-                if child is not None:
-                    self.parents.setdefault(id(child), module)
-        self.hooked = any("_hf_hook" in module.__dict__ for module in model.modules())
+        self.further = _further_names(model)
+        self.modules = walk_base(model)
+        self.read: set[int] = set()
+        self.hooked = False
+        self.first: dict[int, str] = {}
+        self.tied: dict[int, list[str]] = {}
+        for name, module, own in self.modules:
+            if isinstance(module, READING_PARENTS):
+                self.read.update(map(id, module._modules.values()))
+            self.hooked = self.hooked or "_hf_hook" in module.__dict__
+            for key, parameter in own.items():
+                full = _join(name, key)
+                first = self.first.setdefault(id(parameter), full)
+                if first is not full:
+                    self.tied.setdefault(id(parameter), [first]).append(full)
         self.candidates: list[Candidate] = []
         self.others: dict[str, str] = {}
         self.parameters: dict[str, tuple[int, ...]] = {}
-        self.tensors: dict[int, list[str]] = {}
-        self.aliases: dict[str, str] = {}
+        self.stock: dict[tuple[type, type], bool] = {}
 
     def inventory(self) -> Inventory:
-        modules = dict(walk(self.model))
-        for name, module in modules.items():
-            for key, parameter in base_parameters(module):
-                self.tensors.setdefault(id(parameter), []).append(_join(name, key))
-                for alias in self.names[id(module)][1:]:
-                    self.aliases[_join(alias, key)] = _join(name, key)
-        for name, module in modules.items():
-            self._module(name, module)
+        for name, module, own in self.modules:
+            self._module(name, module, own)
         return Inventory(
             candidates=tuple(self.candidates),
             others=self.others,
@@ -235,31 +261,42 @@ class _Survey:
 
     def _first_names(self) -> dict[str, str]:
         """Return every further name of a parameter, with the one that it is listed under."""
-        first = {name: names[0] for names in self.tensors.values() for name in names[1:]}
-        return first | {alias: first.get(name, name) for alias, name in self.aliases.items()}
+        first = {name: names[0] for names in self.tied.values() for name in names[1:]}
+        for name, module, own in self.modules if self.further else ():
+            for alias in self.further.get(id(module), ()):
+                for key in own:
+                    full = _join(name, key)
+                    first[_join(alias, key)] = first.get(full, full)
+        return first
 
-    def _module(self, name: str, module: nn.Module) -> None:
-        row = next((row for row in KINDS if row.matches(module)), None)
+    def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        row = _row_of(module)
         if row is not None:
-            self.candidates.append(self._candidate(name, module, row))
+            self.candidates.append(self._candidate(name, module, row, own))
         elif isinstance(module, nn.RNNBase) and name:
             cls = plain_class(type(module)).__name__
             refusal = _fused_kernel(module)
             self.candidates.append(Candidate(name, cls, 0, 0, (), "", refusal=refusal))
         elif isinstance(module, nn.MultiheadAttention) and name:
-            self.candidates.append(self._attention(name, module))
+            self.candidates.append(self._attention(name, module, own))
         else:
             container = bool(module._modules)
             self.others[name] = "container" if container else plain_class(type(module)).__name__
-        for key, parameter in base_parameters(module):
+        for key, parameter in own.items():
             full = _join(name, key)
-            if self.tensors[id(parameter)][0] == full:
+            if self.first[id(parameter)] == full:
                 self.parameters[full] = _shape(parameter)
             if row is None or key != row.weight_name:
                 self._parameter(full, module, key, parameter)
 
-    def _candidate(self, name: str, module: nn.Module, row: type[Carrier]) -> Candidate:
+    def _candidate(
+        self, name: str, module: nn.Module, row: type[Carrier], own: dict[str, nn.Parameter]
+    ) -> Candidate:
         shapes = row.geometry(module)
+        weight = own.get(row.weight_name)
+        full = _join(name, row.weight_name)
+        refusal = self._refusal(module, row.weight_name, weight)
+        forward = refusal is not None or self._forward_mounts(module, row, weight)
         return Candidate(
             name=name,
             kind=row.kind,
@@ -268,21 +305,22 @@ class _Survey:
             weight_shape=shapes.weight_shape,
             transposed=shapes.transposed,
             experts=shapes.experts,
-            weight=_join(name, row.weight_name),
-            aliases=tuple(self.names[id(module)][1:]),
-            tied=self._tied(name, module, row.weight_name),
-            refusal=(refusal := self._refusal(module, row.weight_name)),
-            mount="forward" if refusal or self._forward_mounts(module, row) else "weight",
-            dtype=_dtype(_parameter(module, row.weight_name)),
+            weight=full,
+            aliases=self.further.get(id(module), ()),
+            tied=self._tied(full, weight),
+            refusal=refusal,
+            mount="forward" if forward else "weight",
+            dtype="" if weight is None else _dtype(weight.dtype),
         )
 
-    def _attention(self, name: str, module: nn.MultiheadAttention) -> Candidate:
+    def _attention(
+        self, name: str, module: nn.MultiheadAttention, own: dict[str, nn.Parameter]
+    ) -> Candidate:
         """Whoever names an attention module means its projections, which it reads."""
         keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        weights = [key for key in keys if _parameter(module, key) is not None]
-        members = tuple(_join(name, key) for key in (*weights, "out_proj"))
+        members = tuple(_join(name, key) for key in (*filter(own.__contains__, keys), "out_proj"))
         width = int(module.embed_dim)
-        aliases = tuple(self.names[id(module)][1:])
+        aliases = self.further.get(id(module), ())
         return Candidate(
             name,
             "attention",
@@ -312,36 +350,39 @@ class _Survey:
                 weight=full,
                 experts=shapes.experts,
                 owner=owner,
-                aliases=tuple(_join(alias, key) for alias in self.names[id(module)][1:]),
-                tied=self._tied(owner, module, key),
-                refusal=_fused_kernel(module) or self._refusal(module, key),
+                aliases=tuple(_join(alias, key) for alias in self.further.get(id(module), ())),
+                tied=self._tied(full, parameter),
+                refusal=_fused_kernel(module) or self._refusal(module, key, parameter),
                 needs_layout=n_dims > 2,
                 mount="weight",
-                dtype=_dtype(parameter),
+                dtype=_dtype(parameter.dtype),
             )
         )
 
-    def _tied(self, name: str, module: nn.Module, key: str) -> tuple[str, ...]:
-        parameter = _parameter(module, key)
-        full = _join(name, key)
-        return tuple(n for n in self.tensors.get(id(parameter), ()) if n != full)
+    def _tied(self, full: str, parameter: nn.Parameter | None) -> tuple[str, ...]:
+        names = self.tied.get(id(parameter)) if self.tied else None
+        return () if names is None else tuple(name for name in names if name != full)
 
-    def _forward_mounts(self, module: nn.Module, row: type[Carrier]) -> bool:
+    def _forward_mounts(
+        self, module: nn.Module, row: type[Carrier], weight: nn.Parameter | None
+    ) -> bool:
         """Whether adding to the module's output is right; else its weight is mounted."""
-        if issubclass(row, Reader) or isinstance(self.parents.get(id(module)), READING_PARENTS):
+        if issubclass(row, Reader) or id(module) in self.read or not row.mounts_forward(module):
             return False
-        if not row.mounts_forward(module):
-            return False
-        plain = plain_class(type(module))
-        if row.stock(plain):
+        cls = type(module)
+        stock = self.stock.get((cls, row))
+        if stock is None:
+            stock = self.stock[cls, row] = row.stock(plain_class(cls))
+        if stock:
             return True
-        weight = _parameter(module, row.weight_name)
         if weight is None or not weight.is_floating_point() or type(weight) is not nn.Parameter:
             return True  # quantised: the class itself multiplies by what W stands for
         ids = issubclass(row, LoRAEmbedding)
         return linear_in_weight(module, row.geometry(module).transposed, ids, row.weight_name)
 
-    def _refusal(self, module: nn.Module, key: str) -> tuple[str, str] | None:
+    def _refusal(
+        self, module: nn.Module, key: str, parameter: nn.Parameter | None
+    ) -> tuple[str, str] | None:
         cls = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             return f"{cls} is a ScriptModule, whose class cannot change", "Inject before scripting"
@@ -350,7 +391,6 @@ class _Survey:
                 f"the weight of {cls} is parametrised, so that a merge would write to a temporary",
                 "Call torch.nn.utils.parametrize.remove_parametrizations first",
             )
-        parameter = _parameter(module, key)
         if parameter is None:
             return (
                 f"{cls} holds no parameter {key!r} of its own (weight_norm?)",
@@ -371,6 +411,25 @@ class _Survey:
         return None
 
 
+def _row_of(module: nn.Module) -> type[Carrier] | None:
+    """Return the first row that matches a module."""
+    for row in KINDS:
+        if row.matches(module):
+            return row
+    return None
+
+
+def _further_names(model: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Return the names of shared modules but the first, by identity."""
+    seen: set[int] = set()
+    further: dict[int, tuple[str, ...]] = {}
+    for name, module in walk(model, aliases=True):
+        if id(module) in seen:
+            further[id(module)] = (*further.get(id(module), ()), name)
+        seen.add(id(module))
+    return further
+
+
 def _fused_kernel(module: nn.Module) -> tuple[str, str] | None:
     if not isinstance(module, nn.RNNBase):
         return None
@@ -381,13 +440,9 @@ def _fused_kernel(module: nn.Module) -> tuple[str, str] | None:
     return found, "Adapt the layers around it"
 
 
-def _parameter(module: nn.Module, key: str) -> nn.Parameter | None:
-    # A ScriptModule's table of parameters has items, but no get.
-    return dict(module._parameters.items()).get(key)
-
-
-def _dtype(tensor: torch.Tensor | None) -> str:
-    return "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
+@functools.cache
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -418,9 +473,7 @@ def check_swappable(module: nn.Module, asked: str) -> None:
         LayerError: It cannot.
     """
     cls = type(module)
-    if issubclass(cls, Carrier):
-        return
-    if cls in _SWAPPABLE:
+    if cls in _SWAPPABLE or issubclass(cls, Carrier):
         return
     try:
         module.__class__ = carrier_class(cls, Reader, ())

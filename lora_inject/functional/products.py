@@ -1,0 +1,131 @@
+"""Products with a weight and its updates, without forming their sum.
+
+One idea: `x (W + s L R) = x W + s (x L) R`. The second product is as thin as the rank, and its
+gradients are those of thin matrices: nothing of the size of the weight is made, forward or
+backward. A product with one matrix is `functional.linear`, which is faster still; what is here are
+products with stacks of them, the experts of a mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.functional.factors import Factors, without_autocast
+from lora_inject.functional.linear import linear
+from lora_inject.functional.weight import LowRank
+
+__all__ = ["grouped_product", "product_from_left", "product_from_right", "summed"]
+
+Grouped = Callable[..., Tensor]
+
+
+def product_from_right(x: Tensor, value: LowRank, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ value + bias`.
+
+    Args:
+        x: `(..., m)`.
+        value: One matrix `(m, n)`, or a stack of them that broadcasts with x as in `torch.matmul`.
+        bias: `(n,)`, only with one matrix; or None.
+
+    Returns:
+        `(..., n)`, as `torch.matmul` gives it for a formed weight.
+    """
+    base = value.base
+    if base.dim() == 2:
+        updates = [Factors(left.mT, right.mT, scale) for left, right, scale in value.terms]
+        stored_as_out_in = base.mT.is_contiguous()
+        weight = base.mT if stored_as_out_in else base
+        return linear(x, weight, bias, updates, transposed=not stored_as_out_in)
+    y = torch.matmul(x, base)
+    with without_autocast(y) or nullcontext():
+        x = x.to(y.dtype)
+        for left, right, scale in value.terms:
+            y = _add(y, torch.matmul(x, left.to(y.dtype)), right.to(y.dtype), scale)
+    return y
+
+
+def product_from_left(value: LowRank, x: Tensor) -> Tensor:
+    """Return `value @ x`.
+
+    Args:
+        value: `(..., m, n)`.
+        x: `(..., n, k)`, of at least two dimensions.
+
+    Returns:
+        `(..., m, k)`, as `torch.matmul` gives it for a formed weight.
+    """
+    y = torch.matmul(value.base, x)
+    with without_autocast(y) or nullcontext():
+        x = x.to(y.dtype)
+        for left, right, scale in value.terms:
+            y = _add(y, left.to(y.dtype), torch.matmul(right.to(y.dtype), x), scale)
+    return y
+
+
+def _add(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    if y.dim() == left.dim() == right.dim() == 3:
+        return torch.baddbmm(y, left, right, alpha=scale)
+    return torch.add(y, torch.matmul(left, right), alpha=scale)
+
+
+def grouped_product(multiply: Grouped, x: Tensor, value: LowRank, offs: Tensor) -> Tensor:
+    """Return the product of groups of rows, each with a matrix of its own.
+
+    Args:
+        multiply: Called as `multiply(x, stack, offs=offs)`, as `F.grouped_mm` is.
+        x: `(rows, m)`, sorted by group.
+        value: `(groups, m, n)`.
+        offs: `(groups,)`, the end of each group.
+
+    Returns:
+        `(rows, n)`. Rows behind the last group are what `multiply` leaves there.
+    """
+    y = multiply(x, value.base, offs=offs)
+    for left, right, scale in value.terms:
+        # The kernels want rows of a multiple of 16 bytes, which a small rank is not.
+        missing = -left.shape[-1] % max(1, 16 // y.element_size())
+        h = multiply(x, F.pad(left, (0, missing)).to(x.dtype), offs=offs)
+        update = multiply(h, F.pad(right, (0, 0, 0, missing)).to(h.dtype), offs=offs)
+        y = torch.add(y, update, alpha=scale)
+    return y
+
+
+def summed(equation: str, before: list[Tensor], value: LowRank, after: list[Tensor]) -> Any:
+    """Return `torch.einsum(equation, *before, value, *after)`.
+
+    Args:
+        equation: The sum, without ellipses.
+        before: The operands that precede the weight.
+        value: The weight, whose last two letters are its rows and columns.
+        after: The operands that follow it.
+
+    Returns:
+        The sum; `NotImplemented` where neither rows nor columns are summed over, or both are.
+    """
+    if "." in equation or "->" not in equation:
+        return NotImplemented
+    inputs, out = equation.replace(" ", "").split("->")
+    letters = inputs.split(",")
+    mine = letters.pop(len(before))
+    row_stays, column_stays = (c in out for c in mine[-2:])
+    if row_stays == column_stays or len(set(mine)) < len(mine):
+        return NotImplemented
+    others = [*before, *after]
+    y = torch.einsum(equation, *before, value.base, *after)
+    rank = next(c for c in "rqzRQZ" if c not in equation)
+    thin = [mine[:-1] + rank, mine[:-2] + rank + mine[-1]]
+    with without_autocast(y) or nullcontext():
+        others = [t.to(y.dtype) for t in others]
+        for left, right, scale in value.terms:
+            # Without a better plan einsum goes from the left: what makes the rank comes first.
+            order = list(zip(thin, (left.to(y.dtype), right.to(y.dtype)), strict=True))
+            names, factors = zip(*(order[::-1] if row_stays else order), strict=True)
+            terms = ",".join([*letters, *names])
+            y = torch.add(y, torch.einsum(f"{terms}->{out}", *others, *factors), alpha=scale)
+    return y

@@ -1,0 +1,150 @@
+"""Compiled models: another adapter, another mix or other rows are other data for the same graph.
+
+One idea: count the graphs, and compare each output with the eager one, which goes by names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import conv1d, error, fill
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import lora_inject as li
+
+N_ADAPTERS = 12  # torch gives up at eight recompilations
+IDS = torch.tensor([[1, 2, 3], [4, 0, 2], [3, 3, 3], [0, 1, 4]])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def net(n: int = N_ADAPTERS, **config: Any) -> nn.Sequential:
+    """An embedding, a fused and a plain layer; adapters of unequal rank, not all on every layer."""
+    model = nn.Sequential(
+        nn.Embedding(5, 6), nn.Tanh(), conv1d(8, 6), nn.Tanh(), nn.Linear(8, 4), nn.Tanh()
+    )
+    fused = {"match": "2", "slices": {"k": 3, "v": 5}, "adapt": ["v"]}
+    for i in range(n):
+        targets = [["0", fused, "4"], ["4"], [fused]][i % 3]
+        init = "pissa" if i % 3 == 1 else "kaiming"
+        settings = {"rank": 1 + i % 2, "alpha": 2 + i, "init": init, "targets": targets}
+        fill(li.inject(model, {**settings, **config}, f"a{i}"), f"a{i}")
+    return model.eval()
+
+
+def compiled(model: nn.Module) -> tuple[Any, CompileCounter]:
+    counter = CompileCounter()
+    return torch.compile(model, backend=counter, fullgraph=True), counter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True])
+def test_switching_compiles_nothing_again(grad: bool) -> None:
+    model = net()
+    call, counter = compiled(model)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            for i in range(N_ADAPTERS):
+                li.activate(model, f"a{i}")
+                assert error(call(IDS), model(IDS)) < 1e-6
+        for weight in (0.5, -2.0):
+            li.activate(model, {"a3": weight})
+            assert error(call(IDS), model(IDS)) < 1e-6
+        fill(model, "a3")
+        assert error(call(IDS), model(IDS)) < 1e-6
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_mixes_compile_once_for_each_length() -> None:
+    model = net()
+    call, counter = compiled(model)
+    for names in (("a0", "a1"), ("a4", "a2"), ("a11", "a3")):
+        li.activate(model, dict(zip(names, (0.7, -0.3), strict=True)))
+        assert error(call(IDS), model(IDS)) < 1e-6
+    assert counter.frame_count == 1
+    li.activate(model, None)
+    assert torch.equal(call(IDS), model(IDS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad", [False, True])
+def test_other_rows_compile_nothing_again(grad: bool) -> None:
+    model = net(4)
+    call, counter = compiled(model)
+    with torch.set_grad_enabled(grad):
+        for rows in (["a0", "a1", None, "a2"], ["a3", "a3", "a1", None], [None] * 4):
+            with li.routed(model, rows):
+                found = call(IDS)
+                assert error(found, model(IDS)) < 1e-6
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_an_adapter_that_is_not_chosen_spoils_nothing() -> None:
+    model = net(3)
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model, "a0").values():
+            parameter.fill_(torch.nan)
+    call, _ = compiled(model)
+    li.activate(model, "a1")
+    assert error(call(IDS), model(IDS)) < 1e-6
+    with li.routed(model, ["a1", "a2", None, "a1"]):
+        assert error(call(IDS), model(IDS)) < 1e-6
+
+
+def gradients(model: nn.Module, run: Any) -> dict[str, Tensor | None]:
+    model.zero_grad(set_to_none=True)
+    run(IDS).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_the_eager_model_and_none_for_idle_adapters() -> None:
+    model = net(3)
+    li.train_only(model, ["a0", "a1"])
+    call, _ = compiled(model)
+    for which in ("a0", "a1", {"a0": 0.5, "a1": 2.0}, "a2"):
+        li.activate(model, which)
+        if which == "a2":
+            continue  # nothing that trains takes part
+        found, wanted = gradients(model, call), gradients(model, model)
+        for name, gradient in wanted.items():
+            assert (found[name] is None) == (gradient is None), name
+            if gradient is not None:
+                assert error(found[name], gradient) < 1e-5
+
+
+@pytest.mark.slow
+def test_adapters_with_their_own_dropout_keep_it() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    for name, p in (("none", 0.0), ("half", 0.5)):
+        fill(li.inject(model, {"rank": 2, "dropout": p, "targets": ["0"]}, name), name)
+    call, _ = compiled(model.train())
+    x = torch.ones(256, 64)
+    for name, spread in (("none", False), ("half", True)):
+        li.activate(model, name)
+        with torch.no_grad():
+            y = call(x)
+        assert bool((y.std(0) > 1e-4).any()) == spread
+
+
+@pytest.mark.slow
+def test_a_copy_in_another_order_of_names_still_finds_its_own() -> None:
+    """Names stand for numbers in tensors; a pickled copy has to make them anew."""
+    import pickle
+
+    model = net(3)
+    li.activate(model, {"a2": 0.5})
+    other = pickle.loads(pickle.dumps(model))
+    call, _ = compiled(other)
+    assert error(call(IDS), model(IDS)) < 1e-6

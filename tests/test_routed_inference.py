@@ -1,0 +1,171 @@
+"""`routed` without gradients: what is gathered once for many forwards, and when it is not.
+
+One idea: whatever a layer keeps, the result is that of the general way, which keeps nothing and is
+taken with gradients.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import KINDS, TOLERANCE, error, fill, injected, same_bits
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject import functional
+from lora_inject.functional import Factors
+from lora_inject.layers import forward
+
+Rows = list[str | None]
+# Six rows of three adapters share them; six rows of four have each their own.
+ROWS: dict[str, Rows] = {
+    "few adapters": ["default", "wide", None, "default", "wide", "default", "wide", None],
+    "many adapters": ["thin", "wide", None, "default", "thin", "wide", "default", "thin"],
+}
+
+
+def crowded(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    model = injected(KINDS[kind], dtype)
+    for name, rank in (("wide", 2), ("thin", 1)):
+        fill(li.inject(model, {**KINDS[kind].config, "rank": rank}, name), name)
+    return model.eval()
+
+
+def batch(kind: str, dtype: torch.dtype, n_tokens: int | None) -> Tensor:
+    x = KINDS[kind].inputs(dtype)[0]
+    row = x.reshape(-1, x.shape[-1])
+    shape = (8, row.shape[-1]) if n_tokens is None else (8, n_tokens, row.shape[-1])
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_tokens", [None, 1, 3], ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", ["linear", "one slice", "conv1d"])
+def test_gathered_is_the_general_way(
+    kind: str, rows: str, n_tokens: int | None, dtype: torch.dtype
+) -> None:
+    model, x = crowded(kind, dtype), batch(kind, dtype, n_tokens)
+    with li.routed(model, ROWS[rows]):
+        wanted = model(x)
+        with torch.no_grad():
+            found, again = model(x), model(x)
+    assert found.dtype == dtype
+    assert error(found, wanted) <= TOLERANCE.get(dtype, 2e-2)
+    assert same_bits(found, again)
+    with li.disabled(model):
+        plain = model(x)
+    base = [i for i, name in enumerate(ROWS[rows]) if name is None]
+    assert same_bits(found[base], plain[base].detach())
+
+
+CHANGES: dict[str, Callable[[nn.Module], None]] = {
+    "in place": lambda model: fill(model, "wide"),
+    "replaced": lambda model: _replace(model),
+    "loaded": lambda model: _load(model),
+}
+
+
+def _replace(model: nn.Module) -> None:
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if key.endswith("lora_B__wide") and parameter is not None:
+                module._parameters[key] = nn.Parameter(parameter.detach() + 1)
+
+
+def _load(model: nn.Module) -> None:
+    state = {k: v + 1 for k, v in model.state_dict().items()}
+    model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_new_values_are_seen_inside_the_context(change: str, rows: str) -> None:
+    model, x = crowded("linear"), batch("linear", torch.float64, 1)
+    with li.routed(model, ROWS[rows]):
+        with torch.no_grad():
+            before = model(x)
+            CHANGES[change](model)
+            found = model(x)
+        wanted = model(x)
+    assert error(found, wanted) < TOLERANCE[torch.float64]
+    assert error(before, wanted) > 1e-3
+
+
+def test_nothing_is_kept_after_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+    gather = functional.gather
+
+    def watched(*args: object) -> functional.Gathered:
+        found = gather(*args)  # type: ignore[arg-type]
+        kept.extend(map(weakref.ref, found[:2]))
+        return found
+
+    monkeypatch.setattr(forward, "gather", watched)
+    model, x = crowded("linear"), batch("linear", torch.float64, 1)
+    with torch.no_grad(), li.routed(model, ROWS["few adapters"]):
+        model(x)
+        model(x)
+        assert len(kept) == 2, "gathered once"
+        assert all(t() is not None for t in kept)
+    gc.collect()
+    assert not any(t() is not None for t in kept)
+
+
+def test_tensors_of_inference_mode_are_never_kept() -> None:
+    """They do not tell when they are written."""
+    model, x = crowded("linear"), batch("linear", torch.float64, 1)
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if "lora_" in key and parameter is not None:
+                with torch.inference_mode():
+                    module._parameters[key] = nn.Parameter(parameter.clone(), requires_grad=False)
+    with torch.inference_mode(), li.routed(model, ROWS["few adapters"]):
+        before = model(x).clone()
+        for parameter in li.adapter_parameters(model, "wide").values():
+            parameter.mul_(2)
+        assert error(model(x), before) > 1e-3
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_a_broken_adapter_spoils_its_own_rows_only(rows: str, n_tokens: int) -> None:
+    """Tenants share a batch, not their mistakes."""
+    model, x = crowded("linear"), batch("linear", torch.float64, n_tokens)
+    with li.routed(model, ROWS[rows]), torch.no_grad():
+        wanted = model(x)
+        next(iter(li.adapter_parameters(model, "wide").values())).fill_(torch.inf)
+        found = model(x)
+    for i, name in enumerate(ROWS[rows]):
+        if name == "wide":
+            assert not found[i].isfinite().any()
+        else:
+            assert error(found[i], wanted[i]) < TOLERANCE[torch.float64]
+
+
+def test_beams_and_plain_batches_in_one_context() -> None:
+    model, x = crowded("linear"), batch("linear", torch.float64, 1)
+    with li.routed(model, ROWS["few adapters"], repeat=2), torch.no_grad():
+        wide, narrow = model(x.repeat_interleave(2, 0)), model(x)
+    assert error(wide[::2], narrow) < TOLERANCE[torch.float64]
+    assert error(wide[1::2], narrow) < TOLERANCE[torch.float64]
+
+
+def test_gather_by_hand() -> None:
+    """Against dense matrices, row by row."""
+    adapters = [
+        [Factors(torch.randn(r, 5).double(), torch.randn(7, r).double(), 0.5)] for r in (1, 3)
+    ]
+    rows = torch.tensor([0, 2, 1, 2, 2, 1, 0, 2])
+    x, y = torch.randn(8, 4, 5).double(), torch.randn(8, 4, 7).double()
+    found = functional.gather(rows, adapters, 7, torch.float64).add(y, x)
+    for i, row in enumerate(rows.tolist()):
+        wanted = y[i]
+        if row:
+            u = adapters[row - 1][0]
+            wanted = y[i] + x[i] @ (0.5 * u.B @ u.A).T
+        assert error(found[i], wanted) < 1e-14
