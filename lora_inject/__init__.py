@@ -4,6 +4,9 @@ The verbs are functions on the model, and the model is the only state. Importing
 not import transformers or peft.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lora_inject.config import Config, Expect, Rule
 from lora_inject.errors import (
     CheckpointError,
@@ -28,10 +31,13 @@ from lora_inject.surgery import (
     summary,
     train_only,
 )
+from lora_inject.swapping import swap_adapter
 from lora_inject.switching import activate, disabled, routed, unreached
+from lora_inject.training import AdapterCheckpoint
 from lora_inject.version import __version__
 
 __all__ = [
+    "AdapterCheckpoint",
     "AdapterState",
     "CheckpointError",
     "Config",
@@ -62,7 +68,18 @@ __all__ = [
     "routed",
     "save_adapter",
     "summary",
+    "swap_adapter",
     "train_only",
     "unmerge",
     "unreached",
 ]
+
+if TYPE_CHECKING:
+    from lora_inject import analysis as analysis
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import `lora_inject.analysis` when it is first asked for: training does not need it."""
+        if name == "analysis":
+            return importlib.import_module("lora_inject.analysis")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

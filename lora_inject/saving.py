@@ -8,7 +8,7 @@ the base's fingerprint included, before the model changes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,13 +22,12 @@ from lora_inject.formats.fingerprint import compare, sample, unverifiable
 from lora_inject.functional import master_dtype
 from lora_inject.inventory import Candidate, Inventory
 from lora_inject.layers.base import Entry
-from lora_inject.layers.table import KINDS, inventory, unwrapped, walk
+from lora_inject.layers.table import KINDS, inventory, standing_still, walk, walk_base
 from lora_inject.names import match_end
 from lora_inject.plans import Trained
 from lora_inject.sites import SiteSpec
 from lora_inject.state import AdapterState, Fingerprint, SiteState
 from lora_inject.surgery import (
-    base_parameters,
     check_names,
     check_new_name,
     entries,
@@ -38,7 +37,17 @@ from lora_inject.surgery import (
     roots_of,
 )
 
-__all__ = ["adapter_state", "fingerprint", "install", "load_adapter", "save_adapter"]
+__all__ = [
+    "Base",
+    "adapter_state",
+    "base_weights",
+    "check_base",
+    "check_base_copies",
+    "fingerprint",
+    "install",
+    "load_adapter",
+    "save_adapter",
+]
 
 M = TypeVar("M", bound=nn.Module)
 Base = Literal["same", "quantised", "any"]
@@ -71,11 +80,16 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         refuse_merged(selection, f"saving adapter {name!r}")
     sites: dict[str, SiteState] = {}
     trained: dict[str, Tensor] = {}
+    copies: set[int] = set()
     weights: dict[str, Tensor] = {}
     for path, module, entry in entries(model, name):
-        full = f"{path}.{entry.param}" if path else entry.param
         if entry.spec is None:
-            trained[full] = _detached(module, entry, "T")
+            copy = id(entry.tensor(module, "T"))
+            if copy not in copies:  # a tied tensor goes by its first name, as in an inventory
+                trained[f"{path}.{entry.param}" if path else entry.param] = _detached(
+                    module, entry, "T"
+                )
+                copies.add(copy)
             continue
         spec = entry.spec
         sites[spec.name] = SiteState(
@@ -147,18 +161,18 @@ def save_adapter(
     """
     state = adapter_state(model, name)
     if format == "peft":
-        for key, value in _peft_view(model).items():
+        for key, value in peft_view(model).items():
             options.setdefault(key, value)
     write_adapter(state, path, format=format, **options)
     return Path(path)
 
 
-def _peft_view(model: nn.Module) -> dict[str, Any]:
+def peft_view(model: nn.Module) -> dict[str, Any]:
     """Return what PEFT would see of the model, and its format therefore must know."""
     modules = dict(walk(model, aliases=True))
     return {
         "module_names": tuple(name for name in modules if name),
-        "tensor_names": tuple(_weights(model)),
+        "tensor_names": tuple(base_weights(model)),
         "transposed_modules": tuple(
             name for name, module in modules.items() if getattr(module, "is_transposed", False)
         ),
@@ -200,10 +214,14 @@ def load_adapter(
             another base. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
-    if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
-        options.setdefault("tensor_names", tuple(_weights(model)))
-    state = read_adapter(path, format=format, **options)
-    return install(model, state, name, leave_out=leave_out, base=base, asked=f"load {str(path)!r}")
+    asked = f"load {str(path)!r}"
+    with standing_still(model):
+        weights = base_weights(model)
+        if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
+            options.setdefault("tensor_names", tuple(weights))
+        state = read_adapter(path, format=format, **options)
+        _install(model, state, name, weights, leave_out, base, asked, _Owned())
+    return model
 
 
 def install(
@@ -232,44 +250,80 @@ def install(
         FormatError: It does not fit the model. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
-    check_new_name(unwrapped(model), name)
+    with standing_still(model):
+        _install(model, state, name, base_weights(model), leave_out, base, asked, _copied)
+    return model
+
+
+def _install(
+    model: nn.Module,
+    state: AdapterState,
+    name: str,
+    weights: Mapping[str, Tensor],
+    leave_out: Sequence[str],
+    base: Base,
+    asked: str,
+    taken: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    check_new_name(reach(model), name)
     state = _without(state, leave_out, asked)
     found = inventory(model)
     names = _Names(found)
     fitted = {s.spec.name: _fit(s.spec, names, asked) for s in state.sites.values()}
-    trained = tuple(_fit_trained(key, t, found, asked) for key, t in state.trained.items())
-    weights = _weights(model)
-    _check_base(state, fitted, weights, base, asked)
-    _check_base_copies(state, weights, asked)
+    copies = {key: _fit_trained(key, t, found, asked) for key, t in state.trained.items()}
+    _check_tied_copies(copies, state, asked)
+    trained = {copy.name: copy for copy in copies.values()}
+    if state.fingerprint is not None and base != "any":
+        new = {state.sites[key].spec.weight: spec.weight for key, spec in fitted.items()}
+        here = fingerprint({old: weights[name] for old, name in new.items()})
+        check_base(state.fingerprint, here, base, asked)
+    check_base_copies(state, weights, asked)
+    sources = {spec.name: key for key, spec in fitted.items()}
+    sources |= {copy.name: key for key, copy in copies.items()}
 
     def tensors(target: SiteSpec | Trained, weight: Tensor) -> dict[str, Tensor]:
-        dtype = master_dtype(weight.dtype)
-        if isinstance(target, Trained):
-            found_here = {"T": state.trained[sources[target.name]]}
-        else:
-            site = state.sites[sources[target.name]]
-            found_here = {
-                r: t for r in ("A", "B", "A0", "B0") if (t := getattr(site, r)) is not None
-            }
-        return {
-            role: t.detach().to(device=weight.device, dtype=dtype, copy=True)
-            for role, t in found_here.items()
-        }
+        key = sources[target.name]
+        held = _tensors(state.sites[key]) if key in state.sites else {"T": state.trained[key]}
+        return {role: taken(tensor, weight) for role, tensor in held.items()}
 
-    sources = {spec.name: key for key, spec in fitted.items()}
-    sources |= {t.name: key for t, key in zip(trained, state.trained, strict=True)}
     active = any(selection.state.active for selection in reach(model).selections)
     mount(
         model,
         name,
         fitted.values(),
-        trained,
+        trained.values(),
         tensors,
         state.config,
         activate=not active,
         train=False,
     )
-    return model
+
+
+def _copied(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor as an adapter over `weight` holds it, in memory of its own."""
+    dtype = master_dtype(weight.dtype)
+    return tensor.detach().to(device=weight.device, dtype=dtype, copy=True)
+
+
+class _Owned:
+    """Takes tensors that nobody else holds as they are, unless two of them share memory."""
+
+    def __init__(self) -> None:
+        self.taken: set[int] = set()
+
+    def __call__(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        address = tensor.data_ptr()
+        alone = tensor.untyped_storage().nbytes() == tensor.nbytes and address not in self.taken
+        self.taken.add(address)
+        fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
+        return tensor.detach() if alone and fits else _copied(tensor, weight)
+
+
+def _tensors(site: SiteState) -> dict[str, Tensor]:
+    """Return the tensors of a site by their role."""
+    if site.A0 is None or site.B0 is None:
+        return {"A": site.A, "B": site.B}
+    return {"A": site.A, "B": site.B, "A0": site.A0, "B0": site.B0}
 
 
 def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
@@ -296,8 +350,7 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
 def _fit(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
     """Return a site's spec as this model holds it."""
     candidate = names.find(spec)
-    kinds = {row.kind for row in KINDS} | {"parameter"}
-    if spec.kind not in kinds:
+    if spec.kind not in names.kinds:
         raise FormatError(
             f"{asked}, site {spec.name!r}",
             f"its kind of layer, {spec.kind!r}, is not registered here",
@@ -322,12 +375,18 @@ def _fit(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
             f"it maps {there[0]} to {there[1]} features in the file, {here[0]} to {here[1]} here",
             "Load the adapter onto the model that it was made for",
         )
+    transposed = spec.transposed if spec.kind == "parameter" else candidate.transposed
+    if (
+        (spec.kind, spec.weight_shape, spec.transposed, spec.mount, spec.rule)
+        == (candidate.kind, candidate.weight_shape, transposed, candidate.mount, None)
+    ):  # fmt: skip
+        return spec.at(candidate.name, candidate.weight, candidate.aliases)
     return dataclasses.replace(
         spec,
         name=candidate.name,
         kind=candidate.kind,
         weight_shape=candidate.weight_shape,
-        transposed=spec.transposed if spec.kind == "parameter" else candidate.transposed,
+        transposed=transposed,
         weight=candidate.weight,
         mount=candidate.mount,
         aliases=candidate.aliases,
@@ -340,6 +399,7 @@ class _Names:
 
     def __init__(self, found: Inventory) -> None:
         self.names = [candidate.name for candidate in found.candidates]
+        self.kinds = {row.kind for row in KINDS} | {"parameter"}
         self._sites: dict[str, Candidate] = {}
         self._weights: dict[str, Candidate] = {}
         for candidate in found.candidates:
@@ -355,9 +415,10 @@ class _Names:
 
 
 def _fit_trained(key: str, tensor: Tensor, found: Inventory, asked: str) -> Trained:
-    shape = found.parameters.get(key)
+    name = found.aliases.get(key, key)
+    shape = found.parameters.get(name)
     if shape == tuple(tensor.shape):
-        return Trained(name=key, shape=shape, why="train")
+        return Trained(name=name, shape=shape, why="train")
     if shape is None:
         what = "the model has no such parameter"
     else:
@@ -370,28 +431,44 @@ def _fit_trained(key: str, tensor: Tensor, found: Inventory, asked: str) -> Trai
     )
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def _check_tied_copies(copies: Mapping[str, Trained], state: AdapterState, asked: str) -> None:
+    """Refuse two different copies of what is one tensor here."""
+    first: dict[str, str] = {}
+    for key, copy in copies.items():
+        other = first.setdefault(copy.name, key)
+        if other != key and not torch.equal(state.trained[other], state.trained[key]):
+            raise FormatError(
+                f"{asked}, trained tensor {key!r}",
+                f"it is not the adapter's {other!r}, and both are one tensor in this model",
+                "Load it onto a model that does not tie the two",
+            )
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's parameters under each of their names."""
+    own = {id(module): parameters for _, module, parameters in walk_base(model)}
     return {
         f"{path}.{key}" if path else key: parameter
         for path, module in walk(model, aliases=True)
-        for key, parameter in base_parameters(module)
+        for key, parameter in own[id(module)].items()
     }
 
 
-def _check_base(
-    state: AdapterState,
-    fitted: Mapping[str, SiteSpec],
-    weights: Mapping[str, Tensor],
-    base: Base,
-    asked: str,
-) -> None:
-    saved = state.fingerprint
-    if saved is None or base == "any":
+def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) -> None:
+    """Refuse another base than the one that an adapter was made on.
+
+    Args:
+        saved: Of the base that it was made on.
+        here: Of this one, at the adapter's sites and under the same names.
+        base: How sure to be; see `load_adapter`.
+        asked: What was asked, for messages.
+
+    Raises:
+        FormatError: It is another one, or that cannot be told.
+    """
+    if (saved.shapes, saved.samples) == (here.shapes, here.samples) and not here.quantised:
         return
-    specs = {state.sites[key].spec.weight: spec.weight for key, spec in fitted.items()}
-    here = fingerprint({old: weights[new] for old, new in specs.items()})
-    shapes = {key: shape for key, shape in saved.shapes.items() if key in specs}
+    shapes = {key: shape for key, shape in saved.shapes.items() if key in here.shapes}
     if unknown := unverifiable(Fingerprint(shapes, saved.samples, saved.quantised), here):
         if base != "quantised":
             raise FormatError(
@@ -412,7 +489,7 @@ def _check_base(
         )
 
 
-def _check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
+def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
     """PEFT stores whole base embeddings beside an adapter; one that differs would be lost."""
     for key, copy in state.base_copies.items():
         weight = weights.get(key)

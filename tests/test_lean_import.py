@@ -16,6 +16,7 @@ import pytest
 import lora_inject
 
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
+HEAVY += ("matplotlib",)
 
 # The code to look at, the names to look for; prints those that it brought in.
 REPORT = """
@@ -47,12 +48,13 @@ MODULE = "import runpy; runpy.run_module('lora_inject', run_name='__main__', alt
     [
         ("import lora_inject", ()),
         ("import lora_inject.formats, lora_inject.checkpoint", ()),
+        ("import lora_inject; lora_inject.analysis.analyse", ()),
         (MAIN, ("--help",)),
         (MODULE, ("--help",)),
         (MAIN, ("merge", "--help")),
         (MAIN, ("schema",)),
     ],
-    ids=["package", "files", "script", "module", "help of a command", "schema"],
+    ids=["package", "files", "analysis", "script", "module", "help of a command", "schema"],
 )
 def test_nothing_heavy_is_imported(code, argv):
     assert brought_in(code, *argv) == []
@@ -61,6 +63,14 @@ def test_nothing_heavy_is_imported(code, argv):
 def test_help_does_not_wait_for_the_commands(tmp_path):
     names = ("lora_inject.checkpoint", "lora_inject.cli.models", "lora_inject.cli.show")
     assert brought_in(MAIN, "--help", names=names) == []
+
+
+def test_analysis_waits_until_it_is_asked_for():
+    names = ("lora_inject.analysis", "lora_inject.checkpoint")
+    assert brought_in("import lora_inject", names=names) == []
+    assert brought_in("import lora_inject; lora_inject.analysis", names=names) == [*names]
+    with pytest.raises(AttributeError, match="'lora_inject' has no attribute 'nonsense'"):
+        lora_inject.nonsense  # noqa: B018
 
 
 @pytest.mark.parametrize("code", ["import transformers", "from transformers import GPT2Config"])

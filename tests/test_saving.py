@@ -6,6 +6,7 @@ The formats are tested in test_formats_*.py; here it is the model that must come
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,37 @@ def test_adapters_without_sites_come_back(
     model = fill(li.inject(copy.deepcopy(plain), config))
     loaded = li.load_adapter(copy.deepcopy(plain), save(model, tmp_path, layout))
     assert same_bits(loaded(IDS), model(IDS))
+
+
+class Tied(nn.Module):
+    """A head that is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.up(self.embed(ids)))
+        return out
+
+
+@every_format
+def test_a_trained_copy_of_a_tied_tensor_comes_back(layout: str, tmp_path: Path) -> None:
+    plain, ids = Tied(), torch.tensor([[0, 3, 6]])
+    config = {**CONFIG, "targets": ["up"], "train": [r"head\.weight"]}
+    model = fill(li.inject(copy.deepcopy(plain), config))
+    assert list(li.adapter_state(model).trained) == ["embed.weight"]
+    back = li.load_adapter(copy.deepcopy(plain), save(model, tmp_path, layout))
+    assert same_bits(back(ids), model(ids))
+
+    state = li.adapter_state(model)
+    by_the_other_name = {"head.weight": state.trained["embed.weight"]}
+    other = li.install(copy.deepcopy(plain), dataclasses.replace(state, trained=by_the_other_name))
+    assert same_bits(other(ids), model(ids))
+    two = {**state.trained, "head.weight": torch.zeros(7, 6)}
+    with pytest.raises(li.FormatError, match="both are one tensor in this model"):
+        li.install(plain, dataclasses.replace(state, trained=two))
 
 
 @every_format

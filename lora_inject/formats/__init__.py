@@ -42,7 +42,7 @@ class Format:
     Attributes:
         about: What it is, in one line.
         write: `write(state, path, *, overwrite=False, **options) -> Path`.
-        read: `read(path, **options) -> AdapterState`.
+        read: `read(path, **options) -> AdapterState`, of tensors that nobody else holds.
         detects: `detects(path) -> bool`, by content; the first row that says yes reads.
     """
 

@@ -51,7 +51,7 @@ def check_pair(
 ) -> None:
     """Refuse a pair of other shapes than these, or that is not plain floating point."""
     for name, tensor, shape in (("A", a, a_shape), ("B", b, b_shape)):
-        if tuple(tensor.shape) != shape:
+        if tensor.shape != shape:
             raise FormatError(
                 where,
                 f"{name} has shape {tuple(tensor.shape)} where {shape} is due",
@@ -77,6 +77,8 @@ def check_keys(found: Iterable[str], due: Iterable[str], asked: str) -> None:
         FormatError: A tensor is missing or unknown.
     """
     found, due = set(found), set(due)
+    if found == due:
+        return
     missing, unknown = sorted(due - found), sorted(found - due)
     if missing or unknown:
         parts = [f"it lacks {one_line(missing)}"] if missing else []

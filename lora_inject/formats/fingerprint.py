@@ -11,7 +11,9 @@ and what to do about a difference.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from lora_inject.state import Fingerprint
@@ -58,18 +60,17 @@ def sample(weight: Tensor) -> tuple[float, ...]:
         Up to `N_SAMPLES` values.
 
     Example:
-        >>> import torch
         >>> sample(torch.arange(3.0))
         (0.0, 1.0, 2.0)
     """
-    detached, values = weight.detach(), []
-    for position in sample_positions(tuple(weight.shape)):
-        index, rest = [], position
-        for size in reversed(detached.shape):
-            rest, place = divmod(rest, size)
-            index.append(place)
-        values.append(float(detached[tuple(reversed(index))].float()))
-    return tuple(values)
+    positions = _index(tuple(weight.shape)).to(weight.device)
+    return tuple(weight.detach().take(positions).float().tolist())
+
+
+@lru_cache(maxsize=256)
+def _index(shape: tuple[int, ...]) -> Tensor:
+    """The positions as a tensor; a model has few shapes and many weights."""
+    return torch.tensor(sample_positions(shape))
 
 
 def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
@@ -99,8 +100,8 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
                 f"has shape {tuple(shape)} in the file and {found.shapes[name]} here"
             )
         elif name in saved.samples and name in found.samples:
-            difference = _values_differ(saved.samples[name], found.samples[name])
-            if difference:
+            there, here = saved.samples[name], found.samples[name]
+            if there != here and (difference := _values_differ(there, here)):
                 differences[name] = difference
     return differences
 

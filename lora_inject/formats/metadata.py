@@ -159,6 +159,7 @@ _FIELDS = frozenset(
 
 
 _FLAGS = frozenset({"derived", "turned"})
+_ALL = _FIELDS | _FLAGS
 
 
 def _spec_to_plain(spec: SiteSpec) -> dict[str, Any]:
@@ -172,29 +173,54 @@ def _parse_sites(plain: Any, asked: str) -> tuple[dict[str, SiteSpec], dict[str,
     _require(isinstance(plain, list), asked, "its list of sites is not a list")
     specs: dict[str, SiteSpec] = {}
     flagged: dict[str, set[str]] = {flag: set() for flag in _FLAGS}
+    alike: dict[str, SiteSpec] = {}  # by all fields but the names: checked and made once
     for number, fields in enumerate(plain):
         _require(isinstance(fields, dict), f"{asked}, site {number}", "it is not a table")
-        name = str(fields.get("name"))
-        where = f"{asked}, site '{name[:200]}'"
-        good = isinstance(fields.get("name"), str) and name not in specs
+        name = fields.get("name")
+        where = _Where(asked, name)
+        good = isinstance(name, str) and name not in specs
         _require(good, where, "its name is missing, or there twice")
-        wrong = sorted(fields.keys() ^ (_FIELDS | _FLAGS))
-        _require(not wrong, where, f"fields {wrong[:3]} are unknown or missing")
+        if fields.keys() != _ALL:
+            wrong = sorted(fields.keys() ^ _ALL)
+            raise FormatError(str(where), f"fields {wrong[:3]} are unknown or missing", _EDITED)
         for flag, names in flagged.items():
             value = fields.pop(flag)
             _require(isinstance(value, bool), where, f"'{flag}' is not true or false")
             if value:
                 names.add(name)
-        specs[name] = _parse_spec(fields, where)
+        del fields["name"]
+        weight = fields.pop("weight")
+        _require(isinstance(weight, str), where, "'weight' is not text")
+        key = _key(fields, where)
+        if key not in alike:
+            alike[key] = _parse_spec({**fields, "name": name, "weight": weight}, where)
+        specs[name] = alike[key].at(name, weight)
     return specs, {flag: frozenset(names) for flag, names in flagged.items()}
 
 
-def _parse_spec(fields: dict[str, Any], where: str) -> SiteSpec:
+def _key(fields: dict[str, Any], where: _Where) -> str:
+    """Fields as a text that tells 1 from 1.0 and from true."""
+    try:
+        return repr(fields)
+    except RecursionError as error:
+        raise FormatError(str(where), "its fields are nested too deep", _EDITED) from error
+
+
+class _Where:
+    """Names a site in messages; the text is made where one is raised."""
+
+    def __init__(self, asked: str, name: Any) -> None:
+        self.asked, self.name = asked, name
+
+    def __str__(self) -> str:
+        return f"{self.asked}, site '{str(self.name)[:200]}'"
+
+
+def _parse_spec(fields: dict[str, Any], where: str | _Where) -> SiteSpec:
     """One site; every field has been seen to be present."""
     for key in ("in_features", "out_features", "rank"):
         _require(_is_count(fields[key]), where, f"'{key}' is not a positive whole number")
-    for key in ("kind", "weight"):
-        _require(isinstance(fields[key], str), where, f"'{key}' is not text")
+    _require(isinstance(fields["kind"], str), where, "'kind' is not text")
     _require(isinstance(fields["transposed"], bool), where, "'transposed' is not true or false")
     _require(_is_number(fields["alpha"]) and fields["alpha"] > 0, where, "'alpha' is not above 0")
     _require(_is_number(fields["dropout"]), where, "'dropout' is not a number")
@@ -214,7 +240,7 @@ def _parse_spec(fields: dict[str, Any], where: str) -> SiteSpec:
     return SiteSpec(**fields)
 
 
-def _parse_init(plain: Any, where: str) -> str | tuple[str, float]:
+def _parse_init(plain: Any, where: str | _Where) -> str | tuple[str, float]:
     if isinstance(plain, str):
         return plain
     good = isinstance(plain, list) and len(plain) == 2 and isinstance(plain[0], str)
@@ -222,7 +248,7 @@ def _parse_init(plain: Any, where: str) -> str | tuple[str, float]:
     return plain[0], plain[1]
 
 
-def _parse_slices(plain: Any, out_features: int, where: str) -> Slices | None:
+def _parse_slices(plain: Any, out_features: int, where: str | _Where) -> Slices | None:
     if plain is None:
         return None
     shaped = isinstance(plain, dict) and plain.keys() == {"sizes", "adapt"}
@@ -275,18 +301,27 @@ def _parse_fingerprint(plain: Any, asked: str) -> Fingerprint | None:
     _require(parts, where, "its parts are not shapes, samples, quantised")
     _require(isinstance(plain["shapes"], dict), where, "its shapes are not a table")
     _require(isinstance(plain["samples"], dict), where, "its samples are not a table")
+    shapes = {}
     for name, shape in plain["shapes"].items():
-        good = isinstance(shape, list) and all(type(size) is int for size in shape)
-        _require(good, where, f"the shape of {name!r} is not a list of numbers")
-    samples = {}
-    for name, values in plain["samples"].items():
-        _require(isinstance(values, list), where, f"the samples of {name!r} are not a list")
-        numbers = [_NOT_FINITE.get(v, v) if isinstance(v, str) else v for v in values]
-        good = all(_is_number(v) or v in _NOT_FINITE.values() or v != v for v in numbers)
-        _require(good, where, f"a sample of {name!r} is not a number")
-        samples[name] = tuple(map(float, numbers))
-    shapes = {name: tuple(shape) for name, shape in plain["shapes"].items()}
+        if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)):
+            raise FormatError(where, f"the shape of {name!r} is not a list of numbers", _EDITED)
+        shapes[name] = tuple(shape)
+    samples = {name: _parse_samples(v, name, where) for name, v in plain["samples"].items()}
     return Fingerprint(shapes, samples, _parse_names(plain["quantised"], where))
+
+
+def _parse_samples(values: Any, name: str, where: str) -> tuple[float, ...]:
+    if not isinstance(values, list):
+        raise FormatError(where, f"the samples of {name!r} are not a list", _EDITED)
+    if values and {float}.issuperset(map(type, values)) and max(map(abs, values)) < _LIMIT:
+        return tuple(values)  # JSON has no NaN
+    numbers = [_NOT_FINITE.get(v, v) if isinstance(v, str) else v for v in values]
+    if not all(_is_number(v) or v in _NOT_FINITE.values() or v != v for v in numbers):
+        raise FormatError(where, f"a sample of {name!r} is not a number", _EDITED)
+    return tuple(map(float, numbers))
+
+
+_LIMIT = 1e300
 
 
 def _is_count(value: Any) -> bool:
@@ -294,12 +329,12 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in {int, float} and abs(value) < 1e300
+    return type(value) in {int, float} and abs(value) < _LIMIT
 
 
-def _require(holds: Any, where: str, found: str) -> None:
+def _require(holds: Any, where: str | _Where, found: str) -> None:
     if not holds:
-        raise FormatError(where, found, _EDITED)
+        raise FormatError(str(where), found, _EDITED)
 
 
 def one_line(names: Iterable[str], n: int = 3) -> str:

@@ -212,19 +212,19 @@ def _read_native(
     check_no_clash(layout.keys, asked)
     check_keys(tensors, layout.keys, asked)
     sites = {}
+    packings = {(d, t): Packing(derived=d, turned=t) for d in (False, True) for t in (False, True)}
     for name, spec in described.specs.items():
+        packing = packings[name in described.derived, name in described.turned]
         slot = layout.slots[name]
-        packing = Packing(derived=name in described.derived, turned=name in described.turned)
         a, b = tensors[slot.a], tensors[slot.b]
-        for key, tensor, due in zip(
-            (slot.a, slot.b), (a, b), file_shapes(spec, packing), strict=True
-        ):
-            if tuple(tensor.shape) != due:
-                raise FormatError(
-                    f"{asked}, '{key}'",
-                    f"its shape is {tuple(tensor.shape)}, and its metadata says {due}",
-                    "The file was edited; fetch it again",
-                )
+        due_a, due_b = file_shapes(spec, packing)
+        if a.shape != due_a or b.shape != due_b:
+            key, tensor, due = (slot.b, b, due_b) if a.shape == due_a else (slot.a, a, due_a)
+            raise FormatError(
+                f"{asked}, '{key}'",
+                f"its shape is {tuple(tensor.shape)}, and its metadata says {due}",
+                "The file was edited; fetch it again",
+            )
         sites[name] = unpack(spec, a, b, asked, packing)
         check_site(sites[name], asked)
     trained = {name: tensors[key] for name, key in layout.trained.items()}

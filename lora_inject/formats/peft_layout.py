@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +43,7 @@ PREFIX = "base_model.model."
 KINDS = ("linear", "conv1d", "embedding", "conv", "parameter")
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """The keys of one site's pair."""
 
     a: str
@@ -136,34 +136,48 @@ def plan(specs: Iterable[SiteSpec], trained: Iterable[str]) -> Layout:
     for spec in specs:
         module = owner(spec.name) if spec.kind == "parameter" else spec.name
         wrapped.setdefault(module, []).append(spec.name)
-    depths = {module: len(names) for module, names in wrapped.items()}
+    paths = _Paths({module: len(names) for module, names in wrapped.items()})
     slots = {}
-    for spec in specs:
-        module = owner(spec.name) if spec.kind == "parameter" else spec.name
-        outside = depths[module] - 1 - wrapped[module].index(spec.name)
-        path = _path(module, depths, inside=False) + ".base_layer" * outside
-        embedding = spec.kind == "embedding"
-        names = ("lora_embedding_A", "lora_embedding_B") if embedding else _WEIGHTS
-        slots[spec.name] = Slot(f"{path}.{names[0]}", f"{path}.{names[1]}")
+    for module, names in wrapped.items():
+        path = paths.outside(module)
+        for outside, name in enumerate(reversed(names)):
+            slots[name] = path + ".base_layer" * outside
+    pairs = {spec.name: _slot(slots[spec.name], spec.kind) for spec in specs}
     keys = {}
     for name in trained:
         module, _, tensor = name.rpartition(".")
-        keys[name] = f"{_path(module, depths, inside=True)}.{tensor}" if module else PREFIX + tensor
-    return Layout(slots, keys)
+        keys[name] = f"{paths.inside(module)}.{tensor}"
+    return Layout(pairs, keys)
 
 
-_WEIGHTS = ("lora_A.weight", "lora_B.weight")
+def _slot(path: str, kind: str) -> Slot:
+    if kind == "embedding":
+        return Slot(f"{path}.lora_embedding_A", f"{path}.lora_embedding_B")
+    return Slot(f"{path}.lora_A.weight", f"{path}.lora_B.weight")
 
 
-def _path(module: str, depths: Mapping[str, int], *, inside: bool) -> str:
-    """A module's path in the wrapped model; `inside`: in its own wrappers too."""
-    parts = module.split(".")
-    path = PREFIX.rstrip(".")
-    for n in range(1, len(parts) + 1):
-        path += "." + parts[n - 1]
-        if inside or n < len(parts):
-            path += ".base_layer" * depths.get(".".join(parts[:n]), 0)
-    return path
+class _Paths:
+    """The paths of modules in the wrapped model; that of a parent is worked out once."""
+
+    def __init__(self, depths: Mapping[str, int]) -> None:
+        self.depths = depths
+        self._inside = {"": PREFIX.rstrip(".")}
+
+    def outside(self, module: str) -> str:
+        """Path of a module's outermost wrapper."""
+        parent, _, last = module.rpartition(".")
+        return f"{self.inside(parent)}.{last}"
+
+    def inside(self, module: str) -> str:
+        """Path of a module inside all of its wrappers."""
+        found = self._inside.get(module)
+        if found is None:
+            found, name = self._inside[""], ""
+            for part in module.split("."):
+                name = f"{name}.{part}" if name else part
+                found += f".{part}" + ".base_layer" * self.depths.get(name, 0)
+            self._inside[module] = found
+        return found
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -234,6 +248,9 @@ def unpack(
     Raises:
         FormatError: B is not zero where the slices say that nothing is adapted.
     """
+    plain = spec.slices is None and not (packing.derived or packing.turned)
+    if plain and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
+        return SiteState(spec, a, b)
     experts, rank = spec.experts or 1, file_rank(spec, derived=packing.derived)
     a = a.reshape(experts, rank, -1)
     b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)

@@ -9,11 +9,13 @@ header, the data. What is not here: what the tensors mean. NaN is allowed; mergi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -21,11 +23,29 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import FormatError
+from lora_inject.formats.mapped import Mapped, asked_for
 
 __all__ = ["parse_json", "read_header", "read_tensors", "serialise"]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 32_000_000
+_STEP_BYTES = 1 << 20
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Dtypes that an adapter's file may hold, by the format's name."""
 
 
 def parse_json(text: str | bytes, asked: str) -> Any:
@@ -59,11 +79,10 @@ _DAMAGED = "The file is damaged or was edited; fetch it again"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key '{key}' appears twice")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise ValueError(f"key '{twice}' appears twice")
     return found
 
 
@@ -83,6 +102,12 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         FormatError: The header is too long, cut off, not JSON, or names a tensor twice.
     """
+    header, metadata, _ = _read_header(path)
+    return list(header), metadata
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """The entries of the tensors, the metadata, and where the data begins."""
     asked = f"read '{path}'"
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -93,7 +118,7 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(asked, "its metadata holds something that is not text", _DAMAGED)
-    return list(header), metadata
+    return header, metadata, 8 + length
 
 
 def _parse_header(text: bytes, asked: str) -> dict[str, Any]:
@@ -108,7 +133,7 @@ def _parse_header(text: bytes, asked: str) -> dict[str, Any]:
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a whole safetensors file into memory of its own.
+    """Read a whole safetensors file: into memory or, within `left_on_disk`, as a mapping.
 
     Args:
         path: The file.
@@ -120,15 +145,82 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         FormatError: There is no such file, or it does not follow the format exactly.
     """
     path = Path(path)
+    asked = f"read '{path}'"
     if not path.is_file():
-        raise FormatError(f"read '{path}'", "there is no such file", "Check the path")
-    _, metadata = read_header(path)
+        raise FormatError(asked, "there is no such file", "Check the path")
+    keeper = asked_for(path.stat().st_size)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            # clone: the file may be replaced or changed while its pages are still mapped.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if keeper is not None:
+            # No room for a copy: then it goes into memory, as without the wish.
+            with contextlib.suppress(OSError), keeper.copied(path) as copy:
+                return _map(copy, keeper)
+        return _read(path)
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:
-        raise FormatError(f"read '{path}'", f"it is not valid ({error})", _DAMAGED) from error
+        raise FormatError(asked, f"it is not valid ({error})", _DAMAGED) from error
+
+
+def _checked_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """The header, whose every entry the library has checked against the size of the file."""
+    header, metadata, start = _read_header(path)
+    with safetensors.safe_open(path, framework="pt"):
+        pass
+    unknown = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
+    if unknown:
+        raise ValueError(f"no adapter's tensor has the dtype {unknown[0]}")
+    return header, metadata, start
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor in memory of its own, which a mapping would be beside it for a while."""
+    header, metadata, start = _checked_header(path)
+    tensors, step = dict[str, Tensor](), bytearray(_STEP_BYTES)
+    window = range(0)  # which bytes of the data `step` holds: those of many small tensors at once
+    with path.open("rb") as file:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = entry["data_offsets"]
+            if first == last or last - first > _STEP_BYTES:
+                tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+                file.seek(start + first)
+                _fill(tensors[name], file, step)
+                window = range(0)
+                continue
+            if not window.start <= first < last <= window.stop:
+                file.seek(start + first)
+                window = range(first, first + file.readinto(step))
+            if last > window.stop:
+                raise ValueError("it was cut while it was read")
+            tensors[name] = _view(step, entry, first - window.start).clone()
+    return {name: tensors[name] for name in header}, metadata
+
+
+def _view(content: Any, entry: dict[str, Any], offset: int) -> Tensor:
+    """A tensor over the bytes of a buffer, one element or more."""
+    dtype, (first, last) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+    count = (last - first) // dtype.itemsize
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=offset).view(entry["shape"])
+
+
+def _fill(tensor: Tensor, file: BinaryIO, step: bytearray) -> None:
+    """Read a contiguous tensor's bytes from where the file is."""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    for begin in range(0, flat.numel(), len(step)):
+        part = flat[begin : begin + len(step)]
+        n_bytes = file.readinto(memoryview(step)[: part.numel()])  # type: ignore[attr-defined]
+        if n_bytes != part.numel():
+            raise ValueError("it was cut while it was read")
+        part.copy_(torch.frombuffer(step, dtype=torch.uint8, count=n_bytes))
+
+
+def _map(path: Path, keeper: Mapped) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor as a view of one mapping."""
+    header, metadata, start = _checked_header(path)
+    content, tensors = keeper.map(path), {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if first == last:
+            tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+        else:
+            tensors[name] = _view(content, entry, start + first)
     return tensors, metadata
 
 

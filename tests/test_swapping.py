@@ -1,0 +1,268 @@
+"""New values into an adapter on the model: what loading would give, in the same Parameters."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, Host, fill, host, photograph, same_bits
+from torch import nn
+
+import lora_inject as li
+from lora_inject import AdapterState
+
+RULE = {"rank": 2, "alpha": 3}
+
+
+class Net(nn.Module):
+    """Two layers that are called, a head that trains, a tied tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 7)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.down(self.up(self.embed(ids)).relu()))
+        return out
+
+
+CONFIG = {**RULE, "targets": ["up", "down"], "train": [r"head\.weight"], "bias": "adapted"}
+IDS = torch.tensor([[0, 3, 6]])
+
+
+def two(config: Any = CONFIG) -> tuple[Net, AdapterState]:
+    """A model with a slot, and another adapter of the same config as a value apart from it."""
+    net = Net()
+    other = fill(li.inject(copy.deepcopy(net), config, "other"), "other")
+    return fill(li.inject(net, config, "slot"), "slot"), li.adapter_state(other, "other")
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_swapped_adapter_is_the_loaded_one_bit_for_bit(kind: str, init: str) -> None:
+    row = KINDS[kind]
+    plain = host(row)
+    config = {**row.config, "init": init}
+    model: Host = fill(li.inject(copy.deepcopy(plain), config, "slot"), "slot")
+    state = li.adapter_state(fill(li.inject(copy.deepcopy(plain), config)))
+    before = dict(model.named_parameters(remove_duplicate=False))
+    li.swap_adapter(model, state, "slot")
+    assert all(before[n] is p for n, p in model.named_parameters(remove_duplicate=False))
+    wanted, found = li.install(plain, state), li.adapter_state(model, "slot")
+    x = row.inputs(torch.float32)
+    assert same_bits(model(*x), wanted(*x))
+    for name, site in state.sites.items():
+        for role in ("A", "B", "A0", "B0"):
+            a, b = getattr(site, role), getattr(found.sites[name], role)
+            assert (a is None and b is None) or same_bits(a, b)
+
+
+@pytest.mark.parametrize("layout", ["peft", "native"])
+def test_files_are_swapped_in_too(layout: str, tmp_path: Path) -> None:
+    net, state = two()
+    wanted = li.install(copy.deepcopy(li.eject(copy.deepcopy(net))), state)
+    path = li.save_adapter(
+        wanted, tmp_path / ("a" if layout == "peft" else "a.safetensors"), format=layout
+    )
+    assert not same_bits(net(IDS), wanted(IDS))
+    li.swap_adapter(net, path, "slot")
+    assert same_bits(net(IDS), wanted(IDS))
+    assert list(li.adapters(net)) == ["slot"]
+
+
+def test_an_optimiser_keeps_hold_and_the_slot_stays_what_it_was() -> None:
+    net, state = two()
+    groups = li.parameter_groups(net, lr=0.1)
+    optimiser = torch.optim.SGD(groups, momentum=0.9)
+    net(IDS).sum().backward()
+    optimiser.step()
+    li.swap_adapter(net, state, "slot")
+    assert li.adapters(net)["slot"].active
+    assert li.adapters(net)["slot"].trainable
+    held = {id(p) for group in groups for p in group["params"]}
+    assert held == {id(p) for p in li.adapter_parameters(net).values()}
+    before = {key: p.detach().clone() for key, p in li.adapter_parameters(net).items()}
+    optimiser.zero_grad()
+    net(IDS).sum().backward()
+    optimiser.step()
+    moved = li.adapter_parameters(net)
+    assert all(not same_bits(before[key], moved[key].detach()) for key in before)
+
+
+def test_a_compiled_model_is_not_compiled_again() -> None:
+    net, state = two({**RULE, "targets": ["up", "down"]})
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(IDS)
+        torch._dynamo.utils.counters.clear()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            li.swap_adapter(compiled, state, "slot")
+            found = compiled(IDS)
+    torch.testing.assert_close(found, li.install(li.eject(net), state)(IDS))
+
+
+def test_the_model_and_the_state_share_nothing_after_it() -> None:
+    net, state = two()
+    kept = state.sites["up"].A.clone()
+    li.swap_adapter(net, state, "slot")
+    with torch.no_grad():
+        li.adapter_parameters(net, "slot")["up.lora_A"].zero_()
+    assert same_bits(state.sites["up"].A, kept)
+
+
+def test_what_is_saved_afterwards_is_what_was_swapped_in() -> None:
+    net, state = two()
+    li.swap_adapter(net, dataclasses.replace(state, config={"targets": ["x"]}), "slot")
+    assert li.adapter_state(net, "slot").config == {"targets": ["x"]}
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+
+def _site(state: AdapterState, **changes: Any) -> AdapterState:
+    site = state.sites["up"]
+    spec = {k: v for k, v in changes.items() if k not in ("A", "B")}
+    tensors = {k: v for k, v in changes.items() if k in ("A", "B")}
+    new = dataclasses.replace(site, spec=dataclasses.replace(site.spec, **spec), **tensors)
+    return dataclasses.replace(state, sites={**state.sites, "up": new})
+
+
+def _without(state: AdapterState, name: str) -> AdapterState:
+    sites = {key: site for key, site in state.sites.items() if key != name}
+    trained = {key: t for key, t in state.trained.items() if key != name}
+    return dataclasses.replace(state, sites=sites, trained=trained)
+
+
+def _renamed(state: AdapterState) -> AdapterState:
+    site = state.sites["up"]
+    extra = dataclasses.replace(site, spec=dataclasses.replace(site.spec, name="upp"))
+    return dataclasses.replace(state, sites={**state.sites, "upp": extra})
+
+
+REFUSED: dict[str, tuple[Callable[[AdapterState], AdapterState], str]] = {
+    "a site is missing": (lambda s: _without(s, "down"), "site 'down'"),
+    "a site is unknown": (_renamed, "site 'upp'.*nearest: 'up'"),
+    "rank": (
+        lambda s: _site(s, rank=1, A=torch.zeros(1, 6), B=torch.zeros(6, 1)),
+        "site 'up': its rank is 1, and 2 on the model",
+    ),
+    "alpha": (lambda s: _site(s, alpha=6.0), "site 'up': its scale is 3, and 1.5 on the model"),
+    "scaling": (lambda s: _site(s, scaling="rslora"), "its scale is 2.12132, and 1.5"),
+    "slices": (
+        lambda s: _site(s, slices=li.sites.Slices((("q", 3), ("k", 3)), ("q", "k"))),
+        "it adapts other parts",
+    ),
+    "a shape": (lambda s: _site(s, A=torch.zeros(2, 5)), r"shape \(2, 5\), and \(2, 6\)"),
+    "no values": (lambda s: _site(s, A=torch.zeros(2, 6, device="meta")), "meta device"),
+    "a copy is missing": (lambda s: _without(s, "up.bias"), "trained tensor 'up.bias'"),
+    "a copy is unknown": (
+        lambda s: dataclasses.replace(s, trained={**s.trained, "x.bias": torch.zeros(6)}),
+        "trained tensor 'x.bias'",
+    ),
+    "another base": (
+        lambda s: dataclasses.replace(
+            s,
+            fingerprint=dataclasses.replace(
+                s.fingerprint,  # type: ignore[type-var]
+                samples={k: tuple(2 * x for x in v) for k, v in s.fingerprint.samples.items()},  # type: ignore[union-attr]
+            ),
+        ),
+        "made on another base",
+    ),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_another_form_or_base_is_refused_and_nothing_changes(why: str) -> None:
+    change, words = REFUSED[why]
+    net, state = two()
+    before = photograph(net)
+    with pytest.raises(li.FormatError, match=words):
+        li.swap_adapter(net, change(state), "slot")
+    assert photograph(net) == before
+
+
+def test_a_start_from_W_is_no_plain_adapter() -> None:
+    net, _ = two({**RULE, "targets": ["up"]})
+    _, derived = two({**RULE, "targets": ["up"], "init": "pissa"})
+    with pytest.raises(li.FormatError, match="starts from W"):
+        li.swap_adapter(net, derived, "slot", base="any")
+
+
+def test_a_square_parameter_turned_round_is_refused() -> None:
+    config = {**RULE, "targets": [{"match": "matrix", "layout": "out_in"}]}
+    net = nn.ParameterDict({"matrix": torch.randn(6, 6)})
+    state = li.adapter_state(li.inject(copy.deepcopy(net), config))
+    li.inject(net, {**RULE, "targets": [{"match": "matrix", "layout": "in_out"}]})
+    with pytest.raises(li.FormatError, match="other parts"):
+        li.swap_adapter(net, state)
+
+
+def test_a_base_that_was_written_since_is_sampled_again() -> None:
+    net, state = two()
+    li.swap_adapter(net, state, "slot")
+    with torch.no_grad():
+        net._modules["up"]._parameters["weight"].mul_(2)  # type: ignore[union-attr]
+    with pytest.raises(li.FormatError, match="made on another base"):
+        li.swap_adapter(net, state, "slot")
+    li.swap_adapter(net, state, "slot", base="any")
+
+
+def test_a_base_that_was_replaced_since_is_sampled_again() -> None:
+    net, state = two()
+    li.swap_adapter(net, state, "slot")
+    weights = {k: v for k, v in Net().state_dict().items() if k != "head.weight"}
+    net.load_state_dict(weights, strict=False, assign=True)
+    with pytest.raises(li.FormatError, match="made on another base"):
+        li.swap_adapter(net, state, "slot")
+
+
+def test_a_copy_of_the_model_samples_its_own_base() -> None:
+    net, state = two()
+    li.swap_adapter(net, state, "slot")
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin._modules["up"]._parameters["weight"].mul_(2)  # type: ignore[union-attr]
+    with pytest.raises(li.FormatError, match="made on another base"):
+        li.swap_adapter(twin, state, "slot")
+    li.swap_adapter(net, state, "slot")
+
+
+def test_unknown_merged_and_valueless_slots_are_refused() -> None:
+    net, state = two()
+    with pytest.raises(li.StateError, match="Did you mean 'slot'"):
+        li.swap_adapter(net, state, "slit")
+    meta = li.inject(Net().to("meta"), {**CONFIG, "train": []}, "slot")
+    with pytest.raises(li.LayerError, match="meta device"):
+        li.swap_adapter(meta, _without(state, "embed.weight"), "slot", base="any")
+    li.merge(net)
+    with pytest.raises(li.StateError, match="merged"):
+        li.swap_adapter(net, state, "slot")
+
+
+def test_a_shared_module_is_found_under_any_of_its_names() -> None:
+    class Twice(nn.Module):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__()
+            layer = nn.Linear(4, 4)
+            setattr(self, first, layer)
+            setattr(self, second, layer)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return next(iter(self.children()))(x)
+
+    config = {**RULE, "targets": ["a"]}
+    state = li.adapter_state(fill(li.inject(Twice("b", "a"), config)))
+    model = li.inject(Twice("a", "b"), config)
+    assert state.sites.keys() != li.adapter_state(model).sites.keys()
+    li.swap_adapter(model, state, base="any")
+    (site,) = state.sites.values()
+    assert same_bits(li.adapter_parameters(model)["a.lora_A"].detach(), site.A)
