@@ -1,14 +1,16 @@
 """How fast and how small merging a checkpoint is, beside PEFT's own path and a plain copy.
 
-Makes a Llama of random bfloat16 weights of the size asked for and a LoRA adapter on all of its
+Makes a Llama of random bfloat16 weights of each size asked for and a LoRA adapter on all of its
 projections, then runs each way of merging in a process of its own, in turn, so that whatever else
-the machine does hits all of them alike. Prints minimum, median and maximum.
+the machine does hits all of them alike. Prints medians and their spread, and what was promised.
 
-    python scripts/bench_merge.py --size 1.3 --rounds 3 --folder /tmp/bench
+    python scripts/bench_merge.py                               all sizes; needs 20 GB of disk
+    python scripts/bench_merge.py --size 1.3 --rounds 5 --folder /tmp/bench
     python scripts/bench_merge.py --size 0.3 --size 8 --only lora_inject --only "cp -r"
+    python scripts/bench_merge.py --write docs/merging.md
 
 The page cache is warm in every run. What is spent waiting for the disk (fsync) is shown apart, as
-neither PEFT nor cp waits for it.
+neither PEFT nor cp waits for it. PEFT is left out above 4 GB: it holds the whole model.
 """
 
 from __future__ import annotations
@@ -16,20 +18,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SHAPES = {  # size in GB: hidden, inner, layers, heads, key-value heads
+    0.01: (64, 128, 2, 4, 2),
     0.3: (1024, 2816, 8, 8, 2),
     1.3: (1536, 4096, 22, 12, 2),
     8.0: (4096, 11008, 21, 32, 8),
 }
 VOCAB = 32000
 SHARDS = 3
+MOST_FOR_PEFT = 4.0
+BY_HAND = "<!-- Below this line: written by hand, kept by scripts/bench_merge.py -->"
+Rows = dict[str, list[dict[str, float]]]
 
 OURS = """
 import json, sys, time
@@ -147,64 +155,137 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("bench-merge"))
     parser.add_argument("--only", action="append")
+    parser.add_argument("--write", type=Path, help="document to write the tables into")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make is not None:
         n_bytes, n_sites = make_base(arguments.make, arguments.size[0])
         print(json.dumps({"bytes": n_bytes, "sites": n_sites}))
         return
-    for size in arguments.size or [1.3]:
-        bench(arguments, size)
+    found, said = {}, [machine(arguments.rounds)]
+    for size in arguments.size or [0.3, 1.3, 8.0]:
+        heading, found[size] = bench(arguments, size)
+        said.append(f"## {heading}\n\n" + "\n".join(table(size, found[size])))
+        print(f"\n{said[-1]}", flush=True)
+    said.append("## What was promised\n\n" + "\n".join(promises(found)))
+    print(f"\n{said[-1]}")
+    if arguments.write is not None:
+        write(arguments.write, said)
 
 
-def bench(arguments: argparse.Namespace, size: float) -> None:
+def machine(rounds: int) -> str:
+    """Say where and how the numbers were made."""
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    return (
+        f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}, "
+        f"{time.strftime('%Y-%m-%d')}, load at the start {load}, {rounds} rounds in turn; "
+        "median [least - most]."
+    )
+
+
+def bench(arguments: argparse.Namespace, size: float) -> tuple[str, Rows]:
+    """Run all ways of merging on one size, in turn; returns a heading and each way's runs."""
     folder = (arguments.folder / f"{size}").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     # In a process of its own: what this one holds would count into every child's peak.
     made = timed([sys.executable, __file__, "--make", str(folder), "--size", str(size)])
-    n_bytes, n_sites = int(made["bytes"]), int(made["sites"])
-    print(f"\n{n_bytes / 1e9:.2f} GB bfloat16 in {SHARDS} shards, {n_sites} sites", flush=True)
-    base, adapter, out = folder / "base", folder / "adapter", folder / "out"
-    python = sys.executable
-    ways = {
-        "cp -r": ["cp", "-r", str(base), str(out)],
-        "import torch": [python, "-c", "import torch"],
-        "lora_inject": [python, "-c", OURS, str(base), str(adapter), str(out)],
-        "PEFT": [
-            python,
-            "-c",
-            PEFT,
-            str(base),
-            str(adapter),
-            str(out),
-            f"{n_bytes // 3_000_000}MB",
-        ],
-    }
+    ways = commands(folder, int(made["bytes"]))
+    if size > MOST_FOR_PEFT:
+        del ways["PEFT"]
     if arguments.only:
-        ways = {name: ways[name] for name in arguments.only}
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for path in base.iterdir():  # into the page cache
-        with path.open("rb") as file:
-            while file.read(1 << 24):
-                pass
+        ways = {name: ways[name] for name in arguments.only if name in ways}
+    rows: Rows = {name: [] for name in ways}
     for _ in range(arguments.rounds):
         for name, command in ways.items():
-            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            warm(folder / "base")
             os.sync()  # what the one before left to write is not charged to the next
             rows[name].append(timed(command))
     shutil.rmtree(folder)
-    print(
-        f"{'':14s}{'wall s':>20s}{'less fsync':>12s}{'peak MiB':>10s}{'user+sys':>10s}{'GB/s':>7s}"
-    )
+    heading = f"{made['bytes'] / 1e9:.2f} GB of bfloat16 in {SHARDS} shards, {made['sites']} sites"
+    return heading, rows
+
+
+def commands(folder: Path, n_bytes: int) -> dict[str, list[str]]:
+    """Return each way of merging as a command."""
+    base, adapter, out = (str(folder / name) for name in ("base", "adapter", "out"))
+    python = sys.executable
+    return {
+        "cp -r": ["cp", "-r", base, out],
+        "import torch": [python, "-c", "import torch"],
+        "lora_inject": [python, "-c", OURS, base, adapter, out],
+        "PEFT": [python, "-c", PEFT, base, adapter, out, f"{n_bytes // 3_000_000}MB"],
+    }
+
+
+def warm(folder: Path) -> None:
+    """Read all files of a folder, so that they are in the page cache."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
+
+
+def net(row: dict[str, float]) -> float:
+    """Return the seconds of a run without those that waited for the disk."""
+    return row["wall"] - row.get("fsync", 0.0)
+
+
+def table(size: float, rows: Rows) -> list[str]:
+    """Return the runs of one size as lines of a Markdown table."""
+    lines = ["| | seconds | without fsync | processor seconds | peak MiB | GB/s |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
     for name, found in rows.items():
         walls = [row["wall"] for row in found]
-        net = statistics.median(row["wall"] - row.get("fsync", 0.0) for row in found)
-        spread = f"{statistics.median(walls):.2f} [{min(walls):.2f}-{max(walls):.2f}]"
-        rss = max(row["rss"] for row in found)
-        cpu = statistics.median(row["user"] + row["sys"] for row in found)
-        print(f"{name:14s}{spread:>20s}{net:12.2f}{rss:10.0f}{cpu:10.2f}{n_bytes / 1e9 / net:7.2f}")
-        if any(row.get("transformers") for row in found):
-            print(f"{'':14s}transformers was imported")
+        seconds = statistics.median(net(row) for row in found)
+        spread = f"{statistics.median(walls):.2f} [{min(walls):.2f} - {max(walls):.2f}]"
+        busy = statistics.median(row["user"] + row["sys"] for row in found)
+        rate = "" if name == "import torch" else f"{size / seconds:.2f}"
+        peak = max(row["rss"] for row in found)
+        lines.append(f"| {name} | {spread} | {seconds:.2f} | {busy:.2f} | {peak:.0f} | {rate} |")
+    return lines
+
+
+def promises(found: dict[float, Rows]) -> list[str]:
+    """Return what was promised beside what was found, for what was run."""
+    lines = ["| | promised | found | |", "|---|---:|---:|---|"]
+
+    def add(what: str, promised: str, value: float, *, kept: bool) -> None:
+        lines.append(f"| {what} | {promised} | {value:.2f} | {'yes' if kept else 'NO'} |")
+
+    def middle(size: float, of: str, by: str, figure: Callable[[dict[str, float]], float]) -> float:
+        pairs = zip(found[size][of], found[size][by], strict=True)
+        return statistics.median(figure(a) / figure(b) for a, b in pairs)
+
+    for size, rows in found.items():
+        if {"lora_inject", "PEFT"} <= rows.keys():
+            time_share = middle(size, "lora_inject", "PEFT", net)
+            memory = middle(size, "lora_inject", "PEFT", lambda row: row["rss"])
+            add(f"{size} GB: time over PEFT's", "0.25", time_share, kept=time_share <= 0.25)
+            add(f"{size} GB: memory over PEFT's", "0.2", memory, kept=memory <= 0.2)
+        if size > MOST_FOR_PEFT and {"lora_inject", "cp -r"} <= rows.keys():
+            rate = middle(size, "cp -r", "lora_inject", net)
+            add(f"{size} GB: throughput over cp's", "0.5", rate, kept=rate >= 0.5)
+    peaks = [
+        max(row["rss"] for row in r["lora_inject"]) for r in found.values() if "lora_inject" in r
+    ]
+    if len(peaks) > 1:
+        spread = max(peaks) - min(peaks)
+        add("peak memory, all sizes: spread in MiB", "64", spread, kept=spread <= 64)
+    imported = [row["transformers"] for r in found.values() for row in r.get("lora_inject", ())]
+    if imported:
+        add("runs that imported transformers", "0", sum(imported), kept=not any(imported))
+    return lines
+
+
+def write(document: Path, said: list[str]) -> None:
+    """Write the tables, and keep what was written below them by hand."""
+    old = document.read_text(encoding="utf-8") if document.exists() else ""
+    by_hand = old.split(BY_HAND, 1)[1].strip() if BY_HAND in old else ""
+    title = "# Merging checkpoints: time and memory\n\nWritten by `python scripts/bench_merge.py"
+    title += " --write docs/merging.md`; none of this is tested for time."
+    text = [title, *said, BY_HAND, *([by_hand] if by_hand else [])]
+    document.write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from test_checkpoint_helpers import (
     site,
 )
 
-from lora_inject.checkpoint import Part, extract_adapter, merge_checkpoint
+from lora_inject.checkpoint import Part, extract_adapter, merge_checkpoint, plan_merge
 from lora_inject.checkpoint import svd as decomposing
 from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.saving import fingerprint
 
 
 def case(tmp_path, dtype=torch.float32):
@@ -136,6 +137,20 @@ def test_extracted_adapter_survives_its_files(tmp_path):
     }
     merge_checkpoint(base, [Part(back)], tmp_path / "out")
     assert json.loads(json.dumps(report.to_dict()))["left"] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extracted_adapter_knows_its_base(tmp_path, dtype):
+    """The same fingerprint as saving a live adapter takes; another base is refused."""
+    tensors, base, tuned, _ = case(tmp_path, dtype)
+    found, _ = extract_adapter(base, tuned, rank=3)
+    adapted = {site.spec.weight: tensors[site.spec.weight] for site in found.sites.values()}
+    assert found.fingerprint == fingerprint(adapted)
+    back = read_adapter(write_adapter(found, tmp_path / "adapter"))
+    plan_merge(base, [Part(back)])
+    other = save_checkpoint(tmp_path / "other", llama_tensors(seed=1, dtype=dtype), 1, LLAMA)
+    with pytest.raises(CheckpointError, match="made on another base"):
+        plan_merge(other, [Part(back)])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Never half-done: refusals, resuming, two at once, ranks, kills at random, a full disk."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from lora_inject.checkpoint import (
     MergeOptions,
     Part,
     Ranks,
+    disk,
     merge_checkpoint,
     verify_checkpoint,
 )
@@ -205,7 +206,7 @@ def test_crash_while_publishing_is_never_loadable_half_done(case, monkeypatch, s
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", rename)
         patch.setattr(merging.Staging, "publish", publish)
-        with suppress(PowerCutError):
+        with contextlib.suppress(PowerCutError):
             merge_checkpoint(base, [Part(state)], out)
     if (out / "config.json").exists():
         assert verify_checkpoint(base, [Part(state)], out).problems == ()
@@ -273,6 +274,56 @@ def test_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
 # Ranks ------------------------------------------------------------------------------------------
 
 
+class FakeMsvcrt:
+    """Byte locks of Windows: each byte of a file belongs to at most one open descriptor."""
+
+    LK_NBLCK, LK_UNLCK = 2, 0
+
+    def __init__(self):
+        self.owners = {}
+
+    def locking(self, fd, mode, n_bytes):
+        start, inode = os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_ino
+        keys = [(inode, start + k) for k in range(n_bytes)]
+        if mode == self.LK_UNLCK:
+            assert all(self.owners.pop(key) == fd for key in keys)
+        elif any(key in self.owners for key in keys):
+            raise PermissionError(13, "Permission denied")
+        else:
+            self.owners |= dict.fromkeys(keys, fd)
+
+
+@pytest.mark.parametrize("platform", ["posix", "windows"])
+def test_locks_exclude_and_are_shared(tmp_path, monkeypatch, platform):
+    if platform == "windows":
+        monkeypatch.setattr(disk, "fcntl", None)
+        monkeypatch.setattr(disk, "msvcrt", FakeMsvcrt())
+    files = [disk.open_write(tmp_path / "lock") for _ in range(3)]
+
+    def answers(*shared):
+        with contextlib.ExitStack() as stack:
+            pairs = zip(files, shared, strict=False)
+            return [stack.enter_context(disk.try_lock(fd, shared=s)) for fd, s in pairs]
+
+    assert answers(False, False, True) == [True, False, False]
+    assert answers(True, True, False) == [True, True, False]
+    assert answers(False) == [True]  # all of them were given back
+    for fd in files:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_merge_with_the_locks_of_windows(case, monkeypatch, world):
+    fake = FakeMsvcrt()
+    monkeypatch.setattr(disk, "fcntl", None)
+    monkeypatch.setattr(disk, "msvcrt", fake)
+    base, _, state, out = case
+    for rank in range(world):
+        merge_checkpoint(base, [Part(state)], out, ranks=Ranks(rank, world))
+    assert verify_checkpoint(base, [Part(state)], out).problems == ()
+    assert not fake.owners
+
+
 def test_ranks_share_the_shards_and_the_last_one_publishes(case):
     base, tensors, state, out = case
     first = merge_checkpoint(base, [Part(state)], out, ranks=Ranks(0, 2))
@@ -283,6 +334,69 @@ def test_ranks_share_the_shards_and_the_last_one_publishes(case):
     assert len(second.tensors) == 6
     touched = {name + ".weight" for name in state.sites}
     assert_equal_to_dense(load_checkpoint(out), dense(tensors, (state, 1.0)), touched)
+
+
+RANK = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from test_checkpoint_helpers import llama_adapter, load_checkpoint
+from lora_inject.checkpoint import Part, merge_checkpoint
+def progress(done, total):
+    if "DIE" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+part = Part(llama_adapter(load_checkpoint(sys.argv[1])))
+print(merge_checkpoint(sys.argv[1], [part], sys.argv[2], progress=progress).complete)
+"""
+
+
+def start_rank(base, out, environment):
+    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "SLURM"))}
+    return subprocess.Popen(
+        [sys.executable, "-c", RANK.format(path=path), str(base), str(out)],
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("RANK", "WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ],
+    ids=lambda names: names[0],
+)
+def test_processes_share_a_merge_and_a_killed_one_is_redone(case, names):
+    """Two processes at once, the second killed in the middle of a shard; then it alone again."""
+    base, tensors, state, out = case
+    variables = [dict(zip(names, (str(rank), "2"), strict=True)) for rank in range(2)]
+    first = start_rank(base, out, variables[0])
+    second = start_rank(base, out, variables[1] | {"DIE": "1"})
+    assert first.communicate()[0].strip() == "False"
+    second.communicate()
+    assert (first.returncode, second.returncode) == (0, -signal.SIGKILL)
+    assert [path.name for path in out.iterdir()] == [STAGING]  # nothing that loads
+    again = start_rank(base, out, variables[1])
+    assert again.communicate()[0].strip() == "True"
+    assert verify_checkpoint(base, [Part(state)], out).problems == ()
+    touched = {name + ".weight" for name in state.sites}
+    assert_equal_to_dense(load_checkpoint(out), dense(tensors, (state, 1.0)), touched)
+
+
+@pytest.mark.slow
+def test_processes_that_end_together_publish_once(case):
+    base, _, state, out = case
+    ranks = [start_rank(base, out, {"RANK": str(r), "WORLD_SIZE": "3"}) for r in range(3)]
+    said = [rank.communicate()[0].strip() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    assert said.count("True") == 1
+    assert not (out / STAGING).exists()
+    assert verify_checkpoint(base, [Part(state)], out).problems == ()
 
 
 def test_only_one_of_two_ranks_that_end_together_publishes(case, monkeypatch):
@@ -381,7 +495,7 @@ def kill_at_random(server, delay):
         if line == "writing" and delay is not None:
             while time.monotonic() - began < delay:
                 time.sleep(0.0005)
-            with suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 

@@ -5,10 +5,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_checkpoint_helpers import load_checkpoint, ulps
 
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint, verify_checkpoint
 from lora_inject.checkpoint.load import load_part
+from lora_inject.cli import app
+from lora_inject.errors import CheckpointError
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -247,6 +250,151 @@ def test_tied_llama_loaded_by_plain_transformers_equals_the_adapted_model(tmp_pa
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+ENCODER = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,  # as many rows as the vocabulary: the name must decide
+}
+BOTH = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+
+
+def masked(name, **config):
+    return getattr(transformers, f"{name}ForMaskedLM")(
+        getattr(transformers, f"{name}Config")(**config)
+    )
+
+
+def seq2seq(name):
+    config = getattr(transformers, f"{name}Config")(**BOTH, forced_eos_token_id=None)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4
+    )
+    config.decoder_start_token_id = 0
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def random_everywhere(make):
+    """A model without a zero: biases begin at zero, and a lost one would not be missed."""
+    model = make()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+MLM = {
+    "bert": (lambda: masked("Bert", **ENCODER), "word_embeddings", "decoder"),
+    "roberta": (
+        lambda: masked("Roberta", **ENCODER, pad_token_id=1),
+        "word_embeddings",
+        "decoder",
+    ),
+    "distilbert": (
+        lambda: masked(
+            "DistilBert",
+            vocab_size=64,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=48,
+            max_position_embeddings=64,
+        ),
+        "word_embeddings",
+        "vocab_projector",
+    ),
+    "electra": (
+        lambda: masked("Electra", **ENCODER, embedding_size=32),
+        "word_embeddings",
+        "generator_lm_head",
+    ),
+    "albert": (
+        lambda: masked("Albert", **ENCODER, embedding_size=16),
+        "word_embeddings",
+        "decoder",
+    ),
+    "deberta": (lambda: masked("DebertaV2", **ENCODER), "word_embeddings", "decoder"),
+    "modernbert": (
+        lambda: masked(
+            "ModernBert",
+            **ENCODER,
+            **dict.fromkeys(
+                ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"), 0
+            ),
+        ),
+        "tok_embeddings",
+        "decoder",
+    ),
+    "bart": (lambda: seq2seq("Bart"), "embed_tokens", "lm_head"),
+    "mbart": (lambda: seq2seq("MBart"), "embed_tokens", "lm_head"),
+    "pegasus": (lambda: seq2seq("Pegasus"), "embed_tokens", "lm_head"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ends", ["embedding", "head", "both"])
+@pytest.mark.parametrize("case", MLM)
+def test_tied_ends_loaded_by_plain_transformers_equal_the_adapted_model(tmp_path, case, ends):
+    make, embedding, head = MLM[case]
+    targets = {"embedding": [embedding], "head": [head], "both": [embedding, head]}[ends]
+    base, model = made(
+        tmp_path, lambda: random_everywhere(make), {"target_modules": targets}, torch.float32
+    )
+    out = merged_by_us(tmp_path, base)
+    plain, info = type(model.get_base_model()).from_pretrained(out, output_loading_info=True)
+    # What is not stored must be what is no parameter of the training: sinusoids of positions.
+    assert all("embed_positions" in name for name in info["missing_keys"]), info["missing_keys"]
+    inputs = {"input_ids": torch.arange(3, 21).view(2, 9)}
+    if plain.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.arange(4, 22).view(2, 9)
+    with torch.no_grad():
+        wanted, found = model(**inputs).logits, plain.eval()(**inputs).logits
+        with model.disable_adapter():
+            without = model(**inputs).logits
+    assert torch.allclose(found, wanted, atol=2e-5), float((found - wanted).abs().max())
+    assert float((without - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "shared"])
+def test_ends_of_t5_are_refused_with_the_reason(tmp_path, target):
+    """T5's config cannot say that its ends are apart: the flag also scales its outputs."""
+    base, _ = made(tmp_path, t5, {"target_modules": ["q", target]}, torch.float32)
+    checkpoint = Checkpoint.open(base)
+    with pytest.raises(CheckpointError, match=r"shared|no effect") as caught:
+        merge_checkpoint(checkpoint, [load_part(tmp_path / "adapter", checkpoint)], tmp_path / "o")
+    assert "Adapt" in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_layers_of_t5_merge(tmp_path):
+    base, model = made(tmp_path, t5, {"target_modules": ["q", "wo"]}, torch.float32)
+    plain = transformers.T5ForConditionalGeneration.from_pretrained(merged_by_us(tmp_path, base))
+    inputs = {"input_ids": torch.arange(3, 12)[None], "decoder_input_ids": torch.tensor([[0, 5]])}
+    with torch.no_grad():
+        assert torch.allclose(plain.eval()(**inputs).logits, model(**inputs).logits, atol=2e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_per_expert_adapter_of_older_transformers(tmp_path):
     """Names as in the file (`block_sparse_moe.experts.0.w1`) merge without the class's help."""
@@ -263,8 +411,6 @@ def test_per_expert_adapter_of_older_transformers(tmp_path):
                 tensors[f"base_model.model.{name}.lora_B.weight"] = 0.1 * torch.randn(out, 2)
     adapter = tmp_path / "adapter"
     peft.LoraConfig(r=2, lora_alpha=4, target_modules=["w1", "w2", "w3"]).save_pretrained(adapter)
-    from safetensors.torch import save_file
-
     save_file(tensors, adapter / "adapter_model.safetensors")
     found = load_checkpoint(merged_by_us(tmp_path, tmp_path / "base"))
     for name, w in before.items():
@@ -428,6 +574,58 @@ def test_family_loaded_by_plain_transformers_equals_the_adapted_model(tmp_path, 
             without = model(input_ids=ids).logits
     assert torch.allclose(found, wanted, atol=5e-5), float((found - wanted).abs().max())
     assert float((without - wanted).abs().max()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("trained", [[], ["embed_tokens", "lm_head"]], ids=["", "embeddings"])
+def test_folder_of_unsloth(tmp_path, trained):
+    """PEFT's folder, with the config that unsloth writes: its own mark, a regex for the targets."""
+    config = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": trained or None}
+    base, model = made(tmp_path, llama, config, torch.float32, size=0.3)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    written = json.loads(file.read_text())
+    written |= {
+        "auto_mapping": {
+            "base_model_class": "LlamaForCausalLM",
+            "parent_library": "transformers.models.llama.modeling_llama",
+            "unsloth_fixed": True,
+        },
+        "base_model_name_or_path": "unsloth/llama-3.2-1b-unsloth-bnb-4bit",
+        "target_modules": "(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?)"
+        "|(?:\\bmodel\\.layers\\.[\\d]{1,}\\.(?:self_attn|mlp)\\.(?:(?:q_proj|down_proj)))",
+        "task_type": "CAUSAL_LM",
+    }
+    file.write_text(json.dumps(written))
+    plain = transformers.LlamaForCausalLM.from_pretrained(merged_by_us(tmp_path, base)).eval()
+    ids = torch.arange(1, 21).view(2, 10)
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, model(ids).logits, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_of_unsloth_go_by_expert_first_when_told(tmp_path):
+    """The columns of its B are ordered otherwise than PEFT's, and no shape tells."""
+    base, model = made(tmp_path, *MODELS["qwen moe"], torch.float32, size=0.3)
+    wanted = load_checkpoint(merged_by_us(tmp_path, base))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors, experts = load_file(file), model.config.num_experts
+    for name, B in tensors.items():
+        if "experts" in name and name.endswith("lora_B.weight"):
+            tensors[name] = B.view(len(B), -1, experts).transpose(1, 2).reshape(B.shape)
+    save_file(tensors, file)
+    checkpoint = Checkpoint.open(base)
+    part = load_part(tmp_path / "adapter", checkpoint, expert_major=True)
+    merge_checkpoint(checkpoint, [part], tmp_path / "again")
+    found = load_checkpoint(tmp_path / "again")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor)
+    options = ["--expert-major", "-o", str(tmp_path / "cli")]
+    with pytest.raises(SystemExit) as left:
+        app(["merge", str(base), str(tmp_path / "adapter"), *options], prog_name="lora-inject")
+    assert not left.value.code
+    assert load_checkpoint(tmp_path / "cli").keys() == found.keys()
+    for name, tensor in load_checkpoint(tmp_path / "cli").items():
+        assert torch.equal(tensor, found[name])
 
 
 @pytest.mark.filterwarnings("ignore")

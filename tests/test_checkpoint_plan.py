@@ -15,9 +15,18 @@ from test_checkpoint_helpers import (
     save_checkpoint,
     site,
 )
+from torch import nn
 
-from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, plan_merge
-from lora_inject.errors import CheckpointError
+import lora_inject
+from lora_inject.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    Part,
+    load_part,
+    merge_checkpoint,
+    plan_merge,
+)
+from lora_inject.errors import CheckpointError, FormatError
 from lora_inject.functional import dense_delta
 from lora_inject.sites import Slices
 from lora_inject.state import AdapterState, SiteState
@@ -181,11 +190,45 @@ def test_convolution(tmp_path):
     assert torch.allclose(load_checkpoint(tmp_path / "out")["patch.weight"], wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_convolution_equals_the_adapted_layer(tmp_path, kind, groups):
+    """Its update is a matrix over the inputs of one group, as this library trains it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(kind(4, 8, 3, groups=groups))
+    save_checkpoint(tmp_path / "base", net.state_dict())
+    lora_inject.inject(net, {"rank": 2, "targets": ["0"]})
+    nn.init.normal_(lora_inject.adapter_parameters(net)["0.lora_B"])
+    lora_inject.save_adapter(net, tmp_path / "adapter.safetensors", format="native")
+    x = torch.randn(2, 4, *(9,) * (net[0].weight.dim() - 2))
+    wanted = net(x)
+    base = Checkpoint.open(tmp_path / "base")
+    part = load_part(tmp_path / "adapter.safetensors", base)
+    merge_checkpoint(base, [part], tmp_path / "out")
+    plain = nn.Sequential(kind(4, 8, 3, groups=groups))
+    plain.load_state_dict(load_checkpoint(tmp_path / "out"))
+    torch.testing.assert_close(plain(x), wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_grouped_convolution_of_peft_is_refused_with_the_reason(tmp_path):
+    """PEFT's A reads the inputs of all groups: no weight of the layer's shape computes that."""
+    peft = pytest.importorskip("peft")
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    base = save_checkpoint(tmp_path / "base", net.state_dict())
+    config = peft.LoraConfig(r=4, target_modules=["0"])
+    peft.get_peft_model(net, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FormatError, match="grouped convolutions have no dense delta"):
+        load_part(tmp_path / "adapter", Checkpoint.open(base))
+
+
 def test_slices_leave_the_other_rows_bit_identical(tmp_path):
     tensors = {
         "c_attn.weight": torch.randn(8, 24).bfloat16(),
         "qkv.weight": torch.randn(24, 8).bfloat16(),
     }
+    tensors["c_attn.weight"][2, 8:16] = -0.0  # 0.0 added to it would change its sign
+    tensors["qkv.weight"][9] = -0.0
     base = save_checkpoint(tmp_path / "base", tensors)
     parts = Slices((("q", 8), ("k", 8), ("v", 8)), ("q", "v"))
     state = adapter(
@@ -194,8 +237,9 @@ def test_slices_leave_the_other_rows_bit_identical(tmp_path):
     )
     merge_checkpoint(base, [Part(state)], tmp_path / "out")
     found = load_checkpoint(tmp_path / "out")
-    assert torch.equal(found["c_attn.weight"][:, 8:16], tensors["c_attn.weight"][:, 8:16])
-    assert torch.equal(found["qkv.weight"][8:16], tensors["qkv.weight"][8:16])
+    for name, rest in (("c_attn", (slice(None), slice(8, 16))), ("qkv", slice(8, 16))):
+        a, b = (t[f"{name}.weight"].view(torch.int16)[rest] for t in (found, tensors))
+        assert torch.equal(a, b)
     assert_equal_to_dense(found, dense(tensors, (state, 1.0)), set(tensors))
 
 

@@ -39,7 +39,7 @@ from lora_inject.checkpoint import read as reading
 from lora_inject.checkpoint.journal import STAGING
 from lora_inject.checkpoint.safetensors_file import build_header, read_header
 from lora_inject.errors import CheckpointError, LoraInjectError
-from lora_inject.formats import sample
+from lora_inject.formats import sample, write_adapter
 from lora_inject.state import Fingerprint
 
 # Float8 -----------------------------------------------------------------------------------------
@@ -271,6 +271,42 @@ def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path):
     part = Part(llama_adapter(tensors))
     merge_checkpoint(base, [part], out)
     assert verify_checkpoint(base, [part], out).problems == ()
+
+
+PEAK = """
+import json, sys
+from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint
+base = Checkpoint.open(sys.argv[1])
+report = merge_checkpoint(base, [load_part(sys.argv[2], base)], sys.argv[3])
+print(report.peak_memory_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM")
+def test_memory_grows_neither_with_the_base_nor_with_the_adapter(tmp_path):
+    """Six times the weights, and an adapter of 150 MB: the same peak within 16 MiB."""
+    peaks = []
+    ballast = torch.ones(200 << 20, dtype=torch.uint8)  # what this process holds must not count
+    for n_layers in (4, 24):
+        folder = tmp_path / str(n_layers)
+        names = [f"layers.{i}.up_proj" for i in range(n_layers)]
+        base = {f"{name}.weight": torch.ones(2048, 1024).bfloat16() for name in names}
+        save_checkpoint(folder / "base", base, 1)
+        del base
+        sites = (site(name, (2048, 1024), rank=512, size=1e-3) for name in names)
+        write_adapter(adapter(*sites), folder / "adapter")
+        arguments = [folder / "base", folder / "adapter", folder / "out"]
+        said = subprocess.run(
+            [sys.executable, "-c", PEAK, *map(str, arguments)],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        peaks.append(int(said.stdout) / 2**20)
+    del ballast
+    assert abs(peaks[1] - peaks[0]) < 16, peaks
 
 
 def test_merging_imports_no_model_library():

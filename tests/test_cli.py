@@ -408,9 +408,23 @@ def test_merge_dry_run_writes_nothing(run, files, tmp_path):
     assert found.code == 0
     assert "nothing was written" in found.out
     assert "transformer.h.1.mlp.c_fc.weight" in found.out
+    assert re.search(r"would write .* copied as they are", found.out)
+    assert re.search(rf"[\d.]+ [kMG]B free on the disk of '{re.escape(str(out))}'", found.out)
     data = json.loads(run("merge", files.base, files.one, "--dry-run", "--json").out)
     assert {t["name"] for t in data["tensors"]} == set(dense(files.one))
+    assert data["output_bytes"] < data["free_bytes"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_dry_run_says_what_would_stop_the_merge(run, files, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    found = run("merge", files.base, files.one, "-o", tmp_path / "out", "--dry-run")
+    assert (found.code, found.out) == (1, "")
+    assert "it is not empty" in found.err
+    monkeypatch.setattr("lora_inject.checkpoint.free_bytes", lambda folder: 7)
+    found = run("merge", files.base, files.one, "-o", tmp_path / "new", "--dry-run")
+    assert "7 bytes free, which is NOT enough," in found.out
 
 
 def test_merge_refuses_where_rounding_leaves_too_little(run, files, tmp_path):

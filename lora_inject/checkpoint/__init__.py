@@ -9,7 +9,7 @@ What is not here: adapter files (`formats`), live models (`surgery`).
 
 from lora_inject.checkpoint.extract import ExtractReport, extract_adapter
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.journal import free_bytes
+from lora_inject.checkpoint.journal import check_output, free_bytes
 from lora_inject.checkpoint.load import load_part
 from lora_inject.checkpoint.merge import merge_checkpoint, merge_planned
 from lora_inject.checkpoint.options import MergeOptions
@@ -28,6 +28,7 @@ __all__ = [
     "Part",
     "Ranks",
     "VerifyReport",
+    "check_output",
     "extract_adapter",
     "free_bytes",
     "load_part",

@@ -21,7 +21,7 @@ from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.place import Orientation, Placed, place_site
 from lora_inject.checkpoint.quantised import why_not
 from lora_inject.checkpoint.safetensors_file import TensorEntry
-from lora_inject.checkpoint.tied import embedding_of_head, is_head
+from lora_inject.checkpoint.tied import is_head, source_of_tied
 from lora_inject.errors import CheckpointError, nearest
 from lora_inject.sites import SiteSpec
 
@@ -143,7 +143,7 @@ def _place_all(
     fit, tensors = Fit(rule), checkpoint.tensors
     for site_name, state in part.state.sites.items():
         name = _renamed(rule, weight_name(state.spec))
-        tied = None if name in tensors else embedding_of_head(checkpoint, name)
+        tied = None if name in tensors else source_of_tied(checkpoint, name)
         grown = _grown(part, state.spec, name, tensors.get(name, tied))
         places = place_site(state, part.weight, name, grown or tensors, tied, way)
         if isinstance(places, str):
@@ -152,7 +152,7 @@ def _place_all(
             fit.placed[site_name] = places
     for original, value in part.state.trained.items():
         name = _renamed(rule, original)
-        entry = tensors.get(name) or embedding_of_head(checkpoint, name)
+        entry = tensors.get(name) or source_of_tied(checkpoint, name)
         reason = _misfit(name, entry, value, allow_new=allow_new)
         if reason is None:
             fit.trained[name] = (entry, value)
@@ -160,7 +160,7 @@ def _place_all(
             fit.left.append((original, reason))
     for original, value in part.state.base_copies.items():
         name = _renamed(rule, original)
-        entry = tensors.get(name) or embedding_of_head(checkpoint, name)
+        entry = tensors.get(name) or source_of_tied(checkpoint, name)
         reason = _misfit(name, entry, value, allow_new=False)
         if reason is None and entry is not None:
             fit.copies[name] = (entry, value)

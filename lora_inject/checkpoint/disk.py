@@ -2,7 +2,7 @@
 
 One idea: each operation names the best call that the platform has and falls back by what the
 system answers, never by guessing which file system it is on. Nothing here knows what the bytes
-mean, and nothing moves a file position, so that several threads can share one descriptor.
+mean, and nothing depends on a file position, so that several threads can share one descriptor.
 
 What is not here: which bytes go where (`plan`, `write`), and when a file may be seen (`journal`).
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:  # everywhere else
+    msvcrt = None  # type: ignore[assignment]
 
 __all__ = [
     "clone",
@@ -49,6 +54,8 @@ _CANNOT_COPY_IN_KERNEL = {
     errno.EPERM,
     errno.EBADF,
 }
+_SHARERS = 1024
+"""How many processes may share a lock on Windows."""
 _position_lock = threading.Lock()  # for platforms whose reads and writes move a file position
 
 
@@ -223,22 +230,47 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def try_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
-    """Hold an advisory lock on an open file; yields False where another process holds it.
+    """Hold a lock on an open file; yields False where another process holds it.
 
-    The lock goes with the process, however it ends. Where the platform has no such lock
-    (Windows) the answer is always True.
+    The lock goes with the process, however it ends.
     """
-    if fcntl is None:
-        yield True
-        return
+    if fcntl is not None:
+        mine = _taken(fcntl.flock, fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        release = functools.partial(fcntl.flock, fd, fcntl.LOCK_UN)
+    else:
+        start, n_bytes = _lock_bytes(fd, shared=shared)
+        mine = n_bytes > 0
+        release = functools.partial(_bytes_lock, fd, start, n_bytes, "LK_UNLCK")
     try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in {errno.EWOULDBLOCK, errno.EACCES}:
-            raise
-        yield False
-        return
-    try:
-        yield True
+        yield mine
     finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        if mine:
+            release()
+
+
+def _taken(lock: Callable[..., object], *arguments: object) -> bool:
+    try:
+        lock(*arguments)
+    except OSError as error:
+        if error.errno not in {errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}:
+            raise
+        return False
+    return True
+
+
+def _lock_bytes(fd: int, *, shared: bool) -> tuple[int, int]:
+    """Lock as Windows can, which has no shared locks: each sharer takes one byte of many.
+
+    Returns:
+        Which bytes are locked, and how many: none where another process is in the way.
+    """
+    spans = [(k, 1) for k in range(_SHARERS)] if shared else [(0, _SHARERS)]
+    for start, n_bytes in spans:
+        if _taken(_bytes_lock, fd, start, n_bytes, "LK_NBLCK"):
+            return start, n_bytes
+    return 0, 0
+
+
+def _bytes_lock(fd: int, start: int, n_bytes: int, how: str) -> None:
+    os.lseek(fd, start, os.SEEK_SET)
+    msvcrt.locking(fd, getattr(msvcrt, how), n_bytes)  # type: ignore[attr-defined,unused-ignore]

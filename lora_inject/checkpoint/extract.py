@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.checkpoint.choose import weight_name
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.layout import FLOATS
 from lora_inject.checkpoint.merge import Progress
 from lora_inject.checkpoint.place import CONV1D_MODELS, CONV1D_NAMES, matrix_of
 from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.safetensors_file import TensorEntry
+from lora_inject.checkpoint.same_base import fingerprint
 from lora_inject.checkpoint.svd import Blocks, Decomposed, decompose
 from lora_inject.checkpoint.tied import is_embedding
 from lora_inject.errors import CheckpointError
@@ -101,7 +103,8 @@ def extract_adapter(
         progress: Called with bytes done and bytes in all.
 
     Returns:
-        The adapter, its scale 1 everywhere, and what it holds of each tensor.
+        The adapter, its scale 1 everywhere, with the base's fingerprint; and what it holds of each
+        tensor.
 
     Raises:
         CheckpointError: Neither or an impossible measure given, or the tensor names differ.
@@ -128,7 +131,9 @@ def extract_adapter(
             f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank",
             "Check the paths; store small tensors in full (full) if only they were trained",
         )
-    return AdapterState(sites, trained), ExtractReport(tuple(found), n_equal)
+    known = fingerprint(first, [weight_name(site.spec) for site in sites.values()])
+    state = AdapterState(sites, trained, fingerprint=known)
+    return state, ExtractReport(tuple(found), n_equal)
 
 
 def _check_measure(rank: int | None, energy: float | None) -> None:

@@ -99,6 +99,42 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
             yield Span(job, n_cols, start, min(last, start + step), first, terms)
 
 
+@dataclass(frozen=True)
+class _Updates:
+    """The terms of a span, prepared once for all of its blocks.
+
+    Attributes:
+        terms: With factors in the dtype of the arithmetic, as matrices.
+        left: `(rows, rank)`, times the scale, where one term covers the span whole, else None.
+        right: `(rank, cols)`, likewise.
+    """
+
+    terms: tuple[Term, ...]
+    left: Tensor | None
+    right: Tensor | None
+
+    @classmethod
+    def of(cls, span: Span, dtype: torch.dtype) -> _Updates:
+        """Cast the factors, and see whether the delta is one plain product."""
+        terms = tuple(_in_dtype(term, dtype) for term in span.terms)
+        if len(terms) != 1 or len(terms[0].spec.blocks) != 1:
+            return cls(terms, None, None)
+        (term,), block = terms, terms[0].spec.blocks[0]
+        covered = block.rows[0] == 0 and span.stop - span.offset <= block.rows[1]
+        if not covered or block.cols != (0, span.n_cols):
+            return cls(terms, None, None)
+        a, b = term.A[slice(*block.a)], term.B[slice(*block.b)] * (term.spec.scale * term.weight)
+        return cls(terms, a.t(), b.t()) if term.spec.transposed else cls(terms, b, a)
+
+    def delta_(self, out: Tensor, start: int) -> Tensor:
+        """Write the delta of some rows, the first of which is `start` of the terms' matrix."""
+        if self.left is not None and self.right is not None:
+            return torch.mm(self.left[start : start + out.shape[0]], self.right, out=out)
+        out.fill_(-0.0)  # W + -0.0 has the bits of W for every W, 0.0 would change a -0.0
+        fold_rows_(out, start, self.terms)
+        return out
+
+
 def _in_dtype(term: Term, dtype: torch.dtype) -> Term:
     """Cast the factors once, not for every block, and see them as matrices."""
     A = term.A.detach().to(dtype).reshape(-1, term.spec.in_features)
@@ -112,7 +148,7 @@ class Sums:
     Attributes:
         dd: `<D, D>`.
         ww: `<W, W>`.
-        rd: `<R, D>`, with R what rounding changed.
+        rd: `<R, D>`, with R what rounding took away.
         rr: `<R, R>`.
         counted: Whether a delta was folded in at all.
     """
@@ -123,21 +159,14 @@ class Sums:
     rr: float = 0.0
     counted: bool = False
 
-    def add(self, before: Tensor, wanted: Tensor, stored: Tensor, scratch: Tensor) -> None:
-        """Count a block; `before` is overwritten."""
-        w = before.view(-1)
-        self.ww += float(torch.dot(w, w))
-        delta = torch.sub(wanted, before, out=scratch).view(-1)
-        self.dd += float(torch.dot(delta, delta))
-        rounded = before.copy_(stored).sub_(wanted).view(-1)
-        self.rd += float(torch.dot(rounded, delta))
-        self.rr += float(torch.dot(rounded, rounded))
-        self.counted = True
-
     @property
     def finite(self) -> bool:
         """Whether nothing but finite values was counted."""
         return math.isfinite(self.dd + self.rr)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a, b))
 
 
 class Scratch:
@@ -148,17 +177,29 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, bytearray] = {}
+        self._views: dict[tuple[str, tuple[int, int], torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def tensor(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Return memory for one purpose as a tensor; what it held before is lost."""
-        n_elements = shape[0] * shape[1]
+        return self.both(use, shape, dtype)[0]
+
+    def both(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the same memory as a matrix and as a vector, made once: blocks are many."""
+        key = (use, shape, dtype)
+        if key not in self._views:
+            flat = self._memory(use, shape[0] * shape[1], dtype)
+            self._views[key] = flat.view(shape), flat
+        return self._views[key]
+
+    def _memory(self, use: str, n_elements: int, dtype: torch.dtype) -> Tensor:
         if n_elements == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(0, dtype=dtype)
         n_bytes = n_elements * dtype.itemsize
         buffer = self._buffers.get(use)
         if buffer is None or len(buffer) < n_bytes:
+            self._views = {key: both for key, both in self._views.items() if key[0] != use}
             buffer = self._buffers[use] = bytearray(n_bytes)
-        return torch.frombuffer(buffer, dtype=dtype, count=n_elements).view(shape)
+        return torch.frombuffer(buffer, dtype=dtype, count=n_elements)
 
     def bytes_of(self, tensor: Tensor) -> memoryview:
         """Return the bytes of what `tensor("output", ...)` gave out last."""
@@ -185,12 +226,12 @@ def fold_span(
     """
     job, step = span.job, rows_per_block(span.n_cols)
     wide = torch.float64 if job.source is not None and job.source.dtype == "F64" else torch.float32
-    terms = tuple(_in_dtype(term, wide) for term in span.terms)
+    updates = _Updates.of(span, wide)
     sums = Sums()
     scales = _read_scales(job)
     factors = None
     if job.magnitude is not None:
-        factors = _factors(span, reader, terms, scratch, scales)
+        factors = _factors(span, reader, updates.terms, scratch, scales)
     for start in range(span.start, span.stop, step):
         stop = min(span.stop, start + step)
         rows = _base_rows(span, reader, start, stop, scales)
@@ -198,37 +239,45 @@ def fold_span(
             rows = _with_vectors(job, rows, span.n_cols, start, stop)
         shape = (stop - start, span.n_cols)
         merged = scratch.tensor("output", shape, FLOATS[job.dtype])
-        if terms:
-            _fold_block_of_rows(rows, start - span.offset, terms, merged, scratch, sums, factors)
+        if span.terms:
+            _fold_block(rows, start - span.offset, updates, merged, scratch, sums, factors)
         else:
             merged.copy_(rows)
         for indices, values in job.rows:
             for at, index in enumerate(indices):
                 if start <= index < stop:
                     merged[index - start] = values[at].detach().to(merged.dtype)
-        if not (sums.finite if terms else _kept_finite(rows, merged)):
+        if not (sums.finite if span.terms else _kept_finite(rows, merged)):
             _check_finite(job, rows, merged)
         yield start, merged, sums
 
 
-def _fold_block_of_rows(
+def _fold_block(
     rows: Tensor,
     start: int,
-    terms: tuple[Term, ...],
+    updates: _Updates,
     merged: Tensor,
     scratch: Scratch,
     sums: Sums,
     factors: _Factors | None,
 ) -> None:
-    """Do what `functional.fold_rows` does, in memory that is there already, and count it."""
-    shape, wide = (rows.shape[0], rows.shape[1]), terms[0].A.dtype
-    before = scratch.tensor("before", shape, wide).copy_(rows)
-    total = scratch.tensor("total", shape, wide).copy_(before)
-    fold_rows_(total, start, terms)
+    """Add the delta, round and count, in two float32 buffers: all of it stays in the cache."""
+    shape, wide = (rows.shape[0], rows.shape[1]), updates.terms[0].A.dtype
+    total, flat = scratch.both("total", shape, wide)
+    delta, flat_delta = scratch.both("delta", shape, wide)
+    total.copy_(rows)
+    sums.ww += _dot(flat, flat)
+    updates.delta_(delta, start)
+    total.add_(delta)
     if factors is not None:
         factors.apply_(total, start)
+        torch.sub(total, rows, out=delta)
+    sums.dd += _dot(flat_delta, flat_delta)
     merged.copy_(total)
-    sums.add(before, total, merged, scratch.tensor("delta", shape, wide))
+    total.sub_(merged)  # what rounding took away
+    sums.rr += _dot(flat, flat)
+    sums.rd += _dot(flat, flat_delta)
+    sums.counted = True
 
 
 @dataclass(frozen=True)
@@ -354,7 +403,7 @@ def combine(job: TensorJob, of_spans: Sequence[Sums]) -> TensorReport:
     return replace(
         report,
         relative=_finite(math.sqrt(dd / ww)) if ww else None,
-        kept=_finite(1 + rd / dd) if dd else 1.0,
+        kept=_finite(1 - rd / dd) if dd else 1.0,
         error=_finite(math.sqrt(rr / dd)) if dd else 0.0,
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.safetensors_file import read_header
 from lora_inject.checkpoint.variants import is_variant, read_variant
 from lora_inject.formats import read_adapter
+from lora_inject.formats.mapped import left_on_disk
 
 __all__ = ["load_part"]
 
@@ -43,7 +45,12 @@ def load_part(
     Raises:
         FormatError: The adapter cannot be read right.
     """
-    path = Path(path)
+    with left_on_disk() as mapped:
+        part = _read(Path(path), base, weight, options)
+    return replace(part, release=mapped.release)
+
+
+def _read(path: Path, base: Checkpoint, weight: float, options: dict[str, Any]) -> Part:
     if (path / "adapter_config.json").is_file():
         options.setdefault("tensor_names", _tensor_names(path, base.tensors))
         if is_variant(path):

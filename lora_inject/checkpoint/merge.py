@@ -169,7 +169,13 @@ class _Run:
         try:
             with one_thread_each():
                 tensors = write_shard(
-                    shard, self.plan.base, partial, workers, self.counter.add, self.timing
+                    shard,
+                    self.plan.base,
+                    partial,
+                    workers,
+                    self.counter.add,
+                    self.timing,
+                    self.plan.release,
                 )
         except BaseException:
             staging.discard(shard.name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -23,7 +23,7 @@ from lora_inject.state import AdapterState
 
 __all__ = ["Part", "check_parts", "digest"]
 
-_HASH_STEP_BYTES = 8 << 20
+_STEP_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Part:
         added: By tensor name, what is added to a vector of the base, scale included (lora_bias).
         rows: By tensor name, indices of rows that are replaced, and their values
             (trainable tokens).
+        release: Gives back the memory of values that were left on disk, until they are used again.
     """
 
     state: AdapterState
@@ -49,6 +50,7 @@ class Part:
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(
         default_factory=lambda: MappingProxyType({})
     )
+    release: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
 
 def tensors_of(part: Part) -> Iterator[tuple[str, Tensor]]:
@@ -88,12 +90,24 @@ def check_parts(parts: Sequence[Part]) -> None:
                 raise CheckpointError(
                     asked, f"'{name}' is on the meta device", "Load the adapter's values first"
                 )
-            if not bool(torch.isfinite(tensor).all()):
+            if not _is_finite(part, tensor):
                 raise CheckpointError(
                     asked,
                     f"'{name}' holds NaN or Inf",
                     "Its training diverged; take an earlier checkpoint of the adapter",
                 )
+
+
+def _steps(part: Part, tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor's values in their order, in pieces that memory does not notice."""
+    flat = tensor.detach().contiguous().flatten()
+    for start in range(0, flat.numel(), _STEP_ELEMENTS):
+        yield flat[start : start + _STEP_ELEMENTS]
+        part.release()
+
+
+def _is_finite(part: Part, tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(step).all()) for step in _steps(part, tensor))
 
 
 def digest(part: Part) -> str:
@@ -117,9 +131,8 @@ def digest(part: Part) -> str:
         sha.update(repr(facts).encode())
     for name, tensor in sorted(tensors_of(part), key=lambda row: row[0]):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-        for start in range(0, flat.numel(), _HASH_STEP_BYTES):
-            sha.update(_bytes(flat[start : start + _HASH_STEP_BYTES]))
+        for step in _steps(part, tensor):
+            sha.update(_bytes(step.view(torch.uint8)))
     return sha.hexdigest()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from lora_inject.checkpoint.quantised import why_not
 from lora_inject.checkpoint.safetensors_file import DTYPE_BITS
 from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.checkpoint.side_files import edit_config, find_side_files
-from lora_inject.checkpoint.tied import head_of_embedding, is_embedding, is_head, tie_flags
+from lora_inject.checkpoint.tied import check_is_read, is_embedding, is_head, tie_flags, tied_copies
 from lora_inject.errors import CheckpointError
 
 __all__ = ["MergePlan", "plan_merge"]
@@ -71,6 +71,11 @@ class MergePlan:
     def jobs(self) -> tuple[TensorJob, ...]:
         """Every tensor that is computed, shard by shard."""
         return tuple(job for shard in self.shards for job in shard.jobs)
+
+    def release(self) -> None:
+        """Give back the memory of the adapters' values, as far as they were left on disk."""
+        for part in self.parts:
+            part.release()
 
     @property
     def config(self) -> bytes | None:
@@ -277,33 +282,43 @@ class _Builder:
         # Replaced rows are the exception: PEFT gives them to the tied head as well.
         touched -= {name for name, job in self.jobs.items() if job.rows and not job.placed}
         ends = {name for name in touched if is_embedding(checkpoint, name) or is_head(name)}
-        for name in sorted(ends):
-            job = self.jobs[name]
-            if is_head(name) or name not in checkpoint.tensors:
+        for name in sorted(self._tied_ends(ends)):
+            if name in self.jobs:
+                check_is_read(checkpoint, name)
+            copies = tied_copies(checkpoint, name)
+            grown = name in self.jobs and self.jobs[name].shape != checkpoint.tensors[name].shape
+            if grown and self.jobs[name].base_copy is None and not copies.keys() & self.jobs.keys():
+                if copies:
+                    self.notes.append(f"'{name}' grew and stays tied to the head")
+                    ends.discard(name)
                 continue
-            head = head_of_embedding(checkpoint, name)
-            if head is None or head in self.jobs:
-                continue
-            if job.shape != checkpoint.tensors[name].shape and job.base_copy is None:
-                self.notes.append(f"'{name}' grew and stays tied to the head")
-                ends.discard(name)
-                continue
-            entry = checkpoint.tensors[name]
-            self.jobs[head] = TensorJob(
-                head,
-                entry,
-                checkpoint.shard_of[name],
-                entry.dtype,
-                job.shape,
-                base_copy=job.base_copy,
-                action="untied",
-            )
-        new = [name for name in self.jobs if name not in checkpoint.tensors and is_head(name)]
+            for copy in copies.keys() - self.jobs.keys():
+                self.jobs[copy] = self._untied(copy, copies[copy])
+        new = [name for name in self.jobs if self._was_tied(name)]
         for name in new:
             self.notes.append(f"'{name}' was tied and becomes a tensor of its own")
         flags = tie_flags(checkpoint.config)
         if checkpoint.config and (new or (ends and any(flags))):
             self.config_changes["tie_word_embeddings"] = False
+
+    def _tied_ends(self, ends: Collection[str]) -> set[str]:
+        """Return the stored embeddings that are touched, or that something touched is tied to."""
+        tensors = self.checkpoint.tensors
+        found = {name for name in ends if name in tensors and not is_head(name)}
+        sources = (self.jobs[name].source for name in ends if name not in tensors)
+        return found | {source.name for source in sources if source is not None}
+
+    def _was_tied(self, name: str) -> bool:
+        job = self.jobs[name]
+        return name not in self.checkpoint.tensors and job.source is not None
+
+    def _untied(self, name: str, source: str) -> TensorJob:
+        """Return the job of a tensor that was left out, with the values that it was tied to."""
+        entry, changed = self.checkpoint.tensors[source], self.jobs.get(source)
+        grown = changed.base_copy if changed is not None else None
+        shape = entry.shape if grown is None else tuple(grown.shape)
+        shard = self.checkpoint.shard_of[source]
+        return TensorJob(name, entry, shard, entry.dtype, shape, base_copy=grown, action="untied")
 
     def change_dtype(self) -> None:
         """Add a cast for every float tensor, where another dtype was asked for."""

@@ -22,8 +22,8 @@ from lora_inject.checkpoint.safetensors_file import TensorEntry
 
 __all__ = ["BLOCK_ELEMENTS", "RowReader", "rows_per_block"]
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elements worked on at a time: a float32 copy of them stays in the processor's cache."""
+BLOCK_ELEMENTS = 1 << 16
+"""Elements worked on at a time: two float32 copies of them stay in a core's own cache."""
 
 
 def rows_per_block(n_cols: int) -> int:
@@ -42,6 +42,7 @@ class RowReader:
         self._own = not isinstance(file, int)
         self._fd = file if isinstance(file, int) else open_read(file)
         self._buffer = bytearray()
+        self._views: dict[tuple[torch.dtype, int, int], Tensor] = {}
 
     def __enter__(self) -> RowReader:
         return self
@@ -75,13 +76,16 @@ class RowReader:
         n_elements = (stop - start) * n_cols
         n_bytes = n_elements * dtype.itemsize
         if len(self._buffer) < n_bytes:
-            self._buffer = bytearray(n_bytes)
+            self._buffer, self._views = bytearray(n_bytes), {}
         if n_elements == 0:
             return torch.empty(stop - start, n_cols, dtype=dtype)
         view = memoryview(self._buffer)[:n_bytes]
         read_at(self._fd, view, entry.start + start * n_cols * dtype.itemsize)
-        flat = torch.frombuffer(self._buffer, dtype=dtype, count=n_elements)
-        return flat.view(stop - start, n_cols)
+        key = (dtype, stop - start, n_cols)
+        if key not in self._views:
+            flat = torch.frombuffer(self._buffer, dtype=dtype, count=n_elements)
+            self._views[key] = flat.view(stop - start, n_cols)
+        return self._views[key]
 
     def blocks(self, entry: TensorEntry, n_cols: int) -> Iterator[tuple[int, Tensor]]:
         """Yield `(first row, rows)` over a whole tensor."""

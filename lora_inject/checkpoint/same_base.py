@@ -9,6 +9,7 @@ What is not here: adapters without a fingerprint, which most of other libraries 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 
@@ -22,7 +23,7 @@ from lora_inject.errors import CheckpointError
 from lora_inject.formats import compare, sample_positions
 from lora_inject.state import Fingerprint
 
-__all__ = ["check_same_base"]
+__all__ = ["check_same_base", "fingerprint"]
 
 
 def check_same_base(checkpoint: Checkpoint, part: Part, fit: Fit) -> None:
@@ -59,6 +60,20 @@ def check_same_base(checkpoint: Checkpoint, part: Part, fit: Fit) -> None:
             f"'{name}' {how}",
             "Use the base that it was trained on, or let any base do: --any-base, any_base=True",
         )
+
+
+def fingerprint(checkpoint: Checkpoint, names: Iterable[str]) -> Fingerprint:
+    """Take the fingerprint of some tensors of a checkpoint, as saving a live adapter does.
+
+    Args:
+        checkpoint: The base.
+        names: Of floating point tensors.
+    """
+    entries = {name: checkpoint.tensors[name] for name in names}
+    return Fingerprint(
+        {name: entry.shape for name, entry in entries.items()},
+        {name: _sample(checkpoint, entry) for name, entry in entries.items()},
+    )
 
 
 def _sample(checkpoint: Checkpoint, entry: TensorEntry) -> tuple[float, ...]:

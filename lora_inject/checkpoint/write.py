@@ -48,6 +48,8 @@ from lora_inject.errors import CheckpointError
 __all__ = ["Timing", "check_unchanged", "one_thread_each", "write_shard"]
 
 COPY_TASK_BYTES = 256 << 20
+TOLD_BYTES = 4 << 20
+"""Progress is told in steps of so much; the blocks are many and small."""
 
 
 @dataclass
@@ -69,6 +71,7 @@ class _Output:
     fd: int
     sources: dict[str, int]
     counted: Callable[[int], None]
+    release: Callable[[], None]
     stop: threading.Event = field(default_factory=threading.Event)
     local: threading.local = field(default_factory=threading.local)
 
@@ -87,6 +90,7 @@ def write_shard(
     workers: int,
     counted: Callable[[int], None],
     timing: Timing,
+    release: Callable[[], None] = lambda: None,
 ) -> list[TensorReport]:
     """Write one output file under a temporary name, durable and read back.
 
@@ -97,6 +101,7 @@ def write_shard(
         workers: How many threads compute.
         counted: Called from any thread with numbers of bytes done.
         timing: Where to add what was spent on waiting for the disk.
+        release: Called now and then; gives back the memory of adapters' values.
 
     Returns:
         The reports of its computed tensors, in their order.
@@ -119,7 +124,7 @@ def write_shard(
             check_unchanged(source)
             sources[source.name] = open_read(source.path)
             stack.callback(os.close, sources[source.name])
-        output = _Output(shard, fd, sources, counted)
+        output = _Output(shard, fd, sources, counted, release)
         copies = _prepare(output)
         reports = _run(output, copies, workers)
         before = time.perf_counter()
@@ -217,13 +222,19 @@ def _fold(output: _Output, span: Span, sums: list[Sums], k: int) -> None:
     reader = None if job.source_shard is None else output.reader(job.source_shard)
     begin = output.shard.header.tensors[job.name].start
     scratch: Scratch = output.local.__dict__.setdefault("scratch", Scratch())
+    untold = 0
     for start, rows, so_far in fold_span(span, reader, scratch):
         if output.stop.is_set():
             return
         data = scratch.bytes_of(rows)
         write_at(output.fd, data, begin + start * span.row_bytes)
-        output.counted(len(data))
+        untold += len(data)
+        if untold >= TOLD_BYTES:
+            output.counted(untold)
+            untold = 0
         sums[k] = so_far
+    output.counted(untold)
+    output.release()
 
 
 def _read_back(shard: OutputShard, path: Path) -> None:

@@ -8,10 +8,11 @@ What is not here: how results look (`show`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,6 +69,35 @@ AnyBase = Annotated[
     bool,
     typer.Option("--any-base", help="Merge although the adapter was made on another base."),
 ]
+ExpertMajor = Annotated[
+    bool,
+    typer.Option(
+        "--expert-major",
+        help="PEFT folders: columns of a stacked B go by expert first, as unsloth writes them.",
+    ),
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="loralib files: the lora_alpha of the layers, which the file lacks."),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="loralib files: read a pickle, as tensors only."),
+]
+FanInFanOut = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="loralib files: a layer, or the end of its name, whose weight is (in, out).",
+    ),
+]
+EnableLora = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FLAGS",
+        help="loralib files: enable_lora of the fused layers, such as 1,0,1.",
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Threads that compute. (default: one a core, at most four)"),
@@ -103,6 +133,11 @@ def merge(
     workers: Workers = None,
     prefer: Prefer = None,
     allow: Allow = None,
+    expert_major: ExpertMajor = False,
+    alpha: Alpha = None,
+    allow_pickle: AllowPickle = False,
+    fan_in_fan_out: FanInFanOut = None,
+    enable_lora: EnableLora = None,
     as_json: Json = False,
 ) -> None:
     """Fold each ADAPTER into the safetensors checkpoint BASE, without building the model.
@@ -110,7 +145,14 @@ def merge(
     Tensors that no adapter touches keep their bytes. Stopped at any moment, the output is absent,
     complete, or finished by the same command.
     """
-    from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_planned, plan_merge
+    from lora_inject.checkpoint import (
+        Checkpoint,
+        MergeOptions,
+        check_output,
+        free_bytes,
+        merge_planned,
+        plan_merge,
+    )
     from lora_inject.cli.show import print_json, print_merge, print_merge_plan, progress_bar
 
     if output is None and not dry_run:
@@ -128,13 +170,17 @@ def merge(
     )
     weights = _weights(weight, len(adapters))
     checkpoint = Checkpoint.open(base)
-    parts = _parts(checkpoint, adapters, weights, prefer, allow)
+    of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
+    reading = _Reading(prefer, allow, expert_major, of_loralib)
+    parts = _parts(checkpoint, adapters, weights, reading)
     planned = plan_merge(checkpoint, parts, options)
     if output is None or dry_run:
+        where = check_output(checkpoint, output) if output is not None else Path.cwd()
+        free = free_bytes(where)
         if as_json:
-            print_json(planned.to_dict())
+            print_json({**planned.to_dict(), "free_bytes": free})
         else:
-            print_merge_plan(planned)
+            print_merge_plan(planned, where, free)
         return
     with progress_bar("merging") as progress:
         report = merge_planned(planned, output, progress)
@@ -157,6 +203,11 @@ def verify(
     any_base: AnyBase = False,
     prefer: Prefer = None,
     allow: Allow = None,
+    expert_major: ExpertMajor = False,
+    alpha: Alpha = None,
+    allow_pickle: AllowPickle = False,
+    fan_in_fan_out: FanInFanOut = None,
+    enable_lora: EnableLora = None,
     as_json: Json = False,
 ) -> None:
     """Check that MERGED is exactly what merging each ADAPTER into BASE would write.
@@ -176,7 +227,9 @@ def verify(
     )
     weights = _weights(weight, len(adapters))
     checkpoint = Checkpoint.open(base)
-    parts = _parts(checkpoint, adapters, weights, prefer, allow)
+    of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
+    reading = _Reading(prefer, allow, expert_major, of_loralib)
+    parts = _parts(checkpoint, adapters, weights, reading)
     with progress_bar("verifying") as progress:
         report = verify_checkpoint(checkpoint, parts, merged, options, progress)
     if as_json:
@@ -238,17 +291,64 @@ def _weights(weights: list[float] | None, n_adapters: int) -> list[float]:
     return weights
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """How adapters are to be read; each format takes its own options."""
+
+    prefer: str | None
+    allow: Sequence[str] | None
+    expert_major: bool
+    of_loralib: Mapping[str, Any]
+
+    def of(self, path: Path) -> dict[str, Any]:
+        """Return the options for one adapter."""
+        options = read_options(path, self.prefer, self.allow)
+        if self.expert_major and (path / "adapter_config.json").is_file():
+            options["expert_major"] = True
+        return {**options, **(self.of_loralib if _is_loralib(path) else {})}
+
+
+def _is_loralib(path: Path) -> bool:
+    from lora_inject.formats import FORMATS
+
+    return FORMATS["loralib"].detects(path)
+
+
+def _loralib_options(
+    alpha: float | None, allow_pickle: bool, fan_in_fan_out: list[str] | None, flags: str | None
+) -> dict[str, Any]:
+    """Return the options of loralib's format, as far as they were given."""
+    options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
+    if allow_pickle:
+        options["allow_pickle"] = True
+    if fan_in_fan_out:
+        options["fan_in_fan_out"] = fan_in_fan_out
+    if flags is not None:
+        if set(flags.split(",")) - {"0", "1"}:
+            raise typer.BadParameter(
+                f"{flags!r} is no list of 0 and 1, such as 1,0,1", param_hint="--enable-lora"
+            )
+        options["enable_lora"] = [flag == "1" for flag in flags.split(",")]
+    return options
+
+
 def _parts(
-    base: Checkpoint,
-    adapters: Sequence[Path],
-    weights: Sequence[float],
-    prefer: str | None,
-    allow: Sequence[str] | None,
+    base: Checkpoint, adapters: Sequence[Path], weights: Sequence[float], reading: _Reading
 ) -> list[Part]:
     """Read the adapters."""
     from lora_inject.checkpoint import load_part
 
+    of_loralib = [path for path in adapters if _is_loralib(path)]
+    if reading.of_loralib and not of_loralib:
+        name = next(iter(reading.of_loralib)).replace("_", "-")
+        raise typer.BadParameter("no adapter is a loralib file", param_hint=f"--{name}")
+    if of_loralib and "alpha" not in reading.of_loralib:
+        raise typer.BadParameter(
+            f"'{of_loralib[0]}' is a loralib file, which does not hold it: give the lora_alpha "
+            "that its layers were made with",
+            param_hint="--alpha",
+        )
     return [
-        load_part(path, base, weight, **read_options(path, prefer, allow))
+        load_part(path, base, weight, **reading.of(path))
         for path, weight in zip(adapters, weights, strict=True)
     ]

@@ -29,11 +29,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
 from lora_inject.checkpoint import ExtractReport, MergePlan, MergeReport, VerifyReport
-from lora_inject.cli.inspection import Inspection, SiteFigures, TensorFigures
 
-__all__ = ["note", "print_extraction", "print_inspection", "print_json", "print_merge"]
-__all__ += ["print_merge_plan", "print_verification", "progress_bar"]
+__all__ = ["count", "note", "number", "print_extraction", "print_inspection", "print_json"]
+__all__ += ["print_merge", "print_merge_plan", "print_table", "print_verification", "progress_bar"]
 
 PIPE_WIDTH = 400  # a pipe has no width; a table in it must not be folded
 N_WORST = 10
@@ -89,7 +89,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def _print_table(rows: Sequence[Sequence[str]], heads: Sequence[str], n_left: int) -> None:
+def print_table(rows: Sequence[Sequence[str]], heads: Sequence[str], n_left: int) -> None:
     """Print aligned columns, the first `n_left` to the left and the others to the right."""
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -104,11 +104,13 @@ def _print_table(rows: Sequence[Sequence[str]], heads: Sequence[str], n_left: in
         typer.echo(line.rstrip())
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return a number with three digits, `-` for None."""
     return "-" if value is None else f"{value:.3g}"
 
 
-def _count(n: int, noun: str) -> str:
+def count(n: int, noun: str) -> str:
+    """Return a number and its noun: `1 site`, `2,000 sites`."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
@@ -132,7 +134,7 @@ def print_inspection(found: Inspection) -> None:
     """Print what is in an adapter."""
     if found.sites:
         heads = ["site", "kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|", "not finite"]
-        _print_table([_site_row(site) for site in found.sites], heads, n_left=3)
+        print_table([_site_row(site) for site in found.sites], heads, n_left=3)
     tensors = {
         **{name: ("trained", figures) for name, figures in found.trained.items()},
         **{name: ("copy of the base", figures) for name, figures in found.base_copies.items()},
@@ -141,7 +143,7 @@ def print_inspection(found: Inspection) -> None:
         if found.sites:
             typer.echo()
         rows = [_tensor_row(name, *entry) for name, entry in tensors.items()]
-        _print_table(rows, ["tensor", "", "shape", "dtype", "norm", "not finite"], n_left=4)
+        print_table(rows, ["tensor", "", "shape", "dtype", "norm", "not finite"], n_left=4)
     typer.echo(_inspection_totals(found))
 
 
@@ -153,25 +155,25 @@ def _site_row(site: SiteFigures) -> tuple[str, ...]:
         f"{site.in_features:,} -> {site.out_features:,}{slices}",
         str(site.rank),
         f"{site.scale:g}",
-        _number(site.A.norm),
-        _number(site.B.norm),
-        _number(site.delta_norm),
+        number(site.A.norm),
+        number(site.B.norm),
+        number(site.delta_norm),
         f"{site.n_nonfinite:,}",
     )
 
 
 def _tensor_row(name: str, what: str, tensor: TensorFigures) -> tuple[str, ...]:
     shape = " x ".join(f"{side:,}" for side in tensor.shape) or "scalar"
-    return name, what, shape, tensor.dtype, _number(tensor.norm), f"{tensor.n_nonfinite:,}"
+    return name, what, shape, tensor.dtype, number(tensor.norm), f"{tensor.n_nonfinite:,}"
 
 
 def _inspection_totals(found: Inspection) -> str:
-    parts = [f"{_count(len(found.sites), 'site')}: {found.n_lora:,} in A and B"]
+    parts = [f"{count(len(found.sites), 'site')}: {found.n_lora:,} in A and B"]
     if found.trained:
-        parts.append(f"{found.n_trained:,} in {_count(len(found.trained), 'trained tensor')}")
+        parts.append(f"{found.n_trained:,} in {count(len(found.trained), 'trained tensor')}")
     known = found.n_fingerprinted
     parts.append(
-        f"recognises its base by {_count(known, 'tensor')}" if known else "does not name its base"
+        f"recognises its base by {count(known, 'tensor')}" if known else "does not name its base"
     )
     parts.append(f"{found.n_nonfinite:,} values are NaN or Inf" if found.n_nonfinite else "finite")
     return "; ".join(parts)
@@ -180,23 +182,26 @@ def _inspection_totals(found: Inspection) -> str:
 # -------------------------------------------------------------------------------- merge and verify
 
 
-def print_merge_plan(plan: MergePlan) -> None:
-    """Print what a merge would do."""
+def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int) -> None:
+    """Print what a merge would do, and whether the disk of `where` has room for it."""
     rows = [
         (job.name, job.action, job.dtype, " x ".join(f"{side:,}" for side in job.shape))
         for job in plan.jobs
     ]
-    _print_table(rows, ["tensor", "action", "dtype", "shape"], n_left=4)
+    print_table(rows, ["tensor", "action", "dtype", "shape"], n_left=4)
     for part, (_, rule) in zip(plan.parts, plan.rules, strict=True):
         n_sites = len(part.state.sites)
-        typer.echo(f"{part.label} x {part.weight:g}: {_count(n_sites, 'site')}, {rule}")
+        typer.echo(f"{part.label} x {part.weight:g}: {count(n_sites, 'site')}, {rule}")
     for key, value in plan.config_changes.items():
         typer.echo(f"config.json: {key} becomes {json.dumps(value)}")
     _print_notes(plan.notes)
+    n_copied = sum(copy.n_bytes for shard in plan.shards for copy in shard.copies)
     typer.echo(
-        f"would write {_size(plan.n_bytes)} in {_count(len(plan.shards), 'file')}, "
-        f"{_count(len(plan.jobs), 'tensor')} changed; nothing was written"
+        f"would write {_size(plan.n_bytes)} in {count(len(plan.shards), 'file')}: "
+        f"{_size(n_copied)} copied as they are, {count(len(plan.jobs), 'tensor')} changed"
     )
+    room = "free" if free_bytes >= plan.n_bytes else "free, which is NOT enough,"
+    typer.echo(f"{_size(free_bytes)} {room} on the disk of '{where}'; nothing was written")
 
 
 def print_merge(report: MergeReport) -> None:
@@ -205,15 +210,15 @@ def print_merge(report: MergeReport) -> None:
     worst = sorted(measured, key=lambda tensor: tensor.kept or 0.0)[:N_WORST]
     if worst:
         rows = [
-            (t.name, t.action, t.dtype, _number(t.relative), f"{t.kept:.4f}", _number(t.error))
+            (t.name, t.action, t.dtype, number(t.relative), f"{t.kept:.4f}", number(t.error))
             for t in worst
         ]
-        _print_table(rows, ["tensor", "action", "dtype", "|D|/|W|", "kept", "error"], n_left=3)
+        print_table(rows, ["tensor", "action", "dtype", "|D|/|W|", "kept", "error"], n_left=3)
         if len(measured) > len(worst):
             typer.echo(f"... and {len(measured) - len(worst):,} that kept more of their delta")
     _print_notes(report.notes)
     if report.resumed:
-        typer.echo(f"resumed: {_count(len(report.resumed), 'file')} finished earlier")
+        typer.echo(f"resumed: {count(len(report.resumed), 'file')} finished earlier")
     if report.lost:
         typer.echo(f"lost more than allowed in {len(report.lost):,}: {', '.join(report.lost[:5])}")
     typer.echo(_merge_totals(report))
@@ -242,7 +247,7 @@ def print_verification(report: VerifyReport) -> None:
     values = f"{report.n_values:,} values{near if report.n_neighbours else ''}"
     typer.echo(
         f"{'NOT ' if report.problems else ''}verified: "
-        f"{_count(report.n_tensors, 'tensor')} computed again ({values}), "
+        f"{count(report.n_tensors, 'tensor')} computed again ({values}), "
         f"{_size(report.copied_bytes)} equal to the base's"
     )
 
@@ -252,15 +257,15 @@ def print_extraction(report: ExtractReport, written: Path) -> None:
     low = [tensor for tensor in report.tensors if tensor.kept == "low rank"]
     worst = sorted(low, key=lambda tensor: tensor.energy or 0.0)[:N_WORST]
     if worst:
-        rows = [(t.name, str(t.rank), _number(t.relative), f"{t.energy:.4f}") for t in worst]
-        _print_table(rows, ["tensor", "rank", "|D|/|W|", "energy"], n_left=1)
+        rows = [(t.name, str(t.rank), number(t.relative), f"{t.energy:.4f}") for t in worst]
+        print_table(rows, ["tensor", "rank", "|D|/|W|", "energy"], n_left=1)
         if len(low) > len(worst):
             typer.echo(f"... and {len(low) - len(worst):,} that kept more of their difference")
     if report.left:
         typer.echo(f"left behind: {', '.join(report.left[:5])}{', ...' * (len(report.left) > 5)}")
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)
     typer.echo(
-        f"wrote {written}: {_count(len(low), 'site')}, {_count(n_full, 'tensor')} in full; "
+        f"wrote {written}: {count(len(low), 'site')}, {count(n_full, 'tensor')} in full; "
         f"{len(report.left):,} left behind, {report.n_equal:,} equal to the base's"
     )
 
