@@ -7,7 +7,7 @@ What is not here: logic. What a command does is a function of the package, or of
 beside the commands.
 """
 
-from lora_inject.cli import commands, on_disk  # which put their commands into the program
+from lora_inject.cli import analysis, commands, on_disk  # which put their commands into the program
 from lora_inject.cli.program import app, main
 
-__all__ = ["app", "commands", "main", "on_disk"]
+__all__ = ["analysis", "app", "commands", "main", "on_disk"]

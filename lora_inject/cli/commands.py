@@ -66,7 +66,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what is in ADAPTER: sites, ranks, scales, norms, values that are NaN or Inf."""
-    from lora_inject.cli.inspection import inspect_state
+    from lora_inject.analysis.inspection import inspect_state
     from lora_inject.cli.show import print_inspection, print_json
     from lora_inject.formats import read_adapter
 

@@ -1,0 +1,182 @@
+"""What a delta amplifies: Table 7 of the paper.
+
+One idea: `|U^T W V|_F`, with U and V the top directions of the delta, is how much of W lies where
+the delta acts. It takes thin products only, summed over blocks of rows, so W may be streamed.
+`|D|_F` over it is the amplification factor.
+Source: arXiv:2106.09685, section 7.3, Table 7.
+
+What is not here: where W comes from (`weights`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_inject.analysis.factors import LowRank
+from lora_inject.checkpoint.svd import EXACT_ELEMENTS, decompose
+from lora_inject.errors import StateError
+
+__all__ = ["Amplification", "amplification", "amplification_of_rows"]
+
+Rows = Callable[[], Iterator[tuple[int, Tensor]]]
+"""Gives `(first row, rows)` over a whole weight matrix, anew at every call."""
+STEP_ROWS = 4096
+SPARE_DIRECTIONS = 128
+"""Directions that the randomised SVD of a large W finds beside those that are wanted."""
+
+
+@dataclass(frozen=True)
+class Amplification:
+    """One row of Table 7: Frobenius norms.
+
+    Attributes:
+        rank: r, how many directions are compared.
+        delta_norm: `|D|`, of the whole delta.
+        weight_norm: `|W|`.
+        of_delta: `|U^T W V|`, U and V the top r singular directions of the delta.
+        of_weight: The same with W's own top r directions; None where it was not asked for. For a W
+            of more than `EXACT_ELEMENTS` it comes from a randomised SVD, which errs to the low
+            side: by 1e-6 where singular values fall, by a few per cent where W is pure noise.
+        of_random: The same with random directions, drawn once.
+        of_random_expected: Root of the mean square of that, `r |W| / sqrt(out in)`.
+    """
+
+    rank: int
+    delta_norm: float
+    weight_norm: float
+    of_delta: float
+    of_weight: float | None
+    of_random: float
+    of_random_expected: float
+
+    @property
+    def factor(self) -> float:
+        """`|D| / |U^T W V|`: by how much the delta amplifies its directions; NaN for no delta."""
+        if not self.delta_norm:
+            return math.nan
+        return self.delta_norm / self.of_delta if self.of_delta else math.inf
+
+    @property
+    def relative(self) -> float:
+        """`|D| / |W|`; NaN where both are zero."""
+        if not self.weight_norm:
+            return math.inf if self.delta_norm else math.nan
+        return self.delta_norm / self.weight_norm
+
+
+def amplification(
+    weight: Tensor, delta: LowRank, rank: int | None = None, *, own: bool = True, seed: int = 0
+) -> Amplification:
+    """Say how much a delta amplifies directions of W.
+
+    Args:
+        weight: W, `(out, in)`, any floating dtype.
+        delta: Of the same shape: `LowRank.of(A, B, scale)`, or the `delta` of a block.
+        rank: How many directions; the delta's rank by default and at most.
+        own: Whether to compare with W's own directions, which takes an SVD of W.
+        seed: Of the random directions.
+
+    Returns:
+        The norms of Table 7.
+
+    Raises:
+        StateError: The shapes differ.
+
+    Example:
+        >>> W = torch.diag(torch.tensor([10.0, 1.0, 0.5, 0.1]))
+        >>> A, B = torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0, 0.0]]).T
+        >>> found = amplification(W, LowRank.of(A, B))
+        >>> found.of_delta, found.of_weight, found.factor
+        (0.5, 10.0, 4.0)
+    """
+    if tuple(weight.shape) != delta.shape:
+        raise StateError(
+            "compare a delta with W",
+            f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
+            "Give W as (out, in): transpose the weight of a Conv1D or an embedding",
+        )
+    matrix = weight.detach()
+
+    def rows() -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, matrix.shape[0], STEP_ROWS):
+            yield start, matrix[start : start + STEP_ROWS]
+
+    return amplification_of_rows(rows, delta, rank, own=own, seed=seed)
+
+
+def amplification_of_rows(
+    rows: Rows,
+    delta: LowRank,
+    rank: int | None = None,
+    *,
+    transposed: bool = False,
+    own: bool = True,
+    seed: int = 0,
+) -> Amplification:
+    """Do the same for a W that is only ever seen in blocks of rows.
+
+    Args:
+        rows: W.
+        delta: `(out, in)`.
+        rank: How many directions; the delta's rank by default and at most.
+        transposed: Whether the rows are those of `(in, out)`.
+        own: Whether to compare with W's own directions, which reads W again: once where it is
+            small, several times else.
+        seed: Of the random directions.
+
+    Returns:
+        The norms of Table 7.
+    """
+    U, S, V = delta.svd()
+    rank = len(S) if rank is None else min(rank, len(S))
+    left, right = (V, U) if transposed else (U, V)  # directions of the rows and of the columns
+    shape = left.shape[0], right.shape[0]
+    chance = [_random_directions(n, rank, seed + i) for i, n in enumerate(shape)]
+    lefts = torch.cat([left[:, :rank].cpu(), chance[0]], 1)
+    rights = torch.cat([right[:, :rank].cpu(), chance[1]], 1)
+    product = torch.zeros(2 * rank, 2 * rank, dtype=torch.float64)
+    square = 0.0
+    for start, some in rows():
+        wide = some.to("cpu", torch.float64)
+        square += float(wide.square().sum())
+        product += lefts[start : start + len(wide)].T @ (wide @ rights)
+    norm = math.sqrt(square)
+    return Amplification(
+        rank=rank,
+        delta_norm=float(torch.linalg.vector_norm(S)),
+        weight_norm=norm,
+        of_delta=float(torch.linalg.matrix_norm(product[:rank, :rank])) if rank else 0.0,
+        of_weight=_own(rows, shape, rank) if own else None,
+        of_random=float(torch.linalg.matrix_norm(product[rank:, rank:])) if rank else 0.0,
+        of_random_expected=rank * norm / math.sqrt(shape[0] * shape[1]),
+    )
+
+
+def _own(rows: Rows, shape: tuple[int, int], rank: int) -> float:
+    """Return `|U^T W V|` for W's own top directions: the norm of its largest values."""
+
+    def wide() -> Iterator[tuple[int, Tensor]]:
+        for start, some in rows():
+            yield start, some.to("cpu", torch.float32)
+
+    if not rank:
+        return 0.0
+    if shape[0] * shape[1] > EXACT_ELEMENTS:
+        found = decompose(wide, shape, min(rank + SPARE_DIRECTIONS, *shape), None)
+        return float(torch.linalg.vector_norm(found.S[:rank].double()))
+    # The squares of the largest values are the largest eigenvalues of W W^T: faster than an SVD.
+    matrix = torch.cat([some.to("cpu", torch.float64) for _, some in rows()])
+    gram = matrix @ matrix.T if shape[0] < shape[1] else matrix.T @ matrix
+    return float(torch.linalg.eigvalsh(gram)[-rank:].clamp(min=0).sum().sqrt())
+
+
+def _random_directions(dim: int, rank: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    gaussian = torch.randn(dim, rank, generator=generator, dtype=torch.float64)
+    Q: Tensor = torch.linalg.qr(gaussian).Q
+    return Q

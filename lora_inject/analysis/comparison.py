@@ -1,0 +1,237 @@
+"""Two adapters, or the layers of one: what their subspaces have in common.
+
+One idea: blocks of the same name are compared by phi for all i and j, on the side of A and on the
+side of B, and each number stands beside the one that chance would give.
+Source: arXiv:2106.09685, section 7.2, figures 3, 4, 6 and 7.
+
+What is not here: what phi is (`subspaces`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_inject.analysis.factors import SiteBlock, site_blocks
+from lora_inject.analysis.places import Place, full_name, place_of
+from lora_inject.analysis.subspaces import Side, block_directions, similarity
+from lora_inject.analysis.survey import Progress
+from lora_inject.errors import StateError
+from lora_inject.state import AdapterState
+
+__all__ = ["Comparison", "Overlap", "Pair", "across_layers", "compare"]
+
+SIDES: tuple[Side, ...] = ("right", "left")
+MOST_LAYERS = 256
+"""Kinds with more blocks than this are left out of `across_layers`: their table would be no use."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Phi of one pair of blocks on one side.
+
+    Attributes:
+        phi: `(k1, k2)` float64; the entry `[i - 1, j - 1]` is `phi(i, j)`.
+        dim: d, the width that the spans live in.
+    """
+
+    phi: Tensor
+    dim: int
+
+    @property
+    def first(self) -> float:
+        """`phi(1, 1)`; NaN where a side has no directions."""
+        return float(self.phi[0, 0]) if self.phi.numel() else math.nan
+
+    @property
+    def whole(self) -> float:
+        """`phi(k1, k2)`; NaN where a side has no directions."""
+        return float(self.phi[-1, -1]) if self.phi.numel() else math.nan
+
+    @property
+    def whole_by_chance(self) -> float:
+        """The mean of `whole` over random subspaces, `max(k1, k2) / d`."""
+        return max(self.phi.shape) / self.dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {
+            "first": self.first,
+            "first_by_chance": 1 / self.dim,
+            "whole": self.whole,
+            "whole_by_chance": self.whole_by_chance,
+            "phi": self.phi.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One block in both adapters.
+
+    Attributes:
+        site: Name of the site.
+        label: Slice and expert, empty for a plain site.
+        place: Kind and position.
+        ranks: r of the first and of the second.
+        right: On the side of A.
+        left: On the side of B.
+    """
+
+    site: str
+    label: str
+    place: Place
+    ranks: tuple[int, int]
+    right: Overlap
+    left: Overlap
+
+    @property
+    def name(self) -> str:
+        """Site and label in one."""
+        return full_name(self.site, self.label)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {
+            "site": self.site,
+            "label": self.label,
+            "kind": self.place.kind,
+            "position": list(self.place.position),
+            "ranks": list(self.ranks),
+            "right": self.right.to_dict(),
+            "left": self.left.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two adapters compared.
+
+    Attributes:
+        pairs: Every block that both have.
+        only_first: Names of sites that only the first has.
+        only_second: Likewise.
+    """
+
+    pairs: tuple[Pair, ...]
+    only_first: tuple[str, ...] = ()
+    only_second: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {
+            "pairs": [pair.to_dict() for pair in self.pairs],
+            "only_first": list(self.only_first),
+            "only_second": list(self.only_second),
+        }
+
+
+def compare(
+    first: AdapterState, second: AdapterState, progress: Progress | None = None
+) -> Comparison:
+    """Compare two adapters of one base: of two ranks, of two seeds, of two tasks.
+
+    Args:
+        first: One adapter.
+        second: The other.
+        progress: Called with bytes done and bytes in all.
+
+    Returns:
+        Phi for every block that both have.
+
+    Raises:
+        StateError: They have no site in common, a common site has different widths, or a tensor
+            holds NaN or Inf.
+
+    Example:
+        >>> from lora_inject.sites import SiteSpec
+        >>> from lora_inject.state import SiteState
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> one = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
+        >>> pair = compare(one, one).pairs[0]
+        >>> pair.right.whole, pair.right.whole_by_chance
+        (1.0, 0.5)
+    """
+    common = [name for name in first.sites if name in second.sites]
+    if not common:
+        raise StateError(
+            "compare two adapters",
+            f"of {len(first.sites)} and {len(second.sites)} sites none has the same name",
+            "Compare adapters of one base",
+        )
+    pairs: list[Pair] = []
+    sizes = {name: first.sites[name].A.nbytes + first.sites[name].B.nbytes for name in common}
+    done, total = 0, sum(sizes.values())
+    for name in common:
+        pairs += _pairs(name, first, second)
+        done += sizes[name]
+        if progress is not None:
+            progress(done, total)
+    return Comparison(
+        tuple(pairs),
+        tuple(name for name in first.sites if name not in second.sites),
+        tuple(name for name in second.sites if name not in first.sites),
+    )
+
+
+def _pairs(name: str, first: AdapterState, second: AdapterState) -> Iterator[Pair]:
+    theirs = {block.label: block for block in site_blocks(second.sites[name])}
+    for one in site_blocks(first.sites[name]):
+        two = theirs.get(one.label)
+        if two is None:
+            continue
+        if one.delta.shape != two.delta.shape:
+            raise StateError(
+                f"compare '{name}' of two adapters",
+                f"one updates {list(one.delta.shape)}, the other {list(two.delta.shape)}",
+                "Compare adapters of one base",
+            )
+        right, left = (_overlap(one, two, side) for side in SIDES)
+        place = place_of(name, one.label)
+        yield Pair(name, one.label, place, (one.rank, two.rank), right, left)
+
+
+def _overlap(one: SiteBlock, two: SiteBlock, side: Side) -> Overlap:
+    first = block_directions(one, side)
+    return Overlap(similarity(first, block_directions(two, side)), first.shape[0])
+
+
+def across_layers(state: AdapterState, side: Side = "right") -> dict[str, tuple[list[str], Tensor]]:
+    """Compare the layers of one adapter with each other, kind by kind, each by its whole span.
+
+    Args:
+        state: The adapter.
+        side: `right` for A, `left` for B.
+
+    Returns:
+        Kind to the names of its blocks and `(n, n)` of `phi(k, k)`; NaN where a block has no
+        directions. Kinds of a single block, of mixed widths or of too many experts are left out.
+
+    Raises:
+        StateError: A tensor holds NaN or Inf.
+    """
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for name, site in state.sites.items():
+        for block in site_blocks(site):
+            row = kinds.setdefault(place_of(name, block.label).kind, {})
+            row[full_name(name, block.label)] = block_directions(block, side)
+    return {
+        kind: (list(row), _all_pairs(list(row.values())))
+        for kind, row in kinds.items()
+        if 1 < len(row) <= MOST_LAYERS and len({U.shape[0] for U in row.values()}) == 1
+    }
+
+
+def _all_pairs(spans: list[Tensor]) -> Tensor:
+    counts = torch.tensor([U.shape[1] for U in spans])
+    owner = torch.repeat_interleave(torch.arange(len(spans)), counts)
+    everything = torch.cat(spans, 1)
+    table = torch.zeros(len(spans), len(spans), dtype=torch.float64)
+    for i, U in enumerate(spans):
+        table[i].index_add_(0, owner, (U.T @ everything).square().sum(0))
+    smaller = torch.minimum(counts[:, None], counts[None])
+    return (table / smaller).clamp(max=1.0)  # 0 / 0 is NaN

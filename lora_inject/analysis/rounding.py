@@ -1,0 +1,158 @@
+"""What rounding or quantising the merged weight leaves of a delta.
+
+One idea: a model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. What the delta
+really did is the difference of the two, and it is judged as merging judges it: `kept` is `<Q(W + D)
+- Q(W), D> / <D, D>`, `error` is `|Q(W + D) - Q(W) - D| / |D|`. Where W is stored in the format at
+hand, `Q(W) = W` and both are what `merge` reports.
+
+The formats are round trips, values in and values out:
+
+- `bfloat16`, `float16`: to the nearest, ties to even.
+- `int8`: whole numbers from -127 to 127 times a scale for each row of the stored matrix, which is
+  the row's largest absolute value over 127.
+- `int4`: whole numbers from -7 to 7 times a scale for each 64 consecutive values of a row,
+  likewise.
+
+W and W + D have scales of their own: quantising comes after merging.
+
+What is not here: where W comes from (`weights`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from lora_inject.errors import StateError
+from lora_inject.functional import Tally
+
+__all__ = ["FORMATS", "Rounded", "RoundingTally", "rounding"]
+
+INT4_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What a format leaves of a delta.
+
+    Attributes:
+        kept: 1 where the delta survived, 0 where it was rounded away; NaN where a value
+            overflows. Where steps are larger than the delta, chance may push it far above 1 or
+            below 0: see `likeness`.
+        error: Relative error of the delta that the weights really got; beside a noise that is
+            larger than the delta it is above 1.
+    """
+
+    kept: float
+    error: float
+
+    @property
+    def likeness(self) -> float:
+        """Cosine between what the weights got and the delta: 1 is all of it and nothing else.
+
+        Follows from the two: `|Q(W + D) - Q(W)|^2 / |D|^2 = error^2 + 2 kept - 1`.
+        """
+        square = self.error**2 + 2 * self.kept - 1
+        if square <= 0:  # nothing changed
+            return 0.0
+        return self.kept / math.sqrt(square)
+
+
+def rounding(
+    weight: Tensor, delta: Tensor, formats: Collection[str] | None = None
+) -> dict[str, Rounded]:
+    """Say what each format leaves of a delta after merging.
+
+    Args:
+        weight: W, two dimensions, as the file stores it (the scales of `int8` and `int4` go by its
+            rows).
+        delta: D, the same shape and way round.
+        formats: Names from `FORMATS`; all by default.
+
+    Returns:
+        Format to what it leaves.
+
+    Raises:
+        StateError: The shapes differ.
+
+    Example:
+        >>> W, D = torch.ones(2, 64), torch.full((2, 64), 0.001)
+        >>> rounding(W, D, ["bfloat16"])["bfloat16"].kept  # 1.001 is no number of 8 bits
+        0.0
+    """
+    if weight.shape != delta.shape or weight.dim() != 2:
+        raise StateError(
+            "round a merged weight",
+            f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
+            "Give two matrices of one shape",
+        )
+    tally = RoundingTally(formats)
+    tally.add(weight, delta)
+    return tally.results()
+
+
+class RoundingTally:
+    """Counts over blocks of rows of one weight.
+
+    Args:
+        formats: Names from `FORMATS`; all by default.
+    """
+
+    def __init__(self, formats: Collection[str] | None = None) -> None:
+        self._tallies = {name: Tally() for name in (FORMATS if formats is None else formats)}
+
+    def add(self, rows: Tensor, delta: Tensor) -> None:
+        """Count some whole rows.
+
+        Args:
+            rows: `(n, cols)` of W, any floating dtype.
+            delta: `(n, cols)` of D.
+        """
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        before, change = rows.detach().to(wide), delta.detach().to(wide)
+        wanted = before + change
+        for name, tally in self._tallies.items():
+            base = FORMATS[name](before)
+            tally.count(base, change, FORMATS[name](wanted) - base)
+
+    def results(self) -> dict[str, Rounded]:
+        """Return what each format leaves of all that was counted."""
+        return {name: Rounded(t.kept, t.error) for name, t in self._tallies.items()}
+
+
+def _cast(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda values: values.to(dtype).to(values.dtype)
+
+
+def _by_largest(values: Tensor, levels: int) -> Tensor:
+    """Round to `levels` steps on either side of zero; the last dimension shares a scale."""
+    scale = values.abs().amax(-1, keepdim=True) / levels
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (values / scale).round_().mul_(scale)
+
+
+def _int8(values: Tensor) -> Tensor:
+    return _by_largest(values, 127)
+
+
+def _int4(values: Tensor) -> Tensor:
+    n_cols = values.shape[1]
+    padded = torch.nn.functional.pad(values, (0, -n_cols % INT4_GROUP))
+    groups = padded.reshape(len(values), -1, INT4_GROUP)
+    return _by_largest(groups, 7).reshape(len(values), -1)[:, :n_cols]
+
+
+FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "bfloat16": _cast(torch.bfloat16),
+        "float16": _cast(torch.float16),
+        "int8": _int8,
+        "int4": _int4,
+    }
+)
+"""Name to the round trip on rows of a float32 or float64 matrix."""

@@ -1,0 +1,517 @@
+"""Figures of an adapter: subspaces, spectra, amplification, rounding, findings.
+
+One idea: every figure is compared with its definition in dense float64 numpy, written here, for
+every kind of site; what is known in closed form (equal, orthogonal and random subspaces, the
+paper's own Table 7) is compared with that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+from conftest import KINDS, SCALE, dense_delta, fill, host, injected
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject.analysis import (
+    FORMATS,
+    LowRank,
+    Rounded,
+    RoundingTally,
+    Spectrum,
+    across_layers,
+    amplification,
+    analyse,
+    block_directions,
+    compare,
+    deviation_of_similarity,
+    directions,
+    expected_similarity,
+    findings,
+    gaussian_similarity,
+    place_of,
+    rounding,
+    similarity,
+    site_blocks,
+    spectrum,
+    subspace_similarity,
+)
+from lora_inject.sites import SiteSpec
+from lora_inject.state import AdapterState, SiteState
+
+FLOAT64 = 1e-10  # sums of a few hundred float64 products of size 1, with a margin
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def phi(A1: np.ndarray, A2: np.ndarray, i: int, j: int, side: str) -> float:
+    """Eq. (4) as it is written: the top i and j singular directions of two matrices."""
+    tops = []
+    for A, n in ((A1, i), (A2, j)):
+        U, _, Vh = np.linalg.svd(A, full_matrices=False)
+        tops.append(Vh[:n].T if side == "right" else U[:, :n])
+    return float(np.linalg.norm(tops[0].T @ tops[1]) ** 2 / min(i, j))
+
+
+# ---------------------------------------------------------------------------------------- subspaces
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(6, 20), SEEDS)
+def test_phi_is_equation_4(r1, r2, dim, seed):
+    A1, A2 = gaussian(r1, dim, seed=seed), gaussian(r2, dim, seed=seed + 1)
+    for side in ("right", "left"):
+        first, second = (A1, A2) if side == "right" else (A1.T, A2.T)
+        grid = subspace_similarity(first, second, side)
+        assert grid.shape == (r1, r2)
+        for i in range(1, r1 + 1):
+            for j in range(1, r2 + 1):
+                wanted = phi(first.numpy(), second.numpy(), i, j, side)
+                assert float(grid[i - 1, j - 1]) == pytest.approx(wanted, abs=FLOAT64)
+        assert ((grid >= 0) & (grid <= 1)).all()
+        back = subspace_similarity(second, first, side)
+        torch.testing.assert_close(back, grid.T, atol=FLOAT64, rtol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 6), st.integers(6, 20), SEEDS)
+def test_phi_of_equal_subspaces_is_1_whatever_spans_them(rank, dim, seed):
+    A, R = gaussian(rank, dim, seed=seed), gaussian(rank, rank, seed=seed + 1)
+    R = R + rank * torch.eye(rank, dtype=torch.float64)  # far from singular
+    same = subspace_similarity(A, A)
+    for n in range(1, rank + 1):
+        assert float(same[n - 1, n - 1]) == pytest.approx(1, abs=FLOAT64)
+        assert float(same[n - 1, -1]) == pytest.approx(1, abs=FLOAT64)  # inside the whole
+    assert float(subspace_similarity(A, R @ A)[-1, -1]) == pytest.approx(1, abs=1e-8)
+    whole = subspace_similarity(A, gaussian(3, dim, seed=seed + 2))
+    mixed = subspace_similarity(R @ A, gaussian(3, dim, seed=seed + 2))
+    torch.testing.assert_close(mixed[-1], whole[-1], atol=1e-8, rtol=0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 4), SEEDS)
+def test_phi_of_orthogonal_subspaces_is_0(r1, r2, seed):
+    turn = torch.linalg.qr(gaussian(10, 10, seed=seed)).Q
+    A1 = gaussian(r1, r1, seed=seed + 1) @ turn[:r1]
+    A2 = gaussian(r2, r2, seed=seed + 2) @ turn[r1 : r1 + r2]
+    assert float(subspace_similarity(A1, A2).max()) < 1e-12
+
+
+def test_phi_of_random_subspaces_is_on_average_what_is_known():
+    """Mean and deviation over 400 draws, within five standard errors of the closed forms."""
+    r1, r2, dim, n = 3, 5, 24, 400
+    draws = torch.stack([gaussian_similarity(r1, r2, dim, seed) for seed in range(n)])
+    wanted, deviation = expected_similarity(r1, r2, dim), deviation_of_similarity(r1, r2, dim)
+    assert wanted.tolist() == [[max(i, j) / dim for j in range(1, 6)] for i in range(1, 4)]
+    assert ((draws.mean(0) - wanted).abs() < 5 * deviation / math.sqrt(n)).all()
+    # The deviation of a sample's deviation is about deviation / sqrt(2 n) for a normal one; phi of
+    # few directions has heavier tails, hence the factor.
+    assert (draws.std(0) / deviation - 1).abs().max() < 5 * 2 / math.sqrt(2 * n)
+
+
+def test_the_deviation_vanishes_where_there_is_nothing_to_draw():
+    assert float(deviation_of_similarity(1, 6, 6)[0, -1]) == 0  # a line in the whole space
+    # One line in a plane: cos^2 of a uniform angle has the mean 1/2 and the variance 1/8.
+    assert float(deviation_of_similarity(1, 1, 2)) == pytest.approx(math.sqrt(1 / 8))
+
+
+def test_directions_that_are_none_are_left_out():
+    A = torch.tensor([[3.0, 0, 0], [6.0, 0, 0]])
+    assert directions(A).shape == (3, 1)
+    assert directions(torch.zeros(4, 2), "left").shape == (4, 0)
+    assert subspace_similarity(torch.zeros(4, 2), torch.ones(4, 1), "left").shape == (0, 1)
+
+
+def test_directions_come_strongest_first_in_any_dtype():
+    A = torch.diag(torch.tensor([1.0, 3.0, 2.0])).to(torch.bfloat16)
+    for side in ("right", "left"):
+        found = directions(A, side)
+        assert found.dtype == torch.float64
+        assert found.abs().argmax(0).tolist() == [1, 2, 0]
+
+
+# ------------------------------------------------------------------------------- blocks and spectra
+
+
+def site_of(kind, init="kaiming") -> SiteState:
+    config = {**kind.config, "init": init}
+    model = li.inject(host(kind, torch.float64), config)
+    return li.adapter_state(fill(model)).sites[kind.site]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_blocks_of_every_kind_make_the_dense_delta(name):
+    kind = KINDS[name]
+    site = li.adapter_state(injected(kind, torch.float64)).sites[kind.site]
+    wanted = dense_delta(kind, site.A, site.B)  # (E, out, in), or turned
+    found = torch.zeros(site.spec.matrix_shape, dtype=torch.float64)
+    for block in site_blocks(site):
+        dense = block.delta.dense()
+        rows, cols = slice(*block.block.rows), slice(*block.block.cols)
+        found[rows, cols] = dense.T if block.transposed else dense
+        values = torch.linalg.svdvals(dense)
+        got = spectrum(block.A, block.B, SCALE)
+        torch.testing.assert_close(got.values, values[: len(got.values)], atol=1e-12, rtol=1e-10)
+        assert got.norm == pytest.approx(float(dense.norm()), rel=1e-12)
+    torch.testing.assert_close(found.reshape(wanted.shape), wanted, atol=1e-12, rtol=0)
+
+
+def test_labels_name_slices_and_experts():
+    def labels(name):
+        kind = KINDS[name]
+        return [b.label for b in site_blocks(site_of(kind))]
+
+    assert labels("linear") == [""]
+    assert labels("equal slices") == ["q", "v"]
+    assert labels("experts") == ["expert 0", "expert 1", "expert 2"]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_frozen_start_is_no_part_of_the_delta(init):
+    model = nn.Sequential(nn.Linear(8, 6)).double()
+    li.inject(model, {"rank": 2, "alpha": 3, "init": init, "targets": ["0"]})
+    block = site_blocks(li.adapter_state(model).sites["0"])[0]
+    assert analyse(li.adapter_state(model)).blocks[0].spectrum.rank == 0
+    assert block_directions(block).shape == (8, 0)
+
+    fill(model)
+    site = li.adapter_state(model).sites["0"]
+    assert site.A0 is not None
+    dense = 1.5 * (site.B @ site.A - site.B0 @ site.A0)
+    found = analyse(li.adapter_state(model)).blocks[0]
+    values = torch.linalg.svdvals(dense)
+    assert len(found.spectrum.values) == 4
+    torch.testing.assert_close(found.spectrum.values, values[:4], atol=1e-12, rtol=1e-9)
+    V = torch.linalg.svd(dense).Vh[:4].T
+    grid = similarity(block_directions(site_blocks(site)[0]), V)
+    torch.testing.assert_close(grid.diagonal(), torch.ones(4).double(), atol=1e-9, rtol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), SEEDS)
+def test_ranks_are_their_definitions(values, seed):
+    n, s = len(values), np.sort(np.array(values))[::-1]
+    U = torch.linalg.qr(gaussian(12, n, seed=seed)).Q
+    V = torch.linalg.qr(gaussian(9, n, seed=seed + 1)).Q[:, :n]
+    found = spectrum((V * torch.tensor(s.copy())).T[: min(n, 9)], U[:, : min(n, 9)])
+    s = s[: min(n, 9)]
+    np.testing.assert_allclose(found.values.numpy(), s, rtol=1e-9)
+    assert found.stable_rank == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-9)
+    p = s / s.sum()
+    assert found.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-9)
+    energy = np.cumsum(s**2) / (s**2).sum()
+    np.testing.assert_allclose(found.energy.numpy(), energy, rtol=1e-9)
+    for share in (0.5, 0.9, 0.95, 0.99):
+        k = found.rank_for(share)
+        assert energy[k - 1] >= share - 1e-9
+        assert k == 1 or energy[k - 2] < share + 1e-9
+    assert found.rank_for(1.0) <= n
+    assert 1 <= found.stable_rank <= found.effective_rank**2 + 1e-9
+
+
+def test_no_delta_has_no_rank():
+    found = spectrum(torch.randn(3, 5), torch.zeros(4, 3))
+    assert found.values.tolist() == [0, 0, 0]
+    assert (found.rank, found.stable_rank, found.effective_rank, found.rank_for(0.9)) == (0,) * 4
+    assert found.energy.tolist() == [0, 0, 0]
+    assert Spectrum(
+        torch.tensor([1e-200, 1e-201], dtype=torch.float64)
+    ).stable_rank == pytest.approx(1.01)
+
+
+def test_a_rank_above_the_widths_is_no_trouble():
+    A, B = gaussian(6, 3), gaussian(2, 6)
+    wanted = torch.linalg.svdvals(B @ A)
+    torch.testing.assert_close(spectrum(A, B).values, wanted, atol=1e-12, rtol=0)
+
+
+def test_no_matrix_of_the_size_of_w_is_formed():
+    """A delta of 2 ** 46 elements: what formed it would not come back."""
+    found = LowRank.of(torch.ones(1, 1 << 23), torch.ones(1 << 23, 1)).svd()[1]
+    assert float(found) == pytest.approx(2.0**23)
+
+
+def test_nan_is_refused_with_the_name_of_the_site():
+    model = injected(KINDS["linear"])
+    state = li.adapter_state(model)
+    A = state.sites["layer"].A.clone()
+    A[0, 0] = math.nan
+    broken = AdapterState({"layer": replace(state.sites["layer"], A=A)})
+    for verb in (analyse, across_layers, lambda s: compare(s, s)):
+        with pytest.raises(li.StateError, match="analyse 'layer': its A or B holds NaN or Inf"):
+            verb(broken)
+
+
+# ------------------------------------------------------------------------------------ amplification
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 2), SEEDS)
+def test_amplification_is_its_definition(n_out, n_in, rank, seed):
+    W, A, B = gaussian(n_out, n_in, seed=seed), gaussian(rank, n_in), gaussian(n_out, rank)
+    found = amplification(W, LowRank.of(A, B, 0.5))
+    D, w = 0.5 * B.numpy() @ A.numpy(), W.numpy()
+    U, _, Vh = np.linalg.svd(D)
+    Uw, _, Vwh = np.linalg.svd(w)
+    of_delta = np.linalg.norm(U[:, :rank].T @ w @ Vh[:rank].T)
+    assert found.rank == rank
+    assert found.of_delta == pytest.approx(of_delta, rel=1e-8, abs=FLOAT64)
+    own = np.linalg.norm(Uw[:, :rank].T @ w @ Vwh[:rank].T)
+    assert found.of_weight == pytest.approx(own, rel=1e-8)
+    assert found.delta_norm == pytest.approx(np.linalg.norm(D), rel=1e-10)
+    assert found.weight_norm == pytest.approx(np.linalg.norm(w), rel=1e-10)
+    assert found.factor == pytest.approx(np.linalg.norm(D) / of_delta, rel=1e-6)
+    assert found.relative == pytest.approx(np.linalg.norm(D) / np.linalg.norm(w), rel=1e-10)
+
+
+@pytest.mark.parametrize(("rank", "wanted"), [(4, 0.02), (64, 0.33)])
+def test_the_expected_norm_of_random_directions_is_that_of_table_7(rank, wanted):
+    """GPT-3's layer 48: |W| = 61.95 in 12,288 dimensions; the paper states two digits."""
+    expected = rank * 61.95 / 12288
+    assert expected == pytest.approx(wanted, abs=0.008)
+    W = torch.zeros(6, 6).double()
+    W[0, 0] = 61.95
+    found = amplification(W, LowRank.of(torch.eye(4, 6), torch.eye(6, 4)))
+    assert found.of_random_expected == pytest.approx(4 * 61.95 / 6)
+
+
+def test_the_random_directions_meet_their_expectation():
+    W, delta = gaussian(12, 10), LowRank.of(gaussian(2, 10), gaussian(12, 2))
+    squares = [amplification(W, delta, own=False, seed=2 * s).of_random ** 2 for s in range(200)]
+    expected = amplification(W, delta).of_random_expected ** 2
+    error = np.std(squares) / math.sqrt(len(squares))
+    assert abs(np.mean(squares) - expected) < 5 * error
+
+
+def test_amplification_of_fewer_directions_than_the_delta_has():
+    W, delta = gaussian(6, 5), LowRank.of(gaussian(3, 5), gaussian(6, 3))
+    found = amplification(W, delta, rank=1)
+    U, _, V = delta.svd()
+    assert found.rank == 1
+    assert found.of_delta == pytest.approx(abs(float(U[:, 0] @ W @ V[:, 0])))
+    assert found.delta_norm == pytest.approx(float(delta.dense().norm()))  # of the whole
+    assert amplification(W, delta, rank=9).rank == 3
+
+
+def test_amplification_where_there_is_nothing():
+    W = gaussian(6, 5)
+    none = amplification(W, LowRank.of(gaussian(3, 5), torch.zeros(6, 3)))
+    assert (none.rank, none.of_delta, none.of_weight, none.of_random) == (0, 0.0, 0.0, 0.0)
+    assert math.isnan(none.factor)
+    orthogonal = amplification(torch.diag(torch.tensor([1.0, 0.0])), LowRank.of(
+        torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0], [1.0]])))  # fmt: skip
+    assert orthogonal.factor == math.inf
+    assert amplification(torch.zeros(6, 5), LowRank.of(gaussian(1, 5), gaussian(6, 1))).relative
+    with pytest.raises(li.StateError, match=r"W is \[5, 6\], the delta \[6, 5\].*Conv1D"):
+        amplification(W.T, LowRank.of(gaussian(1, 5), gaussian(6, 1)))
+
+
+# ----------------------------------------------------------------------------------------- rounding
+
+
+def quantised(values: np.ndarray, levels: int, group: int) -> np.ndarray:
+    """Symmetric, by the largest of each group of a row, value by value."""
+    out = np.zeros_like(values)
+    for row in range(values.shape[0]):
+        for start in range(0, values.shape[1], group):
+            part = values[row, start : start + group]
+            scale = np.abs(part).max() / np.float32(levels)
+            out[row, start : start + group] = np.round(part / scale) * scale if scale else part
+    return out
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 150), st.sampled_from([1e-4, 0.02, 0.5]), SEEDS)
+def test_what_a_format_leaves_is_its_definition(rows, columns, size, seed):
+    W = gaussian(rows, columns, seed=seed).float()
+    D = size * gaussian(rows, columns, seed=seed + 1).float()
+    round_trips = {
+        "bfloat16": lambda x: torch.from_numpy(x).bfloat16().float().numpy(),
+        "float16": lambda x: x.astype(np.float16).astype(np.float32),
+        "int8": lambda x: quantised(x, 127, columns),
+        "int4": lambda x: quantised(x, 7, 64),
+    }
+    assert FORMATS.keys() == round_trips.keys()
+    wanted = (W + D).numpy()
+    for name, found in rounding(W, D).items():
+        trip, d = round_trips[name], D.numpy().astype(np.float64)
+        effect = trip(wanted).astype(np.float64) - trip(W.numpy())
+        kept = (effect * d).sum() / (d * d).sum()
+        lost = np.linalg.norm(effect - d) / np.linalg.norm(d)
+        # Sums of float32 products, relative to |effect| |D| / |D|^2.
+        slack = 1e-4 * (1 + np.linalg.norm(effect) / np.linalg.norm(d))
+        assert found.kept == pytest.approx(kept, abs=slack), name
+        assert found.error == pytest.approx(lost, abs=slack), name
+        if np.linalg.norm(effect) > 0.1 * np.linalg.norm(d):
+            cosine = (effect * d).sum() / np.linalg.norm(effect) / np.linalg.norm(d)
+            assert found.likeness == pytest.approx(cosine, abs=slack), name
+
+
+def test_blocks_of_rows_count_like_the_whole():
+    W, D = gaussian(10, 70).bfloat16(), 0.01 * gaussian(10, 70, seed=1)
+    tally = RoundingTally()
+    for start, stop in pairwise((0, 3, 4, 10)):
+        tally.add(W[start:stop], D[start:stop])
+    whole = rounding(W, D)
+    for name, found in tally.results().items():
+        assert found.kept == pytest.approx(whole[name].kept, rel=1e-4), name
+        assert found.error == pytest.approx(whole[name].error, rel=1e-4), name
+
+
+def test_rounding_in_the_stored_dtype_is_what_merging_reports():
+    model = injected(KINDS["linear"], torch.bfloat16)
+    state = li.adapter_state(model)
+    site = state.sites["layer"]
+    W = model.layer._parameters["weight"].detach().clone()
+    delta = dense_delta(KINDS["linear"], site.A.float(), site.B.float())[0]
+    found = rounding(W, delta, ["bfloat16"])["bfloat16"]
+    report = li.merge(model)
+    merged = next(iter(report.sites.values()))
+    assert found.kept == pytest.approx(merged.kept, rel=1e-5)
+    assert found.error == pytest.approx(merged.error, rel=1e-4)
+
+
+def test_rounding_at_its_ends():
+    zero = rounding(torch.ones(2, 3), torch.zeros(2, 3))
+    assert all((r.kept, r.error) == (1.0, 0.0) for r in zero.values())
+    lost = rounding(torch.ones(1, 4), torch.full((1, 4), 1e-4))
+    assert lost["bfloat16"] == Rounded(0.0, 1.0)
+    assert lost["bfloat16"].likeness == 0
+    assert lost["int8"].kept == pytest.approx(1, rel=1e-3)  # the scale itself takes it
+    large = rounding(torch.full((1, 4), 1e5), torch.ones(1, 4))
+    assert math.isnan(large["float16"].kept)
+    exact = rounding(torch.ones(1, 4), torch.full((1, 4), 0.5))
+    assert exact["bfloat16"].likeness == 1
+    with pytest.raises(li.StateError, match="Give two matrices of one shape"):
+        rounding(torch.ones(2, 3), torch.ones(3, 2))
+
+
+# -------------------------------------------------------------------- places, survey and comparison
+
+
+@pytest.mark.parametrize(
+    ("site", "label", "kind", "at"),
+    [
+        ("transformer.h.11.attn.c_attn", "q", "transformer.h.*.attn.c_attn [q]", "11"),
+        ("down.1.attentions.0.to_q", "", "down.*.attentions.*.to_q", "1.0"),
+        ("head", "", "head", "-"),
+        ("0", "", "*", "0"),
+        ("layers.2.experts.gate_up_proj", "expert 7", "layers.*.experts.gate_up_proj", "2"),
+        ("layers.2.experts.7.w1", "", "layers.*.experts.*.w1", "2"),
+        ("layers.2.up", "expert 7 up", "layers.*.up [up]", "2"),
+    ],
+)
+def test_places(site, label, kind, at):
+    place = place_of(site, label)
+    assert (place.kind, place.at) == (kind, at)
+
+
+def adapter(*names: str, rank: int = 4, seed: int = 0, n_in: int = 9, n_out: int = 7):
+    sites = {}
+    for i, name in enumerate(names):
+        spec = SiteSpec(name, "linear", n_in, n_out, (n_out, n_in), rank=rank, alpha=2 * rank)
+        A, B = gaussian(rank, n_in, seed=seed + i), gaussian(n_out, rank, seed=seed + 100 + i)
+        sites[name] = SiteState(spec, A.float(), B.float())
+    return AdapterState(sites)
+
+
+def test_progress_reaches_its_end_and_never_falls():
+    seen = []
+    analyse(adapter("h.0.q", "h.1.q"), progress=lambda *counts: seen.append(counts))
+    compare(adapter("h.0.q"), adapter("h.0.q"), lambda *counts: seen.append(counts))
+    n_bytes = 4 * (4 * 9 + 7 * 4)
+    assert seen == [(n_bytes, 2 * n_bytes), (2 * n_bytes, 2 * n_bytes), (n_bytes, n_bytes)]
+
+
+def test_an_adapter_without_sites_is_refused():
+    with pytest.raises(li.StateError, match="it has no low-rank sites"):
+        analyse(AdapterState({}))
+
+
+def test_a_comparison_is_phi_of_every_common_block():
+    one, two = adapter("h.0.q", "h.1.q", "a"), adapter("h.1.q", "h.0.q", "b", rank=6, seed=9)
+    found = compare(one, two)
+    assert [pair.name for pair in found.pairs] == ["h.0.q", "h.1.q"]
+    assert (found.only_first, found.only_second) == (("a",), ("b",))
+    for pair in found.pairs:
+        first, second = one.sites[pair.site], two.sites[pair.site]
+        right = subspace_similarity(first.A, second.A)
+        assert torch.equal(pair.right.phi, right)
+        assert torch.equal(pair.left.phi, subspace_similarity(first.B, second.B, "left"))
+        assert pair.right.first == float(right[0, 0])
+        assert pair.right.whole == float(right[-1, -1])
+        assert pair.right.whole_by_chance == 6 / 9
+        assert pair.left.whole_by_chance == 6 / 7
+        assert pair.ranks == (4, 6)
+
+
+def test_adapters_of_different_bases_are_not_compared():
+    with pytest.raises(li.StateError, match="of 1 and 1 sites none has the same name"):
+        compare(adapter("a"), adapter("b"))
+    with pytest.raises(li.StateError, match=r"one updates \[7, 9\], the other \[7, 8\]"):
+        compare(adapter("a"), adapter("a", n_in=8))
+
+
+def test_a_delta_of_zero_has_no_directions_to_compare():
+    one = adapter("a")
+    zero = AdapterState({"a": replace(one.sites["a"], B=torch.zeros(7, 4))})
+    pair = compare(one, zero).pairs[0]
+    assert pair.left.phi.shape == (4, 0)
+    assert math.isnan(pair.left.first)
+    assert math.isnan(pair.left.whole)
+    assert pair.right.whole == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_layers_are_compared_by_their_whole_spans(side):
+    state = adapter("h.0.q", "h.1.q", "h.2.q", "head")
+    zero = replace(state.sites["h.2.q"], A=torch.zeros(4, 9), B=torch.zeros(7, 4))
+    state = AdapterState({**state.sites, "h.2.q": zero})
+    (kind, (names, table)), = across_layers(state, side).items()  # fmt: skip
+    assert (kind, names) == ("h.*.q", ["h.0.q", "h.1.q", "h.2.q"])
+    matrices = [s.A if side == "right" else s.B for s in list(state.sites.values())[:2]]
+    for i, j in product(range(2), repeat=2):
+        wanted = subspace_similarity(matrices[i], matrices[j], side)[-1, -1]
+        assert float(table[i, j]) == pytest.approx(float(wanted), abs=FLOAT64)
+    assert table[2].isnan().all()
+
+
+# ----------------------------------------------------------------------------------------- findings
+
+
+def with_spectrum(*values: float, rank: int = 4) -> AdapterState:
+    """One site whose delta has given singular values."""
+    spec = SiteSpec("h.0.fc", "linear", 9, 7, (7, 9), rank=rank, alpha=rank)
+    A, B = torch.zeros(rank, 9), torch.zeros(7, rank)
+    for i, value in enumerate(values):
+        A[i, i], B[i, i] = 1.0, value
+    return AdapterState({"h.0.fc": SiteState(spec, A, B)})
+
+
+@pytest.mark.parametrize(
+    ("values", "codes"),
+    [
+        ((), ["inert"]),
+        ((1.0, 0.01), ["one-direction"]),
+        ((1.0, 0.5), ["spare-rank"]),
+        ((1.0, 0.9, 0.8), []),
+        ((1.0, 1.0, 1.0, 1.0), []),
+    ],
+)
+def test_findings_about_the_adapter_alone(values, codes):
+    found = findings(analyse(with_spectrum(*values)))
+    assert [finding.code for finding in found] == codes
+    assert all(finding.names == ("h.0.fc",) for finding in found)
+
+
+def test_rank_1_is_not_told_that_rank_1_would_do():
+    assert findings(analyse(with_spectrum(1.0, rank=1))) == ()
