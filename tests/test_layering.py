@@ -37,10 +37,12 @@ LADDER = (
     ("state",),
     ("formats.*", "formats"),
     ("saving",),
+    ("swapping",),
+    ("training",),
     ("checkpoint.*", "checkpoint"),
-    ("cli.inspection",),
-    ("cli.models", "cli.show", "cli.program"),
-    ("cli.commands", "cli.on_disk"),
+    ("analysis.*", "analysis"),
+    ("cli.models", "cli.show", "cli.show_analysis", "cli.program"),
+    ("cli.analysis", "cli.commands", "cli.on_disk"),
     ("cli",),
     ("__main__",),
 )
@@ -48,6 +50,7 @@ ROOT = "the package's front"  # lora_inject/__init__.py, for users; no file insi
 
 # What costs seconds, or need not be installed, is imported where it is used.
 NEVER_AT_IMPORT = {"transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub"}
+NEVER_AT_IMPORT |= {"matplotlib"}
 # Names, configs and plans are values without tensors.
 WITHOUT_TORCH = (
     "version",

@@ -228,5 +228,7 @@ def gather(
         numbers = torch.arange(1, n + 1, device=rows.device)
         return Gathered(A, B, index, (rows[:, None] != numbers).unsqueeze(2))
     A, B = A.index_select(0, index), B.index_select(0, index)
-    A[rows == 0], B[rows == 0] = 0, 0
+    base = rows == 0
+    if bool(base.any()):
+        A[base], B[base] = 0, 0
     return Gathered(A, B)

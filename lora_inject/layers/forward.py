@@ -7,7 +7,7 @@ constant: which adapters *could* be chosen, by a tensor that comes in?
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,28 +39,42 @@ class _Routing:
         self.rows = rows
         self.entries = entries
         self._gathered: Gathered | None = None
-        self._of: list[tuple[Tensor, int]] = []
-        self._how: tuple[int, torch.dtype] | None = None
+        self._of: list[tuple[str, Tensor, int]] = []
+        self._dtype: torch.dtype | None = None
 
-    def gathered(
-        self, adapters: list[list[Factors]], out: int, dtype: torch.dtype
+    def gathered(self, held: Mapping[str, Tensor | None], dtype: torch.dtype) -> Gathered | None:
+        """Return what was gathered, unless a tensor was replaced or written since.
+
+        Args:
+            held: The layer's parameters.
+            dtype: What is computed in.
+        """
+        if dtype != self._dtype:
+            return None
+        for name, tensor, version in self._of:
+            if held[name] is not tensor or tensor._version != version:
+                return None
+        return self._gathered
+
+    def gather(
+        self,
+        held: Mapping[str, Tensor | None],
+        adapters: list[list[Factors]],
+        out: int,
+        dtype: torch.dtype,
     ) -> Gathered | None:
-        """Return the gathered factors, formed anew if a tensor was replaced or written since.
+        """Gather factors for an output of width `out`, and keep them.
 
         Returns:
             None for tensors of inference mode, which do not tell when they are written.
         """
-        tensors = [t for updates in adapters for u in updates for t in (u.A, u.B)]
-        if any(t.is_inference() for t in tensors):
+        names = [name for entry in self.entries for name in entry.names.values()]
+        tensors = {name: t for name in names if (t := held[name]) is not None}
+        if any(t.is_inference() for t in tensors.values()):
             return None
-        fresh = self._how == (out, dtype) and len(self._of) == len(tensors)
-        if not fresh or any(
-            t is not seen or t._version != version
-            for t, (seen, version) in zip(tensors, self._of, strict=True)
-        ):
-            self._gathered = gather(self.rows, adapters, out, dtype)
-            self._of = [(t, t._version) for t in tensors]
-            self._how = (out, dtype)
+        self._of = [(name, t, t._version) for name, t in tensors.items()]
+        self._dtype = dtype
+        self._gathered = gather(self.rows, adapters, out, dtype)
         return self._gathered
 
 
@@ -127,11 +141,13 @@ class ForwardMount(Carrier):
         """Add to each row of y `(batch, ..., out)` the update of its own adapter."""
         if not routing.entries:
             return y
+        keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
+        held, dtype = self._parameters, self._lora_dtype(y)
+        if keep and (gathered := routing.gathered(held, dtype)) is not None:
+            return gathered.add(y, x)
         adapters = [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
-        if not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling()):
-            gathered = routing.gathered(adapters, y.shape[-1], self._lora_dtype(y))
-            if gathered is not None:
-                return gathered.add(y, x)
+        if keep and (gathered := routing.gather(held, adapters, y.shape[-1], dtype)) is not None:
+            return gathered.add(y, x)
         return routed_update(y, x, routing.rows, adapters, float32=self._lora.float32)
 
     # ---------------------------------------------------------------------------- compiled graphs

@@ -1,0 +1,351 @@
+"""Checkpoints of the adapter alone: small, whole or absent, and as good as not having stopped.
+
+One idea: a run that ends with an exception in the middle of a step is resumed by a new Trainer on a
+new model, and all that was logged must be the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from training_models import CONFIG, KillAt, KilledError, curve, injected, llama, rows, trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import safe_globals
+
+import lora_inject as li
+from lora_inject.formats import files
+
+EVERY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch"}
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+}
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "steps": {},
+    "steps with evaluation and the best at the end": BEST,
+    "epochs": EVERY_EPOCH,
+    "epochs, the best at the end": EVERY_EPOCH
+    | {"load_best_model_at_end": True, "metric_for_best_model": "loss"},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "bfloat16": {"bf16": True},
+    "kept: one": BEST | {"save_total_limit": 1},
+}
+
+
+def full_run(out: Path, **changes: Any) -> tuple[Trainer, Any]:
+    model = injected()
+    made = trainer(out, model, **changes)
+    made.train()
+    return made, model
+
+
+def killed_run(out: Path, *steps: int, **changes: Any) -> tuple[Trainer, Any]:
+    """Kill at each step, resuming in between, and then let it end."""
+    for i, step in enumerate(steps):
+        with pytest.raises(KilledError):
+            trainer(out, injected(), KillAt(step), **changes).train(resume_from_checkpoint=i > 0)
+    model = injected()
+    made = trainer(out, model, **changes)
+    made.train(resume_from_checkpoint=True)
+    return made, model
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_killed_twice_and_resumed_equals_not_killed(name: str, tmp_path: Path) -> None:
+    changes = SCHEDULES[name]
+    whole, model = full_run(tmp_path / "whole", **changes)
+    again, model_again = killed_run(tmp_path / "killed", 7, 11, **changes)
+    wanted = curve(whole.state.log_history)
+    assert len(wanted) >= 4
+    assert curve(again.state.log_history) == wanted
+    for key, parameter in li.adapter_parameters(model).items():
+        assert torch.equal(parameter, li.adapter_parameters(model_again)[key]), key
+    assert whole.state.best_global_step == again.state.best_global_step
+    names = [sorted(p.name for p in (tmp_path / run).iterdir()) for run in ("whole", "killed")]
+    assert names[0] == names[1]
+
+
+def test_the_curve_depends_on_what_is_restored(tmp_path: Path) -> None:
+    """The comparison above sees a generator, an optimiser or weights that were not restored."""
+    whole, _ = full_run(tmp_path / "whole")
+    wanted = curve(whole.state.log_history)
+    for name in ("rng_state.pth", "optimizer.pt", "model.safetensors"):
+        out = tmp_path / name
+        with pytest.raises(KilledError):
+            trainer(out, injected(), KillAt(7)).train()
+        (out / "checkpoint-6" / name).replace(out / "gone")
+        if name == "model.safetensors":
+            (out / "checkpoint-4" / name).replace(out / "checkpoint-6" / name)
+        again = trainer(out, injected())
+        again.train(resume_from_checkpoint=str(out / "checkpoint-6"))
+        assert curve(again.state.log_history) != wanted, name
+
+
+def test_it_holds_the_adapter_and_nothing_of_the_base(tmp_path: Path) -> None:
+    _, model = full_run(tmp_path)
+    folder = tmp_path / "checkpoint-12"
+    tensors = load_file(folder / "model.safetensors")
+    ours = {k: v for k, v in model.state_dict().items() if "lora_" in k}
+    assert tensors.keys() == ours.keys()
+    assert all(torch.equal(tensors[key], ours[key]) for key in ours)
+    n_bytes = 4 * sum(p.numel() for p in li.adapter_parameters(model).values())
+    states = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    assert sum(t.numel() for s in states.values() for t in s.values()) * 4 < 2.1 * n_bytes
+    # Two copies of the adapter, two moments, and what does not grow with the model.
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4 * n_bytes + 60_000
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(folder / name, weights_only=True)
+    with safe_globals():  # of numpy, by transformers
+        torch.load(folder / "rng_state.pth", weights_only=True)
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 12
+
+
+# PEFT asks the model for a property that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_others_read_it(tmp_path: Path) -> None:
+    _, model = full_run(tmp_path)
+    ids = rows(1)[0]["input_ids"][None]
+    wanted = model.eval()(ids).logits
+    ours = li.load_adapter(llama(), tmp_path / "checkpoint-12")
+    assert torch.equal(ours.eval()(ids).logits, wanted)
+    theirs = PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-12").eval()
+    torch.testing.assert_close(theirs(ids).logits, wanted)
+
+
+def test_in_the_native_format(tmp_path: Path) -> None:
+    model = injected()
+    trainer(tmp_path, model, checkpoint=li.AdapterCheckpoint(format="native")).train()
+    file = tmp_path / "checkpoint-12" / "adapter.safetensors"
+    ids = rows(1)[0]["input_ids"][None]
+    loaded = li.load_adapter(llama(), file).eval()
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_base_that_was_derived_from_is_restored(tmp_path: Path) -> None:
+    """pissa starts from factors of W: the frozen start is a part of the checkpoint."""
+    config = CONFIG | {"init": "pissa", "train": []}
+    model = injected(config)
+    trainer(tmp_path, model, max_steps=4).train()
+    assert any("A0" in key for key in load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
+    again = injected(config)
+    trainer(tmp_path, again, max_steps=4).train(resume_from_checkpoint=True)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+
+
+# -------------------------------------------------------------------- which are kept, which is best
+
+
+def test_the_best_is_kept_and_loaded(tmp_path: Path) -> None:
+    class Worsen(TrainerCallback):
+        """From step 5 on the adapter is spoilt, so an early step is the best."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step > 4:
+                with torch.no_grad():
+                    for parameter in li.adapter_parameters(model).values():
+                        parameter.normal_(0, 2)
+
+    model = injected()
+    made = trainer(tmp_path, model, Worsen(), save_total_limit=2, **BEST)
+    made.train()
+    evaluations = {e["step"]: e["eval_loss"] for e in made.state.log_history if "eval_loss" in e}
+    best = min(evaluations, key=lambda step: evaluations[step])
+    assert best <= 4
+    assert made.state.best_global_step == best
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == sorted([f"checkpoint-{best}", "checkpoint-12"])
+    kept = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in kept.items())
+    last = load_file(tmp_path / "checkpoint-12" / "model.safetensors")
+    assert any(not torch.equal(last[key], kept[key]) for key in kept), "it holds the last step"
+    assert made.evaluate()["eval_loss"] == pytest.approx(evaluations[best])
+
+
+def test_early_stopping_by_transformers_own_callback(tmp_path: Path) -> None:
+    made = trainer(tmp_path, injected(), EarlyStoppingCallback(1, 10.0), **BEST, save_total_limit=3)
+    made.train()
+    assert made.state.global_step == 4, "no step is better by 10: the second evaluation ends it"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_stop_between_two_saves_is_saved(tmp_path: Path) -> None:
+    class Ask(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = control.should_training_stop or state.global_step == 3
+
+    whole, _ = full_run(tmp_path / "whole", **EVERY_EPOCH)
+    stopped = trainer(tmp_path / "stopped", injected(), Ask(), **EVERY_EPOCH)
+    stopped.train()
+    assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["checkpoint-3"]
+    again = trainer(tmp_path / "stopped", injected(), **EVERY_EPOCH)
+    again.train(resume_from_checkpoint=True)
+    # A stop adds points to the curve, it moves none: the weights are those of the whole run.
+    for run in (whole, again):
+        assert run.state.global_step == 12
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            li.adapter_parameters(whole.model).values(),
+            li.adapter_parameters(again.model).values(),
+            strict=True,
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------- whole or absent
+
+
+def test_a_write_that_fails_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(temporary: Path, target: Path) -> None:
+        if target.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        temporary.rename(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_put_in_place", fail)
+        with pytest.raises(KeyboardInterrupt):
+            full_run(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+    trainer(tmp_path, injected()).train(resume_from_checkpoint=True)
+
+
+def test_what_a_kill_left_half_written_is_not_resumed_and_goes(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        trainer(tmp_path, injected(), KillAt(5)).train()
+    half = tmp_path / ".checkpoint-6.0123456789ab.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    mine = tmp_path / ".mine.tmp"
+    mine.mkdir()
+    trainer(tmp_path, injected(), max_steps=6).train(resume_from_checkpoint=True)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [".mine.tmp", "checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_a_folder_with_something_else_in_it_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "thesis.txt").write_text("years of work")
+    with pytest.raises(li.FormatError, match=r"thesis\.txt"):
+        full_run(tmp_path)
+    assert (tmp_path / "checkpoint-2" / "thesis.txt").is_file()
+
+
+def test_it_may_be_trained_over_an_older_run(tmp_path: Path) -> None:
+    full_run(tmp_path)
+    full_run(tmp_path, max_steps=2)
+    assert json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+
+
+# -------------------------------------------------------------------------- refusals, and the model
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"save_strategy": "no"}, "save_strategy is 'no'"),
+        (
+            {"save_strategy": "best", "eval_strategy": "steps", "metric_for_best_model": "loss"},
+            "save_strategy is 'best'",
+        ),
+    ],
+)
+def test_a_trainer_that_never_asks_to_save_is_refused(
+    changes: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    with pytest.raises(li.StateError, match=what):
+        trainer(tmp_path, injected(), **changes).train()
+
+
+def test_parameters_that_would_not_be_saved_are_refused(tmp_path: Path) -> None:
+    model = injected()
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(li.StateError, match=r"1 parameters train .* 'lm_head\.weight'"):
+        trainer(tmp_path, model).train()
+    model = li.inject(injected(), {"targets": ["o_proj"]}, "second")
+    with pytest.raises(li.StateError, match="second"):
+        trainer(tmp_path, model).train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(li.StateError, match="sql"):
+        trainer(tmp_path, injected(), checkpoint=li.AdapterCheckpoint("sql"))
+
+
+def test_only_one_of_two_adapters_may_train(tmp_path: Path) -> None:
+    model = li.inject(injected(), {"targets": ["o_proj"]}, "second")
+    li.train_only(model, "second")
+    before = {k: p.clone() for k, p in li.adapter_parameters(model, "default").items()}
+    made = trainer(tmp_path, model, checkpoint=li.AdapterCheckpoint("second"), max_steps=2)
+    made.train()
+    after = li.adapter_parameters(model, "default")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    loaded = li.load_adapter(llama(), tmp_path / "checkpoint-2")
+    assert li.adapters(loaded)["default"].sites.keys() == li.adapters(model)["second"].sites.keys()
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    plain = llama()
+    model = llama()
+    hooks = len(model._load_state_dict_post_hooks)
+    li.inject(model, CONFIG)
+    trainer(tmp_path, model, max_steps=2).train()
+    assert len(model._load_state_dict_post_hooks) == hooks
+    li.eject(model)
+    assert all(torch.equal(plain.state_dict()[k], t) for k, t in model.state_dict().items())
+
+
+def test_a_checkpoint_that_lacks_a_part_of_the_base_is_still_reported(tmp_path: Path) -> None:
+    model = injected()
+    trainer(tmp_path, model)
+    base = {k: t for k, t in model.state_dict().items() if "lora_" not in k}
+    adapter = {k: t for k, t in model.state_dict().items() if "lora_" in k}
+    assert model.load_state_dict(adapter).missing_keys == []
+    base.pop("model.norm.weight")
+    assert model.load_state_dict(base | adapter, strict=False).missing_keys == ["model.norm.weight"]
+    adapter.popitem()
+    found = model.load_state_dict(adapter, strict=False).missing_keys
+    assert len(found) == 1
+    assert "lora_" in found[0]
+
+
+def test_without_optimiser_if_so_asked(tmp_path: Path) -> None:
+    trainer(tmp_path, injected(), max_steps=2, save_only_model=True).train()
+    names = {p.name for p in (tmp_path / "checkpoint-2").iterdir()}
+    assert "model.safetensors" in names
+    assert not names & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+def test_the_callback_answers_every_event_and_nothing_else() -> None:
+    callback = li.AdapterCheckpoint()
+    for event in vars(TrainerCallback):
+        if event.startswith("on_"):
+            assert callable(getattr(callback, event))
+    with pytest.raises(AttributeError, match="once"):
+        _ = callback.once
+    assert pickle.loads(pickle.dumps(callback)).name == "default"
+
+
+def test_plain_trainer_would_have_written_the_whole_model(tmp_path: Path) -> None:
+    """What the callback is for."""
+    settings = {"max_steps": 2, "save_steps": 2, "report_to": "none", "use_cpu": True}
+    args = TrainingArguments(
+        str(tmp_path), **settings, dataloader_pin_memory=False, disable_tqdm=True
+    )
+    model = injected()
+    Trainer(model, args, train_dataset=rows()).train()
+    tensors = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert "model.embed_tokens.weight" in tensors

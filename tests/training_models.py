@@ -1,0 +1,121 @@
+"""What the tests of training share: tiny models and tokenizers, runs of Trainer, and curves."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import lora_inject as li
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+CONFIG = {
+    "rank": 2,
+    "alpha": 4,
+    "dropout": 0.1,
+    "targets": ["q_proj", "v_proj", "down_proj"],
+    "train": [r"model\.norm"],
+}
+
+
+def llama(vocab: int = 17, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    more = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": vocab}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **more, **changes))
+
+
+def injected(config: dict[str, Any] | None = None, **changes: Any) -> LlamaForCausalLM:
+    return li.inject(llama(**changes), config or CONFIG)
+
+
+def rows(n: int = 20, vocab: int = 17) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocab, (n, 6), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+class KilledError(Exception):
+    """What a test stops a run with."""
+
+
+class KillAt(TrainerCallback):
+    """End a run in the middle of a step, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KilledError
+
+
+def trainer(
+    out: Path, model: Any, *callbacks: TrainerCallback, checkpoint: Any = None, **changes: Any
+) -> Trainer:
+    """Trainer as a user sets it up; five steps to an epoch of twenty rows."""
+    settings = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "logging_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        **changes,
+    }
+    data = rows()
+    checkpoint = checkpoint or li.AdapterCheckpoint()
+    return Trainer(
+        model,
+        TrainingArguments(str(out), **settings),
+        train_dataset=data,
+        eval_dataset=data[:4],
+        callbacks=[*callbacks, checkpoint],
+    )
+
+
+def curve(record: Sequence[dict[str, Any]]) -> list[tuple[int, str, float]]:
+    """Every loss that was logged, with its step."""
+    return [(e["step"], k, e[k]) for e in record for k in ("loss", "eval_loss") if k in e]
+
+
+def tokenizer(out: Path) -> Path:
+    """A tokenizer of single characters."""
+    words = ["<end>", "<pad>", "<unk>", *string.printable]
+    inside = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    inside.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inside.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inside, eos_token="<end>", pad_token="<pad>", unk_token="<unk>"
+    )
+    made.save_pretrained(out)
+    return out
+
+
+def llama_folder(out: Path) -> Path:
+    llama(vocab=103, eos_token_id=0, pad_token_id=1, bos_token_id=None).save_pretrained(out)
+    return tokenizer(out)
+
+
+def bert_folder(out: Path) -> Path:
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, num_attention_heads=2, vocab_size=103, pad_token_id=1)
+    BertModel(config).save_pretrained(out)
+    return tokenizer(out)
