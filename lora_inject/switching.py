@@ -8,6 +8,7 @@ Not thread-safe: one selection serves the forwards of one thread.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,10 +55,16 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     for selection in found.selections:
         refuse_merged(selection, "activate")
         selection.check_settled("activate")
-    state = State(active=tuple(weights.items())) if weights else BASE
+    state = _mix(tuple(weights.items()))
     for selection in found.selections:
         selection.replace(state)
     return model
+
+
+@functools.lru_cache(maxsize=256)
+def _mix(active: tuple[tuple[str, float], ...]) -> State:
+    """Return the state of a mix: who switches to and fro makes each once."""
+    return State(active=active) if active else BASE
 
 
 def _weights(which: str | Mapping[str, float] | None) -> dict[str, float]:

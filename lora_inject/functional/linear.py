@@ -219,8 +219,10 @@ def _add(
             inputs, scale = drop_(_own(x2), where), scale / (1 - drop.p)
             kept = packed(where) if drop.p <= KEEP_UP_TO else None
         A = _cast(u.A, dtype)
-        parts = [torch.mm(A, block.t()) for (block,) in _blocks(dtype, inputs)]
-        h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if inputs.dtype == dtype:
+            h = torch.mm(A, inputs.t())
+        else:
+            h = torch.cat([torch.mm(A, x.t()) for (x,) in _blocks(dtype, inputs)], dim=1)
         _add_parts(y2, h, u, scale)
         thin.append(h)
         positions.append(kept)
@@ -233,11 +235,9 @@ def _few_tokens(x: Tensor, updates: Sequence[Factors]) -> bool:
     It is for `n (in + 2 out)` elements against `rank (in + out)`, and rounds less.
     """
     A = updates[0].A
-    return (
-        x.dtype.itemsize == 2
-        and A.dtype == torch.float32
-        and 2 * x.numel() <= x.shape[-1] * A.shape[0]
-    )
+    if A.dtype == x.dtype or x.dtype.itemsize != 2 or A.dtype != torch.float32:
+        return False
+    return 2 * x.numel() <= x.shape[-1] * A.shape[0]
 
 
 def _own(x2: Tensor) -> Tensor:

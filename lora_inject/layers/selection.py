@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_inject.errors import StateError
 from lora_inject.layers.loading import Loading
@@ -42,9 +43,13 @@ def number(adapter: str) -> int:
 
 
 def _as_tensor(pairs: list[tuple[int, float]]) -> Tensor:
-    """Return `(n, 2)`, float64, that may be saved for a backward: no tensor of inference mode."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
+    """Return `(n, 2)`, float64: a plain tensor, whatever mode the caller is in.
+
+    It outlives the mode: a fake tensor would be in the way of later graphs, and one of inference
+    mode could not be saved for a backward.
+    """
+    if torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+        with torch.inference_mode(False), _disable_current_modes():
             return _as_tensor(pairs)
     return torch.tensor(pairs, dtype=torch.float64, device="cpu").view(-1, 2)
 

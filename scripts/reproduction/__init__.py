@@ -1,0 +1,1 @@
+"""The stages of `scripts/reproduce.py`, one file each, and what they share."""

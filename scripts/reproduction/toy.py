@@ -1,0 +1,85 @@
+"""Tiny random models and made-up sentences, for when the real ones are not there.
+
+One idea: every stage must run end to end in seconds, without a download; what comes out means
+nothing. The classes are those of the real models, with fewer and smaller layers.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from pairs import Pair, Split
+from snippets import Snippet
+
+GOOD = ("good", "great", "fine", "funny", "warm", "brilliant")
+BAD = ("bad", "dull", "poor", "weak", "cold", "awful")
+OTHER = ("the", "film", "a", "story", "of", "actor", "plot", "and", "this", "is")
+N_TOKENS = 400
+
+
+class Words:
+    """A tokenizer that knows words only: each is a number that its letters decide."""
+
+    pad_token_id = 0
+    eos_token_id = 1
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        return [2 + sum(map(ord, word)) % (N_TOKENS - 2) for word in text.split()]
+
+    def __call__(self, texts: list[str], max_length: int, **_: Any) -> dict[str, list[list[int]]]:
+        """As tokenizers of transformers do, without padding."""
+        return {"input_ids": [self.encode(text)[:max_length] for text in texts]}
+
+
+def sentences(kind: str, n: int = 400) -> list[Snippet]:
+    """Sentences whose one opinionated word decides the score."""
+    choose = random.Random(kind)  # noqa: S311 - made-up sentences, no secret
+    found = {}
+    for number in range(n):
+        word = choose.choice(GOOD + BAD)
+        text = " ".join([*choose.choices(OTHER, k=5), word, *choose.choices(OTHER, k=3)])
+        found[text] = Snippet(str(number), text, 2.0 if word in GOOD else -2.0)
+    return list(found.values())
+
+
+def pairs(n: int = 60) -> Split:
+    """Pairs of one word in and the same word out, every fourth held out."""
+    made = [Pair("toy", f"f{i}", f"def f{i} x : {OTHER[i % 10]}", OTHER[i % 10]) for i in range(n)]
+    return Split([p for i, p in enumerate(made) if i % 4], made[::4])
+
+
+def encoder() -> tuple[Any, Words]:
+    """A BERT of two layers."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=N_TOKENS,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=64,
+    )
+    return BertModel(config).eval(), Words()
+
+
+def decoder() -> tuple[Any, Words]:
+    """A Llama of three layers with fewer heads for keys than for queries, and a tied head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=N_TOKENS,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval(), Words()

