@@ -77,6 +77,8 @@ def finetune(args: argparse.Namespace, console: Console, main_process: bool) -> 
     n_all = sum(p.numel() for p in model.parameters())
     talk.print(f"{n_trained:,} of {n_all:,} parameters train ({n_trained / n_all:.3%})")
 
+    if main_process and not (args.output / "arguments.json").is_file():
+        arguments.note_down(args)
     checkpoint = launch.last_checkpoint(args) if args.resume else None
     before = measure_before(args, trainer, task, data, checkpoint)
     began, cpu_began = time.perf_counter(), time.process_time()

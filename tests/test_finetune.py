@@ -135,6 +135,17 @@ def test_judging_texts(task: str, metric: str, method: str, place: Path, tmp_pat
     assert all(torch.equal(model.state_dict()[k], t) for k, t in start.items() if "bert." in k)
 
 
+def test_a_refused_run_leaves_nothing_and_can_be_tried_again(place: Path, tmp_path: Path) -> None:
+    import finetune
+
+    bad, output = tmp_path / "bad.txt", tmp_path / "out"
+    bad.write_text("a||b\nno separator\n")
+    words = ["--train", str(bad), "--model", str(place / "llama"), "--output", str(output)]
+    for _ in range(2):
+        assert finetune.main(words) == 1
+        assert not output.exists()
+
+
 def test_a_config_of_yours(place: Path, tmp_path: Path) -> None:
     config = tmp_path / "lora.yaml"
     config.write_text("rank: 3\nalpha: 6\ntargets: [o_proj]\nexpect: {sites: 2}\n")

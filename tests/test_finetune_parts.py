@@ -353,6 +353,8 @@ def test_a_continuation_is_of_the_same_run(tmp_path: Path) -> None:
         args = parsed(*words)
         args.output = tmp_path / "run"
         arguments.check_same(args)
+        if not args.resume:
+            arguments.note_down(args)
 
     check("--lr", "0.1")
     assert json.loads((tmp_path / "run" / "arguments.json").read_text())["lr"] == "0.1"

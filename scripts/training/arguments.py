@@ -19,7 +19,7 @@ from demo_files import DemoError, write_json
 from training.models import NAMED
 from training.sources import BUILT_IN
 
-__all__ = ["Paper", "check_same", "check_sense", "paper", "parse", "warmup_of"]
+__all__ = ["Paper", "check_same", "check_sense", "note_down", "paper", "parse", "warmup_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,17 +185,27 @@ def check_sense(args: argparse.Namespace, world: int) -> None:
         raise DemoError(f"--method {args.method}", "it adapts no layer", "Use --method lora")
 
 
+def _noted(args: argparse.Namespace) -> tuple[Path, dict[str, str]]:
+    """Return where a run says what it is, and what it says there."""
+    now = {k: str(v) for k, v in vars(args).items() if k not in FREE | {"output"}}
+    return args.output / "arguments.json", now
+
+
+def note_down(args: argparse.Namespace) -> None:
+    """Write down what the run is: from here on there is one in the folder."""
+    path, now = _noted(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_json(path, now)
+
+
 def check_same(args: argparse.Namespace) -> None:
-    """Note down what the run is; a continuation must be of the same.
+    """Check that a run in the folder, if there is one, is this one and is to go on.
 
     Raises:
         DemoError: There is another run in the folder, or the same one and no --resume.
     """
-    path = args.output / "arguments.json"
-    now = {k: str(v) for k, v in vars(args).items() if k not in FREE | {"output"}}
+    path, now = _noted(args)
     if not path.is_file():
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
         return
     if not args.resume:
         remedy = "Pass --resume to go on, or choose another --output"
