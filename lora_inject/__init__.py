@@ -1,40 +1,44 @@
 """LoRA adapters on any torch module: inject, train, switch, save, load, merge, exactly.
 
 The verbs are functions on the model, and the model is the only state. Importing this package does
-not import transformers or peft.
+not import transformers or peft, nor any file of its own before a name from it is asked for: the
+commands on checkpoints start without what only models need.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lora_inject.config import Config, Expect, Rule
-from lora_inject.errors import (
-    CheckpointError,
-    ConfigError,
-    FormatError,
-    LayerError,
-    LoraInjectError,
-    MatchError,
-    StateError,
-)
-from lora_inject.merging import MergeReport, merge, unmerge
-from lora_inject.plans import Plan
-from lora_inject.saving import adapter_state, install, load_adapter, save_adapter
-from lora_inject.state import AdapterState, SiteState
-from lora_inject.surgery import (
-    adapter_parameters,
-    adapters,
-    eject,
-    inject,
-    parameter_groups,
-    plan,
-    summary,
-    train_only,
-)
-from lora_inject.swapping import swap_adapter
-from lora_inject.switching import activate, disabled, routed, unreached
-from lora_inject.training import AdapterCheckpoint
 from lora_inject.version import __version__
+
+if TYPE_CHECKING:
+    from lora_inject import analysis as analysis
+    from lora_inject.config import Config, Expect, Rule
+    from lora_inject.errors import (
+        CheckpointError,
+        ConfigError,
+        FormatError,
+        LayerError,
+        LoraInjectError,
+        MatchError,
+        StateError,
+    )
+    from lora_inject.merging import MergeReport, merge, unmerge
+    from lora_inject.plans import Plan
+    from lora_inject.saving import adapter_state, install, load_adapter, save_adapter
+    from lora_inject.state import AdapterState, SiteState
+    from lora_inject.surgery import (
+        adapter_parameters,
+        adapters,
+        eject,
+        inject,
+        parameter_groups,
+        plan,
+        summary,
+        train_only,
+    )
+    from lora_inject.swapping import swap_adapter
+    from lora_inject.switching import activate, disabled, routed, unreached
+    from lora_inject.training import AdapterCheckpoint
 
 __all__ = [
     "AdapterCheckpoint",
@@ -74,12 +78,34 @@ __all__ = [
     "unreached",
 ]
 
-if TYPE_CHECKING:
-    from lora_inject import analysis as analysis
-else:
+_HOMES = {
+    "config": "Config Expect Rule",
+    "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
+    "StateError",
+    "merging": "MergeReport merge unmerge",
+    "plans": "Plan",
+    "saving": "adapter_state install load_adapter save_adapter",
+    "state": "AdapterState SiteState",
+    "surgery": "adapter_parameters adapters eject inject parameter_groups plan summary train_only",
+    "swapping": "swap_adapter",
+    "switching": "activate disabled routed unreached",
+    "training": "AdapterCheckpoint",
+}
+"""File to the public names that it has; the imports above say the same to type checkers."""
 
-    def __getattr__(name: str) -> Any:
-        """Import `lora_inject.analysis` when it is first asked for: training does not need it."""
-        if name == "analysis":
-            return importlib.import_module("lora_inject.analysis")
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the file that a public name comes from when it is first asked for (PEP 562)."""
+    if name == "analysis":
+        return importlib.import_module("lora_inject.analysis")
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lora_inject.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__, "analysis"]

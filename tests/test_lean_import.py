@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_checkpoint_helpers import LLAMA, llama_adapter, llama_tensors, save_checkpoint
 
 import lora_inject
+from lora_inject.formats import write_adapter
 
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
 HEAVY += ("matplotlib",)
@@ -39,38 +41,65 @@ def brought_in(code: str, *argv: str, names: tuple[str, ...] = HEAVY) -> list[st
     return json.loads(done.stderr.splitlines()[-1])
 
 
-MAIN = "from lora_inject.cli import main; main()"
-MODULE = "import runpy; runpy.run_module('lora_inject', run_name='__main__', alter_sys=True)"
+def commands_bring_in(*argv: str, names: tuple[str, ...] = HEAVY) -> list[str]:
+    """Which of `names` a command imports, by the interpreter's own record."""
+    command = [sys.executable, "-X", "importtime", "-m", "lora_inject", *argv]
+    root = str(Path(lora_inject.__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "lora_inject.cli" in imported
+    return [name for name in names if name in imported]
 
 
 @pytest.mark.parametrize(
-    ("code", "argv"),
+    "code",
     [
-        ("import lora_inject", ()),
-        ("import lora_inject.formats, lora_inject.checkpoint", ()),
-        ("import lora_inject; lora_inject.analysis.analyse", ()),
-        (MAIN, ("--help",)),
-        (MODULE, ("--help",)),
-        (MAIN, ("merge", "--help")),
-        (MAIN, ("schema",)),
+        "import lora_inject",
+        "import lora_inject; lora_inject.inject",
+        "import lora_inject.formats, lora_inject.checkpoint",
+        "import lora_inject; lora_inject.analysis.analyse",
     ],
-    ids=["package", "files", "analysis", "script", "module", "help of a command", "schema"],
 )
-def test_nothing_heavy_is_imported(code, argv):
-    assert brought_in(code, *argv) == []
+def test_nothing_heavy_is_imported(code):
+    assert brought_in(code) == []
 
 
-def test_help_does_not_wait_for_the_commands(tmp_path):
-    names = ("lora_inject.checkpoint", "lora_inject.cli.models", "lora_inject.cli.show")
-    assert brought_in(MAIN, "--help", names=names) == []
+@pytest.mark.parametrize("argv", [("--help",), ("merge", "--help"), ("schema",)])
+def test_no_command_imports_anything_heavy(argv):
+    assert commands_bring_in(*argv) == []
 
 
-def test_analysis_waits_until_it_is_asked_for():
-    names = ("lora_inject.analysis", "lora_inject.checkpoint")
+def test_a_merge_imports_neither_transformers_nor_what_only_models_need(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
+    adapter = write_adapter(llama_adapter(tensors), tmp_path / "adapter", format="peft")
+    names = (*HEAVY, "lora_inject.config", "lora_inject.layers", "lora_inject.surgery")
+    argv = ("merge", str(base), str(adapter), "--output", str(tmp_path / "out"))
+    assert commands_bring_in(*argv, names=names) == []
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_help_does_not_wait_for_the_commands():
+    names = ("lora_inject.checkpoint", "lora_inject.cli.models", "lora_inject.cli.show", "torch")
+    assert commands_bring_in("--help", names=names) == []
+
+
+def test_a_public_name_brings_in_its_file_and_not_before():
+    names = ("lora_inject.analysis", "lora_inject.checkpoint", "lora_inject.surgery", "torch")
     assert brought_in("import lora_inject", names=names) == []
-    assert brought_in("import lora_inject; lora_inject.analysis", names=names) == [*names]
+    assert "lora_inject.surgery" in brought_in("import lora_inject; lora_inject.plan", names=names)
+    found = brought_in("import lora_inject; lora_inject.analysis", names=names)
+    assert {"lora_inject.analysis", "lora_inject.checkpoint"} <= {*found}
     with pytest.raises(AttributeError, match="'lora_inject' has no attribute 'nonsense'"):
         lora_inject.nonsense  # noqa: B018
+
+
+def test_every_public_name_has_its_home():
+    for name in lora_inject.__all__:
+        assert getattr(lora_inject, name) is not None, name
+        assert name in dir(lora_inject)
+    code = "from lora_inject import *; assert callable(inject) and callable(swap_adapter)"
+    assert brought_in(code) == []
 
 
 @pytest.mark.parametrize("code", ["import transformers", "from transformers import GPT2Config"])
@@ -81,6 +110,6 @@ def test_the_check_can_fail(code):
 def test_the_check_sees_what_a_command_brings_in(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 1, "n_embd": 12}')
     (tmp_path / "lora.yaml").write_text("{rank: 2, targets: [c_attn]}")
-    found = brought_in(MAIN, "plan", str(tmp_path / "lora.yaml"), str(tmp_path))
+    found = commands_bring_in("plan", str(tmp_path / "lora.yaml"), str(tmp_path))
     assert "transformers" in found
     assert "peft" not in found

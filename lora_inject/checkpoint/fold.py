@@ -1,9 +1,9 @@
 """Computing the rows of an output tensor from the base's rows and the adapters.
 
 One idea: every output row depends on the same row of the base and on small factors only, so a
-tensor of any size is worked through in blocks that stay in the processor's cache, and blocks can
-be dealt to threads. The arithmetic is that of `functional.fold_rows`: float32 (float64 for
-float64), one rounding at the end, however many adapters take part.
+tensor of any size is worked through in blocks of one size, which can be dealt to threads. The
+arithmetic is that of `functional.fold_rows`: float32 (float64 for float64), one rounding at the
+end, however many adapters take part.
 
 What is not here: files being made (`write`).
 """
@@ -21,9 +21,9 @@ from torch import Tensor
 from lora_inject.checkpoint.layout import FLOATS, TensorJob
 from lora_inject.checkpoint.read import RowReader, rows_per_block
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import Term, fold_rows_
+from lora_inject.functional import Delta, Scratch, Tally, Term, fold_rows
 
-__all__ = ["Scratch", "Span", "Sums", "TensorReport", "combine", "fold_span", "spans_of"]
+__all__ = ["Memory", "Span", "TensorReport", "combine", "fold_span", "spans_of"]
 
 SPAN_ELEMENTS = 1 << 24
 """Elements that one thread takes at a time: many blocks, and a small part of a large tensor."""
@@ -99,185 +99,89 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
             yield Span(job, n_cols, start, min(last, start + step), first, terms)
 
 
-@dataclass(frozen=True)
-class _Updates:
-    """The terms of a span, prepared once for all of its blocks.
-
-    Attributes:
-        terms: With factors in the dtype of the arithmetic, as matrices.
-        left: `(rows, rank)`, times the scale, where one term covers the span whole, else None.
-        right: `(rank, cols)`, likewise.
-    """
-
-    terms: tuple[Term, ...]
-    left: Tensor | None
-    right: Tensor | None
-
-    @classmethod
-    def of(cls, span: Span, dtype: torch.dtype) -> _Updates:
-        """Cast the factors, and see whether the delta is one plain product."""
-        terms = tuple(_in_dtype(term, dtype) for term in span.terms)
-        if len(terms) != 1 or len(terms[0].spec.blocks) != 1:
-            return cls(terms, None, None)
-        (term,), block = terms, terms[0].spec.blocks[0]
-        covered = block.rows[0] == 0 and span.stop - span.offset <= block.rows[1]
-        if not covered or block.cols != (0, span.n_cols):
-            return cls(terms, None, None)
-        a, b = term.A[slice(*block.a)], term.B[slice(*block.b)] * (term.spec.scale * term.weight)
-        return cls(terms, a.t(), b.t()) if term.spec.transposed else cls(terms, b, a)
-
-    def delta_(self, out: Tensor, start: int) -> Tensor:
-        """Write the delta of some rows, the first of which is `start` of the terms' matrix."""
-        if self.left is not None and self.right is not None:
-            return torch.mm(self.left[start : start + out.shape[0]], self.right, out=out)
-        out.fill_(-0.0)  # W + -0.0 has the bits of W for every W, 0.0 would change a -0.0
-        fold_rows_(out, start, self.terms)
-        return out
-
-
-def _in_dtype(term: Term, dtype: torch.dtype) -> Term:
-    """Cast the factors once, not for every block, and see them as matrices."""
-    A = term.A.detach().to(dtype).reshape(-1, term.spec.in_features)
-    return replace(term, A=A, B=term.B.detach().to(dtype).reshape(-1, term.spec.rank))
-
-
-@dataclass
-class Sums:
-    """Running sums over the blocks of a span: what rounding left of the delta D.
-
-    Attributes:
-        dd: `<D, D>`.
-        ww: `<W, W>`.
-        rd: `<R, D>`, with R what rounding took away.
-        rr: `<R, R>`.
-        counted: Whether a delta was folded in at all.
-    """
-
-    dd: float = 0.0
-    ww: float = 0.0
-    rd: float = 0.0
-    rr: float = 0.0
-    counted: bool = False
-
-    @property
-    def finite(self) -> bool:
-        """Whether nothing but finite values was counted."""
-        return math.isfinite(self.dd + self.rr)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a, b))
-
-
-class Scratch:
+class Memory:
     """Memory that one thread reuses for every block.
 
     Fresh memory for each block would cost more in page faults than all of the arithmetic.
+
+    Attributes:
+        scratch: Of the arithmetic.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, bytearray] = {}
-        self._views: dict[tuple[str, tuple[int, int], torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.scratch = Scratch()
+        self._output = bytearray()
+        self._views: dict[tuple[tuple[int, int], torch.dtype], Tensor] = {}
 
-    def tensor(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return memory for one purpose as a tensor; what it held before is lost."""
-        return self.both(use, shape, dtype)[0]
-
-    def both(self, use: str, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the same memory as a matrix and as a vector, made once: blocks are many."""
-        key = (use, shape, dtype)
-        if key not in self._views:
-            flat = self._memory(use, shape[0] * shape[1], dtype)
-            self._views[key] = flat.view(shape), flat
-        return self._views[key]
-
-    def _memory(self, use: str, n_elements: int, dtype: torch.dtype) -> Tensor:
+    def output(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Return memory for rows of the output; what it held before is lost."""
+        n_elements = shape[0] * shape[1]
         if n_elements == 0:
-            return torch.empty(0, dtype=dtype)
-        n_bytes = n_elements * dtype.itemsize
-        buffer = self._buffers.get(use)
-        if buffer is None or len(buffer) < n_bytes:
-            self._views = {key: both for key, both in self._views.items() if key[0] != use}
-            buffer = self._buffers[use] = bytearray(n_bytes)
-        return torch.frombuffer(buffer, dtype=dtype, count=n_elements)
+            return torch.empty(shape, dtype=dtype)
+        if len(self._output) < n_elements * dtype.itemsize:
+            self._output, self._views = bytearray(n_elements * dtype.itemsize), {}
+        if (shape, dtype) not in self._views:
+            flat = torch.frombuffer(self._output, dtype=dtype, count=n_elements)
+            self._views[shape, dtype] = flat.view(shape)
+        return self._views[shape, dtype]
 
-    def bytes_of(self, tensor: Tensor) -> memoryview:
-        """Return the bytes of what `tensor("output", ...)` gave out last."""
-        n_bytes = tensor.numel() * tensor.element_size()
-        return memoryview(self._buffers.get("output", b""))[:n_bytes]
+    def bytes_of(self, output: Tensor) -> memoryview:
+        """Return the bytes of what `output` gave out last."""
+        return memoryview(self._output)[: output.numel() * output.element_size()]
 
 
 def fold_span(
-    span: Span, reader: RowReader | None, scratch: Scratch
-) -> Iterator[tuple[int, Tensor, Sums]]:
+    span: Span, reader: RowReader | None, memory: Memory
+) -> Iterator[tuple[int, Tensor, Tally]]:
     """Compute a span block by block.
 
     Args:
         span: The rows.
         reader: Of the base's shard that holds the source; None where there is no source.
-        scratch: This thread's memory.
+        memory: This thread's.
 
     Yields:
-        `(first row, rows, sums)`: rows `(n, n_cols)` in the output's dtype, in the scratch's
-        `output`, valid until the next; the sums so far.
+        `(first row, rows, tally)`: rows `(n, n_cols)` in the output's dtype, in the memory's
+        `output`, valid until the next; what was counted so far.
 
     Raises:
         CheckpointError: A value is not finite.
     """
     job, step = span.job, rows_per_block(span.n_cols)
     wide = torch.float64 if job.source is not None and job.source.dtype == "F64" else torch.float32
-    updates = _Updates.of(span, wide)
-    sums = Sums()
+    delta, tally = Delta(span.terms, wide), Tally()
     scales = _read_scales(job)
     factors = None
     if job.magnitude is not None:
-        factors = _factors(span, reader, updates.terms, scratch, scales)
+        factors = _factors(span, reader, delta, wide, scales)
     for start in range(span.start, span.stop, step):
         stop = min(span.stop, start + step)
         rows = _base_rows(span, reader, start, stop, scales)
         if job.trained or job.added:
             rows = _with_vectors(job, rows, span.n_cols, start, stop)
-        shape = (stop - start, span.n_cols)
-        merged = scratch.tensor("output", shape, FLOATS[job.dtype])
-        if span.terms:
-            _fold_block(rows, start - span.offset, updates, merged, scratch, sums, factors)
+        merged = memory.output((stop - start, span.n_cols), FLOATS[job.dtype])
+        if factors is not None:
+            _fold_scaled(rows, start - span.offset, delta, factors, tally, merged)
+        elif span.terms:
+            fold_rows(rows, start - span.offset, delta, None, tally, memory.scratch, merged)
         else:
             merged.copy_(rows)
         for indices, values in job.rows:
             for at, index in enumerate(indices):
                 if start <= index < stop:
                     merged[index - start] = values[at].detach().to(merged.dtype)
-        if not (sums.finite if span.terms else _kept_finite(rows, merged)):
+        if not (tally.finite if span.terms else _kept_finite(rows, merged)):
             _check_finite(job, rows, merged)
-        yield start, merged, sums
+        yield start, merged, tally
 
 
-def _fold_block(
-    rows: Tensor,
-    start: int,
-    updates: _Updates,
-    merged: Tensor,
-    scratch: Scratch,
-    sums: Sums,
-    factors: _Factors | None,
+def _fold_scaled(
+    rows: Tensor, start: int, delta: Delta, factors: _Factors, tally: Tally, merged: Tensor
 ) -> None:
-    """Add the delta, round and count, in two float32 buffers: all of it stays in the cache."""
-    shape, wide = (rows.shape[0], rows.shape[1]), updates.terms[0].A.dtype
-    total, flat = scratch.both("total", shape, wide)
-    delta, flat_delta = scratch.both("delta", shape, wide)
-    total.copy_(rows)
-    sums.ww += _dot(flat, flat)
-    updates.delta_(delta, start)
-    total.add_(delta)
-    if factors is not None:
-        factors.apply_(total, start)
-        torch.sub(total, rows, out=delta)
-    sums.dd += _dot(flat_delta, flat_delta)
-    merged.copy_(total)
-    total.sub_(merged)  # what rounding took away
-    sums.rr += _dot(flat, flat)
-    sums.rd += _dot(flat, flat_delta)
-    sums.counted = True
+    """Fold rows of a DoRA weight: `m (W + D) / |W + D|`."""
+    before = rows.to(factors.magnitude.dtype)
+    wanted = factors.apply_(delta.add_(before.clone(), start), start)
+    tally.add(before, wanted, merged.copy_(wanted))
 
 
 @dataclass(frozen=True)
@@ -293,24 +197,22 @@ class _Factors:
     magnitude: Tensor
     norms: Tensor | None
 
-    def apply_(self, total: Tensor, start: int) -> None:
+    def apply_(self, total: Tensor, start: int) -> Tensor:
         if self.norms is not None:
-            total.mul_(self.magnitude / self.norms)
-        else:
-            magnitude = self.magnitude[start : start + total.shape[0]]
-            total.mul_((magnitude / torch.linalg.vector_norm(total, dim=1)).unsqueeze(1))
+            return total.mul_(self.magnitude / self.norms)
+        magnitude = self.magnitude[start : start + total.shape[0]]
+        return total.mul_((magnitude / torch.linalg.vector_norm(total, dim=1)).unsqueeze(1))
 
 
 def _factors(
     span: Span,
     reader: RowReader | None,
-    terms: tuple[Term, ...],
-    scratch: Scratch,
+    delta: Delta,
+    wide: torch.dtype,
     scales: Tensor | None,
 ) -> _Factors:
     """Prepare DoRA's factors; for outputs that are columns this reads the tensor once more."""
     assert span.job.magnitude is not None
-    wide = terms[0].A.dtype
     magnitude = span.job.magnitude.detach().to(wide).flatten()
     if not span.job.transposed:
         return _Factors(magnitude, None)
@@ -318,8 +220,7 @@ def _factors(
     step = rows_per_block(span.n_cols)
     for start in range(span.start, span.stop, step):
         rows = _base_rows(span, reader, start, min(span.stop, start + step), scales)
-        total = scratch.tensor("total", (rows.shape[0], span.n_cols), wide).copy_(rows)
-        fold_rows_(total, start - span.offset, terms)
+        total = delta.add_(rows.to(wide, copy=True), start - span.offset)
         squares += total.square().sum(dim=0, dtype=torch.float64)
     return _Factors(magnitude, squares.sqrt().to(wide))
 
@@ -394,17 +295,17 @@ def _check_finite(job: TensorJob, rows: Tensor, merged: Tensor) -> None:
     )
 
 
-def combine(job: TensorJob, of_spans: Sequence[Sums]) -> TensorReport:
-    """Sum the sums of a tensor's spans, in their order, into its report."""
+def combine(job: TensorJob, of_spans: Sequence[Tally]) -> TensorReport:
+    """Sum what was counted in a tensor's spans, in their order, into its report."""
     report = TensorReport(job.name, job.action, job.dtype, job.shape, job.sites)
-    if not any(sums.counted for sums in of_spans):
+    tally = sum(of_spans, Tally())
+    if not tally.counted:
         return report
-    dd, ww, rd, rr = (sum(getattr(s, name) for s in of_spans) for name in ("dd", "ww", "rd", "rr"))
     return replace(
         report,
-        relative=_finite(math.sqrt(dd / ww)) if ww else None,
-        kept=_finite(1 - rd / dd) if dd else 1.0,
-        error=_finite(math.sqrt(rr / dd)) if dd else 0.0,
+        relative=_finite(tally.delta_norm / tally.weight_norm) if tally.weight_norm else None,
+        kept=_finite(tally.kept),
+        error=_finite(tally.error),
     )
 
 

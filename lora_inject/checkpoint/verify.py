@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.disk import open_read, read_at
-from lora_inject.checkpoint.fold import Scratch, fold_span, spans_of
+from lora_inject.checkpoint.fold import Memory, fold_span, spans_of
 from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
 from lora_inject.checkpoint.layout import Copy, OutputShard, TensorJob
 from lora_inject.checkpoint.options import MergeOptions
@@ -228,10 +228,10 @@ class _Check:
         source = None
         if job.source_shard is not None:
             source = RowReader(self.plan.base.shards[job.source_shard].path)
-        far, near, scratch = 0, 0, Scratch()
+        far, near, memory = 0, 0, Memory()
         try:
             for span in spans_of(job):
-                for start, rows, _ in fold_span(span, source, scratch):
+                for start, rows, _ in fold_span(span, source, memory):
                     found = output.rows(entry, span.n_cols, start, start + rows.shape[0])
                     apart, off = _compare(found, rows)
                     near, far = near + apart, far + off

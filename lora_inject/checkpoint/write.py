@@ -31,9 +31,8 @@ from lora_inject.checkpoint.disk import (
     write_at,
 )
 from lora_inject.checkpoint.fold import (
-    Scratch,
+    Memory,
     Span,
-    Sums,
     TensorReport,
     combine,
     fold_span,
@@ -44,6 +43,7 @@ from lora_inject.checkpoint.layout import Copy, OutputShard
 from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.safetensors_file import read_header
 from lora_inject.errors import CheckpointError
+from lora_inject.functional import Tally
 
 __all__ = ["Timing", "check_unchanged", "one_thread_each", "write_shard"]
 
@@ -181,13 +181,13 @@ def _prepare(output: _Output) -> tuple[Copy, ...]:
 def _run(output: _Output, copies: Sequence[Copy], workers: int) -> list[TensorReport]:
     """Deal copies and spans to threads; stop all of them at the first failure or Ctrl-C."""
     spans = [list(spans_of(job)) for job in output.shard.jobs]
-    sums: list[list[Sums]] = [[Sums() for _ in of_job] for of_job in spans]
+    tallies = [[Tally() for _ in of_job] for of_job in spans]
     pool = ThreadPoolExecutor(workers, thread_name_prefix="merge")
     futures: list[Future[None]] = []
     try:
         for i, of_job in enumerate(spans):
             for k, span in enumerate(of_job):
-                futures.append(pool.submit(_fold, output, span, sums[i], k))
+                futures.append(pool.submit(_fold, output, span, tallies[i], k))
         futures.extend(pool.submit(_copy, output, piece) for piece in _cut(copies))
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
@@ -195,7 +195,7 @@ def _run(output: _Output, copies: Sequence[Copy], workers: int) -> list[TensorRe
     finally:
         output.stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-    return [combine(job, of_job) for job, of_job in zip(output.shard.jobs, sums, strict=True)]
+    return [combine(job, of_job) for job, of_job in zip(output.shard.jobs, tallies, strict=True)]
 
 
 def _cut(copies: Sequence[Copy]) -> Iterator[Copy]:
@@ -217,22 +217,22 @@ def _copy(output: _Output, copy: Copy) -> None:
     copy_range(source, output.fd, copy.source_start, copy.target_start, copy.n_bytes, counted)
 
 
-def _fold(output: _Output, span: Span, sums: list[Sums], k: int) -> None:
+def _fold(output: _Output, span: Span, tallies: list[Tally], k: int) -> None:
     job = span.job
     reader = None if job.source_shard is None else output.reader(job.source_shard)
     begin = output.shard.header.tensors[job.name].start
-    scratch: Scratch = output.local.__dict__.setdefault("scratch", Scratch())
+    memory: Memory = output.local.__dict__.setdefault("memory", Memory())
     untold = 0
-    for start, rows, so_far in fold_span(span, reader, scratch):
+    for start, rows, so_far in fold_span(span, reader, memory):
         if output.stop.is_set():
             return
-        data = scratch.bytes_of(rows)
+        data = memory.bytes_of(rows)
         write_at(output.fd, data, begin + start * span.row_bytes)
         untold += len(data)
         if untold >= TOLD_BYTES:
             output.counted(untold)
             untold = 0
-        sums[k] = so_far
+        tallies[k] = so_far
     output.counted(untold)
     output.release()
 

@@ -8,10 +8,13 @@ What is not here: any command.
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -98,4 +101,19 @@ def read_options(path: Path, prefer: str | None, allow: Sequence[str] | None) ->
 
 def main() -> None:
     """Run the command line and exit."""
-    app(prog_name="lora-inject")
+    # Importing torch makes millions of objects that live on: collecting on the way costs 0.1 s.
+    gc.set_threshold(100_000)
+    try:
+        app(prog_name="lora-inject")
+    except SystemExit as left:
+        _leave(left.code if isinstance(left.code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without taking torch apart object by object, which costs 0.3 s for every command."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:  # whoever read our output is gone
+        code = code or 1
+    os._exit(code)

@@ -145,9 +145,11 @@ class Tally:
 
     Attributes:
         finite: Whether every merged value is finite.
+        counted: Whether any delta was.
     """
 
     finite: bool = True
+    counted: bool = False
     _dd: float = field(default=0.0, repr=False)
     _ww: float = field(default=0.0, repr=False)
     _rd: float = field(default=0.0, repr=False)
@@ -189,7 +191,20 @@ class Tally:
         self._rr += rr
         self._rd += rd
         self._dd += dd
+        self.counted = True
         self.finite = self.finite and math.isfinite(rr)
+
+    def __add__(self, other: Tally) -> Tally:
+        """Return what was counted in either: other rows of the same tensor."""
+        return Tally(
+            self.finite and other.finite,
+            self.counted or other.counted,
+            self._dd + other._dd,
+            self._ww + other._ww,
+            self._rd + other._rd,
+            self._rr + other._rr,
+            max(self._eps, other._eps),
+        )
 
     @property
     def delta_norm(self) -> float:
@@ -231,17 +246,25 @@ class Scratch:
     """Buffers that a pass over many blocks of rows uses again, so that it allocates nothing."""
 
     def __init__(self) -> None:
+        self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._buffers: dict[tuple[torch.Size, torch.dtype, torch.device], _Buffers] = {}
 
     def like(self, rows: Tensor, dtype: torch.dtype) -> _Buffers:
-        """Return uninitialised buffers of the shape of `rows`, the same ones each time."""
+        """Return uninitialised buffers of the shape of `rows`, in the same memory each time."""
         key = (rows.shape, dtype, rows.device)
         found = self._buffers.get(key)
         if found is None:
-            room = torch.empty(3, *rows.shape, dtype=dtype, device=rows.device)
+            room = self._room(3 * rows.numel(), dtype, rows.device).view(3, *rows.shape)
             both = room[:2].view(2, -1)
             found = self._buffers[key] = _Buffers(room[0], room[1], room[2], both, both.t())
         return found
+
+    def _room(self, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        room = self._rooms.get((dtype, device))
+        if room is None or room.numel() < n_elements:
+            self._buffers.clear()  # they would keep the smaller room
+            room = self._rooms[dtype, device] = torch.empty(n_elements, dtype=dtype, device=device)
+        return room[:n_elements]
 
 
 def fold_rows(
