@@ -189,9 +189,9 @@ def bench(arguments: argparse.Namespace, size: float) -> tuple[str, Rows]:
     for _ in range(arguments.rounds):
         for name, command in ways.items():
             shutil.rmtree(folder / "out", ignore_errors=True)
-            touch(folder / "touched", int(made["bytes"]))
-            warm(folder / "base")
             os.sync()  # what the one before left to write is not charged to the next
+            warm(folder / "base")
+            touch(folder / "touched", int(made["bytes"]))
             rows[name].append(timed(command))
     shutil.rmtree(folder)
     heading = f"{made['bytes'] / 1e9:.2f} GB of bfloat16 in {SHARDS} shards, {made['sites']} sites"
