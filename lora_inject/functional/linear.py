@@ -38,6 +38,8 @@ __all__ = ["add_updates", "differentiate_again", "linear"]
 
 # Elements of one float32 block: half a MiB, which a core's own cache holds beside the factors.
 BLOCK = 2**17
+# Tokens of a decoding step, up to which views cost more than another order of the products saves.
+FEW = 8
 
 
 def linear(
@@ -71,9 +73,15 @@ def linear(
     """
     if needs_plain_operations():
         return add_updates(_base(x, weight, bias, transposed), x, updates, float32=float32)
+    grad = torch.is_grad_enabled()
+    if not grad and len(updates) == 1 and x.is_contiguous() and _is_decoding(x, u := updates[0]):
+        y = _base(x, weight, bias, transposed)
+        if y.dtype == x.dtype:  # autocast makes another of it
+            _add_decoded(y, x, u)
+            return y
     float32 = float32 or _few_tokens(x, updates)
     drops = [draw_seed(u.dropout) if u.dropout else None for u in updates]
-    if torch.is_grad_enabled():
+    if grad:
         tensors = [t for u in updates for t in (u.A, u.B)]
         if any(t is not None and t.requires_grad for t in (x, weight, bias, *tensors)):
             how = _How(transposed, float32, [(u.scale, u.spans) for u in updates], drops)
@@ -210,8 +218,13 @@ def _add(
     y2 = y if y.dim() == 2 else y.view(-1, y.shape[-1])
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     dtype = _compute_dtype(y.dtype, float32)
-    thin, positions = [], []
+    thin: list[Tensor] = []
+    positions: list[Tensor | None] = []
     for u, drop in zip(updates, drops, strict=True):
+        if drop is None and y2.dtype == x2.dtype and _is_decoding(x2, u):
+            thin.append(_add_decoded(y2, x2, u).t())
+            positions.append(None)
+            continue
         kept, scale = None, u.scale
         inputs = x2
         if drop is not None:
@@ -229,15 +242,44 @@ def _add(
     return thin, positions
 
 
+def _is_decoding(x: Tensor, u: Factors) -> bool:
+    """Whether time is in the number of operations: a token or a few, and one plain update."""
+    if x.numel() > FEW * x.shape[-1] or u.spans is not None or u.dropout:
+        return False
+    dtype = u.A.dtype
+    return 2 < dtype.itemsize >= x.dtype.itemsize and dtype == u.B.dtype
+
+
+def _add_decoded(y: Tensor, x: Tensor, u: Factors) -> Tensor:
+    """Add an update to a y of few tokens in place, in the dtype of its factors.
+
+    Args:
+        y: `(..., out)`.
+        x: `(..., in)`, a matrix or contiguous: else torch would choose its product by
+            `A.requires_grad`, and an adapter would give other bits after loading.
+        u: The update.
+
+    Returns:
+        `x A^T`, `(..., rank)`.
+    """
+    h = F.linear(_cast(x, u.A.dtype), u.A)
+    if y.dtype == h.dtype:
+        y.add_(F.linear(h, u.B), alpha=u.scale)
+    else:
+        y.copy_(torch.add(y, F.linear(h, u.B), alpha=u.scale))
+    return h
+
+
 def _few_tokens(x: Tensor, updates: Sequence[Factors]) -> bool:
     """Whether casting x and y to float32 is cheaper than casting A and B to 16 bits.
 
-    It is for `n (in + 2 out)` elements against `rank (in + out)`, and rounds less.
+    It is for `n (in + 2 out)` elements against `rank (in + out)`, and rounds less; for `FEW` tokens
+    it takes the fewest operations.
     """
     A = updates[0].A
     if A.dtype == x.dtype or x.dtype.itemsize != 2 or A.dtype != torch.float32:
         return False
-    return 2 * x.numel() <= x.shape[-1] * A.shape[0]
+    return 2 * x.numel() <= x.shape[-1] * max(A.shape[0], 2 * FEW)
 
 
 def _own(x2: Tensor) -> Tensor:

@@ -69,8 +69,12 @@ class LoRALinear(ForwardMount):
         updates = self._lora_updates(state)
         if not updates:
             return super().forward(*args, **kwargs)
-        if self._lora_stock and type(self._parameters["weight"]) is nn.Parameter:
-            weight, bias = self.weight, self.bias
+        held = self._parameters
+        if self._lora_stock and type(held["weight"]) is nn.Parameter:
+            if self._lora_reads or "bias" not in held:
+                weight, bias = self.weight, self.bias
+            else:  # without nn.Module's slow look-up
+                weight, bias = held["weight"], held["bias"]
             return linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
         return add_updates(super().forward(*args, **kwargs), x, updates, float32=float32)
 

@@ -88,6 +88,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "pvt": {"image_size": 64},
     "pvt_v2": {"image_size": 64},
+    "segformer": {"image_size": 64},
     "qwen3_asr": {"audio_config.n_window_infer": 100},
     "qwen3_omni_moe_thinker": {"audio_config.n_window_infer": 100, "vision_start_token_id": 98},
     "textnet": {"hidden_sizes": [16, 16, 32, 32, 32], "stem_out_channels": 16},
