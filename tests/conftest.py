@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_inject as li
+from lora_inject.cli import app
 
 RANK, ALPHA = 2, 3.0
 SCALE = 1.5  # alpha / rank, by hand
@@ -423,3 +424,29 @@ def refusal(run: Callable[[], Any], *classes: type[Exception]) -> Exception | No
     except classes as raised:
         return raised
     return None
+
+
+# The command line ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run a command in the test's own process."""
+
+    def run(*args: object) -> Ran:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            app([str(arg) for arg in args], prog_name="lora-inject")
+        assert left.value.code is None or isinstance(left.value.code, int)
+        return Ran(left.value.code or 0, *capsys.readouterr())
+
+    return run

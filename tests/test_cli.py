@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,27 +37,6 @@ targets:
 """
 TINY = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 8, "vocab_size": 40}
 TINY |= {"bos_token_id": 0, "eos_token_id": 0}
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command left: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., Ran]:
-    def run(*args: object) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            app([str(arg) for arg in args], prog_name="lora-inject")
-        assert left.value.code is None or isinstance(left.value.code, int)
-        return Ran(left.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 def write_config(folder: Path, text: str = CONFIG) -> Path:

@@ -11,8 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,30 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora_inject as li
-from lora_inject.cli import app
 
 SHAPES = {f"h.{i}.{leaf}.weight": shape for i in range(3)
           for leaf, shape in (("q_proj", (8, 8)), ("up", (12, 8)))}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command left: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., Ran]:
-    def run(*args: object) -> Ran:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
-            app([str(arg) for arg in args], prog_name="lora-inject")
-        return Ran(int(left.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 class Layer(torch.nn.Module):

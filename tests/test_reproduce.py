@@ -499,7 +499,7 @@ def test_another_archive_is_an_error(tmp_path):
 
 
 def test_weights_that_are_not_there_are_named(monkeypatch):
-    monkeypatch.setattr(minilm.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(demo_files.DemoError, match=re.escape(minilm.PACKAGE)):
         minilm.find()
     assert not labs.weights_present()
@@ -509,7 +509,7 @@ def test_other_weights_are_an_error(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"another")
     origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(minilm.importlib.util, "find_spec", lambda _: origin)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: origin)
     with pytest.raises(demo_files.DemoError, match="SHA-256"):
         minilm.find()
 
