@@ -134,7 +134,7 @@ def test_missing_extra_and_misshapen_tensors_of_ours(
 
 def test_metadata_of_a_newer_version_is_refused(ours: Path) -> None:
     edit_header(
-        ours / MODEL, lambda h: h["__metadata__"].update({"lora_inject.format_version": "2"})
+        ours / MODEL, lambda h: h["__metadata__"].update({"lora_inject.format_version": "3"})
     )
     with pytest.raises(FormatError, match="newer"):
         read_adapter(ours)
@@ -174,7 +174,7 @@ def test_edited_metadata_is_an_error_or_the_same_adapter(ours: Path) -> None:
     n_errors = 0
     for _ in range(1000):
         part = chooser.choice(
-            [f"lora_inject.{p}" for p in ("sites", "trained", "fingerprint", "config")]
+            [f"lora_inject.{p}" for p in ("kinds", "sites", "trained", "fingerprint", "config")]
         )
         root = [json.loads(metadata[part])]
         node, key = chooser.choice(spots(root))
@@ -188,6 +188,56 @@ def test_edited_metadata_is_an_error_or_the_same_adapter(ours: Path) -> None:
             n_errors += 1
         edit_header(ours / MODEL, lambda h: h["__metadata__"].update(metadata))
     assert n_errors > 500
+
+
+def _point_past_the_end(kinds: list[Any], sites: list[Any]) -> None:
+    sites[0][2] = len(kinds)
+
+
+def _point_before_the_start(kinds: list[Any], sites: list[Any]) -> None:
+    del kinds
+    sites[0][2] = -1
+
+
+def _truth_for_a_number(kinds: list[Any], sites: list[Any]) -> None:
+    del kinds
+    sites[0][2] = False
+
+
+def _twice(kinds: list[Any], sites: list[Any]) -> None:
+    del kinds
+    sites.append(sites[0])
+
+
+def _unused(kinds: list[Any], sites: list[Any]) -> None:
+    del sites
+    kinds.append(kinds[0])
+
+
+def _a_name_too_many(kinds: list[Any], sites: list[Any]) -> None:
+    del sites
+    kinds[0]["name"] = "other"
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (_point_past_the_end, "there is no kind"),
+        (_point_before_the_start, "there is no kind -1"),
+        (_truth_for_a_number, "it is not .name, weight, kind."),
+        (_twice, "its name is there twice"),
+        (_unused, "a kind of sites that no site has"),
+        (_a_name_too_many, "fields .'name'. are unknown or missing"),
+    ],
+)
+def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> None:
+    metadata = read_header(ours / MODEL)[1]
+    kinds, sites = (json.loads(metadata[f"lora_inject.{part}"]) for part in ("kinds", "sites"))
+    edit(kinds, sites)
+    words = {"lora_inject.kinds": json.dumps(kinds), "lora_inject.sites": json.dumps(sites)}
+    edit_header(ours / MODEL, lambda h: h["__metadata__"].update(words))
+    with pytest.raises(FormatError, match=found):
+        read_adapter(ours)
 
 
 # Damage -----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from test_formats_support import (
 
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.formats.metadata import describe
 from lora_inject.formats.tensors import read_header
 from lora_inject.sites import SiteSpec, Slices
 from lora_inject.state import AdapterState, Fingerprint
@@ -255,7 +256,7 @@ def test_peft_keys_dtypes_and_config(tmp_path: Path) -> None:
     assert config.keys() <= PEFT_0_12
     metadata = read_header(path / MODEL)[1]
     assert metadata["format"] == "pt"
-    assert metadata["lora_inject.format_version"] == "1"
+    assert metadata["lora_inject.format_version"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -337,3 +338,35 @@ def test_tensors_do_not_keep_the_file_mapped(tmp_path: Path) -> None:
         file.seek(size - 200)
         file.write(b"\xff" * 200)
     assert torch.equal(state.sites["h.0.fc"].A, before)
+
+
+# Format version 1 -------------------------------------------------------------------------------
+
+OLD = Path(__file__).parent / "fixtures" / "format1"
+
+
+@pytest.mark.parametrize("path", ["native.safetensors", "peft"])
+def test_files_of_format_version_1_are_read(path: str, tmp_path: Path) -> None:
+    """Written by this package before a header stated sites alike once, and not touched since."""
+    state = read_adapter(OLD / path)
+    specs = {name: site.spec for name, site in state.sites.items()}
+    assert [*specs] == ["tok", "h.0.qkv", "h.0.up", "h.1.qkv", "h.1.up"]
+    assert [spec.rank for spec in specs.values()] == [2, 2, 1, 2, 1]
+    assert [spec.alpha for spec in specs.values()] == [5, 3, 3, 3, 3]
+    assert (specs["h.0.up"].scaling, specs["h.0.up"].dropout) == ("rslora", 0.1)
+    assert specs["h.1.qkv"].slices is not None
+    assert specs["h.1.qkv"].slices.adapt == ("q", "v")
+    assert [*state.trained] == [f"h.{i}.norm.{name}" for i in (0, 1) for name in ("weight", "bias")]
+    again = read_adapter(write_adapter(state, tmp_path / "new.safetensors", format="native"))
+    assert [site.spec for site in again.sites.values()] == [*specs.values()]
+    assert again.fingerprint == state.fingerprint
+    for name, site in state.sites.items():
+        assert torch.equal(again.sites[name].A, site.A)
+        assert torch.equal(again.sites[name].B, site.B)
+
+
+def test_sites_alike_are_stated_once() -> None:
+    state = read_adapter(OLD / "native.safetensors")
+    words = describe(state, "native")
+    assert len(json.loads(words["lora_inject.kinds"])) == 3
+    assert [kind for *_, kind in json.loads(words["lora_inject.sites"])] == [0, 1, 2, 1, 2]

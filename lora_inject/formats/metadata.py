@@ -24,7 +24,8 @@ from lora_inject.version import __version__
 
 __all__ = ["FORMAT_VERSION", "Described", "describe", "is_native", "parse"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = ("1", "2")
 _PREFIX = "lora_inject."
 _VERSION = _PREFIX + "format_version"
 _LAYOUT = _PREFIX + "layout"
@@ -66,14 +67,7 @@ def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> 
     Raises:
         FormatError: The config is not plain data.
     """
-    sites = [
-        {
-            **_spec_to_plain(site.spec),
-            "derived": site.A0 is not None,
-            "turned": name in turned,
-        }
-        for name, site in state.sites.items()
-    ]
+    kinds, sites = _sites_to_plain(state, turned)
     return {
         "format": "pt",
         _VERSION: str(FORMAT_VERSION),
@@ -81,6 +75,7 @@ def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> 
         _LAYOUT: layout,
         _PREFIX + "config": _to_json(state.config),
         _PREFIX + "fingerprint": _to_json(_fingerprint_to_plain(state.fingerprint)),
+        _PREFIX + "kinds": _to_json(kinds),
         _PREFIX + "sites": _to_json(sites),
         _PREFIX + "trained": _to_json(list(state.trained)),
     }
@@ -110,18 +105,22 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
         FormatError: It is of a newer format version, incomplete, or holds impossible values.
     """
     version = metadata[_VERSION]
-    if version != str(FORMAT_VERSION):
+    if version not in _READABLE:
+        known = " and ".join(_READABLE)
         raise FormatError(
             asked,
-            f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}",
+            f"its format version is '{version[:20]}', and this package reads {known}",
             "Install a newer lora-inject",
         )
     parts = {}
-    for part in _PARTS:
+    for part in _PARTS if version == "1" else (*_PARTS, "kinds"):
         if _PREFIX + part not in metadata:
             raise FormatError(asked, f"its metadata lacks '{_PREFIX}{part}'", _EDITED)
         parts[part] = parse_json(metadata[_PREFIX + part], f"{asked}, metadata '{_PREFIX}{part}'")
-    specs, flags = _parse_sites(parts["sites"], asked)
+    kinds, sites = parts.get("kinds"), parts["sites"]
+    if version == "1":
+        kinds, sites = _kinds_of(sites, asked)
+    specs, flags = _parse_sites(kinds, sites, asked)
     return Described(
         specs=specs,
         derived=flags["derived"],
@@ -159,43 +158,94 @@ _FIELDS = frozenset(
 
 
 _FLAGS = frozenset({"derived", "turned"})
-_ALL = _FIELDS | _FLAGS
+_NAMES = frozenset({"name", "weight"})
+_OF_KIND = (_FIELDS | _FLAGS) - _NAMES
+
+
+def _sites_to_plain(
+    state: AdapterState, turned: Collection[str]
+) -> tuple[list[dict[str, Any]], list[tuple[str, str, int]]]:
+    """Return what sites have in common but for their names, stated once, and who has which.
+
+    An adapter of thousands of sites has a handful of kinds: its header stays short.
+    """
+    kinds: dict[str, int] = {}
+    plain: list[dict[str, Any]] = []
+    sites = []
+    for name, site in state.sites.items():
+        fields = _spec_to_plain(site.spec)
+        fields |= {"derived": site.A0 is not None, "turned": name in turned}
+        number = kinds.setdefault(repr(fields), len(kinds))
+        if number == len(plain):
+            plain.append(fields)
+        sites.append((site.spec.name, site.spec.weight, number))
+    return plain, sites
 
 
 def _spec_to_plain(spec: SiteSpec) -> dict[str, Any]:
-    plain = {name: getattr(spec, name) for name in sorted(_FIELDS)}
+    plain = {name: getattr(spec, name) for name in sorted(_FIELDS - _NAMES)}
     if spec.slices is not None:
         plain["slices"] = {"sizes": spec.slices.sizes, "adapt": spec.slices.adapt}
     return plain
 
 
-def _parse_sites(plain: Any, asked: str) -> tuple[dict[str, SiteSpec], dict[str, frozenset[str]]]:
+def _kinds_of(plain: Any, asked: str) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+    """Turn the sites of format version 1, each with all of its fields, into those of version 2."""
     _require(isinstance(plain, list), asked, "its list of sites is not a list")
-    specs: dict[str, SiteSpec] = {}
-    flagged: dict[str, set[str]] = {flag: set() for flag in _FLAGS}
-    alike: dict[str, SiteSpec] = {}  # by all fields but the names: checked and made once
+    kinds: dict[str, int] = {}
+    tables: list[dict[str, Any]] = []
+    sites = []
     for number, fields in enumerate(plain):
         _require(isinstance(fields, dict), f"{asked}, site {number}", "it is not a table")
-        name = fields.get("name")
-        where = _Where(asked, name)
-        good = isinstance(name, str) and name not in specs
-        _require(good, where, "its name is missing, or there twice")
-        if fields.keys() != _ALL:
-            wrong = sorted(fields.keys() ^ _ALL)
-            raise FormatError(str(where), f"fields {wrong[:3]} are unknown or missing", _EDITED)
-        for flag, names in flagged.items():
-            value = fields.pop(flag)
-            _require(isinstance(value, bool), where, f"'{flag}' is not true or false")
-            if value:
-                names.add(name)
-        del fields["name"]
-        weight = fields.pop("weight")
-        _require(isinstance(weight, str), where, "'weight' is not text")
-        key = _key(fields, where)
-        if key not in alike:
-            alike[key] = _parse_spec({**fields, "name": name, "weight": weight}, where)
-        specs[name] = alike[key].at(name, weight)
-    return specs, {flag: frozenset(names) for flag, names in flagged.items()}
+        where = _Where(asked, fields.get("name", number))
+        _require("name" in fields and "weight" in fields, where, "its name or weight is missing")
+        name, weight = fields.pop("name"), fields.pop("weight")
+        kind = kinds.setdefault(_key(fields, where), len(kinds))
+        if kind == len(tables):
+            tables.append(fields)
+        sites.append([name, weight, kind])
+    return tables, sites
+
+
+def _parse_sites(
+    kinds: Any, sites: Any, asked: str
+) -> tuple[dict[str, SiteSpec], dict[str, frozenset[str]]]:
+    _require(isinstance(kinds, list), asked, "its list of kinds of sites is not a list")
+    _require(isinstance(sites, list), asked, "its list of sites is not a list")
+    specs: dict[str, SiteSpec] = {}
+    models: dict[int, SiteSpec] = {}  # of each kind: checked and made once
+    members: dict[int, list[str]] = {}
+    for number, site in enumerate(sites):
+        good = isinstance(site, list) and [*map(type, site)] == [str, str, int]
+        _require(good, f"{asked}, site {number}", "it is not [name, weight, kind]")
+        name, weight, kind = site
+        if name in specs:
+            raise FormatError(str(_Where(asked, name)), "its name is there twice", _EDITED)
+        if kind not in models:
+            models[kind] = _parse_kind(kinds, kind, name, weight, _Where(asked, name))
+        specs[name] = models[kind].at(name, weight)
+        members.setdefault(kind, []).append(name)
+    _require(len(models) == len(kinds), asked, "it states a kind of sites that no site has")
+    return specs, {
+        flag: frozenset(
+            name for kind, names in members.items() if kinds[kind][flag] for name in names
+        )
+        for flag in _FLAGS
+    }
+
+
+def _parse_kind(kinds: list[Any], kind: int, name: str, weight: str, where: _Where) -> SiteSpec:
+    """One kind of sites, as the first of them."""
+    _require(0 <= kind < len(kinds), where, f"there is no kind {kind}")
+    fields = kinds[kind]
+    _require(isinstance(fields, dict), where, "its kind is not a table")
+    if fields.keys() != _OF_KIND:
+        wrong = sorted(fields.keys() ^ _OF_KIND)
+        raise FormatError(str(where), f"fields {wrong[:3]} are unknown or missing", _EDITED)
+    for flag in _FLAGS:
+        _require(isinstance(fields[flag], bool), where, f"'{flag}' is not true or false")
+    values = {key: value for key, value in fields.items() if key not in _FLAGS}
+    return _parse_spec({**values, "name": name, "weight": weight}, where)
 
 
 def _key(fields: dict[str, Any], where: _Where) -> str:
@@ -322,10 +372,11 @@ def _parse_samples(values: Any, name: str, where: str) -> tuple[float, ...]:
 
 
 _LIMIT = 1e300
+_MOST = 2**63  # elements that torch can count
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < _MOST
 
 
 def _is_number(value: Any) -> bool:
