@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -590,6 +591,22 @@ def test_ctrl_c_is_exit_code_130_and_one_line(tmp_path):
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=30)
     assert (child.returncode, out, err) == (130, "", "interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
+@pytest.mark.parametrize(
+    ("redirect", "code", "error"),
+    [
+        ("> /dev/full", 1, "cannot go on: No space left on device\n"),
+        (">&-", 0, ""),
+        ("| head -c 1 > /dev/null", 0, ""),
+    ],
+    ids=["full", "closed", "not read on"],
+)
+def test_output_that_cannot_be_written_is_no_traceback(redirect, code, error):
+    command = f"{shlex.quote(sys.executable)} -m lora_inject schema {redirect}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, error)
 
 
 @pytest.mark.parametrize("way", ["-m", "script"])

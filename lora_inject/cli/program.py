@@ -39,6 +39,11 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+                raise
+            typer.echo(f"cannot go on: {error.strerror or error}", err=True)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(
@@ -111,9 +116,10 @@ def main() -> None:
 
 def _leave(code: int) -> NoReturn:
     """Exit without taking torch apart object by object, which costs 0.3 s for every command."""
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:  # whoever read our output is gone
-        code = code or 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # closed by whoever started us
+                stream.flush()
+        except OSError:
+            code = code or 1
     os._exit(code)
