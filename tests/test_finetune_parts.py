@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +300,22 @@ def test_a_picture(tmp_path: Path) -> None:
 def test_a_picture_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert curves.draw({}, "eval_nll", tmp_path / "curves.png") is None
+
+
+def test_runs_are_compared_in_one_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_nll": 1.5}]
+    for name in ("lora", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"log": log}))
+    script = [sys.executable, str(SCRIPTS / "compare.py"), "--output", str(tmp_path / "both.png")]
+    runs = [f"LoRA={tmp_path / 'lora'}", f"full={tmp_path / 'full'}"]
+    subprocess.run([*script, *runs], check=True, capture_output=True)
+    assert (tmp_path / "both.png").read_bytes()[1:4] == b"PNG"
+    for wrong in ("lora", f"lora={tmp_path / 'nowhere'}"):
+        refused = subprocess.run([*script, wrong], capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert "say NAME=FOLDER" in refused.stderr
 
 
 # --------------------------------------------------------------------------------------- arguments
