@@ -83,9 +83,10 @@ class ForwardMount(Carrier):
 
     def _lora_updates(self, state: State) -> list[Factors]:
         """Return the low-rank updates that take part under `state`."""
-        recipes = self._lora.chosen(state)
+        mounts = self._lora
+        recipes = mounts.chosen(state)
         updates = self._lora_factors(recipes) if recipes else []
-        if updates and (self.training or self._lora.selection.witness is not None):
+        if updates and (self.training or mounts.selection.witness is not None):
             self._lora_takes_part(None, (u.A for u in updates))
         return updates
 

@@ -57,11 +57,12 @@ class LoRALinear(ForwardMount):
             LayerError: Under `routed`, the batch is not as long as the rows.
         """
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        state = self._lora.selection.current()
+        mounts = self._lora
+        state = mounts.selection.current()
         if state.routed:
             routing = self._lora_routing(x, state)
             return self._lora_routed(super().forward(*args, **kwargs), x, routing)
-        float32 = self._lora.float32
+        float32 = mounts.float32
         if torch.compiler.is_compiling():
             y = super().forward(*args, **kwargs)
             updates = self._lora_compiled(y, state) or self._lora_updates(state)
