@@ -8,8 +8,12 @@ with it, differentiably.
 from __future__ import annotations
 
 import copy
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +24,18 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_inject as li
 from lora_inject.cli import app
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def script(name: str) -> ModuleType:
+    """Import a module of scripts/, which is no package."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
 
 RANK, ALPHA = 2, 3.0
 SCALE = 1.5  # alpha / rank, by hand

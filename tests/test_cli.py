@@ -597,7 +597,14 @@ def test_ctrl_c_is_exit_code_130_and_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("redirect", "code", "error"),
     [
-        ("> /dev/full", 1, "cannot go on: No space left on device\n"),
+        (
+            "> /dev/full",
+            1,
+            (
+                "read or write the output: No space left on device. Check the path and the disk, "
+                "and run again.\n"
+            ),
+        ),
         (">&-", 0, ""),
         ("| head -c 1 > /dev/null", 0, ""),
     ],

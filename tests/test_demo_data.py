@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import math
 import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from conftest import script
 from hypothesis import given
 from hypothesis import strategies as st
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
-
-def script(name: str) -> ModuleType:
-    """Import a module of scripts/, which is no package."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-
 
 pairs = script("pairs")
 objective = script("objective")

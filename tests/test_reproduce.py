@@ -7,7 +7,6 @@ so that every stage is run end to end without a download. Claims that are exact 
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -19,10 +18,11 @@ import tarfile
 import time
 from io import BytesIO
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SCRIPTS, script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -30,16 +30,6 @@ from torch import nn
 import lora_inject as li
 
 pytest.importorskip("transformers")
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
-
-def script(name: str) -> ModuleType:
-    """Import a module of scripts/, which is no package."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 snippets, minilm, demo_files = script("snippets"), script("minilm"), script("demo_files")

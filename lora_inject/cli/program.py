@@ -42,7 +42,12 @@ class _Commands(TyperGroup):
         except OSError as error:
             if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
                 raise
-            typer.echo(f"cannot go on: {error.strerror or error}", err=True)
+            place = f"'{error.filename}'" if error.filename else "the output"
+            typer.echo(
+                f"read or write {place}: {error.strerror or error}. Check the path and the disk, "
+                "and run again.",
+                err=True,
+            )
             raise typer.Exit(1) from None
 
 

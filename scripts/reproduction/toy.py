@@ -52,7 +52,7 @@ def pairs(n: int = 60) -> Split:
 
 
 def encoder() -> tuple[Any, Words]:
-    """A BERT of two layers."""
+    """A BERT of three layers."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
