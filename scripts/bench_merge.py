@@ -4,19 +4,20 @@ Makes a Llama of random bfloat16 weights of each size asked for and a LoRA adapt
 projections, then runs each way of merging in a process of its own, in turn, so that whatever else
 the machine does hits all of them alike. Prints medians and their spread, and what was promised.
 
-    python scripts/bench_merge.py                               all sizes; needs 20 GB of disk
+    python scripts/bench_merge.py                               all sizes; needs 40 GB of disk
     python scripts/bench_merge.py --size 1.3 --rounds 5 --folder /tmp/bench
     python scripts/bench_merge.py --size 0.3 --size 8 --only lora_inject --only "cp -r"
     python scripts/bench_merge.py --write docs/merging.md
 
-The page cache is warm in every run, and free memory has been touched. What is spent waiting for
-the disk (fsync) is shown apart, as neither PEFT nor cp waits for it. PEFT is left out above 4 GB:
-it holds the whole model.
+The page cache is warm in every run, and holds all memory that is not in use. What is spent waiting
+for the disk (fsync) is shown apart, as neither PEFT nor cp waits for it. PEFT is left out above
+4 GB: it holds the whole model.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SHAPES = {  # size in GB: hidden, inner, layers, heads, key-value heads
@@ -191,8 +192,8 @@ def bench(arguments: argparse.Namespace, size: float) -> tuple[str, Rows]:
             shutil.rmtree(folder / "out", ignore_errors=True)
             os.sync()  # what the one before left to write is not charged to the next
             warm(folder / "base")
-            touch(folder / "touched", int(made["bytes"]))
-            rows[name].append(timed(command))
+            with memory_in_use(folder / "filler"):
+                rows[name].append(timed(command))
     shutil.rmtree(folder)
     heading = f"{made['bytes'] / 1e9:.2f} GB of bfloat16 in {SHARDS} shards, {made['sites']} sites"
     return heading, rows
@@ -210,21 +211,30 @@ def commands(folder: Path, n_bytes: int) -> dict[str, list[str]]:
     }
 
 
-def touch(file: Path, n_bytes: int) -> None:
-    """Write and delete a file, so that the page cache has memory to give to the next run.
+@contextlib.contextmanager
+def memory_in_use(file: Path) -> Iterator[None]:
+    """Fill the free memory with a file's cached pages, as on a machine that has been up for long.
 
-    A virtual machine's host takes back memory that lies free; whoever is first to use it again
-    waits, up to a second a gigabyte, and it would be chance which of the ways that is.
+    A virtual machine's host takes back memory that lies free, within seconds; whoever is first to
+    use it again waits, up to a second a gigabyte, and a slower command for more of it than a faster
+    one. Cached pages are given up at once where they are needed, and the host leaves them alone.
     """
-    with file.open("wb", buffering=0) as out:
-        for _ in range(-(-n_bytes >> 20)):
-            out.write(bytes(1 << 20))
-    file.unlink()
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = shutil.disk_usage(file.parent).free
+    block = bytes(4 << 20)
+    try:
+        with file.open("wb", buffering=0) as out:
+            for _ in range(min(free, room // 2) // len(block)):
+                out.write(block)
+            os.fsync(out.fileno())
+        yield
+    finally:
+        file.unlink()
 
 
 def warm(folder: Path) -> None:
-    """Read all files of a folder, so that they are in the page cache."""
-    for path in folder.iterdir():
+    """Read all files of a folder twice, so that they are in the page cache and stay there."""
+    for path in [*folder.iterdir()] * 2:
         with path.open("rb") as file:
             while file.read(1 << 24):
                 pass

@@ -428,20 +428,16 @@ def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(
     model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 8)).to(dtype)
     fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
     before = photograph(model)
-    add, write = fold.Delta.add_, fold.Delta.write
+    reaching = fold.Delta._on
 
-    def fails(real: Any) -> Any:
-        def step(delta: Any, rows: Tensor, start: int) -> Tensor:
-            if start >= 4 and rows.shape[1] == 40:
-                raise ZeroDivisionError
-            found: Tensor = real(delta, rows, start)
-            return found
-
-        return step
+    def fails(delta: Any, start: int, stop: int) -> Any:
+        found = reaching(delta, start, stop)
+        if start >= 4 and found[0].right.shape[1] == 40:
+            raise ZeroDivisionError
+        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(fold.Delta, "add_", fails(add))
-        patch.setattr(fold.Delta, "write", fails(write))
+        patch.setattr(fold.Delta, "_on", fails)
         with pytest.raises(ZeroDivisionError):
             li.merge(model)
     assert photograph(model) == before

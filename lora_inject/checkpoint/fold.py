@@ -25,6 +25,9 @@ from lora_inject.functional import Delta, Scratch, Tally, Term, fold_rows
 
 __all__ = ["Memory", "Span", "TensorReport", "combine", "fold_span", "spans_of"]
 
+PIECE_ELEMENTS = 1 << 16
+"""Elements computed on at a time: their float32 copies fit a core's own cache."""
+
 SPAN_ELEMENTS = 1 << 24
 """Elements that one thread takes at a time: many blocks, and a small part of a large tensor."""
 
@@ -151,6 +154,7 @@ def fold_span(
     wide = torch.float64 if job.source is not None and job.source.dtype == "F64" else torch.float32
     delta, tally = Delta(span.terms, wide), Tally()
     scales = _read_scales(job)
+    pieces = max(1, PIECE_ELEMENTS // max(1, span.n_cols))
     factors = None
     if job.magnitude is not None:
         factors = _factors(span, reader, delta, wide, scales)
@@ -163,7 +167,8 @@ def fold_span(
         if factors is not None:
             _fold_scaled(rows, start - span.offset, delta, factors, tally, merged)
         elif span.terms:
-            fold_rows(rows, start - span.offset, delta, None, tally, memory.scratch, merged)
+            at, room = start - span.offset, memory.scratch
+            fold_rows(rows, at, delta, None, tally, room, merged, pieces)
         else:
             merged.copy_(rows)
         for indices, values in job.rows:

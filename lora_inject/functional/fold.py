@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_inject.functional.scripted import scripted
 from lora_inject.sites import SiteSpec
 
 __all__ = ["Delta", "Scratch", "Tally", "Term", "block_rows", "fold_rows", "fold_rows_"]
@@ -73,7 +74,7 @@ class Delta:
     Example:
         >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
-        >>> rows = Delta([Term(spec, A, B)]).write(torch.empty(3, 4), start=1)
+        >>> rows = Delta([Term(spec, A, B)]).add_(torch.zeros(3, 4), start=1)
         >>> torch.allclose(rows, 2.0 * (B @ A)[1:4], atol=1e-6)
         True
     """
@@ -107,23 +108,16 @@ class Delta:
                 rows[first - start : last - start, part.cols].addmm_(left, part.right)
         return rows
 
-    def write(self, out: Tensor, start: int) -> Tensor:
-        """Write the delta of some rows.
-
-        Args:
-            out: `(n, cols)`, for rows `start` to `start + n` of the weight matrix.
-            start: Index of the first row.
+    def on(self, start: int, stop: int) -> tuple[list[Tensor], list[Tensor], list[list[int]]]:
+        """Return what reaches rows `start` to `stop`, as plain lists.
 
         Returns:
-            `out`; -0.0 outside every block: added to any value it leaves all of its bits.
+            The left factors, the right factors, and `[first row, last, first column, last]` of
+            where each product goes.
         """
-        n, n_cols = out.shape
-        found = self._on(start, start + n)
-        if len(found) == 1:
-            first, last, cols, left, right = found[0]
-            if first <= start and start + n <= last and cols == slice(0, n_cols):
-                return torch.mm(left[start - first : start - first + n], right, out=out)
-        return self.add_(out.fill_(-0.0), start)
+        found = self._on(start, stop)
+        places = [[p.first, p.last, p.cols.start, p.cols.stop] for p in found]
+        return [p.left for p in found], [p.right for p in found], places
 
 
 def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
@@ -175,22 +169,24 @@ class Tally:
             effect: What W really changed by; used up.
         """
         lost = torch.sub(delta, effect, out=effect)
-        self.count_weight(before)
-        both = torch.stack([lost.reshape(-1), delta.reshape(-1)])
-        self.count_loss(both, both.t())
-
-    def count_weight(self, before: Tensor) -> None:
-        """Count W of some rows."""
         flat = before.reshape(-1)
-        self._ww += torch.dot(flat, flat).item()
-        self._eps = torch.finfo(flat.dtype).eps
+        both = torch.stack([lost.reshape(-1), delta.reshape(-1)])
+        (rr, rd), (_, dd) = torch.mm(both, both.t()).tolist()
+        self.count_sums([torch.dot(flat, flat).item(), rr, rd, dd], flat.dtype)
 
-    def count_loss(self, both: Tensor, turned: Tensor) -> None:
-        """Count some rows of R = W + D - W_merged and of D, the two rows of one matrix."""
-        (rr, rd), (_, dd) = torch.mm(both, turned).tolist()
+    def count_sums(self, sums: Sequence[float], dtype: torch.dtype) -> None:
+        """Count some rows by their sums.
+
+        Args:
+            sums: Of `W * W`, `R * R`, `R * D` and `D * D`, with `R = W + D - W_merged`.
+            dtype: What they were computed in.
+        """
+        ww, rr, rd, dd = sums
+        self._ww += ww
         self._rr += rr
         self._rd += rd
         self._dd += dd
+        self._eps = torch.finfo(dtype).eps
         self.counted = True
         self.finite = self.finite and math.isfinite(rr)
 
@@ -232,39 +228,24 @@ class Tally:
         return math.sqrt(self._rr / self._dd) if self._dd else 0.0
 
 
-class _Buffers(NamedTuple):
-    """Float32 copies of a block, and two of them as the rows of one matrix."""
-
-    total: Tensor
-    delta: Tensor
-    stored: Tensor
-    both: Tensor
-    turned: Tensor
-
-
 class Scratch:
-    """Buffers that a pass over many blocks of rows uses again, so that it allocates nothing."""
+    """Memory that a pass over many blocks of rows uses again, so that it allocates nothing."""
 
     def __init__(self) -> None:
         self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._buffers: dict[tuple[torch.Size, torch.dtype, torch.device], _Buffers] = {}
 
-    def like(self, rows: Tensor, dtype: torch.dtype) -> _Buffers:
-        """Return uninitialised buffers of the shape of `rows`, in the same memory each time."""
-        key = (rows.shape, dtype, rows.device)
-        found = self._buffers.get(key)
-        if found is None:
-            room = self._room(3 * rows.numel(), dtype, rows.device).view(3, *rows.shape)
-            both = room[:2].view(2, -1)
-            found = self._buffers[key] = _Buffers(room[0], room[1], room[2], both, both.t())
-        return found
+    def room(self, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return uninitialised memory for three blocks, the same each time.
 
-    def _room(self, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        Returns:
+            `(3, n)` with `n >= n_elements`.
+        """
         room = self._rooms.get((dtype, device))
-        if room is None or room.numel() < n_elements:
-            self._buffers.clear()  # they would keep the smaller room
-            room = self._rooms[dtype, device] = torch.empty(n_elements, dtype=dtype, device=device)
-        return room[:n_elements]
+        if room is None or room.shape[1] < n_elements:
+            room = self._rooms[dtype, device] = torch.empty(
+                3, n_elements, dtype=dtype, device=device
+            )
+        return room
 
 
 def fold_rows(
@@ -275,6 +256,7 @@ def fold_rows(
     tally: Tally | None = None,
     scratch: Scratch | None = None,
     out: Tensor | None = None,
+    piece_rows: int | None = None,
 ) -> Tensor:
     """Return some rows of the weight matrix with all terms added, rounded once.
 
@@ -287,6 +269,8 @@ def fold_rows(
         tally: Counts what rounding left, where given.
         scratch: Buffers to use again; new ones by default.
         out: Where the result goes, possibly `rows` itself; a new tensor by default.
+        piece_rows: How many rows to compute on at a time; all by default. Sums are counted piece
+            by piece.
 
     Returns:
         `(n, cols)`. Accumulated in float32, or in float64 for a float64 weight. Values outside
@@ -295,18 +279,66 @@ def fold_rows(
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     scratch = scratch or Scratch()
     delta = terms if isinstance(terms, Delta) else Delta(terms, wide)
-    total, change, stored, both, turned = scratch.like(rows, wide)
-    total.copy_(rows)
     if out is None:
         out = torch.empty(rows.shape, dtype=dtype or rows.dtype, device=rows.device)
-    if tally is None:
-        return out.copy_(delta.add_(total, start))
-    delta.write(change, start)
-    tally.count_weight(total)
-    out.copy_(total.add_(change))
-    total.sub_(stored.copy_(out))
-    tally.count_loss(both, turned)
+    n_rows, n_cols = rows.shape
+    step = max(1, min(piece_rows or n_rows, n_rows))
+    room = scratch.room(step * n_cols, wide, rows.device)
+    lefts, rights, places = delta.on(start, start + n_rows)
+    sums = _fold_pieces(rows, out, start, lefts, rights, places, room, step, tally is not None)
+    if tally is not None:
+        tally.count_sums(sums, wide)
     return out
+
+
+@scripted
+def _fold_pieces(
+    rows: Tensor,
+    out: Tensor,
+    start: int,
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    places: list[list[int]],
+    room: Tensor,
+    step: int,
+    count: bool,
+) -> list[float]:
+    """Fold `step` rows at a time; returns the sums of `W * W`, `R * R`, `R * D` and `D * D`.
+
+    TorchScript: no calls of our own, no other types.
+    """
+    n_rows, n_cols = rows.shape[0], rows.shape[1]
+    ww, rr, rd, dd = 0.0, 0.0, 0.0, 0.0
+    for at in range(0, n_rows, step):
+        stop = min(n_rows, at + step)
+        buffers = room[:, : (stop - at) * n_cols]
+        total = buffers[0].view(stop - at, n_cols)
+        change = buffers[1].view(stop - at, n_cols)
+        first, last = start + at, start + stop
+        total.copy_(rows[at:stop])
+        whole = len(places) == 1 and places[0][0] <= first and last <= places[0][1]
+        if whole and places[0][2] == 0 and places[0][3] == n_cols:
+            left = lefts[0][first - places[0][0] : last - places[0][0]]
+            torch.mm(left, rights[0], out=change)
+        else:
+            change.zero_().neg_()  # -0.0, which added to any value leaves all of its bits
+            for k in range(len(places)):
+                begin, end = max(places[k][0], first), min(places[k][1], last)
+                if begin < end:
+                    left = lefts[k][begin - places[k][0] : end - places[k][0]]
+                    part = change[begin - first : end - first, places[k][2] : places[k][3]]
+                    part.addmm_(left, rights[k])
+        if count:
+            ww += float(torch.dot(buffers[0], buffers[0]))
+        total.add_(change)
+        out[at:stop].copy_(total)
+        if count:
+            total.sub_(buffers[2].view(stop - at, n_cols).copy_(out[at:stop]))
+            sums = torch.mm(buffers[:2], buffers[:2].t())
+            rr += float(sums[0, 0])
+            rd += float(sums[0, 1])
+            dd += float(sums[1, 1])
+    return [ww, rr, rd, dd]
 
 
 def fold_rows_(rows: Tensor, start: int, terms: Sequence[Term] | Delta) -> None:
