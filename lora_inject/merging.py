@@ -162,7 +162,8 @@ class _Target:
     ) -> Tensor:
         """Return some merged rows, possibly into `rows` itself."""
         if not self.copies:
-            return fold_rows(rows, start, self.delta, None, tally, self.scratch, out)
+            pieces = block_rows(rows)
+            return fold_rows(rows, start, self.delta, None, tally, self.scratch, out, pieces)
         before = rows.to(self.copies[0][0].dtype) if tally is not None else None
         wanted = _with_copies(self, rows, start)
         fold_rows_(wanted, start, self.terms)
@@ -179,7 +180,7 @@ class _Target:
         """
         tally = Tally() if self.narrow and self.tally is None else None
         in_place = not self.copies and not self.narrow
-        n_blocks = 1.0
+        n_blocks = 16.0  # what is kept of a block is read once more while it is in a cache
         if in_place:  # without float32 copies more fits the cache; without any, no need of it
             n_blocks = math.inf if undo.original is None else 4
         for start, rows in self.blocks(n_blocks):

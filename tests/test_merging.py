@@ -425,7 +425,7 @@ def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
-    model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 8)).to(dtype)
+    model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 64)).to(dtype)
     fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
     before = photograph(model)
     reaching = fold.Delta._on

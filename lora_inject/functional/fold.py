@@ -235,17 +235,12 @@ class Scratch:
         self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def room(self, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return uninitialised memory for three blocks, the same each time.
-
-        Returns:
-            `(3, n)` with `n >= n_elements`.
-        """
+        """Return uninitialised memory for three blocks, `(3, n_elements)`, the same each time."""
         room = self._rooms.get((dtype, device))
-        if room is None or room.shape[1] < n_elements:
-            room = self._rooms[dtype, device] = torch.empty(
-                3, n_elements, dtype=dtype, device=device
-            )
-        return room
+        if room is None or room.numel() < 3 * n_elements:
+            room = torch.empty(3 * n_elements, dtype=dtype, device=device)
+            self._rooms[dtype, device] = room
+        return room[: 3 * n_elements].view(3, n_elements)
 
 
 def fold_rows(
@@ -308,12 +303,19 @@ def _fold_pieces(
     TorchScript: no calls of our own, no other types.
     """
     n_rows, n_cols = rows.shape[0], rows.shape[1]
-    ww, rr, rd, dd = 0.0, 0.0, 0.0, 0.0
-    for at in range(0, n_rows, step):
-        stop = min(n_rows, at + step)
-        buffers = room[:, : (stop - at) * n_cols]
-        total = buffers[0].view(stop - at, n_cols)
-        change = buffers[1].view(stop - at, n_cols)
+    n_pieces = (n_rows + step - 1) // step
+    weights = torch.zeros(n_pieces, dtype=room.dtype, device=room.device)
+    losses = torch.zeros(n_pieces, 2, 2, dtype=room.dtype, device=room.device)
+    total, change, stored = room.view(3, step, n_cols).unbind()
+    both = room[:2]
+    flat, turned = both[0], both.t()
+    for k in range(n_pieces):
+        at, stop = k * step, min(n_rows, (k + 1) * step)
+        n = stop - at
+        if n < step:
+            total, change, stored = total[:n], change[:n], stored[:n]
+            both = room[:2, : n * n_cols]
+            flat, turned = both[0], both.t()
         first, last = start + at, start + stop
         total.copy_(rows[at:stop])
         whole = len(places) == 1 and places[0][0] <= first and last <= places[0][1]
@@ -322,23 +324,22 @@ def _fold_pieces(
             torch.mm(left, rights[0], out=change)
         else:
             change.zero_().neg_()  # -0.0, which added to any value leaves all of its bits
-            for k in range(len(places)):
-                begin, end = max(places[k][0], first), min(places[k][1], last)
+            for i in range(len(places)):
+                begin, end = max(places[i][0], first), min(places[i][1], last)
                 if begin < end:
-                    left = lefts[k][begin - places[k][0] : end - places[k][0]]
-                    part = change[begin - first : end - first, places[k][2] : places[k][3]]
-                    part.addmm_(left, rights[k])
+                    left = lefts[i][begin - places[i][0] : end - places[i][0]]
+                    part = change[begin - first : end - first, places[i][2] : places[i][3]]
+                    part.addmm_(left, rights[i])
         if count:
-            ww += float(torch.dot(buffers[0], buffers[0]))
+            torch.dot(flat, flat, out=weights[k])
         total.add_(change)
-        out[at:stop].copy_(total)
+        merged = out[at:stop].copy_(total)
         if count:
-            total.sub_(buffers[2].view(stop - at, n_cols).copy_(out[at:stop]))
-            sums = torch.mm(buffers[:2], buffers[:2].t())
-            rr += float(sums[0, 0])
-            rd += float(sums[0, 1])
-            dd += float(sums[1, 1])
-    return [ww, rr, rd, dd]
+            total.sub_(stored.copy_(merged))
+            torch.mm(both, turned, out=losses[k])
+    sums = losses.sum(dim=0, dtype=torch.float64)
+    ww = weights.sum(dtype=torch.float64)
+    return [float(ww), float(sums[0, 0]), float(sums[0, 1]), float(sums[1, 1])]
 
 
 def fold_rows_(rows: Tensor, start: int, terms: Sequence[Term] | Delta) -> None:
