@@ -37,8 +37,8 @@ from lora_inject.functional.factors import (
 
 __all__ = ["add_updates", "differentiate_again", "linear"]
 
-# Elements of one float32 block: half a MiB, which a core's own cache holds beside the factors.
-BLOCK = 2**17
+# Elements and least rows of one float32 block, which a core's own cache holds beside the factors.
+BLOCK, BLOCK_ROWS = 3 * 2**15, 64
 # Tokens of a decoding step, up to which views cost more than another order of the products saves.
 FEW = 8
 
@@ -234,8 +234,8 @@ def _add(
             where = dropped(drop, x2)
             inputs, scale = drop_(_own(x2), where), scale / (1 - drop.p)
             kept = packed(where) if drop.p <= KEEP_UP_TO else None
-        A = _cast(u.A, dtype)
-        hs = [torch.mm(x, A.t()) for (x,) in _blocks(dtype, inputs)]
+        A, near = _cast(u.A, dtype), inputs.dtype != dtype
+        hs = [_times_turned(x, A, near) for (x,) in _blocks(dtype, inputs)]
         h = hs[0] if len(hs) == 1 else torch.cat(hs)
         _add_parts(y2, h, u, scale)
         thin.append(h)
@@ -290,15 +290,34 @@ def _own(x2: Tensor) -> Tensor:
 def _blocks(dtype: torch.dtype, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield matrices of equally many rows in `dtype`: whole, or in blocks where one must be cast.
 
-    A block stays in the cache from its cast to its product. Casting a whole matrix would write it
-    to memory, read it back, and take the kernel's time for fresh pages.
+    A block stays in the cache from its cast to its product, in the same memory as the one before,
+    so it is to be used before the next is asked for. Casting a whole matrix would write it to
+    memory, read it back, and take the kernel's time for fresh pages.
     """
     if all(m.dtype == dtype for m in matrices):
         yield matrices
         return
-    n_rows = max(32, BLOCK // max(m.shape[1] for m in matrices))
+    n_rows = max(BLOCK_ROWS, BLOCK // max(m.shape[1] for m in matrices))
+    rooms = [m.new_empty(min(n_rows, m.shape[0]), m.shape[1], dtype=dtype) for m in matrices]
     for blocks in zip(*(torch.split(m, n_rows) for m in matrices), strict=True):
-        yield tuple(_cast(block, dtype) for block in blocks)
+        yield tuple(
+            room[: block.shape[0]].copy_(block) for room, block in zip(rooms, blocks, strict=True)
+        )
+
+
+def _times_turned(wide: Tensor, thin: Tensor, near: bool) -> Tensor:
+    """Return `wide @ thin^T`, for a thin matrix of contiguous rows.
+
+    Args:
+        wide: `(n, width)`.
+        thin: `(few, width)`.
+        near: Whether `wide` is in the cache. Then the thin matrix is better on the left, where the
+            result comes out turned; far away turning the wide one takes longer than the product.
+
+    Returns:
+        `(n, few)`.
+    """
+    return torch.mm(thin, wide.t()).t() if near else torch.mm(wide, thin.t())
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -478,47 +497,35 @@ def _thin_gradients(
         u: The update.
         needs: Whether the gradients of A and of B are wanted.
     """
-    B, start, ghs = _cast(u.B, dtype), 0, []
-    gA = gB = None
+    B, near = _cast(u.B, dtype), dtype not in (g2.dtype, x2.dtype)
+    rank, spans = B.shape[1], u.spans or ((0, g2.shape[1]),)
+    widths = [stop - start for start, stop in spans]
+    thin = [_turned(rows) for rows in torch.split(B, widths)]
+    turned = [_turned(part) for part in torch.split(h, rank, dim=1)]
+    gA, gBs, ghs, row = None, dict[int, Tensor](), [], 0
     for g_block, x_block in _blocks(dtype, g2, x2):
-        h_block = h[start : start + g_block.shape[0]]
-        start += g_block.shape[0]
-        gh = _through_b(g_block, B, u.spans)
-        ghs.append(gh)
+        rows, parts = slice(row, row + g_block.shape[0]), []
+        row = rows.stop
+        for k, (start, stop) in enumerate(spans):
+            g = g_block if u.spans is None else g_block[:, start:stop]
+            parts.append(_times_turned(g, thin[k], near))
+            if needs[1]:
+                gBs[k] = _plus(gBs.get(k), turned[k][:, rows], g)
+        ghs.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
         if needs[0]:
-            gA = _plus(gA, torch.mm(_turned(gh), x_block))
-        if needs[1]:
-            gB = _plus(gB, _gradient_of_b(g_block, _turned(h_block), B, u.spans))
-    return ghs[0] if len(ghs) == 1 else torch.cat(ghs), gA, gB
+            gA = _plus(gA, _turned(ghs[-1]), x_block)
+    gh = ghs[0] if len(ghs) == 1 else torch.cat(ghs)
+    return gh, gA, _below([part.t() for part in gBs.values()])
 
 
-def _plus(total: Tensor | None, more: Tensor) -> Tensor:
-    return more if total is None else total.add_(more)
+def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Return `total + left @ right`, in the memory of `total`."""
+    return torch.mm(left, right) if total is None else total.addmm_(left, right)
 
 
-def _through_b(g2: Tensor, B: Tensor, spans: Spans | None) -> Tensor:
-    """Return `g B`, `(n, rank * parts)`."""
-    if spans is None:
-        return torch.mm(g2, _turned(B).t())
-    row, parts = 0, []
-    for start, stop in spans:
-        rows = B[row : row + stop - start]
-        parts.append(torch.mm(g2[:, start:stop], _turned(rows).t()))
-        row += stop - start
-    return torch.cat(parts, dim=1)
-
-
-def _gradient_of_b(g2: Tensor, h: Tensor, B: Tensor, spans: Spans | None) -> Tensor:
-    """Return `g^T h^T` over the spans, `(adapted out, rank)`."""
-    if spans is None:
-        return torch.mm(h, g2).t()
-    rank = B.shape[1]
-    return torch.cat(
-        [
-            torch.mm(h[part * rank : (part + 1) * rank], g2[:, start:stop]).t()
-            for part, (start, stop) in enumerate(spans)
-        ]
-    )
+def _below(parts: list[Tensor]) -> Tensor | None:
+    """Return matrices one below the other, None where there are none."""
+    return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _add_to_input(gx2: Tensor, gh: Tensor, A: Tensor, scale: float, where: Tensor | None) -> None:
