@@ -40,7 +40,7 @@ __all__ = ["add_updates", "differentiate_again", "linear"]
 # Elements and least rows of one float32 block, which a core's own cache holds beside the factors.
 BLOCK, BLOCK_ROWS = 3 * 2**15, 64
 # Tokens of a decoding step, up to which views cost more than another order of the products saves.
-FEW = 8
+FEW = 32
 
 
 def linear(

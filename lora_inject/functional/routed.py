@@ -94,9 +94,9 @@ def _routed(
     return _added(y3, h.transpose(1, 2), right), h
 
 
-def _added(y3: Tensor, h: Tensor, right: Tensor) -> Tensor:
+def _added(y3: Tensor, h: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
     if y3.dtype == h.dtype:
-        return torch.baddbmm(y3, h, right)
+        return y3.baddbmm_(h, right) if in_place else torch.baddbmm(y3, h, right)
     return torch.baddbmm(y3.to(h.dtype), h, right).to(y3.dtype)
 
 
@@ -177,36 +177,38 @@ class Gathered(NamedTuple):
     places: Tensor | None = None
     others: Tensor | None = None
 
-    def add(self, y: Tensor, x: Tensor) -> Tensor:
+    def add(self, y: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
         """Add to each row the update of its own adapter.
 
         Args:
-            y: `(batch, ..., out)`; never modified.
+            y: `(batch, ..., out)`.
             x: `(batch, ..., in)`.
+            in_place: Whether y may be modified: nobody else has it.
 
         Returns:
             `(batch, ..., out)`, in the dtype of `y`.
         """
         context = without_autocast(y)
         if context is None:
-            return self._add(y, x)
+            return self._add(y, x, in_place)
         with context:
-            return self._add(y, x)
+            return self._add(y, x, in_place)
 
-    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, in_place: bool) -> Tensor:
         A, B, places, others = self
         batch, width, out = x.shape[0], x.shape[-1], y.shape[-1]
         x3 = x.reshape(batch, -1, width).to(A.dtype)
         y3 = y.reshape(batch, -1, out)
         if others is None or places is None:
-            return _added(y3, torch.bmm(x3, A.transpose(1, 2)), B).view(y.shape)
+            h = torch.bmm(A, x3.transpose(1, 2)).transpose(1, 2)
+            return _added(y3, h, B, in_place).view(y.shape)
         if x3.shape[1] > 1:
-            h = torch.bmm(x3, A.index_select(0, places).transpose(1, 2))
+            h = torch.bmm(A.index_select(0, places), x3.transpose(1, 2)).transpose(1, 2)
             h.masked_fill_(others.all(1, keepdim=True), 0)
-            return _added(y3, h, B.index_select(0, places)).view(y.shape)
+            return _added(y3, h, B.index_select(0, places), in_place).view(y.shape)
         h = torch.mm(x3.view(batch, width), A.view(-1, width).t())
         h = h.view(batch, *A.shape[:2]).masked_fill_(others, 0).view(1, batch, -1)
-        return _added(y3.view(1, batch, out), h, B.view(1, -1, out)).view(y.shape)
+        return _added(y3.view(1, batch, out), h, B.view(1, -1, out), in_place).view(y.shape)
 
 
 def gather(

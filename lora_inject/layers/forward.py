@@ -138,17 +138,26 @@ class ForwardMount(Carrier):
             index = torch.tensor([place.get(name or "", 0) for name in rows], device=x.device)
         return _Routing(index.repeat_interleave(x.shape[0] // n_rows), entries)
 
-    def _lora_routed(self, y: Tensor, x: Tensor, routing: _Routing) -> Tensor:
-        """Add to each row of y `(batch, ..., out)` the update of its own adapter."""
+    def _lora_routed(
+        self, y: Tensor, x: Tensor, routing: _Routing, *, in_place: bool = False
+    ) -> Tensor:
+        """Add to each row of y `(batch, ..., out)` the update of its own adapter.
+
+        Args:
+            y: The layer's own output.
+            x: Its input.
+            routing: Which adapter each row has.
+            in_place: Whether y may be modified where no gradient is needed: nobody else has it.
+        """
         if not routing.entries:
             return y
         keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
         held, dtype = self._parameters, self._lora_dtype(y)
         if keep and (gathered := routing.gathered(held, dtype)) is not None:
-            return gathered.add(y, x)
+            return gathered.add(y, x, in_place=in_place)
         adapters = [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
         if keep and (gathered := routing.gather(held, adapters, y.shape[-1], dtype)) is not None:
-            return gathered.add(y, x)
+            return gathered.add(y, x, in_place=in_place)
         return routed_update(y, x, routing.rows, adapters, float32=self._lora.float32)
 
     # ---------------------------------------------------------------------------- compiled graphs

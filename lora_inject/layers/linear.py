@@ -61,7 +61,9 @@ class LoRALinear(ForwardMount):
         state = mounts.selection.current()
         if state.routed:
             routing = self._lora_routing(x, state)
-            return self._lora_routed(super().forward(*args, **kwargs), x, routing)
+            fresh = self._lora_stock and type(self._parameters["weight"]) is nn.Parameter
+            y = super().forward(*args, **kwargs)
+            return self._lora_routed(y, x, routing, in_place=fresh)
         float32 = mounts.float32
         if torch.compiler.is_compiling():
             y = super().forward(*args, **kwargs)
