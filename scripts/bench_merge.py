@@ -17,7 +17,6 @@ for the disk (fsync) is shown apart, as neither PEFT nor cp waits for it. PEFT i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 SHAPES = {  # size in GB: hidden, inner, layers, heads, key-value heads
@@ -38,6 +38,7 @@ SHAPES = {  # size in GB: hidden, inner, layers, heads, key-value heads
 VOCAB = 32000
 SHARDS = 3
 MOST_FOR_PEFT = 4.0
+FILLED_FROM = 1.0
 BY_HAND = "<!-- Below this line: written by hand, kept by scripts/bench_merge.py -->"
 Rows = dict[str, list[dict[str, float]]]
 
@@ -192,7 +193,7 @@ def bench(arguments: argparse.Namespace, size: float) -> tuple[str, Rows]:
             shutil.rmtree(folder / "out", ignore_errors=True)
             os.sync()  # what the one before left to write is not charged to the next
             warm(folder / "base")
-            with memory_in_use(folder / "filler"):
+            with memory_in_use(folder / "filler") if size >= FILLED_FROM else nullcontext():
                 rows[name].append(timed(command))
     shutil.rmtree(folder)
     heading = f"{made['bytes'] / 1e9:.2f} GB of bfloat16 in {SHARDS} shards, {made['sites']} sites"
@@ -211,7 +212,7 @@ def commands(folder: Path, n_bytes: int) -> dict[str, list[str]]:
     }
 
 
-@contextlib.contextmanager
+@contextmanager
 def memory_in_use(file: Path) -> Iterator[None]:
     """Fill the free memory with a file's cached pages, as on a machine that has been up for long.
 
