@@ -497,7 +497,11 @@ def _thin_gradients(
         u: The update.
         needs: Whether the gradients of A and of B are wanted.
     """
-    B, near = _cast(u.B, dtype), dtype not in (g2.dtype, x2.dtype)
+    B, near = _cast(u.B, dtype), not g2.dtype == x2.dtype == dtype
+    if u.spans is None and not near:  # most steps: as few operations as there can be
+        gh = torch.mm(g2, _turned(B).t())
+        gA = torch.mm(_turned(gh), x2) if needs[0] else None
+        return gh, gA, torch.mm(_turned(h), g2).t() if needs[1] else None
     rank, spans = B.shape[1], u.spans or ((0, g2.shape[1]),)
     widths = [stop - start for start, stop in spans]
     thin = [_turned(rows) for rows in torch.split(B, widths)]
