@@ -53,6 +53,9 @@ __all__ = ["MergeReport", "SiteReport", "merge", "unmerge"]
 
 M = TypeVar("M", bound=nn.Module)
 
+BLOCKS_A_CALL = 16
+"""So many that a call is nothing beside them; what is kept of them is still in a cache then."""
+
 
 @dataclass(frozen=True)
 class SiteReport:
@@ -180,7 +183,7 @@ class _Target:
         """
         tally = Tally() if self.narrow and self.tally is None else None
         in_place = not self.copies and not self.narrow
-        n_blocks = 16.0  # what is kept of a block is read once more while it is in a cache
+        n_blocks = float(BLOCKS_A_CALL)
         if in_place:  # without float32 copies more fits the cache; without any, no need of it
             n_blocks = math.inf if undo.original is None else 4
         for start, rows in self.blocks(n_blocks):
@@ -468,7 +471,7 @@ def _check_results(targets: list[_Target], min_kept: float | None, undo: bool) -
         if not (min_kept is not None and target.narrow) and not target.may_overflow():
             continue
         target.tally = Tally()
-        for start, rows in target.blocks():
+        for start, rows in target.blocks(BLOCKS_A_CALL):
             target.merged(rows, start, target.tally)
         if not target.tally.finite:
             raise _not_finite(target, target.weight)

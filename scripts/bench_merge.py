@@ -24,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -44,6 +45,7 @@ Rows = dict[str, list[dict[str, float]]]
 
 PEFT = """
 import sys
+import sysconfig
 import torch, transformers, peft
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 model = peft.PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload()
@@ -204,10 +206,11 @@ def commands(folder: Path, n_bytes: int) -> dict[str, list[str]]:
     """Return each way of merging as a command."""
     base, adapter, out = (str(folder / name) for name in ("base", "adapter", "out"))
     python = sys.executable
+    ours = str(Path(sysconfig.get_path("scripts")) / "lora-inject")
     return {
         "cp -r": ["cp", "-r", base, out],
         "import torch": [python, "-c", "import torch"],
-        "lora_inject": [python, "-m", "lora_inject", "merge", base, adapter, "-o", out, "--json"],
+        "lora_inject": [ours, "merge", base, adapter, "-o", out, "--json"],
         "PEFT": [python, "-c", PEFT, base, adapter, out, f"{n_bytes // 3_000_000}MB"],
     }
 
@@ -230,7 +233,7 @@ def memory_in_use(file: Path) -> Iterator[None]:
             os.fsync(out.fileno())
         yield
     finally:
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 def warm(folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_blocks_and_threads_do_not_change_a_bit(tmp_path, monkeypatch, workers):
     merge_checkpoint(base, [Part(state)], tmp_path / "whole", MergeOptions(workers=1))
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("lora_inject.checkpoint.fold.SPAN_ELEMENTS", 500)
-    monkeypatch.setattr("lora_inject.checkpoint.write.COPY_TASK_BYTES", 64)
+    monkeypatch.setattr("lora_inject.checkpoint.write.COPY_STEP_BYTES", 64)
     merge_checkpoint(base, [Part(state)], tmp_path / "out", MergeOptions(workers=workers))
     whole, blocks = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "out")
     for name in whole:
@@ -157,8 +157,9 @@ def test_dtype_is_rewritten_everywhere(tmp_path, shards, dtype):
     )
 
 
-def test_overflow_is_refused_and_nothing_appears(tmp_path):
-    tensors = {"q.weight": torch.full((4, 4), 6e4)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_overflow_is_refused_and_nothing_appears(tmp_path, dtype):
+    tensors = {"q.weight": torch.full((4, 4), 6e4, dtype=dtype)}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("q", (4, 4), size=100.0))
     with pytest.raises(CheckpointError, match=r"'q\.weight'.*too large for F16"):
@@ -173,6 +174,17 @@ def test_overflow_of_an_untouched_tensor_is_refused_too(tmp_path):
         merge_checkpoint(
             base, [Part(adapter(site("q", (4, 4))))], tmp_path / "out", MergeOptions(dtype="fp16")
         )
+
+
+def test_values_whose_squares_overflow_are_merged_all_the_same(tmp_path):
+    """The sums of the report become Inf there: that makes it look twice, and changes nothing."""
+    tensors = {"q.weight": (torch.randn(8, 8) * 1e30).to(torch.bfloat16)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    state = adapter(site("q", (8, 8), size=1e14))
+    merge_checkpoint(base, [Part(state)], tmp_path / "out")
+    found = load_checkpoint(tmp_path / "out")
+    assert not torch.equal(found["q.weight"], tensors["q.weight"])
+    assert_equal_to_dense(found, dense(tensors, (state, 1.0)), {"q.weight"})
 
 
 def test_infinite_mask_is_cast_as_it_is(tmp_path):

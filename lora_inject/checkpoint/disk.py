@@ -29,6 +29,7 @@ except ImportError:  # everywhere else
     msvcrt = None  # type: ignore[assignment]
 
 __all__ = [
+    "COPY_STEP_BYTES",
     "clone",
     "copy_range",
     "fsync_dir",

@@ -14,19 +14,17 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.layout import FLOATS, TensorJob
-from lora_inject.checkpoint.read import RowReader, rows_per_block
+from lora_inject.checkpoint.read import Room, RowReader, rows_per_block
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import Delta, Scratch, Tally, Term, fold_rows
+from lora_inject.functional import Delta, Scratch, Tally, Term, block_rows, fold_rows
 
-__all__ = ["Memory", "Span", "TensorReport", "combine", "fold_span", "spans_of"]
-
-PIECE_ELEMENTS = 1 << 16
-"""Elements computed on at a time: their float32 copies fit a core's own cache."""
+__all__ = ["Block", "Memory", "Span", "TensorReport", "combine", "fold_span", "spans_of"]
 
 SPAN_ELEMENTS = 1 << 24
 """Elements that one thread takes at a time: many blocks, and a small part of a large tensor."""
@@ -105,37 +103,33 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
 class Memory:
     """Memory that one thread reuses for every block.
 
-    Fresh memory for each block would cost more in page faults than all of the arithmetic.
-
     Attributes:
         scratch: Of the arithmetic.
+        output: Of rows that cannot take the place of those that were read.
     """
 
     def __init__(self) -> None:
         self.scratch = Scratch()
-        self._output = bytearray()
-        self._views: dict[tuple[tuple[int, int], torch.dtype], Tensor] = {}
-
-    def output(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Return memory for rows of the output; what it held before is lost."""
-        n_elements = shape[0] * shape[1]
-        if n_elements == 0:
-            return torch.empty(shape, dtype=dtype)
-        if len(self._output) < n_elements * dtype.itemsize:
-            self._output, self._views = bytearray(n_elements * dtype.itemsize), {}
-        if (shape, dtype) not in self._views:
-            flat = torch.frombuffer(self._output, dtype=dtype, count=n_elements)
-            self._views[shape, dtype] = flat.view(shape)
-        return self._views[shape, dtype]
-
-    def bytes_of(self, output: Tensor) -> memoryview:
-        """Return the bytes of what `output` gave out last."""
-        return memoryview(self._output)[: output.numel() * output.element_size()]
+        self.output = Room()
 
 
-def fold_span(
-    span: Span, reader: RowReader | None, memory: Memory
-) -> Iterator[tuple[int, Tensor, Tally]]:
+class Block(NamedTuple):
+    """Some computed rows, valid until the next.
+
+    Attributes:
+        start: First row.
+        rows: `(n, n_cols)` in the output's dtype.
+        data: Their bytes.
+        tally: What was counted so far.
+    """
+
+    start: int
+    rows: Tensor
+    data: memoryview
+    tally: Tally
+
+
+def fold_span(span: Span, reader: RowReader | None, memory: Memory) -> Iterator[Block]:
     """Compute a span block by block.
 
     Args:
@@ -144,40 +138,82 @@ def fold_span(
         memory: This thread's.
 
     Yields:
-        `(first row, rows, tally)`: rows `(n, n_cols)` in the output's dtype, in the memory's
-        `output`, valid until the next; what was counted so far.
+        The rows, in the reader's memory or in the `output` of this thread's.
 
     Raises:
         CheckpointError: A value is not finite.
     """
-    job, step = span.job, rows_per_block(span.n_cols)
-    wide = torch.float64 if job.source is not None and job.source.dtype == "F64" else torch.float32
-    delta, tally = Delta(span.terms, wide), Tally()
-    scales = _read_scales(job)
-    pieces = max(1, PIECE_ELEMENTS // max(1, span.n_cols))
-    factors = None
-    if job.magnitude is not None:
-        factors = _factors(span, reader, delta, wide, scales)
+    folding = _Folding(span, reader, memory)
+    step = rows_per_block(span.n_cols, 2 if folding.in_place else 1)
     for start in range(span.start, span.stop, step):
-        stop = min(span.stop, start + step)
-        rows = _base_rows(span, reader, start, stop, scales)
-        if job.trained or job.added:
-            rows = _with_vectors(job, rows, span.n_cols, start, stop)
-        merged = memory.output((stop - start, span.n_cols), FLOATS[job.dtype])
-        if factors is not None:
-            _fold_scaled(rows, start - span.offset, delta, factors, tally, merged)
-        elif span.terms:
-            at, room = start - span.offset, memory.scratch
-            fold_rows(rows, at, delta, None, tally, room, merged, pieces)
+        yield folding.block(start, min(span.stop, start + step))
+
+
+class _Folding:
+    """What the blocks of a span have in common."""
+
+    def __init__(self, span: Span, reader: RowReader | None, memory: Memory) -> None:
+        job = span.job
+        self.span, self.job, self.reader, self.memory = span, job, reader, memory
+        self.in_place = _in_place(span)
+        is_double = job.source is not None and job.source.dtype == "F64"
+        wide = torch.float64 if is_double else torch.float32
+        self.delta, self.tally = Delta(span.terms, wide), Tally()
+        self.scales = _read_scales(job)
+        self.factors = None
+        if job.magnitude is not None:
+            self.factors = _factors(span, reader, self.delta, wide, self.scales)
+
+    def block(self, start: int, stop: int) -> Block:
+        """Compute rows `start` to `stop`."""
+        rows, job, n_cols = self.rows(start, stop), self.job, self.span.n_cols
+        if self.in_place and self.reader is not None:
+            room, merged = self.reader.room, rows
         else:
-            merged.copy_(rows)
+            room = self.memory.output
+            merged = room.rows(FLOATS[job.dtype], stop - start, n_cols)
+        self.fold(rows, start - self.span.offset, merged)
         for indices, values in job.rows:
             for at, index in enumerate(indices):
                 if start <= index < stop:
                     merged[index - start] = values[at].detach().to(merged.dtype)
-        if not (tally.finite if span.terms else _kept_finite(rows, merged)):
-            _check_finite(job, rows, merged)
-        yield start, merged, tally
+        if not (self.tally.finite if self.span.terms else _kept_finite(rows, merged)):
+            found = merged.clone()
+            _check_finite(job, self.rows(start, stop), found)
+            merged.copy_(found)  # the base's rows may have been read into its place
+        return Block(start, merged, room.bytes_of(merged), self.tally)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return what the deltas are added to."""
+        rows = _base_rows(self.span, self.reader, start, stop, self.scales)
+        if self.job.trained or self.job.added:
+            rows = _with_vectors(self.job, rows, self.span.n_cols, start, stop)
+        return rows
+
+    def fold(self, rows: Tensor, at: int, merged: Tensor) -> None:
+        """Write rows with all deltas on them to `merged`; `at` is their place in the matrix."""
+        if self.factors is not None:
+            _fold_scaled(rows, at, self.delta, self.factors, self.tally, merged)
+        elif self.span.terms:
+            pieces, scratch = block_rows(rows), self.memory.scratch
+            fold_rows(rows, at, self.delta, None, self.tally, scratch, merged, pieces)
+        else:
+            merged.copy_(rows)
+
+
+def _in_place(span: Span) -> bool:
+    """Return whether the rows can become the output where they were read: half of the memory."""
+    job = span.job
+    return (
+        bool(span.terms)
+        and job.source is not None
+        and job.shape == job.source.shape
+        and job.dtype == job.source.dtype
+        and job.base_copy is None
+        and job.scales is None
+        and job.magnitude is None
+        and not (job.trained or job.added)
+    )
 
 
 def _fold_scaled(

@@ -20,7 +20,7 @@ from lora_inject.checkpoint.disk import open_read, read_at
 from lora_inject.checkpoint.layout import READABLE
 from lora_inject.checkpoint.safetensors_file import TensorEntry
 
-__all__ = ["BLOCK_ELEMENTS", "RowReader", "rows_per_block"]
+__all__ = ["BLOCK_ELEMENTS", "Room", "RowReader", "rows_per_block"]
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements read and written at a time.
@@ -28,9 +28,36 @@ BLOCK_ELEMENTS = 1 << 20
 2 MiB of a 16-bit weight: the kernel gives a longer write larger pages, and asks less for each."""
 
 
-def rows_per_block(n_cols: int) -> int:
-    """Return how many rows make a block."""
-    return max(1, BLOCK_ELEMENTS // max(1, n_cols))
+def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
+    """Return how many rows make some blocks; at least one."""
+    return max(1, n_blocks * BLOCK_ELEMENTS // max(1, n_cols))
+
+
+class Room:
+    """Memory for one block of rows, used again for the next.
+
+    Fresh memory for each block would cost more in page faults than all of the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._views: dict[tuple[torch.dtype, int, int], Tensor] = {}
+
+    def rows(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
+        """Return the memory as `(n_rows, n_cols)`; it holds what it held before."""
+        n_elements = n_rows * n_cols
+        if n_elements == 0:
+            return torch.empty(n_rows, n_cols, dtype=dtype)
+        if len(self._buffer) < n_elements * dtype.itemsize:
+            self._buffer, self._views = bytearray(n_elements * dtype.itemsize), {}
+        if (dtype, n_rows, n_cols) not in self._views:
+            flat = torch.frombuffer(self._buffer, dtype=dtype, count=n_elements)
+            self._views[dtype, n_rows, n_cols] = flat.view(n_rows, n_cols)
+        return self._views[dtype, n_rows, n_cols]
+
+    def bytes_of(self, rows: Tensor) -> memoryview:
+        """Return the bytes of what `rows` gave out last."""
+        return memoryview(self._buffer)[: rows.numel() * rows.element_size()]
 
 
 class RowReader:
@@ -38,13 +65,15 @@ class RowReader:
 
     Args:
         file: A path, or a descriptor that the caller keeps open.
+
+    Attributes:
+        room: Where the rows lie.
     """
 
     def __init__(self, file: Path | int) -> None:
         self._own = not isinstance(file, int)
         self._fd = file if isinstance(file, int) else open_read(file)
-        self._buffer = bytearray()
-        self._views: dict[tuple[torch.dtype, int, int], Tensor] = {}
+        self.room = Room()
 
     def __enter__(self) -> RowReader:
         return self
@@ -75,19 +104,10 @@ class RowReader:
             `(stop - start, n_cols)` in the stored dtype.
         """
         dtype = READABLE[entry.dtype]
-        n_elements = (stop - start) * n_cols
-        n_bytes = n_elements * dtype.itemsize
-        if len(self._buffer) < n_bytes:
-            self._buffer, self._views = bytearray(n_bytes), {}
-        if n_elements == 0:
-            return torch.empty(stop - start, n_cols, dtype=dtype)
-        view = memoryview(self._buffer)[:n_bytes]
-        read_at(self._fd, view, entry.start + start * n_cols * dtype.itemsize)
-        key = (dtype, stop - start, n_cols)
-        if key not in self._views:
-            flat = torch.frombuffer(self._buffer, dtype=dtype, count=n_elements)
-            self._views[key] = flat.view(stop - start, n_cols)
-        return self._views[key]
+        rows = self.room.rows(dtype, stop - start, n_cols)
+        at = entry.start + start * n_cols * dtype.itemsize
+        read_at(self._fd, self.room.bytes_of(rows), at)
+        return rows
 
     def blocks(self, entry: TensorEntry, n_cols: int) -> Iterator[tuple[int, Tensor]]:
         """Yield `(first row, rows)` over a whole tensor."""

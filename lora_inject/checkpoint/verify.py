@@ -231,7 +231,7 @@ class _Check:
         far, near, memory = 0, 0, Memory()
         try:
             for span in spans_of(job):
-                for start, rows, _ in fold_span(span, source, memory):
+                for start, rows, _, _ in fold_span(span, source, memory):
                     found = output.rows(entry, span.n_cols, start, start + rows.shape[0])
                     apart, off = _compare(found, rows)
                     near, far = near + apart, far + off

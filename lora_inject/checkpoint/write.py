@@ -22,6 +22,7 @@ import safetensors
 import torch
 
 from lora_inject.checkpoint.disk import (
+    COPY_STEP_BYTES,
     clone,
     copy_range,
     open_read,
@@ -47,7 +48,6 @@ from lora_inject.functional import Tally
 
 __all__ = ["Timing", "check_unchanged", "one_thread_each", "write_shard"]
 
-COPY_TASK_BYTES = 32 << 20
 TOLD_BYTES = 4 << 20
 """Progress is told in steps of so much; the blocks are many and small."""
 
@@ -68,7 +68,7 @@ class _Output:
     """One file being written, as the threads share it.
 
     Only one of them writes at a time: Linux lets no two write to one file, and those that it holds
-    back burn a core while they wait (`i_rwsem`, an eighth of a merge).
+    back burn a core while they wait (`i_rwsem`, a sixth of a merge's processor time).
     """
 
     shard: OutputShard
@@ -205,8 +205,8 @@ def _run(output: _Output, copies: Sequence[Copy], workers: int) -> list[TensorRe
 
 def _cut(copies: Sequence[Copy]) -> Iterator[Copy]:
     for copy in copies:
-        for done in range(0, copy.n_bytes, COPY_TASK_BYTES):
-            n_bytes = min(COPY_TASK_BYTES, copy.n_bytes - done)
+        for done in range(0, copy.n_bytes, COPY_STEP_BYTES):
+            n_bytes = min(COPY_STEP_BYTES, copy.n_bytes - done)
             yield Copy(copy.source_start + done, copy.target_start + done, n_bytes)
 
 
@@ -223,23 +223,23 @@ def _copy(output: _Output, copy: Copy) -> None:
         copy_range(source, output.fd, copy.source_start, copy.target_start, copy.n_bytes, counted)
 
 
+@torch.inference_mode()  # the rows are views: autograd would keep account of each
 def _fold(output: _Output, span: Span, tallies: list[Tally], k: int) -> None:
     job = span.job
     reader = None if job.source_shard is None else output.reader(job.source_shard)
     begin = output.shard.header.tensors[job.name].start
     memory: Memory = output.local.__dict__.setdefault("memory", Memory())
     untold = 0
-    for start, rows, so_far in fold_span(span, reader, memory):
+    for block in fold_span(span, reader, memory):
         if output.stop.is_set():
             return
-        data = memory.bytes_of(rows)
         with output.writing:
-            write_at(output.fd, data, begin + start * span.row_bytes)
-        untold += len(data)
+            write_at(output.fd, block.data, begin + block.start * span.row_bytes)
+        untold += len(block.data)
         if untold >= TOLD_BYTES:
             output.counted(untold)
             untold = 0
-        tallies[k] = so_far
+        tallies[k] = block.tally
     output.counted(untold)
     output.release()
 

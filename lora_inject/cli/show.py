@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -29,8 +29,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
-from lora_inject.checkpoint import ExtractReport, MergePlan, MergeReport, VerifyReport
+if TYPE_CHECKING:
+    from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
+    from lora_inject.checkpoint import ExtractReport, MergePlan, MergeReport, VerifyReport
 
 __all__ = ["count", "note", "number", "print_extraction", "print_inspection", "print_json"]
 __all__ += ["print_merge", "print_merge_plan", "print_table", "print_verification", "progress_bar"]

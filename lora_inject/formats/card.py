@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import yaml
-
 from lora_inject.state import AdapterState, SiteState
 from lora_inject.version import __version__
 
@@ -30,6 +28,8 @@ def model_card(state: AdapterState, *, base_model: str | None = None) -> str:
         >>> print(model_card(AdapterState({}), base_model="org/base").splitlines()[1])
         base_model: org/base
     """
+    import yaml  # reading an adapter, as merging does, must not wait for it
+
     front = {"library_name": "peft", "tags": ["lora", "lora-inject"]}
     if base_model:
         front = {"base_model": base_model, **front}

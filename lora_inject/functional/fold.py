@@ -229,7 +229,10 @@ class Tally:
 
 
 class Scratch:
-    """Memory that a pass over many blocks of rows uses again, so that it allocates nothing."""
+    """Memory that a pass over many blocks of rows uses again, so that it allocates nothing.
+
+    What it gives out in inference mode can be written to in inference mode only.
+    """
 
     def __init__(self) -> None:
         self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -278,9 +281,10 @@ def fold_rows(
         out = torch.empty(rows.shape, dtype=dtype or rows.dtype, device=rows.device)
     n_rows, n_cols = rows.shape
     step = max(1, min(piece_rows or n_rows, n_rows))
-    room = scratch.room(step * n_cols, wide, rows.device)
     lefts, rights, places = delta.on(start, start + n_rows)
-    sums = _fold_pieces(rows, out, start, lefts, rights, places, room, step, tally is not None)
+    with torch.inference_mode():  # autograd's bookkeeping would be a tenth of the arithmetic
+        room = scratch.room(step * n_cols, wide, rows.device)
+        sums = _fold_pieces(rows, out, start, lefts, rights, places, room, step, tally is not None)
     if tally is not None:
         tally.count_sums(sums, wide)
     return out
