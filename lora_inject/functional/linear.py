@@ -39,8 +39,9 @@ __all__ = ["add_updates", "differentiate_again", "linear"]
 
 # Elements and least rows of one float32 block, which a core's own cache holds beside the factors.
 BLOCK, BLOCK_ROWS = 3 * 2**15, 64
-# Tokens of a decoding step, up to which views cost more than another order of the products saves.
-FEW = 32
+# Tokens of a decoding step, up to which views cost more than another order of the products saves;
+# and of a training step, which has a backward to cast for as well.
+FEW, FEW_TRAINED = 32, 8
 
 
 def linear(
@@ -82,7 +83,7 @@ def linear(
         if y.dtype == x.dtype:  # autocast makes another of it
             _add_decoded(y, x, u)
             return y
-    float32 = float32 or _few_tokens(x, updates)
+    float32 = float32 or _few_tokens(x, updates, FEW_TRAINED if grad else FEW)
     drops = [draw_seed(u.dropout) if u.dropout else None for u in updates]
     if grad:
         tensors = [t for u in updates for t in (u.A, u.B)]
@@ -111,8 +112,9 @@ def add_updates(
     drops = [draw_seed(u.dropout) if u.dropout else None for u in updates]
     if needs_plain_operations():
         return _plain(y, x, updates, drops, float32)
-    float32 = float32 or _few_tokens(x, updates)
-    if torch.is_grad_enabled():
+    grad = torch.is_grad_enabled()
+    float32 = float32 or _few_tokens(x, updates, FEW_TRAINED if grad else FEW)
+    if grad:
         tensors = [t for u in updates for t in (u.A, u.B)]
         if any(t.requires_grad for t in (y, x, *tensors)):
             how = _How(False, float32, [(u.scale, u.spans) for u in updates], drops)
@@ -224,7 +226,8 @@ def _add(
     thin: list[Tensor] = []
     positions: list[Tensor | None] = []
     for u, drop in zip(updates, drops, strict=True):
-        if drop is None and y2.dtype == x2.dtype and _is_decoding(x2, u):
+        plain = drop is None and y2.dtype == x2.dtype and u.A.dtype == dtype
+        if plain and _is_decoding(x2, u):
             thin.append(_add_decoded(y2, x2, u))
             positions.append(None)
             continue
@@ -271,16 +274,16 @@ def _add_decoded(y: Tensor, x: Tensor, u: Factors) -> Tensor:
     return h
 
 
-def _few_tokens(x: Tensor, updates: Sequence[Factors]) -> bool:
+def _few_tokens(x: Tensor, updates: Sequence[Factors], few: int) -> bool:
     """Whether casting x and y to float32 is cheaper than casting A and B to 16 bits.
 
-    It is for `n (in + 2 out)` elements against `rank (in + out)`, and rounds less; for `FEW` tokens
+    It is for `n (in + 2 out)` elements against `rank (in + out)`, and rounds less; for `few` tokens
     it takes the fewest operations.
     """
     A = updates[0].A
     if A.dtype == x.dtype or x.dtype.itemsize != 2 or A.dtype != torch.float32:
         return False
-    return 2 * x.numel() <= x.shape[-1] * max(A.shape[0], 2 * FEW)
+    return 2 * x.numel() <= x.shape[-1] * max(A.shape[0], 2 * few)
 
 
 def _own(x2: Tensor) -> Tensor:
