@@ -155,6 +155,36 @@ def test_beams_and_plain_batches_in_one_context() -> None:
     assert error(wide[1::2], narrow) < TOLERANCE[torch.float64]
 
 
+class _Remembers(nn.Linear):
+    """A layer of somebody's own, which keeps its output: it must stay as it was."""
+
+    seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = super().forward(x)
+        return self.seen
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_the_output_that_a_layer_of_its_own_keeps_is_not_written_on(
+    rows: str, n_tokens: int
+) -> None:
+    model = nn.Sequential(_Remembers(6, 5)).double().eval()
+    for name in ("default", "wide", "thin"):
+        fill(li.inject(model, {"rank": 2, "targets": ["0"]}, name), name)
+    x = torch.randn(8, n_tokens, 6).double()
+    with torch.no_grad():
+        with li.disabled(model):
+            plain = model(x).clone()
+        with li.routed(model, ROWS[rows]):
+            found = model(x)
+    layer = model[0]
+    assert isinstance(layer, _Remembers)
+    assert same_bits(layer.seen, plain)
+    assert error(found, plain) > 1e-3
+
+
 def test_gather_by_hand() -> None:
     """Against dense matrices, row by row."""
     adapters = [
