@@ -2,7 +2,8 @@
 
 One idea: what is dropped is a set of positions. Drawing the gaps between them costs a draw for each
 dropped element, where a mask costs one for each element: at p = 0.05 ten times less. The gaps of
-independent draws are geometric, so the positions have exactly the distribution of a Bernoulli mask.
+independent draws are geometric, so the positions have the distribution of a Bernoulli mask, but for
+gaps that one draw in 30 million would have made longer.
 
 The draw hangs on one seed from the global CPU generator, which activation checkpointing saves and
 restores, so a recomputed forward drops the same elements. Few positions are kept for the backward,
@@ -22,6 +23,8 @@ __all__ = ["Drop", "draw_seed", "drop_", "dropped", "packed", "unpacked"]
 
 # Above this, gaps would take more memory than a mask of bits, and positions are drawn again.
 KEEP_UP_TO = 0.125
+_LEAST = 2.0**-25
+"""Least uniform number, below all others of 24 bits: zero would be a gap without an end."""
 
 
 class Drop(NamedTuple):
@@ -41,46 +44,63 @@ def draw_seed(p: float) -> Drop:
     return Drop(p, int(torch.randint(2**62, ()).item()))
 
 
-def dropped(drop: Drop, like: Tensor) -> Tensor:
-    """Return the flat positions of `like` that are dropped, ascending int64.
+def dropped(drop: Drop, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw which elements of `like` are dropped; each is with probability `p`, independently.
 
     Args:
         drop: The dropout.
         like: A tensor of the shape and device of the input.
 
     Returns:
-        `(n,)`; every element is there with probability `p`, independently.
+        Their flat positions, `(n,)`, ascending int64, and the gaps between them, `(n,)`, integers
+        of which `unpacked` makes the positions again.
     """
     n = like.numel()
     generator = torch.Generator(like.device).manual_seed(drop.seed)
     expected = n * drop.p
     draws = int(expected + 6 * math.sqrt(expected) + 16)
     found: list[Tensor] = []
-    start = 0.0
-    while start < n:
-        gaps = torch.empty(draws, device=like.device, dtype=torch.float64)
-        gaps = gaps.uniform_(generator=generator).log_().mul_(1 / math.log1p(-drop.p)).floor_()
-        positions = gaps.add_(1).cumsum_(0).add_(start - 1 if not found else start)
-        found.append(positions)
-        start = float(positions[-1])
-    positions = torch.cat(found) if len(found) > 1 else found[0]
-    return positions[: int(torch.searchsorted(positions, float(n)))].to(torch.int64)
+    end = 0
+    while end < n:
+        found.append(_gaps(drop.p, draws, generator))
+        positions = unpacked(found[0] if len(found) == 1 else torch.cat(found))
+        end = int(positions[-1]) + 1
+    n_dropped = int(torch.searchsorted(positions, n))
+    gaps = found[0] if len(found) == 1 else torch.cat(found)
+    return positions[:n_dropped], gaps[:n_dropped]
 
 
-def packed(positions: Tensor) -> Tensor:
-    """Return ascending positions as the gaps between them, in the smallest dtype that holds them.
+def _gaps(p: float, n: int, generator: torch.Generator) -> Tensor:
+    """Draw the distances from one dropped element to the next: 1, 2, ..., geometric.
 
     Args:
-        positions: `(n,)`, int64, ascending.
+        p: Probability of dropping an element.
+        n: How many.
+        generator: What they are drawn from.
+
+    Returns:
+        `(n,)`, int32, or int64 for a small p.
+    """
+    # Uniform numbers of 24 bits tell gaps apart as long as one of them is not worth an element.
+    draws, gaps = (torch.float32, torch.int32) if p > 2**-12 else (torch.float64, torch.int64)
+    uniform = torch.empty(n, device=generator.device, dtype=draws)
+    uniform.uniform_(_LEAST, 1, generator=generator)
+    return uniform.log_().mul_(1 / math.log1p(-p)).to(gaps).add_(1)
+
+
+def packed(gaps: Tensor) -> Tensor:
+    """Return gaps in the smallest dtype that holds them.
+
+    Args:
+        gaps: `(n,)`, positive integers.
 
     Returns:
         `(n,)`, uint8 or a wider integer dtype.
 
     Example:
-        >>> packed(torch.tensor([2, 3, 9]))
+        >>> packed(torch.tensor([3, 1, 6]))
         tensor([3, 1, 6], dtype=torch.uint8)
     """
-    gaps = positions.diff(prepend=positions.new_full((1,), -1))
     largest = int(gaps.max()) if len(gaps) else 0
     for dtype in (torch.uint8, torch.int16, torch.int32):
         if largest <= torch.iinfo(dtype).max:
@@ -89,10 +109,10 @@ def packed(positions: Tensor) -> Tensor:
 
 
 def unpacked(gaps: Tensor) -> Tensor:
-    """Return the positions that `packed` took apart, int64.
+    """Return the positions that gaps lead to, int64.
 
     Example:
-        >>> unpacked(packed(torch.tensor([2, 3, 9])))
+        >>> unpacked(torch.tensor([3, 1, 6]))
         tensor([2, 3, 9])
     """
     return gaps.cumsum(0, dtype=torch.int64).sub_(1)

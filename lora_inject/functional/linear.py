@@ -79,7 +79,7 @@ def linear(
     if not grad and len(updates) == 1 and x.is_contiguous() and _is_decoding(x, u := updates[0]):
         y = _base(x, weight, bias, transposed)
         if y.dtype == x.dtype == u.A.dtype:  # `_add_decoded`, without the call
-            if x.numel() == x.shape[-1]:  # one token: a vector takes torch two thirds of the time
+            if x.numel() == x.shape[-1]:
                 y.view(-1).addmv_(u.B, torch.mv(u.A, x.view(-1)), alpha=u.scale)
                 return y
             return y.add_(F.linear(F.linear(x, u.A), u.B), alpha=u.scale)
@@ -163,7 +163,7 @@ def _plain_dropout(x2: Tensor, drop: Drop | None) -> Tensor:
         return x2
     if torch.compiler.is_compiling():
         return F.dropout(x2, drop.p)
-    mask = drop_(torch.full_like(x2, 1 / (1 - drop.p)), dropped(drop, x2))
+    mask = drop_(torch.full_like(x2, 1 / (1 - drop.p)), dropped(drop, x2)[0])
     return x2 * mask
 
 
@@ -237,9 +237,9 @@ def _add(
         kept, scale = None, u.scale
         inputs = x2
         if drop is not None:
-            where = dropped(drop, x2)
+            where, gaps = dropped(drop, x2)
             inputs, scale = drop_(_own(x2), where), scale / (1 - drop.p)
-            kept = packed(where) if drop.p <= KEEP_UP_TO else None
+            kept = packed(gaps) if drop.p <= KEEP_UP_TO else None
         A, near = _cast(u.A, dtype), inputs.dtype != dtype
         hs = [_times_turned(x, A, near) for (x,) in _blocks(dtype, inputs)]
         h = hs[0] if len(hs) == 1 else torch.cat(hs)
@@ -260,6 +260,8 @@ def _is_decoding(x: Tensor, u: Factors) -> bool:
 def _add_decoded(y: Tensor, x: Tensor, u: Factors) -> Tensor:
     """Add an update to a y of few tokens in place, in the dtype of its factors.
 
+    A single token is a vector, which takes torch two thirds of the time of a matrix.
+
     Args:
         y: `(..., out)`.
         x: `(..., in)`, a matrix or contiguous: else torch would choose its product by
@@ -269,6 +271,10 @@ def _add_decoded(y: Tensor, x: Tensor, u: Factors) -> Tensor:
     Returns:
         `x A^T`, `(..., rank)`.
     """
+    if y.dtype == u.A.dtype == x.dtype and x.numel() == x.shape[-1]:
+        vector = torch.mv(u.A, x.reshape(-1))
+        y.view(-1).addmv_(u.B, vector, alpha=u.scale)
+        return vector.view(*x.shape[:-1], -1)
     h = F.linear(_cast(x, u.A.dtype), u.A)
     if y.dtype == h.dtype:
         y.add_(F.linear(h, u.B), alpha=u.scale)
@@ -479,7 +485,7 @@ def _updates_backward(
         drop, where, scale, inputs = how.drops[i], None, u.scale, x2
         if drop is not None:
             kept = positions[i]
-            where = dropped(drop, x2) if kept is None else unpacked(kept)
+            where = dropped(drop, x2)[0] if kept is None else unpacked(kept)
             scale = scale / (1 - drop.p)
             inputs = drop_(_own(x2), where) if needs[2 * i] else x2
         gh, gA, gB = _thin_gradients(dtype, g2, inputs, thin[i], u, needs[2 * i : 2 * i + 2])
@@ -540,7 +546,8 @@ def _below(parts: list[Tensor]) -> Tensor | None:
 
 def _add_to_input(gx2: Tensor, gh: Tensor, A: Tensor, scale: float, where: Tensor | None) -> None:
     """Add `scale * gh A` to gx2 in place, but not where the input was dropped."""
-    if where is None:
-        _addmm_(gx2, gh, A, scale)
-    else:
-        gx2 += drop_(torch.mm(gh, A).mul_(scale), where)
+    flat = gx2.view(-1)
+    kept = None if where is None else flat.index_select(0, where)
+    _addmm_(gx2, gh, A, scale)
+    if where is not None and kept is not None:  # which takes less than adding what drops there
+        flat.index_copy_(0, where, kept)
