@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,17 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
@@ -70,18 +60,22 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     Yields:
         A function of bytes done and bytes in all, for any thread.
     """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    if not console.is_terminal:
+    forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"  # as rich
+    if not (sys.stderr.isatty() or forced):
         yield lambda *_: None
         return
-    with Progress(*columns, console=console, transient=True) as progress:
+    from rich import progress as bars  # not before somebody looks: commands start sooner
+    from rich.console import Console
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with bars.Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
 
         def update(done: int, total: int) -> None:
@@ -92,6 +86,10 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def print_table(rows: Sequence[Sequence[str]], heads: Sequence[str], n_left: int) -> None:
     """Print aligned columns, the first `n_left` to the left and the others to the right."""
+    from rich.console import Console  # nor where JSON is asked for
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, head in enumerate(heads):
