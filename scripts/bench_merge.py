@@ -45,7 +45,6 @@ Rows = dict[str, list[dict[str, float]]]
 
 PEFT = """
 import sys
-import sysconfig
 import torch, transformers, peft
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 model = peft.PeftModel.from_pretrained(model, sys.argv[2]).merge_and_unload()

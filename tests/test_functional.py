@@ -373,6 +373,17 @@ def test_dropout_is_on_the_input_of_a(layer: type[nn.Module], p: float, grad: bo
     assert same_bits(model.eval()(x), x)
 
 
+def test_dropout_of_no_tokens() -> None:
+    """An expert that no token came to still trains."""
+    A, B = torch.randn(2, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+    x = torch.randn(0, 4, requires_grad=True)
+    y = functional.linear(x, torch.randn(3, 4), None, [Factors(A, B, 0.5, None, 0.1)])
+    y.sum().backward()
+    assert y.shape == (0, 3)
+    assert A.grad is not None
+    assert not A.grad.any()
+
+
 @pytest.mark.parametrize("layer", [Identity, OwnIdentity])
 def test_dropout_is_reproducible_and_its_gradient_has_the_same_mask(layer: type[nn.Module]) -> None:
     model = identity(layer(), 0.5)

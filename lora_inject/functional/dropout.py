@@ -61,7 +61,7 @@ def dropped(drop: Drop, like: Tensor) -> tuple[Tensor, Tensor]:
     draws = int(expected + 6 * math.sqrt(expected) + 16)
     found: list[Tensor] = []
     end = 0
-    while end < n:
+    while not found or end < n:
         found.append(_gaps(drop.p, draws, generator))
         positions = unpacked(found[0] if len(found) == 1 else torch.cat(found))
         end = int(positions[-1]) + 1

@@ -546,8 +546,10 @@ def _below(parts: list[Tensor]) -> Tensor | None:
 
 def _add_to_input(gx2: Tensor, gh: Tensor, A: Tensor, scale: float, where: Tensor | None) -> None:
     """Add `scale * gh A` to gx2 in place, but not where the input was dropped."""
+    if where is None:
+        _addmm_(gx2, gh, A, scale)
+        return
     flat = gx2.view(-1)
-    kept = None if where is None else flat.index_select(0, where)
+    kept = flat.index_select(0, where)  # put back: half the time of an update with zeros, added
     _addmm_(gx2, gh, A, scale)
-    if where is not None and kept is not None:  # which takes less than adding what drops there
-        flat.index_copy_(0, where, kept)
+    flat.index_copy_(0, where, kept)
