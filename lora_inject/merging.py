@@ -184,8 +184,10 @@ class _Target:
         tally = Tally() if self.narrow and self.tally is None else None
         in_place = not self.copies and not self.narrow
         n_blocks = float(BLOCKS_A_CALL)
-        if in_place:  # without float32 copies more fits the cache; without any, no need of it
-            n_blocks = math.inf if undo.original is None else 4
+        if undo.original is None and not self.copies:  # nothing waits for its turn in the cache
+            n_blocks = math.inf
+        elif in_place:  # without float32 copies more fits
+            n_blocks = 4
         for start, rows in self.blocks(n_blocks):
             undo.keep(rows, start)
             if in_place:

@@ -23,7 +23,7 @@ from lora_inject.sites import SiteSpec
 __all__ = ["Delta", "Scratch", "Tally", "Term", "block_rows", "fold_rows", "fold_rows_"]
 
 # Elements of a block: two float32 copies of it, and the rows themselves, fit the cache of one core.
-BLOCK_ELEMENTS = 1 << 16
+BLOCK_ELEMENTS = 9 << 13
 
 
 def block_rows(matrix: Tensor) -> int:
@@ -310,18 +310,22 @@ def _fold_pieces(
     n_pieces = (n_rows + step - 1) // step
     weights = torch.zeros(n_pieces, dtype=room.dtype, device=room.device)
     losses = torch.zeros(n_pieces, 2, 2, dtype=room.dtype, device=room.device)
+    # Views in lists, made at once: a view at each turn takes a tenth of the turn.
+    piece_weights, piece_losses = weights.unbind(), losses.unbind()
+    pieces, merged_pieces = rows.split(step), out.split(step)
     total, change, stored = room.view(3, step, n_cols).unbind()
     both = room[:2]
     flat, turned = both[0], both.t()
     for k in range(n_pieces):
-        at, stop = k * step, min(n_rows, (k + 1) * step)
-        n = stop - at
+        piece = pieces[k]
+        n = piece.shape[0]
         if n < step:
             total, change, stored = total[:n], change[:n], stored[:n]
             both = room[:2, : n * n_cols]
             flat, turned = both[0], both.t()
-        first, last = start + at, start + stop
-        total.copy_(rows[at:stop])
+        first = start + k * step
+        last = first + n
+        total.copy_(piece)
         whole = len(places) == 1 and places[0][0] <= first and last <= places[0][1]
         if whole and places[0][2] == 0 and places[0][3] == n_cols:
             left = lefts[0][first - places[0][0] : last - places[0][0]]
@@ -335,12 +339,12 @@ def _fold_pieces(
                     part = change[begin - first : end - first, places[i][2] : places[i][3]]
                     part.addmm_(left, rights[i])
         if count:
-            torch.dot(flat, flat, out=weights[k])
+            torch.dot(flat, flat, out=piece_weights[k])
         total.add_(change)
-        merged = out[at:stop].copy_(total)
+        merged = merged_pieces[k].copy_(total)
         if count:
             total.sub_(stored.copy_(merged))
-            torch.mm(both, turned, out=losses[k])
+            torch.mm(both, turned, out=piece_losses[k])
     sums = losses.sum(dim=0, dtype=torch.float64)
     ww = weights.sum(dtype=torch.float64)
     return [float(ww), float(sums[0, 0]), float(sums[0, 1]), float(sums[1, 1])]

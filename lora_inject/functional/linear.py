@@ -354,15 +354,15 @@ def _turned(thin: Tensor) -> Tensor:
     return thin.t().contiguous()
 
 
-def _addmm_(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """`y2 += scale * left @ right` for thin factors, rounding once.
+def _addmm_(y2: Tensor, left: Tensor, right: Tensor, scale: float, beta: int = 1) -> None:
+    """`y2 = beta * y2 + scale * left @ right` for thin factors, rounding once.
 
     Float32 factors over a 16-bit y2 are split into a high and a low 16-bit half each, and the three
     products that matter go into one matrix product, which accumulates in float32: 16 bits of the
     update are right, y2 keeps 8, and no float32 copy of y2 is made. A few rows are copied instead.
     """
     if y2.dtype != left.dtype and y2.shape[0] <= left.shape[1]:
-        y2.copy_(y2.to(left.dtype).addmm_(left, right, alpha=scale))
+        y2.copy_(y2.to(left.dtype).addmm_(left, right, beta=beta, alpha=scale))
         return
     if y2.dtype != left.dtype:
         left_high, right_high = left.to(y2.dtype), right.to(y2.dtype)
@@ -370,7 +370,16 @@ def _addmm_(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
         right_low = right.sub(right_high).to(y2.dtype)
         left = torch.cat([left_high, left_low, left_high], dim=1)
         right = torch.cat([right_high, right_high, right_low])
-    y2.addmm_(left, right, alpha=scale)
+    y2.addmm_(left, right, beta=beta, alpha=scale)
+
+
+class _Share(NamedTuple):
+    """What one update adds to the gradient of x: `scale * gh A`, but not where x was dropped."""
+
+    gh: Tensor
+    A: Tensor
+    scale: float
+    where: Tensor | None
 
 
 class _How(NamedTuple):
@@ -425,9 +434,11 @@ class _LinearFunction(torch.autograd.Function):
             return differentiate_again(out, (x, weight, bias, None, *tensors), needs, g)
         g2 = g.reshape(-1, g.shape[-1])
         gx2 = gw = gb = None
+        grads, shares = _updates_backward(g2, x, how, rest, needs[4:])
         if needs[0]:
             gx2 = torch.mm(g2, _cast(weight.t() if how.transposed else weight, g.dtype))
-        grads = _updates_backward(g2, x, how, rest, needs[4:], gx2)
+            for share in shares:
+                _add_to_input(gx2, share)
         if needs[1]:
             x2 = _cast(x.reshape(-1, x.shape[-1]), g.dtype)
             gw = _cast(x2.t() @ g2 if how.transposed else g2.t() @ x2, weight.dtype)
@@ -457,9 +468,12 @@ class _UpdateFunction(torch.autograd.Function):
             zero = g.new_zeros(g.shape)
             out = _plain(zero, x, how.factors(tensors), how.drops, how.float32)
             return (g, *differentiate_again(out, (x, None, *tensors), needs[1:], g))
-        g2 = g.reshape(-1, g.shape[-1])
-        gx2 = g2.new_zeros(g2.shape[0], x.shape[-1]) if needs[1] else None
-        grads = _updates_backward(g2, x, how, rest, needs[3:], gx2)
+        g2, gx2 = g.reshape(-1, g.shape[-1]), None
+        grads, shares = _updates_backward(g2, x, how, rest, needs[3:])
+        if needs[1]:
+            gx2 = g2.new_empty(g2.shape[0], x.shape[-1])
+            for i, share in enumerate(shares):
+                _add_to_input(gx2, share, beta=min(i, 1))
         return (g, _shaped(gx2, x), None, *grads)
 
 
@@ -473,14 +487,18 @@ def _updates_backward(
     how: _How,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
-    gx2: Tensor | None,
-) -> list[Tensor | None]:
-    """Return the gradients of every A and B, and add the updates' part to gx2 in place."""
+) -> tuple[list[Tensor | None], list[_Share]]:
+    """Return the gradients of every A and B, and what each update adds to that of x.
+
+    The sum is for the caller to form: right behind the layer's own gradient of x, which is then in
+    the cache, and in the memory that copies of x left.
+    """
     n = len(how.updates)
     tensors, thin, positions = saved[: 2 * n], saved[2 * n : 3 * n], saved[3 * n :]
     dtype = _compute_dtype(g2.dtype, how.float32)
     x2 = x.reshape(-1, x.shape[-1])
     grads: list[Tensor | None] = []
+    shares: list[_Share] = []
     for i, u in enumerate(how.factors(tensors)):
         drop, where, scale, inputs = how.drops[i], None, u.scale, x2
         if drop is not None:
@@ -489,11 +507,10 @@ def _updates_backward(
             scale = scale / (1 - drop.p)
             inputs = drop_(_own(x2), where) if needs[2 * i] else x2
         gh, gA, gB = _thin_gradients(dtype, g2, inputs, thin[i], u, needs[2 * i : 2 * i + 2])
-        if gx2 is not None:
-            _add_to_input(gx2, gh, _cast(u.A, dtype), scale, where)
+        shares.append(_Share(gh, _cast(u.A, dtype), scale, where))
         grads.append(None if gA is None else _cast(gA.mul_(scale), u.A.dtype))
         grads.append(None if gB is None else _cast(gB.mul_(scale), u.B.dtype))
-    return grads
+    return grads, shares
 
 
 def _thin_gradients(
@@ -544,12 +561,17 @@ def _below(parts: list[Tensor]) -> Tensor | None:
     return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _add_to_input(gx2: Tensor, gh: Tensor, A: Tensor, scale: float, where: Tensor | None) -> None:
-    """Add `scale * gh A` to gx2 in place, but not where the input was dropped."""
+def _add_to_input(gx2: Tensor, share: _Share, beta: int = 1) -> None:
+    """Form `beta * gx2 + share` in place; where x was dropped, there is no share."""
+    gh, A, scale, where = share
+    if where is None or not beta:
+        _addmm_(gx2, gh, A, scale, beta)
     if where is None:
-        _addmm_(gx2, gh, A, scale)
         return
     flat = gx2.view(-1)
+    if not beta:
+        flat.index_fill_(0, where, 0.0)
+        return
     kept = flat.index_select(0, where)  # put back: half the time of an update with zeros, added
     _addmm_(gx2, gh, A, scale)
     flat.index_copy_(0, where, kept)
