@@ -21,7 +21,7 @@ from lora_inject.functional import Factors
 from lora_inject.layers import forward
 
 Rows = list[str | None]
-# Six rows of three adapters share them; six rows of four have each their own.
+# Eight rows of two adapters of one rank, or of three of unequal rank.
 ROWS: dict[str, Rows] = {
     "few adapters": ["default", "wide", None, "default", "wide", "default", "wide", None],
     "many adapters": ["thin", "wide", None, "default", "thin", "wide", "default", "thin"],
@@ -100,8 +100,8 @@ def test_nothing_is_kept_after_the_context(monkeypatch: pytest.MonkeyPatch) -> N
     kept: list[weakref.ref[Tensor]] = []
     gather = functional.gather
 
-    def watched(*args: object) -> functional.Gathered:
-        found = gather(*args)  # type: ignore[arg-type]
+    def watched(*args: object, **kwargs: bool) -> functional.Gathered:
+        found = gather(*args, **kwargs)  # type: ignore[arg-type]
         kept.extend(map(weakref.ref, found[:2]))
         return found
 
@@ -155,6 +155,19 @@ def test_beams_and_plain_batches_in_one_context() -> None:
     assert error(wide[1::2], narrow) < TOLERANCE[torch.float64]
 
 
+def test_a_forward_with_gradients_after_one_of_inference_mode() -> None:
+    """What layers share for the context was made in inference mode."""
+    model, x = crowded("linear"), batch("linear", torch.float64, 1)
+    li.train_only(model, ["default", "wide"])
+    with li.routed(model, ROWS["few adapters"]):
+        with torch.inference_mode():
+            found = model(x).clone()
+        wanted = model(x)
+        wanted.sum().backward()
+    assert error(found, wanted) < TOLERANCE[torch.float64]
+    assert all(p.grad is not None for p in li.adapter_parameters(model, "wide").values())
+
+
 class _Remembers(nn.Linear):
     """A layer of somebody's own, which keeps its output: it must stay as it was."""
 
@@ -185,17 +198,22 @@ def test_the_output_that_a_layer_of_its_own_keeps_is_not_written_on(
     assert error(found, plain) > 1e-3
 
 
-def test_gather_by_hand() -> None:
+@pytest.mark.parametrize("n_tokens", [1, 4])
+@pytest.mark.parametrize("ranks", [(1, 3), (2,) * 8, (4, 1, 1, 1)])
+def test_gather_by_hand(ranks: tuple[int, ...], n_tokens: int) -> None:
     """Against dense matrices, row by row."""
     adapters = [
-        [Factors(torch.randn(r, 5).double(), torch.randn(7, r).double(), 0.5)] for r in (1, 3)
+        [Factors(torch.randn(r, 5).double(), torch.randn(7, r).double(), 0.5 + i % 2)]
+        for i, r in enumerate(ranks)
     ]
-    rows = torch.tensor([0, 2, 1, 2, 2, 1, 0, 2])
-    x, y = torch.randn(8, 4, 5).double(), torch.randn(8, 4, 7).double()
-    found = functional.gather(rows, adapters, 7, torch.float64).add(y, x)
-    for i, row in enumerate(rows.tolist()):
+    rows = list(range(1, 9)) if len(ranks) == 8 else [0, 2, 1, 2, 2, 1, 0, 2]
+    x, y = torch.randn(8, n_tokens, 5).double(), torch.randn(8, n_tokens, 7).double()
+    of_rows = functional.Rows(rows, x.device)
+    found = functional.gather(of_rows, adapters, 7, torch.float64, one_token=n_tokens == 1)
+    found_y = found.add(y, x)
+    for i, row in enumerate(rows):
         wanted = y[i]
         if row:
             u = adapters[row - 1][0]
-            wanted = y[i] + x[i] @ (0.5 * u.B @ u.A).T
-        assert error(found[i], wanted) < 1e-14
+            wanted = y[i] + x[i] @ (u.scale * u.B @ u.A).T
+        assert error(found_y[i], wanted) < 1e-14

@@ -20,9 +20,10 @@ from lora_inject.functional.fold import (
     fold_rows,
     fold_rows_,
 )
+from lora_inject.functional.gathered import Gathered, Rows, gather
 from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
-from lora_inject.functional.routed import Gathered, gather, routed_update
+from lora_inject.functional.routed import routed_update
 from lora_inject.functional.weight import dense_delta, effective_weight
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Factors",
     "Gathered",
     "LazyWeight",
+    "Rows",
     "Scratch",
     "Tally",
     "Term",

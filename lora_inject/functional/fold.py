@@ -312,7 +312,7 @@ def _fold_pieces(
     losses = torch.zeros(n_pieces, 2, 2, dtype=room.dtype, device=room.device)
     # Views in lists, made at once: a view at each turn takes a tenth of the turn.
     piece_weights, piece_losses = weights.unbind(), losses.unbind()
-    pieces, merged_pieces = rows.split(step), out.split(step)
+    pieces, merged_pieces = torch.split(rows, step), torch.split(out, step)
     total, change, stored = room.view(3, step, n_cols).unbind()
     both = room[:2]
     flat, turned = both[0], both.t()

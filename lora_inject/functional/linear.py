@@ -82,7 +82,9 @@ def linear(
             if x.numel() == x.shape[-1]:
                 y.view(-1).addmv_(u.B, torch.mv(u.A, x.view(-1)), alpha=u.scale)
                 return y
-            return y.add_(F.linear(F.linear(x, u.A), u.B), alpha=u.scale)
+            h = F.linear(x.view(-1, x.shape[-1]), u.A)
+            y.view(-1, y.shape[-1]).addmm_(h, u.B.t(), alpha=u.scale)
+            return y
         if y.dtype == x.dtype:  # autocast makes another of it
             _add_decoded(y, x, u)
             return y
@@ -277,7 +279,7 @@ def _add_decoded(y: Tensor, x: Tensor, u: Factors) -> Tensor:
         return vector.view(*x.shape[:-1], -1)
     h = F.linear(_cast(x, u.A.dtype), u.A)
     if y.dtype == h.dtype:
-        y.add_(F.linear(h, u.B), alpha=u.scale)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), u.B.t(), alpha=u.scale)
     else:
         y.copy_(torch.add(y, F.linear(h, u.B), alpha=u.scale))
     return h

@@ -2,27 +2,22 @@
 
 One idea: factors are gathered by row, so the cost does not grow with the number of adapters
 (Punica, arXiv:2310.18547, has the same idea as a GPU kernel). In training each adapter's gradient
-is the sum over its own rows. Without gradients, `gather` does the gathering once for many forwards.
+is the sum over its own rows. `gathered` is for many forwards without gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.functional.factors import (
-    Factors,
-    needs_plain_operations,
-    spread,
-    without_autocast,
-)
+from lora_inject.functional.factors import Factors, needs_plain_operations, spread
 from lora_inject.functional.linear import differentiate_again
 
-__all__ = ["Gathered", "bank", "gather", "routed_update"]
+__all__ = ["added", "bank", "one_pair", "padded", "routed_update"]
 
 
 def routed_update(
@@ -69,12 +64,12 @@ def bank(
     Returns:
         A `(n, R, in)` and B `(n, out, R)`; smaller ranks are padded with zeros.
     """
-    pairs = [_one_pair(updates, out, dtype) for updates in adapters]
+    pairs = [(A, B * scale) for A, B, scale in (one_pair(u, out, dtype) for u in adapters)]
     rank = max(A.shape[0] for A, _ in pairs)
     if base:
         A, B = pairs[0]
         pairs.insert(0, (A.new_zeros(rank, A.shape[1]), B.new_zeros(out, rank)))
-    As, Bs = zip(*(_padded(A, B, rank) for A, B in pairs), strict=True)
+    As, Bs = zip(*(padded(A, B, rank) for A, B in pairs), strict=True)
     return torch.stack(As), torch.stack(Bs)
 
 
@@ -91,10 +86,18 @@ def _routed(
     """
     h = torch.bmm(A_bank.index_select(0, rows), x3.to(A_bank.dtype).transpose(1, 2))
     right = B_bank.index_select(0, rows).transpose(1, 2)
-    return _added(y3, h.transpose(1, 2), right), h
+    return added(y3, h.transpose(1, 2), right), h
 
 
-def _added(y3: Tensor, h: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
+def added(y3: Tensor, h: Tensor, right: Tensor, in_place: bool = False) -> Tensor:
+    """Return `y3 + h @ right`, batch by batch, in the dtype of `y3`.
+
+    Args:
+        y3: `(batch, n, out)`.
+        h: `(batch, n, R)`.
+        right: `(batch, R, out)`.
+        in_place: Whether y3 may be modified.
+    """
     if y3.dtype == h.dtype:
         return y3.baddbmm_(h, right) if in_place else torch.baddbmm(y3, h, right)
     return torch.baddbmm(y3.to(h.dtype), h, right).to(y3.dtype)
@@ -131,19 +134,25 @@ class _RoutedFunction(torch.autograd.Function):
         return g, gx, None, gA, gB
 
 
-def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return a pair that is filled up with zeros to a rank."""
     missing = rank - A.shape[0]
     return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing else (A, B)
 
 
-def _one_pair(updates: Sequence[Factors], out: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return one plain pair `(R, in)`, `(out, R)` that equals all updates, scale in B."""
-    As, Bs = [], []
-    for u in updates:
-        As.append(u.A.to(dtype))
-        B = u.B.to(dtype) * u.scale
-        Bs.append(B if u.spans is None else spread(B, u.spans, out))
-    return (As[0], Bs[0]) if len(As) == 1 else (torch.cat(As), torch.cat(Bs, dim=1))
+def one_pair(
+    updates: Sequence[Factors], out: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
+    """Return `A (R, in)`, `B (out, R)` and a scale, as one plain pair that equals all updates."""
+    if len(updates) == 1 and updates[0].spans is None:
+        u = updates[0]
+        return u.A.to(dtype), u.B.to(dtype), u.scale
+    As = [u.A.to(dtype) for u in updates]
+    Bs = [u.B.to(dtype) * u.scale for u in updates]
+    wide = [
+        B if u.spans is None else spread(B, u.spans, out) for B, u in zip(Bs, updates, strict=True)
+    ]
+    return torch.cat(As), torch.cat(wide, dim=1), 1.0
 
 
 def _routed_dropout(x3: Tensor, rows: Tensor, dropouts: Sequence[float]) -> Tensor:
@@ -153,84 +162,3 @@ def _routed_dropout(x3: Tensor, rows: Tensor, dropouts: Sequence[float]) -> Tens
     p = torch.tensor((0.0, *dropouts), device=x3.device, dtype=x3.dtype)[rows].view(-1, 1, 1)
     keep = torch.rand_like(x3) >= p
     return x3 * keep / (1 - p)
-
-
-# -------------------------------------------------------------- many forwards without gradients
-
-
-class Gathered(NamedTuple):
-    """What one layer needs of a routed batch, for forwards without gradients.
-
-    Where the batch has few adapters they are kept as they are, and a token's `h` is formed with
-    all of them and masked. Where it has many, each row gets a copy of its own. Neither takes more
-    than twice the memory of the adapters.
-
-    Attributes:
-        A: `(batch, R, in)`, or `(n, R, in)` for `n` adapters that are shared.
-        B: `(batch, R, out)`, or `(n, R, out)`; scale included.
-        places: `(batch,)`, int64, in A and B where they are shared, else None.
-        others: `(batch, n, 1)`, bool: not the row's own, where they are shared, else None.
-    """
-
-    A: Tensor
-    B: Tensor
-    places: Tensor | None = None
-    others: Tensor | None = None
-
-    def add(self, y: Tensor, x: Tensor, *, in_place: bool = False) -> Tensor:
-        """Add to each row the update of its own adapter.
-
-        Args:
-            y: `(batch, ..., out)`.
-            x: `(batch, ..., in)`.
-            in_place: Whether y may be modified: nobody else has it.
-
-        Returns:
-            `(batch, ..., out)`, in the dtype of `y`.
-        """
-        context = without_autocast(y)
-        if context is None:
-            return self._add(y, x, in_place)
-        with context:
-            return self._add(y, x, in_place)
-
-    def _add(self, y: Tensor, x: Tensor, in_place: bool) -> Tensor:
-        A, B, places, others = self
-        batch, width, out = x.shape[0], x.shape[-1], y.shape[-1]
-        x3 = x.reshape(batch, -1, width).to(A.dtype)
-        y3 = y.reshape(batch, -1, out)
-        if others is None or places is None:
-            h = torch.bmm(A, x3.transpose(1, 2)).transpose(1, 2)
-            return _added(y3, h, B, in_place).view(y.shape)
-        if x3.shape[1] > 1:
-            h = torch.bmm(A.index_select(0, places), x3.transpose(1, 2)).transpose(1, 2)
-            h.masked_fill_(others.all(1, keepdim=True), 0)
-            return _added(y3, h, B.index_select(0, places), in_place).view(y.shape)
-        h = torch.mm(x3.view(batch, width), A.view(-1, width).t())
-        h = h.view(batch, *A.shape[:2]).masked_fill_(others, 0).view(1, batch, -1)
-        return _added(y3.view(1, batch, out), h, B.view(1, -1, out), in_place).view(y.shape)
-
-
-def gather(
-    rows: Tensor, adapters: Sequence[Sequence[Factors]], out: int, dtype: torch.dtype
-) -> Gathered:
-    """Gather the factors of a routed batch.
-
-    Args:
-        rows: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
-        adapters: The updates of each adapter, without dropout.
-        out: Width of the output.
-        dtype: What to compute in.
-    """
-    A, B = bank(adapters, out, dtype)
-    B = B.transpose(1, 2).contiguous()
-    n, index = len(adapters), (rows - 1).clamp(min=0)
-    # In a shared product a broken adapter would spoil every row, by 0 * NaN.
-    if len(rows) > 2 * n and bool(A.isfinite().all() & B.isfinite().all()):
-        numbers = torch.arange(1, n + 1, device=rows.device)
-        return Gathered(A, B, index, (rows[:, None] != numbers).unsqueeze(2))
-    A, B = A.index_select(0, index), B.index_select(0, index)
-    base = rows == 0
-    if bool(base.any()):
-        A[base], B[base] = 0, 0
-    return Gathered(A, B)

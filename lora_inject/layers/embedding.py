@@ -75,7 +75,7 @@ class LoRAEmbedding(ForwardMount):
             if not routing.entries:
                 return super().forward(*args, **kwargs)
             adapters = [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
-            base, rows = self._lora_base(ids, args, kwargs), routing.rows
+            base, rows = self._lora_base(ids, args, kwargs), routing.index
             return self._lora_renorm(routed_embedding(base, ids, rows, adapters, self.padding_idx))
         updates = self._lora_compiled(self.weight, state) or self._lora_updates(state)
         if not updates:

@@ -8,6 +8,7 @@ constant: which adapters *could* be chosen, by a tensor that comes in?
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lora_inject.errors import LayerError
 from lora_inject.functional import (
     Factors,
     Gathered,
+    Rows,
     chosen_factors,
     chosen_rows,
     gather,
@@ -31,29 +33,41 @@ class _Routing:
     """A routed batch as one layer sees it, kept until the context ends.
 
     Attributes:
-        rows: `(batch,)`, int64: 0 for the base, else 1 + the place in `entries`.
         entries: The adapters of the batch that are on this layer.
+        rows: Which of them each row has; only their `index` in a compiled graph.
     """
 
-    def __init__(self, rows: Tensor, entries: list[Entry]) -> None:
-        self.rows = rows
+    def __init__(self, entries: list[Entry], rows: Rows | Tensor) -> None:
         self.entries = entries
+        self.rows = rows
         self._gathered: Gathered | None = None
-        self._of: list[tuple[str, Tensor, int]] = []
-        self._dtype: torch.dtype | None = None
+        self._for: tuple[torch.dtype, bool] | None = None
+        self._names: list[str] = []
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
 
-    def gathered(self, held: Mapping[str, Tensor | None], dtype: torch.dtype) -> Gathered | None:
+    @property
+    def index(self) -> Tensor:
+        """For each row 0 for the base, else 1 + the place in `entries`: `(batch,)`, int64."""
+        return self.rows if isinstance(self.rows, Tensor) else self.rows.index
+
+    def gathered(
+        self, held: Mapping[str, Tensor | None], dtype: torch.dtype, one_token: bool
+    ) -> Gathered | None:
         """Return what was gathered, unless a tensor was replaced or written since.
 
         Args:
             held: The layer's parameters.
             dtype: What is computed in.
+            one_token: Whether each row has a single token.
         """
-        if dtype != self._dtype:
+        if self._for != (dtype, one_token):
             return None
-        for name, tensor, version in self._of:
-            if held[name] is not tensor or tensor._version != version:
-                return None
+        # A hundred tensors at each forward: without a loop of Python's own.
+        if not all(map(is_, map(held.__getitem__, self._names), self._tensors)):
+            return None
+        if list(map(_version_of, self._tensors)) != self._versions:
+            return None
         return self._gathered
 
     def gather(
@@ -62,6 +76,7 @@ class _Routing:
         adapters: list[list[Factors]],
         out: int,
         dtype: torch.dtype,
+        one_token: bool,
     ) -> Gathered | None:
         """Gather factors for an output of width `out`, and keep them.
 
@@ -70,12 +85,16 @@ class _Routing:
         """
         names = [name for entry in self.entries for name in entry.names.values()]
         tensors = {name: t for name in names if (t := held[name]) is not None}
-        if any(t.is_inference() for t in tensors.values()):
+        if isinstance(self.rows, Tensor) or any(t.is_inference() for t in tensors.values()):
             return None
-        self._of = [(name, t, t._version) for name, t in tensors.items()]
-        self._dtype = dtype
-        self._gathered = gather(self.rows, adapters, out, dtype)
+        self._names, self._tensors = list(tensors), list(tensors.values())
+        self._versions = list(map(_version_of, self._tensors))
+        self._for = (dtype, one_token)
+        self._gathered = gather(self.rows, adapters, out, dtype, one_token=one_token)
         return self._gathered
+
+
+_version_of = attrgetter("_version")
 
 
 class ForwardMount(Carrier):
@@ -127,16 +146,20 @@ class ForwardMount(Carrier):
                 "Give one adapter for each row of the batch; for beams use repeat=n",
             )
         mine = self._lora.forward
+        repeat = x.shape[0] // n_rows
         if torch.compiler.is_compiling():
             # Names would be constants of the graph: all adapters stand ready.
-            entries = list(mine.values())
             index = chosen_rows(state.choice.to(x.device)[:, 0], self._lora.numbers)
-        else:
-            rows = state.rows or ()
-            entries = [mine[n] for n in dict.fromkeys(rows) if n is not None and n in mine]
+            return _Routing(list(mine.values()), index.repeat_interleave(repeat))
+        names = state.rows or ()
+        entries = [mine[n] for n in dict.fromkeys(names) if n is not None and n in mine]
+        key = (*(e.adapter for e in entries), x.shape[0], x.device)
+        rows = state.kept.get(key)
+        if rows is None:
             place = {e.adapter: i + 1 for i, e in enumerate(entries)}
-            index = torch.tensor([place.get(name or "", 0) for name in rows], device=x.device)
-        return _Routing(index.repeat_interleave(x.shape[0] // n_rows), entries)
+            places = [place.get(name or "", 0) for name in names for _ in range(repeat)]
+            rows = state.kept[key] = Rows(places, x.device)
+        return _Routing(entries, rows)
 
     def _lora_routed(
         self, y: Tensor, x: Tensor, routing: _Routing, *, in_place: bool = False
@@ -152,13 +175,18 @@ class ForwardMount(Carrier):
         if not routing.entries:
             return y
         keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
-        held, dtype = self._parameters, self._lora_dtype(y)
-        if keep and (gathered := routing.gathered(held, dtype)) is not None:
-            return gathered.add(y, x, in_place=in_place)
+        if keep:
+            held, dtype = self._parameters, self._lora_dtype(y)
+            one_token = x.numel() == x.shape[0] * x.shape[-1]
+            gathered = routing.gathered(held, dtype, one_token)
+            if gathered is not None:
+                return gathered.add(y, x, in_place=in_place)
         adapters = [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
-        if keep and (gathered := routing.gather(held, adapters, y.shape[-1], dtype)) is not None:
-            return gathered.add(y, x, in_place=in_place)
-        return routed_update(y, x, routing.rows, adapters, float32=self._lora.float32)
+        if keep:
+            gathered = routing.gather(held, adapters, y.shape[-1], dtype, one_token)
+            if gathered is not None:
+                return gathered.add(y, x, in_place=in_place)
+        return routed_update(y, x, routing.index, adapters, float32=self._lora.float32)
 
     # ---------------------------------------------------------------------------- compiled graphs
 
