@@ -43,7 +43,7 @@ def batch(kind: str, dtype: torch.dtype, n_tokens: int | None) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n_tokens", [None, 1, 3], ids=str)
+@pytest.mark.parametrize("n_tokens", [None, 1, 3, 32], ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", ["linear", "one slice", "conv1d"])
 def test_gathered_is_the_general_way(
@@ -132,7 +132,7 @@ def test_tensors_of_inference_mode_are_never_kept() -> None:
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("n_tokens", [1, 3, 32])
 def test_a_broken_adapter_spoils_its_own_rows_only(rows: str, n_tokens: int) -> None:
     """Tenants share a batch, not their mistakes."""
     model, x = crowded("linear"), batch("linear", torch.float64, n_tokens)
@@ -168,6 +168,15 @@ def test_a_forward_with_gradients_after_one_of_inference_mode() -> None:
     assert all(p.grad is not None for p in li.adapter_parameters(model, "wide").values())
 
 
+def test_function_transforms_over_a_routed_batch() -> None:
+    model = crowded("linear")
+    x = torch.stack([batch("linear", torch.float64, n) for n in (32, 32)])
+    with li.routed(model, ROWS["few adapters"]), torch.no_grad():
+        wanted = torch.stack([model(each) for each in x])
+        found = torch.func.vmap(model)(x)
+    assert error(found, wanted) < TOLERANCE[torch.float64]
+
+
 class _Remembers(nn.Linear):
     """A layer of somebody's own, which keeps its output: it must stay as it was."""
 
@@ -179,7 +188,7 @@ class _Remembers(nn.Linear):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("n_tokens", [1, 3])
+@pytest.mark.parametrize("n_tokens", [1, 3, 32])
 def test_the_output_that_a_layer_of_its_own_keeps_is_not_written_on(
     rows: str, n_tokens: int
 ) -> None:
@@ -210,10 +219,11 @@ def test_gather_by_hand(ranks: tuple[int, ...], n_tokens: int) -> None:
     x, y = torch.randn(8, n_tokens, 5).double(), torch.randn(8, n_tokens, 7).double()
     of_rows = functional.Rows(rows, x.device)
     found = functional.gather(of_rows, adapters, 7, torch.float64, one_token=n_tokens == 1)
-    found_y = found.add(y, x)
-    for i, row in enumerate(rows):
-        wanted = y[i]
-        if row:
-            u = adapters[row - 1][0]
-            wanted = y[i] + x[i] @ (u.scale * u.B @ u.A).T
-        assert error(found_y[i], wanted) < 1e-14
+    one_by_one = functional.add_row_by_row(y, x, of_rows, adapters, torch.float64)
+    for out in (found.add(y, x), one_by_one):
+        for i, row in enumerate(rows):
+            wanted = y[i]
+            if row:
+                u = adapters[row - 1][0]
+                wanted = y[i] + x[i] @ (u.scale * u.B @ u.A).T
+            assert error(out[i], wanted) < 1e-14

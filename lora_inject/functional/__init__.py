@@ -10,7 +10,7 @@ What is not here: modules. Everything takes and returns tensors.
 
 from lora_inject.functional.chosen import chosen_factors, chosen_rows
 from lora_inject.functional.embedding import embedding, renormalised, routed_embedding
-from lora_inject.functional.factors import Factors, master_dtype
+from lora_inject.functional.factors import Factors, master_dtype, needs_plain_operations
 from lora_inject.functional.fold import (
     Delta,
     Scratch,
@@ -20,10 +20,16 @@ from lora_inject.functional.fold import (
     fold_rows,
     fold_rows_,
 )
-from lora_inject.functional.gathered import Gathered, Rows, gather
 from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
 from lora_inject.functional.routed import routed_update
+from lora_inject.functional.routed_inference import (
+    Gathered,
+    Rows,
+    add_row_by_row,
+    are_many_tokens,
+    gather,
+)
 from lora_inject.functional.weight import dense_delta, effective_weight
 
 __all__ = [
@@ -35,7 +41,9 @@ __all__ = [
     "Scratch",
     "Tally",
     "Term",
+    "add_row_by_row",
     "add_updates",
+    "are_many_tokens",
     "block_rows",
     "chosen_factors",
     "chosen_rows",
@@ -48,6 +56,7 @@ __all__ = [
     "lazy_weight",
     "linear",
     "master_dtype",
+    "needs_plain_operations",
     "renormalised",
     "routed_embedding",
     "routed_update",

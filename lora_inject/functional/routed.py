@@ -2,7 +2,7 @@
 
 One idea: factors are gathered by row, so the cost does not grow with the number of adapters
 (Punica, arXiv:2310.18547, has the same idea as a GPU kernel). In training each adapter's gradient
-is the sum over its own rows. `gathered` is for many forwards without gradients.
+is the sum over its own rows. Without gradients there is more to choose from: `routed_inference`.
 """
 
 from __future__ import annotations

@@ -18,9 +18,12 @@ from lora_inject.functional import (
     Factors,
     Gathered,
     Rows,
+    add_row_by_row,
+    are_many_tokens,
     chosen_factors,
     chosen_rows,
     gather,
+    needs_plain_operations,
     routed_update,
 )
 from lora_inject.layers.base import Carrier, Entry, Recipe
@@ -70,28 +73,24 @@ class _Routing:
             return None
         return self._gathered
 
-    def gather(
+    def keep(
         self,
+        gathered: Gathered,
         held: Mapping[str, Tensor | None],
-        adapters: list[list[Factors]],
-        out: int,
         dtype: torch.dtype,
         one_token: bool,
-    ) -> Gathered | None:
-        """Gather factors for an output of width `out`, and keep them.
+    ) -> None:
+        """Keep what was gathered, if its tensors tell when they are written.
 
-        Returns:
-            None for tensors of inference mode, which do not tell when they are written.
+        Those of inference mode do not.
         """
         names = [name for entry in self.entries for name in entry.names.values()]
         tensors = {name: t for name in names if (t := held[name]) is not None}
-        if isinstance(self.rows, Tensor) or any(t.is_inference() for t in tensors.values()):
-            return None
+        if any(t.is_inference() for t in tensors.values()):
+            return
         self._names, self._tensors = list(tensors), list(tensors.values())
         self._versions = list(map(_version_of, self._tensors))
-        self._for = (dtype, one_token)
-        self._gathered = gather(self.rows, adapters, out, dtype, one_token=one_token)
-        return self._gathered
+        self._for, self._gathered = (dtype, one_token), gathered
 
 
 _version_of = attrgetter("_version")
@@ -174,19 +173,24 @@ class ForwardMount(Carrier):
         """
         if not routing.entries:
             return y
-        keep = not (torch.is_grad_enabled() or self.training or torch.compiler.is_compiling())
-        if keep:
-            held, dtype = self._parameters, self._lora_dtype(y)
-            one_token = x.numel() == x.shape[0] * x.shape[-1]
-            gathered = routing.gathered(held, dtype, one_token)
-            if gathered is not None:
-                return gathered.add(y, x, in_place=in_place)
-        adapters = [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
-        if keep:
-            gathered = routing.gather(held, adapters, y.shape[-1], dtype, one_token)
-            if gathered is not None:
-                return gathered.add(y, x, in_place=in_place)
-        return routed_update(y, x, routing.index, adapters, float32=self._lora.float32)
+        rows, dtype = routing.rows, self._lora_dtype(y)
+        watched = torch.is_grad_enabled() or self.training or needs_plain_operations()
+        if watched or isinstance(rows, Tensor):
+            adapters = self._lora_routed_factors(routing)
+            return routed_update(y, x, routing.index, adapters, float32=self._lora.float32)
+        if are_many_tokens(x):
+            adapters = self._lora_routed_factors(routing)
+            return add_row_by_row(y, x, rows, adapters, dtype, in_place=in_place)
+        one_token = x.numel() == x.shape[0] * x.shape[-1]
+        gathered = routing.gathered(self._parameters, dtype, one_token)
+        if gathered is None:
+            adapters = self._lora_routed_factors(routing)
+            gathered = gather(rows, adapters, y.shape[-1], dtype, one_token=one_token)
+            routing.keep(gathered, self._parameters, dtype, one_token)
+        return gathered.add(y, x, in_place=in_place)
+
+    def _lora_routed_factors(self, routing: _Routing) -> list[list[Factors]]:
+        return [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
 
     # ---------------------------------------------------------------------------- compiled graphs
 

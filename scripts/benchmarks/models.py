@@ -141,9 +141,12 @@ _OPAQUE = {"Linear": _opaque_class, "Conv1D": _opaque_class}
 
 
 def training_step(model: Any, ids: Tensor, *, optimise: bool = True) -> Callable[[], None]:
-    """Return one step of training: forward, backward, and AdamW on what trains."""
+    """Return one step of training: forward, backward, and AdamW on what trains.
+
+    AdamW is the fused one for everybody, as transformers' Trainer has it by default.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4) if trained and optimise else None
+    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained and optimise else None
     model.train()
 
     def step() -> None:

@@ -1,13 +1,15 @@
-"""A routed batch without gradients: factors are gathered once, for many forwards.
+"""A routed batch without gradients, in whichever way reads and multiplies least.
 
-One idea: how many tokens a row has decides what is worth keeping. One token a row, as in decoding:
-all adapters one below the other, no matter of what rank, and a mask; each is read once, however
-many rows have it. More tokens, or very many adapters: a copy for each row.
+One idea: how many tokens a row has decides. One, as in decoding: a product with all adapters one
+below the other, no matter of what rank, and a mask; each is read once, however many rows have it.
+A few, or very many adapters: batched products with a copy for each row. What these two need is
+gathered once, for many forwards. Many tokens: row by row, with the adapters as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import NamedTuple
 
@@ -17,11 +19,15 @@ from torch import Tensor
 from lora_inject.functional.factors import Factors, without_autocast
 from lora_inject.functional.routed import added, one_pair, padded
 
-__all__ = ["Gathered", "Rows", "gather"]
+__all__ = ["Gathered", "Rows", "add_row_by_row", "are_many_tokens", "gather"]
 
 # Rows for each adapter, and adapters, from where to where a product with all adapters pays: with
 # fewer rows it reads nearly as much as copies are; with more adapters it multiplies too much.
 SHARED_ROWS, SHARED_ADAPTERS = 2, 16
+
+# Tokens of a row from which two calls for each row are nothing beside their products. On an
+# accelerator they never are.
+MANY_TOKENS = 32
 
 _Pair = tuple[Tensor, Tensor, float]
 
@@ -159,3 +165,48 @@ def _copies(rows: Rows, pairs: Sequence[_Pair], rank: int) -> Gathered:
     if rows.places == tuple(range(1, len(As) + 1)):
         return Gathered(A, B)
     return Gathered(A.index_select(0, places), B.index_select(0, places))
+
+
+def are_many_tokens(x: Tensor) -> bool:
+    """Whether rows of `x (batch, ..., in)` have so many tokens that nothing is to be gathered."""
+    return x.device.type == "cpu" and x.numel() >= MANY_TOKENS * x.shape[0] * x.shape[-1]
+
+
+def add_row_by_row(
+    y: Tensor,
+    x: Tensor,
+    rows: Rows,
+    adapters: Sequence[Sequence[Factors]],
+    dtype: torch.dtype,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """Add to each row of a batch the update of its own adapter, one row after the other.
+
+    Args:
+        y: `(batch, ..., out)`.
+        x: `(batch, ..., in)`.
+        rows: Which adapter each row has.
+        adapters: The updates of each adapter, without dropout.
+        dtype: What to compute in.
+        in_place: Whether y may be modified: nobody else has it.
+
+    Returns:
+        `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
+    """
+    with without_autocast(y) or nullcontext():
+        if not (in_place and y.is_contiguous()):
+            y = y.clone(memory_format=torch.contiguous_format)
+        pairs = [one_pair(updates, y.shape[-1], dtype) for updates in adapters]
+        factors = [(A, B.t(), scale) for A, B, scale in pairs]
+        turned = x.reshape(len(x), -1, x.shape[-1]).to(dtype).transpose(1, 2).unbind()
+        each = y.view(len(y), -1, y.shape[-1]).unbind()
+        for place, xt, y2 in zip(rows.places, turned, each, strict=True):
+            if place:
+                A, Bt, scale = factors[place - 1]
+                h = torch.mm(A, xt).t()
+                if y2.dtype == dtype:
+                    y2.addmm_(h, Bt, alpha=scale)
+                else:
+                    y2.copy_(torch.addmm(y2.to(dtype), h, Bt, alpha=scale))
+        return y
