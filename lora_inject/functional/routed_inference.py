@@ -99,11 +99,15 @@ class Gathered(NamedTuple):
             x3 = x.reshape(batch, -1, x.shape[-1]).to(A.dtype)
             h = torch.bmm(A, x3.transpose(1, 2)).transpose(1, 2)
             return added(y.reshape(batch, -1, y.shape[-1]), h, B, in_place).view(y.shape)
-        h = torch.mm(A, x.reshape(batch, -1).to(A.dtype).t()).masked_fill_(others, 0).t()
-        y2 = y.reshape(batch, -1)
-        if y2.dtype != h.dtype:
-            return torch.addmm(y2.to(h.dtype), h, B).to(y.dtype).view(y.shape)
-        return (y2.addmm_(h, B) if in_place else torch.addmm(y2, h, B)).view(y.shape)
+        x2 = x.reshape(batch, -1)
+        h = torch.mm(A, (x2 if x2.dtype == A.dtype else x2.to(A.dtype)).t())
+        h = h.masked_fill_(others, 0).t()
+        if y.dtype != h.dtype:
+            return torch.addmm(y.reshape(batch, -1).to(h.dtype), h, B).to(y.dtype).view(y.shape)
+        if in_place and y.is_contiguous():
+            y.view(batch, -1).addmm_(h, B)
+            return y
+        return torch.addmm(y.reshape(batch, -1), h, B).view(y.shape)
 
 
 def gather(
