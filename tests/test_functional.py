@@ -546,8 +546,11 @@ def test_delta_effective_weight_and_fold_state_one_fact(
     assert tally.delta_norm == pytest.approx(float(delta.norm()), rel=1e-4)
     assert tally.weight_norm == pytest.approx(float(W.double().norm()), rel=1e-4)
     moved = merged.double() - W.double()
+    # `W + D` itself is rounded, which is not counted: as much of D as it is smaller than W.
+    rounded = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    unseen = rounded * float((W.double().abs() + delta.abs()).norm() / delta.norm())
     assert tally.kept == pytest.approx(
-        float((moved * delta).sum() / delta.square().sum()), abs=1e-4
+        float((moved * delta).sum() / delta.square().sum()), abs=1e-4 + unseen
     )
 
 
