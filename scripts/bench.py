@@ -42,7 +42,7 @@ The *floor* of a training step is the same model with every parameter frozen and
 embedding requiring a gradient: forward and the gradient of the input, without an optimiser. No
 adapter can train faster. It does compute the gradient of the first layer's input, which adapters
 do not need: about 0.7 % of a step of twelve layers. A step with adapters is forward, backward and
-AdamW.
+AdamW, the fused one, for everybody.
 
 "Reached" compares the median with the target. It is *undecided* where they are closer than the
 noise of the case: the distance of the control's median from 1, plus half its range over the root of
