@@ -29,6 +29,7 @@ from lora_inject.functional import (
     Scratch,
     Tally,
     Term,
+    all_finite,
     block_rows,
     fold_rows,
     fold_rows_,
@@ -199,11 +200,6 @@ class _Target:
 
 def _norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t))
-
-
-def _all_finite(t: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no Inf; a sum tells so in most cases, and is cheap."""
-    return math.isfinite(float(t.detach().sum())) or bool(torch.isfinite(t).all())
 
 
 def _with_copies(target: _Target, rows: Tensor, start: int) -> Tensor:
@@ -409,7 +405,7 @@ def _once_if_tied(
 def _add_entry(target: _Target, module: nn.Module, entry: Entry, weight: float) -> None:
     for role in entry.names:
         tensor = entry.tensor(module, role)
-        if tensor.device.type != "meta" and not _all_finite(tensor):
+        if tensor.device.type != "meta" and not all_finite(tensor):
             n_bad = int((~torch.isfinite(tensor)).sum())
             raise StateError(
                 f"merge {entry.adapter!r}",
@@ -468,7 +464,7 @@ def _check_results(targets: list[_Target], min_kept: float | None, undo: bool) -
     cannot be taken back when it comes to light. The others are formed once without being written.
     """
     for target in targets:
-        if target.narrow and not undo and not _all_finite(target.weight):
+        if target.narrow and not undo and not all_finite(target.weight):
             raise _not_finite(target, target.weight)
         if not (min_kept is not None and target.narrow) and not target.may_overflow():
             continue
@@ -483,7 +479,7 @@ def _check_results(targets: list[_Target], min_kept: float | None, undo: bool) -
 
 def _not_finite(target: _Target, base: Tensor) -> LayerError:
     asked = f"merge into {target.name!r}"
-    if not _all_finite(base):
+    if not all_finite(base):
         return LayerError(asked, "the base holds NaN or Inf", "Check the base")
     found = f"the merged weight overflows {target.weight.dtype}"
     return LayerError(asked, found, "Merge in a wider dtype")

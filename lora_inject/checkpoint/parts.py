@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import CheckpointError
+from lora_inject.functional import all_finite
 from lora_inject.state import AdapterState
 
 __all__ = ["Part", "check_parts", "digest"]
@@ -107,13 +108,7 @@ def _steps(part: Part, tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _is_finite(part: Part, tensor: Tensor) -> bool:
-    return all(_all_finite(step) for step in _steps(part, tensor))
-
-
-def _all_finite(flat: Tensor) -> bool:
-    """Whether no value is NaN or Inf: a sum tells so in most cases, in a fifth of the time."""
-    quick = flat.is_floating_point() and flat.element_size() > 1  # float8 has no sum
-    return (quick and math.isfinite(float(flat.sum()))) or bool(torch.isfinite(flat).all())
+    return all(all_finite(step) for step in _steps(part, tensor))
 
 
 def digest(part: Part) -> str:

@@ -475,7 +475,7 @@ class _UpdateFunction(torch.autograd.Function):
         if needs[1]:
             gx2 = g2.new_empty(g2.shape[0], x.shape[-1])
             for i, share in enumerate(shares):
-                _add_to_input(gx2, share, beta=min(i, 1))
+                _add_to_input(gx2, share, beta=int(i > 0))
         return (g, _shaped(gx2, x), None, *grads)
 
 
@@ -492,8 +492,7 @@ def _updates_backward(
 ) -> tuple[list[Tensor | None], list[_Share]]:
     """Return the gradients of every A and B, and what each update adds to that of x.
 
-    The sum is for the caller to form: right behind the layer's own gradient of x, which is then in
-    the cache, and in the memory that copies of x left.
+    The sum is for the caller to form: over the layer's own gradient of x, or over nothing.
     """
     n = len(how.updates)
     tensors, thin, positions = saved[: 2 * n], saved[2 * n : 3 * n], saved[3 * n :]

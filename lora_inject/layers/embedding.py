@@ -74,7 +74,7 @@ class LoRAEmbedding(ForwardMount):
             routing = self._lora_routing(ids, state)
             if not routing.entries:
                 return super().forward(*args, **kwargs)
-            adapters = [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
+            adapters = self._lora_routed_factors(routing)
             base, rows = self._lora_base(ids, args, kwargs), routing.index
             return self._lora_renorm(routed_embedding(base, ids, rows, adapters, self.padding_idx))
         updates = self._lora_compiled(self.weight, state) or self._lora_updates(state)

@@ -66,7 +66,7 @@ class _Routing:
         """
         if self._for != (dtype, one_token):
             return None
-        # A hundred tensors at each forward: without a loop of Python's own.
+        # Hundreds of tensors at each forward of a model: without a loop of Python's own.
         if not all(map(is_, map(held.__getitem__, self._names), self._tensors)):
             return None
         if list(map(_version_of, self._tensors)) != self._versions:
@@ -190,6 +190,7 @@ class ForwardMount(Carrier):
         return gathered.add(y, x, in_place=in_place)
 
     def _lora_routed_factors(self, routing: _Routing) -> list[list[Factors]]:
+        """Return the updates of each adapter of the batch."""
         return [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
 
     # ---------------------------------------------------------------------------- compiled graphs
