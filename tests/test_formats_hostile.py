@@ -134,7 +134,7 @@ def test_missing_extra_and_misshapen_tensors_of_ours(
 
 def test_metadata_of_a_newer_version_is_refused(ours: Path) -> None:
     edit_header(
-        ours / MODEL, lambda h: h["__metadata__"].update({"lora_inject.format_version": "3"})
+        ours / MODEL, lambda h: h["__metadata__"].update({"lora_inject.format_version": "4"})
     )
     with pytest.raises(FormatError, match="newer"):
         read_adapter(ours)
@@ -237,6 +237,18 @@ def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> No
     words = {"lora_inject.kinds": json.dumps(kinds), "lora_inject.sites": json.dumps(sites)}
     edit_header(ours / MODEL, lambda h: h["__metadata__"].update(words))
     with pytest.raises(FormatError, match=found):
+        read_adapter(ours)
+
+
+@pytest.mark.parametrize(
+    "samples", ["AAAA=", "AAA", "AAAA", "\u00fc\u00fc\u00fc\u00fc", "AAAAAAA=\n", [0.5], None]
+)
+def test_samples_must_be_float32_in_base64(samples: Any, ours: Path) -> None:
+    plain = json.loads(read_header(ours / MODEL)[1]["lora_inject.fingerprint"])
+    plain["samples"][next(iter(plain["samples"]))] = samples
+    words = {"lora_inject.fingerprint": json.dumps(plain)}
+    edit_header(ours / MODEL, lambda h: h["__metadata__"].update(words))
+    with pytest.raises(FormatError, match=r"samples of .* are not float32 in base64"):
         read_adapter(ours)
 
 

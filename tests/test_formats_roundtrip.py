@@ -94,7 +94,7 @@ def test_everything_else_comes_back(tmp_path: Path) -> None:
         "nan": torch.tensor([math.nan, math.inf]),
     }
     config = {"rank": 4, "targets": ["a|b", {"match": "ü\n", "alpha": 0.1}]}
-    samples = {"w": (math.nan, math.inf, -math.inf, 0.1)}
+    samples = {"w": (math.nan, math.inf, -math.inf, 0.5)}
     for fingerprint in (None, FINGERPRINT, Fingerprint({"w": ()}, samples)):
         state = AdapterState(sites, trained, config, fingerprint)
         for layout in ("peft", "native"):
@@ -256,7 +256,7 @@ def test_peft_keys_dtypes_and_config(tmp_path: Path) -> None:
     assert config.keys() <= PEFT_0_12
     metadata = read_header(path / MODEL)[1]
     assert metadata["format"] == "pt"
-    assert metadata["lora_inject.format_version"] == "2"
+    assert metadata["lora_inject.format_version"] == "3"
 
 
 @pytest.mark.parametrize(
@@ -340,15 +340,19 @@ def test_tensors_do_not_keep_the_file_mapped(tmp_path: Path) -> None:
     assert torch.equal(state.sites["h.0.fc"].A, before)
 
 
-# Format version 1 -------------------------------------------------------------------------------
+# Older versions of the format --------------------------------------------------------------------
 
-OLD = Path(__file__).parent / "fixtures" / "format1"
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.mark.parametrize("path", ["native.safetensors", "peft"])
-def test_files_of_format_version_1_are_read(path: str, tmp_path: Path) -> None:
-    """Written by this package before a header stated sites alike once, and not touched since."""
-    state = read_adapter(OLD / path)
+@pytest.mark.parametrize("version", ["format1", "format2"])
+def test_files_of_older_versions_are_read(version: str, path: str, tmp_path: Path) -> None:
+    """Written by this package and not touched since.
+
+    Before a header stated sites alike once (1), and before it packed the base's samples (2).
+    """
+    state = read_adapter(FIXTURES / version / path)
     specs = {name: site.spec for name, site in state.sites.items()}
     assert [*specs] == ["tok", "h.0.qkv", "h.0.up", "h.1.qkv", "h.1.up"]
     assert [spec.rank for spec in specs.values()] == [2, 2, 1, 2, 1]
@@ -365,8 +369,16 @@ def test_files_of_format_version_1_are_read(path: str, tmp_path: Path) -> None:
         assert torch.equal(again.sites[name].B, site.B)
 
 
+@pytest.mark.parametrize("value", [1e300, "0.5"])
+def test_a_sample_that_is_no_float32_is_not_written(value: object, tmp_path: Path) -> None:
+    fingerprint = Fingerprint({"w": (1,)}, {"w": (value,)})  # type: ignore[dict-item]
+    state = make_state(KIND_SPECS["linear"], fingerprint=fingerprint)
+    with pytest.raises(FormatError, match=r"fingerprint of 'w'.*a sample is no float32"):
+        write_adapter(state, tmp_path / "a.safetensors", format="native")
+
+
 def test_sites_alike_are_stated_once() -> None:
-    state = read_adapter(OLD / "native.safetensors")
+    state = read_adapter(FIXTURES / "format1" / "native.safetensors")
     words = describe(state, "native")
     assert len(json.loads(words["lora_inject.kinds"])) == 3
     assert [kind for *_, kind in json.loads(words["lora_inject.sites"])] == [0, 1, 2, 1, 2]
