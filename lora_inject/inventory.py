@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from lora_inject.names import canonical, is_bias, leaf, parent
 
 __all__ = ["Candidate", "Inventory"]
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A module or a parameter that may become a site.
+class Candidate(NamedTuple):
+    """A module or a parameter that may become a site; a tuple, as a model has thousands.
 
     Attributes:
         name: Canonical dotted name.
@@ -67,8 +66,8 @@ class Candidate:
 
     def as_parameter(self, name: str) -> Candidate:
         """The same weight as a parameter, for a pattern that hits the weight alone."""
-        return replace(
-            self, name=name, kind="parameter", owner=self.name, mount="weight", aliases=()
+        return self._replace(
+            name=name, kind="parameter", owner=self.name, mount="weight", aliases=()
         )
 
 

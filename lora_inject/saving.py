@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import FORMATS, read_adapter, write_adapter
-from lora_inject.formats.fingerprint import compare, sample, unverifiable
+from lora_inject.formats.checks import FLOATS
+from lora_inject.formats.fingerprint import compare, samples, unverifiable
 from lora_inject.functional import master_dtype
 from lora_inject.inventory import Candidate, Inventory
 from lora_inject.layers.base import Entry
@@ -124,14 +125,11 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     plain = {
         name: weight
         for name, weight in weights.items()
-        if weight.is_floating_point()
-        and weight.element_size() >= 2
-        and weight.device.type != "meta"
-        and type(weight) in (nn.Parameter, Tensor)
+        if weight.dtype in FLOATS and not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
     }
     return Fingerprint(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
-        samples={name: sample(weight) for name, weight in plain.items()},
+        samples=samples(plain),
         quantised=tuple(name for name in weights if name not in plain),
     )
 
@@ -316,7 +314,7 @@ class _Owned:
         alone = tensor.untyped_storage().nbytes() == tensor.nbytes and address not in self.taken
         self.taken.add(address)
         fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
-        return tensor.detach() if alone and fits else _copied(tensor, weight)
+        return tensor if alone and fits else _copied(tensor, weight)
 
 
 def _tensors(site: SiteState) -> dict[str, Tensor]:
@@ -380,7 +378,8 @@ def _fit(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
         (spec.kind, spec.weight_shape, spec.transposed, spec.mount, spec.rule)
         == (candidate.kind, candidate.weight_shape, transposed, candidate.mount, None)
     ):  # fmt: skip
-        return spec.at(candidate.name, candidate.weight, candidate.aliases)
+        where = (candidate.name, candidate.weight, candidate.aliases)
+        return spec if (spec.name, spec.weight, spec.aliases) == where else spec.at(*where)
     return dataclasses.replace(
         spec,
         name=candidate.name,

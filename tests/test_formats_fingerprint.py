@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_inject.formats import compare, sample, sample_positions, unverifiable
+from lora_inject.formats.fingerprint import samples
 from lora_inject.state import Fingerprint
 
 
@@ -32,6 +33,20 @@ def test_samples_are_the_values_at_the_positions(shape: tuple[int, ...], transpo
     weight = weight.mT if transposed and weight.ndim > 1 else weight
     due = [float(weight.flatten()[p]) for p in sample_positions(tuple(weight.shape))]
     assert list(sample(weight)) == due
+
+
+def test_many_are_sampled_as_each_alone() -> None:
+    """Weights alike are sampled together; names, order, dtypes and shapes must not mix."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    weights = {
+        f"{i}": torch.randn(shape, dtype=dtype)
+        for i, (shape, dtype) in enumerate(2 * list(product([(7, 9), (63,), (), (0, 4)], dtypes)))
+    }
+    weights["turned"] = torch.randn(9, 7).mT
+    found = samples(weights)
+    assert [*found] == [*weights]
+    assert found == {name: sample(weight) for name, weight in weights.items()}
+    assert all(len(found[name]) == min(w.numel(), 16) for name, w in weights.items())
 
 
 def fingerprint_of(weight: torch.Tensor) -> Fingerprint:

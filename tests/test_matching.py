@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import doctest
 import json
 import re
@@ -317,7 +316,7 @@ def test_a_raw_parameter_is_a_site() -> None:
 
 
 def test_an_explicit_weight_candidate_is_no_second_site() -> None:
-    weight = dataclasses.replace(parameter("q.weight", 8, 8), owner="q")
+    weight = parameter("q.weight", 8, 8)._replace(owner="q")
     for order in ((linear("q"), weight), (weight, linear("q"))):
         names = inventory(*order)
         everything = resolve(Config(targets=[".+"]), names)
@@ -839,7 +838,7 @@ def inventories(draw: st.DrawFn) -> Inventory:
         aliases = (f"alias.{name}",) if draw(st.booleans()) else ()
         candidates.append(linear(name, aliases=aliases))
         if draw(st.booleans()):
-            candidates.append(dataclasses.replace(parameter(f"{name}.weight", 8, 8), owner=name))
+            candidates.append(parameter(f"{name}.weight", 8, 8)._replace(owner=name))
     return inventory(*candidates, others={"a": "container", "norm": "LayerNorm"})
 
 

@@ -11,6 +11,7 @@ and what to do about a difference.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lora_inject.state import Fingerprint
 
-__all__ = ["N_SAMPLES", "compare", "sample", "sample_positions", "unverifiable"]
+__all__ = ["N_SAMPLES", "compare", "sample", "sample_positions", "samples", "unverifiable"]
 
 N_SAMPLES = 16
 
@@ -63,14 +64,39 @@ def sample(weight: Tensor) -> tuple[float, ...]:
         >>> sample(torch.arange(3.0))
         (0.0, 1.0, 2.0)
     """
-    positions = _index(tuple(weight.shape)).to(weight.device)
-    return tuple(weight.detach().take(positions).float().tolist())
+    return samples({"": weight})[""]
+
+
+def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
+    """Sample many tensors, those alike together: one transfer from a GPU and not one for each.
+
+    Args:
+        weights: Name to plain floating point tensor.
+
+    Returns:
+        Name to what `sample` returns, in the same order.
+
+    Example:
+        >>> samples({"a": torch.arange(3.0), "b": torch.ones(2)})
+        {'a': (0.0, 1.0, 2.0), 'b': (1.0, 1.0)}
+    """
+    alike: dict[object, list[str]] = {}
+    for name, weight in weights.items():
+        alike.setdefault((weight.shape, weight.dtype, weight.device), []).append(name)
+    found: dict[str, tuple[float, ...]] = dict.fromkeys(weights, ())
+    for names in alike.values():
+        first = weights[names[0]]
+        positions = _index(tuple(first.shape)).to(first.device)
+        with torch.no_grad():
+            values = torch.stack([weights[name].take(positions) for name in names])
+        found.update(zip(names, map(tuple, values.float().tolist()), strict=True))
+    return found
 
 
 @lru_cache(maxsize=256)
 def _index(shape: tuple[int, ...]) -> Tensor:
     """The positions as a tensor; a model has few shapes and many weights."""
-    return torch.tensor(sample_positions(shape))
+    return torch.tensor(sample_positions(shape), dtype=torch.long)
 
 
 def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:

@@ -196,6 +196,8 @@ def file_shapes(spec: SiteSpec, packing: Packing) -> tuple[tuple[int, ...], tupl
         >>> file_shapes(spec, Packing())
         ((2, 2, 3, 3), (4, 2, 1, 1))
     """
+    if _is_plain(spec, packing):
+        return spec.a_shape, spec.b_shape
     rank = file_rank(spec, derived=packing.derived)
     if spec.kind == "conv":
         kernel = spec.weight_shape[1:]
@@ -205,6 +207,12 @@ def file_shapes(spec: SiteSpec, packing: Packing) -> tuple[tuple[int, ...], tupl
     if packing.turned:
         n_in, n_out = n_out, n_in
     return (experts * rank, n_in), (n_out, rank * experts)
+
+
+def _is_plain(spec: SiteSpec, packing: Packing) -> bool:
+    """Whether the file holds a site's A and B as they are."""
+    odd = packing.derived or packing.turned or spec.kind == "conv"
+    return not odd and spec.slices is None and spec.experts is None
 
 
 def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
@@ -248,8 +256,7 @@ def unpack(
     Raises:
         FormatError: B is not zero where the slices say that nothing is adapted.
     """
-    plain = spec.slices is None and not (packing.derived or packing.turned)
-    if plain and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
+    if _is_plain(spec, packing) and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
         return SiteState(spec, a, b)
     experts, rank = spec.experts or 1, file_rank(spec, derived=packing.derived)
     a = a.reshape(experts, rank, -1)

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -174,23 +174,39 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor in memory of its own, which a mapping would be beside it for a while."""
     header, metadata, start = _checked_header(path)
     tensors, step = dict[str, Tensor](), bytearray(_STEP_BYTES)
-    window = range(0)  # which bytes of the data `step` holds: those of many small tensors at once
     with path.open("rb") as file:
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
-            if first == last or last - first > _STEP_BYTES:
-                tensors[name] = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-                file.seek(start + first)
-                _fill(tensors[name], file, step)
-                window = range(0)
-                continue
-            if not window.start <= first < last <= window.stop:
-                file.seek(start + first)
-                window = range(first, first + file.readinto(step))
-            if last > window.stop:
-                raise ValueError("it was cut while it was read")
-            tensors[name] = _view(step, entry, first - window.start).clone()
+        file.seek(start)  # the library has seen that no byte lies between two tensors
+        for dtype, run in _runs(header):
+            sizes = [_n_bytes(entry) // dtype.itemsize for entry in run.values()]
+            flat = torch.empty(sum(sizes), dtype=dtype)
+            _fill(flat, file, step)
+            # In one call: an adapter of thousands of sites has thousands of small tensors.
+            parts = [flat] if len(run) == 1 else torch.ops.aten.split_with_sizes_copy(flat, sizes)
+            for (name, entry), part in zip(run.items(), parts, strict=True):
+                tensors[name] = part.view(entry["shape"])
     return {name: tensors[name] for name in header}, metadata
+
+
+def _runs(header: Mapping[str, Any]) -> Iterator[tuple[torch.dtype, dict[str, Any]]]:
+    """Yield neighbours of one dtype that fit into one step together, and larger tensors alone."""
+    run: dict[str, Any] = {}
+    dtype, room = "", 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        n_bytes = _n_bytes(entry)
+        if run and (entry["dtype"] != dtype or n_bytes > room):
+            yield _DTYPES[dtype], run
+            run = {}
+        if not run:
+            dtype, room = entry["dtype"], _STEP_BYTES
+        run[name] = entry
+        room -= n_bytes
+    if run:
+        yield _DTYPES[dtype], run
+
+
+def _n_bytes(entry: Mapping[str, Any]) -> int:
+    first, last = entry["data_offsets"]
+    return int(last - first)
 
 
 def _view(content: Any, entry: dict[str, Any], offset: int) -> Tensor:

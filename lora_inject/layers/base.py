@@ -151,6 +151,8 @@ class Recipe(NamedTuple):
 class Mounts:
     """What one module carries.
 
+    Its tables are replaced and never written to, so that a reference to one is a photograph of it.
+
     Attributes:
         selection: The cell that says which adapters take part.
         forward: Adapter name to its entry on the output of this layer.
@@ -164,8 +166,8 @@ class Mounts:
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
-        self.forward: dict[str, Entry] = {}
-        self.reads: dict[str, dict[str, Entry]] = {}
+        self.forward: Mapping[str, Entry] = {}
+        self.reads: Mapping[str, Mapping[str, Entry]] = {}
         self.old_forward: Any = None
         self.cache: dict[tuple[str, bool], Tensor] | None = None
         self.hooks: Any = None
@@ -182,18 +184,22 @@ class Mounts:
 
     def add(self, entry: Entry, *, forward: bool) -> None:
         """Register an entry whose tensors are on the module."""
-        by_adapter = self.forward if forward else self.reads.setdefault(entry.param, {})
-        by_adapter[entry.adapter] = entry
+        if forward:
+            self.forward = {**self.forward, entry.adapter: entry}
+        else:
+            others = self.reads.get(entry.param, {})
+            self.reads = {**self.reads, entry.param: {**others, entry.adapter: entry}}
         self._changed()
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
         removed = [e for e in self.entries() if e.adapter == adapter]
-        self.forward.pop(adapter, None)
-        for param in list(self.reads):
-            self.reads[param].pop(adapter, None)
-            if not self.reads[param]:
-                del self.reads[param]
+        self.forward = {name: e for name, e in self.forward.items() if name != adapter}
+        left = {
+            param: {name: e for name, e in by_adapter.items() if name != adapter}
+            for param, by_adapter in self.reads.items()
+        }
+        self.reads = {param: by_adapter for param, by_adapter in left.items() if by_adapter}
         self._changed()
         return removed
 

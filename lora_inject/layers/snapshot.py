@@ -32,24 +32,26 @@ def all_or_nothing(modules: Iterable[nn.Module], values: Iterable[Any] = ()) -> 
     """
     distinct = list({id(module): module for module in modules}.values())
     photographs = [_Photograph(module) for module in distinct]
-    flags = [
-        (parameter, parameter.requires_grad)
-        for module in distinct
-        for parameter in module._parameters.values()
-        if parameter is not None
-    ]
+    trained = {id(parameter) for parameter in _parameters(distinct) if parameter.requires_grad}
     attributes = [(value, _copied(value.__dict__)) for value in values]
     try:
         yield
     except BaseException:
         for photograph in photographs:
             photograph.restore()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in _parameters(distinct):
+            parameter.requires_grad_(id(parameter) in trained)
         for value, saved in attributes:
             value.__dict__.clear()
             value.__dict__.update(saved)
         raise
+
+
+def _parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                yield parameter
 
 
 class _Photograph:
@@ -64,7 +66,7 @@ class _Photograph:
         self.extras = {} if KEYS.isdisjoint(own) else {k: v for k, v in own.items() if k in KEYS}
         self.tables = [dict(table) if (table := own[name]) else _NOTHING for name in TABLES]
         mounts = mounts_of(module)
-        self.mounts = None if mounts is None else _copied(mounts.__dict__)
+        self.mounts = None if mounts is None else dict(mounts.__dict__)
 
     def restore(self) -> None:
         module = self.module
