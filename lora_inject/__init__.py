@@ -22,22 +22,16 @@ if TYPE_CHECKING:
         MatchError,
         StateError,
     )
+    from lora_inject.listing import adapters, summary
     from lora_inject.merging import MergeReport, merge, unmerge
     from lora_inject.plans import Plan
+    from lora_inject.reached import unreached
     from lora_inject.saving import adapter_state, install, load_adapter, save_adapter
     from lora_inject.state import AdapterState, SiteState
-    from lora_inject.surgery import (
-        adapter_parameters,
-        adapters,
-        eject,
-        inject,
-        parameter_groups,
-        plan,
-        summary,
-        train_only,
-    )
+    from lora_inject.surgery import eject, inject, plan
     from lora_inject.swapping import swap_adapter
-    from lora_inject.switching import activate, disabled, routed, unreached
+    from lora_inject.switching import activate, disabled, routed
+    from lora_inject.trainable import adapter_parameters, parameter_groups, train_only
     from lora_inject.training import AdapterCheckpoint
 
 __all__ = [
@@ -82,13 +76,16 @@ _HOMES = {
     "config": "Config Expect Rule",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
+    "listing": "adapters summary",
     "merging": "MergeReport merge unmerge",
     "plans": "Plan",
+    "reached": "unreached",
     "saving": "adapter_state install load_adapter save_adapter",
     "state": "AdapterState SiteState",
-    "surgery": "adapter_parameters adapters eject inject parameter_groups plan summary train_only",
+    "surgery": "eject inject plan",
     "swapping": "swap_adapter",
-    "switching": "activate disabled routed unreached",
+    "switching": "activate disabled routed",
+    "trainable": "adapter_parameters parameter_groups train_only",
     "training": "AdapterCheckpoint",
 }
 """File to the public names that it has; the imports above say the same to type checkers."""

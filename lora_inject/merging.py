@@ -23,6 +23,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_inject.carried import (
+    ROOT,
+    Root,
+    check_names,
+    entries,
+    holders,
+    reach,
+    refuse_merged,
+    roots_of,
+)
 from lora_inject.errors import LayerError, StateError
 from lora_inject.functional import (
     Delta,
@@ -39,16 +49,7 @@ from lora_inject.layers.loading import allow_loading, refuse_loading
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.table import standing_still, unwrapped, walk
-from lora_inject.surgery import (
-    ROOT,
-    Root,
-    check_names,
-    entries,
-    holders,
-    reach,
-    refuse_merged,
-    roots_of,
-)
+from lora_inject.names import joined
 
 __all__ = ["MergeReport", "SiteReport", "merge", "unmerge"]
 
@@ -371,7 +372,7 @@ def _targets(model: nn.Module, state: State, scratch: Scratch) -> list[_Target]:
     for path, module, entry in entries(model):
         if entry.adapter not in weights:
             continue
-        label = f"{path}.{entry.param}" if path else entry.param
+        label = joined(path, entry.param)
         new = _Target(label, module, entry.param, scratch=scratch)
         target = found.setdefault((id(module), entry.param), new)
         _add_entry(target, module, entry, weights[entry.adapter])

@@ -14,8 +14,8 @@ from functools import lru_cache
 
 from lora_inject.errors import nearest
 
-__all__ = ["Below", "canonical", "is_bias", "leaf", "match_end", "nearest_names", "parent"]
-__all__ += ["quoted", "templates"]
+__all__ = ["Below", "canonical", "is_bias", "joined", "leaf", "match_end", "nearest_names"]
+__all__ += ["parent", "quoted", "templates"]
 
 # Segments that wrappers put into names: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -80,6 +80,16 @@ def match_end(pattern: str) -> re.Pattern[str]:
 def parent(name: str) -> str:
     """Return the name of the module that a name lies in, empty at the top."""
     return name.rpartition(".")[0]
+
+
+def joined(path: str, key: str) -> str:
+    """Return the name of what `path` holds under `key`; the root's name is empty.
+
+    Example:
+        >>> joined("layers.0", "weight"), joined("", "weight")
+        ('layers.0.weight', 'weight')
+    """
+    return f"{path}.{key}" if path else key
 
 
 def leaf(name: str) -> str:

@@ -16,6 +16,14 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_inject.carried import (
+    check_names,
+    check_new_name,
+    entries,
+    reach,
+    refuse_merged,
+    roots_of,
+)
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import FORMATS, read_adapter, write_adapter
 from lora_inject.formats.checks import FLOATS
@@ -24,19 +32,11 @@ from lora_inject.functional import master_dtype
 from lora_inject.inventory import Candidate, Inventory
 from lora_inject.layers.base import Entry
 from lora_inject.layers.table import KINDS, inventory, standing_still, walk, walk_base
-from lora_inject.names import match_end
+from lora_inject.names import joined, match_end
 from lora_inject.plans import Trained
 from lora_inject.sites import SiteSpec
 from lora_inject.state import AdapterState, Fingerprint, SiteState
-from lora_inject.surgery import (
-    check_names,
-    check_new_name,
-    entries,
-    mount,
-    reach,
-    refuse_merged,
-    roots_of,
-)
+from lora_inject.surgery import mount
 
 __all__ = [
     "Base",
@@ -87,9 +87,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         if entry.spec is None:
             copy = id(entry.tensor(module, "T"))
             if copy not in copies:  # a tied tensor goes by its first name, as in an inventory
-                trained[f"{path}.{entry.param}" if path else entry.param] = _detached(
-                    module, entry, "T"
-                )
+                trained[joined(path, entry.param)] = _detached(module, entry, "T")
                 copies.add(copy)
             continue
         spec = entry.spec
@@ -447,7 +445,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's parameters under each of their names."""
     own = {id(module): parameters for _, module, parameters in walk_base(model)}
     return {
-        f"{path}.{key}" if path else key: parameter
+        joined(path, key): parameter
         for path, module in walk(model, aliases=True)
         for key, parameter in own[id(module)].items()
     }

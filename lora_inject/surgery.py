@@ -2,26 +2,36 @@
 
 One idea: everything that can go wrong goes wrong before the first change. `mount` first finds every
 module, checks every name and makes every tensor; only then does it change classes, and a failure
-even there takes back what was done. The model is the only state: what was injected is read off its
-modules, and one small record on the root remembers what `eject` must restore.
+even there takes back what was done.
 
-What is not here: choosing among adapters (`switching`), folding them (`merging`), files
-(`formats`).
+What is not here: what a model carries (`carried`), choosing among adapters (`switching`), folding
+them (`merging`), files (`formats`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from lora_inject.carried import (
+    ROOT,
+    Reach,
+    Root,
+    carriers,
+    check_names,
+    check_new_name,
+    holders,
+    named_parameters,
+    reach,
+    refuse_merged,
+    roots_of,
+    structure_changed,
+)
 from lora_inject.config import Config
-from lora_inject.errors import LayerError, StateError, nearest
+from lora_inject.errors import LayerError
 from lora_inject.functional import master_dtype
 from lora_inject.layers.base import (
     TRAINABLE_ROLES,
@@ -48,91 +58,16 @@ from lora_inject.layers.table import (
     walk_base,
 )
 from lora_inject.matching import resolve
+from lora_inject.names import joined
 from lora_inject.plans import Plan, Trained
+from lora_inject.reached import refuse_unreached
 from lora_inject.sites import SiteSpec
+from lora_inject.trainable import train_only
 
-__all__ = [
-    "AdapterInfo",
-    "Root",
-    "adapter_parameters",
-    "adapters",
-    "carriers",
-    "check_names",
-    "check_new_name",
-    "eject",
-    "entries",
-    "holders",
-    "inject",
-    "missed_sites",
-    "mount",
-    "named_parameters",
-    "parameter_groups",
-    "plan",
-    "reach",
-    "refuse_merged",
-    "roots_of",
-    "summary",
-    "train_only",
-]
+__all__ = ["eject", "inject", "mount", "plan"]
 
 Tensors = Mapping[str, Tensor]
 M = TypeVar("M", bound=nn.Module)
-
-ROOT = "_lora_root"
-
-
-@dataclass
-class Root:
-    """What the root of an injected model remembers.
-
-    Attributes:
-        selection: The cell that all its layers share.
-        configs: Adapter name to the config it was injected with, as plain data, or None.
-        required_grad: Names of base parameters that required a gradient before the first inject.
-        undo: What `unmerge` restores while the model is merged; owned by `merging`.
-        kept: A walk of the model and the generation that it belongs to; see `reach`.
-        sampled: A fingerprint of the base and what it was taken of; owned by `swapping`.
-    """
-
-    selection: Selection
-    configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
-    required_grad: set[str] = field(default_factory=set)
-    undo: Any = None
-    kept: tuple[int, Reach] | None = None
-    sampled: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy carries: what was read off another model is of no use to it."""
-        return {**self.__dict__, "kept": None, "sampled": None}
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """One adapter on a model, as `adapters` lists it.
-
-    Attributes:
-        sites: Site name to its spec.
-        trained: Names of the base tensors of which the adapter has full copies.
-        n_parameters: Elements of all its trainable tensors.
-        weight: Its mixing weight in the current selection, None where it is not active.
-        trainable: Whether its tensors require gradients.
-    """
-
-    sites: Mapping[str, SiteSpec]
-    trained: tuple[str, ...]
-    n_parameters: int
-    weight: float | None
-    trainable: bool
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """The distinct ranks, ascending."""
-        return tuple(sorted({spec.rank for spec in self.sites.values()}))
-
-    @property
-    def active(self) -> bool:
-        """Whether the adapter takes part in a forward."""
-        return self.weight is not None
 
 
 def plan(model: nn.Module, config: Config | Mapping[str, Any] | str | PathLike[str]) -> Plan:
@@ -274,58 +209,11 @@ def _mount(
         for place, parameters in zip(placed, made, strict=True):
             _attach(place, parameters, selection)
         refuse_resizing((module for _, module in walk(model)), carriers(model).values())
-        _structure_changed()
+        structure_changed()
         if activate:
             selection.replace(State(active=((name, 1.0),)))
         if probe is not None:
-            _refuse_unreached(model, probe)
-
-
-def _refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
-    training = {id(module): module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            missed = missed_sites(model, probe)
-    finally:
-        for module in model.modules():
-            module.training = training[id(module)]
-    if missed:
-        some = ", ".join(map(repr, missed[:3]))
-        weight = missed[0] if missed[0].endswith("weight") else f"{missed[0]}.weight"
-        raise LayerError(
-            f"inject, site {missed[0]!r}",
-            f"the probe reached its layer at no point ({len(missed)} such sites: {some}): its "
-            "adapter would be inert",
-            f"Where a parent reads the weight instead of calling the layer, target the weight: "
-            f"'{re.escape(weight)}'; else leave it out",
-        )
-
-
-def missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
-    """Return the sites of active adapters that took no part when `run()` ran the model."""
-    selections = reach(model).selections
-    active = {name for selection in selections for name in selection.state.names}
-    seen: set[tuple[int, str | None]] = set()
-    for selection in selections:
-        selection.witness = seen
-    try:
-        run()
-    finally:
-        for selection in selections:
-            selection.witness = None
-    return [
-        entry.spec.name if entry.spec is not None else _join(path, entry.param)
-        for path, module, entry in entries(model)
-        if entry.adapter in active and (id(module), _read_param(module, entry)) not in seen
-    ]
-
-
-def _read_param(module: nn.Module, entry: Entry) -> str | None:
-    """Return the parameter by whose reading an entry takes part, None for a forward mount."""
-    mounts = mounts_of(module)
-    assert mounts is not None
-    return None if mounts.forward.get(entry.adapter) is entry else entry.param
+            refuse_unreached(model, probe)
 
 
 def _make(
@@ -357,37 +245,6 @@ class _Placed(NamedTuple):
         return found
 
 
-def check_new_name(found: Reach, name: str) -> None:
-    """Check that an adapter of that name can be added now, to a model with these adapters.
-
-    Raises:
-        StateError: The name is in use or no name, or the model is merged.
-    """
-    asked = f"adapter {name!r}"
-    if not isinstance(name, str) or not name:
-        raise StateError(asked, "a name is a string of one character or more", "Give another name")
-    if name in found.names:
-        raise StateError(
-            asked, "the model has one of that name", "Eject it, or choose another name"
-        )
-    for selection in found.selections:
-        selection.check_settled(f"adding adapter {name!r}")
-        refuse_merged(selection, f"adding adapter {name!r}")
-
-
-def refuse_merged(selection: Selection, asked: str) -> None:
-    """Raise where the weights hold a merged adapter.
-
-    Raises:
-        StateError: They do.
-    """
-    if selection.merged is not None:
-        merged = ", ".join(name for name, _ in selection.merged.active)
-        raise StateError(
-            asked, f"{merged!r} is merged into the weights", "Call unmerge(model) first"
-        )
-
-
 def _place(
     model: nn.Module, name: str, sites: tuple[SiteSpec, ...], trained: tuple[Trained, ...]
 ) -> list[_Placed]:
@@ -417,16 +274,6 @@ def _place(
     for place in placed:
         _check_place(place)
     return placed
-
-
-def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return who holds each parameter: more than one holder means that it is tied."""
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((module, key))
-    return holders
 
 
 def _check_place(place: _Placed) -> None:
@@ -525,7 +372,7 @@ def _eject(model: nn.Module, name: str | None, found: Reach) -> None:
     with all_or_nothing(modules.values(), (*found.selections, *roots.values())):
         for module in carriers(model).values():
             _detach(module, name)
-        _structure_changed()
+        structure_changed()
         left = reach(model).names
         for path, root in reversed(roots.items()):
             _forget(modules[path], root, left)
@@ -587,247 +434,5 @@ def _freeze(model: nn.Module, root: Root) -> None:
     for path, _, own in walk_base(model):
         for key, parameter in own.items():
             if parameter.requires_grad:
-                root.required_grad.add(_join(path, key))
+                root.required_grad.add(joined(path, key))
                 parameter.requires_grad_(False)
-
-
-# --------------------------------------------------------------------------------- what is there
-
-
-def carriers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that carry adapters, by canonical name, in the order of the model."""
-    return {name: module for name, module in walk(model) if "_lora" in module.__dict__}
-
-
-def entries(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module, Entry]]:
-    """Yield `(module name, module, entry)` of one adapter, or of all."""
-    for path, module in walk(model):
-        mounts = mounts_of(module)
-        for entry in mounts.entries() if mounts is not None else ():
-            if name is None or entry.adapter == name:
-                yield path, module, entry
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield every base parameter once, by canonical name; adapters are left out."""
-    seen: set[int] = set()
-    for path, _, own in walk_base(model):
-        for key, parameter in own.items():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield f"{path}.{key}" if path else key, parameter
-
-
-def roots_of(model: nn.Module) -> dict[str, Root]:
-    """Return the records of all injected roots in a model, by name; `""` is the model itself."""
-    return {name: module.__dict__[ROOT] for name, module in walk(model) if ROOT in module.__dict__}
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What a verb on a model reaches.
-
-    Attributes:
-        selections: The distinct selections of all layers inside.
-        names: The adapters that they carry.
-    """
-
-    selections: tuple[Selection, ...]
-    names: frozenset[str]
-
-
-_generation = 0
-
-
-def _structure_changed() -> None:
-    global _generation  # noqa: PLW0603 - counts inject and eject, so that roots can keep a walk
-    _generation += 1
-
-
-def reach(model: nn.Module) -> Reach:
-    """Return the selections and adapters in a model.
-
-    The walk is kept on the root until somebody injects or ejects, so that switching does not
-    depend on the size of the model.
-    """
-    model = unwrapped(model)
-    root: Root | None = model.__dict__.get(ROOT)
-    if root is not None and root.kept is not None and root.kept[0] == _generation:
-        return root.kept[1]
-    selections: dict[int, Selection] = {}
-    names: set[str] = set()
-    for module in carriers(model).values():
-        mounts = mounts_of(module)
-        assert mounts is not None
-        selections.setdefault(id(mounts.selection), mounts.selection)
-        names.update(entry.adapter for entry in mounts.entries())
-    found = Reach(tuple(selections.values()), frozenset(names))
-    if root is not None:
-        root.kept = (_generation, found)
-    return found
-
-
-def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:
-    """Raise where a name is no adapter of the model.
-
-    Raises:
-        StateError: A name is unknown; the message lists what there is.
-    """
-    for name in names:
-        if name not in known:
-            there = ", ".join(map(repr, sorted(known))) or "none"
-            close = nearest(str(name), known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
-            raise StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)
-
-
-def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
-    """List the adapters on a model.
-
-    Returns:
-        Adapter name to what it is, in the order of injection.
-
-    Example:
-        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
-        >>> adapters(net)["sql"].n_parameters
-        8
-    """
-    found: dict[str, list[tuple[str, nn.Module, Entry]]] = {}
-    for item in entries(model):
-        found.setdefault(item[2].adapter, []).append(item)
-    weights: dict[str, float] = {}
-    for selection in reach(model).selections:
-        weights.update((selection.merged or selection.state).active)
-    order = {name: i for root in roots_of(model).values() for i, name in enumerate(root.configs)}
-    names = sorted(found, key=lambda name: order.get(name, len(order)))
-    return {name: _info(found[name], weights.get(name)) for name in names}
-
-
-def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> AdapterInfo:
-    tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if r in TRAINABLE_ROLES]
-    return AdapterInfo(
-        sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
-        trained=tuple(_join(path, e.param) for path, _, e in items if e.spec is None),
-        n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
-        weight=weight,
-        trainable=any(t.requires_grad for t in tensors),
-    )
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def summary(model: nn.Module) -> str:
-    """Return the adapters of a model as a plain text table."""
-    rows = [("adapter", "sites", "ranks", "trained", "parameters", "weight", "trainable")]
-    for name, info in adapters(model).items():
-        ranks = ", ".join(map(str, info.ranks)) or "-"
-        weight = "-" if info.weight is None else f"{info.weight:g}"
-        rows.append(
-            (
-                name,
-                str(len(info.sites)),
-                ranks,
-                str(len(info.trained)),
-                f"{info.n_parameters:,}",
-                weight,
-                "yes" if info.trainable else "no",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
-    """Return the trainable tensors of one adapter, or of all.
-
-    Args:
-        model: The model.
-        name: The adapter. By default all of them, and then the keys begin with `NAME:` where there
-            is more than one.
-
-    Returns:
-        `SITE.lora_A`, `SITE.lora_B` and the names of trained base tensors, to the Parameters. Ask
-        again after `.to()` or sharding: those may put new Parameters in place.
-
-    Raises:
-        StateError: There is no such adapter.
-    """
-    known = reach(model).names
-    check_names(known, [] if name is None else [name], "adapter_parameters of")
-    found: dict[str, nn.Parameter] = {}
-    for path, module, entry in entries(model, name):
-        prefix = f"{entry.adapter}:" if name is None and len(known) > 1 else ""
-        for role, flat in entry.names.items():
-            if role not in TRAINABLE_ROLES:
-                continue
-            key = (
-                _join(path, entry.param) if entry.spec is None else f"{entry.spec.name}.lora_{role}"
-            )
-            parameter = module._parameters[flat]
-            assert parameter is not None
-            found[prefix + key] = parameter
-    return found
-
-
-def parameter_groups(model: nn.Module, lr: float, b_lr_ratio: float = 1.0) -> list[dict[str, Any]]:
-    """Return optimiser groups over the trainable adapters.
-
-    Args:
-        model: The model.
-        lr: Learning rate of A and of trained base tensors.
-        b_lr_ratio: Learning rate of B over that of A; 16 is what LoRA+ (arXiv:2402.12354) advises.
-
-    Returns:
-        Groups with `params`, `lr` and a `name`, for any torch optimiser. Empty groups are left out.
-
-    Raises:
-        StateError: No adapter is trainable.
-    """
-    # By identity: the copy of a tied tensor stands under each of its names.
-    groups: dict[str, dict[int, nn.Parameter]] = {"A": {}, "B": {}, "T": {}}
-    for _, module, entry in entries(model):
-        for role, flat in entry.names.items():
-            parameter = module._parameters[flat]
-            if role in groups and parameter is not None and parameter.requires_grad:
-                groups[role][id(parameter)] = parameter
-    if not any(groups.values()):
-        raise StateError(
-            "parameter_groups",
-            "no adapter of the model is trainable",
-            "Call train_only(model, name)",
-        )
-    rates = {"A": lr, "B": lr * b_lr_ratio, "T": lr}
-    return [
-        {"params": list(parameters.values()), "lr": rates[role], "name": f"lora_{role}"}
-        for role, parameters in groups.items()
-        if parameters
-    ]
-
-
-def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
-    """Say which adapters require gradients; all others, and the base, do not.
-
-    Args:
-        model: The model.
-        names: One adapter, several, or None for none.
-
-    Raises:
-        StateError: A name is unknown, or the model is merged.
-    """
-    wanted = {names} if isinstance(names, str) else set(names or ())
-    found = reach(model)
-    check_names(found.names, wanted, "train_only")
-    for selection in found.selections:
-        refuse_merged(selection, "train_only")
-    for selection in found.selections:
-        selection.trained = frozenset(wanted)
-    for _, module, entry in entries(model):
-        for role, flat in entry.names.items():
-            parameter = module._parameters[flat]
-            if role in TRAINABLE_ROLES and parameter is not None:
-                parameter.requires_grad_(entry.adapter in wanted)

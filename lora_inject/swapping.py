@@ -19,10 +19,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lora_inject.carried import Root, check_names, entries, reach, refuse_merged, roots_of
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
 from lora_inject.layers.base import Entry
 from lora_inject.layers.table import standing_still
+from lora_inject.names import joined
 from lora_inject.saving import (
     Base,
     base_weights,
@@ -32,7 +34,6 @@ from lora_inject.saving import (
 )
 from lora_inject.sites import SiteSpec
 from lora_inject.state import AdapterState, Fingerprint, SiteState
-from lora_inject.surgery import Root, check_names, entries, reach, refuse_merged, roots_of
 
 __all__ = ["swap_adapter"]
 
@@ -77,7 +78,8 @@ def swap_adapter(
 
     Example:
         >>> from lora_inject.saving import adapter_state
-        >>> from lora_inject.surgery import adapter_parameters, inject
+        >>> from lora_inject.surgery import inject
+        >>> from lora_inject.trainable import adapter_parameters
         >>> net = nn.Sequential(nn.Linear(4, 6))
         >>> for name in ("slot", "next"):
         ...     _ = inject(net, {"rank": 2, "targets": ["0"]}, name)
@@ -157,7 +159,7 @@ def _trained(
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yield the slot's full copies and their new values; one of a tied tensor has several names."""
     copies = {
-        f"{path}.{entry.param}" if path else entry.param: module._parameters[entry.names["T"]]
+        joined(path, entry.param): module._parameters[entry.names["T"]]
         for path, module, entry in slot
         if entry.spec is None
     }

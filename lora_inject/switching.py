@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
+from lora_inject.carried import carriers, check_names, reach, refuse_merged
 from lora_inject.errors import StateError
 from lora_inject.layers.base import mounts_of
 from lora_inject.layers.selection import BASE, State
-from lora_inject.surgery import carriers, check_names, missed_sites, reach, refuse_merged
+from lora_inject.names import joined
 
-__all__ = ["activate", "disabled", "routed", "unreached"]
+__all__ = ["activate", "disabled", "routed"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -132,7 +133,7 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
             for name in entries.keys() & names.keys():
                 raise StateError(
                     f"routed to {name!r}",
-                    f"it reads {_join(path, param)!r} as a whole weight, which a batch shares",
+                    f"it reads {joined(path, param)!r} as a whole weight, which a batch shares",
                     "Route only adapters on layers that are called, without train or bias entries",
                 )
     state = State(rows=rows, repeat=repeat)
@@ -154,31 +155,3 @@ def _within(model: nn.Module, state: State, asked: str) -> Iterator[None]:
         for selection in selections:
             stack.enter_context(selection.within(state))
         yield
-
-
-def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
-    r"""Return the sites whose adapter did not take part when `run()` ran the model.
-
-    Args:
-        model: The root, or any module that holds roots.
-        run: Runs the model, for instance `lambda: model(**batch)`.
-
-    Returns:
-        Names of sites of active adapters that no forward reached; empty when all took part. A
-        site that is read by its parent instead of being called shows up here: target its weight,
-        `SITE\.weight`.
-
-    Raises:
-        StateError: The model is merged or carries no active adapter.
-    """
-    found = reach(model)
-    for selection in found.selections:
-        refuse_merged(selection, "unreached")
-    active = {name for selection in found.selections for name in selection.state.names}
-    if not active:
-        raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")
-    return list(dict.fromkeys(missed_sites(model, run)))
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key

@@ -31,13 +31,14 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from lora_inject.carried import entries
 from lora_inject.errors import StateError
 from lora_inject.formats import write_adapter
 from lora_inject.formats.files import write_directory
 from lora_inject.layers.table import unwrapped
 from lora_inject.saving import adapter_state, peft_view
 from lora_inject.state import Fingerprint
-from lora_inject.surgery import adapter_parameters, entries
+from lora_inject.trainable import adapter_parameters
 
 __all__ = ["AdapterCheckpoint"]
 

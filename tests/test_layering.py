@@ -32,6 +32,8 @@ LADDER = (
     ("layers.*",),
     ("layers.table",),
     ("layers",),
+    ("carried",),
+    ("listing", "reached", "trainable"),
     ("surgery",),
     ("switching", "merging"),
     ("state",),

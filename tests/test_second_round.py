@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject import surgery
+from lora_inject import carried
 
 
 class Model(nn.Module):
@@ -216,7 +216,7 @@ def test_a_copy_is_apart_from_its_original(name: str) -> None:
     model = build()
     before, listed, wanted = photograph(model), li.summary(model), model(IDS)
     other = ROUNDS[name](model)
-    assert len({id(m._lora.selection) for m in surgery.carriers(other).values()}) == 1
+    assert len({id(m._lora.selection) for m in carried.carriers(other).values()}) == 1
     li.activate(other, "one")
     li.train_only(other, "tw.o")
     fill(fill(other, "one"), "tw.o")

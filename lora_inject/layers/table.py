@@ -24,7 +24,7 @@ from lora_inject.layers.embedding import LoRAEmbedding
 from lora_inject.layers.linear import LoRAConv1D, LoRALinear
 from lora_inject.layers.parameter import LoRABilinear, LoRAConv, LoRAConvTranspose
 from lora_inject.layers.probe import linear_in_weight
-from lora_inject.names import canonical, is_bias
+from lora_inject.names import canonical, is_bias, joined
 
 __all__ = ["KINDS", "check_swappable", "inventory", "mixin_for", "register_kind", "standing_still"]
 __all__ += ["unwrapped", "walk", "walk_base"]
@@ -190,7 +190,7 @@ def _walk(model: nn.Module, aliases: bool) -> Iterator[tuple[str, nn.Module]]:
         if children := module._modules:
             for key, child in reversed(children.items()):
                 if child is not None:
-                    pending.append((_join(name, key) if canonical(key) else name, child))
+                    pending.append((joined(name, key) if canonical(key) else name, child))
 
 
 def _base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -240,7 +240,7 @@ class _Survey:
                 self.read.update(map(id, module._modules.values()))
             self.hooked = self.hooked or "_hf_hook" in module.__dict__
             for key, parameter in own.items():
-                full = _join(name, key)
+                full = joined(name, key)
                 first = self.first.setdefault(id(parameter), full)
                 if first is not full:
                     self.tied.setdefault(id(parameter), [first]).append(full)
@@ -265,8 +265,8 @@ class _Survey:
         for name, module, own in self.modules if self.further else ():
             for alias in self.further.get(id(module), ()):
                 for key in own:
-                    full = _join(name, key)
-                    first[_join(alias, key)] = first.get(full, full)
+                    full = joined(name, key)
+                    first[joined(alias, key)] = first.get(full, full)
         return first
 
     def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
@@ -283,7 +283,7 @@ class _Survey:
             container = bool(module._modules)
             self.others[name] = "container" if container else plain_class(type(module)).__name__
         for key, parameter in own.items():
-            full = _join(name, key)
+            full = joined(name, key)
             if self.first[id(parameter)] == full:
                 self.parameters[full] = _shape(parameter)
             if row is None or key != row.weight_name:
@@ -294,7 +294,7 @@ class _Survey:
     ) -> Candidate:
         shapes = row.geometry(module)
         weight = own.get(row.weight_name)
-        full = _join(name, row.weight_name)
+        full = joined(name, row.weight_name)
         refusal = self._refusal(module, row.weight_name, weight)
         forward = refusal is not None or self._forward_mounts(module, row, weight)
         return Candidate(
@@ -318,7 +318,7 @@ class _Survey:
     ) -> Candidate:
         """Whoever names an attention module means its projections, which it reads."""
         keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        members = tuple(_join(name, key) for key in (*filter(own.__contains__, keys), "out_proj"))
+        members = tuple(joined(name, key) for key in (*filter(own.__contains__, keys), "out_proj"))
         width = int(module.embed_dim)
         aliases = self.further.get(id(module), ())
         return Candidate(
@@ -350,7 +350,7 @@ class _Survey:
                 weight=full,
                 experts=shapes.experts,
                 owner=owner,
-                aliases=tuple(_join(alias, key) for alias in self.further.get(id(module), ())),
+                aliases=tuple(joined(alias, key) for alias in self.further.get(id(module), ())),
                 tied=self._tied(full, parameter),
                 refusal=_fused_kernel(module) or self._refusal(module, key, parameter),
                 needs_layout=n_dims > 2,
@@ -456,10 +456,6 @@ def _raw_geometry(parameter: nn.Parameter) -> Geometry:
     if len(shape) == 2:
         return Geometry(shape[1], shape[0], shape)
     return Geometry(shape[-1], shape[-2], shape, experts=math.prod(shape[:-2]))
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
 
 
 def check_swappable(module: nn.Module, asked: str) -> None:
