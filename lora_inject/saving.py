@@ -309,7 +309,7 @@ class _Owned:
 
     def __call__(self, tensor: Tensor, weight: Tensor) -> Tensor:
         address = tensor.data_ptr()
-        alone = tensor.untyped_storage().nbytes() == tensor.nbytes and address not in self.taken
+        alone = address not in self.taken and tensor.untyped_storage().nbytes() == tensor.nbytes
         self.taken.add(address)
         fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
         return tensor if alone and fits else _copied(tensor, weight)

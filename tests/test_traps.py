@@ -206,6 +206,15 @@ def test_unreached_sees_branches_and_restores() -> None:
 # -------------------------------------------------------------------------------- sharing and tying
 
 
+def test_a_module_that_holds_its_parent() -> None:
+    """Its names have no end: an error, and not all memory."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    net[0].parent = net
+    with pytest.raises(li.LayerError, match=r"0\.parent\.0.*a module holds one that holds it"):
+        li.inject(net, {"rank": 1, "targets": ["1"]})
+    assert type(net[1]) is nn.Linear
+
+
 def test_shared_module() -> None:
     shared = nn.Linear(5, 5).double()
     plain = nn.Sequential(shared, nn.Tanh(), shared)

@@ -183,7 +183,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # In one call: an adapter of thousands of sites has thousands of small tensors.
             parts = [flat] if len(run) == 1 else torch.ops.aten.split_with_sizes_copy(flat, sizes)
             for (name, entry), part in zip(run.items(), parts, strict=True):
-                tensors[name] = part.view(entry["shape"])
+                tensors[name] = part.view(*entry["shape"]) if entry["shape"] else part.view(())
     return {name: tensors[name] for name in header}, metadata
 
 

@@ -18,7 +18,7 @@ from lora_inject.layers.base import mounts_of
 __all__ = ["all_or_nothing"]
 
 # What verbs put into a module's __dict__.
-KEYS = frozenset({"_lora", "_lora_root", "_old_forward", "resize_token_embeddings"})
+KEYS = ("_lora", "_lora_root", "_old_forward", "resize_token_embeddings")
 TABLES = ("_parameters", "_load_state_dict_pre_hooks")
 
 
@@ -63,7 +63,10 @@ class _Photograph:
         own = module.__dict__
         self.module = module
         self.cls = type(module)
-        self.extras = {} if KEYS.isdisjoint(own) else {k: v for k, v in own.items() if k in KEYS}
+        there = [key for key in KEYS if key in own]
+        if len(there) > 1:  # in the order in which they stand
+            there = [key for key in own if key in KEYS]
+        self.extras = {key: own[key] for key in there}
         self.tables = [dict(table) if (table := own[name]) else _NOTHING for name in TABLES]
         mounts = mounts_of(module)
         self.mounts = None if mounts is None else dict(mounts.__dict__)

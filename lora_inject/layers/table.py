@@ -39,6 +39,9 @@ KINDS: list[type[Carrier]] = [
     LoRABilinear,
 ]
 
+# Deeper than torch's own train() and eval() get before Python's limit on recursion.
+MAX_DEPTH = 1000
+
 # These parents read the weights of their children, or do so in a fast path.
 READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -127,11 +130,11 @@ def walk(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.M
     """
     model = unwrapped(model)
     known = _WALKS.get((id(model), aliases))
-    if known is None:
-        known = list(_walk(model, aliases))
-        if id(model) in _STILL:
-            _WALKS[id(model), aliases] = known
-    return iter(known)
+    if known is None and id(model) in _STILL:
+        known = _WALKS[id(model), True] = list(_walk(model, aliases=True))
+        _WALKS[id(model), False] = list(_first_of_each(known))
+        return walk(model, aliases=aliases)
+    return iter(_walk(model, aliases) if known is None else known)
 
 
 def walk_base(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, nn.Parameter]]]:
@@ -178,19 +181,40 @@ def standing_still(model: nn.Module) -> Iterator[None]:
 
 
 def _walk(model: nn.Module, aliases: bool) -> Iterator[tuple[str, nn.Module]]:
-    pending: list[tuple[str, nn.Module]] = [("", model)]
+    pending: list[tuple[str, nn.Module, int]] = [("", model, 0)]
     seen: set[int] = set()
     while pending:
-        name, module = pending.pop()
+        name, module, depth = pending.pop()
         if not aliases:
             if id(module) in seen:
                 continue
             seen.add(id(module))
         yield name, module
         if children := module._modules:
+            if depth == MAX_DEPTH:
+                _refuse_endless(name)
             for key, child in reversed(children.items()):
                 if child is not None:
-                    pending.append((joined(name, key) if canonical(key) else name, child))
+                    inside = joined(name, key) if canonical(key) else name
+                    pending.append((inside, child, depth + 1))
+
+
+def _refuse_endless(name: str) -> None:
+    """Raise for a module that holds itself: its names would have no end."""
+    raise LayerError(
+        f"walk the model, module '{name[:80]}...'",
+        f"it lies {MAX_DEPTH} modules deep: a module holds one that holds it (its parent?)",
+        "Keep such a reference in a tuple, or set it with object.__setattr__; train() and eval() "
+        "of torch would not end either",
+    )
+
+
+def _first_of_each(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    for item in named:
+        if id(item[1]) not in seen:
+            seen.add(id(item[1]))
+            yield item
 
 
 def _base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
