@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.errors import StateError, nearest
-from lora_inject.layers.base import Entry, mounts_of
+from lora_inject.layers.mounts import Entry, mounts_of
 from lora_inject.layers.selection import Selection
 from lora_inject.layers.table import unwrapped, walk, walk_base
 from lora_inject.names import joined

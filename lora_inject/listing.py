@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_inject.carried import entries, reach, roots_of
-from lora_inject.layers.base import TRAINABLE_ROLES, Entry
+from lora_inject.layers.mounts import TRAINABLE_ROLES, Entry
 from lora_inject.names import joined
 from lora_inject.sites import SiteSpec
 

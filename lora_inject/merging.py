@@ -44,8 +44,8 @@ from lora_inject.functional import (
     fold_rows,
     fold_rows_,
 )
-from lora_inject.layers.base import Entry, mounts_of
 from lora_inject.layers.loading import allow_loading, refuse_loading
+from lora_inject.layers.mounts import Entry, mounts_of
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.table import standing_still, unwrapped, walk

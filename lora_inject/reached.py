@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_inject.carried import entries, reach, refuse_merged
 from lora_inject.errors import LayerError, StateError
-from lora_inject.layers.base import Entry, mounts_of
+from lora_inject.layers.mounts import Entry, mounts_of
 from lora_inject.names import joined
 
 __all__ = ["refuse_unreached", "unreached"]

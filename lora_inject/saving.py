@@ -30,7 +30,7 @@ from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.fingerprint import compare, samples, unverifiable
 from lora_inject.functional import master_dtype
 from lora_inject.inventory import Candidate, Inventory
-from lora_inject.layers.base import Entry
+from lora_inject.layers.mounts import Entry
 from lora_inject.layers.table import KINDS, inventory, standing_still, walk, walk_base
 from lora_inject.names import joined, match_end
 from lora_inject.plans import Trained

@@ -33,21 +33,14 @@ from lora_inject.carried import (
 from lora_inject.config import Config
 from lora_inject.errors import LayerError
 from lora_inject.functional import master_dtype
-from lora_inject.layers.base import (
-    TRAINABLE_ROLES,
-    Entry,
-    Reader,
-    attribute,
-    mounts_of,
-    narrow,
-    swap,
-    unswap,
-)
+from lora_inject.layers.base import Reader
 from lora_inject.layers.initial import FROM_WEIGHT, initial_tensors
 from lora_inject.layers.loading import allow_loading
+from lora_inject.layers.mounts import TRAINABLE_ROLES, Entry, attribute, mounts_of
 from lora_inject.layers.resizing import allow_resizing, refuse_resizing
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
+from lora_inject.layers.swap import narrow, swap, unswap
 from lora_inject.layers.table import (
     check_swappable,
     inventory,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_inject.carried import Root, check_names, entries, reach, refuse_merged, roots_of
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
-from lora_inject.layers.base import Entry
+from lora_inject.layers.mounts import Entry
 from lora_inject.layers.table import standing_still
 from lora_inject.names import joined
 from lora_inject.saving import (

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_inject.carried import carriers, check_names, reach, refuse_merged
 from lora_inject.errors import StateError
-from lora_inject.layers.base import mounts_of
+from lora_inject.layers.mounts import mounts_of
 from lora_inject.layers.selection import BASE, State
 from lora_inject.names import joined
 

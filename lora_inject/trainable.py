@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_inject.carried import check_names, entries, reach, refuse_merged
 from lora_inject.errors import StateError
-from lora_inject.layers.base import TRAINABLE_ROLES
+from lora_inject.layers.mounts import TRAINABLE_ROLES
 from lora_inject.names import joined
 
 __all__ = ["adapter_parameters", "parameter_groups", "train_only"]

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject import merging, surgery
-from lora_inject.layers import base, selection, table
+from lora_inject.layers import mounts, selection, swap, table
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
@@ -240,8 +240,8 @@ INJECT_STEPS = [
     (surgery, "check_swappable"),
     (surgery, "initial_tensors"),
     (surgery, "swap"),
-    (base, "carrier_class"),
-    (base.Mounts, "add"),
+    (swap, "carrier_class"),
+    (mounts.Mounts, "add"),
     (surgery, "_become_root"),
     (surgery, "_freeze"),
     (surgery, "refuse_resizing"),

@@ -26,7 +26,8 @@ from lora_inject.functional import (
     needs_plain_operations,
     routed_update,
 )
-from lora_inject.layers.base import Carrier, Entry, Recipe
+from lora_inject.layers.base import Carrier
+from lora_inject.layers.mounts import Entry, Recipe
 from lora_inject.layers.selection import State
 
 __all__ = ["ForwardMount"]

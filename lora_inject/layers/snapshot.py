@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.layers.base import mounts_of
+from lora_inject.layers.mounts import mounts_of
 
 __all__ = ["all_or_nothing"]
 

@@ -19,9 +19,10 @@ from torch import nn
 
 from lora_inject.errors import LayerError
 from lora_inject.inventory import Candidate, Inventory
-from lora_inject.layers.base import Carrier, Geometry, Reader, carrier_class, mounts_of, plain_class
+from lora_inject.layers.base import Carrier, Geometry, Reader, carrier_class, plain_class
 from lora_inject.layers.embedding import LoRAEmbedding
 from lora_inject.layers.linear import LoRAConv1D, LoRALinear
+from lora_inject.layers.mounts import mounts_of
 from lora_inject.layers.parameter import LoRABilinear, LoRAConv, LoRAConvTranspose
 from lora_inject.layers.probe import linear_in_weight
 from lora_inject.names import canonical, is_bias, joined
