@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,24 @@ def test_a_kill_leaves_the_old_adapter(
         assert content(tmp_path / "a") == OLD
 
 
+@pytest.mark.parametrize(
+    "write", [lambda a: write_directory(a, NEW), lambda a: write_file(a, b"x")]
+)
+def test_a_full_disk_is_told_and_nothing_is_left(
+    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_write_flushed", full)
+    with pytest.raises(
+        FormatError, match=r"write '.*a': No space left on device\. Free some space"
+    ):
+        write(tmp_path / "a")
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_an_exchange_that_fails_leaves_the_old_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +112,9 @@ def test_an_exchange_that_fails_leaves_the_old_adapter(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "_exchange", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(
+        FormatError, match=r"write '.*a': No space left on device\. Free some space"
+    ):
         write_directory(tmp_path / "a", NEW, overwrite=True)
     assert content(tmp_path / "a") == OLD
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -12,12 +12,13 @@ program creates, and a symbolic link as target is followed, not replaced.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import secrets
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from lora_inject.errors import FormatError
@@ -49,7 +50,8 @@ def write_directory(
         The directory that was written, symbolic links resolved.
 
     Raises:
-        FormatError: The target is a file, or a directory that must not be replaced.
+        FormatError: The target is a file, or a directory that must not be replaced, or the system
+            refuses (a full disk). Nothing is left behind.
 
     Example:
         >>> import tempfile
@@ -60,18 +62,19 @@ def write_directory(
     """
     target = Path(os.path.realpath(path))
     _check_directory(target, files.keys() | set(replaceable), overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(target)
-    try:
-        temporary.mkdir()
-        for name, content in files.items():
-            _write_flushed(temporary / name, content)
-        _flush_directory(temporary)
-        _put_in_place(temporary, target)
-    finally:
-        # After an exchange this is the old adapter; after a failure it is what was half written.
-        shutil.rmtree(temporary, ignore_errors=True)
-    _flush_directory(target.parent)
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.mkdir()
+            for name, content in files.items():
+                _write_flushed(temporary / name, content)
+            _flush_directory(temporary)
+            _put_in_place(temporary, target)
+        finally:
+            # After an exchange this is the old adapter, after a failure what was half written.
+            shutil.rmtree(temporary, ignore_errors=True)
+        _flush_directory(target.parent)
     return target
 
 
@@ -87,7 +90,8 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
         The file that was written, symbolic links resolved.
 
     Raises:
-        FormatError: The target is a directory, or a file and `overwrite` is false.
+        FormatError: The target is a directory, or a file and `overwrite` is false, or the system
+            refuses (a full disk). Nothing is left behind.
 
     Example:
         >>> import tempfile
@@ -100,15 +104,29 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
         raise FormatError(f"write '{target}'", "it is a directory", "Give the name of a file")
     if target.exists() and not overwrite:
         raise FormatError(f"write '{target}'", "it exists already", _OVERWRITE)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(target)
-    try:
-        _write_flushed(temporary, content)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_directory(target.parent)
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_flushed(temporary, content)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush_directory(target.parent)
     return target
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Say of what the system refuses, a full disk above all, what was asked and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(
+            f"write '{target}'",
+            error.strerror or str(error),
+            "Free some space there, or choose a folder that can be written",
+        ) from error
 
 
 _OVERWRITE = "Choose another path, or pass overwrite=True"
