@@ -12,7 +12,7 @@ from lora_inject.version import __version__
 
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
-    from lora_inject.config import Config, Expect, Rule
+    from lora_inject.adapters.state import AdapterState, SiteState
     from lora_inject.errors import (
         CheckpointError,
         ConfigError,
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
         MatchError,
         StateError,
     )
-    from lora_inject.listing import adapters, summary
-    from lora_inject.merging import MergeReport, merge, unmerge
-    from lora_inject.plans import Plan
-    from lora_inject.reached import unreached
-    from lora_inject.saving import adapter_state, install, load_adapter, save_adapter
-    from lora_inject.state import AdapterState, SiteState
-    from lora_inject.surgery import eject, inject, plan
-    from lora_inject.swapping import swap_adapter
-    from lora_inject.switching import activate, disabled, routed
-    from lora_inject.trainable import adapter_parameters, parameter_groups, train_only
-    from lora_inject.training import AdapterCheckpoint
+    from lora_inject.integrations.trainer import AdapterCheckpoint
+    from lora_inject.model.inject import eject, inject, plan
+    from lora_inject.model.listing import adapters, summary
+    from lora_inject.model.merge import MergeReport, merge, unmerge
+    from lora_inject.model.reached import unreached
+    from lora_inject.model.save import adapter_state, install, load_adapter, save_adapter
+    from lora_inject.model.select import activate, disabled, routed
+    from lora_inject.model.swap import swap_adapter
+    from lora_inject.model.train import adapter_parameters, parameter_groups, train_only
+    from lora_inject.spec.config import Config, Expect, Rule
+    from lora_inject.spec.plan import Plan
 
 __all__ = [
     "AdapterCheckpoint",
@@ -73,20 +73,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "config": "Config Expect Rule",
+    "adapters.state": "AdapterState SiteState",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
-    "listing": "adapters summary",
-    "merging": "MergeReport merge unmerge",
-    "plans": "Plan",
-    "reached": "unreached",
-    "saving": "adapter_state install load_adapter save_adapter",
-    "state": "AdapterState SiteState",
-    "surgery": "eject inject plan",
-    "swapping": "swap_adapter",
-    "switching": "activate disabled routed",
-    "trainable": "adapter_parameters parameter_groups train_only",
-    "training": "AdapterCheckpoint",
+    "integrations.trainer": "AdapterCheckpoint",
+    "model.inject": "eject inject plan",
+    "model.listing": "adapters summary",
+    "model.merge": "MergeReport merge unmerge",
+    "model.reached": "unreached",
+    "model.save": "adapter_state install load_adapter save_adapter",
+    "model.select": "activate disabled routed",
+    "model.swap": "swap_adapter",
+    "model.train": "adapter_parameters parameter_groups train_only",
+    "spec.config": "Config Expect Rule",
+    "spec.plan": "Plan",
 }
 """File to the public names that it has; the imports above say the same to type checkers."""
 

@@ -1,28 +1,14 @@
 """Every error that this package raises on purpose.
 
-One idea: a message has three parts, and so does the exception. *What was asked* names the place in
+A message has three parts, and so does the exception. *What was asked* names the place in
 the user's own words, *what was found* is the fact, *what to do* is the way out. There is one base
 class and one child for each stage of the work, so that a caller can catch a stage.
-
-What is not here: warnings. Whatever would make an adapter inert, partial, doubled or wrong is an
-error, raised before anything was changed.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "FormatError",
-    "LayerError",
-    "LoraInjectError",
-    "MatchError",
-    "StateError",
-    "nearest",
-]
 
 
 class LoraInjectError(Exception):

@@ -1,11 +1,9 @@
 """The main job on real input: plan, inject, train, save, load, merge, and check every step.
 
-One idea: a stage is a command of its own with one product, and its record (what it depended on, how
+A stage is a command of its own with one product, and its record (what it depended on, how
 long it took, how much memory it needed, what it found) is written last. A stage whose record still
 fits is reused; without one it is done again from nothing. So the demo may be stopped at any moment
 and started again: finished stages are kept, an interrupted training starts over.
-
-What is not here: the work itself (`demo_stages.py`, and `lora-inject` for plan and merge).
 """
 
 from __future__ import annotations

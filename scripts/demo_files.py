@@ -1,9 +1,7 @@
 """What the demo's stages share about files: whole or not at all, and errors in three parts.
 
-One idea: whatever a stage writes appears under its name in one rename, so that a stage that was
+Whatever a stage writes appears under its name in one rename, so that a stage that was
 interrupted has written nothing.
-
-What is not here: anything of torch; the demo's first process stays small and starts at once.
 """
 
 from __future__ import annotations

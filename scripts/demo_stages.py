@@ -1,9 +1,7 @@
 """The demo's stages, each run in a process of its own: read, train, measure.
 
-One idea: a process per stage makes "a fresh model" and "without lora_inject" true by construction,
+A process per stage makes "a fresh model" and "without lora_inject" true by construction,
 gives every stage its own peak of memory, and leaves nothing behind when it is interrupted.
-
-What is not here: the order of the stages, their checks and the printing of results (`demo.py`).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from training.rows import FIELDS, Fields
 from transformers.utils import logging as hub_logging
 
 import lora_inject as li
-from lora_inject.training import AdapterCheckpoint
+from lora_inject.integrations.trainer import AdapterCheckpoint
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "README.md")
 

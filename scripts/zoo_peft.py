@@ -1,6 +1,6 @@
 """Hold PEFT to the zoo's steps, beside this package: two counts and two run times.
 
-One idea: `tests/zoo/steps.py` knows no library, so PEFT gets the same models, targets, random
+`tests/zoo/steps.py` knows no library, so PEFT gets the same models, targets, random
 numbers and checks. Counted are the steps that both could meet: zero start, freezing, an effect of
 every site, save and load, merged equals unmerged, eject exact in values, keys and classes. What
 this package promises beyond them is not asked of PEFT.

@@ -1,6 +1,6 @@
 """What the tests of the core share: a table of layer kinds, and the dense layer each must equal.
 
-One idea: a `Kind` states in the test's own words what a layer's weight means. From that, and from
+A `Kind` states in the test's own words what a layer's weight means. From that, and from
 nothing of the package, `dense_output` forms `W + scale * B @ A` in float64 and runs the plain layer
 with it, differentiably.
 """
@@ -151,7 +151,7 @@ class Kind:
     spans: tuple[tuple[int, int], ...] = ()
     transposed: bool = False
     experts: int | None = None
-    mount: str = "forward"
+    update: str = "forward"
     formula: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
@@ -189,7 +189,7 @@ KINDS: dict[str, Kind] = {
     "linear without bias": Kind(lambda: nn.Linear(5, 6, bias=False), (5, 6)),
     "stock subclass": Kind(lambda: StockSubclass(5, 6), (5, 6)),
     "own linear forward": Kind(lambda: OwnForward(5, 6), (5, 6)),
-    "activation inside": Kind(lambda: ActivationInside(5, 6), (5, 6), mount="weight"),
+    "activation inside": Kind(lambda: ActivationInside(5, 6), (5, 6), update="weight"),
     "conv1d": Kind(lambda: conv1d(6, 5), (5, 6), transposed=True),
     "embedding": Kind(lambda: nn.Embedding(7, 5), (7, 5), ["ids"], transposed=True),
     "embedding padding": Kind(
@@ -203,7 +203,7 @@ KINDS: dict[str, Kind] = {
         formula=renormalised,
     ),
     "scaled embedding": Kind(
-        lambda: ScaledEmbedding(7, 5), (7, 5), ["ids"], transposed=True, mount="weight"
+        lambda: ScaledEmbedding(7, 5), (7, 5), ["ids"], transposed=True, update="weight"
     ),
     "equal slices": Kind(lambda: nn.Linear(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9))),
     "unequal slices": Kind(
@@ -222,7 +222,7 @@ KINDS: dict[str, Kind] = {
         lambda: OwnForward(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9))
     ),
     "slices of activation inside": Kind(
-        lambda: ActivationInside(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), mount="weight"
+        lambda: ActivationInside(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), update="weight"
     ),
     "equal slices of conv1d": Kind(
         lambda: conv1d(9, 5), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), transposed=True
@@ -238,29 +238,29 @@ KINDS: dict[str, Kind] = {
         lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, padding_mode="circular"),
         (12, 6),
         [(2, 4, 9)],
-        mount="weight",
+        update="weight",
     ),
     "conv 2d": Kind(
         lambda: nn.Conv2d(4, 6, (3, 2), groups=2, padding="same", padding_mode="reflect"),
         (12, 6),
         [(2, 4, 6, 5)],
-        mount="weight",
+        update="weight",
     ),
     "conv 3d": Kind(
-        lambda: nn.Conv3d(2, 3, (1, 2, 3), bias=False), (12, 3), [(1, 2, 3, 4, 5)], mount="weight"
+        lambda: nn.Conv3d(2, 3, (1, 2, 3), bias=False), (12, 3), [(1, 2, 3, 4, 5)], update="weight"
     ),
     "conv_transpose 2d": Kind(
         lambda: nn.ConvTranspose2d(4, 6, (2, 3), stride=2, output_padding=1, groups=2),
         (4, 18),
         [(2, 4, 3, 3)],
         transposed=True,
-        mount="weight",
+        update="weight",
     ),
     "conv_transpose 1d": Kind(
-        lambda: nn.ConvTranspose1d(4, 3, 2), (4, 6), [(2, 4, 3)], transposed=True, mount="weight"
+        lambda: nn.ConvTranspose1d(4, 3, 2), (4, 6), [(2, 4, 3)], transposed=True, update="weight"
     ),
-    "bilinear": Kind(lambda: nn.Bilinear(3, 4, 5), (12, 5), [(4, 3), (4, 4)], mount="weight"),
-    "parameter": Kind(Mix, (5, 6), weight="matrix", site="layer.matrix", mount="weight"),
+    "bilinear": Kind(lambda: nn.Bilinear(3, 4, 5), (12, 5), [(4, 3), (4, 4)], update="weight"),
+    "parameter": Kind(Mix, (5, 6), weight="matrix", site="layer.matrix", update="weight"),
     "turned parameter": Kind(
         Mix,
         (6, 5),
@@ -268,7 +268,7 @@ KINDS: dict[str, Kind] = {
         site="layer.matrix",
         rule={"layout": "in_out"},
         transposed=True,
-        mount="weight",
+        update="weight",
     ),
     "slices of a parameter": Kind(
         Mix,
@@ -277,10 +277,10 @@ KINDS: dict[str, Kind] = {
         site="layer.matrix",
         rule=EQUAL,
         spans=((0, 2), (4, 6)),
-        mount="weight",
+        update="weight",
     ),
     "weight of a linear": Kind(
-        lambda: nn.Linear(5, 6), (5, 6), site="layer.weight", mount="weight"
+        lambda: nn.Linear(5, 6), (5, 6), site="layer.weight", update="weight"
     ),
     "experts": Kind(
         lambda: Experts("bi,eoi->beo", 3, 6, 5),
@@ -290,7 +290,7 @@ KINDS: dict[str, Kind] = {
         site="layer.up",
         rule={"layout": "out_in"},
         experts=3,
-        mount="weight",
+        update="weight",
     ),
     "turned experts": Kind(
         lambda: Experts("bi,eio->beo", 3, 5, 6),
@@ -301,7 +301,7 @@ KINDS: dict[str, Kind] = {
         rule={"layout": "in_out"},
         transposed=True,
         experts=3,
-        mount="weight",
+        update="weight",
     ),
 }
 
@@ -407,7 +407,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # ---------------------------------------------------------------------------- a model's whole state
 
 
-def photograph(model: nn.Module) -> list[Any]:
+def snapshot(model: nn.Module) -> list[Any]:
     """All that a model is: objects, classes, keys, order, values, flags, hooks, of each module."""
     return [
         (name, id(module), type(module), [*_attributes(module)])

@@ -1,6 +1,6 @@
 """The paper's own library, with the same A and B: same outputs, same gradients, same steps.
 
-One idea: loralib is a second, independent statement of the method. Its layers are read as they are;
+Loralib is a second, independent statement of the method. Its layers are read as they are;
 only W, bias, A and B are copied across.
 """
 

@@ -1,6 +1,6 @@
 """Figures of an adapter: subspaces, spectra, amplification, rounding, findings.
 
-One idea: every figure is compared with its definition in dense float64 numpy, written here, for
+Every figure is compared with its definition in dense float64 numpy, written here, for
 every kind of site; what is known in closed form (equal, orthogonal and random subspaces, the
 paper's own Table 7) is compared with that."""
 
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.analysis import (
     FORMATS,
     LowRank,
@@ -42,8 +43,7 @@ from lora_inject.analysis import (
     spectrum,
     subspace_similarity,
 )
-from lora_inject.sites import SiteSpec
-from lora_inject.state import AdapterState, SiteState
+from lora_inject.spec.sites import SiteSpec
 
 FLOAT64 = 1e-10  # sums of a few hundred float64 products of size 1, with a margin
 SEEDS = st.integers(0, 2**31 - 1)

@@ -1,6 +1,6 @@
 """The page and the pictures: well-formed, complete, escaped, self-contained.
 
-One idea: the page is read back by `html.parser`, and pictures by their own decoder, so that what is
+The page is read back by `html.parser`, and pictures by their own decoder, so that what is
 checked is what a browser gets.
 """
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lora_inject as li
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.analysis import (
     Panel,
     across_layers,
@@ -32,14 +33,13 @@ from lora_inject.analysis import (
     figure_seeds,
     figure_spectra,
     figure_weight,
-    report,
     write_report,
     zoomed,
 )
-from lora_inject.analysis.png import encode, palette
-from lora_inject.analysis.svg import bars, curves, level, strip
-from lora_inject.sites import SiteSpec, Slices
-from lora_inject.state import AdapterState, SiteState
+from lora_inject.analysis.report.png import encode, palette
+from lora_inject.analysis.report.sections import report
+from lora_inject.analysis.report.svg import bars, curves, level, strip
+from lora_inject.spec.sites import SiteSpec, Slices
 
 EVIL = '"><script>alert(1)</script>&<b>'
 VOID = {"meta", "img"}

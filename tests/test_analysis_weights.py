@@ -1,6 +1,6 @@
 """W streamed from a checkpoint gives the figures of W in memory, for every kind and layout.
 
-One idea: the reference is the dense float64 matrix of W and of the delta, taken from the tensors
+The reference is the dense float64 matrix of W and of the delta, taken from the tensors
 that were saved; blocks of rows are made small, so that each weight takes several."""
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.analysis import (
     Weights,
     amplification,
@@ -27,8 +28,7 @@ from lora_inject.analysis import (
     spectrum_of,
 )
 from lora_inject.checkpoint import Checkpoint, read
-from lora_inject.sites import SiteSpec
-from lora_inject.state import AdapterState, SiteState
+from lora_inject.spec.sites import SiteSpec
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The benchmarks run and write what they say they write; what they measure is never tested.
 
-One idea: the command itself is run, at its tiny sizes, and its JSON is read back. Only numbers that
+The command itself is run, at its tiny sizes, and its JSON is read back. Only numbers that
 do not depend on the machine are looked at: errors and counts of bytes.
 """
 

@@ -20,7 +20,7 @@ from lora_inject.checkpoint import svd as decomposing
 from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.saving import fingerprint
+from lora_inject.model.save import fingerprint
 
 
 def case(tmp_path, dtype=torch.float32):

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from test_checkpoint_helpers import LLAMA, llama_adapter, llama_tensors, save_checkpoint
 
 from lora_inject.checkpoint import Checkpoint, MergeOptions, Part, merge_checkpoint
-from lora_inject.checkpoint.disk import copy_range, open_read, open_write, read_at
-from lora_inject.checkpoint.safetensors_file import build_header, read_header
 from lora_inject.checkpoint.side_files import edit_config, find_side_files
 from lora_inject.errors import CheckpointError
+from lora_inject.storage.disk import copy_range, open_read, open_write, read_at
+from lora_inject.storage.safetensors_file import build_header, read_header
 
 
 def write_raw(path, table, data=b"", length=None):

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.functional import dense_delta
-from lora_inject.sites import SiteSpec
-from lora_inject.state import AdapterState, SiteState
+from lora_inject.spec.sites import SiteSpec
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
 

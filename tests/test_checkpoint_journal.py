@@ -24,17 +24,11 @@ from test_checkpoint_helpers import (
     save_checkpoint,
 )
 
-from lora_inject.checkpoint import (
-    MergeOptions,
-    Part,
-    Ranks,
-    disk,
-    merge_checkpoint,
-    verify_checkpoint,
-)
-from lora_inject.checkpoint import merge as merging
+from lora_inject.checkpoint import MergeOptions, Part, Ranks, merge_checkpoint, verify_checkpoint
+from lora_inject.checkpoint import merge_files as merging
 from lora_inject.checkpoint.journal import STAGING, check_space
 from lora_inject.errors import CheckpointError
+from lora_inject.storage import disk
 
 ALONE = Ranks()
 

@@ -21,11 +21,11 @@ from test_checkpoint_helpers import (
     ulps,
 )
 
+from lora_inject.adapters.state import AdapterState
 from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, verify_checkpoint
-from lora_inject.checkpoint import merge as merging
+from lora_inject.checkpoint import merge_files as merging
 from lora_inject.checkpoint import read as reading
 from lora_inject.errors import CheckpointError
-from lora_inject.state import AdapterState
 
 
 def names_of(folder):
@@ -102,7 +102,7 @@ def test_blocks_and_threads_do_not_change_a_bit(tmp_path, monkeypatch, workers):
     state = AdapterState(sites)
     merge_checkpoint(base, [Part(state)], tmp_path / "whole", MergeOptions(workers=1))
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 100)
-    monkeypatch.setattr("lora_inject.checkpoint.fold.SPAN_ELEMENTS", 500)
+    monkeypatch.setattr("lora_inject.checkpoint.output_rows.SPAN_ELEMENTS", 500)
     monkeypatch.setattr("lora_inject.checkpoint.write.COPY_STEP_BYTES", 64)
     merge_checkpoint(base, [Part(state)], tmp_path / "out", MergeOptions(workers=workers))
     whole, blocks = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "out")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint_helpers import load_checkpoint, ulps
 
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint, verify_checkpoint
-from lora_inject.checkpoint.load import load_part
+from lora_inject.checkpoint.adapter_files import load_part
 from lora_inject.cli import app
 from lora_inject.errors import CheckpointError
 

@@ -18,6 +18,7 @@ from test_checkpoint_helpers import (
 from torch import nn
 
 import lora_inject
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
@@ -28,8 +29,7 @@ from lora_inject.checkpoint import (
 )
 from lora_inject.errors import CheckpointError, FormatError
 from lora_inject.functional import dense_delta
-from lora_inject.sites import Slices
-from lora_inject.state import AdapterState, SiteState
+from lora_inject.spec.sites import Slices
 
 
 def renamed(state, rename):

@@ -25,6 +25,7 @@ from test_checkpoint_helpers import (
     site,
 )
 
+from lora_inject.adapters.state import Fingerprint
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
@@ -37,10 +38,9 @@ from lora_inject.checkpoint import (
 )
 from lora_inject.checkpoint import read as reading
 from lora_inject.checkpoint.journal import STAGING
-from lora_inject.checkpoint.safetensors_file import build_header, read_header
 from lora_inject.errors import CheckpointError, LoraInjectError
 from lora_inject.formats import sample, write_adapter
-from lora_inject.state import Fingerprint
+from lora_inject.storage.safetensors_file import build_header, read_header
 
 # Float8 -----------------------------------------------------------------------------------------
 

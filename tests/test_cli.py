@@ -1,6 +1,6 @@
 """The command line: what each command prints, where, and with which exit code.
 
-One idea: numbers are compared with a dense float64 reference made here from the files themselves,
+Numbers are compared with a dense float64 reference made here from the files themselves,
 never with what the package says elsewhere.
 """
 
@@ -577,7 +577,7 @@ def test_ctrl_c_is_exit_code_130_and_one_line(tmp_path):
     code = (
         "import sys, time\n"
         "from lora_inject.cli import main\n"
-        "from lora_inject.config import Config\n"
+        "from lora_inject.spec.config import Config\n"
         "def slow():\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "Config.json_schema = slow\n"
         "main()\n"

@@ -1,6 +1,6 @@
 """`lora-inject analyze`: what it prints and writes, where, and with which exit code.
 
-One idea: the numbers are those of a dense float64 reference made from the files.
+The numbers are those of a dense float64 reference made from the files.
 """
 
 from __future__ import annotations

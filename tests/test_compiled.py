@@ -1,6 +1,6 @@
 """Compiled models: another adapter, another mix or other rows are other data for the same graph.
 
-One idea: count the graphs, and compare each output with the eager one, which goes by names.
+Count the graphs, and compare each output with the eager one, which goes by names.
 """
 
 from __future__ import annotations

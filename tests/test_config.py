@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lora_inject.config as config_module
-from lora_inject.config import Config, Expect, Normal, Rule
+import lora_inject.spec.config as config_module
 from lora_inject.errors import ConfigError
+from lora_inject.spec.config import Config, Expect, Normal, Rule
 
 
 def test_docstring_examples_run() -> None:

@@ -16,10 +16,10 @@ import torch
 import transformers as tf
 from torch import nn
 
-from lora_inject.config import Config
-from lora_inject.inventory import Candidate, Inventory
-from lora_inject.matching import resolve
-from lora_inject.plans import Plan
+from lora_inject.spec.config import Config
+from lora_inject.spec.inventory import Candidate, Inventory
+from lora_inject.spec.matching import resolve
+from lora_inject.spec.plan import Plan
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -62,7 +62,7 @@ def survey(model: nn.Module) -> Inventory:
                 candidates.append(
                     Candidate(
                         full, "parameter", shape[-1], shape[-2], shape, full, False, lead, name,
-                        needs_layout=len(shape) > 2, mount="weight",
+                        needs_layout=len(shape) > 2, update="weight",
                     )
                 )  # fmt: skip
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1,6 +1,6 @@
 """The invariants of the design, for every kind of layer and every dtype.
 
-One idea: everything is compared with a dense float64 layer that the test builds itself, or bit for
+Everything is compared with a dense float64 layer that the test builds itself, or bit for
 bit with what was there before.
 """
 
@@ -27,15 +27,18 @@ from conftest import (
     fill,
     host,
     injected,
-    photograph,
     refusal,
     same_bits,
+    snapshot,
 )
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject import merging, surgery
-from lora_inject.layers import mounts, selection, swap, table
+from lora_inject.layers import attached, selection
+from lora_inject.layers import class_swap as swap
+from lora_inject.layers import kinds as table
+from lora_inject.model import inject as surgery
+from lora_inject.model import merge as merging
 
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
@@ -56,7 +59,7 @@ def test_every_row_of_the_table_is_held_to_the_contract() -> None:
 @every_kind
 def test_mounts_as_stated(kind: Kind) -> None:
     (spec,) = li.adapters(injected(kind))["default"].sites.values()
-    assert (spec.name, spec.mount, spec.rank, spec.scale) == (kind.site, kind.mount, RANK, 1.5)
+    assert (spec.name, spec.update, spec.rank, spec.scale) == (kind.site, kind.update, RANK, 1.5)
     assert (spec.in_features, spec.out_features) == kind.sizes
 
 
@@ -148,7 +151,7 @@ def test_base_names_objects_and_order_stay(kind: Kind, dtype: torch.dtype) -> No
     try:
         assert model.get_parameter(kind.key) is parameters[kind.key]
     except AttributeError:
-        assert kind.mount == "weight"
+        assert kind.update == "weight"
 
 
 @every_kind
@@ -172,7 +175,7 @@ def fill_base(model: nn.Module) -> None:
 
 
 class Several(nn.Module):
-    """Every way to carry: forward mounts, weight mounts, a trained head, biases, a tied tensor."""
+    """Every way to carry: forward update, weight updates, a trained head, biases, a tied tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,8 +243,8 @@ INJECT_STEPS = [
     (surgery, "check_swappable"),
     (surgery, "initial_tensors"),
     (surgery, "swap"),
-    (swap, "carrier_class"),
-    (mounts.Mounts, "add"),
+    (swap, "adapted_class"),
+    (attached.Attached, "add"),
     (surgery, "_become_root"),
     (surgery, "_freeze"),
     (surgery, "refuse_resizing"),
@@ -260,14 +263,14 @@ def test_a_failing_inject_changes_nothing(
     if second:
         fill(li.inject(model, OTHER, "first"), "first")
     ids = torch.randint(0, 7, (2, 3))
-    before, outputs, listed = photograph(model), model(ids), li.summary(model)
+    before, outputs, listed = snapshot(model), model(ids), li.summary(model)
     for at in range(1, 100):
         with monkeypatch.context() as patch:
             calls = _fail(patch, *step, at, after)
             try:
                 li.inject(model, SEVERAL, "new")
             except PlannedError:
-                assert photograph(model) == before, f"failed in call {at}"
+                assert snapshot(model) == before, f"failed in call {at}"
                 assert li.summary(model) == listed
                 assert all(map(same_bits, model(ids), outputs))
                 continue
@@ -299,7 +302,7 @@ def test_a_failing_merge_changes_nothing(
     model = Several().bfloat16() if step[1] == "fold_rows" else Several()
     fill(li.inject(model, SEVERAL, "new"), "new")
     ids = torch.randint(0, 7, (2, 3))
-    before, outputs, listed = photograph(model), model(ids), li.summary(model)
+    before, outputs, listed = snapshot(model), model(ids), li.summary(model)
     for at in range(1, 100):
         with monkeypatch.context() as patch:
             _fail(patch, *step, at, after)
@@ -308,12 +311,12 @@ def test_a_failing_merge_changes_nothing(
             assert not undo
             assert "what was written stays written" in str(raised)
             assert isinstance(raised.__cause__, PlannedError)
-            assert photograph(model) != before
+            assert snapshot(model) != before
             break
         if raised is None:
             assert at > 1, "the step is never reached"
             break
-        assert photograph(model) == before, f"failed in call {at}"
+        assert snapshot(model) == before, f"failed in call {at}"
         assert li.summary(model) == listed
         assert all(map(same_bits, model(ids), outputs))
 
@@ -333,10 +336,10 @@ def test_a_failing_merge_changes_nothing(
 )
 def test_a_refused_inject_changes_nothing(config: Any, error_class: type[Exception]) -> None:
     model = Several()
-    before = photograph(model)
+    before = snapshot(model)
     with pytest.raises(error_class):
         li.inject(model, config)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert li.adapters(model) == {}
 
 
@@ -348,39 +351,39 @@ def test_a_refused_inject_changes_nothing(config: Any, error_class: type[Excepti
 def test_eject_is_exact(kind: Kind, dtype: torch.dtype) -> None:
     model = host(kind, dtype)
     model.layer.register_forward_hook(lambda *_: None)
-    before = photograph(model)
+    before = snapshot(model)
     fill(li.inject(model, kind.config))
     model(*kind.inputs(dtype)).sum().backward()
     li.inject(model, kind.config, "second")
     if kind.formula is None:  # with max_norm the plain layer itself writes W
         with li.disabled(model):
             model(*kind.inputs(dtype))
-    assert photograph(model) != before
+    assert snapshot(model) != before
     li.eject(model, "default")
     assert li.eject(model) is model
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def test_eject_of_everything_at_once_is_exact() -> None:
     model = Several()
-    before, ids = photograph(model), torch.randint(0, 7, (2, 3))
+    before, ids = snapshot(model), torch.randint(0, 7, (2, 3))
     outputs = model(ids)
     fill(li.inject(model, SEVERAL, "a"), "a")
     fill(li.inject(model, OTHER, "b"), "b")
     assert not same_bits(model(ids)[0], outputs[0])
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert all(map(same_bits, model(ids), outputs))
 
 
 def test_eject_of_the_newest_leaves_the_others_as_they_were() -> None:
     model = Several()
     fill(li.inject(model, OTHER, "a"), "a")
-    before = photograph(model)
+    before = snapshot(model)
     fill(li.inject(model, SEVERAL, "b"), "b")
     li.train_only(model, "a")
     li.eject(model, "b")
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("undo", [True, False])
@@ -412,18 +415,18 @@ def test_merged_equals_adapted(kind: Kind, dtype: torch.dtype, undo: bool) -> No
 @every_kind
 def test_unmerge_restores_every_bit(kind: Kind, dtype: torch.dtype) -> None:
     model = injected(kind, dtype)
-    before, listed = photograph(model), li.summary(model)
+    before, listed = snapshot(model), li.summary(model)
     li.merge(model)
-    assert photograph(model) != before
+    assert snapshot(model) != before
     assert li.unmerge(model) is model
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert li.summary(model) == listed
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "parameter"])
 def test_a_thousand_cycles_in_bfloat16_change_no_bit(kind: str) -> None:
     model = injected(KINDS[kind], torch.bfloat16)
-    before = photograph(model)
+    before = snapshot(model)
     W = model.get_submodule("layer")._parameters[KINDS[kind].weight]
     assert W is not None
     original = W.detach().clone()
@@ -431,7 +434,7 @@ def test_a_thousand_cycles_in_bfloat16_change_no_bit(kind: str) -> None:
         li.merge(model)
         assert not torch.equal(W, original)
         li.unmerge(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 # -------------------------------------------------------------------------- 7. names from structure
@@ -453,7 +456,7 @@ class Odd(nn.Linear):
 
 def test_names_come_from_structure() -> None:
     model = Host(Odd())
-    before, own = photograph(model), dict(model.named_parameters())
+    before, own = snapshot(model), dict(model.named_parameters())
     li.inject(model, {"rank": 2, "alpha": 3, "targets": ["layer"]}, "mine")
     fill(model, "mine")
     found = li.adapter_parameters(model, "mine")
@@ -465,7 +468,7 @@ def test_names_come_from_structure() -> None:
     li.merge(model, undo=True)
     li.unmerge(model)
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 @every_kind

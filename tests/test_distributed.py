@@ -1,6 +1,6 @@
 """Two processes: FSDP2 and DistributedDataParallel against one process, adapters and all.
 
-One idea: each worker trains on its half of a batch and rank 0 writes down what came out; the test
+Each worker trains on its half of a batch and rank 0 writes down what came out; the test
 trains the same model in one process on both halves and compares values. Both sides run in float64,
 so that a delta counted twice or a gradient averaged wrongly cannot hide in rounding.
 """
@@ -250,7 +250,7 @@ def test_a_sharded_model_trains_like_an_unsharded_one(job: str, tmp_path: Path) 
     assert both == pytest.approx(wanted["losses"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("config", [CONFIG, FORWARD], ids=["every mount", "forward mounts"])
+@pytest.mark.parametrize("config", [CONFIG, FORWARD], ids=["every mount", "forward update"])
 def test_data_parallel_training_equals_one_process(config: dict[str, Any], tmp_path: Path) -> None:
     ranks = two_ranks("ddp", config, tmp_path)
     model = build(config)

@@ -1,6 +1,6 @@
 """scripts/finetune.py as a user runs it, on tiny models: every task, method and way to stop.
 
-One idea: the program's own results.json is compared, so that a run that was killed, or computed in
+The program's own results.json is compared, so that a run that was killed, or computed in
 parts, or by two processes, is seen to have given the same losses.
 """
 

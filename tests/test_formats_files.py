@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_inject.errors import FormatError
-from lora_inject.formats import files
-from lora_inject.formats.files import write_directory, write_file
+from lora_inject.storage import atomic as files
+from lora_inject.storage.atomic import write_directory, write_file
 
 OLD, NEW = {"config": b"old", "model": b"old"}, {"config": b"new", "model": b"new"}
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_inject.adapters.state import Fingerprint
 from lora_inject.formats import compare, sample, sample_positions, unverifiable
 from lora_inject.formats.fingerprint import samples
-from lora_inject.state import Fingerprint
 
 
 @given(st.lists(st.integers(0, 9), max_size=4))

@@ -10,7 +10,7 @@ from test_formats_support import KIND_SPECS, dense, make_site
 
 from lora_inject.errors import FormatError
 from lora_inject.formats import conform
-from lora_inject.sites import SiteSpec
+from lora_inject.spec.sites import SiteSpec
 
 LINEAR = SiteSpec("fc", "linear", 5, 7, (7, 5), 2, 4.0, weight="fc.weight", dropout=0.1)
 CONV1D = SiteSpec("fc", "conv1d", 5, 7, (5, 7), 1, 1.0, transposed=True, weight="fc.weight")

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from test_formats_support import FINGERPRINT, KIND_SPECS, make_site, make_state
 
+from lora_inject.adapters.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.formats.tensors import read_header, read_tensors
-from lora_inject.state import AdapterState
+from lora_inject.storage.tensors import read_header, read_tensors
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
@@ -234,7 +234,7 @@ def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> No
     metadata = read_header(ours / MODEL)[1]
     kinds, sites = (json.loads(metadata[f"lora_inject.{part}"]) for part in ("kinds", "sites"))
     edit(kinds, sites)
-    words = {"lora_inject.kinds": json.dumps(kinds), "lora_inject.sites": json.dumps(sites)}
+    words = {"lora_inject.kinds": json.dumps(kinds), "lora_inject.spec.sites": json.dumps(sites)}
     edit_header(ours / MODEL, lambda h: h["__metadata__"].update(words))
     with pytest.raises(FormatError, match=found):
         read_adapter(ours)
@@ -626,7 +626,7 @@ def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
     cases = {
         "root": [dataclasses.replace(linear, name="")],
         "of kind 'mystery'": [dataclasses.replace(linear, kind="mystery")],
-        "whose weight is read": [dataclasses.replace(linear, mount="weight")],
+        "whose weight is read": [dataclasses.replace(linear, update="weight")],
         "beside Conv1D": [KIND_SPECS["conv1d"], table],
         "a module and a parameter of it": [
             linear,

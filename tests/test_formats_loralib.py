@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from test_formats_support import KIND_SPECS, dense, make_site, make_state
 from torch import nn
 
+from lora_inject.adapters.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.sites import Slices
-from lora_inject.state import AdapterState
+from lora_inject.spec.sites import Slices
 
 lora = pytest.importorskip("loralib")
 

@@ -12,9 +12,10 @@ from test_checkpoint_helpers import LLAMA, llama_adapter, llama_tensors, save_ch
 from lora_inject.checkpoint import Checkpoint, load_part, plan_merge
 from lora_inject.checkpoint.parts import digest
 from lora_inject.errors import FormatError
-from lora_inject.formats import mapped, write_adapter
-from lora_inject.formats.mapped import left_on_disk
-from lora_inject.formats.tensors import read_tensors
+from lora_inject.formats import write_adapter
+from lora_inject.storage import mapped
+from lora_inject.storage.mapped import left_on_disk
+from lora_inject.storage.tensors import read_tensors
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="needs madvise")
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_inject.errors import FormatError
-from lora_inject.formats.patterns import compile_key, lookup, pattern_keys
-from lora_inject.formats.peft_modules import bias_setting, target_modules, whole_modules
+from lora_inject.formats.peft.modules import bias_setting, target_modules, whole_modules
+from lora_inject.formats.peft.patterns import compile_key, lookup, pattern_keys
 
 NAMES = [
     "lin",

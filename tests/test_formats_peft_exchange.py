@@ -16,9 +16,9 @@ import torch
 from test_formats_support import assert_same_deltas, dense, make_site
 from torch import Tensor, nn
 
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.formats import conform, read_adapter, write_adapter
-from lora_inject.sites import SiteSpec, Slices
-from lora_inject.state import AdapterState, SiteState
+from lora_inject.spec.sites import SiteSpec, Slices
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -24,12 +24,12 @@ from test_formats_support import (
     make_state,
 )
 
+from lora_inject.adapters.state import AdapterState, Fingerprint
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.formats.metadata import describe
-from lora_inject.formats.tensors import read_header
-from lora_inject.sites import SiteSpec, Slices
-from lora_inject.state import AdapterState, Fingerprint
+from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.storage.tensors import read_header
 
 MODEL = "adapter_model.safetensors"
 
@@ -381,4 +381,4 @@ def test_sites_alike_are_stated_once() -> None:
     state = read_adapter(FIXTURES / "format1" / "native.safetensors")
     words = describe(state, "native")
     assert len(json.loads(words["lora_inject.kinds"])) == 3
-    assert [kind for *_, kind in json.loads(words["lora_inject.sites"])] == [0, 1, 2, 1, 2]
+    assert [kind for *_, kind in json.loads(words["lora_inject.spec.sites"])] == [0, 1, 2, 1, 2]

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_inject.sites import SiteSpec, Slices
-from lora_inject.state import AdapterState, Fingerprint, SiteState
+from lora_inject.adapters.state import AdapterState, Fingerprint, SiteState
+from lora_inject.spec.sites import SiteSpec, Slices
 
 KIND_SPECS: dict[str, SiteSpec] = {
     "linear": SiteSpec("h.0.fc", "linear", 5, 7, (7, 5), 2, 4.0, weight="h.0.fc.weight"),

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lora_inject.formats import tensors as reading
-from lora_inject.formats.tensors import read_tensors
+from lora_inject.storage import tensors as reading
+from lora_inject.storage.tensors import read_tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 STEP_BYTES = 64

@@ -1,6 +1,6 @@
 """The arithmetic, against dense float64 formulas written here, and against itself by another path.
 
-One idea: `linear` has three paths (a fused autograd Function, a slim one without gradients, plain
+`linear` has three paths (a fused autograd Function, a slim one without gradients, plain
 operations under tracers and function transforms). All must state the same fact.
 """
 
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject import functional
 from lora_inject.functional import Factors, Tally, Term, dense_delta, effective_weight, fold_rows
-from lora_inject.sites import SiteSpec, Slices
+from lora_inject.spec.sites import SiteSpec, Slices
 
 MATRICES = ["linear", "conv1d", "equal slices", "own linear forward"]
-FORWARD = [name for name, kind in KINDS.items() if kind.mount == "forward"]
+FORWARD = [name for name, kind in KINDS.items() if kind.update == "forward"]
 Span = tuple[int, int]
 SEEDS = st.integers(0, 9999)
 

@@ -10,7 +10,7 @@ from conftest import same_bits
 from torch import Tensor
 
 from lora_inject.functional import Delta, Tally, Term, fold, fold_rows, scripted
-from lora_inject.sites import SiteSpec, Slices
+from lora_inject.spec.sites import SiteSpec, Slices
 
 SPECS = {
     "linear": SiteSpec("s", "linear", 24, 40, (40, 24), 3, 6.0),

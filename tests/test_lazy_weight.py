@@ -1,6 +1,6 @@
 """A weight that is read and formed only where it must be: every way of reading gives W + delta.
 
-One idea: the reference is the same code on the dense `W + scale * B @ A` in float64, formed by hand
+The reference is the same code on the dense `W + scale * B @ A` in float64, formed by hand
 with its own graph. Whatever is done with the lazy weight must give that value and those gradients;
 whether it was formed on the way is told by counting.
 """
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_inject as li
 from lora_inject.functional import LazyWeight, lazy_weight
 from lora_inject.functional.weight import LowRank, Update
-from lora_inject.sites import SiteSpec, Slices
+from lora_inject.spec.sites import SiteSpec, Slices
 
 E, M, N, R, T = 3, 5, 4, 2, 6
 SCALE = 2.0

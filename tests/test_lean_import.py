@@ -1,6 +1,6 @@
 """`import lora_inject` and the command line's help bring in nothing heavy or optional.
 
-One idea: a subprocess says what it has imported, and the same check is shown to fail where there is
+A subprocess says what it has imported, and the same check is shown to fail where there is
 something to find.
 """
 
@@ -73,7 +73,7 @@ def test_a_merge_imports_neither_transformers_nor_what_only_models_need(tmp_path
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
     adapter = write_adapter(llama_adapter(tensors), tmp_path / "adapter", format="peft")
-    names = (*HEAVY, "lora_inject.config", "lora_inject.layers", "lora_inject.surgery")
+    names = (*HEAVY, "lora_inject.spec.config", "lora_inject.layers", "lora_inject.model.inject")
     argv = ("merge", str(base), str(adapter), "--output", str(tmp_path / "out"))
     assert commands_bring_in(*argv, names=names) == []
     assert (tmp_path / "out" / "config.json").exists()
@@ -85,9 +85,11 @@ def test_help_does_not_wait_for_the_commands():
 
 
 def test_a_public_name_brings_in_its_file_and_not_before():
-    names = ("lora_inject.analysis", "lora_inject.checkpoint", "lora_inject.surgery", "torch")
+    names = ("lora_inject.analysis", "lora_inject.checkpoint", "lora_inject.model.inject", "torch")
     assert brought_in("import lora_inject", names=names) == []
-    assert "lora_inject.surgery" in brought_in("import lora_inject; lora_inject.plan", names=names)
+    assert "lora_inject.model.inject" in brought_in(
+        "import lora_inject; lora_inject.plan", names=names
+    )
     found = brought_in("import lora_inject; lora_inject.analysis", names=names)
     assert {"lora_inject.analysis", "lora_inject.checkpoint"} <= {*found}
     with pytest.raises(AttributeError, match="'lora_inject' has no attribute 'nonsense'"):

@@ -15,16 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lora_inject.inventory as inventory_module
-import lora_inject.matching as matching_module
-import lora_inject.names as names_module
-from lora_inject.config import Config, Expect, Rule
+import lora_inject.spec.inventory as inventory_module
+import lora_inject.spec.matching as matching_module
+import lora_inject.spec.names as names_module
 from lora_inject.errors import LayerError, MatchError
-from lora_inject.inventory import Candidate, Inventory
-from lora_inject.matching import resolve
-from lora_inject.names import canonical, match_end
-from lora_inject.names import templates as templates_of
-from lora_inject.plans import Plan, Tied
+from lora_inject.spec.config import Config, Expect, Rule
+from lora_inject.spec.inventory import Candidate, Inventory
+from lora_inject.spec.matching import resolve
+from lora_inject.spec.names import canonical, match_end
+from lora_inject.spec.names import templates as templates_of
+from lora_inject.spec.plan import Plan, Tied
 
 
 def linear(name: str, n_in: int = 8, n_out: int = 8, **more: Any) -> Candidate:
@@ -41,7 +41,7 @@ def parameter(name: str, *shape: int, **more: Any) -> Candidate:
     experts = {"experts": shape[0], "needs_layout": True} if len(shape) > 2 else {}
     n_out, n_in = shape[-2:]
     return Candidate(
-        name, "parameter", n_in, n_out, shape, name, owner=owner, mount="weight", **experts, **more
+        name, "parameter", n_in, n_out, shape, name, owner=owner, update="weight", **experts, **more
     )
 
 
@@ -196,7 +196,7 @@ def test_sites_come_in_the_order_of_the_model_with_the_hyper_parameters_of_their
         ("model.layers.1.attn.v_proj", 0, 4, 0.5),
     ]
     site = plan.sites[0]
-    assert (site.kind, site.weight, site.mount) == ("linear", f"{site.name}.weight", "forward")
+    assert (site.kind, site.weight, site.update) == ("linear", f"{site.name}.weight", "forward")
     assert plan.n_sites_by_rule == (2, 2)
     assert plan.n_lora == 2 * (4 * 16 + 2 * 16)
     assert plan.n_trainable == plan.n_lora
@@ -267,7 +267,7 @@ def test_a_module_counts_before_its_own_weight() -> None:
 def test_a_pattern_that_hits_the_weight_alone_mounts_the_parameter() -> None:
     plan = resolve(Config(targets=[r"0\.mlp\.up\.weight", "embed.weight"], rank=2), tower())
     up, embed = plan.sites[1], plan.sites[0]
-    assert (up.name, up.kind, up.mount) == ("model.layers.0.mlp.up.weight", "parameter", "weight")
+    assert (up.name, up.kind, up.update) == ("model.layers.0.mlp.up.weight", "parameter", "weight")
     assert (up.weight, up.in_features, up.out_features) == ("model.layers.0.mlp.up.weight", 8, 16)
     assert not up.transposed
     assert (embed.kind, embed.transposed, embed.a_shape, embed.b_shape) == (
@@ -598,7 +598,7 @@ def test_weight_derived_inits_are_allowed_block_by_block() -> None:
 
 
 def test_weight_mounted_layers_refuse_dropout_and_note_their_rounding() -> None:
-    half = linear("attn.out", mount="weight", dtype="bfloat16")
+    half = linear("attn.out", update="weight", dtype="bfloat16")
     names = inventory(half, linear("q", dtype="bfloat16"))
     assert "dropout 0.1" in refused(Config(targets=["out"], dropout=0.1), names)
     notes = resolve(Config(targets=["out", "q"]), names).notes
@@ -762,7 +762,7 @@ def test_the_plan_prints_ties_notes_and_assumptions() -> None:
     assert "tied: embed.weight = head.weight; adapted at head only\n" in text
     text = str(resolve(Config(train=["head"]), tied()))
     assert "tied: embed.weight = head.weight; trained under all its names\n" in text
-    half = inventory(linear("out", mount="weight", dtype="float16"))
+    half = inventory(linear("out", update="weight", dtype="float16"))
     text = str(resolve(Config(targets=["out"]), half))
     assert "linear (weight)" in text
     assert "\nnote: 1 weight-mounted sites over float16" in text
@@ -963,7 +963,7 @@ def test_config_and_matching_import_no_torch() -> None:
     package = "import types, pathlib; p = types.ModuleType('lora_inject'); "
     package += f"p.__path__ = [{str(matching_module.__file__).rpartition('/')[0]!r}]; "
     package += "import sys; sys.modules['lora_inject'] = p; "
-    for module, expected in (("lora_inject.matching", "False"), ("torch", "True")):
+    for module, expected in (("lora_inject.spec.matching", "False"), ("torch", "True")):
         shown = subprocess.run(
             [sys.executable, "-c", package + code.format(module)],
             capture_output=True,

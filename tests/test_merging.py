@@ -17,9 +17,9 @@ from conftest import (
     fill,
     host,
     injected,
-    photograph,
     refusal,
     same_bits,
+    snapshot,
 )
 from torch import Tensor, nn
 
@@ -82,10 +82,10 @@ def test_min_kept_is_checked_before_any_change(undo: bool) -> None:
     model, _ = delta_of(1e-3, torch.bfloat16)
     li.inject(model, {"rank": 1, "targets": ["before"]}, "other")
     li.activate(model, {"other": 1.0, "default": 1.0})
-    before, listed = photograph(model), li.summary(model)
+    before, listed = snapshot(model), li.summary(model)
     with pytest.raises(li.LayerError, match=r"rounding would leave 0\.\d+ of the delta of 'layer"):
         li.merge(model, undo=undo, min_kept=0.999)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert li.summary(model) == listed
     assert li.merge(model, undo=undo, min_kept=0.2).min_kept > 0.2
 
@@ -176,12 +176,12 @@ def test_a_site_and_a_trained_copy_of_one_tensor_mix() -> None:
             dense = W + full * (T - W) + low * 1.5 * B @ A
             wanted = x @ dense.t() + bias + full * (b - bias)
             li.activate(model, {"low": low, "full": full})
-            before = photograph(model)
+            before = snapshot(model)
             assert error(model(x), wanted) < 1e-12
             li.merge(model)
             assert error(model(x), wanted) < 1e-12
             li.unmerge(model)
-            assert photograph(model) == before
+            assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
@@ -216,19 +216,19 @@ def test_three_holders_of_one_tensor_are_untied_and_tied_again() -> None:
     model = nn.Sequential(*(nn.Linear(5, 5, bias=False) for _ in range(4)))
     for i in (1, 2, 3):
         model[i].weight = model[0].weight
-    before = photograph(model)
+    before = snapshot(model)
     x = torch.randn(2, 5)
     for name, targets in (("one", ["1"]), ("three", ["0", "2", "3"]), ("all", [r"\d"])):
         fill(li.inject(model, {**RANK2, "targets": targets}, name), name)
         wanted = model(x)
-        inside = photograph(model)
+        inside = snapshot(model)
         report = li.merge(model)
         assert report.n_tensors == len(targets) if name != "all" else 4
         assert error(model(x), wanted) < 8 * TOLERANCE[torch.float32]
         li.unmerge(model)
-        assert photograph(model) == inside
+        assert snapshot(model) == inside
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def test_ejecting_a_merged_model_leaves_the_merged_plain_model() -> None:
@@ -258,9 +258,9 @@ def test_a_checkpoint_does_not_load_into_a_merged_model() -> None:
     with torch.no_grad():
         other = {k: torch.randn_like(v) for k, v in other.items()}
     li.merge(model)
-    before = photograph(model)
+    before = snapshot(model)
     if refusal(lambda: model.load_state_dict(other), li.StateError) is not None:
-        assert photograph(model) == before
+        assert snapshot(model) == before
         return
     if refusal(lambda: li.unmerge(model), li.StateError) is None:
         assert same_bits(model.layer.weight, other["layer.weight"])
@@ -277,9 +277,9 @@ def test_unmerge_after_a_module_went_away_says_so(how: str) -> None:
         del model.layer
     else:
         model.layer = nn.Identity()
-    before = photograph(model)
+    before = snapshot(model)
     if refusal(lambda: li.unmerge(model), li.StateError) is not None:
-        assert photograph(model) == before
+        assert snapshot(model) == before
     else:
         assert same_bits(model.before.weight, originals["before.weight"])
         assert how == "replaced" or same_bits(model.renamed.weight, originals["layer.weight"])
@@ -299,13 +299,13 @@ def test_without_undo_nothing_is_kept_and_unmerge_refuses() -> None:
     wanted = model(x)
     li.merge(model, undo=False)
     assert model.__dict__["_lora_root"].undo.targets is None
-    before = photograph(model)
+    before = snapshot(model)
     with pytest.raises(li.StateError) as caught:
         li.unmerge(model)
     assert str(caught.value) == (
         "unmerge: the merge kept nothing to restore (undo=False). Load the base weights again."
     )
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
 
 
@@ -387,16 +387,16 @@ def test_merge_refuses(words: str) -> None:
 @pytest.mark.parametrize("context", ["routed", "disabled"])
 def test_merge_inside_a_context_is_refused(context: str) -> None:
     model = injected(KINDS["linear"])
-    before, x = photograph(model), torch.randn(1, 5)
+    before, x = snapshot(model), torch.randn(1, 5)
     wanted = model(x)
     manager = li.disabled(model) if context == "disabled" else li.routed(model, ["default"])
     with manager, pytest.raises(li.StateError):
         li.merge(model, "default")
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert same_bits(model(x), wanted)
     li.merge(model)
     li.unmerge(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 # ------------------------------------------------------------------------- what it keeps, and where
@@ -414,10 +414,10 @@ def test_a_base_that_is_not_finite_is_refused_and_left_alone(
         with torch.no_grad():
             model[1].weight[5, 7] = bad
         fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
-        before = photograph(model)
+        before = snapshot(model)
         with pytest.raises(li.LayerError, match="NaN or Inf"):
             li.merge(model, undo=undo)
-        assert photograph(model) == before
+        assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
@@ -427,7 +427,7 @@ def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 8)
     model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 64)).to(dtype)
     fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
-    before = photograph(model)
+    before = snapshot(model)
     reaching = fold.Delta._on
 
     def fails(delta: Any, start: int, stop: int) -> Any:
@@ -440,11 +440,11 @@ def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(
         patch.setattr(fold.Delta, "_on", fails)
         with pytest.raises(ZeroDivisionError):
             li.merge(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     li.merge(model)
-    assert photograph(model) != before
+    assert snapshot(model) != before
     li.unmerge(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

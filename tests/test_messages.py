@@ -1,6 +1,6 @@
 """The wording of errors: what was asked, what was found, what to do, with names and numbers.
 
-One idea: a message is part of the interface, so a table holds it word for word, one row for each
+A message is part of the interface, so a table holds it word for word, one row for each
 kind of mistake, each made the way a user would make it.
 """
 

@@ -1,6 +1,6 @@
 """A kind of layer from outside the package: one class, one call of `register_kind`.
 
-One idea: a foreign kind is held to what the built-in ones are held to, in both mounts: zero start,
+A foreign kind is held to what the built-in ones are held to, both ways: zero start,
 the dense float64 reference, merge, eject, files in both formats, and refusals that name it.
 """
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import error, fill, photograph, same_bits
+from conftest import error, fill, same_bits, snapshot
 from test_peft_failures import EXACT, SCALE, config, random, refused, saved
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.layers import KINDS, Geometry, LoRALinear, Reader, register_kind
+from lora_inject.layers import KINDS, Geometry, LoRALinear, WeightUpdate, register_kind
 
 N_IN, N_OUT = 5, 4
 
@@ -76,8 +76,8 @@ class LoRADense(LoRALinear):
         return False
 
 
-class LoRASquared(Reader):
-    """Mounts the weight."""
+class LoRASquared(WeightUpdate):
+    """Attached the weight."""
 
     kind, weight_name = "test_squared", "table"
 
@@ -124,10 +124,10 @@ def dense_net(row: str, plain: Net, model: nn.Module) -> Net:
 @pytest.mark.parametrize("row", ROWS)
 def test_a_foreign_kind_holds_the_contract(row: str) -> None:
     plain, x = build(row), random(3, N_IN)
-    before = photograph(plain)
+    before = snapshot(plain)
     model = li.inject(copy.deepcopy(plain), config("layer"))
     (spec,) = li.adapters(model)["default"].sites.values()
-    assert (spec.kind, spec.mount) == (row.split(maxsplit=1)[0], ROWS[row][1])
+    assert (spec.kind, spec.update) == (row.split(maxsplit=1)[0], ROWS[row][1])
     assert same_bits(model(x), plain(x))
     assert isinstance(model.layer, type(plain.layer))
     assert [k for k in model.state_dict() if "lora_" not in k] == [*plain.state_dict()]
@@ -147,7 +147,7 @@ def test_a_foreign_kind_holds_the_contract(row: str) -> None:
     assert first is not None
     assert same_bits(raw, first)
     li.eject(fill(li.inject(plain, config("layer"))))
-    assert photograph(plain) == before
+    assert snapshot(plain) == before
 
 
 def gradients(row: str, model: nn.Module, wide: Net, x: Tensor) -> None:
@@ -269,8 +269,8 @@ class TakenForeign(LoRALinear):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (NoKind, "no Carrier with a kind of its own"),
-        (NoCarrier, "no Carrier with a kind of its own"),
+        (NoKind, "no Adapted with a kind of its own"),
+        (NoCarrier, "no Adapted with a kind of its own"),
         (Taken, "kind 'linear' is taken by .*LoRALinear"),
         (TakenForeign, "kind 'test_dense' is taken by .*LoRADense"),
     ],

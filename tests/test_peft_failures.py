@@ -1,6 +1,6 @@
 """One test for each way in which PEFT 0.21.2 was seen to fail.
 
-One idea: each test is named after what goes wrong there, and shows that it is right here (against a
+Each test is named after what goes wrong there, and shows that it is right here (against a
 dense float64 reference that is formed by hand, and gradients against finite differences of that
 reference) or that it is refused before anything changed.
 
@@ -34,7 +34,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error, fill, photograph, same_bits
+from conftest import error, fill, same_bits, snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -146,10 +146,10 @@ def hold_gradients(
 
 def refused(model: nn.Module, run: Callable[[], Any], raised: type[Exception], words: str) -> None:
     """Run what must raise, and see that the model is what it was, to the bit."""
-    before = photograph(model)
+    before = snapshot(model)
     with pytest.raises(raised, match=words):
         run()
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def saved(model: nn.Module, folder: Path, layout: str, name: str = "default") -> tuple[Path, Path]:
@@ -361,14 +361,14 @@ def test_a_pissa_adapter_loads_to_other_numbers_under_another_seed(
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_taking_off_a_pissa_or_olora_adapter_leaves_the_base_changed(init: str) -> None:
     model = llama()
-    before = photograph(model)
+    before = snapshot(model)
     li.inject(model, config("q_proj", init=init))
     li.inject(model, config("q_proj", init=init), "second")
     with torch.no_grad():
         li.adapter_parameters(model, "second")["model.layers.0.self_attn.q_proj.lora_B"].add_(1.0)
     li.activate(model, {"default": 0.5, "second": 0.5})
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def test_loading_over_a_name_in_use_keeps_the_old_alpha(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Quantised bases: torchao and bitsandbytes layers carry adapters and are never merged into.
 
-One idea: the quantised layer is called untouched, so that an adapter whose B is zero changes no bit
+The quantised layer is called untouched, so that an adapter whose B is zero changes no bit
 of its output, and the update is the dense `scale * B @ A` beside it. What the packed weight stands
 for is the quantiser's business: merging is refused, and a load asks to be told.
 
@@ -89,7 +89,7 @@ def test_the_start_is_the_quantised_model_bit_for_bit(form: str) -> None:
     assert same_bits(net(x), before)
     assert {k: v for k, v in objects(net).items() if "lora_" not in k} == held
     sites = li.adapters(net)["default"].sites.values()
-    assert [(s.in_features, s.out_features, s.mount) for s in sites] == [
+    assert [(s.in_features, s.out_features, s.update) for s in sites] == [
         (N, N, "forward"),
         (N, 32, "forward"),
     ], "widths are what the layers state, not those of packed weights"

@@ -1,6 +1,6 @@
 """The reproduction runs, resumes and writes what it says it writes; what it finds is never tested.
 
-One idea: tiny random models and made-up sentences stand in for the real ones (`--random-weights`),
+Tiny random models and made-up sentences stand in for the real ones (`--random-weights`),
 so that every stage is run end to end without a download. Claims that are exact by construction
 (full rank, what each method trains, the formula of adapter layers) are tested for themselves.
 """

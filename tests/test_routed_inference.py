@@ -1,6 +1,6 @@
 """`routed` without gradients: what is gathered once for many forwards, and when it is not.
 
-One idea: whatever a layer keeps, the result is that of the general way, which keeps nothing and is
+Whatever a layer keeps, the result is that of the general way, which keeps nothing and is
 taken with gradients.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject import functional
 from lora_inject.functional import Factors
-from lora_inject.layers import forward
+from lora_inject.layers import forward_update as forward
 
 Rows = list[str | None]
 # Eight rows of two adapters of one rank, or of three of unequal rank.

@@ -21,15 +21,16 @@ from conftest import (
     fill,
     host,
     injected,
-    photograph,
     refusal,
     same_bits,
+    snapshot,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject import saving, surgery
+from lora_inject.model import inject as surgery
+from lora_inject.model import save as saving
 
 CONFIG = {"rank": 2, "alpha": 3}
 FORMATS = {"peft": "adapter", "native": "adapter.safetensors"}
@@ -38,7 +39,7 @@ every_format = pytest.mark.parametrize("layout", FORMATS)
 
 def expressible(kind: Kind, layout: str) -> bool:
     """PEFT has no words for weights that are read, bilinear layers and a parameter's slices."""
-    return layout == "native" or kind.mount == "forward"
+    return layout == "native" or kind.update == "forward"
 
 
 def save(model: nn.Module, folder: Path, layout: str, name: str = "default") -> Path:
@@ -57,10 +58,10 @@ def test_every_kind_comes_back_bit_for_bit(
 ) -> None:
     row = KINDS[kind]
     plain = host(row, dtype)
-    config = {**row.config, "init": init, "dropout": 0.25 if row.mount == "forward" else 0.0}
+    config = {**row.config, "init": init, "dropout": 0.25 if row.update == "forward" else 0.0}
     model = fill(li.inject(copy.deepcopy(plain), config)).eval()
     inputs = row.inputs(dtype)
-    wanted, before = model(*inputs), photograph(plain)
+    wanted, before = model(*inputs), snapshot(plain)
     refused = refusal(lambda: save(model, tmp_path, layout), li.FormatError)
     if refused is not None:
         assert layout == "peft"
@@ -80,7 +81,7 @@ def test_every_kind_comes_back_bit_for_bit(
         "scale",
         "dropout",
         "slices",
-        "mount",
+        "update",
         "init",
         "compute",
     )
@@ -90,7 +91,7 @@ def test_every_kind_comes_back_bit_for_bit(
     assert dtypes == {torch.float64 if dtype == torch.float64 else torch.float32}
     li.eject(loaded)
     loaded.train()
-    assert photograph(loaded) == before
+    assert snapshot(loaded) == before
 
 
 class Net(nn.Module):
@@ -225,10 +226,10 @@ def test_saving_a_merged_model_saves_the_adapter_alone(tmp_path: Path) -> None:
 
 
 def refused(model: nn.Module, path: Path, words: str, **options: Any) -> None:
-    before, listed = photograph(model), li.summary(model)
+    before, listed = snapshot(model), li.summary(model)
     with pytest.raises(li.LoraInjectError, match=words):
         li.load_adapter(model, path, **options)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert li.summary(model) == listed
 
 
@@ -354,7 +355,7 @@ def test_what_is_let_through_is_named(saved: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("owner", [(surgery, "swap"), (surgery, "train_only"), (saving, "mount")])
+@pytest.mark.parametrize("owner", [(surgery, "swap"), (surgery, "train_only"), (saving, "attach")])
 def test_a_failing_load_changes_nothing(
     owner: tuple[Any, str], saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,16 +369,16 @@ def test_a_failing_load_changes_nothing(
             raise ZeroDivisionError
         return result
 
-    before = photograph(model)
+    before = snapshot(model)
     monkeypatch.setattr(*owner, failing)
     if owner[1] == "train_only":
         fill(li.load_adapter(model, saved))  # loading does not say what trains
         return
-    if owner[1] == "mount":
+    if owner[1] == "attach":
         monkeypatch.setattr(*owner, lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         li.load_adapter(model, saved)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def test_an_adapter_loads_under_any_name_of_a_shared_module(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Copies and round trips in any order: pickle, deepcopy, torch.save, state dicts, files, compile.
 
-One idea: after any sequence of round trips the model computes the same bits under every selection,
+After any sequence of round trips the model computes the same bits under every selection,
 lists the same adapters, and can go on: switch, train, merge, eject.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, OwnForward, conv1d, error, fill, injected, photograph, same_bits
+from conftest import KINDS, OwnForward, conv1d, error, fill, injected, same_bits, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject import carried
+from lora_inject.model import carried
 
 
 class Model(nn.Module):
@@ -158,7 +158,7 @@ def listing(model: Any) -> dict[str, Any]:
     return {
         name: (
             {
-                n: (s.rank, s.alpha, s.scale, s.slices, s.mount, s.init)
+                n: (s.rank, s.alpha, s.scale, s.slices, s.update, s.init)
                 for n, s in info.sites.items()
             },
             set(info.trained),
@@ -214,15 +214,15 @@ def test_a_model_goes_on_after_each_round(name: str) -> None:
 @pytest.mark.parametrize("name", ["deepcopy", "pickle", "torch.save", "state_dict"])
 def test_a_copy_is_apart_from_its_original(name: str) -> None:
     model = build()
-    before, listed, wanted = photograph(model), li.summary(model), model(IDS)
+    before, listed, wanted = snapshot(model), li.summary(model), model(IDS)
     other = ROUNDS[name](model)
-    assert len({id(m._lora.selection) for m in carried.carriers(other).values()}) == 1
+    assert len({id(m._lora.selection) for m in carried.adapted_modules(other).values()}) == 1
     li.activate(other, "one")
     li.train_only(other, "tw.o")
     fill(fill(other, "one"), "tw.o")
     li.merge(other)
     li.eject(other)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert li.summary(model) == listed
     assert same_bits(model(IDS), wanted)
     last = ROUNDS[name](model)
@@ -373,10 +373,10 @@ def test_verbs_reach_through_the_compiled_wrapper() -> None:
     li.activate(compiled, "one")
     assert li.adapters(model)["one"].active
     assert list(li.adapters(compiled)["one"].sites) == list(li.adapters(model)["one"].sites)
-    before = photograph(model)
+    before = snapshot(model)
     li.merge(compiled)
     li.unmerge(compiled)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Choosing adapters: activate, disabled, routed, and all of them under activation checkpointing.
 
-One idea: a run with checkpoints must give the gradients of the same run without. The scenarios
+A run with checkpoints must give the gradients of the same run without. The scenarios
 change the selection in every way between a forward and its backward.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, TOLERANCE, conv1d, error, fill, injected, photograph, refusal, same_bits
+from conftest import KINDS, TOLERANCE, conv1d, error, fill, injected, refusal, same_bits, snapshot
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject import carried
 from lora_inject.layers import selection
+from lora_inject.model import carried
 
 Grads = dict[str, Tensor | None]
 
@@ -311,7 +311,7 @@ def test_recomputation_runs_under_the_selection_of_its_forward(
     assert_same(run(scenario, model), run(scenario, plain))
 
 
-MOUNTED = {
+READ = {
     "weights": {"targets": [r"fc\.weight", r"out\.weight"]},
     "copies": {"targets": ["qkv"], "train": ["out"], "bias": "all"},
 }
@@ -328,17 +328,17 @@ FREEZES = {an_adapter_more_in_between}
 
 
 @modes
-@pytest.mark.parametrize("mount", MOUNTED)
+@pytest.mark.parametrize("update", READ)
 @pytest.mark.parametrize(
     "scenario", [s for s in SCENARIOS if s not in ROUTES | FREEZES], ids=lambda s: s.__name__
 )
 def test_reads_are_recomputed_under_the_selection_of_their_forward(
-    scenario: Callable[[Net, Tensor], None], mount: str, mode: bool
+    scenario: Callable[[Net, Tensor], None], update: str, mode: bool
 ) -> None:
-    """Weight mounts and trained copies, which read where others add to the output."""
+    """Weight updates and trained copies, which read where others add to the output."""
     plain = Net().double()
     for name in "abc":
-        config = {"rank": 2, "alpha": 2, **MOUNTED[mount]}
+        config = {"rank": 2, "alpha": 2, **READ[update]}
         fill(li.inject(plain, config, name), name)
     li.train_only(plain, ["a", "b", "c"])
     li.activate(plain, "a")
@@ -429,7 +429,7 @@ def test_verbs_inside_a_checkpointed_function_are_refused(verb: str) -> None:
     """What they change would not be undone for the recomputation."""
     model = net()
     x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
-    before, listed = photograph(model), li.summary(model)
+    before, listed = snapshot(model), li.summary(model)
 
     def inside(x: Tensor) -> Tensor:
         VERBS[verb](model)
@@ -437,7 +437,7 @@ def test_verbs_inside_a_checkpointed_function_are_refused(verb: str) -> None:
 
     with pytest.raises(li.StateError, match="inside a checkpointed function"):
         checkpoint(inside, x, use_reentrant=False)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert li.summary(model) == listed
 
 
@@ -607,22 +607,22 @@ def test_a_root_above_roots_takes_their_adapters_over() -> None:
             return self.top(self.left(x) + self.right(x))
 
     pair = Pair()
-    before = photograph(pair)
+    before = snapshot(pair)
     li.eject(pair)
-    bare = photograph(pair)
+    bare = snapshot(pair)
     pair = Pair()
     x = torch.randn(4, 3, 4, dtype=torch.float64)
     fill(li.inject(pair, {"rank": 2, "targets": ["top"]}, "d"), "d")
     assert set(li.adapters(pair)) == {"a", "b", "c", "d"}
     assert {n for n, info in li.adapters(pair).items() if info.active} == {"d"}
-    assert len({id(m._lora.selection) for m in carried.carriers(pair).values()}) == 1
+    assert len({id(m._lora.selection) for m in carried.adapted_modules(pair).values()}) == 1
     li.activate(pair, {"a": 1.0, "d": 1.0})
     y = pair(x)
     li.activate(pair.left, "b")
     assert not same_bits(pair(x), y)
     assert li.adapters(pair.right)["b"].active
     li.eject(pair)
-    assert len(before) == len(bare) == len(photograph(pair))
+    assert len(before) == len(bare) == len(snapshot(pair))
 
 
 @pytest.mark.parametrize(
@@ -658,7 +658,7 @@ def test_a_model_without_adapters_has_nothing_to_choose(verb: Any, asked: str) -
 
 # ------------------------------------------------------------------------------------------- routed
 
-ROUTABLE = [name for name, kind in KINDS.items() if kind.mount == "forward"]
+ROUTABLE = [name for name, kind in KINDS.items() if kind.update == "forward"]
 ROWS = ["wide", None, "default", "wide"]
 
 
@@ -757,13 +757,13 @@ def test_another_batch_is_refused(kind: str, n: int, repeat: int) -> None:
     model = injected(KINDS[kind])
     (x,) = KINDS[kind].inputs(torch.float32)
     x = x[torch.arange(n) % 4]
-    before = photograph(model)
+    before = snapshot(model)
     with (
         pytest.raises(li.LayerError, match=r"routed\(\) with 3 rows"),
         li.routed(model, ["default", None, "default"], repeat=repeat),
     ):
         model(x)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert li.adapters(model)["default"].active
     model(x)
 
@@ -809,7 +809,7 @@ def test_routed_refuses_whole_weights(config: dict[str, Any]) -> None:
 def test_verbs_inside_a_context_are_refused(context: str, verb: str) -> None:
     """What they change would be lost, or counted twice, when the context puts its state back."""
     model = net()
-    before, listed = photograph(model), li.summary(model)
+    before, listed = snapshot(model), li.summary(model)
     x = torch.randn(2, 3, 4, dtype=torch.float64)
     wanted = model(x)
     with li.disabled(model) if context == "disabled" else li.routed(model, ["a", "c"]):
@@ -817,7 +817,7 @@ def test_verbs_inside_a_context_are_refused(context: str, verb: str) -> None:
         with pytest.raises(li.StateError, match=context):
             VERBS[verb](model) if verb != "merge" else li.merge(model, "a")
         assert same_bits(model(x), inside)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert li.summary(model) == listed
     assert same_bits(model(x), wanted)
 

@@ -1,6 +1,6 @@
 """What models are made of: sharing, tying, wrappers, hooks, attention, stacked experts, no values.
 
-One idea: each structure is held to the dense float64 reference of the model as it stood before
+Each structure is held to the dense float64 reference of the model as it stood before
 `inject`, or is refused with a message that names the site and the way out, the model untouched.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error, fill, photograph, same_bits
+from conftest import error, fill, same_bits, snapshot
 from test_peft_failures import (
     EXACT,
     IDS,
@@ -71,7 +71,7 @@ class Recurrent(nn.Module):
 )
 def test_a_block_under_three_names_is_adapted_once(targets: list[str], tmp_path: Path) -> None:
     plain, x = Recurrent().double(), random(3, 4)
-    before = photograph(plain)
+    before = snapshot(plain)
     model = adapted(plain, *targets)
     sites = li.adapters(model)["default"].sites
     assert sites["blocks.0.up"].aliases == ("blocks.2.up", "last.again.up")
@@ -83,7 +83,7 @@ def test_a_block_under_three_names_is_adapted_once(targets: list[str], tmp_path:
         again = li.load_adapter(copy.deepcopy(plain), path)
         assert error(again(x), model(x)) < EXACT
     li.eject(fill(li.inject(plain, config(*targets))))
-    assert photograph(plain) == before
+    assert snapshot(plain) == before
 
 
 # ------------------------------------------------------------------------------------ tied weights
@@ -199,7 +199,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 def test_the_root_is_a_site(tmp_path: Path) -> None:
     plain, x = nn.Linear(5, 4).double(), random(3, 5)
-    before = photograph(plain)
+    before = snapshot(plain)
     model = adapted(plain, "^$")
     hold(plain, model, lambda m: m(x))
     for layout in ("native", "peft"):
@@ -210,7 +210,7 @@ def test_the_root_is_a_site(tmp_path: Path) -> None:
         path, _ = saved(model, tmp_path, layout)
         assert error(li.load_adapter(copy.deepcopy(plain), path)(x), model(x)) < EXACT
     li.eject(fill(li.inject(plain, config("^$"))))
-    assert photograph(plain) == before
+    assert snapshot(plain) == before
 
 
 def test_a_container_as_the_root_is_refused_and_its_contents_named() -> None:
@@ -244,7 +244,7 @@ def test_base_modules_named_like_parts_of_an_adapter(layout: str, tmp_path: Path
         return x
 
     plain = build()
-    before = photograph(plain)
+    before = snapshot(plain)
     named = [rf"^0\.model\.{name}" for name in NAMES[:-1]]
     model = adapted(plain, *named)
     assert set(li.adapters(model)["default"].sites) == {f"0.model.{n}" for n in NAMES[:-1]}
@@ -257,7 +257,7 @@ def test_base_modules_named_like_parts_of_an_adapter(layout: str, tmp_path: Path
     again = li.load_adapter(build(), path)
     assert error(run(again), run(model)) < EXACT
     li.eject(fill(li.inject(plain, config(*named))))
-    assert photograph(plain) == before
+    assert snapshot(plain) == before
 
 
 # --------------------------------------------------------------------------------- torch.compile
@@ -310,7 +310,7 @@ def test_hooks_that_move_inputs_hide_no_adapter(first: str) -> None:
     x, model = random(3, 4), copy.deepcopy(plain)
     targets = config("up", r"down\.weight")
     if first == "hooks":
-        before = photograph(hooked(model))
+        before = snapshot(hooked(model))
         li.inject(model, targets)
     else:
         hooked(li.inject(model, targets))
@@ -319,7 +319,7 @@ def test_hooks_that_move_inputs_hide_no_adapter(first: str) -> None:
     hold(plain, model, lambda m: m(x))
     if first == "hooks":
         li.eject(model)
-        assert photograph(model) == before
+        assert snapshot(model) == before
         fill(li.inject(model, targets))
     wanted = model(x)
     remove_hook_from_submodules(model)
@@ -741,7 +741,7 @@ def test_a_model_without_values_is_planned_and_injected_but_not_merged(tmp_path:
 # ---------------------------------------------------------------------------------- proof of reach
 
 
-class Reader(nn.Module):
+class WeightUpdate(nn.Module):
     """Calls one layer, reads another, and never touches a third."""
 
     def __init__(self) -> None:
@@ -758,20 +758,20 @@ class Reader(nn.Module):
 
 @pytest.mark.parametrize("targets", [["read"], ["idle"], ["called", "read", "idle"]], ids=str)
 def test_a_probe_refuses_inert_sites_and_leaves_no_trace(targets: list[str]) -> None:
-    model, x = Reader(), torch.randn(2, 4)
+    model, x = WeightUpdate(), torch.randn(2, 4)
     model.drop.eval()
     bad = config(*targets)
-    before = photograph(model)
+    before = snapshot(model)
     with pytest.raises(li.LayerError, match=r"'(read|idle)'") as raised:
         li.inject(model, bad, probe=lambda: model(x))
     assert rf"{'read' if 'read' in targets else 'idle'}\.weight" in str(raised.value)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert model.training
     assert not model.drop.training
 
 
 def test_a_probe_lets_sites_that_take_part_through() -> None:
-    model, x = Reader(), torch.randn(2, 4)
+    model, x = WeightUpdate(), torch.randn(2, 4)
     li.inject(model, config("called", r"read\.weight"), probe=lambda: model(x))
     assert li.unreached(model, lambda: model(x)) == []
     assert model.training
@@ -779,15 +779,15 @@ def test_a_probe_lets_sites_that_take_part_through() -> None:
 
 
 def test_a_probe_that_raises_leaves_no_trace() -> None:
-    model = Reader()
-    before = photograph(model)
+    model = WeightUpdate()
+    before = snapshot(model)
     with pytest.raises(ZeroDivisionError):
         li.inject(model, config("called"), probe=lambda: 1 / 0)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def test_a_second_adapter_is_probed_for_its_own_sites() -> None:
-    model, x = Reader(), torch.randn(2, 4)
+    model, x = WeightUpdate(), torch.randn(2, 4)
     fill(li.inject(model, config("called")))
     wanted = model.eval()(x)
     run = lambda: li.inject(model, config("idle"), "b", probe=lambda: model(x))  # noqa: E731

@@ -19,9 +19,9 @@ from conftest import (
     fill,
     host,
     injected,
-    photograph,
     refusal,
     same_bits,
+    snapshot,
 )
 from torch import Tensor, nn
 
@@ -93,13 +93,13 @@ def test_inject_makes_the_new_adapter_the_only_active_and_trainable_one() -> Non
 
 def test_a_name_in_use_is_an_error() -> None:
     model = injected(KINDS["linear"])
-    before = photograph(model)
+    before = snapshot(model)
     with pytest.raises(li.StateError) as caught:
         li.inject(model, {"rank": 1, "targets": ["before"]})
     assert str(caught.value) == (
         "adapter 'default': the model has one of that name. Eject it, or choose another name."
     )
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def test_load_activates_only_where_none_is_active(tmp_path: Any) -> None:
@@ -145,7 +145,7 @@ def test_freezing_is_undone_exactly(order: str) -> None:
     model = Net()
     model.fc.weight.requires_grad_(False)
     model.norm.requires_grad_(False)
-    before, first = photograph(model), flags(model)
+    before, first = snapshot(model), flags(model)
     li.inject(model, {**RANK2, "targets": ["fc"]}, "a")
     assert [n for n, flag in flags(model).items() if flag] == [
         "fc.lora_A__a",
@@ -155,7 +155,7 @@ def test_freezing_is_undone_exactly(order: str) -> None:
     li.eject(model, order[0])
     assert not any(flag for n, flag in flags(model).items() if n in first)
     li.eject(model, order[1])
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert flags(model) == first
 
 
@@ -222,14 +222,14 @@ def test_an_instance_forward_does_not_hide_the_adapter() -> None:
     plain = Host(nn.Linear(5, 6))
     model = copy.deepcopy(plain)
     add_hook_to_module(model.layer, ModelHook())
-    before = photograph(model)
+    before = snapshot(model)
     fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
     A, B = (p.detach().double() for p in li.adapter_parameters(model).values())
     x = torch.randn(2, 5)
     wanted = dense_output(KINDS["linear"], plain, A, B, [x])
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert same_bits(model(x), plain(x))
     fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
     remove_hook_from_module(model.layer)
@@ -241,10 +241,10 @@ def test_an_instance_forward_does_not_hide_the_adapter() -> None:
 def test_an_unknown_instance_forward_is_refused() -> None:
     model = Host(nn.Linear(5, 6))
     model.layer.forward = lambda x: x  # type: ignore[method-assign]
-    before = photograph(model)
+    before = snapshot(model)
     with pytest.raises(li.LayerError, match="has its own forward on the instance"):
         li.inject(model, {**RANK2, "targets": ["layer"]})
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
@@ -284,7 +284,7 @@ class Packed(nn.Linear):
 def test_a_quantised_subclass_is_called_untouched(dtype: torch.dtype) -> None:
     model = Host(Packed(5, 6)).to(dtype)
     codes = model.layer.weight
-    before = photograph(model)
+    before = snapshot(model)
     x = torch.randn(3, 5).to(dtype).requires_grad_()
     plain = model(x).detach()
     fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
@@ -298,13 +298,13 @@ def test_a_quantised_subclass_is_called_untouched(dtype: torch.dtype) -> None:
     with pytest.raises(li.LayerError, match="quantised"):
         li.merge(model)
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 # ------------------------------------------------------------------------------- weights that read
 
 
-@pytest.mark.parametrize("kind", [k for k, row in KINDS.items() if row.mount == "forward"])
+@pytest.mark.parametrize("kind", [k for k, row in KINDS.items() if row.update == "forward"])
 def test_a_forward_mounted_layers_weight_stays_the_raw_parameter(kind: str) -> None:
     model = host(KINDS[kind])
     raw = model.layer.weight
@@ -361,7 +361,7 @@ def test_one_delta_a_forward_and_none_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_inject.layers import base
+    from lora_inject.layers import adapted as base
 
     model = injected(KINDS["parameter"])
 
@@ -380,9 +380,9 @@ def test_whoever_registers_a_read_weight_gets_the_raw_one_or_is_refused() -> Non
 
     model = fill(li.inject(gpt2(), {**RANK2, "targets": [r"wte\.weight"]}))
     ids = torch.arange(10).view(2, 5)
-    wanted, before = model(ids).logits, photograph(model)
+    wanted, before = model(ids).logits, snapshot(model)
     refusal(model.tie_weights, AttributeError, li.LayerError)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert same_bits(model(ids).logits, wanted)
     new = nn.Parameter(torch.zeros(13, 8), requires_grad=False)
     model.transformer.wte.weight = new
@@ -536,7 +536,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("entry", ["embed", "head", r"head\.weight"])
 def test_a_tied_tensor_in_train_is_one_copy_read_under_both_names(entry: str) -> None:
     model = Tied()
-    plain, before = copy.deepcopy(model), photograph(model)
+    plain, before = copy.deepcopy(model), snapshot(model)
     li.inject(model, {"train": [entry]})
     assert li.adapters(model)["default"].n_parameters == 35
     parameters = li.adapter_parameters(model)
@@ -555,7 +555,7 @@ def test_a_tied_tensor_in_train_is_one_copy_read_under_both_names(entry: str) ->
     li.eject(merged)
     assert merged.head.weight is merged.embed.weight
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def test_float32_copies_over_a_16_bit_base_keep_small_steps() -> None:
@@ -586,7 +586,7 @@ def test_weight_derived_inits_leave_the_base_and_start_exact(
 ) -> None:
     row = KINDS[kind]
     model = host(row, dtype)
-    plain, before = copy.deepcopy(model), photograph(model)
+    plain, before = copy.deepcopy(model), snapshot(model)
     bits = base_bits(model)
     li.inject(model, {**row.config, "init": init})
     assert_base_is(model, bits)
@@ -611,7 +611,7 @@ def test_weight_derived_inits_leave_the_base_and_start_exact(
     assert error(model(*inputs), wanted) <= 2 * TOLERANCE[dtype]
     li.unmerge(model)
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def test_pissa_starts_at_the_best_approximation_and_olora_at_qr() -> None:
@@ -870,7 +870,7 @@ class RootWithParameter(nn.Module):
 
 def test_the_root_itself_may_carry() -> None:
     model = RootWithParameter()
-    before = photograph(model)
+    before = snapshot(model)
     fill(li.inject(model, {**RANK2, "targets": ["table", "fc"]}))
     assert type(model) is not RootWithParameter
     assert type(model).__name__ == "RootWithParameter"
@@ -878,13 +878,13 @@ def test_the_root_itself_may_carry() -> None:
     assert type(model).__module__ == RootWithParameter.__module__
     assert isinstance(model, RootWithParameter)
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     single = nn.Linear(5, 6)
-    before = photograph(single)
+    before = snapshot(single)
     fill(li.inject(single, {**RANK2, "targets": ["^$"]}))
     assert len(li.adapter_parameters(single)) == 2
     li.eject(single)
-    assert photograph(single) == before
+    assert snapshot(single) == before
 
 
 def nested() -> nn.Sequential:
@@ -897,7 +897,7 @@ def nested() -> nn.Sequential:
 @pytest.mark.parametrize("first", ["inner", "outer"])
 def test_roots_inside_roots_are_undone_exactly(first: str, undone: str) -> None:
     model = nested()
-    before, x = photograph(model), torch.randn(2, 3)
+    before, x = snapshot(model), torch.randn(2, 3)
     wanted = model(x)
     for which in (first, "outer" if first == "inner" else "inner"):
         if which == "inner":
@@ -915,7 +915,7 @@ def test_roots_inside_roots_are_undone_exactly(first: str, undone: str) -> None:
     elif undone != "all":
         li.eject(model, undone.split(maxsplit=1)[0])
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert same_bits(model(x), wanted)
 
 
@@ -981,13 +981,13 @@ UNKNOWN = {
 @pytest.mark.parametrize("verb", UNKNOWN)
 def test_unknown_adapters_are_named_with_the_nearest(verb: str) -> None:
     model = li.inject(Net(), {**RANK2, "targets": ["fc"]}, "sql")
-    before = photograph(model)
+    before = snapshot(model)
     with pytest.raises(li.StateError) as caught:
         UNKNOWN[verb](model)
     assert str(caught.value) == (
         f"{verb} 'sqll': the model's adapters are: 'sql'. Did you mean 'sql'?"
     )
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 MERGED = {
@@ -1007,13 +1007,13 @@ def test_a_merged_model_refuses_what_would_double_or_hide_the_delta(asked: str) 
     model = li.inject(Net(), {**RANK2, "targets": ["fc"]}, "sql")
     fill(model, "sql")
     li.merge(model)
-    before, wanted = photograph(model), model(IDS)
+    before, wanted = snapshot(model), model(IDS)
     with pytest.raises(li.StateError) as caught:
         MERGED[asked](model)
     assert str(caught.value) == (
         f"{asked}: 'sql' is merged into the weights. Call unmerge(model) first."
     )
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert same_bits(model(IDS), wanted)
 
 

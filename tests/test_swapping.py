@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, Host, fill, host, photograph, same_bits
+from conftest import KINDS, Host, fill, host, same_bits, snapshot
 from torch import nn
 
 import lora_inject as li
@@ -184,10 +184,10 @@ REFUSED: dict[str, tuple[Callable[[AdapterState], AdapterState], str]] = {
 def test_another_form_or_base_is_refused_and_nothing_changes(why: str) -> None:
     change, words = REFUSED[why]
     net, state = two()
-    before = photograph(net)
+    before = snapshot(net)
     with pytest.raises(li.FormatError, match=words):
         li.swap_adapter(net, change(state), "slot")
-    assert photograph(net) == before
+    assert snapshot(net) == before
 
 
 def test_a_start_from_W_is_no_plain_adapter() -> None:

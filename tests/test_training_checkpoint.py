@@ -1,6 +1,6 @@
 """Checkpoints of the adapter alone: small, whole or absent, and as good as not having stopped.
 
-One idea: a run that ends with an exception in the middle of a step is resumed by a new Trainer on a
+A run that ends with an exception in the middle of a step is resumed by a new Trainer on a
 new model, and all that was logged must be the same, bit for bit.
 """
 
@@ -20,7 +20,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_pt_utils import safe_globals
 
 import lora_inject as li
-from lora_inject.formats import files
+from lora_inject.storage import atomic as files
 
 EVERY_EPOCH = {"save_strategy": "epoch", "eval_strategy": "epoch"}
 BEST = {

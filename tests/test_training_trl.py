@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on a model that carries an adapter: `inject`, then train as usual.
 
-One idea: SFTTrainer knows nothing of this package, so what it is to leave alone is compared bit for
+SFTTrainer knows nothing of this package, so what it is to leave alone is compared bit for
 bit, and what it is to train is seen to have changed.
 """
 

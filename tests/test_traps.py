@@ -1,6 +1,6 @@
 """One test for each trap of the design, named after it: failures seen in libraries that people use.
 
-One idea: each test fails for a library that falls into the trap, by values and not by warnings.
+Each test fails for a library that falls into the trap, by values and not by warnings.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from conftest import (
     fill,
     host,
     injected,
-    photograph,
     refusal,
     same_bits,
+    snapshot,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -230,9 +230,9 @@ def test_shared_module() -> None:
     li.merge(model)
     assert error(model(x), wanted) < 1e-12
     li.unmerge(model)
-    before = photograph(plain)
+    before = snapshot(plain)
     li.eject(li.inject(plain, {**CONFIG, "targets": ["2"]}))
-    assert photograph(plain) == before
+    assert snapshot(plain) == before
 
 
 TIED = [["wte"], ["lm_head"], ["wte", "lm_head"], ["c_attn", "wte"]]
@@ -245,7 +245,7 @@ def test_tied_weight(targets: list[str], undo: bool, tmp_path: Path) -> None:
     ids = torch.arange(10).view(2, 5)
     wanted = model(ids).logits
     tied = model.transformer.wte.weight
-    before, bits = photograph(model), tied.detach().clone()
+    before, bits = snapshot(model), tied.detach().clone()
     li.merge(model, undo=undo)
     assert error(model(ids).logits, wanted) < TOLERANCE[torch.float32]
     assert model.transformer.wte.weight is not model.lm_head.weight
@@ -261,7 +261,7 @@ def test_tied_weight(targets: list[str], undo: bool, tmp_path: Path) -> None:
     assert error(again(ids).logits, wanted) < TOLERANCE[torch.float32]
     if undo:
         li.unmerge(model)
-        assert photograph(model) == before
+        assert snapshot(model) == before
         assert model.config.tie_word_embeddings is True
         assert model.transformer.wte.weight is tied
         assert model.lm_head.weight is tied
@@ -302,18 +302,18 @@ PARAMETRISED: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.parametrize("how", PARAMETRISED)
 def test_parametrised_weight(how: str, target: str) -> None:
     model = Host(PARAMETRISED[how](nn.Linear(6, 6)))
-    before = photograph(model)
+    before = snapshot(model)
     x = torch.randn(3, 6)
     if target == "before":
         li.eject(fill(li.inject(model, {**CONFIG, "targets": [target]})))
-        assert photograph(model) == before
+        assert snapshot(model) == before
         return
     # Refused before any change, or right.
     config = {**CONFIG, "targets": [target]}
     refused = refusal(lambda: li.inject(model, config), li.LayerError, li.MatchError)
     if refused is not None:
         assert "layer" in str(refused)
-        assert photograph(model) == before
+        assert snapshot(model) == before
         return
     fill(model)
     wanted = model(x)
@@ -348,10 +348,10 @@ def test_scaled_layers(factors: tuple[float, float], dtype: torch.dtype) -> None
 
 def test_scaled_layers_are_probed_without_a_trace() -> None:
     model = Host(ScaledBy(2.0))
-    before, rng = photograph(model), torch.get_rng_state()
+    before, rng = snapshot(model), torch.get_rng_state()
     li.plan(model, {**CONFIG, "targets": ["layer"]})
     assert torch.equal(torch.get_rng_state(), rng)
-    assert photograph(model) == before, "the trial run left something behind"
+    assert snapshot(model) == before, "the trial run left something behind"
 
 
 class DropsItsOutput(nn.Linear):
@@ -557,7 +557,7 @@ def test_name_collisions(name: str, tmp_path: Path) -> None:
             return found
 
     model = Mlp()
-    plain, before = copy.deepcopy(model), photograph(model)
+    plain, before = copy.deepcopy(model), snapshot(model)
     config = {**CONFIG, "targets": ["mlp", "lora_in", "lora_A"], "bias": "all"}
     li.inject(model, config, "other")
     li.inject(model, config, name)
@@ -573,7 +573,7 @@ def test_name_collisions(name: str, tmp_path: Path) -> None:
     wanted = model(x)
     li.save_adapter(model, tmp_path / "a", name)
     li.eject(model)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     li.load_adapter(model, tmp_path / "a", name)
     assert same_bits(model(x), wanted)
 
@@ -581,10 +581,10 @@ def test_name_collisions(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", None, 3, "default"])
 def test_name_collisions_are_refused_at_once(name: Any) -> None:
     model = injected(KINDS["linear"])
-    before = photograph(model)
+    before = snapshot(model)
     with pytest.raises(li.StateError, match="adapter"):
         li.inject(model, {**CONFIG, "targets": ["layer"]}, name)
-    assert photograph(model) == before
+    assert snapshot(model) == before
 
 
 def _drop(tensors: dict[str, Tensor]) -> None:
@@ -619,10 +619,10 @@ def test_partial_load(damage: Callable[[dict[str, Tensor]], None], tmp_path: Pat
     tensors = load_file(path)
     damage(tensors)
     save_file(tensors, path)  # as peft itself would write it, without our metadata
-    before = photograph(plain)
+    before = snapshot(plain)
     with pytest.raises(li.FormatError):
         li.load_adapter(plain, tmp_path / "a")
-    assert photograph(plain) == before
+    assert snapshot(plain) == before
 
 
 def test_partial_load_of_another_base(tmp_path: Path) -> None:
@@ -630,10 +630,10 @@ def test_partial_load_of_another_base(tmp_path: Path) -> None:
     model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["layer"]}))
     li.save_adapter(model, tmp_path / "a")
     other = Host(nn.Linear(5, 6))
-    before = photograph(other)
+    before = snapshot(other)
     with pytest.raises(li.FormatError, match=r"another base.*layer"):
         li.load_adapter(other, tmp_path / "a")
-    assert photograph(other) == before
+    assert snapshot(other) == before
     li.load_adapter(other, tmp_path / "a", base="any")
     li.load_adapter(plain.to(torch.bfloat16), tmp_path / "a")
 
@@ -723,11 +723,11 @@ def test_non_finite(key: str, value: float) -> None:
     fill(li.inject(model, {**CONFIG, "targets": ["layer", "before"], "train": ["after"]}))
     with torch.no_grad():
         li.adapter_parameters(model)[key].view(-1)[1] = value
-    before = photograph(model)
+    before = snapshot(model)
     for undo in (True, False):
         with pytest.raises(li.StateError, match=key.rpartition(".")[0]):
             li.merge(model, undo=undo)
-        assert photograph(model) == before
+        assert snapshot(model) == before
 
 
 @pytest.mark.parametrize(
@@ -740,11 +740,11 @@ def test_non_finite_products_of_finite_factors(dtype: torch.dtype, size: float) 
         for parameter in li.adapter_parameters(model).values():
             if parameter.shape != (2, 2):
                 parameter.mul_(size * 1e3)
-    before = photograph(model)
+    before = snapshot(model)
     for undo in (True, False):
         with pytest.raises(li.LayerError, match=r"layer\.weight"):
             li.merge(model, undo=undo)
-        assert photograph(model) == before
+        assert snapshot(model) == before
 
 
 def test_second_round(tmp_path: Path) -> None:
@@ -812,10 +812,10 @@ def test_resize(config: dict[str, Any], part: str) -> None:
     """Right, or an error that says to eject first."""
     model = fill(li.inject(gpt2(), {**CONFIG, **config}))
     ids = torch.arange(10).view(2, 5)
-    wanted, before = model(ids).logits, photograph(model)
+    wanted, before = model(ids).logits, snapshot(model)
     with pytest.raises(li.LayerError, match="Eject first, resize, then inject again"):
         model.get_submodule(part).resize_token_embeddings(20)
-    assert photograph(model) == before
+    assert snapshot(model) == before
     assert same_bits(model(ids).logits, wanted)
     li.eject(model)
     model.resize_token_embeddings(20)

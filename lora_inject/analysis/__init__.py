@@ -1,14 +1,12 @@
 """What an adapter has learned: spectra, subspaces, amplification, and what rounding leaves of it.
 
-One idea: every figure is a pure function of tensors or of an `AdapterState`; W is needed by few of
+Every figure is a pure function of tensors or of an `AdapterState`; W is needed by few of
 them, and is then streamed from a checkpoint. Nothing here needs a model.
-
-What is not here: arguments and printing (`cli`).
 """
 
 from lora_inject.analysis.amplifying import Amplification, amplification, amplification_of_rows
 from lora_inject.analysis.comparison import Comparison, Overlap, Pair, across_layers, compare
-from lora_inject.analysis.factors import LowRank, SiteBlock, site_blocks
+from lora_inject.analysis.figures import Analysis, BlockFigures, analyse
 from lora_inject.analysis.findings import Finding, findings
 from lora_inject.analysis.gallery import draw_gallery
 from lora_inject.analysis.inspection import Inspection, inspect_state
@@ -23,7 +21,7 @@ from lora_inject.analysis.pictures import (
     zoomed,
 )
 from lora_inject.analysis.places import Place, place_of
-from lora_inject.analysis.report import report, write_report
+from lora_inject.analysis.report.sections import report, write_report
 from lora_inject.analysis.rounding import FORMATS, Rounded, RoundingTally, rounding
 from lora_inject.analysis.spectra import SHARES, Spectrum, spectrum, spectrum_of
 from lora_inject.analysis.subspaces import (
@@ -35,7 +33,7 @@ from lora_inject.analysis.subspaces import (
     similarity,
     subspace_similarity,
 )
-from lora_inject.analysis.survey import Analysis, BlockFigures, analyse
+from lora_inject.analysis.thin import LowRank, SiteBlock, site_blocks
 from lora_inject.analysis.weights import BlockOnWeight, SiteOnWeight, Weights
 
 __all__ = [

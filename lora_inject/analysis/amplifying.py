@@ -1,11 +1,9 @@
 """What a delta amplifies: Table 7 of the paper.
 
-One idea: `|U^T W V|_F`, with U and V the top directions of the delta, is how much of W lies where
+`|U^T W V|_F`, with U and V the top directions of the delta, is how much of W lies where
 the delta acts. It takes thin products only, summed over blocks of rows, so W may be streamed.
 `|D|_F` over it is the amplification factor.
 Source: arXiv:2106.09685, section 7.3, Table 7.
-
-What is not here: where W comes from (`weights`).
 """
 
 from __future__ import annotations
@@ -17,11 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.factors import LowRank
+from lora_inject.analysis.thin import LowRank
 from lora_inject.checkpoint.svd import EXACT_ELEMENTS, decompose
 from lora_inject.errors import StateError
-
-__all__ = ["Amplification", "amplification", "amplification_of_rows"]
 
 Rows = Callable[[], Iterator[tuple[int, Tensor]]]
 """Gives `(first row, rows)` over a whole weight matrix, anew at every call."""

@@ -1,10 +1,8 @@
 """Two adapters, or the layers of one: what their subspaces have in common.
 
-One idea: blocks of the same name are compared by phi for all i and j, on the side of A and on the
+Blocks of the same name are compared by phi for all i and j, on the side of A and on the
 side of B, and each number stands beside the one that chance would give.
 Source: arXiv:2106.09685, section 7.2, figures 3, 4, 6 and 7.
-
-What is not here: what phi is (`subspaces`).
 """
 
 from __future__ import annotations
@@ -17,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.factors import SiteBlock, site_blocks
+from lora_inject.adapters.state import AdapterState
+from lora_inject.analysis.figures import Progress
 from lora_inject.analysis.places import Place, full_name, place_of
 from lora_inject.analysis.subspaces import Side, block_directions, similarity
-from lora_inject.analysis.survey import Progress
+from lora_inject.analysis.thin import SiteBlock, site_blocks
 from lora_inject.errors import StateError
-from lora_inject.state import AdapterState
-
-__all__ = ["Comparison", "Overlap", "Pair", "across_layers", "compare"]
 
 SIDES: tuple[Side, ...] = ("right", "left")
 MOST_LAYERS = 256
@@ -148,8 +144,8 @@ def compare(
             holds NaN or Inf.
 
     Example:
-        >>> from lora_inject.sites import SiteSpec
-        >>> from lora_inject.state import SiteState
+        >>> from lora_inject.spec.sites import SiteSpec
+        >>> from lora_inject.adapters.state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> one = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
         >>> pair = compare(one, one).pairs[0]

@@ -1,10 +1,8 @@
 """What in an analysis deserves attention: inert sites, lost deltas, ranks that are not used.
 
-One idea: a finding is a rule with a threshold that is stated here, the sentence that a reader gets,
+A finding is a rule with a threshold that is stated here, the sentence that a reader gets,
 and the names it holds for. The figures behind it are in the analysis; nothing is changed or
 refused.
-
-What is not here: how findings look.
 """
 
 from __future__ import annotations
@@ -14,11 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lora_inject.analysis.figures import Analysis, BlockFigures
 from lora_inject.analysis.places import full_name
 from lora_inject.analysis.rounding import Rounded
-from lora_inject.analysis.survey import Analysis, BlockFigures
-
-__all__ = ["Finding", "findings"]
 
 ONE_DIRECTION = 0.99
 """Share of the energy in the first direction from which a block counts as having only one."""
@@ -60,9 +56,9 @@ def findings(analysis: Analysis) -> tuple[Finding, ...]:
 
     Example:
         >>> import torch
-        >>> from lora_inject.analysis.survey import analyse
-        >>> from lora_inject.sites import SiteSpec
-        >>> from lora_inject.state import AdapterState, SiteState
+        >>> from lora_inject.analysis.figures import analyse
+        >>> from lora_inject.spec.sites import SiteSpec
+        >>> from lora_inject.adapters.state import AdapterState, SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.zeros(6, 2))
         >>> [f.code for f in findings(analyse(AdapterState({"h.0.fc": site})))]

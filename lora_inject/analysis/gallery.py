@@ -1,10 +1,8 @@
 """The pictures of an adapter, as files in a folder: which ones, and of which layers.
 
-One idea: as in the paper, a picture shows one kind of site at up to four layers from the first to
+As in the paper, a picture shows one kind of site at up to four layers from the first to
 the last. One adapter gives its spectra and its layers beside each other; a second one figure 3 or 6
 where the ranks differ, figure 4 or 7 where they do not; a base figure 8.
-
-What is not here: drawing (`pictures`).
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from lora_inject.adapters.state import AdapterState
 from lora_inject.analysis.comparison import Comparison, Pair, across_layers
-from lora_inject.analysis.factors import site_blocks
 from lora_inject.analysis.pictures import (
     Panel,
     draw_panels,
@@ -30,10 +28,8 @@ from lora_inject.analysis.pictures import (
 from lora_inject.analysis.places import full_name, place_of
 from lora_inject.analysis.spectra import spectrum_of
 from lora_inject.analysis.subspaces import gaussian_similarity, similarity
+from lora_inject.analysis.thin import site_blocks
 from lora_inject.analysis.weights import Weights
-from lora_inject.state import AdapterState
-
-__all__ = ["draw_gallery", "spread"]
 
 MOST_LAYERS = 4
 WEIGHT_DIRECTIONS = 128

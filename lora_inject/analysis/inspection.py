@@ -1,10 +1,8 @@
 """What `lora-inject inspect` says of an adapter: sizes, norms, and values that are not finite.
 
-One idea: the norm of a delta needs no delta. `|B A|^2` is the sum of the elementwise product of
+The norm of a delta needs no delta. `|B A|^2` is the sum of the elementwise product of
 `B^T B` and `A A^T`, two matrices of rank by rank (of the frozen start of pissa and olora as well,
 whose factors are more rank with the opposite sign).
-
-What is not here: printing.
 """
 
 from __future__ import annotations
@@ -17,9 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.state import AdapterState, SiteState
-
-__all__ = ["Inspection", "SiteFigures", "TensorFigures", "inspect_state"]
+from lora_inject.adapters.state import AdapterState, SiteState
 
 
 @dataclass(frozen=True)
@@ -140,7 +136,7 @@ def inspect_state(state: AdapterState) -> Inspection:
         Its sizes, norms and non-finite values.
 
     Example:
-        >>> from lora_inject.sites import SiteSpec
+        >>> from lora_inject.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))
         >>> found = inspect_state(AdapterState({"fc": site})).sites[0]

@@ -1,12 +1,10 @@
 """Pictures like the paper's figures 3, 4 and 6 to 8, as PNG.
 
-One idea: each of these figures is a table of heat maps of phi on one scale of colour, i downwards
+Each of these figures is a table of heat maps of phi on one scale of colour, i downwards
 and j to the right, the first in the corner above on the left. Two ranks have a second column that
 zooms into the corner where j <= i, as the paper does; two seeds have the random baseline beside
 them. Drawn by matplotlib, which is imported here and nowhere else.
 Source: arXiv:2106.09685, figures 3, 4, 6, 7, 8.
-
-What is not here: the numbers (`subspaces`), and the drawings of the report (`svg`).
 """
 
 from __future__ import annotations
@@ -22,9 +20,6 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import StateError
-
-__all__ = ["Panel", "draw_panels", "figure_ranks", "figure_seeds", "figure_spectra"]
-__all__ += ["figure_weight", "need_matplotlib", "zoomed"]
 
 COLOURS = "magma"
 INCHES = 2.6  # side of a panel

@@ -1,16 +1,12 @@
 """Where in a model a site lies: its kind and its depth, read from its name.
 
-One idea: models repeat their layers, and the names repeat with a number that counts. The name with
+Models repeat their layers, and the names repeat with a number that counts. The name with
 its numbers replaced is the kind, the numbers are the position. The number of an expert is neither.
-
-What is not here: what a site is (`sites`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-__all__ = ["Place", "full_name", "place_of"]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What rounding or quantising the merged weight leaves of a delta.
 
-One idea: a model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. What the delta
+A model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. What the delta
 really did is the difference of the two, and it is judged as merging judges it: `kept` is `<Q(W + D)
 - Q(W), D> / <D, D>`, `error` is `|Q(W + D) - Q(W) - D| / |D|`. Where W is stored in the format at
 hand, `Q(W) = W` and both are what `merge` reports.
@@ -14,8 +14,6 @@ The formats are round trips, values in and values out:
   likewise.
 
 W and W + D have scales of their own: quantising comes after merging.
-
-What is not here: where W comes from (`weights`).
 """
 
 from __future__ import annotations
@@ -30,8 +28,6 @@ from torch import Tensor
 
 from lora_inject.errors import StateError
 from lora_inject.functional import Tally
-
-__all__ = ["FORMATS", "Rounded", "RoundingTally", "rounding"]
 
 INT4_GROUP = 64
 

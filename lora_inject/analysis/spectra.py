@@ -1,8 +1,6 @@
 """The singular values of a delta, and how many of them it really needs.
 
-One idea: all of it follows from the singular values, which come from the thin factors.
-
-What is not here: singular directions (`subspaces`).
+All of it follows from the singular values, which come from the thin factors.
 """
 
 from __future__ import annotations
@@ -13,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.factors import LowRank
-
-__all__ = ["SHARES", "Spectrum", "spectrum", "spectrum_of"]
+from lora_inject.analysis.thin import LowRank
 
 SHARES = (0.90, 0.95, 0.99)
 """Shares of the energy for which the needed rank is stated."""

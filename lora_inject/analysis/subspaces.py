@@ -1,12 +1,10 @@
 """How much two sets of singular directions have in common: eq. (4) of the paper.
 
-One idea: `phi(i, j) = |U1_i^T U2_j|_F^2 / min(i, j)` for all i and j is one product of the two sets
+`phi(i, j) = |U1_i^T U2_j|_F^2 / min(i, j)` for all i and j is one product of the two sets
 of directions, squared, and summed along both sides. It is 1 where the smaller span lies in the
 larger, 0 where they are orthogonal, and `max(i, j) / d` on average for random spans in d
 dimensions.
 Source: arXiv:2106.09685, section 7.2 and appendix G.
-
-What is not here: pictures.
 """
 
 from __future__ import annotations
@@ -16,18 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.factors import SiteBlock
-
-__all__ = [
-    "Side",
-    "block_directions",
-    "deviation_of_similarity",
-    "directions",
-    "expected_similarity",
-    "gaussian_similarity",
-    "similarity",
-    "subspace_similarity",
-]
+from lora_inject.analysis.thin import SiteBlock
 
 Side = Literal["right", "left"]
 """`right`: directions in the input, of A. `left`: directions in the output, of B."""

@@ -1,10 +1,8 @@
 """The weights that an adapter updates, streamed from a checkpoint.
 
-One idea: where each update lands is what merging has found out already (`checkpoint.choose`), with
+Where each update lands is what merging has found out already (`checkpoint.choose`), with
 names translated, experts cut or stacked and the way round settled. Here the same rows are read
 block by block and looked at instead of written, so memory does not grow with W.
-
-What is not here: what is computed of them (`amplifying`, `rounding`).
 """
 
 from __future__ import annotations
@@ -17,12 +15,13 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from lora_inject.adapters.state import AdapterState
 from lora_inject.analysis.amplifying import Amplification, amplification_of_rows
-from lora_inject.analysis.factors import SiteBlock, blocks_of_terms
 from lora_inject.analysis.rounding import Rounded, RoundingTally
+from lora_inject.analysis.thin import SiteBlock, blocks_of_terms
 from lora_inject.checkpoint import Checkpoint, Part
 from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.layout import FLOATS
+from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantised import why_not
 from lora_inject.checkpoint.read import RowReader, rows_per_block
@@ -30,9 +29,6 @@ from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import fold_rows_
-from lora_inject.state import AdapterState
-
-__all__ = ["BlockOnWeight", "SiteOnWeight", "Weights"]
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,20 @@
 """Folding adapters into safetensors checkpoints, without building the model.
 
-One idea: an output file is the base's file with some rows computed anew, so merging is copying with
+An output file is the base's file with some rows computed anew, so merging is copying with
 a few detours. `plan_merge` says what would happen, `merge_checkpoint` does it,
 `verify_checkpoint` checks it, and `extract_adapter` goes the other way.
-
-What is not here: adapter files (`formats`), live models (`surgery`).
 """
 
+from lora_inject.checkpoint.adapter_files import load_part
 from lora_inject.checkpoint.extract import ExtractReport, extract_adapter
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.journal import check_output, free_bytes
-from lora_inject.checkpoint.load import load_part
-from lora_inject.checkpoint.merge import merge_checkpoint, merge_planned
+from lora_inject.checkpoint.merge_files import merge_checkpoint, merge_planned
+from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
+from lora_inject.checkpoint.merge_report import MergeReport
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.parts import Part
-from lora_inject.checkpoint.plan import MergePlan, plan_merge
 from lora_inject.checkpoint.ranks import Ranks
-from lora_inject.checkpoint.report import MergeReport
 from lora_inject.checkpoint.verify import VerifyReport, verify_checkpoint
 
 __all__ = [

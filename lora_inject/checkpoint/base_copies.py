@@ -1,10 +1,8 @@
 """Tensors of the base that an adapter's file carries beside the adapter.
 
-One idea: PEFT stores a whole embedding next to an adapter on it. The copy must equal the base, or
+PEFT stores a whole embedding next to an adapter on it. The copy must equal the base, or
 the adapter was made on another one; where the vocabulary grew, the copy is the only place that has
 the new rows, and is used as the base.
-
-What is not here: trained tensors, which replace the base's on purpose.
 """
 
 from __future__ import annotations
@@ -16,13 +14,11 @@ from torch import Tensor
 
 from lora_inject.checkpoint.choose import Fit
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.layout import FLOATS
+from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.read import RowReader
-from lora_inject.checkpoint.safetensors_file import TensorEntry
 from lora_inject.errors import CheckpointError
-
-__all__ = ["check_copies"]
+from lora_inject.storage.safetensors_file import TensorEntry
 
 
 def check_copies(

@@ -1,10 +1,8 @@
 """Choosing the one name rule under which a whole adapter fits a checkpoint.
 
-One idea: a rule fits when every tensor of the adapter finds its place by name and by shape. Names
+A rule fits when every tensor of the adapter finds its place by name and by shape. Names
 that are exactly the checkpoint's need no rule; otherwise exactly one must fit. Nothing is ever
 left over: what finds no place is listed, with the reason and the nearest name.
-
-What is not here: what is done in the places (`plan`).
 """
 
 from __future__ import annotations
@@ -16,16 +14,14 @@ from torch import Tensor
 
 from lora_inject.checkpoint.class_names import TableRule, class_rule
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.names import NameRule, candidate_rules
 from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.place import Orientation, Placed, place_site
 from lora_inject.checkpoint.quantised import why_not
-from lora_inject.checkpoint.safetensors_file import TensorEntry
 from lora_inject.checkpoint.tied import is_head, source_of_tied
+from lora_inject.checkpoint.translate import NameRule, candidate_rules
 from lora_inject.errors import CheckpointError, nearest
-from lora_inject.sites import SiteSpec
-
-__all__ = ["Fit", "choose", "weight_name"]
+from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.safetensors_file import TensorEntry
 
 MAX_SHOWN = 8
 

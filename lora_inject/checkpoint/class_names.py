@@ -1,12 +1,8 @@
 """The exact renames between a transformers class and its files, where transformers is installed.
 
-One idea: transformers 5 knows how to turn every name in a file into a name of the class. The class
+Transformers 5 knows how to turn every name in a file into a name of the class. The class
 is built on the meta device, where it weighs nothing, every name of the checkpoint is sent through
 that machinery once, and the table is read backwards.
-
-What is not here: tensors that the class stacks from several (`place` does, by shape), and classes
-whose code comes with the checkpoint, which is never run.
-Source: transformers 5, `core_model_loading.rename_source_key`.
 """
 
 from __future__ import annotations
@@ -19,8 +15,6 @@ from typing import Any
 import torch
 
 from lora_inject.checkpoint.index import Checkpoint
-
-__all__ = ["TableRule", "class_rule"]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
 """Float8 weights with block scales, read as what they stand for.
 
-One idea: the value of an element is its float8 value times the scale of its block
+The value of an element is its float8 value times the scale of its block
 (`weight_scale_inv`, float32, one for every 128 x 128 elements unless the config says otherwise), so
 rows can be dequantised as they are read. The scales are small and are read when needed.
-
-What is not here: other quantised formats, and quantising the result again.
-Source: transformers 5, `integrations/finegrained_fp8.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.safetensors_file import TensorEntry
 from lora_inject.errors import CheckpointError
-
-__all__ = ["Scales", "find_scales"]
+from lora_inject.storage.safetensors_file import TensorEntry
 
 _SUFFIX = "_scale_inv"
 _DTYPE = "F8_E4M3"

@@ -1,10 +1,8 @@
 """The reverse of merging: the difference of two checkpoints as an adapter.
 
-One idea: a fine-tuned checkpoint is its base and a delta for each tensor, and the best adapter of a
+A fine-tuned checkpoint is its base and a delta for each tensor, and the best adapter of a
 given rank is the delta's truncated SVD (Eckart and Young). Tensors are streamed; what no low rank
 can carry (norms, biases) is stored in full when asked, and is listed when not.
-
-What is not here: writing the adapter (`formats.write_adapter`).
 """
 
 from __future__ import annotations
@@ -19,21 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.checkpoint.choose import weight_name
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.layout import FLOATS
-from lora_inject.checkpoint.merge import Progress
+from lora_inject.checkpoint.merge_files import Progress
+from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.place import CONV1D_MODELS, CONV1D_NAMES, matrix_of
 from lora_inject.checkpoint.read import RowReader
-from lora_inject.checkpoint.safetensors_file import TensorEntry
 from lora_inject.checkpoint.same_base import fingerprint
 from lora_inject.checkpoint.svd import Blocks, Decomposed, decompose
 from lora_inject.checkpoint.tied import is_embedding
 from lora_inject.errors import CheckpointError
-from lora_inject.sites import SiteSpec
-from lora_inject.state import AdapterState, SiteState
-
-__all__ = ["ExtractReport", "Extracted", "extract_adapter"]
+from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.safetensors_file import TensorEntry
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """A checkpoint folder: its shards, its index, and where each tensor lies.
 
-One idea: the headers are the truth and the index only repeats them, so both are read and must say
+The headers are the truth and the index only repeats them, so both are read and must say
 the same. From then on a checkpoint is a table from tensor name to (shard, dtype, shape, bytes).
-
-What is not here: what a tensor means to a model (`names`), or its values.
 """
 
 from __future__ import annotations
@@ -15,10 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_inject.checkpoint.safetensors_file import Header, TensorEntry, parse_json, read_header
 from lora_inject.errors import CheckpointError
-
-__all__ = ["Checkpoint", "Shard", "read_config"]
+from lora_inject.storage.safetensors_file import Header, TensorEntry, parse_json, read_header
 
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000

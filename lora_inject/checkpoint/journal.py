@@ -1,12 +1,10 @@
 """What is finished, what may be resumed, and when the output may be seen.
 
-One idea: everything grows in one hidden folder inside the output, `.lora_inject-merge/`, and moves
+Everything grows in one hidden folder inside the output, `.lora_inject-merge/`, and moves
 out only when all of it is there: side files, shards, the index, `config.json` last. So a process
 that dies leaves an output that is absent, resumable or complete. The journal in that folder says
 what the merge is of; a rerun must be of the same. Each finished shard has a record of its own, so
 that several ranks never write one file.
-
-What is not here: making the shards (`write`).
 """
 
 from __future__ import annotations
@@ -19,12 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_inject.checkpoint.disk import fsync_dir, open_write, try_lock, write_file
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.safetensors_file import Header, parse_json, read_header
 from lora_inject.errors import CheckpointError
-
-__all__ = ["Staging", "check_output", "check_space", "free_bytes"]
+from lora_inject.storage.disk import fsync_dir, open_write, try_lock, write_file
+from lora_inject.storage.safetensors_file import Header, parse_json, read_header
 
 STAGING = ".lora_inject-merge"
 _JOURNAL = "journal.json"

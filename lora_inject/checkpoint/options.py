@@ -1,8 +1,6 @@
 """How to merge: the choices, checked.
 
-One idea: each choice is one field with one meaning; what they imply is settled in `plan`.
-
-What is not here: which files (arguments of the verbs).
+Each choice is one field with one meaning; what they imply is settled in `plan`.
 """
 
 from __future__ import annotations
@@ -12,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_inject.errors import CheckpointError
-
-__all__ = ["MergeOptions"]
 
 _FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

@@ -1,10 +1,8 @@
 """What is folded in: adapters as values, each with a mixing weight.
 
-One idea: whatever could spoil a merge from the adapter's side is settled before the base is even
+Whatever could spoil a merge from the adapter's side is settled before the base is even
 looked at: a number that is not finite, a weight of zero, an adapter with nothing in it. The digest
 says later, on resuming, whether it is still the same adapter.
-
-What is not here: reading adapter files (`formats`).
 """
 
 from __future__ import annotations
@@ -18,11 +16,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from lora_inject.adapters.state import AdapterState
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import all_finite
-from lora_inject.state import AdapterState
-
-__all__ = ["Part", "check_parts", "digest"]
 
 _STEP_ELEMENTS = 1 << 20
 

@@ -1,11 +1,9 @@
 """Where one adapter's updates land: tensors, rows, and the way round.
 
-One idea: whatever the adapter and the file each call a weight, and however they stack it, an
+Whatever the adapter and the file each call a weight, and however they stack it, an
 update ends as low-rank terms on a range of rows of one tensor seen as a matrix. A plain site is
 one such range; a bank of experts is one for each expert, in one tensor or in many. Shapes decide
 the orientation; only a square matrix needs to be told.
-
-What is not here: which names to try (`names`), and what becomes of the tensors (`plan`).
 """
 
 from __future__ import annotations
@@ -18,12 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.checkpoint.safetensors_file import TensorEntry
+from lora_inject.adapters.state import SiteState
 from lora_inject.functional import Term
-from lora_inject.sites import SiteSpec
-from lora_inject.state import SiteState
-
-__all__ = ["CONV1D_MODELS", "CONV1D_NAMES", "Orientation", "Placed", "matrix_of", "place_site"]
+from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.safetensors_file import TensorEntry
 
 _FAMILIES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 _ONE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)(?:\.weight)?")

@@ -1,10 +1,8 @@
 """Recognising quantised weights, which take no update, and saying what to do instead.
 
-One idea: a quantised weight gives itself away by its neighbours (`qweight`, `weight.absmax`,
+A quantised weight gives itself away by its neighbours (`qweight`, `weight.absmax`,
 `weight_scale_inv`, `_blocks`) or by its dtype, so the answer is about the tensors that the adapter
 needs, and an adapter on the layers that were left in 16 bits merges as usual.
-
-What is not here: dequantising (`dequantise`).
 """
 
 from __future__ import annotations
@@ -13,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lora_inject.checkpoint.index import Checkpoint
-
-__all__ = ["Quantised", "quantisation_of", "why_not"]
 
 _MARKS = (
     ("weight.quant_state.bitsandbytes__nf4", "bitsandbytes 4-bit (NF4)"),

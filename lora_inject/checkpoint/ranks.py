@@ -1,9 +1,7 @@
 """Sharing a merge among several processes, on one machine or many.
 
-One idea: shards are independent, so each rank takes its share of them, dealt so that every rank
+Shards are independent, so each rank takes its share of them, dealt so that every rank
 computes the same deal by itself. Who finds all of them finished publishes.
-
-What is not here: threads (`write`), locks (`journal`).
 """
 
 from __future__ import annotations
@@ -13,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_inject.errors import CheckpointError
-
-__all__ = ["Ranks"]
 
 _VARIABLES = (
     ("RANK", "WORLD_SIZE"),

@@ -1,9 +1,7 @@
 """Reading a tensor of a file in row blocks, with memory that does not depend on its size.
 
-One idea: one buffer for each thread, filled by positioned reads. The file is not mapped: the pages
+One buffer for each thread, filled by positioned reads. The file is not mapped: the pages
 of a mapping count as the process's own memory, and would make it look as large as the checkpoint.
-
-What is not here: what is done with the rows.
 """
 
 from __future__ import annotations
@@ -16,11 +14,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.disk import open_read, read_at
-from lora_inject.checkpoint.layout import READABLE
-from lora_inject.checkpoint.safetensors_file import TensorEntry
-
-__all__ = ["BLOCK_ELEMENTS", "Room", "RowReader", "rows_per_block"]
+from lora_inject.checkpoint.output_files import READABLE
+from lora_inject.storage.disk import open_read, read_at
+from lora_inject.storage.safetensors_file import TensorEntry
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements read and written at a time.

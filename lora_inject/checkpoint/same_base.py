@@ -1,9 +1,7 @@
 """Telling whether an adapter was made on the base at hand, by a few values of each weight.
 
-One idea: the adapter's fingerprint holds sixteen values of every adapted weight; the same places
+The adapter's fingerprint holds sixteen values of every adapted weight; the same places
 are read from the checkpoint and compared as loading onto a model does it (`formats.compare`).
-
-What is not here: adapters without a fingerprint, which most of other libraries are.
 """
 
 from __future__ import annotations
@@ -13,17 +11,15 @@ from collections.abc import Iterable
 
 import torch
 
+from lora_inject.adapters.state import Fingerprint
 from lora_inject.checkpoint.choose import Fit
-from lora_inject.checkpoint.disk import open_read, read_at
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.layout import FLOATS
+from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.parts import Part
-from lora_inject.checkpoint.safetensors_file import TensorEntry
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import compare, sample_positions
-from lora_inject.state import Fingerprint
-
-__all__ = ["check_same_base", "fingerprint"]
+from lora_inject.storage.disk import open_read, read_at
+from lora_inject.storage.safetensors_file import TensorEntry
 
 
 def check_same_base(checkpoint: Checkpoint, part: Part, fit: Fit) -> None:

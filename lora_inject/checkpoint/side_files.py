@@ -1,10 +1,8 @@
 """The small files of a checkpoint: which come along, and what changes in config.json.
 
-One idea: a list of what belongs, not of what does not. Weights of other formats, optimiser states
+A list of what belongs, not of what does not. Weights of other formats, optimiser states
 and hidden files stay behind; code comes only when asked for, as nobody should run code because an
 adapter was merged.
-
-What is not here: the index (`plan` knows whether it changes).
 """
 
 from __future__ import annotations
@@ -16,8 +14,6 @@ from typing import Any
 
 from lora_inject.checkpoint.index import resolve_inside
 from lora_inject.errors import CheckpointError
-
-__all__ = ["edit_config", "find_side_files"]
 
 MAX_SIDE_FILE_BYTES = 512 << 20
 MAX_DEPTH = 2

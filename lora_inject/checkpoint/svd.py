@@ -1,11 +1,9 @@
 """Truncated SVD of a matrix that is only ever seen in row blocks.
 
-One idea: a randomised range finder needs nothing of a matrix but products with thin ones, and those
+A randomised range finder needs nothing of a matrix but products with thin ones, and those
 can be summed over row blocks. So the memory is that of the factors, however large the matrix, and
 each product reads the matrix once. Small matrices are decomposed exactly.
 Source: Halko, Martinsson, Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1.
-
-What is not here: which matrices (`extract`).
 """
 
 from __future__ import annotations
@@ -15,8 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-__all__ = ["Decomposed", "decompose"]
 
 Blocks = Callable[[], Iterator[tuple[int, Tensor]]]
 """Gives `(first row, rows)` over a whole matrix, float32, anew at every call."""

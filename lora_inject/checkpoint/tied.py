@@ -1,11 +1,9 @@
 """Tied weights: what a checkpoint leaves out because it equals an embedding.
 
-One idea: a tied tensor is in the file once, under the embedding's name. Adapting any end unties
+A tied tensor is in the file once, under the embedding's name. Adapting any end unties
 them all, as one flag of the config speaks for all: what was left out becomes a tensor of its own
 and `tie_word_embeddings` becomes false. So all that is needed is the names of what goes with an
 embedding. Source: `_tied_weights_keys` of transformers' classes.
-
-What is not here: a class that cannot say that its ends are apart (T5), which is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.safetensors_file import TensorEntry
 from lora_inject.errors import CheckpointError
-
-__all__ = ["check_is_read", "is_embedding", "is_head", "source_of_tied", "tie_flags", "tied_copies"]
+from lora_inject.storage.safetensors_file import TensorEntry
 
 _EMBEDDINGS = (
     "embed_tokens.weight",

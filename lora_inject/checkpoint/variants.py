@@ -1,10 +1,7 @@
 """Adapters of PEFT that carry more than A and B: DoRA, a bias on lora_B, single rows.
 
-One idea: what these variants add is taken out of the file's tensors and its config first; what is
+What these variants add is taken out of the file's tensors and its config first; what is
 left is a plain LoRA file, which `formats` reads under all its checks.
-
-What is not here: training them. They are understood for merging only.
-Source: peft 0.21.2, tuners/lora/dora.py, tuners/lora/layer.py, tuners/trainable_tokens/layer.py.
 """
 
 from __future__ import annotations
@@ -17,11 +14,9 @@ from torch import Tensor
 
 from lora_inject.checkpoint.parts import Part
 from lora_inject.errors import FormatError
-from lora_inject.formats.peft_config import read_claims
-from lora_inject.formats.peft_foreign import read_foreign
-from lora_inject.formats.tensors import parse_json, read_tensors
-
-__all__ = ["is_variant", "read_variant"]
+from lora_inject.formats.peft.adapter_config import read_claims
+from lora_inject.formats.peft.foreign import read_foreign
+from lora_inject.storage.tensors import parse_json, read_tensors
 
 _PREFIX = "base_model.model."
 _FIELDS = ("use_dora", "lora_bias", "trainable_token_indices")

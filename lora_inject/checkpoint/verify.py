@@ -1,12 +1,8 @@
 """Checking a merged checkpoint against what it should be, byte by byte.
 
-One idea: the plan is made anew from base and adapters, every touched tensor is computed again and
+The plan is made anew from base and adapters, every touched tensor is computed again and
 compared, and every other byte is compared with the base's. Nothing that the merge wrote down is
 believed.
-
-What is not here: a tolerance that hides errors. On the machine that merged, all bytes agree. On
-another processor the last bit of a float32 sum may differ, so that a rare value rounds to its
-neighbour: such values are counted, and too many of them are an error.
 """
 
 from __future__ import annotations
@@ -20,20 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.disk import open_read, read_at
-from lora_inject.checkpoint.fold import Memory, fold_span, spans_of
 from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
-from lora_inject.checkpoint.layout import Copy, OutputShard, TensorJob
+from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
+from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
+from lora_inject.checkpoint.output_rows import Memory, fold_span, spans_of
 from lora_inject.checkpoint.parts import Part
-from lora_inject.checkpoint.plan import MergePlan, plan_merge
 from lora_inject.checkpoint.read import RowReader
-from lora_inject.checkpoint.safetensors_file import read_header
 from lora_inject.checkpoint.side_files import read_side_file
 from lora_inject.checkpoint.write import one_thread_each
 from lora_inject.errors import CheckpointError
-
-__all__ = ["VerifyReport", "verify_checkpoint", "verify_shards"]
+from lora_inject.storage.disk import open_read, read_at
+from lora_inject.storage.safetensors_file import read_header
 
 COMPARE_BYTES = 8 << 20
 MOST_NEIGHBOURS = 1e-3

@@ -1,10 +1,8 @@
 """Writing one output file: reserve, copy, compute, make durable, look at it again.
 
-One idea: everything is read from the base and nothing from the output, so that doing a file again
+Everything is read from the base and nothing from the output, so that doing a file again
 is always right: an update can never be added twice. The file grows under a temporary name that no
 program loads, and gets its name only after it was read back.
-
-What is not here: which files exist already, and when they may be seen (`journal`).
 """
 
 from __future__ import annotations
@@ -21,7 +19,20 @@ from pathlib import Path
 import safetensors
 import torch
 
-from lora_inject.checkpoint.disk import (
+from lora_inject.checkpoint.index import Checkpoint, Shard
+from lora_inject.checkpoint.output_files import Copy, OutputShard
+from lora_inject.checkpoint.output_rows import (
+    Memory,
+    Span,
+    TensorReport,
+    combine,
+    fold_span,
+    spans_of,
+)
+from lora_inject.checkpoint.read import RowReader
+from lora_inject.errors import CheckpointError
+from lora_inject.functional import Tally
+from lora_inject.storage.disk import (
     COPY_STEP_BYTES,
     clone,
     copy_range,
@@ -31,22 +42,7 @@ from lora_inject.checkpoint.disk import (
     try_lock,
     write_at,
 )
-from lora_inject.checkpoint.fold import (
-    Memory,
-    Span,
-    TensorReport,
-    combine,
-    fold_span,
-    spans_of,
-)
-from lora_inject.checkpoint.index import Checkpoint, Shard
-from lora_inject.checkpoint.layout import Copy, OutputShard
-from lora_inject.checkpoint.read import RowReader
-from lora_inject.checkpoint.safetensors_file import read_header
-from lora_inject.errors import CheckpointError
-from lora_inject.functional import Tally
-
-__all__ = ["Timing", "check_unchanged", "one_thread_each", "write_shard"]
+from lora_inject.storage.safetensors_file import read_header
 
 TOLD_BYTES = 4 << 20
 """Progress is told in steps of so much; the blocks are many and small."""

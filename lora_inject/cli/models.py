@@ -1,10 +1,8 @@
 """What `lora-inject plan` plans on: the names and shapes of a model that is never loaded.
 
-One idea: a `config.json` is enough to build the model on the meta device, where weights have shapes
+A `config.json` is enough to build the model on the meta device, where weights have shapes
 but no memory, and then every kind of layer is known exactly. Where there is only a checkpoint, its
 key list has to do, and kinds are assumed from names and shapes.
-
-What is not here: code from the model's folder; it is never run.
 """
 
 from __future__ import annotations
@@ -18,10 +16,8 @@ from torch import nn
 
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.errors import CheckpointError
-from lora_inject.inventory import Inventory
-from lora_inject.layers.table import inventory
-
-__all__ = ["Source", "source_of"]
+from lora_inject.layers.kinds import inventory
+from lora_inject.spec.inventory import Inventory
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_SAID = 300  # characters of another library's message

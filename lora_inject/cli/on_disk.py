@@ -1,8 +1,6 @@
 """Commands that work on checkpoints: `merge`, `verify`, `extract`.
 
-One idea: a command is its arguments, one call of `lora_inject.checkpoint`, and printing.
-
-What is not here: how results look (`show`).
+A command is its arguments, one call of `lora_inject.checkpoint`, and printing.
 """
 
 from __future__ import annotations
@@ -20,8 +18,6 @@ from lora_inject.cli.program import Allow, Json, Prefer, app, read_options
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint, Part
-
-__all__ = ["extract", "merge", "verify"]
 
 
 class Dtype(StrEnum):

@@ -1,9 +1,7 @@
 """The program itself: its name, its exit codes, and what all commands share.
 
-One idea: exit codes are part of the interface. 0: done. 1: refused, with the message of the error
+Exit codes are part of the interface. 0: done. 1: refused, with the message of the error
 and no traceback. 2: wrong usage. 130: interrupted. A traceback is a defect of this package.
-
-What is not here: any command.
 """
 
 from __future__ import annotations
@@ -21,8 +19,6 @@ from typer.core import TyperGroup
 
 from lora_inject.errors import LoraInjectError
 from lora_inject.version import __version__
-
-__all__ = ["Allow", "Believe", "Json", "Prefer", "app", "main", "read_options"]
 
 
 class _Commands(TyperGroup):

@@ -1,9 +1,7 @@
 """How results look: tables for people, JSON for machines, a progress bar for the patient.
 
-One idea: stdout carries the result and nothing else, so that it can be piped; whatever moves or
+Stdout carries the result and nothing else, so that it can be piped; whatever moves or
 comments is on stderr, and only where somebody is looking.
-
-What is not here: what the numbers mean.
 """
 
 from __future__ import annotations
@@ -22,9 +20,6 @@ import typer
 if TYPE_CHECKING:
     from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
     from lora_inject.checkpoint import ExtractReport, MergePlan, MergeReport, VerifyReport
-
-__all__ = ["count", "note", "number", "print_extraction", "print_inspection", "print_json"]
-__all__ += ["print_merge", "print_merge_plan", "print_table", "print_verification", "progress_bar"]
 
 PIPE_WIDTH = 400  # a pipe has no width; a table in it must not be folded
 N_WORST = 10

@@ -1,8 +1,6 @@
 """How an analysis looks on a terminal: one line for each block, and what deserves attention.
 
-One idea: a table says what was found, the findings say what to make of it.
-
-What is not here: what the numbers mean (`lora_inject.analysis`).
+A table says what was found, the findings say what to make of it.
 """
 
 from __future__ import annotations
@@ -13,9 +11,7 @@ import typer
 
 from lora_inject.analysis import SHARES, Analysis, BlockFigures, Comparison, Rounded, findings
 from lora_inject.cli.show import count, number, print_table
-from lora_inject.names import templates
-
-__all__ = ["print_analysis"]
+from lora_inject.spec.names import templates
 
 MOST_NAMES = 6
 

@@ -1,11 +1,8 @@
 """Adapters as files: one row of a table for each format.
 
-One idea: a format is a module with three functions: `write(state, path, **options)`,
+A format is a module with three functions: `write(state, path, **options)`,
 `read(path, **options)` and `detects(path)`. The table below is the only place that knows them all,
 so a new format is one file and one row.
-
-What is not here: models. These functions turn a value into files and back; `surgery` takes the
-value off a model and puts it on one.
 """
 
 from __future__ import annotations
@@ -16,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_inject.adapters.state import AdapterState
 from lora_inject.errors import FormatError, nearest
 from lora_inject.formats import loralib, native, peft
 from lora_inject.formats.fingerprint import compare, sample, sample_positions, unverifiable
 from lora_inject.formats.geometry import conform
-from lora_inject.state import AdapterState
 
 __all__ = [
     "FORMATS",
@@ -85,8 +82,8 @@ def write_adapter(
 
     Example:
         >>> import tempfile, torch
-        >>> from lora_inject.sites import SiteSpec
-        >>> from lora_inject.state import SiteState
+        >>> from lora_inject.spec.sites import SiteSpec
+        >>> from lora_inject.adapters.state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> state = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
         >>> with tempfile.TemporaryDirectory() as parent:

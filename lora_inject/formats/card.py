@@ -1,6 +1,6 @@
 """The model card of an adapter: README.md with the front matter that model hubs read.
 
-One idea: whoever finds the directory learns from it what it is, for which base, and how to load it
+Whoever finds the directory learns from it what it is, for which base, and how to load it
 with PEFT and with this package. Nothing is claimed that the adapter itself does not say.
 """
 
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lora_inject.state import AdapterState, SiteState
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.version import __version__
-
-__all__ = ["model_card"]
 
 
 def model_card(state: AdapterState, *, base_model: str | None = None) -> str:

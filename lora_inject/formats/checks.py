@@ -1,9 +1,6 @@
 """Checks that every format makes before it writes, and after it read.
 
-One idea: a site's tensors must have the shapes and dtypes that its spec states, whoever made them.
-
-What is not here: values. NaN may be written and read, so that it can be looked at; merging it is
-refused.
+A site's tensors must have the shapes and dtypes that its spec states, whoever made them.
 """
 
 from __future__ import annotations
@@ -14,11 +11,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lora_inject.adapters.state import SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats.metadata import one_line
-from lora_inject.state import SiteState
-
-__all__ = ["FLOATS", "check_keys", "check_pair", "check_site"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -1,11 +1,8 @@
 """Telling one base from another of the same shape, by a few of its values.
 
-One idea: sixteen values at evenly spaced places of each adapted weight say which base it is. They
+Sixteen values at evenly spaced places of each adapted weight say which base it is. They
 are compared to the precision of bfloat16, so the same base in another dtype passes and another base
 does not.
-
-What is not here: reading the values off a model (`surgery` does, it knows which tensors are plain),
-and what to do about a difference.
 """
 
 from __future__ import annotations
@@ -17,9 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lora_inject.state import Fingerprint
-
-__all__ = ["N_SAMPLES", "compare", "sample", "sample_positions", "samples", "unverifiable"]
+from lora_inject.adapters.state import Fingerprint
 
 N_SAMPLES = 16
 

@@ -1,10 +1,8 @@
 """Fitting a site that was read from a file to the module that it is for.
 
-One idea: a foreign file says how wide a site is and which numbers it has; what kind of layer that
+A foreign file says how wide a site is and which numbers it has; what kind of layer that
 is, only the model knows. `conform` takes the geometry from the model's spec and the numbers and
 tensors from the file, and refuses where the two cannot be one site.
-
-What is not here: finding the module (`matching`, `surgery`).
 """
 
 from __future__ import annotations
@@ -13,11 +11,9 @@ import dataclasses
 
 from torch import Tensor
 
+from lora_inject.adapters.state import SiteState
 from lora_inject.errors import FormatError
-from lora_inject.sites import SiteSpec, Slices
-from lora_inject.state import SiteState
-
-__all__ = ["conform"]
+from lora_inject.spec.sites import SiteSpec, Slices
 
 _LINEAR = {"linear", "conv1d"}
 

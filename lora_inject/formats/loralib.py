@@ -1,6 +1,6 @@
 """State dicts of microsoft/loralib, the paper's own package.
 
-One idea: its files hold `PATH.lora_A` and `PATH.lora_B` and full tensors beside them, and nothing
+Its files hold `PATH.lora_A` and `PATH.lora_B` and full tensors beside them, and nothing
 else, so alpha and the kinds of the layers are asked of the caller; they are never guessed. A fused
 `MergedLinear` with some of its parts enabled is exactly a site with slices.
 
@@ -17,15 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_no_clash, check_site, check_trained
-from lora_inject.formats.files import write_file
 from lora_inject.formats.metadata import one_line
-from lora_inject.formats.tensors import read_header, read_tensors, serialise
-from lora_inject.sites import SiteSpec, Slices
-from lora_inject.state import AdapterState, SiteState
-
-__all__ = ["detects", "read", "write"]
+from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.storage.atomic import write_file
+from lora_inject.storage.tensors import read_header, read_tensors, serialise
 
 _PICKLES = {".pt", ".bin", ".pth"}
 _EDITED = "The file is incomplete or was edited; fetch it again"

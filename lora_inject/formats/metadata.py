@@ -1,11 +1,9 @@
 """What an adapter's file says about itself, beyond its tensors.
 
-One idea: everything that the tensors alone do not tell (alpha above all, then slices, kinds, the
+Everything that the tensors alone do not tell (alpha above all, then slices, kinds, the
 config, the base's fingerprint) travels as text in the same file as the tensors, so it cannot be
 lost or exchanged for another adapter's. Reading it back is strict: an unknown field, a wrong type
 or an impossible number is an error that names the site.
-
-What is not here: the layout of the tensors (`peft_layout`, `native`).
 """
 
 from __future__ import annotations
@@ -19,13 +17,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_inject.adapters.state import AdapterState, Fingerprint
 from lora_inject.errors import FormatError
-from lora_inject.formats.tensors import parse_json
-from lora_inject.sites import SiteSpec, Slices
-from lora_inject.state import AdapterState, Fingerprint
+from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.storage.tensors import parse_json
 from lora_inject.version import __version__
-
-__all__ = ["FORMAT_VERSION", "Described", "describe", "is_native", "parse"]
 
 FORMAT_VERSION = 3
 _READABLE = ("1", "2", "3")
@@ -154,7 +150,7 @@ def _to_json(value: Any) -> str:
 # `aliases` to a model.
 _FIELDS = frozenset(
     {
-        "alpha", "compute", "dropout", "experts", "in_features", "init", "kind", "mount", "name",
+        "alpha", "compute", "dropout", "experts", "in_features", "init", "kind", "update", "name",
         "out_features", "rank", "scaling", "slices", "transposed", "weight", "weight_shape",
     }
 )  # fmt: skip
@@ -281,7 +277,7 @@ def _parse_spec(fields: dict[str, Any], where: str | _Where) -> SiteSpec:
     _require(0 <= fields["dropout"] < 1, where, "'dropout' is not in [0, 1)")
     _require(fields["scaling"] in ("standard", "rslora"), where, "'scaling' is unknown")
     _require(fields["compute"] in ("base", "float32"), where, "'compute' is unknown")
-    _require(fields["mount"] in ("forward", "weight"), where, "'mount' is unknown")
+    _require(fields["update"] in ("forward", "weight"), where, "'update' is unknown")
     experts = fields["experts"]
     _require(experts is None or _is_count(experts), where, "'experts' is not a count")
     shape = fields["weight_shape"]

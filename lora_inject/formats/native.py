@@ -1,6 +1,6 @@
 """One safetensors file with the tensors as this package holds them.
 
-One idea: no other program has to understand it, so nothing is re-arranged and everything can be
+No other program has to understand it, so nothing is re-arranged and everything can be
 said: sites that PEFT has no words for (a MultiheadAttention's output projection, convolutions in
 groups, parameters of the root) are saved by the same call.
 
@@ -13,14 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lora_inject.adapters.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
 from lora_inject.formats.checks import check_keys, check_site, check_trained
-from lora_inject.formats.files import write_file
-from lora_inject.formats.tensors import read_header, read_tensors, serialise
-from lora_inject.state import AdapterState, SiteState
-
-__all__ = ["detects", "read", "write"]
+from lora_inject.storage.atomic import write_file
+from lora_inject.storage.tensors import read_header, read_tensors, serialise
 
 
 def detects(path: Path) -> bool:

@@ -1,15 +1,12 @@
 """The arithmetic: low-rank forward and backward, the effective weight, the dense delta, the fold.
 
-One idea: the same fact, `W' = W + scale * B @ A`, is stated once for each use. `linear` adds the
+The same fact, `W' = W + scale * B @ A`, is stated once for each use. `linear` adds the
 update to a layer's output and never forms the delta (arXiv:2106.09685, eq. 3); `routed` does so
 with an adapter for each row; `embedding` for looked-up rows; `weight` forms `W'` where a model
 reads the weight instead of calling the layer; `fold` adds the delta to rows of W for merging.
-
-What is not here: modules. Everything takes and returns tensors.
 """
 
 from lora_inject.functional.chosen import chosen_factors, chosen_rows
-from lora_inject.functional.embedding import embedding, renormalised, routed_embedding
 from lora_inject.functional.factors import Factors, master_dtype, needs_plain_operations
 from lora_inject.functional.fold import (
     Delta,
@@ -23,6 +20,7 @@ from lora_inject.functional.fold import (
 )
 from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
+from lora_inject.functional.lookup import embedding, renormalised, routed_embedding
 from lora_inject.functional.routed import routed_update
 from lora_inject.functional.routed_inference import (
     Gathered,

@@ -1,6 +1,6 @@
 """Updates chosen by a tensor: for compiled graphs, in which an adapter's name is a constant.
 
-One idea: all adapters of a layer are stacked, and numbers that come in as a tensor pick from the
+All adapters of a layer are stacked, and numbers that come in as a tensor pick from the
 stack. Another choice is then other data for the same graph, and nothing is compiled again.
 """
 
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from lora_inject.functional.factors import Factors
 from lora_inject.functional.routed import bank
-
-__all__ = ["chosen_factors", "chosen_rows"]
 
 
 def chosen_factors(

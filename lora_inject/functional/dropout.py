@@ -1,6 +1,6 @@
 """Dropout on the input of A without a mask that waits for the backward.
 
-One idea: what is dropped is a set of positions. Drawing the gaps between them costs a draw for each
+What is dropped is a set of positions. Drawing the gaps between them costs a draw for each
 dropped element, where a mask costs one for each element: at p = 0.05 ten times less. The gaps of
 independent draws are geometric, so the positions have the distribution of a Bernoulli mask, but for
 gaps that one draw in 30 million would have made longer.
@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-__all__ = ["Drop", "draw_seed", "drop_", "dropped", "packed", "unpacked"]
 
 # Above this, gaps would take more memory than a mask of bits, and positions are drawn again.
 KEEP_UP_TO = 0.125

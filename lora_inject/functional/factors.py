@@ -1,6 +1,6 @@
 """The words of the arithmetic: one update as a forward uses it, and which operations to use.
 
-One idea: an update is a pair of thin matrices, a scale and the spans of the output that it reaches.
+An update is a pair of thin matrices, a scale and the spans of the output that it reaches.
 """
 
 from __future__ import annotations
@@ -10,15 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-__all__ = [
-    "Factors",
-    "Spans",
-    "master_dtype",
-    "needs_plain_operations",
-    "spread",
-    "without_autocast",
-]
 
 Spans = tuple[tuple[int, int], ...]
 

@@ -1,6 +1,6 @@
 """Folding: the delta added to rows of W in float32, and rounded once.
 
-One idea: rows of a weight matrix can be merged one block of rows at a time, so that the float32
+Rows of a weight matrix can be merged one block of rows at a time, so that the float32
 copies stay in the cache of a core and no tensor is ever held twice. What rounding to 16 bits leaves
 of the delta is counted on the way, while the block is at hand.
 """
@@ -18,18 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.functional.scripted import scripted
-from lora_inject.sites import SiteSpec
-
-__all__ = [
-    "Delta",
-    "Scratch",
-    "Tally",
-    "Term",
-    "all_finite",
-    "block_rows",
-    "fold_rows",
-    "fold_rows_",
-]
+from lora_inject.spec.sites import SiteSpec
 
 # Elements of a block: the float32 room for three and the rows themselves take 1 MiB, which fits
 # the cache of one core.

@@ -1,6 +1,6 @@
 """A weight with its updates that is formed only where it must be.
 
-One idea: most models do nothing with a weight but pick a matrix out of a stack of them, turn it and
+Most models do nothing with a weight but pick a matrix out of a stack of them, turn it and
 multiply with it. `LazyWeight` is a tensor that answers exactly these with the thin products of
 `functional.products`. Whatever else is asked of it forms the effective weight, once, and asks that.
 
@@ -31,8 +31,6 @@ from lora_inject.functional.products import (
 )
 from lora_inject.functional.weight import LowRank, Update, effective_weight, low_rank
 
-__all__ = ["LazyWeight", "lazy_weight"]
-
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -49,7 +47,7 @@ def lazy_weight(weight: Tensor, updates: Sequence[Update], *, float32: bool) -> 
         of them and nobody traces or transforms what is computed; else the effective weight.
 
     Example:
-        >>> from lora_inject.sites import SiteSpec
+        >>> from lora_inject.spec.sites import SiteSpec
         >>> spec = SiteSpec("w", "parameter", 4, 6, (3, 6, 4), rank=2, alpha=2, experts=3)
         >>> W, A, B = torch.randn(3, 6, 4), torch.randn(3, 2, 4), torch.randn(3, 6, 2)
         >>> lazy = lazy_weight(W, [(spec, A, B, 1.0)], float32=False)

@@ -1,6 +1,6 @@
 """A frozen linear layer and its low-rank updates, forward and backward.
 
-One idea: with gradients, layer and updates are one autograd Function that keeps x, which autograd
+With gradients, layer and updates are one autograd Function that keeps x, which autograd
 would keep anyway, and `h = x A^T`, which is thin; without gradients they are two matrix products on
 top of the layer's own. A wide matrix is never turned and never written twice. Thin ones are turned
 to where a CPU multiplies them fastest, which makes a difference of up to three times: rows times
@@ -34,8 +34,6 @@ from lora_inject.functional.factors import (
     needs_plain_operations,
     without_autocast,
 )
-
-__all__ = ["add_updates", "differentiate_again", "linear"]
 
 # Elements and least rows of one float32 block, which a core's own cache holds beside the factors.
 BLOCK, BLOCK_ROWS = 3 * 2**15, 64

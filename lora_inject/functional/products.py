@@ -1,6 +1,6 @@
 """Products with a weight and its updates, without forming their sum.
 
-One idea: `x (W + s L R) = x W + s (x L) R`. The second product is as thin as the rank, and its
+`x (W + s L R) = x W + s (x L) R`. The second product is as thin as the rank, and its
 gradients are those of thin matrices: nothing of the size of the weight is made, forward or
 backward. A product with one matrix is `functional.linear`, which is faster still; what is here are
 products with stacks of them, the experts of a mixture.
@@ -19,8 +19,6 @@ from torch import Tensor
 from lora_inject.functional.factors import Factors, without_autocast
 from lora_inject.functional.linear import linear
 from lora_inject.functional.weight import LowRank
-
-__all__ = ["grouped_product", "product_from_left", "product_from_right", "summed"]
 
 Grouped = Callable[..., Tensor]
 

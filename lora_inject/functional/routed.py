@@ -1,6 +1,6 @@
 """One adapter for each row of a batch, in two batched products.
 
-One idea: factors are gathered by row, so the cost does not grow with the number of adapters
+Factors are gathered by row, so the cost does not grow with the number of adapters
 (Punica, arXiv:2310.18547, has the same idea as a GPU kernel). In training each adapter's gradient
 is the sum over its own rows. Without gradients there is more to choose from: `routed_inference`.
 """
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from lora_inject.functional.factors import Factors, needs_plain_operations, spread
 from lora_inject.functional.linear import differentiate_again
-
-__all__ = ["added", "bank", "one_pair", "padded", "routed_update"]
 
 
 def routed_update(

@@ -1,6 +1,6 @@
 """A routed batch without gradients, in whichever way reads and multiplies least.
 
-One idea: how many tokens a row has decides. One, as in decoding: a product with all adapters one
+How many tokens a row has decides. One, as in decoding: a product with all adapters one
 below the other, no matter of what rank, and a mask; each is read once, however many rows have it.
 A few, or very many adapters: batched products with a copy for each row. What these two need is
 gathered once, for many forwards. Many tokens: row by row, with the adapters as they are.
@@ -18,8 +18,6 @@ from torch import Tensor
 
 from lora_inject.functional.factors import Factors, without_autocast
 from lora_inject.functional.routed import added, one_pair, padded
-
-__all__ = ["Gathered", "Rows", "add_row_by_row", "are_many_tokens", "gather"]
 
 # Rows for each adapter, and adapters, from where to where a product with all adapters pays: with
 # fewer rows it reads nearly as much as copies are; with more adapters it multiplies too much.

@@ -1,6 +1,6 @@
 """Running several tensor operations in a row without Python between them.
 
-One idea: an operation on a block that fits a core's cache takes some ten microseconds. Two threads
+An operation on a block that fits a core's cache takes some ten microseconds. Two threads
 that each issue such operations from Python spend as long again waiting for each other's turn at
 the interpreter, and one thread still pays for every call. TorchScript runs a whole function with
 the interpreter's lock released.
@@ -19,8 +19,6 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-
-__all__ = ["scripted"]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,6 +1,6 @@
 """The weight with its updates: as a sum that can wait, formed, and as the textbook formula.
 
-One idea: a weight and its updates are `base + sum of scale * left @ right`, matrix by matrix over
+A weight and its updates are `base + sum of scale * left @ right`, matrix by matrix over
 the weight's own memory (`LowRank`). `effective_weight` carries the sum out, differentiably;
 `products` multiplies with it and never does; `dense_delta` is the formula itself, for analysis and
 for tests of everything else.
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.functional.factors import spread, without_autocast
-from lora_inject.sites import SiteSpec
-
-__all__ = ["LowRank", "Update", "dense_delta", "effective_weight", "low_rank"]
+from lora_inject.spec.sites import SiteSpec
 
 Update = tuple[SiteSpec, Tensor, Tensor, float]
 

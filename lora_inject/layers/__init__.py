@@ -1,11 +1,11 @@
 """How one layer carries adapters, and the table of layer kinds.
 
-For a kind of layer of your own: derive from `LoRALinear` (adds to the output) or `Reader` (mounts
-the weight), state `kind`, `matches` and `geometry`, and call `register_kind`.
+For a kind of layer of your own: derive from `LoRALinear` (adds to the output) or `WeightUpdate`
+(its weight reads as W + delta), state `kind`, `matches` and `geometry`, and call `register_kind`.
 """
 
-from lora_inject.layers.base import Geometry, Reader
-from lora_inject.layers.linear import LoRALinear
-from lora_inject.layers.table import KINDS, register_kind
+from lora_inject.layers.adapted import Geometry, WeightUpdate
+from lora_inject.layers.kinds import KINDS, register_kind
+from lora_inject.layers.linear_kinds import LoRALinear
 
-__all__ = ["KINDS", "Geometry", "LoRALinear", "Reader", "register_kind"]
+__all__ = ["KINDS", "Geometry", "LoRALinear", "WeightUpdate", "register_kind"]

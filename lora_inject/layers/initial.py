@@ -1,6 +1,6 @@
 """How A and B start.
 
-One idea: one factor starts at zero, so that the adapted layer starts as the plain one, and the
+One factor starts at zero, so that the adapted layer starts as the plain one, and the
 other is random. For a linear layer B is zero (paper, section 4.1); for an embedding A is, so that
 tokens which training never sees keep their rows (loralib `layers.Embedding`).
 
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import master_dtype
-from lora_inject.sites import SiteSpec
-
-__all__ = ["FROM_WEIGHT", "initial_tensors"]
+from lora_inject.spec.sites import SiteSpec
 
 FROM_WEIGHT = ("pissa", "olora")
 

@@ -1,6 +1,6 @@
 """Is this layer linear in its weight the plain way?
 
-One idea: ask it. A layer that is linear in W answers `f(x; W + D) = f(x; W) + D x` for any D; a
+Ask it. A layer that is linear in W answers `f(x; W + D) = f(x; W) + D x` for any D; a
 scaled embedding, a layer with an activation inside or one that drops its output does not. Only
 layers whose class has a forward of its own are asked, each of them, since one class may have scaled
 and unscaled instances. The trial weight goes in by `torch.func.functional_call` over copies, so the
@@ -15,8 +15,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-__all__ = ["linear_in_weight"]
 
 ROWS = 3
 # Above the rounding of float32 inside a layer, below any factor that matters.

@@ -1,6 +1,6 @@
 """No resizing of an embedding or a head that carries an adapter.
 
-One idea: transformers' `resize_token_embeddings` replaces the head by a new layer and refills the
+Transformers' `resize_token_embeddings` replaces the head by a new layer and refills the
 embedding, and either would leave the adapter behind in silence. While such a site exists the model
 answers that call with an error.
 """
@@ -13,8 +13,6 @@ from typing import Any, NoReturn
 from torch import nn
 
 from lora_inject.errors import LayerError
-
-__all__ = ["allow_resizing", "refuse_resizing"]
 
 METHOD = "resize_token_embeddings"
 
@@ -38,9 +36,9 @@ def refuse_resizing(modules: Iterable[nn.Module], carrying: Iterable[nn.Module])
     listed = list(modules)
     resizing = {c for c in set(map(type, listed)) if callable(getattr(c, METHOD, None))}
     models = [m for m in listed if type(m) in resizing and METHOD not in m.__dict__]
-    carriers = _tensors(carrying) if models else set()
+    adapted_modules = _tensors(carrying) if models else set()
     for model in models:
-        name = _carrying_name(model, carriers)
+        name = _carrying_name(model, adapted_modules)
         if name is not None:
             model.__dict__[METHOD] = _Refusal(name)
 
@@ -48,9 +46,9 @@ def refuse_resizing(modules: Iterable[nn.Module], carrying: Iterable[nn.Module])
 def allow_resizing(modules: Iterable[nn.Module], carrying: Iterable[nn.Module]) -> None:
     """Take the refusal away where no embedding or head carries an adapter any more."""
     models = [m for m in modules if isinstance(m.__dict__.get(METHOD), _Refusal)]
-    carriers = _tensors(carrying) if models else set()
+    adapted_modules = _tensors(carrying) if models else set()
     for model in models:
-        if _carrying_name(model, carriers) is None:
+        if _carrying_name(model, adapted_modules) is None:
             del model.__dict__[METHOD]
 
 
@@ -58,13 +56,13 @@ def _tensors(modules: Iterable[nn.Module]) -> set[int]:
     return {id(p) for module in modules for p in module._parameters.values() if p is not None}
 
 
-def _carrying_name(model: nn.Module, carriers: set[int]) -> str | None:
+def _carrying_name(model: nn.Module, adapted_modules: set[int]) -> str | None:
     """Return the name of the embedding or head that holds one of these tensors, tied ones too."""
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
             found = getattr(model, getter)()
         except (AttributeError, NotImplementedError):
             continue
-        if found is not None and any(id(p) in carriers for p in found.parameters()):
+        if found is not None and any(id(p) in adapted_modules for p in found.parameters()):
             return next(str(name) for name, module in model.named_modules() if module is found)
     return None

@@ -1,6 +1,6 @@
 """Which adapters take part: one small object that all layers of an injected root share.
 
-One idea: the selection is a value, `State`, held in one cell, `Selection`. Every layer reads the
+The selection is a value, `State`, held in one cell, `Selection`. Every layer reads the
 cell, so switching costs the same for ten sites as for ten thousand.
 
 Activation checkpointing runs a forward a second time, inside the backward, and that second run must
@@ -8,8 +8,6 @@ see the selection of *its* forward, whatever was activated since. Autograd numbe
 graph in the order in which forwards create them. So the cell keeps a short log of its changes by
 that number, and the node whose backward asks for the recomputation tells, by its own number, which
 state was in force. This holds for both modes of `torch.utils.checkpoint`.
-
-What is not here: thread safety. One selection serves the forwards of one thread.
 """
 
 from __future__ import annotations
@@ -26,10 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_inject.errors import StateError
-from lora_inject.layers.loading import Loading
-from lora_inject.layers.reentrant import reentrant_backwards
-
-__all__ = ["BASE", "Selection", "State", "number"]
+from lora_inject.layers.checkpointing import reentrant_backwards
+from lora_inject.layers.state_dict import Loading
 
 # How many changes of the selection a pending backward may look back on.
 LOG_LENGTH = 4096

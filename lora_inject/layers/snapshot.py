@@ -1,8 +1,8 @@
 """All or nothing: what a verb may change on a model, and how to put it back.
 
-One idea: a verb that changes a model photographs, first, what it is about to touch: classes,
-parameter tables, mounts, flags and selections, all of them references and no tensor. Whatever
-raises, Ctrl-C included, the photograph is put back.
+A verb that changes a model snapshots, first, what it is about to touch: classes,
+parameter tables, attached, flags and selections, all of them references and no tensor. Whatever
+raises, Ctrl-C included, the snapshot is put back.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.layers.mounts import mounts_of
-
-__all__ = ["all_or_nothing"]
+from lora_inject.layers.attached import attached_to
 
 # What verbs put into a module's __dict__.
 KEYS = ("_lora", "_lora_root", "_old_forward", "resize_token_embeddings")
@@ -31,14 +29,14 @@ def all_or_nothing(modules: Iterable[nn.Module], values: Iterable[Any] = ()) -> 
         values: Further objects whose attributes may change: selections, records.
     """
     distinct = list({id(module): module for module in modules}.values())
-    photographs = [_Photograph(module) for module in distinct]
+    snapshots = [_Snapshot(module) for module in distinct]
     trained = {id(parameter) for parameter in _parameters(distinct) if parameter.requires_grad}
     attributes = [(value, _copied(value.__dict__)) for value in values]
     try:
         yield
     except BaseException:
-        for photograph in photographs:
-            photograph.restore()
+        for snapshot in snapshots:
+            snapshot.restore()
         for parameter in _parameters(distinct):
             parameter.requires_grad_(id(parameter) in trained)
         for value, saved in attributes:
@@ -54,10 +52,10 @@ def _parameters(modules: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
                 yield parameter
 
 
-class _Photograph:
+class _Snapshot:
     """One module."""
 
-    __slots__ = ("cls", "extras", "module", "mounts", "tables")
+    __slots__ = ("attached", "cls", "extras", "module", "tables")
 
     def __init__(self, module: nn.Module) -> None:
         own = module.__dict__
@@ -68,8 +66,8 @@ class _Photograph:
             there = [key for key in own if key in KEYS]
         self.extras = {key: own[key] for key in there}
         self.tables = [dict(table) if (table := own[name]) else _NOTHING for name in TABLES]
-        mounts = mounts_of(module)
-        self.mounts = None if mounts is None else dict(mounts.__dict__)
+        attached = attached_to(module)
+        self.attached = None if attached is None else dict(attached.__dict__)
 
     def restore(self) -> None:
         module = self.module
@@ -80,10 +78,10 @@ class _Photograph:
         for name, saved in zip(TABLES, self.tables, strict=True):
             module.__dict__[name].clear()
             module.__dict__[name].update(saved)
-        mounts = mounts_of(module)
-        if mounts is not None and self.mounts is not None:
-            mounts.__dict__.clear()
-            mounts.__dict__.update(self.mounts)
+        attached = attached_to(module)
+        if attached is not None and self.attached is not None:
+            attached.__dict__.clear()
+            attached.__dict__.update(self.attached)
 
 
 _NOTHING: Mapping[str, Any] = {}

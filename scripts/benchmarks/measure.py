@@ -1,6 +1,6 @@
 """How everything here is measured: interleaved, shuffled, paired, with a control.
 
-One idea: a time on a shared machine says little, a ratio of two times taken a moment apart says a
+A time on a shared machine says little, a ratio of two times taken a moment apart says a
 lot. So all variants of a case run in one process, in an order that is shuffled for each round, and
 each round gives one ratio to the floor of the same round. The floor runs twice under two names; how
 far their ratio is from 1 is how far any other ratio may be off.

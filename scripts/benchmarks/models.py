@@ -1,6 +1,6 @@
 """The models that are measured, and how each peer puts adapters onto them.
 
-One idea: everybody gets the same model with the same targets, r = 8 and alpha = 16, and is used as
+Everybody gets the same model with the same targets, r = 8 and alpha = 16, and is used as
 its documentation says. Weights are random: no time here depends on their values.
 """
 

@@ -1,6 +1,6 @@
 """Results as JSON, Markdown and plots.
 
-One idea: the JSON file is the result, everything else is made from it. Rows that are measured again
+The JSON file is the result, everything else is made from it. Rows that are measured again
 replace their old numbers there, and each row says when it ran and how busy the machine was.
 """
 

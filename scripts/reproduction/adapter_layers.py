@@ -1,6 +1,6 @@
 """Adapter layers, the paper's main rival: small bottlenecks in series with the layers.
 
-One idea: an adapter layer computes `x + U f(D x + d) + u` with `D: (width, dim)` and
+An adapter layer computes `x + U f(D x + d) + u` with `D: (width, dim)` and
 `U: (dim, width)`, U and u zero at the start, so the model starts as it was. Written here because
 no kept library of adapter layers runs with transformers 5 (`adapters` 1.3 asks for 4.57).
 

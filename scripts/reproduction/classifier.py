@@ -1,6 +1,6 @@
 """One run: an encoder with a head of its own, fine-tuned on sentences in one of the ways.
 
-One idea: all methods share everything but what trains: the same rows in the same order for the
+All methods share everything but what trains: the same rows in the same order for the
 same seed, the same head at the same start and rate, the same schedule (the paper's: AdamW, linear
 up over the first 6 %, linear down), no dropout.
 """

@@ -1,6 +1,6 @@
 """Stage `counting`: parameters, checkpoints and training memory of GPT-3 175B (sections 1, 4.2).
 
-One idea: the model is built on the meta device, in GPT-2's layout with GPT-3's numbers, and planned
+The model is built on the meta device, in GPT-2's layout with GPT-3's numbers, and planned
 with the paper's configs; what remains is multiplication.
 """
 

@@ -1,6 +1,6 @@
 """Stage `decoder`: fine-tuning a decoder on context-target pairs by eq. (1) and (2) (section 2).
 
-One idea: a small second look at quality, on another architecture and a generation task: code to
+A small second look at quality, on another architecture and a generation task: code to
 its one-line summary (`pairs.py`), SmolLM2-135M. The rate is chosen on pairs of the training
 modules, the result is the perplexity of pairs of other modules. The model has no biases, so there
 is no BitFit, and its head is tied to the embedding, so there is no head alone.

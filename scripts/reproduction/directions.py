@@ -1,6 +1,6 @@
 """Stage `directions`: rank deficiency of the adapters just trained (section 7.2 and 7.3).
 
-One idea: the adapters that the stage `quality` kept (q and v, r = 8 and r = 64, every seed) are
+The adapters that the stage `quality` kept (q and v, r = 8 and r = 64, every seed) are
 read from their files and compared. Ranks are compared across different seeds: with the same seed
 the smaller A would start as a part of the larger one, and what they share would prove nothing.
 """

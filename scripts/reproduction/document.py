@@ -1,6 +1,6 @@
 """The document: what the paper says, what was found here, and whether it holds.
 
-One idea: a stage gives a `Section` made of its records alone, so the document can be written at any
+A stage gives a `Section` made of its records alone, so the document can be written at any
 time from whatever runs are finished, and says what is missing.
 """
 

@@ -1,11 +1,9 @@
 """Where runs happen and what is kept of them: one JSON file for each finished run.
 
-One idea: a run is a name, its settings and a function. `Lab.run` looks for a record of that name
+A run is a name, its settings and a function. `Lab.run` looks for a record of that name
 with those settings and returns it; else it calls the function and writes the record in one rename.
 So the whole of it may be stopped at any moment and started again: what is finished is kept, what
 was interrupted starts over, and a changed setting makes exactly the runs that depend on it new.
-
-What is not here: what any stage measures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage `memory`: bytes and speed of a training step, full against LoRA (section 4.2).
 
-One idea: bytes are counted, not sampled: weights, gradients and optimiser state by their tensors,
+Bytes are counted, not sampled: weights, gradients and optimiser state by their tensors,
 activations by what autograd keeps, and the peak by torch's own allocations during a step. Speed is
 timed in rounds that take all variants in turn.
 """

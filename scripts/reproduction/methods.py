@@ -1,6 +1,6 @@
 """The ways to fine-tune that are compared, as a table: what trains in each.
 
-One idea: a method is a function that takes a classifier with everything frozen or not, and leaves
+A method is a function that takes a classifier with everything frozen or not, and leaves
 it with exactly what trains requiring a gradient. The head trains in all of them.
 """
 

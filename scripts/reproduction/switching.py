@@ -1,6 +1,6 @@
 """Stage `switching`: three tasks on one base against three full copies (sections 1, 4.2).
 
-One idea: the three tasks are three kinds of sentences, each with an adapter and a head of its own,
+The three tasks are three kinds of sentences, each with an adapter and a head of its own,
 trained here. What is timed is only the change from one task to the next.
 """
 

@@ -1,6 +1,6 @@
 """Tiny random models and made-up sentences, for when the real ones are not there.
 
-One idea: every stage must run end to end in seconds, without a download; what comes out means
+Every stage must run end to end in seconds, without a download; what comes out means
 nothing. The classes are those of the real models, with fewer and smaller layers.
 """
 

@@ -1,6 +1,6 @@
 """Runs on the sentences: the learning rate by the development part, then one run for each seed.
 
-One idea: a method is tuned once, by its own grid and one seed that is used for nothing else;
+A method is tuned once, by its own grid and one seed that is used for nothing else;
 methods that are near to a tuned one (`Method.like`) take its rate. The head's rate is tuned with
 the encoder frozen and is the same everywhere. All stages that compare methods share these runs.
 """

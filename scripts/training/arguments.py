@@ -1,6 +1,6 @@
 """The command line of `finetune.py`, with the paper's numbers where nothing is said.
 
-One idea: an option that is not given takes the value of the LoRA paper for the task (appendix D:
+An option that is not given takes the value of the LoRA paper for the task (appendix D:
 GPT-2 for pairs, RoBERTa-base for judging texts), and a run that is resumed must be the same run.
 """
 

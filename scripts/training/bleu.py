@@ -1,6 +1,6 @@
 """What a model says itself, and how near that is to what people said.
 
-One idea: rows with the same context are several right answers to one question, so each context is
+Rows with the same context are several right answers to one question, so each context is
 asked once and compared with all of its targets, as the E2E challenge does.
 """
 

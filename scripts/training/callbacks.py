@@ -1,6 +1,6 @@
 """What happens beside the training: a bar, an early end, an end that was asked for.
 
-One idea: each of these decides by what Trainer's own record says, and keeps nothing that a
+Each of these decides by what Trainer's own record says, and keeps nothing that a
 checkpoint would have to hold, so a run that was killed and resumed decides alike.
 """
 

@@ -1,6 +1,6 @@
 """How Trainer is set up: alone, with torchrun or accelerate, with DDP or FSDP2.
 
-One idea: `--batch` counts the rows of an update over all processes and parts, so the loss curve
+`--batch` counts the rows of an update over all processes and parts, so the loss curve
 does not depend on how many share the work.
 """
 

@@ -1,6 +1,6 @@
 """The model that is fine-tuned, and what of it trains.
 
-One idea: a method is a config of lora_inject: low-rank updates, a head alone, or, for full
+A method is a config of lora_inject: low-rank updates, a head alone, or, for full
 fine-tuning, no config at all. What is a head is told by the model: whatever is not its base.
 """
 

@@ -1,9 +1,7 @@
 """Examples from files: JSON lines, CSV, or `context||target` text.
 
-One idea: whatever the file, a row is a text, perhaps a second one, and what is to be learnt about
+Whatever the file, a row is a text, perhaps a second one, and what is to be learnt about
 them, all as written. What is wrong with a file is said with the number of its line.
-
-What is not here: tokens, and what a target means (`tasks.py`).
 """
 
 from __future__ import annotations

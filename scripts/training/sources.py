@@ -1,6 +1,6 @@
 """Where the rows come from: the user's files, or data that comes with a package.
 
-One idea: a source is a function that gives rows to train on, rows held out, and rows to report on.
+A source is a function that gives rows to train on, rows held out, and rows to report on.
 Nothing of what is read is stored in this repository.
 """
 

@@ -1,10 +1,8 @@
 """What is learnt from a row: the words that follow, a class, or a number.
 
-One idea: a task turns rows into tensors, says what the loss of a batch is and which numbers tell
+A task turns rows into tensors, says what the loss of a batch is and which numbers tell
 how good a model is. The words that follow are learnt by eq. (2) of the LoRA paper: the sum runs
 over the target's tokens only.
-
-What is not here: the model, and any adapter on it.
 """
 
 from __future__ import annotations

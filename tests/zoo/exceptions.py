@@ -1,6 +1,6 @@
 """The model types that cannot meet every step, each with its reason, which is about the model.
 
-One idea: an exception is a claim that a test checks. `dead` names the sites without effect, and the
+An exception is a claim that a test checks. `dead` names the sites without effect, and the
 test shows that the model's own weights there have none either; `untying` says that the model may
 not be untied, and the test shows that merge refuses and changes nothing. All other steps hold.
 """

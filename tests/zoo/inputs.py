@@ -1,6 +1,6 @@
 """Dummy inputs of a model, from the signature of its forward and its config.
 
-One idea: a model says what it takes. Every main input that the signature names is made in the
+A model says what it takes. Every main input that the signature names is made in the
 shape that the config gives; the special tokens that stand for pictures or sounds are put into the
 text as often as the model itself makes features of them.
 """

@@ -1,6 +1,6 @@
 """Tiny configs of transformers' model types: one walk that shrinks any of them.
 
-One idea: what a number of a config means is in its name. Widths, depths, heads, vocabularies and
+What a number of a config means is in its name. Widths, depths, heads, vocabularies and
 picture sizes each have one small value, the same wherever the name occurs, so that what must agree
 between the towers of a model agrees by itself. What a name does not tell is in `overrides`.
 """

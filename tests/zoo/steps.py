@@ -1,6 +1,6 @@
 """What every model of the zoo is held to.
 
-One idea: the steps know no library. They speak to a `Library`, of which this file has ours and a
+The steps know no library. They speak to a `Library`, of which this file has ours and a
 script has another, so that both are held to the same.
 
 The steps: zero start bit for bit; freezing; every site's B has an effect on an output; what is
@@ -82,7 +82,7 @@ class Ours:
     def save(self, model: nn.Module, folder: Path) -> Path:
         sites = li.adapter_state(model).sites.values()
         # PEFT's format cannot say that the weight of a Linear is mounted.
-        read = any(s.spec.mount == "weight" and s.spec.kind != "parameter" for s in sites)
+        read = any(s.spec.update == "weight" and s.spec.kind != "parameter" for s in sites)
         path = folder / ("adapter.safetensors" if read else "adapter")
         return li.save_adapter(model, path, format="native" if read else "peft")
 
@@ -174,7 +174,7 @@ class _Held:
         # Torch multiplies in another order where a weight requires a gradient (`should_fold` of
         # at::matmul), also under no_grad: to be compared with is the frozen model.
         self.plain = self.run(fresh.requires_grad_(False))
-        self.before, self.values = photograph(self.model), values_of(self.model)
+        self.before, self.values = snapshot(self.model), values_of(self.model)
 
     def inject(self) -> None:
         targets = targets_of(self.model)
@@ -246,7 +246,7 @@ class _Held:
 
     def eject(self) -> None:
         model = self.library.eject(self.model)
-        after = photograph(model)
+        after = snapshot(model)
         for what, before in self.before.items():
             further = what not in ("keys", "classes")
             self.check(f"eject: same {what}", before == after[what], further=further)
@@ -311,7 +311,7 @@ def _distance(x: Tensor, y: Tensor) -> float:
     return float((x[finite] - y[finite]).abs().max() / x[finite].abs().max().clamp_min(1e-30))
 
 
-def photograph(model: nn.Module) -> dict[str, Any]:
+def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return what eject must bring back, but for the values."""
     named = list(model.named_parameters(remove_duplicate=False))
     modules = list(model.named_modules(remove_duplicate=False))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.layers.table import inventory
+from lora_inject.layers.kinds import inventory
 from zoo.shrink import WIDTH
 
 RANK, ALPHA = 2, 3.0

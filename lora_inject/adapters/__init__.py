@@ -1,0 +1,1 @@
+"""The adapter as a value: tensors and numbers, apart from any model and any file."""

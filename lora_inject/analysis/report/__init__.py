@@ -1,0 +1,1 @@
+"""The page about an adapter: one HTML file that loads nothing from outside."""

@@ -1,0 +1,68 @@
+"""Adapter files as parts of a merge.
+
+A file of stacked experts does not say which of a module's parameters a pair belongs to;
+the order of the parameters does, and every model of transformers 5 has `gate_up_proj` before
+`down_proj`. All else is `formats.read_adapter`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.parts import Part
+from lora_inject.checkpoint.variants import is_variant, read_variant
+from lora_inject.formats import read_adapter
+from lora_inject.storage.mapped import left_on_disk
+from lora_inject.storage.safetensors_file import read_header
+
+_PREFIX = "base_model.model."
+_STACKS = ("gate_up_proj", "down_proj")
+
+
+def load_part(
+    path: str | os.PathLike[str], base: Checkpoint, weight: float = 1.0, **options: Any
+) -> Part:
+    """Read an adapter from files, for merging into a base.
+
+    Args:
+        path: The adapter, in any format of `formats`.
+        base: What it will be merged into.
+        weight: Mixing weight.
+        options: Of the format's `read`.
+
+    Returns:
+        The part, labelled with its path.
+
+    Raises:
+        FormatError: The adapter cannot be read right.
+    """
+    with left_on_disk() as mapped:
+        part = _read(Path(path), base, weight, options)
+    return replace(part, release=mapped.release)
+
+
+def _read(path: Path, base: Checkpoint, weight: float, options: dict[str, Any]) -> Part:
+    if (path / "adapter_config.json").is_file():
+        options.setdefault("tensor_names", _tensor_names(path, base.tensors))
+        if is_variant(path):
+            options.pop("prefer", None)  # there is no metadata of this package to prefer
+            return read_variant(path, weight, **options)
+    return Part(read_adapter(path, **options), weight, str(path))
+
+
+def _tensor_names(path: Path, there: Iterable[str]) -> Sequence[str]:
+    """Return the base's names, and those that the class gives to stacked experts."""
+    file = path / "adapter_model.safetensors"
+    keys = read_header(file).tensors if file.is_file() else ()
+    modules = {
+        key.removeprefix(_PREFIX).split(".lora_")[0].replace(".base_layer", "") for key in keys
+    }
+    experts = [
+        f"{m}.{stack}" for m in sorted(modules) if m.endswith("experts") for stack in _STACKS
+    ]
+    return [*experts, *(name for name in there if name not in set(experts))]

@@ -1,0 +1,134 @@
+"""The command `analyze`: an adapter in numbers, as pictures and as a page.
+
+Figures are computed once; what prints, draws and writes takes them from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_inject.cli.program import Allow, Json, Prefer, app, read_options
+
+if TYPE_CHECKING:
+    from lora_inject.adapters.state import AdapterState
+    from lora_inject.analysis import Weights
+    from lora_inject.checkpoint import Checkpoint
+
+
+@app.command()
+def analyze(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
+    ],
+    other: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OTHER]", help="Another adapter of the same base, to compare."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The base's folder or .safetensors file: set the updates beside W."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page about it, one HTML file. It is replaced.")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Draw the paper's figures into this folder (matplotlib).")
+    ] = None,
+    any_base: Annotated[
+        bool,
+        typer.Option("--any-base", help="Compare although the adapter was made on another base."),
+    ] = False,
+    prefer: Prefer = None,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Say what ADAPTER has learned: the rank it needed, spectra, subspaces, what rounding leaves.
+
+    With --base also how large the update is beside W, what it amplifies, and what merging keeps of
+    it in 16, 8 and 4 bits. With OTHER how far the subspaces of both agree.
+    """
+    from lora_inject import analysis as figures
+    from lora_inject.checkpoint import Checkpoint
+    from lora_inject.cli.show import note, print_json, progress_bar
+    from lora_inject.cli.show_analysis import print_analysis
+
+    if any_base and base is None:
+        raise typer.BadParameter("it needs --base", param_hint="--any-base")
+    if report is not None and report.is_dir():
+        raise typer.BadParameter(f"'{report}' is a folder", param_hint="--report")
+    if pictures is not None:
+        figures.need_matplotlib()
+    checkpoint = None if base is None else Checkpoint.open(base)
+    state = _read(adapter, checkpoint, prefer, allow)
+    weights = _weights(state, checkpoint, adapter, any_base=any_base)
+    with progress_bar("analysing") as progress:
+        found = figures.analyse(state, weights, label=str(adapter), progress=progress)
+    compared = None
+    if other is not None:
+        second = _read(other, checkpoint, prefer, allow)
+        with progress_bar("comparing") as progress:
+            compared = figures.compare(state, second, progress)
+    written: list[Path] = []
+    if pictures is not None:
+        written += figures.draw_gallery(pictures, state, comparison=compared, weights=weights)
+    if report is not None:
+        page = figures.report(
+            found,
+            adapter.name,
+            across=figures.across_layers(state),
+            comparison=compared,
+            other="the other adapter" if other is None else other.name,
+        )
+        written.append(figures.write_report(report, page))
+    if as_json:
+        print_json(_plain(found, compared, written))
+    else:
+        print_analysis(found, compared)
+    for path in written:
+        note(f"wrote {path}")
+
+
+def _read(
+    path: Path, checkpoint: Checkpoint | None, prefer: str | None, allow: Sequence[str] | None
+) -> AdapterState:
+    """Read an adapter; a base tells which weights a file of stacked experts means."""
+    from lora_inject.checkpoint import load_part
+    from lora_inject.errors import StateError
+    from lora_inject.formats import read_adapter
+
+    options = read_options(path, prefer, allow)
+    if checkpoint is None:
+        return read_adapter(path, **options)
+    part = load_part(path, checkpoint, **options)
+    if part.magnitudes:
+        raise StateError(
+            f"analyse '{path}'",
+            "it is a DoRA adapter, whose update is not low-rank",
+            "Merge it, and extract the difference as an adapter",
+        )
+    return part.state
+
+
+def _weights(
+    state: AdapterState, checkpoint: Checkpoint | None, adapter: Path, *, any_base: bool
+) -> Weights | None:
+    from lora_inject.analysis import Weights
+
+    if checkpoint is None:
+        return None
+    return Weights(state, checkpoint, str(adapter), any_base=any_base)
+
+
+def _plain(found: Any, compared: Any, written: Sequence[Path]) -> dict[str, Any]:
+    from lora_inject.analysis import findings
+
+    return {
+        **found.to_dict(),
+        "findings": [finding.to_dict() for finding in findings(found)],
+        "comparison": None if compared is None else compared.to_dict(),
+        "written": [str(path) for path in written],
+    }

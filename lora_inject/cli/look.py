@@ -1,0 +1,83 @@
+"""Commands that look: `plan`, `inspect`, `schema`.
+
+A command is its arguments, one call of the package, and printing. The package is imported
+inside the commands, so that `--help` does not wait for more of it than its `__init__` needs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_inject.cli.program import Allow, Json, Prefer, app, read_options
+
+AdapterFormat = Annotated[
+    str | None,
+    typer.Option("--format", help="Format of the adapter. (default: told from the files)"),
+]
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The config, a YAML file.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder or file: a config.json of transformers, a .safetensors file or its index.",
+        ),
+    ],
+    keys: Annotated[
+        bool,
+        typer.Option("--keys", help="Plan on the checkpoint's names, not on its config.json."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say which sites CONFIG means in MODEL. No weight is read and nothing is changed."""
+    from lora_inject.cli.models import source_of
+    from lora_inject.cli.show import note, print_json
+    from lora_inject.spec.config import Config
+    from lora_inject.spec.matching import resolve
+
+    wanted = Config.from_yaml(config)
+    source = source_of(model, keys=keys)
+    note(f"planned on {source.about}")
+    planned = resolve(wanted, source.inventory)
+    if as_json:
+        print_json(planned.to_dict())
+    else:
+        typer.echo(str(planned))
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
+    ],
+    adapter_format: AdapterFormat = None,
+    prefer: Prefer = None,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is in ADAPTER: sites, ranks, scales, norms, values that are NaN or Inf."""
+    from lora_inject.analysis.inspection import inspect_state
+    from lora_inject.cli.show import print_inspection, print_json
+    from lora_inject.formats import read_adapter
+
+    options = read_options(adapter, prefer, allow)
+    found = inspect_state(read_adapter(adapter, format=adapter_format, **options))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_inspection(found)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, so that an editor completes and checks it."""
+    from lora_inject.cli.show import print_json
+    from lora_inject.spec.config import Config
+
+    print_json(Config.json_schema())

@@ -1,0 +1,373 @@
+"""PEFT's directory: adapter_config.json, adapter_model.safetensors, README.md.
+
+The tensors are what `PeftModel.from_pretrained` computes with, so any reader of the
+format gets the adapter's outputs; what PEFT has no words for (slices, frozen starts, the base's
+fingerprint, the config) is in the metadata of the same safetensors file, so that reading it here
+gives back the very adapter. Where the two disagree, somebody edited one of them, and that is an
+error which the caller decides (`prefer`).
+
+What PEFT cannot express is refused: adapters on the root module; layers whose weight their parent
+reads; parameters beside Conv1D layers, or beside a site on the module that owns them; other kinds
+than those of `KINDS`. A trained tensor that is only a part of its module (a norm's weight) travels
+under its plain name: PEFT loads it into the base for good, as it does with biases. An adapter
+without any site is written so that PEFT loads its trained tensors.
+
+Source: peft 0.21.2, utils/save_and_load.py. What is not here: reading what others wrote
+(`peft_foreign`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.errors import FormatError
+from lora_inject.formats import metadata as words
+from lora_inject.formats.card import model_card
+from lora_inject.formats.checks import check_keys, check_no_clash, check_site, check_trained
+from lora_inject.formats.peft.adapter_config import Claims, Entry, build, read_claims
+from lora_inject.formats.peft.foreign import read_foreign
+from lora_inject.formats.peft.layout import (
+    KINDS,
+    Packing,
+    file_alpha,
+    file_rank,
+    file_shapes,
+    is_turned,
+    owner,
+    pack,
+    plan,
+    unpack,
+)
+from lora_inject.formats.peft.modules import bias_setting, target_modules, whole_modules
+from lora_inject.formats.peft.patterns import common
+from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.atomic import write_directory
+from lora_inject.storage.tensors import parse_json, read_tensors, serialise
+
+CONFIG, MODEL, CARD, PICKLE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "adapter_model.bin",
+)
+_OTHER = 'Write it with format="native"'
+
+
+def detects(path: Path) -> bool:
+    """Whether a path looks like a PEFT adapter, a part of one, or the parent of one."""
+    if not path.is_dir():
+        return False
+    parts = any((path / name).is_file() for name in (CONFIG, MODEL, PICKLE))
+    return parts or any(_holds_adapter(child) for child in _children(path))
+
+
+def write(
+    state: AdapterState,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    module_names: Collection[str] | None = None,
+    tensor_names: Sequence[str] | None = None,
+    transposed_modules: Collection[str] | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> Path:
+    """Write an adapter as a PEFT directory.
+
+    Args:
+        state: The adapter.
+        path: The directory.
+        overwrite: Replace an adapter that is there already.
+        module_names: All module names of the model; with them, names that PEFT would take for
+            other modules too are written as one anchored expression.
+        tensor_names: All names of the model's state dict, in order; with them, trained tensors
+            that make up whole modules are written as PEFT's `modules_to_save`.
+        transposed_modules: Names of the modules that have transformers' `is_transposed`, which hold
+            their experts as (experts, in, out); without them every module is taken to hold them as
+            its sites say.
+        base_model: Name or path of the base, for the config and the model card.
+        task_type: PEFT's task type, such as `CAUSAL_LM`.
+
+    Returns:
+        The directory that was written.
+
+    Raises:
+        FormatError: PEFT cannot express the adapter, or the target must not be replaced.
+    """
+    asked = f"write adapter to '{path}'"
+    check_trained(state.trained, asked)
+    for site in state.sites.values():
+        check_site(site, asked)
+    specs = [site.spec for site in state.sites.values()]
+    _check_expressible(specs, asked, tensor_names)
+    layout = plan(specs, state.trained)
+    check_no_clash(layout.keys, asked)
+    turned = {spec.name for spec in specs if is_turned(spec, transposed_modules)}
+
+    tensors: dict[str, Tensor] = {}
+    for name, site in state.sites.items():
+        slot = layout.slots[name]
+        tensors[slot.a], tensors[slot.b] = pack(site, turned=name in turned)
+    tensors.update((layout.trained[name], tensor) for name, tensor in state.trained.items())
+
+    modules = [spec.name for spec in specs if spec.kind != "parameter"]
+    adapted = {_wrapped(spec) for spec in specs}
+    whole = whole_modules(
+        state.trained, sites=adapted, tensor_names=tensor_names, module_names=module_names
+    )
+    rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
+    config = build(
+        [_entry(site, rslora=rslora) for site in state.sites.values()],
+        rslora=rslora,
+        dropout=common(spec.dropout for spec in specs) or 0.0,
+        bias=bias_setting(state.trained, sites=adapted, whole=whole),
+        modules_to_save=whole,
+        target_modules=target_modules(
+            modules, parameters=len(modules) < len(specs), module_names=module_names
+        ),
+        base_model=base_model,
+        task_type=task_type,
+    )
+    files = {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        MODEL: serialise(tensors, words.describe(state, "peft", turned)),
+        CARD: model_card(state, base_model=base_model).encode(),
+    }
+    return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
+
+
+def read(
+    path: Path,
+    *,
+    prefer: Literal["metadata", "config"] | None = None,
+    allow: Collection[str] = (),
+    tensor_names: Sequence[str] | None = None,
+    expert_major: bool = False,
+) -> AdapterState:
+    """Read a PEFT directory, of this package or of others.
+
+    Args:
+        path: The directory that holds adapter_config.json.
+        prefer: Which to believe where the metadata and adapter_config.json disagree; `config` reads
+            the file as any PEFT would, without slices and frozen starts.
+        allow: Fields of adapter_config.json to accept although they are unknown, or
+            `init_lora_weights` where the base at hand is the one that PEFT's init has changed.
+        tensor_names: All names of the model's state dict, in order: needed only for files of
+            others with two adapted parameters on one module, whose names the file does not hold.
+        expert_major: Whether the columns of a stacked B are ordered by expert first, as unsloth
+            writes them; the file does not tell.
+
+    Returns:
+        The adapter. Without metadata its `config` and `fingerprint` are None, and the kind of each
+        site is what the file lets one assume (see `geometry.conform`).
+
+    Raises:
+        FormatError: The files are incomplete, contradictory or of a kind that cannot be read right.
+    """
+    path = Path(path)
+    asked = f"read adapter '{path}'"
+    if prefer not in {None, "metadata", "config"}:
+        raise FormatError(asked, f"prefer is {prefer!r}", "Give 'metadata', 'config' or None")
+    _check_files(path, asked)
+    where = f"{asked}, {CONFIG}"
+    claims = None
+    if prefer != "metadata":
+        claims = read_claims(parse_json(_read_config(path, where), where), where, allow)
+    tensors, text = read_tensors(path / MODEL)
+    if claims is None and not words.is_native(text, "peft"):
+        raise FormatError(
+            asked, f"its {MODEL} holds no metadata of this package", "Leave prefer out"
+        )
+    if claims is not None and (prefer == "config" or not words.is_native(text, "peft")):
+        return read_foreign(
+            tensors, claims, asked, tensor_names=tensor_names, expert_major=expert_major
+        )
+    described = words.parse(text, f"{asked}, {MODEL}")
+    if claims is not None:
+        _check_agreement(described, claims, asked)
+    return _read_native(described, tensors, f"{asked}, {MODEL}")
+
+
+def _read_native(
+    described: words.Described, tensors: dict[str, Tensor], asked: str
+) -> AdapterState:
+    """The state that `write` was given; every tensor is accounted for."""
+    for name, spec in described.specs.items():
+        if _odd(spec) or (name in described.turned and spec.kind != "parameter"):
+            raise FormatError(
+                f"{asked}, site '{name[:200]}'",
+                f"its metadata says what cannot be ({_odd(spec) or 'turned'})",
+                "The file was edited, or is of a newer version",
+            )
+    layout = plan(described.specs.values(), described.trained)
+    check_no_clash(layout.keys, asked)
+    check_keys(tensors, layout.keys, asked)
+    sites = {}
+    packings = {(d, t): Packing(derived=d, turned=t) for d in (False, True) for t in (False, True)}
+    for name, spec in described.specs.items():
+        packing = packings[name in described.derived, name in described.turned]
+        slot = layout.slots[name]
+        a, b = tensors[slot.a], tensors[slot.b]
+        due_a, due_b = file_shapes(spec, packing)
+        if a.shape != due_a or b.shape != due_b:
+            key, tensor, due = (slot.b, b, due_b) if a.shape == due_a else (slot.a, a, due_a)
+            raise FormatError(
+                f"{asked}, '{key}'",
+                f"its shape is {tuple(tensor.shape)}, and its metadata says {due}",
+                "The file was edited; fetch it again",
+            )
+        sites[name] = unpack(spec, a, b, asked, packing)
+        check_site(sites[name], asked)
+    trained = {name: tensors[key] for name, key in layout.trained.items()}
+    return AdapterState(sites, trained, described.config, described.fingerprint)
+
+
+def _check_agreement(described: words.Described, claims: Claims, asked: str) -> None:
+    """Refuse a config whose ranks or scales are not those of the metadata."""
+    for name, spec in described.specs.items():
+        derived = name in described.derived
+        rank = file_rank(spec, derived=derived)
+        claimed = claims.rank_of(name)
+        if claimed is not None and claimed != rank:
+            raise _contradiction(asked, name, f"rank {claimed}", f"rank {rank}")
+        scale = claims.scale_of(name, rank)
+        if not math.isclose(scale, spec.scale, rel_tol=1e-6):
+            due = file_alpha(spec, derived=derived, rslora=claims.rslora)
+            config = f"alpha {claims.alpha_of(name):g} (scale {scale:g})"
+            raise _contradiction(asked, name, config, f"alpha {due:g} (scale {spec.scale:g})")
+
+
+def _contradiction(asked: str, name: str, config: str, metadata: str) -> FormatError:
+    return FormatError(
+        f"{asked}, site '{name}'",
+        f"{CONFIG} says {config}, the metadata of {MODEL} says {metadata}",
+        'Decide which is right: prefer="metadata" is what was saved, prefer="config" what was '
+        "edited since",
+    )
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def _holds_adapter(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def _children(path: Path) -> Iterable[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir())
+
+
+def _check_files(path: Path, asked: str) -> None:
+    if not path.is_dir():
+        found = "it is a file" if path.exists() else "there is no such directory"
+        raise FormatError(asked, found, f"Give the directory that holds {CONFIG}")
+    if not _holds_adapter(path):
+        inside = [child.name for child in _children(path) if _holds_adapter(child)]
+        if inside:
+            raise FormatError(
+                asked,
+                f"there is no {CONFIG} in it, but in its subfolders {words.one_line(inside)}",
+                f"Give the subfolder: '{path / inside[0]}'",
+            )
+        raise FormatError(asked, f"there is no {CONFIG} in it", "Check the path")
+    if not (path / MODEL).is_file():
+        if (path / PICKLE).is_file():
+            raise FormatError(
+                asked,
+                f"its tensors are in {PICKLE}, a pickle, which can run code when it is read",
+                "Load it with PEFT where you trust it and save it again: save_pretrained writes "
+                "safetensors",
+            )
+        raise FormatError(asked, f"there is no {MODEL} in it", "Copy the whole directory")
+
+
+def _read_config(path: Path, asked: str) -> bytes:
+    if (path / CONFIG).stat().st_size > 32_000_000:
+        raise FormatError(asked, "it has more than 32 MB", "This is no adapter's config")
+    return (path / CONFIG).read_bytes()
+
+
+# What PEFT can say ------------------------------------------------------------------------------
+
+
+def _wrapped(spec: SiteSpec) -> str:
+    return owner(spec.name) if spec.kind == "parameter" else spec.name
+
+
+def _entry(site: SiteState, *, rslora: bool) -> Entry:
+    spec, derived = site.spec, site.A0 is not None
+    alpha = file_alpha(spec, derived=derived, rslora=rslora)
+    return Entry(spec.name, spec.kind, file_rank(spec, derived=derived), alpha)
+
+
+def _check_expressible(
+    specs: Sequence[SiteSpec], asked: str, tensor_names: Sequence[str] | None
+) -> None:
+    """Refuse what a PEFT file cannot say, before anything is written."""
+    parameters = {spec.name for spec in specs if spec.kind == "parameter"}
+    modules = {spec.name for spec in specs if spec.kind != "parameter"}
+    if parameters and any(spec.kind == "conv1d" for spec in specs):
+        raise FormatError(asked, "PEFT cannot adapt parameters beside Conv1D layers", _OTHER)
+    known = set(tensor_names or ()) | parameters
+    for spec in specs:
+        reason = _inexpressible(spec, modules, known)
+        if reason:
+            raise FormatError(f"{asked}, site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
+    _check_order([spec for spec in specs if spec.kind == "parameter"], asked, tensor_names)
+
+
+def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
+    """Why PEFT cannot carry this site, or an empty text."""
+    if _odd(spec):
+        return f"adapt {_odd(spec)}"
+    if not _wrapped(spec):
+        return "adapt the root module or a parameter of it"
+    if spec.kind in {"linear", "conv1d"} and spec.update == "weight":
+        return "adapt a layer whose weight is read and which is not called; it would do nothing"
+    if spec.kind != "parameter":
+        return ""
+    module, _, tensor = spec.name.rpartition(".")
+    if module in modules:
+        return "adapt a module and a parameter of it"
+    if len(spec.weight_shape) != (2 if spec.experts is None else 3):
+        return f"adapt a parameter of {len(spec.weight_shape)} dimensions"
+    if tensor == "weight" and f"{owner(module)}.in_proj_weight" in tensor_names:
+        return "adapt the output projection of a MultiheadAttention: nothing would call it"
+    return ""
+
+
+def _odd(spec: SiteSpec) -> str:
+    """What about a spec has no place in the layout, or an empty text."""
+    if spec.kind not in KINDS:
+        return f"a site of kind '{spec.kind}'"
+    if spec.experts is not None and spec.kind != "parameter":
+        return f"a stack of {spec.experts} layers of kind '{spec.kind}'"
+    if spec.kind == "conv" and spec.weight_shape[:1] != (spec.out_features,):
+        return "a convolution whose weight does not begin with its outputs"
+    return ""
+
+
+def _check_order(
+    parameters: Sequence[SiteSpec], asked: str, tensor_names: Sequence[str] | None
+) -> None:
+    """PEFT tells two parameters of one module apart by their order only."""
+    if tensor_names is None:
+        return
+    position = {name: n for n, name in enumerate(tensor_names)}
+    latest: dict[str, SiteSpec] = {}
+    for spec in parameters:
+        before = latest.get(owner(spec.name))
+        if before and position.get(spec.name, -1) < position.get(before.name, -1):
+            raise FormatError(
+                f"{asked}, site '{spec.name}'",
+                f"it stands after '{before.name}', and in the model before it",
+                "Give the sites in the order of the model",
+            )
+        latest[owner(spec.name)] = spec

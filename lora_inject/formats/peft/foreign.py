@@ -1,0 +1,349 @@
+"""PEFT directories that others wrote: PEFT itself, transformers, unsloth, trainers.
+
+The names of the tensors are the truth about which sites there are, their shapes about
+ranks and widths; the config is asked only for what tensors cannot say (alpha, rsLoRA, and for
+stacked experts the rank), and must not contradict them.
+
+What a file does not say has to be assumed: that a two-dimensional pair is a linear layer's
+(`conv1d` where the config says fan_in_fan_out). `geometry.conform` replaces the assumption by what
+the model at hand has. What is not here: files with this package's metadata (`peft`).
+
+Source: peft 0.12 to 0.21, utils/save_and_load.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.errors import FormatError
+from lora_inject.formats.checks import check_site
+from lora_inject.formats.metadata import one_line
+from lora_inject.formats.peft.adapter_config import Claims
+from lora_inject.formats.peft.layout import PREFIX, owner, unpack
+from lora_inject.spec.sites import SiteSpec
+
+_ENDS = {
+    ".lora_A.weight": ("a", False),
+    ".lora_B.weight": ("b", False),
+    ".lora_A.default.weight": ("a", False),
+    ".lora_B.default.weight": ("b", False),
+    ".lora_embedding_A": ("a", True),
+    ".lora_embedding_B": ("b", True),
+    ".lora_embedding_A.default": ("a", True),
+    ".lora_embedding_B.default": ("b", True),
+}
+_REFUSED = {
+    "lora_magnitude_vector": "a DoRA magnitude",
+    "trainable_tokens_delta": "single rows of an embedding",
+    "lora_B.bias": "a bias of lora_B",
+}
+_MERGE = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
+
+
+@dataclass
+class _Pair:
+    """The tensors found under one path."""
+
+    embedding: bool = False
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_foreign(
+    tensors: Mapping[str, Tensor],
+    claims: Claims,
+    asked: str,
+    *,
+    tensor_names: Sequence[str] | None = None,
+    expert_major: bool = False,
+) -> AdapterState:
+    """Make a state of the tensors of a PEFT file.
+
+    Args:
+        tensors: By the file's names.
+        claims: What adapter_config.json says.
+        asked: The file, for messages.
+        tensor_names: All names of the model's state dict, in order, where known.
+        expert_major: Whether the columns of a stacked B are ordered by expert first.
+
+    Returns:
+        The adapter, its `config` and `fingerprint` None.
+
+    Raises:
+        FormatError: A partner is missing, a key is unknown, shapes or ranks contradict each other.
+    """
+    pairs, rest = _split(_without_prefix(tensors, asked), asked)
+    levels: dict[str, dict[int, str]] = {}
+    for path in pairs:
+        module = path.removesuffix(".base_layer")
+        depth = 0 if module == path else 1
+        while module.endswith(".base_layer"):
+            module, depth = module.removesuffix(".base_layer"), depth + 1
+        levels.setdefault(module, {})[depth] = path
+    sites = {}
+    for module, paths in levels.items():
+        for name, path in _named(module, paths, claims, asked, tensor_names):
+            where = f"{asked}, site '{name}'"
+            pair, stacked = pairs[path], name != module
+            make = _parameter if stacked else _module
+            site = make(name, pair, claims, where)
+            if stacked and expert_major and site.spec.experts:
+                site = _regrouped(site)
+            check_site(site, asked)
+            sites[name] = site
+    trained, copies = _full_tensors(rest, sites, claims, asked)
+    return AdapterState(sites, trained, base_copies=copies)
+
+
+# Keys -------------------------------------------------------------------------------------------
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], asked: str) -> dict[str, Tensor]:
+    """All keys have PEFT's prefix, or none has (transformers and diffusers leave it out)."""
+    with_prefix = [key for key in tensors if key.startswith(PREFIX)]
+    if with_prefix and len(with_prefix) < len(tensors):
+        without = next(key for key in tensors if not key.startswith(PREFIX))
+        raise FormatError(
+            asked,
+            f"'{without[:200]}' does not begin with '{PREFIX}' as other tensors do",
+            "The file was put together by hand; give all tensors the prefix",
+        )
+    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+
+
+def _split(tensors: Mapping[str, Tensor], asked: str) -> tuple[dict[str, _Pair], dict[str, Tensor]]:
+    """Complete pairs by path, and the other tensors by key."""
+    pairs: dict[str, _Pair] = {}
+    rest = {}
+    for key, tensor in tensors.items():
+        end = next((end for end in _ENDS if key.endswith(end)), None)
+        if end is None:
+            _refuse_key(key, asked)
+            rest[key] = tensor
+            continue
+        side, embedding = _ENDS[end]
+        pair = pairs.setdefault(key.removesuffix(end), _Pair(embedding))
+        if side in pair.tensors or pair.embedding != embedding:
+            raise FormatError(
+                asked, f"'{key[:200]}' says a second time what its site's pair is", _REPAIR
+            )
+        pair.tensors[side] = tensor
+    for path, pair in pairs.items():
+        if len(pair.tensors) == 1:
+            side = "B" if "a" in pair.tensors else "A"
+            raise FormatError(f"{asked}, site '{path[:200]}'", f"its {side} is missing", _REPAIR)
+    return pairs, rest
+
+
+_REPAIR = "The file is incomplete or was edited; fetch it again"
+
+
+def _refuse_key(key: str, asked: str) -> None:
+    for part, what in _REFUSED.items():
+        if key.endswith((part, f"{part}.weight")):
+            raise FormatError(asked, f"'{key[:200]}' is {what}", _MERGE)
+
+
+# Sites ------------------------------------------------------------------------------------------
+
+
+def _named(
+    module: str,
+    paths: Mapping[int, str],
+    claims: Claims,
+    asked: str,
+    tensor_names: Sequence[str] | None,
+) -> Iterator[tuple[str, str]]:
+    """`(site name, path)` of what is adapted on one module: itself, or some of its parameters."""
+    where = f"{asked}, module '{module}'"
+    if ".base_layer." in f"{module}.":
+        raise FormatError(
+            where,
+            "it lies inside another adapted module, as in PEFT's MultiheadAttention, which applies "
+            "the update of its output projection twice",
+            "Train it again with this package; its numbers would not mean the same",
+        )
+    parameters = _parameters_of(module, claims, tensor_names)
+    if not parameters:
+        if list(paths) != [0]:
+            raise FormatError(
+                where, f"{len(paths)} pairs lie on it, and it has no name for them", _REPAIR
+            )
+        yield module, paths[0]
+        return
+    if sorted(paths) != list(range(len(parameters))):
+        raise FormatError(
+            where, f"it has {len(paths)} pairs for its parameters {one_line(parameters)}", _REPAIR
+        )
+    if len(parameters) > 1 and tensor_names is None:
+        raise FormatError(
+            where,
+            f"the file does not say which pair is whose of {one_line(parameters)}",
+            "Pass tensor_names=list(model.state_dict())",
+        )
+    for depth, name in enumerate(reversed(parameters)):
+        yield f"{module}.{name}", paths[depth]
+
+
+def _parameters_of(module: str, claims: Claims, tensor_names: Sequence[str] | None) -> list[str]:
+    """Names of the adapted parameters of a module, in the model's order where that is known."""
+    names = []
+    for target in claims.target_parameters:
+        place, _, name = target.rpartition(".")
+        if place in {"", module} or module.endswith(f".{place}"):
+            names.append(name)
+    names = list(dict.fromkeys(names))
+    if tensor_names is None:
+        return names
+    position = {name: n for n, name in enumerate(tensor_names)}
+    there = [name for name in names if f"{module}.{name}" in position]
+    return sorted(there, key=lambda name: position[f"{module}.{name}"])
+
+
+def _module(name: str, pair: _Pair, claims: Claims, where: str) -> SiteState:
+    """A site on a module; its kind is read off the shapes as far as they go."""
+    a, b = pair.tensors["a"], pair.tensors["b"]
+    _check_shapes(a, b, where)
+    rank = int(a.shape[0])
+    claimed = claims.rank_of(name)
+    if claimed is not None and claimed != rank:
+        raise FormatError(
+            where,
+            f"its tensors have rank {rank}, adapter_config.json says {claimed}",
+            "Correct 'r' or 'rank_pattern' there; the scale depends on it",
+        )
+    n_in, n_out = a[0].numel(), int(b.shape[0])
+    kind, shape = "linear", (n_out, n_in)
+    if pair.embedding:
+        kind, shape = "embedding", (n_in, n_out)
+    elif a.ndim > 2:
+        kind, shape = "conv", (n_out, *a.shape[1:])
+    elif claims.fan_in_fan_out:
+        kind, shape = "conv1d", (n_in, n_out)
+    spec = SiteSpec(
+        name=name,
+        kind=kind,
+        in_features=n_in,
+        out_features=n_out,
+        weight_shape=shape,
+        rank=rank,
+        alpha=claims.alpha_of(name),
+        transposed=kind in {"embedding", "conv1d"},
+        scaling="rslora" if claims.rslora else "standard",
+        dropout=claims.dropout,
+        weight=f"{name}.weight",
+    )
+    return unpack(spec, a, b, where)
+
+
+def _check_shapes(a: Tensor, b: Tensor, where: str) -> None:
+    """A is (rank, in, ...), B is (out, rank, 1, ...)."""
+    found = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
+    if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
+        raise FormatError(where, f"{found}, which is no low-rank pair", _REPAIR)
+    if any(size != 1 for size in b.shape[2:]):
+        raise FormatError(where, f"{found}, and a kernel in B is not PEFT's layout", _REPAIR)
+    if a.shape[0] != b.shape[1]:
+        groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
+        remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
+        raise FormatError(where, f"{found}: the ranks differ", remedy if groups else _REPAIR)
+
+
+def _parameter(name: str, pair: _Pair, claims: Claims, where: str) -> SiteState:
+    """A site on a parameter: one matrix, or a stack of them for experts."""
+    a, b = pair.tensors["a"], pair.tensors["b"]
+    _check_shapes(a, b, where)
+    rank = claims.rank_of(name)
+    if rank is None or a.shape[0] % rank or a.ndim != 2 or pair.embedding:
+        raise FormatError(
+            where,
+            f"A has {a.shape[0]} rows, which is no multiple of the rank {rank} in the config",
+            "Correct 'r' or 'rank_pattern' in adapter_config.json",
+        )
+    n_in, n_out, experts = int(a.shape[1]), int(b.shape[0]), int(a.shape[0]) // rank
+    shape: tuple[int, ...] = (n_out, n_in)
+    # Until 0.18, PEFT took every stack of matrices for (experts, in, out).
+    old = claims.peft_version is not None and claims.peft_version < (0, 19) and experts > 1
+    if experts > 1:
+        shape = (experts, n_in, n_out) if old else (experts, n_out, n_in)
+    spec = SiteSpec(
+        name=name,
+        kind="parameter",
+        in_features=n_in,
+        out_features=n_out,
+        weight_shape=shape,
+        rank=rank,
+        alpha=claims.alpha_of(name),
+        transposed=old,
+        experts=experts if experts > 1 else None,
+        scaling="rslora" if claims.rslora else "standard",
+        weight=name,
+    )
+    return unpack(spec, a, b, where)
+
+
+def _regrouped(site: SiteState) -> SiteState:
+    """Undo the reading by rank first of a B that was ordered by expert first."""
+    experts, n_out, rank = site.B.shape
+    columns = site.B.permute(1, 2, 0).reshape(n_out, experts, rank)
+    return SiteState(site.spec, site.A, columns.permute(1, 0, 2).contiguous())
+
+
+# Full tensors -----------------------------------------------------------------------------------
+
+
+def _full_tensors(
+    rest: Mapping[str, Tensor], sites: Mapping[str, SiteState], claims: Claims, asked: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trained tensors and mere copies of the base's, by the base's names."""
+    trained: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for key, tensor in rest.items():
+        name, where = _base_name(key), f"{asked}, '{key[:200]}'"
+        is_copy = ".original_module." in f".{key}" or (
+            ".base_layer." in f".{key}" and name.rpartition(".")[2] != "bias"
+        )
+        if not is_copy and not _explained(name, claims):
+            _refuse_unknown(key, asked)
+        if owner(name) in sites and not is_copy and name == sites[owner(name)].spec.weight:
+            raise FormatError(where, "its module has a site as well", _REPAIR)
+        target = copies if is_copy else trained
+        if name in target and not torch.equal(target[name], tensor):
+            raise FormatError(where, "the file holds it twice, unequal", _REPAIR)
+        target[name] = tensor
+    return trained, copies
+
+
+def _base_name(key: str) -> str:
+    """The base's own name of a tensor: without the wrappers that PEFT puts around modules."""
+    name = f".{key}".replace(".modules_to_save.default.", ".")
+    for wrapper in (".base_layer.", ".original_module.", ".modules_to_save."):
+        while wrapper in name:
+            name = name.replace(wrapper, ".")
+    return name.removeprefix(".")
+
+
+def _explained(name: str, claims: Claims) -> bool:
+    """Whether the config says that this tensor travels in full."""
+    if claims.bias != "none" and name.rpartition(".")[2] == "bias":
+        return True
+    module = owner(name)
+    while module:
+        if module.endswith(claims.modules_to_save or ("\0",)):
+            return True
+        module = owner(module)
+    return False
+
+
+def _refuse_unknown(key: str, asked: str) -> None:
+    """A plain tensor may be a resized embedding; one that looks like an adapter's may not."""
+    if any(part.startswith("lora_") for part in key.split(".")):
+        raise FormatError(
+            asked,
+            f"the tensor '{key[:200]}' is of no known kind",
+            "It belongs to a variant of LoRA that cannot be read; " + _MERGE.lower(),
+        )

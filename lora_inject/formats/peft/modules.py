@@ -1,0 +1,144 @@
+"""How PEFT is told which modules to adapt and which to keep whole.
+
+PEFT matches by ends of names (`target_modules`: after a dot; `modules_to_save`: anywhere)
+and by unescaped patterns, so a full name may hit more than it says. Each name is checked against
+all names of the model, where these are known, and written in another way, or left out of
+`modules_to_save`, where it would hit too much.
+
+Source: peft 0.21.2, tuners/tuners_utils.py `check_target_module_exists`, utils/other.py
+`_set_trainable`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+
+from lora_inject.formats.peft.layout import owner
+
+# PEFT's own word for "adapt nothing": it accepts an adapter without sites under this name only.
+_NOTHING = "dummy-target-modules"
+# PEFT keeps these whole for every classification task, so their parts are not listed one by one.
+_HEADS = ("classifier", "score")
+
+
+def target_modules(
+    names: Collection[str], *, parameters: bool, module_names: Collection[str] | None
+) -> list[str] | str:
+    """Return PEFT's `target_modules` for exactly these modules.
+
+    Args:
+        names: Full names of the adapted modules.
+        parameters: Whether there are `target_parameters` beside them.
+        module_names: All module names of the model, where known.
+
+    Returns:
+        The sorted names; or one anchored expression where a name is also the end of another
+        module's name, which a list would adapt as well.
+
+    Example:
+        >>> target_modules(["lin"], parameters=False, module_names=["lin", "mlp", "mlp.up"])
+        ['lin']
+        >>> target_modules(["lin"], parameters=False, module_names=["lin", "block.lin"])
+        '(?:lin)'
+    """
+    if not names:
+        return [] if parameters else _NOTHING
+    others = set(module_names or ()) - set(names)
+    ends = {end for other in others for end in _ends(other)}
+    if ends.isdisjoint(names):
+        return sorted(names)
+    return f"(?:{'|'.join(re.escape(name) for name in sorted(names))})"
+
+
+def whole_modules(
+    trained: Iterable[str],
+    *,
+    sites: Collection[str],
+    tensor_names: Collection[str] | None,
+    module_names: Collection[str] | None,
+) -> list[str]:
+    """Return the modules whose tensors are all in `trained`, for PEFT's `modules_to_save`.
+
+    A trained tensor outside of them travels under its plain name. PEFT loads that into the base, as
+    it does with biases: right for one adapter, and not undone when the adapter is switched off.
+
+    Args:
+        trained: Names of the tensors that travel in full.
+        sites: Names of all adapted modules.
+        tensor_names: All names of the base's state dict, where known; without them no module is
+            known to be whole.
+        module_names: All module names of the model, where known.
+
+    Returns:
+        Full names, sorted.
+
+    Example:
+        >>> names = ["h.fc.weight", "h.ln.weight", "h.ln.bias", "score.weight"]
+        >>> whole_modules(["score.weight", "h.ln.bias"], sites=["h.fc"], tensor_names=names,
+        ...               module_names=None)
+        ['score']
+    """
+    if tensor_names is None:
+        return []
+    trained = list(trained)
+    held = Counter(module for name in tensor_names for module in _ancestors(name))
+    given = Counter(module for name in trained for module in _ancestors(name))
+    whole = {module for module, n in given.items() if held[module] == n}
+    modules = set(module_names or ()) | set(held)
+    chosen = {_outermost(name, whole) for name in trained} - {""}
+    chosen = {module for module in chosen if chosen.isdisjoint(_ancestors(module))}
+    return sorted(name for name in chosen if _hits_only_itself(name, modules, sites))
+
+
+def bias_setting(trained: Iterable[str], *, sites: Collection[str], whole: Collection[str]) -> str:
+    """Return PEFT's `bias`: which biases travel beside the whole modules.
+
+    Example:
+        >>> bias_setting(["h.fc.bias"], sites=["h.fc"], whole=[])
+        'lora_only'
+    """
+    biases = [n for n in trained if n.rpartition(".")[2] == "bias" and whole_of(n, whole) is None]
+    if not biases:
+        return "none"
+    return "lora_only" if all(owner(name) in sites for name in biases) else "all"
+
+
+def whole_of(name: str, whole: Collection[str]) -> str | None:
+    """The module of `whole` that a tensor belongs to, or None."""
+    return next((module for module in _ancestors(name) if module in whole), None)
+
+
+def _outermost(name: str, whole: Collection[str]) -> str:
+    """The module to keep whole for one tensor: a head as PEFT knows it, else the tensor's own."""
+    heads = [m for m in _ancestors(name) if m in whole and m.rpartition(".")[2] in _HEADS]
+    return heads[-1] if heads else owner(name) if owner(name) in whole else ""
+
+
+def _hits_only_itself(name: str, modules: Iterable[str], sites: Iterable[str]) -> bool:
+    """Whether PEFT would keep whole just this module, and would still adapt all sites.
+
+    PEFT wraps every module whose name ends so, without regard to dots, and adapts none whose name
+    has the pattern between dots (or ends).
+    """
+    if not re.fullmatch(r"[\w.-]+", name):
+        return False
+    if any(module.endswith(name) for module in modules if module != name):
+        return False
+    excluded = re.compile(rf"(^|.*\.){name}($|\..*)")
+    return not any(excluded.match(site) for site in sites)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """The modules around a tensor, innermost first, the root excluded."""
+    while "." in name:
+        name = owner(name)
+        yield name
+
+
+def _ends(name: str) -> Iterator[str]:
+    """All ends of a name after a dot."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name

@@ -1,0 +1,121 @@
+"""Low-rank updates of looked-up rows, and the norm that an embedding may enforce on them.
+
+The input of an embedding is a one-hot vector, so `x A^T` is a lookup in A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.functional.factors import Factors, needs_plain_operations
+
+
+def embedding(
+    base: Tensor, ids: Tensor, updates: Sequence[Factors], padding_idx: int | None
+) -> Tensor:
+    """Add low-rank updates to looked-up rows: `base + scale * A[:, ids]^T B^T`.
+
+    Args:
+        base: `(..., dim)`, the rows of the frozen table; never modified.
+        ids: `(...)`, integer.
+        updates: A `(rank, num)`, B `(dim, rank)`. Dropout drops whole tokens: the input of A is a
+            one-hot vector.
+        padding_idx: The row that receives no gradient, as in `nn.Embedding`.
+
+    Returns:
+        `(..., dim)`, in the dtype of `base`.
+    """
+    out = base
+    for u in updates:
+        h = F.embedding(ids, u.A.t())
+        if u.dropout:
+            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), u.dropout)
+        update = F.linear(h, u.B)
+        if padding_idx is not None:
+            # Padding tokens see the update but teach it nothing, as in the dense table.
+            update = torch.where((ids == padding_idx).unsqueeze(-1), update.detach(), update)
+        out = (out + u.scale * update).to(base.dtype)
+    return out
+
+
+def renormalised(rows: Tensor, max_norm: float, p: float) -> Tensor:
+    """Scale rows down to a norm, as `nn.Embedding(max_norm=...)` does to its table, differentiably.
+
+    Args:
+        rows: `(..., dim)`; never modified.
+        max_norm: The largest norm that a row may have.
+        p: Which norm.
+
+    Returns:
+        `(..., dim)`: bit for bit what `torch.embedding_renorm_` would leave in those rows.
+    """
+    if needs_plain_operations():
+        return _scaled_down(rows, max_norm, p)
+    return _Renormalised.apply(rows, max_norm, p)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def _scaled_down(rows: Tensor, max_norm: float, p: float) -> Tensor:
+    norm = torch.linalg.vector_norm(rows, p, dim=-1, keepdim=True)
+    return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
+
+
+class _Renormalised(torch.autograd.Function):
+    """torch's own renormalisation forward, the derivative of its formula backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, max_norm: float, p: float) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.how = (max_norm, p)
+        out = rows.reshape(-1, rows.shape[-1]).clone()
+        torch.embedding_renorm_(out, torch.arange(len(out), device=out.device), max_norm, p)
+        return torch.ops.aten._unsafe_view.default(out, rows.shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaf = rows if twice else rows.detach().requires_grad_()
+            out = _scaled_down(leaf, *ctx.how)
+        (grad,) = torch.autograd.grad(out, leaf, g, create_graph=twice)
+        return grad, None, None
+
+
+def routed_embedding(
+    base: Tensor,
+    ids: Tensor,
+    rows: Tensor,
+    adapters: Sequence[Sequence[Factors]],
+    padding_idx: int | None,
+) -> Tensor:
+    """Add to each row of a batch of looked-up rows the update of its own adapter.
+
+    Args:
+        base: `(batch, ..., dim)`; never modified.
+        ids: `(batch, ...)`, integer.
+        rows: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
+        adapters: The updates of each adapter.
+        padding_idx: As in `embedding`.
+
+    Returns:
+        `(batch, ..., dim)`, in the dtype of `base`.
+    """
+    # A table of ids is small; the rows of each adapter are taken together.
+    out = base
+    for index, updates in enumerate(adapters):
+        if needs_plain_operations():
+            # How many rows an adapter has is not known to a tracer.
+            mine = (rows == index + 1).view(-1, *[1] * ids.dim())
+            out = torch.where(mine, embedding(base, ids, updates, padding_idx), out)
+            continue
+        where = (rows == index + 1).nonzero().squeeze(1)
+        changed = embedding(
+            base.index_select(0, where), ids.index_select(0, where), updates, padding_idx
+        )
+        out = out.index_copy(0, where, changed)
+    return out

@@ -1,0 +1,1 @@
+"""What other frameworks ask of an adapted model, one file for each framework."""

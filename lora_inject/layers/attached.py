@@ -1,0 +1,203 @@
+"""What one module carries: which adapters, on what of it, under which names.
+
+Adapter tensors are plain Parameters of their module with flat names, found through its
+`Attached` and never through their names. They are looked up at each use, because FSDP2 and `.to()`
+replace them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.functional.factors import Spans
+from lora_inject.layers.selection import Selection, State, number
+from lora_inject.spec.sites import SiteSpec
+
+TRAINABLE_ROLES = ("A", "B", "T")
+
+
+def encode(adapter: str) -> str:
+    """Return an adapter's name as it can stand in a parameter's name, which may hold no dot."""
+    return adapter.replace("%", "%25").replace(".", "%2E")
+
+
+def attribute(role: str, adapter: str, param: str | None = None) -> str:
+    """Return the flat name of an adapter's tensor on its module.
+
+    Args:
+        role: `A`, `B`, `A0`, `B0`, or `T` for a full trained copy.
+        adapter: Name of the adapter.
+        param: The parameter that is read, None for a forward update.
+
+    Example:
+        >>> attribute("A", "default"), attribute("T", "v1.2", "bias")
+        ('lora_A__default', 'bias__lora_T__v1%2E2')
+    """
+    flat = f"lora_{role}__{encode(adapter)}"
+    return flat if param is None else f"{param}__{flat}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter on one tensor of one module.
+
+    Attributes:
+        adapter: Name of the adapter.
+        spec: The site, or None for a full trained copy.
+        param: Name of the parameter in the module that is adapted.
+        names: Role to flat attribute name.
+        why: For a trained copy, the config entry it came from: `train` or `bias`.
+    """
+
+    adapter: str
+    spec: SiteSpec | None
+    param: str
+    names: Mapping[str, str]
+    why: str = ""
+
+    def tensor(self, module: nn.Module, role: str) -> Tensor:
+        """Return the current tensor of a role."""
+        found = module._parameters[self.names[role]]
+        assert found is not None
+        return found
+
+    def recipes(self, weight: float) -> Iterator[Recipe]:
+        """Yield the update, and with a negative scale the frozen start of pissa or olora."""
+        spec = self.spec
+        assert spec is not None
+        spans = spec.spans if spec.slices else None
+        scale = spec.scale * weight
+        yield Recipe(self.names["A"], self.names["B"], scale, spans, spec.dropout)
+        if "A0" in self.names:
+            yield Recipe(self.names["A0"], self.names["B0"], -scale, spans, spec.dropout)
+
+    def pairs(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora."""
+        yield self.tensor(module, "A"), self.tensor(module, "B"), 1.0
+        if "A0" in self.names:
+            yield self.tensor(module, "A0"), self.tensor(module, "B0"), -1.0
+
+
+class Recipe(NamedTuple):
+    """One update of a forward update: the names of its tensors and its numbers."""
+
+    A: str
+    B: str
+    scale: float
+    spans: Spans | None
+    dropout: float
+
+
+class Attached:
+    """What one module carries.
+
+    Its tables are replaced and never written to, so that a reference to one is a snapshot of it.
+
+    Attributes:
+        selection: The cell that says which adapters take part.
+        forward: Adapter name to its entry on the output of this layer.
+        reads: Parameter name to adapter name to its entry on that parameter.
+        old_forward: The `_old_forward` that a hook had saved on the module, or None.
+        float32: Whether an adapter on the output asks for float32 arithmetic.
+        numbers: What stands for each adapter of `forward` in a selection's tensor.
+        cache: Effective weights read in the running forward of the module, or None outside one.
+        hooks: The hooks on saved tensors that this forward was entered with.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self.forward: Mapping[str, Entry] = {}
+        self.reads: Mapping[str, Mapping[str, Entry]] = {}
+        self.old_forward: Any = None
+        self.cache: dict[tuple[str, bool], Tensor] | None = None
+        self.hooks: Any = None
+        self.float32 = False
+        self.numbers: tuple[int, ...] = ()
+        self._chosen_for: State | None = None
+        self._chosen: tuple[Recipe, ...] = ()
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield every entry, forward update first."""
+        yield from self.forward.values()
+        for by_adapter in self.reads.values():
+            yield from by_adapter.values()
+
+    def add(self, entry: Entry, *, forward: bool) -> None:
+        """Register an entry whose tensors are on the module."""
+        if forward:
+            self.forward = {**self.forward, entry.adapter: entry}
+        else:
+            others = self.reads.get(entry.param, {})
+            self.reads = {**self.reads, entry.param: {**others, entry.adapter: entry}}
+        self._changed()
+
+    def remove(self, adapter: str) -> list[Entry]:
+        """Forget an adapter and return its entries."""
+        removed = [e for e in self.entries() if e.adapter == adapter]
+        self.forward = {name: e for name, e in self.forward.items() if name != adapter}
+        left = {
+            param: {name: e for name, e in by_adapter.items() if name != adapter}
+            for param, by_adapter in self.reads.items()
+        }
+        self.reads = {param: by_adapter for param, by_adapter in left.items() if by_adapter}
+        self._changed()
+        return removed
+
+    def _changed(self) -> None:
+        self._chosen_for = None
+        self.numbers = tuple(map(number, self.forward))
+        self.float32 = any(
+            e.spec is not None and e.spec.compute == "float32" for e in self.forward.values()
+        )
+
+    def chosen(self, state: State) -> tuple[Recipe, ...]:
+        """Return what the forward update needs of each update that takes part under `state`."""
+        if torch.compiler.is_compiling():
+            return self._choose(state)
+        if state is not self._chosen_for:
+            self._chosen, self._chosen_for = self._choose(state), state
+        return self._chosen
+
+    def _choose(self, state: State) -> tuple[Recipe, ...]:
+        return tuple(
+            recipe
+            for name, weight in state.active
+            if name in self.forward
+            for recipe in self.forward[name].recipes(weight)
+        )
+
+    def reads_so_far(self) -> dict[tuple[str, bool], Tensor] | None:
+        """Return the values that were read in the running forward, for the next reads in it.
+
+        Returns:
+            None outside a forward of the module, and in a checkpoint that its forward has entered:
+            that part of a forward is recomputed outside of it, must read the same way there, and
+            has hooks of its own on the tensors that it saves.
+        """
+        if self.cache is None or torch.compiler.is_compiling():
+            return None
+        now = saving_hooks()
+        same = now is self.hooks or (now and self.hooks and now[0] is self.hooks[0])
+        return self.cache if same else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_chosen_for": None, "_chosen": (), "cache": None, "hooks": None}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__dict__.update(saved)
+        self._changed()
+
+
+def attached_to(module: nn.Module) -> Attached | None:
+    """Return what a module carries, or None for a plain module."""
+    return module.__dict__.get("_lora")
+
+
+def saving_hooks() -> Any:
+    """Return the hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)

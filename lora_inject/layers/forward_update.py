@@ -1,0 +1,226 @@
+"""What a forward update adds to the output: which updates take part, looked up at each forward.
+
+Three questions of every forward. Which adapters are active, with their weights? Under
+`routed`, which adapter has each row of the batch? And in a compiled graph, where a name would be a
+constant: which adapters *could* be chosen, by a tensor that comes in?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from operator import attrgetter, is_
+
+import torch
+from torch import Tensor
+
+from lora_inject.errors import LayerError
+from lora_inject.functional import (
+    Factors,
+    Gathered,
+    Rows,
+    add_row_by_row,
+    are_many_tokens,
+    chosen_factors,
+    chosen_rows,
+    gather,
+    needs_plain_operations,
+    routed_update,
+)
+from lora_inject.layers.adapted import Adapted
+from lora_inject.layers.attached import Entry, Recipe
+from lora_inject.layers.selection import State
+
+
+class _Routing:
+    """A routed batch as one layer sees it, kept until the context ends.
+
+    Attributes:
+        entries: The adapters of the batch that are on this layer.
+        rows: Which of them each row has; only their `index` in a compiled graph.
+    """
+
+    def __init__(self, entries: list[Entry], rows: Rows | Tensor) -> None:
+        self.entries = entries
+        self.rows = rows
+        self._gathered: Gathered | None = None
+        self._for: tuple[torch.dtype, bool] | None = None
+        self._names: list[str] = []
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
+
+    @property
+    def index(self) -> Tensor:
+        """For each row 0 for the base, else 1 + the place in `entries`: `(batch,)`, int64."""
+        return self.rows if isinstance(self.rows, Tensor) else self.rows.index
+
+    def gathered(
+        self, held: Mapping[str, Tensor | None], dtype: torch.dtype, one_token: bool
+    ) -> Gathered | None:
+        """Return what was gathered, unless a tensor was replaced or written since.
+
+        Args:
+            held: The layer's parameters.
+            dtype: What is computed in.
+            one_token: Whether each row has a single token.
+        """
+        if self._for != (dtype, one_token):
+            return None
+        # Hundreds of tensors at each forward of a model: without a loop of Python's own.
+        if not all(map(is_, map(held.__getitem__, self._names), self._tensors)):
+            return None
+        if list(map(_version_of, self._tensors)) != self._versions:
+            return None
+        return self._gathered
+
+    def keep(
+        self,
+        gathered: Gathered,
+        held: Mapping[str, Tensor | None],
+        dtype: torch.dtype,
+        one_token: bool,
+    ) -> None:
+        """Keep what was gathered, if its tensors tell when they are written.
+
+        Those of inference mode do not.
+        """
+        names = [name for entry in self.entries for name in entry.names.values()]
+        tensors = {name: t for name in names if (t := held[name]) is not None}
+        if any(t.is_inference() for t in tensors.values()):
+            return
+        self._names, self._tensors = list(tensors), list(tensors.values())
+        self._versions = list(map(_version_of, self._tensors))
+        self._for, self._gathered = (dtype, one_token), gathered
+
+
+_version_of = attrgetter("_version")
+
+
+class ForwardUpdate(Adapted):
+    """Mixin of the kinds that add to their output."""
+
+    def _lora_updates(self, state: State) -> list[Factors]:
+        """Return the low-rank updates that take part under `state`."""
+        attached = self._lora
+        recipes = attached.chosen(state)
+        updates = self._lora_factors(recipes) if recipes else []
+        if updates and (self.training or attached.selection.witness is not None):
+            self._lora_takes_part(None, (u.A for u in updates))
+        return updates
+
+    def _lora_factors(self, recipes: Iterable[Recipe]) -> list[Factors]:
+        """Return updates with their tensors, which are looked up anew each time."""
+        held, training = self._parameters, self.training
+        return [
+            Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)  # type: ignore[arg-type]
+            for r in recipes
+        ]
+
+    # ------------------------------------------------------------------------------- routed rows
+
+    def _lora_routing(self, x: Tensor, state: State) -> _Routing:
+        """Return which adapter each row of the input has.
+
+        Raises:
+            LayerError: The first dimension of x is not the number of rows, nor its multiple.
+        """
+        if torch.compiler.is_compiling():
+            return self._lora_new_routing(x, state)
+        key = (self._lora, x.shape[0], x.device)
+        found: _Routing | None = state.kept.get(key)
+        if found is None:
+            found = state.kept[key] = self._lora_new_routing(x, state)
+        if found.entries and (self.training or self._lora.selection.witness is not None):
+            self._lora_takes_part(None, (e.tensor(self, "A") for e in found.entries))
+        return found
+
+    def _lora_new_routing(self, x: Tensor, state: State) -> _Routing:
+        n_rows = state.choice.shape[0]
+        if x.shape[0] not in (n_rows, n_rows * state.repeat):
+            multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
+            raise LayerError(
+                f"routed() with {n_rows} rows",
+                f"a {type(self).__name__} got an input of shape {tuple(x.shape)}, whose first "
+                f"dimension is not the number of rows{multiple}",
+                "Give one adapter for each row of the batch; for beams use repeat=n",
+            )
+        mine = self._lora.forward
+        repeat = x.shape[0] // n_rows
+        if torch.compiler.is_compiling():
+            # Names would be constants of the graph: all adapters stand ready.
+            index = chosen_rows(state.choice.to(x.device)[:, 0], self._lora.numbers)
+            return _Routing(list(mine.values()), index.repeat_interleave(repeat))
+        names = state.rows or ()
+        entries = [mine[n] for n in dict.fromkeys(names) if n is not None and n in mine]
+        key = (*(e.adapter for e in entries), x.shape[0], x.device)
+        rows = state.kept.get(key)
+        if rows is None:
+            place = {e.adapter: i + 1 for i, e in enumerate(entries)}
+            places = [place.get(name or "", 0) for name in names for _ in range(repeat)]
+            rows = state.kept[key] = Rows(places, x.device)
+        return _Routing(entries, rows)
+
+    def _lora_routed(
+        self, y: Tensor, x: Tensor, routing: _Routing, *, in_place: bool = False
+    ) -> Tensor:
+        """Add to each row of y `(batch, ..., out)` the update of its own adapter.
+
+        Args:
+            y: The layer's own output.
+            x: Its input.
+            routing: Which adapter each row has.
+            in_place: Whether y may be modified where no gradient is needed: nobody else has it.
+        """
+        if not routing.entries:
+            return y
+        rows, dtype = routing.rows, self._lora_dtype(y)
+        watched = torch.is_grad_enabled() or self.training or needs_plain_operations()
+        if watched or isinstance(rows, Tensor):
+            adapters = self._lora_routed_factors(routing)
+            return routed_update(y, x, routing.index, adapters, float32=self._lora.float32)
+        if are_many_tokens(x):
+            adapters = self._lora_routed_factors(routing)
+            return add_row_by_row(y, x, rows, adapters, dtype, in_place=in_place)
+        one_token = x.numel() == x.shape[0] * x.shape[-1]
+        gathered = routing.gathered(self._parameters, dtype, one_token)
+        if gathered is None:
+            adapters = self._lora_routed_factors(routing)
+            gathered = gather(rows, adapters, y.shape[-1], dtype, one_token=one_token)
+            routing.keep(gathered, self._parameters, dtype, one_token)
+        return gathered.add(y, x, in_place=in_place)
+
+    def _lora_routed_factors(self, routing: _Routing) -> list[list[Factors]]:
+        """Return the updates of each adapter of the batch."""
+        return [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
+
+    # ---------------------------------------------------------------------------- compiled graphs
+
+    def _lora_compiled(self, y: Tensor, state: State) -> list[Factors] | None:
+        """Return updates chosen by the selection's tensor, which is no constant of a graph.
+
+        Names have to be constants where the choice decides which of several trainable adapters get
+        a gradient, since a graph cannot leave one out and zeros would let weight decay move an
+        idle adapter; or which dropout there is. They may be where there is nothing to choose.
+
+        Args:
+            y: `(..., out)`, the layer's own output.
+            state: The running selection.
+
+        Returns:
+            None outside of compilation, and where names have to be constants.
+        """
+        mine = self._lora.forward
+        # The tensor tells how many are chosen; a look at `active` would make it a constant.
+        if not torch.compiler.is_compiling() or len(mine) < 2 or not state.choice.shape[0]:
+            return None
+        adapters = [self._lora_factors(entry.recipes(1.0)) for entry in mine.values()]
+        n_trained = sum(us[0].A.requires_grad for us in adapters)
+        several = max(n_trained, len(self._lora.selection.trained)) > 1
+        if n_trained and several and torch.is_grad_enabled():
+            return None
+        if len({u.dropout for us in adapters for u in us}) > 1:
+            return None
+        dtype = self._lora_dtype(y)
+        return [chosen_factors(state.choice, self._lora.numbers, adapters, y.shape[-1], dtype)]
+
+    def _lora_dtype(self, y: Tensor) -> torch.dtype:
+        return torch.float32 if self._lora.float32 and y.dtype != torch.float64 else y.dtype

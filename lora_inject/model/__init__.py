@@ -1,0 +1,1 @@
+"""The verbs on a live model; the model is the only state."""

@@ -1,0 +1,176 @@
+"""What a model carries: roots, layers, adapters, read off its modules whenever somebody asks.
+
+The model is the only state. One small record on the root remembers what `eject` must
+restore; everything else about adapters is found by a walk, and the one walk that switching needs is
+kept until somebody injects or ejects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora_inject.errors import StateError, nearest
+from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.kinds import unwrapped, walk, walk_base
+from lora_inject.layers.selection import Selection
+from lora_inject.spec.names import joined
+
+ROOT = "_lora_root"
+
+
+@dataclass
+class Root:
+    """What the root of an injected model remembers.
+
+    Attributes:
+        selection: The cell that all its layers share.
+        configs: Adapter name to the config it was injected with, as plain data, or None.
+        required_grad: Names of base parameters that required a gradient before the first inject.
+        undo: What `unmerge` restores while the model is merged; owned by `merging`.
+        kept: A walk of the model and the generation that it belongs to; see `reach`.
+        sampled: A fingerprint of the base and what it was taken of; owned by `swapping`.
+    """
+
+    selection: Selection
+    configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    required_grad: set[str] = field(default_factory=set)
+    undo: Any = None
+    kept: tuple[int, Reach] | None = None
+    sampled: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy carries: what was read off another model is of no use to it."""
+        return {**self.__dict__, "kept": None, "sampled": None}
+
+
+def roots_of(model: nn.Module) -> dict[str, Root]:
+    """Return the records of all injected roots in a model, by name; `""` is the model itself."""
+    return {name: module.__dict__[ROOT] for name, module in walk(model) if ROOT in module.__dict__}
+
+
+def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that carry adapters, by canonical name, in the order of the model."""
+    return {name: module for name, module in walk(model) if "_lora" in module.__dict__}
+
+
+def entries(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module, Entry]]:
+    """Yield `(module name, module, entry)` of one adapter, or of all."""
+    for path, module in walk(model):
+        attached = attached_to(module)
+        for entry in attached.entries() if attached is not None else ():
+            if name is None or entry.adapter == name:
+                yield path, module, entry
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield every base parameter once, by canonical name; adapters are left out."""
+    seen: set[int] = set()
+    for path, _, own in walk_base(model):
+        for key, parameter in own.items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield joined(path, key), parameter
+
+
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return who holds each parameter: more than one holder means that it is tied."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, key))
+    return holders
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a verb on a model reaches.
+
+    Attributes:
+        selections: The distinct selections of all layers inside.
+        names: The adapters that they carry.
+    """
+
+    selections: tuple[Selection, ...]
+    names: frozenset[str]
+
+
+_generation = 0
+
+
+def structure_changed() -> None:
+    """Say that adapters came or went, here or on another model: every kept walk is out of date."""
+    global _generation  # noqa: PLW0603 - counts inject and eject, so that roots can keep a walk
+    _generation += 1
+
+
+def reach(model: nn.Module) -> Reach:
+    """Return the selections and adapters in a model.
+
+    The walk is kept on the root until somebody injects or ejects, so that switching does not
+    depend on the size of the model.
+    """
+    model = unwrapped(model)
+    root: Root | None = model.__dict__.get(ROOT)
+    if root is not None and root.kept is not None and root.kept[0] == _generation:
+        return root.kept[1]
+    selections: dict[int, Selection] = {}
+    names: set[str] = set()
+    for module in adapted_modules(model).values():
+        attached = attached_to(module)
+        assert attached is not None
+        selections.setdefault(id(attached.selection), attached.selection)
+        names.update(entry.adapter for entry in attached.entries())
+    found = Reach(tuple(selections.values()), frozenset(names))
+    if root is not None:
+        root.kept = (_generation, found)
+    return found
+
+
+def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:
+    """Raise where a name is no adapter of the model.
+
+    Raises:
+        StateError: A name is unknown; the message lists what there is.
+    """
+    for name in names:
+        if name not in known:
+            there = ", ".join(map(repr, sorted(known))) or "none"
+            close = nearest(str(name), known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
+            raise StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)
+
+
+def check_new_name(found: Reach, name: str) -> None:
+    """Check that an adapter of that name can be added now, to a model with these adapters.
+
+    Raises:
+        StateError: The name is in use or no name, or the model is merged.
+    """
+    asked = f"adapter {name!r}"
+    if not isinstance(name, str) or not name:
+        raise StateError(asked, "a name is a string of one character or more", "Give another name")
+    if name in found.names:
+        raise StateError(
+            asked, "the model has one of that name", "Eject it, or choose another name"
+        )
+    for selection in found.selections:
+        selection.check_settled(f"adding adapter {name!r}")
+        refuse_merged(selection, f"adding adapter {name!r}")
+
+
+def refuse_merged(selection: Selection, asked: str) -> None:
+    """Raise where the weights hold a merged adapter.
+
+    Raises:
+        StateError: They do.
+    """
+    if selection.merged is not None:
+        merged = ", ".join(name for name, _ in selection.merged.active)
+        raise StateError(
+            asked, f"{merged!r} is merged into the weights", "Call unmerge(model) first"
+        )

@@ -1,0 +1,103 @@
+"""The adapters on a model, listed for whoever asks what there is.
+
+An adapter is what its entries on the modules say, summed up by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_inject.layers.attached import TRAINABLE_ROLES, Entry
+from lora_inject.model.carried import entries, reach, roots_of
+from lora_inject.spec.names import joined
+from lora_inject.spec.sites import SiteSpec
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter on a model, as `adapters` lists it.
+
+    Attributes:
+        sites: Site name to its spec.
+        trained: Names of the base tensors of which the adapter has full copies.
+        n_parameters: Elements of all its trainable tensors.
+        weight: Its mixing weight in the current selection, None where it is not active.
+        trainable: Whether its tensors require gradients.
+    """
+
+    sites: Mapping[str, SiteSpec]
+    trained: tuple[str, ...]
+    n_parameters: int
+    weight: float | None
+    trainable: bool
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks, ascending."""
+        return tuple(sorted({spec.rank for spec in self.sites.values()}))
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter takes part in a forward."""
+        return self.weight is not None
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
+    """List the adapters on a model.
+
+    Returns:
+        Adapter name to what it is, in the order of injection.
+
+    Example:
+        >>> from lora_inject.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
+        >>> adapters(net)["sql"].n_parameters
+        8
+    """
+    found: dict[str, list[tuple[str, nn.Module, Entry]]] = {}
+    for item in entries(model):
+        found.setdefault(item[2].adapter, []).append(item)
+    weights: dict[str, float] = {}
+    for selection in reach(model).selections:
+        weights.update((selection.merged or selection.state).active)
+    order = {name: i for root in roots_of(model).values() for i, name in enumerate(root.configs)}
+    names = sorted(found, key=lambda name: order.get(name, len(order)))
+    return {name: _info(found[name], weights.get(name)) for name in names}
+
+
+def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> AdapterInfo:
+    tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if r in TRAINABLE_ROLES]
+    return AdapterInfo(
+        sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
+        trained=tuple(joined(path, e.param) for path, _, e in items if e.spec is None),
+        n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
+        weight=weight,
+        trainable=any(t.requires_grad for t in tensors),
+    )
+
+
+def summary(model: nn.Module) -> str:
+    """Return the adapters of a model as a plain text table."""
+    rows = [("adapter", "sites", "ranks", "trained", "parameters", "weight", "trainable")]
+    for name, info in adapters(model).items():
+        ranks = ", ".join(map(str, info.ranks)) or "-"
+        weight = "-" if info.weight is None else f"{info.weight:g}"
+        rows.append(
+            (
+                name,
+                str(len(info.sites)),
+                ranks,
+                str(len(info.trained)),
+                f"{info.n_parameters:,}",
+                weight,
+                "yes" if info.trainable else "no",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,98 @@
+"""Which adapters take part when a model runs: an adapter that no forward reaches is inert.
+
+Layers note that they took part while somebody listens; the sites that did not are missed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_inject.errors import LayerError, StateError
+from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.model.carried import entries, reach, refuse_merged
+from lora_inject.spec.names import joined
+
+
+def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    r"""Return the sites whose adapter did not take part when `run()` ran the model.
+
+    Args:
+        model: The root, or any module that holds roots.
+        run: Runs the model, for instance `lambda: model(**batch)`.
+
+    Returns:
+        Names of sites of active adapters that no forward reached; empty when all took part. A
+        site that is read by its parent instead of being called shows up here: target its weight,
+        `SITE\.weight`.
+
+    Raises:
+        StateError: The model is merged or carries no active adapter.
+    """
+    found = reach(model)
+    for selection in found.selections:
+        refuse_merged(selection, "unreached")
+    active = {name for selection in found.selections for name in selection.state.names}
+    if not active:
+        raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")
+    return list(dict.fromkeys(_missed_sites(model, run)))
+
+
+def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
+    """Check that a run of the model reaches every site of its active adapters.
+
+    Args:
+        model: The root; it runs in eval mode and without gradients, and its mode is put back.
+        probe: Runs the model.
+
+    Raises:
+        LayerError: It misses one.
+    """
+    training = {id(module): module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            missed = _missed_sites(model, probe)
+    finally:
+        for module in model.modules():
+            module.training = training[id(module)]
+    if missed:
+        some = ", ".join(map(repr, missed[:3]))
+        weight = missed[0] if missed[0].endswith("weight") else f"{missed[0]}.weight"
+        raise LayerError(
+            f"inject, site {missed[0]!r}",
+            f"the probe reached its layer at no point ({len(missed)} such sites: {some}): its "
+            "adapter would be inert",
+            f"Where a parent reads the weight instead of calling the layer, target the weight: "
+            f"'{re.escape(weight)}'; else leave it out",
+        )
+
+
+def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+    """Return the sites of active adapters that took no part when `run()` ran the model."""
+    selections = reach(model).selections
+    active = {name for selection in selections for name in selection.state.names}
+    seen: set[tuple[int, str | None]] = set()
+    for selection in selections:
+        selection.witness = seen
+    try:
+        run()
+    finally:
+        for selection in selections:
+            selection.witness = None
+    return [
+        entry.spec.name if entry.spec is not None else joined(path, entry.param)
+        for path, module, entry in entries(model)
+        if entry.adapter in active and (id(module), _read_param(module, entry)) not in seen
+    ]
+
+
+def _read_param(module: nn.Module, entry: Entry) -> str | None:
+    """Return the parameter by whose reading an entry takes part, None for a forward update."""
+    attached = attached_to(module)
+    assert attached is not None
+    return None if attached.forward.get(entry.adapter) is entry else entry.param

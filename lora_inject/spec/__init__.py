@@ -1,0 +1,1 @@
+"""What is asked and what it means: names, sites, configs and plans, without torch."""

@@ -1,0 +1,211 @@
+"""Dotted names: their canonical form, patterns on their ends, and what they nearly spell.
+
+Everything is matched, shown and filed under one name, free of what wrappers put into it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+from functools import lru_cache
+
+from lora_inject.errors import nearest
+
+# Segments that wrappers put into names: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+# Names
+
+
+def canonical(name: str, *, ddp: bool = False) -> str:
+    """Return a dotted name without the segments that wrappers put into it.
+
+    Args:
+        name: Name of a module, a parameter or a checkpoint's key.
+        ddp: Also drop a leading `module`, as DistributedDataParallel adds one. Only the caller
+            knows whether there is such a wrapper: a model may have a child called `module`.
+
+    Returns:
+        The name by which patterns, adapters and files know it; `parametrizations.X.original` stays.
+
+    Example:
+        >>> canonical("_orig_mod.layers.0._checkpoint_wrapped_module.q_proj")
+        'layers.0.q_proj'
+        >>> canonical("module.head"), canonical("module.head", ddp=True)
+        ('module.head', 'head')
+    """
+    if ddp or "_orig_mod" in name or "_wrapped_module" in name:
+        segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+        if ddp and segments[:1] == ["module"]:
+            del segments[0]
+        return ".".join(segments)
+    return name
+
+
+@lru_cache(maxsize=1024)
+def match_end(pattern: str) -> re.Pattern[str]:
+    r"""Compile a pattern so that it must match the end of a dotted name.
+
+    It must begin at the name's start or just after a dot, and end where the name ends. Everything
+    inside the pattern keeps its meaning: alternations, a leading `^` (the name's start), inline
+    flags, verbose mode, group numbers and names.
+
+    Args:
+        pattern: A Python regex that compiles by itself.
+
+    Returns:
+        A compiled pattern; use `.match(name)`.
+
+    Example:
+        >>> names = ("a.q_proj", "a.my_q_proj", "a.q_proj_norm")
+        >>> [name for name in names if match_end("q_proj").match(name)]
+        ['a.q_proj']
+    """
+    flags = re.compile(pattern).flags
+    # Global inline flags may only stand first, so they are passed to `compile` instead.
+    space = r"\s*" if flags & re.VERBOSE else ""
+    body = re.sub(rf"\A(?:\(\?[aiLmsux]+\){space})+", "", pattern)
+    # In verbose mode the line break ends a comment that would swallow the bracket.
+    close = "\n)" if flags & re.VERBOSE else ")"
+    return re.compile(rf"(?s:.*\.)?(?:{body}{close}\Z", flags)
+
+
+def parent(name: str) -> str:
+    """Return the name of the module that a name lies in, empty at the top."""
+    return name.rpartition(".")[0]
+
+
+def joined(path: str, key: str) -> str:
+    """Return the name of what `path` holds under `key`; the root's name is empty.
+
+    Example:
+        >>> joined("layers.0", "weight"), joined("", "weight")
+        ('layers.0.weight', 'weight')
+    """
+    return f"{path}.{key}" if path else key
+
+
+def leaf(name: str) -> str:
+    """Return the last segment of a name."""
+    return name.rpartition(".")[2]
+
+
+class Below:
+    """Whether a name, or a module that it lies in, is in a set; each module is asked once."""
+
+    def __init__(self, hits: Iterable[str]) -> None:
+        self._known = dict.fromkeys(hits, True)
+        self._known.setdefault("", False)
+
+    def __contains__(self, name: str) -> bool:
+        asked = []
+        while (known := self._known.get(name)) is None:  # "" is always known
+            asked.append(name)
+            name = parent(name)
+        self._known.update(dict.fromkeys(asked, known))
+        return known
+
+
+def is_bias(name: str) -> bool:
+    """Return whether a parameter is a bias by its name: `bias` or `..._bias`."""
+    last = leaf(name)
+    return last == "bias" or last.endswith("_bias")
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Return names in quotes, with commas between."""
+    return ", ".join(f"'{name}'" for name in names)
+
+
+# Nearest spellings --------------------------------------------------------------------------------
+
+_MAX_SPELLINGS = 4000
+_ALIKE = 0.75  # further names are shown if they are nearly as like as the best
+
+
+def _plain(pattern: str) -> str:
+    r"""A name that the pattern might have meant: `^h\.\d+\.(q|v)_proj$` as `h.0.q_proj`."""
+    text = re.sub(r"\A(?:\(\?[aiLmsux]+\))+", "", pattern)
+    text = re.sub(r"\(\?(?:[:=!>]|<[=!]|P<\w+>)", "(", text)
+    text = re.sub(r"\\d[+*]?|\[0-9\][+*]?", "0", text)
+    text = re.sub(r"\[\^?(.)[^]]*\]", r"\1", text)
+    text = re.sub(r"\.[+*]\??", "", text)
+    text = re.sub(r"\(([^()|]*)(?:\|[^()]*)?\)", r"\1", text)
+    return re.sub(r"\\[AbBZ]|[\\^$()+*?]|\{[^}]*\}|\|.*", "", text).strip(".")
+
+
+def nearest_names(pattern: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """Names in which some run of segments is spelled most like the pattern, ends first."""
+    plain = _plain(pattern)
+    width = plain.count(".") + 1
+    spellings: dict[str, str] = {}
+    inner: dict[str, str] = {}
+    for name in _distinct(names):
+        segments = name.split(".")
+        spellings.setdefault(".".join(segments[-width:]), name)
+        for start in range(max(0, len(segments) - width)):
+            inner.setdefault(".".join(segments[start : start + width]), name)
+        if len(spellings) + len(inner) > _MAX_SPELLINGS:
+            break
+    for spelling, name in inner.items():
+        spellings.setdefault(spelling, name)
+    near = nearest(plain, spellings, n=n) if plain else []
+    likeness = [SequenceMatcher(None, plain, spelling).ratio() for spelling in near]
+    near = [x for x, like in zip(near, likeness, strict=True) if like > _ALIKE * max(likeness)]
+    return list(dict.fromkeys(spellings[spelling] for spelling in near))
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The first of all names that differ in numbers only."""
+    return list({re.sub(r"\d+", "0", name): name for name in reversed(list(names))}.values())[::-1]
+
+
+# Names that differ in numbers ---------------------------------------------------------------------
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    """`0, 1, 2, 5` as `{0..2,5}`, a single number as itself."""
+    parts: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    texts = [str(p[0]) if len(p) == 1 else f"{p[0]}..{p[-1]}" for p in parts]
+    return texts[0] if texts == [texts[0]] and ".." not in texts[0] else f"{{{','.join(texts)}}}"
+
+
+def templates(names: Iterable[str]) -> dict[str, int]:
+    """Names with their numbers collapsed, and how many each stands for.
+
+    Exact: a template is written only for names that all exist, so its count is the size of its
+    runs' product.
+
+    Example:
+        >>> templates(["h.0.q", "h.1.q", "h.0.v"])
+        {'h.{0..1}.q': 2, 'h.0.v': 1}
+    """
+    groups = {tuple(name.split(".")): 1 for name in names}
+    depth = max(map(len, groups), default=0)
+    for at in reversed(range(depth)):
+        groups = _collapse(groups, at)
+    return {".".join(key): n for key, n in groups.items()}
+
+
+def _collapse(groups: dict[tuple[str, ...], int], at: int) -> dict[tuple[str, ...], int]:
+    """Join names that differ in the number at one position only."""
+    joined: dict[tuple[object, ...], tuple[tuple[str, ...], list[int], int]] = {}
+    for key, n in groups.items():
+        if at < len(key) and key[at].isdecimal() and key[at] == str(int(key[at])):
+            bucket: tuple[object, ...] = (key[:at], key[at + 1 :], n)
+            numbers = joined.setdefault(bucket, (key, [], n))[1]
+            numbers.append(int(key[at]))
+        else:
+            joined[(key, None)] = (key, [], n)
+    result = {}
+    for key, numbers, n in joined.values():
+        run = (_runs(numbers),) if numbers else key[at : at + 1]
+        result[(*key[:at], *run, *key[at + 1 :])] = n * max(1, len(numbers))
+    return result

@@ -1,0 +1,270 @@
+"""What a config does to a model, as a value to look at before it is done, and as a table.
+
+A plan is data. It can be counted, compared, printed and written as JSON; it changes
+nothing and holds no tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from lora_inject.spec.config import Config, Hyper
+from lora_inject.spec.names import templates
+from lora_inject.spec.sites import SiteSpec
+
+
+class Trained(NamedTuple):
+    """A parameter of the base that trains with the adapter, as the adapter's own copy.
+
+    Attributes:
+        name: Canonical name.
+        shape: Its shape.
+        why: The entry that named it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    why: str
+
+
+class Skipped(NamedTuple):
+    """A name that a rule hit but that is no site.
+
+    Attributes:
+        name: Canonical name.
+        rule: Index of the rule in `config.targets`.
+        reason: Why: `container`, `LayerNorm`, `excluded`, ...
+    """
+
+    name: str
+    rule: int
+    reason: str
+
+
+class Tied(NamedTuple):
+    """One tensor under several names, which a site or a `train` entry touches.
+
+    Attributes:
+        names: All names of the tensor.
+        sites: Sites on it; with two, each adds its own delta where it is used.
+        trained: True if a `train` entry names it.
+    """
+
+    names: tuple[str, ...]
+    sites: tuple[str, ...]
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config does to a model, before it is done.
+
+    Attributes:
+        config: The config.
+        sites: The sites in model order.
+        trained: Further parameters that train, in model order.
+        skipped: What else the rules hit.
+        tied: Tensors with several names that are adapted or trained.
+        notes: What the user should know, in sentences.
+        n_base: Elements of the base's parameters.
+        assumed: True where kinds were guessed from a checkpoint's keys.
+    """
+
+    config: Config
+    sites: tuple[SiteSpec, ...]
+    trained: tuple[Trained, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    tied: tuple[Tied, ...] = ()
+    notes: tuple[str, ...] = ()
+    n_base: int = 0
+    assumed: bool = False
+
+    @property
+    def n_sites(self) -> int:
+        """Number of sites."""
+        return len(self.sites)
+
+    @cached_property
+    def n_lora(self) -> int:
+        """Elements of A and B of all sites."""
+        return sum(site.n_parameters for site in self.sites)
+
+    @cached_property
+    def n_trained(self) -> int:
+        """Elements of the parameters that `train` and `bias` add."""
+        return sum(math.prod(entry.shape) for entry in self.trained)
+
+    @property
+    def n_trainable(self) -> int:
+        """Elements of A, B and all that `train` and `bias` add."""
+        return self.n_lora + self.n_trained
+
+    @cached_property
+    def n_sites_by_rule(self) -> tuple[int, ...]:
+        """Number of sites of each rule."""
+        found = Counter(site.rule for site in self.sites)
+        return tuple(found[i] for i in range(len(self.config.targets)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data for JSON.
+
+        Returns:
+            Config, totals, sites, trained, skipped, tied, notes.
+        """
+        return {
+            "config": self.config.to_dict(),
+            "n_sites": self.n_sites,
+            "n_lora": self.n_lora,
+            "n_trained": self.n_trained,
+            "n_trainable": self.n_trainable,
+            "n_base": self.n_base,
+            "assumed": self.assumed,
+            "sites": [_site_dict(site) for site in self.sites],
+            "trained": [{**t._asdict(), "shape": list(t.shape)} for t in self.trained],
+            "skipped": [s._asdict() for s in self.skipped],
+            "tied": [
+                {"names": list(t.names), "sites": list(t.sites), "trained": t.trained}
+                for t in self.tied
+            ],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _alike(site: SiteSpec) -> tuple[object, ...]:
+    """What the number of parameters of a site depends on."""
+    return site.rank, site.in_features, site.out_features, site.experts, site.slices
+
+
+def _site_dict(site: SiteSpec) -> dict[str, Any]:
+    slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": list(site.slices.adapt)}
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "update": site.update,
+        "weight": site.weight,
+        "weight_shape": list(site.weight_shape),
+        "in_features": site.in_features,
+        "out_features": site.out_features,
+        "experts": site.experts,
+        "rank": site.rank,
+        "alpha": site.alpha,
+        "scale": site.scale,
+        "dropout": site.dropout,
+        "init": list(site.init) if isinstance(site.init, tuple) else site.init,
+        "compute": site.compute,
+        "slices": slices,
+        "rule": site.rule,
+        "aliases": list(site.aliases),
+        "n_parameters": site.n_parameters,
+    }
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    """The plan as text: sites by rule, what else trains, what was skipped, totals."""
+    if plan.assumed:
+        yield "kinds are assumed from names and shapes"
+    for i, rule in enumerate(plan.config.targets):
+        sites = [site for site in plan.sites if site.rule == i]
+        yield f"rule {i + 1} '{rule.match}': {_hyper_text(plan.config.hyper(rule))}"
+        yield from _columns([_row(name, n, site) for name, n, site in _by_shape(sites)])
+    for why in dict.fromkeys(entry.why for entry in plan.trained):
+        yield f"{why}: trained in full"
+        entries = [entry for entry in plan.trained if entry.why == why]
+        yield from _columns([_trained_row(*row) for row in _by_size(entries)])
+    for reason in dict.fromkeys(entry.reason for entry in plan.skipped):
+        names = templates(dict.fromkeys(e.name for e in plan.skipped if e.reason == reason))
+        some = ", ".join(list(names)[:4]) + (", ..." if len(names) > 4 else "")
+        yield f"skipped, {reason}: {some}"
+    for tied in plan.tied:
+        yield f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}"
+    for note in plan.notes:
+        yield f"note: {note}"
+    yield _totals(plan)
+
+
+def _hyper_text(hyper: Hyper) -> str:
+    root = f"sqrt({hyper.rank})" if hyper.scaling == "rslora" else str(hyper.rank)
+    init = hyper.init if isinstance(hyper.init, str) else f"normal({hyper.init[1]:g})"
+    parts = [f"rank {hyper.rank}", f"scale {hyper.alpha:g}/{root}", init]
+    parts += [f"dropout {hyper.dropout:g}"] if hyper.dropout else []
+    parts += ["compute float32"] if hyper.compute == "float32" else []
+    return ", ".join(parts)
+
+
+def _by_shape(sites: Sequence[SiteSpec]) -> Iterator[tuple[str, int, SiteSpec]]:
+    groups: dict[tuple[object, ...], list[SiteSpec]] = {}
+    for site in sites:
+        groups.setdefault((site.kind, site.update, *_alike(site)), []).append(site)
+    for alike in groups.values():
+        for name, n in templates(site.name for site in alike).items():
+            yield name, n, alike[0]
+
+
+def _row(name: str, n: int, site: SiteSpec) -> tuple[str, ...]:
+    experts = "" if site.experts is None else f"{site.experts} x "
+    shape = f"{experts}{site.in_features:,} -> {site.out_features:,}"
+    if site.slices:
+        shape += f" [{', '.join(site.slices.adapt)}]"
+    by_weight = site.update == "weight" and site.kind != "parameter"
+    kind = f"{site.kind} (weight)" if by_weight else site.kind
+    each = site.n_parameters
+    return name, f"x{n:,}", kind, shape, f"{each:,} each", f"{each * n:,}"
+
+
+def _by_size(entries: Sequence[Trained]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for entry in entries:
+        groups.setdefault(entry.shape, []).append(entry.name)
+    for shape, names in groups.items():
+        for name, n in templates(names).items():
+            yield name, n, shape
+
+
+def _trained_row(name: str, n: int, shape: tuple[int, ...]) -> tuple[str, ...]:
+    size = math.prod(shape)
+    text = " x ".join(f"{side:,}" for side in shape) or "scalar"
+    return name, f"x{n:,}", "trained", text, f"{size:,} each", f"{size * n:,}"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Rows with aligned columns, the last two to the right."""
+    if not rows:
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if k >= len(row) - 2 else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  " + "  ".join(cells)
+
+
+def _tied_text(tied: Tied) -> str:
+    text = f"adapted at {', '.join(tied.sites)} only" if tied.sites else ""
+    if len(tied.sites) > 1:
+        text = f"adapted at {' and '.join(tied.sites)}, each with its own delta"
+    if tied.trained:
+        text += ("; " if text else "") + "trained under all its names"
+    return text
+
+
+def _totals(plan: Plan) -> str:
+    share = (
+        f", {100 * plan.n_trainable / plan.n_base:.3g} % of {plan.n_base:,}" if plan.n_base else ""
+    )
+    extra = f" + {plan.n_trained:,} trained in full" if plan.trained else ""
+    return (
+        f"{plan.n_sites:,} sites: {plan.n_lora:,} in A and B{extra} = "
+        f"{plan.n_trainable:,} trainable{share}; {4 * plan.n_trainable / 1e6:,.1f} MB in float32"
+    )

@@ -1,0 +1,185 @@
+"""What a site is, in numbers: no torch, no model.
+
+Every kind of weight is a matrix (`matrix_shape`), and an adapter adds to it a few
+low-rank blocks. A plain linear layer has one block; a fused projection has one for each adapted
+slice; a bank of experts has one for each expert. All that merging, exporting and counting need to
+know about a site is therefore a list of `Block`s, stated once, here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """The parts of a fused projection's output, and which of them are adapted.
+
+    Attributes:
+        sizes: `(name, width)` of each part along the output, in order; the widths sum to
+            `out_features`.
+        adapt: Names of the adapted parts, in the order of `sizes`.
+
+    Example:
+        >>> s = Slices((("q", 8), ("k", 4), ("v", 4)), ("q", "v"))
+        >>> s.spans
+        ((0, 8), (12, 16))
+    """
+
+    sizes: tuple[tuple[str, int], ...]
+    adapt: tuple[str, ...]
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """`(start, stop)` along the output of each adapted part."""
+        spans, start = [], 0
+        for name, width in self.sizes:
+            if name in self.adapt:
+                spans.append((start, start + width))
+            start += width
+        return tuple(spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One low-rank block: `W[rows, cols] += scale * B[b] @ A[a]` (transposed if the site is).
+
+    Attributes:
+        rows: `(start, stop)` of rows of the weight matrix.
+        cols: `(start, stop)` of its columns.
+        a: `(start, stop)` of rows of A, flattened to two dimensions.
+        b: `(start, stop)` of rows of B, flattened to two dimensions.
+    """
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    a: tuple[int, int]
+    b: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One site and its hyper-parameters, without tensors.
+
+    Attributes:
+        name: Canonical dotted name of the module, or of the parameter for a weight update.
+        kind: Name of the row in the table of layer kinds: `linear`, `conv1d`, `embedding`, ...,
+            or `parameter` for a weight update.
+        in_features: Width of the input of A. For a convolution: channels per group times kernel.
+        out_features: Width of the output of B.
+        weight_shape: Shape of the weight tensor as the module holds it.
+        transposed: True where the weight matrix is `(in, out)`: Conv1D, embeddings, some experts.
+        experts: Length of a leading dimension of stacked matrices, or None.
+        rank: r, the rank of each block.
+        alpha: alpha of the paper.
+        scaling: `standard` (alpha / rank) or `rslora` (alpha / sqrt(rank)).
+        dropout: Probability of dropping an element of the input of A.
+        init: How A and B start: a name of `config.Init`, or `("normal", std)`.
+        compute: `base` or `float32`, the dtype of the low-rank arithmetic.
+        slices: Parts of a fused projection, or None.
+        rule: Index of the rule that matched, None for an adapter that came from a file.
+        weight: Name of the adapted tensor in the state dict, `NAME.weight` for a module.
+        update: `forward` where the update is added to the layer's output, `weight` where the weight
+            reads as `W + delta`.
+        aliases: Other names of the same module or parameter.
+        scale: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA (arXiv:2312.03732).
+        spans: `(start, stop)` along the output of each adapted part; one for a plain site.
+        a_shape: Shape of A: `(rank * parts, in)`, with a leading `experts` where there are any.
+        b_shape: Shape of B: `(adapted out, rank)`, with a leading `experts` where there are any.
+        n_parameters: Elements of A and B together.
+        form: What two sites must have in common for values of A and B to mean the same in both.
+    """
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    weight_shape: tuple[int, ...]
+    rank: int
+    alpha: float
+    transposed: bool = False
+    experts: int | None = None
+    scaling: str = "standard"
+    dropout: float = 0.0
+    init: str | tuple[str, float] = "kaiming"
+    compute: str = "base"
+    slices: Slices | None = None
+    rule: int | None = None
+    weight: str = ""
+    update: str = "forward"
+    aliases: tuple[str, ...] = field(default=(), compare=False)
+    scale: float = field(init=False, repr=False, compare=False)
+    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    a_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    b_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    n_parameters: int = field(init=False, repr=False, compare=False)
+    form: tuple[object, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Compute what follows; torch.compile cannot trace a cached property."""
+        divisor = math.sqrt(self.rank) if self.scaling == "rslora" else self.rank
+        spans = self.slices.spans if self.slices else ((0, self.out_features),)
+        lead = () if self.experts is None else (self.experts,)
+        a_shape = (*lead, self.rank * len(spans), self.in_features)
+        b_shape = (*lead, sum(stop - start for start, stop in spans), self.rank)
+        scale = self.alpha / divisor
+        turned = self.kind == "parameter" and self.transposed
+        self.__dict__.update(
+            scale=scale,
+            spans=spans,
+            a_shape=a_shape,
+            b_shape=b_shape,
+            n_parameters=math.prod(a_shape) + math.prod(b_shape),
+            form=(self.rank, scale, spans, self.experts, turned),
+        )
+
+    def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
+        """Return the same site in another place.
+
+        Models have thousands of sites that differ in nothing else. What was computed once of the
+        shapes is shared, so this costs a fraction of a new spec.
+
+        Example:
+            >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)
+            >>> k = q.at("h.0.k", "h.0.k.weight")
+            >>> k.name, k.a_shape == q.a_shape
+            ('h.0.k', True)
+        """
+        made = object.__new__(SiteSpec)
+        made.__dict__.update(self.__dict__, name=name, weight=weight, aliases=aliases)
+        return made
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of the weight seen as one matrix, in the weight's own memory order."""
+        matrix = (self.out_features, self.in_features)
+        rows, cols = matrix[::-1] if self.transposed else matrix
+        return rows * (self.experts or 1), cols
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The low-rank blocks on the weight matrix.
+
+        Example:
+            >>> spec = SiteSpec("c_attn", "conv1d", 4, 6, (4, 6), rank=2, alpha=2, transposed=True,
+            ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))
+            >>> [(b.rows, b.cols) for b in spec.blocks]
+            [((0, 4), (0, 2)), ((0, 4), (4, 6))]
+        """
+        blocks = []
+        n_in, n_out = self.in_features, self.out_features
+        a_rows, b_rows = self.a_shape[-2], self.b_shape[-2]
+        for expert in range(self.experts or 1):
+            b_start = expert * b_rows
+            for part, (start, stop) in enumerate(self.spans):
+                a_start = expert * a_rows + part * self.rank
+                a, b = (a_start, a_start + self.rank), (b_start, b_start + stop - start)
+                if self.transposed:
+                    rows, cols = (expert * n_in, (expert + 1) * n_in), (start, stop)
+                else:
+                    rows, cols = (expert * n_out + start, expert * n_out + stop), (0, n_in)
+                blocks.append(Block(rows, cols, a, b))
+                b_start = b[1]
+        return tuple(blocks)

@@ -1,0 +1,203 @@
+"""Writing an adapter's files so that no half of it can ever be read.
+
+Everything is written under a temporary name beside the target, flushed to the disk, and
+put in place by one rename. A directory that is already there is exchanged in the same single step
+where the system can do that (Linux); elsewhere it is moved aside first, so that for a moment there
+is no adapter, but never half of one. Whatever goes wrong, Ctrl-C included, the temporary is removed
+and the old adapter is where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+from lora_inject.errors import FormatError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+
+
+def write_directory(
+    path: str | os.PathLike[str],
+    files: Mapping[str, bytes],
+    *,
+    overwrite: bool = False,
+    replaceable: Collection[str] = (),
+) -> Path:
+    """Write a directory of small files in one step.
+
+    Args:
+        path: The directory to make. Its parents are made as needed.
+        files: Content by plain file name.
+        overwrite: Replace the directory if it is there already.
+        replaceable: Names of files that an older adapter may hold beside those in `files`. A
+            directory with anything else in it is never replaced.
+
+    Returns:
+        The directory that was written, symbolic links resolved.
+
+    Raises:
+        FormatError: The target is a file, or a directory that must not be replaced, or the system
+            refuses (a full disk). Nothing is left behind.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     made = write_directory(Path(parent, "sql"), {"a.json": b"{}"})
+        ...     sorted(p.name for p in made.iterdir())
+        ['a.json']
+    """
+    target = Path(os.path.realpath(path))
+    _check_directory(target, files.keys() | set(replaceable), overwrite=overwrite)
+    temporary = _temporary_name(target)
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.mkdir()
+            for name, content in files.items():
+                _write_flushed(temporary / name, content)
+            _flush_directory(temporary)
+            _put_in_place(temporary, target)
+        finally:
+            # After an exchange this is the old adapter, after a failure what was half written.
+            shutil.rmtree(temporary, ignore_errors=True)
+        _flush_directory(target.parent)
+    return target
+
+
+def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> Path:
+    """Write one file in one step.
+
+    Args:
+        path: The file to make. Its parents are made as needed.
+        content: All of it.
+        overwrite: Replace the file if it is there already.
+
+    Returns:
+        The file that was written, symbolic links resolved.
+
+    Raises:
+        FormatError: The target is a directory, or a file and `overwrite` is false, or the system
+            refuses (a full disk). Nothing is left behind.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     write_file(Path(parent, "note"), b"abc").read_bytes()
+        b'abc'
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise FormatError(f"write '{target}'", "it is a directory", "Give the name of a file")
+    if target.exists() and not overwrite:
+        raise FormatError(f"write '{target}'", "it exists already", _OVERWRITE)
+    temporary = _temporary_name(target)
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_flushed(temporary, content)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush_directory(target.parent)
+    return target
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Say of what the system refuses, a full disk above all, what was asked and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise FormatError(
+            f"write '{target}'",
+            error.strerror or str(error),
+            "Free some space there, or choose a folder that can be written",
+        ) from error
+
+
+_OVERWRITE = "Choose another path, or pass overwrite=True"
+
+
+def _check_directory(target: Path, names: Collection[str], *, overwrite: bool) -> None:
+    """Refuse a target that is not free and not an adapter that may be replaced."""
+    asked = f"write adapter to '{target}'"
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise FormatError(asked, "it is a file; an adapter is a directory", "Choose another path")
+    present = sorted(entry.name for entry in target.iterdir())
+    foreign = [name for name in present if name not in names]
+    if foreign:
+        raise FormatError(
+            asked,
+            f"the directory holds '{foreign[0]}', which is no part of an adapter and would be lost",
+            "Choose a directory of its own for the adapter",
+        )
+    if present and not overwrite:
+        raise FormatError(asked, "there is an adapter already", _OVERWRITE)
+
+
+def _temporary_name(target: Path) -> Path:
+    """A free name in the target's own directory: a rename never crosses file systems there."""
+    return target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    """Create a file that must be new (mode 0666 less the umask) and wait until it is on disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    """Make the names in a directory durable; not every system can, and none loses data by it."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Give `temporary` the name of `target`; what was there ends up under the temporary name."""
+    if not target.exists() or not any(target.iterdir()):
+        # POSIX renames over an empty directory; Windows needs the name to be free.
+        if os.name != "posix" and target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    elif not _exchange(temporary, target):
+        aside = _temporary_name(target)
+        target.rename(aside)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))
