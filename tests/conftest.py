@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_inject as li
 from lora_inject.cli import app
+
+# A busy machine must not fail a test by a deadline, and CI must find the same examples each time.
+settings.register_profile("suite", deadline=None, derandomize="CI" in os.environ, max_examples=60)
+settings.load_profile("suite")
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -34,7 +34,7 @@ from lora_inject.model.carried import (
 )
 from lora_inject.model.inject import attach
 from lora_inject.spec.inventory import Candidate, Inventory
-from lora_inject.spec.names import joined, match_end
+from lora_inject.spec.names import joined, matching
 from lora_inject.spec.plan import Trained
 from lora_inject.spec.sites import SiteSpec
 
@@ -314,16 +314,16 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
     """Leave out what the caller's patterns name; each must name something."""
     gone: set[str] = set()
     for pattern in patterns:
-        matcher = match_end(pattern)
-        hits = {key for key in (*state.sites, *state.trained) if matcher.match(key)}
+        label = f"{asked}, leave_out {pattern!r}"
+        hits = matching(pattern, (*state.sites, *state.trained), asked=label, error=FormatError)
         if not hits:
             close = nearest(pattern, [*state.trained, *state.sites])
             raise FormatError(
-                f"{asked}, leave_out {pattern!r}",
+                label,
                 "it matches nothing in the adapter",
                 f"Nearest: {', '.join(map(repr, close)) or 'none'}",
             )
-        gone |= hits
+        gone.update(hits)
     return dataclasses.replace(
         state,
         sites={key: site for key, site in state.sites.items() if key not in gone},

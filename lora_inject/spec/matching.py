@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from lora_inject.spec.names import (
     Below,
     canonical,
     is_bias,
-    match_end,
+    matching,
     nearest_names,
     parent,
     quoted,
@@ -185,19 +185,15 @@ def _rule_label(config: Config, i: int) -> str:
     return f"rule {i + 1} ('{config.targets[i].match}')"
 
 
-def _hits(pattern: str, names: Iterable[str]) -> list[str]:
-    match = match_end(pattern).match
-    return [name for name in names if match(name)]
-
-
 def _excluded(config: Config, index: _Index) -> Below:
     """The names that no rule may take, and all below them."""
     excluded: set[str] = set()
     names = list(dict.fromkeys([*index.names, *index.modules])) if config.exclude else []
     for i, pattern in enumerate(config.exclude):
-        hits = _hits(pattern, names)
+        label = f"exclude {i + 1} ('{pattern}')"
+        hits = matching(pattern, names, asked=label)
         if not hits:
-            raise _no_match(f"exclude {i + 1} ('{pattern}')", pattern, [names], len(names))
+            raise _no_match(label, pattern, [names], len(names))
         excluded.update(hits)
     return Below(excluded)
 
@@ -212,7 +208,7 @@ def _take(
 ) -> None:
     """Let rule `i` take what it hits and nobody has; raise if that is nothing."""
     rule, label = config.targets[i], _rule_label(config, i)
-    hits = _hits(rule.match, index.names)
+    hits = matching(rule.match, index.names, asked=label)
     if not hits:
         pools = [list(index.sites), list(index.names)]
         raise _no_match(label, rule.match, pools, len(index.names))
@@ -467,8 +463,8 @@ def _check_not_both(why: Mapping[str, str], index: _Index, sites: Sequence[SiteS
 
 def _parameters_hit(pattern: str, label: str, index: _Index) -> list[str]:
     """Listed parameters that a train entry names, itself or by a module around them."""
-    direct = _hits(pattern, index.parameters)
-    modules = _hits(pattern, index.modules)
+    direct = matching(pattern, index.parameters, asked=label)
+    modules = matching(pattern, index.modules, asked=label)
     if not direct and not modules:
         names = [*index.parameters, *index.modules]
         raise _no_match(label, pattern, [names], len(names))

@@ -6,15 +6,19 @@ Everything is matched, shown and filed under one name, free of what wrappers put
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from functools import lru_cache
 
-from lora_inject.errors import nearest
+import regex
+
+from lora_inject.errors import LoraInjectError, MatchError, nearest
 
 # Segments that wrappers put into names: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
+MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes milliseconds
 
 # Names
 
@@ -44,32 +48,71 @@ def canonical(name: str, *, ddp: bool = False) -> str:
     return name
 
 
-@lru_cache(maxsize=1024)
-def match_end(pattern: str) -> re.Pattern[str]:
-    r"""Compile a pattern so that it must match the end of a dotted name.
+def matching(
+    pattern: str,
+    names: Iterable[str],
+    *,
+    asked: str,
+    whole: bool = False,
+    error: type[LoraInjectError] = MatchError,
+    seconds: float = MATCH_SECONDS,
+) -> list[str]:
+    r"""Return the names that a pattern matches, within a time limit.
 
-    It must begin at the name's start or just after a dot, and end where the name ends. Everything
-    inside the pattern keeps its meaning: alternations, a leading `^` (the name's start), inline
-    flags, verbose mode, group numbers and names.
+    It must match the end of a name, beginning at the name's start or just after a dot. A
+    backtracking regex can take exponential time on a short name, so the time is limited.
 
     Args:
         pattern: A Python regex that compiles by itself.
+        names: Dotted names.
+        asked: What messages call the pattern, such as `rule 1 ('q_proj')`.
+        whole: Match whole names instead of their ends.
+        error: What to raise.
+        seconds: Processor time for all names together.
 
     Returns:
-        A compiled pattern; use `.match(name)`.
+        The names that match, in their order.
+
+    Raises:
+        MatchError: The pattern took too long; or another `error`.
 
     Example:
-        >>> names = ("a.q_proj", "a.my_q_proj", "a.q_proj_norm")
-        >>> [name for name in names if match_end("q_proj").match(name)]
+        >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
         ['a.q_proj']
     """
-    flags = re.compile(pattern).flags
-    # Global inline flags may only stand first, so they are passed to `compile` instead.
-    space = r"\s*" if flags & re.VERBOSE else ""
-    body = re.sub(rf"\A(?:\(\?[aiLmsux]+\){space})+", "", pattern)
+    compiled = _compiled(pattern, whole=whole)
+    end = time.process_time() + seconds  # the clock that `timeout` is counted on
+    found = []
+    for name in names:
+        try:
+            hit = compiled.match(name, timeout=max(end - time.process_time(), 1e-6))
+        except TimeoutError:
+            what = f"it took more than {seconds:g} s to match (on '{name[:60]}')"
+            remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
+            raise error(asked, what, remedy) from None
+        if hit:
+            found.append(name)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str, *, whole: bool) -> regex.Pattern[str]:
+    """Compile a Python regex for a name's end, or a whole name; `regex` has the time limits.
+
+    Everything inside the pattern keeps its meaning: alternations, a leading `^` (the name's start),
+    inline flags, verbose mode, group numbers and names.
+    """
+    verbose = bool(re.compile(pattern).flags & re.VERBOSE)
+    # Global inline flags may only stand first.
+    space = r"\s*" if verbose else ""
+    flags = re.match(rf"(?:\(\?[aiLmsux]+\){space})*", pattern)
+    body = pattern[flags.end() :] if flags else pattern
+    # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
+    body = re.sub(r"(?<!\\)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})", r"\\{", body)
     # In verbose mode the line break ends a comment that would swallow the bracket.
-    close = "\n)" if flags & re.VERBOSE else ")"
-    return re.compile(rf"(?s:.*\.)?(?:{body}{close}\Z", flags)
+    close = "\n)" if verbose else ")"
+    start = "" if whole else r"(?s:.*\.)?"
+    return regex.compile(rf"{flags[0] if flags else ''}{start}(?:{body}{close}\Z")
 
 
 def parent(name: str) -> str:
