@@ -12,7 +12,7 @@ from lora_inject.version import __version__
 
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
-    from lora_inject.adapters.state import AdapterState, SiteState
+    from lora_inject.adapter.state import AdapterState, SiteState
     from lora_inject.errors import (
         CheckpointError,
         ConfigError,
@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapters.state": "AdapterState SiteState",
+    "adapter.state": "AdapterState SiteState",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
     "integrations.trainer": "AdapterCheckpoint",

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis import (
     FORMATS,
     LowRank,

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lora_inject as li
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis import (
     Panel,
     across_layers,

@@ -21,7 +21,7 @@ from test_checkpoint_helpers import (
     ulps,
 )
 
-from lora_inject.adapters.state import AdapterState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, verify_checkpoint
 from lora_inject.checkpoint import merge_files as merging
 from lora_inject.checkpoint import read as reading

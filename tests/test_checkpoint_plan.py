@@ -18,7 +18,7 @@ from test_checkpoint_helpers import (
 from torch import nn
 
 import lora_inject
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,

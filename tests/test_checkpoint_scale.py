@@ -25,7 +25,7 @@ from test_checkpoint_helpers import (
     site,
 )
 
-from lora_inject.adapters.state import Fingerprint
+from lora_inject.adapter.state import Fingerprint
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_inject.adapters.state import Fingerprint
+from lora_inject.adapter.state import Fingerprint
 from lora_inject.formats import compare, sample, sample_positions, unverifiable
 from lora_inject.formats.fingerprint import samples
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from test_formats_support import FINGERPRINT, KIND_SPECS, make_site, make_state
 
-from lora_inject.adapters.state import AdapterState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.storage.tensors import read_header, read_tensors

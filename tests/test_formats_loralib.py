@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from test_formats_support import KIND_SPECS, dense, make_site, make_state
 from torch import nn
 
-from lora_inject.adapters.state import AdapterState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.spec.sites import Slices

@@ -16,7 +16,7 @@ import torch
 from test_formats_support import assert_same_deltas, dense, make_site
 from torch import Tensor, nn
 
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.formats import conform, read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec, Slices
 

@@ -24,7 +24,7 @@ from test_formats_support import (
     make_state,
 )
 
-from lora_inject.adapters.state import AdapterState, Fingerprint
+from lora_inject.adapter.state import AdapterState, Fingerprint
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.formats.metadata import describe

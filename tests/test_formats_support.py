@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import AdapterState, Fingerprint, SiteState
+from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
 from lora_inject.spec.sites import SiteSpec, Slices
 
 KIND_SPECS: dict[str, SiteSpec] = {

@@ -21,7 +21,7 @@ PACKAGE = Path(lora_inject.__file__).parent
 # From the top down. Files of one folder may use each other.
 FOLDERS = (
     "spec",
-    "adapters",
+    "adapter",
     "storage",
     "functional",
     "formats",
@@ -145,7 +145,7 @@ def test_heavy_and_optional_packages_are_imported_where_they_are_used():
         ("errors", "from lora_inject.spec.config import Config", "errors imports spec.config"),
         ("spec.matching", "def f():\n    from lora_inject.layers import kinds",
          "spec.matching imports layers.kinds"),
-        ("adapters.state", "from lora_inject import formats", "adapters.state imports formats"),
+        ("adapter.state", "from lora_inject import formats", "adapter.state imports formats"),
         ("cli.look", "from lora_inject import plan", f"cli.look imports {ROOT}"),
         ("layers.kinds", "if TYPE_CHECKING:\n    import lora_inject.model.inject",
          "layers.kinds imports model.inject"),

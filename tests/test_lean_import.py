@@ -115,3 +115,9 @@ def test_the_check_sees_what_a_command_brings_in(tmp_path):
     found = commands_bring_in("plan", str(tmp_path / "lora.yaml"), str(tmp_path))
     assert "transformers" in found
     assert "peft" not in found
+
+
+def test_no_folder_hides_a_public_name():
+    """Importing a subpackage sets an attribute of its name on the package."""
+    folders = {path.stem for path in Path(lora_inject.__file__).parent.iterdir()}
+    assert not folders & set(lora_inject.__all__)

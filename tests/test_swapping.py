@@ -15,6 +15,7 @@ from torch import nn
 
 import lora_inject as li
 from lora_inject import AdapterState
+from lora_inject.spec.sites import Slices
 
 RULE = {"rank": 2, "alpha": 3}
 
@@ -157,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[AdapterState], AdapterState], str]] = {
     "alpha": (lambda s: _site(s, alpha=6.0), "site 'up': its scale is 3, and 1.5 on the model"),
     "scaling": (lambda s: _site(s, scaling="rslora"), "its scale is 2.12132, and 1.5"),
     "slices": (
-        lambda s: _site(s, slices=li.sites.Slices((("q", 3), ("k", 3)), ("q", "k"))),
+        lambda s: _site(s, slices=Slices((("q", 3), ("k", 3)), ("q", "k"))),
         "it adapts other parts",
     ),
     "a shape": (lambda s: _site(s, A=torch.zeros(2, 5)), r"shape \(2, 5\), and \(2, 6\)"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import AdapterState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.figures import Progress
 from lora_inject.analysis.places import Place, full_name, place_of
 from lora_inject.analysis.subspaces import Side, block_directions, similarity
@@ -145,7 +145,7 @@ def compare(
 
     Example:
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapters.state import SiteState
+        >>> from lora_inject.adapter.state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> one = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
         >>> pair = compare(one, one).pairs[0]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_inject.adapters.state import AdapterState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.places import Place, full_name, place_of
 from lora_inject.analysis.spectra import SHARES, Spectrum, spectrum_of
 from lora_inject.analysis.thin import site_blocks
@@ -157,7 +157,7 @@ def analyse(
     Example:
         >>> import torch
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapters.state import SiteState
+        >>> from lora_inject.adapter.state import SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))
         >>> block = analyse(AdapterState({"h.0.fc": site})).blocks[0]

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from lora_inject.adapters.state import AdapterState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.comparison import Comparison, Pair, across_layers
 from lora_inject.analysis.pictures import (
     Panel,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,10 @@ def _site(name: str, site: SiteState) -> SiteFigures:
 def _squares(site: SiteState) -> Iterator[float]:
     """Yield `|B A - B0 A0|^2` of each block of a site."""
     spec = site.spec
-    pairs = [(site.A, site.B, 1.0)]
-    if site.A0 is not None and site.B0 is not None:
-        pairs.append((site.A0, site.B0, -1.0))
     flat = [
         (A.detach().double().reshape(-1, spec.in_features),
          sign * B.detach().double().reshape(-1, spec.rank))
-        for A, B, sign in pairs
+        for A, B, sign in site.pairs
     ]  # fmt: skip
     for block in spec.blocks:
         A = torch.cat([a[slice(*block.a)] for a, _ in flat])  # (r or 2r, in)

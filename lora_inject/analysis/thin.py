@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import SiteState
+from lora_inject.adapter.state import SiteState
 from lora_inject.errors import StateError
 from lora_inject.functional import Term
 from lora_inject.spec.sites import Block, SiteSpec
@@ -122,10 +122,7 @@ def site_blocks(site: SiteState) -> tuple[SiteBlock, ...]:
         >>> [b.label for b in site_blocks(SiteState(spec, torch.ones(4, 4), torch.ones(4, 2)))]
         ['q', 'v']
     """
-    pairs = [Term(site.spec, site.A, site.B)]
-    if site.A0 is not None and site.B0 is not None:
-        pairs.append(Term(site.spec, site.A0, site.B0, -1.0))
-    return blocks_of_terms(pairs)
+    return blocks_of_terms([Term(site.spec, A, B, sign) for A, B, sign in site.pairs])
 
 
 def blocks_of_terms(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:

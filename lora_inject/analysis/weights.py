@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import AdapterState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.amplifying import Amplification, amplification_of_rows
 from lora_inject.analysis.rounding import Rounded, RoundingTally
 from lora_inject.analysis.thin import SiteBlock, blocks_of_terms

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.checkpoint.choose import weight_name
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_files import Progress

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.adapters.state import SiteState
+from lora_inject.adapter.state import SiteState
 from lora_inject.functional import Term
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
@@ -136,10 +136,7 @@ def _terms(state: SiteState, weight: float, spec: SiteSpec, expert: int | None) 
     def term(A: Tensor, B: Tensor, w: float) -> Term:
         return Term(spec, pick(A, spec.in_features), pick(B, spec.rank), w)
 
-    terms = [term(state.A, state.B, weight)]
-    if state.A0 is not None and state.B0 is not None:
-        terms.append(term(state.A0, state.B0, -weight))
-    return tuple(terms)
+    return tuple(term(A, B, sign * weight) for A, B, sign in state.pairs)
 
 
 def _place_direct(
@@ -240,14 +237,11 @@ def _cut_terms(
         transposed=transposed,
         **{"in_features" if transposed else "out_features": n_rows},
     )
-    pairs = [(state.A, state.B, weight)]
-    if state.A0 is not None and state.B0 is not None:
-        pairs.append((state.A0, state.B0, -weight))
     return tuple(
-        Term(spec, A[expert][:, rows], B[expert], w)
+        Term(spec, A[expert][:, rows], B[expert], sign * weight)
         if transposed
-        else Term(spec, A[expert], B[expert][rows], w)
-        for A, B, w in pairs
+        else Term(spec, A[expert], B[expert][rows], sign * weight)
+        for A, B, sign in state.pairs
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 
-from lora_inject.adapters.state import Fingerprint
+from lora_inject.adapter.state import Fingerprint
 from lora_inject.checkpoint.choose import Fit
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import FLOATS

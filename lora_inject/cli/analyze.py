@@ -14,7 +14,7 @@ import typer
 from lora_inject.cli.program import Allow, Json, Prefer, app, read_options
 
 if TYPE_CHECKING:
-    from lora_inject.adapters.state import AdapterState
+    from lora_inject.adapter.state import AdapterState
     from lora_inject.analysis import Weights
     from lora_inject.checkpoint import Checkpoint
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_inject.adapters.state import AdapterState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
 from lora_inject.formats import loralib, native, peft
 from lora_inject.formats.fingerprint import compare, sample, sample_positions, unverifiable
@@ -83,7 +83,7 @@ def write_adapter(
     Example:
         >>> import tempfile, torch
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapters.state import SiteState
+        >>> from lora_inject.adapter.state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> state = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
         >>> with tempfile.TemporaryDirectory() as parent:

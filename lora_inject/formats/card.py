@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.version import __version__
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import Fingerprint
+from lora_inject.adapter.state import Fingerprint
 
 N_SAMPLES = 16
 

@@ -11,7 +11,7 @@ import dataclasses
 
 from torch import Tensor
 
-from lora_inject.adapters.state import SiteState
+from lora_inject.adapter.state import SiteState
 from lora_inject.errors import FormatError
 from lora_inject.spec.sites import SiteSpec, Slices
 

@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_inject.adapters.state import AdapterState, Fingerprint
+from lora_inject.adapter.state import AdapterState, Fingerprint
 from lora_inject.errors import FormatError
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.tensors import parse_json

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_inject.adapter.state import signed_pairs
 from lora_inject.functional.factors import Spans
 from lora_inject.layers.selection import Selection, State, number
 from lora_inject.spec.sites import SiteSpec
@@ -72,15 +73,17 @@ class Entry:
         assert spec is not None
         spans = spec.spans if spec.slices else None
         scale = spec.scale * weight
-        yield Recipe(self.names["A"], self.names["B"], scale, spans, spec.dropout)
-        if "A0" in self.names:
-            yield Recipe(self.names["A0"], self.names["B0"], -scale, spans, spec.dropout)
+        for A, B, sign in self._pairs():
+            yield Recipe(A, B, sign * scale, spans, spec.dropout)
 
     def pairs(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora."""
-        yield self.tensor(module, "A"), self.tensor(module, "B"), 1.0
-        if "A0" in self.names:
-            yield self.tensor(module, "A0"), self.tensor(module, "B0"), -1.0
+        for A, B, sign in self._pairs():
+            yield module._parameters[A], module._parameters[B], sign  # type: ignore[misc]
+
+    def _pairs(self) -> tuple[tuple[str, str, float], ...]:
+        names = self.names
+        return signed_pairs(names["A"], names["B"], names.get("A0"), names.get("B0"))
 
 
 class Recipe(NamedTuple):

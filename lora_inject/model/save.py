@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapters.state import AdapterState, Fingerprint, SiteState
+from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import FORMATS, read_adapter, write_adapter
 from lora_inject.formats.checks import FLOATS

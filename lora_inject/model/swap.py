@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapters.state import AdapterState, Fingerprint, SiteState
+from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
 from lora_inject.layers.attached import Entry

@@ -54,7 +54,7 @@ def report(
         >>> import torch
         >>> from lora_inject.analysis.figures import analyse
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapters.state import AdapterState, SiteState
+        >>> from lora_inject.adapter.state import AdapterState, SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))
         >>> "<h1>mine &amp; yours</h1>" in report(

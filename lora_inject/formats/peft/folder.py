@@ -26,7 +26,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
 from lora_inject.formats.card import model_card

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_site
 from lora_inject.formats.metadata import one_line

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.adapters.state import SiteState
+from lora_inject.adapter.state import SiteState
 from lora_inject.errors import FormatError
 from lora_inject.spec.sites import SiteSpec
 
@@ -211,11 +211,9 @@ def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
         first and expert second.
     """
     spec = site.spec
-    a, b = _plain(spec, site.A, site.B)
-    if site.A0 is not None and site.B0 is not None:
-        # W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
-        a0, b0 = _plain(spec, site.A0, site.B0)
-        a, b = torch.cat([a, a0], dim=1), torch.cat([b, -b0], dim=2)
+    (a, b), *start = [_plain(spec, A, B if sign == 1 else -B) for A, B, sign in site.pairs]
+    for a0, b0 in start:  # W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
+        a, b = torch.cat([a, a0], dim=1), torch.cat([b, b0], dim=2)
     if turned:
         a, b = b.mT, a.mT
     shapes = file_shapes(spec, Packing(derived=site.A0 is not None, turned=turned))
