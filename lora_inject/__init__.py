@@ -22,10 +22,11 @@ if TYPE_CHECKING:
         MatchError,
         StateError,
     )
+    from lora_inject.functional.merge_report import MergeReport
     from lora_inject.integrations.trainer import AdapterCheckpoint
     from lora_inject.model.inject import eject, inject, plan
     from lora_inject.model.listing import adapters, summary
-    from lora_inject.model.merge import MergeReport, merge, unmerge
+    from lora_inject.model.merge import merge, unmerge
     from lora_inject.model.reached import unreached
     from lora_inject.model.save import adapter_state, install, load_adapter, save_adapter
     from lora_inject.model.select import activate, disabled, routed
@@ -76,10 +77,11 @@ _HOMES = {
     "adapter.state": "AdapterState SiteState",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
+    "functional.merge_report": "MergeReport",
     "integrations.trainer": "AdapterCheckpoint",
     "model.inject": "eject inject plan",
     "model.listing": "adapters summary",
-    "model.merge": "MergeReport merge unmerge",
+    "model.merge": "merge unmerge",
     "model.reached": "unreached",
     "model.save": "adapter_state install load_adapter save_adapter",
     "model.select": "activate disabled routed",

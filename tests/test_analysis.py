@@ -380,7 +380,7 @@ def test_rounding_in_the_stored_dtype_is_what_merging_reports():
     delta = dense_delta(KINDS["linear"], site.A.float(), site.B.float())[0]
     found = rounding(W, delta, ["bfloat16"])["bfloat16"]
     report = li.merge(model)
-    merged = next(iter(report.sites.values()))
+    merged = next(iter(report.tensors.values()))
     assert found.kept == pytest.approx(merged.kept, rel=1e-5)
     assert found.error == pytest.approx(merged.error, rel=1e-4)
 

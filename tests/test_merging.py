@@ -55,7 +55,7 @@ def test_the_report_says_what_rounding_left(dtype: torch.dtype, relative: float)
     W = model.layer.weight.detach().double()
     report = li.merge(model)
     moved = model.layer.weight.detach().double() - W
-    site = report.sites["layer.weight"]
+    site = report.tensors["layer.weight"]
     # W + D is formed in float32, which costs D a few 1e-8 of W.
     limit = 1e-8 / relative
     assert site.kept == pytest.approx(float((moved * D).sum() / (D * D).sum()), rel=1e-4, abs=limit)
@@ -71,9 +71,9 @@ def test_a_small_delta_in_bfloat16_loses_half_of_itself() -> None:
     model, _ = delta_of(1e-3, torch.bfloat16)
     report = li.merge(model)
     assert 0.3 < report.min_kept < 0.98
-    assert report.sites["layer.weight"].error > 0.5
+    assert report.tensors["layer.weight"].error > 0.5
     wide, _ = delta_of(1e-3, torch.float32)
-    assert li.merge(wide).sites == {}
+    assert li.merge(wide).counted == ()
     assert li.merge(delta_of(1e-3, torch.float64)[0]).min_kept == 1.0
 
 
@@ -95,7 +95,7 @@ def test_what_is_not_touched_keeps_everything() -> None:
     li.inject(model, {"rank": 1, "targets": ["layer"]})  # B = 0
     W = model.layer.weight.detach().clone()
     report = li.merge(model, min_kept=1.0)
-    assert (report.min_kept, report.sites["layer.weight"].error) == (1.0, 0.0)
+    assert (report.min_kept, report.tensors["layer.weight"].error) == (1.0, 0.0)
     assert same_bits(model.layer.weight, W)
 
 
@@ -116,8 +116,8 @@ def test_row_blocks_do_not_show(
     if dtype in SIXTEEN:
         assert same_bits(found, wanted)
     assert error(found, wanted) < TOLERANCE.get(dtype, 1e-3)
-    for name, site in whole.sites.items():
-        assert apart.sites[name].kept == pytest.approx(site.kept, rel=1e-5)
+    for site in whole.counted:
+        assert apart.tensors[site.name].kept == pytest.approx(site.kept, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -198,8 +198,8 @@ def test_trained_copies_are_rounded_and_reported(dtype: torch.dtype) -> None:
     assert same_bits(model.layer.weight, T.to(dtype))
     D, moved = T.double() - W, T.to(dtype).double() - W
     kept = float((moved * D).sum() / (D * D).sum())
-    assert report.sites["layer.weight"].kept == pytest.approx(kept, rel=1e-4)
-    assert set(report.sites) == {"layer.weight", "layer.bias"}
+    assert report.tensors["layer.weight"].kept == pytest.approx(kept, rel=1e-4)
+    assert set(report.tensors) == {"layer.weight", "layer.bias"}
 
 
 def test_a_shared_module_is_merged_once() -> None:
@@ -463,3 +463,14 @@ def test_zeros_outside_the_delta_keep_their_sign(
     li.merge(model)
     k = model[0].weight.detach()[2:4]
     assert same_bits(k, torch.full_like(k, -0.0))
+
+
+def test_a_delta_that_rounding_swallows_is_named_in_the_report() -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    li.inject(model, {"rank": 2, "alpha": 2, "targets": ["0"]})
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.fill_(1e-8)
+    report = li.merge(model)
+    assert report.inert == ("0.weight",)
+    assert "0.0000 of every delta at 1 of 1 tensors, such as '0.weight'" in str(report)

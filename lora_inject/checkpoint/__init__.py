@@ -11,7 +11,6 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.journal import check_output, free_bytes
 from lora_inject.checkpoint.merge_files import merge_checkpoint, merge_planned
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
-from lora_inject.checkpoint.merge_report import MergeReport
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.ranks import Ranks
@@ -22,7 +21,6 @@ __all__ = [
     "ExtractReport",
     "MergeOptions",
     "MergePlan",
-    "MergeReport",
     "Part",
     "Ranks",
     "VerifyReport",

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,21 +21,20 @@ from lora_inject.checkpoint import verify as verification
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.journal import Staging, check_output, check_space
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
-from lora_inject.checkpoint.merge_report import (
-    MergeReport,
-    peak_memory_bytes,
-    tensor_from_dict,
-    tensor_to_dict,
-)
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
-from lora_inject.checkpoint.output_rows import TensorReport
 from lora_inject.checkpoint.parts import Part, digest
 from lora_inject.checkpoint.ranks import Ranks
 from lora_inject.checkpoint.side_files import read_side_file
 from lora_inject.checkpoint.write import Timing, check_unchanged, one_thread_each, write_shard
 from lora_inject.errors import CheckpointError
+from lora_inject.functional import MergeReport, TensorReport
 from lora_inject.version import __version__
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all; from any thread, one call at a time."""
@@ -136,19 +136,20 @@ class _Run:
             for shard in todo:
                 self._write(shard)
             complete = self._publish()
+        tensors = [tensor for s in self.plan.shards for tensor in self.records.get(s.name, ())]
         return MergeReport(
-            staging.output,
-            complete,
-            tuple(tensor for s in self.plan.shards for tensor in self.records.get(s.name, ())),
-            sum(len(shard.header.tensors) for shard in self.plan.shards),
-            self.plan.n_bytes,
-            tuple(self.resumed),
-            tuple(self._lost()),
-            self.plan.options.verify and complete,
-            time.perf_counter() - began,
-            self.timing.fsync_seconds,
-            peak_memory_bytes(),
-            self.plan.notes,
+            adapters=tuple((part.label, part.weight) for part in self.plan.parts),
+            tensors={tensor.name: tensor for tensor in tensors},
+            n_tensors=sum(len(shard.header.tensors) for shard in self.plan.shards),
+            lost=tuple(self._lost()),
+            notes=self.plan.notes,
+            output=staging.output,
+            n_bytes=self.plan.n_bytes,
+            resumed=tuple(self.resumed),
+            verified=self.plan.options.verify and complete,
+            seconds=time.perf_counter() - began,
+            fsync_seconds=self.timing.fsync_seconds,
+            peak_memory_bytes=peak_memory_bytes(),
         )
 
     def _find_finished(self) -> None:
@@ -156,7 +157,7 @@ class _Run:
         for shard in self.plan.shards:
             record = self.staging.record(shard.name, shard.header)
             if record is not None:
-                self.records[shard.name] = [tensor_from_dict(t) for t in record["tensors"]]
+                self.records[shard.name] = [TensorReport.from_dict(t) for t in record["tensors"]]
 
     def _write(self, shard: OutputShard) -> None:
         staging, options = self.staging, self.plan.options
@@ -178,7 +179,7 @@ class _Run:
             raise
         self.records[shard.name] = tensors
         self._check_kept()
-        staging.finish(shard.name, {"tensors": [tensor_to_dict(tensor) for tensor in tensors]})
+        staging.finish(shard.name, {"tensors": [tensor.to_dict() for tensor in tensors]})
 
     def _lost(self) -> list[str]:
         least = self.plan.options.min_kept
@@ -299,6 +300,18 @@ def _base_digests(plan: MergePlan) -> dict[str, str]:
         with shard.path.open("rb") as file:
             digests[shard.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the most memory that this process ever held, None where the system does not say."""
+    # Not getrusage on Linux: it starts from what the process held that started this one.
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextlib.contextmanager

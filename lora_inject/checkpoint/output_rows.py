@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,16 @@ from torch import Tensor
 from lora_inject.checkpoint.output_files import FLOATS, TensorJob
 from lora_inject.checkpoint.read import Room, RowReader, rows_per_block
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import Delta, Scratch, Tally, Term, block_rows, fold_rows
+from lora_inject.functional import (
+    Delta,
+    Scratch,
+    Tally,
+    TensorReport,
+    Term,
+    block_rows,
+    fold_rows,
+    mix_copies,
+)
 
 SPAN_ELEMENTS = 1 << 24
 """Elements that one thread takes at a time: many blocks, and a small part of a large tensor."""
@@ -50,31 +59,6 @@ class Span:
     def row_bytes(self) -> int:
         """Bytes of one row in the output."""
         return self.n_cols * FLOATS[self.job.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """What became of one output tensor.
-
-    Attributes:
-        name: The tensor.
-        action: `folded`, `replaced`, `added`, `untied` or `cast`.
-        dtype: The format's name of its dtype in the output.
-        shape: Its dimensions in the output.
-        sites: The adapters' sites and tensors that went into it.
-        relative: `|delta| / |W|`, None for tensors that no delta was folded into.
-        kept: `<W_merged - W, D> / <D, D>`, the share of the delta that survived rounding.
-        error: `|W_merged - W - D| / |D|`.
-    """
-
-    name: str
-    action: str
-    dtype: str
-    shape: tuple[int, ...]
-    sites: tuple[str, ...]
-    relative: float | None = None
-    kept: float | None = None
-    error: float | None = None
 
 
 def spans_of(job: TensorJob) -> Iterator[Span]:
@@ -294,13 +278,9 @@ def _rows_of(tensor: Tensor, n_cols: int, start: int, stop: int) -> Tensor:
 
 def _with_vectors(job: TensorJob, rows: Tensor, n_cols: int, start: int, stop: int) -> Tensor:
     """Return `W + sum of w (T - W) + sum of w b`: exactly T for one adapter of weight 1."""
-    if len(job.trained) == 1 and job.trained[0][1] == 1:
-        return _rows_of(job.trained[0][0], n_cols, start, stop)
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    base = rows.to(wide)
-    total = base.clone()
-    for tensor, weight in job.trained:
-        total += weight * (_rows_of(tensor, n_cols, start, stop).to(wide) - base)
+    dtypes = {rows.dtype, *(t.dtype for t, _ in job.trained)}
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    total = mix_copies(rows, [(_rows_of(t, n_cols, start, stop), w) for t, w in job.trained], wide)
     for tensor, weight in job.added:
         total += weight * _rows_of(tensor, n_cols, start, stop).to(wide)
     return total
@@ -334,17 +314,6 @@ def _check_finite(job: TensorJob, rows: Tensor, merged: Tensor) -> None:
 
 def combine(job: TensorJob, of_spans: Sequence[Tally]) -> TensorReport:
     """Sum what was counted in a tensor's spans, in their order, into its report."""
-    report = TensorReport(job.name, job.action, job.dtype, job.shape, job.sites)
-    tally = sum(of_spans, Tally())
-    if not tally.counted:
-        return report
-    return replace(
-        report,
-        relative=_finite(tally.delta_norm / tally.weight_norm) if tally.weight_norm else None,
-        kept=_finite(tally.kept),
-        error=_finite(tally.error),
-    )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    dtype = str(FLOATS[job.dtype]).removeprefix("torch.")
+    report = TensorReport(job.name, job.action, dtype, job.shape, job.sites)
+    return report.counted(sum(of_spans, Tally()))

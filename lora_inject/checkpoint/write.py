@@ -24,14 +24,13 @@ from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.output_rows import (
     Memory,
     Span,
-    TensorReport,
     combine,
     fold_span,
     spans_of,
 )
 from lora_inject.checkpoint.read import RowReader
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import Tally
+from lora_inject.functional import Tally, TensorReport
 from lora_inject.storage.disk import (
     COPY_STEP_BYTES,
     clone,

@@ -19,7 +19,8 @@ import typer
 
 if TYPE_CHECKING:
     from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
-    from lora_inject.checkpoint import ExtractReport, MergePlan, MergeReport, VerifyReport
+    from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
+    from lora_inject.functional.merge_report import MergeReport
 
 PIPE_WIDTH = 400  # a pipe has no width; a table in it must not be folded
 N_WORST = 10
@@ -200,8 +201,8 @@ def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int) -> None:
 
 def print_merge(report: MergeReport) -> None:
     """Print what a merge did: the tensors that lost most of their delta, and the totals."""
-    measured = [tensor for tensor in report.tensors if tensor.kept is not None]
-    worst = sorted(measured, key=lambda tensor: tensor.kept or 0.0)[:N_WORST]
+    measured = report.counted
+    worst = measured[:N_WORST]
     if worst:
         rows = [
             (t.name, t.action, t.dtype, number(t.relative), f"{t.kept:.4f}", number(t.error))
@@ -216,20 +217,19 @@ def print_merge(report: MergeReport) -> None:
     if report.lost:
         typer.echo(f"lost more than allowed in {len(report.lost):,}: {', '.join(report.lost[:5])}")
     typer.echo(_merge_totals(report))
+    if report.warning:
+        note(f"warning: {report.warning}")
 
 
 def _merge_totals(report: MergeReport) -> str:
     changed = f"{len(report.tensors):,} of {report.n_tensors:,} tensors"
-    if not report.complete:
-        return (
-            f"wrote this process's share of {report.output} ({changed}); others have not finished"
-        )
     checked = ", verified" if report.verified else ""
     peak = report.peak_memory_bytes
     memory = f", {_size(peak)} of memory" if peak else ""
+    lost = f"; {report.warning}" if report.warning else ""
     return (
         f"merged {changed} into {report.output}: {_size(report.n_bytes)} in "
-        f"{report.seconds:.1f} s{memory}{checked}"
+        f"{report.seconds:.1f} s{memory}{checked}{lost}"
     )
 
 

@@ -17,10 +17,12 @@ from lora_inject.functional.fold import (
     block_rows,
     fold_rows,
     fold_rows_,
+    mix_copies,
 )
 from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
 from lora_inject.functional.lookup import embedding, renormalised, routed_embedding
+from lora_inject.functional.merge_report import MergeReport, TensorReport
 from lora_inject.functional.routed import routed_update
 from lora_inject.functional.routed_inference import (
     Gathered,
@@ -36,9 +38,11 @@ __all__ = [
     "Factors",
     "Gathered",
     "LazyWeight",
+    "MergeReport",
     "Rows",
     "Scratch",
     "Tally",
+    "TensorReport",
     "Term",
     "add_row_by_row",
     "add_updates",
@@ -56,6 +60,7 @@ __all__ = [
     "lazy_weight",
     "linear",
     "master_dtype",
+    "mix_copies",
     "needs_plain_operations",
     "renormalised",
     "routed_embedding",

@@ -49,6 +49,33 @@ def all_finite(t: Tensor) -> bool:
     return (quick and math.isfinite(float(t.detach().sum()))) or bool(torch.isfinite(t).all())
 
 
+def mix_copies(
+    rows: Tensor, copies: Sequence[tuple[Tensor, float]], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return `W + sum of w (T - W)` over trained copies T of a tensor W, each with its weight w.
+
+    Args:
+        rows: W, or some rows of it.
+        copies: `(T, w)`, each T of the same shape as `rows`.
+        dtype: Dtype of the arithmetic and of the result.
+
+    Returns:
+        A new tensor: exactly T for one copy of weight 1.
+
+    Example:
+        >>> W, T = torch.zeros(2, 2), torch.ones(2, 2)
+        >>> mix_copies(W, [(T, 0.5), (T, 0.25)])[0, 0].item()
+        0.75
+    """
+    if len(copies) == 1 and copies[0][1] == 1:
+        return copies[0][0].detach().to(dtype, copy=True)
+    base = rows.to(dtype)
+    total = base.clone()
+    for copy, weight in copies:
+        total += weight * (copy.detach().to(dtype) - base)
+    return total
+
+
 @dataclass(frozen=True)
 class Term:
     """One low-rank update to fold into a weight.

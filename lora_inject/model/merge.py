@@ -26,13 +26,16 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError, StateError
 from lora_inject.functional import (
     Delta,
+    MergeReport,
     Scratch,
     Tally,
+    TensorReport,
     Term,
     all_finite,
     block_rows,
     fold_rows,
     fold_rows_,
+    mix_copies,
 )
 from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.kinds import standing_still, unwrapped, walk
@@ -55,54 +58,6 @@ M = TypeVar("M", bound=nn.Module)
 
 BLOCKS_A_CALL = 16
 """So many that a call is nothing beside them; what is kept of them is still in a cache then."""
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """What merging did to one tensor.
-
-    Attributes:
-        relative: `|D| / |W|`, Frobenius norms of delta and weight.
-        kept: `<W_merged - W, D> / <D, D>`: 1 where the delta survived rounding.
-        error: `|W_merged - W - D| / |D|`.
-        untied: Whether the weight got a tensor of its own because others share it.
-    """
-
-    relative: float
-    kept: float
-    error: float
-    untied: bool = False
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What `merge` did, tensor by tensor.
-
-    Attributes:
-        adapters: `(name, weight)` of what was folded in.
-        sites: Name of each adapted tensor that is stored in 16 bits, to what rounding left of its
-            delta; tensors of 32 and 64 bits keep all of it and are counted only.
-        n_tensors: How many tensors were written.
-    """
-
-    adapters: tuple[tuple[str, float], ...]
-    sites: Mapping[str, SiteReport] = field(default_factory=dict)
-    n_tensors: int = 0
-
-    @property
-    def min_kept(self) -> float:
-        """The smallest `kept` of all sites; 1 where nothing is stored in 16 bits."""
-        return min((site.kept for site in self.sites.values()), default=1.0)
-
-    def __str__(self) -> str:
-        mix = ", ".join(f"{name} x {weight:g}" for name, weight in self.adapters)
-        lines = [f"merged {mix} into {self.n_tensors} tensors"]
-        worst = sorted(self.sites.items(), key=lambda item: item[1].kept)
-        if worst:
-            lines.append("   |D|/|W|     kept    error  tensor (least kept first)")
-        for name, site in worst[:10]:
-            lines.append(f"{site.relative:10.2e} {site.kept:8.3f} {site.error:8.3f}  {name}")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -202,19 +157,10 @@ def _norm(t: Tensor) -> float:
 
 
 def _with_copies(target: _Target, rows: Tensor, start: int) -> Tensor:
-    """Return `W + sum of weight * (T - W)` of trained copies, for some rows, in a wide dtype."""
+    """Return some rows with the trained copies mixed in, in the copies' dtype."""
     stop = start + rows.shape[0]
-    pieces = [
-        (copy.detach().reshape(target.matrix_shape)[start:stop], weight)
-        for copy, weight in target.copies
-    ]
-    if len(pieces) == 1 and pieces[0][1] == 1.0:
-        return pieces[0][0].clone()
-    base = rows.to(pieces[0][0].dtype)
-    total = base.clone()
-    for copy, weight in pieces:
-        total += weight * (copy - base)
-    return total
+    copies = [(t.reshape(target.matrix_shape)[start:stop], w) for t, w in target.copies]
+    return mix_copies(rows, copies, copies[0][0].dtype)
 
 
 @dataclass
@@ -498,14 +444,13 @@ def _check_kept(targets: list[_Target], min_kept: float) -> None:
 
 
 def _report(targets: list[_Target], state: State) -> MergeReport:
-    sites = {}
+    tensors = {}
     for target in targets:
-        tally = target.tally
-        if tally is None or not target.narrow:
-            continue
-        relative = tally.delta_norm / tally.weight_norm if tally.weight_norm else math.inf
-        sites[target.name] = SiteReport(relative, tally.kept, tally.error, target.untie)
-    return MergeReport(state.active, sites, len(targets))
+        action = "untied" if target.untie else "folded" if target.terms else "replaced"
+        dtype = str(target.weight.dtype).removeprefix("torch.")
+        row = TensorReport(target.name, action, dtype, tuple(target.weight.shape))
+        tensors[target.name] = row.counted(target.tally if target.narrow else None)
+    return MergeReport(state.active, tensors, len(targets))
 
 
 def _write(
