@@ -19,7 +19,7 @@ from test_formats_support import FINGERPRINT, KIND_SPECS, make_site, make_state
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.storage.tensors import read_header, read_tensors
+from lora_inject.storage.tensors import read_names, read_tensors
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
@@ -141,8 +141,8 @@ def test_metadata_of_a_newer_version_is_refused(ours: Path) -> None:
 
 
 def test_edited_metadata_is_an_error_or_the_same_adapter(ours: Path) -> None:
-    """A thousand random edits of the JSON: never another exception than FormatError."""
-    metadata = read_header(ours / MODEL)[1]
+    """Random edits of the JSON: never another exception than FormatError."""
+    metadata = read_names(ours / MODEL)[1]
     chooser = random.Random(0)
     strange = [
         None,
@@ -172,7 +172,7 @@ def test_edited_metadata_is_an_error_or_the_same_adapter(ours: Path) -> None:
         return [(node, key) for key in keys] + [s for key in keys for s in spots(node[key])]
 
     n_errors = 0
-    for _ in range(1000):
+    for _ in range(400):
         part = chooser.choice(
             [f"lora_inject.{p}" for p in ("kinds", "sites", "trained", "fingerprint", "config")]
         )
@@ -187,7 +187,7 @@ def test_edited_metadata_is_an_error_or_the_same_adapter(ours: Path) -> None:
         except FormatError:
             n_errors += 1
         edit_header(ours / MODEL, lambda h: h["__metadata__"].update(metadata))
-    assert n_errors > 500
+    assert n_errors > 200
 
 
 def _point_past_the_end(kinds: list[Any], sites: list[Any]) -> None:
@@ -231,10 +231,10 @@ def _a_name_too_many(kinds: list[Any], sites: list[Any]) -> None:
     ],
 )
 def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> None:
-    metadata = read_header(ours / MODEL)[1]
+    metadata = read_names(ours / MODEL)[1]
     kinds, sites = (json.loads(metadata[f"lora_inject.{part}"]) for part in ("kinds", "sites"))
     edit(kinds, sites)
-    words = {"lora_inject.kinds": json.dumps(kinds), "lora_inject.spec.sites": json.dumps(sites)}
+    words = {"lora_inject.kinds": json.dumps(kinds), "lora_inject.sites": json.dumps(sites)}
     edit_header(ours / MODEL, lambda h: h["__metadata__"].update(words))
     with pytest.raises(FormatError, match=found):
         read_adapter(ours)
@@ -244,7 +244,7 @@ def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> No
     "samples", ["AAAA=", "AAA", "AAAA", "\u00fc\u00fc\u00fc\u00fc", "AAAAAAA=\n", [0.5], None]
 )
 def test_samples_must_be_float32_in_base64(samples: Any, ours: Path) -> None:
-    plain = json.loads(read_header(ours / MODEL)[1]["lora_inject.fingerprint"])
+    plain = json.loads(read_names(ours / MODEL)[1]["lora_inject.fingerprint"])
     plain["samples"][next(iter(plain["samples"]))] = samples
     words = {"lora_inject.fingerprint": json.dumps(plain)}
     edit_header(ours / MODEL, lambda h: h["__metadata__"].update(words))
@@ -285,14 +285,14 @@ def test_duplicate_tensor_names_are_refused(foreign: Path) -> None:
     text = data[8 : 8 + length].decode().rstrip()
     entry = text[text.index(f'"{P}fc.lora_A') : text.index("}", text.index("lora_A")) + 1]
     write_header(foreign / MODEL, f"{text[:-1]},{entry}}}", data[8 + length :])
-    with pytest.raises(FormatError, match="appears twice"):
+    with pytest.raises(FormatError, match="occurs twice"):
         read_adapter(foreign)
 
 
 def test_duplicate_config_keys_are_refused(foreign: Path) -> None:
     text = (foreign / CONFIG).read_text()
     (foreign / CONFIG).write_text(text[:-1] + ', "lora_alpha": 400}')
-    with pytest.raises(FormatError, match="'lora_alpha' appears twice"):
+    with pytest.raises(FormatError, match="'lora_alpha' occurs twice"):
         read_adapter(foreign)
 
 
@@ -308,7 +308,7 @@ def test_configs_that_are_none(text: str, foreign: Path) -> None:
 
 def test_metadata_that_is_not_text(foreign: Path) -> None:
     edit_header(foreign / MODEL, lambda h: h.update(__metadata__={"a": 1}))
-    with pytest.raises(FormatError, match="not text"):
+    with pytest.raises(FormatError, match="not a table of strings"):
         read_adapter(foreign)
 
 
@@ -329,7 +329,7 @@ def test_a_tensor_of_no_elements_and_huge_shape(foreign: Path) -> None:
     data = (foreign / MODEL).read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     (foreign / MODEL).write_bytes(data[: 8 + length + 48])
-    with pytest.raises(FormatError, match="no low-rank pair"):
+    with pytest.raises(FormatError, match="impossible shape"):
         read_adapter(foreign)
 
 

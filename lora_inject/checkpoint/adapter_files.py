@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.variants import is_variant, read_variant
 from lora_inject.formats import read_adapter
-from lora_inject.storage.mapped import left_on_disk
-from lora_inject.storage.safetensors_file import read_header
+from lora_inject.storage.tensors import read_names
 
 _PREFIX = "base_model.model."
 _STACKS = ("gate_up_proj", "down_proj")
@@ -41,12 +39,8 @@ def load_part(
     Raises:
         FormatError: The adapter cannot be read right.
     """
-    with left_on_disk() as mapped:
-        part = _read(Path(path), base, weight, options)
-    return replace(part, release=mapped.release)
-
-
-def _read(path: Path, base: Checkpoint, weight: float, options: dict[str, Any]) -> Part:
+    path = Path(path)
+    options["on_disk"] = True  # an adapter may be large, and each of its tensors is needed seldom
     if (path / "adapter_config.json").is_file():
         options.setdefault("tensor_names", _tensor_names(path, base.tensors))
         if is_variant(path):
@@ -58,7 +52,7 @@ def _read(path: Path, base: Checkpoint, weight: float, options: dict[str, Any]) 
 def _tensor_names(path: Path, there: Iterable[str]) -> Sequence[str]:
     """Return the base's names, and those that the class gives to stacked experts."""
     file = path / "adapter_model.safetensors"
-    keys = read_header(file).tensors if file.is_file() else ()
+    keys = read_names(file)[0] if file.is_file() else ()
     modules = {
         key.removeprefix(_PREFIX).split(".lora_")[0].replace(".base_layer", "") for key in keys
     }

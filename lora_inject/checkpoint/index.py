@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.safetensors_file import Header, TensorEntry, parse_json, read_header
+from lora_inject.storage.safetensors_file import Header, TensorEntry, read_header
+from lora_inject.storage.strict_json import parse_json
 
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000
@@ -190,14 +191,11 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _read_json(path: Path, limit_bytes: int) -> Any:
-    size = path.stat().st_size
-    if size > limit_bytes:
-        raise CheckpointError(
-            f"read '{path.name}'",
-            f"it has {size} bytes, more than {limit_bytes}",
-            "No real checkpoint's is so long; fetch it again",
-        )
-    return parse_json(path.read_bytes(), f"read '{path.name}'")
+    asked = f"read '{path.name}'"
+    if path.stat().st_size > limit_bytes:
+        found = f"it has more than {limit_bytes:,} bytes"
+        raise CheckpointError(asked, found, "No real checkpoint's is so long; fetch it again")
+    return parse_json(path.read_bytes(), asked, CheckpointError, limit_bytes)
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

@@ -20,7 +20,8 @@ from typing import Any
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import fsync_dir, open_write, try_lock, write_file
-from lora_inject.storage.safetensors_file import Header, parse_json, read_header
+from lora_inject.storage.safetensors_file import Header, read_header
+from lora_inject.storage.strict_json import parse_json
 
 STAGING = ".lora_inject-merge"
 _JOURNAL = "journal.json"
@@ -143,7 +144,7 @@ class Staging:
             write_file(path, json.dumps(identity, indent=1, sort_keys=True).encode())
             return
         asked = f"resume the merge in '{self.output}'"
-        found = parse_json(path.read_bytes(), asked)
+        found = parse_json(path.read_bytes(), asked, CheckpointError)
         wanted = json.loads(json.dumps(identity))
         if found != wanted:
             raise CheckpointError(
@@ -180,7 +181,9 @@ class Staging:
         if not path.exists():
             write_file(path, json.dumps(digests, indent=1).encode())
             return
-        before = parse_json(path.read_bytes(), f"resume the merge in '{self.output}'")
+        before = parse_json(
+            path.read_bytes(), f"resume the merge in '{self.output}'", CheckpointError
+        )
         if before != dict(digests):
             raise CheckpointError(
                 f"resume the merge in '{self.output}'",
@@ -217,7 +220,7 @@ class Staging:
         path = self.folder / f"{name}.done"
         if not path.exists():
             return None
-        record = parse_json(path.read_bytes(), f"resume '{name}'")
+        record = parse_json(path.read_bytes(), f"resume '{name}'", CheckpointError)
         for place in (self.staged(name), self.output / name):
             if place.is_file() and _is(place, header):
                 return record  # type: ignore[no-any-return]

@@ -172,7 +172,6 @@ class _Run:
                     workers,
                     self.counter.add,
                     self.timing,
-                    self.plan.release,
                 )
         except BaseException:
             staging.discard(shard.name)

@@ -68,11 +68,6 @@ class MergePlan:
         """Every tensor that is computed, shard by shard."""
         return tuple(job for shard in self.shards for job in shard.jobs)
 
-    def release(self) -> None:
-        """Give back the memory of the adapters' values, as far as they were left on disk."""
-        for part in self.parts:
-            part.release()
-
     @property
     def config(self) -> bytes | None:
         """New content of `config.json`, None where it is copied or there is none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -36,7 +36,6 @@ class Part:
         added: By tensor name, what is added to a vector of the base, scale included (lora_bias).
         rows: By tensor name, indices of rows that are replaced, and their values
             (trainable tokens).
-        release: Gives back the memory of values that were left on disk, until they are used again.
     """
 
     state: AdapterState
@@ -47,7 +46,6 @@ class Part:
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(
         default_factory=lambda: MappingProxyType({})
     )
-    release: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
 
 def tensors_of(part: Part) -> Iterator[tuple[str, Tensor]]:
@@ -87,7 +85,7 @@ def check_parts(parts: Sequence[Part]) -> None:
                 raise CheckpointError(
                     asked, f"'{name}' is on the meta device", "Load the adapter's values first"
                 )
-            if not _is_finite(part, tensor):
+            if not all(map(all_finite, _steps(tensor))):
                 raise CheckpointError(
                     asked,
                     f"'{name}' holds NaN or Inf",
@@ -95,16 +93,11 @@ def check_parts(parts: Sequence[Part]) -> None:
                 )
 
 
-def _steps(part: Part, tensor: Tensor) -> Iterator[Tensor]:
+def _steps(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor's values in their order, in pieces that memory does not notice."""
     flat = tensor.detach().contiguous().flatten()
     for start in range(0, flat.numel(), _STEP_ELEMENTS):
         yield flat[start : start + _STEP_ELEMENTS]
-        part.release()
-
-
-def _is_finite(part: Part, tensor: Tensor) -> bool:
-    return all(all_finite(step) for step in _steps(part, tensor))
 
 
 def digest(part: Part) -> str:
@@ -128,7 +121,7 @@ def digest(part: Part) -> str:
         sha.update(repr(facts).encode())
     for name, tensor in sorted(tensors_of(part), key=lambda row: row[0]):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for step in _steps(part, tensor):
+        for step in _steps(tensor):
             sha.update(_bytes(step.view(torch.uint8)))
     return sha.hexdigest()
 

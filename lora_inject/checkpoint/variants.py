@@ -16,7 +16,8 @@ from lora_inject.checkpoint.parts import Part
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft.adapter_config import read_claims
 from lora_inject.formats.peft.foreign import read_foreign
-from lora_inject.storage.tensors import parse_json, read_tensors
+from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.tensors import read_tensors
 
 _PREFIX = "base_model.model."
 _FIELDS = ("use_dora", "lora_bias", "trainable_token_indices")
@@ -44,6 +45,7 @@ def read_variant(
     tensor_names: Sequence[str] | None = None,
     allow: Sequence[str] = (),
     expert_major: bool = False,
+    on_disk: bool = False,
 ) -> Part:
     """Read a PEFT folder with variants as a part of a merge.
 
@@ -53,13 +55,14 @@ def read_variant(
         tensor_names: As for `formats.peft.read`.
         allow: As for `formats.peft.read`.
         expert_major: As for `formats.peft.read`.
+        on_disk: As for `formats.peft.read`.
 
     Raises:
         FormatError: The adapter cannot be read right.
     """
     asked = f"read adapter '{path}'"
     config = _config(path)
-    tensors, _ = read_tensors(path / "adapter_model.safetensors")
+    tensors, _ = read_tensors(path / "adapter_model.safetensors", on_disk=on_disk)
     plain: dict[str, Tensor] = {}
     magnitudes: dict[str, Tensor] = {}
     biases: dict[str, Tensor] = {}

@@ -230,7 +230,6 @@ class _Check:
                     apart, off = _compare(found, rows)
                     near, far = near + apart, far + off
                     self._count(rows.numel() * rows.element_size())
-                self.plan.release()
         finally:
             if source is not None:
                 source.close()

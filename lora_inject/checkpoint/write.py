@@ -70,7 +70,6 @@ class _Output:
     fd: int
     sources: dict[str, int]
     counted: Callable[[int], None]
-    release: Callable[[], None]
     stop: threading.Event = field(default_factory=threading.Event)
     writing: threading.Lock = field(default_factory=threading.Lock)
     local: threading.local = field(default_factory=threading.local)
@@ -90,7 +89,6 @@ def write_shard(
     workers: int,
     counted: Callable[[int], None],
     timing: Timing,
-    release: Callable[[], None] = lambda: None,
 ) -> list[TensorReport]:
     """Write one output file under a temporary name, durable and read back.
 
@@ -101,7 +99,6 @@ def write_shard(
         workers: How many threads compute.
         counted: Called from any thread with numbers of bytes done.
         timing: Where to add what was spent on waiting for the disk.
-        release: Called now and then; gives back the memory of adapters' values.
 
     Returns:
         The reports of its computed tensors, in their order.
@@ -124,7 +121,7 @@ def write_shard(
             check_unchanged(source)
             sources[source.name] = open_read(source.path)
             stack.callback(os.close, sources[source.name])
-        output = _Output(shard, fd, sources, counted, release)
+        output = _Output(shard, fd, sources, counted)
         copies = _prepare(output)
         reports = _run(output, copies, workers)
         before = time.perf_counter()
@@ -236,7 +233,6 @@ def _fold(output: _Output, span: Span, tallies: list[Tally], k: int) -> None:
             untold = 0
         tallies[k] = block.tally
     output.counted(untold)
-    output.release()
 
 
 def _read_back(shard: OutputShard, path: Path) -> None:

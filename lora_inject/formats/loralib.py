@@ -23,7 +23,7 @@ from lora_inject.formats.checks import check_no_clash, check_site, check_trained
 from lora_inject.formats.metadata import one_line
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.atomic import write_file
-from lora_inject.storage.tensors import read_header, read_tensors, serialise
+from lora_inject.storage.tensors import read_names, read_tensors, serialize
 
 _PICKLES = {".pt", ".bin", ".pth"}
 _EDITED = "The file is incomplete or was edited; fetch it again"
@@ -37,7 +37,7 @@ def detects(path: Path) -> bool:
         return True
     if path.suffix != ".safetensors":
         return False
-    return any(key.endswith(".lora_A") for key in read_header(path)[0])
+    return any(key.endswith(".lora_A") for key in read_names(path)[0])
 
 
 def read(
@@ -48,6 +48,7 @@ def read(
     fan_in_fan_out: bool | Collection[str] = False,
     embeddings: Collection[str] = (),
     enable_lora: Sequence[bool] | Mapping[str, Sequence[bool]] | None = None,
+    on_disk: bool = False,
 ) -> AdapterState:
     """Read a loralib state dict.
 
@@ -61,6 +62,7 @@ def read(
             a linear layer's.
         enable_lora: The argument of `MergedLinear`, for all fused layers of the file, or by name or
             end of name after a dot. Needed for fused layers.
+        on_disk: Leave the values in the file until they are used; not those of a pickle.
 
     Returns:
         The adapter; parts of a fused layer are called '0', '1', ...
@@ -75,7 +77,7 @@ def read(
         raise FormatError(
             asked, "loralib files do not hold alpha", "Pass alpha=..., the layers' lora_alpha"
         )
-    tensors = _load(path, asked, allow_pickle=allow_pickle)
+    tensors = _load(path, asked, allow_pickle=allow_pickle, on_disk=on_disk)
     sites: dict[str, SiteState] = {}
     trained: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -141,7 +143,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     check_no_clash([*pairs, *state.trained], asked)
     tensors = {name: t.detach().cpu() for name, t in (pairs | dict(state.trained)).items()}
     if path.suffix == ".safetensors":
-        return write_file(path, serialise(tensors, {"format": "pt"}), overwrite=overwrite)
+        return write_file(path, serialize(tensors, {"format": "pt"}), overwrite=overwrite)
     return write_file(path, _pickled(tensors), overwrite=overwrite)
 
 
@@ -153,9 +155,9 @@ def _pickled(tensors: Mapping[str, Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def _load(path: Path, asked: str, *, allow_pickle: bool) -> dict[str, Tensor]:
+def _load(path: Path, asked: str, *, allow_pickle: bool, on_disk: bool) -> dict[str, Tensor]:
     if path.suffix not in _PICKLES:
-        return read_tensors(path)[0]
+        return read_tensors(path, on_disk=on_disk)[0]
     if not path.is_file():
         raise FormatError(asked, "there is no such file", "Check the path")
     if not allow_pickle:

@@ -20,15 +20,14 @@ from typing import Any
 from lora_inject.adapter.state import AdapterState, Fingerprint
 from lora_inject.errors import FormatError
 from lora_inject.spec.sites import SiteSpec, Slices
-from lora_inject.storage.tensors import parse_json
+from lora_inject.storage.strict_json import parse_json
 from lora_inject.version import __version__
 
-FORMAT_VERSION = 3
-_READABLE = ("1", "2", "3")
+FORMAT_VERSION = "1"
 _PREFIX = "lora_inject."
 _VERSION = _PREFIX + "format_version"
 _LAYOUT = _PREFIX + "layout"
-_PARTS = ("config", "fingerprint", "sites", "trained")
+_PARTS = ("config", "fingerprint", "kinds", "sites", "trained")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> 
     kinds, sites = _sites_to_plain(state, turned)
     return {
         "format": "pt",
-        _VERSION: str(FORMAT_VERSION),
+        _VERSION: FORMAT_VERSION,
         _PREFIX + "version": __version__,
         _LAYOUT: layout,
         _PREFIX + "config": _to_json(state.config),
@@ -104,29 +103,25 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
         FormatError: It is of a newer format version, incomplete, or holds impossible values.
     """
     version = metadata[_VERSION]
-    if version not in _READABLE:
-        known = ", ".join(_READABLE)
+    if version != FORMAT_VERSION:
         raise FormatError(
             asked,
-            f"its format version is '{version[:20]}', and this package reads {known}",
+            f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}",
             "Install a newer lora-inject",
         )
     parts = {}
-    for part in _PARTS if version == "1" else (*_PARTS, "kinds"):
+    for part in _PARTS:
         if _PREFIX + part not in metadata:
             raise FormatError(asked, f"its metadata lacks '{_PREFIX}{part}'", _EDITED)
         parts[part] = parse_json(metadata[_PREFIX + part], f"{asked}, metadata '{_PREFIX}{part}'")
-    kinds, sites = parts.get("kinds"), parts["sites"]
-    if version == "1":
-        kinds, sites = _kinds_of(sites, asked)
-    specs, flags = _parse_sites(kinds, sites, asked)
+    specs, flags = _parse_sites(parts["kinds"], parts["sites"], asked)
     return Described(
         specs=specs,
         derived=flags["derived"],
         turned=flags["turned"],
         trained=_parse_names(parts["trained"], asked),
         config=_parse_config(parts["config"], asked),
-        fingerprint=_parse_fingerprint(parts["fingerprint"], asked, old=version in ("1", "2")),
+        fingerprint=_parse_fingerprint(parts["fingerprint"], asked),
     )
 
 
@@ -188,24 +183,6 @@ def _spec_to_plain(spec: SiteSpec) -> dict[str, Any]:
     return plain
 
 
-def _kinds_of(plain: Any, asked: str) -> tuple[list[dict[str, Any]], list[list[Any]]]:
-    """Turn the sites of format version 1, each with all of its fields, into those of version 2."""
-    _require(isinstance(plain, list), asked, "its list of sites is not a list")
-    kinds: dict[str, int] = {}
-    tables: list[dict[str, Any]] = []
-    sites = []
-    for number, fields in enumerate(plain):
-        _require(isinstance(fields, dict), f"{asked}, site {number}", "it is not a table")
-        where = _Where(asked, fields.get("name", number))
-        _require("name" in fields and "weight" in fields, where, "its name or weight is missing")
-        name, weight = fields.pop("name"), fields.pop("weight")
-        kind = kinds.setdefault(_key(fields, where), len(kinds))
-        if kind == len(tables):
-            tables.append(fields)
-        sites.append([name, weight, kind])
-    return tables, sites
-
-
 def _parse_sites(
     kinds: Any, sites: Any, asked: str
 ) -> tuple[dict[str, SiteSpec], dict[str, frozenset[str]]]:
@@ -246,14 +223,6 @@ def _parse_kind(kinds: list[Any], kind: int, name: str, weight: str, where: _Whe
         _require(isinstance(fields[flag], bool), where, f"'{flag}' is not true or false")
     values = {key: value for key, value in fields.items() if key not in _FLAGS}
     return _parse_spec({**values, "name": name, "weight": weight}, where)
-
-
-def _key(fields: dict[str, Any], where: _Where) -> str:
-    """Fields as a text that tells 1 from 1.0 and from true."""
-    try:
-        return repr(fields)
-    except RecursionError as error:
-        raise FormatError(str(where), "its fields are nested too deep", _EDITED) from error
 
 
 class _Where:
@@ -361,7 +330,7 @@ def _unpacked(text: Any, name: str, where: str) -> tuple[float, ...]:
         ) from error
 
 
-def _parse_fingerprint(plain: Any, asked: str, *, old: bool) -> Fingerprint | None:
+def _parse_fingerprint(plain: Any, asked: str) -> Fingerprint | None:
     if plain is None:
         return None
     where = f"{asked}, fingerprint"
@@ -374,22 +343,8 @@ def _parse_fingerprint(plain: Any, asked: str, *, old: bool) -> Fingerprint | No
         if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)):
             raise FormatError(where, f"the shape of {name!r} is not a list of numbers", _EDITED)
         shapes[name] = tuple(shape)
-    read = _parse_samples if old else _unpacked
-    samples = {name: read(values, name, where) for name, values in plain["samples"].items()}
+    samples = {name: _unpacked(text, name, where) for name, text in plain["samples"].items()}
     return Fingerprint(shapes, samples, _parse_names(plain["quantised"], where))
-
-
-_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def _parse_samples(values: Any, name: str, where: str) -> tuple[float, ...]:
-    """Read samples as format versions 1 and 2 have them, a list of numbers."""
-    if not isinstance(values, list):
-        raise FormatError(where, f"the samples of {name!r} are not a list", _EDITED)
-    numbers = [_NOT_FINITE.get(v, v) if isinstance(v, str) else v for v in values]
-    if not all(_is_number(v) or v in _NOT_FINITE.values() or v != v for v in numbers):
-        raise FormatError(where, f"a sample of {name!r} is not a number", _EDITED)
-    return tuple(map(float, numbers))
 
 
 _LIMIT = 1e300

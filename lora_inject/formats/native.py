@@ -18,14 +18,14 @@ from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
 from lora_inject.formats.checks import check_keys, check_site, check_trained
 from lora_inject.storage.atomic import write_file
-from lora_inject.storage.tensors import read_header, read_tensors, serialise
+from lora_inject.storage.tensors import read_names, read_tensors, serialize
 
 
 def detects(path: Path) -> bool:
     """Whether a path is such a file."""
     if not path.is_file() or path.suffix != ".safetensors":
         return False
-    return words.is_native(read_header(path)[1], "native")
+    return words.is_native(read_names(path)[1], "native")
 
 
 def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
@@ -51,15 +51,16 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
         check_site(site, asked)
         tensors.update(_named(name, site))
     tensors.update((f"trained/{name}", tensor) for name, tensor in state.trained.items())
-    content = serialise(tensors, words.describe(state, "native"))
+    content = serialize(tensors, words.describe(state, "native"))
     return write_file(path, content, overwrite=overwrite)
 
 
-def read(path: Path) -> AdapterState:
+def read(path: Path, *, on_disk: bool = False) -> AdapterState:
     """Read what `write` wrote.
 
     Args:
         path: The file.
+        on_disk: Leave the values in the file until they are used (`storage.tensors.read_tensors`).
 
     Returns:
         The adapter, tensors bit for bit.
@@ -68,7 +69,7 @@ def read(path: Path) -> AdapterState:
         FormatError: The file is damaged, incomplete or was edited.
     """
     asked = f"read adapter '{path}'"
-    tensors, text = read_tensors(path)
+    tensors, text = read_tensors(path, on_disk=on_disk)
     if not words.is_native(text, "native"):
         raise FormatError(asked, "it is no file of this format", "Leave format out")
     described = words.parse(text, asked)

@@ -1,9 +1,9 @@
-"""The header of a safetensors file: parsed as if it came from an enemy, built byte by byte.
+"""The header of a safetensors file: parsed as untrusted input, and built byte by byte.
 
-A file is its header, and the header is a table of `(name, dtype, shape, start, stop)`.
-With absolute byte positions at hand, a tensor can be read in row blocks and overwritten in place,
-which the reference library offers no way to do. Format: 8 bytes little-endian length N, N bytes of
-JSON, then the tensors end to end (https://github.com/huggingface/safetensors, README "Format").
+The header is a table of `(name, dtype, shape, start, stop)`. With absolute byte positions a tensor
+can be read in row blocks and overwritten in place, which the reference library does not offer.
+Format: 8 bytes little-endian length N, N bytes of JSON, then the tensors end to end
+(https://github.com/huggingface/safetensors, README "Format").
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from lora_inject.errors import CheckpointError
-from lora_inject.storage.disk import open_read, read_at
+from lora_inject.errors import CheckpointError, LoraInjectError
+from lora_inject.storage.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's limit on N."""
 MAX_NAME_LENGTH = 1024
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What would change a terminal or the direction of a line, and half characters."""
 MAX_DIMENSIONS = 16
 MAX_DIMENSION = 1 << 48
 
@@ -105,128 +108,87 @@ class Header:
         return hashlib.sha256(self.raw).hexdigest()
 
 
-def parse_json(data: bytes, asked: str) -> Any:
-    """Parse JSON that refuses duplicate keys and never raises anything but `CheckpointError`.
-
-    Args:
-        data: UTF-8 text.
-        asked: What is being read, for the message.
-
-    Raises:
-        CheckpointError: Not JSON, nested too deeply, or a key occurs twice.
-
-    Example:
-        >>> parse_json(b'{"a": 1}', "an example")
-        {'a': 1}
-    """
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except RecursionError:
-        raise CheckpointError(
-            asked, "its JSON is nested too deeply", "The file is damaged or hostile"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(
-            asked, f"it is not valid JSON ({error})", "The file is damaged; fetch it again"
-        ) from None
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} occurs twice")
-    return table
-
-
-def read_header(path: Path) -> Header:
+def read_header(path: Path, error: type[LoraInjectError] = CheckpointError) -> Header:
     """Read and check the header of a safetensors file.
 
     Args:
         path: The file.
+        error: The class of the error: whether a checkpoint or an adapter (`FormatError`) is read.
 
     Raises:
-        CheckpointError: Anything that the format forbids: see the messages below.
+        LoraInjectError: As `error`: anything that the format forbids, see the messages below.
     """
-    asked = f"read '{path.name}'"
-    fd = open_read(path)
+    asked = f"read '{path}'"
     try:
-        size = os.fstat(fd).st_size
-        if size < 8:
-            raise _damaged(asked, f"it has {size} bytes, too few for a header")
-        length_bytes = memoryview(bytearray(8))
-        read_at(fd, length_bytes, 0)
-        (length,) = struct.unpack("<Q", length_bytes)
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise _damaged(
-                asked, f"its header claims {length} bytes of {size}, at most {MAX_HEADER_BYTES}"
-            )
-        raw = bytearray(8 + length)
-        read_at(fd, memoryview(raw), 0)
-    finally:
-        os.close(fd)
-    return parse_header(bytes(raw), size, asked)
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                found = f"it is cut off or not a safetensors file ({size} bytes)"
+                raise error(asked, found, _DAMAGED)
+            return _parse_header(start + file.read(length), size, asked, error)
+    except _HeaderError as cause:
+        raise error(asked, str(cause), _DAMAGED) from None
 
 
-def parse_header(raw: bytes, size_bytes: int, asked: str) -> Header:
-    """Check a header against the size of its file.
+_DAMAGED = "The file is damaged; fetch it again"
 
-    Args:
-        raw: The length and the JSON.
-        size_bytes: Size of the whole file.
-        asked: What is being read, for messages.
 
-    Raises:
-        CheckpointError: The table is malformed, or its tensors do not tile the file exactly.
-    """
-    table = parse_json(raw[8:], asked)
+class _HeaderError(Exception):
+    """What is wrong with a header, before it is told as an error of this package."""
+
+
+def _parse_header(raw: bytes, size_bytes: int, asked: str, error: type[LoraInjectError]) -> Header:
+    """Check that the table is well formed and that its tensors tile the file exactly."""
+    table = parse_json(raw[8:], f"{asked}, its header", error, MAX_HEADER_BYTES)
     if not isinstance(table, dict):
-        raise _damaged(asked, "its header is not a JSON object")
+        raise _HeaderError("its header is not a JSON object")
     metadata = table.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     ):
-        raise _damaged(asked, "__metadata__ is not a table of strings")
-    entries = [_entry(asked, name, entry, len(raw)) for name, entry in table.items()]
+        raise _HeaderError("its metadata is not a table of strings")
+    entries = [_entry(name, entry, len(raw)) for name, entry in table.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     position = len(raw)
     for entry in entries:
         if entry.start != position:
-            raise _damaged(asked, f"'{entry.name}' begins at {entry.start}, not at {position}")
+            raise _HeaderError(f"'{entry.name}' begins at {entry.start}, not at {position}")
         position = entry.stop
     if position != size_bytes:
-        raise _damaged(asked, f"its tensors end at byte {position} of {size_bytes}")
+        raise _HeaderError(f"its tensors end at byte {position} of {size_bytes}")
     return Header(raw, {entry.name: entry for entry in entries}, metadata, size_bytes)
 
 
-def _entry(asked: str, name: str, entry: object, data_start: int) -> TensorEntry:
+def _entry(name: str, entry: object, data_start: int) -> TensorEntry:
     shown = name[:80]
-    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
-        raise _damaged(asked, f"the tensor name {shown!r} is too long or not printable")
+    if not is_plain_name(name):
+        raise _HeaderError(f"the tensor name {shown!r} is too long or not printable")
     if not isinstance(entry, dict):
-        raise _damaged(asked, f"the entry of {shown!r} is not an object")
+        raise _HeaderError(f"the entry of {shown!r} is not an object")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _damaged(asked, f"{shown!r} has the unknown dtype {str(dtype)[:40]!r}")
+        raise _HeaderError(f"{shown!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or max(shape, default=0) > MAX_DIMENSION:
-        raise _damaged(asked, f"{shown!r} has the impossible shape {str(shape)[:80]}")
+        raise _HeaderError(f"{shown!r} has the impossible shape {str(shape)[:80]}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(asked, f"{shown!r} has the impossible offsets {str(offsets)[:80]}")
+        raise _HeaderError(f"{shown!r} has the impossible offsets {str(offsets)[:80]}")
     n_bits, start, stop = math.prod(shape) * DTYPE_BITS[dtype], offsets[0], offsets[1]
     if n_bits != 8 * (stop - start):
-        raise _damaged(
-            asked, f"{shown!r} is {dtype} {list(shape)}, which does not take {stop - start} bytes"
+        raise _HeaderError(
+            f"{shown!r} is {dtype} {list(shape)}, which does not take {stop - start} bytes"
         )
     return TensorEntry(name, dtype, tuple(shape), data_start + start, data_start + stop)
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a tensor may be called so: not too long, and without control characters."""
+    return len(name) <= MAX_NAME_LENGTH and not _CONTROL.search(name)
+
+
 def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
-
-
-def _damaged(asked: str, found: str) -> CheckpointError:
-    return CheckpointError(asked, found, "The file is damaged; fetch it again")
 
 
 def build_header(

@@ -49,7 +49,8 @@ from lora_inject.formats.peft.modules import bias_setting, target_modules, whole
 from lora_inject.formats.peft.patterns import common
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.atomic import write_directory
-from lora_inject.storage.tensors import parse_json, read_tensors, serialise
+from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.tensors import read_tensors, serialize
 
 CONFIG, MODEL, CARD, PICKLE = (
     "adapter_config.json",
@@ -137,7 +138,7 @@ def write(
     )
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        MODEL: serialise(tensors, words.describe(state, "peft", turned)),
+        MODEL: serialize(tensors, words.describe(state, "peft", turned)),
         CARD: model_card(state, base_model=base_model).encode(),
     }
     return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
@@ -150,6 +151,7 @@ def read(
     allow: Collection[str] = (),
     tensor_names: Sequence[str] | None = None,
     expert_major: bool = False,
+    on_disk: bool = False,
 ) -> AdapterState:
     """Read a PEFT directory, of this package or of others.
 
@@ -163,6 +165,7 @@ def read(
             others with two adapted parameters on one module, whose names the file does not hold.
         expert_major: Whether the columns of a stacked B are ordered by expert first, as unsloth
             writes them; the file does not tell.
+        on_disk: Leave the values in the file until they are used (`storage.tensors.read_tensors`).
 
     Returns:
         The adapter. Without metadata its `config` and `fingerprint` are None, and the kind of each
@@ -180,7 +183,7 @@ def read(
     claims = None
     if prefer != "metadata":
         claims = read_claims(parse_json(_read_config(path, where), where), where, allow)
-    tensors, text = read_tensors(path / MODEL)
+    tensors, text = read_tensors(path / MODEL, on_disk=on_disk)
     if claims is None and not words.is_native(text, "peft"):
         raise FormatError(
             asked, f"its {MODEL} holds no metadata of this package", "Leave prefer out"
