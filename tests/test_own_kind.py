@@ -269,8 +269,8 @@ class TakenForeign(LoRALinear):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (NoKind, "no Adapted with a kind of its own"),
-        (NoCarrier, "no Adapted with a kind of its own"),
+        (NoKind, "not an Adapted class with a kind of its own"),
+        (NoCarrier, "not an Adapted class with a kind of its own"),
         (Taken, "kind 'linear' is taken by .*LoRALinear"),
         (TakenForeign, "kind 'test_dense' is taken by .*LoRADense"),
     ],

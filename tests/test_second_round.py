@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.layers.survey import Survey
 from lora_inject.model import carried
 
 
@@ -216,7 +217,8 @@ def test_a_copy_is_apart_from_its_original(name: str) -> None:
     model = build()
     before, listed, wanted = snapshot(model), li.summary(model), model(IDS)
     other = ROUNDS[name](model)
-    assert len({id(m._lora.selection) for m in carried.adapted_modules(other).values()}) == 1
+    layers = carried.adapted_modules(Survey(other)).values()
+    assert len({id(m._lora.selection) for m in layers}) == 1
     li.activate(other, "one")
     li.train_only(other, "tw.o")
     fill(fill(other, "one"), "tw.o")

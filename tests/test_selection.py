@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
-from lora_inject.layers import selection
+from lora_inject.layers import selection, survey
 from lora_inject.model import carried
 
 Grads = dict[str, Tensor | None]
@@ -531,8 +531,8 @@ def test_activate_does_not_walk_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     model = net()
     li.activate(model, "a")
     walks: list[Any] = []
-    real = carried.walk
-    monkeypatch.setattr(carried, "walk", lambda *a, **k: walks.append(a) or real(*a, **k))
+    real = survey._walk
+    monkeypatch.setattr(survey, "_walk", lambda model: walks.append(model) or real(model))
     li.activate(model, "b")
     li.activate(model, {"a": 0.1, "b": 0.2})
     with li.disabled(model):
@@ -615,7 +615,8 @@ def test_a_root_above_roots_takes_their_adapters_over() -> None:
     fill(li.inject(pair, {"rank": 2, "targets": ["top"]}, "d"), "d")
     assert set(li.adapters(pair)) == {"a", "b", "c", "d"}
     assert {n for n, info in li.adapters(pair).items() if info.active} == {"d"}
-    assert len({id(m._lora.selection) for m in carried.adapted_modules(pair).values()}) == 1
+    layers = carried.adapted_modules(survey.Survey(pair)).values()
+    assert len({id(m._lora.selection) for m in layers}) == 1
     li.activate(pair, {"a": 1.0, "d": 1.0})
     y = pair(x)
     li.activate(pair.left, "b")

@@ -16,7 +16,8 @@ from torch import nn
 
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.errors import CheckpointError
-from lora_inject.layers.kinds import inventory
+from lora_inject.layers.candidates import inventory
+from lora_inject.layers.survey import Survey
 from lora_inject.spec.inventory import Inventory
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -84,7 +85,7 @@ def _from_checkpoint(path: Path) -> Source:
 
 def _from_config(path: Path) -> Source:
     model = meta_model(path)
-    return Source(inventory(model), f"{type(model).__name__}, built from its config.json")
+    return Source(inventory(Survey(model)), f"{type(model).__name__}, built from its config.json")
 
 
 def meta_model(path: Path) -> nn.Module:

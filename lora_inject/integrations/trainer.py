@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lora_inject.adapter.state import Fingerprint
 from lora_inject.errors import StateError
 from lora_inject.formats import write_adapter
-from lora_inject.layers.kinds import unwrapped
+from lora_inject.layers.survey import Survey, unwrapped
 from lora_inject.model.carried import entries
 from lora_inject.model.save import adapter_state, peft_view
 from lora_inject.model.train import adapter_parameters
@@ -201,7 +201,7 @@ class AdapterCheckpoint:
         adapter = dataclasses.replace(adapter, fingerprint=self._fingerprint)
         if not args.should_save:
             return {}
-        options = peft_view(model) if self.format == "peft" else {}
+        options = peft_view(Survey(model)) if self.format == "peft" else {}
         with tempfile.TemporaryDirectory() as place:
             target = Path(place, "adapter" if self.format == "peft" else "adapter.safetensors")
             path = write_adapter(adapter, target, self.format, **options)
@@ -270,7 +270,7 @@ def _adapter_keys(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     ours = {
         id(module._parameters[flat])
-        for _, module, entry in entries(model)
+        for _, module, entry in entries(Survey(model))
         for flat in entry.names.values()
     }
     return {key: tensor for key, tensor in state.items() if id(tensor) in ours}

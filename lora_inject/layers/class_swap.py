@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lora_inject.errors import LayerError
 from lora_inject.layers.adapted import Adapted, WeightUpdate, adapted_class, plain_class
 from lora_inject.layers.attached import Attached, attached_to
 from lora_inject.layers.selection import Selection
@@ -95,3 +96,29 @@ def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
         if attached.old_forward is None:
             attached.old_forward = module.__dict__["_old_forward"]
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def check_swappable(module: nn.Module, asked: str) -> None:
+    """Check that a module's class can change, by making the class and asking Python.
+
+    Args:
+        module: The module; left as it is.
+        asked: What was asked, for the message.
+
+    Raises:
+        LayerError: It cannot.
+    """
+    cls = type(module)
+    if cls in _SWAPPABLE or issubclass(cls, Adapted):
+        return
+    try:
+        module.__class__ = adapted_class(cls, WeightUpdate, ())
+        module.__class__ = cls
+    except TypeError as error:
+        raise LayerError(
+            asked, f"the class of a {cls.__name__} cannot change ({error})", "Leave it out"
+        ) from error
+    _SWAPPABLE.add(cls)
+
+
+_SWAPPABLE: set[type] = set()

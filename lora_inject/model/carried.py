@@ -1,4 +1,4 @@
-"""What a model carries: roots, layers, adapters, read off its modules whenever somebody asks.
+"""What a model carries: roots, layers, adapters, read off a survey of it.
 
 The model is the only state. One small record on the root remembers what `eject` must
 restore; everything else about adapters is found by a walk, and the one walk that switching needs is
@@ -15,9 +15,8 @@ from torch import nn
 
 from lora_inject.errors import StateError, nearest
 from lora_inject.layers.attached import Entry, attached_to
-from lora_inject.layers.kinds import unwrapped, walk, walk_base
 from lora_inject.layers.selection import Selection
-from lora_inject.spec.names import joined
+from lora_inject.layers.survey import Survey, unwrapped
 
 ROOT = "_lora_root"
 
@@ -47,43 +46,25 @@ class Root:
         return {**self.__dict__, "kept": None, "sampled": None}
 
 
-def roots_of(model: nn.Module) -> dict[str, Root]:
+def roots_of(survey: Survey) -> dict[str, Root]:
     """Return the records of all injected roots in a model, by name; `""` is the model itself."""
-    return {name: module.__dict__[ROOT] for name, module in walk(model) if ROOT in module.__dict__}
+    return {
+        path: module.__dict__[ROOT] for path, module in survey.modules if ROOT in module.__dict__
+    }
 
 
-def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
+def adapted_modules(survey: Survey) -> dict[str, nn.Module]:
     """Return the modules that carry adapters, by canonical name, in the order of the model."""
-    return {name: module for name, module in walk(model) if "_lora" in module.__dict__}
+    return {path: module for path, module in survey.modules if "_lora" in module.__dict__}
 
 
-def entries(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, nn.Module, Entry]]:
+def entries(survey: Survey, name: str | None = None) -> Iterator[tuple[str, nn.Module, Entry]]:
     """Yield `(module name, module, entry)` of one adapter, or of all."""
-    for path, module in walk(model):
+    for path, module in survey.modules:
         attached = attached_to(module)
         for entry in attached.entries() if attached is not None else ():
             if name is None or entry.adapter == name:
                 yield path, module, entry
-
-
-def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield every base parameter once, by canonical name; adapters are left out."""
-    seen: set[int] = set()
-    for path, _, own in walk_base(model):
-        for key, parameter in own.items():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield joined(path, key), parameter
-
-
-def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return who holds each parameter: more than one holder means that it is tied."""
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((module, key))
-    return holders
 
 
 @dataclass(frozen=True)
@@ -108,11 +89,15 @@ def structure_changed() -> None:
     _generation += 1
 
 
-def reach(model: nn.Module) -> Reach:
+def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
     """Return the selections and adapters in a model.
 
-    The walk is kept on the root until somebody injects or ejects, so that switching does not
+    What was found is kept on the root until somebody injects or ejects, so that switching does not
     depend on the size of the model.
+
+    Args:
+        model: The model.
+        survey: Of it, where there is one; else one is made where nothing was kept.
     """
     model = unwrapped(model)
     root: Root | None = model.__dict__.get(ROOT)
@@ -120,7 +105,7 @@ def reach(model: nn.Module) -> Reach:
         return root.kept[1]
     selections: dict[int, Selection] = {}
     names: set[str] = set()
-    for module in adapted_modules(model).values():
+    for module in adapted_modules(survey or Survey(model)).values():
         attached = attached_to(module)
         assert attached is not None
         selections.setdefault(id(attached.selection), attached.selection)

@@ -17,37 +17,28 @@ from lora_inject.errors import LayerError
 from lora_inject.functional import master_dtype
 from lora_inject.layers.adapted import WeightUpdate
 from lora_inject.layers.attached import TRAINABLE_ROLES, Entry, attached_to, attribute
-from lora_inject.layers.class_swap import narrow, swap, unswap
+from lora_inject.layers.candidates import inventory
+from lora_inject.layers.class_swap import check_swappable, narrow, swap, unswap
 from lora_inject.layers.initial import FROM_WEIGHT, initial_tensors
-from lora_inject.layers.kinds import (
-    check_swappable,
-    inventory,
-    mixin_for,
-    standing_still,
-    unwrapped,
-    walk,
-    walk_base,
-)
+from lora_inject.layers.kinds import mixin_for
 from lora_inject.layers.resizing import allow_resizing, refuse_resizing
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import allow_loading
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
     ROOT,
-    Reach,
     Root,
     adapted_modules,
     check_names,
     check_new_name,
-    holders,
-    named_parameters,
     reach,
     refuse_merged,
     roots_of,
     structure_changed,
 )
 from lora_inject.model.reached import refuse_unreached
-from lora_inject.model.train import train_only
+from lora_inject.model.train import set_trained
 from lora_inject.spec.config import Config
 from lora_inject.spec.matching import resolve
 from lora_inject.spec.names import joined
@@ -78,7 +69,7 @@ def plan(model: nn.Module, config: Config | Mapping[str, Any] | str | PathLike[s
         >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
         44
     """
-    return resolve(Config.coerce(config), inventory(model))
+    return resolve(Config.coerce(config), inventory(Survey(model)))
 
 
 def inject(
@@ -115,9 +106,9 @@ def inject(
         ['0.lora_A__default', '0.lora_B__default']
     """
     config = Config.coerce(config)
-    with standing_still(model):
-        planned = plan(model, config)
-        attach(model, name, planned.sites, planned.trained, _initial, config.to_dict(), probe=probe)
+    survey = Survey(model)
+    planned = resolve(config, inventory(survey))
+    attach(survey, name, planned.sites, planned.trained, _initial, config.to_dict(), probe=probe)
     return model
 
 
@@ -129,7 +120,7 @@ def _initial(target: SiteSpec | Trained, weight: Tensor) -> dict[str, Tensor]:
 
 
 def attach(
-    model: nn.Module,
+    survey: Survey,
     name: str,
     sites: Iterable[SiteSpec],
     trained: Iterable[Trained],
@@ -143,7 +134,7 @@ def attach(
     """Put an adapter onto a model: check everything, make everything, then change.
 
     Args:
-        model: The root.
+        survey: Of the root.
         name: Name of the new adapter.
         sites: Its sites.
         trained: The base tensors of which it has full copies.
@@ -158,50 +149,33 @@ def attach(
         LayerError: A module cannot change its class, an attribute is in the way, or a site is not
             reached by `probe`.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(survey.given, nn.parallel.DistributedDataParallel):
         raise LayerError(
             f"adapter {name!r}",
             "the model is wrapped in DistributedDataParallel, which would not reduce its gradients",
             "Inject into the model first, then wrap it",
         )
-    model = unwrapped(model)
-    with standing_still(model):
-        _attach_all(model, name, tuple(sites), tuple(trained), make, config, activate, train, probe)
-
-
-def _attach_all(
-    model: nn.Module,
-    name: str,
-    sites: tuple[SiteSpec, ...],
-    trained: tuple[Trained, ...],
-    make: Callable[[SiteSpec | Trained, Tensor], Tensors],
-    config: Mapping[str, Any] | None,
-    activate: bool,
-    train: bool,
-    probe: Callable[[], Any] | None,
-) -> None:
-    found = reach(model)
+    found = reach(survey.model, survey)
     check_new_name(found, name)
-    placed = _place(model, name, sites, trained)
+    placed = _place(survey, name, tuple(sites), tuple(trained))
     made = _make(placed, make, train)
     selection = next(iter(found.selections), None) or Selection()
-    records = roots_of(model).values()
-    with all_or_nothing(
-        (module for _, module in walk(model)), (selection, *found.selections, *records)
-    ):
-        root = _become_root(model, selection)
+    modules = [module for _, module in survey.modules]
+    records = roots_of(survey).values()
+    with all_or_nothing(modules, (selection, *found.selections, *records)):
+        root = _become_root(survey, selection)
         root.configs[name] = config
-        _freeze(model, root)
+        _freeze(survey, root)
         if train:
-            train_only(model, None)  # the new tensors are made trainable
+            set_trained(survey, ())  # the new tensors are made trainable
         for place, parameters in zip(placed, made, strict=True):
             _attach(place, parameters, selection)
-        refuse_resizing((module for _, module in walk(model)), adapted_modules(model).values())
+        refuse_resizing(modules, adapted_modules(survey).values())
         structure_changed()
         if activate:
             selection.replace(State(active=((name, 1.0),)))
         if probe is not None:
-            refuse_unreached(model, probe)
+            refuse_unreached(survey.model, probe)
 
 
 def _make(
@@ -234,10 +208,10 @@ class _Placed(NamedTuple):
 
 
 def _place(
-    model: nn.Module, name: str, sites: tuple[SiteSpec, ...], trained: tuple[Trained, ...]
+    survey: Survey, name: str, sites: tuple[SiteSpec, ...], trained: tuple[Trained, ...]
 ) -> list[_Placed]:
     """Find the module of each tensor and check that it can carry it; change nothing."""
-    modules = dict(walk(model, aliases=True))
+    modules = survey.by_name
     placed = []
     flat: dict[tuple[str | None, bool], dict[str, str]] = {}  # shared by all sites alike
     for spec in sites:
@@ -251,11 +225,10 @@ def _place(
             names = flat[read, derived] = {role: attribute(role, name, read) for role in roles}
         entry = Entry(name, spec, param, names)
         placed.append(_Placed(spec, modules[owner], entry, forward))
-    held = holders(model) if trained else {}
     for extra in trained:
         owner, _, key = extra.name.rpartition(".")
         # A tied tensor is one tensor: its copy is read under all its names.
-        for module, param in held[id(modules[owner]._parameters[key])]:
+        for module, param in survey.holders[id(modules[owner]._parameters[key])]:
             names = {"T": attribute("T", name, param)}
             entry = Entry(name, None, param, names, extra.why)
             placed.append(_Placed(extra, module, entry, forward=False))
@@ -346,31 +319,25 @@ def eject(model: M, name: str | None = None) -> M:
     Raises:
         StateError: There is no such adapter, or it is merged together with others.
     """
-    wrapped, model = model, unwrapped(model)  # type: ignore[assignment]
-    found = reach(model)
+    survey = Survey(model)
+    found = reach(survey.model, survey)
     check_names(found.names, [] if name is None else [name], "eject")
-    with standing_still(model):
-        _eject(model, name, found)
-    return wrapped
-
-
-def _eject(model: nn.Module, name: str | None, found: Reach) -> None:
     for selection in found.selections:
         selection.check_settled("eject")
         if name is not None:
             refuse_merged(selection, f"ejecting {name!r}")
-    modules = dict(walk(model))
-    roots = roots_of(model)
-    with all_or_nothing(modules.values(), (*found.selections, *roots.values())):
-        for module in adapted_modules(model).values():
+    roots = roots_of(survey)
+    with all_or_nothing((m for _, m in survey.modules), (*found.selections, *roots.values())):
+        for module in adapted_modules(survey).values():
             _detach(module, name)
         structure_changed()
-        left = reach(model).names
+        left = reach(survey.model, survey).names
         for path, root in reversed(roots.items()):
-            _forget(modules[path], root, left)
+            _forget(survey if path == "" else Survey(survey.by_name[path]), root, left)
+    return model
 
 
-def _forget(module: nn.Module, root: Root, left: frozenset[str]) -> None:
+def _forget(survey: Survey, root: Root, left: frozenset[str]) -> None:
     """Drop what is gone from a root's record; without adapters the record goes too."""
     gone = set(root.configs) - left
     for name in gone:
@@ -379,14 +346,14 @@ def _forget(module: nn.Module, root: Root, left: frozenset[str]) -> None:
     active = tuple(item for item in root.selection.state.active if item[0] not in gone)
     if active != root.selection.state.active:
         root.selection.replace(State(active=active))
-    allow_resizing((inner for _, inner in walk(module)), adapted_modules(module).values())
+    allow_resizing((m for _, m in survey.modules), adapted_modules(survey).values())
     if root.configs:
         return
     root.selection.merged = None
-    allow_loading(module)
-    del module.__dict__[ROOT]
-    inner = roots_of(module)
-    for key, parameter in named_parameters(module):
+    allow_loading(survey.model)
+    del survey.model.__dict__[ROOT]
+    inner = roots_of(survey)
+    for key, parameter in survey.parameters():
         if key not in root.required_grad:
             continue
         for path, record in inner.items():
@@ -397,22 +364,20 @@ def _forget(module: nn.Module, root: Root, left: frozenset[str]) -> None:
             parameter.requires_grad_(True)
 
 
-def _become_root(model: nn.Module, selection: Selection) -> Root:
-    """Make `model` the root of all adapters inside: one record, one selection."""
-    root: Root | None = model.__dict__.get(ROOT)
+def _become_root(survey: Survey, selection: Selection) -> Root:
+    """Make the model the root of all adapters inside: one record, one selection."""
+    root: Root | None = survey.model.__dict__.get(ROOT)
     if root is None:
-        root = model.__dict__[ROOT] = Root(selection)
+        root = survey.model.__dict__[ROOT] = Root(selection)
     active = dict(selection.state.active)
-    modules = dict(walk(model))
-    for path, inner in roots_of(model).items():
+    for path, inner in roots_of(survey).items():
         if inner is root:
             continue
-        module = modules[path]
         active.update(inner.selection.state.active)
         root.configs.update(inner.configs)
         root.required_grad |= {f"{path}.{key}" for key in inner.required_grad}
-        del module.__dict__[ROOT]
-    for module in adapted_modules(model).values():
+        del survey.by_name[path].__dict__[ROOT]
+    for module in adapted_modules(survey).values():
         attached = attached_to(module)
         assert attached is not None
         attached.selection = selection
@@ -421,10 +386,10 @@ def _become_root(model: nn.Module, selection: Selection) -> Root:
     return root
 
 
-def _freeze(model: nn.Module, root: Root) -> None:
+def _freeze(survey: Survey, root: Root) -> None:
     """Freeze every base parameter and remember which ones were not."""
-    for path, _, own in walk_base(model):
-        for key, parameter in own.items():
+    for path, module in survey.modules:
+        for key, parameter in survey.own[id(module)].items():
             if parameter.requires_grad:
                 root.required_grad.add(joined(path, key))
                 parameter.requires_grad_(False)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_inject.layers.attached import TRAINABLE_ROLES, Entry
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import entries, reach, roots_of
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
@@ -58,12 +59,13 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
         8
     """
     found: dict[str, list[tuple[str, nn.Module, Entry]]] = {}
-    for item in entries(model):
+    survey = Survey(model)
+    for item in entries(survey):
         found.setdefault(item[2].adapter, []).append(item)
     weights: dict[str, float] = {}
-    for selection in reach(model).selections:
+    for selection in reach(model, survey).selections:
         weights.update((selection.merged or selection.state).active)
-    order = {name: i for root in roots_of(model).values() for i, name in enumerate(root.configs)}
+    order = {name: i for root in roots_of(survey).values() for i, name in enumerate(root.configs)}
     names = sorted(found, key=lambda name: order.get(name, len(order)))
     return {name: _info(found[name], weights.get(name)) for name in names}
 

@@ -38,16 +38,15 @@ from lora_inject.functional import (
     mix_copies,
 )
 from lora_inject.layers.attached import Entry, attached_to
-from lora_inject.layers.kinds import standing_still, unwrapped, walk
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import allow_loading, refuse_loading
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
     ROOT,
     Root,
     check_names,
     entries,
-    holders,
     reach,
     refuse_merged,
     roots_of,
@@ -225,34 +224,28 @@ def merge(
         LayerError: A weight is quantised, on the meta device or sharded, the merged weight would
             not be finite, or `min_kept` is missed. Nothing was changed.
     """
-    with standing_still(model):
-        return _merge(model, name, undo, min_kept)
-
-
-def _merge(
-    model: nn.Module, name: str | Mapping[str, float] | None, undo: bool, min_kept: float | None
-) -> MergeReport:
-    selection, root = _root_selection(model)
+    survey = Survey(model)
+    selection, root = _root_selection(survey)
     refuse_merged(selection, "merge")
     selection.check_settled("merge")
-    state = _state_to_merge(model, selection, name)
-    targets = _targets(model, state, Scratch())
-    _check_ties(model, targets)
+    state = _state_to_merge(survey, selection, name)
+    targets = _targets(survey, state, Scratch())
+    _check_ties(survey, targets)
     _check_results(targets, min_kept, undo)
-    with all_or_nothing((module for _, module in walk(model)), (selection, root)):
+    with all_or_nothing((module for _, module in survey.modules), (selection, root)):
         was = selection.state
         selection.replace(State(merged=True))
         selection.merged = state
-        refuse_loading(unwrapped(model))
-        root.undo = _Merged(None, was, _trainable(model), [])
-        modules = dict(walk(model))
+        refuse_loading(survey.model)
+        root.undo = _Merged(None, was, _trainable(survey), [])
+        modules = survey.by_name
         for path, flat in root.undo.trainable:
             _set_flag(modules[path], flat, False)
         done: list[_Undo] = []
         try:
-            _write(targets, modules, undo, done)
+            _write(targets, survey, undo, done)
             if any(target.untie for target in targets):
-                _clear_tie_flags(model, root.undo.tie_flags)
+                _clear_tie_flags(survey.model, root.undo.tie_flags)
         except BaseException as error:
             for config in root.undo.tie_flags:
                 config.tie_word_embeddings = True
@@ -272,11 +265,11 @@ def _torn(n_written: int, n_targets: int) -> StateError:
     )
 
 
-def _root_selection(model: nn.Module) -> tuple[Selection, Root]:
-    root = unwrapped(model).__dict__.get(ROOT)
+def _root_selection(survey: Survey) -> tuple[Selection, Root]:
+    root = survey.model.__dict__.get(ROOT)
     if root is not None:
         return root.selection, root
-    inner = roots_of(model)
+    inner = roots_of(survey)
     if len(inner) == 1:
         found = next(iter(inner.values()))
         return found.selection, found
@@ -289,13 +282,13 @@ def _root_selection(model: nn.Module) -> tuple[Selection, Root]:
 
 
 def _state_to_merge(
-    model: nn.Module, selection: Selection, name: str | Mapping[str, float] | None
+    survey: Survey, selection: Selection, name: str | Mapping[str, float] | None
 ) -> State:
     if name is None:
         state = selection.state
     else:
         weights = {name: 1.0} if isinstance(name, str) else dict(name)
-        check_names(reach(model).names, weights, "merge")
+        check_names(reach(survey.model, survey).names, weights, "merge")
         state = State(active=tuple((n, float(w)) for n, w in weights.items()))
     if not state.active or state.rows is not None:
         raise StateError(
@@ -309,11 +302,11 @@ def _state_to_merge(
     return state
 
 
-def _targets(model: nn.Module, state: State, scratch: Scratch) -> list[_Target]:
+def _targets(survey: Survey, state: State, scratch: Scratch) -> list[_Target]:
     """Collect the tensors to write, one target each; check that each can be written."""
     weights = dict(state.active)
     found: dict[tuple[int, str], _Target] = {}
-    for path, module, entry in entries(model):
+    for path, module, entry in entries(survey):
         if entry.adapter not in weights:
             continue
         label = joined(path, entry.param)
@@ -321,11 +314,10 @@ def _targets(model: nn.Module, state: State, scratch: Scratch) -> list[_Target]:
         target = found.setdefault((id(module), entry.param), new)
         _add_entry(target, module, entry, weights[entry.adapter])
     targets = list(found.values())
-    held = holders(model)
     for target in targets:
         _check_weight(target)
-        target.untie = len(held[id(target.weight)]) > 1
-    return _once_if_tied(targets, held)
+        target.untie = len(survey.holders[id(target.weight)]) > 1
+    return _once_if_tied(targets, survey.holders)
 
 
 def _once_if_tied(
@@ -383,10 +375,10 @@ def _check_weight(target: _Target) -> None:
         raise LayerError(asked, "the weight is not contiguous", "Call .contiguous() on it first")
 
 
-def _check_ties(model: nn.Module, targets: list[_Target]) -> None:
+def _check_ties(survey: Survey, targets: list[_Target]) -> None:
     """Refuse to untie in a model that computes something else when its config says so."""
     untied = [target.name for target in targets if target.untie]
-    readers = [m for m in model.modules() if untied and _reads_tie_flag(type(m))]
+    readers = [m for _, m in survey.modules if untied and _reads_tie_flag(type(m))]
     if readers:
         raise LayerError(
             f"merge into {untied[0]!r}",
@@ -453,12 +445,10 @@ def _report(targets: list[_Target], state: State) -> MergeReport:
     return MergeReport(state.active, tensors, len(targets))
 
 
-def _write(
-    targets: list[_Target], modules: Mapping[str, nn.Module], undo: bool, done: list[_Undo]
-) -> None:
+def _write(targets: list[_Target], survey: Survey, undo: bool, done: list[_Undo]) -> None:
     """Write every merged weight, and note in `done`, before each, what would take it back."""
-    paths = {id(module): path for path, module in modules.items()}
-    held = holders(modules[""])
+    paths = survey.paths
+    held = {key: list(holders) for key, holders in survey.holders.items()}
     interrupts = nullcontext() if undo else _held_back_interrupts()
     with interrupts:
         for target in targets:
@@ -525,11 +515,11 @@ def _restore(modules: Mapping[str, nn.Module], done: list[_Undo]) -> None:
                 matrix[: undo.n_kept].copy_(undo.original[: undo.n_kept])
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, str]]:
+def _trainable(survey: Survey) -> list[tuple[str, str]]:
     """Return `(module name, flat name)` of every adapter tensor that requires a gradient."""
     return [
         (path, flat)
-        for path, module, entry in entries(model)
+        for path, module, entry in entries(survey)
         for flat in entry.names.values()
         if (p := module._parameters[flat]) is not None and p.requires_grad
     ]
@@ -569,7 +559,8 @@ def unmerge(model: M) -> M:
     Raises:
         StateError: Nothing is merged, or it was merged with `undo=False`.
     """
-    selection, root = _root_selection(model)
+    survey = Survey(model)
+    selection, root = _root_selection(survey)
     if selection.merged is None:
         raise StateError("unmerge", "nothing is merged", "Call merge(model) first")
     kept: _Merged = root.undo
@@ -579,7 +570,7 @@ def unmerge(model: M) -> M:
             "the merge kept nothing to restore (undo=False)",
             "Load the base weights again",
         )
-    modules = dict(walk(model))
+    modules = survey.by_name
     for undo in kept.targets:
         module = modules.get(undo.path)
         if module is None or attached_to(module) is None or undo.param not in module._parameters:
@@ -596,5 +587,5 @@ def unmerge(model: M) -> M:
     for path, flat in kept.trainable:
         _set_flag(modules[path], flat, True)
     root.undo = None
-    allow_loading(unwrapped(model))
+    allow_loading(survey.model)
     return model

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_inject.errors import LayerError, StateError
 from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import entries, reach, refuse_merged
 from lora_inject.spec.names import joined
 
@@ -86,7 +87,7 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
             selection.witness = None
     return [
         entry.spec.name if entry.spec is not None else joined(path, entry.param)
-        for path, module, entry in entries(model)
+        for path, module, entry in entries(Survey(model))
         if entry.adapter in active and (id(module), _read_param(module, entry)) not in seen
     ]
 

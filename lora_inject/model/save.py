@@ -23,7 +23,9 @@ from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.fingerprint import compare, samples, unverifiable
 from lora_inject.functional import master_dtype
 from lora_inject.layers.attached import Entry
-from lora_inject.layers.kinds import KINDS, inventory, standing_still, walk, walk_base
+from lora_inject.layers.candidates import inventory
+from lora_inject.layers.kinds import KINDS
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
     check_names,
     check_new_name,
@@ -71,7 +73,8 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     trained: dict[str, Tensor] = {}
     copies: set[int] = set()
     weights: dict[str, Tensor] = {}
-    for path, module, entry in entries(model, name):
+    survey = Survey(model)
+    for path, module, entry in entries(survey, name):
         if entry.spec is None:
             copy = id(entry.tensor(module, "T"))
             if copy not in copies:  # a tied tensor goes by its first name, as in an inventory
@@ -86,7 +89,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         raw = module._parameters[entry.param]
         assert raw is not None
         weights[spec.weight] = raw
-    configs = [root.configs[name] for root in roots_of(model).values() if name in root.configs]
+    configs = [root.configs[name] for root in roots_of(survey).values() if name in root.configs]
     config = configs[0] if configs else None
     return AdapterState(sites, trained, config, fingerprint(weights))
 
@@ -145,18 +148,18 @@ def save_adapter(
     """
     state = adapter_state(model, name)
     if format == "peft":
-        for key, value in peft_view(model).items():
+        for key, value in peft_view(Survey(model)).items():
             options.setdefault(key, value)
     write_adapter(state, path, format=format, **options)
     return Path(path)
 
 
-def peft_view(model: nn.Module) -> dict[str, Any]:
+def peft_view(survey: Survey) -> dict[str, Any]:
     """Return what PEFT would see of the model, and its format therefore must know."""
-    modules = dict(walk(model, aliases=True))
+    modules = survey.by_name
     return {
         "module_names": tuple(name for name in modules if name),
-        "tensor_names": tuple(base_weights(model)),
+        "tensor_names": tuple(base_weights(survey)),
         "transposed_modules": tuple(
             name for name, module in modules.items() if getattr(module, "is_transposed", False)
         ),
@@ -199,12 +202,11 @@ def load_adapter(
         StateError: The name is in use, or the model is merged.
     """
     asked = f"load {str(path)!r}"
-    with standing_still(model):
-        weights = base_weights(model)
-        if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
-            options.setdefault("tensor_names", tuple(weights))
-        state = read_adapter(path, format=format, **options)
-        _install(model, state, name, weights, leave_out, base, asked, _Owned())
+    survey = Survey(model)
+    if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
+        options.setdefault("tensor_names", tuple(base_weights(survey)))
+    state = read_adapter(path, format=format, **options)
+    _install(survey, state, name, leave_out, base, asked, _Owned())
     return model
 
 
@@ -234,24 +236,23 @@ def install(
         FormatError: It does not fit the model. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
-    with standing_still(model):
-        _install(model, state, name, base_weights(model), leave_out, base, asked, _copied)
+    _install(Survey(model), state, name, leave_out, base, asked, _copied)
     return model
 
 
 def _install(
-    model: nn.Module,
+    survey: Survey,
     state: AdapterState,
     name: str,
-    weights: Mapping[str, Tensor],
     leave_out: Sequence[str],
     base: Base,
     asked: str,
     taken: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    check_new_name(reach(model), name)
+    there = reach(survey.model, survey)
+    check_new_name(there, name)
     state = _without(state, leave_out, asked)
-    found = inventory(model)
+    found, weights = inventory(survey), base_weights(survey)
     names = _Names(found)
     fitted = {s.spec.name: _fit(s.spec, names, asked) for s in state.sites.values()}
     copies = {key: _fit_trained(key, t, found, asked) for key, t in state.trained.items()}
@@ -270,9 +271,9 @@ def _install(
         held = _tensors(state.sites[key]) if key in state.sites else {"T": state.trained[key]}
         return {role: taken(tensor, weight) for role, tensor in held.items()}
 
-    active = any(selection.state.active for selection in reach(model).selections)
+    active = any(selection.state.active for selection in there.selections)
     attach(
-        model,
+        survey,
         name,
         fitted.values(),
         trained.values(),
@@ -429,13 +430,12 @@ def _check_tied_copies(copies: Mapping[str, Trained], state: AdapterState, asked
             )
 
 
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
+def base_weights(survey: Survey) -> dict[str, Tensor]:
     """Return the base's parameters under each of their names."""
-    own = {id(module): parameters for _, module, parameters in walk_base(model)}
     return {
         joined(path, key): parameter
-        for path, module in walk(model, aliases=True)
-        for key, parameter in own[id(module)].items()
+        for path, module in survey.named
+        for key, parameter in survey.own[id(module)].items()
     }
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from lora_inject.errors import StateError
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.selection import BASE, State
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import adapted_modules, check_names, reach, refuse_merged
 from lora_inject.spec.names import joined
 
@@ -125,7 +126,7 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
         )
     names = dict.fromkeys(name for name in rows if name is not None)
     check_names(reach(model).names, names, "routed to")
-    for path, module in adapted_modules(model).items():
+    for path, module in adapted_modules(Survey(model)).items():
         attached = attached_to(module)
         for param, entries in attached.reads.items() if attached else ():
             for name in entries.keys() & names.keys():

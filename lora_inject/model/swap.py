@@ -21,7 +21,7 @@ from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
 from lora_inject.layers.attached import Entry
-from lora_inject.layers.kinds import standing_still
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import Root, check_names, entries, reach, refuse_merged, roots_of
 from lora_inject.model.save import (
     Base,
@@ -90,14 +90,14 @@ def swap_adapter(
     for selection in found.selections:
         refuse_merged(selection, asked)
     state = source if isinstance(source, AdapterState) else read_adapter(source, format, **options)
-    with standing_still(model):
-        slot = list(entries(model, name))
-        into, values, weights = _paired(slot, state, asked)
-        roots = roots_of(model).values()
-        if state.fingerprint is not None and base != "any":
-            check_base(state.fingerprint, _sampled(weights, next(iter(roots))), base, asked)
-        if state.base_copies:
-            check_base_copies(state, base_weights(model), asked)
+    survey = Survey(model)
+    slot = list(entries(survey, name))
+    into, values, weights = _paired(slot, state, asked)
+    roots = roots_of(survey).values()
+    if state.fingerprint is not None and base != "any":
+        check_base(state.fingerprint, _sampled(weights, next(iter(roots))), base, asked)
+    if state.base_copies:
+        check_base_copies(state, base_weights(survey), asked)
     with torch.no_grad():
         torch._foreach_copy_(into, values)
     for root in roots:

@@ -5,13 +5,14 @@ An adapter's tensors require gradients where `train_only` named it, and the base
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
 
 from lora_inject.errors import StateError
 from lora_inject.layers.attached import TRAINABLE_ROLES
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import check_names, entries, reach, refuse_merged
 from lora_inject.spec.names import joined
 
@@ -31,9 +32,14 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     check_names(found.names, wanted, "train_only")
     for selection in found.selections:
         refuse_merged(selection, "train_only")
-    for selection in found.selections:
+    set_trained(Survey(model), wanted)
+
+
+def set_trained(survey: Survey, wanted: Collection[str]) -> None:
+    """Set the `requires_grad` of every adapter's tensors, without a check."""
+    for selection in reach(survey.model, survey).selections:
         selection.trained = frozenset(wanted)
-    for _, module, entry in entries(model):
+    for _, module, entry in entries(survey):
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]
             if role in TRAINABLE_ROLES and parameter is not None:
@@ -58,7 +64,7 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     known = reach(model).names
     check_names(known, [] if name is None else [name], "adapter_parameters of")
     found: dict[str, nn.Parameter] = {}
-    for path, module, entry in entries(model, name):
+    for path, module, entry in entries(Survey(model), name):
         prefix = f"{entry.adapter}:" if name is None and len(known) > 1 else ""
         for role, flat in entry.names.items():
             if role not in TRAINABLE_ROLES:
@@ -86,7 +92,7 @@ def parameter_groups(model: nn.Module, lr: float, b_lr_ratio: float = 1.0) -> li
     """
     # By identity: the copy of a tied tensor stands under each of its names.
     groups: dict[str, dict[int, nn.Parameter]] = {"A": {}, "B": {}, "T": {}}
-    for _, module, entry in entries(model):
+    for _, module, entry in entries(Survey(model)):
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]
             if role in groups and parameter is not None and parameter.requires_grad:

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.layers.kinds import inventory
+from lora_inject.layers.candidates import inventory
+from lora_inject.layers.survey import Survey
 from zoo.shrink import WIDTH
 
 RANK, ALPHA = 2, 3.0
@@ -60,7 +61,7 @@ def targets_of(model: nn.Module) -> Targets:
     """Return what of `model` is targeted."""
     found = Targets()
     modules = dict(model.named_modules())
-    candidates = inventory(model).candidates
+    candidates = inventory(Survey(model)).candidates
     for c in candidates:
         if c.kind in ("linear", "conv1d"):
             if c.refusal is not None:

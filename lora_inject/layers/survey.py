@@ -1,0 +1,133 @@
+"""One walk over a model: its modules and base parameters, their names, and who shares what.
+
+A verb makes one `Survey` and passes it along. It holds while no module and no base parameter comes
+or goes; adapters may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from torch import nn
+
+from lora_inject.errors import LayerError
+from lora_inject.layers.attached import attached_to
+from lora_inject.spec.names import canonical, joined
+
+# Deeper than torch's own train() and eval() get before Python's limit on recursion.
+MAX_DEPTH = 1000
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the user's model inside torch.compile's, DistributedDataParallel's and like wrappers.
+
+    Adapters live on the model itself, so every verb means the same on a wrapped model.
+    """
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif len(model._modules) == 1 and (inner := model._modules.get("_orig_mod")) is not None:
+            model = inner
+        else:
+            return model
+
+
+class Survey:
+    """The modules and base parameters of a model, read off it once.
+
+    Attributes:
+        given: The model as the caller has it, maybe in a wrapper.
+        model: The model without the wrappers around it.
+        named: `(canonical name, module)` in the order of the model, the model itself as `""`, a
+            shared module under each of its names.
+        modules: The same with each module once, under its first name. A wrapper and what it wraps
+            have the same canonical name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.given, self.model = model, unwrapped(model)
+        self.named = list(_walk(self.model))
+        first: dict[int, tuple[str, nn.Module]] = {}
+        for pair in self.named:
+            first.setdefault(id(pair[1]), pair)
+        self.modules = list(first.values())
+
+    @cached_property
+    def by_name(self) -> dict[str, nn.Module]:
+        """Every name with its module; of a wrapper and what it wraps, the latter."""
+        return dict(self.named)
+
+    @cached_property
+    def paths(self) -> dict[int, str]:
+        """The first name of each module, by the module's id."""
+        return {id(module): name for name, module in self.modules}
+
+    @cached_property
+    def further(self) -> dict[int, tuple[str, ...]]:
+        """The names but the first of modules that have several, by the module's id."""
+        found: dict[int, tuple[str, ...]] = {}
+        if len(self.modules) < len(self.named):
+            seen: set[int] = set()
+            for name, module in self.named:
+                if id(module) in seen:
+                    found[id(module)] = (*found.get(id(module), ()), name)
+                seen.add(id(module))
+        return found
+
+    @cached_property
+    def own(self) -> dict[int, dict[str, nn.Parameter]]:
+        """The base parameters of each module, without its children's, by the module's id."""
+        return {id(module): _base_parameters(module) for _, module in self.modules}
+
+    @cached_property
+    def holders(self) -> dict[int, list[tuple[nn.Module, str]]]:
+        """Who holds each base parameter, by the parameter's id; if several, it is tied."""
+        found: dict[int, list[tuple[nn.Module, str]]] = {}
+        for _, module in self.modules:
+            for key, parameter in self.own[id(module)].items():
+                found.setdefault(id(parameter), []).append((module, key))
+        return found
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield every base parameter once, by canonical name."""
+        seen: set[int] = set()
+        for path, module in self.modules:
+            for key, parameter in self.own[id(module)].items():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield joined(path, key), parameter
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    pending: list[tuple[str, nn.Module, int]] = [("", model, 0)]
+    while pending:
+        name, module, depth = pending.pop()
+        yield name, module
+        if children := module._modules:
+            if depth == MAX_DEPTH:
+                _refuse_endless(name)
+            for key, child in reversed(children.items()):
+                if child is not None:
+                    inside = joined(name, key) if canonical(key) else name
+                    pending.append((inside, child, depth + 1))
+
+
+def _refuse_endless(name: str) -> None:
+    """Raise for a module that holds itself: its names would have no end."""
+    raise LayerError(
+        f"walk the model, module '{name[:80]}...'",
+        f"it lies {MAX_DEPTH} modules deep: a module holds one that holds it (its parent?)",
+        "Keep such a reference in a tuple, or set it with object.__setattr__; train() and eval() "
+        "of torch would not end either",
+    )
+
+
+def _base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a module's own parameters, without its children's and without adapters."""
+    own = {key: p for key, p in module._parameters.items() if p is not None}
+    if (attached := attached_to(module)) is not None:
+        for entry in attached.entries():
+            for flat in entry.names.values():
+                own.pop(flat, None)
+    return own
