@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_checkpoint_helpers import (
+from helpers.checkpoints import (
     LLAMA,
     adapter,
     dense,

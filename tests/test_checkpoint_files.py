@@ -6,11 +6,11 @@ import struct
 
 import pytest
 import torch
+from helpers.checkpoints import LLAMA, llama_adapter, llama_tensors, save_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from test_checkpoint_helpers import LLAMA, llama_adapter, llama_tensors, save_checkpoint
 
 from lora_inject.checkpoint import Checkpoint, MergeOptions, Part, merge_checkpoint
 from lora_inject.checkpoint.side_files import edit_config, find_side_files

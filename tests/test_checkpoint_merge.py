@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from test_checkpoint_helpers import (
+from helpers.checkpoints import (
     LLAMA,
     adapter,
     assert_equal_to_dense,
@@ -20,6 +19,7 @@ from test_checkpoint_helpers import (
     site,
     ulps,
 )
+from safetensors import safe_open
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, verify_checkpoint

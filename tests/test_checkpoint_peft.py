@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
+from helpers.checkpoints import load_checkpoint, ulps
 from safetensors.torch import load_file, save_file
-from test_checkpoint_helpers import load_checkpoint, ulps
 
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint, verify_checkpoint
 from lora_inject.checkpoint.adapter_files import load_part
@@ -644,7 +644,7 @@ def test_dora_on_embeddings_and_convolutions_equals_pefts_merge(tmp_path, target
         model.add_module("embed_tokens", torch.nn.Embedding(12, 8))
     else:
         model.add_module("patch", torch.nn.Conv2d(3, 8, 4))
-    from test_checkpoint_helpers import save_checkpoint
+    from helpers.checkpoints import save_checkpoint
 
     base = save_checkpoint(tmp_path / "base", {k: v.clone() for k, v in model.state_dict().items()})
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=[target], use_dora=True)

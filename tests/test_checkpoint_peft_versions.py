@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import load_checkpoint
 from safetensors.torch import load_file
-from test_checkpoint_helpers import load_checkpoint
 
 from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint, verify_checkpoint
 

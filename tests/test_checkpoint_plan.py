@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_checkpoint_helpers import (
+from helpers.checkpoints import (
     LLAMA,
     adapter,
     assert_equal_to_dense,

@@ -10,6 +10,7 @@ import pytest
 
 from lora_inject.errors import FormatError
 from lora_inject.storage import atomic as files
+from lora_inject.storage import disk
 from lora_inject.storage.atomic import write_directory, write_file
 
 OLD, NEW = {"config": b"old", "model": b"old"}, {"config": b"new", "model": b"new"}
@@ -52,8 +53,8 @@ STEPS = [
     (os, "fsync", 1),
     (os, "fsync", 2),
     (os, "fsync", 3),
-    (files, "_write_flushed", 1),
-    (files, "_write_flushed", 2),
+    (files, "write_new", 1),
+    (files, "write_new", 2),
     (files, "_put_in_place", 1),
 ]
 RENAMES = [(Path, "rename", 1), (Path, "rename", 2)]
@@ -95,7 +96,8 @@ def test_a_full_disk_is_told_and_nothing_is_left(
         path.write_bytes(content[:1])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_write_flushed", full)
+    monkeypatch.setattr(files, "write_new", full)
+    monkeypatch.setattr(disk, "write_new", full)
     with pytest.raises(
         FormatError, match=r"write '.*a': No space left on device\. Free some space"
     ):

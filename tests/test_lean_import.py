@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_checkpoint_helpers import LLAMA, llama_adapter, llama_tensors, save_checkpoint
+from helpers.checkpoints import LLAMA, llama_adapter, llama_tensors, save_checkpoint
 
 import lora_inject
 from lora_inject.formats import write_adapter

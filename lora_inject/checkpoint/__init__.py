@@ -8,12 +8,11 @@ a few detours. `plan_merge` says what would happen, `merge_checkpoint` does it,
 from lora_inject.checkpoint.adapter_files import load_part
 from lora_inject.checkpoint.extract import ExtractReport, extract_adapter
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.journal import check_output, free_bytes
 from lora_inject.checkpoint.merge_files import merge_checkpoint, merge_planned
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.parts import Part
-from lora_inject.checkpoint.ranks import Ranks
+from lora_inject.checkpoint.staging import check_output, free_bytes
 from lora_inject.checkpoint.verify import VerifyReport, verify_checkpoint
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "MergeOptions",
     "MergePlan",
     "Part",
-    "Ranks",
     "VerifyReport",
     "check_output",
     "extract_adapter",

@@ -26,7 +26,7 @@ from lora_inject.checkpoint.output_files import FLOATS, OutputShard, TensorJob, 
 from lora_inject.checkpoint.parts import Part, check_parts
 from lora_inject.checkpoint.quantised import why_not
 from lora_inject.checkpoint.same_base import check_same_base
-from lora_inject.checkpoint.side_files import edit_config, find_side_files
+from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
 from lora_inject.checkpoint.tied import check_is_read, is_embedding, is_head, tie_flags, tied_copies
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import DTYPE_BITS
@@ -72,6 +72,16 @@ class MergePlan:
     def config(self) -> bytes | None:
         """New content of `config.json`, None where it is copied or there is none."""
         return edit_config(self.base.config, self.config_changes) if self.config_changes else None
+
+    def other_files(self) -> dict[str, bytes]:
+        """Return the content of every file of the output but the weight files."""
+        base = self.base
+        files = {name: read_side_file(base.folder, name) for name in self.side_files}
+        if base.index_name is not None:
+            files[base.index_name] = self.index or read_side_file(base.folder, base.index_name)
+        if base.config:
+            files["config.json"] = self.config or read_side_file(base.folder, "config.json")
+        return files
 
     @property
     def digest(self) -> str:

@@ -23,7 +23,6 @@ from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
 from lora_inject.checkpoint.output_rows import Memory, fold_span, spans_of
 from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.read import RowReader
-from lora_inject.checkpoint.side_files import read_side_file
 from lora_inject.checkpoint.write import one_thread_each
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import open_read, read_at
@@ -118,26 +117,17 @@ def verify_checkpoint(
 
 def _other_files(plan: MergePlan, folder: Path) -> list[str]:
     """Compare the index, the config and the side files, and look for files that do not belong."""
-    base, problems = plan.base, []
-    wanted = {name: read_side_file(base.folder, name) for name in plan.side_files}
-    if base.index_name is not None:
-        kept = read_side_file(base.folder, base.index_name)
-        wanted[base.index_name] = plan.index or kept
-    for name, data in wanted.items():
+    problems = []
+    for name, data in plan.other_files().items():
         path = folder / name
         if not path.is_file():
             problems.append(f"'{name}' is missing")
         elif path.read_bytes() != data:
             problems.append(f"'{name}' is not what it should be")
-    if base.config:
-        config = plan.config or read_side_file(base.folder, "config.json")
-        path = folder / "config.json"
-        if not path.is_file() or path.read_bytes() != config:
-            # Programs rewrite it harmlessly; what the merge had to change must be there.
-            found = read_config(folder)
-            wrong = [k for k, v in plan.config_changes.items() if found.get(k) != v]
-            problems.append(f"'config.json' is not what it should be{': ' if wrong else ''}")
-            problems[-1] += ", ".join(f"{k} is {found.get(k)!r}" for k in wrong)
+            if name == "config.json":  # programs rewrite it; what the merge changed must be there
+                found = read_config(folder)
+                wrong = [k for k, v in plan.config_changes.items() if found.get(k) != v]
+                problems[-1] += "".join(f", {k} is {found.get(k)!r}" for k in wrong)
     names = {shard.name for shard in plan.shards}
     strangers = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in names)
     problems += [f"'{name}' does not belong there" for name in strangers]

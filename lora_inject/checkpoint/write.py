@@ -20,6 +20,7 @@ import safetensors
 import torch
 
 from lora_inject.checkpoint.index import Checkpoint, Shard
+from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.output_rows import (
     Memory,
@@ -38,7 +39,6 @@ from lora_inject.storage.disk import (
     open_read,
     open_write,
     reserve,
-    try_lock,
     write_at,
 )
 from lora_inject.storage.safetensors_file import read_header
@@ -84,7 +84,7 @@ class _Output:
 
 def write_shard(
     shard: OutputShard,
-    base: Checkpoint,
+    plan: MergePlan,
     partial: Path,
     workers: int,
     counted: Callable[[int], None],
@@ -94,7 +94,7 @@ def write_shard(
 
     Args:
         shard: What it holds.
-        base: The base.
+        plan: The merge that it is of.
         partial: The temporary name.
         workers: How many threads compute.
         counted: Called from any thread with numbers of bytes done.
@@ -104,20 +104,14 @@ def write_shard(
         The reports of its computed tensors, in their order.
 
     Raises:
-        CheckpointError: A value is not finite, the base changed, another process writes the file.
+        CheckpointError: A value is not finite, or the base changed.
         OSError: The disk is full, read-only or broken.
     """
     with contextlib.ExitStack() as stack:
         fd = open_write(partial)
         stack.callback(os.close, fd)
-        if not stack.enter_context(try_lock(fd)):
-            raise CheckpointError(
-                f"write '{shard.name}'",
-                "another process is writing it",
-                "Wait for it; or, if two ranks have the same RANK, give each its own",
-            )
         sources = {}
-        for source in _sources(shard, base):
+        for source in _sources(shard, plan.base):
             check_unchanged(source)
             sources[source.name] = open_read(source.path)
             stack.callback(os.close, sources[source.name])
@@ -127,7 +121,7 @@ def write_shard(
         before = time.perf_counter()
         os.fsync(fd)
         timing.fsync_seconds += time.perf_counter() - before
-        for source in _sources(shard, base):
+        for source in _sources(shard, plan.base):
             check_unchanged(source)
     _read_back(shard, partial)
     return reports

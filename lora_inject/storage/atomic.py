@@ -1,7 +1,7 @@
-"""Writing an adapter's files so that no half of it can ever be read.
+"""Write an adapter's files so that no half of it can ever be read.
 
-Everything is written under a temporary name beside the target, flushed to the disk, and
-put in place by one rename. A directory that is already there is exchanged in the same single step
+Everything is written under a temporary name beside the target, flushed to the disk, and put in
+place by one rename. A directory that is already there is exchanged in the same single step
 where the system can do that (Linux); elsewhere it is moved aside first, so that for a moment there
 is no adapter, but never half of one. Whatever goes wrong, Ctrl-C included, the temporary is removed
 and the old adapter is where it was.
@@ -13,12 +13,12 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from lora_inject.errors import FormatError
+from lora_inject.storage.disk import fsync_dir, replace_file, temporary_name, write_new
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -57,19 +57,19 @@ def write_directory(
     """
     target = Path(os.path.realpath(path))
     _check_directory(target, files.keys() | set(replaceable), overwrite=overwrite)
-    temporary = _temporary_name(target)
+    temporary = temporary_name(target)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.mkdir()
             for name, content in files.items():
-                _write_flushed(temporary / name, content)
-            _flush_directory(temporary)
+                write_new(temporary / name, content)
+            fsync_dir(temporary)
             _put_in_place(temporary, target)
         finally:
             # After an exchange this is the old adapter, after a failure what was half written.
             shutil.rmtree(temporary, ignore_errors=True)
-        _flush_directory(target.parent)
+        fsync_dir(target.parent)
     return target
 
 
@@ -99,15 +99,9 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
         raise FormatError(f"write '{target}'", "it is a directory", "Give the name of a file")
     if target.exists() and not overwrite:
         raise FormatError(f"write '{target}'", "it exists already", _OVERWRITE)
-    temporary = _temporary_name(target)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_flushed(temporary, content)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _flush_directory(target.parent)
+        replace_file(target, content)
     return target
 
 
@@ -146,30 +140,6 @@ def _check_directory(target: Path, names: Collection[str], *, overwrite: bool) -
         raise FormatError(asked, "there is an adapter already", _OVERWRITE)
 
 
-def _temporary_name(target: Path) -> Path:
-    """A free name in the target's own directory: a rename never crosses file systems there."""
-    return target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
-
-
-def _write_flushed(path: Path, content: bytes) -> None:
-    """Create a file that must be new (mode 0666 less the umask) and wait until it is on disk."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(path: Path) -> None:
-    """Make the names in a directory durable; not every system can, and none loses data by it."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Give `temporary` the name of `target`; what was there ends up under the temporary name."""
     if not target.exists() or not any(target.iterdir()):
@@ -178,7 +148,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
             target.rmdir()
         temporary.rename(target)
     elif not _exchange(temporary, target):
-        aside = _temporary_name(target)
+        aside = temporary_name(target)
         target.rename(aside)
         try:
             temporary.rename(target)

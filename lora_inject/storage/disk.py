@@ -1,4 +1,4 @@
-"""Bytes on disk: read and write at an offset, copy in the kernel, reserve, lock, make durable.
+"""Bytes on disk: read and write at an offset, copy in the kernel, reserve, make durable.
 
 Each operation names the best call that the platform has and falls back by what the
 system answers, never by guessing which file system it is on. Nothing here knows what the bytes
@@ -7,12 +7,11 @@ mean, and nothing depends on a file position, so that several threads can share 
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import functools
 import os
+import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from lora_inject.errors import CheckpointError
@@ -21,10 +20,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
-try:
-    import msvcrt
-except ImportError:  # everywhere else
-    msvcrt = None  # type: ignore[assignment]
 
 COPY_STEP_BYTES = 32 << 20
 """Longest single copy: bounds the time until progress is reported and Ctrl-C is noticed."""
@@ -39,8 +34,6 @@ _CANNOT_COPY_IN_KERNEL = {
     errno.EPERM,
     errno.EBADF,
 }
-_SHARERS = 1024
-"""How many processes may share a lock on Windows."""
 _position_lock = threading.Lock()  # for platforms whose reads and writes move a file position
 
 
@@ -198,64 +191,25 @@ def fsync_dir(folder: Path) -> None:
         os.close(fd)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all, and durable."""
-    # The process id keeps two ranks that write the same file at once from sharing a temporary.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    fd = open_write(temporary)
+def write_new(path: Path, data: bytes) -> None:
+    """Create a file that must be new (mode 0666 less the umask) and wait until it is on disk."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def temporary_name(target: Path) -> Path:
+    """Return a free name in the target's own folder: a rename never crosses file systems there."""
+    return target.with_name(f".{target.name[:30]}.{secrets.token_hex(6)}.tmp")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file, durable, so that it is there whole or not at all."""
+    temporary = temporary_name(path)
     try:
-        os.ftruncate(fd, 0)
-        write_at(fd, data, 0)
-        os.fsync(fd)
+        write_new(temporary, data)
+        temporary.replace(path)
     finally:
-        os.close(fd)
-    temporary.replace(path)
+        temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
-
-
-@contextlib.contextmanager
-def try_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
-    """Hold a lock on an open file; yields False where another process holds it.
-
-    The lock goes with the process, however it ends.
-    """
-    if fcntl is not None:
-        mine = _taken(fcntl.flock, fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        release = functools.partial(fcntl.flock, fd, fcntl.LOCK_UN)
-    else:
-        start, n_bytes = _lock_bytes(fd, shared=shared)
-        mine = n_bytes > 0
-        release = functools.partial(_bytes_lock, fd, start, n_bytes, "LK_UNLCK")
-    try:
-        yield mine
-    finally:
-        if mine:
-            release()
-
-
-def _taken(lock: Callable[..., object], *arguments: object) -> bool:
-    try:
-        lock(*arguments)
-    except OSError as error:
-        if error.errno not in {errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}:
-            raise
-        return False
-    return True
-
-
-def _lock_bytes(fd: int, *, shared: bool) -> tuple[int, int]:
-    """Lock as Windows can, which has no shared locks: each sharer takes one byte of many.
-
-    Returns:
-        Which bytes are locked, and how many: none where another process is in the way.
-    """
-    spans = [(k, 1) for k in range(_SHARERS)] if shared else [(0, _SHARERS)]
-    for start, n_bytes in spans:
-        if _taken(_bytes_lock, fd, start, n_bytes, "LK_NBLCK"):
-            return start, n_bytes
-    return 0, 0
-
-
-def _bytes_lock(fd: int, start: int, n_bytes: int, how: str) -> None:
-    os.lseek(fd, start, os.SEEK_SET)
-    msvcrt.locking(fd, getattr(msvcrt, how), n_bytes)  # type: ignore[attr-defined,unused-ignore]

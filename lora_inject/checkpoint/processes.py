@@ -1,0 +1,74 @@
+"""Several processes that share one merge, as torchrun starts them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import distributed
+
+from lora_inject.errors import CheckpointError
+
+
+class Processes:
+    """This process among those that share a merge; alone where nothing says otherwise.
+
+    Joins the process group that is there, or that torchrun's variables describe.
+
+    Attributes:
+        rank: Number of this process.
+        world: How many there are.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
+        self._group: Any = None
+        if not distributed.is_available():
+            return
+        if not distributed.is_initialized():
+            if not distributed.is_torchelastic_launched():
+                return
+            distributed.init_process_group("gloo")
+        self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
+        self._group = distributed.new_group(backend="gloo")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait at the end until every process has left the block; if one failed, all fail.
+
+        Raises:
+            CheckpointError: Another process failed in its block.
+        """
+        mine: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.world == 1:
+                raise
+            mine = error
+        if self.world > 1:
+            said: list[str | None] = [None] * self.world
+            text = None if mine is None else str(mine)
+            distributed.all_gather_object(said, text, group=self._group)
+            if mine is not None:
+                raise mine
+            for rank, other in enumerate(said):
+                if other is not None:
+                    asked = f"merge with {self.world} processes"
+                    found = f"process {rank} failed: {other}"
+                    raise CheckpointError(asked, found, "Mend that and start all of them again")
+
+
+def deal(sizes: Sequence[int], world: int) -> list[int]:
+    """Return the process of each of several files: the largest first, to who has the least so far.
+
+    Example:
+        >>> deal([5, 3, 3], 2)
+        [0, 1, 1]
+    """
+    loads, dealt = [0] * world, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        dealt[i] = min(range(world), key=lambda rank: (loads[rank], rank))
+        loads[dealt[i]] += sizes[i]
+    return dealt

@@ -1,0 +1,208 @@
+"""The folder that an unfinished merge grows in, beside its output.
+
+Weight files and side files are written to `files` inside it, which gets the output's name in one
+rename when all of them are there. So a process that dies leaves no output, and what it finished can
+be resumed: `manifest.json` says what the merge is of, and each finished weight file has a record of
+its own, so that several processes never write one file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.output_files import OutputShard
+from lora_inject.errors import CheckpointError
+from lora_inject.storage.disk import fsync_dir, replace_file, write_new
+from lora_inject.storage.safetensors_file import read_header
+from lora_inject.storage.strict_json import parse_json
+
+SPARE_BYTES = 64 << 20
+"""Left free for small files and the file system's own needs."""
+
+
+def check_output(base: Checkpoint, output: Path) -> Path:
+    """Check that an output folder can be written without touching anything that is there.
+
+    Args:
+        base: The base.
+        output: Where to write.
+
+    Returns:
+        The folder, links resolved.
+
+    Raises:
+        CheckpointError: It is the base, inside or around it, a file, a mount point, or not empty.
+    """
+    asked, folder = f"write to '{output}'", output.resolve()
+    if folder == base.folder or base.folder in folder.parents or folder in base.folder.parents:
+        found = f"it is the base '{base.folder}', or one is inside the other"
+        raise CheckpointError(asked, found, "Give a folder of its own")
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(asked, "it is a file", "Give the name of a folder")
+    if folder.is_dir():
+        if names := sorted(path.name for path in folder.iterdir()):
+            Staging(folder).remove_if_published()
+            found = f"it is not empty ({', '.join(names[:4])})"
+            raise CheckpointError(asked, found, "Give another folder, or remove this one")
+        if folder.is_mount():
+            found = "it is a mount point, and the output gets its name by a rename"
+            raise CheckpointError(asked, found, "Give a folder inside it")
+    return folder
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Check that the disk has room.
+
+    Raises:
+        CheckpointError: There is not enough.
+    """
+    free = free_bytes(folder)
+    if free < needed_bytes + min(SPARE_BYTES, needed_bytes):
+        raise CheckpointError(
+            f"write {needed_bytes:,} bytes to '{folder}'",
+            f"only {free:,} are free",
+            "Free some space, or give a folder on another disk",
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder is on, or would be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+class Staging:
+    """The folder of an unfinished merge.
+
+    Args:
+        output: The output folder, resolved.
+
+    Attributes:
+        folder: The staging folder.
+        files: What becomes the output.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        name = output.name  # shortened, as a name takes at most 255 bytes
+        mark = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+        self.folder = output.with_name(f".{name[:50]}.{mark}.merging")
+        self.files = self.folder / "files"
+        self._records = self.folder / "records"
+
+    def open(self, identity: Mapping[str, Any]) -> None:
+        """Create the folder, or resume what is in it; removes half-written files.
+
+        Args:
+            identity: What the merge is of, as plain data.
+
+        Raises:
+            CheckpointError: There is an unfinished merge of something else.
+        """
+        for folder in (self.files, self._records):
+            folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob("*.partial"):
+            stale.unlink(missing_ok=True)
+        manifest, new = self.folder / "manifest.json", self.partial()
+        write_new(new, json.dumps(identity, indent=1, sort_keys=True).encode())
+        try:
+            os.link(new, manifest)  # unlike a rename, this never replaces another merge's
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            if not manifest.exists():
+                new.replace(manifest)
+        new.unlink(missing_ok=True)
+        asked = f"resume the merge in '{self.output}'"
+        found = parse_json(manifest.read_bytes(), asked, CheckpointError)
+        wanted = json.loads(json.dumps(identity))
+        if found != wanted:
+            raise CheckpointError(
+                asked,
+                f"it was of something else: {_difference(found, wanted)}",
+                f"Remove '{self.folder}' to begin again, or give another output folder",
+            )
+
+    def partial(self) -> Path:
+        """Return a new name for a file that is being written."""
+        return self.folder / f"{secrets.token_hex(8)}.partial"
+
+    def finish(self, partial: Path, shard: OutputShard, record: Mapping[str, Any]) -> None:
+        """Take in a finished, durable weight file and write its record."""
+        try:
+            partial.replace(self.files / shard.name)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"write '{shard.name}'",
+                f"'{partial}' was removed: another merge works on the same output",
+                "Wait until it ends; to share one merge, start both with torchrun",
+            ) from None
+        fsync_dir(self.files)
+        replace_file(self._record(shard), json.dumps(record, sort_keys=True).encode())
+
+    def record(self, shard: OutputShard) -> dict[str, Any] | None:
+        """Return the record of a finished weight file, None where it has to be made again."""
+        path, file = self._record(shard), self.files / shard.name
+        if not path.exists() or not file.is_file():
+            return None
+        with contextlib.suppress(CheckpointError):
+            if read_header(file).raw == shard.header.raw:
+                record: dict[str, Any] = parse_json(path.read_bytes(), "resume", CheckpointError)
+                return record
+        return None
+
+    def _record(self, shard: OutputShard) -> Path:
+        return self._records / f"{hashlib.sha256(shard.name.encode()).hexdigest()[:32]}.json"
+
+    def n_finished(self) -> int:
+        """Count the finished weight files."""
+        return len(list(self._records.glob("*.json")))
+
+    def publish(self, side_files: Mapping[str, bytes]) -> None:
+        """Add the other files, and give all of them the output's name in one rename.
+
+        Args:
+            side_files: Content by path relative to the output.
+        """
+        for name, data in side_files.items():
+            path = self.files / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of an earlier attempt
+            write_new(path, data)
+        for folder in {(self.files / name).parent for name in side_files} | {self.files}:
+            fsync_dir(folder)
+        if os.name != "posix" and self.output.exists():
+            self.output.rmdir()  # POSIX renames over an empty folder
+        self.files.rename(self.output)
+        fsync_dir(self.output.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def remove_if_published(self) -> None:
+        """Remove what a process left that died between the rename and the end."""
+        if self.folder.exists() and not self.files.exists():
+            self.remove()
+
+
+def _difference(found: Any, wanted: Any, place: str = "") -> str:
+    """Name the first place where two manifests differ."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                where = f"{place}.{key}" if place else key
+                return _difference(found.get(key), wanted.get(key), where)
+    return f"'{place}' was {str(found)[:60]!r} and is {str(wanted)[:60]!r}"

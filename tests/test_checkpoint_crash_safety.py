@@ -1,0 +1,490 @@
+"""A merge that is killed, refused or runs out of disk leaves no output, and can go on."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.checkpoints import (
+    LLAMA,
+    assert_equal_to_dense,
+    dense,
+    llama_adapter,
+    llama_tensors,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, verify_checkpoint
+from lora_inject.checkpoint import merge_files as merging
+from lora_inject.checkpoint.staging import Staging, free_bytes
+from lora_inject.errors import CheckpointError
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def case(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 3, LLAMA)
+    (base / "tokenizer.json").write_text("{}")
+    return base, tensors, llama_adapter(tensors), tmp_path / "out"
+
+
+def content(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def fail_at(monkeypatch, n, error):
+    """Make writing the n-th weight file fail."""
+    real, calls = merging.write_shard, []
+
+    def write_shard(*args):
+        calls.append(args)
+        if len(calls) == n:
+            args[2].write_bytes(b"half")
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(merging, "write_shard", write_shard)
+
+
+def staging(out):
+    return Staging(out).folder
+
+
+def test_output_that_would_touch_the_base_is_refused(case, tmp_path):
+    base, _, state, _ = case
+    (tmp_path / "link").symlink_to(base)
+    before = content(base)
+    for output in (base, base / "sub", base / ".." / "base", tmp_path / "link", tmp_path):
+        with pytest.raises(CheckpointError, match="it is the base"):
+            merge_checkpoint(base, [Part(state)], output)
+    assert content(base) == before
+
+
+def test_output_with_something_in_it_is_refused_and_kept(case):
+    base, _, state, out = case
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"not empty \(thesis\.txt\)"):
+        merge_checkpoint(base, [Part(state)], out)
+    assert content(out) == {"thesis.txt": b"years of work"}
+
+
+def test_finished_output_is_not_written_again(case):
+    base, _, state, out = case
+    merge_checkpoint(base, [Part(state)], out)
+    before = content(out)
+    with pytest.raises(CheckpointError, match="not empty"):
+        merge_checkpoint(base, [Part(state)], out)
+    assert content(out) == before
+
+
+def test_output_that_is_a_file_is_refused(case):
+    base, _, state, out = case
+    out.write_text("a file")
+    with pytest.raises(CheckpointError, match="it is a file"):
+        merge_checkpoint(base, [Part(state)], out)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_failure_leaves_nothing_or_a_merge_that_goes_on(case, monkeypatch, n, error):
+    base, tensors, state, out = case
+    with monkeypatch.context() as patch:
+        fail_at(patch, n, error)
+        with pytest.raises((KeyboardInterrupt, CheckpointError)) as caught:
+            merge_checkpoint(base, [Part(state)], out)
+    if isinstance(error, OSError):
+        assert "No space left" in str(caught.value)
+        assert "Free some space" in str(caught.value)
+    assert not out.exists()
+    assert staging(out).exists() == (n > 1)
+    assert not list(staging(out).rglob("*.partial"))
+    report = merge_checkpoint(base, [Part(state)], out)
+    assert len(report.resumed) == n - 1
+    assert len(report.tensors) == 6  # those of resumed files included
+    touched = {name + ".weight" for name in state.sites}
+    assert_equal_to_dense(load_checkpoint(out), dense(tensors, (state, 1.0)), touched)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in base.iterdir())
+    assert not staging(out).exists()
+
+
+def unfinished(case, monkeypatch):
+    base, _, state, out = case
+    with monkeypatch.context() as patch:
+        fail_at(patch, 3, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoint(base, [Part(state)], out)
+    return base, state, out
+
+
+CHANGES = {
+    "another adapter": (
+        lambda b, s: ([Part(replace(s, sites=dict(list(s.sites.items())[:5])))], None)
+    ),
+    "another value": (lambda b, s: ([Part(changed(s))], None)),
+    "another weight": (lambda b, s: ([Part(s, 0.5)], None)),
+    "another dtype": (lambda b, s: ([Part(s)], MergeOptions(dtype="float32"))),
+    "base touched": (lambda b, s: (touch(b), ([Part(s)], None))[1]),
+}
+
+
+def changed(state):
+    sites = dict(state.sites)
+    name = next(iter(sites))
+    A = sites[name].A.clone()
+    A[0, 0] += 1e-3
+    return replace(state, sites={**sites, name: replace(sites[name], A=A)})
+
+
+def touch(base):
+    path = base / "model-00001-of-00003.safetensors"
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resuming_something_else_is_refused_and_kept(case, monkeypatch, change):
+    base, state, out = unfinished(case, monkeypatch)
+    before = content(out)
+    parts, options = CHANGES[change](base, state)
+    with pytest.raises(CheckpointError, match="it was of something else"):
+        merge_checkpoint(base, parts, out, options)
+    assert content(out) == before
+
+
+def test_damaged_finished_file_is_made_again(case, monkeypatch):
+    base, state, out = unfinished(case, monkeypatch)
+    path = Staging(out).files / "model-00001-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    report = merge_checkpoint(base, [Part(state)], out)
+    assert report.resumed == ("model-00002-of-00003.safetensors",)
+    assert verify_checkpoint(base, [Part(state)], out).problems == ()
+
+
+class PowerCutError(BaseException):
+    """Ends a merge at once."""
+
+
+@pytest.mark.parametrize("output", ["absent", "empty folder"])
+def test_stopped_at_any_rename_the_output_is_absent_or_complete(case, monkeypatch, output):
+    base, _, state, out = case
+    for step in range(100):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(staging(out), ignore_errors=True)
+        if output != "absent":
+            out.mkdir()
+        left = [step]
+
+        def stop(real, left=left):
+            def renamed(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise PowerCutError
+                return real(*args, **kwargs)
+
+            return renamed
+
+        with monkeypatch.context() as patch:
+            for owner, name in ((Path, "replace"), (Path, "rename"), (os, "link")):
+                patch.setattr(owner, name, stop(getattr(owner, name)))
+            patch.setattr(shutil, "rmtree", stop(shutil.rmtree))
+            with contextlib.suppress(PowerCutError):
+                merge_checkpoint(base, [Part(state)], out)
+        if not out.exists() or not any(out.iterdir()):
+            merge_checkpoint(base, [Part(state)], out)
+        assert content(out).keys() == content(base).keys()
+        assert verify_checkpoint(base, [Part(state)], out).problems == ()
+        if left[0] >= 0:
+            break
+    assert 8 < step < 100
+
+
+def test_what_a_kill_left_after_the_last_rename_is_removed(case, monkeypatch):
+    base, _, state, out = case
+    with monkeypatch.context() as patch:
+        patch.setattr(Staging, "remove", lambda self: None)
+        merge_checkpoint(base, [Part(state)], out)
+    assert staging(out).exists()
+    with pytest.raises(CheckpointError, match="not empty"):
+        merge_checkpoint(base, [Part(state)], out)
+    assert not staging(out).exists()
+
+
+def test_second_merge_into_one_output_never_mixes(case, monkeypatch):
+    """Another adapter is refused; the same merge may finish, and then the first says so."""
+    base, tensors, state, out = case
+    real, seen = merging.write_shard, []
+
+    def write_shard(*args):
+        result = real(*args)
+        if not seen:
+            seen.append(None)
+            with pytest.raises(CheckpointError, match="it was of something else"):
+                merge_checkpoint(base, [Part(llama_adapter(tensors, seed=5))], out)
+            merge_checkpoint(base, [Part(state)], out)
+        return result
+
+    monkeypatch.setattr(merging, "write_shard", write_shard)
+    with pytest.raises(CheckpointError, match="another merge works on the same output"):
+        merge_checkpoint(base, [Part(state)], out)
+    assert verify_checkpoint(base, [Part(state)], out).problems == ()
+
+
+def test_side_file_with_the_longest_name_there_is_comes_along(case):
+    base, _, state, out = case
+    name = "a" * 250 + ".json"
+    (base / name).write_text("{}")
+    merge_checkpoint(base, [Part(state)], out.with_name("o" * 255))
+    assert (out.with_name("o" * 255) / name).read_text() == "{}"
+
+
+def test_base_that_changes_underneath_is_noticed(case, monkeypatch):
+    base, _, state, out = case
+    real, calls = merging.write_shard, []
+
+    def write_shard(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            touch(base)  # a shard that is finished already
+        return real(*args)
+
+    monkeypatch.setattr(merging, "write_shard", write_shard)
+    with pytest.raises(CheckpointError, match=r"model-00001.*changed while it was being merged"):
+        merge_checkpoint(base, [Part(state)], out)
+    assert not out.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any folder")
+def test_read_only_folder_is_one_clear_error(case, tmp_path):
+    base, _, state, _ = case
+    folder = tmp_path / "ro"
+    folder.mkdir(mode=0o500)
+    with pytest.raises(CheckpointError, match="may write to"):
+        merge_checkpoint(base, [Part(state)], folder / "out")
+
+
+def test_too_little_space_is_known_before_anything_is_written(case, monkeypatch):
+    base, _, state, out = case
+    usage = shutil.disk_usage(base)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))
+    with pytest.raises(CheckpointError, match="only 5,000 are free"):
+        merge_checkpoint(base, [Part(state)], out)
+    assert not out.exists()
+
+
+def test_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
+    assert free_bytes(tmp_path / "a" / "b" / "c") > 10
+
+
+# Several processes ------------------------------------------------------------------------------
+
+SHARED = """
+import os, sys
+sys.path[:0] = {path!r}
+from helpers.checkpoints import llama_adapter, load_checkpoint
+from lora_inject.checkpoint import Part, merge_checkpoint, merge_files
+from lora_inject.errors import CheckpointError
+base, out = sys.argv[1:]
+part = Part(llama_adapter(load_checkpoint(base)))
+real, rank = merge_files.write_shard, int(os.environ["RANK"])
+def fail(*args):
+    raise CheckpointError("write", "the disk of one burned", "Wait")
+if rank == 1:
+    merge_files.write_shard = fail
+try:
+    merge_checkpoint(base, [part], out)
+except CheckpointError as error:
+    assert "the disk of one burned" in str(error), error
+    assert rank == 1 or "process 1 failed" in str(error), error
+    assert not os.path.exists(out)
+merge_files.write_shard = real
+report = merge_checkpoint(base, [part], out)
+assert len(report.tensors) == 6 and report.resumed, report
+open(f"{{out}}.{{rank}}", "w").close()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_share_a_merge_and_fail_together(case, tmp_path):
+    base, tensors, state, out = case
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED.format(path=[str(TESTS), str(TESTS.parent)]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*launch, script, base, out], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(Path(f"{out}.{rank}").exists() for rank in range(2))
+    touched = {name + ".weight" for name in state.sites}
+    assert_equal_to_dense(load_checkpoint(out), dense(tensors, (state, 1.0)), touched)
+    assert not staging(out).exists()
+
+
+# Kills ------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, sys, torch
+sys.path[:0] = {path!r}
+from helpers.checkpoints import llama_adapter, load_checkpoint
+from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint
+part = Part(llama_adapter(load_checkpoint(sys.argv[1])))
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        print(os.getpid(), flush=True)
+        merge_checkpoint(sys.argv[1], [part], sys.argv[2], MergeOptions(workers=1))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    print("over", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_killed_at_moments_all_over_the_merge_the_output_is_absent_or_complete(tmp_path):
+    tensors = llama_tensors(layers=6, hidden=256, inner=512, vocab=1024)
+    base = save_checkpoint(tmp_path / "base", tensors, 6, LLAMA)
+    out, part = tmp_path / "out", Part(llama_adapter(tensors))
+    script = KILLED.format(path=[str(TESTS), str(TESTS.parent)])
+    command = [sys.executable, "-c", script, str(base), str(out)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as server:
+
+        def merge(delay=None):
+            server.stdin.write("go\n")
+            server.stdin.flush()
+            pid, began = int(server.stdout.readline()), time.monotonic()
+            if delay is not None:
+                time.sleep(delay)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            assert server.stdout.readline() == "over\n"
+            return time.monotonic() - began
+
+        whole = []
+        for _ in range(2):
+            whole.append(merge())
+            shutil.rmtree(out)
+        n_resumed = 0
+        for k in range(16):
+            merge((k + 0.5) / 16 * min(whole))
+            if out.exists():
+                assert verify_checkpoint(base, [part], out).problems == ()
+            elif staging(out).exists() and k % 2:
+                report = merge_checkpoint(base, [part], out)
+                n_resumed += bool(report.resumed)
+                assert verify_checkpoint(base, [part], out).problems == ()
+            shutil.rmtree(out, ignore_errors=True)
+        server.stdin.close()
+    assert n_resumed > 0
+
+
+# A full disk ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)],
+        check=False,
+        capture_output=True,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"mounting a tmpfs is not permitted: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
+def test_full_disk_is_one_clear_error_and_the_merge_goes_on_afterwards(
+    tmp_path, small_disk, monkeypatch
+):
+    tensors = llama_tensors(hidden=256, inner=256, vocab=512)  # 0.9 MB in bfloat16
+    base = save_checkpoint(tmp_path / "base", tensors, 3, LLAMA)
+    state = llama_adapter(tensors)
+    hog = small_disk / "hog"
+    hog.write_bytes(bytes(1_500_000))
+    with pytest.raises(CheckpointError, match="are free"):
+        merge_checkpoint(base, [Part(state)], small_disk / "out")
+    # Somebody fills the disk after the check.
+    monkeypatch.setattr(merging, "check_space", lambda *_: 0)
+    with pytest.raises(CheckpointError, match=r"No space left.*Free some space"):
+        merge_checkpoint(base, [Part(state)], small_disk / "out")
+    assert not list(small_disk.rglob("*.partial"))
+    assert not (small_disk / "out").exists()
+    hog.unlink()
+    merge_checkpoint(base, [Part(state)], small_disk / "out")
+    assert verify_checkpoint(base, [Part(state)], small_disk / "out").problems == ()
+
+
+def test_disk_that_becomes_read_only_is_one_clear_error(tmp_path, small_disk):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match=r"Read-only file system.*not read-only"):
+        merge_checkpoint(base, [Part(llama_adapter(tensors))], small_disk / "out")
+
+
+# Verification -----------------------------------------------------------------------------------
+
+
+def flip(path, position, bit=1):
+    data = bytearray(path.read_bytes())
+    data[position] ^= bit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
+def test_one_wrong_bit_is_found_and_named(case, name):
+    base, _, state, out = case
+    merge_checkpoint(base, [Part(state)], out)
+    plan = merging.plan_merge(out, [Part(state)])
+    shard = plan.base.shard_of[name]
+    flip(out / shard, plan.base.tensors[name].start + 1, bit=16)
+    problems = verify_checkpoint(base, [Part(state)], out).problems
+    assert len(problems) == 1
+    assert name in problems[0]
+
+
+def test_verification_tells_other_adapters_missing_and_strange_files(case):
+    base, tensors, state, out = case
+    merge_checkpoint(base, [Part(state)], out)
+    assert verify_checkpoint(base, [Part(llama_adapter(tensors, seed=5))], out).problems
+    assert verify_checkpoint(base, [Part(state, 0.5)], out).problems
+    (out / "tokenizer.json").unlink()
+    (out / "model-strange.safetensors").write_bytes(b"")
+    found = " ".join(verify_checkpoint(base, [Part(state)], out).problems)
+    assert "'tokenizer.json' is missing" in found
+    assert "'model-strange.safetensors' does not belong there" in found
+    (out / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        verify_checkpoint(base, [Part(state)], out).check()
+
+
+def test_merge_verifies_before_it_publishes(case, monkeypatch):
+    base, _, state, out = case
+    report = merge_checkpoint(base, [Part(state)], out, MergeOptions(verify=True))
+    assert report.verified
+    shutil.rmtree(out)
+    real = merging.write_shard
+
+    def write_shard(*args):
+        result = real(*args)
+        flip(args[2], -1, bit=64)  # what a failing disk does
+        return result
+
+    monkeypatch.setattr(merging, "write_shard", write_shard)
+    with pytest.raises(CheckpointError, match="verify the merged checkpoint"):
+        merge_checkpoint(base, [Part(state)], out, MergeOptions(verify=True))
+    assert not out.exists()
