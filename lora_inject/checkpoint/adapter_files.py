@@ -1,8 +1,7 @@
 """Adapter files as parts of a merge.
 
-A file of stacked experts does not say which of a module's parameters a pair belongs to;
-the order of the parameters does, and every model of transformers 5 has `gate_up_proj` before
-`down_proj`. All else is `formats.read_adapter`'s business.
+A PEFT file of stacked experts says neither which of a module's parameters a pair belongs to, which
+their order in the model does, nor which way round the model holds them, which its class does.
 """
 
 from __future__ import annotations
@@ -12,13 +11,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_inject.checkpoint.class_names import options_for_stacks
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.variants import is_variant, read_variant
 from lora_inject.formats import read_adapter
+from lora_inject.formats.peft import PREFIX
+from lora_inject.storage.strict_json import parse_json
 from lora_inject.storage.tensors import read_names
 
-_PREFIX = "base_model.model."
 _STACKS = ("gate_up_proj", "down_proj")
 
 
@@ -42,6 +43,8 @@ def load_part(
     path = Path(path)
     options["on_disk"] = True  # an adapter may be large, and each of its tensors is needed seldom
     if (path / "adapter_config.json").is_file():
+        if _has_stacks(path):
+            options = options_for_stacks(base) | options
         options.setdefault("tensor_names", _tensor_names(path, base.tensors))
         if is_variant(path):
             options.pop("prefer", None)  # there is no metadata of this package to prefer
@@ -49,12 +52,19 @@ def load_part(
     return Part(read_adapter(path, **options), weight, str(path))
 
 
+def _has_stacks(path: Path) -> bool:
+    """Return whether PEFT wrote a folder with adapted parameters; the class is slow to build."""
+    config = path / "adapter_config.json"
+    said = parse_json(config.read_bytes(), f"read adapter '{path}', {config.name}")
+    return isinstance(said, dict) and bool(said.get("target_parameters"))
+
+
 def _tensor_names(path: Path, there: Iterable[str]) -> Sequence[str]:
-    """Return the base's names, and those that the class gives to stacked experts."""
+    """Return the base's names, and those that transformers 5 gives to stacked experts."""
     file = path / "adapter_model.safetensors"
     keys = read_names(file)[0] if file.is_file() else ()
     modules = {
-        key.removeprefix(_PREFIX).split(".lora_")[0].replace(".base_layer", "") for key in keys
+        key.removeprefix(PREFIX).split(".lora_")[0].replace(".base_layer", "") for key in keys
     }
     experts = [
         f"{m}.{stack}" for m in sorted(modules) if m.endswith("experts") for stack in _STACKS

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.formats.peft import options_for_reading
 
 
 @dataclass(frozen=True)
@@ -51,28 +52,59 @@ def class_rule(checkpoint: Checkpoint) -> TableRule | None:
     Returns:
         The rule; None without transformers, or where the config names no class of it.
     """
-    architectures = checkpoint.config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        return None
     try:
-        model = _on_meta(str(architectures[0]), checkpoint.config)
+        model = _class_of(checkpoint)
         table = dict(_backwards(model, checkpoint))
-    except (
-        ImportError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        OSError,
-        RuntimeError,
-        NotImplementedError,
-    ):
-        # Another version of transformers, or a config that its class does not take: then the rules
-        # without the class have had their say already, and the adapter is refused with its list.
+    except _UNBUILDABLE:
+        # The rules without the class have had their say already, and the adapter is refused with
+        # its list.
         return None
     pairs = Counter(_prefixes(mine, theirs) for mine, theirs in table.items())
     ordered = sorted(pairs, key=lambda pair: (-len(pair[0]), -pairs[pair]))
-    return TableRule(f"names of {architectures[0]}", table, tuple(ordered))
+    return TableRule(f"names of {type(model).__name__}", table, tuple(ordered))
+
+
+def options_for_stacks(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint's class says of stacked experts, as options for `formats.peft.read`.
+
+    Args:
+        checkpoint: The base.
+
+    Returns:
+        The options, names with and without the prefix of the base model; empty where the class
+        cannot be built.
+    """
+    try:
+        model = _class_of(checkpoint)
+    except _UNBUILDABLE:
+        return {}
+    inner = f"{model.base_model_prefix}."
+    found = options_for_reading(dict(model.named_modules()), model.state_dict())
+    return {
+        option: (*names, *(name.removeprefix(inner) for name in names if name.startswith(inner)))
+        for option, names in found.items()
+    }
+
+
+_UNBUILDABLE = (
+    ImportError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+)
+"""What building a class raises: another version of transformers, or a config of another class."""
+
+
+def _class_of(checkpoint: Checkpoint) -> Any:
+    """Build the class that a checkpoint's config names, without weights."""
+    architectures = checkpoint.config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise LookupError("the config names no class")
+    return _on_meta(str(architectures[0]), checkpoint.config)
 
 
 def _on_meta(architecture: str, config: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ left is a plain LoRA file, which `formats` reads under all its checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lora_inject.checkpoint.parts import Part
 from lora_inject.errors import FormatError
+from lora_inject.formats.peft import PREFIX
 from lora_inject.formats.peft.adapter_config import read_claims
 from lora_inject.formats.peft.foreign import read_foreign
 from lora_inject.storage.strict_json import parse_json
 from lora_inject.storage.tensors import read_tensors
 
-_PREFIX = "base_model.model."
 _FIELDS = ("use_dora", "lora_bias", "trainable_token_indices")
 _MAGNITUDE = ".lora_magnitude_vector"
 _BIAS = ".lora_B.bias"
@@ -44,6 +44,7 @@ def read_variant(
     *,
     tensor_names: Sequence[str] | None = None,
     allow: Sequence[str] = (),
+    transposed_modules: Collection[str] | None = None,
     expert_major: bool = False,
     on_disk: bool = False,
 ) -> Part:
@@ -54,6 +55,7 @@ def read_variant(
         weight: Mixing weight.
         tensor_names: As for `formats.peft.read`.
         allow: As for `formats.peft.read`.
+        transposed_modules: As for `formats.peft.read`.
         expert_major: As for `formats.peft.read`.
         on_disk: As for `formats.peft.read`.
 
@@ -68,7 +70,7 @@ def read_variant(
     biases: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX).removesuffix(".default")
+        name = key.removeprefix(PREFIX).removesuffix(".default")
         for end, table in ((_MAGNITUDE, magnitudes), (_BIAS, biases), (_ROWS, rows)):
             stem = name.removesuffix(".weight") if end == _MAGNITUDE else name
             if stem.endswith(end):
@@ -77,7 +79,14 @@ def read_variant(
         else:
             plain[key] = tensor
     claims = read_claims({k: v for k, v in config.items() if k not in _FIELDS}, asked, allow)
-    state = read_foreign(plain, claims, asked, tensor_names=tensor_names, expert_major=expert_major)
+    state = read_foreign(
+        plain,
+        claims,
+        asked,
+        tensor_names=tensor_names,
+        transposed_modules=transposed_modules,
+        expert_major=expert_major,
+    )
     _check(asked, config, state.sites, magnitudes, biases)
     return Part(
         state,

@@ -21,6 +21,7 @@ from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import FORMATS, read_adapter, write_adapter
 from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.fingerprint import compare, samples, unverifiable
+from lora_inject.formats.peft import options_for_reading, options_for_writing
 from lora_inject.functional import master_dtype
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.candidates import inventory
@@ -156,14 +157,7 @@ def save_adapter(
 
 def peft_view(survey: Survey) -> dict[str, Any]:
     """Return what PEFT would see of the model, and its format therefore must know."""
-    modules = survey.by_name
-    return {
-        "module_names": tuple(name for name in modules if name),
-        "tensor_names": tuple(base_weights(survey)),
-        "transposed_modules": tuple(
-            name for name, module in modules.items() if getattr(module, "is_transposed", False)
-        ),
-    }
+    return options_for_writing(survey.model, survey.by_name, base_weights(survey))
 
 
 def load_adapter(
@@ -204,7 +198,7 @@ def load_adapter(
     asked = f"load {str(path)!r}"
     survey = Survey(model)
     if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
-        options.setdefault("tensor_names", tuple(base_weights(survey)))
+        options = options_for_reading(survey.by_name, base_weights(survey)) | options
     state = read_adapter(path, format=format, **options)
     _install(survey, state, name, leave_out, base, asked, _Owned())
     return model

@@ -1,5 +1,14 @@
 """PEFT's folder: `adapter_model.safetensors` and `adapter_config.json`."""
 
 from lora_inject.formats.peft.folder import detects, read, write
+from lora_inject.formats.peft.layout import PREFIX
+from lora_inject.formats.peft.live_model import options_for_reading, options_for_writing
 
-__all__ = ["detects", "read", "write"]
+__all__ = [
+    "PREFIX",
+    "detects",
+    "options_for_reading",
+    "options_for_writing",
+    "read",
+    "write",
+]

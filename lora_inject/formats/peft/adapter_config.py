@@ -1,11 +1,10 @@
 """adapter_config.json: what this package writes into it, and what it accepts from others.
 
-The file is a list of claims. Those that change what the tensors mean (DoRA, an init that
-changed the base, replicated layers, ...) are refused by name before anything else is read; those
-that say which alpha and rank a site has are looked up without running a regular expression; the
-rest (targets, task, versions) are not needed, since the tensors' names are the truth.
+Fields that change what the tensors mean (DoRA, an init that changed the base, replicated layers)
+are refused by name before anything else is read. Alpha and rank are looked up for each site. The
+rest (targets, task, versions) is not needed, since the tensors' names say which sites there are.
 
-Source: peft 0.21.2, tuners/lora/config.py. What is not here: tensors (`peft_layout`).
+Source: peft 0.21.2, tuners/lora/config.py.
 """
 
 from __future__ import annotations
@@ -17,22 +16,27 @@ from typing import Any
 
 from lora_inject.errors import FormatError
 from lora_inject.formats.metadata import one_line
-from lora_inject.formats.peft.patterns import NamePattern, common, compile_key, lookup, pattern_keys
+from lora_inject.formats.peft.patterns import common, pattern_keys, values_of
 
 # The PEFT whose layout the files follow.
 PEFT_VERSION = "0.21.2"
 
 _MERGE = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
-_AS_LORA = "Convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=...))"
+MERGE_HERE = "Fold it into the base's files with `lora-inject merge`, and start from those"
+_AS_LORA = "Convert it with PEFT (peft.convert_to_lora, since 0.19)"
+_RESIDUAL = "Convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=...))"
 
 # Field: what it is, and what to do. A value that is "empty" (None, False, [], {}) is no claim.
 _REFUSED = {
-    "use_dora": ("a DoRA adapter; its update is not B @ A alone", _MERGE),
+    "use_dora": ("a DoRA adapter; its update is not B @ A alone", MERGE_HERE),
     "alora_invocation_tokens": ("an activated LoRA (aLoRA), active for some tokens only", _MERGE),
     "layer_replication": ("an adapter of a model with replicated layers", _MERGE),
     "use_qalora": ("a QALoRA adapter with pooled inputs", _MERGE),
-    "lora_bias": ("an adapter with a bias on lora_B", _MERGE),
-    "trainable_token_indices": ("an adapter that replaces single rows of an embedding", _MERGE),
+    "lora_bias": ("an adapter with a bias on lora_B", MERGE_HERE),
+    "trainable_token_indices": (
+        "an adapter that replaces single rows of an embedding",
+        MERGE_HERE,
+    ),
     "arrow_config": ("an Arrow router over several adapters", "Load the adapters one by one"),
     "kasa_config": ("a KaSA adapter, which changed the base", _MERGE),
     "monteclora_config": ("a MonteCLoRA adapter", _MERGE),
@@ -142,7 +146,7 @@ class Claims:
 
     Attributes:
         rank: Of sites that no pattern names; None where the file does not say.
-        alpha: Likewise; never None, a missing alpha is an error.
+        alpha: Likewise; a missing alpha is an error.
         rslora: Whether the scale is `alpha / sqrt(rank)`.
         dropout: Of all sites.
         fan_in_fan_out: Whether two-dimensional weights are (in, out).
@@ -150,8 +154,9 @@ class Claims:
         modules_to_save: Names or ends of names.
         target_parameters: Full names or ends of names after a dot.
         peft_version: `(major, minor)`, or None.
-        rank_patterns: `rank_pattern`, in the file's order.
-        alpha_patterns: `alpha_pattern` likewise.
+        rank_pattern: Pattern to rank, in the file's order.
+        alpha_pattern: Pattern to alpha likewise.
+        asked: The file, for messages.
     """
 
     rank: int | None
@@ -163,20 +168,19 @@ class Claims:
     modules_to_save: tuple[str, ...]
     target_parameters: tuple[str, ...]
     peft_version: tuple[int, int] | None
-    rank_patterns: tuple[tuple[NamePattern, int], ...]
-    alpha_patterns: tuple[tuple[NamePattern, float], ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    asked: str
 
-    def rank_of(self, name: str) -> int | None:
-        """The rank that the file claims for a site."""
-        return lookup(self.rank_patterns, name, self.rank)
+    def numbers(self, names: Collection[str]) -> dict[str, tuple[int | None, float]]:
+        """The rank and the alpha that the file claims for each site."""
+        ranks = values_of(self.rank_pattern, names, self.rank, f"{self.asked}, 'rank_pattern'")
+        alphas = values_of(self.alpha_pattern, names, self.alpha, f"{self.asked}, 'alpha_pattern'")
+        return {name: (ranks[name], alphas[name]) for name in names}
 
-    def alpha_of(self, name: str) -> float:
-        """The alpha that the file claims for a site."""
-        return lookup(self.alpha_patterns, name, self.alpha)
-
-    def scale_of(self, name: str, rank: int) -> float:
-        """The scale that the file claims for a site whose tensors have this rank."""
-        return self.alpha_of(name) / (math.sqrt(rank) if self.rslora else rank)
+    def scale(self, alpha: float, rank: int) -> float:
+        """The scale that the file means by an alpha on tensors of this rank."""
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
@@ -203,7 +207,8 @@ def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
         raise FormatError(
             asked,
             f"it sets {one_line(unknown)}, which this package does not know",
-            f"If it does not change what the tensors mean, pass allow={unknown[:3]}",
+            "If it does not change what the tensors mean, accept it: "
+            f"allow={unknown[:3]}, --allow {unknown[0]}",
         )
     _require_alpha(config, asked)
     rank = config.get("r")
@@ -220,8 +225,9 @@ def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
         modules_to_save=_names(config, "modules_to_save", asked),
         target_parameters=_names(config, "target_parameters", asked),
         peft_version=_version(config.get("peft_version")),
-        rank_patterns=_patterns(config, "rank_pattern", _is_rank, asked),
-        alpha_patterns=_patterns(config, "alpha_pattern", _is_alpha, asked),
+        rank_pattern=_patterns(config, "rank_pattern", _is_rank, asked),
+        alpha_pattern=_patterns(config, "alpha_pattern", _is_alpha, asked),
+        asked=asked,
     )
 
 
@@ -242,8 +248,8 @@ def _refuse_changed_base(config: Mapping[str, Any], asked: str, allow: Collectio
         asked,
         f"'init_lora_weights' is {str(init)[:40]!r}: with it, PEFT changes the base's weights when "
         "it loads the adapter",
-        f"{_AS_LORA}; or, where your base holds the changed weights, pass "
-        "allow=['init_lora_weights']",
+        f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
+        "allow=['init_lora_weights'] (--allow init_lora_weights)",
     )
 
 
@@ -276,12 +282,12 @@ def _names(config: Mapping[str, Any], field: str, asked: str) -> tuple[str, ...]
 
 def _patterns(
     config: Mapping[str, Any], field: str, is_value: Any, asked: str
-) -> tuple[tuple[NamePattern, Any], ...]:
+) -> Mapping[str, Any]:
     table = config.get(field) or {}
     _require(isinstance(table, dict), asked, f"'{field}' is not a table")
     for key, value in table.items():
         _require(is_value(value), asked, f"'{field}' gives {key[:80]!r} an impossible value")
-    return tuple((compile_key(key, f"{asked}, '{field}'"), value) for key, value in table.items())
+    return table
 
 
 def _version(value: Any) -> tuple[int, int] | None:

@@ -18,11 +18,12 @@ Source: peft 0.21.2, utils/save_and_load.py. What is not here: reading what othe
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from lora_inject.formats.peft.adapter_config import Claims, Entry, build, read_c
 from lora_inject.formats.peft.foreign import read_foreign
 from lora_inject.formats.peft.layout import (
     KINDS,
+    PREFIX,
     Packing,
     file_alpha,
     file_rank,
@@ -77,6 +79,7 @@ def write(
     module_names: Collection[str] | None = None,
     tensor_names: Sequence[str] | None = None,
     transposed_modules: Collection[str] | None = None,
+    expert_names: Collection[str] = (),
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> Path:
@@ -93,6 +96,8 @@ def write(
         transposed_modules: Names of the modules that have transformers' `is_transposed`, which hold
             their experts as (experts, in, out); without them every module is taken to hold them as
             its sites say.
+        expert_names: Last parts of names that PEFT takes for experts in this model; linear layers
+            called so are written as `target_parameters`, with the same tensors.
         base_model: Name or path of the base, for the config and the model card.
         task_type: PEFT's task type, such as `CAUSAL_LM`.
 
@@ -106,6 +111,7 @@ def write(
     check_trained(state.trained, asked)
     for site in state.sites.values():
         check_site(site, asked)
+    state = dataclasses.replace(state, sites=_in_order(state.sites, tensor_names))
     specs = [site.spec for site in state.sites.values()]
     _check_expressible(specs, asked, tensor_names)
     layout = plan(specs, state.trained)
@@ -118,14 +124,15 @@ def write(
         tensors[slot.a], tensors[slot.b] = pack(site, turned=name in turned)
     tensors.update((layout.trained[name], tensor) for name, tensor in state.trained.items())
 
-    modules = [spec.name for spec in specs if spec.kind != "parameter"]
+    rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
+    entries = [_entry(site, expert_names, rslora=rslora) for site in state.sites.values()]
+    modules = [entry.name for entry in entries if entry.kind != "parameter"]
     adapted = {_wrapped(spec) for spec in specs}
     whole = whole_modules(
         state.trained, sites=adapted, tensor_names=tensor_names, module_names=module_names
     )
-    rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
     config = build(
-        [_entry(site, rslora=rslora) for site in state.sites.values()],
+        entries,
         rslora=rslora,
         dropout=common(spec.dropout for spec in specs) or 0.0,
         bias=bias_setting(state.trained, sites=adapted, whole=whole),
@@ -138,7 +145,7 @@ def write(
     )
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        MODEL: serialize(tensors, words.describe(state, "peft", turned)),
+        MODEL: serialize(tensors, words.describe(state, "peft", turned) | _for_diffusers(config)),
         CARD: model_card(state, base_model=base_model).encode(),
     }
     return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
@@ -150,6 +157,7 @@ def read(
     prefer: Literal["metadata", "config"] | None = None,
     allow: Collection[str] = (),
     tensor_names: Sequence[str] | None = None,
+    transposed_modules: Collection[str] | None = None,
     expert_major: bool = False,
     on_disk: bool = False,
 ) -> AdapterState:
@@ -163,13 +171,16 @@ def read(
             `init_lora_weights` where the base at hand is the one that PEFT's init has changed.
         tensor_names: All names of the model's state dict, in order: needed only for files of
             others with two adapted parameters on one module, whose names the file does not hold.
+        transposed_modules: Names of the modules that have transformers' `is_transposed`: needed
+            only for files of others with stacks of square experts, whose class the file does not
+            name.
         expert_major: Whether the columns of a stacked B are ordered by expert first, as unsloth
             writes them; the file does not tell.
         on_disk: Leave the values in the file until they are used (`storage.tensors.read_tensors`).
 
     Returns:
         The adapter. Without metadata its `config` and `fingerprint` are None, and the kind of each
-        site is what the file lets one assume (see `geometry.conform`).
+        site is what the file lets one assume, until it is loaded onto a model.
 
     Raises:
         FormatError: The files are incomplete, contradictory or of a kind that cannot be read right.
@@ -190,7 +201,12 @@ def read(
         )
     if claims is not None and (prefer == "config" or not words.is_native(text, "peft")):
         return read_foreign(
-            tensors, claims, asked, tensor_names=tensor_names, expert_major=expert_major
+            tensors,
+            claims,
+            asked,
+            tensor_names=tensor_names,
+            transposed_modules=transposed_modules,
+            expert_major=expert_major,
         )
     described = words.parse(text, f"{asked}, {MODEL}")
     if claims is not None:
@@ -234,16 +250,21 @@ def _read_native(
 
 def _check_agreement(described: words.Described, claims: Claims, asked: str) -> None:
     """Refuse a config whose ranks or scales are not those of the metadata."""
+    called = {
+        name: spec.weight if spec.weight in claims.target_parameters else name
+        for name, spec in described.specs.items()
+    }
+    numbers = claims.numbers(called.values())
     for name, spec in described.specs.items():
         derived = name in described.derived
         rank = file_rank(spec, derived=derived)
-        claimed = claims.rank_of(name)
+        claimed, alpha = numbers[called[name]]
         if claimed is not None and claimed != rank:
             raise _contradiction(asked, name, f"rank {claimed}", f"rank {rank}")
-        scale = claims.scale_of(name, rank)
+        scale = claims.scale(alpha, rank)
         if not math.isclose(scale, spec.scale, rel_tol=1e-6):
             due = file_alpha(spec, derived=derived, rslora=claims.rslora)
-            config = f"alpha {claims.alpha_of(name):g} (scale {scale:g})"
+            config = f"alpha {alpha:g} (scale {scale:g})"
             raise _contradiction(asked, name, config, f"alpha {due:g} (scale {spec.scale:g})")
 
 
@@ -304,10 +325,38 @@ def _wrapped(spec: SiteSpec) -> str:
     return owner(spec.name) if spec.kind == "parameter" else spec.name
 
 
-def _entry(site: SiteState, *, rslora: bool) -> Entry:
+def _entry(site: SiteState, expert_names: Collection[str], *, rslora: bool) -> Entry:
     spec, derived = site.spec, site.A0 is not None
     alpha = file_alpha(spec, derived=derived, rslora=rslora)
-    return Entry(spec.name, spec.kind, file_rank(spec, derived=derived), alpha)
+    name, kind = spec.name, spec.kind
+    if kind == "linear" and name.rpartition(".")[2] in expert_names:
+        name, kind = spec.weight, "parameter"
+    return Entry(name, kind, file_rank(spec, derived=derived), alpha)
+
+
+def _for_diffusers(config: Mapping[str, Any]) -> dict[str, str]:
+    """The config in the header, where diffusers looks for it, under the prefix of the tensors.
+
+    Source: diffusers 0.42, loaders/peft.py, `load_lora_adapter(prefix="base_model.model")`.
+    """
+    said = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
+    return {"lora_adapter_metadata": json.dumps(said, sort_keys=True)}
+
+
+def _in_order(
+    sites: Mapping[str, SiteState], tensor_names: Sequence[str] | None
+) -> Mapping[str, SiteState]:
+    """Sites with those on parameters in the order of the model, where that is known.
+
+    PEFT tells two parameters of one module apart by their order only.
+    """
+    place = {name: n for n, name in enumerate(tensor_names or ())}
+    if not place:
+        return sites
+    parameters = [name for name, site in sites.items() if site.spec.kind == "parameter"]
+    ordered = iter(sorted(parameters, key=lambda name: place.get(name, len(place))))
+    swapped = dict(zip(parameters, ordered, strict=True))
+    return {swapped.get(name, name): sites[swapped.get(name, name)] for name in sites}
 
 
 def _check_expressible(
@@ -323,7 +372,6 @@ def _check_expressible(
         reason = _inexpressible(spec, modules, known)
         if reason:
             raise FormatError(f"{asked}, site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
-    _check_order([spec for spec in specs if spec.kind == "parameter"], asked, tensor_names)
 
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
@@ -355,22 +403,3 @@ def _odd(spec: SiteSpec) -> str:
     if spec.kind == "conv" and spec.weight_shape[:1] != (spec.out_features,):
         return "a convolution whose weight does not begin with its outputs"
     return ""
-
-
-def _check_order(
-    parameters: Sequence[SiteSpec], asked: str, tensor_names: Sequence[str] | None
-) -> None:
-    """PEFT tells two parameters of one module apart by their order only."""
-    if tensor_names is None:
-        return
-    position = {name: n for n, name in enumerate(tensor_names)}
-    latest: dict[str, SiteSpec] = {}
-    for spec in parameters:
-        before = latest.get(owner(spec.name))
-        if before and position.get(spec.name, -1) < position.get(before.name, -1):
-            raise FormatError(
-                f"{asked}, site '{spec.name}'",
-                f"it stands after '{before.name}', and in the model before it",
-                "Give the sites in the order of the model",
-            )
-        latest[owner(spec.name)] = spec

@@ -1,19 +1,16 @@
-"""PEFT directories that others wrote: PEFT itself, transformers, unsloth, trainers.
+"""PEFT folders that others wrote: PEFT itself, transformers, unsloth, trainers.
 
-The names of the tensors are the truth about which sites there are, their shapes about
-ranks and widths; the config is asked only for what tensors cannot say (alpha, rsLoRA, and for
-stacked experts the rank), and must not contradict them.
-
-What a file does not say has to be assumed: that a two-dimensional pair is a linear layer's
-(`conv1d` where the config says fan_in_fan_out). `geometry.conform` replaces the assumption by what
-the model at hand has. What is not here: files with this package's metadata (`peft`).
+The names of the tensors say which sites there are, their shapes the ranks and widths; the config is
+asked only for what tensors cannot say (alpha, rsLoRA, and for stacked experts the rank), and must
+not contradict them. A two-dimensional pair is assumed to be a linear layer's (`conv1d` where the
+config says fan_in_fan_out); loading onto a model replaces the assumption by what the model has.
 
 Source: peft 0.12 to 0.21, utils/save_and_load.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +20,7 @@ from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_site
 from lora_inject.formats.metadata import one_line
-from lora_inject.formats.peft.adapter_config import Claims
+from lora_inject.formats.peft.adapter_config import MERGE_HERE, Claims
 from lora_inject.formats.peft.layout import PREFIX, owner, unpack
 from lora_inject.spec.sites import SiteSpec
 
@@ -42,7 +39,6 @@ _REFUSED = {
     "trainable_tokens_delta": "single rows of an embedding",
     "lora_B.bias": "a bias of lora_B",
 }
-_MERGE = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
 
 
 @dataclass
@@ -59,6 +55,7 @@ def read_foreign(
     asked: str,
     *,
     tensor_names: Sequence[str] | None = None,
+    transposed_modules: Collection[str] | None = None,
     expert_major: bool = False,
 ) -> AdapterState:
     """Make a state of the tensors of a PEFT file.
@@ -68,6 +65,7 @@ def read_foreign(
         claims: What adapter_config.json says.
         asked: The file, for messages.
         tensor_names: All names of the model's state dict, in order, where known.
+        transposed_modules: Names of the modules with `is_transposed`, where known.
         expert_major: Whether the columns of a stacked B are ordered by expert first.
 
     Returns:
@@ -84,17 +82,23 @@ def read_foreign(
         while module.endswith(".base_layer"):
             module, depth = module.removesuffix(".base_layer"), depth + 1
         levels.setdefault(module, {})[depth] = path
-    sites = {}
+    owners: dict[str, tuple[str, _Pair]] = {}
     for module, paths in levels.items():
         for name, path in _named(module, paths, claims, asked, tensor_names):
-            where = f"{asked}, site '{name}'"
-            pair, stacked = pairs[path], name != module
-            make = _parameter if stacked else _module
-            site = make(name, pair, claims, where)
-            if stacked and expert_major and site.spec.experts:
+            owners[name] = module, pairs[path]
+    numbers = claims.numbers(owners)
+    sites = {}
+    for name, (module, pair) in owners.items():
+        where = f"{asked}, site '{name}'"
+        if name == module:
+            site = _module(name, pair, claims, numbers[name], where)
+        else:
+            turned = _is_transposed(name, pair, claims, numbers[name], transposed_modules, where)
+            site = _parameter(name, pair, claims, numbers[name], where, transposed=turned)
+            if expert_major and site.spec.experts:
                 site = _regrouped(site)
-            check_site(site, asked)
-            sites[name] = site
+        check_site(site, asked)
+        sites[name] = site
     trained, copies = _full_tensors(rest, sites, claims, asked)
     return AdapterState(sites, trained, base_copies=copies)
 
@@ -145,7 +149,7 @@ _REPAIR = "The file is incomplete or was edited; fetch it again"
 def _refuse_key(key: str, asked: str) -> None:
     for part, what in _REFUSED.items():
         if key.endswith((part, f"{part}.weight")):
-            raise FormatError(asked, f"'{key[:200]}' is {what}", _MERGE)
+            raise FormatError(asked, f"'{key[:200]}' is {what}", MERGE_HERE)
 
 
 # Sites ------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ def _named(
             f"the file does not say which pair is whose of {one_line(parameters)}",
             "Pass tensor_names=list(model.state_dict())",
         )
-    for depth, name in enumerate(reversed(parameters)):
+    for depth, name in zip(reversed(range(len(parameters))), parameters, strict=True):
         yield f"{module}.{name}", paths[depth]
 
 
@@ -204,12 +208,14 @@ def _parameters_of(module: str, claims: Claims, tensor_names: Sequence[str] | No
     return sorted(there, key=lambda name: position[f"{module}.{name}"])
 
 
-def _module(name: str, pair: _Pair, claims: Claims, where: str) -> SiteState:
+def _module(
+    name: str, pair: _Pair, claims: Claims, numbers: tuple[int | None, float], where: str
+) -> SiteState:
     """A site on a module; its kind is read off the shapes as far as they go."""
     a, b = pair.tensors["a"], pair.tensors["b"]
     _check_shapes(a, b, where)
     rank = int(a.shape[0])
-    claimed = claims.rank_of(name)
+    claimed, alpha = numbers
     if claimed is not None and claimed != rank:
         raise FormatError(
             where,
@@ -231,7 +237,7 @@ def _module(name: str, pair: _Pair, claims: Claims, where: str) -> SiteState:
         out_features=n_out,
         weight_shape=shape,
         rank=rank,
-        alpha=claims.alpha_of(name),
+        alpha=alpha,
         transposed=kind in {"embedding", "conv1d"},
         scaling="rslora" if claims.rslora else "standard",
         dropout=claims.dropout,
@@ -253,11 +259,48 @@ def _check_shapes(a: Tensor, b: Tensor, where: str) -> None:
         raise FormatError(where, f"{found}: the ranks differ", remedy if groups else _REPAIR)
 
 
-def _parameter(name: str, pair: _Pair, claims: Claims, where: str) -> SiteState:
+def _is_transposed(
+    name: str,
+    pair: _Pair,
+    claims: Claims,
+    numbers: tuple[int | None, float],
+    transposed_modules: Collection[str] | None,
+    where: str,
+) -> bool:
+    """Whether PEFT took a stack for (experts, in, out).
+
+    Until 0.18 it took every stack so, since then those whose module has `is_transposed`. Of a
+    square matrix only the class can tell, and the file does not name it.
+    """
+    a, b = pair.tensors["a"], pair.tensors["b"]
+    if a.shape[0] == numbers[0]:
+        return False  # one matrix
+    if claims.peft_version is not None and claims.peft_version < (0, 19):
+        return True
+    if transposed_modules is None and a.shape[-1] == b.shape[0]:
+        raise FormatError(
+            where,
+            f"its matrices are square ({b.shape[0]}), and the file does not say whether the model "
+            "holds them as (out, in) or, as GPT-OSS, as (in, out)",
+            "Load it onto the model, or pass transposed_modules: the names of the modules that "
+            "have is_transposed, or ()",
+        )
+    return owner(name) in (transposed_modules or ())
+
+
+def _parameter(
+    name: str,
+    pair: _Pair,
+    claims: Claims,
+    numbers: tuple[int | None, float],
+    where: str,
+    *,
+    transposed: bool,
+) -> SiteState:
     """A site on a parameter: one matrix, or a stack of them for experts."""
     a, b = pair.tensors["a"], pair.tensors["b"]
     _check_shapes(a, b, where)
-    rank = claims.rank_of(name)
+    rank, alpha = numbers
     if rank is None or a.shape[0] % rank or a.ndim != 2 or pair.embedding:
         raise FormatError(
             where,
@@ -266,10 +309,8 @@ def _parameter(name: str, pair: _Pair, claims: Claims, where: str) -> SiteState:
         )
     n_in, n_out, experts = int(a.shape[1]), int(b.shape[0]), int(a.shape[0]) // rank
     shape: tuple[int, ...] = (n_out, n_in)
-    # Until 0.18, PEFT took every stack of matrices for (experts, in, out).
-    old = claims.peft_version is not None and claims.peft_version < (0, 19) and experts > 1
     if experts > 1:
-        shape = (experts, n_in, n_out) if old else (experts, n_out, n_in)
+        shape = (experts, n_in, n_out) if transposed else (experts, n_out, n_in)
     spec = SiteSpec(
         name=name,
         kind="parameter",
@@ -277,8 +318,8 @@ def _parameter(name: str, pair: _Pair, claims: Claims, where: str) -> SiteState:
         out_features=n_out,
         weight_shape=shape,
         rank=rank,
-        alpha=claims.alpha_of(name),
-        transposed=old,
+        alpha=alpha,
+        transposed=transposed,
         experts=experts if experts > 1 else None,
         scaling="rslora" if claims.rslora else "standard",
         weight=name,
@@ -345,5 +386,5 @@ def _refuse_unknown(key: str, asked: str) -> None:
         raise FormatError(
             asked,
             f"the tensor '{key[:200]}' is of no known kind",
-            "It belongs to a variant of LoRA that cannot be read; " + _MERGE.lower(),
+            "It belongs to a variant of LoRA that cannot be read; merge it with PEFT",
         )

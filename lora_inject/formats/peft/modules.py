@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from lora_inject.formats.peft.layout import owner
+from lora_inject.formats.peft.patterns import ends
 
 # PEFT's own word for "adapt nothing": it accepts an adapter without sites under this name only.
 _NOTHING = "dummy-target-modules"
@@ -46,8 +47,7 @@ def target_modules(
     if not names:
         return [] if parameters else _NOTHING
     others = set(module_names or ()) - set(names)
-    ends = {end for other in others for end in _ends(other)}
-    if ends.isdisjoint(names):
+    if {end for other in others for end in ends(other)}.isdisjoint(names):
         return sorted(names)
     return f"(?:{'|'.join(re.escape(name) for name in sorted(names))})"
 
@@ -134,11 +134,4 @@ def _ancestors(name: str) -> Iterator[str]:
     """The modules around a tensor, innermost first, the root excluded."""
     while "." in name:
         name = owner(name)
-        yield name
-
-
-def _ends(name: str) -> Iterator[str]:
-    """All ends of a name after a dot."""
-    while "." in name:
-        name = name.partition(".")[2]
         yield name

@@ -1,10 +1,9 @@
-r"""PEFT's patterns for per-site numbers: written to hit one site each, read without a regex.
+r"""PEFT's patterns for per-site numbers: written to hit one site each, read as PEFT reads them.
 
-PEFT takes the first key of `rank_pattern` for which `re.match(r"(.*\.)?(KEY)$", name)`
-holds. Here a key is a plain name wherever that hits nothing else (PEFT before 0.15 and some servers
-look names up literally), and `^` with an escaped name elsewhere. Keys from a file are never run as
-regular expressions: literal names, escaped names and the prefixes `^`, `.*` and `.*\.` are compared
-as text in linear time, anything else is refused.
+PEFT takes the first key of `rank_pattern` for which `re.match(r"(.*\.)?(KEY)$", name)` holds. A
+key is written as a plain name where that hits nothing else (PEFT before 0.15 and some servers look
+names up literally), and as `^` with an escaped name elsewhere. Such keys are looked up; any other
+key of a file is run as the regular expression that it is, under a time limit.
 
 Source: peft/utils/other.py, `get_pattern_key` (0.21.2).
 """
@@ -12,112 +11,108 @@ Source: peft/utils/other.py, `get_pattern_key` (0.21.2).
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
+import regex
+
 from lora_inject.errors import FormatError
+from lora_inject.spec.names import MATCH_SECONDS, matching
 
 T = TypeVar("T", bound=Hashable)
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
-_SPECIAL = frozenset("\\^$*+?{}[]|()")
+_MAX_KEY_LENGTH = 1000
 
 
-@dataclass(frozen=True)
-class NamePattern:
-    """One key, ready to compare.
-
-    Attributes:
-        characters: The characters to match in order; None stands for any one character.
-        anchor: `start` (the whole name), `dot` (the whole name or its end after a dot), `inside`
-            (its end after a dot) or `end` (any end of the name).
-    """
-
-    characters: tuple[str | None, ...]
-    anchor: str
-
-    def hits(self, name: str) -> bool:
-        """Whether PEFT would take this key for the site `name`.
-
-        Example:
-            >>> compile_key("lin").hits("block.lin"), compile_key("lin").hits("blin")
-            (True, False)
-        """
-        start = len(name) - len(self.characters)
-        if start < 0 or (start > 0 and self.anchor == "start"):
-            return False
-        if start == 0 and self.anchor == "inside":
-            return False
-        if start > 0 and self.anchor in {"dot", "inside"} and name[start - 1] != ".":
-            return False
-        pairs = zip(self.characters, name[start:], strict=True)
-        return all(wanted is None or wanted == character for wanted, character in pairs)
-
-
-def compile_key(key: str, asked: str = "pattern") -> NamePattern:
-    r"""Read one key of a pattern table.
+def values_of(
+    table: Mapping[str, T], names: Collection[str], default: T, asked: str
+) -> dict[str, T]:
+    r"""Return the value that PEFT would take for each name: that of the first key that hits it.
 
     Args:
-        key: A literal name, an escaped one, or either after `^`, `.*\.`, `.*` or `(.*\.)?`.
-        asked: The file, for messages.
-
-    Returns:
-        What to compare with.
+        table: Key to value, in the file's order.
+        names: Names of sites.
+        default: The value of names that no key hits.
+        asked: The file and the field, for messages.
 
     Raises:
-        FormatError: The key is another regular expression.
+        FormatError: A key is not a regular expression, or takes too long.
 
     Example:
-        >>> compile_key(r"^model\.q").hits("model.q"), compile_key(r"^model\.q").hits("x.model.q")
-        (True, False)
+        >>> values_of({"q": 4, r"layer\.\d+\.v": 8}, ["h.q", "layer.0.v", "k"], 16, "an example")
+        {'h.q': 4, 'layer.0.v': 8, 'k': 16}
     """
-    rest, anchor = key, "dot"
-    for prefix, meaning in (
-        ("^", "start"),
-        (r"(.*\.)?", "dot"),
-        (r".*\.", "inside"),
-        (".*", "end"),
-    ):
-        if rest.startswith(prefix):
-            rest, anchor = rest.removeprefix(prefix), meaning
-            break
-    if rest.endswith("$") and not rest.endswith(r"\$"):
-        rest = rest[:-1]
-    return NamePattern(_characters(rest, key, asked), anchor)
+    if not table:
+        return dict.fromkeys(names, default)
+    place = {key: n for n, key in enumerate(table)}
+    exact = {_unescaped(key): key for key in table if key == _escaped(_unescaped(key))}
+    plain = _PlainKeys(key for key in table if _PLAIN.fullmatch(key))
+    hits = {name: [*plain.hitting(name)] for name in names}
+    for name in exact.keys() & hits.keys():
+        hits[name].append(exact[name])
+    end = time.process_time() + MATCH_SECONDS
+    for key in table:
+        if not _PLAIN.fullmatch(key) and exact.get(_unescaped(key)) != key:
+            for name in _matches(key, names, end, asked):
+                hits[name].append(key)
+    return {
+        name: table[min(keys, key=place.__getitem__)] if keys else default
+        for name, keys in hits.items()
+    }
 
 
-def _characters(text: str, key: str, asked: str) -> tuple[str | None, ...]:
-    """Literal and escaped characters, and `.` as any one; everything else is refused."""
-    characters: list[str | None] = []
-    position = 0
-    while position < len(text):
-        character = text[position]
-        if character == "\\" and position + 1 < len(text) and not text[position + 1].isalnum():
-            position += 1
-            characters.append(text[position])
-        elif character in _SPECIAL:
-            raise FormatError(
-                asked,
-                f"the key {key[:80]!r} is a regular expression, and none from a file is ever run",
-                "Write full module names in rank_pattern and alpha_pattern instead",
-            )
-        else:
-            characters.append(None if character == "." else character)
-        position += 1
-    return tuple(characters)
+def _matches(key: str, names: Collection[str], end: float, asked: str) -> list[str]:
+    asked = f"{asked}, the key {key[:80]!r}"
+    if len(key) > _MAX_KEY_LENGTH:
+        raise FormatError(asked, f"it has {len(key):,} characters", "Write shorter patterns")
+    seconds = max(end - time.process_time(), 0.001)
+    try:
+        return matching(key, names, asked=asked, error=FormatError, seconds=seconds)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        found = f"it is not a regular expression ({error})"
+        raise FormatError(asked, found, "Write full module names, or correct it") from error
 
 
-def lookup(table: Iterable[tuple[NamePattern, T]], name: str, default: T) -> T:
-    """The value of the first pattern that hits `name`, as PEFT would take it.
+def _escaped(name: str) -> str:
+    return "^" + re.escape(name)
 
-    Example:
-        >>> table = [(compile_key("q"), 4), (compile_key("v"), 8)]
-        >>> lookup(table, "layer.v", 16), lookup(table, "layer.k", 16)
-        (8, 16)
+
+def _unescaped(key: str) -> str:
+    return re.sub(r"\\(.)", r"\1", key.removeprefix("^"))
+
+
+class _PlainKeys:
+    """Plain names as keys: each hits any end of a name after a dot, and its dots any character.
+
+    They are looked up with the characters at their dots blanked, since comparing each of n names
+    with each key would take minutes for the experts of a large model.
     """
-    return next((value for pattern, value in table if pattern.hits(name)), default)
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._groups: dict[int, dict[tuple[int, ...], set[str]]] = {}
+        for key in keys:
+            dots = tuple(n for n, character in enumerate(key) if character == ".")
+            self._groups.setdefault(len(key), {}).setdefault(dots, set()).add(key)
+
+    def hitting(self, name: str) -> Iterator[str]:
+        """Yield the keys that hit a name."""
+        for end in ends(name):
+            for dots, keys in self._groups.get(len(end), {}).items():
+                blanked = list(end)
+                for dot in dots:
+                    blanked[dot] = "."
+                if (key := "".join(blanked)) in keys:
+                    yield key
+
+
+def ends(name: str) -> Iterator[str]:
+    """Yield a name and all of its ends after a dot."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def common(values: Iterable[T]) -> T | None:
@@ -142,39 +137,11 @@ def pattern_keys(values: Mapping[str, T], default: T | None) -> dict[str, T]:
         >>> pattern_keys({"block.lin": 4, "q": 8}, default=8)
         {'block.lin': 4}
     """
-    unequal = _ambiguous(values)
-    keys = {}
+    keys = _PlainKeys(values)
+    unequal = {key for name in values for key in keys.hitting(name) if values[key] != values[name]}
+    table = {}
     for name, value in values.items():
         if value != default:
             literal = bool(_PLAIN.fullmatch(name)) and name not in unequal
-            keys[name if literal else "^" + re.escape(name)] = value
-    return dict(sorted(keys.items()))
-
-
-def _ambiguous(values: Mapping[str, T]) -> set[str]:
-    """Names that, taken as a key, would also hit a site with another value.
-
-    A key's dots match any character and a key matches any end of a name after a dot. Names whose
-    dots are at the same places are looked up in one table of ends with those places blanked, since
-    comparing each of n names with each would take minutes for the experts of a large model.
-    """
-    by_dots: dict[tuple[int, ...], list[str]] = {}
-    for name in values:
-        dots = (len(name), *(i for i, character in enumerate(name) if character == "."))
-        by_dots.setdefault(dots, []).append(name)
-    ambiguous: set[str] = set()
-    for places, keys in by_dots.items():
-        length, dots = places[0], places[1:]
-        hit: dict[str, set[T]] = {}
-        for name, value in values.items():
-            if len(name) == length or (len(name) > length and name[-length - 1] == "."):
-                hit.setdefault(_blanked(name[len(name) - length :], dots), set()).add(value)
-        ambiguous.update(key for key in keys if len(hit[_blanked(key, dots)]) > 1)
-    return ambiguous
-
-
-def _blanked(text: str, places: Iterable[int]) -> str:
-    characters = list(text)
-    for place in places:
-        characters[place] = "."
-    return "".join(characters)
+            table[name if literal else _escaped(name)] = value
+    return dict(sorted(table.items()))

@@ -1,0 +1,97 @@
+"""What PEFT sees of a live model, and its files therefore depend on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+
+def options_for_reading(
+    modules: Mapping[str, nn.Module], tensor_names: Iterable[str]
+) -> dict[str, Any]:
+    """Return the options of `read` that a model answers.
+
+    Args:
+        modules: All modules of the model by all of their names.
+        tensor_names: All names of its state dict, in order.
+    """
+    return {
+        "tensor_names": tuple(tensor_names),
+        "transposed_modules": transposed_modules(modules.items()),
+    }
+
+
+def options_for_writing(
+    model: nn.Module, modules: Mapping[str, nn.Module], tensor_names: Iterable[str]
+) -> dict[str, Any]:
+    """Return the options of `write` that a model answers.
+
+    Args:
+        model: The model.
+        modules: All of its modules by all of their names.
+        tensor_names: All names of its state dict, in order.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    return options_for_reading(modules, tensor_names) | {
+        "module_names": tuple(name for name in modules if name),
+        "expert_names": _expert_names(model_type),
+        "base_model": getattr(config, "_name_or_path", None) or None,
+        "task_type": _task_type(model, model_type),
+    }
+
+
+def transposed_modules(modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """Return the names of the modules that hold experts as (experts, in, out).
+
+    Their class says so, by transformers' `is_transposed`; PEFT goes by the same attribute.
+    """
+    return tuple(name for name, module in modules if getattr(module, "is_transposed", False))
+
+
+# peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).
+_EXPERT_NAMES: dict[str | None, tuple[str, ...]] = {
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("gate", "w1", "w2", "w3"),
+}
+
+
+def _expert_names(model_type: str | None) -> tuple[str, ...]:
+    """Return what PEFT on transformers 5 takes for experts in any `target_modules` of a model.
+
+    It renames the targets of adapters from before transformers 5, where experts were modules, by
+    the model's type alone. Dense layers of the same names get no adapter then.
+    """
+    if model_type is None or "transformers" not in sys.modules:
+        return ()
+    try:
+        table = import_module("transformers.conversion_mapping")._MODEL_TO_CONVERSION_PATTERN
+    except (ImportError, AttributeError):
+        return ()  # transformers 4 has no stacked experts, and PEFT renames nothing
+    family = "mixtral" if model_type == "mixtral" else table.get(model_type)
+    return _EXPERT_NAMES.get(family, ())
+
+
+_TASKS = {
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "CAUSAL_LM",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "SEQ_2_SEQ_LM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "SEQ_CLS",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "TOKEN_CLS",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "QUESTION_ANS",
+}
+
+
+def _task_type(model: nn.Module, model_type: str | None) -> str | None:
+    """Return PEFT's task type of a model whose class transformers registers for one task."""
+    if model_type is None or "transformers" not in sys.modules:
+        return None
+    auto = import_module("transformers.models.auto.modeling_auto")
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    for table, task in _TASKS.items():
+        if getattr(auto, table, {}).get(model_type) in classes:
+            return task
+    return None

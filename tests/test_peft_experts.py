@@ -1,0 +1,161 @@
+"""Mixtures of experts, exchanged with PEFT both ways: a file means what PEFT computes from it.
+
+Every model has square experts (hidden size equal to intermediate size), so that no shape tells
+which way round a stack lies.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint
+from lora_inject.errors import FormatError
+
+transformers = pytest.importorskip("transformers", "5")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+}
+ROUTED = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+GROUPED = ROUTED | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+LOW_RANK = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+
+# What the class is called, and the sizes that are its own.
+STACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_oss": ("GptOss", {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "mixtral": ("Mixtral", {"num_local_experts": 3}),
+    "llama4": ("Llama4", {"num_local_experts": 3, "interleave_moe_layer_step": 1}),
+    "aria": ("AriaText", {"moe_num_experts": 4, "moe_num_shared_experts": 1}),
+}
+WITH_DENSE_LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3Moe", ROUTED | {"num_experts": 4, "mlp_only_layers": [0]}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        GROUPED | LOW_RANK | {"n_routed_experts": 4, "head_dim": 4, "v_head_dim": 8},
+    ),
+    "glm4_moe": ("Glm4Moe", GROUPED | {"n_routed_experts": 4}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
+    ),
+}
+
+
+def build(kind: str) -> nn.Module:
+    name, sizes = (STACKED | WITH_DENSE_LAYERS)[kind]
+    config = "Llama4Text" if name == "Llama4" else name
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{config}Config")(**TINY | sizes)
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 3:
+            nn.init.normal_(parameter, 0, 0.2)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(12).reshape(2, 6)).logits  # type: ignore[no-any-return]
+
+
+def off(found: Tensor, due: Tensor) -> float:
+    return float((found - due).abs().max())
+
+
+def randomize(parameters: Iterator[nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def adapted_by_peft(kind: str, path: Path, keep: Callable[[str], bool]) -> Tensor:
+    """Save PEFT's adapter of the stacks that `keep` names, and return its outputs."""
+    model = build(kind)
+    stacks = [name for name, p in model.named_parameters() if p.ndim == 3 and keep(name)]
+    config = peft.LoraConfig(target_parameters=stacks, target_modules=["q_proj"], r=2)
+    wrapped = peft.get_peft_model(model, config)
+    randomize(p for name, p in wrapped.named_parameters() if "lora_" in name)
+    wrapped.save_pretrained(path)
+    return logits(wrapped)
+
+
+STACKS = {
+    "both": lambda name: True,
+    "second": lambda name: name.endswith(("down_proj", "fc2.weight")),
+}
+
+
+@pytest.mark.parametrize("stacks", STACKS)
+@pytest.mark.parametrize("kind", STACKED)
+def test_stacks_of_peft_are_read_and_written_again(kind: str, stacks: str, tmp_path: Path) -> None:
+    due = adapted_by_peft(kind, tmp_path / "peft", STACKS[stacks])
+    assert off(logits(build(kind)), due) > 0.1
+    model = li.load_adapter(build(kind), tmp_path / "peft")
+    assert off(logits(model), due) < 1e-5
+    li.save_adapter(model, tmp_path / "ours")
+    assert off(logits(li.load_adapter(build(kind), tmp_path / "ours")), due) < 1e-5
+    assert off(logits(peft.PeftModel.from_pretrained(build(kind), tmp_path / "ours")), due) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "mixtral"])
+def test_stacks_of_peft_are_merged_on_disk(kind: str, tmp_path: Path) -> None:
+    due = adapted_by_peft(kind, tmp_path / "peft", STACKS["both"])
+    build(kind).save_pretrained(tmp_path / "base")
+    base = Checkpoint.open(tmp_path / "base")
+    merge_checkpoint(base, [load_part(tmp_path / "peft", base)], tmp_path / "merged")
+    merged = type(build(kind)).from_pretrained(tmp_path / "merged")
+    assert off(logits(merged), due) < 1e-5
+
+
+def test_square_stacks_are_refused_where_nothing_says_which_way_round(tmp_path: Path) -> None:
+    adapted_by_peft("gpt_oss", tmp_path, STACKS["second"])
+    with pytest.raises(FormatError, match=r"does not say whether .* pass transposed_modules"):
+        li.formats.read_adapter(tmp_path)
+    turned = [f"model.layers.{n}.mlp.experts" for n in range(2)]
+    sites = li.formats.read_adapter(tmp_path, transposed_modules=turned).sites
+    assert all(site.spec.transposed for name, site in sites.items() if "experts" in name)
+
+
+@pytest.mark.parametrize("kind", WITH_DENSE_LAYERS)
+def test_peft_adapts_dense_layers_beside_experts(kind: str, tmp_path: Path) -> None:
+    """PEFT on transformers 5 takes every target called gate_proj, up_proj, ... for experts."""
+    pattern = r"(self_attn|mlp|shared_experts?)\.(?!gate_up)\w+_proj(_with_mqa)?"
+    model = li.inject(build(kind), {"rank": 2, "alpha": 4, "targets": [pattern]})
+    randomize(iter(li.adapter_parameters(model).values()))
+    due = logits(model)
+    dense = [name for name in li.adapter_state(model).sites if name.endswith(".up_proj")]
+    assert dense
+    li.save_adapter(model, tmp_path / "ours")
+    assert off(logits(build(kind)), due) > 0.1
+    assert off(logits(peft.PeftModel.from_pretrained(build(kind), tmp_path / "ours")), due) < 1e-5
+    for prefer in (None, "config"):
+        again = li.load_adapter(build(kind), tmp_path / "ours", prefer=prefer)
+        assert off(logits(again), due) < 1e-5
