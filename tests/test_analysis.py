@@ -22,13 +22,13 @@ import lora_inject as li
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis import (
     FORMATS,
-    LowRank,
     Rounded,
     RoundingTally,
     Spectrum,
+    ThinProduct,
     across_layers,
     amplification,
-    analyse,
+    analyze,
     block_directions,
     compare,
     deviation_of_similarity,
@@ -180,14 +180,14 @@ def test_a_frozen_start_is_no_part_of_the_delta(init):
     model = nn.Sequential(nn.Linear(8, 6)).double()
     li.inject(model, {"rank": 2, "alpha": 3, "init": init, "targets": ["0"]})
     block = site_blocks(li.adapter_state(model).sites["0"])[0]
-    assert analyse(li.adapter_state(model)).blocks[0].spectrum.rank == 0
+    assert analyze(li.adapter_state(model)).blocks[0].spectrum.rank == 0
     assert block_directions(block).shape == (8, 0)
 
     fill(model)
     site = li.adapter_state(model).sites["0"]
     assert site.A0 is not None
     dense = 1.5 * (site.B @ site.A - site.B0 @ site.A0)
-    found = analyse(li.adapter_state(model)).blocks[0]
+    found = analyze(li.adapter_state(model)).blocks[0]
     values = torch.linalg.svdvals(dense)
     assert len(found.spectrum.values) == 4
     torch.testing.assert_close(found.spectrum.values, values[:4], atol=1e-12, rtol=1e-9)
@@ -236,7 +236,7 @@ def test_a_rank_above_the_widths_is_no_trouble():
 
 def test_no_matrix_of_the_size_of_w_is_formed():
     """A delta of 2 ** 46 elements: what formed it would not come back."""
-    found = LowRank.of(torch.ones(1, 1 << 23), torch.ones(1 << 23, 1)).svd()[1]
+    found = ThinProduct.of(torch.ones(1, 1 << 23), torch.ones(1 << 23, 1)).svd()[1]
     assert float(found) == pytest.approx(2.0**23)
 
 
@@ -246,8 +246,8 @@ def test_nan_is_refused_with_the_name_of_the_site():
     A = state.sites["layer"].A.clone()
     A[0, 0] = math.nan
     broken = AdapterState({"layer": replace(state.sites["layer"], A=A)})
-    for verb in (analyse, across_layers, lambda s: compare(s, s)):
-        with pytest.raises(li.StateError, match="analyse 'layer': its A or B holds NaN or Inf"):
+    for verb in (analyze, across_layers, lambda s: compare(s, s)):
+        with pytest.raises(li.StateError, match="analyze 'layer': its A or B holds NaN or Inf"):
             verb(broken)
 
 
@@ -258,7 +258,7 @@ def test_nan_is_refused_with_the_name_of_the_site():
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 2), SEEDS)
 def test_amplification_is_its_definition(n_out, n_in, rank, seed):
     W, A, B = gaussian(n_out, n_in, seed=seed), gaussian(rank, n_in), gaussian(n_out, rank)
-    found = amplification(W, LowRank.of(A, B, 0.5))
+    found = amplification(W, ThinProduct.of(A, B, 0.5))
     D, w = 0.5 * B.numpy() @ A.numpy(), W.numpy()
     U, _, Vh = np.linalg.svd(D)
     Uw, _, Vwh = np.linalg.svd(w)
@@ -280,12 +280,12 @@ def test_the_expected_norm_of_random_directions_is_that_of_table_7(rank, wanted)
     assert expected == pytest.approx(wanted, abs=0.008)
     W = torch.zeros(6, 6).double()
     W[0, 0] = 61.95
-    found = amplification(W, LowRank.of(torch.eye(4, 6), torch.eye(6, 4)))
+    found = amplification(W, ThinProduct.of(torch.eye(4, 6), torch.eye(6, 4)))
     assert found.of_random_expected == pytest.approx(4 * 61.95 / 6)
 
 
 def test_the_random_directions_meet_their_expectation():
-    W, delta = gaussian(12, 10), LowRank.of(gaussian(2, 10), gaussian(12, 2))
+    W, delta = gaussian(12, 10), ThinProduct.of(gaussian(2, 10), gaussian(12, 2))
     squares = [amplification(W, delta, own=False, seed=2 * s).of_random ** 2 for s in range(200)]
     expected = amplification(W, delta).of_random_expected ** 2
     error = np.std(squares) / math.sqrt(len(squares))
@@ -293,7 +293,7 @@ def test_the_random_directions_meet_their_expectation():
 
 
 def test_amplification_of_fewer_directions_than_the_delta_has():
-    W, delta = gaussian(6, 5), LowRank.of(gaussian(3, 5), gaussian(6, 3))
+    W, delta = gaussian(6, 5), ThinProduct.of(gaussian(3, 5), gaussian(6, 3))
     found = amplification(W, delta, rank=1)
     U, _, V = delta.svd()
     assert found.rank == 1
@@ -304,15 +304,15 @@ def test_amplification_of_fewer_directions_than_the_delta_has():
 
 def test_amplification_where_there_is_nothing():
     W = gaussian(6, 5)
-    none = amplification(W, LowRank.of(gaussian(3, 5), torch.zeros(6, 3)))
+    none = amplification(W, ThinProduct.of(gaussian(3, 5), torch.zeros(6, 3)))
     assert (none.rank, none.of_delta, none.of_weight, none.of_random) == (0, 0.0, 0.0, 0.0)
     assert math.isnan(none.factor)
-    orthogonal = amplification(torch.diag(torch.tensor([1.0, 0.0])), LowRank.of(
+    orthogonal = amplification(torch.diag(torch.tensor([1.0, 0.0])), ThinProduct.of(
         torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0], [1.0]])))  # fmt: skip
     assert orthogonal.factor == math.inf
-    assert amplification(torch.zeros(6, 5), LowRank.of(gaussian(1, 5), gaussian(6, 1))).relative
+    assert amplification(torch.zeros(6, 5), ThinProduct.of(gaussian(1, 5), gaussian(6, 1))).relative
     with pytest.raises(li.StateError, match=r"W is \[5, 6\], the delta \[6, 5\].*Conv1D"):
-        amplification(W.T, LowRank.of(gaussian(1, 5), gaussian(6, 1)))
+        amplification(W.T, ThinProduct.of(gaussian(1, 5), gaussian(6, 1)))
 
 
 # ----------------------------------------------------------------------------------------- rounding
@@ -431,7 +431,7 @@ def adapter(*names: str, rank: int = 4, seed: int = 0, n_in: int = 9, n_out: int
 
 def test_progress_reaches_its_end_and_never_falls():
     seen = []
-    analyse(adapter("h.0.q", "h.1.q"), progress=lambda *counts: seen.append(counts))
+    analyze(adapter("h.0.q", "h.1.q"), progress=lambda *counts: seen.append(counts))
     compare(adapter("h.0.q"), adapter("h.0.q"), lambda *counts: seen.append(counts))
     n_bytes = 4 * (4 * 9 + 7 * 4)
     assert seen == [(n_bytes, 2 * n_bytes), (2 * n_bytes, 2 * n_bytes), (n_bytes, n_bytes)]
@@ -439,7 +439,7 @@ def test_progress_reaches_its_end_and_never_falls():
 
 def test_an_adapter_without_sites_is_refused():
     with pytest.raises(li.StateError, match="it has no low-rank sites"):
-        analyse(AdapterState({}))
+        analyze(AdapterState({}))
 
 
 def test_a_comparison_is_phi_of_every_common_block():
@@ -513,10 +513,10 @@ def with_spectrum(*values: float, rank: int = 4) -> AdapterState:
     ],
 )
 def test_findings_about_the_adapter_alone(values, codes):
-    found = findings(analyse(with_spectrum(*values)))
+    found = findings(analyze(with_spectrum(*values)))
     assert [finding.code for finding in found] == codes
     assert all(finding.names == ("h.0.fc",) for finding in found)
 
 
 def test_rank_1_is_not_told_that_rank_1_would_do():
-    assert findings(analyse(with_spectrum(1.0, rank=1))) == ()
+    assert findings(analyze(with_spectrum(1.0, rank=1))) == ()

@@ -1,16 +1,14 @@
-"""The page and the pictures: well-formed, complete, escaped, self-contained.
+"""The report and the pictures: well-formed, complete, escaped, self-contained.
 
-The page is read back by `html.parser`, and pictures by their own decoder, so that what is
-checked is what a browser gets.
+The page is read back by `html.parser`, so that what is checked is what a browser gets.
 """
 
 from __future__ import annotations
 
-import base64
+import datetime as dt
 import re
 import struct
 import sys
-import zlib
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -23,8 +21,7 @@ import lora_inject as li
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis import (
     Panel,
-    across_layers,
-    analyse,
+    analyze,
     compare,
     draw_gallery,
     draw_panels,
@@ -33,16 +30,15 @@ from lora_inject.analysis import (
     figure_seeds,
     figure_spectra,
     figure_weight,
+    report,
     write_report,
     zoomed,
 )
-from lora_inject.analysis.report.png import encode, palette
-from lora_inject.analysis.report.sections import report
-from lora_inject.analysis.report.svg import bars, curves, level, strip
+from lora_inject.analysis.tables import Rows
 from lora_inject.spec.sites import SiteSpec, Slices
 
-EVIL = '"><script>alert(1)</script>&<b>'
-VOID = {"meta", "img"}
+EVIL = '\x1b[2J"><script>alert(1)</script>&<b>'
+VOID = {"meta"}
 
 
 class Page(HTMLParser):
@@ -92,84 +88,72 @@ NAMES = [f"h.{i}.{kind}" for i in range(6) for kind in ("q", "v")] + ["head"]
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory) -> str:
-    """A page with every section: a base, another adapter, layers."""
+    """A page with every section: a base, another adapter, layers, an inert site."""
     folder = tmp_path_factory.mktemp("report")
     one, two = adapter(*NAMES), adapter(*NAMES, rank=6, seed=1)
     inert = replace(one.sites["h.2.q"], B=torch.zeros(6, 4))
     one = AdapterState({**one.sites, "h.2.q": inert})
     tensors = {f"{name}.weight": torch.randn(6, 9).bfloat16() for name in NAMES}
     save_file(tensors, folder / "w.safetensors")
-    found = analyse(one, folder / "w.safetensors")
-    return report(found, "sql", across=across_layers(one), comparison=compare(one, two))
+    found = analyze(one, folder / "w.safetensors")
+    date = dt.date(2026, 1, 2)
+    return report(found, one, "sql", comparison=compare(one, two), other="style", date=date)
 
 
-# -------------------------------------------------------------------------------------- the report
-
-
-def test_every_element_is_closed_and_every_site_is_named(full):
+def test_the_page_says_what_the_adapter_is_and_names_every_site(full):
     page = Page(full)
     for name in NAMES:
         assert page.words.count(name) >= 3, name
-    headings = [tag for tag, _ in page.tags if tag == "h2"]
-    assert len(headings) == 10
-    assert "What to look at" in page.words
+    for said in ("rank4", "alpha4", "scale1", "date2026-01-02", "h.{0..5}.q \u00d76"):
+        assert said in page.words.replace(" ", "") or said in page.words, said
+    assert "Compared with style" in page.words
     assert "The delta is zero" in page.words
-    assert "1: h.2.q" in page.words
-
-
-def test_what_a_site_without_a_delta_has_not_is_blank(full):
-    # Amplification, likeness in four formats, and the two figures of phi on the side of B.
-    blanks = re.findall(r'<rect class="hx"[^>]*><title>([^<]*): -</title>', full)
-    assert blanks == ["h.2.q"] * (1 + 4 + 2)
+    assert [tag for tag, _ in page.tags].count("h2") == 9
 
 
 def test_the_page_stands_alone(full):
     page = Page(full)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
     for tag, attributes in page.tags:
-        for key in ("src", "href", "srcset", "action"):
-            assert (attributes.get(key) or "data:").startswith("data:"), tag
-    style = re.search(r"<style>(.*?)</style>", full, re.DOTALL)
-    assert style is not None
-    assert "url(" not in style[1]
-    assert "@import" not in style[1]
-    assert "prefers-color-scheme: dark" in style[1]
+        for key in ("src", "href", "xlink:href", "srcset", "action"):
+            assert (attributes.get(key) or "data:").startswith(("data:", "#")), tag
+    assert not re.search(r"url\((?!#)|@import", full)
+    assert "prefers-color-scheme:dark" in full
     assert 'name="viewport"' in full
 
 
-def test_drawings_can_be_read_by_those_who_cannot_see_them(full):
-    for tag, attributes in Page(full).tags:
-        if tag == "img":
-            assert attributes["alt"]
+def test_what_a_drawing_shows_is_a_number_in_a_table_too(full):
+    """Nothing is left to hovering, and drawings say what they are to those who cannot see them."""
+    page = Page(full)
+    assert full.count("<title") == 1
+    for tag, attributes in page.tags:
         if tag == "svg":
             assert attributes["role"] == "img"
             assert attributes["aria-label"]
+    heads = {attributes["data-head"] for tag, attributes in page.tags if tag == "td"}
+    assert {"|D|", "first", "effective", "99%", "amplification", "|D|/|W|", "bfloat16",
+            "A: phi(1,1)", "B: whole"} <= heads  # fmt: skip
 
 
 def test_every_name_is_escaped():
     """Names come from files of others."""
     slices = Slices(((EVIL, 3), ("k", 3)), (EVIL,))
     state = adapter(f"h.0.{EVIL}", f"h.1.{EVIL}", slices=slices)
-    text = report(
-        analyse(state),
-        EVIL,
-        across=across_layers(state),
-        comparison=compare(state, state),
-        other=EVIL,
-    )
-    page, plain = Page(text), Page(report(analyse(adapter("h.0.q")), "plain"))
+    text = report(analyze(state), state, EVIL, comparison=compare(state, state), other=EVIL)
+    page, plain_state = Page(text), adapter("h.0.q", "h.1.q")
+    plain = Page(report(analyze(plain_state), plain_state, "plain",
+                        comparison=compare(plain_state, plain_state)))  # fmt: skip
     assert "<script" not in text
-    tags, harmless = {tag for tag, _ in page.tags}, {tag for tag, _ in plain.tags}
-    assert tags == harmless | {"img"}
-    keys = {key for _, attributes in page.tags for key in attributes}
-    assert keys == {key for _, attributes in plain.tags for key in attributes} | {"src", "alt"}
-    assert f"h.0.{EVIL}" in "".join(page.text)
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in plain.tags}
+    assert not any(key.startswith("on") for _, found in page.tags for key in found)
+    assert "\x1b" not in text
+    assert EVIL.replace("\x1b", "\\x1b") in "".join(page.text)
 
 
-def test_the_alone_page_has_no_word_of_w():
-    text = report(analyse(adapter(*NAMES)), "alone")
-    page = Page(text)
-    assert "without its base" in page.words
+def test_the_page_of_an_adapter_alone_has_no_word_of_w():
+    state = adapter(*NAMES)
+    page = Page(report(analyze(state), state, "alone"))
+    assert "the adapter alone" in page.words
     assert "After rounding" not in page.words
     assert "amplification" not in page.words.lower()
 
@@ -177,14 +161,35 @@ def test_the_alone_page_has_no_word_of_w():
 def test_an_adapter_that_does_nothing_has_a_page():
     state = adapter("a")
     zero = AdapterState({"a": replace(state.sites["a"], B=torch.zeros(6, 4))})
-    page = Page(report(analyse(zero), "zero", comparison=compare(zero, zero)))
+    page = Page(report(analyze(zero), zero, "zero", comparison=compare(zero, zero)))
     assert "does nothing" in page.words
 
 
 def test_nothing_to_look_at_is_said():
     spec = SiteSpec("a", "linear", 9, 6, (6, 9), rank=2, alpha=2)
     state = AdapterState({"a": SiteState(spec, torch.eye(2, 9), torch.eye(6, 2))})
-    assert "Nothing stands out." in Page(report(analyse(state), "good")).words
+    assert "Nothing stands out." in Page(report(analyze(state), state, "good")).words
+
+
+def test_many_sites_of_one_kind_are_one_row_until_all_are_asked_for():
+    rows = Rows(
+        ("site", "rank", "kept", "error"),
+        (
+            ("h.0.q [a]", 4, 0.5, 1.0),
+            ("h.1.q [a]", 4, 0.25, 3.0),
+            ("h.3.q [a]", 4, None, 2.0),
+            ("h.0.e [expert 0 a]", 4, (1.0, 0.5), 0.0),
+            ("h.0.e [expert 1 a]", 4, (3.0, 0.5), 0.0),
+            ("h.0.q [b]", 8, 0.5, 0.0),
+        ),
+        {"kept": min},
+    )
+    assert rows.by_kind().text() == [
+        ("h.{0..1,3}.q [a] x3", "4", "0.25", "2"),
+        ("h.0.e [expert * a] x2", "4", "1 (0.5)", "0"),
+        ("h.0.q [b]", "8", "0.5", "0"),
+    ]
+    assert len(rows.text()) == 6
 
 
 def test_writing_replaces_and_is_whole(tmp_path):
@@ -194,72 +199,6 @@ def test_writing_replaces_and_is_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     with pytest.raises(li.FormatError, match="it is a directory"):
         write_report(tmp_path, "x")
-
-
-# -------------------------------------------------------------------------------------- drawings
-
-
-def pixels(data: bytes) -> tuple[list[list[int]], list[bytes], bytes]:
-    """Decode a palette PNG without filters: indices, colours, transparency; checks the sums."""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    at, chunks = 8, {}
-    while at < len(data):
-        (size,) = struct.unpack(">I", data[at : at + 4])
-        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
-        (check,) = struct.unpack(">I", data[at + 8 + size : at + 12 + size])
-        assert check == zlib.crc32(kind + body)
-        chunks[kind], at = body, at + 12 + size
-    columns, rows, depth, colour = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
-    assert (depth, colour) == (8, 3)
-    raw = zlib.decompress(chunks[b"IDAT"])
-    lines = [raw[i * (columns + 1) : (i + 1) * (columns + 1)] for i in range(rows)]
-    assert all(line[0] == 0 for line in lines)
-    table = chunks[b"PLTE"]
-    return (
-        [list(line[1:]) for line in lines],
-        [table[i : i + 3] for i in range(0, len(table), 3)],
-        chunks[b"tRNS"],
-    )
-
-
-def test_a_grid_becomes_the_png_of_its_numbers():
-    grid = torch.tensor([[0.0, 0.5, 1.0], [float("nan"), -1.0, 2.0]])
-    indices, colours, alpha = pixels(encode(grid))
-    assert indices == [[0, 127, 254], [255, 0, 254]]
-    assert colours[:255] == [bytes(colour) for colour in palette()]
-    assert alpha[:255] == b"\xff" * 255
-    assert alpha[255] == 0
-
-
-def test_the_pages_pictures_are_the_grids(full):
-    one, two = adapter(*NAMES), adapter(*NAMES, rank=6, seed=1)
-    uri = re.search(r'src="data:image/png;base64,([^"]+)" alt="phi of h.0.q, side of A"', full)
-    assert uri is not None
-    indices, _, _ = pixels(base64.b64decode(uri[1]))
-    phi = compare(one, two).pairs[0].right.phi
-    assert indices == (phi * 254).round().int().tolist()
-
-
-def test_the_scale_of_colour_has_ends_and_a_blank():
-    assert [level(v, 0, 1) for v in (-1, 0, 0.5, 1, 2)] == ["h0", "h0", "h8", "h15", "h15"]
-    assert level(float("nan"), 0, 1) == level(float("inf"), 0, 1) == "hx"
-    assert level(3, 3, 3) == "h15"
-
-
-def test_drawings_take_what_there_is():
-    assert strip([], 0, 1, "none").count("<rect") == 0
-    assert bars([(float("nan"), "a", "a"), (2.0, "b", "b")], "x").count("<rect") == 1
-    assert "<polyline" in curves([([1.0, 0.1, 0.0], "a")], "x")
-    for drawing in (curves([], "x"), curves([([], "a")], "x"), bars([], "x")):
-        assert not re.search(r"nan|inf", drawing)
-
-
-def test_a_curve_falls_by_its_decades():
-    drawing = curves([([1.0, 0.1, 0.01], "a")], "x")
-    points = re.search(r'points="([^"]+)"', drawing)
-    assert points is not None
-    heights = [float(point.split(",")[1]) for point in points[1].split()]
-    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.11)
 
 
 # --------------------------------------------------------------------------------------- pictures

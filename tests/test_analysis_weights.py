@@ -20,7 +20,7 @@ from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis import (
     Weights,
     amplification,
-    analyse,
+    analyze,
     findings,
     inspect_state,
     rounding,
@@ -52,7 +52,7 @@ def test_streamed_figures_of_every_kind(name, dtype, tmp_path):
     state = li.adapter_state(model)
     site = state.sites[kind.site]
     li.eject(model)
-    found = analyse(state, saved(model, tmp_path)).weights[kind.site]
+    found = analyze(state, saved(model, tmp_path)).weights[kind.site]
 
     assert found.stored == str(dtype).removeprefix("torch.")
     matrix = W.reshape(site.spec.matrix_shape)
@@ -82,7 +82,7 @@ def test_a_frozen_start_is_taken_off_beside_w_too(init, tmp_path):
     state = li.adapter_state(model)
     site = state.sites["layer"]
     li.eject(model)
-    norms = analyse(state, saved(model, tmp_path)).weights["layer"].blocks[0].norms
+    norms = analyze(state, saved(model, tmp_path)).weights["layer"].blocks[0].norms
     dense = 1.5 * (site.B @ site.A - site.B0 @ site.A0).double()
     assert norms.delta_norm == pytest.approx(float(dense.norm()), rel=1e-6)
     assert norms.weight_norm == pytest.approx(float(W.double().norm()), rel=1e-9)
@@ -102,7 +102,7 @@ def test_a_sharded_checkpoint_under_other_names(tmp_path):
     for i in range(2):
         spec = SiteSpec(f"model.layers.{i}.q", "linear", 5, 6, (6, 5), rank=2, alpha=2)
         sites[spec.name] = SiteState(spec, torch.randn(2, 5), torch.randn(6, 2))
-    found = analyse(AdapterState(sites), tmp_path)
+    found = analyze(AdapterState(sites), tmp_path)
     assert found.base == str(tmp_path)
     for i, (site, place, block) in enumerate(found.on_weight):
         assert (site, place.at, block.tensor) == (f"model.layers.{i}.q", str(i), names[i])
@@ -122,7 +122,7 @@ def test_stacked_experts_that_the_file_keeps_apart(tmp_path):
     spec = SiteSpec("layers.0.mlp.experts.gate_up_proj", "parameter", width, 2 * inner,
                     (E, 2 * inner, width), rank=2, alpha=2, experts=E)  # fmt: skip
     site = SiteState(spec, torch.randn(E, 2, width), torch.randn(E, 2 * inner, 2))
-    found = analyse(AdapterState({spec.name: site}), tmp_path).weights[spec.name]
+    found = analyze(AdapterState({spec.name: site}), tmp_path).weights[spec.name]
     assert [block.label for block in found.blocks] == ["expert 0"] * 2 + ["expert 1"] * 2
     for number, block in enumerate(found.blocks):
         e, part = divmod(number, 2)
@@ -166,10 +166,10 @@ def test_a_large_w_is_decomposed_in_passes(tmp_path, monkeypatch):
     W = model.layer._parameters["weight"].detach().double()
     state = li.adapter_state(model)
     li.eject(model)
-    norms = analyse(state, saved(model, tmp_path)).weights["layer"].blocks[0].norms
+    norms = analyze(state, saved(model, tmp_path)).weights["layer"].blocks[0].norms
     wanted = float(torch.linalg.svdvals(W)[:2].norm())
     assert norms.of_weight == pytest.approx(wanted, rel=1e-5)
-    asked_not = analyse(state, tmp_path / "model.safetensors", own=False, formats=["int8"])
+    asked_not = analyze(state, tmp_path / "model.safetensors", own=False, formats=["int8"])
     beside = asked_not.weights["layer"]
     assert beside.blocks[0].norms.of_weight is None
     assert list(beside.rounded) == ["int8"]
@@ -183,7 +183,7 @@ def test_findings_beside_w(tmp_path):
     def codes(W: Tensor, scale: float) -> set[str]:
         save_file({"fc.weight": W}, tmp_path / "model.safetensors")
         B = scale * torch.linalg.qr(torch.randn(32, 4)).Q
-        return {f.code for f in findings(analyse(AdapterState({"fc": SiteState(spec, A, B)}),
+        return {f.code for f in findings(analyze(AdapterState({"fc": SiteState(spec, A, B)}),
                                                  tmp_path))}  # fmt: skip
 
     W = torch.randn(32, 64)
@@ -205,15 +205,15 @@ def test_another_base_is_refused_unless_any_will_do(tmp_path):
         model.layer.weight.add_(1.0)
     path = saved(model, tmp_path)
     with pytest.raises(li.CheckpointError, match=r"compare sql with .* made on another base"):
-        analyse(state, path, label="sql")
-    assert analyse(state, path, any_base=True).weights
+        analyze(state, path, label="sql")
+    assert analyze(state, path, any_base=True).weights
 
 
 def test_a_base_without_the_site_is_refused(tmp_path):
     state = li.adapter_state(injected(KINDS["linear"]))
     save_file({"other.weight": torch.ones(6, 5)}, tmp_path / "model.safetensors")
     with pytest.raises(li.CheckpointError, match="have no place in it"):
-        analyse(state, tmp_path)
+        analyze(state, tmp_path)
 
 
 @pytest.mark.parametrize("mark", ["qweight", "weight_scale"])
@@ -223,10 +223,10 @@ def test_a_quantised_base_is_refused(tmp_path, mark):
     tensors = {"fc.weight": torch.ones(6, 8), f"fc.{mark}": torch.ones(6, 8)}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(li.CheckpointError, match=r"quantised.*Give the 16-bit checkpoint instead"):
-        analyse(state, tmp_path)
+        analyze(state, tmp_path)
     save_file({"fc.weight": torch.ones(6, 8).to(torch.int16)}, tmp_path / "model.safetensors")
     with pytest.raises(li.CheckpointError, match="stored as I16"):
-        analyse(state, tmp_path)
+        analyze(state, tmp_path)
 
 
 # ---------------------------------------------------------------------------- beside the inspection

@@ -180,7 +180,7 @@ def test_wrong_usage(run, args):
 
 def test_without_matplotlib_nothing_is_computed_first(run, files, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("lora_inject.analysis.analyse", pytest.fail)
+    monkeypatch.setattr("lora_inject.analysis.analyze", pytest.fail)
     found = run("analyze", files / "r2", "--pictures", tmp_path / "p")
     assert (found.code, found.out) == (1, "")
     assert "pip install 'lora-inject[analysis]'" in found.err

@@ -57,7 +57,7 @@ def commands_bring_in(*argv: str, names: tuple[str, ...] = HEAVY) -> list[str]:
         "import lora_inject",
         "import lora_inject; lora_inject.inject",
         "import lora_inject.formats, lora_inject.checkpoint",
-        "import lora_inject; lora_inject.analysis.analyse",
+        "import lora_inject; lora_inject.analysis.analyze",
     ],
 )
 def test_nothing_heavy_is_imported(code):

@@ -6,7 +6,7 @@ them, and is then streamed from a checkpoint. Nothing here needs a model.
 
 from lora_inject.analysis.amplifying import Amplification, amplification, amplification_of_rows
 from lora_inject.analysis.comparison import Comparison, Overlap, Pair, across_layers, compare
-from lora_inject.analysis.figures import Analysis, BlockFigures, analyse
+from lora_inject.analysis.figures import Analysis, BlockFigures, analyze
 from lora_inject.analysis.findings import Finding, findings
 from lora_inject.analysis.gallery import draw_gallery
 from lora_inject.analysis.inspection import Inspection, inspect_state
@@ -21,7 +21,7 @@ from lora_inject.analysis.pictures import (
     zoomed,
 )
 from lora_inject.analysis.places import Place, place_of
-from lora_inject.analysis.report.sections import report, write_report
+from lora_inject.analysis.report.write_page import report, write_report
 from lora_inject.analysis.rounding import FORMATS, Rounded, RoundingTally, rounding
 from lora_inject.analysis.spectra import SHARES, Spectrum, spectrum, spectrum_of
 from lora_inject.analysis.subspaces import (
@@ -33,7 +33,7 @@ from lora_inject.analysis.subspaces import (
     similarity,
     subspace_similarity,
 )
-from lora_inject.analysis.thin import LowRank, SiteBlock, site_blocks
+from lora_inject.analysis.thin import SiteBlock, ThinProduct, site_blocks
 from lora_inject.analysis.weights import BlockOnWeight, SiteOnWeight, Weights
 
 __all__ = [
@@ -46,7 +46,6 @@ __all__ = [
     "Comparison",
     "Finding",
     "Inspection",
-    "LowRank",
     "Overlap",
     "Pair",
     "Panel",
@@ -56,11 +55,12 @@ __all__ = [
     "SiteBlock",
     "SiteOnWeight",
     "Spectrum",
+    "ThinProduct",
     "Weights",
     "across_layers",
     "amplification",
     "amplification_of_rows",
-    "analyse",
+    "analyze",
     "block_directions",
     "compare",
     "deviation_of_similarity",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.thin import LowRank
+from lora_inject.analysis.thin import ThinProduct
 from lora_inject.checkpoint.svd import EXACT_ELEMENTS, decompose
 from lora_inject.errors import StateError
 
@@ -66,13 +66,13 @@ class Amplification:
 
 
 def amplification(
-    weight: Tensor, delta: LowRank, rank: int | None = None, *, own: bool = True, seed: int = 0
+    weight: Tensor, delta: ThinProduct, rank: int | None = None, *, own: bool = True, seed: int = 0
 ) -> Amplification:
     """Say how much a delta amplifies directions of W.
 
     Args:
         weight: W, `(out, in)`, any floating dtype.
-        delta: Of the same shape: `LowRank.of(A, B, scale)`, or the `delta` of a block.
+        delta: Of the same shape: `ThinProduct.of(A, B, scale)`, or the `delta` of a block.
         rank: How many directions; the delta's rank by default and at most.
         own: Whether to compare with W's own directions, which takes an SVD of W.
         seed: Of the random directions.
@@ -86,7 +86,7 @@ def amplification(
     Example:
         >>> W = torch.diag(torch.tensor([10.0, 1.0, 0.5, 0.1]))
         >>> A, B = torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0, 0.0]]).T
-        >>> found = amplification(W, LowRank.of(A, B))
+        >>> found = amplification(W, ThinProduct.of(A, B))
         >>> found.of_delta, found.of_weight, found.factor
         (0.5, 10.0, 4.0)
     """
@@ -107,7 +107,7 @@ def amplification(
 
 def amplification_of_rows(
     rows: Rows,
-    delta: LowRank,
+    delta: ThinProduct,
     rank: int | None = None,
     *,
     transposed: bool = False,

@@ -123,7 +123,7 @@ class Analysis:
         }
 
 
-def analyse(
+def analyze(
     state: AdapterState,
     base: Weights | Checkpoint | str | Path | None = None,
     *,
@@ -160,13 +160,13 @@ def analyse(
         >>> from lora_inject.adapter.state import SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))
-        >>> block = analyse(AdapterState({"h.0.fc": site})).blocks[0]
+        >>> block = analyze(AdapterState({"h.0.fc": site})).blocks[0]
         >>> block.place.kind, block.spectrum.values.tolist(), block.spectrum.stable_rank
         ('h.*.fc', [2.0, 2.0], 2.0)
     """
     if not state.sites:
         raise StateError(
-            f"analyse {label}", "it has no low-rank sites", "Only A and B can be analysed"
+            f"analyze {label}", "it has no low-rank sites", "Only A and B can be analyzed"
         )
     weights = _weights(state, base, label, any_base=any_base)
     sizes = {

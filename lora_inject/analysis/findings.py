@@ -19,7 +19,7 @@ from lora_inject.analysis.rounding import Rounded
 ONE_DIRECTION = 0.99
 """Share of the energy in the first direction from which a block counts as having only one."""
 SPARE = 2
-"""A rank is larger than needed where 99 % of the energy fits into the rank over this."""
+"""A rank is larger than needed where 99% of the energy fits into the rank over this."""
 LEAST_KEPT = 0.9
 """Share of a delta that must survive rounding."""
 LOUD = 1.0
@@ -56,12 +56,12 @@ def findings(analysis: Analysis) -> tuple[Finding, ...]:
 
     Example:
         >>> import torch
-        >>> from lora_inject.analysis.figures import analyse
+        >>> from lora_inject.analysis.figures import analyze
         >>> from lora_inject.spec.sites import SiteSpec
         >>> from lora_inject.adapter.state import AdapterState, SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.zeros(6, 2))
-        >>> [f.code for f in findings(analyse(AdapterState({"h.0.fc": site})))]
+        >>> [f.code for f in findings(analyze(AdapterState({"h.0.fc": site})))]
         ['inert']
     """
     rules = (_inert, _loud, _overflow, _lost, _noise, _one_direction, _spare_rank)
@@ -94,7 +94,7 @@ def _overflow(analysis: Analysis) -> Finding:
 
 def _lost(analysis: Analysis) -> Finding:
     text = (
-        f"Merged in bfloat16, less than {LEAST_KEPT * 100:.0f} % of the delta survives rounding. "
+        f"Merged in bfloat16, less than {LEAST_KEPT * 100:.0f}% of the delta survives rounding. "
         "Keep the adapter apart, or merge in float32."
     )
     names = _sites(analysis, "bfloat16", lambda r: r.kept < LEAST_KEPT)
@@ -108,14 +108,12 @@ def _noise(analysis: Analysis) -> Finding:
 
 
 def _one_direction(analysis: Analysis) -> Finding:
-    text = (
-        f"One direction holds {ONE_DIRECTION * 100:.0f} % of the energy or more: rank 1 would do."
-    )
+    text = f"One direction holds {ONE_DIRECTION * 100:.0f}% of the energy or more: rank 1 would do."
     return Finding("one-direction", text, _blocks(analysis, _is_one_direction))
 
 
 def _spare_rank(analysis: Analysis) -> Finding:
-    text = f"99 % of the energy fits into 1/{SPARE} of the rank or less."
+    text = f"99% of the energy fits into 1/{SPARE} of the rank or less."
 
     def holds(block: BlockFigures) -> bool:
         needed = block.spectrum.rank_for(0.99)

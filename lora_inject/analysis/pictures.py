@@ -1,6 +1,6 @@
 """Pictures like the paper's figures 3, 4 and 6 to 8, as PNG.
 
-Each of these figures is a table of heat maps of phi on one scale of colour, i downwards
+Each of these figures is a table of heat maps of phi on one color scale, i downwards
 and j to the right, the first in the corner above on the left. Two ranks have a second column that
 zooms into the corner where j <= i, as the paper does; two seeds have the random baseline beside
 them. Drawn by matplotlib, which is imported here and nowhere else.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_inject.errors import StateError
 
-COLOURS = "magma"
+COLORS = "viridis"
 INCHES = 2.6  # side of a panel
 MAX_TICKS = 8
 
@@ -161,7 +161,8 @@ def figure_spectra(spectra: Mapping[str, Tensor], path: str | os.PathLike[str]) 
         StateError: matplotlib is not installed, or there is nothing to draw.
     """
     drawn = {name: values for name, values in spectra.items() if len(values) and values[0] > 0}
-    figure = _figure(1.6 * INCHES, 2.4 * INCHES, bool(drawn))
+    _check_drawable(bool(drawn))
+    figure = new_figure(1.6 * INCHES, 2.4 * INCHES, "constrained")
     axes = figure.subplots()
     for name, values in drawn.items():
         relative = (values / values[0]).tolist()
@@ -176,7 +177,7 @@ def figure_spectra(spectra: Mapping[str, Tensor], path: str | os.PathLike[str]) 
 def draw_panels(
     panels: Sequence[Sequence[Panel]], path: str | os.PathLike[str], title: str = ""
 ) -> Path:
-    """Draw rows of heat maps on one scale of colour from 0 to 1.
+    """Draw rows of heat maps on one color scale from 0 to 1.
 
     Args:
         panels: Row by row.
@@ -189,9 +190,25 @@ def draw_panels(
     Raises:
         StateError: matplotlib is not installed, or there is nothing to draw.
     """
+    return _save(grid_of_panels(panels, title), path)
+
+
+def grid_of_panels(
+    panels: Sequence[Sequence[Panel]], title: str = "", inches: float = INCHES
+) -> Any:
+    """Return rows of heat maps as a figure of matplotlib.
+
+    Args:
+        panels: Row by row.
+        title: Above all.
+        inches: Side of a panel.
+
+    Raises:
+        StateError: matplotlib is not installed, or there is nothing to draw.
+    """
     wide = max((len(row) for row in panels), default=0)
-    drawable = any(panel.grid.numel() for row in panels for panel in row)
-    figure = _figure(INCHES * len(panels), INCHES * wide + 0.8, drawable)
+    _check_drawable(any(panel.grid.numel() for row in panels for panel in row))
+    figure = new_figure(inches * len(panels), inches * wide + 0.8, "constrained")
     table = figure.subplots(len(panels), wide, squeeze=False)
     image = None
     for axes_row, row in zip(table, panels, strict=True):
@@ -199,10 +216,11 @@ def draw_panels(
             axes.set_axis_off()
         for axes, panel in zip(axes_row, row, strict=False):
             image = _draw(axes, panel) or image
-    figure.colorbar(image, ax=table, label="\u03c6(i, j)", fraction=0.03, aspect=30)
+    bar = figure.colorbar(image, ax=table, label="\u03c6(i, j)", fraction=0.03, aspect=30)
+    bar.solids.set_rasterized(True)
     if title:
         figure.suptitle(_plain(title), fontsize=9)
-    return _save(figure, path)
+    return figure
 
 
 def _draw(axes: Any, panel: Panel) -> Any:
@@ -215,7 +233,7 @@ def _draw(axes: Any, panel: Panel) -> Any:
         panel.grid.detach().cpu().tolist(),
         vmin=0,
         vmax=1,
-        cmap=COLOURS,
+        cmap=COLORS,
         aspect="auto",
         interpolation="nearest",
         extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
@@ -252,19 +270,31 @@ def need_matplotlib() -> None:
         )
 
 
-def _figure(height: float, width: float, drawable: bool) -> Any:
-    """Make a figure that no window and no global state knows of."""
-    need_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _check_drawable(drawable: bool) -> None:
     if not drawable:
         raise StateError(
             "draw a picture",
             "there is nothing to draw: no directions, no values",
             "An adapter whose B is zero has none; train it first",
         )
-    figure = Figure(figsize=(width, height), layout="constrained")
+
+
+def new_figure(height: float, width: float, layout: Any = None) -> Any:
+    """Return an empty figure of matplotlib that belongs to no window and no global state.
+
+    Args:
+        height: In inches.
+        width: In inches.
+        layout: Matplotlib's layout engine; None where axes are placed by hand.
+
+    Raises:
+        StateError: matplotlib is not installed.
+    """
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.thin import LowRank
+from lora_inject.analysis.thin import ThinProduct
 
 SHARES = (0.90, 0.95, 0.99)
 """Shares of the energy for which the needed rank is stated."""
@@ -99,10 +99,10 @@ def spectrum(A: Tensor, B: Tensor, scale: float = 1.0) -> Spectrum:
         >>> torch.allclose(spectrum(A, B, 3.0).values, dense)
         True
     """
-    return spectrum_of(LowRank.of(A, B, scale))
+    return spectrum_of(ThinProduct.of(A, B, scale))
 
 
-def spectrum_of(delta: LowRank) -> Spectrum:
+def spectrum_of(delta: ThinProduct) -> Spectrum:
     """Return the singular values of a delta that is given by its factors."""
     _, S, _ = delta.svd()
     values = torch.zeros(min(*delta.shape, delta.left.shape[1]), dtype=S.dtype, device=S.device)

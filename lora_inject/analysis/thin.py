@@ -20,7 +20,7 @@ from lora_inject.spec.sites import Block, SiteSpec
 
 
 @dataclass(frozen=True)
-class LowRank:
+class ThinProduct:
     """A matrix `left @ right` that is never formed.
 
     Attributes:
@@ -28,7 +28,7 @@ class LowRank:
         right: `(k, in)`, float64.
 
     Example:
-        >>> D = LowRank(torch.ones(6, 1).double(), 2 * torch.ones(1, 4).double())
+        >>> D = ThinProduct(torch.ones(6, 1).double(), 2 * torch.ones(1, 4).double())
         >>> U, S, V = D.svd()
         >>> U.shape, round(float(S), 6), V.shape
         (torch.Size([6, 1]), 9.797959, torch.Size([4, 1]))
@@ -38,7 +38,7 @@ class LowRank:
     right: Tensor
 
     @classmethod
-    def of(cls, A: Tensor, B: Tensor, scale: float = 1.0) -> LowRank:
+    def of(cls, A: Tensor, B: Tensor, scale: float = 1.0) -> ThinProduct:
         """Take `scale * B @ A`.
 
         Args:
@@ -94,7 +94,7 @@ class SiteBlock:
     transposed: bool
     A: Tensor
     B: Tensor
-    delta: LowRank
+    delta: ThinProduct
     frozen_start: bool
 
     @property
@@ -140,7 +140,7 @@ def blocks_of_terms(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:
     for block, label in zip(spec.blocks, _labels(spec), strict=True):
         parts = [(a[slice(*block.a)], b[slice(*block.b)], t) for a, b, t in flat]
         left = [spec.scale * t.weight * b.double() for _, b, t in parts]
-        delta = LowRank(torch.cat(left, 1), torch.cat([a.double() for a, _, _ in parts]))
+        delta = ThinProduct(torch.cat(left, 1), torch.cat([a.double() for a, _, _ in parts]))
         A, B, _ = parts[0]
         found.append(SiteBlock(label, block, spec.transposed, A, B, delta, len(terms) > 1))
     return tuple(found)
@@ -155,7 +155,7 @@ def _labels(spec: SiteSpec) -> list[str]:
 def _flat(tensor: Tensor, spec: SiteSpec, width: int) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise StateError(
-            f"analyse '{spec.name}'",
+            f"analyze '{spec.name}'",
             "its A or B holds NaN or Inf",
             "Its training diverged; take an earlier checkpoint of the adapter",
         )

@@ -60,13 +60,13 @@ def analyze(
         raise typer.BadParameter("it needs --base", param_hint="--any-base")
     if report is not None and report.is_dir():
         raise typer.BadParameter(f"'{report}' is a folder", param_hint="--report")
-    if pictures is not None:
+    if pictures is not None or report is not None:
         figures.need_matplotlib()
     checkpoint = None if base is None else Checkpoint.open(base)
     state = _read(adapter, checkpoint, prefer, allow)
     weights = _weights(state, checkpoint, adapter, any_base=any_base)
-    with progress_bar("analysing") as progress:
-        found = figures.analyse(state, weights, label=str(adapter), progress=progress)
+    with progress_bar("analyzing") as progress:
+        found = figures.analyze(state, weights, label=str(adapter), progress=progress)
     compared = None
     if other is not None:
         second = _read(other, checkpoint, prefer, allow)
@@ -78,8 +78,8 @@ def analyze(
     if report is not None:
         page = figures.report(
             found,
+            state,
             adapter.name,
-            across=figures.across_layers(state),
             comparison=compared,
             other="the other adapter" if other is None else other.name,
         )
@@ -106,7 +106,7 @@ def _read(
     part = load_part(path, checkpoint, **options)
     if part.magnitudes:
         raise StateError(
-            f"analyse '{path}'",
+            f"analyze '{path}'",
             "it is a DoRA adapter, whose update is not low-rank",
             "Merge it, and extract the difference as an adapter",
         )

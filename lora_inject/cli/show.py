@@ -1,7 +1,7 @@
-"""How results look: tables for people, JSON for machines, a progress bar for the patient.
+"""How results look: tables for people, JSON for machines, a progress bar while it runs.
 
-Stdout carries the result and nothing else, so that it can be piped; whatever moves or
-comments is on stderr, and only where somebody is looking.
+Stdout carries the result and nothing else, so that it can be piped; progress and remarks go to
+stderr, the bar only where that is a terminal.
 """
 
 from __future__ import annotations
@@ -9,31 +9,59 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lora_inject.spec.names import printable
+
 if TYPE_CHECKING:
     from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
+    from lora_inject.analysis.tables import Rows
     from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
     from lora_inject.functional.merge_report import MergeReport
 
-PIPE_WIDTH = 400  # a pipe has no width; a table in it must not be folded
-N_WORST = 10
+WIDTH = 80  # of whatever is no terminal
+MOST_NAMES = 6
+
+
+def say(text: str = "", *, err: bool = False) -> None:
+    """Print text; every line of this program passes here.
+
+    Names come from files of others: what a terminal would obey, an escape sequence for instance,
+    is spelled out.
+    """
+    typer.echo(printable(text, keep="\n"), err=err)
 
 
 def note(text: str) -> None:
     """Say something beside the result, on stderr."""
-    typer.echo(text, err=True)
+    say(text, err=True)
+
+
+def say_list(head: str, names: Iterable[str], *, everything: bool) -> None:
+    """Print names in lines that fit, no name broken, the first few unless all are asked for."""
+    shown = [printable(name) for name in names]
+    if not everything and len(shown) > MOST_NAMES:
+        shown[MOST_NAMES:] = [f"and {len(shown) - MOST_NAMES:,} more (--all)"]
+    line = head
+    for i, name in enumerate(shown):
+        item = name + "," * (i + 1 < len(shown))
+        if len(line) + len(item) >= _width() and line != head:
+            say(line)
+            line = " " * len(head)
+        line += f" {item}"
+    say(line)
 
 
 def print_json(data: Any) -> None:
     """Print plain data as JSON; numbers that are not finite become null, which JSON can say."""
-    typer.echo(json.dumps(_finite(data), indent=2, allow_nan=False))
+    typer.echo(json.dumps(_finite(data), indent=2, allow_nan=False))  # escapes by itself
 
 
 def _finite(data: Any) -> Any:
@@ -80,28 +108,38 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
+def print_rows(rows: Rows, *, everything: bool = False) -> None:
+    """Print a table of sites, by their kind unless everything is asked for."""
+    found = rows if everything else rows.by_kind()
+    n_left = 1 + sum(isinstance(cell, str) for cell in found.cells[0][1:])
+    print_table(found.text(), found.heads, n_left)
+
+
 def print_table(rows: Sequence[Sequence[str]], heads: Sequence[str], n_left: int) -> None:
-    """Print aligned columns, the first `n_left` to the left and the others to the right."""
-    from rich.console import Console  # nor where JSON is asked for
-    from rich.table import Table
-    from rich.text import Text
+    """Print aligned columns; a name that does not fit beside its row goes on a line of its own.
 
-    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for i, head in enumerate(heads):
-        side = "left" if i < n_left else "right"
-        table.add_column(head, justify=side, overflow="fold")  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: a name may hold brackets
-    with console.capture() as captured:
-        console.print(table)
-    for line in captured.get().splitlines():
-        typer.echo(line.rstrip())
+    Args:
+        rows: The cells; the first of each is a name.
+        heads: Titles of the columns.
+        n_left: Columns that are aligned to the left, from the first; others to the right.
+    """
+    shown = [[printable(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    apart = sum(widths) + 2 * (len(widths) - 1) > _width()
+    for row in shown:
+        cells = [
+            cell.ljust(width) if i < n_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        if apart:
+            say(row[0])
+            cells[0] = " " * 2
+        say("  ".join(cells).rstrip() if not apart else "  " + "  ".join(cells[1:]).rstrip())
 
 
-def number(value: float | None) -> str:
-    """Return a number with three digits, `-` for None."""
-    return "-" if value is None else f"{value:.3g}"
+def _width() -> int:
+    """Return the columns of the terminal."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
 def count(n: int, noun: str) -> str:
@@ -125,41 +163,51 @@ def _size(n_bytes: float) -> str:
 # ------------------------------------------------------------------------------------------ inspect
 
 
-def print_inspection(found: Inspection) -> None:
-    """Print what is in an adapter."""
+def print_inspection(found: Inspection, *, everything: bool = False) -> None:
+    """Print what is in an adapter, by kind of site unless everything is asked for."""
+    from lora_inject.analysis.tables import Rows
+
     if found.sites:
-        heads = ["site", "kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|", "not finite"]
-        print_table([_site_row(site) for site in found.sites], heads, n_left=3)
+        heads = ("site", "kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|")
+        rows = Rows(heads, tuple(map(_site_row, found.sites)))
+        print_rows(rows, everything=everything)
+        if not everything and len(rows.by_kind().cells) < len(rows.cells):
+            say("Norms of several sites are medians; --all lists each site.")
+        say()
     tensors = {
         **{name: ("trained", figures) for name, figures in found.trained.items()},
         **{name: ("copy of the base", figures) for name, figures in found.base_copies.items()},
     }
     if tensors:
-        if found.sites:
-            typer.echo()
-        rows = [_tensor_row(name, *entry) for name, entry in tensors.items()]
-        print_table(rows, ["tensor", "", "shape", "dtype", "norm", "not finite"], n_left=4)
-    typer.echo(_inspection_totals(found))
+        cells = tuple(_tensor_row(name, *entry) for name, entry in tensors.items())
+        rows = Rows(("tensor", "", "shape", "dtype", "norm"), cells)
+        print_rows(rows, everything=everything)
+        say()
+    bad = {site.name: site.n_nonfinite for site in found.sites if site.n_nonfinite}
+    bad |= {name: tensor.n_nonfinite for name, (_, tensor) in tensors.items() if tensor.n_nonfinite}
+    if bad:
+        names = [f"{name} ({n:,})" for name, n in bad.items()]
+        say_list("NaN or Inf in", names, everything=everything)
+    say(_inspection_totals(found))
 
 
-def _site_row(site: SiteFigures) -> tuple[str, ...]:
+def _site_row(site: SiteFigures) -> tuple[Any, ...]:
     slices = f" [{', '.join(site.slices)}]" if site.slices else ""
     return (
         site.name,
         site.kind + (" - start" if site.frozen_start else ""),
         f"{site.in_features:,} -> {site.out_features:,}{slices}",
-        str(site.rank),
+        f"{site.rank}",
         f"{site.scale:g}",
-        number(site.A.norm),
-        number(site.B.norm),
-        number(site.delta_norm),
-        f"{site.n_nonfinite:,}",
+        site.A.norm,
+        site.B.norm,
+        site.delta_norm,
     )
 
 
-def _tensor_row(name: str, what: str, tensor: TensorFigures) -> tuple[str, ...]:
+def _tensor_row(name: str, what: str, tensor: TensorFigures) -> tuple[Any, ...]:
     shape = " x ".join(f"{side:,}" for side in tensor.shape) or "scalar"
-    return name, what, shape, tensor.dtype, number(tensor.norm), f"{tensor.n_nonfinite:,}"
+    return name, what, shape, tensor.dtype, tensor.norm
 
 
 def _inspection_totals(found: Inspection) -> str:
@@ -167,56 +215,63 @@ def _inspection_totals(found: Inspection) -> str:
     if found.trained:
         parts.append(f"{found.n_trained:,} in {count(len(found.trained), 'trained tensor')}")
     known = found.n_fingerprinted
+    parts.append(f"base known by {count(known, 'tensor')}" if known else "base not named")
     parts.append(
-        f"recognises its base by {count(known, 'tensor')}" if known else "does not name its base"
+        f"{count(found.n_nonfinite, 'value')} NaN or Inf" if found.n_nonfinite else "finite"
     )
-    parts.append(f"{found.n_nonfinite:,} values are NaN or Inf" if found.n_nonfinite else "finite")
     return "; ".join(parts)
 
 
 # -------------------------------------------------------------------------------- merge and verify
 
 
-def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int) -> None:
+def print_merge_plan(
+    plan: MergePlan, where: Path, free_bytes: int, *, everything: bool = False
+) -> None:
     """Print what a merge would do, and whether the disk of `where` has room for it."""
-    rows = [
+    from lora_inject.analysis.tables import Rows
+
+    cells = tuple(
         (job.name, job.action, job.dtype, " x ".join(f"{side:,}" for side in job.shape))
         for job in plan.jobs
-    ]
-    print_table(rows, ["tensor", "action", "dtype", "shape"], n_left=4)
+    )
+    if cells:
+        print_rows(Rows(("tensor", "action", "dtype", "shape"), cells), everything=everything)
     for part, (_, rule) in zip(plan.parts, plan.rules, strict=True):
         n_sites = len(part.state.sites)
-        typer.echo(f"{part.label} x {part.weight:g}: {count(n_sites, 'site')}, {rule}")
+        say(f"{part.label} x {part.weight:g}: {count(n_sites, 'site')}, {rule}")
     for key, value in plan.config_changes.items():
-        typer.echo(f"config.json: {key} becomes {json.dumps(value)}")
+        say(f"config.json: {key} becomes {json.dumps(value)}")
     _print_notes(plan.notes)
     n_copied = sum(copy.n_bytes for shard in plan.shards for copy in shard.copies)
-    typer.echo(
+    say(
         f"would write {_size(plan.n_bytes)} in {count(len(plan.shards), 'file')}: "
         f"{_size(n_copied)} copied as they are, {count(len(plan.jobs), 'tensor')} changed"
     )
     room = "free" if free_bytes >= plan.n_bytes else "free, which is NOT enough,"
-    typer.echo(f"{_size(free_bytes)} {room} on the disk of '{where}'; nothing was written")
+    say(f"{_size(free_bytes)} {room} on the disk of '{where}'; nothing was written")
 
 
-def print_merge(report: MergeReport) -> None:
-    """Print what a merge did: the tensors that lost most of their delta, and the totals."""
+def print_merge(report: MergeReport, *, everything: bool = False) -> None:
+    """Print what a merge left of each delta, the worst of each kind, and the totals."""
+    from lora_inject.analysis.tables import Rows
+
     measured = report.counted
-    worst = measured[:N_WORST]
-    if worst:
-        rows = [
-            (t.name, t.action, t.dtype, number(t.relative), f"{t.kept:.4f}", number(t.error))
-            for t in worst
-        ]
-        print_table(rows, ["tensor", "action", "dtype", "|D|/|W|", "kept", "error"], n_left=3)
-        if len(measured) > len(worst):
-            typer.echo(f"... and {len(measured) - len(worst):,} that kept more of their delta")
+    if measured:
+        heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
+        cells = tuple((t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in measured)
+        rows = Rows(heads, cells, {"kept": min, "error": max})
+        print_rows(rows, everything=everything)
+        if not everything and len(rows.by_kind().cells) < len(cells):
+            say("Of several tensors: the median |D|/|W| and the worst of the others; --all lists "
+                "each.")  # fmt: skip
     _print_notes(report.notes)
     if report.resumed:
-        typer.echo(f"resumed: {count(len(report.resumed), 'file')} finished earlier")
+        say(f"resumed: {count(len(report.resumed), 'file')} finished earlier")
     if report.lost:
-        typer.echo(f"lost more than allowed in {len(report.lost):,}: {', '.join(report.lost[:5])}")
-    typer.echo(_merge_totals(report))
+        say_list(f"lost more than allowed in {len(report.lost):,}:", report.lost,
+                 everything=everything)  # fmt: skip
+    say(_merge_totals(report))
     if report.warning:
         note(f"warning: {report.warning}")
 
@@ -236,29 +291,34 @@ def _merge_totals(report: MergeReport) -> str:
 def print_verification(report: VerifyReport) -> None:
     """Print what a verification compared, and what is wrong."""
     for problem in report.problems:
-        typer.echo(f"wrong: {problem}")
+        say(f"wrong: {problem}")
     near = f", {report.n_neighbours:,} of them one unit in the last place off"
     values = f"{report.n_values:,} values{near if report.n_neighbours else ''}"
-    typer.echo(
+    say(
         f"{'NOT ' if report.problems else ''}verified: "
         f"{count(report.n_tensors, 'tensor')} computed again ({values}), "
         f"{_size(report.copied_bytes)} equal to the base's"
     )
 
 
-def print_extraction(report: ExtractReport, written: Path) -> None:
-    """Print what of the difference the adapter holds: what lost most first, and what was left."""
+def print_extraction(report: ExtractReport, written: Path, *, everything: bool = False) -> None:
+    """Print what of the difference the adapter holds, and what was left behind."""
+    from lora_inject.analysis.tables import Rows
+
     low = [tensor for tensor in report.tensors if tensor.kept == "low rank"]
-    worst = sorted(low, key=lambda tensor: tensor.energy or 0.0)[:N_WORST]
-    if worst:
-        rows = [(t.name, str(t.rank), number(t.relative), f"{t.energy:.4f}") for t in worst]
-        print_table(rows, ["tensor", "rank", "|D|/|W|", "energy"], n_left=1)
-        if len(low) > len(worst):
-            typer.echo(f"... and {len(low) - len(worst):,} that kept more of their difference")
+    low.sort(key=lambda tensor: tensor.energy or 0.0)
+    if low:
+        heads = ("tensor", "rank", "|D|/|W|", "energy")
+        cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
+        rows = Rows(heads, cells, {"rank": max, "energy": min})
+        print_rows(rows, everything=everything)
+        if not everything and len(rows.by_kind().cells) < len(cells):
+            say("Of several tensors: the largest rank, the median |D|/|W|, the least energy; --all "
+                "lists each.")  # fmt: skip
     if report.left:
-        typer.echo(f"left behind: {', '.join(report.left[:5])}{', ...' * (len(report.left) > 5)}")
+        say_list("left behind:", report.left, everything=everything)
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)
-    typer.echo(
+    say(
         f"wrote {written}: {count(len(low), 'site')}, {count(n_full, 'tensor')} in full; "
         f"{len(report.left):,} left behind, {report.n_equal:,} equal to the base's"
     )
@@ -266,4 +326,4 @@ def print_extraction(report: ExtractReport, written: Path) -> None:
 
 def _print_notes(notes: Sequence[str]) -> None:
     for text in notes:
-        typer.echo(f"note: {text}")
+        say(f"note: {text}")

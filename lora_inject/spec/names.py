@@ -252,3 +252,21 @@ def _collapse(groups: dict[tuple[str, ...], int], at: int) -> dict[tuple[str, ..
         run = (_runs(numbers),) if numbers else key[at : at + 1]
         result[(*key[:at], *run, *key[at + 1 :])] = n * max(1, len(numbers))
     return result
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Return text as a terminal and a page may show it: what is not printable is spelled out.
+
+    Names come from files of others, and a terminal obeys escape sequences.
+
+    Args:
+        text: Any text.
+        keep: Characters to leave alone, such as a line's end.
+
+    Example:
+        >>> printable("h.0\x1b[2J.q\n"), printable("a\n", keep="\n")
+        ('h.0\\x1b[2J.q\\n', 'a\n')
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)

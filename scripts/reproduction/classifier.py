@@ -81,7 +81,7 @@ def fine_tune(
     torch.manual_seed(seed)
     model = Classifier(encoder).eval()  # no dropout in any method
     method.apply(model)
-    if not lora_inject.adapters(model):
+    if not lora_inject.adapter(model):
         model.head.requires_grad_(True)
     groups = groups_of(model, rate, head_rate)
     wall, cpu = time.perf_counter(), time.process_time()

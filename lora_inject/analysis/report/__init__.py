@@ -1,1 +1,1 @@
-"""The page about an adapter: one HTML file that loads nothing from outside."""
+"""The report about an adapter: one HTML file that loads nothing from outside."""
