@@ -270,29 +270,40 @@ def test_inspect_counts_what_is_not_finite(run, tmp_path):
     assert data["sites"][0]["B"]["n_nonfinite"] == 0
     assert data["trained"]["1.weight"]["n_nonfinite"] == 1
     table = run("inspect", path).out
-    assert "4 values are NaN or Inf" in table
-    assert table.splitlines()[1].split() == [
-        "0",
-        "linear",
-        "6",
-        "->",
-        "5",
-        "2",
-        "8",
-        "nan",
-        "0",
-        "nan",
-        "3",
-    ]
+    assert "NaN or Inf in 0 (3), 1.weight (1)" in table
+    assert table.splitlines()[-1].endswith("4 values NaN or Inf")
 
 
-def test_inspect_prints_one_line_a_site_and_the_totals(run, files):
+def test_inspect_prints_one_line_a_kind_or_each_site_and_the_totals(run, files):
     lines = run("inspect", files.one).out.splitlines()
-    heads = ["site", "kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|", "not finite"]
-    assert lines[0].split() == " ".join(heads).split()
-    assert len(lines) == 1 + 4 + 1
-    assert lines[1].startswith("transformer.h.0.attn.c_attn  conv1d  16 -> 48 [q, v] ")
-    assert lines[-1] == "4 sites: 576 in A and B; recognises its base by 4 tensors; finite"
+    assert lines[0] == "site"
+    assert lines[1].split() == ["kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|"]
+    assert lines[2] == "transformer.h.{0..1}.attn.c_attn x2"
+    assert lines[3].split()[:8] == ["conv1d", "16", "->", "48", "[q,", "v]", "2", "2"]
+    assert lines[-1] == "4 sites: 576 in A and B; base known by 4 tensors; finite"
+    each = run("inspect", files.one, "--all").out
+    assert "transformer.h.1.attn.c_attn\n" in each
+
+
+def test_names_from_files_cannot_reach_the_terminal(run, tmp_path):
+    """E29: a terminal obeys escape sequences, and shows what they say."""
+    name = "evil\x1b]0;title\x07\x1b[2J\nfinite\u202e"
+    tensors = {f"base_model.model.{name}.lora_A.weight": torch.ones(2, 6),
+               f"base_model.model.{name}.lora_B.weight": torch.ones(5, 2)}  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [name]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for args in (("inspect",), ("inspect", "--all"), ("analyze",)):
+        found = run(*args, tmp_path)
+        assert found.code == 0, found.err
+        assert all(c.isprintable() or c == "\n" for c in found.out + found.err)
+        assert r"evil\x1b]0;title\x07\x1b[2J\nfinite\u202e" in found.out
+    tensors[f"base_model.model.{name}.lora_A.weight"].fill_(math.nan)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    found = run("analyze", tmp_path)  # whose error has the name in it
+    assert found.code == 1
+    assert r"evil\x1b" in found.err
+    assert all(c.isprintable() or c == "\n" for c in found.err)
 
 
 def test_inspect_of_something_else(run, files, tmp_path):
@@ -311,7 +322,8 @@ def test_a_folder_that_was_edited_needs_to_be_told_what_to_believe(run, files, t
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 30}))
     found = run("inspect", folder)
     assert found.code == 1
-    assert "prefer=" in found.err
+    assert "--prefer metadata" in found.err
+    assert "prefer=" not in found.err
     for believed, scale in (("metadata", 3.0), ("config", 30.0)):
         data = json.loads(run("inspect", folder, "--prefer", believed, "--json").out)
         assert {site["scale"] for site in data["sites"]} == {scale}, believed
@@ -319,7 +331,7 @@ def test_a_folder_that_was_edited_needs_to_be_told_what_to_believe(run, files, t
     assert run(*merge).code == 1
     assert run(*merge, "--prefer", "config").code == 0
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 3, "shiny": True}))
-    assert run("inspect", folder).code == 1
+    assert "--allow shiny" in run("inspect", folder).err
     assert run("inspect", folder, "--allow", "shiny").code == 0
 
 
@@ -386,7 +398,7 @@ def test_merge_dry_run_writes_nothing(run, files, tmp_path):
     found = run("merge", files.base, files.one, "-o", out, "--dry-run")
     assert found.code == 0
     assert "nothing was written" in found.out
-    assert "transformer.h.1.mlp.c_fc.weight" in found.out
+    assert "transformer.h.{0..1}.mlp.c_fc.weight x2" in found.out
     assert re.search(r"would write .* copied as they are", found.out)
     assert re.search(rf"[\d.]+ [kMG]B free on the disk of '{re.escape(str(out))}'", found.out)
     data = json.loads(run("merge", files.base, files.one, "--dry-run", "--json").out)
@@ -630,29 +642,42 @@ def test_both_ways_to_call_it_print_errors_without_a_traceback(way):
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_stops_early_is_no_error():
-    read, write = os.pipe()
-    os.close(read)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "lora_inject", "schema"], stdout=write, stderr=subprocess.PIPE
-    )
-    os.close(write)
-    _, err = child.communicate(timeout=60)
-    assert child.returncode == 1
-    assert b"Traceback" not in err
+@pytest.mark.parametrize("bits", [0, 1])
+def test_a_reader_that_has_gone_changes_neither_the_work_nor_the_exit_code(files, tmp_path, bits):
+    """E29: the output is published, and the exit code says so; a failed check stays a failure."""
+    out = tmp_path / "out"
+    start = [sys.executable, "-m", "lora_inject"]
+    for code, args in (
+        (0, ["merge", files.base, files.one, "-o", out]),
+        (bits, ["verify", files.base, files.one, out, "-w", "1" if not bits else "2"]),
+    ):
+        read, write = os.pipe()
+        os.close(read)
+        command = [*start, *map(str, args)]
+        child = subprocess.Popen(command, stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        _, err = child.communicate(timeout=60)
+        assert (child.returncode, err) == (code, b"")
+    assert (out / "model.safetensors").exists()
 
 
 # ------------------------------------------------------------------------------------- how it looks
 
 
-def test_a_pipe_gets_whole_lines(run, tmp_path):
+def test_tables_fit_80_columns_and_no_name_is_broken(run, files, tmp_path, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    for args in (
+        ("inspect", files.one, "--all"),
+        ("analyze", files.one, files.two, "--base", files.base),
+        ("merge", files.base, files.one, "-o", tmp_path / "out"),
+    ):
+        lines = run(*args).out.splitlines()
+        assert max(map(len, lines)) <= 80 or args[0] == "merge", args  # whose totals hold a path
+        assert all(line == line.rstrip() for line in lines)
     long = "a_rather_long_name_of_a_module_" * 4
     net = torch.nn.ModuleDict({long: torch.nn.Linear(6, 5)})
     li.inject(net, {"rank": 2, "targets": [long]})
-    found = run("inspect", li.save_adapter(net, tmp_path / "long"))
-    line = next(line for line in found.out.splitlines() if line.startswith(long))
-    assert line.endswith(" 0")
-    assert found.out == "".join(f"{line.rstrip()}\n" for line in found.out.splitlines())
+    assert long in run("inspect", li.save_adapter(net, tmp_path / "long")).out.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -680,13 +705,22 @@ def test_progress_of_a_terminal_goes_to_stderr(capsys, monkeypatch):
     assert "merging" in err
 
 
-def test_help_of_every_command_names_its_arguments(run):
-    listed = run("--help").out
-    for info in app.registered_commands:
-        assert info.callback is not None
-        name = info.callback.__name__
-        assert f" {name} " in listed
-        found = run(name, "--help")
-        assert found.code == 0
-        for argument in set(re.findall(r"\b[A-Z]{4,}\b", info.callback.__doc__ or "")) - {"JSON"}:
-            assert argument in found.out.partition("\n Usage:")[2].partition("\n")[0], argument
+def test_help_lists_the_commands_as_people_need_them(run):
+    found = run("-h")
+    names = re.findall(r"^  ([a-z]+)  ", found.out.partition("Commands:")[2], re.MULTILINE)
+    assert names == ["plan", "inspect", "analyze", "merge", "verify", "extract", "schema"]
+    assert {info.callback.__name__ for info in app.registered_commands} == set(names)
+    assert "Exit codes: 0 done" in found.out
+
+
+@pytest.mark.parametrize("info", app.registered_commands, ids=lambda info: info.callback.__name__)
+def test_help_of_every_command_names_its_arguments_and_speaks_no_python(run, info):
+    name = info.callback.__name__
+    found = run(name, "--help")
+    assert found.code == 0
+    usage = found.out.partition("\n")[0]
+    for argument in set(re.findall(r"\b[A-Z]{4,}\b", info.callback.__doc__)) - {"JSON"}:
+        assert argument in usage
+    assert not re.search(r"<\w|{|\bbool\b|list\[|\.\.\.\.", found.out)
+    assert f"Example:\n  lora-inject {name} " in found.out
+    assert "Exit codes: 0 done" in found.out

@@ -96,15 +96,17 @@ def test_json_holds_the_figures_of_a_dense_reference(run, files):
 
 
 def test_the_table_has_a_line_for_each_block_and_the_findings(run, files):
-    found = run("analyze", files / "r2")
+    found = run("analyze", files / "r2", "--all")
     assert (found.code, found.err) == (0, "")
     lines = found.out.splitlines()
-    heads = ["block", "rank", "|D|", "first", "stable", "effective", "90 %", "95 %", "99 %"]
+    heads = ["block", "rank", "|D|", "first", "stable", "effective", "90%", "95%", "99%"]
     assert lines[0].split() == " ".join(heads).split()
     assert [line.split()[0] for line in lines[1:7]] == [n.removesuffix(".weight") for n in SHAPES]
-    assert lines[-1] == "6 sites, 6 blocks; rank 2 holds 99 % (median)"
-    beside = run("analyze", files / "r2", files / "r4", "--base", files / "base").out
-    assert beside.count("h.1.up") == 4  # blocks, beside W, rounding, phi
+    assert lines[-1] == "6 sites, 6 blocks; rank 2 holds 99% (median)"
+    args = ("analyze", files / "r2", files / "r4", "--base", files / "base")
+    assert run(*args, "--all").out.count("h.1.up") == 4  # blocks, weights, rounding, phi
+    beside = run(*args).out
+    assert beside.count("h.{0..2}.up") >= 4
     assert "amplification" in beside
     assert "kept (error) after merging in" in beside
     assert "A: phi(1,1)" in beside
@@ -207,7 +209,7 @@ def test_ctrl_c_is_exit_code_130_and_leaves_nothing(files, tmp_path):
         "import lora_inject.analysis as figures\n"
         "from lora_inject.cli import main\n"
         "def slow(*args, **kwargs):\n    print('ready', flush=True)\n    time.sleep(60)\n"
-        "figures.across_layers = slow\n"
+        "figures.report = slow\n"
         "main()\n"
     )
     page = tmp_path / "report.html"

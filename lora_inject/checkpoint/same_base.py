@@ -54,7 +54,7 @@ def check_same_base(checkpoint: Checkpoint, part: Part, fit: Fit) -> None:
             f"merge {part.label} into '{checkpoint.folder}'",
             f"it was made on another base: {len(differences)} of {len(shapes)} weights differ, "
             f"'{name}' {how}",
-            "Use the base that it was trained on, or let any base do: --any-base, any_base=True",
+            "Use the base that it was trained on, or pass any_base=True to merge all the same",
         )
 
 

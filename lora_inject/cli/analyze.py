@@ -1,7 +1,4 @@
-"""The command `analyze`: an adapter in numbers, as pictures and as a page.
-
-Figures are computed once; what prints, draws and writes takes them from there.
-"""
+"""The command `analyze`: an adapter in numbers, as pictures and as a report."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_inject.cli.program import Allow, Json, Prefer, app, read_options
+from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
@@ -26,17 +23,18 @@ def analyze(
     ],
     other: Annotated[
         Path | None,
-        typer.Argument(metavar="[OTHER]", help="Another adapter of the same base, to compare."),
+        typer.Argument(metavar="OTHER", help="Another adapter of the same base, to compare."),
     ] = None,
     base: Annotated[
         Path | None,
-        typer.Option(help="The base's folder or .safetensors file: set the updates beside W."),
+        typer.Option(help="Folder or file of the base: compare the updates with its weights."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Write a page about it, one HTML file. It is replaced.")
+        Path | None,
+        typer.Option(help="Write a report, one HTML file; replaces an existing one."),
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Draw the paper's figures into this folder (matplotlib).")
+        Path | None, typer.Option(help="Draw the paper's figures into this folder.")
     ] = None,
     any_base: Annotated[
         bool,
@@ -44,12 +42,13 @@ def analyze(
     ] = False,
     prefer: Prefer = None,
     allow: Allow = None,
+    everything: All = False,
     as_json: Json = False,
 ) -> None:
-    """Say what ADAPTER has learned: the rank it needed, spectra, subspaces, what rounding leaves.
+    """Show what ADAPTER has learned: needed rank, spectra, subspaces.
 
-    With --base also how large the update is beside W, what it amplifies, and what merging keeps of
-    it in 16, 8 and 4 bits. With OTHER how far the subspaces of both agree.
+    With --base also how large the update is compared with W, what it amplifies, and what merging
+    keeps of it in 16, 8 and 4 bits. With OTHER how far the subspaces of both agree.
     """
     from lora_inject import analysis as figures
     from lora_inject.checkpoint import Checkpoint
@@ -87,7 +86,7 @@ def analyze(
     if as_json:
         print_json(_plain(found, compared, written))
     else:
-        print_analysis(found, compared)
+        print_analysis(found, compared, everything=everything)
     for path in written:
         note(f"wrote {path}")
 

@@ -1,7 +1,7 @@
 """Commands that look: `plan`, `inspect`, `schema`.
 
-A command is its arguments, one call of the package, and printing. The package is imported
-inside the commands, so that `--help` does not wait for more of it than its `__init__` needs.
+A command is its arguments, one call of the package, and printing. The package is imported inside
+the commands, so that `--help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from lora_inject.cli.program import Allow, Json, Prefer, app, read_options
+from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
 
 AdapterFormat = Annotated[
     str | None,
-    typer.Option("--format", help="Format of the adapter. (default: told from the files)"),
+    typer.Option("--format", help="Format of the adapter. (default: detected from the files)"),
 ]
 
 
@@ -31,13 +31,13 @@ def plan(
     ],
     keys: Annotated[
         bool,
-        typer.Option("--keys", help="Plan on the checkpoint's names, not on its config.json."),
+        typer.Option("--keys", help="Plan on the names in the checkpoint, not on config.json."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say which sites CONFIG means in MODEL. No weight is read and nothing is changed."""
+    """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
     from lora_inject.cli.models import source_of
-    from lora_inject.cli.show import note, print_json
+    from lora_inject.cli.show import note, print_json, say
     from lora_inject.spec.config import Config
     from lora_inject.spec.matching import resolve
 
@@ -48,7 +48,7 @@ def plan(
     if as_json:
         print_json(planned.to_dict())
     else:
-        typer.echo(str(planned))
+        say(str(planned))
 
 
 @app.command()
@@ -59,9 +59,10 @@ def inspect(
     adapter_format: AdapterFormat = None,
     prefer: Prefer = None,
     allow: Allow = None,
+    everything: All = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is in ADAPTER: sites, ranks, scales, norms, values that are NaN or Inf."""
+    """Show the sites, ranks, norms and non-finite values of ADAPTER."""
     from lora_inject.analysis.inspection import inspect_state
     from lora_inject.cli.show import print_inspection, print_json
     from lora_inject.formats import read_adapter
@@ -71,12 +72,12 @@ def inspect(
     if as_json:
         print_json(found.to_dict())
     else:
-        print_inspection(found)
+        print_inspection(found, everything=everything)
 
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of a config, so that an editor completes and checks it."""
+    """Print the JSON Schema of a config, for editors to complete and check it."""
     from lora_inject.cli.show import print_json
     from lora_inject.spec.config import Config
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_inject.cli.program import Allow, Json, Prefer, app, read_options
+from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint, Part
@@ -39,7 +39,7 @@ BasePath = Annotated[
     Path, typer.Argument(metavar="BASE", help="Folder of the base, or one .safetensors file.")
 ]
 AdapterPaths = Annotated[
-    list[Path], typer.Argument(metavar="ADAPTER...", help="Adapters: PEFT folders or files.")
+    list[Path], typer.Argument(metavar="ADAPTER", help="Adapters: PEFT folders or files.")
 ]
 Weights = Annotated[
     list[float] | None,
@@ -134,9 +134,12 @@ def merge(
     allow_pickle: AllowPickle = False,
     fan_in_fan_out: FanInFanOut = None,
     enable_lora: EnableLora = None,
+    everything: All = False,
     as_json: Json = False,
 ) -> None:
-    """Fold each ADAPTER into the safetensors checkpoint BASE, without building the model.
+    """Fold each ADAPTER into the checkpoint BASE, without the model.
+
+    BASE is a folder of safetensors files, or one such file.
 
     Tensors that no adapter touches keep their bytes. Stopped at any moment, the output is absent,
     complete, or finished by the same command.
@@ -176,14 +179,14 @@ def merge(
         if as_json:
             print_json({**planned.to_dict(), "free_bytes": free})
         else:
-            print_merge_plan(planned, where, free)
+            print_merge_plan(planned, where, free, everything=everything)
         return
     with progress_bar("merging") as progress:
         report = merge_planned(planned, output, progress)
     if as_json:
         print_json(report.to_dict())
     else:
-        print_merge(report)
+        print_merge(report, everything=everything)
 
 
 @app.command()
@@ -206,7 +209,7 @@ def verify(
     enable_lora: EnableLora = None,
     as_json: Json = False,
 ) -> None:
-    """Check that MERGED is exactly what merging each ADAPTER into BASE would write.
+    """Check that MERGED is what merging ADAPTER into BASE would write.
 
     Every touched tensor is computed again, every other byte is compared. Give the options that the
     merge was given.
@@ -257,9 +260,10 @@ def extract(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
     ] = False,
+    everything: All = False,
     as_json: Json = False,
 ) -> None:
-    """Take the difference of TUNED and BASE as a low-rank adapter: the reverse of merge."""
+    """Store the difference of TUNED and BASE as a low-rank adapter."""
     from lora_inject.checkpoint import extract_adapter
     from lora_inject.cli.show import print_extraction, print_json, progress_bar
     from lora_inject.formats import write_adapter
@@ -272,7 +276,7 @@ def extract(
     if as_json:
         print_json({"output": str(written), **report.to_dict()})
     else:
-        print_extraction(report, written)
+        print_extraction(report, written, everything=everything)
 
 
 def _weights(weights: list[float] | None, n_adapters: int) -> list[float]:

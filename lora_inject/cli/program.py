@@ -1,28 +1,104 @@
-"""The program itself: its name, its exit codes, and what all commands share.
+"""The program itself: the order of its commands, its help, its exit codes.
 
-Exit codes are part of the interface. 0: done. 1: refused, with the message of the error
-and no traceback. 2: wrong usage. 130: interrupted. A traceback is a defect of this package.
+Exit codes are part of the interface. 0: done. 1: refused, with the message of the error and no
+traceback. 2: wrong usage. 130: interrupted. A traceback is a defect of this package.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from types import MappingProxyType
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
+from lora_inject.cli.show import note, say
 from lora_inject.errors import LoraInjectError
 from lora_inject.version import __version__
+
+EXAMPLES = MappingProxyType(
+    {
+        "plan": "lora-inject plan lora.yaml gpt2/config.json",
+        "inspect": "lora-inject inspect sql-adapter",
+        "analyze": "lora-inject analyze sql-adapter --base gpt2 --report report.html",
+        "merge": "lora-inject merge gpt2 sql-adapter --output merged --verify",
+        "verify": "lora-inject verify gpt2 sql-adapter merged",
+        "extract": "lora-inject extract gpt2 gpt2-tuned --rank 16 --output adapter",
+        "schema": "lora-inject schema > schema.json",
+    }
+)
+"""An example of every command, in the order in which the help lists them."""
+EXIT_CODES = "Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted."
+LIMITS = re.compile(r"\[(?:([\d.]+)<=)?x[<>]=([\d.]+)\]")
+F = TypeVar("F", bound=Callable[..., Any])
+VALUES = MappingProxyType({"path": "PATH", "str": "TEXT", "float": "NUMBER", "int": "N"})
+
+
+class _Command(TyperCommand):
+    """A command whose help has an example, the exit codes, and no types of Python."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the arguments as people write them."""
+        pieces = super().collect_usage_pieces(ctx)
+        return [re.sub(r"[{}]", "", piece).replace("......", "...") for piece in pieces]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments and options."""
+        records: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            if isinstance(param, TyperArgument):
+                name = record[0].split()[0]
+                records["Arguments"].append((name, record[1].replace("  [required]", "")))
+            else:
+                option = re.sub(r"<([^>]*)>", _value, record[0])
+                records["Options"].append((option, LIMITS.sub(_limits, record[1])))
+        for title, rows in records.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the example and the exit codes."""
+        del ctx
+        if example := EXAMPLES.get(self.name or ""):
+            formatter.write(f"\nExample:\n  {example}\n")
+        formatter.write(f"\n{EXIT_CODES}\n")
+
+
+def _value(kind: re.Match[str]) -> str:
+    """Return how the help writes a value: `<list[float]>` as NUMBER, choices as they are."""
+    name = kind[1].removeprefix("list[").removesuffix("]").split(" ")[0]
+    return VALUES.get(name.lower(), name)
+
+
+def _limits(found: re.Match[str]) -> str:
+    """Return how the help writes limits: `0<=x<=1` as `0 to 1`, `x>=1` as `at least 1`."""
+    low, high = found.groups()
+    return f"({low} to {high})" if low else f"(at least {high})"
 
 
 class _Commands(TyperGroup):
     """Turns what this package raises on purpose into a message and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands in the order of the help."""
+        del ctx
+        return [name for name in EXAMPLES if name in self.commands]
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the exit codes."""
+        del ctx
+        formatter.write(f"\n{EXIT_CODES}\n")
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -30,31 +106,64 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except LoraInjectError as error:
             public = next(c for c in type(error).__mro__ if not c.__name__.startswith("_"))
-            typer.echo(f"{public.__name__}: {error}", err=True)
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            options = [opt for param in command.params for opt in param.opts] if command else []
+            note(f"{public.__name__}: {in_options(str(error), options)}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
+            note("interrupted")
             raise typer.Exit(130) from None
         except OSError as error:
-            if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
-                raise
             place = f"'{error.filename}'" if error.filename else "the output"
-            typer.echo(
+            note(
                 f"read or write {place}: {error.strerror or error}. Check the path and the disk, "
-                "and run again.",
-                err=True,
+                "and run again."
             )
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(
+def in_options(message: str, options: Iterable[str]) -> str:
+    """Return a message of the package in the words of the command line.
+
+    Args:
+        message: Such as `pass allow=['x'], or prefer="config"`.
+        options: The options that the command has.
+
+    Example:
+        >>> in_options("pass allow=['x', 'y'], any_base=True or a=1", ["--allow", "--any-base"])
+        'pass --allow x --allow y, --any-base or a=1'
+    """
+    known = {opt[2:].replace("-", "_"): opt for opt in options if opt.startswith("--")}
+    value = r"""(\[[^\]]*\]|"[^"]*"|'[^']*'|True|\.\.\.|[\w.]*\w)"""
+
+    def option(found: re.Match[str]) -> str:
+        opt, text = known[found[1]], found[2]
+        if text in ("True", "..."):
+            return opt
+        values = re.findall(r"""['"]([^'"]*)['"]""", text) or [text]
+        return " ".join(f"{opt} {each}" for each in values)
+
+    names = "|".join(map(re.escape, known))
+    return re.sub(rf"\b({names})={value}", option, message) if known else message
+
+
+class _Program(typer.Typer):
+    """The program; its commands have our help."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[F], F]:
+        """Register a command."""
+        return super().command(name, cls=_Command, **options)
+
+
+app = _Program(
     cls=_Commands,
     name="lora-inject",
     help="Put LoRA adapters onto torch models, look at them, and fold them into checkpoints.",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -66,19 +175,23 @@ class Believe(StrEnum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+All = Annotated[bool, typer.Option("--all", help="List each site instead of each kind of site.")]
 Prefer = Annotated[
     Believe | None,
     typer.Option(help="PEFT folders: what to believe where metadata and config disagree."),
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option(help="PEFT folders: a field of adapter_config.json to accept though unknown."),
+    typer.Option(
+        metavar="FIELD",
+        help="PEFT folders: accept this unknown field of adapter_config.json; may be repeated.",
+    ),
 ]
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lora-inject {__version__}")
+        say(f"lora-inject {__version__}")
         raise typer.Exit
 
 
@@ -92,16 +205,17 @@ def _root(
 ) -> None:
     del version  # its callback has answered
     if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
+        say(ctx.get_help())
         raise typer.Exit(2)
 
 
 def read_options(path: Path, prefer: str | None, allow: Sequence[str] | None) -> dict[str, Any]:
-    """What was given of the options that only PEFT's folders have."""
+    """Return what was given of the options that only PEFT's folders have."""
     options = {"prefer": prefer, "allow": allow}
     given = {key: value for key, value in options.items() if value}
     if given and not (path / "adapter_config.json").is_file():
-        raise typer.BadParameter(f"'{path}' is no PEFT folder", param_hint=f"--{next(iter(given))}")
+        found = f"'{path}' is not a PEFT folder"
+        raise typer.BadParameter(found, param_hint=f"--{next(iter(given))}")
     return given
 
 
@@ -122,6 +236,8 @@ def _leave(code: int) -> NoReturn:
         try:
             if stream is not None:  # closed by whoever started us
                 stream.flush()
+        except BrokenPipeError:  # whoever read our output has seen enough
+            pass
         except OSError:
             code = code or 1
     os._exit(code)

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,12 +37,28 @@ def say(text: str = "", *, err: bool = False) -> None:
     Names come from files of others: what a terminal would obey, an escape sequence for instance,
     is spelled out.
     """
-    typer.echo(printable(text, keep="\n"), err=err)
+    _write(printable(text, keep="\n"), err=err)
+
+
+def _write(text: str, *, err: bool = False) -> None:
+    """Write text; where its reader has gone, the command does its work and nobody sees it."""
+    try:
+        typer.echo(text, err=err)
+    except BrokenPipeError:
+        stream = sys.stderr if err else sys.stdout
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def note(text: str) -> None:
     """Say something beside the result, on stderr."""
     say(text, err=True)
+
+
+def say_words(text: str) -> None:
+    """Print a sentence in lines that fit."""
+    for line in textwrap.wrap(printable(text), _width()):
+        say(line)
 
 
 def say_list(head: str, names: Iterable[str], *, everything: bool) -> None:
@@ -61,7 +78,7 @@ def say_list(head: str, names: Iterable[str], *, everything: bool) -> None:
 
 def print_json(data: Any) -> None:
     """Print plain data as JSON; numbers that are not finite become null, which JSON can say."""
-    typer.echo(json.dumps(_finite(data), indent=2, allow_nan=False))  # escapes by itself
+    _write(json.dumps(_finite(data), indent=2, allow_nan=False))  # which escapes by itself
 
 
 def _finite(data: Any) -> Any:
@@ -85,7 +102,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         A function of bytes done and bytes in all, for any thread.
     """
     forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"  # as rich
-    if not (sys.stderr.isatty() or forced):
+    if sys.stderr is None or not (sys.stderr.isatty() or forced):
         yield lambda *_: None
         return
     from rich import progress as bars  # not before somebody looks: commands start sooner
@@ -263,8 +280,8 @@ def print_merge(report: MergeReport, *, everything: bool = False) -> None:
         rows = Rows(heads, cells, {"kept": min, "error": max})
         print_rows(rows, everything=everything)
         if not everything and len(rows.by_kind().cells) < len(cells):
-            say("Of several tensors: the median |D|/|W| and the worst of the others; --all lists "
-                "each.")  # fmt: skip
+            say_words("Of several tensors: the median |D|/|W| and the worst of the others; --all "
+                      "lists each.")  # fmt: skip
     _print_notes(report.notes)
     if report.resumed:
         say(f"resumed: {count(len(report.resumed), 'file')} finished earlier")
@@ -313,8 +330,8 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool =
         rows = Rows(heads, cells, {"rank": max, "energy": min})
         print_rows(rows, everything=everything)
         if not everything and len(rows.by_kind().cells) < len(cells):
-            say("Of several tensors: the largest rank, the median |D|/|W|, the least energy; --all "
-                "lists each.")  # fmt: skip
+            say_words("Of several tensors: the largest rank, the median |D|/|W|, the least energy; "
+                      "--all lists each.")  # fmt: skip
     if report.left:
         say_list("left behind:", report.left, everything=everything)
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)

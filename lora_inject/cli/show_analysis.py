@@ -11,7 +11,7 @@ from lora_inject.analysis.tables import (
     rounding_rows,
     weight_rows,
 )
-from lora_inject.cli.show import count, print_rows, say, say_list
+from lora_inject.cli.show import count, print_rows, say, say_list, say_words
 from lora_inject.spec.names import templates
 
 
@@ -34,7 +34,7 @@ def print_analysis(
             if names:
                 say_list(f"only in the {which}:", templates(names), everything=everything)
     for finding in findings(found):
-        say(f"{finding.code}: {finding.text}")
+        say_words(f"{finding.code}: {finding.text}")
         head = f"  {len(finding.names):,}:"
         say_list(head, templates(finding.names), everything=everything)
     needed = median(block.spectrum.rank_for(0.99) for block in found.blocks)
