@@ -285,25 +285,23 @@ def test_inspect_prints_one_line_a_kind_or_each_site_and_the_totals(run, files):
     assert "transformer.h.1.attn.c_attn\n" in each
 
 
-def test_names_from_files_cannot_reach_the_terminal(run, tmp_path):
-    """E29: a terminal obeys escape sequences, and shows what they say."""
+def test_no_name_reaches_the_terminal_raw(run, capsys, files, tmp_path):
+    """E29: a terminal obeys escape sequences; readers refuse such tensors, paths may hold them."""
     name = "evil\x1b]0;title\x07\x1b[2J\nfinite\u202e"
-    tensors = {f"base_model.model.{name}.lora_A.weight": torch.ones(2, 6),
-               f"base_model.model.{name}.lora_B.weight": torch.ones(5, 2)}  # fmt: skip
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [name]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    for args in (("inspect",), ("inspect", "--all"), ("analyze",)):
-        found = run(*args, tmp_path)
-        assert found.code == 0, found.err
-        assert all(c.isprintable() or c == "\n" for c in found.out + found.err)
-        assert r"evil\x1b]0;title\x07\x1b[2J\nfinite\u202e" in found.out
-    tensors[f"base_model.model.{name}.lora_A.weight"].fill_(math.nan)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    found = run("analyze", tmp_path)  # whose error has the name in it
-    assert found.code == 1
-    assert r"evil\x1b" in found.err
-    assert all(c.isprintable() or c == "\n" for c in found.err)
+    shown = r"evil\x1b]0;title\x07\x1b[2J\nfinite\u202e"
+    folder = tmp_path / name
+    shutil.copytree(files.one, folder)
+    merged = run("merge", files.base, folder, "-o", tmp_path / f"out-{name}", "--dry-run")
+    page = run("analyze", folder, "--report", tmp_path / name / "report.html")
+    missing = run("inspect", tmp_path / f"{name}2")
+    assert (merged.code, page.code, missing.code) == (0, 0, 1)
+    capsys.readouterr()
+    show.print_table([(name, name)], ["a", "b"], n_left=1)
+    show.say_list("names:", [name], everything=True)
+    drawn = capsys.readouterr().out
+    for text in (merged.out, page.err, missing.err, drawn):
+        assert shown in text.replace("\n", r"\n")
+        assert all(c.isprintable() or c == "\n" for c in text)
 
 
 def test_inspect_of_something_else(run, files, tmp_path):
