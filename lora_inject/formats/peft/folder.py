@@ -47,7 +47,12 @@ from lora_inject.formats.peft.layout import (
     plan,
     unpack,
 )
-from lora_inject.formats.peft.modules import bias_setting, target_modules, whole_modules
+from lora_inject.formats.peft.modules import (
+    allowed_task,
+    bias_setting,
+    target_modules,
+    whole_modules,
+)
 from lora_inject.formats.peft.patterns import common
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.atomic import write_directory
@@ -99,7 +104,8 @@ def write(
         expert_names: Last parts of names that PEFT takes for experts in this model; linear layers
             called so are written as `target_parameters`, with the same tensors.
         base_model: Name or path of the base, for the config and the model card.
-        task_type: PEFT's task type, such as `CAUSAL_LM`.
+        task_type: PEFT's task type, such as `CAUSAL_LM`. Left out where PEFT would look for the
+            task's head and the adapter does not hold it.
 
     Returns:
         The directory that was written.
@@ -141,7 +147,7 @@ def write(
             modules, parameters=len(modules) < len(specs), module_names=module_names
         ),
         base_model=base_model,
-        task_type=task_type,
+        task_type=allowed_task(task_type, whole=whole),
     )
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

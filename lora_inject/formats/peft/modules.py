@@ -20,8 +20,9 @@ from lora_inject.formats.peft.patterns import ends
 
 # PEFT's own word for "adapt nothing": it accepts an adapter without sites under this name only.
 _NOTHING = "dummy-target-modules"
-# PEFT keeps these whole for every classification task, so their parts are not listed one by one.
-_HEADS = ("classifier", "score")
+# PEFT keeps these whole for their tasks, so their parts are not listed one by one.
+_HEADS = ("classifier", "score", "qa_outputs")
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def target_modules(
@@ -103,6 +104,17 @@ def bias_setting(trained: Iterable[str], *, sites: Collection[str], whole: Colle
     if not biases:
         return "none"
     return "lora_only" if all(owner(name) in sites for name in biases) else "all"
+
+
+def allowed_task(task: str | None, *, whole: Collection[str]) -> str | None:
+    """Return a task type, None where PEFT would look for a head that does not travel whole.
+
+    Example:
+        >>> allowed_task("SEQ_CLS", whole=[]), allowed_task("SEQ_CLS", whole=["score"])
+        (None, 'SEQ_CLS')
+    """
+    has_head = any(name.rpartition(".")[2] in _HEADS for name in whole)
+    return task if has_head or task not in _TASKS_WITH_HEAD else None
 
 
 def whole_of(name: str, whole: Collection[str]) -> str | None:
