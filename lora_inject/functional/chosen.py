@@ -47,10 +47,9 @@ def chosen_factors(
         True
     """
     A_bank, B_bank = bank(adapters, out, dtype)
-    chosen = choice.to(A_bank.device)
-    rows = chosen_rows(chosen[:, 0], numbers)
+    rows = chosen_rows(choice[:, 0], numbers)
     index, here = (rows - 1).clamp(min=0), (rows > 0)[:, None, None]
-    weights = chosen[:, 1].to(dtype)[:, None, None]
+    weights = choice[:, 1].to(dtype)[:, None, None]
     A = torch.where(here, A_bank.index_select(0, index), 0)
     B = torch.where(here, B_bank.index_select(0, index) * weights, 0)
     p = adapters[0][0].dropout

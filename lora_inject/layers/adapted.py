@@ -132,7 +132,11 @@ class Adapted(nn.Module):
                 return out
             return t.to(out.device, torch.promote_types(out.dtype, torch.float32))
 
-        return super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
+        for entry in self._lora.entries():
+            for role in entry.names:
+                self._lora.selection.extend_to(entry.tensor(self, role).device)
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save like nn.Module, and note every scale, which the tensors do not tell."""

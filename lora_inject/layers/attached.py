@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_inject.adapter.state import signed_pairs
 from lora_inject.functional.factors import Spans
-from lora_inject.layers.selection import Selection, State, number
+from lora_inject.layers.selection import Selection, State
 from lora_inject.spec.sites import SiteSpec
 
 TRAINABLE_ROLES = ("A", "B", "T")
@@ -151,9 +151,14 @@ class Attached:
         self._changed()
         return removed
 
+    def join(self, selection: Selection) -> None:
+        """Follow another selection."""
+        self.selection = selection
+        self._changed()
+
     def _changed(self) -> None:
         self._chosen_for = None
-        self.numbers = tuple(map(number, self.forward))
+        self.numbers = tuple(map(self.selection.number, self.forward))
         self.float32 = any(
             e.spec is not None and e.spec.compute == "float32" for e in self.forward.values()
         )

@@ -1,33 +1,73 @@
-"""The reentrant mode of `torch.utils.checkpoint`, seen from inside a layer.
+"""Activation checkpoints: the function that runs again in backward, under its forward's selection.
 
-That mode is an autograd Function, and whoever runs inside it finds its frames on the call
-stack. Its forward tells a checkpoint that can pass no gradient to adapters: where none of its
-inputs requires one, as the embeddings of a frozen model do not, its output requires none either,
-and every adapter inside would be inert. Its backwards tell which checkpoints are being recomputed.
+Both modes of `torch.utils.checkpoint` keep the function that they will run again in an object of
+their own. While a layer runs inside, that object can be found: the non-reentrant mode's in its hook
+on saved tensors, the reentrant mode's on the call stack, as it is an autograd Function. The kept
+function is wrapped, so that whoever runs it, in whatever thread, enters the selection first.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
 from lora_inject.errors import LayerError
+from lora_inject.layers.contexts import within
 
-_FORWARD = CheckpointFunction.forward.__code__
-_BACKWARD = CheckpointFunction.backward.__code__
+if TYPE_CHECKING:
+    from lora_inject.layers.selection import Selection, State
+
+_REENTRANT = CheckpointFunction.forward.__code__
+_top = torch._C._autograd._top_saved_tensors_default_hooks
 
 
-def reentrant_backwards() -> list[int]:
-    """Return the autograd numbers of the checkpoints being recomputed, the innermost first."""
-    numbers = []
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _BACKWARD:
-            numbers.append(int(frame.f_locals["ctx"]._sequence_nr()))
-        frame = frame.f_back  # type: ignore[assignment]
-    return numbers
+class Recomputed:
+    """A checkpointed function that runs under the selections of its forward.
+
+    Attributes:
+        states: The state of each selection when the checkpoint began.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.states: dict[Selection, State] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function.
+
+        Raises:
+            StateError: The adapters of its forward are gone or merged.
+        """
+        for selection, state in self.states.items():
+            selection.check_recomputable(state)
+        with within(self.states, recomputes=True):
+            return self.function(*args, **kwargs)
+
+
+def remember(selection: Selection, state: State) -> None:
+    """Let the checkpoints that the caller runs in be recomputed under `state`.
+
+    What was remembered for a checkpoint earlier stays: it was in force when the checkpoint began.
+    """
+    hooks = _top(False)
+    frame = None if hooks is None else _frame_of(hooks[0])
+    known = getattr(frame, "recompute_fn", None)
+    if hooks is not None and not (isinstance(known, Recomputed) and selection in known.states):
+        for frame in filter(None, map(_frame_of, _pack_hooks())):
+            frame.recompute_fn = _wrapped(frame.recompute_fn, selection, state)
+    for call in _reentrant_calls():
+        ctx = call.f_locals["ctx"]
+        ctx.run_function = _wrapped(ctx.run_function, selection, state)
+
+
+def are_running() -> bool:
+    """Whether the caller runs inside a checkpointed function."""
+    return any(map(_frame_of, _pack_hooks())) or any(True for _ in _reentrant_calls())
 
 
 def refuse_dead_checkpoint() -> None:
@@ -36,12 +76,10 @@ def refuse_dead_checkpoint() -> None:
     Raises:
         LayerError: The innermost reentrant checkpoint has no input that requires a gradient.
     """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _FORWARD:
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is None:
+    call = next(_reentrant_calls(), None)
+    if call is None:
         return
-    inputs = frame.f_locals.get("args", ())
+    inputs = call.f_locals.get("args", ())
     if not any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
         raise LayerError(
             "training an adapter inside a reentrant checkpoint",
@@ -49,3 +87,40 @@ def refuse_dead_checkpoint() -> None:
             "Checkpoint with use_reentrant=False, or let the embeddings' output require a gradient "
             "(transformers: model.enable_input_require_grads()); use model.eval() to only evaluate",
         )
+
+
+def _wrapped(function: Any, selection: Selection, state: State) -> Recomputed:
+    wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
+    wrapped.states.setdefault(selection, state)
+    return wrapped
+
+
+def _reentrant_calls() -> Iterator[FrameType]:
+    """Yield the calls of `CheckpointFunction.forward` on the stack, the innermost first."""
+    # Only in the forward of an autograd Function is this off, and in inference mode.
+    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            yield frame
+        frame = frame.f_back
+
+
+def _pack_hooks() -> list[Any]:
+    """Return the hooks on saved tensors, the innermost first: torch shows only that one."""
+    pairs = []
+    while (pair := _top(False)) is not None:
+        pairs.append(pair)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    for pair in reversed(pairs):
+        torch._C._autograd._push_saved_tensors_default_hooks(*pair)
+    return [pack for pack, _ in pairs]
+
+
+def _frame_of(pack: Any) -> Any:
+    """Return the non-reentrant checkpoint that a hook belongs to, None where it is another hook."""
+    if getattr(pack, "__module__", "") != "torch.utils.checkpoint":
+        return None
+    cells = (cell.cell_contents for cell in pack.__closure__ or ())
+    return next((value for value in cells if isinstance(value, _CheckpointFrame)), None)

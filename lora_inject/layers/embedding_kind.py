@@ -75,7 +75,8 @@ class LoRAEmbedding(ForwardUpdate):
             adapters = self._lora_routed_factors(routing)
             base, rows = self._lora_base(ids, args, kwargs), routing.index
             return self._lora_renorm(routed_embedding(base, ids, rows, adapters, self.padding_idx))
-        updates = self._lora_compiled(self.weight, state) or self._lora_updates(state)
+        updates = self._lora_compiled(self.weight, state)
+        updates = self._lora_updates(state) if updates is None else updates
         if not updates:
             return super().forward(*args, **kwargs)
         self._lora_refuse_resized(updates[0].A.shape[1])

@@ -134,7 +134,9 @@ class ForwardUpdate(Adapted):
         return found
 
     def _lora_new_routing(self, x: Tensor, state: State) -> _Routing:
-        n_rows = state.choice.shape[0]
+        compiling = torch.compiler.is_compiling()
+        choice = state.choice_on(x.device)
+        n_rows = choice.shape[0]
         if x.shape[0] not in (n_rows, n_rows * state.repeat):
             multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
             raise LayerError(
@@ -145,10 +147,9 @@ class ForwardUpdate(Adapted):
             )
         mine = self._lora.forward
         repeat = x.shape[0] // n_rows
-        if torch.compiler.is_compiling():
-            # Names would be constants of the graph: all adapters stand ready.
-            index = chosen_rows(state.choice.to(x.device)[:, 0], self._lora.numbers)
-            return _Routing(list(mine.values()), index.repeat_interleave(repeat))
+        if compiling:
+            entries, numbers = self._lora_eligible(state)
+            return _Routing(entries, chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat))
         names = state.rows or ()
         entries = [mine[n] for n in dict.fromkeys(names) if n is not None and n in mine]
         key = (*(e.adapter for e in entries), x.shape[0], x.device)
@@ -197,30 +198,42 @@ class ForwardUpdate(Adapted):
     def _lora_compiled(self, y: Tensor, state: State) -> list[Factors] | None:
         """Return updates chosen by the selection's tensor, which is no constant of a graph.
 
-        Names have to be constants where the choice decides which of several trainable adapters get
-        a gradient, since a graph cannot leave one out and zeros would let weight decay move an
-        idle adapter; or which dropout there is. They may be where there is nothing to choose.
-
         Args:
             y: `(..., out)`, the layer's own output.
             state: The running selection.
 
         Returns:
-            None outside of compilation, and where names have to be constants.
+            None outside of compilation, and where names have to be constants: there is one adapter
+            only, or they differ in their dropout.
         """
-        mine = self._lora.forward
         # The tensor tells how many are chosen; a look at `active` would make it a constant.
-        if not torch.compiler.is_compiling() or len(mine) < 2 or not state.choice.shape[0]:
+        if not torch.compiler.is_compiling() or len(self._lora.forward) < 2:
             return None
-        adapters = [self._lora_factors(entry.recipes(1.0)) for entry in mine.values()]
-        n_trained = sum(us[0].A.requires_grad for us in adapters)
-        several = max(n_trained, len(self._lora.selection.trained)) > 1
-        if n_trained and several and torch.is_grad_enabled():
-            return None
+        choice = state.choice_on(y.device)
+        entries, numbers = self._lora_eligible(state)
+        if not entries or not choice.shape[0]:
+            return []
+        adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
         if len({u.dropout for us in adapters for u in us}) > 1:
             return None
-        dtype = self._lora_dtype(y)
-        return [chosen_factors(state.choice, self._lora.numbers, adapters, y.shape[-1], dtype)]
+        return [chosen_factors(choice, numbers, adapters, y.shape[-1], self._lora_dtype(y))]
+
+    def _lora_eligible(self, state: State) -> tuple[list[Entry], list[int]]:
+        """Return the entries among which a compiled graph chooses, and their numbers.
+
+        Those that train must be constants of a graph where gradients are asked for: it cannot leave
+        one out, and a gradient of zeros would let weight decay move an idle adapter.
+        """
+        held, grad = self._parameters, torch.is_grad_enabled()
+        entries, numbers = [], []
+        for (name, entry), number in zip(
+            self._lora.forward.items(), self._lora.numbers, strict=True
+        ):
+            trains = any(held[flat].requires_grad for flat in entry.names.values())  # type: ignore[union-attr]
+            if not (grad and trains) or name in state.parts:
+                entries.append(entry)
+                numbers.append(number)
+        return entries, numbers
 
     def _lora_dtype(self, y: Tensor) -> torch.dtype:
         return torch.float32 if self._lora.float32 and y.dtype != torch.float64 else y.dtype

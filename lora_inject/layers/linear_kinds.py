@@ -65,7 +65,8 @@ class LoRALinear(ForwardUpdate):
         float32 = attached.float32
         if torch.compiler.is_compiling():
             y = super().forward(*args, **kwargs)
-            updates = self._lora_compiled(y, state) or self._lora_updates(state)
+            updates = self._lora_compiled(y, state)
+            updates = self._lora_updates(state) if updates is None else updates
             return add_updates(y, x, updates, float32=float32) if updates else y
         updates = self._lora_updates(state)
         if not updates:

@@ -17,6 +17,7 @@ from lora_inject.errors import StateError, nearest
 from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.selection import Selection
 from lora_inject.layers.survey import Survey, unwrapped
+from lora_inject.spec.names import joined
 
 ROOT = "_lora_root"
 
@@ -74,10 +75,12 @@ class Reach:
     Attributes:
         selections: The distinct selections of all layers inside.
         names: The adapters that they carry.
+        whole: Adapter name to the name of a parameter that it reads as a whole weight.
     """
 
     selections: tuple[Selection, ...]
     names: frozenset[str]
+    whole: Mapping[str, str]
 
 
 _generation = 0
@@ -105,12 +108,15 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         return root.kept[1]
     selections: dict[int, Selection] = {}
     names: set[str] = set()
-    for module in adapted_modules(survey or Survey(model)).values():
+    whole: dict[str, str] = {}
+    for path, module in adapted_modules(survey or Survey(model)).items():
         attached = attached_to(module)
         assert attached is not None
         selections.setdefault(id(attached.selection), attached.selection)
         names.update(entry.adapter for entry in attached.entries())
-    found = Reach(tuple(selections.values()), frozenset(names))
+        for param, by_adapter in attached.reads.items():
+            whole |= dict.fromkeys(by_adapter, joined(path, param))
+    found = Reach(tuple(selections.values()), frozenset(names), whole)
     if root is not None:
         root.kept = (_generation, found)
     return found

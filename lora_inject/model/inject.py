@@ -285,6 +285,7 @@ def _attach(place: _Placed, parameters: Mapping[str, nn.Parameter], selection: S
     attached = swap(module, selection, mixin, () if place.forward else (entry.param,))
     for role, flat in entry.names.items():
         module._parameters[flat] = parameters[role]
+        selection.extend_to(parameters[role].device)
     attached.add(entry, forward=place.forward)
 
 
@@ -323,7 +324,7 @@ def eject(model: M, name: str | None = None) -> M:
     found = reach(survey.model, survey)
     check_names(found.names, [] if name is None else [name], "eject")
     for selection in found.selections:
-        selection.check_settled("eject")
+        selection.check_settled("eject", others=True)
         if name is not None:
             refuse_merged(selection, f"ejecting {name!r}")
     roots = roots_of(survey)
@@ -380,7 +381,8 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
     for module in adapted_modules(survey).values():
         attached = attached_to(module)
         assert attached is not None
-        attached.selection = selection
+        if attached.selection is not selection:
+            attached.join(selection)
     if active != dict(selection.state.active):
         selection.replace(State(active=tuple(active.items())))
     return root

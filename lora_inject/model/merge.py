@@ -227,7 +227,7 @@ def merge(
     survey = Survey(model)
     selection, root = _root_selection(survey)
     refuse_merged(selection, "merge")
-    selection.check_settled("merge")
+    selection.check_settled("merge", others=True)
     state = _state_to_merge(survey, selection, name)
     targets = _targets(survey, state, Scratch())
     _check_ties(survey, targets)

@@ -37,7 +37,7 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     found = reach(model)
     for selection in found.selections:
         refuse_merged(selection, "unreached")
-    active = {name for selection in found.selections for name in selection.state.names}
+    active = {name for selection in found.selections for name in selection.current().names}
     if not active:
         raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")
     return list(dict.fromkeys(_missed_sites(model, run)))
@@ -76,7 +76,7 @@ def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
 def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """Return the sites of active adapters that took no part when `run()` ran the model."""
     selections = reach(model).selections
-    active = {name for selection in selections for name in selection.state.names}
+    active = {name for selection in selections for name in selection.current().names}
     seen: set[tuple[int, str | None]] = set()
     for selection in selections:
         selection.witness = seen

@@ -1,33 +1,29 @@
 """Choosing among adapters: which take part, for how much, for which rows.
 
-A verb here puts another `State` into the selection that all layers share. It touches no
-layer, no parameter and no `requires_grad`, so it costs the same for ten sites as for ten thousand.
-
-Not thread-safe: one selection serves the forwards of one thread.
+`activate` is a setting of the model, for all threads. `disabled` and `routed` hold for the thread,
+asyncio task or generator that entered them. None of them touches a layer, a parameter or
+`requires_grad`, so each costs the same for ten sites as for ten thousand.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
 
 from lora_inject.errors import StateError
-from lora_inject.layers.attached import attached_to
+from lora_inject.layers.contexts import within
 from lora_inject.layers.selection import BASE, State
-from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import adapted_modules, check_names, reach, refuse_merged
-from lora_inject.spec.names import joined
+from lora_inject.model.carried import check_names, reach, refuse_merged
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def activate(model: M, which: str | Mapping[str, float] | None) -> M:
-    """Choose the adapters that take part from here on.
+    """Choose the adapters that take part from here on, in all threads.
 
     Args:
         model: The root, or any module that holds roots.
@@ -55,16 +51,10 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     for selection in found.selections:
         refuse_merged(selection, "activate")
         selection.check_settled("activate")
-    state = _mix(tuple(weights.items()))
+    state = State(active=tuple(weights.items()))
     for selection in found.selections:
         selection.replace(state)
     return model
-
-
-@functools.lru_cache(maxsize=256)
-def _mix(active: tuple[tuple[str, float], ...]) -> State:
-    """Return the state of a mix: who switches to and fro makes each once."""
-    return State(active=active) if active else BASE
 
 
 def _weights(which: str | Mapping[str, float] | None) -> dict[str, float]:
@@ -90,11 +80,19 @@ def _weights(which: str | Mapping[str, float] | None) -> dict[str, float]:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Run the body with the plain base model: no adapter takes part.
 
+    As with `routed`, other threads, tasks and generators are not affected.
+
     Args:
         model: The root, or any module that holds roots.
 
     Raises:
         StateError: The model is merged, and so there is no plain base.
+
+    Example:
+        >>> from lora_inject.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]})
+        >>> with disabled(net):
+        ...     base = net(torch.randn(2, 4))
     """
     with _within(model, BASE, "disabled"):
         yield
@@ -104,20 +102,31 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1) -> Iterator[None]:
     """Run the body with one adapter for each row of the batch, in training as well.
 
+    The context belongs to the thread, asyncio task or generator that enters it. A task, or a thread
+    of `asyncio.to_thread`, that is started inside sees it; a plain `threading.Thread` or a thread
+    of an executor does not, and runs under the model's own setting. In a generator it holds while
+    the generator runs. A compiled model sees the contexts of its own thread, and only those that
+    a plain function entered; while a coroutine or generator holds one, its forward is an error.
+
     Args:
         model: The root, or any module that holds roots.
         adapters: The adapter of each row; None for the plain base.
         repeat: Also accept batches in which each row stands `repeat` times in a row, as beam
             search makes them.
 
-    In eval mode without gradients each layer keeps what it gathered until the context ends, at
-    most twice the memory of the adapters. New values of A and B are noticed, also those of an
-    optimiser; only what is written through `.data` inside the context is not.
-
     Raises:
         StateError: A name is unknown, the model is merged, or an adapter has sites that are
-            mounted by weight or full trained copies: a batch shares one weight.
+            read as a whole weight or full trained copies: a batch shares one weight. On leaving:
+            a context that was entered later is still open.
         LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
+
+    Example:
+        >>> from lora_inject.model.inject import inject
+        >>> net = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("sql", "style"):
+        ...     _ = inject(net, {"rank": 1, "targets": ["0"]}, name)
+        >>> with routed(net, ["sql", None, "style"]):
+        ...     y = net(torch.randn(3, 4))
     """
     rows = tuple(adapters)
     if not rows or repeat < 1:
@@ -125,22 +134,16 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
             "routed()", f"got {len(rows)} rows and repeat={repeat}", "Give one adapter for each row"
         )
     names = dict.fromkeys(name for name in rows if name is not None)
-    check_names(reach(model).names, names, "routed to")
-    for path, module in adapted_modules(Survey(model)).items():
-        attached = attached_to(module)
-        for param, entries in attached.reads.items() if attached else ():
-            for name in entries.keys() & names.keys():
-                raise StateError(
-                    f"routed to {name!r}",
-                    f"it reads {joined(path, param)!r} as a whole weight, which a batch shares",
-                    "Route only adapters on layers that are called, without train or bias entries",
-                )
-    state = State(rows=rows, repeat=repeat)
-    try:
-        with _within(model, state, "routed"):
-            yield
-    finally:
-        state.kept.clear()
+    found = reach(model)
+    check_names(found.names, names, "routed to")
+    for name in found.whole.keys() & names.keys():
+        raise StateError(
+            f"routed to {name!r}",
+            f"it reads {found.whole[name]!r} as a whole weight, which a batch shares",
+            "Route only adapters on layers that are called, without train or bias entries",
+        )
+    with _within(model, State(rows=rows, repeat=repeat), "routed"):
+        yield
 
 
 @contextmanager
@@ -150,7 +153,5 @@ def _within(model: nn.Module, state: State, asked: str) -> Iterator[None]:
         raise StateError(asked, "the model carries no adapter", "Inject or load one first")
     for selection in selections:
         refuse_merged(selection, asked)
-    with ExitStack() as stack:
-        for selection in selections:
-            stack.enter_context(selection.within(state))
+    with within({selection: selection.prepared(state) for selection in selections}):
         yield

@@ -37,8 +37,6 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
 
 def set_trained(survey: Survey, wanted: Collection[str]) -> None:
     """Set the `requires_grad` of every adapter's tensors, without a check."""
-    for selection in reach(survey.model, survey).selections:
-        selection.trained = frozenset(wanted)
     for _, module, entry in entries(survey):
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]

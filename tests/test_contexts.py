@@ -1,0 +1,383 @@
+"""`routed` and `disabled` belong to the thread, asyncio task or generator that entered them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from conftest import error, fill, same_bits
+from torch import Tensor, nn
+
+import lora_inject as li
+
+NAMES = ("a", "b", "c")
+
+
+class Net(nn.Module):
+    """Gives other threads a chance between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.between: Callable[[], Any] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        self.between()
+        return self.second(h)
+
+
+def net() -> Net:
+    model = Net().double()
+    for name in NAMES:
+        fill(li.inject(model, {"rank": 2, "targets": ["first", "second"]}, name), name)
+    return li.activate(model, "a").eval()
+
+
+X = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
+
+
+def outputs(model: nn.Module) -> dict[str | None, Tensor]:
+    """What each adapter alone gives, found without a context."""
+    wanted = {}
+    for name in (*NAMES, None):
+        li.activate(model, name)
+        wanted[name] = model(X).detach()
+    li.activate(model, "a")
+    return wanted
+
+
+def ask(model: nn.Module, name: str | None) -> Tensor:
+    with li.routed(model, [name, name]):
+        return model(X).detach()
+
+
+# ----------------------------------------------------------------------------------------- threads
+
+
+def test_requests_on_a_thread_pool_are_never_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 requests on 4 threads, which change places within every forward."""
+    model = net()
+    wanted = outputs(model)
+    old = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    monkeypatch.setattr(model, "between", lambda: threading.Event().wait(1e-5))
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            names = [(*NAMES, None)[i % 4] for i in range(400)]
+            found = list(pool.map(lambda name: ask(model, name), names))
+    finally:
+        sys.setswitchinterval(old)
+    for name, y in zip(names, found, strict=True):
+        assert error(y, wanted[name]) < 1e-12
+    assert same_bits(model(X), wanted["a"])
+
+
+def in_thread(run: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+@pytest.mark.parametrize("context", [li.disabled, lambda m: li.routed(m, ["b", "b"])])
+def test_a_thread_started_inside_a_context_runs_under_the_models_setting(context: Any) -> None:
+    model = net()
+    wanted = outputs(model)
+    with context(model):
+        assert same_bits(in_thread(lambda: model(X)), wanted["a"])
+
+
+def test_a_thread_that_takes_the_context_along_sees_it() -> None:
+    model = net()
+    wanted = outputs(model)
+
+    async def request() -> Tensor:
+        with li.routed(model, ["b", "b"]):
+            return await asyncio.to_thread(model, X)
+
+    assert error(asyncio.run(request()), wanted["b"]) < 1e-12
+
+
+def test_activate_is_a_setting_for_all_threads_that_contexts_stand_over() -> None:
+    model = net()
+    wanted = outputs(model)
+    with li.routed(model, ["b", "b"]):
+        in_thread(lambda: li.activate(model, "c"))
+        assert error(model(X), wanted["b"]) < 1e-12
+    assert same_bits(model(X), wanted["c"])
+
+
+@pytest.mark.parametrize("verb", [li.merge, lambda m: li.eject(m, "b")], ids=["merge", "eject"])
+def test_what_a_running_request_needs_is_not_taken_away(verb: Any) -> None:
+    model = net()
+    wanted = outputs(model)
+    with li.routed(model, ["b", "b"]):
+        with pytest.raises(li.StateError, match="another thread or task"):
+            in_thread(lambda: verb(model))
+        assert error(model(X), wanted["b"]) < 1e-12
+    verb(model)
+
+
+def test_backwards_of_several_threads_recompute_their_own_forward() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = net().train()
+    li.train_only(model, NAMES)
+    lock = threading.Lock()  # gradients add up in one place
+
+    def step(name: str) -> dict[str, Tensor | None]:
+        x = X.clone().requires_grad_()
+        with li.routed(model, [name, name]):
+            y = checkpoint(model, x, use_reentrant=name == "b")
+        with lock:
+            y.sum().backward()
+            found = {k: p.grad for k, p in li.adapter_parameters(model).items()}
+            model.zero_grad()
+        return found
+
+    wanted = {name: step(name) for name in NAMES}
+    assert all(g is None for k, g in wanted["b"].items() if not k.startswith("b:"))
+    with ThreadPoolExecutor(3) as pool:
+        for name, found in zip(NAMES * 10, pool.map(step, NAMES * 10), strict=True):
+            for key, gradient in wanted[name].items():
+                assert (found[key] is None) == (gradient is None)
+                assert gradient is None or error(found[key], gradient) < 1e-12
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+
+def test_asyncio_tasks_have_their_own_contexts() -> None:
+    model = net()
+    wanted = outputs(model)
+
+    async def request(name: str | None) -> None:
+        with li.routed(model, [name, name]):
+            for _ in range(5):
+                await asyncio.sleep(0)
+                assert error(model(X), wanted[name]) < 1e-12
+
+    async def plain() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+            assert same_bits(model(X), wanted["a"])
+
+    async def serve() -> None:
+        await asyncio.gather(*map(request, (*NAMES, None) * 3), plain())
+
+    asyncio.run(serve())
+    assert same_bits(model(X), wanted["a"])
+
+
+def test_a_task_that_outlives_the_context_it_was_started_in_is_told() -> None:
+    model = net()
+
+    async def late(left: asyncio.Event) -> None:
+        await left.wait()
+        with pytest.raises(li.StateError, match="has left it"):
+            model(X)
+        with li.disabled(model):
+            model(X)
+
+    async def serve() -> None:
+        left = asyncio.Event()
+        with li.routed(model, ["b", "b"]):
+            task = asyncio.create_task(late(left))
+            await asyncio.sleep(0)
+        left.set()
+        await task
+
+    asyncio.run(serve())
+
+
+# -------------------------------------------------------------------------------------- generators
+
+
+def stream(model: nn.Module, name: str | None) -> Iterator[Tensor]:
+    with li.routed(model, [name, name]):
+        for _ in range(3):
+            yield model(X).detach()
+
+
+def test_generators_taken_in_turn_have_their_own_contexts() -> None:
+    model = net()
+    wanted = outputs(model)
+    streams = {name: stream(model, name) for name in ("b", "c", None)}
+    for _ in range(3):
+        for name, each in streams.items():
+            assert error(next(each), wanted[name]) < 1e-12
+    for each in streams.values():
+        each.close()
+    assert same_bits(model(X), wanted["a"])
+
+
+def test_a_generator_that_every_step_resumes_in_another_thread_keeps_its_context() -> None:
+    """As servers do that stream from a generator."""
+    model = net()
+    wanted = outputs(model)
+    each = stream(model, "b")
+    for _ in range(3):
+        run = contextvars.copy_context().run
+        assert error(in_thread(lambda run=run: run(next, each)), wanted["b"]) < 1e-12
+        assert same_bits(model(X), wanted["a"])
+
+
+def test_a_forward_beside_a_suspended_generator_is_refused() -> None:
+    model = net()
+    wanted = outputs(model)
+    each = stream(model, "b")
+    next(each)
+    with pytest.raises(li.StateError, match="a generator is suspended inside"):
+        model(X)
+    assert error(ask(model, "c"), wanted["c"]) < 1e-12
+    each.close()
+    assert same_bits(model(X), wanted["a"])
+
+
+def test_a_generator_that_nobody_finishes_leaves_nothing_behind() -> None:
+    model = net()
+    wanted = outputs(model)
+    each = stream(model, "b")
+    next(each)
+    del each
+    assert same_bits(model(X), wanted["a"])
+    li.eject(model, "b")
+
+
+def test_contexts_inside_context_managers_of_ones_own() -> None:
+    model = net()
+    wanted = outputs(model)
+
+    @contextlib.contextmanager
+    def mine() -> Iterator[None]:
+        with li.routed(model, ["b", "b"]):
+            yield
+
+    def steps() -> Iterator[Tensor]:
+        with mine(), contextlib.ExitStack() as stack:
+            yield model(X)
+            stack.enter_context(li.disabled(model))
+            yield model(X)
+
+    with mine():
+        assert error(model(X), wanted["b"]) < 1e-12
+    b, base = steps()
+    assert error(b, wanted["b"]) < 1e-12
+    assert same_bits(base, wanted[None])
+
+
+def test_asynchronous_generators() -> None:
+    model = net()
+    wanted = outputs(model)
+
+    async def astream(name: str) -> AsyncIterator[Tensor]:
+        with li.routed(model, [name, name]):
+            for _ in range(2):
+                yield await asyncio.to_thread(model, X)
+
+    async def consume(name: str) -> None:
+        async for y in astream(name):
+            assert error(y, wanted[name]) < 1e-12
+            with pytest.raises(li.StateError, match="suspended"):
+                model(X)
+
+    async def in_turn() -> None:
+        first, second = astream("b"), astream("c")
+        await anext(first)
+        with pytest.raises(li.StateError, match="in a task of its own"):
+            await anext(second)
+        await first.aclose()
+
+    async def serve() -> None:
+        await asyncio.gather(*map(consume, NAMES))
+        await in_turn()
+        assert same_bits(model(X), wanted["a"])
+
+    asyncio.run(serve())
+
+
+# ----------------------------------------------------------------------------------------- leaving
+
+
+def test_leaving_out_of_order_is_an_error_and_leaves_nothing_behind() -> None:
+    model = net()
+    wanted = outputs(model)
+    first, second = li.routed(model, ["b", "b"]), li.disabled(model)
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(li.StateError, match="reverse order"):
+        first.__exit__(None, None, None)
+    assert same_bits(model(X), wanted[None])
+    second.__exit__(None, None, None)
+    assert same_bits(model(X), wanted["a"])
+
+
+def test_leaving_in_another_thread_is_an_error() -> None:
+    model = net()
+    context = li.disabled(model)
+    context.__enter__()
+    with pytest.raises(li.StateError, match="another thread or task entered it"):
+        in_thread(lambda: context.__exit__(None, None, None))
+
+
+# ---------------------------------------------------------------------------------------- compiled
+
+
+def compiled() -> tuple[nn.Module, Any]:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    for name in NAMES:
+        fill(li.inject(model, {"rank": 2, "targets": ["0", "2"]}, name), name)
+    torch._dynamo.reset()
+    return li.activate(model, "a").eval(), torch.compile(model, fullgraph=True, backend="eager")
+
+
+@pytest.mark.slow
+def test_compiled_requests_on_a_thread_pool_are_never_mixed() -> None:
+    model, call = compiled()
+    wanted = outputs(model)
+
+    @torch.no_grad()
+    def request(name: str | None) -> Tensor:
+        with li.routed(model, [name, name]):
+            return call(X)
+
+    with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+        names = (*NAMES, None) * 25
+        for name, y in zip(names, pool.map(request, names), strict=True):
+            assert error(y, wanted[name]) < 1e-12
+        with li.disabled(model):
+            assert error(in_thread(lambda: call(X)), wanted["a"]) < 1e-12
+            assert error(call(X), wanted[None]) < 1e-12
+
+
+@pytest.mark.slow
+def test_a_compiled_forward_refuses_what_it_cannot_tell_apart() -> None:
+    model, call = compiled()
+    wanted = outputs(model)
+    each = stream(model, "b")
+    next(each)
+    with pytest.raises(Exception, match="compiled code cannot tell whose forward"):
+        call(X)
+    each.close()
+    assert error(call(X), wanted["a"]) < 1e-12
+
+
+@pytest.mark.slow
+def test_without_fullgraph_such_a_forward_runs_without_a_graph() -> None:
+    model, _ = compiled()
+    wanted = outputs(model)
+    call = torch.compile(model, backend="eager")
+
+    def steps() -> Iterator[Tensor]:
+        with li.routed(model, ["b", "b"]):
+            for _ in range(2):
+                yield call(X)
+
+    assert all(error(y, wanted["b"]) < 1e-12 for y in steps())
