@@ -155,7 +155,7 @@ class Selection:
             # dynamo can make no exception of ours; it shows the text, or goes on without a graph.
             raise RuntimeError(
                 "A coroutine or generator holds routed() or disabled(), and compiled code cannot "
-                "tell whose forward it is. Enter the context in a plain function that runs the model."
+                "tell whose forward it is. Enter the context in a plain function instead."
             )
         state: State | None = getattr(self._of_thread, "state", None)
         return self.state if state is None else state
