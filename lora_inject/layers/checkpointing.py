@@ -11,16 +11,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 
 from lora_inject.errors import LayerError
 from lora_inject.layers.contexts import within
-
-if TYPE_CHECKING:
-    from lora_inject.layers.selection import Selection, State
 
 _REENTRANT = CheckpointFunction.forward.__code__
 _top = torch._C._autograd._top_saved_tensors_default_hooks
@@ -35,7 +32,7 @@ class Recomputed:
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        self.states: dict[Selection, State] = {}
+        self.states: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function.
@@ -49,7 +46,7 @@ class Recomputed:
             return self.function(*args, **kwargs)
 
 
-def remember(selection: Selection, state: State) -> None:
+def remember(selection: Any, state: Any) -> None:
     """Let the checkpoints that the caller runs in be recomputed under `state`.
 
     What was remembered for a checkpoint earlier stays: it was in force when the checkpoint began.
@@ -89,7 +86,7 @@ def refuse_dead_checkpoint() -> None:
         )
 
 
-def _wrapped(function: Any, selection: Selection, state: State) -> Recomputed:
+def _wrapped(function: Any, selection: Any, state: Any) -> Recomputed:
     wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
     wrapped.states.setdefault(selection, state)
     return wrapped

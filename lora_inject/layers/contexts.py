@@ -15,12 +15,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_inject.errors import StateError
-
-if TYPE_CHECKING:
-    from lora_inject.layers.selection import Selection, State
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _PACKAGE = __name__.partition(".")[0]
@@ -37,9 +34,9 @@ class Context:
         may_wait: Whether a generator or a coroutine entered it, which others may interrupt.
     """
 
-    def __init__(self, states: Mapping[Selection, State], *, recomputes: bool = False) -> None:
+    def __init__(self, states: Mapping[Any, Any], *, recomputes: bool = False) -> None:
         self.states = states
-        self.shadowed: dict[Selection, State | None] = {}
+        self.shadowed: dict[Any, Any] = {}
         self.recomputes = recomputes
         self.left = False
         frame = _entering_frame()
@@ -127,7 +124,7 @@ def entered() -> tuple[Context, ...]:
     return found
 
 
-def innermost(selection: Selection) -> Context | None:
+def innermost(selection: Any) -> Context | None:
     """Return the caller's innermost context of a selection, None where there is none.
 
     Raises:
@@ -155,7 +152,7 @@ def innermost(selection: Selection) -> Context | None:
 
 
 @contextlib.contextmanager
-def within(states: Mapping[Selection, State], *, recomputes: bool = False) -> Iterator[None]:
+def within(states: Mapping[Any, Any], *, recomputes: bool = False) -> Iterator[None]:
     """Run the body in a new context."""
     context = Context(states, recomputes=recomputes)
     try:
