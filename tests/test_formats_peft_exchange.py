@@ -5,6 +5,7 @@ PEFT is the reference: what it computes from a file is what the file means.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ import torch
 from test_formats_support import assert_same_deltas, dense, make_site
 from torch import Tensor, nn
 
+import lora_inject as li
 from lora_inject.adapter.state import AdapterState, SiteState
-from lora_inject.formats import conform, read_adapter, write_adapter
+from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec, Slices
 
 pytest.importorskip("transformers")
@@ -152,10 +154,9 @@ def spec_of(model: nn.Module, name: str, **numbers: Any) -> SiteSpec:
 
 
 def deltas_here(state: AdapterState, model: nn.Module) -> dict[str, Tensor]:
-    """What a state means for a model, by the reference."""
-    numbers = {"rank": 1, "alpha": 1.0}
-    fitted = {n: conform(s, spec_of(model, n, **numbers)) for n, s in state.sites.items()}
-    return {name: dense(site) for name, site in fitted.items()}
+    """What a state means for a model that it was put on, by the reference."""
+    li.install(model, dataclasses.replace(state, base_copies={}))
+    return {name: dense(site) for name, site in li.adapter_state(model).sites.items()}
 
 
 @pytest.mark.parametrize("option", OPTIONS)

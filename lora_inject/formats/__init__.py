@@ -17,13 +17,11 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
 from lora_inject.formats import loralib, native, peft
 from lora_inject.formats.fingerprint import compare, sample, sample_positions, unverifiable
-from lora_inject.formats.geometry import conform
 
 __all__ = [
     "FORMATS",
     "Format",
     "compare",
-    "conform",
     "read_adapter",
     "sample",
     "sample_positions",
