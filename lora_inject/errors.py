@@ -60,6 +60,9 @@ class CheckpointError(LoraInjectError):
     """A model checkpoint on disk cannot be read, merged or written as asked."""
 
 
+_ALIKE = 0.65  # below this likeness a suggestion misleads: 'corda' is not 'olora'
+
+
 def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
     """Return up to `n` of `names` that are spelled most like `name`, best first.
 
@@ -76,4 +79,4 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
         ['v_proj']
     """
     plain = name.replace("\\d+", "0").replace("\\", "").strip("^$()")
-    return difflib.get_close_matches(plain, list(names), n=n, cutoff=0.3)
+    return difflib.get_close_matches(plain, list(names), n=n, cutoff=_ALIKE)

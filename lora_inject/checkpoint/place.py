@@ -144,11 +144,18 @@ def _place_direct(
 ) -> list[Placed] | str:
     spec, shape = state.spec, entry.shape
     stacked = spec.experts is not None
-    if len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
+    transposed: bool | str
+    if spec.kind == "parameter" and len(spec.weight_shape) > 2 + stacked:  # a matrix of many axes
+        rows, columns = spec.matrix_shape
+        matrix, transposed = (rows // (spec.experts or 1), columns), spec.transposed
+        if shape != spec.weight_shape:
+            transposed = f"its shape is {list(shape)}, the adapter's is {list(spec.weight_shape)}"
+    elif len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
         experts = f" for {spec.experts} experts" if stacked else ""
         return f"'{name}' has the shape {list(shape)}, which takes no low-rank update{experts}"
-    matrix = matrix_of(shape[1:] if stacked else shape)
-    transposed = way.transposed(spec, matrix)
+    else:
+        matrix = matrix_of(shape[1:] if stacked else shape)
+        transposed = way.transposed(spec, matrix)
     if isinstance(transposed, str):
         return f"'{name}': {transposed}"
     plain = replace(spec, experts=None, weight_shape=matrix, transposed=transposed)

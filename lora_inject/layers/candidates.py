@@ -72,6 +72,8 @@ class _Listing:
         self.candidates: list[Candidate] = []
         self.others: dict[str, str] = {}
         self.parameters: dict[str, tuple[int, ...]] = {}
+        self.buffers: list[str] = []
+        self.heads: list[str] = []
         self.stock: dict[tuple[type, type], bool] = {}
 
     def inventory(self) -> Inventory:
@@ -82,6 +84,8 @@ class _Listing:
             others=self.others,
             parameters=self.parameters,
             aliases=self._first_names(),
+            heads=tuple(dict.fromkeys(self.heads)),
+            buffers=tuple(self.buffers),
         )
 
     def _first_names(self) -> dict[str, str]:
@@ -96,6 +100,9 @@ class _Listing:
         return first
 
     def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
+        if (head := _output_head(module)) is not None and id(head) in self.survey.paths:
+            self.heads.append(self.survey.paths[id(head)])
+        self.buffers += [joined(name, key) for key in module._buffers]
         row = kind_of(module)
         if row is not None:
             self.candidates.append(self._candidate(name, module, row, own))
@@ -164,7 +171,8 @@ class _Listing:
         if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key):
             self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
-        shapes = _raw_geometry(parameter)
+        known = _experts_transposed(module) if n_dims == 3 else None
+        shapes = _raw_geometry(parameter, transposed=bool(known))
         owner = full.rpartition(".")[0]
         self.candidates.append(
             Candidate(
@@ -174,6 +182,7 @@ class _Listing:
                 out_features=shapes.out_features,
                 weight_shape=shapes.weight_shape,
                 weight=full,
+                transposed=shapes.transposed,
                 experts=shapes.experts,
                 owner=owner,
                 aliases=tuple(
@@ -181,7 +190,7 @@ class _Listing:
                 ),
                 tied=self._tied(full, parameter),
                 refusal=_fused_kernel(module) or self._refusal(module, key, parameter),
-                needs_layout=n_dims > 2,
+                needs_layout=n_dims > 2 and known is None,
                 update="weight",
                 dtype=_dtype(parameter.dtype),
             )
@@ -262,10 +271,27 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
 
 
-def _raw_geometry(parameter: nn.Parameter) -> Geometry:
+def _raw_geometry(parameter: nn.Parameter, *, transposed: bool = False) -> Geometry:
     shape = _shape(parameter)
     if len(shape) < 2:
         return Geometry(0, 0, shape)
-    if len(shape) == 2:
-        return Geometry(shape[1], shape[0], shape)
-    return Geometry(shape[-1], shape[-2], shape, experts=math.prod(shape[:-2]))
+    n_out, n_in = shape[:-3:-1] if transposed else shape[-2:]
+    experts = math.prod(shape[:-2]) if len(shape) > 2 else None
+    return Geometry(n_in, n_out, shape, transposed=transposed, experts=experts)
+
+
+def _experts_transposed(module: nn.Module) -> bool | None:
+    """Return whether stacked experts are `(in, out)`, where transformers' class states it."""
+    own = module.__dict__  # set by transformers' use_experts_implementation, always both
+    stated = own.get("is_transposed") if "is_concatenated" in own else None
+    return stated if isinstance(stated, bool) else None
+
+
+def _output_head(module: nn.Module) -> nn.Module | None:
+    """Return the output head that a model states by transformers' get_output_embeddings()."""
+    get = getattr(module, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # a model that has none
+        return None
+    return head if isinstance(head, nn.Module) else None

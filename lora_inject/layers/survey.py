@@ -23,7 +23,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's model inside torch.compile's, DistributedDataParallel's and like wrappers.
 
     Adapters live on the model itself, so every verb means the same on a wrapped model.
+
+    Raises:
+        LayerError: It is not a module.
     """
+    if not isinstance(model, nn.Module):
+        if isinstance(model, type):
+            name = model.__name__
+            raise LayerError(
+                "the model", f"it is the class {name}", f"Give an instance: {name}(...)"
+            )
+        raise LayerError("the model", f"it is a {type(model).__name__}", "Give a torch.nn.Module")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

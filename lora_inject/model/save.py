@@ -21,7 +21,6 @@ from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import FORMATS, read_adapter, write_adapter
 from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.fingerprint import compare, samples, unverifiable
-from lora_inject.formats.older_names import in_names_of
 from lora_inject.formats.peft import options_for_reading, options_for_writing
 from lora_inject.functional import master_dtype
 from lora_inject.layers.attached import Entry
@@ -246,8 +245,8 @@ def _install(
 ) -> None:
     there = reach(survey.model, survey)
     check_new_name(there, name)
+    state = _without(state, leave_out, asked)
     found, weights = inventory(survey), base_weights(survey)
-    state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
     names = _Names(found)
     fitted = {s.spec.name: _fit(s.spec, names, asked) for s in state.sites.values()}
     copies = {key: _fit_trained(key, t, found, asked) for key, t in state.trained.items()}
@@ -349,7 +348,8 @@ def _fit(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
     here = (candidate.in_features, candidate.out_features, candidate.experts)
     if spec.kind == "parameter" and spec.transposed != candidate.transposed:
         here = (candidate.out_features, candidate.in_features, candidate.experts)
-    if there != here:
+    same = spec.kind == "parameter" and spec.weight_shape == candidate.weight_shape
+    if there != here and not same:  # a parameter's layout may group its axes in its own way
         raise FormatError(
             f"{asked}, site {spec.name!r}",
             f"it maps {there[0]} to {there[1]} features in the file, {here[0]} to {here[1]} here",

@@ -78,6 +78,8 @@ class Inventory:
         parameters: Shape of every parameter, by canonical name, a tied one under its first name.
         assumed: True where kinds were guessed from names and shapes.
         aliases: Further names of parameters, with the one under which `parameters` has them.
+        heads: Names of the output head, as the model itself states it; None where nobody can know.
+        buffers: Names of buffers, which no pattern may mean.
     """
 
     candidates: tuple[Candidate, ...]
@@ -85,6 +87,8 @@ class Inventory:
     parameters: Mapping[str, tuple[int, ...]]
     assumed: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
+    heads: tuple[str, ...] | None = None
+    buffers: tuple[str, ...] = ()
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, tuple[int, ...]]) -> Inventory:

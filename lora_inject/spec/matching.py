@@ -1,12 +1,7 @@
 r"""Which names a config means: from patterns and an inventory of names to a plan of sites.
 
-Matching works on names and shapes alone. `resolve` is a pure function of a config and an
-inventory, so whatever can be planned can be checked, counted and refused before anything exists
-that could be changed.
-
-The rules: patterns are tried in order against the *end* of canonical names, the first rule wins,
-excludes go first. Every pattern must hit something. A module counts before its own weight, and no
-tensor gets two sites.
+Matching works on names and shapes alone: `resolve` is a pure function of a config and an inventory,
+so whatever can be planned can be checked, counted and refused before anything changes.
 """
 
 from __future__ import annotations
@@ -17,12 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from lora_inject.errors import LayerError, MatchError
-from lora_inject.spec.config import Config, Hyper, Rule
+from lora_inject.errors import LayerError, MatchError, nearest
+from lora_inject.spec.config import ALL_LINEAR, Config
+from lora_inject.spec.fit import fit, notes
 from lora_inject.spec.inventory import Candidate, Inventory
 from lora_inject.spec.names import (
     Below,
     canonical,
+    counted,
+    first_number,
     is_bias,
     matching,
     nearest_names,
@@ -31,19 +29,22 @@ from lora_inject.spec.names import (
     templates,
 )
 from lora_inject.spec.plan import Plan, Skipped, Tied, Trained
-from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.spec.sites import SiteSpec
+
+LINEAR_KINDS = ("linear", "conv1d")
 
 
 def resolve(config: Config, inventory: Inventory) -> Plan:
     r"""Find out which sites a config means.
 
-    Rules are tried in order and the first that hits a name takes it. A rule hits a module by its
-    name or by any of its aliases. Where it hits a module and the module's own weight, the module is
-    the site; a pattern that hits the weight alone (`q_proj\.weight`) mounts the parameter.
+    Rules are tried in order and the first that matches a name takes it. A rule matches a module by
+    its name or by any of its aliases. Where it matches a module and the module's own weight, the
+    module is the site; a pattern that matches the weight alone (`q_proj\.weight`) makes a site of
+    the parameter. `all-linear` matches every linear layer but the output head.
 
     An `exclude` entry takes out what it names *and all that lies below*: `vision_tower` keeps every
     rule off the whole tower, and `lm_head` off `lm_head.weight`, too. It takes out a shared module
-    under whichever of its names it hits. It concerns `targets` only, not `train` and `bias`.
+    under whichever of its names it matches. It concerns `targets` only, not `train` and `bias`.
 
     A `train` entry names parameters, or modules, which means all parameters below them. `bias:
     adapted` trains the biases of the modules that have sites; `all` every parameter called `bias`
@@ -57,9 +58,9 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         The plan.
 
     Raises:
-        MatchError: A pattern hits nothing, or nothing that it could take; a rank or slices do not
-            fit; a weight would be adapted and trained; `expect` is missed.
-        LayerError: A rule hits something that cannot carry an adapter.
+        MatchError: A pattern matches nothing, or nothing that it could take; a layout or slices do
+            not fit; a weight would be adapted and trained; `expect` is missed.
+        LayerError: A rule matches something that cannot take an adapter.
 
     Example:
         >>> inventory = Inventory.from_keys({f"h.{i}.q.weight": (8, 8) for i in range(2)})
@@ -67,24 +68,21 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         >>> plan.n_sites, plan.n_lora
         (2, 64)
     """
-    index = _Index(inventory)
-    excluded = _excluded(config, index)
-    taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
-    skipped: list[Skipped] = []
+    rules = _Rules(config, _Index(inventory))
     for i in range(len(config.targets)):
-        _take(config, i, index, excluded, taken, skipped)
+        rules.take(i)
     # Rules are tried in turn, but sites are listed as the model has them.
-    ordered = sorted(taken.values(), key=lambda entry: entry.order)
+    ordered = sorted(rules.taken.values(), key=lambda entry: entry.order)
     sites = tuple(entry.spec for entry in ordered)
     found = [entry.candidate for entry in ordered]
-    trained = _trained(config, index, sites, found)
+    trained = _trained(config, rules.index, sites, found)
     plan = Plan(
         config=config,
         sites=sites,
         trained=trained,
-        skipped=tuple(skipped),
-        tied=_tied(index, sites, found, trained),
-        notes=_notes(found, sites),
+        skipped=tuple(rules.skipped),
+        tied=_tied(rules.index, sites, found, trained),
+        notes=(*_head_notes(config, inventory), *notes(found, sites)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
     )
@@ -92,21 +90,15 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     return plan
 
 
-class _Taken(NamedTuple):
-    order: int
-    candidate: Candidate
-    spec: SiteSpec
-
-
 class _Index:
-    """The inventory by name: what a hit on each name means.
+    """The inventory by name: what each name means.
 
     Attributes:
         inventory: The inventory.
         candidates: Its candidates.
         sites: Names and aliases of candidates, with the candidate's number.
         weights: Names of the weights of modules, with the candidate's number.
-        names: Every name that a rule can hit.
+        names: Every name that a rule can match.
     """
 
     def __init__(self, inventory: Inventory) -> None:
@@ -181,107 +173,164 @@ class _Index:
         return children
 
 
+class _Taken(NamedTuple):
+    order: int
+    candidate: Candidate
+    spec: SiteSpec
+
+
+class _Rules:
+    """The rules of a config at work: each takes what it matches and no earlier rule has.
+
+    Attributes:
+        config: The config.
+        index: The names.
+        taken: Sites by the name of their weight, in the order of rules.
+        skipped: What else the rules matched.
+    """
+
+    def __init__(self, config: Config, index: _Index) -> None:
+        self.config = config
+        self.index = index
+        self.excluded = _excluded(config, index)
+        self.taken: dict[str, _Taken] = {}
+        self.skipped: list[Skipped] = []
+
+    def take(self, i: int) -> None:
+        """Let rule `i` take its sites; raise if there are none."""
+        rule, label = self.config.targets[i], _rule_label(self.config, i)
+        names = self._names(i)
+        candidates = list(_candidates(names, self.index))
+        kinds = Counter(candidate.kind for _, candidate in candidates)
+        if rule.kind is not None:
+            candidates = [pair for pair in candidates if pair[1].kind == rule.kind]
+            if not candidates:
+                raise _no_kind(label, rule.kind, kinds)
+        left: Counter[str] = Counter()
+        before, made = len(self.taken), dict[Candidate, SiteSpec]()
+        for order, candidate in candidates:
+            if taker := self._taker(candidate):
+                left[taker] += 1
+                if taker == "exclude":
+                    self.skipped.append(Skipped(candidate.name, i, "excluded"))
+                continue
+            asked = f"'{candidate.name}', matched by {label}"
+            if candidate.refusal is not None:
+                raise LayerError(asked, *candidate.refusal)
+            # Sites that differ only in their names are made once.
+            key = candidate._replace(name="", weight="", owner="", aliases=(), tied=())
+            if (like := made.get(key)) is None:
+                hyper = self.config.hyper(rule)
+                like = made[key] = fit(candidate, rule, i, hyper, asked)
+            spec = like.at(candidate.name, candidate.weight, candidate.aliases)
+            self.taken[canonical(candidate.weight)] = _Taken(order, candidate, spec)
+        others = _others(names, self.index) if rule.kind is None else []
+        self.skipped += [Skipped(name, i, self.index.reason(name)) for name in others]
+        if len(self.taken) == before:
+            raise _all_gone(label, left) if left else _all_skipped(label, others, self.index)
+
+    def _names(self, i: int) -> list[str]:
+        """Return the names that a rule matches, in its layers."""
+        rule, label, index = self.config.targets[i], _rule_label(self.config, i), self.index
+        if rule.match == ALL_LINEAR:
+            heads = index.inventory.heads or ()
+            linear = [c.name for c in index.candidates if c.kind in LINEAR_KINDS]
+            names = [name for name in linear if name not in heads]
+            if not names:
+                found = "the model has no linear layers" + (
+                    " but its output head" if linear else ""
+                )
+                raise MatchError(label, found, "Name what to adapt")
+        else:
+            names = matching(rule.match, index.names, asked=label)
+            if not names:
+                raise _no_match(label, rule.match, [list(index.sites), list(index.names)], index)
+        inside = [name for name in names if rule.covers(first_number(name))]
+        if not inside:
+            numbers = [n for name in names if (n := first_number(name)) is not None]
+            found = f"nothing that it matches lies in layers {', '.join(rule.layers or ())}"
+            span = f"Its layers are {min(numbers)} to {max(numbers)}" if numbers else ""
+            raise MatchError(label, found, span or "Remove layers; no name that it matches has one")
+        return inside
+
+    def _taker(self, candidate: Candidate) -> str:
+        """Return who took a candidate before: `exclude`, an earlier rule, or nobody."""
+        if self.config.exclude:
+            names = (candidate.name, *candidate.aliases, *self.index.weight_names(candidate))
+            if any(name in self.excluded for name in names):
+                return "exclude"
+        owner = self.taken.get(canonical(candidate.weight))
+        return "" if owner is None else f"rule {(owner.spec.rule or 0) + 1}"
+
+
 def _rule_label(config: Config, i: int) -> str:
     return f"rule {i + 1} ('{config.targets[i].match}')"
 
 
 def _excluded(config: Config, index: _Index) -> Below:
-    """The names that no rule may take, and all below them."""
+    """Return the names that no rule may take, and all below them."""
     excluded: set[str] = set()
     names = list(dict.fromkeys([*index.names, *index.modules])) if config.exclude else []
     for i, pattern in enumerate(config.exclude):
         label = f"exclude {i + 1} ('{pattern}')"
-        hits = matching(pattern, names, asked=label)
-        if not hits:
-            raise _no_match(label, pattern, [names], len(names))
-        excluded.update(hits)
+        found = matching(pattern, names, asked=label)
+        if not found:
+            raise _no_match(label, pattern, [names], index)
+        excluded.update(found)
     return Below(excluded)
 
 
-def _take(
-    config: Config,
-    i: int,
-    index: _Index,
-    excluded: Below,
-    taken: dict[str, _Taken],
-    skipped: list[Skipped],
-) -> None:
-    """Let rule `i` take what it hits and nobody has; raise if that is nothing."""
-    rule, label = config.targets[i], _rule_label(config, i)
-    hits = matching(rule.match, index.names, asked=label)
-    if not hits:
-        pools = [list(index.sites), list(index.names)]
-        raise _no_match(label, rule.match, pools, len(index.names))
-    fit = _Fit(config, i)
-    left: Counter[str] = Counter()
-    n_before = len(taken)
-    for order, candidate in _candidates_hit(hits, index):
-        key = canonical(candidate.weight)
-        owner = taken.get(key)
-        if config.exclude and _is_excluded(candidate, index, excluded):
-            left["exclude"] += 1
-            skipped.append(Skipped(candidate.name, i, "excluded"))
-        elif owner is not None:
-            left[f"rule {(owner.spec.rule or 0) + 1}"] += 1
-        elif candidate.refusal is not None:
-            raise LayerError(f"'{candidate.name}', hit by {label}", *candidate.refusal)
-        else:
-            taken[key] = _Taken(order, candidate, fit.spec(candidate))
-    others = _others_hit(hits, index)
-    skipped.extend(Skipped(name, i, index.reason(name)) for name in others)
-    if len(taken) > n_before:
-        return
-    if left:
-        raise _all_gone(label, left)
-    raise _all_skipped(label, others, index)
-
-
-def _candidates_hit(hits: Sequence[str], index: _Index) -> Iterator[tuple[int, Candidate]]:
-    """Candidates that were hit, each once: modules first, then weights that were hit alone."""
+def _candidates(names: Sequence[str], index: _Index) -> Iterator[tuple[int, Candidate]]:
+    """Yield the matched candidates, each once: modules, then weights that were matched alone."""
     numbers: dict[int, None] = {}
-    for name in hits:
+    for name in names:
         if (number := index.sites.get(name)) is not None:
-            if members := index.candidates[number].members:
-                numbers.update((index.sites[member], None) for member in members)
-            else:
-                numbers[number] = None
+            members = [index.sites[member] for member in index.candidates[number].members]
+            numbers.update(dict.fromkeys(members or [number]))
     for number in sorted(numbers, key=lambda n: (index.candidates[n].kind == "parameter", n)):
         yield number, index.candidates[number]
-    for name in hits:
+    for name in names:
         number = None if name in index.sites else index.weights.get(name)
         if number is not None and number not in numbers:
             candidate = index.candidates[number]
             yield number, candidate.as_parameter(canonical(candidate.weight))
 
 
-def _others_hit(hits: Sequence[str], index: _Index) -> list[str]:
-    """Hits that are no candidates, without the parameters of modules that were hit as well."""
-    others = [name for name in hits if name not in index.sites and name not in index.weights]
-    modules = set(hits) if others else set()
+def _others(names: Sequence[str], index: _Index) -> list[str]:
+    """Return matched names that are no candidates, without parameters of matched modules."""
+    others = [name for name in names if name not in index.sites and name not in index.weights]
+    modules = set(names) if others else set()
     return [name for name in others if not (name in index.parameters and parent(name) in modules)]
 
 
-def _is_excluded(candidate: Candidate, index: _Index, excluded: Below) -> bool:
-    names = (candidate.name, *candidate.aliases, *index.weight_names(candidate))
-    return any(name in excluded for name in names)
+# Rules that take nothing
 
 
-def _no_match(label: str, pattern: str, pools: Sequence[Sequence[str]], n_names: int) -> MatchError:
+def _no_match(
+    label: str, pattern: str, pools: Sequence[Sequence[str]], index: _Index
+) -> MatchError:
+    if buffers := matching(pattern, index.inventory.buffers, asked=label):
+        found = f"matches only buffers: {quoted(buffers[:3])}"
+        return MatchError(label, found, "Name a module or a parameter; buffers do not train")
+    found = f"matched none of {len(pools[-1]):,} names"
     for pool in pools:
         if near := nearest_names(pattern, pool):
-            return MatchError(
-                label, f"matched none of {n_names:,} names", f"Nearest: {quoted(near)}"
-            )
+            return MatchError(label, found, f"Nearest: {quoted(near)}")
     some = next((pool for pool in pools if pool), ())
     remedy = f"Nothing is spelled like it; there is {quoted(list(templates(some))[:4])}"
-    if not some:
-        remedy = "There is nothing that could carry an adapter"
-    return MatchError(label, f"matched none of {n_names:,} names", remedy)
+    return MatchError(label, found, remedy if some else "The model has nothing to adapt")
+
+
+def _no_kind(label: str, kind: str, kinds: Counter[str]) -> MatchError:
+    near = nearest(kind, kinds, n=1)
+    there = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.items()) or "no kind of layer"
+    found = f"nothing that it matches is of kind '{kind}', but of {there}"
+    return MatchError(label, found, f"Did you mean '{near[0]}'?" if near else "Correct kind")
 
 
 def _all_gone(label: str, left: Counter[str]) -> MatchError:
     who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
-    found = f"all that it hits is taken by {who}"
+    found = f"all that it matches is taken by {who}"
     return MatchError(label, found, "Put the narrower rule first, or remove this one")
 
 
@@ -293,140 +342,7 @@ def _all_skipped(label: str, others: Sequence[str], index: _Index) -> MatchError
     remedy = "Name modules or parameters that hold a matrix"
     if inside:
         remedy = f"Name what lies in it: {quoted(inside[:4])}"
-    return MatchError(label, f"hits only what cannot carry an adapter: {some}{more}", remedy)
-
-
-# What fits a site
-
-
-class _Fit:
-    """Makes the specs of one rule's sites; sites that differ in their names only are made once."""
-
-    def __init__(self, config: Config, i: int) -> None:
-        self.i = i
-        self.rule = config.targets[i]
-        self.hyper = config.hyper(self.rule)
-        self.label = _rule_label(config, i)
-        self.made: dict[tuple[object, ...], SiteSpec] = {}
-
-    def spec(self, candidate: Candidate) -> SiteSpec:
-        key = (
-            candidate.kind,
-            candidate.weight_shape,
-            candidate.in_features,
-            candidate.out_features,
-            candidate.transposed,
-            candidate.experts,
-            candidate.needs_layout,
-            candidate.update,
-        )
-        like = self.made.get(key)
-        if like is None:
-            like = self.made[key] = self._first(candidate)
-        return like.at(candidate.name, candidate.weight, candidate.aliases)
-
-    def _first(self, candidate: Candidate) -> SiteSpec:
-        shape, hyper = self._shape(candidate), self.hyper
-        return SiteSpec(
-            name=candidate.name,
-            kind=candidate.kind,
-            in_features=shape.in_features,
-            out_features=shape.out_features,
-            weight_shape=candidate.weight_shape,
-            rank=hyper.rank,
-            alpha=hyper.alpha,
-            transposed=shape.transposed,
-            experts=shape.experts,
-            scaling=hyper.scaling,
-            dropout=hyper.dropout,
-            init=hyper.init,
-            compute=hyper.compute,
-            slices=shape.slices,
-            rule=self.i,
-            weight=candidate.weight,
-            update=candidate.update,
-            aliases=candidate.aliases,
-        )
-
-    def _shape(self, candidate: Candidate) -> _Shape:
-        where = f"'{candidate.name}', hit by {self.label}"
-        shape = _orient(candidate, self.rule, where)
-        slices = _cut(candidate, shape, self.rule, where)
-        _check_rank(candidate, shape, slices, self.hyper, where)
-        if candidate.update == "weight" and self.hyper.dropout:
-            found = (
-                f"dropout {self.hyper.dropout:g} on a weight that is read, not called with inputs"
-            )
-            raise MatchError(where, found, "Give the rule dropout: 0")
-        return shape._replace(slices=slices)
-
-
-class _Shape(NamedTuple):
-    in_features: int
-    out_features: int
-    transposed: bool
-    experts: int | None
-    slices: Slices | None = None
-
-
-def _orient(candidate: Candidate, rule: Rule, where: str) -> _Shape:
-    """Which dimension is the input; only a parameter's rule may say it."""
-    stated = _Shape(
-        candidate.in_features, candidate.out_features, candidate.transposed, candidate.experts
-    )
-    dims = candidate.weight_shape
-    if rule.layout is None:
-        if candidate.needs_layout:
-            remedy = "Give the rule layout: out_in (Mixtral, Qwen) or in_out (GPT-OSS, Llama 4)"
-            raise MatchError(where, f"nothing says which of {dims} is the input", remedy)
-        return stated
-    if candidate.kind != "parameter" or not (candidate.needs_layout or len(dims) == 2):
-        found = f"layout: {rule.layout}, but a {candidate.kind} of shape {dims} has its own"
-        raise MatchError(where, found, "Remove layout; it is for stacked parameters")
-    transposed = rule.layout == "in_out"
-    n_out, n_in = dims[-2:][::-1] if transposed else dims[-2:]
-    return _Shape(n_in, n_out, transposed, math.prod(dims[:-2]) if len(dims) > 2 else None)
-
-
-def _cut(candidate: Candidate, shape: _Shape, rule: Rule, where: str) -> Slices | None:
-    """The slices of a site, with their widths."""
-    if rule.slices is None or rule.adapt is None:
-        return None
-    if candidate.kind not in ("linear", "conv1d", "parameter") or shape.experts is not None:
-        what = "stacked experts" if shape.experts is not None else f"kind {candidate.kind}"
-        found = f"slices, but it is of {what}"
-        raise MatchError(where, found, "Slices are for linear layers, Conv1D and 2-d parameters")
-    names, width = rule.slice_names, shape.out_features
-    sizes = tuple(part for part in rule.slices if isinstance(part, tuple))
-    if sizes:
-        total = sum(size for _, size in sizes)
-        if total != width:
-            listed = " + ".join(f"{size:,}" for _, size in sizes)
-            found = f"slices of {listed} = {total:,}, but it has {width:,} outputs"
-            raise MatchError(where, found, "Give the widths along its output")
-    else:
-        if width % len(names):
-            found = f"{len(names)} equal slices, but {width:,} outputs do not divide"
-            raise MatchError(where, found, f"Give the widths: {{{names[0]}: ..., ...}}")
-        sizes = tuple((name, width // len(names)) for name in names)
-    return Slices(sizes, tuple(name for name in names if name in rule.adapt))
-
-
-def _check_rank(
-    candidate: Candidate, shape: _Shape, slices: Slices | None, hyper: Hyper, where: str
-) -> None:
-    widths = {"": shape.out_features}
-    if slices:
-        widths = {f" of slice '{n}'": size for n, size in slices.sizes if n in slices.adapt}
-    for what, width in widths.items():
-        limit = min(shape.in_features, width)
-        if hyper.rank > limit:
-            found = (
-                f"rank {hyper.rank} is above {limit:,}, the smaller side{what} "
-                f"({shape.in_features:,} -> {width:,})"
-            )
-            remedy = f"Give the rule a rank of at most {limit:,}, or exclude '{candidate.name}'"
-            raise MatchError(where, found, remedy)
+    return MatchError(label, f"matches only what cannot take an adapter: {some}{more}", remedy)
 
 
 # What else trains
@@ -467,12 +383,12 @@ def _parameters_hit(pattern: str, label: str, index: _Index) -> list[str]:
     modules = matching(pattern, index.modules, asked=label)
     if not direct and not modules:
         names = [*index.parameters, *index.modules]
-        raise _no_match(label, pattern, [names], len(names))
+        raise _no_match(label, pattern, [names], index)
     below = Below([*direct, *modules])
     found = dict.fromkeys(first for name, first in index.parameters.items() if name in below)
     if not found:
         some = quoted(modules[:3])
-        raise MatchError(label, f"hits {some}, with no parameters", "Name what has parameters")
+        raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
     return list(found)
 
 
@@ -518,21 +434,16 @@ def _all_names(candidate: Candidate) -> tuple[str, ...]:
     return tuple(sorted({canonical(candidate.weight), *map(canonical, candidate.tied)}))
 
 
-def _notes(found: Sequence[Candidate], sites: Sequence[SiteSpec]) -> tuple[str, ...]:
-    rounded = [
-        candidate.dtype
-        for candidate, site in zip(found, sites, strict=True)
-        if candidate.update == "weight"
-        and candidate.dtype in ("bfloat16", "float16")
-        and site.compute == "base"
-    ]
-    if not rounded:
-        return ()
-    note = (
-        f"{len(rounded):,} weight-mounted sites over {rounded[0]}: W + delta is rounded on every "
-        "read; compute: float32 keeps small deltas"
-    )
-    return (note,)
+def _head_notes(config: Config, inventory: Inventory) -> Iterator[str]:
+    """Say which layer `all-linear` took for the output head."""
+    if all(rule.match != ALL_LINEAR for rule in config.targets):
+        return
+    if inventory.heads is None:
+        yield "all-linear takes every linear layer: a list of keys does not say which is the head"
+    elif inventory.heads:
+        yield f"all-linear leaves out the output head {quoted(inventory.heads)}"
+    else:
+        yield "all-linear takes every linear layer: the model states no output head"
 
 
 def _check_expect(plan: Plan) -> None:
@@ -547,7 +458,8 @@ def _check_expect(plan: Plan) -> None:
     asked = ", ".join(f"{n}: {wanted[n]:,}" for n in missed)
     got = ", ".join(f"{n}: {counts[n]:,}" for n in missed)
     rules = [
-        f"{_rule_label(plan.config, i)} {n:,} sites" for i, n in enumerate(plan.n_sites_by_rule)
+        f"{_rule_label(plan.config, i)} {counted(n, 'site')}"
+        for i, n in enumerate(plan.n_sites_by_rule)
     ]
     extra = [f"train and bias {plan.n_trained:,} elements"] if plan.trained else []
     found = f"found {got} ({'; '.join(rules + extra)})"

@@ -135,6 +135,16 @@ def leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def first_number(name: str) -> int | None:
+    """Return the first number among the segments of a name: the layer that it lies in.
+
+    Example:
+        >>> first_number("model.layers.3.experts.0.up"), first_number("lm_head")
+        (3, None)
+    """
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
 class Below:
     """Whether a name, or a module that it lies in, is in a set; each module is asked once."""
 
@@ -155,6 +165,11 @@ def is_bias(name: str) -> bool:
     """Return whether a parameter is a bias by its name: `bias` or `..._bias`."""
     last = leaf(name)
     return last == "bias" or last.endswith("_bias")
+
+
+def counted(n: int, noun: str) -> str:
+    """Return a number and a noun: `1 site`, `2,000 sites`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def quoted(names: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from lora_inject.spec.config import Config, Hyper
-from lora_inject.spec.names import templates
+from lora_inject.spec.names import counted, templates
 from lora_inject.spec.sites import SiteSpec
 
 
@@ -212,8 +212,8 @@ def _by_shape(sites: Sequence[SiteSpec]) -> Iterator[tuple[str, int, SiteSpec]]:
 
 
 def _row(name: str, n: int, site: SiteSpec) -> tuple[str, ...]:
-    experts = "" if site.experts is None else f"{site.experts} x "
-    shape = f"{experts}{site.in_features:,} -> {site.out_features:,}"
+    stack = "" if site.experts is None else f"stack of {site.experts:,}: "
+    shape = f"{stack}{site.in_features:,} -> {site.out_features:,}"
     if site.slices:
         shape += f" [{', '.join(site.slices.adapt)}]"
     by_weight = site.update == "weight" and site.kind != "parameter"
@@ -265,6 +265,6 @@ def _totals(plan: Plan) -> str:
     )
     extra = f" + {plan.n_trained:,} trained in full" if plan.trained else ""
     return (
-        f"{plan.n_sites:,} sites: {plan.n_lora:,} in A and B{extra} = "
+        f"{counted(plan.n_sites, 'site')}: {plan.n_lora:,} in A and B{extra} = "
         f"{plan.n_trainable:,} trainable{share}; {4 * plan.n_trainable / 1e6:,.1f} MB in float32"
     )
