@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from benchmarks import compiled, exact, report, serving, sharing, steps, surgery
+from benchmarks import compiled, exact, launches, report, serving, sharing, steps, surgery
 from benchmarks.measure import Options, Result, clock
 
 METHOD = """\
@@ -54,6 +54,7 @@ of two threads use wall time always: processor time would count one thread's wai
 Row = Callable[[Options], Result]
 
 ROWS: dict[str, Row] = {
+    "launches": launches.launches,
     "step-fp32": steps.step_fp32,
     "step-bf16": steps.step_bf16,
     "step-float32": steps.step_float32,

@@ -1,7 +1,7 @@
 """The arithmetic, against dense float64 formulas written here, and against itself by another path.
 
-`linear` has three paths (a fused autograd Function, a slim one without gradients, plain
-operations under tracers and function transforms). All must state the same fact.
+`linear` has an autograd Function, plain operations under tracers and function transforms, and for a
+CPU another order of the products. All must state the same fact.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,7 +33,15 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject import functional
-from lora_inject.functional import Factors, Tally, Term, dense_delta, effective_weight, fold_rows
+from lora_inject.functional import (
+    Factors,
+    Tally,
+    Term,
+    cpu,
+    dense_delta,
+    effective_weight,
+    fold_rows,
+)
 from lora_inject.spec.sites import SiteSpec, Slices
 
 MATRICES = ["linear", "conv1d", "equal slices", "own linear forward"]
@@ -62,12 +71,15 @@ def dense(updates: Sequence[Factors], n_out: int) -> Tensor:
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
-    spans: list[tuple[Span, ...] | None] = [None, ((0, 2), (3, 6)), ((1, 2),), ((0, 6),)]
+    spans: list[tuple[Span, ...] | None] = [
+        None, ((0, 2), (3, 6)), ((1, 2),), ((0, 6),), ((1, 3), (4, 6)),
+    ]  # fmt: skip
     return {
         "lead": draw(st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0), (2, 1, 2)])),
         "n_in": draw(st.integers(1, 6)),
         "transposed": draw(st.booleans()),
         "bias": draw(st.booleans()),
+        "on a cpu": draw(st.booleans()),
         "layout": draw(st.sampled_from(["contiguous", "strided", "expanded"])),
         "train": draw(st.sets(st.sampled_from(["x", "weight", "bias", "A", "B"]))),
         "updates": draw(
@@ -93,6 +105,13 @@ def _input(lead: tuple[int, ...], n_in: int, layout: str, dtype: torch.dtype) ->
     problem=problems(), dtype=st.sampled_from(list(TOLERANCE)), float32=st.booleans(), seed=SEEDS
 )
 def test_linear_is_the_dense_layer(
+    problem: dict[str, Any], dtype: torch.dtype, float32: bool, seed: int
+) -> None:
+    with patch("lora_inject.functional.cpu.is_cpu", lambda _: problem["on a cpu"]):
+        _is_the_dense_layer(problem, dtype, float32, seed)
+
+
+def _is_the_dense_layer(
     problem: dict[str, Any], dtype: torch.dtype, float32: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -152,15 +171,21 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "conv1d": {"transposed": True},
     "slices of conv1d": {"transposed": True, "spans": ((0, 1), (4, 6))},
     "dropout": {"dropout": 0.4},
+    "little dropout": {"dropout": 0.1},
+    "equal slices": {"spans": ((0, 2), (3, 5))},
     "dropout in slices": {"dropout": 0.4, "spans": ((0, 2), (3, 6))},
 }
 
 
-@pytest.mark.parametrize("path", ["fused", "general"])
+@pytest.mark.parametrize("path", ["fused", "fused, not on a CPU", "general"])
 @pytest.mark.parametrize("second", [False, True], ids=["first", "second derivative"])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_derivatives_by_finite_differences(name: str, second: bool, path: str) -> None:
+def test_derivatives_by_finite_differences(
+    name: str, second: bool, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """x, W, bias, and both factors of two updates, one of which takes an entry from the other."""
+    if "not on a CPU" in path:
+        monkeypatch.setattr(cpu, "is_cpu", lambda _: False)
     options = dict(PROBLEMS[name])
     transposed = options.pop("transposed", False)
     parts, width = (2, 5) if options.get("spans") and len(options["spans"]) == 2 else (1, 6)
@@ -168,6 +193,8 @@ def test_derivatives_by_finite_differences(name: str, second: bool, path: str) -
         width = 1
     if name == "slices of conv1d":
         width = 3
+    if name == "equal slices":
+        width = 4
     leaves = [
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for shape in (
@@ -185,7 +212,7 @@ def test_derivatives_by_finite_differences(name: str, second: bool, path: str) -
         x, weight, bias, A, B, A2, B2 = tensors
         updates = [Factors(A, B, 0.7, **options), Factors(A2, B2, -1.3)]
         torch.manual_seed(4)
-        if path == "fused":
+        if path.startswith("fused"):
             return functional.linear(x, weight, bias, updates, transposed=transposed)
         y = F.linear(x, weight.t() if transposed else weight, bias)
         return functional.add_updates(y, x, updates)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -41,9 +42,31 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def compute_dtype(dtype: torch.dtype, float32: bool) -> torch.dtype:
+    """Return the dtype of the low-rank arithmetic beside an output of `dtype`."""
+    return torch.float32 if float32 and dtype != torch.float64 else dtype
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `t.to(dtype)`, at the price of a comparison where nothing is to be done."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def plus_product(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return `y2 + scale * left @ right`, differentiably, in the dtype of `y2`."""
+    if left.dtype == y2.dtype:
+        return torch.addmm(y2, left, right, alpha=scale)
+    return torch.add(y2, left @ right, alpha=scale).to(y2.dtype)
+
+
 def needs_plain_operations() -> bool:
     """Whether a tracer or a function transform is watching, which a Function would hide from."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def without_autocast(y: Tensor) -> torch.autocast | None:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from lora_inject.errors import LayerError
 from lora_inject.functional.factors import needs_plain_operations
@@ -67,8 +66,6 @@ def _can_wait(weight: Tensor, experts: int | None, float32: bool) -> bool:
         and weight.is_floating_point()
         and not (float32 and weight.dtype.itemsize < 4)
         and not needs_plain_operations()
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
     )
 
 
@@ -139,7 +136,7 @@ class LazyWeight(Tensor):
         base, terms = self.value()
         if self._matrices is None:
             with torch.set_grad_enabled(self._grad_mode):
-                cut = [(left.unbind(), right.unbind(), scale) for left, right, scale in terms]
+                cut = [(_cut(left), _cut(right), scale) for left, right, scale in terms]
             self._matrices = [
                 LowRank(one, tuple((left[i], right[i], scale) for left, right, scale in cut))
                 for i, one in enumerate(base.unbind())
@@ -254,6 +251,26 @@ class _Deferred(torch.autograd.Function):
             grads.append(scale * (wide @ right.mT) if needs[2 * i] else None)
             grads.append(scale * (left.mT @ wide) if needs[2 * i + 1] else None)
         return None, g if ctx.needs_input_grad[1] else None, *grads
+
+
+def _cut(stack: Tensor) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _Cut.apply(stack)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Cut(torch.autograd.Function):
+    """`stack.unbind()`, whose backward makes one zero for all matrices that were not used."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return stack.detach().unbind()
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor | None) -> Tensor:
+        some = next(g for g in grads if g is not None)
+        zero = some.new_zeros(()).expand_as(some)
+        return torch.stack([zero if g is None else g for g in grads])
 
 
 # ------------------------------------------------------------------------- questions and answers

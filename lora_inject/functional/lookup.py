@@ -6,17 +6,29 @@ The input of an embedding is a one-hot vector, so `x A^T` is a lookup in A.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.functional.factors import Factors, needs_plain_operations
+from lora_inject.functional.factors import (
+    Factors,
+    compute_dtype,
+    needs_plain_operations,
+    plus_product,
+    without_autocast,
+)
 
 
 def embedding(
-    base: Tensor, ids: Tensor, updates: Sequence[Factors], padding_idx: int | None
+    base: Tensor,
+    ids: Tensor,
+    updates: Sequence[Factors],
+    padding_idx: int | None,
+    *,
+    float32: bool = False,
 ) -> Tensor:
     """Add low-rank updates to looked-up rows: `base + scale * A[:, ids]^T B^T`.
 
@@ -26,21 +38,23 @@ def embedding(
         updates: A `(rank, num)`, B `(dim, rank)`. Dropout drops whole tokens: the input of A is a
             one-hot vector.
         padding_idx: The row that receives no gradient, as in `nn.Embedding`.
+        float32: Keep the low-rank arithmetic in float32 over a 16-bit base.
 
     Returns:
         `(..., dim)`, in the dtype of `base`.
     """
-    out = base
-    for u in updates:
-        h = F.embedding(ids, u.A.t())
-        if u.dropout:
-            h = h * F.dropout(h.new_ones(*h.shape[:-1], 1), u.dropout)
-        update = F.linear(h, u.B)
-        if padding_idx is not None:
-            # Padding tokens see the update but teach it nothing, as in the dense table.
-            update = torch.where((ids == padding_idx).unsqueeze(-1), update.detach(), update)
-        out = (out + u.scale * update).to(base.dtype)
-    return out
+    dtype = compute_dtype(base.dtype, float32)
+    out = base.reshape(-1, base.shape[-1])
+    with without_autocast(base) or nullcontext():
+        for u in updates:
+            h = F.embedding(ids.reshape(-1), u.A.t())
+            if u.dropout:
+                h = h * F.dropout(h.new_ones(len(h), 1), u.dropout)
+            out = plus_product(out, h.to(dtype), u.B.to(dtype).t(), u.scale)
+    if padding_idx is not None:
+        # Padding tokens see the updates but teach them nothing, as in the dense table.
+        out = torch.where((ids.reshape(-1, 1) == padding_idx), out.detach(), out)
+    return out.view(base.shape)
 
 
 def renormalised(rows: Tensor, max_norm: float, p: float) -> Tensor:
@@ -92,6 +106,8 @@ def routed_embedding(
     rows: Tensor,
     adapters: Sequence[Sequence[Factors]],
     padding_idx: int | None,
+    *,
+    float32: bool = False,
 ) -> Tensor:
     """Add to each row of a batch of looked-up rows the update of its own adapter.
 
@@ -101,6 +117,7 @@ def routed_embedding(
         rows: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
         adapters: The updates of each adapter.
         padding_idx: As in `embedding`.
+        float32: As in `embedding`.
 
     Returns:
         `(batch, ..., dim)`, in the dtype of `base`.
@@ -111,11 +128,12 @@ def routed_embedding(
         if needs_plain_operations():
             # How many rows an adapter has is not known to a tracer.
             mine = (rows == index + 1).view(-1, *[1] * ids.dim())
-            out = torch.where(mine, embedding(base, ids, updates, padding_idx), out)
+            out = torch.where(
+                mine, embedding(base, ids, updates, padding_idx, float32=float32), out
+            )
             continue
         where = (rows == index + 1).nonzero().squeeze(1)
-        changed = embedding(
-            base.index_select(0, where), ids.index_select(0, where), updates, padding_idx
-        )
+        some, its_ids = base.index_select(0, where), ids.index_select(0, where)
+        changed = embedding(some, its_ids, updates, padding_idx, float32=float32)
         out = out.index_copy(0, where, changed)
     return out

@@ -74,14 +74,19 @@ class LoRAEmbedding(ForwardUpdate):
                 return super().forward(*args, **kwargs)
             adapters = self._lora_routed_factors(routing)
             base, rows = self._lora_base(ids, args, kwargs), routing.index
-            return self._lora_renorm(routed_embedding(base, ids, rows, adapters, self.padding_idx))
+            found = routed_embedding(
+                base, ids, rows, adapters, self.padding_idx, float32=self._lora.float32
+            )
+            return self._lora_renorm(found)
         updates = self._lora_compiled(self.weight, state)
         updates = self._lora_updates(state) if updates is None else updates
         if not updates:
             return super().forward(*args, **kwargs)
         self._lora_refuse_resized(updates[0].A.shape[1])
         base = self._lora_base(ids, args, kwargs)
-        return self._lora_renorm(embedding(base, ids, updates, self.padding_idx))
+        float32 = self._lora.float32
+        found = embedding(base, ids, updates, self.padding_idx, float32=float32)
+        return self._lora_renorm(found)
 
     def _lora_refuse_resized(self, num: int) -> None:
         if num != self.num_embeddings:

@@ -1,0 +1,123 @@
+"""What an adapter costs a device: launches, bytes and syncs of one layer, counted exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import KINDS, host, script
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject.functional import Factors, cpu, linear
+
+table = script("benchmarks.launches")
+ROWS = table.ROWS
+
+# Launches and GiB of a layer of width 4096, rank 16; the limits of the design in the comments.
+EXPECTED = {
+    "bf16": (12, 0.82),  # 13; 0.85
+    "bf16, low rank in float32": (13, 2.13),  # 17; 2.2
+    "bf16, dropout": (15, 1.28),  # 18; 1.4
+    "autocast over float32": (16, 1.38),  # 17; 1.5
+    "autocast, dropout": (19, 1.85),  # 20; 2.0
+    "float32": (8, 1.63),  # 9; 1.65
+    "decode, 1 token": (5, 0.03),  # 5
+    "decode, 32 tokens": (5, 0.03),
+    "prefill, 4,096 tokens": (5, 0.19),  # 5; 0.2
+    "prefill, low rank in float32": (5, 0.44),  # 7; 0.45
+    "bf16, two adapters": (22, 1.32),  # twice what one adds
+    "bf16, Conv1D": (12, 0.82),
+    "bf16, two slices of three": (15, 0.76),
+    "bf16, two slices of three, equal": (12, 1.44),
+    "bf16, 4 of 8 experts in a loop": (54, 1.27),
+    "bf16, 4 of 8 experts in a loop, forward": (21, 0.57),
+    "bf16, 8 experts in a grouped product": (22, 1.78),
+    "bf16, embedding": (13, 0.39),
+    "float32, embedding": (9, 0.76),
+    "bf16, embedding, low rank in float32": (11, 1.45),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_launches_and_bytes(name: str) -> None:
+    found = table.count(ROWS[name], "lora_inject")
+    assert (found.total, round(found.moved / table.GIB, 2)) == EXPECTED[name], found.launches
+    assert found.syncs == []
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if "decode" not in n and "autocast" not in n])
+def test_launches_do_not_depend_on_the_number_of_tokens(name: str) -> None:
+    few = table.count(replace(ROWS[name], tokens=16), "lora_inject")
+    assert few.launches == table.count(ROWS[name], "lora_inject").launches
+
+
+def test_an_expert_in_a_loop_adds_at_most_four_launches_to_its_forward() -> None:
+    row = ROWS["bf16, 4 of 8 experts in a loop, forward"]
+    extra = table.count(row, "lora_inject").total - table.count(row, "frozen").total
+    assert extra <= 4 * 4
+
+
+def test_the_counter_sees_launches_bytes_and_syncs() -> None:
+    x = torch.ones(4, 8)
+    with table.Counted() as counted:
+        y = x.t() @ x.new_empty(4, 2)
+        y.add_(1)
+        assert bool(y[y > 1].sum().item() >= 0)
+    assert counted.launches["mm"] == 1
+    assert "t" not in counted.launches
+    assert "new_empty" not in counted.launches
+    assert set(counted.syncs) == {"index", "_local_scalar_dense"}
+    with table.Counted() as counted:
+        y.add_(1)
+    assert counted.moved == 2 * 8 * 2 * 4
+
+
+def _on_meta(kind: str, **config: Any) -> tuple[nn.Module, list[Tensor]]:
+    row = KINDS[kind]
+    model = host(row, torch.float32)
+    for name in ("one", "two"):
+        li.inject(model, {**row.config, **config}, name)
+    li.activate(model, {"one": 1.0, "two": -0.5})
+    inputs = [x.to("meta") for x in row.inputs(torch.float32)]
+    return model.to("meta"), inputs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_no_sync_and_no_cpu_tensor_between_inject_and_eject(kind: str, dropout: float) -> None:
+    """What a CUDA graph can capture: on the meta device, where every other tensor is seen."""
+    takes_dropout = KINDS[kind].update == "forward"
+    model, inputs = _on_meta(kind, **({"dropout": dropout} if takes_dropout else {}))
+    with table.Counted() as counted:
+        y = model(*inputs)
+        y.backward(torch.ones_like(y))
+        with torch.no_grad(), li.disabled(model):
+            model(*inputs)
+    assert counted.syncs == []
+    assert counted.on_cpu == []
+
+
+@pytest.mark.parametrize("float32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_path_of_a_cpu_gives_the_values_of_every_other(
+    dtype: torch.dtype, float32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x, W = torch.randn(300, 40).to(dtype).requires_grad_(), torch.randn(700, 40).to(dtype)
+    A, B = torch.randn(3, 40, dtype=wide), torch.randn(700, 3, dtype=wide)
+    leaves = [x, A.requires_grad_(), B.requires_grad_()]
+    g = torch.randn(300, 700).to(dtype)
+
+    def run() -> list[Tensor]:
+        y = linear(x, W, None, [Factors(A, B, 0.7)], float32=float32)
+        return [y.detach(), *torch.autograd.grad(y, leaves, g)]
+
+    near = run()
+    monkeypatch.setattr(cpu, "is_cpu", lambda _: False)
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(near, run(), strict=True):
+        assert float((a - b).norm()) <= tolerance * float(b.norm())
