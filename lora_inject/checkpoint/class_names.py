@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.formats.older_names import places
 from lora_inject.formats.peft import options_for_reading
 
 
@@ -124,24 +125,12 @@ def _on_meta(architecture: str, config: Mapping[str, Any]) -> Any:
 
 def _backwards(model: Any, checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """Yield `(class's name, file's name)` of every tensor that is one and the same in both."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    transforms = get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings: list[Any] = [t for t in transforms if isinstance(t, WeightRenaming)]
-    renamings += [t for t in transforms if t not in converters and t not in renamings]
     there = model.state_dict()
+    place = places(model, there)
     for name in checkpoint.tensors:
-        mine, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, there
-        )
-        if pattern is None and mine in there:
-            yield mine, name
+        found = place(name)
+        if found is not None and found.expert is None and found.name in there:
+            yield found.name, name
         elif name in there:
             yield name, name
 

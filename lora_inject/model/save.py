@@ -21,6 +21,7 @@ from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import FORMATS, read_adapter, write_adapter
 from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.fingerprint import compare, samples, unverifiable
+from lora_inject.formats.older_names import in_names_of
 from lora_inject.formats.peft import options_for_reading, options_for_writing
 from lora_inject.functional import master_dtype
 from lora_inject.layers.attached import Entry
@@ -245,8 +246,8 @@ def _install(
 ) -> None:
     there = reach(survey.model, survey)
     check_new_name(there, name)
-    state = _without(state, leave_out, asked)
     found, weights = inventory(survey), base_weights(survey)
+    state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
     names = _Names(found)
     fitted = {s.spec.name: _fit(s.spec, names, asked) for s in state.sites.values()}
     copies = {key: _fit_trained(key, t, found, asked) for key, t in state.trained.items()}
