@@ -344,7 +344,7 @@ def test_tensors_do_not_keep_the_file_mapped(tmp_path: Path) -> None:
 def test_a_sample_that_is_no_float32_is_not_written(value: object, tmp_path: Path) -> None:
     fingerprint = Fingerprint({"w": (1,)}, {"w": (value,)})  # type: ignore[dict-item]
     state = make_state(KIND_SPECS["linear"], fingerprint=fingerprint)
-    with pytest.raises(FormatError, match=r"fingerprint of 'w'.*a sample is no float32"):
+    with pytest.raises(FormatError, match=r"fingerprint of 'w'.*a sample is not a float32"):
         write_adapter(state, tmp_path / "a.safetensors", format="native")
 
 

@@ -1,9 +1,8 @@
 """What an adapter's file says about itself, beyond its tensors.
 
-Everything that the tensors alone do not tell (alpha above all, then slices, kinds, the
-config, the base's fingerprint) travels as text in the same file as the tensors, so it cannot be
-lost or exchanged for another adapter's. Reading it back is strict: an unknown field, a wrong type
-or an impossible number is an error that names the site.
+What the tensors do not tell (alpha, slices, kinds, the config, the base's fingerprint) travels as
+text in the same file, so it cannot be lost or exchanged for another adapter's. Reading it back is
+strict: an unknown field, a wrong type or an impossible number is an error.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ import math
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from lora_inject.adapter.state import AdapterState, Fingerprint
 from lora_inject.errors import FormatError
@@ -23,11 +24,12 @@ from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.strict_json import parse_json
 from lora_inject.version import __version__
 
+T = TypeVar("T")
+
 FORMAT_VERSION = "1"
 _PREFIX = "lora_inject."
 _VERSION = _PREFIX + "format_version"
 _LAYOUT = _PREFIX + "layout"
-_PARTS = ("config", "fingerprint", "kinds", "sites", "trained")
 
 
 @dataclass(frozen=True)
@@ -109,25 +111,46 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
             f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}",
             "Install a newer lora-inject",
         )
-    parts = {}
-    for part in _PARTS:
-        if _PREFIX + part not in metadata:
-            raise FormatError(asked, f"its metadata lacks '{_PREFIX}{part}'", _EDITED)
-        parts[part] = parse_json(metadata[_PREFIX + part], f"{asked}, metadata '{_PREFIX}{part}'")
-    specs, flags = _parse_sites(parts["kinds"], parts["sites"], asked)
+    sites = _part(metadata, "sites", _SITES, asked)
+    kinds = _part(metadata, "kinds", _KINDS, asked, sites)
+    specs, flags = _specs(kinds, sites, asked)
+    trained = _part(metadata, "trained", _NAMES, asked)
+    _require(len(set(trained)) == len(trained), asked, "it names a trained tensor twice")
     return Described(
         specs=specs,
         derived=flags["derived"],
         turned=flags["turned"],
-        trained=_parse_names(parts["trained"], asked),
-        config=_parse_config(parts["config"], asked),
-        fingerprint=_parse_fingerprint(parts["fingerprint"], asked),
+        trained=tuple(trained),
+        config=_part(metadata, "config", _CONFIG, asked),
+        fingerprint=_fingerprint(_part(metadata, "fingerprint", _FINGERPRINT, asked), asked),
     )
 
 
 _EDITED = (
     'The file was edited; fetch it again, or read it as a plain PEFT file with prefer="config"'
 )
+
+
+def _part(
+    metadata: Mapping[str, str],
+    part: str,
+    due: TypeAdapter[T],
+    asked: str,
+    sites: Sequence[tuple[str, str, int]] = (),
+) -> T:
+    """Parse one part; a wrong kind of sites is told by the first of them."""
+    if _PREFIX + part not in metadata:
+        raise FormatError(asked, f"its metadata lacks '{_PREFIX}{part}'", _EDITED)
+    text, asked = metadata[_PREFIX + part], f"{asked}, metadata '{_PREFIX}{part}'"
+    parse_json(text, asked)  # refuses what pydantic lets pass: a key twice, NaN
+    try:
+        return due.validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = next((name for name, _, kind in sites if (kind,) == first["loc"][:1]), None)
+        where = asked if name is None else f"{asked}, site '{name[:200]}'"
+        place = ".".join(str(part)[:100] for part in first["loc"])
+        raise FormatError(where, f"{place or 'it'}: {first['msg'][:200]}", _EDITED) from None
 
 
 def _to_json(value: Any) -> str:
@@ -141,19 +164,67 @@ def _to_json(value: Any) -> str:
 
 # Sites ------------------------------------------------------------------------------------------
 
-# Stated here and not taken from the dataclass: they are the format. `rule` belongs to a config, and
-# `aliases` to a model.
-_FIELDS = frozenset(
-    {
-        "alpha", "compute", "dropout", "experts", "in_features", "init", "kind", "update", "name",
-        "out_features", "rank", "scaling", "slices", "transposed", "weight", "weight_shape",
-    }
-)  # fmt: skip
+_Count = Annotated[int, Field(gt=0, lt=2**63)]  # what torch can count
+_Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _Slices(_Strict):
+    sizes: tuple[tuple[str, _Count], ...]
+    adapt: tuple[str, ...] = Field(min_length=1)
+
+
+class _Kind(_Strict):
+    """What sites have in common but for their names; these fields are the format.
+
+    `rule` belongs to a config and `aliases` to a model: neither is a part of a file.
+    """
+
+    alpha: Annotated[float, Field(gt=0, lt=1e300)]
+    compute: Literal["base", "float32"]
+    derived: bool
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    experts: _Count | None
+    in_features: _Count
+    init: str | tuple[str, _Number]
+    kind: str
+    out_features: _Count
+    rank: _Count
+    scaling: Literal["standard", "rslora"]
+    slices: _Slices | None
+    transposed: bool
+    turned: bool
+    update: Literal["forward", "weight"]
+    weight_shape: tuple[_Count, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _Kind:
+        elements = self.in_features * self.out_features * (self.experts or 1)
+        if math.prod(self.weight_shape) != elements:
+            raise ValueError("weight_shape does not fit in_features and out_features")
+        if self.slices is not None:
+            in_order = tuple(name for name, _ in self.slices.sizes if name in self.slices.adapt)
+            if sum(width for _, width in self.slices.sizes) != self.out_features:
+                raise ValueError("the slices do not fill the output")
+            if self.slices.adapt != in_order:
+                raise ValueError("'adapt' does not name its slices in order")
+        return self
+
+    def spec(self, name: str, weight: str) -> SiteSpec:
+        fields = {field: getattr(self, field) for field in _Kind.model_fields.keys() - _FLAGS}
+        if self.slices is not None:
+            fields["slices"] = Slices(self.slices.sizes, self.slices.adapt)
+        return SiteSpec(name=name, weight=weight, **fields)
 
 
 _FLAGS = frozenset({"derived", "turned"})
-_NAMES = frozenset({"name", "weight"})
-_OF_KIND = (_FIELDS | _FLAGS) - _NAMES
+_SITES = TypeAdapter(list[tuple[str, str, int]], config=ConfigDict(strict=True))
+_KINDS = TypeAdapter(list[_Kind])
+_NAMES = TypeAdapter(list[str], config=ConfigDict(strict=True))
+_CONFIG = TypeAdapter(dict[str, Any] | None, config=ConfigDict(strict=True))
 
 
 def _sites_to_plain(
@@ -167,134 +238,49 @@ def _sites_to_plain(
     plain: list[dict[str, Any]] = []
     sites = []
     for name, site in state.sites.items():
-        fields = _spec_to_plain(site.spec)
+        spec, slices = site.spec, site.spec.slices
+        fields = {f: getattr(spec, f) for f in _Kind.model_fields if f not in _FLAGS}
+        if slices is not None:
+            fields["slices"] = {"sizes": slices.sizes, "adapt": slices.adapt}
         fields |= {"derived": site.A0 is not None, "turned": name in turned}
         number = kinds.setdefault(repr(fields), len(kinds))
         if number == len(plain):
             plain.append(fields)
-        sites.append((site.spec.name, site.spec.weight, number))
+        sites.append((spec.name, spec.weight, number))
     return plain, sites
 
 
-def _spec_to_plain(spec: SiteSpec) -> dict[str, Any]:
-    plain = {name: getattr(spec, name) for name in sorted(_FIELDS - _NAMES)}
-    if spec.slices is not None:
-        plain["slices"] = {"sizes": spec.slices.sizes, "adapt": spec.slices.adapt}
-    return plain
-
-
-def _parse_sites(
-    kinds: Any, sites: Any, asked: str
+def _specs(
+    kinds: Sequence[_Kind], sites: Sequence[tuple[str, str, int]], asked: str
 ) -> tuple[dict[str, SiteSpec], dict[str, frozenset[str]]]:
-    _require(isinstance(kinds, list), asked, "its list of kinds of sites is not a list")
-    _require(isinstance(sites, list), asked, "its list of sites is not a list")
+    """Return the spec of each site, and who has which flag."""
     specs: dict[str, SiteSpec] = {}
-    models: dict[int, SiteSpec] = {}  # of each kind: checked and made once
-    members: dict[int, list[str]] = {}
-    for number, site in enumerate(sites):
-        if not isinstance(site, list) or [*map(type, site)] != [str, str, int]:
-            found = "it is not [name, weight, kind]"
-            raise FormatError(f"{asked}, site {number}", found, _EDITED)
-        name, weight, kind = site
-        if name in specs:
-            raise FormatError(str(_Where(asked, name)), "its name is there twice", _EDITED)
-        if kind not in models:
-            models[kind] = _parse_kind(kinds, kind, name, weight, _Where(asked, name))
-        specs[name] = models[kind].at(name, weight)
-        members.setdefault(kind, []).append(name)
-    _require(len(models) == len(kinds), asked, "it states a kind of sites that no site has")
-    return specs, {
-        flag: frozenset(
-            name for kind, names in members.items() if kinds[kind][flag] for name in names
-        )
-        for flag in _FLAGS
-    }
+    first: dict[int, SiteSpec] = {}
+    flags: dict[str, set[str]] = {flag: set() for flag in _FLAGS}
+    for name, weight, kind in sites:
+        where = f"{asked}, site '{name[:200]}'"
+        _require(name not in specs, where, "its name is there twice")
+        _require(0 <= kind < len(kinds), where, f"there is no kind {kind}")
+        if kind not in first:
+            first[kind] = kinds[kind].spec(name, weight)
+        specs[name] = first[kind].at(name, weight)
+        for flag in _FLAGS:
+            if getattr(kinds[kind], flag):
+                flags[flag].add(name)
+    _require(len(first) == len(kinds), asked, "it states a kind of sites that no site has")
+    return specs, {flag: frozenset(names) for flag, names in flags.items()}
 
 
-def _parse_kind(kinds: list[Any], kind: int, name: str, weight: str, where: _Where) -> SiteSpec:
-    """One kind of sites, as the first of them."""
-    _require(0 <= kind < len(kinds), where, f"there is no kind {kind}")
-    fields = kinds[kind]
-    _require(isinstance(fields, dict), where, "its kind is not a table")
-    if fields.keys() != _OF_KIND:
-        wrong = sorted(fields.keys() ^ _OF_KIND)
-        raise FormatError(str(where), f"fields {wrong[:3]} are unknown or missing", _EDITED)
-    for flag in _FLAGS:
-        _require(isinstance(fields[flag], bool), where, f"'{flag}' is not true or false")
-    values = {key: value for key, value in fields.items() if key not in _FLAGS}
-    return _parse_spec({**values, "name": name, "weight": weight}, where)
+# The fingerprint --------------------------------------------------------------------------------
 
 
-class _Where:
-    """Names a site in messages; the text is made where one is raised."""
-
-    def __init__(self, asked: str, name: Any) -> None:
-        self.asked, self.name = asked, name
-
-    def __str__(self) -> str:
-        return f"{self.asked}, site '{str(self.name)[:200]}'"
+class _FingerprintText(_Strict):
+    shapes: dict[str, tuple[int, ...]]
+    samples: dict[str, str]
+    quantised: tuple[str, ...]
 
 
-def _parse_spec(fields: dict[str, Any], where: str | _Where) -> SiteSpec:
-    """One site; every field has been seen to be present."""
-    for key in ("in_features", "out_features", "rank"):
-        _require(_is_count(fields[key]), where, f"'{key}' is not a positive whole number")
-    _require(isinstance(fields["kind"], str), where, "'kind' is not text")
-    _require(isinstance(fields["transposed"], bool), where, "'transposed' is not true or false")
-    _require(_is_number(fields["alpha"]) and fields["alpha"] > 0, where, "'alpha' is not above 0")
-    _require(_is_number(fields["dropout"]), where, "'dropout' is not a number")
-    _require(0 <= fields["dropout"] < 1, where, "'dropout' is not in [0, 1)")
-    _require(fields["scaling"] in ("standard", "rslora"), where, "'scaling' is unknown")
-    _require(fields["compute"] in ("base", "float32"), where, "'compute' is unknown")
-    _require(fields["update"] in ("forward", "weight"), where, "'update' is unknown")
-    experts = fields["experts"]
-    _require(experts is None or _is_count(experts), where, "'experts' is not a count")
-    shape = fields["weight_shape"]
-    _require(isinstance(shape, list) and all(map(_is_count, shape)), where, "bad 'weight_shape'")
-    elements = fields["in_features"] * fields["out_features"] * (experts or 1)
-    _require(math.prod(shape) == elements, where, "'weight_shape' does not fit in and out features")
-    fields["weight_shape"] = tuple(shape)
-    fields["init"] = _parse_init(fields["init"], where)
-    fields["slices"] = _parse_slices(fields["slices"], fields["out_features"], where)
-    return SiteSpec(**fields)
-
-
-def _parse_init(plain: Any, where: str | _Where) -> str | tuple[str, float]:
-    if isinstance(plain, str):
-        return plain
-    good = isinstance(plain, list) and len(plain) == 2 and isinstance(plain[0], str)
-    _require(good and _is_number(plain[1]), where, "'init' is neither a name nor [name, number]")
-    return plain[0], plain[1]
-
-
-def _parse_slices(plain: Any, out_features: int, where: str | _Where) -> Slices | None:
-    if plain is None:
-        return None
-    shaped = isinstance(plain, dict) and plain.keys() == {"sizes", "adapt"}
-    _require(shaped and all(isinstance(v, list) for v in plain.values()), where, "bad 'slices'")
-    for pair in plain["sizes"]:
-        good = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
-        _require(good and _is_count(pair[1]), where, "a slice is not [name, width]")
-    sizes = tuple((name, width) for name, width in plain["sizes"])
-    _require(sum(w for _, w in sizes) == out_features, where, "the slices do not fill the output")
-    adapt = plain["adapt"]
-    in_order = [name for name, _ in sizes if name in adapt]
-    _require(bool(adapt) and adapt == in_order, where, "'adapt' does not name its slices in order")
-    return Slices(sizes, tuple(adapt))
-
-
-# The other parts --------------------------------------------------------------------------------
-
-
-def _parse_names(plain: Any, asked: str) -> tuple[str, ...]:
-    good = isinstance(plain, list) and all(isinstance(name, str) for name in plain)
-    _require(good and len(set(plain)) == len(plain), asked, "its trained names are not a list")
-    return tuple(plain)
-
-
-def _parse_config(plain: Any, asked: str) -> dict[str, Any] | None:
-    _require(plain is None or isinstance(plain, dict), asked, "its config is not a table")
-    return plain  # type: ignore[no-any-return]
+_FINGERPRINT = TypeAdapter(_FingerprintText | None)
 
 
 def _fingerprint_to_plain(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
@@ -315,53 +301,32 @@ def _packed(values: Sequence[float], name: str) -> str:
     except (OverflowError, struct.error) as error:
         raise FormatError(
             f"write adapter: its fingerprint of {name!r}",
-            f"a sample is no float32 ({error})",
+            f"a sample is not a float32 ({error})",
             "Take it with lora_inject.formats.sample",
         ) from error
 
 
-def _unpacked(text: Any, name: str, where: str) -> tuple[float, ...]:
+def _unpacked(text: str, name: str, where: str) -> tuple[float, ...]:
     try:
         packed = binascii.a2b_base64(text, strict_mode=True)
         return struct.unpack(f"<{len(packed) // 4}f", packed)
-    except (TypeError, ValueError, struct.error) as error:
+    except (ValueError, struct.error) as error:
         raise FormatError(
             where, f"the samples of {name!r} are not float32 in base64 ({error})", _EDITED
         ) from error
 
 
-def _parse_fingerprint(plain: Any, asked: str) -> Fingerprint | None:
-    if plain is None:
+def _fingerprint(text: _FingerprintText | None, asked: str) -> Fingerprint | None:
+    if text is None:
         return None
     where = f"{asked}, fingerprint"
-    parts = isinstance(plain, dict) and plain.keys() == {"shapes", "samples", "quantised"}
-    _require(parts, where, "its parts are not shapes, samples, quantised")
-    _require(isinstance(plain["shapes"], dict), where, "its shapes are not a table")
-    _require(isinstance(plain["samples"], dict), where, "its samples are not a table")
-    shapes = {}
-    for name, shape in plain["shapes"].items():
-        if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)):
-            raise FormatError(where, f"the shape of {name!r} is not a list of numbers", _EDITED)
-        shapes[name] = tuple(shape)
-    samples = {name: _unpacked(text, name, where) for name, text in plain["samples"].items()}
-    return Fingerprint(shapes, samples, _parse_names(plain["quantised"], where))
+    samples = {name: _unpacked(packed, name, where) for name, packed in text.samples.items()}
+    return Fingerprint(text.shapes, samples, text.quantised)
 
 
-_LIMIT = 1e300
-_MOST = 2**63  # elements that torch can count
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < _MOST
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in {int, float} and abs(value) < _LIMIT
-
-
-def _require(holds: Any, where: str | _Where, found: str) -> None:
+def _require(holds: bool, where: str, found: str) -> None:
     if not holds:
-        raise FormatError(str(where), found, _EDITED)
+        raise FormatError(where, found, _EDITED)
 
 
 def one_line(names: Iterable[str], n: int = 3) -> str:
