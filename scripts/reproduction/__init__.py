@@ -1,1 +1,1 @@
-"""The stages of `scripts/reproduce.py`, one file each, and what they share."""
+"""The stages of `scripts/reproduce.sh`, one file each, and what they share."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minilm import mean_of_tokens
-from snippets import Snippet
+from data.minilm import mean_of_tokens
+from data.snippets import Snippet
 from torch import Tensor, nn
 
 import lora_inject
@@ -81,7 +81,7 @@ def fine_tune(
     torch.manual_seed(seed)
     model = Classifier(encoder).eval()  # no dropout in any method
     method.apply(model)
-    if not lora_inject.adapter(model):
+    if not lora_inject.adapters(model):
         model.head.requires_grad_(True)
     groups = groups_of(model, rate, head_rate)
     wall, cpu = time.perf_counter(), time.process_time()

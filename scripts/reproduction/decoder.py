@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pairs as data
 import torch
-from objective import target_log_probs
-from pairs import Example
+from data import pairs as data
+from data.pairs import Example, target_log_probs
 from torch import Tensor
 
 import lora_inject

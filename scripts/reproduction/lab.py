@@ -18,13 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import minilm
-import pairs as data
-import smollm2
-import snippets
 import torch
-from demo_files import DemoError, write_json
-from snippets import Split
+from data import minilm, smollm2, snippets
+from data import pairs as data
+from data.packaged import write_json
+from data.snippets import Split
 
 from . import toy
 
@@ -230,6 +228,6 @@ def weights_present() -> bool:
     try:
         minilm.find()
         smollm2.find()
-    except DemoError:
+    except SystemExit:
         return False
     return True

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from benchmarks import measure
-from objective import target_log_probs
+from data.pairs import target_log_probs
 from torch import Tensor
 
 import lora_inject

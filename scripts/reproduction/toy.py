@@ -10,8 +10,8 @@ import random
 from typing import Any
 
 import torch
-from pairs import Pair, Split
-from snippets import Snippet
+from data.pairs import Pair, Split
+from data.snippets import Snippet
 
 GOOD = ("good", "great", "fine", "funny", "warm", "brilliant")
 BAD = ("bad", "dull", "poor", "weak", "cold", "awful")

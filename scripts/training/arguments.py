@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo_files import DemoError, write_json
+from data.packaged import refusal, write_json
 
 from training.models import NAMED
 from training.sources import BUILT_IN
@@ -167,22 +167,22 @@ def check_sense(args: argparse.Namespace, world: int) -> None:
     """Refuse options that cannot be meant.
 
     Raises:
-        DemoError: Says which.
+        SystemExit: Says which.
     """
     parts = world * args.accumulate
     if args.batch % parts:
         found = f"{world} processes and --accumulate {args.accumulate} make {parts} parts"
-        raise DemoError(f"--batch {args.batch}", found, f"Choose a multiple of {parts}")
+        raise refusal(f"--batch {args.batch}", found, f"Choose a multiple of {parts}")
     if args.bleu and (args.task != "pairs" or args.test is None):
-        raise DemoError("--bleu", "it needs pairs and --test", "Give both, or leave it away")
+        raise refusal("--bleu", "it needs pairs and --test", "Give both, or leave it away")
     if args.bleu and world > 1:
-        raise DemoError("--bleu", f"there are {world} processes", "Measure it in one process")
+        raise refusal("--bleu", f"there are {world} processes", "Measure it in one process")
     if args.fsdp and world == 1:
-        raise DemoError("--fsdp", "there is one process", "Start several with torchrun")
+        raise refusal("--fsdp", "there is one process", "Start several with torchrun")
     if args.init_from is not None and args.method != "lora":
-        raise DemoError("--init-from", f"--method is {args.method}", "Use --method lora")
+        raise refusal("--init-from", f"--method is {args.method}", "Use --method lora")
     if (args.config or args.targets) and args.method != "lora":
-        raise DemoError(f"--method {args.method}", "it adapts no layer", "Use --method lora")
+        raise refusal(f"--method {args.method}", "it adapts no layer", "Use --method lora")
 
 
 def _noted(args: argparse.Namespace) -> tuple[Path, dict[str, str]]:
@@ -202,17 +202,17 @@ def check_same(args: argparse.Namespace) -> None:
     """Check that a run in the folder, if there is one, is this one and is to go on.
 
     Raises:
-        DemoError: There is another run in the folder, or the same one and no --resume.
+        SystemExit: There is another run in the folder, or the same one and no --resume.
     """
     path, now = _noted(args)
     if not path.is_file():
         return
     if not args.resume:
         remedy = "Pass --resume to go on, or choose another --output"
-        raise DemoError(f"--output {args.output}", "there is a run already", remedy)
+        raise refusal(f"--output {args.output}", "there is a run already", remedy)
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     differ = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k)]
     if differ:
         first = differ[0]
         found = f"{first} was {before.get(first)} and is now {now.get(first)}"
-        raise DemoError("--resume", found, "Give the same options, or another --output")
+        raise refusal("--resume", found, "Give the same options, or another --output")

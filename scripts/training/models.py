@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import minilm
-import smollm2
 import torch
 import yaml
-from demo_files import DemoError
+from data import minilm, smollm2
+from data.packaged import refusal
 
 import lora_inject as li
 
@@ -44,7 +43,7 @@ def load(
         dtype: Of the weights.
 
     Raises:
-        DemoError: There is no such model.
+        SystemExit: There is no such model.
     """
     from transformers import (
         AutoModelForCausalLM,
@@ -74,7 +73,7 @@ def _folder(name: str, cache: Path) -> Path:
         return folder
     if not (Path(name) / "config.json").is_file():
         found = f"no config.json in {name!r}"
-        raise DemoError("the model", found, f"Give a folder, or one of: {', '.join(NAMED)}")
+        raise refusal("the model", found, f"Give a folder, or one of: {', '.join(NAMED)}")
     return Path(name)
 
 
@@ -89,22 +88,22 @@ def config_of(args: Any, model: PreTrainedModel) -> dict[str, Any]:
     """What to inject, from a file of the user's or from the options.
 
     Raises:
-        DemoError: Neither says which layers to adapt, or a new head would never train.
+        SystemExit: Neither says which layers to adapt, or a new head would never train.
     """
     head = [] if args.task == "pairs" else head_of(model)
     if args.method == "head":
         if not head:
-            raise DemoError("--method head", "a language model has none", "Use --method lora")
+            raise refusal("--method head", "a language model has none", "Use --method lora")
         return {"targets": [], "train": head}
     if args.config is not None:
         config = yaml.safe_load(args.config.read_text(encoding="utf-8"))
         if head and not (isinstance(config, dict) and config.get("train")):
             found = "it trains nothing beside low-rank updates, and the head is new"
-            raise DemoError(f"{args.config}", found, f"Add train: [{', '.join(head)}]")
+            raise refusal(f"{args.config}", found, f"Add train: [{', '.join(head)}]")
         return config
     targets = args.targets or NAMED.get(args.model)
     if not targets:
-        raise DemoError("which layers to adapt", "nothing", "Pass --targets or --config")
+        raise refusal("which layers to adapt", "nothing", "Pass --targets or --config")
     rules = {"rank": args.rank, "alpha": args.alpha, "dropout": args.dropout}
     return {**rules, "targets": list(targets), "train": head}
 
@@ -134,7 +133,7 @@ def start_from(
         How many tensors were taken.
 
     Raises:
-        DemoError: The other adapter holds something that the model's has no place for.
+        SystemExit: The other adapter holds something that the model's has no place for.
     """
     if leave_out is None:
         leave_out = [] if task == "pairs" else head_of(model)
@@ -144,7 +143,7 @@ def start_from(
         wrong = [k for k, t in source.items() if k not in target or t.shape != target[k].shape]
         if wrong:
             found = f"{len(wrong)} of its tensors have no place here, of which {wrong[0]!r}"
-            raise DemoError(f"start from {path}", found, "Use its config, or --leave-out")
+            raise refusal(f"start from {path}", found, "Use its config, or --leave-out")
         with torch.no_grad():
             for key, tensor in source.items():
                 target[key].copy_(tensor)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from demo_files import DemoError
+from data.packaged import refusal
 
 __all__ = ["FIELDS", "Fields", "Row", "hold_out", "read"]
 
@@ -64,10 +64,10 @@ def read(path: Path, fields: Fields) -> list[Row]:
         The rows in their order; empty lines are none.
 
     Raises:
-        DemoError: There is no such file, it holds no row, or a line cannot be read.
+        SystemExit: There is no such file, it holds no row, or a line cannot be read.
     """
     if not path.is_file():
-        raise DemoError(f"read rows from {path}", "there is no such file", "Check the path")
+        raise refusal(f"read rows from {path}", "there is no such file", "Check the path")
     readers = {".jsonl": _json_lines, ".csv": _csv}
     text = path.read_text(encoding="utf-8")
     rows = [
@@ -75,18 +75,18 @@ def read(path: Path, fields: Fields) -> list[Row]:
         for number, values in readers.get(path.suffix, _pairs)(text, path, fields)
     ]
     if not rows:
-        raise DemoError(f"read rows from {path}", "it holds none", "Give a file with examples")
+        raise refusal(f"read rows from {path}", "it holds none", "Give a file with examples")
     return rows
 
 
 def _row(values: Sequence[Any], place: str) -> Row:
     for value in values:
         if not isinstance(value, str | int | float | None) or isinstance(value, bool):
-            raise DemoError(place, f"{value!r} is no text", "Write texts and numbers only")
+            raise refusal(place, f"{value!r} is no text", "Write texts and numbers only")
     text, target, second = ("" if value is None else str(value).strip() for value in values)
     for name, value in (("text", text), ("target", target)):
         if not value:
-            raise DemoError(place, f"its {name} is empty", "Complete the line or remove it")
+            raise refusal(place, f"its {name} is empty", "Complete the line or remove it")
     return Row(text, target, second or None)
 
 
@@ -97,9 +97,9 @@ def _json_lines(text: str, path: Path, fields: Fields) -> Iterator[tuple[int, Se
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DemoError(f"{path}, line {number}", f"no JSON: {error}", "Correct it") from None
+            raise refusal(f"{path}, line {number}", f"no JSON: {error}", "Correct it") from None
         if not isinstance(found, dict):
-            raise DemoError(f"{path}, line {number}", "no object", "Write one object on each line")
+            raise refusal(f"{path}, line {number}", "no object", "Write one object on each line")
         yield number, _pick(found, fields, f"{path}, line {number}")
 
 
@@ -110,11 +110,11 @@ def _csv(text: str, path: Path, fields: Fields) -> Iterator[tuple[int, Sequence[
             place = f"{path}, line {reader.reader.line_num}"
             if None in row or None in row.values():
                 n = len(reader.fieldnames or ())
-                raise DemoError(place, f"it has not {n} columns", "Quote what holds a comma")
+                raise refusal(place, f"it has not {n} columns", "Quote what holds a comma")
             yield reader.reader.line_num, _pick(row, fields, place)
     except csv.Error as error:
         place = f"{path}, line {reader.reader.line_num}"
-        raise DemoError(place, f"no CSV: {error}", "Correct the quotes") from None
+        raise refusal(place, f"no CSV: {error}", "Correct the quotes") from None
 
 
 def _pick(found: dict[str, Any], fields: Fields, place: str) -> Sequence[Any]:
@@ -122,7 +122,7 @@ def _pick(found: dict[str, Any], fields: Fields, place: str) -> Sequence[Any]:
     for name in names:
         if name not in found:
             there = ", ".join(map(repr, found)) or "none"
-            raise DemoError(place, f"no {name!r}; there is: {there}", "Name the columns: --fields")
+            raise refusal(place, f"no {name!r}; there is: {there}", "Name the columns: --fields")
     return *(found[name] for name in names), *[None] * (3 - len(names))
 
 
@@ -133,7 +133,7 @@ def _pairs(text: str, path: Path, fields: Fields) -> Iterator[tuple[int, Sequenc
             continue
         parts = line.split(SEPARATOR)
         if len(parts) != 2:
-            raise DemoError(
+            raise refusal(
                 f"{path}, line {number}",
                 f"{len(parts) - 1} separators {SEPARATOR!r}",
                 f"Write context{SEPARATOR}target",

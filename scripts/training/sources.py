@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pairs
-import snippets
-from demo_files import DemoError
+from data import pairs, snippets
+from data.packaged import refusal
 
 from training.rows import Fields, Row, hold_out, read
 
@@ -51,13 +50,13 @@ def from_files(
         share: Share of the texts to hold out.
 
     Raises:
-        DemoError: A file cannot be read, or the held-out part is empty.
+        SystemExit: A file cannot be read, or the held-out part is empty.
     """
     rows = read(train, fields)
     parts = hold_out(rows, share) if held_out is None else (rows, read(held_out, fields))
     if not all(parts):
         found = f"{len(parts[0])} and {len(parts[1])} rows"
-        raise DemoError("rows to train on and rows to hold out", found, "Give --held-out")
+        raise refusal("rows to train on and rows to hold out", found, "Give --held-out")
     return Data(*parts, [] if test is None else read(test, fields))
 
 
@@ -105,7 +104,7 @@ def wordnet(folder: Path) -> Data:
                 rows.append(Row(word, definition))
     if not rows:
         found = f"no data files in {WORDNET}"
-        raise DemoError("the words of WordNet", found, "Install Debian's package wordnet-base")
+        raise refusal("the words of WordNet", found, "Install Debian's package wordnet-base")
     train, held_out = hold_out(rows, 0.05)
     return Data(train, held_out, [], prompt="{text} is")
 
@@ -127,9 +126,9 @@ def built_in(name: str, task: str, folder: Path) -> Data:
         folder: Where a download is kept.
 
     Raises:
-        DemoError: The source is for another task, or is not there.
+        SystemExit: The source is for another task, or is not there.
     """
     made_for, source = BUILT_IN[name]
     if made_for != task:
-        raise DemoError(f"{name!r} to {task}", f"it is for {made_for!r}", f"Pass --task {made_for}")
+        raise refusal(f"{name!r} to {task}", f"it is for {made_for!r}", f"Pass --task {made_for}")
     return source(folder)

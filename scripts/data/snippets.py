@@ -18,9 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_files import DemoError, new_folder, sha256
-
-__all__ = ["KINDS", "Snippet", "Split", "fetch", "read", "sentiment", "split"]
+from data.packaged import new_folder, refusal, sha256
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -75,7 +73,7 @@ def fetch(folder: Path) -> Path:
     """Return the source distribution in `folder`, downloaded by pip if it is not there yet.
 
     Raises:
-        DemoError: pip could not get it, or it is another file.
+        SystemExit: pip could not get it, or it is another file.
     """
     path = folder / SDIST
     if not path.is_file():
@@ -86,7 +84,7 @@ def fetch(folder: Path) -> Path:
         (folder / "download").rmdir()
     found = sha256(path)
     if found != SHA256:
-        raise DemoError(f"{SDIST} with SHA-256 {SHA256}", f"found {found}", f"Remove {path}")
+        raise refusal(f"{SDIST} with SHA-256 {SHA256}", f"found {found}", f"Remove {path}")
     return path
 
 
@@ -97,7 +95,7 @@ def _download(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not (folder / SDIST).is_file():
         last = (done.stderr.strip() or "no file").splitlines()[-1]
-        raise DemoError(
+        raise refusal(
             f"the source distribution of {PACKAGE}",
             f"pip could not download it ({last})",
             f"Put {SDIST} there by hand, or give the folder that holds it",
@@ -115,7 +113,7 @@ def read(sdist: Path, kind: str = "movies") -> list[Snippet]:
         In the order of the file.
 
     Raises:
-        DemoError: The file is not what it was: a line without three columns.
+        SystemExit: The file is not what it was: a line without three columns.
     """
     with tarfile.open(sdist) as outer:
         inner = outer.extractfile(INNER)
@@ -128,7 +126,7 @@ def read(sdist: Path, kind: str = "movies") -> list[Snippet]:
     for number, line in enumerate(filter(None, lines), 1):
         columns = line.split("\t")
         if len(columns) != 3:
-            raise DemoError(f"line {number} of {kind}", f"{len(columns)} columns", f"Get {SDIST}")
+            raise refusal(f"line {number} of {kind}", f"{len(columns)} columns", f"Get {SDIST}")
         text = " ".join(columns[2].split())
         found.setdefault(text, Snippet(columns[0], text, float(columns[1])))
     return list(found.values())

@@ -1,15 +1,16 @@
 """Every claim of the LoRA paper, run on real weights: one stage for each, one document.
 
-    python scripts/reproduce.py                    all stages, some hours on one core
-    python scripts/reproduce.py --stages latency   some stages; the document has all that is done
-    python scripts/reproduce.py --stages           no stage: the document from what is done
-    python scripts/reproduce.py --quick            tiny sizes, a minute or two: does it work at all
+    python -m reproduction                       all stages, some hours on one core
+    python -m reproduction --stages latency   some stages; the document has all that is done
+    python -m reproduction --stages           no stage: the document from what is done
+    python -m reproduction --quick            tiny sizes, a minute or two: does it work at all
 
 Every finished run is a file below `--folder`. It may be stopped at any moment, with Ctrl-C too, and
 started again: finished runs are kept, and only what is missing or has other settings is run. The
 document says for each claim what the paper found, what was found here, and whether it holds.
 
-Needs the `bench` and `demo` extras, and the weights: `bash scripts/reproduce.sh` gets all of it.
+With scripts/ on PYTHONPATH, the `bench` and `demo` extras, and the weights: `bash
+scripts/reproduce.sh` gets all of it and passes its options on.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin take ti
 
 import torch
 from benchmarks import measure, report
-from demo_files import DemoError
+
 from reproduction import (
     counting,
     decoder,
@@ -49,7 +50,7 @@ from reproduction import (
 )
 from reproduction.lab import FULL, QUICK, Lab, weights_present
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 STAGES: dict[str, ModuleType] = {
     "counting": counting,
     "quality": quality,
@@ -107,9 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped; what is finished is kept, and the same command goes on from there")
         return 130
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     write(lab, args.output)
     return 0
 

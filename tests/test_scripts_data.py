@@ -1,4 +1,4 @@
-"""The demo's data and objective: which functions become pairs, and which tokens carry the loss."""
+"""The data and objective of scripts/: which functions are pairs, which tokens carry the loss."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,7 @@ from conftest import script
 from hypothesis import given
 from hypothesis import strategies as st
 
-pairs = script("pairs")
-objective = script("objective")
+pairs = script("data.pairs")
 
 GOOD = '''
 class Box:
@@ -262,7 +262,7 @@ BATCH = [
 
 def test_loss_is_the_library_s_own_with_labels(decoder: torch.nn.Module) -> None:
     tokens, labels = pairs.collate(BATCH, pad=0)
-    mine = -objective.target_log_probs(decoder, tokens, labels).mean()
+    mine = -pairs.target_log_probs(decoder, tokens, labels).mean()
     theirs = decoder(tokens, labels=labels).loss
     torch.testing.assert_close(mine, theirs.float(), rtol=1e-6, atol=0)
 
@@ -270,7 +270,7 @@ def test_loss_is_the_library_s_own_with_labels(decoder: torch.nn.Module) -> None
 def test_loss_is_the_sum_of_eq_2_one_token_at_a_time(decoder: torch.nn.Module) -> None:
     """Each pair alone, no padding, no batch: log p(y_t | x, y_<t) from a forward of its own."""
     tokens, labels = pairs.collate(BATCH, pad=0)
-    found = objective.target_log_probs(decoder, tokens, labels)
+    found = pairs.target_log_probs(decoder, tokens, labels)
     wanted = [
         decoder(torch.tensor([e.tokens[:t]])).logits[0, -1].log_softmax(-1)[e.tokens[t]]
         for e in BATCH
@@ -280,52 +280,31 @@ def test_loss_is_the_sum_of_eq_2_one_token_at_a_time(decoder: torch.nn.Module) -
 
 
 def test_padding_and_batch_mates_change_nothing(decoder: torch.nn.Module) -> None:
-    alone = [objective.target_log_probs(decoder, *pairs.collate([e], pad=0)) for e in BATCH]
+    alone = [pairs.target_log_probs(decoder, *pairs.collate([e], pad=0)) for e in BATCH]
     for pad in (0, 39):
-        together = objective.target_log_probs(decoder, *pairs.collate(BATCH, pad=pad))
+        together = pairs.target_log_probs(decoder, *pairs.collate(BATCH, pad=pad))
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
 def test_examples_read_once_equal_examples_in_every_prompt(
     decoder: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages = script("demo_stages")
-    monkeypatch.setattr(stages, "BATCH", 2)  # two batches: the second must not see the first
+    demo = script("demo")
+    monkeypatch.setattr(demo, "BATCH", 2)  # two batches: the second must not see the first
     shots = [30, 31, 32, 33]
+    in_order = [e for batch in pairs.batches(BATCH, 2) for e in batch]
     with torch.inference_mode():
-        found = stages.evaluate(decoder, _PaddedWith0(), BATCH, "test", shots)
-        for example, row in zip(_in_order(BATCH), found, strict=True):
+        found = demo.log_probs(decoder, SimpleNamespace(pad_token_id=0), BATCH, shots)
+        for example, row in zip(in_order, found, strict=True):
             longer = pairs.Example(shots + example.tokens, len(shots) + example.n_prompt)
-            wanted = objective.target_log_probs(decoder, *pairs.collate([longer], pad=0))
-            torch.testing.assert_close(row, wanted, rtol=1e-6, atol=1e-6)
+            wanted = pairs.target_log_probs(decoder, *pairs.collate([longer], pad=0))
+            torch.testing.assert_close(torch.tensor(row), wanted, rtol=1e-6, atol=1e-6)
 
 
-class _PaddedWith0:
-    pad_token_id = 0
-
-
-def _in_order(examples: list) -> list:
-    return [e for batch in pairs.batches(examples, script("demo_stages").BATCH) for e in batch]
-
-
-# -------------------------------------------------------------------------------------- schedule
-
-
-def test_schedule_goes_up_and_then_down_by_the_steps_where_time_allows() -> None:
-    schedule = script("demo_stages").schedule
-    factors = [schedule(step, 20, step / 40) for step in range(21)]
+def test_the_rate_goes_up_over_a_tenth_and_then_down() -> None:
+    factors = [script("demo").rate(step, 20) for step in range(21)]
     assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert factors[2:] == pytest.approx([1 - i / 18 for i in range(19)])
-    assert factors[20] == 0
-
-
-@given(st.integers(1, 200), st.floats(0.05, 5))
-def test_schedule_ends_in_time_and_takes_no_step_of_nothing(steps: int, pace: float) -> None:
-    schedule = script("demo_stages").schedule
-    factors = [schedule(step, steps, pace * step / steps) for step in range(steps + 1)]
-    taken = factors.index(0)
-    assert taken == min(steps, math.ceil(steps / pace))
-    assert all(0 < factor <= 1 for factor in factors[:taken])
 
 
 # ------------------------------------------------------------------------------- the real decoder
@@ -333,10 +312,10 @@ def test_schedule_ends_in_time_and_takes_no_step_of_nothing(steps: int, pace: fl
 
 @pytest.fixture(scope="module")
 def gguf_file() -> Path:
-    smollm2 = script("smollm2")
+    smollm2 = script("data.smollm2")
     try:
         return smollm2.find()
-    except script("demo_files").DemoError as error:
+    except SystemExit as error:
         pytest.skip(str(error))
 
 
@@ -346,7 +325,7 @@ def gguf_file() -> Path:
 def test_real_decoder_is_read_right_and_saved_plain(gguf_file: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    smollm2 = script("smollm2")
+    smollm2 = script("data.smollm2")
     assert smollm2.save(gguf_file, tmp_path / "base") < 6
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
@@ -358,5 +337,5 @@ def test_real_decoder_is_read_right_and_saved_plain(gguf_file: Path, tmp_path: P
         for projection, heads in ((layer.self_attn.q_proj, 9), (layer.self_attn.k_proj, 3)):
             rows = projection.weight.data.view(heads, 2, 32, 576)
             projection.weight.data = rows.transpose(1, 2).reshape(projection.weight.shape)
-    with pytest.raises(script("demo_files").DemoError, match="perplexity 13"):
+    with pytest.raises(SystemExit, match="perplexity 13"):
         smollm2.check_sound(model, tokenizer)

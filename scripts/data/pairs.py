@@ -19,27 +19,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-__all__ = [
-    "IGNORED",
-    "PACKAGES",
-    "Example",
-    "Pair",
-    "Split",
-    "batches",
-    "collate",
-    "collect",
-    "encode",
-    "pairs_in",
-    "prompt_of",
-    "split_by_module",
-    "target_of",
-]
 
 # What the demo's own environment installs anyway, by name; one that is missing is left out.
 PACKAGES = ("huggingface_hub", "networkx", "numpy", "pydantic", "rich", "sympy")
@@ -285,3 +271,24 @@ def collate(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
         tokens[row, :end] = torch.tensor(example.tokens)
         labels[row, example.n_prompt : end] = tokens[row, example.n_prompt : end]
     return tokens, labels
+
+
+def target_log_probs(
+    model: PreTrainedModel, tokens: Tensor, labels: Tensor, **kwargs: Any
+) -> Tensor:
+    """Log-probability of each target token, given all tokens before it.
+
+    Args:
+        model: A causal language model of transformers (a decoder with a head).
+        tokens: (n, length).
+        labels: (n, length), `IGNORED` outside the targets, as `pairs.collate` makes them.
+        **kwargs: Passed on to the decoder, such as `past_key_values`.
+
+    Returns:
+        (n_target_tokens,) float32, row by row. The loss is the negative of its mean.
+    """
+    hidden = model.get_decoder()(tokens, **kwargs).last_hidden_state  # (n, length, dim)
+    predicts = labels[:, 1:] != IGNORED  # the state at i predicts the token at i + 1
+    logits = model.get_output_embeddings()(hidden[:, :-1][predicts]).float()  # (n_target, vocab)
+    wanted = labels[:, 1:][predicts]
+    return logits.log_softmax(-1).gather(1, wanted[:, None]).squeeze(1)
