@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
-from test_peft_failures import EXACT, SCALE, config, random, refused, saved
+from helpers.reference import EXACT, SCALE, config, random, refused, saved
 from torch import Tensor, nn
 
 import lora_inject as li

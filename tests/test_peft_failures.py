@@ -1,8 +1,8 @@
 """One test for each way in which PEFT 0.21.2 was seen to fail.
 
-Each test is named after what goes wrong there, and shows that it is right here (against a
-dense float64 reference that is formed by hand, and gradients against finite differences of that
-reference) or that it is refused before anything changed.
+Each shows that it is right here (against a dense float64 reference that is formed by hand, and
+gradients against finite differences of that reference) or that it is refused before anything
+changed.
 
 Where PEFT has a feature that does not exist here, the nearest thing that does exist is tested:
 
@@ -35,134 +35,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error, fill, same_bits, snapshot
+from helpers.reference import (
+    ALPHA,
+    EXACT,
+    IDS,
+    LLAMA,
+    RANK,
+    SCALE,
+    adapted,
+    config,
+    dense,
+    gpt2,
+    hold,
+    llama,
+    logits,
+    random,
+    refused,
+    saved,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
 
 import lora_inject as li
-
-RANK, ALPHA, SCALE = 2, 3.0, 1.5
-EXACT = 1e-12  # float64
-IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-
-
-def llama(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 13,
-        "max_position_embeddings": 16,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(sizes | options))).eval().double()
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    sizes = {"n_layer": 1, "n_embd": 6, "n_head": 2, "vocab_size": 13, "n_positions": 16}
-    tokens = {"bos_token_id": 0, "eos_token_id": 0}
-    config = GPT2Config(**sizes, **tokens, initializer_range=0.3)
-    return GPT2LMHeadModel(config).eval().double()
-
-
-def config(*targets: Any, **options: Any) -> dict[str, Any]:
-    return {"rank": RANK, "alpha": ALPHA, "targets": list(targets), **options}
-
-
-def adapted(plain: Any, *targets: Any, **options: Any) -> Any:
-    """A copy of the plain model with one adapter, none of whose tensors is zero."""
-    return fill(li.inject(copy.deepcopy(plain), config(*targets, **options)))
-
-
-def dense(
-    plain: nn.Module, model: nn.Module, name: str = "default", weight: float = 1.0
-) -> nn.Module:
-    """A float64 copy of the plain model with `W + weight * scale * B @ A` in place of each W.
-
-    Every adapted weight gets a tensor of its own, as if nothing had been tied.
-    """
-    wide = copy.deepcopy(plain).double()
-    for site in li.adapter_state(model, name).sites.values():
-        path, _, key = site.spec.weight.rpartition(".")
-        owner = wide.get_submodule(path)
-        delta = weight * SCALE * site.B.detach().double() @ site.A.detach().double()
-        W = owner._parameters[key]
-        assert W is not None
-        delta = delta.t() if site.spec.transposed else delta
-        owner._parameters[key] = nn.Parameter((W + delta.reshape(W.shape)).detach())
-    return wide
-
-
-Run = Callable[[nn.Module], Tensor]
-# Step and relative tolerance of differences in float64; and of a Llama, which forms its norms and
-# its softmax in float32 whatever its weights are, so that a smaller step would measure rounding.
-FINE, LLAMA = (1e-5, 1e-6), (2e-3, 2e-3)
-
-
-def hold(plain: nn.Module, model: nn.Module, run: Run, steps: tuple[float, float] = FINE) -> None:
-    """Hold a float64 model to its dense reference: output, gradients, merged and restored."""
-    wanted = run(dense(plain, model))
-    assert error(run(plain), wanted) > 0.01
-    assert error(run(model), wanted) < EXACT
-    hold_gradients(plain, model, run, *steps)
-    bits = {key: t.clone() for key, t in model.state_dict().items()}
-    li.merge(model)
-    assert error(run(model), wanted) < EXACT
-    li.unmerge(model)
-    assert all(same_bits(t, bits[key]) for key, t in model.state_dict().items())
-
-
-def hold_gradients(
-    plain: nn.Module, model: nn.Module, run: Run, step: float, tolerance: float
-) -> None:
-    """Compare each gradient, along a random direction, with differences of the dense reference."""
-    output = run(model)
-    weights = torch.randn_like(output)
-    parameters = li.adapter_parameters(model)
-    gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()))
-    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
-        direction, sides = torch.randn_like(parameter), []
-        for sign in (1, -1):
-            with torch.no_grad():
-                parameter.add_(direction, alpha=sign * step)
-                sides.append(float((run(dense(plain, model)) * weights).sum()))
-                parameter.sub_(direction, alpha=sign * step)
-        measured = (sides[0] - sides[1]) / (2 * step)
-        found = float((gradient * direction).sum())
-        assert found == pytest.approx(measured, rel=tolerance, abs=tolerance)
-
-
-def refused(model: nn.Module, run: Callable[[], Any], raised: type[Exception], words: str) -> None:
-    """Run what must raise, and see that the model is what it was, to the bit."""
-    before = snapshot(model)
-    with pytest.raises(raised, match=words):
-        run()
-    assert snapshot(model) == before
-
-
-def saved(model: nn.Module, folder: Path, layout: str, name: str = "default") -> tuple[Path, Path]:
-    """Save an adapter; return the path to load, and the file that holds the tensors."""
-    path = folder / ("a.safetensors" if layout == "native" else "a")
-    li.save_adapter(model, path, name, format=layout)
-    return path, path if layout == "native" else path / "adapter_model.safetensors"
-
-
-def logits(model: nn.Module) -> Tensor:
-    found: Tensor = model(IDS).logits
-    return found
-
 
 # ------------------------------------------------------------------------- wrong numbers, no error
 
@@ -189,11 +87,7 @@ class Concatenated(nn.Module):
         return F.linear(x, torch.cat([self.q.weight, self.k.weight]))
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def test_the_delta_of_attentions_out_proj_is_applied_twice() -> None:
+def test_attentions_out_proj_gets_its_delta_once() -> None:
     plain, x = Attention().double(), random(2, 3, 8)
     model = adapted(plain, "attn")
     assert "attn.out_proj" in li.adapters(model)["default"].sites
@@ -201,7 +95,7 @@ def test_the_delta_of_attentions_out_proj_is_applied_twice() -> None:
 
 
 @pytest.mark.parametrize("targets", [["linear1", "linear2"], ["self_attn"]], ids=str)
-def test_an_encoder_layer_in_eval_mode_reads_the_frozen_weight(targets: list[str]) -> None:
+def test_an_encoder_layer_in_eval_mode_is_adapted(targets: list[str]) -> None:
     plain = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True).double().eval()
     model, x = adapted(plain, *targets).eval(), random(2, 3, 8)
     hold(plain, model, lambda m: m(x))
@@ -209,7 +103,7 @@ def test_an_encoder_layer_in_eval_mode_reads_the_frozen_weight(targets: list[str
         assert error(model(x), dense(plain, model)(x)) < EXACT
 
 
-def test_a_parent_that_concatenates_its_childrens_weights_reads_the_frozen_ones() -> None:
+def test_a_parent_that_concatenates_its_childrens_weights_is_refused_or_adapted() -> None:
     plain, x = Concatenated().double(), random(3, 5)
     bare = copy.deepcopy(plain)
     refused(
@@ -221,14 +115,14 @@ def test_a_parent_that_concatenates_its_childrens_weights_reads_the_frozen_ones(
     hold(plain, adapted(plain, r"q\.weight", r"k\.weight"), lambda m: m(x))
 
 
-def test_out_proj_named_alone_is_inert() -> None:
+def test_out_proj_named_alone_is_adapted() -> None:
     plain, x = Attention().double(), random(2, 3, 8)
     model = adapted(plain, "out_proj")
     assert li.unreached(model, lambda: model(x)) == []
     hold(plain, model, lambda m: m(x))
 
 
-def test_attention_matched_with_its_own_child_leaves_orphans(tmp_path: Path) -> None:
+def test_attention_matched_with_its_own_child_is_adapted_once_or_refused(tmp_path: Path) -> None:
     plain, x = Attention().double(), random(2, 3, 8)
     bare = copy.deepcopy(plain)
     refused(
@@ -248,7 +142,7 @@ def test_attention_matched_with_its_own_child_leaves_orphans(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("targets", [["a", "b"], ["b"], ["a"], ["[ab]"]], ids=str)
-def test_one_linear_under_two_names_is_adapted_under_one(targets: list[str]) -> None:
+def test_one_linear_under_two_names_is_one_site(targets: list[str]) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -291,7 +185,7 @@ class TiedHead(nn.Module):
 
 
 @pytest.mark.parametrize("targets", [["head"], ["emb"]], ids=str)
-def test_merging_a_head_tied_by_hand_changes_the_embedding(targets: list[str]) -> None:
+def test_merging_a_head_tied_by_hand_leaves_the_embedding(targets: list[str]) -> None:
     plain = TiedHead().double()
     model = adapted(plain, *targets)
     other = "emb" if targets == ["head"] else "head"
@@ -302,7 +196,7 @@ def test_merging_a_head_tied_by_hand_changes_the_embedding(targets: list[str]) -
     assert model.head.weight is not model.emb.weight
 
 
-def test_merging_a_tied_head_and_embedding_adds_the_delta_twice() -> None:
+def test_merging_a_tied_head_and_embedding_adds_each_delta_once() -> None:
     plain = llama(tie_word_embeddings=True)
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     model = adapted(plain, "lm_head", "embed_tokens")
@@ -314,12 +208,12 @@ def test_merging_a_tied_head_and_embedding_adds_the_delta_twice() -> None:
     assert error(model.model.embed_tokens.weight, table) < EXACT  # type: ignore[arg-type]
 
 
-def test_merging_a_parametrised_weight_writes_to_a_temporary() -> None:
+def test_a_parametrized_weight_is_refused() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     refused(model, lambda: li.inject(model, config(r"\d")), li.LayerError, "'1'.*parametrised")
 
 
-def test_a_subclass_that_scales_its_weight_merges_to_something_else() -> None:
+def test_a_subclass_that_scales_its_weight_merges_to_the_same() -> None:
     class Tenth(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight * 0.1, self.bias)
@@ -336,14 +230,14 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", CONVOLUTIONS)
-def test_dilation_and_padding_mode_of_a_convolution_are_dropped(how: str) -> None:
+def test_dilation_and_padding_mode_of_a_convolution_are_kept(how: str) -> None:
     plain = nn.Sequential(nn.Conv2d(2, 4, 3, **CONVOLUTIONS[how])).double()
     model, x = adapted(plain, "0"), random(1, 2, 6, 5)
     hold(plain, model, lambda m: m(x))
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
-def test_a_pissa_adapter_loads_to_other_numbers_under_another_seed(
+def test_a_pissa_adapter_loads_to_the_same_numbers_under_any_seed(
     layout: str, tmp_path: Path
 ) -> None:
     plain = llama()
@@ -359,7 +253,7 @@ def test_a_pissa_adapter_loads_to_other_numbers_under_another_seed(
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_taking_off_a_pissa_or_olora_adapter_leaves_the_base_changed(init: str) -> None:
+def test_taking_off_a_pissa_or_olora_adapter_restores_the_base(init: str) -> None:
     model = llama()
     before = snapshot(model)
     li.inject(model, config("q_proj", init=init))
@@ -371,7 +265,7 @@ def test_taking_off_a_pissa_or_olora_adapter_leaves_the_base_changed(init: str) 
     assert snapshot(model) == before
 
 
-def test_loading_over_a_name_in_use_keeps_the_old_alpha(tmp_path: Path) -> None:
+def test_loading_over_a_name_in_use_is_refused(tmp_path: Path) -> None:
     plain = llama()
     other = adapted(plain, "q_proj", alpha=64)
     li.save_adapter(other, tmp_path / "alpha64")
@@ -388,7 +282,7 @@ def test_loading_over_a_name_in_use_keeps_the_old_alpha(tmp_path: Path) -> None:
     assert error(logits(model), logits(other)) < EXACT
 
 
-def test_merging_one_of_two_active_adapters_drops_the_other_silently() -> None:
+def test_merging_folds_every_active_adapter_unless_one_is_named() -> None:
     plain = llama()
     model = adapted(plain, "q_proj")
     fill(li.inject(model, config("q_proj", "v_proj"), "b"), "b")
@@ -424,12 +318,12 @@ def model_state_of(plain: nn.Module, merged: nn.Module) -> nn.Module:
     ],
     ids=["merge", "merge a mix", "activate", "train_only", "eject"],
 )
-def test_a_misspelt_adapter_serves_the_base(run: Callable[[nn.Module], Any]) -> None:
+def test_a_misspelt_adapter_is_refused_by_every_verb(run: Callable[[nn.Module], Any]) -> None:
     model = adapted(llama(), "q_proj")
     refused(model, lambda: run(model), li.StateError, "'typo'")
 
 
-def test_merging_while_disabled_merges_anyway() -> None:
+def test_merging_while_disabled_is_refused() -> None:
     model = adapted(llama(), "q_proj")
     with li.disabled(model):
         refused(model, lambda: li.merge(model), li.StateError, "Leave the context")
@@ -437,7 +331,7 @@ def test_merging_while_disabled_merges_anyway() -> None:
     refused(model, lambda: li.merge(model), li.StateError, "no adapter is active|Nothing is active")
 
 
-def test_a_layer_that_runs_several_times_merges_to_something_else() -> None:
+def test_a_layer_that_runs_several_times_merges_to_the_same() -> None:
     plain = llama()
     layers = plain.model.layers
     plain.model.layers = nn.ModuleList([layers[0], layers[1], layers[0], layers[1]])
@@ -449,7 +343,7 @@ def test_a_layer_that_runs_several_times_merges_to_something_else() -> None:
 
 
 @pytest.mark.parametrize("undo", [True, False])
-def test_adapters_changed_while_merged_are_subtracted_as_they_are_now(undo: bool) -> None:
+def test_adapters_changed_while_merged_do_not_change_what_unmerge_restores(undo: bool) -> None:
     plain = llama()
     model = adapted(plain, "q_proj")
     held = [p for n, p in model.named_parameters() if "lora_" in n]
@@ -468,7 +362,7 @@ def test_adapters_changed_while_merged_are_subtracted_as_they_are_now(undo: bool
 
 
 @pytest.mark.parametrize("context", ["routed", "disabled"])
-def test_a_forward_that_raises_serves_the_base_ever_after(context: str) -> None:
+def test_a_forward_that_raises_leaves_the_selection_as_it_was(context: str) -> None:
     model = adapted(llama(), "q_proj")
     adapter = logits(model)
 
@@ -483,7 +377,7 @@ def test_a_forward_that_raises_serves_the_base_ever_after(context: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
-def test_a_load_with_missing_tensors_leaves_meta_tensors(layout: str, tmp_path: Path) -> None:
+def test_a_load_with_missing_tensors_is_refused(layout: str, tmp_path: Path) -> None:
     plain = llama()
     path, file = saved(adapted(plain, "q_proj"), tmp_path, layout)
     drop_tensors(file, lambda key: "layers.1" in key and ("lora_A" in key or key[0] == "A"))
@@ -502,7 +396,7 @@ def drop_tensors(file: Path, gone: Callable[[str], bool]) -> None:
     save_file(kept, file, metadata)
 
 
-def test_nan_in_an_adapter_is_merged() -> None:
+def test_nan_in_an_adapter_is_not_merged() -> None:
     model = adapted(llama(), "q_proj")
     with torch.no_grad():
         li.adapter_parameters(model)["model.layers.1.self_attn.q_proj.lora_B"][0, 0] = torch.nan
@@ -510,7 +404,7 @@ def test_nan_in_an_adapter_is_merged() -> None:
 
 
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_half_of_one_and_half_of_another_has_cross_terms(scaling: str) -> None:
+def test_half_of_one_and_half_of_another_is_the_sum_of_both(scaling: str) -> None:
     plain = nn.Sequential()
     plain.add_module("lora_in", nn.Linear(6, 5))
     plain = plain.double()
@@ -525,7 +419,7 @@ def test_half_of_one_and_half_of_another_has_cross_terms(scaling: str) -> None:
     assert error(model.lora_in.weight, halves.lora_in.weight) < EXACT  # type: ignore[union-attr]
 
 
-def test_tensors_that_the_model_has_no_place_for_are_dropped(tmp_path: Path) -> None:
+def test_tensors_that_the_model_has_no_place_for_are_refused(tmp_path: Path) -> None:
     deep = adapted(llama(num_hidden_layers=3), "q_proj")
     li.save_adapter(deep, tmp_path / "deep")
     shallow = llama()
@@ -545,7 +439,7 @@ def test_tensors_that_the_model_has_no_place_for_are_dropped(tmp_path: Path) -> 
     refused(plain, run, li.FormatError, "k_proj")
 
 
-def test_an_adapter_of_another_base_of_the_same_shape_loads(tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(tmp_path: Path) -> None:
     li.save_adapter(adapted(llama(), "q_proj"), tmp_path / "a")
     other = llama()
     with torch.no_grad():
@@ -554,7 +448,7 @@ def test_an_adapter_of_another_base_of_the_same_shape_loads(tmp_path: Path) -> N
     refused(other, run, li.FormatError, "another base.*layers.0.self_attn.q_proj")
 
 
-def test_a_second_adapter_from_disk_replaces_the_first(tmp_path: Path) -> None:
+def test_a_second_adapter_from_disk_stands_beside_the_first(tmp_path: Path) -> None:
     base = llama()
     models = [adapted(base, "q_proj"), adapted(base, "q_proj")]
     for i, model in enumerate(models):
@@ -569,16 +463,14 @@ def test_a_second_adapter_from_disk_replaces_the_first(tmp_path: Path) -> None:
     assert error(logits(loaded), logits(models[1])) < EXACT
 
 
-def test_injecting_twice_under_one_name_wipes_what_was_trained() -> None:
+def test_injecting_twice_under_one_name_is_refused() -> None:
     model = adapted(llama(), "q_proj")
     run = lambda: li.inject(model, config("q_proj"))  # noqa: E731
     refused(model, run, li.StateError, "has one of that name")
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
-def test_an_adapter_named_like_a_module_empties_the_others_file(
-    layout: str, tmp_path: Path
-) -> None:
+def test_an_adapter_named_like_a_module_leaves_the_others_file(layout: str, tmp_path: Path) -> None:
     model = adapted(llama(), "q_proj", "down_proj")
     for folder in ("before", "after"):
         (tmp_path / folder).mkdir()
@@ -590,9 +482,7 @@ def test_an_adapter_named_like_a_module_empties_the_others_file(
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", r"model\.embed_tokens"])
-def test_an_adapter_of_the_embedding_carries_the_base_and_overwrites_it(
-    target: str, tmp_path: Path
-) -> None:
+def test_an_adapter_of_the_embedding_does_not_carry_the_base(target: str, tmp_path: Path) -> None:
     plain = llama()
     model = adapted(plain, target)
     li.save_adapter(model, tmp_path / "a")
@@ -607,7 +497,7 @@ def test_an_adapter_of_the_embedding_carries_the_base_and_overwrites_it(
     assert error(logits(again), logits(model)) < EXACT
 
 
-def test_a_peft_file_whose_base_embedding_differs_overwrites_the_base(tmp_path: Path) -> None:
+def test_a_peft_file_whose_base_embedding_differs_is_refused(tmp_path: Path) -> None:
     plain = llama()
     li.save_adapter(adapted(plain, "embed_tokens"), tmp_path / "a")
     file = tmp_path / "a" / "adapter_model.safetensors"
@@ -620,19 +510,19 @@ def test_a_peft_file_whose_base_embedding_differs_overwrites_the_base(tmp_path: 
 # ------------------------------------------------------------------------------------- targeting
 
 
-def test_one_misspelt_target_of_two_is_left_out_silently() -> None:
+def test_one_misspelt_target_of_two_is_refused() -> None:
     model = llama()
     run = lambda: li.inject(model, config("q_proj", "v_prj"))  # noqa: E731
     refused(model, run, li.MatchError, r"'v_prj'.*Nearest: .*v_proj")
 
 
-def test_entries_of_a_list_are_no_regexes() -> None:
+def test_entries_of_a_list_are_regexes() -> None:
     sites = {s.name for s in li.plan(llama(), config("layers.*.q_proj", "v_proj")).sites}
     stem = "model.layers.{}.self_attn.{}"
     assert sites == {stem.format(i, p) for i in (0, 1) for p in ("q_proj", "v_proj")}
 
 
-def test_layer_1_means_layers_10_and_11_too() -> None:
+def test_layer_1_means_layer_1() -> None:
     model = llama(num_hidden_layers=12)
     exact = li.plan(model, config(r"layers\.1\..*q_proj"))
     assert [s.name for s in exact.sites] == ["model.layers.1.self_attn.q_proj"]
@@ -643,7 +533,7 @@ def test_layer_1_means_layers_10_and_11_too() -> None:
     assert "{1,10..11}" in str(li.plan(model, loose))
 
 
-def test_a_dead_branch_of_a_pattern_is_silent() -> None:
+def test_a_dead_branch_of_a_pattern_is_found_by_a_stated_count() -> None:
     model = llama()
     counted = config("(q|k|w)_proj", expect={"sites": 6})
     refused(model, lambda: li.inject(model, counted), li.MatchError, "sites.*4")
@@ -651,7 +541,7 @@ def test_a_dead_branch_of_a_pattern_is_silent() -> None:
     refused(model, lambda: li.inject(model, listed), li.MatchError, "'w_proj'")
 
 
-def test_a_layer_index_is_ignored_beside_full_names() -> None:
+def test_a_layer_index_holds_beside_full_names() -> None:
     model = llama()
     named = li.plan(model, config(r"^model\.layers\.0\.self_attn\.q_proj"))
     assert [s.name for s in named.sites] == ["model.layers.0.self_attn.q_proj"]
@@ -659,7 +549,7 @@ def test_a_layer_index_is_ignored_beside_full_names() -> None:
     refused(model, lambda: li.inject(model, absent), li.MatchError, r"layers\\\.7")
 
 
-def test_a_narrower_rule_after_a_wide_one_is_dead() -> None:
+def test_a_narrower_rule_after_a_wide_one_is_refused() -> None:
     model = llama()
     wide, narrow = {"match": "q_proj", "rank": 4}, {"match": r"layers\.0\..*q_proj", "rank": 3}
     dead = config(wide, narrow)
@@ -680,7 +570,7 @@ class Overhead(nn.Module):
         return found
 
 
-def test_a_trained_module_is_found_inside_another_name() -> None:
+def test_a_trained_module_is_not_looked_for_inside_another_name() -> None:
     plain, x = Overhead().double(), random(2, 5)
     model = adapted(plain, "overhead", train=["head"])
     assert set(li.adapter_state(model).trained) == {"head.weight", "head.bias"}
@@ -694,7 +584,7 @@ def test_a_trained_module_is_found_inside_another_name() -> None:
     refused(bare, lambda: li.inject(bare, typo), li.MatchError, r"train 1 \('heda'\)")
 
 
-def test_an_exclusion_that_excludes_nothing_is_silent() -> None:
+def test_an_exclusion_that_excludes_nothing_is_refused() -> None:
     model = llama()
     typo = config(".*_proj", exclude=["k_proj", "v_prj"])
     refused(model, lambda: li.inject(model, typo), li.MatchError, r"exclude 2 \('v_prj'\)")
@@ -714,18 +604,15 @@ def mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(MixtralConfig(**sizes, initializer_range=0.3)).eval().double()
 
 
-def test_every_projection_leaves_the_stacked_experts_out() -> None:
+def test_every_projection_reaches_the_stacked_experts() -> None:
     model = mixtral()
-    wide = config(".*_proj")
-    refused(model, lambda: li.inject(model, wide), li.MatchError, "experts.gate_up_proj.*layout")
-    stated = config({"match": r".*experts\..*_proj", "layout": "out_in"}, ".*_proj")
-    sites = {s.name.rpartition(".")[2] for s in li.plan(model, stated).sites}
+    sites = {s.name.rpartition(".")[2] for s in li.plan(model, config(".*_proj")).sites}
     assert sites == {"gate_up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj"}
     old = config("w1", "w2")
     refused(model, lambda: li.inject(model, old), li.MatchError, r"'w1'")
 
 
-def test_a_misspelt_parameter_is_left_out_silently() -> None:
+def test_a_misspelt_parameter_is_refused() -> None:
     model = mixtral()
     rule = {"match": r"experts\.gate_up_proj", "layout": "out_in"}
     typo = config(rule, {"match": r"experts\.down_prj", "layout": "out_in"})
@@ -733,14 +620,14 @@ def test_a_misspelt_parameter_is_left_out_silently() -> None:
     refused(model, lambda: li.inject(model, typo), li.MatchError, words)
 
 
-def test_the_output_head_is_adapted_unasked() -> None:
+def test_the_output_head_is_adapted_only_where_it_is_named() -> None:
     sites = li.plan(Overhead(), config("overhead")).sites
     assert [s.name for s in sites] == ["overhead"]
     sites = li.plan(Overhead(), config(".+", exclude=["head"])).sites
     assert [s.name for s in sites] == ["overhead"]
 
 
-def test_q_of_a_fused_projection_cannot_be_named() -> None:
+def test_q_of_a_fused_projection_is_adapted_alone() -> None:
     plain = gpt2()
     rule = {"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q"]}
     model = adapted(plain, rule)
@@ -765,7 +652,7 @@ class Outer(nn.Linear):
         return super().forward(x) + self.proj(x)
 
 
-def test_a_linear_inside_a_linear_loses_its_parent() -> None:
+def test_a_linear_inside_a_linear_is_adapted_beside_its_parent() -> None:
     plain, x = nn.Sequential(Outer()).double(), random(3, 5)
     model = adapted(plain, "0", "proj")
     assert set(li.adapters(model)["default"].sites) == {"0", "0.proj"}
@@ -773,15 +660,15 @@ def test_a_linear_inside_a_linear_loses_its_parent() -> None:
 
 
 @pytest.mark.parametrize("target", ["self_attn", "input_layernorm", "layers", r"layers\.\d"])
-def test_a_container_or_norm_prints_the_whole_module(target: str) -> None:
+def test_a_container_or_norm_is_refused_in_a_short_message(target: str) -> None:
     model = llama()
-    with pytest.raises(li.MatchError, match="cannot carry an adapter") as raised:
+    with pytest.raises(li.MatchError, match="cannot take an adapter") as raised:
         li.inject(model, config(target))
     assert "(" + "q_proj): Linear" not in str(raised.value)
     assert len(str(raised.value)) < 500
 
 
-def test_a_config_object_remembers_the_first_model() -> None:
+def test_a_config_object_remembers_no_model() -> None:
     wanted = li.Config.coerce(config("c_attn|q_proj"))
     text = str(wanted.to_dict())
     first, second = li.inject(gpt2(), wanted), li.inject(llama(), wanted)
@@ -792,7 +679,7 @@ def test_a_config_object_remembers_the_first_model() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0, 0.0, -1, float("nan"), float("inf"), "8", None, True])
-def test_an_alpha_of_zero_or_nan_is_accepted(alpha: Any) -> None:
+def test_an_alpha_of_zero_or_nan_is_refused(alpha: Any) -> None:
     model = llama()
     run = lambda: li.inject(model, config("q_proj", alpha=alpha))  # noqa: E731
     refused(model, run, li.ConfigError, "alpha")
@@ -801,7 +688,7 @@ def test_an_alpha_of_zero_or_nan_is_accepted(alpha: Any) -> None:
 # ------------------------------------------------------------------------- not atomic, side effects
 
 
-def test_a_bad_second_target_leaves_the_first_replaced() -> None:
+def test_a_bad_second_target_leaves_the_model_as_it_was() -> None:
     model = llama()
     bad = config("q_proj", "input_layernorm")
     refused(model, lambda: li.inject(model, bad), li.MatchError, "input_layernorm")
@@ -810,7 +697,7 @@ def test_a_bad_second_target_leaves_the_first_replaced() -> None:
     assert [*li.adapters(model)] == ["default"]
 
 
-def test_nan_in_layer_1_leaves_layer_0_merged() -> None:
+def test_nan_in_layer_1_leaves_layer_0_unmerged() -> None:
     model = adapted(llama(), "q_proj", "v_proj")
     key = "model.layers.1.self_attn.v_proj.lora_A"
     with torch.no_grad():
@@ -818,14 +705,14 @@ def test_nan_in_layer_1_leaves_layer_0_merged() -> None:
     refused(model, lambda: li.merge(model), li.StateError, "layers.1.self_attn.v_proj")
 
 
-def test_a_grouped_convolution_cannot_merge_and_the_rest_stays_merged() -> None:
+def test_a_grouped_convolution_merges_with_the_rest() -> None:
     plain = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(8, 3)).double()
     model, x = adapted(plain, "0", "2"), random(2, 4, 4)
     hold(plain, model, lambda m: m(x))
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_what_required_a_gradient_before_does_not_after(merged: bool) -> None:
+def test_what_required_a_gradient_before_does_so_after(merged: bool) -> None:
     model = llama()
     model.model.embed_tokens.requires_grad_(False)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -837,7 +724,7 @@ def test_what_required_a_gradient_before_does_not_after(merged: bool) -> None:
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
 
 
-def test_disabling_a_merged_model_unmerges_it_silently() -> None:
+def test_disabling_a_merged_model_is_refused() -> None:
     model = adapted(llama(), "q_proj")
     adapter = logits(model)
     li.merge(model)
@@ -850,7 +737,7 @@ def test_disabling_a_merged_model_unmerges_it_silently() -> None:
     assert error(logits(model), adapter) < EXACT
 
 
-def test_base_keys_move_so_that_a_base_checkpoint_does_not_load(tmp_path: Path) -> None:
+def test_base_keys_stay_so_that_a_base_checkpoint_loads(tmp_path: Path) -> None:
     base, model = llama(), adapted(llama(), "q_proj")
     with torch.no_grad():
         for parameter in base.parameters():
@@ -865,7 +752,7 @@ def test_base_keys_move_so_that_a_base_checkpoint_does_not_load(tmp_path: Path) 
     assert all(same_bits(held[key], t) for key, t in base.state_dict().items())
 
 
-def test_missing_keys_are_counted_by_substrings_of_the_adapters_name(tmp_path: Path) -> None:
+def test_missing_keys_are_told_whatever_the_adapters_name(tmp_path: Path) -> None:
     plain = llama()
     li.save_adapter(adapted(plain, "q_proj", "v_proj"), tmp_path / "a", name="default")
     file = tmp_path / "a" / "adapter_model.safetensors"
@@ -876,7 +763,7 @@ def test_missing_keys_are_counted_by_substrings_of_the_adapters_name(tmp_path: P
     assert "q_proj" not in str(raised.value)
 
 
-def test_the_dropout_of_a_new_adapter_is_on_in_an_eval_model() -> None:
+def test_the_dropout_of_a_new_adapter_is_off_in_an_eval_model() -> None:
     model = adapted(llama(), "q_proj", dropout=0.9)
     assert same_bits(logits(model), logits(model))
     assert error(logits(model), logits(dense(llama(), model))) < EXACT
@@ -884,7 +771,7 @@ def test_the_dropout_of_a_new_adapter_is_on_in_an_eval_model() -> None:
     assert not torch.equal(logits(model), logits(model))
 
 
-def test_a_users_hook_sees_the_output_before_the_adapter() -> None:
+def test_a_users_hook_sees_the_adapted_output() -> None:
     plain = llama()
     seen: list[Tensor] = []
     q = plain.model.layers[0].self_attn.q_proj
@@ -900,7 +787,7 @@ def test_a_users_hook_sees_the_output_before_the_adapter() -> None:
     assert error(seen[0] - seen[1], x @ (SCALE * site.B @ site.A).t()) < 1e-10
 
 
-def test_an_adapted_model_cannot_be_exported() -> None:
+def test_an_adapted_model_is_exported() -> None:
     plain = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)).double()
     model, x = adapted(plain, r"\d"), random(2, 5)
     exported = torch.export.export(model.eval(), (x,)).module()
@@ -919,7 +806,7 @@ li.save_adapter(net, sys.argv[1])
 
 
 @pytest.mark.slow
-def test_the_order_of_targets_in_the_file_differs_from_run_to_run(tmp_path: Path) -> None:
+def test_the_same_adapter_is_written_to_the_same_bytes_in_every_run(tmp_path: Path) -> None:
     written = []
     for seed in ("1", "2"):
         path = tmp_path / seed
@@ -930,7 +817,7 @@ def test_the_order_of_targets_in_the_file_differs_from_run_to_run(tmp_path: Path
     assert len(json.loads(written[0]["adapter_config.json"])["target_modules"]) > 0
 
 
-def test_scale_and_alpha_are_lost_on_the_way(tmp_path: Path) -> None:
+def test_scale_and_alpha_come_back_from_every_format(tmp_path: Path) -> None:
     plain = llama()
     model = adapted(plain, {"match": "q_proj", "alpha": 64}, {"match": "v_proj", "rank": 3})
     wanted = logits(model)
@@ -943,7 +830,7 @@ def test_scale_and_alpha_are_lost_on_the_way(tmp_path: Path) -> None:
         assert error(logits(again), wanted) < EXACT
 
 
-def test_pissa_over_a_base_without_values_fails_in_torch() -> None:
+def test_pissa_over_a_base_without_values_is_refused() -> None:
     model = llama().to("meta")
     run = lambda: li.inject(model, config("q_proj", init="pissa"))  # noqa: E731
     before = [(n, id(m), type(m)) for n, m in model.named_modules()]

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits
-from test_peft_failures import SCALE, config, saved
+from helpers.reference import SCALE, config, saved
 from torch import Tensor, nn
 
 import lora_inject as li

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import error, fill, same_bits, snapshot
-from test_peft_failures import (
+from helpers.reference import (
     EXACT,
     IDS,
     SCALE,

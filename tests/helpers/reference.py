@@ -1,0 +1,135 @@
+"""Tiny models in float64, adapted, and the dense reference that they are held to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import error, fill, same_bits, snapshot
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import lora_inject as li
+
+RANK, ALPHA, SCALE = 2, 3.0, 1.5
+EXACT = 1e-12  # float64
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 13,
+        "max_position_embeddings": 16,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(sizes | options))).eval().double()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_embd": 6, "n_head": 2, "vocab_size": 13, "n_positions": 16}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(**sizes, **tokens, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval().double()
+
+
+def config(*targets: Any, **options: Any) -> dict[str, Any]:
+    return {"rank": RANK, "alpha": ALPHA, "targets": list(targets), **options}
+
+
+def adapted(plain: Any, *targets: Any, **options: Any) -> Any:
+    """A copy of the plain model with one adapter, none of whose tensors is zero."""
+    return fill(li.inject(copy.deepcopy(plain), config(*targets, **options)))
+
+
+def dense(
+    plain: nn.Module, model: nn.Module, name: str = "default", weight: float = 1.0
+) -> nn.Module:
+    """A float64 copy of the plain model with `W + weight * scale * B @ A` in place of each W.
+
+    Every adapted weight gets a tensor of its own, as if nothing had been tied.
+    """
+    wide = copy.deepcopy(plain).double()
+    for site in li.adapter_state(model, name).sites.values():
+        path, _, key = site.spec.weight.rpartition(".")
+        owner = wide.get_submodule(path)
+        delta = weight * SCALE * site.B.detach().double() @ site.A.detach().double()
+        W = owner._parameters[key]
+        assert W is not None
+        delta = delta.t() if site.spec.transposed else delta
+        owner._parameters[key] = nn.Parameter((W + delta.reshape(W.shape)).detach())
+    return wide
+
+
+Run = Callable[[nn.Module], Tensor]
+# Step and relative tolerance of differences in float64; and of a Llama, which forms its norms and
+# its softmax in float32 whatever its weights are, so that a smaller step would measure rounding.
+FINE, LLAMA = (1e-5, 1e-6), (2e-3, 2e-3)
+
+
+def hold(plain: nn.Module, model: nn.Module, run: Run, steps: tuple[float, float] = FINE) -> None:
+    """Hold a float64 model to its dense reference: output, gradients, merged and restored."""
+    wanted = run(dense(plain, model))
+    assert error(run(plain), wanted) > 0.01
+    assert error(run(model), wanted) < EXACT
+    hold_gradients(plain, model, run, *steps)
+    bits = {key: t.clone() for key, t in model.state_dict().items()}
+    li.merge(model)
+    assert error(run(model), wanted) < EXACT
+    li.unmerge(model)
+    assert all(same_bits(t, bits[key]) for key, t in model.state_dict().items())
+
+
+def hold_gradients(
+    plain: nn.Module, model: nn.Module, run: Run, step: float, tolerance: float
+) -> None:
+    """Compare each gradient, along a random direction, with differences of the dense reference."""
+    output = run(model)
+    weights = torch.randn_like(output)
+    parameters = li.adapter_parameters(model)
+    gradients = torch.autograd.grad((output * weights).sum(), list(parameters.values()))
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        direction, sides = torch.randn_like(parameter), []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign * step)
+                sides.append(float((run(dense(plain, model)) * weights).sum()))
+                parameter.sub_(direction, alpha=sign * step)
+        measured = (sides[0] - sides[1]) / (2 * step)
+        found = float((gradient * direction).sum())
+        assert found == pytest.approx(measured, rel=tolerance, abs=tolerance)
+
+
+def refused(model: nn.Module, run: Callable[[], Any], raised: type[Exception], words: str) -> None:
+    """Run what must raise, and see that the model is what it was, to the bit."""
+    before = snapshot(model)
+    with pytest.raises(raised, match=words):
+        run()
+    assert snapshot(model) == before
+
+
+def saved(model: nn.Module, folder: Path, layout: str, name: str = "default") -> tuple[Path, Path]:
+    """Save an adapter; return the path to load, and the file that holds the tensors."""
+    path = folder / ("a.safetensors" if layout == "native" else "a")
+    li.save_adapter(model, path, name, format=layout)
+    return path, path if layout == "native" else path / "adapter_model.safetensors"
+
+
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model(IDS).logits
+    return found
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
