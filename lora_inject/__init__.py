@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     )
     from lora_inject.functional.merge_report import MergeReport
     from lora_inject.integrations.trainer import AdapterCheckpoint
-    from lora_inject.model.inject import eject, inject, plan
+    from lora_inject.model.eject import eject
+    from lora_inject.model.inject import inject, plan
     from lora_inject.model.listing import adapters, summary
+    from lora_inject.model.load import install, load_adapter
     from lora_inject.model.merge import merge, unmerge
     from lora_inject.model.reached import unreached
-    from lora_inject.model.save import adapter_state, install, load_adapter, save_adapter
+    from lora_inject.model.save import adapter_state, save_adapter
     from lora_inject.model.select import activate, disabled, routed
     from lora_inject.model.swap import swap_adapter
     from lora_inject.model.train import adapter_parameters, parameter_groups, train_only
@@ -79,11 +81,13 @@ _HOMES = {
     "StateError",
     "functional.merge_report": "MergeReport",
     "integrations.trainer": "AdapterCheckpoint",
-    "model.inject": "eject inject plan",
+    "model.eject": "eject",
+    "model.inject": "inject plan",
     "model.listing": "adapters summary",
     "model.merge": "merge unmerge",
     "model.reached": "unreached",
-    "model.save": "adapter_state install load_adapter save_adapter",
+    "model.load": "install load_adapter",
+    "model.save": "adapter_state save_adapter",
     "model.select": "activate disabled routed",
     "model.swap": "swap_adapter",
     "model.train": "adapter_parameters parameter_groups train_only",

@@ -132,7 +132,7 @@ def test_a_mix_is_rounded_once(dtype: torch.dtype) -> None:
     for name, weight in mix.items():
         A, B = (p.detach().double() for p in li.adapter_parameters(model, name).values())
         exact = dense_weight(kind, exact, A, B, 1.5 * weight)
-    report = li.merge(model, mix)
+    report = li.merge(model, name=mix)
     assert dict(report.adapters) == mix
     found = model.layer.weight.detach().double()
     half = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0
@@ -150,7 +150,7 @@ def test_a_named_merge_comes_back_to_the_selection_before_it() -> None:
     li.activate(model, {"a": 0.25, "b": 1.0})
     li.train_only(model, ["a", "b"])
     wanted, flags = model(x), {n: p.requires_grad for n, p in model.named_parameters()}
-    li.merge(model, "a")
+    li.merge(model, name="a")
     assert error(model(x), of_a) < TOLERANCE[torch.float32]
     assert {n: i.weight for n, i in li.adapters(model).items()} == {"a": 1.0, "b": None}
     assert not any(p.requires_grad for p in model.parameters())
@@ -298,7 +298,7 @@ def test_without_undo_nothing_is_kept_and_unmerge_refuses() -> None:
     x = torch.randn(2, 5)
     wanted = model(x)
     li.merge(model, undo=False)
-    assert model.__dict__["_lora_root"].undo.targets is None
+    assert model.__dict__["_lora_root"].undo.undos is None
     before = snapshot(model)
     with pytest.raises(li.StateError) as caught:
         li.unmerge(model)
@@ -313,7 +313,7 @@ def test_with_undo_the_merged_weights_are_kept_once() -> None:
     model = Host(nn.Linear(50, 60))
     fill(li.inject(model, {**RANK2, "targets": ["layer"], "bias": "adapted"}))
     li.merge(model)
-    kept = [t.original for t in model.__dict__["_lora_root"].undo.targets]
+    kept = [t.original for t in model.__dict__["_lora_root"].undo.undos]
     assert sum(t.numel() for t in kept if t is not None) == 50 * 60 + 60
 
 
@@ -371,8 +371,8 @@ REFUSED = {
     "the weight is not contiguous": (_strided, li.LayerError),
     "the weight is a Packed": (_subclass, li.LayerError),
     "'default' is merged into the weights": (_twice, li.StateError),
-    "its weight is nan": (lambda m: li.merge(m, {"default": math.nan}), li.StateError),
-    "Did you mean 'default'": (lambda m: li.merge(m, {"defualt": 1.0}), li.StateError),
+    "its weight is nan": (lambda m: li.merge(m, name={"default": math.nan}), li.StateError),
+    "Did you mean 'default'": (lambda m: li.merge(m, name={"defualt": 1.0}), li.StateError),
 }
 
 
@@ -391,7 +391,7 @@ def test_merge_inside_a_context_is_refused(context: str) -> None:
     wanted = model(x)
     manager = li.disabled(model) if context == "disabled" else li.routed(model, ["default"])
     with manager, pytest.raises(li.StateError):
-        li.merge(model, "default")
+        li.merge(model, name="default")
     assert snapshot(model) == before
     assert same_bits(model(x), wanted)
     li.merge(model)

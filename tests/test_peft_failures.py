@@ -293,7 +293,7 @@ def test_merging_folds_every_active_adapter_unless_one_is_named() -> None:
     assert error(logits(model), both) < EXACT
     li.unmerge(model)
     # Naming one is a statement; the other is then not active, and cannot be while merged.
-    assert li.merge(model, "default").adapters == (("default", 1.0),)
+    assert li.merge(model, name="default").adapters == (("default", 1.0),)
     assert error(logits(model), logits(dense(plain, model_state_of(plain, model)))) < EXACT
     refused(model, lambda: li.activate(model, "b"), li.StateError, "unmerge")
     li.unmerge(model)
@@ -310,8 +310,8 @@ def model_state_of(plain: nn.Module, merged: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     "run",
     [
-        lambda m: li.merge(m, "typo"),
-        lambda m: li.merge(m, {"default": 1.0, "typo": 1.0}),
+        lambda m: li.merge(m, name="typo"),
+        lambda m: li.merge(m, name={"default": 1.0, "typo": 1.0}),
         lambda m: li.activate(m, "typo"),
         lambda m: li.train_only(m, "typo"),
         lambda m: li.eject(m, "typo"),

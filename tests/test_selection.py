@@ -849,7 +849,7 @@ def test_verbs_inside_a_context_are_refused(context: str, verb: str) -> None:
     with li.disabled(model) if context == "disabled" else li.routed(model, ["a", "c"]):
         inside = model(x)
         with pytest.raises(li.StateError, match=context):
-            VERBS[verb](model) if verb != "merge" else li.merge(model, "a")
+            VERBS[verb](model) if verb != "merge" else li.merge(model, name="a")
         assert same_bits(model(x), inside)
     assert snapshot(model) == before
     assert li.summary(model) == listed

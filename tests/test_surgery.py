@@ -974,7 +974,7 @@ UNKNOWN = {
     "activate": lambda m: li.activate(m, "sqll"),
     "adapter_parameters of": lambda m: li.adapter_parameters(m, "sqll"),
     "adapter_state of": lambda m: li.adapter_state(m, "sqll"),
-    "merge": lambda m: li.merge(m, "sqll"),
+    "merge": lambda m: li.merge(m, name="sqll"),
 }
 
 

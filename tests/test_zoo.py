@@ -104,7 +104,7 @@ class _Half(Ours):
 
 class _Merged(Ours):
     def merge(self, model: nn.Module) -> None:
-        li.merge(model, {"default": 1.5})
+        li.merge(model, name={"default": 1.5})
 
 
 class _Drift(Ours):

@@ -134,4 +134,5 @@ class MergeReport:
                 math.inf if v is None else v for v in (t.relative, t.kept, t.error)
             )
             lines.append(f"{relative:10.2e} {kept:8.3f} {error:8.3f}  {t.name}")
-        return "\n".join([*lines, self.warning] if self.warning else lines)
+        last = [self.warning] if self.warning else []
+        return "\n".join([*lines, *self.notes, *last])

@@ -52,20 +52,26 @@ class Entry:
         spec: The site, or None for a full trained copy.
         param: Name of the parameter in the module that is adapted.
         names: Role to flat attribute name.
-        why: For a trained copy, the config entry it came from: `train` or `bias`.
+        shape: For a trained copy, its shape.
     """
 
     adapter: str
     spec: SiteSpec | None
     param: str
     names: Mapping[str, str]
-    why: str = ""
+    shape: tuple[int, ...] = ()
 
     def tensor(self, module: nn.Module, role: str) -> Tensor:
         """Return the current tensor of a role."""
         found = module._parameters[self.names[role]]
         assert found is not None
         return found
+
+    def shape_of(self, role: str) -> tuple[int, ...]:
+        """Return the shape that the tensor of a role has, unsharded."""
+        if self.spec is None:
+            return self.shape
+        return self.spec.a_shape if role in ("A", "A0") else self.spec.b_shape
 
     def recipes(self, weight: float) -> Iterator[Recipe]:
         """Yield the update, and with a negative scale the frozen start of pissa or olora."""

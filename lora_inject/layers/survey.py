@@ -99,6 +99,15 @@ class Survey:
                 found.setdefault(id(parameter), []).append((module, key))
         return found
 
+    def names_of(self, name: str) -> list[str]:
+        """Return every name of the tensor that a base parameter's name stands for.
+
+        A tied tensor has one in each module that holds it.
+        """
+        owner, _, key = name.rpartition(".")
+        tensor = self.own[id(self.by_name[owner])][key]
+        return [joined(self.paths[id(m)], param) for m, param in self.holders[id(tensor)]]
+
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every base parameter once, by canonical name."""
         seen: set[int] = set()

@@ -1,15 +1,15 @@
-"""What a model carries: roots, layers, adapters, read off a survey of it.
+"""What a model carries: roots, layers, adapters, read off its modules whenever somebody asks.
 
-The model is the only state. One small record on the root remembers what `eject` must
-restore; everything else about adapters is found by a walk, and the one walk that switching needs is
-kept until somebody injects or ejects.
+The model is the only state. A small record on the root remembers what `eject` must restore and
+which modules each adapter was put on. All names are those of the model that a verb is called on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -21,6 +21,9 @@ from lora_inject.spec.names import joined
 
 ROOT = "_lora_root"
 
+ROOT_MODULES: WeakSet[nn.Module] = WeakSet()
+"""Modules that hold a record: two of them may share layers without one being inside the other."""
+
 
 @dataclass
 class Root:
@@ -29,14 +32,16 @@ class Root:
     Attributes:
         selection: The cell that all its layers share.
         configs: Adapter name to the config it was injected with, as plain data, or None.
+        carrying: Adapter name to the modules that it was put on.
         required_grad: Names of base parameters that required a gradient before the first inject.
-        undo: What `unmerge` restores while the model is merged; owned by `merging`.
+        undo: What `unmerge` restores while the model is merged; see `model.merge`.
         kept: A walk of the model and the generation that it belongs to; see `reach`.
-        sampled: A fingerprint of the base and what it was taken of; owned by `swapping`.
+        sampled: A fingerprint of the base and what it was taken of; see `model.swap`.
     """
 
     selection: Selection
     configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
     required_grad: set[str] = field(default_factory=set)
     undo: Any = None
     kept: tuple[int, Reach] | None = None
@@ -49,9 +54,9 @@ class Root:
 
 def roots_of(survey: Survey) -> dict[str, Root]:
     """Return the records of all injected roots in a model, by name; `""` is the model itself."""
-    return {
-        path: module.__dict__[ROOT] for path, module in survey.modules if ROOT in module.__dict__
-    }
+    found = {path: module for path, module in survey.modules if ROOT in module.__dict__}
+    ROOT_MODULES.update(found.values())  # a copy or a pickle has not registered its roots
+    return {path: module.__dict__[ROOT] for path, module in found.items()}
 
 
 def adapted_modules(survey: Survey) -> dict[str, nn.Module]:
@@ -65,7 +70,62 @@ def entries(survey: Survey, name: str | None = None) -> Iterator[tuple[str, nn.M
         attached = attached_to(module)
         for entry in attached.entries() if attached is not None else ():
             if name is None or entry.adapter == name:
-                yield path, module, entry
+                yield path, module, _named(path, entry)
+
+
+def _named(path: str, entry: Entry) -> Entry:
+    """Return an entry whose site has the name that it has in this model."""
+    spec, weight = entry.spec, joined(path, entry.param)
+    if spec is None or spec.weight == weight:
+        return entry
+    owner = spec.weight.rpartition(".")[0]
+    prefix = path.removesuffix(owner) if owner and path.endswith(f".{owner}") else None
+    aliases = () if prefix is None else tuple(prefix + alias for alias in spec.aliases)
+    name = weight if spec.name == spec.weight else path
+    return replace(entry, spec=spec.at(name, weight, aliases))
+
+
+def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
+    """Return the roots that an adapter was put on: those inside the model, else those around it."""
+    inside = [(survey.by_name[path], record) for path, record in roots_of(survey).items()]
+    if found := [item for item in inside if name in item[1].carrying]:
+        return found
+    selections = reach(survey.model, survey).selections
+    around = [(m, m.__dict__[ROOT]) for m in ROOT_MODULES if ROOT in m.__dict__]
+    return [
+        (m, record)
+        for m, record in around
+        if name in record.carrying and any(record.selection is known for known in selections)
+    ]
+
+
+def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.Module, Entry]]:
+    """Return the entries of an adapter, all of which the model must hold.
+
+    Raises:
+        StateError: There is no such adapter, the model holds only a part of it, or a layer that
+            carries it was replaced since.
+    """
+    recorded = {known for record in roots_of(survey).values() for known in record.configs}
+    check_names(reach(survey.model, survey).names | recorded, [name], asked)
+    records = records_of(survey, name)
+    if not records:  # a copy of one layer, which has no root
+        return list(entries(survey, name))
+    carrying = {id(m): m for _, record in records for m in record.carrying[name]}
+    found = [item for item in entries(survey, name) if id(item[1]) in carrying]
+    gone = carrying.keys() - {id(module) for _, module, _ in found}
+    for module in (module for key, module in carrying.items() if key in gone):
+        attached = attached_to(module)
+        lost = [e for e in attached.entries() if e.adapter == name] if attached else []
+        site = next((e.spec.name if e.spec else e.param for e in lost), type(module).__name__)
+        here = any(id(root) in survey.paths for root, _ in records)
+        raise StateError(
+            f"{asked} {name!r}",
+            f"the layer that carries its site {site!r} is not in the model"
+            + (" any more" if here else ", which shares only some of its layers"),
+            "Put the layer back, or eject the adapter" if here else "Call it on the injected model",
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -96,4 +96,5 @@ def _read_param(module: nn.Module, entry: Entry) -> str | None:
     """Return the parameter by whose reading an entry takes part, None for a forward update."""
     attached = attached_to(module)
     assert attached is not None
-    return None if attached.forward.get(entry.adapter) is entry else entry.param
+    forward = attached.forward.get(entry.adapter)
+    return None if forward is not None and forward.names == entry.names else entry.param

@@ -22,14 +22,9 @@ from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import Root, check_names, entries, reach, refuse_merged, roots_of
-from lora_inject.model.save import (
-    Base,
-    base_weights,
-    check_base,
-    check_base_copies,
-    fingerprint,
-)
+from lora_inject.model.carried import Root, reach, records_of, refuse_merged, whole_adapter
+from lora_inject.model.fit_state import Base, check_base, check_base_copies
+from lora_inject.model.save import base_weights, fingerprint
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 
@@ -85,17 +80,15 @@ def swap_adapter(
         True
     """
     asked = f"swap adapter {name!r}"
-    found = reach(model)
-    check_names(found.names, [name], "swap_adapter of")
-    for selection in found.selections:
+    survey = Survey(model)
+    slot = whole_adapter(survey, name, "swap_adapter of")
+    for selection in reach(model, survey).selections:
         refuse_merged(selection, asked)
     state = source if isinstance(source, AdapterState) else read_adapter(source, format, **options)
-    survey = Survey(model)
-    slot = list(entries(survey, name))
     into, values, weights = _paired(slot, state, asked)
-    roots = roots_of(survey).values()
+    roots = [record for _, record in records_of(survey, name)]
     if state.fingerprint is not None and base != "any":
-        check_base(state.fingerprint, _sampled(weights, next(iter(roots))), base, asked)
+        check_base(state.fingerprint, _sampled(weights, roots[0]), base, asked)
     if state.base_copies:
         check_base_copies(state, base_weights(survey), asked)
     with torch.no_grad():
@@ -160,12 +153,17 @@ def _trained(
         if entry.spec is None
     }
     _check_none_left("trained tensor", state.trained.keys() - copies.keys(), copies, asked)
-    given = {id(copies[name]) for name in state.trained}
+    first: dict[int, Tensor] = {}
     for name, parameter in copies.items():
-        if id(parameter) not in given:
+        value = state.trained.get(name)
+        if value is None or parameter is None:
             raise _lacks("trained tensor", name, asked)
-        if name in state.trained and parameter is not None:
-            yield parameter, state.trained[name]
+        if id(parameter) not in first:
+            yield parameter, value
+        elif not torch.equal(value, first[id(parameter)]):
+            found = "it has another value than under its other name, and both are one copy here"
+            raise FormatError(f"{asked}, trained tensor {name!r}", found, _BESIDE)
+        first.setdefault(id(parameter), value)
 
 
 def _lacks(what: str, name: str, asked: str) -> FormatError:

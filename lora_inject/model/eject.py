@@ -1,0 +1,127 @@
+"""Taking adapters off a model again, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import TypeVar
+
+from torch import nn
+
+from lora_inject.layers.attached import attached_to
+from lora_inject.layers.class_swap import narrow, unswap
+from lora_inject.layers.resizing import allow_resizing
+from lora_inject.layers.selection import State
+from lora_inject.layers.snapshot import all_or_nothing
+from lora_inject.layers.state_dict import allow_loading
+from lora_inject.layers.survey import Survey
+from lora_inject.model.carried import (
+    ROOT,
+    ROOT_MODULES,
+    Root,
+    adapted_modules,
+    check_names,
+    entries,
+    reach,
+    records_of,
+    refuse_merged,
+    roots_of,
+    structure_changed,
+    whole_adapter,
+)
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def eject(model: M, name: str | None = None) -> M:
+    """Take one adapter, or all, off a model again.
+
+    Objects, classes, keys, their order, values and `requires_grad` flags are what they were before
+    the first inject, also on layers that were replaced since. Ejecting all adapters of a merged
+    model leaves the merged weights.
+
+    Args:
+        model: The root, or any module that holds roots.
+        name: The adapter; all of them by default.
+
+    Returns:
+        The same object.
+
+    Raises:
+        StateError: There is no such adapter, it is merged together with others, or only a part of
+            it is in this model.
+    """
+    survey = Survey(model)
+    known = reach(survey.model, survey).names
+    check_names(known, [] if name is None else [name], "eject")
+    inside = {name for record in roots_of(survey).values() for name in record.configs}
+    gone = {name} if name is not None else inside or known
+    for each in gone - inside:
+        whole_adapter(survey, each, "eject")
+    records = {id(m): (m, record) for each in gone for m, record in records_of(survey, each)}
+    for _, record in records.values():
+        record.selection.check_settled("eject", others=True)
+        if name is not None or not gone >= record.configs.keys():
+            refuse_merged(record.selection, f"ejecting {min(gone)!r}")
+    surveys = [(Survey(m), record) for m, record in records.values()]
+    modules = {id(m): m for one in (survey, *(s for s, _ in surveys)) for _, m in one.modules}
+    modules |= {id(m): m for _, r in surveys for held in r.carrying.values() for m in held}
+    values = [value for _, record in surveys for value in (record, record.selection)]
+    with all_or_nothing(modules.values(), values):
+        for _, module, entry in list(entries(survey)) if not records else ():
+            if entry.adapter in gone:  # a copy of one layer, which has no root
+                _detach(module, entry.adapter)
+        for one, record in reversed(surveys):
+            _take_off(one, record, gone & record.configs.keys())
+        structure_changed()
+    return model
+
+
+def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
+    """Take adapters off one root; without adapters its record goes too."""
+    for name in gone:
+        for layer in record.carrying.pop(name):
+            _detach(layer, name)
+        del record.configs[name]
+    record.selection.forget(gone)
+    active = tuple(item for item in record.selection.state.active if item[0] not in gone)
+    if active != record.selection.state.active:
+        record.selection.replace(State(active=active))
+    allow_resizing((module for _, module in survey.modules), adapted_modules(survey).values())
+    if record.configs:
+        return
+    record.selection.merged = None
+    allow_loading(survey.model)
+    del survey.model.__dict__[ROOT]
+    _unfreeze(survey, record)
+
+
+def _detach(module: nn.Module, name: str) -> None:
+    """Take an adapter off one module; the last one gives the class back."""
+    attached = attached_to(module)
+    if attached is None:
+        return
+    for entry in attached.remove(name):
+        for flat in entry.names.values():
+            module._parameters.pop(flat, None)
+    if any(True for _ in attached.entries()):
+        narrow(module)
+    else:
+        unswap(module)
+
+
+def _unfreeze(survey: Survey, record: Root) -> None:
+    """Give base parameters their flags back; another root that holds one is to do so instead."""
+    held = {
+        id(parameter): (other.__dict__[ROOT], key)
+        for other in ROOT_MODULES
+        if ROOT in other.__dict__ and other.__dict__[ROOT].selection is record.selection
+        for key, parameter in Survey(other).parameters()
+    }
+    for key, parameter in survey.parameters():
+        if key not in record.required_grad:
+            continue
+        if id(parameter) in held:
+            other, name = held[id(parameter)]
+            other.required_grad.add(name)
+        else:
+            parameter.requires_grad_(True)

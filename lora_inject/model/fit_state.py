@@ -1,0 +1,237 @@
+"""Fitting an adapter, as a value, to a model: its sites, its trained copies, its base.
+
+The one place where a site that came from a file or from another model meets the module that the
+model has under its name. It goes by the names and shapes of the adapter's own tensors, never by
+patterns from a file, and refuses where the two cannot be one site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_inject.adapter.state import AdapterState, Fingerprint
+from lora_inject.errors import FormatError, LayerError, nearest
+from lora_inject.formats.fingerprint import compare, unverifiable
+from lora_inject.formats.older_names import in_names_of
+from lora_inject.layers.candidates import inventory
+from lora_inject.layers.kinds import KINDS
+from lora_inject.layers.survey import Survey
+from lora_inject.model.save import base_weights, fingerprint
+from lora_inject.spec.inventory import Candidate, Inventory
+from lora_inject.spec.names import joined, matching
+from lora_inject.spec.sites import SiteSpec
+
+Base = Literal["same", "quantised", "any"]
+
+
+def fit(
+    survey: Survey,
+    state: AdapterState,
+    *,
+    leave_out: Sequence[str],
+    base: Base,
+    asked: str,
+) -> AdapterState:
+    """Return an adapter in the names and the geometry of a model, with the tensors as they are.
+
+    Args:
+        survey: Of the model.
+        state: The adapter.
+        leave_out: Patterns of trained tensors and sites to let go.
+        base: How sure to be of the base.
+        asked: What was asked, for messages.
+
+    Raises:
+        FormatError: It does not fit the model, or was made on another base.
+        LayerError: A module cannot take its site.
+    """
+    found, weights = inventory(survey), base_weights(survey)
+    state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
+    names = _Names(found)
+    specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
+    trained = _fit_trained(state.trained, survey, weights, asked)
+    if state.fingerprint is not None and base != "any":
+        new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
+        here = fingerprint({old: weights[name] for old, name in new.items()})
+        check_base(state.fingerprint, here, base, asked)
+    check_base_copies(state, weights, asked)
+    sites = {
+        spec.name: dataclasses.replace(state.sites[key], spec=spec) for key, spec in specs.items()
+    }
+    return AdapterState(sites, trained, state.config)
+
+
+def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
+    """Leave out what the caller's patterns name; each must name something."""
+    gone: set[str] = set()
+    for pattern in patterns:
+        label = f"{asked}, leave_out {pattern!r}"
+        hits = matching(pattern, (*state.sites, *state.trained), asked=label, error=FormatError)
+        if not hits:
+            close = nearest(pattern, [*state.trained, *state.sites])
+            raise FormatError(
+                label,
+                "it matches nothing in the adapter",
+                f"Nearest: {', '.join(map(repr, close)) or 'none'}",
+            )
+        gone.update(hits)
+    return dataclasses.replace(
+        state,
+        sites={key: site for key, site in state.sites.items() if key not in gone},
+        trained={key: t for key, t in state.trained.items() if key not in gone},
+    )
+
+
+def fit_site(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
+    """Return a site's spec as this model holds it: the file's numbers, the module's geometry."""
+    candidate = names.find(spec)
+    if spec.kind not in names.kinds:
+        raise FormatError(
+            f"{asked}, site {spec.name!r}",
+            f"its kind of layer, {spec.kind!r}, is not registered here",
+            "Import the module that calls register_kind for it first",
+        )
+    if candidate is None:
+        close = ", ".join(map(repr, nearest(spec.name, names.names))) or "none"
+        raise FormatError(
+            f"{asked}, site {spec.name!r}",
+            "the model has no such module",
+            f"Nearest: {close}. Load the adapter onto the model that it was made for",
+        )
+    if candidate.refusal is not None:
+        raise LayerError(f"{asked}, site {spec.name!r}", *candidate.refusal)
+    there = (spec.in_features, spec.out_features, spec.experts)
+    here = (candidate.in_features, candidate.out_features, candidate.experts)
+    if spec.kind == "parameter" and spec.transposed != candidate.transposed:
+        here = (candidate.out_features, candidate.in_features, candidate.experts)
+    if there != here:
+        raise FormatError(
+            f"{asked}, site {spec.name!r}",
+            f"it maps {there[0]} to {there[1]} features in the file, {here[0]} to {here[1]} here",
+            "Load the adapter onto the model that it was made for",
+        )
+    transposed = spec.transposed if spec.kind == "parameter" else candidate.transposed
+    if (
+        (spec.kind, spec.weight_shape, spec.transposed, spec.update, spec.rule)
+        == (candidate.kind, candidate.weight_shape, transposed, candidate.update, None)
+    ):  # fmt: skip
+        where = (candidate.name, candidate.weight, candidate.aliases)
+        return spec if (spec.name, spec.weight, spec.aliases) == where else spec.at(*where)
+    return dataclasses.replace(
+        spec,
+        name=candidate.name,
+        kind=candidate.kind,
+        weight_shape=candidate.weight_shape,
+        transposed=transposed,
+        weight=candidate.weight,
+        update=candidate.update,
+        aliases=candidate.aliases,
+        rule=None,
+    )
+
+
+class _Names:
+    """The candidates of a model by every name that an adapter may know them by."""
+
+    def __init__(self, found: Inventory) -> None:
+        self.names = [candidate.name for candidate in found.candidates]
+        self.kinds = {row.kind for row in KINDS} | {"parameter"}
+        self._sites: dict[str, Candidate] = {}
+        self._weights: dict[str, Candidate] = {}
+        for candidate in found.candidates:
+            for name in (candidate.name, *candidate.aliases):
+                self._sites.setdefault(name, candidate)
+            self._weights.setdefault(candidate.weight, candidate)
+
+    def find(self, spec: SiteSpec) -> Candidate | None:
+        found = self._sites.get(spec.name)
+        if found is None and spec.kind == "parameter" and spec.name in self._weights:
+            return self._weights[spec.name].as_parameter(spec.name)
+        return found
+
+
+def _fit_trained(
+    trained: Mapping[str, Tensor], survey: Survey, weights: Mapping[str, Tensor], asked: str
+) -> dict[str, Tensor]:
+    """Return the full copies by the model's names; equal copies of a tied tensor are one tensor.
+
+    A tied tensor that the adapter names once, or with two values, is read as a copy under the names
+    that it gives and nowhere else, as PEFT does.
+    """
+    fitted: dict[str, Tensor] = {}
+    first: dict[int, list[Tensor]] = {}
+    for key, tensor in trained.items():
+        weight = weights.get(key)
+        if weight is None or weight.shape != tensor.shape:
+            found_here = "the model has no such parameter"
+            if weight is not None:
+                shapes = tuple(tensor.shape), tuple(weight.shape)
+                found_here = "it has shape {} in the file and {} here".format(*shapes)
+            raise FormatError(
+                f"{asked}, trained tensor {key!r}",
+                found_here,
+                "Load the adapter onto the model that it was made for, or leave this tensor out "
+                f"with leave_out=[{key!r}]",
+            )
+        # A module with two names is one module; a tied tensor has a name in each module.
+        owner, _, param = key.rpartition(".")
+        name = joined(survey.paths[id(survey.by_name[owner])], param)
+        same = first.setdefault(id(weight), [])
+        held = next((t for t in same if torch.equal(t, tensor)), None)
+        if held is None:
+            same.append(tensor)
+        fitted[name] = tensor if held is None else held
+    return fitted
+
+
+def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) -> None:
+    """Refuse another base than the one that an adapter was made on.
+
+    Args:
+        saved: Of the base that it was made on.
+        here: Of this one, at the adapter's sites and under the same names.
+        base: How sure to be; see `load_adapter`.
+        asked: What was asked, for messages.
+
+    Raises:
+        FormatError: It is another one, or that cannot be told.
+    """
+    if (saved.shapes, saved.samples) == (here.shapes, here.samples) and not here.quantised:
+        return
+    shapes = {key: shape for key, shape in saved.shapes.items() if key in here.shapes}
+    if unknown := unverifiable(Fingerprint(shapes, saved.samples, saved.quantised), here):
+        if base != "quantised":
+            raise FormatError(
+                asked,
+                f"the base cannot be compared at {len(unknown)} sites, of which {unknown[0]!r}: "
+                "its weight is quantised, sharded or on the meta device, here or where it was made",
+                'Pass base="quantised" where it is the right base',
+            )
+        shapes = {key: shape for key, shape in shapes.items() if key not in unknown}
+    differences = compare(Fingerprint(shapes, saved.samples), here)
+    if differences:
+        key, what = next(iter(differences.items()))
+        raise FormatError(
+            asked,
+            f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
+            f"{len(shapes)} sites differ)",
+            'Load it onto its own base, or pass base="any"',
+        )
+
+
+def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
+    """PEFT stores whole base embeddings beside an adapter; one that differs would be lost."""
+    for key, copy in state.base_copies.items():
+        weight = weights.get(key)
+        same = weight is not None and weight.shape == copy.shape
+        if not same or not torch.equal(weight.detach().cpu().to(copy.dtype), copy):  # type: ignore[union-attr]
+            raise FormatError(
+                f"{asked}, {key!r}",
+                "the file carries a copy of this base tensor that is not the model's",
+                "Load the adapter onto the base that it was made on (was the vocabulary resized?)",
+            )

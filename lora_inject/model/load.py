@@ -1,0 +1,141 @@
+"""Loading: an adapter from files, or as a value, onto a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.formats import FORMATS, read_adapter
+from lora_inject.formats.peft import options_for_reading
+from lora_inject.functional import master_dtype
+from lora_inject.layers.survey import Survey
+from lora_inject.model.attach import attach, places
+from lora_inject.model.carried import check_new_name, reach
+from lora_inject.model.fit_state import Base, fit
+from lora_inject.model.save import base_weights
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_adapter(
+    model: M,
+    path: str | PathLike[str],
+    name: str = "default",
+    *,
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+    format: str | None = None,  # noqa: A002
+    **options: Any,
+) -> M:
+    """Read an adapter from files and put it onto a model, all of it or nothing.
+
+    It becomes active only where no adapter is active, and it is not trainable until
+    `train_only(model, name)` says so.
+
+    Args:
+        model: The model that it was made for.
+        path: What `save_adapter` or PEFT wrote.
+        name: Its name on this model.
+        leave_out: Patterns (as in a config) of trained tensors and sites to let go, for instance a
+            head of another task. Each must match something.
+        base: `same`: the base must be the one that the adapter was made on, as far as its
+            fingerprint tells, in whatever dtype. `quantised`: values that cannot be compared
+            because the base is quantised are let through. `any`: no comparison.
+        format: A row of `formats.FORMATS`; by default it is told from the files.
+        **options: For the format.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: Files that are incomplete or unsafe, tensors that do not fit the model, or
+            another base. Nothing was changed.
+        StateError: The name is in use, or the model is merged.
+    """
+    survey, asked = Survey(model), f"load {str(path)!r}"
+    check_new_name(reach(survey.model, survey), name)
+    if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
+        options = options_for_reading(survey.by_name, base_weights(survey)) | options
+    state = read_adapter(path, format=format, **options)
+    _put_on(survey, fit(survey, state, leave_out=leave_out, base=base, asked=asked), name, _Owned())
+    return model
+
+
+def install(
+    model: M,
+    state: AdapterState,
+    name: str = "default",
+    *,
+    leave_out: Sequence[str] = (),
+    base: Base = "same",
+) -> M:
+    """Put an adapter, as a value, onto a model; see `load_adapter`.
+
+    Args:
+        model: The model.
+        state: The adapter; its tensors are copied.
+        name: Its name on this model.
+        leave_out: Patterns of trained tensors and sites to let go.
+        base: How sure to be of the base.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FormatError: It does not fit the model. Nothing was changed.
+        StateError: The name is in use, or the model is merged.
+    """
+    survey = Survey(model)
+    check_new_name(reach(survey.model, survey), name)
+    fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
+    _put_on(survey, fitted, name, _copied)
+    return model
+
+
+def _put_on(
+    survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Put a fitted adapter on; it becomes active where none is."""
+    specs = [site.spec for site in state.sites.values()]
+    found = places(survey, name, specs, state.trained)
+    sites: dict[str, SiteState] = {}
+    trained: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for place in found:
+        spec, weight = place.entry.spec, place.weight
+        if spec is not None:
+            tensors = state.sites[place.name].tensors
+            sites[place.name] = SiteState(spec, **{r: taken(t, weight) for r, t in tensors.items()})
+            continue
+        given = state.trained[place.name]
+        if id(given) not in copies:
+            copies[id(given)] = taken(given, weight)
+        trained[place.name] = copies[id(given)]
+    active = any(selection.state.active for selection in reach(survey.model, survey).selections)
+    value = AdapterState(sites, trained, state.config)
+    attach(survey, name, found, value, activate=not active, train=False)
+
+
+def _copied(tensor: Tensor, weight: Tensor) -> Tensor:
+    """Return a tensor as an adapter over `weight` holds it, in memory of its own."""
+    dtype = master_dtype(weight.dtype)
+    return tensor.detach().to(device=weight.device, dtype=dtype, copy=True)
+
+
+class _Owned:
+    """Takes tensors that nobody else holds as they are, unless two of them share memory."""
+
+    def __init__(self) -> None:
+        self.taken: set[int] = set()
+
+    def __call__(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        address = tensor.data_ptr()
+        alone = address not in self.taken and tensor.untyped_storage().nbytes() == tensor.nbytes
+        self.taken.add(address)
+        fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
+        return tensor if alone and fits else _copied(tensor, weight)

@@ -1,0 +1,162 @@
+"""A verb that is interrupted at any of its lines has done all of its work or none of it."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import conv1d, fill, snapshot
+from torch import Tensor, nn
+
+import lora_inject as li
+
+PACKAGE = Path(li.__file__).parent
+# The files whose lines change a model.
+CHANGING = (str(PACKAGE / "model"), str(PACKAGE / "layers"))
+
+
+class Several(nn.Module):
+    """Every way to carry: forward update, weight updates, a trained head, biases, a tied tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.fc = nn.Linear(4, 6)
+        self.c = conv1d(4, 6)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.mix = nn.Parameter(torch.randn(4, 4))
+        self.lm_head = nn.Linear(4, 7, bias=False)
+        self.lm_head.weight = self.embed.weight
+        self.head = nn.Linear(4, 2)
+        self.fc.weight.requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def resize_token_embeddings(self) -> None:
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.c(self.fc(self.embed(ids)))
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2) @ self.mix
+        return self.lm_head(x), self.head(x)
+
+
+SEVERAL = {
+    "rank": 2,
+    "targets": ["embed", "fc", {"match": "c", "slices": ["a", "b"], "adapt": ["b"]}, "conv", "mix"],
+    "train": ["head"],
+    "bias": "all",
+}
+OTHER = {"rank": 1, "targets": ["fc", "lm_head"], "train": ["head.bias"], "init": "pissa"}
+IDS = torch.tensor([[0, 3, 6], [1, 1, 2]])
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, of which nobody else makes use."""
+
+
+def _traced(run: Callable[[], Any], stop_at: tuple[str, int] | None) -> list[tuple[str, int]]:
+    """Run and return the package's lines that were reached, raising at one of them."""
+    lines: dict[tuple[str, int], None] = {}
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(CHANGING):
+            return None
+        if event == "line":
+            line = (frame.f_code.co_filename, frame.f_lineno)
+            lines[line] = None
+            if line == stop_at:
+                sys.settrace(None)
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    finally:
+        sys.settrace(before)
+    return list(lines)
+
+
+STATE = li.AdapterState({}, {"head.weight": torch.ones(2, 4)})
+
+
+def _two() -> Several:
+    model = Several()
+    fill(li.inject(model, SEVERAL, "one"), "one")
+    return fill(li.inject(model, OTHER, "two"), "two")
+
+
+def _whole(model: nn.Module) -> tuple[Any, ...]:
+    """What a model is to its user, with no identity of an object in it."""
+    outputs = tuple(y.detach().float().numpy().tobytes() for y in model(IDS))
+    values = [(n, p.requires_grad, p.detach().float().numpy().tobytes())
+              for n, p in model.named_parameters(remove_duplicate=False)]  # fmt: skip
+    classes = [type(module).__mro__ for module in model.modules()]
+    hooks = [len(module._load_state_dict_pre_hooks) for module in model.modules()]
+    return outputs, li.summary(model), values, classes, hooks, sorted(model.__dict__)
+
+
+VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
+    "inject": (Several, lambda m: li.inject(m, OTHER, "new")),
+    "inject a second": (_two, lambda m: li.inject(m, {"rank": 1, "targets": ["conv"]}, "new")),
+    "eject": (_two, li.eject),
+    "eject one": (_two, lambda m: li.eject(m, "one")),
+    "activate": (_two, lambda m: li.activate(m, {"one": 0.5, "two": 1.0})),
+    "train_only": (_two, lambda m: li.train_only(m, "one")),
+    "merge": (_two, li.merge),
+    "merge and eject": (lambda: _untied(), lambda m: li.merge(m, eject=True)),
+    "unmerge": (lambda: _merged(), li.unmerge),
+    "install": (_two, lambda m: li.install(m, STATE, "new")),
+    "swap_adapter": (_two, lambda m: li.swap_adapter(m, _doubled(m), "one")),
+}
+
+
+def _untied() -> Several:
+    return fill(li.inject(Several(), {"rank": 1, "targets": ["fc", "mix"]}))
+
+
+def _merged() -> Several:
+    model = _two()
+    li.merge(model)
+    return model
+
+
+def _doubled(model: nn.Module) -> li.AdapterState:
+    state = copy.deepcopy(li.adapter_state(model, "one"))
+    for site in state.sites.values():
+        site.B.mul_(2)
+    return state
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
+    make, act = VERBS[verb]
+    torch.manual_seed(0)
+    start = make()
+    done = copy.deepcopy(start)
+    torch.manual_seed(1)
+    lines = _traced(lambda: act(done), None)
+    after = _whole(done)
+    whole = _whole(start)
+    assert after != whole
+    assert len(lines) > 20
+    for line in lines:
+        model = copy.deepcopy(start)
+        before = snapshot(model)
+        torch.manual_seed(1)
+        try:
+            _traced(lambda: act(model), line)  # noqa: B023 - runs at once
+        except Interrupted:
+            if snapshot(model) == before and _whole(model) == whole:
+                continue
+            if verb == "unmerge" and _whole(model) != after:
+                li.unmerge(model)  # what was kept is kept until all is restored
+        assert _whole(model) == after, f"interrupted at {line}"
