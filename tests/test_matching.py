@@ -50,13 +50,16 @@ def inventory(
     aliases: dict[str, str] | None = None,
     **more: Any,
 ) -> Inventory:
-    shapes = {c.weight: c.weight_shape for c in candidates if c.weight}
+    shapes = {c.weight: c.weight_shape for c in candidates if c.weight} | (parameters or {})
+    further = dict(aliases or {})
     for candidate in candidates:  # a tied tensor is listed under its first name
-        for name in candidate.tied:
-            if name in shapes and candidate.weight in shapes:
-                del shapes[max(name, candidate.weight)]
-    shapes |= parameters or {}
-    return Inventory(candidates, others or {}, shapes, aliases=aliases or {}, **more)
+        for name in sorted({candidate.weight, *candidate.tied} & shapes.keys())[1:]:
+            further[name] = min({candidate.weight, *candidate.tied} & shapes.keys())
+        inside = [name for name in shapes if name.startswith(f"{candidate.name}.")]
+        for alias in candidate.aliases:
+            further |= {alias + name.removeprefix(candidate.name): name for name in inside}
+    shapes = {name: shape for name, shape in shapes.items() if name not in further}
+    return Inventory(candidates, others or {}, shapes, aliases=further, **more)
 
 
 def tower(n_layers: int = 2) -> Inventory:
@@ -493,7 +496,7 @@ def test_a_candidate_that_is_refused_says_why_unless_it_is_not_meant() -> None:
 
 
 def test_nothing_is_there_at_all() -> None:
-    message = "rule 1 ('q'): matched none of 0 names. The model has nothing to adapt."
+    message = "rule 1 ('q'): matched none of 0 names. There is nothing to adapt."
     assert refused(Config(targets=["q"]), inventory()) == message
 
 
