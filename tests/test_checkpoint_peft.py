@@ -380,7 +380,7 @@ def test_ends_of_t5_are_refused_with_the_reason(tmp_path, target):
     """T5's config cannot say that its ends are apart: the flag also scales its outputs."""
     base, _ = made(tmp_path, t5, {"target_modules": ["q", target]}, torch.float32)
     checkpoint = Checkpoint.open(base)
-    with pytest.raises(CheckpointError, match=r"shared|no effect") as caught:
+    with pytest.raises(CheckpointError, match="cannot load them apart") as caught:
         merge_checkpoint(checkpoint, [load_part(tmp_path / "adapter", checkpoint)], tmp_path / "o")
     assert "Adapt" in str(caught.value)
     assert not (tmp_path / "o").exists()

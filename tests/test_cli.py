@@ -181,10 +181,10 @@ def test_plan_never_runs_code_of_the_model(run, files, tmp_path):
     ("files_in_it", "words"),
     [
         ({}, "it holds no .safetensors weights"),
-        ({"config.json": "{"}, "transformers"),
+        ({"config.json": "{"}, "not valid JSON"),
         ({"config.json": '{"model_type": "no_such_model"}'}, "no_such_model"),
         ({"config.json": '{"model_type": "gpt2", "n_embd": "wide"}'}, "transformers"),
-        ({"config.json": "[1]"}, "transformers"),
+        ({"config.json": "[1]"}, "not a JSON object"),
         ({"model.safetensors": "short"}, "model.safetensors"),
     ],
 )

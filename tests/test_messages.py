@@ -306,7 +306,8 @@ def a_share_in_percent(tmp_path):
     li.CheckpointError,
     "merge sql into 'TMP': 2 of 2 tensors have no place in it ('layers.0.q_proj.weight' is not in "
     "the checkpoint; 'layers.1.q_proj.weight' is not in the checkpoint). Use the checkpoint that "
-    "the adapter was trained on; nothing was written.",
+    "the adapter was trained on, or say how its names differ: --rename OLD=NEW. Nothing was "
+    "written.",
 )
 def an_adapter_of_another_checkpoint(tmp_path):
     save_file({"other.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")

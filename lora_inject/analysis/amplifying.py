@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.analysis.thin import ThinProduct
-from lora_inject.checkpoint.svd import EXACT_ELEMENTS, decompose
+from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import StateError
 
 Rows = Callable[[], Iterator[tuple[int, Tensor]]]
@@ -24,6 +24,10 @@ Rows = Callable[[], Iterator[tuple[int, Tensor]]]
 STEP_ROWS = 4096
 SPARE_DIRECTIONS = 128
 """Directions that the randomised SVD of a large W finds beside those that are wanted."""
+
+
+EXACT_ELEMENTS = 1 << 22
+"""Matrices of no more elements are decomposed exactly."""
 
 
 @dataclass(frozen=True)
@@ -155,15 +159,11 @@ def amplification_of_rows(
 
 def _own(rows: Rows, shape: tuple[int, int], rank: int) -> float:
     """Return `|U^T W V|` for W's own top directions: the norm of its largest values."""
-
-    def wide() -> Iterator[tuple[int, Tensor]]:
-        for start, some in rows():
-            yield start, some.to("cpu", torch.float32)
-
     if not rank:
         return 0.0
     if shape[0] * shape[1] > EXACT_ELEMENTS:
-        found = decompose(wide, shape, min(rank + SPARE_DIRECTIONS, *shape), None)
+        wide = torch.cat([some.to("cpu", torch.float32, copy=True) for _, some in rows()])
+        found = decompose(wide, min(rank + SPARE_DIRECTIONS, *shape))
         return float(torch.linalg.vector_norm(found.S[:rank].double()))
     # The squares of the largest values are the largest eigenvalues of W W^T: faster than an SVD.
     matrix = torch.cat([some.to("cpu", torch.float64) for _, some in rows()])

@@ -150,7 +150,8 @@ class Weights:
                 rows = _Rows(placed, reader)
                 for block in blocks_of_terms(placed.terms):
                     shape = block.delta.shape[::-1] if block.transposed else block.delta.shape
-                    top = decompose(rows.wide_of(block), shape, min(n, *shape), None)
+                    matrix = torch.cat([some.clone() for _, some in rows.wide_of(block)()])
+                    top = decompose(matrix, min(n, *shape))
                     found.append((block, (top.U if block.transposed else top.V).double()))
         return found
 

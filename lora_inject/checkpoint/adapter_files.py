@@ -6,15 +6,17 @@ their order in the model does, nor which way round the model holds them, which i
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_inject.checkpoint.class_names import options_for_stacks
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.variants import is_variant, read_variant
+from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter
 from lora_inject.formats.peft import PREFIX
 from lora_inject.storage.strict_json import parse_json
@@ -44,7 +46,8 @@ def load_part(
     options["on_disk"] = True  # an adapter may be large, and each of its tensors is needed seldom
     if (path / "adapter_config.json").is_file():
         if _has_stacks(path):
-            options = options_for_stacks(base) | options
+            with contextlib.suppress(CheckpointError):  # a class that cannot be built
+                options = BaseClass(base).reading_options() | options
         options.setdefault("tensor_names", _tensor_names(path, base.tensors))
         if is_variant(path):
             options.pop("prefer", None)  # there is no metadata of this package to prefer

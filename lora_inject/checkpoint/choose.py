@@ -1,29 +1,31 @@
-"""Choosing the one name rule under which a whole adapter fits a checkpoint.
+"""Where every tensor of an adapter belongs in a checkpoint.
 
-A rule fits when every tensor of the adapter finds its place by name and by shape. Names
-that are exactly the checkpoint's need no rule; otherwise exactly one must fit. Nothing is ever
-left over: what finds no place is listed, with the reason and the nearest name.
+The names are the checkpoint's own, or renamed as the user says, or as the checkpoint's class says.
+Nothing is ever left over: what finds no place is listed, with the reason and the nearest name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lora_inject.checkpoint.class_names import TableRule, class_rule
+from lora_inject.adapter.state import SiteState
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.place import Orientation, Placed, place_site
 from lora_inject.checkpoint.quantised import why_not
-from lora_inject.checkpoint.tied import is_head, source_of_tied
-from lora_inject.checkpoint.translate import NameRule, candidate_rules
 from lora_inject.errors import CheckpointError, nearest
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
 
 MAX_SHOWN = 8
+
+Rule = Callable[[str], str]
+"""Gives the checkpoint's name of a tensor that the adapter names."""
 
 
 @dataclass
@@ -31,7 +33,8 @@ class Fit:
     """How one adapter lies on a checkpoint under one rule.
 
     Attributes:
-        rule: The rule.
+        rule: How names were read.
+        label: The same in words.
         placed: Site name to where its update goes.
         trained: Output tensor name to the base's tensor (None: the base has none) and the value.
         copies: Output tensor name to the base's tensor and the adapter's copy of it.
@@ -40,19 +43,14 @@ class Fit:
         left: What found no place, with the reason.
     """
 
-    rule: NameRule | TableRule
+    rule: Rule
+    label: str
     placed: dict[str, list[Placed]] = field(default_factory=dict)
     trained: dict[str, tuple[TensorEntry | None, Tensor]] = field(default_factory=dict)
     copies: dict[str, tuple[TensorEntry, Tensor]] = field(default_factory=dict)
     added: dict[str, tuple[TensorEntry, Tensor]] = field(default_factory=dict)
     rows: dict[str, tuple[TensorEntry, tuple[int, ...], Tensor]] = field(default_factory=dict)
     left: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def outcome(self) -> frozenset[str]:
-        """The tensors that it touches."""
-        placed = {p.tensor for places in self.placed.values() for p in places}
-        return frozenset(placed | self.trained.keys() | self.added.keys() | self.rows.keys())
 
 
 def weight_name(spec: SiteSpec) -> str:
@@ -62,108 +60,133 @@ def weight_name(spec: SiteSpec) -> str:
     return spec.name if spec.kind == "parameter" else f"{spec.name}.weight"
 
 
-def choose(part: Part, checkpoint: Checkpoint, *, allow_new: bool = False) -> Fit:
-    """Find the rule under which every tensor of an adapter has its place.
+def choose(
+    part: Part,
+    checkpoint: Checkpoint,
+    options: MergeOptions | None = None,
+    of: BaseClass | None = None,
+) -> Fit:
+    """Find the place of every tensor of an adapter.
 
     Args:
         part: The adapter.
         checkpoint: The base.
-        allow_new: Whether trained tensors that the base lacks may be added to it.
+        options: Of the merge: `allow_new`, `rename` and `tie` are read.
+        of: The class of the base, where it is known already.
 
     Raises:
-        CheckpointError: No rule fits, or several do, or the base is quantised.
+        CheckpointError: A tensor has no place, or the base is quantized.
     """
-    state = part.state
-    names = [weight_name(site.spec) for site in state.sites.values()]
-    names += [*state.trained, *state.base_copies, *part.added, *part.rows]
+    options = options or MergeOptions()
+    of = of or BaseClass(checkpoint, options.tie)
     asked = f"merge {part.label} into '{checkpoint.folder}'"
-    fits = []
-    for rule in candidate_rules(names, checkpoint.tensors):
-        fit = _try(rule, part, checkpoint, allow_new=allow_new)
-        if not fit.left and rule.exact:
-            return fit
-        fits.append(fit)
-    whole = [fit for fit in fits if not fit.left]
-    if len({fit.outcome for fit in whole}) > 1:
-        raise CheckpointError(
-            asked,
-            "its names fit in several ways: " + "; ".join(fit.rule.label for fit in whole[:4]),
-            "Rename the adapter's tensors to the checkpoint's own names",
-        )
-    if whole:
-        return whole[0]
-    of_class = class_rule(checkpoint)  # slow to ask, so only now
-    if of_class is not None:
-        fit = _try(of_class, part, checkpoint, allow_new=allow_new)
-        if not fit.left:
-            return fit
-        fits.append(fit)
+    if options.rename:
+        rule, label = _told(options.rename), "names as told"
+    else:
+        rule, label = str, "names as they are"
+    fits = [_try(rule, label, part, of, options)]
+    refusal = None
+    if fits[0].left and not options.rename and of.known:
+        try:
+            fits.append(_try(of, of.label, part, of, options))
+        except CheckpointError as error:
+            refusal = error  # it explains itself only where nothing fits
     best = min(fits, key=lambda fit: len(fit.left))
-    raise _nothing_fits(asked, best, len(names), checkpoint)
+    if best.left:
+        raise _nothing_fits(asked, best, part, checkpoint) from refusal
+    return best
 
 
-def _nothing_fits(asked: str, best: Fit, n_names: int, checkpoint: Checkpoint) -> CheckpointError:
+def _told(rename: Mapping[str, str]) -> Rule:
+    """Return the rule that replaces the longest of some beginnings."""
+
+    def renamed(name: str) -> str:
+        for old in sorted(rename, key=len, reverse=True):
+            if name.startswith(old):
+                return rename[old] + name[len(old) :]
+        return name
+
+    return renamed
+
+
+def _nothing_fits(asked: str, best: Fit, part: Part, checkpoint: Checkpoint) -> CheckpointError:
     shown = "; ".join(
         reason if name in reason else f"'{name}': {reason}"
         for name, reason in best.left[:MAX_SHOWN]
     )
     more = f"; and {len(best.left) - MAX_SHOWN} more" if len(best.left) > MAX_SHOWN else ""
-    quantised = why_not(checkpoint, [name for name, _ in best.left])
-    if quantised is not None:
-        return CheckpointError(asked, quantised.found, quantised.remedy)
-    close = nearest(best.rule(best.left[0][0]) or best.left[0][0], checkpoint.tensors)
+    quantized = why_not(checkpoint, [name for name, _ in best.left])
+    if quantized is not None:
+        return CheckpointError(asked, quantized.found, quantized.remedy)
+    close = nearest(best.rule(best.left[0][0]), checkpoint.tensors)
     near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
+    state = part.state
+    n_names = sum(map(len, (state.sites, state.trained, state.base_copies, part.added, part.rows)))
     return CheckpointError(
         asked,
         f"{len(best.left)} of {n_names} tensors have no place in it ({shown}{more})",
-        f"{near}Use the checkpoint that the adapter was trained on; nothing was written",
+        f"{near}Use the checkpoint that the adapter was trained on, or say how its names differ: "
+        "--rename OLD=NEW. Nothing was written",
     )
 
 
-def _try(rule: NameRule | TableRule, part: Part, checkpoint: Checkpoint, *, allow_new: bool) -> Fit:
-    way = Orientation(checkpoint.config)
-    fit = _place_all(rule, part, checkpoint, way, allow_new=allow_new)
+def _try(rule: Rule, label: str, part: Part, of: BaseClass, options: MergeOptions) -> Fit:
+    way = Orientation(of)
+    fit = _place_all(rule, label, part, way, options)
     if way.contradicted is not None:  # square sites that came before it were judged without it
-        fit = _place_all(rule, part, checkpoint, way, allow_new=allow_new)
+        fit = _place_all(rule, label, part, way, options)
     return fit
 
 
-def _place_all(
-    rule: NameRule | TableRule,
-    part: Part,
-    checkpoint: Checkpoint,
-    way: Orientation,
-    *,
-    allow_new: bool,
-) -> Fit:
-    fit, tensors = Fit(rule), checkpoint.tensors
+def _place_all(rule: Rule, label: str, part: Part, way: Orientation, options: MergeOptions) -> Fit:
+    fit, tensors = Fit(rule, label), way.of.checkpoint.tensors
     for site_name, state in part.state.sites.items():
-        name = _renamed(rule, weight_name(state.spec))
-        tied = None if name in tensors else source_of_tied(checkpoint, name)
-        grown = _grown(part, state.spec, name, tensors.get(name, tied))
-        places = place_site(state, part.weight, name, grown or tensors, tied, way)
+        places = _place(rule(weight_name(state.spec)), state, part, way)
         if isinstance(places, str):
-            fit.left.append((weight_name(state.spec), _of_head(places, name, tied)))
+            fit.left.append((weight_name(state.spec), places))
         else:
             fit.placed[site_name] = places
-    for original, value in part.state.trained.items():
-        name = _renamed(rule, original)
-        entry = tensors.get(name) or source_of_tied(checkpoint, name)
-        reason = _misfit(name, entry, value, allow_new=allow_new)
-        if reason is None:
-            fit.trained[name] = (entry, value)
-        else:
+    full = [(name, value, options.allow_new) for name, value in part.state.trained.items()]
+    full += [(name, value, False) for name, value in part.state.base_copies.items()]
+    for original, value, allow_new in full:
+        name = rule(original)
+        entry, absent = _find(name, way.of)
+        reason = _misfit(name, entry, value, absent, allow_new=allow_new)
+        if reason is not None:
             fit.left.append((original, reason))
-    for original, value in part.state.base_copies.items():
-        name = _renamed(rule, original)
-        entry = tensors.get(name) or source_of_tied(checkpoint, name)
-        reason = _misfit(name, entry, value, allow_new=False)
-        if reason is None and entry is not None:
+        elif original in part.state.trained:
+            fit.trained[name] = (entry, value)
+        elif entry is not None:
             fit.copies[name] = (entry, value)
-        else:
-            fit.left.append((original, reason or f"'{name}' is not in the checkpoint"))
     _place_extras(fit, part, tensors)
     return fit
+
+
+def _place(name: str, state: SiteState, part: Part, way: Orientation) -> list[Placed] | str:
+    """Return where one site goes, or the reason why it goes nowhere."""
+    entry, absent = _find(name, way.of)
+    grown = _grown(part, state.spec, entry)
+    if name not in way.of.checkpoint.tensors:
+        grown = grown or entry  # the one that it is tied to
+    try:
+        places = place_site(state, part.weight, name, grown, way)
+    except CheckpointError:
+        return absent
+    if isinstance(places, str) and places.endswith("is not in the checkpoint"):
+        return absent
+    return places
+
+
+def _find(name: str, of: BaseClass) -> tuple[TensorEntry | None, str]:
+    """Return the tensor of a name, or the one that it is tied to; else why there is none."""
+    tensors, absent = of.checkpoint.tensors, f"'{name}' is not in the checkpoint"
+    if name in tensors:
+        return tensors[name], ""
+    try:
+        source = of.source_of(name)
+    except CheckpointError as error:
+        return None, f"{absent} (could not {error.asked}: {error.found})"
+    return (None if source is None else tensors[source]), absent
 
 
 def _place_extras(fit: Fit, part: Part, tensors: Mapping[str, TensorEntry]) -> None:
@@ -174,15 +197,16 @@ def _place_extras(fit: Fit, part: Part, tensors: Mapping[str, TensorEntry]) -> N
             found = f"its magnitude has {magnitude.numel()} values for {spec.out_features} outputs"
             fit.left.append((site, found))
     for original, value in part.added.items():
-        name = _renamed(fit.rule, original)
+        name = fit.rule(original)
         entry = tensors.get(name)
-        reason = _misfit(name, entry, value, allow_new=False)
+        absent = f"'{name}' is not in the checkpoint"
+        reason = _misfit(name, entry, value, absent, allow_new=False)
         if entry is None or reason is not None:
             fit.left.append((original, reason or ""))
         else:
             fit.added[name] = (entry, value)
     for original, (indices, value) in part.rows.items():
-        name = _renamed(fit.rule, original)
+        name = fit.rule(original)
         entry = tensors.get(name)
         if entry is None:
             fit.left.append((original, f"'{name}' is not in the checkpoint"))
@@ -195,26 +219,12 @@ def _place_extras(fit: Fit, part: Part, tensors: Mapping[str, TensorEntry]) -> N
             fit.rows[name] = (entry, indices, value)
 
 
-def _renamed(rule: NameRule | TableRule, name: str) -> str:
-    return rule(name) or name
-
-
-def _of_head(reason: str, name: str, tied: TensorEntry | None) -> str:
-    """Say of an absent head that no tie explains its absence."""
-    if tied is None and is_head(name) and reason.endswith("not in the checkpoint"):
-        return f"{reason}, and there is no one embedding that it could safely be untied from"
-    return reason
-
-
-def _grown(
-    part: Part, spec: SiteSpec, name: str, entry: TensorEntry | None
-) -> Mapping[str, TensorEntry] | None:
-    """Return the tensor as large as the adapter's own copy of it, where the vocabulary grew."""
+def _grown(part: Part, spec: SiteSpec, entry: TensorEntry | None) -> TensorEntry | None:
+    """Return a tensor as large as the adapter's own copy of it, where the vocabulary grew."""
     copy = part.state.base_copies.get(weight_name(spec))
     if copy is None or entry is None or not _grew(entry, copy):
         return None
-    shape = tuple(copy.shape)
-    return {name: TensorEntry(entry.name, entry.dtype, shape, entry.start, entry.stop)}
+    return TensorEntry(entry.name, entry.dtype, tuple(copy.shape), entry.start, entry.stop)
 
 
 def _grew(entry: TensorEntry, value: Tensor) -> bool:
@@ -226,10 +236,12 @@ def _grew(entry: TensorEntry, value: Tensor) -> bool:
     )
 
 
-def _misfit(name: str, entry: TensorEntry | None, value: Tensor, *, allow_new: bool) -> str | None:
+def _misfit(
+    name: str, entry: TensorEntry | None, value: Tensor, absent: str, *, allow_new: bool
+) -> str | None:
     """Return why a full tensor has no place, None where it has one."""
     if entry is None:
-        return None if allow_new else f"'{name}' is not in the checkpoint"
+        return None if allow_new else absent
     if tuple(value.shape) == entry.shape or _grew(entry, value):
         return None
     return f"'{name}' has the shape {list(entry.shape)}, the adapter's is {list(value.shape)}"

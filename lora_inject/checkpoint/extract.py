@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import weight_name
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_files import Progress
 from lora_inject.checkpoint.output_files import FLOATS
-from lora_inject.checkpoint.place import CONV1D_MODELS, CONV1D_NAMES, matrix_of
+from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.same_base import fingerprint
-from lora_inject.checkpoint.svd import Blocks, Decomposed, decompose
-from lora_inject.checkpoint.tied import is_embedding
+from lora_inject.checkpoint.svd import Decomposed, decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
@@ -107,6 +107,7 @@ def extract_adapter(
     """
     _check_measure(rank, energy)
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
+    of = BaseClass(first)
     _check_names(first, second)
     sites: dict[str, SiteState] = {}
     trained: dict[str, Tensor] = {}
@@ -115,7 +116,7 @@ def extract_adapter(
     with _readers(first) as mine, _readers(second) as theirs:
         for entry in second:
             pair = _Pair(first.tensors.get(entry.name), entry, mine, theirs, first, second)
-            row = _take(pair, rank, energy, full, sites, trained)
+            row = _take(pair, of, rank, energy, full, sites, trained)
             n_equal += row is None
             found += [row] if row is not None else []
             done += entry.n_bytes
@@ -185,30 +186,26 @@ class _Pair:
     def same_shape(self) -> bool:
         return self.before is not None and self.before.shape == self.after.shape
 
-    def differences(self, n_cols: int, first: int = 0, last: int | None = None) -> Blocks:
-        """Return the delta's rows `first` to `last`, as blocks that count from 0."""
+    def difference(self) -> Tensor:
+        """Return the delta, float32, of the tensor's shape."""
         assert self.before is not None
-        before, name = self.before, self.after.name
-        a, b = self.mine[self.base.shard_of[name]], self.theirs[self.tuned.shard_of[name]]
-        stop = self.after.n_elements // n_cols if last is None else last
-        step = max(1, (1 << 20) // n_cols)
+        n_cols, name = max(1, matrix_of(self.after.shape)[1]), self.after.name
+        delta = torch.empty(self.after.n_elements // n_cols, n_cols)
+        before = self.mine[self.base.shard_of[name]].blocks(self.before, n_cols)
+        after = self.theirs[self.tuned.shard_of[name]].blocks(self.after, n_cols)
+        for (start, old), (_, new) in zip(before, after, strict=True):
+            delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
+        return delta.view(self.after.shape)
 
-        def blocks() -> Iterator[tuple[int, Tensor]]:
-            for start in range(first, stop, step):
-                end = min(stop, start + step)
-                new = b.rows(self.after, n_cols, start, end).to(torch.float32, copy=True)
-                yield start - first, new.sub_(a.rows(before, n_cols, start, end))
-
-        return blocks
-
-    def norms(self) -> tuple[float, float]:
-        """Return `|delta|` and `|W|`."""
+    def size(self) -> float:
+        """Return `|W|`."""
         assert self.before is not None
-        n_cols = max(1, matrix_of(self.after.shape)[1])
-        squares = sum(float(d.double().square().sum()) for _, d in self.differences(n_cols)())
-        reader = self.mine[self.base.shard_of[self.after.name]]
-        size = sum(float(w.double().square().sum()) for _, w in reader.blocks(self.before, n_cols))
-        return math.sqrt(squares), math.sqrt(size)
+        reader, n_cols = (
+            self.mine[self.base.shard_of[self.after.name]],
+            matrix_of(self.after.shape)[1],
+        )
+        blocks = reader.blocks(self.before, max(1, n_cols))
+        return math.sqrt(sum(float(w.double().square().sum()) for _, w in blocks))
 
     def value(self) -> Tensor:
         """Return the fine-tuned tensor."""
@@ -218,6 +215,7 @@ class _Pair:
 
 def _take(
     pair: _Pair,
+    of: BaseClass,
     rank: int | None,
     energy: float | None,
     full: bool,
@@ -232,38 +230,39 @@ def _take(
         if full:
             trained[name] = pair.value()
         return Extracted(name, "in full" if full else "left", None, None, None)
-    delta, size = pair.norms()
+    difference = pair.difference()
+    delta = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
     if not math.isfinite(delta):
         raise CheckpointError(
             f"compare '{name}'", "one of the two holds NaN or Inf", "It is damaged; fetch it again"
         )
     if delta == 0:
         return None
-    relative = delta / size if size else None
+    relative = delta / size if (size := pair.size()) else None
     if len(shape) < 2 or min(matrix_of(shape)) < 2:
         if full:
             trained[name] = pair.value()
         return Extracted(name, "in full" if full else "left", None, None, relative)
-    site, held, exact = _site(pair, rank, energy)
+    site, held, exact = _site(pair, of, difference, rank, energy)
     sites[site.spec.name] = site
     return Extracted(name, "low rank", site.spec.rank, held, relative, exact)
 
 
-def _site(pair: _Pair, rank: int | None, energy: float | None) -> tuple[SiteState, float, bool]:
+def _site(
+    pair: _Pair, of: BaseClass, difference: Tensor, rank: int | None, energy: float | None
+) -> tuple[SiteState, float, bool]:
     """Decompose one tensor; a stack of matrices matrix by matrix, to one rank."""
     name, shape = pair.after.name, pair.after.shape
     stacked = len(shape) == 3 and not name.endswith(".weight")
     rows, cols = matrix_of(shape[1:] if stacked else shape)
     n = shape[0] if stacked else 1
-    found = [
-        decompose(pair.differences(cols, e * rows, (e + 1) * rows), (rows, cols), rank, energy)
-        for e in range(n)
-    ]
+    matrices = difference.reshape(n, rows, cols)
+    found = [decompose(matrix, rank, energy) for matrix in matrices]
     common = max(len(d.S) for d in found)
-    transposed = not stacked and _is_transposed(pair.base, name)
+    kind = "parameter" if stacked or not name.endswith(".weight") else _kind(of, name, shape)
+    transposed = kind in {"conv1d", "embedding"}
     halves = [_halves(d, common, transposed) for d in found]
     A, B = (torch.stack(side) if stacked else side[0] for side in zip(*halves, strict=True))
-    kind = "parameter" if stacked or not name.endswith(".weight") else _kind(pair.base, name, shape)
     n_in, n_out = (rows, cols) if transposed else (cols, rows)
     spec = SiteSpec(
         name=name if kind == "parameter" else name.removesuffix(".weight"),
@@ -293,16 +292,11 @@ def _halves(found: Decomposed, rank: int, transposed: bool) -> tuple[Tensor, Ten
     return A.contiguous(), B.contiguous()
 
 
-def _is_transposed(base: Checkpoint, name: str) -> bool:
-    return _kind(base, name, base.tensors[name].shape) in {"conv1d", "embedding"}
-
-
-def _kind(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
-    module = name.removesuffix(".weight")
+def _kind(of: BaseClass, name: str, shape: tuple[int, ...]) -> str:
+    """Return the kind of layer that holds a weight, as the class says; linear without a class."""
     if len(shape) > 2:
         return "conv"
-    if is_embedding(base, name):
+    module = of.module_of(name) if of.known else None
+    if isinstance(module, torch.nn.Embedding):
         return "embedding"
-    leaf = module.rpartition(".")[2]
-    known = base.config.get("model_type") in CONV1D_MODELS and leaf in CONV1D_NAMES
-    return "conv1d" if known else "linear"
+    return "conv1d" if module is not None and of.transposed(name) else "linear"

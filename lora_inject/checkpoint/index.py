@@ -6,6 +6,7 @@ the same. From then on a checkpoint is a table from tensor name to (shard, dtype
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -117,16 +118,17 @@ class Checkpoint:
         return iter(self.tensors.values())
 
 
-def read_config(folder: Path) -> Mapping[str, Any]:
+def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
     """Return `config.json` of a folder as parsed, empty where there is none.
 
     Raises:
-        CheckpointError: It is too long, or not a JSON object.
+        CheckpointError: It is not a regular file, too long, or not a JSON object.
     """
-    path = folder / "config.json"
-    if not path.is_file():
+    path = folder / name
+    if not os.path.lexists(path):
         return {}
-    config = _read_json(resolve_inside(folder, "config.json"), MAX_CONFIG_BYTES)
+    real = resolve_inside(folder, name)  # a dangling link, a folder and a FIFO are refused there
+    config = _read_json(real, MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise CheckpointError(f"read '{path}'", "it is not a JSON object", "Fetch it again")
     return config
@@ -212,7 +214,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     if not real.is_file():
         raise CheckpointError(
             f"read '{name}' of '{folder}'",
-            "there is no such file",
+            "it is not a regular file" if real.exists() else "there is no such file",
             "The download is not complete; fetch the checkpoint again",
         )
     roots = [folder]

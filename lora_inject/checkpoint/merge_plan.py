@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lora_inject.checkpoint.base_class import UNTIED, BaseClass, refused_tie
 from lora_inject.checkpoint.base_copies import check_copies
 from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.dequantise import find_scales
@@ -27,7 +29,6 @@ from lora_inject.checkpoint.parts import Part, check_parts
 from lora_inject.checkpoint.quantised import why_not
 from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
-from lora_inject.checkpoint.tied import check_is_read, is_embedding, is_head, tie_flags, tied_copies
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import DTYPE_BITS
 
@@ -153,8 +154,9 @@ def plan_merge(
     options = options or MergeOptions()
     check_parts(parts)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    fits = [choose(part, checkpoint, allow_new=options.allow_new) for part in parts]
-    builder = _Builder(checkpoint, options)
+    of = BaseClass(checkpoint, options.tie)
+    fits = [choose(part, checkpoint, options, of) for part in parts]
+    builder = _Builder(checkpoint, options, of)
     for part, fit in zip(parts, fits, strict=True):
         if not options.any_base:
             check_same_base(checkpoint, part, fit)
@@ -176,7 +178,7 @@ def plan_merge(
         tuple(parts),
         options,
         shards,
-        tuple((part.label, fit.rule.label) for part, fit in zip(parts, fits, strict=True)),
+        tuple((part.label, fit.label) for part, fit in zip(parts, fits, strict=True)),
         builder.config_changes,
         _new_index(checkpoint, shards),
         side_files,
@@ -187,17 +189,19 @@ def plan_merge(
 class _Builder:
     """Gathers jobs from adapters, then settles what they imply for the rest of the checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, options: MergeOptions) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, options: MergeOptions, of: BaseClass) -> None:
+        self.checkpoint, self.of = checkpoint, of
         self.options = options
         self.jobs: dict[str, TensorJob] = {}
         self.config_changes: dict[str, Any] = {}
         self.notes: list[str] = []
+        self.taken: list[tuple[Part, Fit]] = []
         self.scales = find_scales(checkpoint) if options.dequantise else {}
         self.dropped = frozenset(scales.entry.name for scales in self.scales.values())
 
     def take(self, part: Part, fit: Fit) -> None:
         """Add one adapter's updates."""
+        self.taken.append((part, fit))
         shard_of = self.checkpoint.shard_of
         grown = check_copies(self.checkpoint, part, fit)
         for site, places in fit.placed.items():
@@ -278,40 +282,67 @@ class _Builder:
             self.config_changes["quantization_config"] = None
 
     def untie(self) -> None:
-        """Give a head of its own to every embedding that changes and is tied to one."""
-        checkpoint, touched = self.checkpoint, set(self.jobs)
+        """Give every tensor of a tie that is cut a place of its own in the files."""
         # Replaced rows are the exception: PEFT gives them to the tied head as well.
-        touched -= {name for name, job in self.jobs.items() if job.rows and not job.placed}
-        ends = {name for name in touched if is_embedding(checkpoint, name) or is_head(name)}
-        for name in sorted(self._tied_ends(ends)):
-            if name in self.jobs:
-                check_is_read(checkpoint, name)
-            copies = tied_copies(checkpoint, name)
-            grown = name in self.jobs and self.jobs[name].shape != checkpoint.tensors[name].shape
-            if grown and self.jobs[name].base_copy is None and not copies.keys() & self.jobs.keys():
-                if copies:
-                    self.notes.append(f"'{name}' grew and stays tied to the head")
-                    ends.discard(name)
-                continue
-            for copy in copies.keys() - self.jobs.keys():
-                self.jobs[copy] = self._untied(copy, copies[copy])
-        new = [name for name in self.jobs if self._was_tied(name)]
-        for name in new:
-            self.notes.append(f"'{name}' was tied and becomes a tensor of its own")
-        flags = tie_flags(checkpoint.config)
-        if checkpoint.config and (new or (ends and any(flags))):
-            self.config_changes["tie_word_embeddings"] = False
+        touched = {name for name, job in self.jobs.items() if job.placed or not job.rows}
+        if not self._may_be_tied(touched):
+            return
+        cut = [group for group in self.of.ties if touched & group and not self._stays(group)]
+        if not cut:
+            return
+        for group in cut:
+            if stuck := touched & group & self.of.inseparable:
+                raise refused_tie(min(stuck), self.checkpoint)
+        self._store_apart()
+        for name, job in self.jobs.items():
+            if name not in self.checkpoint.tensors and job.source is not None:
+                self.notes.append(f"'{name}' was tied and becomes a tensor of its own")
+        if self.checkpoint.config:
+            self.config_changes |= UNTIED
 
-    def _tied_ends(self, ends: Collection[str]) -> set[str]:
-        """Return the stored embeddings that are touched, or that something touched is tied to."""
-        tensors = self.checkpoint.tensors
-        found = {name for name in ends if name in tensors and not is_head(name)}
-        sources = (self.jobs[name].source for name in ends if name not in tensors)
-        return found | {source.name for source in sources if source is not None}
+    def _store_apart(self) -> None:
+        """Add what the files lack: one setting of the config speaks for all ties of a class."""
+        for group in self.of.ties:
+            for name in sorted(group - self.jobs.keys() - self.checkpoint.tensors.keys()):
+                source = self.of.source_of(name)
+                if source is not None and name not in self.of.inseparable:
+                    self.jobs[name] = self._untied(name, source)
 
-    def _was_tied(self, name: str) -> bool:
-        job = self.jobs[name]
-        return name not in self.checkpoint.tensors and job.source is not None
+    def _may_be_tied(self, touched: Collection[str]) -> bool:
+        """Whether an update is of a kind that ties concern: only then the class is asked.
+
+        Ties join embeddings, heads and whole stacks of layers: what the adapter says is an
+        embedding, what the files lack, and weights outside of any numbered list of layers.
+        """
+        embeddings = {
+            place.tensor
+            for part, fit in self.taken
+            for site, places in fit.placed.items()
+            if part.state.sites[site].spec.kind == "embedding"
+            for place in places
+        }
+        return any(
+            name not in self.checkpoint.tensors
+            or name in embeddings
+            or (len(self.jobs[name].shape) > 1 and not any(map(str.isdigit, name.split("."))))
+            for name in touched
+        )
+
+    def _stays(self, group: frozenset[str]) -> bool:
+        """Whether a tie holds after the merge; then what the files lack stays left out."""
+        mine = [self.jobs[name] for name in sorted(group) if name in self.jobs]
+        first = mine[0] if mine else None
+        if first is None:
+            return True
+        grown = first.source is not None and first.shape != first.source.shape
+        if len(mine) == 1 and grown and first.base_copy is None:
+            self.notes.append(f"'{first.name}' grew and stays tied to the head")
+            return True
+        if len(mine) < len(group) or not all(_same_copies(first, job) for job in mine):
+            return False
+        for name in group - self.checkpoint.tensors.keys():
+            del self.jobs[name]
+        return True
 
     def _untied(self, name: str, source: str) -> TensorJob:
         """Return the job of a tensor that was left out, with the values that it was tied to."""
@@ -390,8 +421,8 @@ class _Builder:
             if before is None or job.shape == before.shape:
                 continue
             rows, old = job.shape[0], before.shape[0]
-            ends = [n for n in tensors if is_embedding(self.checkpoint, n) or is_head(n)]
-            for other in ends:
+            ends = self.of.ends if self.of.known else frozenset()
+            for other in sorted(ends & tensors.keys()):
                 mine = self.jobs.get(other)
                 shape = mine.shape if mine is not None else tensors[other].shape
                 if tensors[other].shape[0] == old and shape[0] != rows:
@@ -426,6 +457,15 @@ class _Builder:
                 name = name.replace("-added", "-added-added", 1)
             shards.append(lay_out(name, None, {}, added))
         return tuple(shards)
+
+
+def _same_copies(one: TensorJob, other: TensorJob) -> bool:
+    """Whether two tensors are replaced by the same values."""
+    if any(job.placed or job.added or job.rows or not job.trained for job in (one, other)):
+        return False
+    pairs = zip(one.trained, other.trained, strict=False)
+    alike = all(w == v and torch.equal(t, u) for (t, w), (u, v) in pairs)
+    return alike and len(one.trained) == len(other.trained)
 
 
 def _with(sites: tuple[str, ...], site: str) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ Each choice is one field with one meaning; what they imply is settled in `plan`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_inject.errors import CheckpointError
@@ -31,6 +32,10 @@ class MergeOptions:
         dequantise: Write a float8 base with block scales as bfloat16 (or as `dtype`).
         any_base: Merge although the adapter's fingerprint says that it was made on another base.
         workers: Threads that compute; None: one for each core, at most four.
+        rename: How names of the adapters begin to how the base's names begin, where they differ
+            and the base's class does not say it.
+        tie: Name of a tensor that the base's files lack to the stored one that it equals; empty
+            where nothing is tied. None asks the base's class, where an update touches an end.
     """
 
     dtype: str | None = None
@@ -42,6 +47,8 @@ class MergeOptions:
     dequantise: bool = False
     any_base: bool = False
     workers: int | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    tie: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None:  # an enum's member becomes plain text
@@ -79,5 +86,7 @@ class MergeOptions:
             "dtype": self.dtype,
             "copy_code": self.copy_code,
             "allow_new": self.allow_new,
+            "rename": dict(self.rename),
+            "tie": None if self.tie is None else dict(self.tie),
             "dequantise": self.dequantise,
         }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -91,6 +91,20 @@ def check_parts(parts: Sequence[Part]) -> None:
                     f"'{name}' holds NaN or Inf",
                     "Its training diverged; take an earlier checkpoint of the adapter",
                 )
+    _check_different(parts)
+
+
+def _check_different(parts: Sequence[Part]) -> None:
+    """Refuse the same adapter twice."""
+    seen: dict[str, Part] = {}
+    for part in parts if len(parts) > 1 else ():
+        first = seen.setdefault(digest(replace(part, weight=1.0)), part)
+        if first is not part:
+            raise CheckpointError(
+                f"merge {first.label} and {part.label}",
+                "they are the same adapter, which would count twice",
+                "Give it once, with the weight that is meant",
+            )
 
 
 def _steps(tensor: Tensor) -> Iterator[Tensor]:

@@ -9,22 +9,16 @@ the orientation; only a square matrix needs to be told.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
 from lora_inject.adapter.state import SiteState
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.functional import Term
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
-
-_FAMILIES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_ONE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)(?:\.weight)?")
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 
 @dataclass(frozen=True)
@@ -71,14 +65,14 @@ class Orientation:
     """What is known about the way round of square matrices.
 
     Attributes:
-        config: The base's `config.json`.
+        of: The class of the base.
         contradicted: Name of a site whose shape says the opposite of what its adapter says.
     """
 
-    config: Mapping[str, Any]
+    of: BaseClass
     contradicted: str | None = None
 
-    def transposed(self, spec: SiteSpec, matrix: tuple[int, int]) -> bool | str:
+    def transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool | str:
         """Return whether the matrix is `(in, out)`, or the reason why that cannot be said."""
         wide = (spec.out_features, spec.in_features)
         if matrix not in (wide, wide[::-1]):
@@ -88,43 +82,40 @@ class Orientation:
             if found != spec.transposed and spec.kind in {"linear", "conv1d"}:
                 self.contradicted = self.contradicted or spec.name
             return found
-        leaf = spec.name.rpartition(".")[2]
-        if self.config.get("model_type") in CONV1D_MODELS and leaf in CONV1D_NAMES:
-            return True
-        if self.contradicted is not None and spec.kind in {"linear", "conv1d"}:
-            return (
-                f"it is square, and the adapter has the orientation of '{self.contradicted}' wrong"
-            )
-        return spec.transposed
+        if spec.experts is not None and self.of.known:
+            return spec.transposed or bool(self.of.transposed(name))
+        if self.contradicted is None or spec.kind not in {"linear", "conv1d"}:
+            return spec.transposed
+        said = self.of.transposed(name) if self.of.known else None
+        if said is None:
+            of = self.contradicted
+            return f"it is square, and the adapter has the orientation of '{of}' wrong"
+        return said
 
 
 def place_site(
-    state: SiteState,
-    weight: float,
-    name: str,
-    tensors: Mapping[str, TensorEntry],
-    tied: TensorEntry | None,
-    way: Orientation,
+    state: SiteState, weight: float, name: str, grown: TensorEntry | None, way: Orientation
 ) -> list[Placed] | str:
     """Find the rows that one site's update belongs to.
 
     Args:
         state: The site and its tensors.
         weight: Mixing weight of the adapter.
-        name: The tensor's name, renamed by the rule on trial.
-        tensors: The base's tensors.
-        tied: The embedding that `name` is tied to, if it is an absent head.
+        name: The tensor's name, as the base has it.
+        grown: The tensor with the rows that the adapter adds to it, where it does.
         way: Orientation of square matrices.
 
     Returns:
         Where the terms go, or the reason why they go nowhere.
     """
-    entry = tensors.get(name, tied)
+    entry = grown or way.of.checkpoint.tensors.get(name)
     if entry is not None:
         return _place_direct(state, weight, name, entry, way)
+    if not way.of.known:
+        return f"'{name}' is not in the checkpoint"
     if state.spec.experts is not None:
-        return _place_on_separate_experts(state, weight, name, tensors)
-    return _place_in_stack(state, weight, name, tensors)
+        return _place_on_separate_experts(state, weight, name, way.of)
+    return _place_in_stack(state, weight, name, way.of)
 
 
 def _terms(state: SiteState, weight: float, spec: SiteSpec, expert: int | None) -> tuple[Term, ...]:
@@ -155,7 +146,7 @@ def _place_direct(
         return f"'{name}' has the shape {list(shape)}, which takes no low-rank update{experts}"
     else:
         matrix = matrix_of(shape[1:] if stacked else shape)
-        transposed = way.transposed(spec, matrix)
+        transposed = way.transposed(spec, name, matrix)
     if isinstance(transposed, str):
         return f"'{name}': {transposed}"
     plain = replace(spec, experts=None, weight_shape=matrix, transposed=transposed)
@@ -174,34 +165,24 @@ def _place_direct(
 
 
 def _place_on_separate_experts(
-    state: SiteState, weight: float, name: str, tensors: Mapping[str, TensorEntry]
+    state: SiteState, weight: float, name: str, of: BaseClass
 ) -> list[Placed] | str:
-    """Cut an update of stacked experts into the per-expert tensors of the file.
-
-    Mixtral, Qwen2-MoE and DeepSeek files keep `experts.0.gate_proj.weight` apart, transformers 5
-    runs them as `experts.gate_up_proj (E, 2 I, H)` with the gate's rows first.
-    """
-    spec, path = state.spec, name.removesuffix(".weight")
-    container, _, leaf = path.rpartition(".")
-    for family in _FAMILIES:
-        leaves = {"gate_up_proj": family[:2], "down_proj": family[2:]}.get(leaf, ())
-        for where in (container, container.replace(".mlp.", ".block_sparse_moe.")):
-            if leaves and f"{where}.0.{leaves[0]}.weight" in tensors:
-                names = [
-                    [f"{where}.{e}.{one}.weight" for one in leaves]
-                    for e in range(spec.experts or 0)
-                ]
-                return _cut(state, weight, names, tensors)
-    return f"'{name}' is not in the checkpoint"
+    """Cut an update of stacked experts into the per-expert tensors of the file."""
+    names = of.separate(name)
+    if len(names) != state.spec.experts:
+        found = f", but for {len(names)} single experts" if names else ""
+        return f"'{name}' is not in the checkpoint{found}"
+    return _cut(state, weight, names, of.checkpoint.tensors)
 
 
 def _cut(
     state: SiteState, weight: float, names: list[list[str]], tensors: Mapping[str, TensorEntry]
 ) -> list[Placed] | str:
     spec, placed = state.spec, []
-    missing = [n for expert in names for n in expert if n not in tensors]
-    if missing:
-        return f"'{missing[0]}' is not in the checkpoint, though its neighbours are"
+    n_parts = max(map(len, names))
+    for e, expert in enumerate(names):
+        if len(expert) < n_parts:
+            return f"expert {e} is not complete in the checkpoint: of {n_parts} it has {expert}"
     if spec.slices is not None:
         return "slices of experts that the file keeps apart are not supported"
     first = tensors[names[0][0]].shape
@@ -253,39 +234,20 @@ def _cut_terms(
 
 
 def _place_in_stack(
-    state: SiteState, weight: float, name: str, tensors: Mapping[str, TensorEntry]
+    state: SiteState, weight: float, name: str, of: BaseClass
 ) -> list[Placed] | str:
     """Place the update of one expert, named apart, in its rows of a stack `(E, out, in)`."""
-    absent = f"'{name}' is not in the checkpoint"
-    match = _ONE_EXPERT.fullmatch(name)
-    if match is None:
-        return absent
-    container, expert, leaf = match[1], int(match[2]), match[3]
-    family = next((f for f in _FAMILIES if leaf in f), None)
-    if family is None:
-        return absent
-    part, n_parts, stack = (
-        (0, 1, "down_proj")
-        if leaf == family[2]
-        else (
-            family.index(leaf),
-            2,
-            "gate_up_proj",
-        )
-    )
-    for where in (container, container.replace(".block_sparse_moe.", ".mlp.")):
-        entry = tensors.get(f"{where}.{stack}")
-        if entry is not None and len(entry.shape) == 3:
-            break
-    else:
-        return absent
+    place = of.place_of(name)
+    entry = None if place is None else of.checkpoint.tensors.get(of(place.name))
+    if place is None or place.expert is None or entry is None or len(entry.shape) != 3:
+        return f"'{name}' is not in the checkpoint"
     spec = state.spec
     n_experts, rows, cols = entry.shape
-    if (rows, cols) != (n_parts * spec.out_features, spec.in_features) or rows == cols:
+    if (rows, cols) != (place.n_parts * spec.out_features, spec.in_features):
         return f"'{entry.name}' {list(entry.shape)} is not stacked as (experts, out, in)"
-    if expert >= n_experts:
-        return f"'{entry.name}' has {n_experts} experts, the adapter names number {expert}"
-    start = expert * rows + part * spec.out_features
+    if place.expert >= n_experts:
+        return f"'{entry.name}' has {n_experts} experts, the adapter names number {place.expert}"
+    start = place.expert * rows + place.part * spec.out_features
     plain = replace(
         spec, weight_shape=(spec.out_features, spec.in_features), transposed=False, experts=None
     )

@@ -93,8 +93,8 @@ def read_side_file(folder: Path, relative: str) -> bytes:
     return path.read_bytes()
 
 
-def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
-    """Return `config.json` with some values changed and everything else kept, in its order.
+def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with some values changed and everything else kept, in its order.
 
     Args:
         config: The base's config, as parsed.
@@ -102,14 +102,8 @@ def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
             too; None removes it.
 
     Example:
-        >>> print(edit_config({"a": 1, "text_config": {"a": 1}}, {"a": 2}).decode())
-        {
-          "a": 2,
-          "text_config": {
-            "a": 2
-          }
-        }
-        <BLANKLINE>
+        >>> changed_config({"a": 1, "text_config": {"a": 1}}, {"a": 2})
+        {'a': 2, 'text_config': {'a': 2}}
     """
     edited: dict[str, Any] = {}
     for key, value in config.items():
@@ -123,7 +117,14 @@ def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
             edited.pop(key, None)
         elif key in edited or not _only_inside(config, key):
             edited[key] = value
-    return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+    return edited
+
+
+def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
+    """Return the bytes of `config.json` with some values changed; see `changed_config`."""
+    return (
+        json.dumps(changed_config(config, changes), indent=2, ensure_ascii=False) + "\n"
+    ).encode()
 
 
 def _only_inside(config: Mapping[str, Any], key: str) -> bool:

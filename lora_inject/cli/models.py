@@ -7,34 +7,20 @@ key list has to do, and kinds are assumed from names and shapes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from lora_inject.checkpoint import Checkpoint
+from lora_inject.checkpoint.index import read_config
+from lora_inject.checkpoint.meta_model import meta_model
 from lora_inject.errors import CheckpointError
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey
 from lora_inject.spec.inventory import Inventory
 
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_SAID = 300  # characters of another library's message
 KEYS_HELP = "pass --keys to plan on the names in the checkpoint"
-
-# Whatever a wrong or unknown config can make a constructor of transformers raise, beside its own.
-BUILD_ERRORS: tuple[type[Exception], ...] = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True)
@@ -68,7 +54,7 @@ def source_of(path: Path, *, keys: bool = False) -> Source:
         raise CheckpointError(asked, "there is no such file or folder", "Check the path")
     is_keys = path.name.endswith(INDEX_SUFFIX) or path.suffix == ".safetensors"
     if path.is_dir():
-        is_keys = not (path / "config.json").is_file()
+        is_keys = not os.path.lexists(path / "config.json")
     if keys or is_keys:
         return _from_checkpoint(path)
     return _from_config(path)
@@ -84,59 +70,7 @@ def _from_checkpoint(path: Path) -> Source:
 
 
 def _from_config(path: Path) -> Source:
-    model = meta_model(path)
+    folder = path if path.is_dir() else path.parent
+    config = read_config(folder, path.name if path.is_file() else "config.json")
+    model = meta_model(config, f"build the model of '{path}'", KEYS_HELP)
     return Source(inventory(Survey(model)), f"{type(model).__name__}, built from its config.json")
-
-
-def meta_model(path: Path) -> nn.Module:
-    """Build the model of a `config.json` on the meta device.
-
-    Args:
-        path: The file, or the folder that holds it.
-
-    Returns:
-        The class that the config names, else the one that belongs to its `model_type`.
-
-    Raises:
-        CheckpointError: transformers is missing, or does not know the model.
-    """
-    asked = f"build the model of '{path}'"
-    transformers, own_errors = _transformers(asked)
-    transformers.logging.set_verbosity_error()
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            path, trust_remote_code=False, local_files_only=True
-        )
-        cls = _architecture(transformers, config)
-        with torch.device("meta"):
-            if cls is None:
-                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
-            else:
-                model = cls._from_config(config)
-    except (*BUILD_ERRORS, *own_errors) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        said = said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]}..."
-        found = f"transformers {transformers.__version__} cannot: {said.rstrip('.')}"
-        raise CheckpointError(asked, found, f"Upgrade transformers, or {KEYS_HELP}") from error
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _transformers(asked: str) -> tuple[Any, tuple[type[Exception], ...]]:
-    """Return transformers, and the errors with which its configs refuse a value."""
-    try:
-        import transformers
-        from huggingface_hub.errors import StrictDataclassError
-    except ImportError:
-        remedy = f"Run pip install transformers, or {KEYS_HELP}"
-        raise CheckpointError(asked, "transformers is not installed", remedy) from None
-    return transformers, (StrictDataclassError,)
-
-
-def _architecture(transformers: Any, config: Any) -> Any:
-    """The first class of transformers that the config names, None where it names none."""
-    for name in config.architectures or ():
-        cls = getattr(transformers, str(name), None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls
-    return None

@@ -65,6 +65,21 @@ AnyBase = Annotated[
     bool,
     typer.Option("--any-base", help="Merge although the adapter was made on another base."),
 ]
+Rename = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="OLD=NEW",
+        help="How names of the adapters begin, and how the base's do. (default: by its class)",
+    ),
+]
+Tie = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ABSENT=STORED",
+        help="A tensor that the files lack and the one that it equals; or: none. (default: by the "
+        "base's class)",
+    ),
+]
 ExpertMajor = Annotated[
     bool,
     typer.Option(
@@ -126,6 +141,8 @@ def merge(
     allow_new: AllowNew = False,
     dequantise: Dequantise = False,
     any_base: AnyBase = False,
+    rename: Rename = None,
+    tie: Tie = None,
     workers: Workers = None,
     prefer: Prefer = None,
     allow: Allow = None,
@@ -165,6 +182,8 @@ def merge(
         allow_new=allow_new,
         dequantise=dequantise,
         any_base=any_base,
+        rename=_pairs(rename, "--rename"),
+        tie=None if not tie else {} if tie == ["none"] else _pairs(tie, "--tie"),
         workers=workers,
     )
     weights = _weights(weight, len(adapters))
@@ -200,6 +219,8 @@ def verify(
     allow_new: AllowNew = False,
     dequantise: Dequantise = False,
     any_base: AnyBase = False,
+    rename: Rename = None,
+    tie: Tie = None,
     prefer: Prefer = None,
     allow: Allow = None,
     expert_major: ExpertMajor = False,
@@ -223,6 +244,8 @@ def verify(
         allow_new=allow_new,
         dequantise=dequantise,
         any_base=any_base,
+        rename=_pairs(rename, "--rename"),
+        tie=None if not tie else {} if tie == ["none"] else _pairs(tie, "--tie"),
     )
     weights = _weights(weight, len(adapters))
     checkpoint = Checkpoint.open(base)
@@ -277,6 +300,17 @@ def extract(
         print_json({"output": str(written), **report.to_dict()})
     else:
         print_extraction(report, written, everything=everything)
+
+
+def _pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
+    """Read `OLD=NEW` pairs."""
+    pairs = {}
+    for text in given or ():
+        old, equals, new = text.partition("=")
+        if not equals or (option == "--tie" and not (old and new)):
+            raise typer.BadParameter(f"{text!r} is not a pair, such as a.=b.", param_hint=option)
+        pairs[old] = new
+    return pairs
 
 
 def _weights(weights: list[float] | None, n_adapters: int) -> list[float]:

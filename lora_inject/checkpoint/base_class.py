@@ -1,0 +1,221 @@
+"""What the class of a checkpoint says of its tensors: names, ties, kinds and orientations.
+
+The class is built on the meta device, where it weighs nothing, and only when it is asked. Ties are
+the parameters that are one object there; names are those that transformers itself gives to the
+tensors of the file when it loads them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.meta_model import meta_model
+from lora_inject.checkpoint.side_files import changed_config
+from lora_inject.errors import CheckpointError
+from lora_inject.formats.older_names import Place, places
+from lora_inject.formats.peft import options_for_reading
+
+UNTIED = {"tie_word_embeddings": False}
+"""What `config.json` has to say so that a class loads tied tensors apart."""
+_REMEDY = "say which tensors are one and the same: --tie ABSENT=STORED, or --tie none"
+
+
+@dataclass
+class BaseClass:
+    """The class of a checkpoint, built when it is first asked.
+
+    Attributes:
+        checkpoint: The base.
+        told: Ties as the user told them: name of a tensor that the file lacks to the stored one
+            that it equals; None to ask the class.
+    """
+
+    checkpoint: Checkpoint
+    told: Mapping[str, str] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the base says which class it is of: a file without a config says it all."""
+        return bool(self.checkpoint.config.get("model_type"))
+
+    @cached_property
+    def model(self) -> Any:
+        """The class on the meta device.
+
+        Raises:
+            CheckpointError: It cannot be built.
+        """
+        asked = f"ask the class of '{self.checkpoint.folder}' what its tensors are"
+        return meta_model(self.checkpoint.config, asked, _REMEDY)
+
+    @property
+    def label(self) -> str:
+        """The rule's name for messages."""
+        return f"names of {type(self.model).__name__}"
+
+    def __call__(self, name: str) -> str:
+        """Return the file's name of a tensor that an adapter calls by any name the class knows."""
+        place = self.place_of(name)
+        if place is None:
+            return next(self._with_prefix(name), name)
+        if place in self._table:
+            return self._table[place]
+        return name if place.expert is not None else self._absent(place.name) or name
+
+    def place_of(self, name: str) -> Place | None:
+        """Return where a tensor is in the class, by its name in a file of any age."""
+        return Place(name) if name in self._shapes else self._places(name)
+
+    def separate(self, name: str) -> list[list[str]]:
+        """Return the file's names of the matrices of a stack that it keeps apart.
+
+        Returns:
+            For each expert the names whose rows follow each other; empty where there are none.
+        """
+        mine = self.place_of(name)
+        found: dict[int, dict[int, str]] = {}
+        for place, theirs in self._table.items():
+            if mine is not None and place.name == mine.name and place.expert is not None:
+                found.setdefault(place.expert, {})[place.part] = theirs
+        return [[of[part] for part in sorted(of)] for _, of in sorted(found.items())]
+
+    def reading_options(self) -> dict[str, Any]:
+        """Return what the class says of stacked experts, as options for `formats.peft.read`."""
+        inner = f"{self.model.base_model_prefix}."
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        found = options_for_reading(modules, self._shapes)
+        return {
+            option: (*names, *(n.removeprefix(inner) for n in names if n.startswith(inner)))
+            for option, names in found.items()
+        }
+
+    @cached_property
+    def ties(self) -> tuple[frozenset[str], ...]:
+        """Groups of tensors that are one and the same, by their names in the file.
+
+        Raises:
+            CheckpointError: Only the class knows, and it cannot be built.
+        """
+        if self.told is not None:
+            return tuple(frozenset(pair) for pair in self.told.items())
+        return tuple(_groups(self.model, self)) if self.known else ()
+
+    @cached_property
+    def inseparable(self) -> frozenset[str]:
+        """Tensors that stay tied whatever the config says, as those of T5."""
+        if self.told is not None or not self.known:
+            return frozenset()
+        apart = changed_config(self.checkpoint.config, UNTIED)
+        model = meta_model(apart, f"untie tensors of '{self.checkpoint.folder}'", _REMEDY)
+        return frozenset(name for group in _groups(model, self) for name in group)
+
+    def tie_of(self, name: str) -> frozenset[str]:
+        """Return the names of the tensors that are one with this one; without any, none."""
+        return next((group for group in self.ties if name in group), frozenset())
+
+    def source_of(self, name: str) -> str | None:
+        """Return the stored tensor that an absent one equals, None where there is none."""
+        there = self.checkpoint.tensors
+        return next((other for other in sorted(self.tie_of(name)) if other in there), None)
+
+    @property
+    def ends(self) -> frozenset[str]:
+        """The file's names of the word embeddings and of the output head."""
+        model = self.model
+        modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+        weights = {id(m.weight) for m in modules if m is not None and hasattr(m, "weight")}
+        names = model.named_parameters(remove_duplicate=False)
+        return frozenset(self(name) for name, p in names if id(p) in weights)
+
+    def module_of(self, name: str) -> nn.Module | None:
+        """Return the module that holds a tensor of the file, None where the class has no such."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        return modules.get(self._mine.get(name, name).rpartition(".")[0])
+
+    def transposed(self, name: str) -> bool | None:
+        """Return whether a tensor is held as `(in, out)`; None where the class does not say."""
+        module: Any = self.module_of(name)
+        if hasattr(module, "is_transposed"):  # transformers' stacks of experts
+            return bool(module.is_transposed)
+        from transformers.pytorch_utils import Conv1D
+
+        if isinstance(module, Conv1D):
+            return True
+        return False if isinstance(module, nn.Linear) else None
+
+    @cached_property
+    def _shapes(self) -> dict[str, Any]:
+        return dict(self.model.state_dict())
+
+    @cached_property
+    def _places(self) -> Callable[[str], Place | None]:
+        return places(self.model, self._shapes)
+
+    @cached_property
+    def _table(self) -> dict[Place, str]:
+        """Place in the class to the name in the file, of every tensor that both have."""
+        table = {}
+        for name in self.checkpoint.tensors:
+            place = self._places(name)
+            if place is not None and place.name in self._shapes:
+                table[place] = name
+            elif name in self._shapes:
+                table[Place(name)] = name
+        return table
+
+    @cached_property
+    def _mine(self) -> dict[str, str]:
+        return {theirs: place.name for place, theirs in self._table.items()}
+
+    def _absent(self, mine: str) -> str | None:
+        """Return the name that the file would give to a tensor of the class that it lacks."""
+        candidates = list(self._with_prefix(mine))
+        if mine not in self._shapes:
+            return candidates[0] if candidates else None
+        if self._prefixes:
+            outer = {name.partition(".")[0] for name in self._table.values()}
+            candidates += [f"{first}.{mine}" for first in sorted(outer)]
+        return next((n for n in candidates if self._places(n) == Place(mine)), mine)
+
+    def _with_prefix(self, name: str) -> Iterator[str]:
+        """Yield a name with its beginning as the file has it."""
+        yield from (new + name[len(old) :] for old, new in self._prefixes if name.startswith(old))
+
+    @cached_property
+    def _prefixes(self) -> list[tuple[str, str]]:
+        """How names in the class begin and how the file has it, the longest first."""
+        pairs = Counter(_beginnings(mine, theirs) for theirs, mine in self._mine.items())
+        return sorted((p for p in pairs if p[0] != p[1]), key=lambda p: (-len(p[0]), -pairs[p]))
+
+
+def _groups(model: nn.Module, rule: BaseClass) -> Iterator[frozenset[str]]:
+    """Yield the file's names of tensors that are one object in a model."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    yield from (frozenset(map(rule, names)) for names in groups.values() if len(names) > 1)
+
+
+def _beginnings(mine: str, theirs: str) -> tuple[str, str]:
+    """Return what two names begin with, before the end that they share."""
+    a, b = mine.split("."), theirs.split(".")
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return "".join(f"{s}." for s in a), "".join(f"{s}." for s in b)
+
+
+def refused_tie(name: str, checkpoint: Checkpoint) -> CheckpointError:
+    """Return the error of an update of a tensor that cannot be untied."""
+    return CheckpointError(
+        f"merge into '{name}'",
+        "other layers share its tensor, and the class "
+        f"{(checkpoint.config.get('architectures') or ['of the base'])[0]} cannot load them apart",
+        "Adapt other layers, or keep this adapter unmerged",
+    )

@@ -1,0 +1,187 @@
+"""What a tensor is, tied or transposed, is known from its class or from the user, never guessed."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+import transformers
+from helpers.checkpoints import (
+    LLAMA,
+    adapter,
+    assert_equal_to_dense,
+    dense,
+    llama_adapter,
+    llama_tensors,
+    load_checkpoint,
+    save_checkpoint,
+    site,
+)
+
+import lora_inject as li
+from lora_inject.adapter.state import AdapterState
+from lora_inject.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    Part,
+    load_part,
+    merge_checkpoint,
+    plan_merge,
+    verify_checkpoint,
+)
+from lora_inject.errors import CheckpointError
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TINY = {
+    **LLAMA, "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A Llama whose head is tied and left out of the file."""
+    tensors = llama_tensors(head=False)
+    return save_checkpoint(tmp_path / "base", tensors, 1, TINY), tensors, tmp_path / "out"
+
+
+@pytest.fixture
+def no_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+
+
+def on_embedding():
+    return adapter(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
+
+
+def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_no_embedding(tmp_path):
+    """GPT-2 with 256 tokens: its mlp.c_proj has 256 rows too, and is not tied to the head."""
+    config = transformers.GPT2Config(vocab_size=256, n_embd=64, n_inner=256, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    li.inject(model, {"rank": 4, "alpha": 8, "targets": ["c_attn", "c_proj"]})
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.normal_(std=0.2)
+    li.save_adapter(model, tmp_path / "adapter")
+    base = Checkpoint.open(tmp_path / "base")
+    part = load_part(tmp_path / "adapter", base)
+    merge_checkpoint(base, [part], tmp_path / "out")
+    assert not any(HEAD in name for name in load_checkpoint(tmp_path / "out"))
+    merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, model(ids).logits, atol=1e-4)
+
+
+def test_ordinary_layers_need_no_class(tied, no_transformers):
+    base, tensors, out = tied
+    state = llama_adapter(tensors)
+    merge_checkpoint(base, [Part(state)], out)
+    touched = {f"{name}.weight" for name in state.sites}
+    assert_equal_to_dense(load_checkpoint(out), dense(tensors, (state, 1.0)), touched)
+
+
+@pytest.mark.parametrize("end", ["embedding", "head"])
+def test_an_end_of_a_tie_asks_for_the_class_or_for_the_user(tied, no_transformers, end):
+    base, tensors, out = tied
+    state = on_embedding() if end == "embedding" else adapter(site("lm_head", (32, 16)))
+    with pytest.raises(CheckpointError, match=r"transformers is not installed.*--(tie|rename)"):
+        plan_merge(base, [Part(state)])
+    options = MergeOptions(tie={HEAD: EMBEDDING})
+    merge_checkpoint(base, [Part(state)], out, options)
+    both = {**tensors, HEAD: tensors[EMBEDDING].clone()}
+    touched = {EMBEDDING if end == "embedding" else HEAD}
+    assert_equal_to_dense(load_checkpoint(out), dense(both, (state, 1.0)), touched)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert verify_checkpoint(base, [Part(state)], out, options).problems == ()
+
+
+def test_the_class_that_cannot_be_built_is_named(tied):
+    base, _, _ = tied
+    (base / "config.json").write_text(json.dumps({**TINY, "model_type": "llama99"}))
+    with pytest.raises(CheckpointError, match=r"does not know the model type 'llama99'.*--tie"):
+        plan_merge(base, [Part(on_embedding())])
+
+
+def test_nothing_is_untied_where_the_user_says_so(tied):
+    base, tensors, out = tied
+    state = on_embedding()
+    merge_checkpoint(base, [Part(state)], out, MergeOptions(tie={}))
+    assert_equal_to_dense(load_checkpoint(out), dense(tensors, (state, 1.0)), {EMBEDDING})
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD), "unequal"])
+def test_trained_copies_of_tied_tensors_are_what_each_name_says(tied, names):
+    """Both names with the same values stay one tensor; otherwise each gets its own."""
+    base, tensors, out = tied
+    new = torch.randn(32, 16).bfloat16()
+    trained = dict.fromkeys((EMBEDDING, HEAD) if names == "unequal" else names, new)
+    if names == "unequal":
+        trained[HEAD] = -new
+    merge_checkpoint(base, [Part(AdapterState({}, trained))], out)
+    found, old = load_checkpoint(out), tensors[EMBEDDING]
+    assert torch.equal(found[EMBEDDING], trained.get(EMBEDDING, old))
+    assert (HEAD in found) == (names != (EMBEDDING, HEAD))
+    assert torch.equal(found.get(HEAD, found[EMBEDDING]), trained.get(HEAD, old))
+    flag = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+    assert flag is (names == (EMBEDDING, HEAD))
+
+
+def test_the_class_renames_what_the_file_calls_otherwise(tmp_path):
+    """The file of a GPT-2 without its head's prefix, as the hub has it."""
+    config = transformers.GPT2Config(vocab_size=40, n_embd=8, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    base = tmp_path / "base"
+    transformers.GPT2Model.save_pretrained(model.transformer, base)
+    text = json.loads((base / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    (base / "config.json").write_text(json.dumps(text))
+    tensors = load_checkpoint(base)
+    inner = site("transformer.h.0.mlp.c_fc", (8, 32), transposed=True, kind="conv1d")
+    head = site("lm_head", (40, 8))
+    merge_checkpoint(base, [Part(adapter(inner, head))], tmp_path / "out")
+    found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
+    delta = [s.scale * s.B @ s.A for s in (inner, head)]
+    wanted = tensors["h.0.mlp.c_fc.weight"] + delta[0].T
+    assert torch.allclose(found["transformer.h.0.mlp.c_fc.weight"], wanted, atol=1e-6)
+    assert torch.allclose(found[HEAD], tensors["wte.weight"] + delta[1], atol=1e-6)
+    assert torch.equal(found["transformer.wte.weight"], tensors["wte.weight"])
+
+
+def test_square_transposed_experts_take_their_orientation_from_the_class(tmp_path):
+    """GPT-OSS with hidden = intermediate: the shape of down_proj says nothing."""
+    config = transformers.GptOssConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "base")
+    tensors = load_checkpoint(tmp_path / "base")
+    name = "model.layers.0.mlp.experts.down_proj"
+    s = site(name, (2, 16, 16), experts=2)  # as PEFT's file leaves it
+    merge_checkpoint(tmp_path / "base", [Part(adapter(s))], tmp_path / "out")
+    delta = s.scale * torch.einsum("eor,eri->eio", s.B, s.A)
+    assert torch.allclose(load_checkpoint(tmp_path / "out")[name], tensors[name] + delta, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "folder", "FIFO"])
+def test_a_config_that_is_no_file_is_not_taken_for_none(tied, kind):
+    base, tensors, _ = tied
+    (base / "config.json").unlink()
+    if kind == "dangling link":
+        (base / "config.json").symlink_to("nowhere.json")
+    elif kind == "folder":
+        (base / "config.json").mkdir()
+    else:
+        os.mkfifo(base / "config.json")
+    with pytest.raises(CheckpointError, match=r"read 'config\.json'"):
+        plan_merge(base, [Part(llama_adapter(tensors))])
+
+
+def test_the_same_adapter_twice_is_refused(tied):
+    base, tensors, _ = tied
+    parts = [Part(llama_adapter(tensors), w, label) for w, label in ((1.0, "a"), (0.5, "b"))]
+    with pytest.raises(CheckpointError, match="merge a and b: they are the same adapter"):
+        plan_merge(base, parts)
