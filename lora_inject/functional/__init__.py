@@ -23,20 +23,12 @@ from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
 from lora_inject.functional.lookup import embedding, renormalised, routed_embedding
 from lora_inject.functional.merge_report import MergeReport, TensorReport
-from lora_inject.functional.routed import routed_update
-from lora_inject.functional.routed_inference import (
-    Gathered,
-    Rows,
-    add_row_by_row,
-    are_many_tokens,
-    gather,
-)
+from lora_inject.functional.routed import Rows, routed_update, rows_of
 from lora_inject.functional.weight import dense_delta, effective_weight
 
 __all__ = [
     "Delta",
     "Factors",
-    "Gathered",
     "LazyWeight",
     "MergeReport",
     "Rows",
@@ -44,10 +36,8 @@ __all__ = [
     "Tally",
     "TensorReport",
     "Term",
-    "add_row_by_row",
     "add_updates",
     "all_finite",
-    "are_many_tokens",
     "block_rows",
     "chosen_factors",
     "chosen_rows",
@@ -56,7 +46,6 @@ __all__ = [
     "embedding",
     "fold_rows",
     "fold_rows_",
-    "gather",
     "lazy_weight",
     "linear",
     "master_dtype",
@@ -65,4 +54,5 @@ __all__ = [
     "renormalised",
     "routed_embedding",
     "routed_update",
+    "rows_of",
 ]

@@ -122,18 +122,10 @@ def routed_embedding(
     Returns:
         `(batch, ..., dim)`, in the dtype of `base`.
     """
-    # A table of ids is small; the rows of each adapter are taken together.
     out = base
     for index, updates in enumerate(adapters):
-        if needs_plain_operations():
-            # How many rows an adapter has is not known to a tracer.
-            mine = (rows == index + 1).view(-1, *[1] * ids.dim())
-            out = torch.where(
-                mine, embedding(base, ids, updates, padding_idx, float32=float32), out
-            )
-            continue
-        where = (rows == index + 1).nonzero().squeeze(1)
-        some, its_ids = base.index_select(0, where), ids.index_select(0, where)
-        changed = embedding(some, its_ids, updates, padding_idx, float32=float32)
-        out = out.index_copy(0, where, changed)
+        # A look at which rows these are would wait for the device, and a tracer cannot tell.
+        mine = (rows == index + 1).view(-1, *[1] * ids.dim())
+        changed = embedding(base, ids, updates, padding_idx, float32=float32)
+        out = torch.where(mine, changed, out)
     return out

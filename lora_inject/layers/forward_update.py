@@ -7,8 +7,8 @@ constant: which adapters *could* be chosen, by a tensor that comes in?
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from operator import attrgetter, is_
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,83 +16,25 @@ from torch import Tensor
 from lora_inject.errors import LayerError
 from lora_inject.functional import (
     Factors,
-    Gathered,
     Rows,
-    add_row_by_row,
-    are_many_tokens,
     chosen_factors,
     chosen_rows,
-    gather,
-    needs_plain_operations,
     routed_update,
+    rows_of,
 )
 from lora_inject.layers.adapted import Adapted
 from lora_inject.layers.attached import Entry, Recipe
 from lora_inject.layers.selection import State
 
 
-class _Routing:
-    """A routed batch as one layer sees it, kept until the context ends.
+class _Routing(NamedTuple):
+    """A routed batch as one layer sees it: the adapters on this layer, and which each row has."""
 
-    Attributes:
-        entries: The adapters of the batch that are on this layer.
-        rows: Which of them each row has; only their `index` in a compiled graph.
-    """
-
-    def __init__(self, entries: list[Entry], rows: Rows | Tensor) -> None:
-        self.entries = entries
-        self.rows = rows
-        self._gathered: Gathered | None = None
-        self._for: tuple[torch.dtype, bool] | None = None
-        self._names: list[str] = []
-        self._tensors: list[Tensor] = []
-        self._versions: list[int] = []
-
-    @property
-    def index(self) -> Tensor:
-        """For each row 0 for the base, else 1 + the place in `entries`: `(batch,)`, int64."""
-        return self.rows if isinstance(self.rows, Tensor) else self.rows.index
-
-    def gathered(
-        self, held: Mapping[str, Tensor | None], dtype: torch.dtype, one_token: bool
-    ) -> Gathered | None:
-        """Return what was gathered, unless a tensor was replaced or written since.
-
-        Args:
-            held: The layer's parameters.
-            dtype: What is computed in.
-            one_token: Whether each row has a single token.
-        """
-        if self._for != (dtype, one_token):
-            return None
-        # Hundreds of tensors at each forward of a model: without a loop of Python's own.
-        if not all(map(is_, map(held.__getitem__, self._names), self._tensors)):
-            return None
-        if list(map(_version_of, self._tensors)) != self._versions:
-            return None
-        return self._gathered
-
-    def keep(
-        self,
-        gathered: Gathered,
-        held: Mapping[str, Tensor | None],
-        dtype: torch.dtype,
-        one_token: bool,
-    ) -> None:
-        """Keep what was gathered, if its tensors tell when they are written.
-
-        Those of inference mode do not.
-        """
-        names = [name for entry in self.entries for name in entry.names.values()]
-        tensors = {name: t for name in names if (t := held[name]) is not None}
-        if any(t.is_inference() for t in tensors.values()):
-            return
-        self._names, self._tensors = list(tensors), list(tensors.values())
-        self._versions = list(map(_version_of, self._tensors))
-        self._for, self._gathered = (dtype, one_token), gathered
+    entries: Sequence[Entry]
+    rows: Rows
 
 
-_version_of = attrgetter("_version")
+_NOTHING = _Routing((), Rows(torch.empty(0)))
 
 
 class ForwardUpdate(Adapted):
@@ -134,9 +76,10 @@ class ForwardUpdate(Adapted):
         return found
 
     def _lora_new_routing(self, x: Tensor, state: State) -> _Routing:
-        compiling = torch.compiler.is_compiling()
-        choice = state.choice_on(x.device)
-        n_rows = choice.shape[0]
+        names = state.rows or ()
+        # Names would be constants of a graph, and how many there are as well.
+        choice = state.choice_on(x.device) if torch.compiler.is_compiling() else None
+        n_rows = len(names) if choice is None else choice.shape[0]
         if x.shape[0] not in (n_rows, n_rows * state.repeat):
             multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
             raise LayerError(
@@ -147,17 +90,19 @@ class ForwardUpdate(Adapted):
             )
         mine = self._lora.forward
         repeat = x.shape[0] // n_rows
-        if compiling:
+        if choice is not None:
             entries, numbers = self._lora_eligible(state)
-            return _Routing(entries, chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat))
-        names = state.rows or ()
+            index = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
+            return _Routing(entries, Rows(index))
         entries = [mine[n] for n in dict.fromkeys(names) if n is not None and n in mine]
+        if not entries:
+            return _NOTHING
         key = (*(e.adapter for e in entries), x.shape[0], x.device)
         rows = state.kept.get(key)
         if rows is None:
             place = {e.adapter: i + 1 for i, e in enumerate(entries)}
             places = [place.get(name or "", 0) for name in names for _ in range(repeat)]
-            rows = state.kept[key] = Rows(places, x.device)
+            rows = state.kept[key] = rows_of(places, x.device)
         return _Routing(entries, rows)
 
     def _lora_routed(
@@ -173,21 +118,8 @@ class ForwardUpdate(Adapted):
         """
         if not routing.entries:
             return y
-        rows, dtype = routing.rows, self._lora_dtype(y)
-        watched = torch.is_grad_enabled() or self.training or needs_plain_operations()
-        if watched or isinstance(rows, Tensor):
-            adapters = self._lora_routed_factors(routing)
-            return routed_update(y, x, routing.index, adapters, float32=self._lora.float32)
-        if are_many_tokens(x):
-            adapters = self._lora_routed_factors(routing)
-            return add_row_by_row(y, x, rows, adapters, dtype, in_place=in_place)
-        one_token = x.numel() == x.shape[0] * x.shape[-1]
-        gathered = routing.gathered(self._parameters, dtype, one_token)
-        if gathered is None:
-            adapters = self._lora_routed_factors(routing)
-            gathered = gather(rows, adapters, y.shape[-1], dtype, one_token=one_token)
-            routing.keep(gathered, self._parameters, dtype, one_token)
-        return gathered.add(y, x, in_place=in_place)
+        adapters, float32 = self._lora_routed_factors(routing), self._lora.float32
+        return routed_update(y, x, routing.rows, adapters, float32=float32, in_place=in_place)
 
     def _lora_routed_factors(self, routing: _Routing) -> list[list[Factors]]:
         """Return the updates of each adapter of the batch."""
