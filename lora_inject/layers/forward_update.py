@@ -22,6 +22,7 @@ from lora_inject.functional import (
     routed_update,
     rows_of,
 )
+from lora_inject.functional.factors import compute_dtype
 from lora_inject.layers.adapted import Adapted
 from lora_inject.layers.attached import Entry, Recipe
 from lora_inject.layers.selection import State
@@ -76,9 +77,9 @@ class ForwardUpdate(Adapted):
         return found
 
     def _lora_new_routing(self, x: Tensor, state: State) -> _Routing:
-        names = state.rows or ()
-        # Names would be constants of a graph, and how many there are as well.
+        # In a graph the names would be constants, and all adapters stand ready.
         choice = state.choice_on(x.device) if torch.compiler.is_compiling() else None
+        names = (state.rows or ()) if choice is None else ()
         n_rows = len(names) if choice is None else choice.shape[0]
         if x.shape[0] not in (n_rows, n_rows * state.repeat):
             multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
@@ -92,6 +93,8 @@ class ForwardUpdate(Adapted):
         repeat = x.shape[0] // n_rows
         if choice is not None:
             entries, numbers = self._lora_eligible(state)
+            if not entries:
+                return _NOTHING
             index = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
             return _Routing(entries, Rows(index))
         entries = [mine[n] for n in dict.fromkeys(names) if n is not None and n in mine]
@@ -148,7 +151,8 @@ class ForwardUpdate(Adapted):
         adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
         if len({u.dropout for us in adapters for u in us}) > 1:
             return None
-        return [chosen_factors(choice, numbers, adapters, y.shape[-1], self._lora_dtype(y))]
+        dtype = compute_dtype(y.dtype, self._lora.float32)
+        return [chosen_factors(choice, numbers, adapters, y.shape[-1], dtype)]
 
     def _lora_eligible(self, state: State) -> tuple[list[Entry], list[int]]:
         """Return the entries among which a compiled graph chooses, and their numbers.
@@ -166,6 +170,3 @@ class ForwardUpdate(Adapted):
                 entries.append(entry)
                 numbers.append(number)
         return entries, numbers
-
-    def _lora_dtype(self, y: Tensor) -> torch.dtype:
-        return torch.float32 if self._lora.float32 and y.dtype != torch.float64 else y.dtype
