@@ -37,10 +37,10 @@ class Rows(NamedTuple):
     """
 
     index: Tensor
-    owners: Tensor | None = None
-    slots: Tensor | None = None
-    mine: Tensor | None = None
-    at: Tensor | None = None
+    owners: Tensor
+    slots: Tensor
+    mine: Tensor
+    at: Tensor
 
 
 def rows_of(places: Sequence[int], device: torch.device) -> Rows:
@@ -76,7 +76,7 @@ def rows_of(places: Sequence[int], device: torch.device) -> Rows:
 def routed_update(
     y: Tensor,
     x: Tensor,
-    rows: Rows,
+    rows: Rows | Tensor,
     adapters: Sequence[Sequence[Factors]],
     *,
     float32: bool,
@@ -89,7 +89,8 @@ def routed_update(
     Args:
         y: `(batch, ..., out)`.
         x: `(batch, ..., in)`.
-        rows: Which adapter each row has; only its index under tracers, where groups are not known.
+        rows: Which adapter each row has. Under tracers, which cannot know the groups, the index of
+            `Rows` alone.
         adapters: The updates of each adapter.
         float32: Keep the arithmetic in float32 over a 16-bit base.
         in_place: Whether y may be modified where no gradient is needed: nobody else has it.
@@ -107,13 +108,13 @@ def routed_update(
     """
     with torch.autocast(y.device.type, enabled=False):
         dtype = compute_dtype(y.dtype, float32)
-        plain = rows.owners is None
-        A_bank, B_bank = bank(adapters, y.shape[-1], dtype, base=plain)
+        index = rows if isinstance(rows, Tensor) else rows.index
+        A_bank, B_bank = bank(adapters, y.shape[-1], dtype, base=rows is index)
         x3 = x.reshape(x.shape[0], -1, x.shape[-1])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])
-        x3 = _routed_dropout(x3, rows.index, [updates[0].dropout for updates in adapters])
-        if plain:
-            return _by_row(y3, x3, rows.index, A_bank, B_bank).view(y.shape)
+        x3 = _routed_dropout(x3, index, [updates[0].dropout for updates in adapters])
+        if isinstance(rows, Tensor):
+            return _by_row(y3, x3, rows, A_bank, B_bank).view(y.shape)
         if needs_plain_operations() or not torch.is_grad_enabled():
             alone = in_place and not needs_plain_operations()
             return _by_group(y3, x3, rows, A_bank, B_bank, alone)[0].view(y.shape)
@@ -173,13 +174,11 @@ def _by_group(
 
 def _in_groups(t: Tensor, rows: Rows) -> Tensor:
     """Return rows `(batch, n, width)` by groups, `(groups, size * n, width)`."""
-    assert rows.owners is not None
     return t.index_select(0, rows.slots).view(len(rows.owners), -1, t.shape[-1])
 
 
 def _of_groups(factors: Tensor, rows: Rows) -> Tensor:
     """Return the factors of each group; adapters stand in the order of their groups."""
-    assert rows.owners is not None
     alike = len(rows.owners) == len(factors)
     return factors if alike else factors.index_select(0, rows.owners)
 
@@ -206,7 +205,7 @@ class _RoutedFunction(torch.autograd.Function):
             return (g, *differentiate_again(out, (x3, None, A_bank, B_bank), needs[1:], g))
         A, B = _of_groups(A_bank, rows), _of_groups(B_bank, rows)
         # Left-over places have no gradient.
-        gw = g.new_zeros(len(rows.slots), *g.shape[1:], dtype=h.dtype)  # type: ignore[arg-type]
+        gw = g.new_zeros(len(rows.slots), *g.shape[1:], dtype=h.dtype)
         gw.index_copy_(0, rows.at, g.index_select(0, rows.mine).to(h.dtype))
         gw = gw.view(len(A), -1, g.shape[-1])
         gh = torch.bmm(gw, B)

@@ -32,10 +32,15 @@ class _Routing(NamedTuple):
     """A routed batch as one layer sees it: the adapters on this layer, and which each row has."""
 
     entries: Sequence[Entry]
-    rows: Rows
+    rows: Rows | Tensor
+
+    @property
+    def index(self) -> Tensor:
+        """For each row 0 for the base, else 1 + the place in `entries`."""
+        return self.rows if isinstance(self.rows, Tensor) else self.rows.index
 
 
-_NOTHING = _Routing((), Rows(torch.empty(0)))
+_NOTHING = _Routing((), torch.empty(0))
 
 
 class ForwardUpdate(Adapted):
@@ -96,7 +101,7 @@ class ForwardUpdate(Adapted):
             if not entries:
                 return _NOTHING
             index = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
-            return _Routing(entries, Rows(index))
+            return _Routing(entries, index)
         entries = [mine[n] for n in dict.fromkeys(names) if n is not None and n in mine]
         if not entries:
             return _NOTHING
