@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     """Which adapter each row of a batch has.
 
     Attributes:
-        index: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
+        places: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
         owners: `(groups,)`, int64: the index of each group's adapter.
         slots: `(groups * size,)`, int64: the row in each place of each group; a place that is left
             over holds a row of the same group again.
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
         at: `(k,)`, int64: where in `slots` each of them stands.
     """
 
-    index: Tensor
+    places: Tensor
     owners: Tensor
     slots: Tensor
     mine: Tensor
@@ -89,8 +89,8 @@ def routed_update(
     Args:
         y: `(batch, ..., out)`.
         x: `(batch, ..., in)`.
-        rows: Which adapter each row has. Under tracers, which cannot know the groups, the index of
-            `Rows` alone.
+        rows: Which adapter each row has. Under tracers, which cannot know the groups, the `places`
+            alone.
         adapters: The updates of each adapter.
         float32: Keep the arithmetic in float32 over a 16-bit base.
         in_place: Whether y may be modified where no gradient is needed: nobody else has it.
@@ -108,7 +108,7 @@ def routed_update(
     """
     with torch.autocast(y.device.type, enabled=False):
         dtype = compute_dtype(y.dtype, float32)
-        index = rows if isinstance(rows, Tensor) else rows.index
+        index = rows if isinstance(rows, Tensor) else rows.places
         A_bank, B_bank = bank(adapters, y.shape[-1], dtype, base=rows is index)
         x3 = x.reshape(x.shape[0], -1, x.shape[-1])
         y3 = y.reshape(y.shape[0], -1, y.shape[-1])

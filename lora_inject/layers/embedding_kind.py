@@ -73,7 +73,7 @@ class LoRAEmbedding(ForwardUpdate):
             if not routing.entries:
                 return super().forward(*args, **kwargs)
             adapters = self._lora_routed_factors(routing)
-            base, rows = self._lora_base(ids, args, kwargs), routing.index
+            base, rows = self._lora_base(ids, args, kwargs), routing.places
             found = routed_embedding(
                 base, ids, rows, adapters, self.padding_idx, float32=self._lora.float32
             )

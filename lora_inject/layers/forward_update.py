@@ -35,9 +35,9 @@ class _Routing(NamedTuple):
     rows: Rows | Tensor
 
     @property
-    def index(self) -> Tensor:
+    def places(self) -> Tensor:
         """For each row 0 for the base, else 1 + the place in `entries`."""
-        return self.rows if isinstance(self.rows, Tensor) else self.rows.index
+        return self.rows if isinstance(self.rows, Tensor) else self.rows.places
 
 
 _NOTHING = _Routing((), torch.empty(0))
