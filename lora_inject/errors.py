@@ -45,7 +45,7 @@ class MatchError(LoraInjectError):
 
 
 class LayerError(LoraInjectError):
-    """A module or a parameter cannot carry an adapter the way that was asked."""
+    """A module or a parameter cannot take an adapter the way that was asked."""
 
 
 class StateError(LoraInjectError):

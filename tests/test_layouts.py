@@ -1,4 +1,4 @@
-"""What a parameter's axes mean: one matrix over several axes, stacks, and what a class states."""
+"""What the shapes of a weight mean: several axes, stacks, what a class states, and odd ranks."""
 
 from __future__ import annotations
 
@@ -91,6 +91,22 @@ def test_several_axes_survive_a_save_and_a_load_or_peft_is_refused(
     wrong = nn.Sequential(Einsum((*plain[0].Wq.shape[:-1], 7), plain[0].formula))
     with pytest.raises(li.FormatError, match="features in the file"):
         li.load_adapter(wrong, tmp_path / "own.safetensors")
+
+
+@pytest.mark.parametrize("update", ["forward", "weight"])
+def test_a_rank_above_the_smaller_side_computes_w_plus_delta(update: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 1)).double()
+    target = "0" if update == "forward" else r"0\.weight"
+    model = li.inject(copy.deepcopy(plain), {"rank": 4, "alpha": 6, "targets": [target]})
+    A, B = li.adapter_parameters(model).values()
+    nn.init.normal_(B)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    W = plain[0].weight + 1.5 * B.double() @ A.double()
+    wanted = nn.functional.linear(x, W, plain[0].bias)
+    torch.testing.assert_close(model(x), wanted)
+    li.merge(model)
+    torch.testing.assert_close(model(x), wanted)
 
 
 # What a model states

@@ -273,7 +273,7 @@ def test_a_module_counts_before_its_own_weight() -> None:
     ]
 
 
-def test_a_pattern_that_hits_the_weight_alone_mounts_the_parameter() -> None:
+def test_a_pattern_that_matches_the_weight_alone_makes_a_site_of_the_parameter() -> None:
     plan = resolve(Config(targets=[r"0\.mlp\.up\.weight", "embed.weight"], rank=2), tower())
     up, embed = plan.sites[1], plan.sites[0]
     assert (up.name, up.kind, up.update) == ("model.layers.0.mlp.up.weight", "parameter", "weight")
@@ -489,7 +489,7 @@ def test_a_candidate_that_is_refused_says_why_unless_it_is_not_meant() -> None:
         "'attn.out_proj', matched by rule 1 ('.*proj'): is read by its MultiheadAttention, never "
         "called. Target 'attn' instead."
     )
-    # Its weight is refused with it: a packed or parametrised weight is none to mount.
+    # Its weight is refused with it: a packed or parametrized weight is not W.
     assert "never called" in refused(Config(targets=[r"out_proj\.weight"]), names, LayerError)
     config = Config(targets=[".*proj"], exclude=["out_proj"])
     assert site_names(resolve(config, names)) == ["attn.q_proj"]

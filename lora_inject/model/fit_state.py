@@ -109,7 +109,8 @@ def fit_site(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
     here = (candidate.in_features, candidate.out_features, candidate.experts)
     if spec.kind == "parameter" and spec.transposed != candidate.transposed:
         here = (candidate.out_features, candidate.in_features, candidate.experts)
-    if there != here:
+    same = spec.kind == "parameter" and spec.weight_shape == candidate.weight_shape
+    if there != here and not same:  # the layout of a parameter may group its axes in another way
         raise FormatError(
             f"{asked}, site {spec.name!r}",
             f"it maps {there[0]} to {there[1]} features in the file, {here[0]} to {here[1]} here",

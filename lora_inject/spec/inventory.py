@@ -35,7 +35,7 @@ class Candidate(NamedTuple):
         update: `forward`, or `weight` where the weight is read rather than the module called.
         dtype: The weight's dtype, such as `bfloat16`, or empty where it is not known.
         members: Names of the candidates for which this one stands: whoever names an attention
-            module means its projections. Such a name is no site itself.
+            module means its projections. Such a name is not a site itself.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Candidate(NamedTuple):
         return self.owner if self.kind == "parameter" else self.name
 
     def as_parameter(self, name: str) -> Candidate:
-        """The same weight as a parameter, for a pattern that hits the weight alone."""
+        """Return the same weight as a parameter, for a pattern that matches the weight alone."""
         return self._replace(
             name=name, kind="parameter", owner=self.name, update="weight", aliases=()
         )
@@ -128,7 +128,7 @@ class Inventory:
 
 
 def _modules_around(parameters: Iterable[str], known: set[str]) -> dict[str, str]:
-    """Modules that the names of parameters imply and that are no candidates, with the reason."""
+    """Return the modules that parameters lie in and that are not candidates, with the reason."""
     owners = dict.fromkeys(parent(name) for name in parameters)
     containers: dict[str, None] = {}
     for owner in owners:
@@ -153,7 +153,7 @@ def _all_conv1d(parameters: Mapping[str, tuple[int, ...]]) -> bool:
 def _assume(
     name: str, key: str, parameters: Mapping[str, tuple[int, ...]], square_conv1d: bool
 ) -> Candidate | None:
-    """The candidate that a tensor most likely is, or None."""
+    """Return the candidate that a tensor most likely is, or None."""
     shape = parameters[name]
     if len(shape) < 2 or is_bias(name) or 0 in shape:
         return None

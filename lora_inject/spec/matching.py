@@ -203,7 +203,7 @@ def _candidates(names: Sequence[str], named: Named) -> Iterator[tuple[int, Candi
 
 
 def _others(names: Sequence[str], named: Named) -> list[str]:
-    """Return matched names that are no candidates, without parameters of matched modules."""
+    """Return matched names that are not candidates, without parameters of matched modules."""
     others = [name for name in names if name not in named.sites and name not in named.weights]
     modules = set(names) if others else set()
     return [name for name in others if not (name in named.parameters and parent(name) in modules)]

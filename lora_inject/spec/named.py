@@ -53,7 +53,7 @@ class Named:
         return [weight, *(alias + tail for alias in candidate.aliases)]
 
     def reason(self, name: str) -> str:
-        """Return why a name is no candidate."""
+        """Return why a name is not a candidate."""
         inventory = self.inventory
         if name in inventory.others:
             return inventory.others[name]

@@ -82,17 +82,17 @@ def matching(
     """
     compiled = _compiled(pattern, whole=whole)
     end = time.process_time() + seconds  # the clock that `timeout` is counted on
-    found = []
+    matched = []
     for name in names:
         try:
-            hit = compiled.match(name, timeout=max(end - time.process_time(), 1e-6))
+            found = compiled.match(name, timeout=max(end - time.process_time(), 1e-6))
         except TimeoutError:
             what = f"it took more than {seconds:g} s to match (on '{name[:60]}')"
             remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
             raise error(asked, what, remedy) from None
-        if hit:
-            found.append(name)
-    return found
+        if found:
+            matched.append(name)
+    return matched
 
 
 @lru_cache(maxsize=1024)
@@ -148,8 +148,8 @@ def first_number(name: str) -> int | None:
 class Below:
     """Whether a name, or a module that it lies in, is in a set; each module is asked once."""
 
-    def __init__(self, hits: Iterable[str]) -> None:
-        self._known = dict.fromkeys(hits, True)
+    def __init__(self, names: Iterable[str]) -> None:
+        self._known = dict.fromkeys(names, True)
         self._known.setdefault("", False)
 
     def __contains__(self, name: str) -> bool:

@@ -33,7 +33,7 @@ class Trained(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A name that a rule hit but that is no site.
+    """A name that a rule matched but that is not a site.
 
     Attributes:
         name: Canonical name.
@@ -68,7 +68,7 @@ class Plan:
         config: The config.
         sites: The sites in model order.
         trained: Further parameters that train, in model order.
-        skipped: What else the rules hit.
+        skipped: What else the rules matched.
         tied: Tensors with several names that are adapted or trained.
         notes: What the user should know, in sentences.
         n_base: Elements of the base's parameters.
