@@ -11,7 +11,7 @@ import copy
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,81 @@ def test_data_parallel_training_equals_one_process(config: dict[str, Any], tmp_p
         assert found["refused"]["inject"].startswith("LayerError: adapter 'b'")
         assert "Inject into the model first, then wrap it" in found["refused"]["inject"]
     assert all(torch.equal(t, ranks[1]["state"][key]) for key, t in ranks[0]["state"].items())
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded_by_fsdp2(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    return model
+
+
+def sharded_by_columns(model: nn.Module) -> nn.Module:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    return parallelize_module(model, mesh, {"0": ColwiseParallel()})
+
+
+def sharded_by_fsdp1(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=True, sync_module_states=False
+    )
+
+
+def sharded_by_zero3(model: nn.Module) -> nn.Module:
+    """As DeepSpeed leaves a parameter: its shard elsewhere, its own data empty."""
+    for index, parameter in enumerate(model.parameters()):
+        parameter.ds_id = index
+        parameter.data = torch.empty(0)
+    return model
+
+
+SHARDINGS = [sharded_by_fsdp2, sharded_by_columns, sharded_by_fsdp1, sharded_by_zero3]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shard", SHARDINGS)
+def test_sharding_comes_after_injecting(shard: Any, one_rank: None) -> None:
+    """An adapter that is put onto shards would train alone in each process."""
+    rule = {"rank": 2, "alpha": 3.0, "targets": ["0"]}
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    state = li.adapter_state(li.inject(copy.deepcopy(plain), rule))
+    model = shard(copy.deepcopy(plain))
+    before = {name: (type(m), len(m._parameters)) for name, m in model.named_modules()}
+    for verb in (lambda: li.inject(model, rule), lambda: li.install(model, state, base="any")):
+        refused = said(verb)
+        assert refused.startswith("LayerError: adapter 'default': ")
+        assert "Inject or load first, then shard" in refused
+    assert {name: (type(m), len(m._parameters)) for name, m in model.named_modules()} == before
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shard", SHARDINGS)
+def test_shards_are_not_taken_for_tensors(shard: Any, one_rank: None) -> None:
+    """Inject, shard, then save and merge: the whole tensors, or an error."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    train = [] if shard is sharded_by_fsdp1 else ["1"]  # FSDP1 sets attributes that are read
+    li.inject(model, {"rank": 2, "alpha": 3.0, "targets": ["0"], "train": train})
+    shapes = {key: p.shape for key, p in li.adapter_parameters(model).items()}
+    model = shard(model)
+    assert "shard" in said(lambda: li.merge(model))
+    refused = said(lambda: li.adapter_state(model))
+    if refused or shard is sharded_by_zero3:
+        assert "this process holds a shard of it" in refused
+        return
+    state = li.adapter_state(model)
+    found = {f"0.lora_{role}": t.shape for role, t in state.sites["0"].tensors.items()}
+    assert found | {key: t.shape for key, t in state.trained.items()} == shapes
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -231,6 +231,156 @@ def test_three_holders_of_one_tensor_are_untied_and_tied_again() -> None:
     assert snapshot(model) == before
 
 
+def by_assignment(model: nn.Module) -> None:
+    model[1].weight = nn.Parameter(model[0].weight.detach())
+
+
+def by_data(model: nn.Module) -> None:
+    model[1].weight.data = model[0].weight.data
+
+
+def by_loading(model: nn.Module) -> None:
+    model.load_state_dict({"0.weight": (w := torch.randn(5, 5)), "1.weight": w}, assign=True)
+
+
+@pytest.mark.parametrize("tie", [by_assignment, by_data, by_loading])
+@pytest.mark.parametrize("targets", [["1"], ["0", "1"]], ids=len)
+def test_tensors_that_share_memory_are_untied_and_tied_again(tie: Any, targets: list[str]) -> None:
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
+    tie(model)
+    W, x = model[0].weight.detach().clone(), torch.randn(2, 5)
+    fill(li.inject(model, {**RANK2, "targets": targets}))
+    wanted, dense = model(x), {}
+    for i in targets:
+        A, B = (li.adapter_parameters(model)[f"{i}.lora_{role}"].detach() for role in "AB")
+        dense[i] = W + 1.5 * B @ A
+    before = snapshot(model)
+    report = li.merge(model)
+    assert error(model(x), wanted) < 1e-5
+    assert error(model[1].weight, dense["1"]) < 1e-6
+    assert error(model[0].weight, dense.get("0", W)) < 1e-6
+    assert "'1.weight'" in "".join(report.notes)
+    li.unmerge(model)
+    assert snapshot(model) == before
+    assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+    assert same_bits(model[0].weight, W)
+
+
+def test_a_part_of_ones_memory_in_another_is_refused() -> None:
+    flat = torch.randn(8, 5)
+    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
+    model[0].weight, model[1].weight = nn.Parameter(flat[:5]), nn.Parameter(flat[3:])
+    fill(li.inject(model, {**RANK2, "targets": ["1"]}))
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match=r"a part of its memory is also a part of '0\.weight'"):
+        li.merge(model)
+    assert snapshot(model) == before
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    li.merge(model)
+
+
+class TiedInForward(nn.Module):
+    """Its state dict has two keys, and its forward reads one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embed(ids))
+        return out
+
+
+def test_a_tie_that_was_cut_is_in_the_report_and_stops_an_eject_in_the_same_call() -> None:
+    model = fill(li.inject(TiedInForward(), {**RANK2, "targets": ["head"]}))
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match=r"also that of 'embed\.weight' and would be untied"):
+        li.merge(model, eject=True)
+    assert snapshot(model) == before
+    report = li.merge(model)
+    assert report.notes == ("untied: 'head.weight' no longer is the tensor of 'embed.weight'",)
+    assert report.notes[0] in str(report)
+    assert report.tensors["head.weight"].action == "untied"
+
+
+def test_merge_and_eject_in_one_call_leave_a_plain_model() -> None:
+    model = fill(li.inject(Host(nn.Linear(5, 6)), {**RANK2, "targets": ["layer"]}))
+    x = torch.randn(2, 5)
+    wanted = model(x)
+    assert li.merge(model, eject=True).n_tensors == 1
+    assert type(model.layer) is nn.Linear
+    assert li.adapters(model) == {}
+    assert error(model(x), wanted) < TOLERANCE[torch.float32]
+
+
+def test_a_class_that_ties_whatever_its_config_says_is_refused() -> None:
+    class Always(TiedInForward):
+        def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+            return {"head.weight": "embed.weight"}
+
+    model = fill(li.inject(Always(), {**RANK2, "targets": ["head"]}))
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match="Always ties it when it is loaded"):
+        li.merge(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_script_module_beside_a_tie_is_no_obstacle() -> None:
+    model = TiedInForward()
+    model.scripted = torch.jit.script(nn.Linear(3, 3))
+    fill(li.inject(model, {**RANK2, "targets": ["head"]}))
+    ids = torch.tensor([[1, 2]])
+    wanted = model(ids)
+    li.merge(model)
+    assert error(model(ids), wanted) < 1e-5
+
+
+def test_weights_of_inference_mode_are_merged_within_it_and_refused_outside() -> None:
+    with torch.inference_mode():
+        model = Host(nn.Linear(5, 6))
+    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
+    with pytest.raises(li.LayerError, match="made in inference mode"):
+        li.merge(model)
+    x = torch.randn(2, 5)
+    with torch.inference_mode():
+        wanted, W = model(x), model.layer.weight.clone()
+        li.merge(model)
+        assert error(model(x), wanted) < 1e-5
+        li.unmerge(model)
+        assert same_bits(model.layer.weight, W)
+
+
+def test_unmerge_follows_layers_and_not_their_names() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    before = snapshot(model)
+    fill(li.inject(model, {**RANK2, "targets": [r"\d"]}))
+    li.merge(model)
+    model[0], model[1] = model[1], model[0]
+    li.unmerge(model)
+    model[0], model[1] = model[1], model[0]
+    assert snapshot(li.eject(model)) == before
+
+
+def test_unmerge_refuses_a_weight_that_was_replaced_before_any_change() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    fill(li.inject(model, {**RANK2, "targets": [r"\d"]}))
+    li.merge(model)
+    model[1].weight = nn.Parameter(torch.ones(5, 5))
+    before = snapshot(model)
+    with pytest.raises(li.StateError, match="the weight was replaced since the merge"):
+        li.unmerge(model)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("share", [math.nan, -0.1, 1.5])
+def test_a_min_kept_that_is_no_share_is_refused(share: float) -> None:
+    model = injected(KINDS["linear"])
+    with pytest.raises(li.LayerError, match="Give a number from 0 to 1"):
+        li.merge(model, min_kept=share)
+
+
 def test_ejecting_a_merged_model_leaves_the_merged_plain_model() -> None:
     plain = Host(nn.Linear(5, 6))
     required = {n: p.requires_grad for n, p in plain.named_parameters()}

@@ -431,3 +431,17 @@ def test_peft_reads_what_a_model_saved_and_the_model_what_peft_saved(tmp_path: P
                 parameter.copy_(dict(plain.named_parameters())[name])
     either = (wanted, sites_only(ids).logits)
     assert min(error(loaded(ids).logits, w) for w in either) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    "config", [{"train": ["1"]}, {"targets": ["0"], "bias": "all"}], ids=["train", "bias"]
+)
+def test_a_norm_that_also_moves_statistics_is_no_part_of_an_adapter(config: dict[str, Any]) -> None:
+    """Saved without its statistics it would not come back, and eject would not restore them."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match=r"trained tensor '1\.\w+': .*moves running_mean"):
+        li.inject(model, {"rank": 1, **config})
+    assert snapshot(model) == before
+    still = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
+    li.inject(still, {"rank": 1, **config})

@@ -1,0 +1,125 @@
+"""Models that hold several injected modules: names, parts and shared layers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fill, same_bits, snapshot
+from torch import Tensor, nn
+
+import lora_inject as li
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+class Towers(nn.Module):
+    """Two towers that are injected one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = layers(), layers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.left(x) + self.right(x)
+        return out
+
+
+class Encoded(nn.Module):
+    """A head on an encoder that other models have too."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.encoder(x))
+        return out
+
+
+RULE = {"rank": 2, "alpha": 3, "targets": ["2"]}
+X = torch.randn(3, 4)
+
+
+def two_towers() -> Towers:
+    model = Towers()
+    fill(li.inject(model.left, RULE, "a"), "a")
+    fill(li.inject(model.right, RULE, "a"), "a")
+    return model
+
+
+def test_two_towers_with_one_adapter_name_are_both_seen_from_the_parent(tmp_path: Path) -> None:
+    model = two_towers()
+    assert list(li.adapters(model)["a"].sites) == ["left.2", "right.2"]
+    keys = ["left.2.lora_A", "left.2.lora_B", "right.2.lora_A", "right.2.lora_B"]
+    assert list(li.adapter_parameters(model, "a")) == keys
+    assert list(li.adapter_state(model.left, "a").sites) == ["2"]
+    path = li.save_adapter(model, tmp_path / "both", "a")
+    wanted = model(X)
+    assert same_bits(li.load_adapter(li.eject(copy.deepcopy(model)), path)(X), wanted)
+
+
+def test_a_swap_from_the_parent_writes_each_towers_own_values() -> None:
+    model = two_towers()
+    other = fill(li.inject(copy.deepcopy(li.eject(copy.deepcopy(model))), RULE, "b"), "b")
+    li.swap_adapter(model, li.adapter_state(other, "b"), "a")
+    assert same_bits(model(X), other(X))
+    values = li.adapter_parameters(model, "a")
+    assert not torch.equal(values["left.2.lora_B"], values["right.2.lora_B"])
+
+
+def test_a_part_that_was_injected_first_has_the_names_of_the_whole(tmp_path: Path) -> None:
+    model = Towers()
+    fill(li.inject(model.right, RULE, "part"), "part")
+    fill(li.inject(model, {**RULE, "targets": [r"left\.0"]}, "whole"), "whole")
+    assert list(li.adapter_state(model, "part").sites) == ["right.2"]
+    path = li.save_adapter(model, tmp_path / "part", "part")
+    li.activate(model, "part")
+    plain = li.eject(copy.deepcopy(model))
+    assert same_bits(li.load_adapter(plain, path)(X), model(X))
+
+
+def test_eject_of_one_model_leaves_another_that_shares_its_encoder() -> None:
+    encoder = layers()
+    one, two = Encoded(encoder), Encoded(encoder)
+    before = snapshot(one), snapshot(two)
+    fill(li.inject(one, {**RULE, "targets": [r"encoder\.0"]}, "a"), "a")
+    fill(li.inject(two, {**RULE, "targets": ["head", r"encoder\.\d"]}, "b"), "b")
+    with_b, state = two(X), li.adapter_state(two, "b")
+    with pytest.raises(li.StateError, match=r"shares only some of its layers.*injected model"):
+        li.adapter_state(one, "b")
+    with pytest.raises(li.StateError, match="shares only some of its layers"):
+        li.eject(one, "b")
+    li.eject(one)
+    assert same_bits(two(X), with_b)
+    assert li.adapter_state(two, "b") == state
+    assert not any(p.requires_grad for n, p in two.named_parameters() if "lora" not in n)
+    li.eject(two)
+    assert (snapshot(one), snapshot(two)) == before
+
+
+def test_a_layer_that_was_replaced_is_named_and_eject_is_the_way_out(tmp_path: Path) -> None:
+    model = layers()
+    fill(li.inject(model, {**RULE, "targets": [r"\d"]}))
+    old, model[2] = model[2], nn.Linear(4, 4)
+    for verb in (
+        lambda: li.save_adapter(model, tmp_path / "a"),
+        lambda: li.merge(model),
+        lambda: li.swap_adapter(model, li.AdapterState({})),
+    ):
+        with pytest.raises(li.StateError, match="site '2' is not in the model any more"):
+            verb()
+    li.eject(model)
+    assert type(model[0]) is type(old) is nn.Linear
+    assert list(old.state_dict()) == ["weight", "bias"]
+
+
+def test_a_verb_on_a_part_of_an_adapter_says_so() -> None:
+    model = fill(li.inject(Towers(), {**RULE, "targets": ["2"]}))
+    for verb in (li.adapter_state, li.eject):
+        with pytest.raises(li.StateError, match="shares only some of its layers"):
+            verb(model.left)
