@@ -333,7 +333,8 @@ def test_shards_are_not_taken_for_tensors(shard: Any, one_rank: None) -> None:
     li.inject(model, {"rank": 2, "alpha": 3.0, "targets": ["0"], "train": train})
     shapes = {key: p.shape for key, p in li.adapter_parameters(model).items()}
     model = shard(model)
-    assert "shard" in said(lambda: li.merge(model))
+    if shard is not sharded_by_fsdp1:  # which with one process keeps tensors whole
+        assert "shard" in said(lambda: li.merge(model))
     refused = said(lambda: li.adapter_state(model))
     if refused or shard is sharded_by_zero3:
         assert "this process holds a shard of it" in refused

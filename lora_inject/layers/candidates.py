@@ -102,7 +102,7 @@ class _Listing:
     def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
         if (head := _output_head(module)) is not None and id(head) in self.survey.paths:
             self.heads.append(self.survey.paths[id(head)])
-        self.buffers += [joined(name, key) for key in module._buffers.keys()]
+        self.buffers += [joined(name, key) for key, _ in module._buffers.items()]
         row = kind_of(module)
         if row is not None:
             self.candidates.append(self._candidate(name, module, row, own))
