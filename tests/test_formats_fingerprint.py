@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import lora_inject as li
 from lora_inject.adapter.state import Fingerprint
+from lora_inject.errors import FormatError
 from lora_inject.formats import compare, sample, sample_positions, unverifiable
 from lora_inject.formats.fingerprint import samples
 
@@ -93,3 +97,29 @@ def test_quantised_weights_are_named_not_compared() -> None:
     for pair in ((plain, packed), (packed, plain)):
         assert unverifiable(*pair) == ("w",)
         assert compare(*pair) == {}
+
+
+# Adapters without sites -------------------------------------------------------------------------
+
+
+def base(head: float, body: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[3].weight.fill_(head)
+        model[0].weight.add_(body)
+    return model
+
+
+@pytest.mark.parametrize("train", [r"\d\.bias", "3"], ids=["biases", "head"])
+@pytest.mark.parametrize("layout", ["native", "peft"])
+def test_an_adapter_without_sites_knows_its_base(train: str, layout: str, tmp_path: Path) -> None:
+    model = li.inject(base(head=1.0), {"targets": [], "train": [train]})
+    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
+    li.save_adapter(model, path, format=layout)
+    loaded = li.load_adapter(base(head=1.0 if train != "3" else 7.0), path)
+    assert torch.equal(loaded(torch.ones(1, 4)), model(torch.ones(1, 4)))
+    other = base(head=1.0, body=0.5)
+    with pytest.raises(FormatError, match=r"another base: '0\.weight'"):
+        li.load_adapter(other, path)
+    li.load_adapter(other, path, base="any")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint
 from lora_inject.errors import FormatError
+from lora_inject.formats import read_adapter
 
 transformers = pytest.importorskip("transformers", "5")
 peft = pytest.importorskip("peft")
@@ -138,7 +139,7 @@ def test_names_of_llava_before_4_52_are_the_class_s_names_now(tmp_path: Path) ->
         "model.language_model.layers.1.self_attn.q_proj",
         "model.vision_tower.encoder.layers.0.self_attn.v_proj",
     }
-    tensors = li.formats.read_adapter(path).sites
+    tensors = read_adapter(path).sites
     dense: Any = build("llava")
     with torch.no_grad():
         for n in range(2):

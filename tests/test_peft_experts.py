@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint
 from lora_inject.errors import FormatError
+from lora_inject.formats import read_adapter
 
 transformers = pytest.importorskip("transformers", "5")
 peft = pytest.importorskip("peft")
@@ -138,9 +139,9 @@ def test_stacks_of_peft_are_merged_on_disk(kind: str, tmp_path: Path) -> None:
 def test_square_stacks_are_refused_where_nothing_says_which_way_round(tmp_path: Path) -> None:
     adapted_by_peft("gpt_oss", tmp_path, STACKS["second"])
     with pytest.raises(FormatError, match=r"does not say whether .* pass transposed_modules"):
-        li.formats.read_adapter(tmp_path)
+        read_adapter(tmp_path)
     turned = [f"model.layers.{n}.mlp.experts" for n in range(2)]
-    sites = li.formats.read_adapter(tmp_path, transposed_modules=turned).sites
+    sites = read_adapter(tmp_path, transposed_modules=turned).sites
     assert all(site.spec.transposed for name, site in sites.items() if "experts" in name)
 
 

@@ -33,7 +33,7 @@ from lora_inject.errors import StateError
 from lora_inject.formats import write_adapter
 from lora_inject.layers.survey import Survey, unwrapped
 from lora_inject.model.carried import entries
-from lora_inject.model.save import adapter_state, peft_view
+from lora_inject.model.save import adapter_state, format_options
 from lora_inject.model.train import adapter_parameters
 from lora_inject.storage.atomic import write_directory
 
@@ -201,7 +201,7 @@ class AdapterCheckpoint:
         adapter = dataclasses.replace(adapter, fingerprint=self._fingerprint)
         if not args.should_save:
             return {}
-        options = peft_view(Survey(model)) if self.format == "peft" else {}
+        options = format_options(Survey(model), self.format)
         with tempfile.TemporaryDirectory() as place:
             target = Path(place, "adapter" if self.format == "peft" else "adapter.safetensors")
             path = write_adapter(adapter, target, self.format, **options)

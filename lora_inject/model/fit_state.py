@@ -57,6 +57,8 @@ def fit(
     trained = _fit_trained(state.trained, survey, weights, asked)
     if state.fingerprint is not None and base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
+        if not state.sites:  # `save.witnesses`: other tensors of the base, under its names
+            new = {name: name for name in state.fingerprint.shapes if name in weights}
         here = fingerprint({old: weights[name] for old, name in new.items()})
         check_base(state.fingerprint, here, base, asked)
     check_base_copies(state, weights, asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         assert raw is not None
         weights[spec.weight] = raw
     configs = [root.configs[name] for root in roots_of(survey).values() if name in root.configs]
+    if not sites:
+        weights = witnesses(base_weights(survey), trained)
     return AdapterState(sites, trained, next(iter(configs), None), fingerprint(weights))
 
 
@@ -84,6 +86,24 @@ def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:
             "deepspeed.zero.GatheredParameters(list(model.parameters()))",
         )
     return tensor
+
+
+_N_WITNESSES = 8
+
+
+def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[str, Tensor]:
+    """Return some matrices of a base that tell it from another, for an adapter without sites.
+
+    What the adapter replaces cannot: a head that is new has other values in every run.
+
+    Args:
+        weights: The base's tensors by name, in order.
+        trained: Names of those that the adapter replaces.
+    """
+    names = [name for name, weight in weights.items() if weight.ndim > 1 and name not in trained]
+    n = min(_N_WITNESSES, len(names))
+    chosen = [names[(2 * k + 1) * len(names) // (2 * n)] for k in range(n)]
+    return {name: weights[name] for name in chosen}
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
@@ -132,15 +152,15 @@ def save_adapter(
         FormatError: The format cannot express it, or the path cannot be written.
     """
     state = adapter_state(model, name)
-    if format == "peft":
-        for key, value in peft_view(Survey(model)).items():
-            options.setdefault(key, value)
+    options = format_options(Survey(model), format) | options
     write_adapter(state, path, format=format, **options)
     return Path(path)
 
 
-def peft_view(survey: Survey) -> dict[str, Any]:
-    """Return what PEFT would see of the model, and its format therefore must know."""
+def format_options(survey: Survey, format: str) -> dict[str, Any]:  # noqa: A002
+    """Return the options of a format's `write` that a live model answers."""
+    if format != "peft":
+        return {}
     return options_for_writing(survey.model, survey.by_name, base_weights(survey))
 
 
