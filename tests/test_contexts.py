@@ -81,6 +81,27 @@ def test_requests_on_a_thread_pool_are_never_mixed(monkeypatch: pytest.MonkeyPat
     assert same_bits(model(X), wanted["a"])
 
 
+def test_disabled_and_active_on_two_threads() -> None:
+    model = net()
+    wanted = outputs(model)
+
+    def plain(_: int) -> bool:
+        with li.disabled(model):
+            return all(same_bits(model(X), wanted[None]) for _ in range(200))
+
+    def active(_: int) -> bool:
+        return all(same_bits(model(X), wanted["a"]) for _ in range(200))
+
+    old = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with torch.no_grad(), ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(run, 0) for run in (plain, active)]
+            assert all(future.result() for future in found)
+    finally:
+        sys.setswitchinterval(old)
+
+
 def in_thread(run: Callable[[], Any]) -> Any:
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()

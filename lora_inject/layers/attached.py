@@ -127,8 +127,8 @@ class Attached:
         self.hooks: Any = None
         self.float32 = False
         self.numbers: tuple[int, ...] = ()
-        self._chosen_for: State | None = None
-        self._chosen: tuple[Recipe, ...] = ()
+        # One object, which another thread cannot change between two looks at it.
+        self._chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
 
     def entries(self) -> Iterator[Entry]:
         """Yield every entry, forward update first."""
@@ -163,7 +163,7 @@ class Attached:
         self._changed()
 
     def _changed(self) -> None:
-        self._chosen_for = None
+        self._chosen = (None, ())
         self.numbers = tuple(map(self.selection.number, self.forward))
         self.float32 = any(
             e.spec is not None and e.spec.compute == "float32" for e in self.forward.values()
@@ -173,9 +173,10 @@ class Attached:
         """Return what the forward update needs of each update that takes part under `state`."""
         if torch.compiler.is_compiling():
             return self._choose(state)
-        if state is not self._chosen_for:
-            self._chosen, self._chosen_for = self._choose(state), state
-        return self._chosen
+        chosen = self._chosen
+        if chosen[0] is not state:
+            chosen = self._chosen = (state, self._choose(state))
+        return chosen[1]
 
     def _choose(self, state: State) -> tuple[Recipe, ...]:
         return tuple(
@@ -200,7 +201,7 @@ class Attached:
         return self.cache if same else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chosen_for": None, "_chosen": (), "cache": None, "hooks": None}
+        return {**self.__dict__, "_chosen": (None, ()), "cache": None, "hooks": None}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
