@@ -593,10 +593,13 @@ def test_all_linear_is_every_linear_layer_but_the_head_that_the_model_states() -
     assert {site.kind for site in plan.sites} == {"linear"}
     assert "lm_head" not in site_names(plan)
     assert plan.notes[0] == "all-linear leaves out the output head 'lm_head'"
-    for heads, note in [((), "the model states no output head"), (None, "a list of keys does not")]:
-        plan = resolve(Config(targets=["all-linear"]), replace(tower(), heads=heads))
-        assert site_names(plan)[-1] == "lm_head"
-        assert note in plan.notes[0]
+    plan = resolve(Config(targets=["all-linear"]), replace(tower(), heads=()))
+    assert site_names(plan)[-1] == "lm_head"
+    assert "the model states no output head" in plan.notes[0]
+    for rule in ("all-linear", {"match": "q", "kind": "linear"}):
+        keys = Inventory.from_keys({"h.0.q.weight": (8, 8)})
+        message = refused(Config(targets=[rule]), keys)
+        assert "a list of keys does not say which kind of layer" in message
     head_only = inventory(linear("head"), heads=("head",))
     assert "no linear layers but its output head" in refused(
         Config(targets=["all-linear"]), head_only
@@ -916,7 +919,7 @@ def kinds(names: Inventory) -> dict[str, tuple[str, int, int]]:
     return {c.name: (c.kind, c.in_features, c.out_features) for c in names.candidates}
 
 
-def test_keys_of_gpt2_are_told_from_linear_layers_by_their_biases() -> None:
+def test_of_keys_only_a_bias_says_which_side_is_the_output() -> None:
     keys = {
         "wte.weight": (50, 8),
         "wpe.weight": (16, 8),
@@ -930,10 +933,10 @@ def test_keys_of_gpt2_are_told_from_linear_layers_by_their_biases() -> None:
     names = Inventory.from_keys(keys)
     assert names.assumed
     assert kinds(names) == {
-        "wte": ("embedding", 50, 8),
-        "wpe": ("embedding", 16, 8),
+        "wte": ("linear", 8, 50),  # no name says that it is an embedding
+        "wpe": ("linear", 8, 16),
         "h.0.attn.c_attn": ("conv1d", 8, 24),
-        "h.0.attn.c_proj": ("conv1d", 8, 8),  # square: the others decide
+        "h.0.attn.c_proj": ("linear", 8, 8),  # square: its bias says nothing
     }
     assert names.others == {
         "h.0.ln_1.weight": "1-d tensor",
@@ -967,7 +970,7 @@ def test_keys_of_other_models() -> None:
     }
     names = Inventory.from_keys(keys)
     assert kinds(names) == {
-        "model.embed_tokens": ("embedding", 50, 8),
+        "model.embed_tokens": ("linear", 8, 50),
         "model.layers.0.q_proj": ("linear", 8, 16),
         "model.layers.0.o_proj": ("linear", 8, 8),
         "model.layers.0.experts.gate_up": ("parameter", 8, 32),

@@ -76,9 +76,9 @@ class Inventory:
         others: Every other name of a module or a parameter, with the short reason why it may not:
             `container`, `LayerNorm`, `Dropout`, ...
         parameters: Shape of every parameter, by canonical name, a tied one under its first name.
-        assumed: True where kinds were guessed from names and shapes.
+        assumed: True where kinds were assumed from names and shapes.
         aliases: Further names of parameters, with the one under which `parameters` has them.
-        heads: Names of the output head, as the model itself states it; None where nobody can know.
+        heads: Names of the output head, as the model itself states it.
         buffers: Names of buffers, which no pattern may mean.
     """
 
@@ -87,17 +87,16 @@ class Inventory:
     parameters: Mapping[str, tuple[int, ...]]
     assumed: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
-    heads: tuple[str, ...] | None = None
+    heads: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, tuple[int, ...]]) -> Inventory:
-        """Guess an inventory from a checkpoint's keys and shapes.
+        """Make an inventory of a checkpoint's keys and shapes, which tell no kinds.
 
-        A two-dimensional `X.weight` is taken for a linear layer, for an embedding where X is
-        called like one, and for a Conv1D `(in, out)` where the length of `X.bias` says so (for a
-        square weight, where all other biases of the checkpoint do); one of three to five
-        dimensions for a convolution. Other tensors of two or more dimensions are parameters.
+        A two-dimensional `X.weight` is taken for a linear layer, `(in, out)` where the length of
+        `X.bias` says so; one of three to five dimensions for a convolution. Other tensors of two
+        or more dimensions are parameters. Counts of A and B do not depend on what is assumed.
 
         Args:
             shapes: Shape of each tensor by its key, in the checkpoint's order.
@@ -113,11 +112,10 @@ class Inventory:
             'no matrix'
         """
         parameters = {canonical(key): tuple(shape) for key, shape in shapes.items()}
-        square_conv1d = _all_conv1d(parameters)
         candidates, others = [], dict[str, str]()
         for key in shapes:
             name = canonical(key)
-            candidate = _assume(name, key, parameters, square_conv1d)
+            candidate = _assume(name, key, parameters)
             if candidate is not None:
                 candidates.append(candidate)
             else:
@@ -140,41 +138,20 @@ def _modules_around(parameters: Iterable[str], known: set[str]) -> dict[str, str
     return {name: why for name, why in reasons.items() if name and name not in known}
 
 
-def _all_conv1d(parameters: Mapping[str, tuple[int, ...]]) -> bool:
-    """True if every bias that tells `(in, out)` from `(out, in)` speaks for `(in, out)`."""
-    votes = set()
-    for name, shape in parameters.items():
-        bias = parameters.get(f"{parent(name)}.bias", ())
-        if name.endswith(".weight") and len(shape) == 2 and shape[0] != shape[1] and bias:
-            votes.add(bias == shape[1:])
-    return votes == {True}
-
-
-def _assume(
-    name: str, key: str, parameters: Mapping[str, tuple[int, ...]], square_conv1d: bool
-) -> Candidate | None:
-    """Return the candidate that a tensor most likely is, or None."""
+def _assume(name: str, key: str, parameters: Mapping[str, tuple[int, ...]]) -> Candidate | None:
+    """Return what a tensor is assumed to be, or None."""
     shape = parameters[name]
     if len(shape) < 2 or is_bias(name) or 0 in shape:
         return None
-    module = parent(name)
+    module, (rows, columns) = parent(name), shape[-2:]
     if not module or leaf(name) != "weight" or len(shape) > 5:
-        rows, cols = shape[-2:]
-        lead = math.prod(shape[:-2]) if len(shape) > 2 else None
+        stack = math.prod(shape[:-2]) if len(shape) > 2 else None
         return Candidate(
-            name, "parameter", cols, rows, shape, key, False, lead, module,
+            name, "parameter", columns, rows, shape, key, False, stack, module,
             needs_layout=len(shape) > 2, update="weight",
         )  # fmt: skip
     if len(shape) > 2:
         return Candidate(module, "conv", math.prod(shape[1:]), shape[0], shape, key)
-    rows, cols = shape
-    if leaf(module) in _EMBEDDINGS or leaf(module).endswith(("embedding", "embeddings")):
-        return Candidate(module, "embedding", rows, cols, shape, key, transposed=True)
-    bias = parameters.get(f"{module}.bias", ())
-    if bias == (cols,) and (rows != cols or square_conv1d):
-        return Candidate(module, "conv1d", rows, cols, shape, key, transposed=True)
-    return Candidate(module, "linear", cols, rows, shape, key)
-
-
-_EMBEDDINGS = frozenset({"wte", "wpe", "embed", "embed_in", "embed_tokens", "embed_positions"})
-_EMBEDDINGS |= {"tok_embeddings", "shared", "relative_attention_bias"}
+    if rows != columns and parameters.get(f"{module}.bias") == (columns,):
+        return Candidate(module, "conv1d", rows, columns, shape, key, transposed=True)
+    return Candidate(module, "linear", columns, rows, shape, key)

@@ -106,6 +106,9 @@ class _Rules:
     def take(self, i: int) -> None:
         """Let rule `i` take its sites; raise if there are none."""
         rule, label = self.config.targets[i], _rule_label(self.config, i)
+        if self.named.inventory.assumed and (rule.kind is not None or rule.match == ALL_LINEAR):
+            found = "a list of keys does not say which kind of layer a tensor belongs to"
+            raise MatchError(label, found, "Give the folder with config.json, or write a pattern")
         names = self._names(i)
         candidates = list(_candidates(names, self.named))
         kinds = Counter(candidate.kind for _, candidate in candidates)
@@ -140,7 +143,7 @@ class _Rules:
         """Return the names that a rule matches, in its layers."""
         rule, label, named = self.config.targets[i], _rule_label(self.config, i), self.named
         if rule.match == ALL_LINEAR:
-            heads = named.inventory.heads or ()
+            heads = named.inventory.heads
             linear = [c.name for c in named.candidates if c.kind in LINEAR_KINDS]
             names = [name for name in linear if name not in heads]
             if not names:
@@ -240,9 +243,7 @@ def _head_notes(config: Config, inventory: Inventory) -> Iterator[str]:
     """Say which layer `all-linear` took for the output head."""
     if all(rule.match != ALL_LINEAR for rule in config.targets):
         return
-    if inventory.heads is None:
-        yield "all-linear takes every linear layer: a list of keys does not say which is the head"
-    elif inventory.heads:
+    if inventory.heads:
         yield f"all-linear leaves out the output head {quoted(inventory.heads)}"
     else:
         yield "all-linear takes every linear layer: the model states no output head"
