@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune a model of transformers, from nothing: own environment, then scripts/finetune.py.
+# Fine-tune a model of transformers, from nothing: own environment, then scripts/finetuning/finetune.py.
 #
 #   bash scripts/finetune.sh --model smollm2 --train docstrings --max-steps 64 --output out
 #   PROCESSES=2 bash scripts/finetune.sh ...        (by torchrun; --fsdp shards the model)
@@ -19,6 +19,6 @@ source "$root/scripts/environment.sh"
 
 if ((${PROCESSES:-1} > 1)); then
     exec "$venv/bin/torchrun" --standalone --nproc_per_node "$PROCESSES" \
-        "$root/scripts/finetune.py" "$@"
+        "$root/scripts/finetuning/finetune.py" "$@"
 fi
-exec "$venv/bin/python" "$root/scripts/finetune.py" "$@"
+exec "$venv/bin/python" "$root/scripts/finetuning/finetune.py" "$@"

@@ -1,0 +1,372 @@
+"""scripts/finetuning/: rows from files, the objective, and the program as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, script
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from training_models import bert_folder, llama_folder
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+import lora_inject as li
+
+rows, tasks, finetune = (script(f"finetuning.{name}") for name in ("rows", "tasks", "finetune"))
+WORDS = ["red", "green", "blue", "black", "white"]
+
+
+# ---------------------------------------------------------------------------------- rows and tasks
+
+FILES = {
+    "a.txt": "one||1\n\ntwo words||2\n",
+    "a.csv": 'context,target\none,1\n"two words",2\n',
+    "a.jsonl": '{"context": "one", "target": 1}\n\n{"context": "two words", "target": "2"}\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_rows(name, tmp_path):
+    (tmp_path / name).write_text(FILES[name])
+    found = rows.read(tmp_path / name, ["context", "target"])
+    assert found == [rows.Row("one", "1"), rows.Row("two words", "2")]
+
+
+def test_parquet_and_conversations(tmp_path):
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": talk}))
+    (found,) = rows.read(tmp_path / "a.jsonl", ["context", "target"])
+    assert (found.text, found.target) == ("hi", "ho")
+    assert found.messages == (("user", "hi"), ("assistant", "ho"))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.pyarrow if hasattr(parquet, "pyarrow") else pytest.importorskip("pyarrow")
+    parquet.write_table(table.Table.from_pylist([{"messages": talk}]), tmp_path / "a.parquet")
+    assert rows.read(tmp_path / "a.parquet", ["context", "target"]) == [found]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        ("a.txt", "a||b\nc\n", "line 2: 0 separators"),
+        ("a.txt", "a||\n", "line 1: its target is empty"),
+        ("a.txt", "\n", "it holds none"),
+        ("a.csv", "context,label\na,b\n", "line 2: no 'target'; there is: 'context', 'label'"),
+        ("a.csv", "context,target\na,b,c\n", "line 2: it does not have 2 columns"),
+        ("a.jsonl", '{"context": "a", "target": "b"}\n{', "line 2: not JSON"),
+        ("a.jsonl", "[]\n", "line 1: not an object"),
+        ("a.jsonl", '{"context": "a", "target": true}', "line 1: True is not a text"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "not objects of role and content"),
+        ("a.jsonl", '{"messages": []}', "no message of the assistant"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_with_its_line(name, text, what, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as raised:
+        rows.read(tmp_path / name, ["context", "target"])
+    assert what in str(raised.value)
+
+
+@given(st.lists(st.tuples(st.text("abc", min_size=1), st.text("xyz", min_size=1))))
+def test_no_text_is_on_both_sides(values):
+    some = [rows.Row(*pair) for pair in values]
+    train, held_out = rows.hold_out(some, 0.5)
+    assert sorted(train + held_out, key=repr) == sorted(some, key=repr)
+    assert {row.text for row in train}.isdisjoint(row.text for row in held_out)
+
+
+def test_installed_data_is_for_its_task(monkeypatch, tmp_path):
+    monkeypatch.setattr(rows.wordnet, "FOLDER", tmp_path)
+    args = finetune.parse(["--train", "wordnet", "--model", "m", "--output", "o"])
+    with pytest.raises(SystemExit, match="wordnet-base"):
+        rows.data(args)
+    (tmp_path / "data.noun").write_text(
+        "  1 license\n" + "".join(f"0 03 n 01 w{i}_x 0 000 | an {i}; foo\n" for i in range(90))
+    )
+    found = rows.data(args)
+    assert {row.text: row.target for row in found.train + found.held_out}["w7 x"] == "an 7"
+    args.task = "classify"
+    with pytest.raises(SystemExit, match="--task pairs"):
+        rows.data(args)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_eq_2_over_the_tokens_of_the_target(smoothing):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 7, 17, generator=generator)
+    labels = torch.randint(0, 17, (3, 7), generator=generator)
+    labels[torch.rand(3, 7, generator=generator) < 0.4] = -100
+    wanted = []
+    for i in range(3):
+        for t in range(1, 7):
+            if labels[i, t] != -100:
+                logp = logits[i, t - 1].double().log_softmax(-1)
+                own = -logp[labels[i, t]]
+                wanted.append(float((1 - smoothing) * own - smoothing * logp.mean()))
+    task = tasks.Words(None, "", 0, smoothing)
+    loss = float(task.loss({"logits": logits}, labels))
+    assert loss == pytest.approx(np.mean(wanted), rel=1e-5)
+    halves = task.loss({"logits": logits}, labels, num_items_in_batch=2 * len(wanted))
+    assert float(halves) == pytest.approx(np.mean(wanted) / 2, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with tiny models and data."""
+    out = tmp_path_factory.mktemp("place")
+    llama_folder(out / "llama")
+    bert_folder(out / "bert")
+    lines = [f"{a} {b}||{b}.\n" for a in WORDS for b in WORDS for _ in range(2)]
+    (out / "pairs.txt").write_text("".join(lines))
+    classes = [f"{a} {b},{int(a < b)}\n" for a in WORDS for b in WORDS if a != b]
+    (out / "classes.csv").write_text("text,label\n" + "".join(classes))
+    numbers = [{"text": f"{a} {b}", "label": (len(a) - len(b)) / 2} for a in WORDS for b in WORDS]
+    (out / "numbers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in numbers))
+    return out
+
+
+def test_only_the_assistant_is_learned_from_a_conversation(place):
+    tokenizer = AutoTokenizer.from_pretrained(place / "llama")
+    task = tasks.Words(tokenizer, "{text}", 200, 0.0)
+    turns = (("user", "ab"), ("assistant", "cd"), ("user", "e"), ("assistant", "f"))
+    row = rows.Row("", "", None, turns)
+    with pytest.raises(SystemExit, match="no chat template"):
+        task.encode([row], train=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}[a]{% endif %}"
+    )
+    (found,) = task.encode([row], train=True)
+    whole = tokenizer.decode(found["input_ids"])
+    assert whole == "[u]ab;[a]cd;[u]e;[a]f;"
+    learned = [t for t, label in zip(found["input_ids"], found["labels"], strict=True)
+               if label != -100]  # fmt: skip
+    assert tokenizer.decode(learned) == "cd;f;"
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    with pytest.raises(SystemExit, match="rewrites earlier turns"):
+        task.encode([row], train=True)
+
+
+# ---------------------------------------------------------------------------------- the program
+
+
+def command(place: Path, output: Path, *words: str, task: str = "pairs") -> list[str]:
+    """The command line of a short run."""
+    data = {"pairs": "pairs.txt", "classify": "classes.csv", "regress": "numbers.jsonl"}[task]
+    model = "llama" if task == "pairs" else "bert"
+    targets = "[qv]_proj" if task == "pairs" else "query|value"
+    found = ["--task", task, "--train", str(place / data), "--model", str(place / model)]
+    found += ["--output", str(output), "--share", "0.3", "--quiet", "--batch", "4", "--lr", "0.01"]
+    if not {"--method", "--config", "--max-steps"} & set(words):
+        found += ["--max-steps", "8"]
+    if not {"--method", "--config"} & set(words):
+        found += ["--targets", targets, "--eval-every", "2"]
+    return [*found, *words]
+
+
+def run(place: Path, output: Path, *words: str, task: str = "pairs") -> dict[str, Any]:
+    """Run the program in this process."""
+    finetune.main(command(place, output, *words, task=task))
+    return results(output)
+
+
+def results(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "results.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(place, tmp_path_factory) -> Path:
+    """The output of a run without dropout, which other ways to compute it are compared with."""
+    out = tmp_path_factory.mktemp("plain") / "out"
+    run(place, out, "--dropout", "0")
+    return out
+
+
+def curve(found: dict[str, Any], key: str = "loss") -> dict[int, float]:
+    return {entry["step"]: entry[key] for entry in found["log"] if key in entry}
+
+
+def test_pairs(place, tmp_path, capsys):
+    found = run(place, tmp_path / "out", "--test", str(place / "pairs.txt"))
+    assert found["steps"] == len(curve(found)) == 8
+    assert set(curve(found, "eval_nll")) == {2, 4, 6, 8}
+    best = min(curve(found, "eval_nll").values())
+    assert found["after"]["held_out"]["nll"] == pytest.approx(best, rel=1e-5)
+    assert found["after"]["held_out"]["nll"] < found["before"]["held_out"]["nll"]
+    assert {"nll", "perplexity"} < found["after"]["test"].keys()
+    model = AutoModelForCausalLM.from_pretrained(place / "llama")
+    n_all = sum(p.numel() for p in model.parameters())
+    li.load_adapter(model, tmp_path / "out" / "adapter")
+    assert found["n_trained"] == sum(p.numel() for p in li.adapter_parameters(model).values())
+    assert found["n_all"] == n_all + found["n_trained"]
+    said = capsys.readouterr().out.splitlines()[-1]
+    losses = list(curve(found).values())
+    first, last = (sum(window) / 4 for window in (losses[:4], losses[-4:]))
+    assert f"loss {first:.3f} -> {last:.3f} (means of the first and last 4 steps)" in said
+
+
+@pytest.mark.parametrize(("task", "metric"), [("classify", "accuracy"), ("regress", "mse")])
+@pytest.mark.parametrize("method", ["lora", "head", "full"])
+def test_judging_texts(task, metric, method, place, tmp_path):
+    words = ["--method", method] if method != "lora" else []
+    words += ["--max-steps", "4", "--eval-every", "2", "--seed", "3"]
+    found = run(place, tmp_path / "out", *words, task=task)
+    assert metric in found["after"]["held_out"]
+    assert set(curve(found, f"eval_{metric}")) == {2, 4}
+    labels = {"num_labels": 2 if task == "classify" else 1}
+    if method == "full":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+        assert found["n_trained"] == sum(p.numel() for p in model.parameters())
+        return
+    model = AutoModelForSequenceClassification.from_pretrained(place / "bert", **labels)
+    start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    li.load_adapter(model, tmp_path / "out" / "adapter")
+    info = li.adapters(model)["default"]
+    assert info.trained == ("classifier.weight", "classifier.bias"), "the new head travels with it"
+    assert len(info.sites) == (4 if method == "lora" else 0)
+    assert found["n_trained"] == info.n_parameters
+    assert all(torch.equal(model.state_dict()[k], t) for k, t in start.items() if "bert." in k)
+
+
+def test_a_config_of_yours_and_an_adapter_to_start_from(place, tmp_path):
+    config = tmp_path / "lora.yaml"
+    config.write_text("rank: 3\nalpha: 6\ntargets: [o_proj]\nexpect: {sites: 2}\n")
+    words = ["--config", str(config), "--max-steps", "2"]
+    found = run(place, tmp_path / "out", *words)
+    assert found["n_trained"] == 2 * 3 * (16 + 16)
+    with pytest.raises(SystemExit, match="does not train the new head"):
+        finetune.main(command(place, tmp_path / "other", *words, task="classify"))
+    start = ["--init-from", str(tmp_path / "out" / "adapter"), "--lr", "0"]
+    run(place, tmp_path / "next", *words, *start)
+    first, second = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("out", "next")
+    )
+    assert all(torch.equal(second[key], tensor) for key, tensor in first.items())
+
+
+def test_a_batch_in_parts_is_the_batch(place, plain, tmp_path):
+    """The targets differ in length, so a mean of means would be another number."""
+    parts = run(place, tmp_path / "parts", "--dropout", "0", "--accumulate", "4",
+                "--gradient-checkpointing", "--keep", "1")  # fmt: skip
+    assert curve(parts) == pytest.approx(curve(results(plain)), rel=1e-5)
+    assert curve(parts, "eval_nll") == pytest.approx(curve(results(plain), "eval_nll"), rel=1e-5)
+
+
+def test_an_early_end(place, tmp_path):
+    found = run(place, tmp_path / "out", "--lr", "0", "--max-steps", "30", "--patience", "2")
+    assert found["steps"] == 6, "no evaluation is better than the first"
+    assert found["best_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--model", "./nowhere"], "--model ./nowhere"),
+        (["--train", "nowhere.csv"], "no such file"),
+        (["--method", "head"], "a language model has none"),
+        (["--fields", "one"], "Give two or three"),
+        (["--max-tokens", "3"], "--max-tokens"),
+        (["--batch", "3", "--accumulate", "2"], "Choose a multiple of 2"),
+        (["--fsdp"], "several accelerators"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_written(words, what, place, tmp_path):
+    with pytest.raises(SystemExit) as raised:
+        finetune.main(command(place, tmp_path / "out", *words))
+    assert str(raised.value).startswith("error: ")
+    assert what in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_continuation_is_of_the_same_run(place, plain):
+    words = command(place, plain, "--dropout", "0")
+    with pytest.raises(SystemExit, match="Pass --resume"):
+        finetune.main(words)
+    with pytest.raises(SystemExit, match=r"lr was 0\.01 and is now 0\.2"):
+        finetune.main([*words, "--resume", "--lr", "0.2"])
+
+
+def test_the_papers_numbers_are_the_defaults():
+    start = ["--train", "t", "--model", "m", "--output", "o"]
+    found = finetune.parse(start)
+    assert (found.lr, found.batch, found.rank, found.alpha) == (2e-4, 8, 4, 32)
+    found = finetune.parse([*start, "--task", "classify", "--method", "full", "--batch", "3"])
+    assert (found.lr, found.batch, found.epochs, found.rank) == (5e-5, 3, 30, 8)
+
+
+# ---------------------------------------------------------------------------- killed, two processes
+
+
+PROGRAM = """
+import os, signal, sys
+from finetuning import finetune
+from transformers import Trainer, TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+build = finetune.build
+
+def killed(*args):
+    trainer = build(*args)
+    trainer.add_callback(Kill())
+    return trainer
+
+finetune.build = killed
+finetune.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_not_killed(place, tmp_path):
+    """SIGKILL at a random step; dropout is on."""
+    whole = run(place, tmp_path / "whole")
+    step = random.randint(3, 7)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *sys.path])}
+    words = command(place, tmp_path / "killed")
+    program = [sys.executable, "-c", PROGRAM, str(step), *words]
+    done = subprocess.run(program, env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    found = run(place, tmp_path / "killed", "--resume")
+    for key in ("loss", "eval_nll"):
+        assert curve(found, key) == curve(whole, key), f"killed at step {step}"
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+                  for name in ("whole", "killed"))  # fmt: skip
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(place, plain, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
+    words = command(place, tmp_path / "two", "--dropout", "0")
+    program = str(SCRIPTS / "finetuning" / "finetune.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, program, *words], env=environment, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    one, two = results(plain), results(tmp_path / "two")
+    assert curve(two) == pytest.approx(curve(one), rel=1e-5)
+    assert curve(two, "eval_nll") == pytest.approx(curve(one, "eval_nll"), rel=1e-5)
