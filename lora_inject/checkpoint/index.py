@@ -217,9 +217,9 @@ def resolve_inside(folder: Path, name: str) -> Path:
             "it is not a regular file" if real.exists() else "there is no such file",
             "The download is not complete; fetch the checkpoint again",
         )
-    roots = [folder]
+    roots = [folder.resolve()]
     if folder.parent.name == "snapshots":
-        roots.append(folder.parent.parent / "blobs")
+        roots.append((folder.parent.parent / "blobs").resolve())
     if not any(real.is_relative_to(root) for root in roots):
         raise CheckpointError(
             f"read '{name}' of '{folder}'",
