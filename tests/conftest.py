@@ -77,7 +77,7 @@ class StockSubclass(nn.Linear):
 
 
 class OwnForward(nn.Linear):
-    """A subclass with a forward of its own that is linear in W."""
+    """A subclass with a forward of its own, which happens to be linear in W."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x @ self.weight.t() + self.bias).contiguous()
@@ -194,7 +194,7 @@ KINDS: dict[str, Kind] = {
     "linear": Kind(lambda: nn.Linear(5, 6), (5, 6)),
     "linear without bias": Kind(lambda: nn.Linear(5, 6, bias=False), (5, 6)),
     "stock subclass": Kind(lambda: StockSubclass(5, 6), (5, 6)),
-    "own linear forward": Kind(lambda: OwnForward(5, 6), (5, 6)),
+    "own linear forward": Kind(lambda: OwnForward(5, 6), (5, 6), update="weight"),
     "activation inside": Kind(lambda: ActivationInside(5, 6), (5, 6), update="weight"),
     "conv1d": Kind(lambda: conv1d(6, 5), (5, 6), transposed=True),
     "embedding": Kind(lambda: nn.Embedding(7, 5), (7, 5), ["ids"], transposed=True),
@@ -225,7 +225,7 @@ KINDS: dict[str, Kind] = {
         spans=((0, 4), (4, 6), (6, 9)),
     ),
     "slices of own forward": Kind(
-        lambda: OwnForward(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9))
+        lambda: OwnForward(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), update="weight"
     ),
     "slices of activation inside": Kind(
         lambda: ActivationInside(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), update="weight"

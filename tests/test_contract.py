@@ -208,7 +208,6 @@ OTHER = {"rank": 1, "targets": ["fc", "lm_head"], "train": ["head.bias"], "init"
     ("config", "error_class"),
     [
         ({"rank": 2, "targets": ["fc", "nothing_like_it"]}, li.MatchError),
-        ({"rank": 99, "targets": ["fc"]}, li.MatchError),
         ({"rank": 2, "targets": ["fc"], "expect": {"sites": 2}}, li.MatchError),
         ({"rank": 2, "targets": ["fc"], "train": ["hedd"]}, li.MatchError),
         ({"rank": 2, "targets": ["fc"], "train": ["fc"]}, li.MatchError),

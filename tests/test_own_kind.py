@@ -71,9 +71,9 @@ class LoRADense(LoRALinear):
     def geometry(module: nn.Module) -> Geometry:
         return Geometry(N_IN, N_OUT, (N_IN, N_OUT), transposed=True)
 
-    @staticmethod
-    def stock(plain: type[nn.Module]) -> bool:
-        return False
+    @classmethod
+    def adds_to_output(cls, module: nn.Module) -> bool:
+        return isinstance(module, Dense) and module.gain == 1.0
 
 
 class LoRASquared(WeightUpdate):

@@ -761,15 +761,14 @@ class WeightUpdate(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("targets", [["read"], ["idle"], ["called", "read", "idle"]], ids=str)
+@pytest.mark.parametrize("targets", [["idle"], ["called", "read", "idle"]], ids=str)
 def test_a_probe_refuses_inert_sites_and_leaves_no_trace(targets: list[str]) -> None:
     model, x = WeightUpdate(), torch.randn(2, 4)
     model.drop.eval()
     bad = config(*targets)
     before = snapshot(model)
-    with pytest.raises(li.LayerError, match=r"'(read|idle)'") as raised:
+    with pytest.raises(li.LayerError, match=r"'idle'.*reached"):
         li.inject(model, bad, probe=lambda: model(x))
-    assert rf"{'read' if 'read' in targets else 'idle'}\.weight" in str(raised.value)
     assert snapshot(model) == before
     assert model.training
     assert not model.drop.training
@@ -777,7 +776,7 @@ def test_a_probe_refuses_inert_sites_and_leaves_no_trace(targets: list[str]) -> 
 
 def test_a_probe_lets_sites_that_take_part_through() -> None:
     model, x = WeightUpdate(), torch.randn(2, 4)
-    li.inject(model, config("called", r"read\.weight"), probe=lambda: model(x))
+    li.inject(model, config("called", "read"), probe=lambda: model(x))
     assert li.unreached(model, lambda: model(x)) == []
     assert model.training
     assert li.adapters(model)["default"].active
@@ -798,5 +797,5 @@ def test_a_second_adapter_is_probed_for_its_own_sites() -> None:
     run = lambda: li.inject(model, config("idle"), "b", probe=lambda: model(x))  # noqa: E731
     refused(model, run, li.LayerError, "'idle'")
     assert same_bits(model(x), wanted)
-    li.inject(model, config(r"read\.weight"), "b", probe=lambda: model(x))
+    li.inject(model, config("read"), "b", probe=lambda: model(x))
     assert li.adapters(model)["b"].active

@@ -24,6 +24,7 @@ from lora_inject.errors import LayerError
 from lora_inject.functional.factors import needs_plain_operations
 from lora_inject.functional.products import (
     grouped_product,
+    looked_up,
     product_from_left,
     product_from_right,
     summed,
@@ -33,13 +34,21 @@ from lora_inject.functional.weight import LowRank, Update, effective_weight, low
 PLAIN = (Tensor, nn.Parameter)
 
 
-def lazy_weight(weight: Tensor, updates: Sequence[Update], *, float32: bool) -> Tensor:
+def lazy_weight(
+    weight: Tensor,
+    updates: Sequence[Update],
+    *,
+    float32: bool,
+    used: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Return what `effective_weight` does, formed only where it must be.
 
     Args:
         weight: The frozen tensor, any shape that `spec.weight_shape` states.
         updates: `(spec, A, B, scale)` for each update.
         float32: Return float32 instead of rounding to the weight's dtype.
+        used: Called when the value is first used, before it is; it may raise. A question about
+            shape, dtype or device is no use, where the weight can wait.
 
     Returns:
         A tensor of the weight's shape: a `LazyWeight` where the weight is a plain matrix or a stack
@@ -54,15 +63,18 @@ def lazy_weight(weight: Tensor, updates: Sequence[Update], *, float32: bool) -> 
         >>> torch.allclose(x @ lazy[1].T, x @ (W[1] + B[1] @ A[1]).T, atol=1e-5)
         True
     """
-    if not _can_wait(weight, updates[0][0].experts, float32):
+    stacked = updates[0][0].experts is not None if updates else weight.dim() == 3
+    if not _can_wait(weight, stacked, float32):
+        used()
         return effective_weight(weight, updates, float32=float32)
-    return LazyWeight.over(low_rank(weight, updates))
+    value = low_rank(weight, updates) if updates else LowRank(weight, ())
+    return LazyWeight.over(value, used=used)
 
 
-def _can_wait(weight: Tensor, experts: int | None, float32: bool) -> bool:
+def _can_wait(weight: Tensor, stacked: bool, float32: bool) -> bool:
     return (
         type(weight) in PLAIN
-        and weight.dim() == (2 if experts is None else 3)
+        and weight.dim() == (3 if stacked else 2)
         and weight.is_floating_point()
         and not (float32 and weight.dtype.itemsize < 4)
         and not needs_plain_operations()
@@ -79,15 +91,18 @@ class LazyWeight(Tensor):
     _matrices: list[LowRank] | None
     _grad_mode: bool
     _versions: list[int]
+    _used: Callable[[], None] | None
 
     @staticmethod
     def over(
-        value: LowRank, origin: tuple[LazyWeight, Callable[[Tensor], Tensor]] | None = None
+        value: LowRank,
+        origin: tuple[LazyWeight, Callable[[Tensor], Tensor]] | None = None,
+        used: Callable[[], None] | None = None,
     ) -> LazyWeight:
         """Make one that stands for `value`, with a graph to all of its factors."""
         factors = [t for left, right, _ in value.terms for t in (left, right)]
         made: LazyWeight = _Deferred.apply(value, value.base, *factors)  # type: ignore[no-untyped-call]
-        made._value, made._origin = value, origin
+        made._value, made._origin, made._used = value, origin, used
         made._formed = made._matrices = None
         made._grad_mode = torch.is_grad_enabled()
         made._versions = _versions(value) if origin is None else []
@@ -107,6 +122,9 @@ class LazyWeight(Tensor):
                 "its adapter, or the weight itself, was changed since",
                 "Read the weight again from its module, or keep a .clone() of it",
             )
+        elif self._used is not None:
+            self._used()
+            self._used = None
         return self._value
 
     def formed(self, *, to_change: bool = False) -> Tensor:
@@ -133,12 +151,14 @@ class LazyWeight(Tensor):
 
         All are cut at once: the gradient of A is then put together once, and not once for each.
         """
-        base, terms = self.value()
+        base, terms, float32 = self.value()
         if self._matrices is None:
             with torch.set_grad_enabled(self._grad_mode):
                 cut = [(_cut(left), _cut(right), scale) for left, right, scale in terms]
             self._matrices = [
-                LowRank(one, tuple((left[i], right[i], scale) for left, right, scale in cut))
+                LowRank(
+                    one, tuple((left[i], right[i], scale) for left, right, scale in cut), float32
+                )
                 for i, one in enumerate(base.unbind())
             ]
         return self._matrices[index]
@@ -157,6 +177,12 @@ class LazyWeight(Tensor):
             found = answer(*args, **kwargs)
             if found is not NotImplemented:
                 return found
+        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise LayerError(
+                "setting .data of a weight with an adapter inside a forward",
+                "what a forward reads is W + delta, which is nowhere stored",
+                "Set it outside of the forward, or merge the adapter first",
+            )
         to_change = _changes(func, kwargs)
 
         def form(t: LazyWeight) -> Tensor:
@@ -281,8 +307,9 @@ def _view(lazy: LazyWeight, value: LowRank, view: Callable[[Tensor], Tensor]) ->
 
 
 def _turned(lazy: LazyWeight) -> LazyWeight:
-    base, terms = lazy.value()
-    value = LowRank(base.mT, tuple((right.mT, left.mT, scale) for left, right, scale in terms))
+    base, terms, float32 = lazy.value()
+    turned = tuple((right.mT, left.mT, scale) for left, right, scale in terms)
+    value = LowRank(base.mT, turned, float32)
     return _view(lazy, value, lambda t: t.mT)
 
 
@@ -311,9 +338,9 @@ def _matrix(lazy: LazyWeight, index: int) -> LazyWeight:
 
 
 def _picked(lazy: LazyWeight, index: Tensor) -> LazyWeight:
-    base, terms = lazy.value()
+    base, terms, float32 = lazy.value()
     chosen = tuple((left[index], right[index], scale) for left, right, scale in terms)
-    return LazyWeight.over(LowRank(base[index], chosen))
+    return LazyWeight.over(LowRank(base[index], chosen, float32))
 
 
 def _matrices(lazy: LazyWeight, dim: int = 0) -> Any:
@@ -377,6 +404,21 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     if not all(_fit(t, weight) for t in (*before, *after)):
         return NotImplemented
     return summed(equation, before, weight.value(), after)
+
+
+def _embedding(
+    ids: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    del norm_type
+    if isinstance(ids, LazyWeight) or max_norm is not None or scale_grad_by_freq or sparse:
+        return NotImplemented
+    return looked_up(weight.value(), ids, padding_idx)
 
 
 def _grouped_mm(
@@ -471,6 +513,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.bmm: _bmm,
     torch.addmm: _addmm,
     torch.einsum: _einsum,
+    F.embedding: _embedding,
     F.linear: _linear,
     torch._grouped_mm: _grouped_mm,
 }

@@ -39,7 +39,9 @@ def product_from_right(x: Tensor, value: LowRank, bias: Tensor | None = None) ->
         updates = [Factors(left.mT, right.mT, scale) for left, right, scale in value.terms]
         stored_as_out_in = base.mT.is_contiguous()
         weight = base.mT if stored_as_out_in else base
-        return linear(x, weight, bias, updates, transposed=not stored_as_out_in)
+        return linear(
+            x, weight, bias, updates, transposed=not stored_as_out_in, float32=value.float32
+        )
     y = torch.matmul(x, base)
     with without_autocast(y) or nullcontext():
         x = x.to(y.dtype)
@@ -63,6 +65,26 @@ def product_from_left(value: LowRank, x: Tensor) -> Tensor:
         x = x.to(y.dtype)
         for left, right, scale in value.terms:
             y = _add(y, left.to(y.dtype), torch.matmul(right.to(y.dtype), x), scale)
+    return y
+
+
+def looked_up(value: LowRank, ids: Tensor, padding_idx: int | None) -> Tensor:
+    """Return `F.embedding(ids, value, padding_idx)`.
+
+    Args:
+        value: The table `(num, dim)` and its updates.
+        ids: `(...)`, integer.
+        padding_idx: The row that receives no gradient, or None.
+
+    Returns:
+        `(..., dim)`.
+    """
+    y = F.embedding(ids, value.base, padding_idx)
+    for left, right, scale in value.terms:
+        update = F.embedding(ids, left) @ right
+        if padding_idx is not None:
+            update = torch.where((ids == padding_idx).unsqueeze(-1), update.detach(), update)
+        y = torch.add(y.to(update.dtype), update, alpha=scale).to(y.dtype)
     return y
 
 

@@ -28,10 +28,12 @@ class LowRank(NamedTuple):
         base: `(..., m, n)`.
         terms: `(left, right, scale)` of each update, `(..., m, R)` and `(..., R, n)`, in float32 or
             wider.
+        float32: Whether a product is to keep its low-rank arithmetic in float32 over a 16-bit base.
     """
 
     base: Tensor
     terms: tuple[tuple[Tensor, Tensor, float], ...]
+    float32: bool = False
 
     def formed(self, dtype: torch.dtype) -> Tensor:
         """Carry out the sum, differentiably: `(..., m, n)`, rounded once to `dtype`."""
@@ -63,7 +65,8 @@ def low_rank(weight: Tensor, updates: Sequence[Update]) -> LowRank:
         if site.slices is not None:
             left = spread(left, site.spans, site.out_features)
         terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
-    return LowRank(weight.reshape(*lead, -1, spec.matrix_shape[1]), tuple(terms))
+    float32 = any(site.compute == "float32" for site, *_ in updates)
+    return LowRank(weight.reshape(*lead, -1, spec.matrix_shape[1]), tuple(terms), float32)
 
 
 def effective_weight(weight: Tensor, updates: Sequence[Update], *, float32: bool) -> Tensor:

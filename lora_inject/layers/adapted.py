@@ -5,27 +5,30 @@ everything that knew the old class still does: `isinstance`, hooks, tied tensors
 other references to the layer. (PyTorch's FSDP2 and parametrize work the same way.)
 
 A module carries adapters in up to two ways. A *forward update* overrides `forward` and adds to the
-output; each kind of layer has a mixin for it (`layers.linear`, `layers.embedding`). A *read* is a
-property of the class with the name of a parameter: whoever reads `module.weight` gets the effective
-value, while the raw parameter stays where it was in `_parameters`, under the same key. Reads serve
-weights that a model reads instead of calling their layer, and the full copies that `train` and
-`bias` entries make.
+output. A *weight update* is a property of the class with the name of a parameter: a forward that
+reads `module.weight` gets the effective value, while the raw parameter stays where it was in
+`_parameters`, under the same key, and is what everybody else reads and writes (`layers.reading`).
+The weight of a layer with a forward update is such a property, too, for a parent that reads it.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import effective_weight, lazy_weight
-from lora_inject.layers.attached import Attached, Entry, saving_hooks
+from lora_inject.functional import lazy_weight
+from lora_inject.layers.attached import Attached, Entry, attached_to, held_by, saving_hooks
 from lora_inject.layers.checkpointing import refuse_dead_checkpoint
+from lora_inject.layers.reading import running_module
+from lora_inject.layers.selection import State
 from lora_inject.layers.state_dict import raise_merged
 
 # Key of the scales in a state dict's metadata.
@@ -69,9 +72,9 @@ def refuse_offloaded(module: nn.Module) -> None:
 class Adapted(nn.Module):
     """Mixin of every swapped class: copies, pickles, casts and loads like the class it stands on.
 
-    A kind of layer is a subclass with `kind`, `matches` and `geometry`, and a row in
-    `layers.table.KINDS`, or a call of `layers.register_kind`. One that adds to the output derives
-    from `layers.linear.LoRALinear`, one whose weight is read derives from `WeightUpdate`.
+    A kind of layer is a subclass with `kind`, `matches` and `geometry`, and a call of
+    `layers.register_kind`. One that adds to the output derives from `layers.LoRALinear`, one whose
+    weight is read derives from `WeightUpdate`.
     """
 
     kind: ClassVar[str] = ""
@@ -95,15 +98,18 @@ class Adapted(nn.Module):
         """Return the shapes of the layer's weight."""
         raise NotImplementedError
 
-    @staticmethod
-    def adds_to_output(module: nn.Module) -> bool:  # noqa: ARG004 - for kinds that need to look
-        """Return whether options of this one module let it add to its output at all."""
-        return True
+    @classmethod
+    def adds_to_output(cls, module: nn.Module) -> bool:
+        """Return whether `f(x; W + D) = f(x; W) + D x` is known of a module for any D.
+
+        Else its weight reads as W + delta, which is right for whatever it computes.
+        """
+        return cls.stock(plain_class(type(module)))
 
     @staticmethod
-    def stock(plain: type[nn.Module]) -> bool:
-        """Return whether a class computes exactly what its kind's own class does."""
-        raise NotImplementedError
+    def stock(plain: type[nn.Module]) -> bool:  # noqa: ARG004 - for kinds that have one
+        """Return whether a class computes exactly what its kind's own torch class does."""
+        return False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Build the plain class: `type(layer)(...)` must not make a carrier without adapters."""
@@ -189,6 +195,44 @@ class Adapted(nn.Module):
         plain = super().extra_repr()
         return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
 
+    def __delattr__(self, name: str) -> None:
+        """Delete like nn.Module, but not what carries an adapter."""
+        if name in self._parameters and any(e.param == name for e in self._lora.entries()):
+            self._lora_refuse_replaced(name)
+        super().__delattr__(name)
+
+    def _lora_refuse_replaced(self, name: str) -> None:
+        """Raise where a parameter is to be computed, as parametrize, prune and weight_norm do.
+
+        FSDP1 and DataParallel put plain tensors in the place of parameters, too, of the same value.
+        """
+        if not self.__dict__.keys() & {"_is_fsdp_managed_module", "_is_replica"}:
+            raise LayerError(
+                f"replacing parameter {name!r} of a {type(self).__name__}",
+                "it carries an adapter, which a parametrized, pruned or normalized weight would "
+                "leave behind",
+                "Eject the adapter first, then inject again",
+            )
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Make the replica that torch's DataParallel fills, of the swapped class."""
+        replica: Any = object.__new__(type(self))
+        replica.__dict__ = {**self.__dict__, "_parameters": {}, "_is_replica": True}
+        replica._buffers, replica._modules = self._buffers.copy(), self._modules.copy()
+        return replica
+
+    def __prepare_scriptable__(self) -> Any:
+        """Raise, before torch.jit.script has changed anything.
+
+        Raises:
+            LayerError: Always.
+        """
+        raise LayerError(
+            f"torch.jit.script of a {type(self).__name__}",
+            "it carries an adapter, which a script cannot",
+            "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
+        )
+
     def _lora_takes_part(self, param: str | None, tensors: Iterable[Tensor]) -> None:
         """Note for `unreached` that adapters take part, and refuse to train them in vain."""
         if self._lora.selection.witness is not None:
@@ -201,43 +245,109 @@ class Adapted(nn.Module):
         elif any(t.requires_grad for t in tensors):
             refuse_dead_checkpoint()
 
-    def _lora_read(self, param: str) -> Any:
-        """Return the effective value of a parameter under the current selection."""
-        raw = self._parameters[param]
-        attached = self._lora
-        entries = attached.reads.get(param)
-        if raw is None or entries is None or _is_sharded(raw):
+    def _lora_raw(self, param: str) -> Any:
+        """Return what the plain class would: a parameter, or a tensor that stands in its place."""
+        computed = getattr(self._lora_plain, param, None)
+        if isinstance(computed, property):
+            return computed.__get__(self)
+        if param in self._parameters:
+            return self._parameters[param]
+        if param in self.__dict__:
+            return self.__dict__[param]
+        return super().__getattr__(param)  # raises
+
+    def _lora_read(self, param: str, raw: Any) -> Any:
+        """Return the effective value of a parameter to a forward, and the raw one else."""
+        reader = running_module()
+        if reader is None:
             return raw
+        attached = self._lora
+        entries = attached.reads.get(param, {})
+        if attached.forward and reader is not self and param == self.weight_name:
+            entries = {**attached.forward, **entries}
+        return self._lora_value(param, raw, entries)
+
+    def _lora_value(self, param: str, raw: Any, entries: Mapping[str, Entry]) -> Any:
+        """Return W + delta of those of the entries that take part under the current selection."""
+        if raw is None or not entries or type(raw) not in PLAIN:
+            return raw  # a sharded tensor is read by who shards; a quantized one cannot be
+        attached = self._lora
         state = attached.selection.current()
+        if state.routed:
+            return self._lora_refuse_routed(param, raw, entries, state)
         taking = [(entries[name], weight) for name, weight in state.active if name in entries]
         if not taking:
             return raw
-        self._lora_takes_part(
-            param, (e.tensor(self, "T" if e.spec is None else "A") for e, _ in taking)
-        )
         # A value read under no_grad would cut the gradient of a later read in the same forward.
         key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()
         if cache is None:
-            return self._lora_effective(raw, taking, effective_weight)
+            return self._lora_effective(raw, taking)
         if key not in cache:
-            cache[key] = self._lora_effective(raw, taking, lazy_weight)
+            cache[key] = self._lora_effective(raw, taking)
         return cache[key]
 
-    def _lora_effective(
-        self, raw: Tensor, taking: list[tuple[Entry, float]], form: Callable[..., Tensor]
-    ) -> Tensor:
+    def _lora_effective(self, raw: Tensor, taking: list[tuple[Entry, float]]) -> Tensor:
         """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
-        value = raw
+        held, value = held_by(self), raw
         low_rank, float32 = [], False
         for entry, weight in taking:
             spec = entry.spec
             if spec is None:
-                value = _replaced(value, raw, entry.tensor(self, "T"), weight)
+                value = _replaced(value, raw, held[entry.names["T"]], weight)
                 continue
-            float32 = float32 or spec.compute == "float32"
-            for A, B, sign in entry.pairs(self):
+            # The weight of a layer keeps its dtype, which the layer's input has.
+            float32 = float32 or (spec.compute == "float32" and spec.kind == "parameter")
+            for A, B, sign in entry.pairs(held):
                 low_rank.append((spec, A, B, spec.scale * weight * sign))
-        return form(value, low_rank, float32=float32) if low_rank else value
+
+        def used() -> None:
+            for entry, _ in taking:
+                self._lora_is_read(entry)
+
+        if low_rank:
+            return lazy_weight(value, low_rank, float32=float32, used=used)
+        used()
+        return value
+
+    def _lora_is_read(self, entry: Entry) -> None:
+        """Note that an entry takes part, and refuse what a weight cannot express."""
+        forward = self._lora.forward.get(entry.adapter) is entry
+        tensor = held_by(self)[entry.names["T" if entry.spec is None else "A"]]
+        self._lora_takes_part(None if forward else entry.param, (tensor,))
+        compiling = torch.compiler.is_compiling()
+        if forward and self.training and entry.spec and entry.spec.dropout and not compiling:
+            raise LayerError(
+                f"reading the weight of site {entry.spec.name!r} in a forward",
+                f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "
+                "input, which the reader of a weight does not see",
+                "Give the site dropout: 0",
+            )
+
+    def _lora_refuse_routed(
+        self, param: str, raw: Tensor, entries: Mapping[str, Entry], state: State
+    ) -> Tensor:
+        """Return W for a question about its shape or dtype; raise where it is used."""
+        if not state.names & entries.keys():
+            return raw
+
+        def used() -> None:
+            raise LayerError(
+                f"routed(), reading {param!r} of a {type(self).__name__} in a forward",
+                "one weight is read for the whole batch, and its rows have adapters of their own",
+                "Leave this layer out of adapters that are routed",
+            )
+
+        return lazy_weight(raw, (), float32=False, used=used)
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is packed, so that its values are not those of its elements."""
+    plain = weight.is_floating_point() and weight.element_size() >= 2
+    return not plain or type(weight) not in PLAIN
+
+
+# What W + delta can be formed of: neither packed nor sharded.
+PLAIN = (nn.Parameter, Tensor)
 
 
 def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
@@ -245,11 +355,6 @@ def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor
     if weight == 1.0 and value is raw:
         return copy.to(raw.dtype)
     return (value.to(copy.dtype) + weight * (copy - raw.to(copy.dtype))).to(raw.dtype)
-
-
-def _is_sharded(raw: Tensor) -> bool:
-    """Whether FSDP2 holds the tensor: whoever reads it then wants to shard it, not to use it."""
-    return type(raw).__name__ == "DTensor"
 
 
 class WeightUpdate(Adapted):
@@ -263,22 +368,28 @@ def _cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(plain.forward)
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
-        attached = self._lora
-        if torch.compiler.is_compiling():
+        attached = attached_to(self)
+        # Without: somebody has kept this method, and the adapter was ejected.
+        if attached is None or torch.compiler.is_compiling():
             return plain.forward(self, *args, **kwargs)
-        outer, attached.cache, attached.hooks = (attached.cache, attached.hooks), {}, saving_hooks()
+        thread, running = threading.get_ident(), attached.running
+        outer, running[thread] = running.get(thread), ({}, saving_hooks())
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
-            attached.cache, attached.hooks = outer
+            if outer is None:
+                del running[thread]
+            else:
+                running[thread] = outer
 
     return forward
 
 
 def _property(param: str) -> property:
     def read(self: Adapted) -> Any:
+        raw = self._lora_raw(param)
         try:
-            return self._lora_read(param)
+            return self._lora_read(param, raw)
         except AttributeError as error:
             # nn.Module would answer an AttributeError with the raw weight: an inert adapter.
             raise LayerError(
@@ -287,10 +398,20 @@ def _property(param: str) -> property:
                 "This is a defect of the adapter's arithmetic; please report it",
             ) from error
 
-    return property(read)
+    def write(self: Adapted, value: Any) -> None:
+        # nn.Module.__setattr__ has put Parameters into `_parameters` and does not come here.
+        self._lora_refuse_replaced(param)
+        self.__dict__[param] = value
+
+    def delete(self: Adapted) -> None:
+        del self.__dict__[param]
+
+    return property(read, write, delete)
 
 
-_CLASSES: dict[tuple[type, type, frozenset[str]], type[Adapted]] = {}
+# Both hold a class while a module has it, and let it go with the last one.
+_CLASSES: WeakValueDictionary[Any, type[Adapted]] = WeakValueDictionary()
+_PLAIN: WeakValueDictionary[Any, type] = WeakValueDictionary()
 
 
 def adapted_class(
@@ -301,29 +422,31 @@ def adapted_class(
     Args:
         plain: The module's own class.
         mixin: The kind of layer, or `WeightUpdate`.
-        reads: Parameters whose effective value is read.
+        reads: Parameters whose effective value is read, beside the weight of a stock layer.
 
     Returns:
         A subclass of both, with the plain class's name.
     """
-    key = (plain, mixin, frozenset(reads))
-    if key not in _CLASSES:
+    stock = mixin.stock(plain)
+    key = (plain, mixin, frozenset({*reads, mixin.weight_name} if stock else reads))
+    found = _CLASSES.get(key)
+    if found is None:
         namespace: dict[str, Any] = {name: _property(name) for name in sorted(key[2])}
         namespace |= {
             "_lora_plain": plain,
             "_lora_mixin": mixin,
             "_lora_reads": key[2],
-            "_lora_stock": mixin is not WeightUpdate and mixin.stock(plain),
+            "_lora_stock": stock,
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
         }
         if mixin is WeightUpdate:
             namespace["forward"] = _cached_forward(plain)
-        _CLASSES[key] = types.new_class(
+        found = _CLASSES[key] = types.new_class(
             plain.__name__, (mixin, plain), exec_body=lambda ns: ns.update(namespace)
         )
-    return _CLASSES[key]
+    return found
 
 
 def _rebuild(plain: type[nn.Module], mixin: type[Adapted], reads: tuple[str, ...]) -> Adapted:
@@ -340,12 +463,9 @@ def plain_class(cls: type) -> type:
     if not issubclass(cls, Adapted):
         return cls
     # Somebody (FSDP2) has swapped the class again on top of ours: the same class on plain bases.
-    key = ("plain", cls)
-    if key not in _PLAIN:
+    found = _PLAIN.get(cls)
+    if found is None:
         bases = tuple(plain_class(b) for b in cls.__bases__)
         namespace = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
-        _PLAIN[key] = type(cls.__name__, bases, namespace)
-    return _PLAIN[key]
-
-
-_PLAIN: dict[tuple[str, type], type] = {}
+        found = _PLAIN[cls] = type(cls.__name__, bases, namespace)
+    return found

@@ -7,6 +7,7 @@ replace them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -63,8 +64,7 @@ class Entry:
 
     def tensor(self, module: nn.Module, role: str) -> Tensor:
         """Return the current tensor of a role."""
-        found = module._parameters[self.names[role]]
-        assert found is not None
+        found: Tensor = held_by(module)[self.names[role]]
         return found
 
     def shape_of(self, role: str) -> tuple[int, ...]:
@@ -82,10 +82,14 @@ class Entry:
         for A, B, sign in self._pairs():
             yield Recipe(A, B, sign * scale, spans, spec.dropout)
 
-    def pairs(self, module: nn.Module) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora."""
+    def pairs(self, held: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora.
+
+        Args:
+            held: The module's parameters.
+        """
         for A, B, sign in self._pairs():
-            yield module._parameters[A], module._parameters[B], sign  # type: ignore[misc]
+            yield held[A], held[B], sign
 
     def _pairs(self) -> tuple[tuple[str, str, float], ...]:
         names = self.names
@@ -114,8 +118,8 @@ class Attached:
         old_forward: The `_old_forward` that a hook had saved on the module, or None.
         float32: Whether an adapter on the output asks for float32 arithmetic.
         numbers: What stands for each adapter of `forward` in a selection's tensor.
-        cache: Effective weights read in the running forward of the module, or None outside one.
-        hooks: The hooks on saved tensors that this forward was entered with.
+        running: For each thread that runs a forward of the module: the effective weights read in
+            it, and the hooks on saved tensors that it was entered with.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -123,8 +127,7 @@ class Attached:
         self.forward: Mapping[str, Entry] = {}
         self.reads: Mapping[str, Mapping[str, Entry]] = {}
         self.old_forward: Any = None
-        self.cache: dict[tuple[str, bool], Tensor] | None = None
-        self.hooks: Any = None
+        self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
         self.float32 = False
         self.numbers: tuple[int, ...] = ()
         # One object, which another thread cannot change between two looks at it.
@@ -194,14 +197,14 @@ class Attached:
             that part of a forward is recomputed outside of it, must read the same way there, and
             has hooks of its own on the tensors that it saves.
         """
-        if self.cache is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.running:
             return None
+        cache, then = self.running.get(threading.get_ident(), (None, None))
         now = saving_hooks()
-        same = now is self.hooks or (now and self.hooks and now[0] is self.hooks[0])
-        return self.cache if same else None
+        return cache if now is then or (now and then and now[0] is then[0]) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chosen": (None, ()), "cache": None, "hooks": None}
+        return {**self.__dict__, "_chosen": (None, ()), "running": {}}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
@@ -211,6 +214,12 @@ class Attached:
 def attached_to(module: nn.Module) -> Attached | None:
     """Return what a module carries, or None for a plain module."""
     return module.__dict__.get("_lora")
+
+
+def held_by(module: nn.Module) -> Mapping[str, Any]:
+    """Return a module's parameters by name; DataParallel keeps those of a replica elsewhere."""
+    found: Mapping[str, Any] = module.__dict__.get("_former_parameters") or module._parameters
+    return found
 
 
 def saving_hooks() -> Any:

@@ -1,22 +1,21 @@
 """What of a model can become a site, and how: the names that `matching` works on.
 
 Here, and only here, it is decided how a module would carry an adapter: by its output where its
-forward is known or found to be linear in W, else by its weight, or not at all and why.
+forward is known to be linear in W, else by its weight, or not at all and why.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import nn
 
-from lora_inject.layers.adapted import Adapted, Geometry, WeightUpdate, plain_class
-from lora_inject.layers.embedding_kind import LoRAEmbedding
+from lora_inject.layers.adapted import Adapted, Geometry, is_quantized, plain_class
 from lora_inject.layers.kinds import kind_of
-from lora_inject.layers.probe import linear_in_weight
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.spec.inventory import Candidate, Inventory
 from lora_inject.spec.names import is_bias, joined
 
@@ -50,31 +49,31 @@ class _Listing:
         survey: The model.
         read: Modules whose weights their parent reads, by id.
         hooked: Whether accelerate has put hooks on the model.
-        first: First name of each tensor, by its id.
-        tied: All names of each tensor that has several, by its id.
+        first: First name of each tensor, by its memory.
+        tied: All names of each tensor that has several, by its memory.
     """
 
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
         self.read: set[int] = set()
         self.hooked = False
-        self.first: dict[int, str] = {}
-        self.tied: dict[int, list[str]] = {}
+        self.first: dict[Hashable, str] = {}
+        self.tied: dict[Hashable, list[str]] = {}
         for name, module in survey.modules:
             if isinstance(module, READING_PARENTS):
                 self.read.update(map(id, module._modules.values()))
             self.hooked = self.hooked or "_hf_hook" in module.__dict__
             for key, parameter in survey.own[id(module)].items():
                 full = joined(name, key)
-                first = self.first.setdefault(id(parameter), full)
+                memory = memory_of(parameter)
+                first = self.first.setdefault(memory, full)
                 if first is not full:
-                    self.tied.setdefault(id(parameter), [first]).append(full)
+                    self.tied.setdefault(memory, [first]).append(full)
         self.candidates: list[Candidate] = []
         self.others: dict[str, str] = {}
         self.parameters: dict[str, tuple[int, ...]] = {}
         self.buffers: list[str] = []
         self.heads: list[str] = []
-        self.stock: dict[tuple[type, type], bool] = {}
 
     def inventory(self) -> Inventory:
         for name, module in self.survey.modules:
@@ -117,7 +116,7 @@ class _Listing:
             self.others[name] = "container" if container else plain_class(type(module)).__name__
         for key, parameter in own.items():
             full = joined(name, key)
-            if self.first[id(parameter)] == full:
+            if self.first[memory_of(parameter)] == full:
                 self.parameters[full] = _shape(parameter)
             if row is None or key != row.weight_name:
                 self._parameter(full, module, key, parameter)
@@ -128,8 +127,12 @@ class _Listing:
         shapes = row.geometry(module)
         weight = own.get(row.weight_name)
         full = joined(name, row.weight_name)
-        refusal = self._refusal(module, row.weight_name, weight)
-        forward = refusal is not None or self._adds_to_output(module, row, weight)
+        # A forward on the instance is not that of the class; accelerate's calls it, and is rebound.
+        patched = "forward" in module.__dict__ and "_old_forward" not in module.__dict__
+        adds = not patched and id(module) not in self.read and row.adds_to_output(module)
+        refusal = self._refusal(module, row.weight_name, weight) or _unfit(
+            module, weight, shapes, adds
+        )
         return Candidate(
             name=name,
             kind=row.kind,
@@ -142,7 +145,7 @@ class _Listing:
             aliases=self.survey.further.get(id(module), ()),
             tied=self._tied(full, weight),
             refusal=refusal,
-            update="forward" if forward else "weight",
+            update="forward" if adds else "weight",
             dtype="" if weight is None else _dtype(weight.dtype),
         )
 
@@ -197,29 +200,8 @@ class _Listing:
         )
 
     def _tied(self, full: str, parameter: nn.Parameter | None) -> tuple[str, ...]:
-        names = self.tied.get(id(parameter)) if self.tied else None
+        names = self.tied.get(memory_of(parameter)) if self.tied and parameter is not None else None
         return () if names is None else tuple(name for name in names if name != full)
-
-    def _adds_to_output(
-        self, module: nn.Module, row: type[Adapted], weight: nn.Parameter | None
-    ) -> bool:
-        """Whether adding to the module's output is right; else its weight is mounted."""
-        if (
-            issubclass(row, WeightUpdate)
-            or id(module) in self.read
-            or not row.adds_to_output(module)
-        ):
-            return False
-        cls = type(module)
-        stock = self.stock.get((cls, row))
-        if stock is None:
-            stock = self.stock[cls, row] = row.stock(plain_class(cls))
-        if stock:
-            return True
-        if weight is None or not weight.is_floating_point() or type(weight) is not nn.Parameter:
-            return True  # quantised: the class itself multiplies by what W stands for
-        ids = issubclass(row, LoRAEmbedding)
-        return linear_in_weight(module, row.geometry(module).transposed, ids, row.weight_name)
 
     def _refusal(
         self, module: nn.Module, key: str, parameter: nn.Parameter | None
@@ -239,17 +221,34 @@ class _Listing:
             )
         if nn.parameter.is_lazy(parameter):
             return f"{cls} is lazy and not initialised", "Run the model once first"
-        if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
-            return (
-                f"this {cls} has its own forward on the instance, which would hide the adapter",
-                "Inject before patching the module, or remove the patch",
-            )
         if self.hooked and parameter.device.type == "meta":
             return (
                 "accelerate has offloaded its weights",
                 "Inject before dispatch_model, or load the model without offload",
             )
         return None
+
+
+def _unfit(
+    module: nn.Module, weight: nn.Parameter | None, stated: Geometry, adds: bool
+) -> tuple[str, str] | None:
+    """Say where a weight is not what the layer states, or cannot be read where it has to be."""
+    if weight is None:
+        return None
+    cls = plain_class(type(module)).__name__
+    if is_quantized(weight):
+        if adds:
+            return None  # a packed weight has another shape by design
+        found = (
+            f"its weight is a packed {type(weight).__name__}, and the forward of {cls} is not known"
+        )
+        return found, "State that its output is linear in the weight: register_kind"
+    if tuple(weight.shape) != stated.weight_shape:
+        found = (
+            f"{cls} states sizes {stated.weight_shape}, and its weight has {tuple(weight.shape)}"
+        )
+        return found, "Set the layer's sizes to those of its weight (was it resized or sharded?)"
+    return None
 
 
 def _fused_kernel(module: nn.Module) -> tuple[str, str] | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
+from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 
@@ -64,13 +66,24 @@ def narrow(module: nn.Module) -> None:
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back and forget its attached."""
     attached = module.__dict__.pop("_lora")
-    if attached.old_forward is not None and "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = attached.old_forward
-    left = module.__dict__.get("forward")
-    if isinstance(left, types.MethodType) and left.__func__ is type(module).forward:
+    plain = plain_class(type(module))
+    if _is_ours(module.__dict__.get("_old_forward"), module):  # of a hook that came later
+        bound = types.MethodType(plain.forward, module)  # type: ignore[attr-defined]
+        module.__dict__["_old_forward"] = attached.old_forward or bound
+    if _is_ours(module.__dict__.get("forward"), module):
         # A hook that was removed meanwhile has put our forward back, onto the instance.
         del module.__dict__["forward"]
-    module.__class__ = plain_class(type(module))
+    module.__class__ = plain
+
+
+def _is_ours(method: Any, module: nn.Module) -> bool:
+    """Whether a method that somebody saved on a module is the forward of a swapped class."""
+    function = getattr(method, "__func__", None)
+    ours = _own_class(type(module))
+    wrapped = getattr(function, "__wrapped__", None)
+    return function is not None and (
+        function is ours._lora_mixin.forward or wrapped is ours._lora_plain.forward
+    )
 
 
 def _own_class(cls: type) -> type[Adapted]:
@@ -93,8 +106,9 @@ def _with_base(cls: type, old: type, new: type) -> type:
 def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
     """Point accelerate's saved `_old_forward` at the swapped class, which it would bypass."""
     if "forward" in module.__dict__ and "_old_forward" in module.__dict__:
-        if attached.old_forward is None:
-            attached.old_forward = module.__dict__["_old_forward"]
+        saved = module.__dict__["_old_forward"]
+        if attached.old_forward is None and not _is_ours(saved, module):
+            attached.old_forward = saved
         module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
@@ -121,4 +135,4 @@ def check_swappable(module: nn.Module, asked: str) -> None:
     _SWAPPABLE.add(cls)
 
 
-_SWAPPABLE: set[type] = set()
+_SWAPPABLE: WeakSet[type] = WeakSet()

@@ -1,4 +1,4 @@
-"""Embeddings: `nn.Embedding` and its subclasses that look rows up the plain way.
+"""Embeddings: `nn.Embedding` and its subclasses with the same forward.
 
 The table is a weight `(num, dim)` whose input is a one-hot vector, so `x A^T` is a lookup
 in A. As in the paper's code (loralib `layers.Embedding`), A starts at zero and B is random: rows
@@ -26,11 +26,12 @@ class LoRAEmbedding(ForwardUpdate):
     """Forward update of `nn.Embedding`: `W[ids] + scale * A[:, ids]^T B^T`."""
 
     kind = "embedding"
-    weight: Tensor
     num_embeddings: int
     padding_idx: int | None
     max_norm: float | None
     norm_type: float
+    scale_grad_by_freq: bool
+    sparse: bool
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -43,47 +44,52 @@ class LoRAEmbedding(ForwardUpdate):
         num, dim = int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
         return Geometry(num, dim, (num, dim), transposed=True)
 
-    @staticmethod
-    def adds_to_output(module: nn.Module) -> bool:
+    @classmethod
+    def adds_to_output(cls, module: nn.Module) -> bool:
         """Return False for `scale_grad_by_freq`, which changes the gradient of a read weight."""
-        return not module.scale_grad_by_freq
+        return super().adds_to_output(module) and not module.scale_grad_by_freq
 
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
-        """Return whether `forward` is nn.Embedding's own."""
-        return plain.forward is nn.Embedding.forward
+        """Return whether `forward` is nn.Embedding's own, and the weight a parameter."""
+        return plain.forward is nn.Embedding.forward and not hasattr(plain, "weight")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Look rows up with the adapters that take part.
 
         Args:
-            *args: For the layer's own forward; the first is the ids, `(...)`, integer.
-            **kwargs: For the layer's own forward; the first is the ids where there are no `args`.
+            *args: For the layer's own forward, whose parameter is the ids, `(...)`, integer.
+            **kwargs: For the layer's own forward.
 
         Returns:
             `(..., embedding_dim)`.
 
         Raises:
             LayerError: The table was resized after inject, or `routed` got another batch.
+            TypeError: An embedding does not take these arguments.
         """
-        ids: Tensor = args[0] if args else next(iter(kwargs.values()))
-        state = self._lora.selection.current()
+        if not isinstance(self, LoRAEmbedding):  # somebody kept this method; the adapter is gone
+            return type(self).forward(self, *args, **kwargs)
+        attached = self._lora
+        ids = self._lora_input(args, kwargs)
+        weight = self._lora_own("weight")
+        state = attached.selection.current()
         if state.routed:
             routing = self._lora_routing(ids, state)
             if not routing.entries:
-                return super().forward(*args, **kwargs)
+                return self._lora_rows(ids, weight, self.max_norm)
             adapters = self._lora_routed_factors(routing)
-            base, rows = self._lora_base(ids, args, kwargs), routing.places
+            base, rows = self._lora_rows(ids, weight, None), routing.places
             found = routed_embedding(
                 base, ids, rows, adapters, self.padding_idx, float32=self._lora.float32
             )
             return self._lora_renorm(found)
-        updates = self._lora_compiled(self.weight, state)
+        updates = self._lora_compiled(weight, state)
         updates = self._lora_updates(state) if updates is None else updates
         if not updates:
-            return super().forward(*args, **kwargs)
+            return self._lora_rows(ids, weight, self.max_norm)
         self._lora_refuse_resized(updates[0].A.shape[1])
-        base = self._lora_base(ids, args, kwargs)
+        base = self._lora_rows(ids, weight, None)
         float32 = self._lora.float32
         found = embedding(base, ids, updates, self.padding_idx, float32=float32)
         return self._lora_renorm(found)
@@ -96,12 +102,10 @@ class LoRAEmbedding(ForwardUpdate):
                 "Eject first, resize, then inject again",
             )
 
-    def _lora_base(self, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Look up rows of W without torch's renormalisation in place."""
-        if self.max_norm is None:
-            found: Tensor = super().forward(*args, **kwargs)
-            return found
-        return F.embedding(ids, self.weight)
+    def _lora_rows(self, ids: Tensor, weight: Tensor, max_norm: float | None) -> Tensor:
+        """Look up rows as nn.Embedding does; a `max_norm` renormalizes W in place."""
+        options = (self.norm_type, self.scale_grad_by_freq, self.sparse)
+        return F.embedding(ids, weight, self.padding_idx, max_norm, *options)
 
     def _lora_renorm(self, rows: Tensor) -> Tensor:
         if self.max_norm is None:

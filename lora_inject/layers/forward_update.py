@@ -7,8 +7,9 @@ constant: which adapters *could* be chosen, by a tensor that comes in?
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from lora_inject.functional import (
 )
 from lora_inject.functional.factors import compute_dtype
 from lora_inject.layers.adapted import Adapted
-from lora_inject.layers.attached import Entry, Recipe
+from lora_inject.layers.attached import Entry, Recipe, held_by
 from lora_inject.layers.selection import State
 
 
@@ -46,6 +47,24 @@ _NOTHING = _Routing((), torch.empty(0))
 class ForwardUpdate(Adapted):
     """Mixin of the kinds that add to their output."""
 
+    def _lora_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the first argument of a call, as the layer's own forward would name it.
+
+        Raises:
+            TypeError: Its forward does not take these arguments.
+        """
+        if len(args) == 1 and not kwargs:
+            found: Tensor = args[0]
+            return found
+        bound = inspect.signature(self._lora_plain.forward).bind(self, *args, **kwargs)
+        first: Tensor = list(bound.arguments.values())[1]
+        return first
+
+    def _lora_own(self, param: str) -> Any:
+        """Return a parameter as this layer's own forward uses it: with its weight updates only."""
+        raw, reads = self._lora_raw(param), self._lora.reads.get(param)
+        return self._lora_value(param, raw, reads) if reads else raw
+
     def _lora_updates(self, state: State) -> list[Factors]:
         """Return the low-rank updates that take part under `state`."""
         attached = self._lora
@@ -57,9 +76,9 @@ class ForwardUpdate(Adapted):
 
     def _lora_factors(self, recipes: Iterable[Recipe]) -> list[Factors]:
         """Return updates with their tensors, which are looked up anew each time."""
-        held, training = self._parameters, self.training
+        held, training = held_by(self), self.training
         return [
-            Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)  # type: ignore[arg-type]
+            Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)
             for r in recipes
         ]
 
@@ -165,12 +184,12 @@ class ForwardUpdate(Adapted):
         Those that train must be constants of a graph where gradients are asked for: it cannot leave
         one out, and a gradient of zeros would let weight decay move an idle adapter.
         """
-        held, grad = self._parameters, torch.is_grad_enabled()
+        held, grad = held_by(self), torch.is_grad_enabled()
         entries, numbers = [], []
         for (name, entry), number in zip(
             self._lora.forward.items(), self._lora.numbers, strict=True
         ):
-            trains = any(held[flat].requires_grad for flat in entry.names.values())  # type: ignore[union-attr]
+            trains = any(held[flat].requires_grad for flat in entry.names.values())
             if not (grad and trains) or name in state.parts:
                 entries.append(entry)
                 numbers.append(number)

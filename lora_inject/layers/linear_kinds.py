@@ -1,8 +1,8 @@
-"""Linear layers: `nn.Linear`, its subclasses that are linear in W, and transformers' Conv1D.
+"""Linear layers: `nn.Linear` and transformers' Conv1D, and quantized subclasses of them.
 
-Where the layer's own forward is the stock one over a plain tensor, layer and update run
-as one fused step; else the layer is called untouched and the update is added to its output. The
-second way is what quantised and unknown subclasses get.
+Where the layer's forward is the stock one over a plain tensor, layer and update run as one fused
+step; else the layer is called untouched and the update is added to its output. The second way is
+what quantized layers get, and kinds from outside that add to their output.
 """
 
 from __future__ import annotations
@@ -10,11 +10,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.functional import add_updates, linear
-from lora_inject.layers.adapted import Geometry
+from lora_inject.layers.adapted import PLAIN, Geometry, plain_class
 from lora_inject.layers.forward_update import ForwardUpdate
+
+# Classes of other libraries are known by where they are defined, so that none need be imported.
+CONV1D = ("transformers.pytorch_utils", "Conv1D")
+# Their forward multiplies x by the weight, or by what a packed one stands for, and nothing else. A
+# packed weight cannot be read as W + delta, so there is no other way than to add to the output.
+MULTIPLY = {
+    ("bitsandbytes.nn.modules", "Linear4bit"),
+    ("bitsandbytes.nn.modules", "Linear8bitLt"),
+    ("optimum.quanto.nn.qlinear", "QLinear"),
+    ("transformers.integrations.compressed_tensors", "CompressedTensorsFP8Linear"),
+    ("transformers.integrations.fbgemm_fp8", "FbgemmFp8Linear"),
+    ("transformers.integrations.finegrained_fp8", "FP8Linear"),
+    ("transformers.integrations.metal_quantization", "MetalLinear"),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+}
 
 
 class LoRALinear(ForwardUpdate):
@@ -22,8 +38,6 @@ class LoRALinear(ForwardUpdate):
 
     kind = "linear"
     transposed = False
-    weight: Tensor
-    bias: Tensor | None
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -38,54 +52,75 @@ class LoRALinear(ForwardUpdate):
 
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
-        """Return whether `forward` is nn.Linear's own."""
-        return plain.forward is nn.Linear.forward
+        """Return whether `forward` is nn.Linear's own, and the weight a parameter."""
+        return plain.forward is nn.Linear.forward and not hasattr(plain, "weight")
+
+    @classmethod
+    def adds_to_output(cls, module: nn.Module) -> bool:
+        """Return whether the layer is stock, or known to multiply by its weight."""
+        plain = plain_class(type(module))
+        return cls.stock(plain) or _defines_forward(plain) in MULTIPLY
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the adapters that take part.
 
         Args:
-            *args: For the layer's own forward; the first is x, `(..., in_features)`.
-            **kwargs: For the layer's own forward; the first is x where there are no `args`.
+            *args: For the layer's own forward, whose first parameter is x, `(..., in_features)`.
+            **kwargs: For the layer's own forward.
 
         Returns:
             `(..., out_features)`, in the dtype of the plain layer's output.
 
         Raises:
             LayerError: Under `routed`, the batch is not as long as the rows.
+            TypeError: The layer's own forward does not take these arguments.
         """
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(self, LoRALinear):  # somebody kept this method; the adapter is gone
+            return type(self).forward(self, *args, **kwargs)
         attached = self._lora
+        x = self._lora_input(args, kwargs)
         state = attached.selection.current()
         if state.routed:
             routing = self._lora_routing(x, state)
-            fresh = self._lora_stock and type(self._parameters["weight"]) is nn.Parameter
-            y = super().forward(*args, **kwargs)
+            y = self._lora_plain_forward(args, kwargs)
+            fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
             return self._lora_routed(y, x, routing, in_place=fresh)
         float32 = attached.float32
         if torch.compiler.is_compiling():
-            y = super().forward(*args, **kwargs)
+            y = self._lora_plain_forward(args, kwargs)
             updates = self._lora_compiled(y, state)
             updates = self._lora_updates(state) if updates is None else updates
             return add_updates(y, x, updates, float32=float32) if updates else y
         updates = self._lora_updates(state)
-        if not updates:
+        if updates and self._lora_stock:
+            weight, bias = self._lora_own("weight"), self._lora_own("bias")
+            if type(weight) in PLAIN:
+                return linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
+        y = self._lora_plain_forward(args, kwargs)
+        return add_updates(y, x, updates, float32=float32) if updates else y
+
+    def _lora_plain_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute the layer without its forward updates."""
+        if not self._lora_stock:
             return super().forward(*args, **kwargs)
-        held = self._parameters
-        if self._lora_stock and type(held["weight"]) is nn.Parameter:
-            if self._lora_reads or "bias" not in held:
-                weight, bias = self.weight, self.bias
-            else:  # without nn.Module's slow look-up
-                weight, bias = held["weight"], held["bias"]
-            return linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
-        return add_updates(super().forward(*args, **kwargs), x, updates, float32=float32)
+        # Its own forward would read the weight as whoever computes with it is to find it.
+        x, weight, bias = (
+            self._lora_input(args, kwargs),
+            self._lora_own("weight"),
+            self._lora_own("bias"),
+        )
+        return self._lora_formula(x, weight, bias)
+
+    @staticmethod
+    def _lora_formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the stock class computes."""
+        return F.linear(x, weight, bias)
 
 
 class LoRAConv1D(LoRALinear):
     """Forward update of transformers' Conv1D, a linear layer with the weight `(in, out)`.
 
-    Source: `transformers/pytorch_utils.py`. The class is known by where it was defined, so that
-    transformers need not be imported.
+    Source: `transformers/pytorch_utils.py`.
     """
 
     kind = "conv1d"
@@ -94,7 +129,7 @@ class LoRAConv1D(LoRALinear):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Return whether the module's class is, or derives from, transformers' Conv1D."""
-        return any(_is_conv1d(c) for c in type(module).__mro__)
+        return any((c.__module__, c.__qualname__) == CONV1D for c in type(module).__mro__)
 
     @staticmethod
     def geometry(module: nn.Module) -> Geometry:
@@ -104,10 +139,18 @@ class LoRAConv1D(LoRALinear):
 
     @staticmethod
     def stock(plain: type[nn.Module]) -> bool:
-        """Return whether `forward` is Conv1D's own."""
-        owner = next(c for c in plain.__mro__ if "forward" in c.__dict__)
-        return _is_conv1d(owner)
+        """Return whether `forward` is Conv1D's own, and the weight a parameter."""
+        return _defines_forward(plain) == CONV1D and not hasattr(plain, "weight")
+
+    @staticmethod
+    def _lora_formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What Conv1D computes."""
+        assert bias is not None
+        y = torch.addmm(bias, x.view(-1, x.size(-1)), weight)
+        return y.view(*x.shape[:-1], weight.shape[1])
 
 
-def _is_conv1d(cls: type) -> bool:
-    return cls.__module__ == "transformers.pytorch_utils" and cls.__qualname__ == "Conv1D"
+def _defines_forward(plain: type) -> tuple[str, str]:
+    """Return the module and the name of the class whose `forward` a class has."""
+    owner = next(c for c in plain.__mro__ if "forward" in c.__dict__)
+    return owner.__module__, owner.__qualname__

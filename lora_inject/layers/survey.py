@@ -6,10 +6,10 @@ or goes; adapters may.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.layers.attached import attached_to
@@ -90,13 +90,23 @@ class Survey:
         """The base parameters of each module, without its children's, by the module's id."""
         return {id(module): _base_parameters(module) for _, module in self.modules}
 
+    def holders(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+        """Return who holds a base parameter, or another of the same memory; if several, it is tied.
+
+        Args:
+            parameter: A base parameter of the model.
+
+        Returns:
+            Modules and the names of the parameter in them, in the order of the model.
+        """
+        return list(self._holders[memory_of(parameter)])
+
     @cached_property
-    def holders(self) -> dict[int, list[tuple[nn.Module, str]]]:
-        """Who holds each base parameter, by the parameter's id; if several, it is tied."""
-        found: dict[int, list[tuple[nn.Module, str]]] = {}
+    def _holders(self) -> dict[Hashable, list[tuple[nn.Module, str]]]:
+        found: dict[Hashable, list[tuple[nn.Module, str]]] = {}
         for _, module in self.modules:
             for key, parameter in self.own[id(module)].items():
-                found.setdefault(id(parameter), []).append((module, key))
+                found.setdefault(memory_of(parameter), []).append((module, key))
         return found
 
     def names_of(self, name: str) -> list[str]:
@@ -106,7 +116,7 @@ class Survey:
         """
         owner, _, key = name.rpartition(".")
         tensor = self.own[id(self.by_name[owner])][key]
-        return [joined(self.paths[id(m)], param) for m, param in self.holders[id(tensor)]]
+        return [joined(self.paths[id(m)], param) for m, param in self.holders(tensor)]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every base parameter once, by canonical name."""
@@ -116,6 +126,29 @@ class Survey:
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield joined(path, key), parameter
+
+
+def memory_of(parameter: Tensor) -> Hashable:
+    """Return what is equal for parameters that are one tensor.
+
+    That is one Parameter under several names, or several Parameters over the same elements, as
+    `load_state_dict(assign=True)` of a tied checkpoint leaves them.
+
+    Example:
+        >>> import torch
+        >>> W = torch.randn(2, 3)
+        >>> memory_of(nn.Parameter(W)) == memory_of(nn.Parameter(W))
+        True
+        >>> memory_of(nn.Parameter(W)) == memory_of(nn.Parameter(W.clone()))
+        False
+    """
+    if (
+        type(parameter) is nn.Parameter
+        and not parameter.is_meta
+        and (start := parameter.data_ptr())
+    ):
+        return start, parameter.shape, parameter.stride(), parameter.dtype, parameter.device
+    return id(parameter)
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

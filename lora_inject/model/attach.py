@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import LayerError
-from lora_inject.layers.adapted import WeightUpdate
+from lora_inject.layers.adapted import WeightUpdate, is_quantized
 from lora_inject.layers.attached import TRAINABLE_ROLES, Entry, attached_to, attribute
 from lora_inject.layers.class_swap import check_swappable, swap
 from lora_inject.layers.initial import FROM_WEIGHT
@@ -120,7 +121,7 @@ def _check(place: Place) -> None:
             "A parameter that is itself computed cannot take an update",
         )
     init = spec.init if spec is not None else ""
-    if (not place.forward or init in FROM_WEIGHT) and _is_quantized(place.weight):
+    if (not place.forward or init in FROM_WEIGHT) and is_quantized(place.weight):
         reader = f"init {init}" if place.forward else "a weight update"
         raise LayerError(
             target,
@@ -142,11 +143,6 @@ def _refuse_statistics(place: Place) -> None:
             "trains: those are the base's buffers, which an adapter neither holds nor restores",
             "Leave it out, or give the layer track_running_stats=False and no running_mean",
         )
-
-
-def _is_quantized(weight: Tensor) -> bool:
-    plain = weight.is_floating_point() and weight.element_size() >= 2
-    return not plain or type(weight) is not nn.Parameter
 
 
 def attach(
@@ -174,7 +170,8 @@ def attach(
     Raises:
         LayerError: A site is not reached by `probe`.
     """
-    made = _parameters(found, state, train)
+    with torch.inference_mode(False):  # Parameters that are made in it could not train
+        made = _parameters(found, state, train)
     selections = reach(survey.model, survey).selections
     selection = next(iter(selections), None) or Selection()
     modules = [module for _, module in survey.modules]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from os import PathLike
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.functional import master_dtype
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.initial import initial_tensors
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.attach import Place, attach, places
 from lora_inject.model.sharding import refuse_sharded
 from lora_inject.spec.config import Config
@@ -84,7 +85,8 @@ def inject(
     planned = resolve(config, inventory(survey))
     copies = [key for trained in planned.trained for key in survey.names_of(trained.name)]
     found = places(survey, name, planned.sites, copies)
-    state = _initial_state(found, config.to_dict())
+    with torch.inference_mode(False):  # tensors that are made in it could not train
+        state = _initial_state(found, config.to_dict())
     attach(survey, name, found, state, probe=probe)
     return model
 
@@ -93,13 +95,14 @@ def _initial_state(found: Iterable[Place], config: Mapping[str, Any]) -> Adapter
     """Make the tensors of a new adapter, in the places that it gets."""
     sites: dict[str, SiteState] = {}
     trained: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}
+    copies: dict[Hashable, Tensor] = {}
     for place in found:
         spec, weight = place.entry.spec, place.weight
         if spec is not None:
             sites[place.name] = SiteState(spec, **initial_tensors(spec, weight))
             continue
-        if id(weight) not in copies:
-            copies[id(weight)] = weight.detach().to(master_dtype(weight.dtype), copy=True)
-        trained[place.name] = copies[id(weight)]
+        memory = memory_of(weight)
+        if memory not in copies:
+            copies[memory] = weight.detach().to(master_dtype(weight.dtype), copy=True)
+        trained[place.name] = copies[memory]
     return AdapterState(sites, trained, config)

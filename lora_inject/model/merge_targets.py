@@ -193,7 +193,7 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
     if entry.spec is None:
         target.copies.append((entry.tensor(module, "T"), weight))
         return
-    for A, B, sign in entry.pairs(module):
+    for A, B, sign in entry.pairs(module._parameters):
         target.terms.append(Term(entry.spec, A.detach(), B.detach(), weight * sign))
 
 

@@ -1,0 +1,253 @@
+"""What a layer computes with its weight: known, or its weight reads as W + delta, or refused.
+
+A forward of a class's own may scale, clamp, renumber or take other arguments, today or once another
+base is loaded: nothing of that is guessed from its answers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import error, fill, same_bits, snapshot
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject.layers import Geometry, LoRALinear, register_kind
+from lora_inject.layers.kinds import KINDS
+
+CONFIG = {"rank": 2, "alpha": 3.0, "targets": [r"^layer$"]}
+N = 6
+X = torch.linspace(-1, 1, 4 * N, dtype=torch.float64).view(4, N)
+IDS = torch.tensor([[0, 3, 5], [2, 9, 1]])
+
+
+class Gain(nn.Linear):
+    """Its gain is 1 until a checkpoint is loaded, as with transformers' DoryLMHead."""
+
+    def __init__(self) -> None:
+        super().__init__(N, N)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class Clamped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-0.7, 0.7)
+
+
+class Residual(nn.Linear):
+    def forward(self, x: Tensor, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return super().forward(x) * scale + (0.0 if residual is None else residual)
+
+
+class DropsItsOutput(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Renumbers(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward((ids + 1) % self.num_embeddings)
+
+
+class Host(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        found: Tensor = self.layer(x, **options)
+        return found
+
+
+def idefics() -> nn.Module:
+    from transformers.models.idefics.modeling_idefics import IdeficsDecoupledEmbedding
+
+    return IdeficsDecoupledEmbedding(8, 4, N)
+
+
+def ovis2() -> nn.Module:
+    from transformers.models.ovis2.modeling_ovis2 import Ovis2VisualEmbeddingTable
+
+    return Ovis2VisualEmbeddingTable(12, N)
+
+
+def dory() -> nn.Module:
+    from transformers.models.dory.modeling_dory import DoryConfig, DoryLMHead
+
+    return DoryLMHead(DoryConfig(hidden_size=N, vocab_size=N, initializer_range=0.02))
+
+
+BUILD: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "gain": (Gain, X),
+    "clamped": (lambda: Clamped(N, N), X),
+    "residual": (lambda: Residual(N, N), X),
+    "renumbers": (lambda: Renumbers(12, N), IDS),
+    "idefics": (idefics, IDS),
+    "ovis2 ids": (ovis2, IDS),
+    "ovis2 soft": (ovis2, torch.rand(3, 12, dtype=torch.float64)),
+    "dory": (dory, X),
+}
+
+
+def made(build: Callable[[], nn.Module]) -> tuple[Host, Host]:
+    torch.manual_seed(0)
+    plain = Host(build()).double()
+    return plain, fill(li.inject(copy.deepcopy(plain), CONFIG))
+
+
+def dense(model: nn.Module) -> Any:
+    """The model as it is now, with `W + scale B A` as its weight."""
+    wide = copy.deepcopy(model)
+    li.eject(wide)
+    (site,) = li.adapter_state(model).sites.values()
+    delta = site.scale * site.B @ site.A
+    wide.get_parameter(site.spec.weight).data += delta.t() if site.spec.transposed else delta
+    return wide
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_an_unknown_forward_computes_with_the_dense_weight(name: str) -> None:
+    build, x = BUILD[name]
+    plain, model = made(build)
+    tolerance = 1e-6 if name == "dory" else 1e-12  # it computes in float32
+    assert li.plan(plain, CONFIG).sites[0].update == "weight"
+    assert error(plain(x), dense(model)(x)) > 1e-3
+    assert error(model(x), dense(model)(x)) < tolerance
+    with torch.no_grad():  # a base that is loaded later
+        for key, p in model.layer.named_parameters():
+            if "gain" in key or "logit_scale" in key:
+                p.copy_(torch.full_like(p, 7.0))
+    wide = dense(model)
+    assert error(model(x), wide(x)) < tolerance
+    li.merge(model)
+    assert error(model(x), wide(x)) < tolerance
+
+
+def test_a_gain_that_trains_with_the_adapter() -> None:
+    torch.manual_seed(0)
+    model = Host(Gain()).double()
+    fill(li.inject(model, {**CONFIG, "train": [r"layer\.gain"]}))
+    with torch.no_grad():
+        li.adapter_parameters(model)["layer.gain"].fill_(3.0)
+    wide = dense(model)
+    wide.layer.gain.data.fill_(3.0)
+    assert error(model(X), wide(X)) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{"scale": 3.0}, {"residual": X}, {"residual": X, "scale": 3}])
+def test_further_arguments_reach_the_layer(options: dict[str, Any]) -> None:
+    _, model = made(lambda: Residual(N, N))
+    wide = dense(model)
+    assert error(model(X, **options), wide(X, **options)) < 1e-12
+    named = model.layer(residual=X, x=2 * X)
+    assert error(named, wide.layer(residual=X, x=2 * X)) < 1e-12
+
+
+@pytest.mark.parametrize("target", ["linear", "embedding"])
+def test_a_stock_layer_takes_the_arguments_that_torch_takes(target: str) -> None:
+    build, x = {
+        "linear": (lambda: nn.Linear(N, N), X),
+        "embedding": (lambda: nn.Embedding(12, N), IDS),
+    }[target]
+    _, model = made(build)
+    assert same_bits(model.layer(input=x), model.layer(x))
+    for args, options in (((x, x), {}), ((), {}), ((x,), {"scale": 3}), ((), {"ids": x})):
+        with pytest.raises(TypeError):
+            model.layer(*args, **options)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_output_that_is_dropped_in_training_only(training: bool) -> None:
+    _, model = made(lambda: DropsItsOutput(N, N))
+    wide, x = dense(model), torch.randn(40, N, dtype=torch.float64)
+    outputs = []
+    for m in (model, wide):
+        torch.manual_seed(5)
+        outputs.append(m.train(training)(x))
+    assert error(*outputs) < 1e-12
+
+
+def test_a_kind_from_outside_says_which_argument_it_is() -> None:
+    """The first of its forward, however it is passed."""
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(N, N))
+
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return x @ self.weight.t() + (0.0 if residual is None else residual)
+
+    class LoRAAdds(LoRALinear):
+        kind = "test_adds"
+
+        @classmethod
+        def matches(cls, module: nn.Module) -> bool:
+            return isinstance(module, Adds)
+
+        @staticmethod
+        def geometry(module: nn.Module) -> Geometry:
+            return Geometry(N, N, (N, N))
+
+        @classmethod
+        def adds_to_output(cls, module: nn.Module) -> bool:
+            return type(module).forward is Adds.forward
+
+    before = list(KINDS)
+    register_kind(LoRAAdds)
+    try:
+        plain, model = made(Adds)
+        assert li.plan(plain, CONFIG).sites[0].update == "forward"
+        wide = dense(model)
+        assert error(model.layer(residual=X, x=2 * X), wide.layer(2 * X, X)) < 1e-12
+        assert error(model.layer(2 * X, X), wide.layer(2 * X, X)) < 1e-12
+    finally:
+        KINDS[:] = before
+
+
+def test_falcon_keeps_dropout_and_routing() -> None:
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    torch.manual_seed(0)
+    model = Host(FalconLinear(N, N)).double()
+    fill(li.inject(model, {**CONFIG, "dropout": 0.1}))
+    assert li.adapters(model)["default"].sites["layer"].update == "forward"
+    assert error(model.eval()(X), dense(model)(X)) < 1e-12
+
+
+# ------------------------------------------------------------------------------- refused at inject
+
+
+def refused(model: nn.Module, match: str) -> None:
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match=match):
+        li.inject(model, CONFIG)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(N, N), nn.Embedding(N, N), nn.Conv1d(N, N, 3)],
+    ids=lambda m: type(m).__name__,
+)
+def test_sizes_that_disagree_with_the_weight(layer: Any) -> None:
+    layer.weight = nn.Parameter(layer.weight[:-1])
+    refused(Host(layer), r"'layer'.*states sizes \(6, 6.*its weight has \(5, 6.*sizes to those")
+
+
+def test_a_weight_that_cannot_be_read_under_a_forward_that_is_not_known() -> None:
+    class Packed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * F.linear(x, self.weight.to(x.dtype))
+
+    layer = Packed(N, N)
+    layer.weight = nn.Parameter(torch.ones(N, N, dtype=torch.int8), requires_grad=False)
+    refused(Host(layer), r"'layer'.*packed.*forward of Packed is not known.*register_kind")

@@ -1,0 +1,342 @@
+"""Who reads a weight finds what it needs: a forward W + delta, everybody else W itself.
+
+A parent may compute with the weight of a child instead of calling it, or beside calling it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import error, fill, same_bits
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+
+import lora_inject as li
+
+CONFIG = {"rank": 2, "alpha": 3.0}
+V, D = 11, 6
+IDS = torch.arange(8).view(2, 4)
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, D)
+
+
+class Reading(nn.Module):
+    """Computes with the weight of one child, calls another, and does both with a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = nn.Linear(D, D)
+        self.called = nn.Linear(D, D)
+        self.both = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(torch.tanh(self.called(x)), self.read.weight, self.read.bias)
+        found: Tensor = self.both(x) + x @ self.both.weight
+        return found
+
+
+class TiedByHand(nn.Module):
+    """`hidden @ emb.weight.T` beside a look-up, one of them by hand, in a child that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(V, D)
+        self.inner = nn.Sequential(Reading())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.inner(self.emb(ids)) + F.embedding(ids, self.emb.weight)
+        return hidden @ self.emb.weight.T
+
+
+class AsksOnly(nn.Module):
+    """What transformers' T5 does: look at a dtype, then call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wo = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.wo.weight.dtype:
+            x = x.to(self.wo.weight.dtype)
+        found: Tensor = self.wo(x)
+        return found
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], list[str], Tensor]] = {
+    "read": (Reading, ["read"], X),
+    "called and read": (Reading, ["both"], X),
+    "all": (Reading, ["read", "called", "both"], X),
+    "its weight named": (Reading, [r"read\.weight", "called"], X),
+    "embedding": (TiedByHand, ["emb"], IDS),
+    "embedding and layers": (TiedByHand, ["emb", "read", "both"], IDS),
+    "asked for its dtype": (AsksOnly, ["wo"], X),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def made(case: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
+    build, targets, x = CASES[case]
+    torch.manual_seed(0)
+    plain = build().double()
+    config = {**CONFIG, "targets": targets, **options}
+    return plain, fill(li.inject(copy.deepcopy(plain), config)), x
+
+
+def dense(plain: nn.Module, model: nn.Module) -> nn.Module:
+    """The plain model with `W + scale B A` as its weights, which require gradients."""
+    wide = copy.deepcopy(plain)
+    for site in li.adapter_state(model).sites.values():
+        delta = site.scale * site.B @ site.A
+        W = wide.get_parameter(site.spec.weight).data
+        W += (delta.t() if site.spec.transposed else delta).reshape(W.shape)
+    return wide
+
+
+@every_case
+def test_a_weight_that_a_forward_reads_is_the_dense_one(case: str) -> None:
+    plain, model, x = made(case)
+    wide = dense(plain, model)
+    assert error(plain(x), wide(x)) > 0.01
+    for training in (True, False):
+        assert error(model.train(training)(x), wide(x)) < 1e-12
+    with torch.no_grad():
+        assert error(model(x), wide(x)) < 1e-12
+    assert li.unreached(model, lambda: model(x)) == []
+    with li.disabled(model):
+        assert same_bits(model(x), plain(x))
+    li.merge(model)
+    assert error(model(x), wide(x)) < 1e-12
+
+
+def check_gradients(model: nn.Module, wide: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
+    """dL/dA = scale B^T G and dL/dB = scale G A^T, of the dense model's G = dL/dW."""
+    for m in (wide.requires_grad_(), model):
+        y = run(m)
+        (y * torch.arange(y.numel(), dtype=y.dtype).cos().view(y.shape)).sum().backward()
+    parameters = li.adapter_parameters(model)
+    for name, site in li.adapter_state(model).sites.items():
+        G = wide.get_parameter(site.spec.weight).grad
+        assert G is not None
+        G = G.t() if site.spec.transposed else G
+        assert error(parameters[f"{name}.lora_A"].grad, site.scale * site.B.t() @ G) < 1e-12
+        assert error(parameters[f"{name}.lora_B"].grad, site.scale * G @ site.A.t()) < 1e-12
+
+
+@every_case
+@pytest.mark.parametrize("how", ["plain", "reentrant", "not reentrant", "checkpointed function"])
+def test_gradients_flow_through_what_was_read(case: str, how: str) -> None:
+    plain, model, x = made(case)
+    wide, scale = dense(plain, model), torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def run(m: nn.Module) -> Tensor:
+        if how == "plain":
+            return m(x)  # type: ignore[no-any-return]
+        if how == "checkpointed function":
+            # Recomputed without a call of the module.
+            return checkpoint(m.forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(lambda x, s: m(x) * s, x, scale, use_reentrant=how == "reentrant")  # type: ignore[no-any-return]
+
+    check_gradients(model.train(), wide, run)
+
+
+@every_case
+def test_the_whole_is_one_compiled_graph(case: str) -> None:
+    plain, model, x = made(case)
+    wide = dense(plain, model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert error(compiled(x), wide(x)) < 1e-12
+    check_gradients(model, wide, lambda m: compiled(x) if m is model else m(x))
+
+
+def test_a_part_that_is_called_directly_and_its_forward() -> None:
+    plain, model, _ = made("embedding and layers")
+    wide: Any = dense(plain, model)
+    assert error(model.inner[0](X), wide.inner[0](X)) < 1e-12
+    assert error(model.inner[0].forward(X), wide.inner[0](X)) < 1e-12
+    assert error(torch.func.functional_call(model, {}, (IDS,)), wide(IDS)) < 1e-12
+
+
+def test_threads_do_not_see_each_others_forwards() -> None:
+    plain, model, x = made("all")
+    wanted, found, raw = dense(plain, model)(x), [], []
+
+    def serve() -> None:
+        for _ in range(20):
+            found.append(model(x))
+            raw.append(model.read.weight)
+
+    threads = [threading.Thread(target=serve) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(found) == 80
+    assert all(error(y, wanted) < 1e-12 for y in found)
+    assert all(w is model.read._parameters["weight"] for w in raw)
+
+
+def test_a_question_about_a_weight_is_no_use_of_it() -> None:
+    """Dropout acts on the input of a layer, which the reader of its weight does not have."""
+    _, model, x = made("asked for its dtype", dropout=0.5)
+    model.train()(x)
+    with li.routed(model.eval(), ["default", None, None, None]):
+        model(x)
+    _, model, x = made("read", dropout=0.5)
+    with pytest.raises(li.LayerError, match=r"'read'.*dropout 0\.5.*reader of a weight"):
+        model.train()(x)
+    model.eval()(x)
+    with (
+        li.routed(model, ["default", None, None, None]),
+        pytest.raises(li.LayerError, match="one weight is read for the whole batch"),
+    ):
+        model(x)
+
+
+def test_an_idle_layer_is_found_by_a_probe() -> None:
+    class Idle(AsksOnly):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.wo.weight.numel()
+
+    model = Idle().double()
+    with pytest.raises(li.LayerError, match=r"'wo'.*reached"):
+        li.inject(model, {**CONFIG, "targets": ["wo"]}, probe=lambda: model(X))
+
+
+@pytest.mark.parametrize("compute", ["base", "float32"])
+def test_over_16_bits_a_read_weight_keeps_its_dtype(compute: str) -> None:
+    torch.manual_seed(0)
+    plain = TiedByHand().bfloat16()
+    config = {**CONFIG, "targets": ["emb", "read", "both"], "compute": compute}
+    model = fill(li.inject(copy.deepcopy(plain), config))
+    found = model(IDS)
+    assert found.dtype == torch.bfloat16
+    wide = dense(plain.double(), model.double())
+    assert error(found.double(), wide(IDS)) < 0.05
+
+
+# --------------------------------------------------------------------------------- other libraries
+
+
+def test_a_wavlm_whose_attention_reads_its_projections() -> None:
+    from transformers import WavLMConfig, WavLMModel
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+        "conv_dim": (4,), "conv_kernel": (3,), "conv_stride": (2,), "num_feat_extract_layers": 1,
+        "num_conv_pos_embeddings": 2, "num_conv_pos_embedding_groups": 1, "num_buckets": 4,
+        "max_bucket_distance": 8, "feat_extract_norm": "layer",
+    }  # fmt: skip
+    plain = WavLMModel(WavLMConfig(**sizes)).eval().double()
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": targets}))
+    audio = torch.randn(1, 60, dtype=torch.float64)
+    wide = dense(plain, model)
+
+    def run(m: Any) -> Tensor:
+        return m(audio).last_hidden_state  # type: ignore[no-any-return]
+
+    assert error(run(plain), run(wide)) > 1e-3
+    assert error(run(model), run(wide)) < 1e-12
+    assert li.unreached(model, lambda: run(model)) == []
+    check_gradients(model, wide, run)
+
+
+def test_torchvisions_swin() -> None:
+    """`shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` reads both."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    plain = torchvision.models.SwinTransformer(
+        [4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=3, stochastic_depth_prob=0.0
+    )
+    plain = plain.eval().double()
+    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["qkv", "proj"]}))
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    wide = dense(plain, model)
+    assert error(plain(x), wide(x)) > 1e-3
+    assert error(model(x), wide(x)) < 1e-12
+    check_gradients(model, wide, lambda m: m(x))
+
+
+# ----------------------------------------------------------------------------- outside of forwards
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "forward update": (lambda: nn.Linear(D, D), "^0$"),
+    "weight update": (lambda: nn.Linear(D, D), r"^0\.weight"),
+    "convolution": (lambda: nn.Conv1d(D, D, 1), "^0$"),
+    "embedding": (lambda: nn.Embedding(D, D), "^0$"),
+}
+
+
+def layer(kind: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    net = nn.Sequential(LAYERS[kind][0]()).double()
+    fill(li.inject(net, {**CONFIG, "targets": [LAYERS[kind][1]]}))
+    return net, net[0]
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "nn.init": lambda m: nn.init.constant_(m.weight, 0.5),
+    "data": lambda m: m.weight.data.fill_(0.5),
+    "set data": lambda m: setattr(m.weight, "data", torch.full_like(m.weight, 0.5)),
+    "no_grad": lambda m: torch.no_grad()(lambda: m.weight.copy_(torch.full_like(m.weight, 0.5)))(),
+    "another Parameter": lambda m: setattr(m, "weight", nn.Parameter(m.weight * 0 + 0.5)),
+    "reset_parameters": lambda m: m.reset_parameters(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_write_from_outside_reaches_the_base(kind: str, write: str) -> None:
+    net, m = layer(kind)
+    values = {k: v.clone() for k, v in net.state_dict().items()}
+    assert m.weight is m._parameters["weight"]
+    WRITES[write](m)
+    if write != "reset_parameters":
+        assert (m._parameters["weight"] == 0.5).all()
+    now = net.state_dict()
+    assert not torch.equal(now["0.weight"], values["0.weight"])
+    assert all(torch.equal(now[k], v) for k, v in values.items() if "lora" in k)
+    x = torch.arange(D) if kind == "embedding" else torch.eye(D, dtype=torch.float64)
+    x = x.t()[..., None] if kind == "convolution" else x
+    plain = copy.deepcopy(net)
+    li.eject(plain)
+    assert error(net(x), dense(plain, net)(x)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("how", ["parametrize", "parametrizations.weight_norm", "prune"])
+def test_a_weight_that_would_be_computed_from_now_on_is_refused(kind: str, how: str) -> None:
+    _, m = layer(kind)
+    held, cls = dict(m._parameters), type(m)
+    verbs: dict[str, Callable[[], Any]] = {
+        "parametrize": lambda: nn.utils.parametrize.register_parametrization(
+            m, "weight", nn.Identity()
+        ),
+        "parametrizations.weight_norm": lambda: nn.utils.parametrizations.weight_norm(m),
+        "prune": lambda: prune.l1_unstructured(m, "weight", 2),
+    }
+    with pytest.raises(li.LayerError, match=r"'weight'.*Eject the adapter first"):
+        verbs[how]()
+    assert type(m) is cls
+    assert {k: id(p) for k, p in m._parameters.items()} == {k: id(p) for k, p in held.items()}
+
+
+def test_fusing_with_a_batch_norm_is_refused() -> None:
+    for kind, bn, fuse in (
+        ("convolution", nn.BatchNorm1d(D), nn.utils.fuse_conv_bn_eval),
+        ("weight update", nn.BatchNorm1d(D), nn.utils.fuse_linear_bn_eval),
+        ("forward update", nn.BatchNorm1d(D), nn.utils.fuse_linear_bn_eval),
+    ):
+        net, m = layer(kind)
+        with pytest.raises(li.LayerError, match=r"carries an adapter.*then fuse"):
+            fuse(m.eval(), bn.double().eval())
+        li.merge(net)
+        li.eject(net)
+        fuse(net[0].eval(), bn.double().eval())
