@@ -152,7 +152,7 @@ targets: [{match: q, train: [a]}]
 
 targets: [q]
 slices: [q, k]
-=> lora.yaml:2:1 (slices): unknown key 'slices'. 'slices' belongs in an entry of targets.
+=> lora.yaml:2:1 (slices): unknown key 'slices'. 'slices' belongs under targets.
 
 foo: 1
 rank: 0
@@ -172,8 +172,7 @@ targets: [q]
 
 rank: true
 targets: [q]
-=> lora.yaml:1:7 (rank): True is not accepted. Input should be a valid integer (YAML reads
-   true as true or false; in quotes it is a word).
+=> lora.yaml:1:7 (rank): True is not accepted. Input should be a valid integer.
 
 rank:
 targets: [q]
@@ -181,8 +180,7 @@ targets: [q]
 
 rank: 010
 targets: [q]
-=> lora.yaml:1:7 (rank): 010 is a number that YAML reads in its own way. Write it as a plain
-   decimal number, or in quotes if a string is meant.
+=> lora.yaml:1:7 (rank): '010' is not accepted. Input should be a valid integer.
 
 alpha: 0
 targets: [q]
@@ -206,8 +204,7 @@ targets: [q]
 
 bias: no
 targets: [q]
-=> lora.yaml:1:7 (bias): False is not accepted. Input should be 'none', 'adapted' or 'all'
-   (YAML reads no as true or false; in quotes it is a word).
+=> lora.yaml:1:7 (bias): 'no' is not accepted. Did you mean 'none'?
 
 init: gausian
 targets: [q]
@@ -307,9 +304,9 @@ targets: [k]
 1: 2
 => lora.yaml:1:1: 1 is not a key: keys are strings. Write it in quotes, if it is meant.
 
-rank: 2026-01-01
+rank: !!int x
 targets: [q]
-=> lora.yaml:1:7 (rank): YAML reads 2026-01-01 as a date. Write it in quotes.
+=> lora.yaml:1:7 (rank): x is not int. Remove the tag.
 
 targets: [!!python/name:os.system ]
 => lora.yaml:1:11 (targets[0]): the tag !!python/name:os.system is not allowed. A config has
@@ -347,7 +344,7 @@ targets: [q]
 
 layers: 3
 targets: [q]
-=> lora.yaml:1:1 (layers): unknown key 'layers'. 'layers' belongs in an entry of targets.
+=> lora.yaml:1:1 (layers): unknown key 'layers'. 'layers' belongs under targets.
 
 use_rslora: true
 targets: [q]
@@ -470,8 +467,14 @@ def test_a_billion_laughs_are_refused_and_a_few_aliases_are_not() -> None:
     [("1e-3", 1e-3), ("1.0e3", 1e3), ("2E2", 200.0), (".5", 0.5), ("1_000", 1e3), ("+4", 4.0)],
 )
 def test_numbers_mean_what_people_mean(text: str, alpha: float) -> None:
-    # PyYAML, which speaks YAML 1.1, reads the first three as strings.
+    # PyYAML, which reads YAML 1.1, takes the first three for strings.
     assert Config.from_text(f"alpha: {text}\ntargets: [q]").alpha == alpha
+
+
+def test_words_are_words_where_yaml_1_1_reads_booleans_dates_and_octal_numbers() -> None:
+    words = ("no", "on", "2026-01-01", "010", "1:30", "0x1f", "=")
+    config = Config.from_text(f"targets: [{', '.join(words)}]")
+    assert tuple(rule.match for rule in config.targets) == words
 
 
 def test_the_root_module_has_a_pattern_of_its_own() -> None:

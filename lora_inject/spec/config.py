@@ -30,10 +30,11 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
-from pydantic_core import ErrorDetails, core_schema
+from pydantic_core import core_schema
 
-from lora_inject.errors import ConfigError, nearest
-from lora_inject.spec.yaml import MAX_TEXT_BYTES, Document, Dumper, Loc, dotted, show
+from lora_inject.errors import ConfigError
+from lora_inject.spec.config_errors import config_error
+from lora_inject.spec.yaml import MAX_TEXT_BYTES, Document, Dumper, show
 
 ALL_LINEAR = "all-linear"
 
@@ -104,10 +105,16 @@ Layers = Annotated[
     WithJsonSchema({"anyOf": [_LAYER, {"type": "array", "items": _LAYER, "minItems": 1}]}),
 ]
 SliceName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
-SliceWidths = Annotated[
-    dict[SliceName, Annotated[int, Field(ge=1)]],
-    Field(min_length=1),
-    AfterValidator(lambda widths: tuple(widths.items())),  # hashable, and the order counts
+Parts = Annotated[
+    Annotated[tuple[SliceName, ...], Field(min_length=1), _List, _Distinct, Tag("plain")]
+    | Annotated[
+        dict[SliceName, Annotated[int, Field(ge=1)]],
+        Field(min_length=1),
+        AfterValidator(lambda widths: tuple(widths.items())),  # hashable, and the order counts
+        Tag("mapping"),
+    ],
+    _EitherWay,
+    PlainSerializer(lambda parts: dict(parts) if isinstance(parts[0], tuple) else parts),
 ]
 
 # The hyper-parameters: fields of a config, with defaults, and of a rule, which may override them.
@@ -131,6 +138,13 @@ Compute = Annotated[
 ]
 
 
+def _for_editors(schema: dict[str, Any]) -> None:
+    """Drop the docstring of a model from its schema, and the line breaks of its fields'."""
+    schema.pop("description", None)
+    for entry in schema["properties"].values():
+        entry["description"] = " ".join(entry["description"].split())
+
+
 class _Strict(BaseModel):
     """Unknown keys and wrong types are errors; an integer may stand where a float is meant."""
 
@@ -139,42 +153,37 @@ class _Strict(BaseModel):
         frozen=True,
         strict=True,
         populate_by_name=True,
-        json_schema_extra=lambda schema: cast("None", schema.pop("description", None)),
+        use_attribute_docstrings=True,
+        json_schema_extra=_for_editors,
     )
 
     def __init__(self, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise _config_error(error, type(self), data) from None
+            raise config_error(error, _models(type(self)), data) from None
 
     # As in pydantic's own BaseModel: a model inside a model is validated by the outer one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class Normal(_Strict):
-    """`init: {normal: std}`: A starts as N(0, std) and B as zero.
+    """`init: {normal: std}`: A starts as N(0, std) and B as zero."""
 
-    Attributes:
-        normal: Standard deviation, above 0.
-    """
-
-    normal: Annotated[Number, Field(gt=0, description="Standard deviation of A.")]
+    normal: Annotated[Number, Field(gt=0)]
+    """Standard deviation of A."""
 
 
 _Axes = Annotated[tuple[Count, ...], Field(min_length=1), _List, _Distinct]
 
 
 class Axes(_Strict):
-    """`layout: {in: [0], out: [1, 2]}`: which axes of a parameter are inputs and which outputs.
+    """`layout: {in: [0], out: [1, 2]}`: which axes of a parameter are inputs and which outputs."""
 
-    Attributes:
-        in_: Axes that are summed over, in order; `in` in a file.
-        out: Axes of the result, in order. What is in neither counts stacked matrices.
-    """
-
-    in_: _Axes = Field(alias="in", description="Axes that are summed over.")
-    out: _Axes = Field(description="Axes of the result.")
+    in_: _Axes = Field(alias="in")
+    """Axes that are summed over, in order."""
+    out: _Axes
+    """Axes of the result, in order. What is in neither counts stacked matrices."""
 
 
 Init = Annotated[
@@ -188,26 +197,14 @@ Init = Annotated[
         "factors of W, which is not written."
     ),
 ]
+Layout = Annotated[
+    Annotated[Literal["out_in", "in_out"], Tag("plain")] | Annotated[Axes, Tag("mapping")],
+    _EitherWay,
+]
 
 
 class Rule(_Strict):
     r"""One entry of `targets`: what it matches, and what differs from the config's defaults.
-
-    Attributes:
-        match: Regex that must match the end of a canonical dotted name, from a dot or its start;
-            or `all-linear`: every linear layer but the output head.
-        kind: Only sites of this kind: `linear`, `conv1d`, `embedding`, `conv`, `parameter`, ...
-        layers: Only names whose first number is one of these or in a range such as `16-31`.
-        rank: r of the sites that it matches, None for the config's; likewise the next five.
-        alpha: alpha.
-        dropout: Probability of dropping an input of A.
-        init: How A and B start.
-        scaling: `standard` or `rslora`.
-        compute: `base` or `float32`.
-        slices: Parts of a fused projection along its output: `(name, width)` pairs, or names for
-            equal parts.
-        adapt: Names of the slices that are adapted.
-        layout: Orientation of a parameter, where its module's class does not say it.
 
     Raises:
         ConfigError: A value is wrong; the message names the key.
@@ -218,55 +215,28 @@ class Rule(_Strict):
         (('q', 'k', 'v'), ('q', 'v'))
     """
 
-    match: Pattern = Field(
-        description="Python regex; must match the end of a dotted name, from a dot or its start. "
-        "In YAML, write it in single quotes. Or all-linear: every linear layer but the model's "
-        "output head."
-    )
-    kind: str | None = Field(
-        None,
-        min_length=1,
-        description="Only sites of this kind: linear, conv1d, embedding, conv, parameter, ...",
-    )
-    layers: Layers | None = Field(
-        None,
-        description="Only names whose first number is one of these: 16-31, 4, or a list of such.",
-    )
+    match: Pattern
+    """Python regex; must match the end of a dotted name, from a dot or its start. In YAML, write it
+    in single quotes. Or all-linear: every linear layer but the model's output head."""
+    kind: str | None = Field(None, min_length=1)
+    """Only sites of this kind: linear, conv1d, embedding, conv, parameter, ..."""
+    layers: Layers | None = None
+    """Only names whose first number is one of these: 16-31, 4, or a list of such."""
     rank: Rank | None = None
     alpha: Alpha | None = None
     dropout: Dropout | None = None
     init: Init | None = None
     scaling: Scaling | None = None
     compute: Compute | None = None
-    slices: (
-        Annotated[
-            Annotated[tuple[SliceName, ...], Field(min_length=1), _List, _Distinct, Tag("plain")]
-            | Annotated[SliceWidths, Tag("mapping")],
-            _EitherWay,
-            PlainSerializer(lambda parts: dict(parts) if isinstance(parts[0], tuple) else parts),
-        ]
-        | None
-    ) = Field(
-        None,
-        description="Parts of a fused projection along its output, in order: widths by name, or "
-        "a list of names for equal parts.",
-    )
-    adapt: Annotated[tuple[str, ...], Field(min_length=1), _List, _Distinct] | None = Field(
-        None,
-        description="Names of the slices to adapt; the others keep a delta of exactly zero.",
-    )
-    layout: (
-        Annotated[
-            Annotated[Literal["out_in", "in_out"], Tag("plain")] | Annotated[Axes, Tag("mapping")],
-            _EitherWay,
-        ]
-        | None
-    ) = Field(
-        None,
-        description="For parameters: out_in if the last two dimensions are (out, in), used as "
-        "x @ W.T (Mixtral, Qwen); in_out if (in, out), used as x @ W (GPT-OSS, Llama 4); or the "
-        "axes of one matrix, {in: [0], out: [1, 2]}.",
-    )
+    slices: Parts | None = None
+    """Parts of a fused projection along its output, in order: widths by name, or a list of names
+    for equal parts."""
+    adapt: Annotated[tuple[str, ...], Field(min_length=1), _List, _Distinct] | None = None
+    """Names of the slices to adapt; the others keep a delta of exactly zero."""
+    layout: Layout | None = None
+    """For parameters whose class does not state it: out_in if the last two dimensions are
+    (out, in), used as x @ W.T (Mixtral, Qwen); in_out if (in, out), used as x @ W (GPT-OSS,
+    Llama 4); or the axes of one matrix, {in: [0], out: [1, 2]}."""
 
     @model_validator(mode="before")
     @classmethod
@@ -321,19 +291,14 @@ def _names(slices: Any) -> tuple[str, ...]:
 
 
 class Expect(_Strict):
-    """Counts that must come out, or inject fails before it changes anything.
+    """Counts that must come out, or inject fails before it changes anything."""
 
-    Attributes:
-        sites: Number of sites.
-        lora: Elements of all A and B.
-        trainable: `lora` and the elements that `train` and `bias` add.
-    """
-
-    sites: Count | None = Field(None, description="Number of adapted sites.")
-    lora: Count | None = Field(None, description="Elements of A and B of all sites.")
-    trainable: Count | None = Field(
-        None, description="Elements of A and B, and of what train and bias add."
-    )
+    sites: Count | None = None
+    """Number of adapted sites."""
+    lora: Count | None = None
+    """Elements of A and B of all sites."""
+    trainable: Count | None = None
+    """Elements of A and B, and of what train and bias add."""
 
     @model_validator(mode="after")
     def _expects_something(self) -> Self:
@@ -343,16 +308,7 @@ class Expect(_Strict):
 
 
 class Hyper(NamedTuple):
-    """The hyper-parameters of one rule, the config's defaults filled in.
-
-    Attributes:
-        rank: r.
-        alpha: alpha.
-        dropout: Probability of dropping an input of A.
-        init: A name of `Init`, or `("normal", std)`, as `sites.SiteSpec` has it.
-        scaling: `standard` or `rslora`.
-        compute: `base` or `float32`.
-    """
+    """The hyper-parameters of one rule, the config's defaults filled in."""
 
     rank: int
     alpha: float
@@ -364,21 +320,6 @@ class Hyper(NamedTuple):
 
 class Config(_Strict):
     r"""Which parts of a model get which adapters.
-
-    Attributes:
-        version: Version of this schema: 1.
-        rank: r of every rule that does not give its own; likewise the next five.
-        alpha: alpha.
-        dropout: Probability of dropping an input of A.
-        init: `kaiming`, `gaussian` (standard deviation 1/rank, as PEFT), `Normal(normal=std)`,
-            `pissa` or `olora`.
-        scaling: `standard` (alpha / rank) or `rslora` (alpha / sqrt(rank)).
-        compute: `base` or `float32`, the dtype of the low-rank arithmetic.
-        targets: Rules in order, the first match wins. A string is the rule that only matches.
-        exclude: Patterns of names that no rule may take, with all that lies below them.
-        train: Patterns of further parameters, or modules, that train and travel with the adapter.
-        bias: Which biases train: `none`, `adapted` (of the adapted modules) or `all`.
-        expect: Counts that must come out, or None.
 
     Raises:
         ConfigError: Anything is wrong; the message names the place and the nearest valid spelling.
@@ -393,28 +334,24 @@ class Config(_Strict):
 
     model_config = ConfigDict(title="lora_inject config")
 
-    version: Literal[1] = Field(1, description="Version of this schema.")
+    version: Literal[1] = 1
+    """Version of this schema."""
     rank: Rank = 8
     alpha: Alpha = 16.0
     dropout: Dropout = 0.0
     init: Init = "kaiming"
     scaling: Scaling = "standard"
     compute: Compute = "base"
-    targets: Annotated[tuple[Rule, ...], _List] = Field(
-        (), description="What to adapt: rules in order, the first match wins."
-    )
-    exclude: Patterns = Field(
-        (), description="Names that no rule may take, with all that lies below them."
-    )
-    train: Patterns = Field(
-        (), description="Further parameters, or modules, that train and travel with the adapter."
-    )
-    bias: Literal["none", "adapted", "all"] = Field(
-        "none", description="Which biases train too: none, those of adapted modules, or all."
-    )
-    expect: Expect | None = Field(
-        None, description="Counts that must come out, or inject fails before any change."
-    )
+    targets: Annotated[tuple[Rule, ...], _List] = ()
+    """What to adapt: rules in order, the first match wins. A string is a rule's match."""
+    exclude: Patterns = ()
+    """Names that no rule may take, with all that lies below them."""
+    train: Patterns = ()
+    """Further parameters, or modules, that train and travel with the adapter."""
+    bias: Literal["none", "adapted", "all"] = "none"
+    """Which biases train too: none, those of adapted modules, or all."""
+    expect: Expect | None = None
+    """Counts that must come out, or inject fails before any change."""
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
@@ -495,7 +432,7 @@ class Config(_Strict):
         try:
             return cls.model_validate(document.data)
         except ValidationError as error:
-            raise _config_error(error, cls, document.data, document) from None
+            raise config_error(error, _models(cls), document.data, document) from None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Config:
@@ -513,7 +450,7 @@ class Config(_Strict):
         try:
             return cls.model_validate(dict(data) if isinstance(data, Mapping) else data)
         except ValidationError as error:
-            raise _config_error(error, cls, data) from None
+            raise config_error(error, _models(cls), data) from None
 
     @classmethod
     def coerce(cls, config: Config | Mapping[str, Any] | str | PathLike[str]) -> Config:
@@ -598,6 +535,12 @@ class Config(_Strict):
         return {**head, "description": description, **schema}
 
 
+def _models(outer: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """Return a model and those inside it, by the key that they stand under."""
+    inner: dict[str, type[BaseModel]] = {"targets": Rule, "expect": Expect}
+    return {"": outer, **inner, "init": Normal, "layout": Axes}
+
+
 class _FileSchema(GenerateJsonSchema):
     """A schema for files, where a key without a value is left out instead of being null."""
 
@@ -612,115 +555,3 @@ class _FileSchema(GenerateJsonSchema):
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  (pydantic's)
         return False
-
-
-# From pydantic's errors to this package's.
-
-_ALSO = 4  # further errors that one message lists
-
-# What the same thing is called in PEFT and elsewhere.
-_ELSEWHERE = {
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "init_lora_weights": "init",
-    "use_rslora": "scaling",
-    "target_modules": "targets",
-    "target_parameters": "targets",
-    "rules": "targets",
-    "exclude_modules": "exclude",
-    "modules_to_save": "train",
-    "layers_to_transform": "layers",
-    "modules": "sites",
-    "pattern": "match",
-    "name": "match",
-    "regex": "match",
-    "std": "normal",
-    "lora_only": "adapted",
-}
-_MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
-
-
-def _config_error(
-    error: ValidationError, model: type[BaseModel], data: Any, document: Document | None = None
-) -> ConfigError:
-    """Return the first error in the order of the text, with a line on each further one."""
-    faults = []
-    for detail in error.errors(include_url=False):
-        path = _path(detail["loc"], data)
-        found, remedy = _explain(detail, path, model)
-        unknown = detail["type"] == "extra_forbidden"
-        missing = detail["type"] == "missing"  # sorted last: a misspelt key explains a missing one
-        if document is None:
-            outer = "config" if model is Config else model.__name__
-            place, order = f"{outer} ({dotted(path)})" if path else outer, (0, 0)
-        else:
-            place, order = document.place(path, key=unknown), document.order(path)
-            remedy += "" if unknown else document.hint(path)
-        faults.append(((missing, *order), place, found, remedy))
-    (_, place, found, remedy), *others = sorted(faults, key=lambda fault: fault[0])
-    if others:
-        end = "" if remedy.endswith((".", "?", "!")) else "."
-        listed = "; ".join(f"{place}: {found}" for _, place, found, _ in others[:_ALSO])
-        more = f"; and {len(others) - _ALSO} more" if len(others) > _ALSO else ""
-        remedy = f"{remedy}{end} Also: {listed}{more}"
-    return ConfigError(place, found, remedy)
-
-
-def _path(loc: Loc, data: Any) -> Loc:
-    """Return the steps of a location that lie in the data; pydantic adds the tags of unions."""
-    path: Loc = ()
-    for step in loc:
-        inside = step in data if isinstance(data, Mapping) else isinstance(step, int)
-        if inside and isinstance(data, (Mapping, list, tuple)):
-            data, path = data[step], (*path, step)  # type: ignore[index]
-    return path
-
-
-def _explain(detail: ErrorDetails, path: Loc, model: type[BaseModel]) -> tuple[str, str]:
-    """Return what was found, and what to do."""
-    kind, value, key = detail["type"], detail["input"], str(path[-1] if path else "")
-    if kind == "value_error":
-        found, remedy = detail["ctx"]["error"].args
-        return found, remedy
-    if kind == "extra_forbidden":
-        return f"unknown key {show(key)}", _other_key(path, model)
-    if kind == "missing":
-        return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
-    remedy = re.sub(r"valid dictionary or instance of \w+", "mapping", detail["msg"])
-    for word, plain in (("tuple", "list"), ("Tuple", "List"), ("Dictionary", "Mapping")):
-        remedy = remedy.replace(word, plain)
-    if kind == "literal_error":
-        choices = re.findall(r"'(\w+)'", str(detail["ctx"]["expected"]))
-        remedy = _suggestion(value, choices) or remedy
-        remedy += f", or {_MAPPINGS[key]}" if key in _MAPPINGS and remedy[-1] != "?" else ""
-    if kind == "tuple_type" and isinstance(value, str):
-        remedy = f"Write a list: [{value}]"
-    return f"{show(value)} is not accepted", remedy
-
-
-def _other_key(path: Loc, model: type[BaseModel]) -> str:
-    """Return what to write instead of an unknown key."""
-    key = str(path[-1])
-    inner: dict[str, type[BaseModel]] = {
-        "targets": Rule,
-        "expect": Expect,
-        "init": Normal,
-        "layout": Axes,
-    }
-    outer = next((step for step in reversed(path[:-1]) if step in inner), None)
-    keys = [f.alias or name for name, f in inner.get(str(outer), model).model_fields.items()]
-    meant = _ELSEWHERE.get(key, key)
-    for other, where in ((Config, "at the top level"), (Rule, "in an entry of targets")):
-        if meant in other.model_fields and meant not in keys:
-            return f"'{meant}' belongs {where}"
-    return _suggestion(key, keys) or f"The keys are {', '.join(keys)}"
-
-
-def _suggestion(word: Any, choices: list[str]) -> str:
-    """Return a question with the choice that the word is in PEFT, or nearly spells."""
-    if not isinstance(word, str):
-        return ""
-    near = [_ELSEWHERE[word]] if _ELSEWHERE.get(word) in choices else nearest(word, choices, n=1)
-    return f"Did you mean '{near[0]}'?" if near else ""

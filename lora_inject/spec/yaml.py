@@ -1,13 +1,13 @@
 """A YAML document as plain data that remembers the place of every value.
 
 YAML is parsed as untrusted input: composed into nodes and never built into objects. Duplicate keys,
-tags, and aliases that expand without bound are errors. So is what YAML 1.1 reads in its own way,
-such as 010 (octal) or 1:30 (base 60).
+tags, and aliases that expand without bound are errors. Words and numbers are those of YAML 1.2.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import yaml
@@ -20,11 +20,26 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_NODES = 50_000  # of the document with its aliases written out
 MAX_DEPTH = 16
 _TAG = "tag:yaml.org,2002:"
-# YAML 1.1, which PyYAML reads, takes 1e-3 and 1.0e3 for strings; YAML 1.2 and people do not.
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)[eE][-+]?[0-9]+")
-_PLAIN_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]{0,17})")
-_PLAIN_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _QUOTES = "Write patterns in single quotes: there a backslash is only a backslash"
+_DIGITS = "[0-9](_?[0-9]){0,17}"
+_EXPONENT = "[eE][-+]?[0-9]{1,4}"
+# PyYAML reads YAML 1.1, where `no` is false, 010 is 8, 1:30 is 90 and 1e-3 is a word.
+_PLAIN = {
+    "int": r"[-+]?(0|[1-9](_?[0-9]){0,17})",
+    "float": rf"[-+]?(({_DIGITS})?\.[0-9]+|{_DIGITS}\.)({_EXPONENT})?|[-+]?{_DIGITS}{_EXPONENT}"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "null": "~|null|Null|NULL|",
+    "merge": "<<",
+}
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "bool": lambda text: text.lower() == "true",
+    "int": int,
+    "float": lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would read as something else; never writes aliases."""
+    """Quotes what YAML 1.1 or 1.2 would read as something else; never writes aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  (PyYAML's signature)
         """Write every value out."""
@@ -56,9 +71,11 @@ class Dumper(yaml.SafeDumper):
         return self.represent_scalar(f"{_TAG}str", data, style=style)
 
 
+_Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1
 Dumper.add_representer(str, Dumper.text)
 for _reader in (_Loader, Dumper):
-    _reader.add_implicit_resolver(f"{_TAG}float", _FLOAT, list("-+.0123456789"))
+    for _kind, _pattern in _PLAIN.items():
+        _reader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"({_pattern})\Z"), None)
 
 
 class Document:
@@ -94,13 +111,6 @@ class Document:
         """Return where a value stands, to sort by."""
         mark = self._node(path).start_mark
         return mark.line, mark.column
-
-    def hint(self, path: Loc) -> str:
-        """Return what to add where YAML's own reading of a plain word is the likely mistake."""
-        node = self._node(path)
-        if isinstance(node, yaml.ScalarNode) and node.tag == f"{_TAG}bool" and not node.style:
-            return f" (YAML reads {node.value} as true or false; in quotes it is a word)"
-        return ""
 
     def _compose(self, text: str) -> yaml.Node | None:
         if len(text) > MAX_TEXT_BYTES:
@@ -168,25 +178,13 @@ class Document:
         return data
 
     def _scalar(self, node: yaml.Node, kind: str, path: Loc) -> Any:
-        text = node.value
-        if kind == "str":
-            return text
-        if kind == "bool":
-            return text.lower() in {"yes", "true", "on"}
-        if kind == "int" and _PLAIN_INT.fullmatch(text):
-            return int(text)
-        if kind == "float" and text.lower().strip("-+") in {".inf", ".nan"}:
-            return float(text.replace(".", ""))
-        if kind == "float" and _PLAIN_FLOAT.fullmatch(text):
-            return float(text)
         if kind == "null":
             self._refuse(node, path, "there is no value", "Write one, or remove the key")
-        if kind == "timestamp":
-            self._refuse(node, path, f"YAML reads {text} as a date", "Write it in quotes")
-        if kind in ("int", "float"):
-            found = f"{text} is a number that YAML reads in its own way"
-            remedy = "Write it as a plain decimal number, or in quotes if a string is meant"
-            self._refuse(node, path, found, remedy)
+        if isinstance(node, yaml.ScalarNode) and kind in _READ:
+            try:
+                return _READ[kind](node.value)
+            except ValueError:
+                self._refuse(node, path, f"{node.value} is not {kind}", "Remove the tag")
         found = f"the tag {node.tag.replace(_TAG, '!!')} is not allowed"
         remedy = "A config has strings, numbers, lists and mappings only; remove the tag"
         raise ConfigError(self._at(node, path), found, remedy)

@@ -1,0 +1,134 @@
+"""From pydantic's errors to this package's: the place in the file, what was found, what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lora_inject.errors import ConfigError, nearest
+from lora_inject.spec.yaml import Document, Loc, dotted, show
+
+_ALSO = 4  # further errors that one message lists
+
+# What the same thing is called in PEFT and elsewhere.
+_ELSEWHERE = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "use_rslora": "scaling",
+    "target_modules": "targets",
+    "target_parameters": "targets",
+    "rules": "targets",
+    "exclude_modules": "exclude",
+    "modules_to_save": "train",
+    "layers_to_transform": "layers",
+    "modules": "sites",
+    "pattern": "match",
+    "name": "match",
+    "regex": "match",
+    "std": "normal",
+    "lora_only": "adapted",
+}
+_MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
+
+
+def config_error(
+    error: ValidationError,
+    models: Mapping[str, type[BaseModel]],
+    data: Any,
+    document: Document | None = None,
+) -> ConfigError:
+    """Turn pydantic's errors into one of this package.
+
+    Args:
+        error: pydantic's.
+        models: The validated model under `""`, and those inside it by their key.
+        data: What was validated.
+        document: The YAML that it came from, if any.
+
+    Returns:
+        The first error in the order of the text, with a line on each further one.
+    """
+    faults = []
+    for detail in error.errors(include_url=False):
+        path = _path(detail["loc"], data)
+        found, remedy = _explain(detail, path, models)
+        unknown = detail["type"] == "extra_forbidden"
+        missing = detail["type"] == "missing"  # sorted last: a misspelt key explains a missing one
+        if document is None:
+            outer = models[""].__name__.replace("Config", "config")
+            place, order = f"{outer} ({dotted(path)})" if path else outer, (0, 0)
+        else:
+            place, order = document.place(path, key=unknown), document.order(path)
+        faults.append(((missing, *order), place, found, remedy))
+    (_, place, found, remedy), *others = sorted(faults, key=lambda fault: fault[0])
+    if others:
+        end = "" if remedy.endswith((".", "?", "!")) else "."
+        listed = "; ".join(f"{place}: {found}" for _, place, found, _ in others[:_ALSO])
+        more = f"; and {len(others) - _ALSO} more" if len(others) > _ALSO else ""
+        remedy = f"{remedy}{end} Also: {listed}{more}"
+    return ConfigError(place, found, remedy)
+
+
+def _path(loc: Loc, data: Any) -> Loc:
+    """Return the steps of a location that lie in the data; pydantic adds the tags of unions."""
+    path: Loc = ()
+    for step in loc:
+        inside = step in data if isinstance(data, Mapping) else isinstance(step, int)
+        if inside and isinstance(data, (Mapping, list, tuple)):
+            data, path = data[step], (*path, step)  # type: ignore[index]
+    return path
+
+
+def _explain(
+    detail: ErrorDetails, path: Loc, models: Mapping[str, type[BaseModel]]
+) -> tuple[str, str]:
+    """Return what was found, and what to do."""
+    kind, value, key = detail["type"], detail["input"], str(path[-1] if path else "")
+    if kind == "value_error":
+        found, remedy = detail["ctx"]["error"].args
+        return found, remedy
+    if kind == "extra_forbidden":
+        return f"unknown key {show(key)}", _other_key(path, models)
+    if kind == "missing":
+        return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
+    remedy = re.sub(r"valid dictionary or instance of \w+", "mapping", detail["msg"])
+    for word, plain in (("tuple", "list"), ("Tuple", "List"), ("Dictionary", "Mapping")):
+        remedy = remedy.replace(word, plain)
+    if kind == "literal_error":
+        choices = re.findall(r"'(\w+)'", str(detail["ctx"]["expected"]))
+        remedy = _suggestion(value, choices) or remedy
+        remedy += f", or {_MAPPINGS[key]}" if key in _MAPPINGS and remedy[-1] != "?" else ""
+    if kind == "tuple_type" and isinstance(value, str):
+        remedy = f"Write a list: [{value}]"
+    return f"{show(value)} is not accepted", remedy
+
+
+def _other_key(path: Loc, models: Mapping[str, type[BaseModel]]) -> str:
+    """Return what to write instead of an unknown key."""
+    key = str(path[-1])
+    owner = next((step for step in reversed(path[:-1]) if step in models), "")
+    keys = _keys(models[str(owner)])
+    meant = _ELSEWHERE.get(key, key)
+    for step, model in models.items():
+        if meant in _keys(model) and meant not in keys:
+            return f"'{meant}' belongs {f'under {step}' if step else 'at the top level'}"
+    return _suggestion(key, keys) or f"The keys are {', '.join(keys)}"
+
+
+def _suggestion(word: Any, choices: list[str]) -> str:
+    """Return a question with the choice that the word is in PEFT, or nearly spells."""
+    if not isinstance(word, str):
+        return ""
+    near = [_ELSEWHERE[word]] if _ELSEWHERE.get(word) in choices else nearest(word, choices, n=1)
+    return f"Did you mean '{near[0]}'?" if near else ""
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
