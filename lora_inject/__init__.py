@@ -13,6 +13,9 @@ from lora_inject.version import __version__
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
     from lora_inject.adapter.state import AdapterState, SiteState
+    from lora_inject.checkpoint.extract import extract_adapter
+    from lora_inject.checkpoint.merge_files import merge_checkpoint
+    from lora_inject.checkpoint.options import MergeOptions
     from lora_inject.errors import (
         CheckpointError,
         ConfigError,
@@ -48,6 +51,7 @@ __all__ = [
     "LayerError",
     "LoraInjectError",
     "MatchError",
+    "MergeOptions",
     "MergeReport",
     "Plan",
     "Rule",
@@ -60,10 +64,12 @@ __all__ = [
     "adapters",
     "disabled",
     "eject",
+    "extract_adapter",
     "inject",
     "install",
     "load_adapter",
     "merge",
+    "merge_checkpoint",
     "parameter_groups",
     "plan",
     "routed",
@@ -77,6 +83,9 @@ __all__ = [
 
 _HOMES = {
     "adapter.state": "AdapterState SiteState",
+    "checkpoint.extract": "extract_adapter",
+    "checkpoint.merge_files": "merge_checkpoint",
+    "checkpoint.options": "MergeOptions",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
     "functional.merge_report": "MergeReport",

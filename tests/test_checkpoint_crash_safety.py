@@ -21,7 +21,12 @@ from helpers.checkpoints import (
     save_checkpoint,
 )
 
-from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint, verify_checkpoint
+from lora_inject.checkpoint import (
+    MergeOptions,
+    WeightedAdapter,
+    merge_checkpoint,
+    verify_checkpoint,
+)
 from lora_inject.checkpoint import merge_files as merging
 from lora_inject.checkpoint.staging import Staging, free_bytes
 from lora_inject.errors import CheckpointError
@@ -67,7 +72,7 @@ def test_output_that_would_touch_the_base_is_refused(case, tmp_path):
     before = content(base)
     for output in (base, base / "sub", base / ".." / "base", tmp_path / "link", tmp_path):
         with pytest.raises(CheckpointError, match="it is the base"):
-            merge_checkpoint(base, [Part(state)], output)
+            merge_checkpoint(base, [WeightedAdapter(state)], output)
     assert content(base) == before
 
 
@@ -76,16 +81,16 @@ def test_output_with_something_in_it_is_refused_and_kept(case):
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match=r"not empty \(thesis\.txt\)"):
-        merge_checkpoint(base, [Part(state)], out)
+        merge_checkpoint(base, [WeightedAdapter(state)], out)
     assert content(out) == {"thesis.txt": b"years of work"}
 
 
 def test_finished_output_is_not_written_again(case):
     base, _, state, out = case
-    merge_checkpoint(base, [Part(state)], out)
+    merge_checkpoint(base, [WeightedAdapter(state)], out)
     before = content(out)
     with pytest.raises(CheckpointError, match="not empty"):
-        merge_checkpoint(base, [Part(state)], out)
+        merge_checkpoint(base, [WeightedAdapter(state)], out)
     assert content(out) == before
 
 
@@ -93,7 +98,7 @@ def test_output_that_is_a_file_is_refused(case):
     base, _, state, out = case
     out.write_text("a file")
     with pytest.raises(CheckpointError, match="it is a file"):
-        merge_checkpoint(base, [Part(state)], out)
+        merge_checkpoint(base, [WeightedAdapter(state)], out)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -103,14 +108,14 @@ def test_failure_leaves_nothing_or_a_merge_that_goes_on(case, monkeypatch, n, er
     with monkeypatch.context() as patch:
         fail_at(patch, n, error)
         with pytest.raises((KeyboardInterrupt, CheckpointError)) as caught:
-            merge_checkpoint(base, [Part(state)], out)
+            merge_checkpoint(base, [WeightedAdapter(state)], out)
     if isinstance(error, OSError):
         assert "No space left" in str(caught.value)
         assert "Free some space" in str(caught.value)
     assert not out.exists()
     assert staging(out).exists() == (n > 1)
     assert not list(staging(out).rglob("*.partial"))
-    report = merge_checkpoint(base, [Part(state)], out)
+    report = merge_checkpoint(base, [WeightedAdapter(state)], out)
     assert len(report.resumed) == n - 1
     assert len(report.tensors) == 6  # those of resumed files included
     touched = {name + ".weight" for name in state.sites}
@@ -124,18 +129,18 @@ def unfinished(case, monkeypatch):
     with monkeypatch.context() as patch:
         fail_at(patch, 3, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            merge_checkpoint(base, [Part(state)], out)
+            merge_checkpoint(base, [WeightedAdapter(state)], out)
     return base, state, out
 
 
 CHANGES = {
     "another adapter": (
-        lambda b, s: ([Part(replace(s, sites=dict(list(s.sites.items())[:5])))], None)
+        lambda b, s: ([WeightedAdapter(replace(s, sites=dict(list(s.sites.items())[:5])))], None)
     ),
-    "another value": (lambda b, s: ([Part(changed(s))], None)),
-    "another weight": (lambda b, s: ([Part(s, 0.5)], None)),
-    "another dtype": (lambda b, s: ([Part(s)], MergeOptions(dtype="float32"))),
-    "base touched": (lambda b, s: (touch(b), ([Part(s)], None))[1]),
+    "another value": (lambda b, s: ([WeightedAdapter(changed(s))], None)),
+    "another weight": (lambda b, s: ([WeightedAdapter(s, 0.5)], None)),
+    "another dtype": (lambda b, s: ([WeightedAdapter(s)], MergeOptions(dtype="float32"))),
+    "base touched": (lambda b, s: (touch(b), ([WeightedAdapter(s)], None))[1]),
 }
 
 
@@ -158,7 +163,7 @@ def test_resuming_something_else_is_refused_and_kept(case, monkeypatch, change):
     before = content(out)
     parts, options = CHANGES[change](base, state)
     with pytest.raises(CheckpointError, match="it was of something else"):
-        merge_checkpoint(base, parts, out, options)
+        merge_checkpoint(base, parts, out, options=options)
     assert content(out) == before
 
 
@@ -166,9 +171,9 @@ def test_damaged_finished_file_is_made_again(case, monkeypatch):
     base, state, out = unfinished(case, monkeypatch)
     path = Staging(out).files / "model-00001-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    report = merge_checkpoint(base, [Part(state)], out)
+    report = merge_checkpoint(base, [WeightedAdapter(state)], out)
     assert report.resumed == ("model-00002-of-00003.safetensors",)
-    assert verify_checkpoint(base, [Part(state)], out).problems == ()
+    assert verify_checkpoint(base, [WeightedAdapter(state)], out).problems == ()
 
 
 class PowerCutError(BaseException):
@@ -199,11 +204,11 @@ def test_stopped_at_any_rename_the_output_is_absent_or_complete(case, monkeypatc
                 patch.setattr(owner, name, stop(getattr(owner, name)))
             patch.setattr(shutil, "rmtree", stop(shutil.rmtree))
             with contextlib.suppress(PowerCutError):
-                merge_checkpoint(base, [Part(state)], out)
+                merge_checkpoint(base, [WeightedAdapter(state)], out)
         if not out.exists() or not any(out.iterdir()):
-            merge_checkpoint(base, [Part(state)], out)
+            merge_checkpoint(base, [WeightedAdapter(state)], out)
         assert content(out).keys() == content(base).keys()
-        assert verify_checkpoint(base, [Part(state)], out).problems == ()
+        assert verify_checkpoint(base, [WeightedAdapter(state)], out).problems == ()
         if left[0] >= 0:
             break
     assert 8 < step < 100
@@ -213,10 +218,10 @@ def test_what_a_kill_left_after_the_last_rename_is_removed(case, monkeypatch):
     base, _, state, out = case
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "remove", lambda self: None)
-        merge_checkpoint(base, [Part(state)], out)
+        merge_checkpoint(base, [WeightedAdapter(state)], out)
     assert staging(out).exists()
     with pytest.raises(CheckpointError, match="not empty"):
-        merge_checkpoint(base, [Part(state)], out)
+        merge_checkpoint(base, [WeightedAdapter(state)], out)
     assert not staging(out).exists()
 
 
@@ -230,21 +235,21 @@ def test_second_merge_into_one_output_never_mixes(case, monkeypatch):
         if not seen:
             seen.append(None)
             with pytest.raises(CheckpointError, match="it was of something else"):
-                merge_checkpoint(base, [Part(llama_adapter(tensors, seed=5))], out)
-            merge_checkpoint(base, [Part(state)], out)
+                merge_checkpoint(base, [WeightedAdapter(llama_adapter(tensors, seed=5))], out)
+            merge_checkpoint(base, [WeightedAdapter(state)], out)
         return result
 
     monkeypatch.setattr(merging, "write_shard", write_shard)
     with pytest.raises(CheckpointError, match="another merge works on the same output"):
-        merge_checkpoint(base, [Part(state)], out)
-    assert verify_checkpoint(base, [Part(state)], out).problems == ()
+        merge_checkpoint(base, [WeightedAdapter(state)], out)
+    assert verify_checkpoint(base, [WeightedAdapter(state)], out).problems == ()
 
 
 def test_side_file_with_the_longest_name_there_is_comes_along(case):
     base, _, state, out = case
     name = "a" * 250 + ".json"
     (base / name).write_text("{}")
-    merge_checkpoint(base, [Part(state)], out.with_name("o" * 255))
+    merge_checkpoint(base, [WeightedAdapter(state)], out.with_name("o" * 255))
     assert (out.with_name("o" * 255) / name).read_text() == "{}"
 
 
@@ -260,7 +265,7 @@ def test_base_that_changes_underneath_is_noticed(case, monkeypatch):
 
     monkeypatch.setattr(merging, "write_shard", write_shard)
     with pytest.raises(CheckpointError, match=r"model-00001.*changed while it was being merged"):
-        merge_checkpoint(base, [Part(state)], out)
+        merge_checkpoint(base, [WeightedAdapter(state)], out)
     assert not out.exists()
 
 
@@ -270,7 +275,7 @@ def test_read_only_folder_is_one_clear_error(case, tmp_path):
     folder = tmp_path / "ro"
     folder.mkdir(mode=0o500)
     with pytest.raises(CheckpointError, match="may write to"):
-        merge_checkpoint(base, [Part(state)], folder / "out")
+        merge_checkpoint(base, [WeightedAdapter(state)], folder / "out")
 
 
 def test_too_little_space_is_known_before_anything_is_written(case, monkeypatch):
@@ -278,7 +283,7 @@ def test_too_little_space_is_known_before_anything_is_written(case, monkeypatch)
     usage = shutil.disk_usage(base)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=5000))
     with pytest.raises(CheckpointError, match="only 5,000 are free"):
-        merge_checkpoint(base, [Part(state)], out)
+        merge_checkpoint(base, [WeightedAdapter(state)], out)
     assert not out.exists()
 
 
@@ -292,10 +297,10 @@ SHARED = """
 import os, sys
 sys.path[:0] = {path!r}
 from helpers.checkpoints import llama_adapter, load_checkpoint
-from lora_inject.checkpoint import Part, merge_checkpoint, merge_files
+from lora_inject.checkpoint import WeightedAdapter, merge_checkpoint, merge_files
 from lora_inject.errors import CheckpointError
 base, out = sys.argv[1:]
-part = Part(llama_adapter(load_checkpoint(base)))
+part = WeightedAdapter(llama_adapter(load_checkpoint(base)))
 real, rank = merge_files.write_shard, int(os.environ["RANK"])
 def fail(*args):
     raise CheckpointError("write", "the disk of one burned", "Wait")
@@ -334,13 +339,13 @@ KILLED = """
 import os, sys, torch
 sys.path[:0] = {path!r}
 from helpers.checkpoints import llama_adapter, load_checkpoint
-from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint
-part = Part(llama_adapter(load_checkpoint(sys.argv[1])))
+from lora_inject.checkpoint import MergeOptions, WeightedAdapter, merge_checkpoint
+part = WeightedAdapter(llama_adapter(load_checkpoint(sys.argv[1])))
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         print(os.getpid(), flush=True)
-        merge_checkpoint(sys.argv[1], [part], sys.argv[2], MergeOptions(workers=1))
+        merge_checkpoint(sys.argv[1], [part], sys.argv[2], options=MergeOptions(workers=1))
         os._exit(0)
     os.waitpid(pid, 0)
     print("over", flush=True)
@@ -352,7 +357,7 @@ for line in sys.stdin:
 def test_killed_at_moments_all_over_the_merge_the_output_is_absent_or_complete(tmp_path):
     tensors = llama_tensors(layers=6, hidden=256, inner=512, vocab=1024)
     base = save_checkpoint(tmp_path / "base", tensors, 6, LLAMA)
-    out, part = tmp_path / "out", Part(llama_adapter(tensors))
+    out, part = tmp_path / "out", WeightedAdapter(llama_adapter(tensors))
     script = KILLED.format(path=[str(TESTS), str(TESTS.parent)])
     command = [sys.executable, "-c", script, str(base), str(out)]
     pipe = subprocess.PIPE
@@ -416,16 +421,16 @@ def test_full_disk_is_one_clear_error_and_the_merge_goes_on_afterwards(
     hog = small_disk / "hog"
     hog.write_bytes(bytes(1_500_000))
     with pytest.raises(CheckpointError, match="are free"):
-        merge_checkpoint(base, [Part(state)], small_disk / "out")
+        merge_checkpoint(base, [WeightedAdapter(state)], small_disk / "out")
     # Somebody fills the disk after the check.
     monkeypatch.setattr(merging, "check_space", lambda *_: 0)
     with pytest.raises(CheckpointError, match=r"No space left.*Free some space"):
-        merge_checkpoint(base, [Part(state)], small_disk / "out")
+        merge_checkpoint(base, [WeightedAdapter(state)], small_disk / "out")
     assert not list(small_disk.rglob("*.partial"))
     assert not (small_disk / "out").exists()
     hog.unlink()
-    merge_checkpoint(base, [Part(state)], small_disk / "out")
-    assert verify_checkpoint(base, [Part(state)], small_disk / "out").problems == ()
+    merge_checkpoint(base, [WeightedAdapter(state)], small_disk / "out")
+    assert verify_checkpoint(base, [WeightedAdapter(state)], small_disk / "out").problems == ()
 
 
 def test_disk_that_becomes_read_only_is_one_clear_error(tmp_path, small_disk):
@@ -433,7 +438,7 @@ def test_disk_that_becomes_read_only_is_one_clear_error(tmp_path, small_disk):
     base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckpointError, match=r"Read-only file system.*not read-only"):
-        merge_checkpoint(base, [Part(llama_adapter(tensors))], small_disk / "out")
+        merge_checkpoint(base, [WeightedAdapter(llama_adapter(tensors))], small_disk / "out")
 
 
 # Verification -----------------------------------------------------------------------------------
@@ -448,33 +453,35 @@ def flip(path, position, bit=1):
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
 def test_one_wrong_bit_is_found_and_named(case, name):
     base, _, state, out = case
-    merge_checkpoint(base, [Part(state)], out)
-    plan = merging.plan_merge(out, [Part(state)])
+    merge_checkpoint(base, [WeightedAdapter(state)], out)
+    plan = merging.plan_merge(out, [WeightedAdapter(state)])
     shard = plan.base.shard_of[name]
     flip(out / shard, plan.base.tensors[name].start + 1, bit=16)
-    problems = verify_checkpoint(base, [Part(state)], out).problems
+    problems = verify_checkpoint(base, [WeightedAdapter(state)], out).problems
     assert len(problems) == 1
     assert name in problems[0]
 
 
 def test_verification_tells_other_adapters_missing_and_strange_files(case):
     base, tensors, state, out = case
-    merge_checkpoint(base, [Part(state)], out)
-    assert verify_checkpoint(base, [Part(llama_adapter(tensors, seed=5))], out).problems
-    assert verify_checkpoint(base, [Part(state, 0.5)], out).problems
+    merge_checkpoint(base, [WeightedAdapter(state)], out)
+    assert verify_checkpoint(base, [WeightedAdapter(llama_adapter(tensors, seed=5))], out).problems
+    assert verify_checkpoint(base, [WeightedAdapter(state, 0.5)], out).problems
     (out / "tokenizer.json").unlink()
     (out / "model-strange.safetensors").write_bytes(b"")
-    found = " ".join(verify_checkpoint(base, [Part(state)], out).problems)
+    found = " ".join(verify_checkpoint(base, [WeightedAdapter(state)], out).problems)
     assert "'tokenizer.json' is missing" in found
     assert "'model-strange.safetensors' does not belong there" in found
     (out / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00003"):
-        verify_checkpoint(base, [Part(state)], out).check()
+        verify_checkpoint(base, [WeightedAdapter(state)], out).check()
 
 
 def test_merge_verifies_before_it_publishes(case, monkeypatch):
     base, _, state, out = case
-    report = merge_checkpoint(base, [Part(state)], out, MergeOptions(verify=True))
+    report = merge_checkpoint(
+        base, [WeightedAdapter(state)], out, options=MergeOptions(verify=True)
+    )
     assert report.verified
     shutil.rmtree(out)
     real = merging.write_shard
@@ -486,5 +493,5 @@ def test_merge_verifies_before_it_publishes(case, monkeypatch):
 
     monkeypatch.setattr(merging, "write_shard", write_shard)
     with pytest.raises(CheckpointError, match="verify the merged checkpoint"):
-        merge_checkpoint(base, [Part(state)], out, MergeOptions(verify=True))
+        merge_checkpoint(base, [WeightedAdapter(state)], out, options=MergeOptions(verify=True))
     assert not out.exists()

@@ -15,7 +15,7 @@ from helpers.checkpoints import (
     site,
 )
 
-from lora_inject.checkpoint import Part, extract_adapter, merge_checkpoint, plan_merge
+from lora_inject.checkpoint import WeightedAdapter, difference_of, merge_checkpoint, plan_merge
 from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter, write_adapter
@@ -32,11 +32,11 @@ def case(tmp_path, dtype=torch.float32):
 
 def test_difference_of_rank_r_comes_back_whole(tmp_path):
     tensors, base, tuned, state = case(tmp_path)
-    found, report = extract_adapter(base, tuned, rank=3)
+    found, report = difference_of(base, tuned, rank=3)
     assert found.sites.keys() == state.sites.keys()
     assert all(t.energy == pytest.approx(1.0, abs=1e-6) for t in report.tensors)
     assert report.n_equal == len(tensors) - len(state.sites)
-    merge_checkpoint(base, [Part(found)], tmp_path / "out")
+    merge_checkpoint(base, [WeightedAdapter(found)], tmp_path / "out")
     again, wanted = load_checkpoint(tmp_path / "out"), load_checkpoint(tuned)
     for name, t in wanted.items():
         assert torch.allclose(again[name], t, atol=1e-5), name
@@ -44,7 +44,7 @@ def test_difference_of_rank_r_comes_back_whole(tmp_path):
 
 def test_energy_finds_the_rank(tmp_path):
     _, base, tuned, state = case(tmp_path)
-    found, report = extract_adapter(base, tuned, energy=0.9999)
+    found, report = difference_of(base, tuned, energy=0.9999)
     assert all(s.spec.rank <= 3 for s in found.sites.values())
     for t in report.tensors:
         s = state.sites[t.name.removesuffix(".weight")]
@@ -56,7 +56,7 @@ def test_energy_finds_the_rank(tmp_path):
 
 def test_energy_lost_is_what_the_report_says(tmp_path):
     _, base, tuned, state = case(tmp_path)
-    found, report = extract_adapter(base, tuned, rank=1)
+    found, report = difference_of(base, tuned, rank=1)
     for t in report.tensors:
         s, f = (a.sites[t.name.removesuffix(".weight")] for a in (state, found))
         d = s.scale * s.B.double() @ s.A.double()
@@ -96,10 +96,10 @@ def test_small_tensors_are_stored_in_full_only_when_asked(tmp_path):
     state = llama_adapter(tensors, leaves=("q_proj",))
     changed = dense(tensors, (state, 1.0)) | {"model.norm.weight": torch.randn(16)}
     tuned = save_checkpoint(tmp_path / "tuned", changed, 1, LLAMA)
-    found, report = extract_adapter(base, tuned, rank=2)
+    found, report = difference_of(base, tuned, rank=2)
     assert report.left == ("model.norm.weight",)
     assert not found.trained
-    found, report = extract_adapter(base, tuned, rank=2, full=True)
+    found, report = difference_of(base, tuned, rank=2, full=True)
     assert report.left == ()
     assert torch.equal(found.trained["model.norm.weight"], changed["model.norm.weight"])
 
@@ -123,11 +123,11 @@ def test_embeddings_conv1d_convolutions_and_experts(tmp_path):
         site("experts.gate_up_proj", (3, 8, 6), experts=3),
     )
     tuned = save_checkpoint(tmp_path / "tuned", dense(tensors, (state, 1.0)), 1, config)
-    found, _ = extract_adapter(base, tuned, rank=2)
+    found, _ = difference_of(base, tuned, rank=2)
     assert {n: s.spec.kind for n, s in found.sites.items()} == {
         n: s.spec.kind for n, s in state.sites.items()
     }
-    merge_checkpoint(base, [Part(found)], tmp_path / "out")
+    merge_checkpoint(base, [WeightedAdapter(found)], tmp_path / "out")
     again, wanted = load_checkpoint(tmp_path / "out"), load_checkpoint(tuned)
     for name, t in wanted.items():
         assert torch.allclose(again[name], t, atol=1e-4), name
@@ -135,12 +135,12 @@ def test_embeddings_conv1d_convolutions_and_experts(tmp_path):
 
 def test_extracted_adapter_survives_its_files(tmp_path):
     _, base, tuned, _ = case(tmp_path)
-    found, report = extract_adapter(base, tuned, energy=0.9)
+    found, report = difference_of(base, tuned, energy=0.9)
     back = read_adapter(write_adapter(found, tmp_path / "adapter"))
     assert {n: s.spec.rank for n, s in back.sites.items()} == {
         n: s.spec.rank for n, s in found.sites.items()
     }
-    merge_checkpoint(base, [Part(back)], tmp_path / "out")
+    merge_checkpoint(base, [WeightedAdapter(back)], tmp_path / "out")
     assert json.loads(json.dumps(report.to_dict()))["left"] == []
 
 
@@ -148,14 +148,14 @@ def test_extracted_adapter_survives_its_files(tmp_path):
 def test_extracted_adapter_knows_its_base(tmp_path, dtype):
     """The same fingerprint as saving a live adapter takes; another base is refused."""
     tensors, base, tuned, _ = case(tmp_path, dtype)
-    found, _ = extract_adapter(base, tuned, rank=3)
+    found, _ = difference_of(base, tuned, rank=3)
     adapted = {site.spec.weight: tensors[site.spec.weight] for site in found.sites.values()}
     assert found.fingerprint == fingerprint(adapted)
     back = read_adapter(write_adapter(found, tmp_path / "adapter"))
-    plan_merge(base, [Part(back)])
+    plan_merge(base, [WeightedAdapter(back)])
     other = save_checkpoint(tmp_path / "other", llama_tensors(seed=1, dtype=dtype), 1, LLAMA)
     with pytest.raises(CheckpointError, match="made on another base"):
-        plan_merge(other, [Part(back)])
+        plan_merge(other, [WeightedAdapter(back)])
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_extracted_adapter_knows_its_base(tmp_path, dtype):
 )
 def test_impossible_measures_are_refused(tmp_path, kwargs, found):
     with pytest.raises(CheckpointError, match=found):
-        extract_adapter(tmp_path, tmp_path, **kwargs)
+        difference_of(tmp_path, tmp_path, **kwargs)
 
 
 def test_equal_checkpoints_and_other_names_are_refused(tmp_path):
     tensors, base, _, _ = case(tmp_path)
     with pytest.raises(CheckpointError, match="13 tensors equal the base's and 0 differ"):
-        extract_adapter(base, base, rank=1)
+        difference_of(base, base, rank=1)
     other = save_checkpoint(tmp_path / "other", {"more": torch.zeros(2), **tensors}, 1)
     with pytest.raises(CheckpointError, match="'more' is only in the fine-tuned one"):
-        extract_adapter(base, other, rank=1)
+        difference_of(base, other, rank=1)

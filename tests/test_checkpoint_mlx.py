@@ -6,7 +6,7 @@ Skipped where mlx-lm is not installed: `pip install 'mlx[cpu]' mlx-lm`, a minute
 import pytest
 import torch
 
-from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint
+from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 mlx_utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
@@ -40,7 +40,7 @@ def made(tmp_path, *, tied, targets):
     model.save_pretrained(tmp_path / "adapter")
     base = Checkpoint.open(tmp_path / "base")
     assert len(base.shards) > 1
-    merge_checkpoint(base, [load_part(tmp_path / "adapter", base)], tmp_path / "merged")
+    merge_checkpoint(base, [read_weighted(tmp_path / "adapter", base)], tmp_path / "merged")
     return model.eval()
 
 

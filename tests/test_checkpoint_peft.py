@@ -9,7 +9,7 @@ from helpers.checkpoints import load_checkpoint, ulps
 from safetensors.torch import load_file, save_file
 
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint, verify_checkpoint
-from lora_inject.checkpoint.adapter_files import load_part
+from lora_inject.checkpoint.adapter_files import read_weighted
 from lora_inject.cli import app
 from lora_inject.errors import CheckpointError
 
@@ -173,10 +173,12 @@ def made(tmp_path, make, config, dtype, shard="10KB", seed=0, size=0.1):
 
 def merged_by_us(tmp_path, base, **options):
     checkpoint = Checkpoint.open(base)
-    part = load_part(tmp_path / "adapter", checkpoint)
-    merge_checkpoint(checkpoint, [part], tmp_path / "out", MergeOptions(**options))
+    part = read_weighted(tmp_path / "adapter", checkpoint)
+    merge_checkpoint(checkpoint, [part], tmp_path / "out", options=MergeOptions(**options))
     assert (
-        verify_checkpoint(checkpoint, [part], tmp_path / "out", MergeOptions(**options)).problems
+        verify_checkpoint(
+            checkpoint, [part], tmp_path / "out", options=MergeOptions(**options)
+        ).problems
         == ()
     )
     return tmp_path / "out"
@@ -381,7 +383,9 @@ def test_ends_of_t5_are_refused_with_the_reason(tmp_path, target):
     base, _ = made(tmp_path, t5, {"target_modules": ["q", target]}, torch.float32)
     checkpoint = Checkpoint.open(base)
     with pytest.raises(CheckpointError, match="cannot load them apart") as caught:
-        merge_checkpoint(checkpoint, [load_part(tmp_path / "adapter", checkpoint)], tmp_path / "o")
+        merge_checkpoint(
+            checkpoint, [read_weighted(tmp_path / "adapter", checkpoint)], tmp_path / "o"
+        )
     assert "Adapt" in str(caught.value)
     assert not (tmp_path / "o").exists()
 
@@ -614,7 +618,7 @@ def test_experts_of_unsloth_go_by_expert_first_when_told(tmp_path):
             tensors[name] = B.view(len(B), -1, experts).transpose(1, 2).reshape(B.shape)
     save_file(tensors, file)
     checkpoint = Checkpoint.open(base)
-    part = load_part(tmp_path / "adapter", checkpoint, expert_major=True)
+    part = read_weighted(tmp_path / "adapter", checkpoint, expert_major=True)
     merge_checkpoint(checkpoint, [part], tmp_path / "again")
     found = load_checkpoint(tmp_path / "again")
     for name, tensor in wanted.items():
@@ -631,7 +635,7 @@ def test_experts_of_unsloth_go_by_expert_first_when_told(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_options_of_the_readers_do_not_trip_over_variants(tmp_path):
     base, _ = made(tmp_path, *FAMILIES["dora"], torch.float32)
-    part = load_part(tmp_path / "adapter", Checkpoint.open(base), prefer="config")
+    part = read_weighted(tmp_path / "adapter", Checkpoint.open(base), prefer="config")
     assert part.magnitudes.keys() == part.state.sites.keys()
 
 

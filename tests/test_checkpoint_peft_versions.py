@@ -12,7 +12,7 @@ import torch
 from helpers.checkpoints import load_checkpoint
 from safetensors.torch import load_file
 
-from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint, verify_checkpoint
+from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted, verify_checkpoint
 
 SCALE_FORGOTTEN = {"0.14.0", "0.15.2"}
 """Their merge adds the bias of lora_B as it is; their forward takes it times the scale, 2 here."""
@@ -39,7 +39,7 @@ def test_adapter_of_an_older_peft_merges_as_it_merged_it(tmp_path, archive, case
     folder, before = tmp_path / case, load_file(FIXTURES / "base.safetensors")
     theirs = load_file(folder / "merged.safetensors")
     base = Checkpoint.open(FIXTURES / "base.safetensors")
-    part = load_part(folder, base)
+    part = read_weighted(folder, base)
     report = merge_checkpoint(base, [part], tmp_path / "out")
     ours = load_checkpoint(tmp_path / "out")
     assert report.tensors.keys() == theirs.keys()

@@ -29,10 +29,10 @@ from lora_inject.adapter.state import Fingerprint
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
-    Part,
-    load_part,
+    WeightedAdapter,
     merge_checkpoint,
     plan_merge,
+    read_weighted,
     verify_checkpoint,
 )
 from lora_inject.checkpoint import read as reading
@@ -56,7 +56,7 @@ def quantised(w, block):
     return values.to(torch.float8_e4m3fn), scales
 
 
-def dequantised(q, s, block):
+def dequantized(q, s, block):
     full = s.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return q.float() * full[: q.shape[0], : q.shape[1]]
 
@@ -70,15 +70,15 @@ def test_float8_base_is_dequantised_on_request(tmp_path, monkeypatch, shards, bl
     for n, w in plain.items():
         q, s = quantised(w, block)
         tensors |= {f"{n}.weight": q, f"{n}.weight_scale_inv": s}
-        wanted[f"{n}.weight"] = dequantised(q, s, block)
+        wanted[f"{n}.weight"] = dequantized(q, s, block)
     quantisation = {"quant_method": "fp8", "weight_block_size": list(block)}
     config = {**LLAMA, "quantization_config": quantisation}
     base = save_checkpoint(tmp_path / "base", tensors, shards, config)
     state = adapter(site("q", tuple(plain["q"].shape), size=0.1))
     with pytest.raises(CheckpointError, match=r"fp8 with block scales.*dequantise"):
-        plan_merge(base, [Part(state)])
-    options = MergeOptions(dequantise=True)
-    merge_checkpoint(base, [Part(state)], tmp_path / "out", options)
+        plan_merge(base, [WeightedAdapter(state)])
+    options = MergeOptions(dequantize=True)
+    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out", options=options)
     wanted = {n: t.bfloat16() for n, t in dense(wanted, (state, 1.0)).items()}
     wanted["norm.weight"] = tensors["norm.weight"]
     found = load_checkpoint(tmp_path / "out")
@@ -86,14 +86,23 @@ def test_float8_base_is_dequantised_on_request(tmp_path, monkeypatch, shards, bl
     assert torch.equal(found["v.weight"], wanted["v.weight"])
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     Checkpoint.open(tmp_path / "out")  # the index agrees with the files
-    assert verify_checkpoint(base, [Part(state)], tmp_path / "out", options).problems == ()
+    assert (
+        verify_checkpoint(
+            base, [WeightedAdapter(state)], tmp_path / "out", options=options
+        ).problems
+        == ()
+    )
 
 
 def test_float8_without_scales_is_refused(tmp_path):
     tensors = {"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "v.weight": torch.zeros(8, 8)}
     base = save_checkpoint(tmp_path / "base", tensors)
     with pytest.raises(CheckpointError, match="without block scales"):
-        plan_merge(base, [Part(adapter(site("v", (8, 8))))], MergeOptions(dequantise=True))
+        plan_merge(
+            base,
+            [WeightedAdapter(adapter(site("v", (8, 8))))],
+            options=MergeOptions(dequantize=True),
+        )
 
 
 # Fingerprints -----------------------------------------------------------------------------------
@@ -115,8 +124,8 @@ def test_another_base_of_the_same_shape_is_refused(tmp_path, prefix):
 
     base = save_checkpoint(tmp_path / "base", filed(other), 1, LLAMA)
     with pytest.raises(CheckpointError, match=r"another base: 6 of 6 weights differ.*any_base"):
-        plan_merge(base, [Part(state)])
-    plan_merge(base, [Part(state)], MergeOptions(any_base=True))
+        plan_merge(base, [WeightedAdapter(state)])
+    plan_merge(base, [WeightedAdapter(state)], options=MergeOptions(any_base=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -124,7 +133,7 @@ def test_the_same_base_in_another_dtype_is_not(tmp_path, dtype):
     tensors = llama_tensors(dtype=torch.float32)
     state = with_fingerprint(llama_adapter(tensors), tensors)
     cast = {n: t.to(dtype) for n, t in tensors.items()}
-    plan_merge(save_checkpoint(tmp_path / "base", cast, 1, LLAMA), [Part(state)])
+    plan_merge(save_checkpoint(tmp_path / "base", cast, 1, LLAMA), [WeightedAdapter(state)])
 
 
 # 671 billion parameters -------------------------------------------------------------------------
@@ -192,7 +201,7 @@ def test_671b_parameters_are_planned_in_seconds_and_a_shard_is_merged(tmp_path):
         site("model.layers.9.mlp.experts.down_proj", (256, 7168, 2048), rank=1, experts=256)
     )
     sites.append(site("lm_head", (129280, 7168), rank=1))
-    part = Part(adapter(*sites))
+    part = WeightedAdapter(adapter(*sites))
     began = time.monotonic()
     plan = plan_merge(tmp_path / "base", [part])
     seconds = time.monotonic() - began
@@ -222,13 +231,15 @@ INTERRUPTED = """
 import sys
 sys.path[:0] = {path!r}
 from helpers.checkpoints import llama_adapter, load_checkpoint
-from lora_inject.checkpoint import MergeOptions, Part, merge_checkpoint
-part = Part(llama_adapter(load_checkpoint(sys.argv[1])))
+from lora_inject.checkpoint import MergeOptions, WeightedAdapter, merge_checkpoint
+part = WeightedAdapter(llama_adapter(load_checkpoint(sys.argv[1])))
 def progress(done, total):
     print("writing", flush=True)
 while True:
     try:
-        merge_checkpoint(sys.argv[1], [part], sys.argv[2], MergeOptions(workers=2), progress)
+        merge_checkpoint(
+            sys.argv[1], [part], sys.argv[2], options=MergeOptions(workers=2), progress=progress
+        )
     except KeyboardInterrupt:
         print("stopped", flush=True)
         break
@@ -260,16 +271,16 @@ def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path):
     out = tmp_path / "out"
     assert not out.exists()
     assert not list(tmp_path.rglob("*.partial"))
-    part = Part(llama_adapter(tensors))
+    part = WeightedAdapter(llama_adapter(tensors))
     merge_checkpoint(base, [part], out)
     assert verify_checkpoint(base, [part], out).problems == ()
 
 
 PEAK = """
 import json, sys
-from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint
+from lora_inject.checkpoint import Checkpoint, read_weighted, merge_checkpoint
 base = Checkpoint.open(sys.argv[1])
-report = merge_checkpoint(base, [load_part(sys.argv[2], base)], sys.argv[3])
+report = merge_checkpoint(base, [read_weighted(sys.argv[2], base)], sys.argv[3])
 print(report.peak_memory_bytes)
 """
 
@@ -361,6 +372,8 @@ def test_any_adapter_config_is_merged_or_refused(tmp_path_factory, changes):
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     try:
         checkpoint = Checkpoint.open(base)
-        merge_checkpoint(checkpoint, [load_part(folder / "adapter", checkpoint)], folder / "out")
+        merge_checkpoint(
+            checkpoint, [read_weighted(folder / "adapter", checkpoint)], folder / "out"
+        )
     except LoraInjectError:
         assert not (folder / "out").exists()

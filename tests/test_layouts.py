@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, GptOssConfig, LlamaConfig
 
 import lora_inject as li
-from lora_inject.checkpoint import Part, merge_checkpoint
+from lora_inject.checkpoint import WeightedAdapter, merge_checkpoint
 
 # Axes of a weight, its shape, and what an einsum makes of it.
 EINSUMS: dict[str, tuple[dict[str, list[int]], tuple[int, ...], str]] = {
@@ -161,7 +161,7 @@ def test_several_axes_are_merged_into_a_file(case: Any, tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     save_file({"0.Wq": plain[0].Wq.detach()}, base / "model.safetensors")
-    merge_checkpoint(base, [Part(li.adapter_state(model))], tmp_path / "out")
+    merge_checkpoint(base, [WeightedAdapter(li.adapter_state(model))], tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")["0.Wq"]
     wanted = dense(plain[0].Wq.detach(), axes, A.detach().double(), B.detach().double(), 1.5)
     torch.testing.assert_close(merged, wanted)

@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_inject as li
-from lora_inject.checkpoint import Checkpoint, MergeOptions, Part, merge_checkpoint, plan_merge
+from lora_inject.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    WeightedAdapter,
+    merge_checkpoint,
+    plan_merge,
+)
 from lora_inject.formats import read_adapter
 
 Q = {"rank": 2, "targets": ["q_proj"]}
@@ -300,7 +306,7 @@ def a_share_in_percent(tmp_path):
 )
 def an_adapter_of_another_checkpoint(tmp_path):
     save_file({"other.weight": torch.zeros(3, 3)}, tmp_path / "model.safetensors")
-    plan_merge(tmp_path, [Part(li.adapter_state(injected()), label="sql")])
+    plan_merge(tmp_path, [WeightedAdapter(li.adapter_state(injected()), label="sql")])
 
 
 @says(li.CheckpointError, "merge: no adapter was given. Name at least one.")

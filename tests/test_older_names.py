@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint
+from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter
 
@@ -118,7 +118,7 @@ def test_single_experts_become_stacks(kind: str, tmp_path: Path) -> None:
     assert off(logits(peft.PeftModel.from_pretrained(build(kind), tmp_path / "new")), due) < 1e-5
     build(kind).save_pretrained(tmp_path / "base")
     base = Checkpoint.open(tmp_path / "base")
-    merge_checkpoint(base, [load_part(path, base)], tmp_path / "merged")
+    merge_checkpoint(base, [read_weighted(path, base)], tmp_path / "merged")
     assert off(logits(type(build(kind)).from_pretrained(tmp_path / "merged")), due) < 1e-5
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.checkpoint import Checkpoint, load_part, merge_checkpoint
+from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter
 
@@ -131,7 +131,7 @@ def test_stacks_of_peft_are_merged_on_disk(kind: str, tmp_path: Path) -> None:
     due = adapted_by_peft(kind, tmp_path / "peft", STACKS["both"])
     build(kind).save_pretrained(tmp_path / "base")
     base = Checkpoint.open(tmp_path / "base")
-    merge_checkpoint(base, [load_part(tmp_path / "peft", base)], tmp_path / "merged")
+    merge_checkpoint(base, [read_weighted(tmp_path / "peft", base)], tmp_path / "merged")
     merged = type(build(kind)).from_pretrained(tmp_path / "merged")
     assert off(logits(merged), due) < 1e-5
 

@@ -19,11 +19,11 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.amplifying import Amplification, amplification_of_rows
 from lora_inject.analysis.rounding import Rounded, RoundingTally
 from lora_inject.analysis.thin import SiteBlock, blocks_of_terms
-from lora_inject.checkpoint import Checkpoint, Part
+from lora_inject.checkpoint import Checkpoint, WeightedAdapter
 from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.place import Placed
-from lora_inject.checkpoint.quantised import why_not
+from lora_inject.checkpoint.quantized import why_not
 from lora_inject.checkpoint.read import RowReader, rows_per_block
 from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.checkpoint.svd import decompose
@@ -88,7 +88,7 @@ class Weights:
         any_base: bool = False,
     ) -> None:
         # Trained copies replace tensors; what is asked here is about updates only.
-        part = Part(replace(state, trained=MappingProxyType({})), label=label)
+        part = WeightedAdapter(replace(state, trained=MappingProxyType({})), label=label)
         self.checkpoint = checkpoint
         self._state = state
         self._fit = _fit(part, checkpoint, any_base=any_base)
@@ -193,7 +193,7 @@ class _Rows:
             yield start - top, some[:, columns]
 
 
-def _fit(part: Part, checkpoint: Checkpoint, *, any_base: bool) -> Fit:
+def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fit:
     asked = f"compare {part.label} with '{checkpoint.folder}'"
     try:
         fit = choose(part, checkpoint)

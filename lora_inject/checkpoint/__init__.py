@@ -5,29 +5,30 @@ a few detours. `plan_merge` says what would happen, `merge_checkpoint` does it,
 `verify_checkpoint` checks it, and `extract_adapter` goes the other way.
 """
 
-from lora_inject.checkpoint.adapter_files import load_part
-from lora_inject.checkpoint.extract import ExtractReport, extract_adapter
+from lora_inject.checkpoint.adapter_files import read_weighted
+from lora_inject.checkpoint.extract import ExtractReport, difference_of, extract_adapter
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_files import merge_checkpoint, merge_planned
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.staging import check_output, free_bytes
 from lora_inject.checkpoint.verify import VerifyReport, verify_checkpoint
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 
 __all__ = [
     "Checkpoint",
     "ExtractReport",
     "MergeOptions",
     "MergePlan",
-    "Part",
     "VerifyReport",
+    "WeightedAdapter",
     "check_output",
+    "difference_of",
     "extract_adapter",
     "free_bytes",
-    "load_part",
     "merge_checkpoint",
     "merge_planned",
     "plan_merge",
+    "read_weighted",
     "verify_checkpoint",
 ]

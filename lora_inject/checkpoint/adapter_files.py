@@ -1,4 +1,4 @@
-"""Adapter files as parts of a merge.
+"""Adapter files as adapters to merge.
 
 A PEFT file of stacked experts says neither which of a module's parameters a pair belongs to, which
 their order in the model does, nor which way round the model holds them, which its class does.
@@ -14,8 +14,8 @@ from typing import Any
 
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.variants import is_variant, read_variant
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter
 from lora_inject.formats.peft import PREFIX
@@ -25,9 +25,9 @@ from lora_inject.storage.tensors import read_names
 _STACKS = ("gate_up_proj", "down_proj")
 
 
-def load_part(
+def read_weighted(
     path: str | os.PathLike[str], base: Checkpoint, weight: float = 1.0, **options: Any
-) -> Part:
+) -> WeightedAdapter:
     """Read an adapter from files, for merging into a base.
 
     Args:
@@ -37,7 +37,7 @@ def load_part(
         options: Of the format's `read`.
 
     Returns:
-        The part, labelled with its path.
+        The adapter, labeled with its path.
 
     Raises:
         FormatError: The adapter cannot be read right.
@@ -52,7 +52,7 @@ def load_part(
         if is_variant(path):
             options.pop("prefer", None)  # there is no metadata of this package to prefer
             return read_variant(path, weight, **options)
-    return Part(read_adapter(path, **options), weight, str(path))
+    return WeightedAdapter(read_adapter(path, **options), weight, str(path))
 
 
 def _has_stacks(path: Path) -> bool:

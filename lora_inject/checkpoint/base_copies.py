@@ -15,20 +15,20 @@ from torch import Tensor
 from lora_inject.checkpoint.choose import Fit
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import FLOATS
-from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.read import RowReader
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import TensorEntry
 
 
 def check_copies(
-    checkpoint: Checkpoint, part: Part, fit: Fit
+    checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit
 ) -> Mapping[str, tuple[TensorEntry, Tensor]]:
     """Compare an adapter's copies with the base and return those that grew.
 
     Args:
         checkpoint: The base.
-        part: The adapter.
+        adapter: The adapter.
         fit: Where its tensors belong.
 
     Returns:
@@ -43,7 +43,7 @@ def check_copies(
             grown[name] = (entry, copy)
         elif entry.dtype not in FLOATS or not _equal(checkpoint, entry, copy):
             raise CheckpointError(
-                f"merge {part.label}",
+                f"merge {adapter.label}",
                 f"it carries a copy of '{name}' that differs from the base",
                 "Use the base that it was trained on, or list the tensor among its trained ones",
             )

@@ -15,9 +15,9 @@ from lora_inject.adapter.state import SiteState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.place import Orientation, Placed, place_site
-from lora_inject.checkpoint.quantised import why_not
+from lora_inject.checkpoint.quantized import why_not
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError, nearest
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
@@ -61,7 +61,7 @@ def weight_name(spec: SiteSpec) -> str:
 
 
 def choose(
-    part: Part,
+    adapter: WeightedAdapter,
     checkpoint: Checkpoint,
     options: MergeOptions | None = None,
     of: BaseClass | None = None,
@@ -69,7 +69,7 @@ def choose(
     """Find the place of every tensor of an adapter.
 
     Args:
-        part: The adapter.
+        adapter: The adapter.
         checkpoint: The base.
         options: Of the merge: `allow_new`, `rename` and `tie` are read.
         of: The class of the base, where it is known already.
@@ -79,21 +79,21 @@ def choose(
     """
     options = options or MergeOptions()
     of = of or BaseClass(checkpoint, options.tie)
-    asked = f"merge {part.label} into '{checkpoint.folder}'"
+    asked = f"merge {adapter.label} into '{checkpoint.folder}'"
     if options.rename:
         rule, label = _told(options.rename), "names as told"
     else:
         rule, label = str, "names as they are"
-    fits = [_try(rule, label, part, of, options)]
+    fits = [_try(rule, label, adapter, of, options)]
     refusal = None
     if fits[0].left and not options.rename and of.known:
         try:
-            fits.append(_try(of, of.label, part, of, options))
+            fits.append(_try(of, of.label, adapter, of, options))
         except CheckpointError as error:
             refusal = error  # it explains itself only where nothing fits
     best = min(fits, key=lambda fit: len(fit.left))
     if best.left:
-        raise _nothing_fits(asked, best, part, checkpoint) from refusal
+        raise _nothing_fits(asked, best, adapter, checkpoint) from refusal
     return best
 
 
@@ -109,7 +109,9 @@ def _told(rename: Mapping[str, str]) -> Rule:
     return renamed
 
 
-def _nothing_fits(asked: str, best: Fit, part: Part, checkpoint: Checkpoint) -> CheckpointError:
+def _nothing_fits(
+    asked: str, best: Fit, adapter: WeightedAdapter, checkpoint: Checkpoint
+) -> CheckpointError:
     shown = "; ".join(
         reason if name in reason else f"'{name}': {reason}"
         for name, reason in best.left[:MAX_SHOWN]
@@ -120,8 +122,10 @@ def _nothing_fits(asked: str, best: Fit, part: Part, checkpoint: Checkpoint) -> 
         return CheckpointError(asked, quantized.found, quantized.remedy)
     close = nearest(best.rule(best.left[0][0]), checkpoint.tensors)
     near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
-    state = part.state
-    n_names = sum(map(len, (state.sites, state.trained, state.base_copies, part.added, part.rows)))
+    state = adapter.state
+    n_names = sum(
+        map(len, (state.sites, state.trained, state.base_copies, adapter.added, adapter.rows))
+    )
     return CheckpointError(
         asked,
         f"{len(best.left)} of {n_names} tensors have no place in it ({shown}{more})",
@@ -130,46 +134,52 @@ def _nothing_fits(asked: str, best: Fit, part: Part, checkpoint: Checkpoint) -> 
     )
 
 
-def _try(rule: Rule, label: str, part: Part, of: BaseClass, options: MergeOptions) -> Fit:
+def _try(
+    rule: Rule, label: str, adapter: WeightedAdapter, of: BaseClass, options: MergeOptions
+) -> Fit:
     way = Orientation(of)
-    fit = _place_all(rule, label, part, way, options)
+    fit = _place_all(rule, label, adapter, way, options)
     if way.contradicted is not None:  # square sites that came before it were judged without it
-        fit = _place_all(rule, label, part, way, options)
+        fit = _place_all(rule, label, adapter, way, options)
     return fit
 
 
-def _place_all(rule: Rule, label: str, part: Part, way: Orientation, options: MergeOptions) -> Fit:
+def _place_all(
+    rule: Rule, label: str, adapter: WeightedAdapter, way: Orientation, options: MergeOptions
+) -> Fit:
     fit, tensors = Fit(rule, label), way.of.checkpoint.tensors
-    for site_name, state in part.state.sites.items():
-        places = _place(rule(weight_name(state.spec)), state, part, way)
+    for site_name, state in adapter.state.sites.items():
+        places = _place(rule(weight_name(state.spec)), state, adapter, way)
         if isinstance(places, str):
             fit.left.append((weight_name(state.spec), places))
         else:
             fit.placed[site_name] = places
-    full = [(name, value, options.allow_new) for name, value in part.state.trained.items()]
-    full += [(name, value, False) for name, value in part.state.base_copies.items()]
+    full = [(name, value, options.allow_new) for name, value in adapter.state.trained.items()]
+    full += [(name, value, False) for name, value in adapter.state.base_copies.items()]
     for original, value, allow_new in full:
         name = rule(original)
         entry, absent = _find(name, way.of)
         reason = _misfit(name, entry, value, absent, allow_new=allow_new)
         if reason is not None:
             fit.left.append((original, reason))
-        elif original in part.state.trained:
+        elif original in adapter.state.trained:
             fit.trained[name] = (entry, value)
         elif entry is not None:
             fit.copies[name] = (entry, value)
-    _place_extras(fit, part, tensors)
+    _place_extras(fit, adapter, tensors)
     return fit
 
 
-def _place(name: str, state: SiteState, part: Part, way: Orientation) -> list[Placed] | str:
+def _place(
+    name: str, state: SiteState, adapter: WeightedAdapter, way: Orientation
+) -> list[Placed] | str:
     """Return where one site goes, or the reason why it goes nowhere."""
     entry, absent = _find(name, way.of)
-    grown = _grown(part, state.spec, entry)
+    grown = _grown(adapter, state.spec, entry)
     if name not in way.of.checkpoint.tensors:
         grown = grown or entry  # the one that it is tied to
     try:
-        places = place_site(state, part.weight, name, grown, way)
+        places = place_site(state, adapter.weight, name, grown, way)
     except CheckpointError:
         return absent
     if isinstance(places, str) and places.endswith("is not in the checkpoint"):
@@ -189,14 +199,14 @@ def _find(name: str, of: BaseClass) -> tuple[TensorEntry | None, str]:
     return (None if source is None else tensors[source]), absent
 
 
-def _place_extras(fit: Fit, part: Part, tensors: Mapping[str, TensorEntry]) -> None:
+def _place_extras(fit: Fit, adapter: WeightedAdapter, tensors: Mapping[str, TensorEntry]) -> None:
     """Place what variants of LoRA carry beside A and B."""
-    for site, magnitude in part.magnitudes.items():
-        spec = part.state.sites[site].spec
+    for site, magnitude in adapter.magnitudes.items():
+        spec = adapter.state.sites[site].spec
         if spec.experts is not None or magnitude.numel() != spec.out_features:
             found = f"its magnitude has {magnitude.numel()} values for {spec.out_features} outputs"
             fit.left.append((site, found))
-    for original, value in part.added.items():
+    for original, value in adapter.added.items():
         name = fit.rule(original)
         entry = tensors.get(name)
         absent = f"'{name}' is not in the checkpoint"
@@ -205,7 +215,7 @@ def _place_extras(fit: Fit, part: Part, tensors: Mapping[str, TensorEntry]) -> N
             fit.left.append((original, reason or ""))
         else:
             fit.added[name] = (entry, value)
-    for original, (indices, value) in part.rows.items():
+    for original, (indices, value) in adapter.rows.items():
         name = fit.rule(original)
         entry = tensors.get(name)
         if entry is None:
@@ -219,9 +229,11 @@ def _place_extras(fit: Fit, part: Part, tensors: Mapping[str, TensorEntry]) -> N
             fit.rows[name] = (entry, indices, value)
 
 
-def _grown(part: Part, spec: SiteSpec, entry: TensorEntry | None) -> TensorEntry | None:
+def _grown(
+    adapter: WeightedAdapter, spec: SiteSpec, entry: TensorEntry | None
+) -> TensorEntry | None:
     """Return a tensor as large as the adapter's own copy of it, where the vocabulary grew."""
-    copy = part.state.base_copies.get(weight_name(spec))
+    copy = adapter.state.base_copies.get(weight_name(spec))
     if copy is None or entry is None or not _grew(entry, copy):
         return None
     return TensorEntry(entry.name, entry.dtype, tuple(copy.shape), entry.start, entry.stop)

@@ -28,6 +28,7 @@ from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.same_base import fingerprint
 from lora_inject.checkpoint.svd import Decomposed, decompose
 from lora_inject.errors import CheckpointError
+from lora_inject.formats import write_adapter
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
 
@@ -82,28 +83,69 @@ class ExtractReport:
 def extract_adapter(
     base: str | Path,
     tuned: str | Path,
+    output: str | Path,
+    *,
     rank: int | None = None,
     energy: float | None = None,
-    *,
     full: bool = False,
+    format: str = "peft",  # noqa: A002
+    overwrite: bool = False,
     progress: Progress | None = None,
-) -> tuple[AdapterState, ExtractReport]:
-    """Take the difference of two checkpoints as a low-rank adapter.
+) -> ExtractReport:
+    """Write the difference of two checkpoints as a low-rank adapter.
 
     Args:
         base: Folder of the base.
         tuned: Folder of the fine-tuned checkpoint; the same tensor names.
+        output: Where to write the adapter.
         rank: Rank of every site, at most.
         energy: Share of each delta's sum of squares to keep, in (0, 1]; the rank follows.
         full: Store in full what has fewer than two dimensions or another shape than the base's.
+        format: Format to write.
+        overwrite: Replace an adapter that is there.
         progress: Called with bytes done and bytes in all.
+
+    Returns:
+        What the adapter holds of each tensor.
+
+    Raises:
+        CheckpointError: Neither or an impossible measure given, or the tensor names differ.
+        FormatError: The format cannot hold the adapter, or the output is in the way.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> W, D = torch.zeros(6, 4), torch.outer(torch.arange(6.0), torch.ones(4))
+        >>> save_file({"fc.weight": W}, folder / "base.safetensors")
+        >>> save_file({"fc.weight": W + D}, folder / "tuned.safetensors")
+        >>> report = extract_adapter(
+        ...     folder / "base.safetensors", folder / "tuned.safetensors", folder / "sql", rank=1
+        ... )
+        >>> round(report.tensors[0].energy, 4)
+        1.0
+    """
+    state, report = difference_of(
+        base, tuned, rank=rank, energy=energy, full=full, progress=progress
+    )
+    write_adapter(state, output, format=format, overwrite=overwrite)
+    return report
+
+
+def difference_of(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    full: bool = False,
+    progress: Progress | None = None,
+) -> tuple[AdapterState, ExtractReport]:
+    """Return the difference of two checkpoints as an adapter; see `extract_adapter`.
 
     Returns:
         The adapter, its scale 1 everywhere, with the base's fingerprint; and what it holds of each
         tensor.
-
-    Raises:
-        CheckpointError: Neither or an impossible measure given, or the tensor names differ.
     """
     _check_measure(rank, energy)
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)

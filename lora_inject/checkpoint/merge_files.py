@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import verify as verification
+from lora_inject.checkpoint.adapter_files import read_weighted
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
-from lora_inject.checkpoint.parts import Part, digest
 from lora_inject.checkpoint.processes import Processes, deal
 from lora_inject.checkpoint.staging import Staging, check_output, check_space
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, digest
 from lora_inject.checkpoint.write import Timing, check_unchanged, one_thread_each, write_shard
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import MergeReport, TensorReport
@@ -44,8 +46,9 @@ _DISK_REMEDIES = {
 
 def merge_checkpoint(
     base: str | Path | Checkpoint,
-    parts: Sequence[Part],
+    adapters: Sequence[WeightedAdapter | AdapterState | str | os.PathLike[str]],
     output: str | Path,
+    *,
     options: MergeOptions | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
@@ -57,8 +60,8 @@ def merge_checkpoint(
     share the work.
 
     Args:
-        base: Folder of the base.
-        parts: The adapters, each with its weight.
+        base: Folder of the base, or one `.safetensors` file.
+        adapters: Paths of adapters, adapters as values, or `WeightedAdapter`s.
         output: Folder to make; it must not exist, or be empty.
         options: How; the defaults where None.
         progress: Called as bytes are done.
@@ -68,8 +71,41 @@ def merge_checkpoint(
 
     Raises:
         CheckpointError: Anything that is wrong with the base, the adapters, the disk or the result.
+        FormatError: An adapter's files cannot be read right.
+
+    Example:
+        >>> import tempfile, torch, lora_inject as li
+        >>> from safetensors.torch import load_file, save_file
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> save_file(net.state_dict(), folder / "model.safetensors")
+        >>> _ = li.inject(net, {"rank": 1, "alpha": 1, "targets": ["0"]})
+        >>> with torch.no_grad():
+        ...     for parameter in li.adapter_parameters(net).values():
+        ...         _ = parameter.fill_(0.5)
+        >>> state = li.adapter_state(net)
+        >>> report = merge_checkpoint(folder / "model.safetensors", [state], folder / "merged")
+        >>> round(report.tensors["0.weight"].kept, 3)
+        1.0
+        >>> merged = load_file(folder / "merged" / "model.safetensors")["0.weight"]
+        >>> torch.allclose(merged, net[0].weight + 0.25)
+        True
     """
-    return merge_planned(plan_merge(base, parts, options), output, progress)
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    weighted = [_weighted(adapter, checkpoint) for adapter in adapters]
+    return merge_planned(plan_merge(checkpoint, weighted, options), output, progress)
+
+
+def _weighted(
+    adapter: WeightedAdapter | AdapterState | str | os.PathLike[str], base: Checkpoint
+) -> WeightedAdapter:
+    if isinstance(adapter, WeightedAdapter):
+        return adapter
+    return (
+        WeightedAdapter(adapter)
+        if isinstance(adapter, AdapterState)
+        else read_weighted(adapter, base)
+    )
 
 
 def merge_planned(
@@ -125,7 +161,7 @@ class _Run:
                     self._publish()
         tensors = [tensor for shard in self.plan.shards for tensor in self.records[shard.name]]
         return MergeReport(
-            adapters=tuple((part.label, part.weight) for part in self.plan.parts),
+            adapters=tuple((adapter.label, adapter.weight) for adapter in self.plan.adapters),
             tensors={tensor.name: tensor for tensor in tensors},
             n_tensors=sum(len(shard.header.tensors) for shard in self.plan.shards),
             lost=tuple(self._lost()),
@@ -223,7 +259,7 @@ def _identity(plan: MergePlan) -> dict[str, Any]:
         "tool": f"lora_inject {__version__}",
         "plan": plan.digest,
         "options": plan.options.identity,
-        "adapters": [digest(part) for part in plan.parts],
+        "adapters": [digest(adapter) for adapter in plan.adapters],
         "base": {
             shard.name: {
                 "bytes": shard.header.size_bytes,

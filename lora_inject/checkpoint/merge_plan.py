@@ -21,14 +21,14 @@ from torch import Tensor
 from lora_inject.checkpoint.base_class import UNTIED, BaseClass, refused_tie
 from lora_inject.checkpoint.base_copies import check_copies
 from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.dequantise import find_scales
+from lora_inject.checkpoint.dequantize import find_scales
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import FLOATS, OutputShard, TensorJob, lay_out
-from lora_inject.checkpoint.parts import Part, check_parts
-from lora_inject.checkpoint.quantised import why_not
+from lora_inject.checkpoint.quantized import why_not
 from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, check_adapters
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import DTYPE_BITS
 
@@ -39,7 +39,7 @@ class MergePlan:
 
     Attributes:
         base: The checkpoint that is read.
-        parts: The adapters.
+        adapters: The adapters.
         options: How.
         shards: The output's weight files, in the order of the base's.
         rules: How each adapter's names were read, by its label.
@@ -50,7 +50,7 @@ class MergePlan:
     """
 
     base: Checkpoint
-    parts: tuple[Part, ...]
+    adapters: tuple[WeightedAdapter, ...]
     options: MergeOptions
     shards: tuple[OutputShard, ...]
     rules: tuple[tuple[str, str], ...]
@@ -102,7 +102,7 @@ class MergePlan:
             "output_bytes": self.n_bytes,
             "adapters": [
                 {"label": p.label, "weight": p.weight, "sites": len(p.state.sites), "names": rule}
-                for p, (_, rule) in zip(self.parts, self.rules, strict=True)
+                for p, (_, rule) in zip(self.adapters, self.rules, strict=True)
             ],
             "dtype": self.options.dtype,
             "shards": [
@@ -135,33 +135,35 @@ class MergePlan:
 
 
 def plan_merge(
-    base: str | Path | Checkpoint, parts: Sequence[Part], options: MergeOptions | None = None
+    base: str | Path | Checkpoint,
+    adapters: Sequence[WeightedAdapter],
+    options: MergeOptions | None = None,
 ) -> MergePlan:
     """Plan a merge; reads headers and adapters, writes nothing.
 
     Args:
         base: Folder of the base, or the base as opened.
-        parts: The adapters to fold in.
+        adapters: The adapters to fold in.
         options: How; the defaults where None.
 
     Returns:
         The plan.
 
     Raises:
-        CheckpointError: The base cannot be read or is quantised, an adapter is not finite, or any
+        CheckpointError: The base cannot be read or is quantized, an adapter is not finite, or any
             of its tensors has no place.
     """
     options = options or MergeOptions()
-    check_parts(parts)
+    check_adapters(adapters)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     of = BaseClass(checkpoint, options.tie)
-    fits = [choose(part, checkpoint, options, of) for part in parts]
+    fits = [choose(adapter, checkpoint, options, of) for adapter in adapters]
     builder = _Builder(checkpoint, options, of)
-    for part, fit in zip(parts, fits, strict=True):
+    for adapter, fit in zip(adapters, fits, strict=True):
         if not options.any_base:
-            check_same_base(checkpoint, part, fit)
-        builder.take(part, fit)
-    builder.dequantise()
+            check_same_base(checkpoint, adapter, fit)
+        builder.take(adapter, fit)
+    builder.dequantize()
     builder.untie()
     builder.change_dtype()
     builder.check()
@@ -175,10 +177,10 @@ def plan_merge(
         notes.append(f"code stays behind: {', '.join(code_left)}")
     return MergePlan(
         checkpoint,
-        tuple(parts),
+        tuple(adapters),
         options,
         shards,
-        tuple((part.label, fit.label) for part, fit in zip(parts, fits, strict=True)),
+        tuple((adapter.label, fit.label) for adapter, fit in zip(adapters, fits, strict=True)),
         builder.config_changes,
         _new_index(checkpoint, shards),
         side_files,
@@ -195,15 +197,15 @@ class _Builder:
         self.jobs: dict[str, TensorJob] = {}
         self.config_changes: dict[str, Any] = {}
         self.notes: list[str] = []
-        self.taken: list[tuple[Part, Fit]] = []
-        self.scales = find_scales(checkpoint) if options.dequantise else {}
+        self.taken: list[tuple[WeightedAdapter, Fit]] = []
+        self.scales = find_scales(checkpoint) if options.dequantize else {}
         self.dropped = frozenset(scales.entry.name for scales in self.scales.values())
 
-    def take(self, part: Part, fit: Fit) -> None:
+    def take(self, adapter: WeightedAdapter, fit: Fit) -> None:
         """Add one adapter's updates."""
-        self.taken.append((part, fit))
+        self.taken.append((adapter, fit))
         shard_of = self.checkpoint.shard_of
-        grown = check_copies(self.checkpoint, part, fit)
+        grown = check_copies(self.checkpoint, adapter, fit)
         for site, places in fit.placed.items():
             for place in places:
                 job = self._job(place.tensor, self.checkpoint.tensors[place.source.name])
@@ -211,14 +213,14 @@ class _Builder:
                     job,
                     placed=(*job.placed, place),
                     sites=_with(job.sites, site),
-                    magnitude=self._magnitude(part, site, job),
+                    magnitude=self._magnitude(adapter, site, job),
                 )
         for name, (entry, value) in fit.trained.items():
             job = self._job(name, entry)
             self.jobs[name] = replace(
                 job,
                 shape=tuple(value.shape),
-                trained=(*job.trained, (value, part.weight)),
+                trained=(*job.trained, (value, adapter.weight)),
                 sites=_with(job.sites, name),
                 action="added" if name not in shard_of else "replaced",
             )
@@ -230,12 +232,12 @@ class _Builder:
 
         for name, (entry, value) in fit.added.items():
             job = self._job(name, entry)
-            added = (*job.added, (value, part.weight))
+            added = (*job.added, (value, adapter.weight))
             self.jobs[name] = replace(job, added=added, sites=_with(job.sites, name))
         for name, (entry, indices, value) in fit.rows.items():
             job = self._job(name, entry)
-            if part.weight != 1:
-                raise self._clash(name, f"rows cannot be replaced with weight {part.weight}")
+            if adapter.weight != 1:
+                raise self._clash(name, f"rows cannot be replaced with weight {adapter.weight}")
             self.jobs[name] = replace(
                 job,
                 rows=(*job.rows, (indices, value)),
@@ -243,12 +245,12 @@ class _Builder:
                 action="replaced" if not job.placed else job.action,
             )
 
-    def _magnitude(self, part: Part, site: str, job: TensorJob) -> Tensor | None:
+    def _magnitude(self, adapter: WeightedAdapter, site: str, job: TensorJob) -> Tensor | None:
         """Return the magnitude that a job gets, which must be the only update of its tensor."""
-        mine = part.magnitudes.get(site)
+        mine = adapter.magnitudes.get(site)
         if mine is None and job.magnitude is None:
             return None
-        if job.placed or part.weight != 1:
+        if job.placed or adapter.weight != 1:
             raise self._clash(job.name, "DoRA's update cannot be mixed with others or weighted")
         return mine
 
@@ -272,12 +274,12 @@ class _Builder:
                 sizes[entry.dtype] += entry.n_elements
         return max(sizes, key=lambda dtype: sizes[dtype])
 
-    def dequantise(self) -> None:
+    def dequantize(self) -> None:
         """Add a job for every float8 weight, where that was asked for."""
         for name in self.scales:
             if name not in self.jobs:
                 job = self._job(name, self.checkpoint.tensors[name])
-                self.jobs[name] = replace(job, action="dequantised")
+                self.jobs[name] = replace(job, action="dequantized")
         if self.scales and "quantization_config" in self.checkpoint.config:
             self.config_changes["quantization_config"] = None
 
@@ -316,9 +318,9 @@ class _Builder:
         """
         embeddings = {
             place.tensor
-            for part, fit in self.taken
+            for adapter, fit in self.taken
             for site, places in fit.placed.items()
-            if part.state.sites[site].spec.kind == "embedding"
+            if adapter.state.sites[site].spec.kind == "embedding"
             for place in places
         }
         return any(
@@ -384,12 +386,12 @@ class _Builder:
                 found = reason.found if reason else f"'{name}' has the dtype {job.source.dtype}"
                 remedy = reason.remedy if reason else "Only floating point weights take an update"
                 raise CheckpointError(f"merge into '{self.checkpoint.folder}'", found, remedy)
-            quantised = None
+            quantized = None
             if job.action != "cast" and job.scales is None:
-                quantised = why_not(self.checkpoint, [name])
-            if quantised is not None:
+                quantized = why_not(self.checkpoint, [name])
+            if quantized is not None:
                 asked = f"merge into '{self.checkpoint.folder}'"
-                raise CheckpointError(asked, quantised.found, quantised.remedy)
+                raise CheckpointError(asked, quantized.found, quantized.remedy)
             if sum(map(bool, (job.trained, job.placed, job.added))) > 1:
                 raise self._clash(name, "one adapter replaces it and another updates it")
             if len(job.trained) > 1 and len({tuple(t.shape) for t, _ in job.trained}) > 1:
@@ -411,7 +413,7 @@ class _Builder:
         ranges = sorted({(p.start, p.stop) for p in job.placed})
         overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
         if overlap or len({p.n_cols for p in job.placed}) > 1:
-            raise self._clash(job.name, "two sites want different parts of it that overlap")
+            raise self._clash(job.name, "two sites want rows of it that overlap")
 
     def _check_vocabulary(self) -> None:
         """Refuse a grown embedding whose head did not grow, and note the new size."""

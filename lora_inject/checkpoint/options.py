@@ -29,7 +29,7 @@ class MergeOptions:
         verify: Re-derive every merged tensor and compare every other byte before publishing.
         copy_code: Take the base's `*.py` files along.
         allow_new: Add trained tensors that the base lacks (a new classifier) instead of refusing.
-        dequantise: Write a float8 base with block scales as bfloat16 (or as `dtype`).
+        dequantize: Write a float8 base with block scales as bfloat16 (or as `dtype`).
         any_base: Merge although the adapter's fingerprint says that it was made on another base.
         workers: Threads that compute; None: one for each core, at most four.
         rename: How names of the adapters begin to how the base's names begin, where they differ
@@ -44,7 +44,7 @@ class MergeOptions:
     verify: bool = False
     copy_code: bool = False
     allow_new: bool = False
-    dequantise: bool = False
+    dequantize: bool = False
     any_base: bool = False
     workers: int | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
@@ -88,5 +88,5 @@ class MergeOptions:
             "allow_new": self.allow_new,
             "rename": dict(self.rename),
             "tie": None if self.tie is None else dict(self.tie),
-            "dequantise": self.dequantise,
+            "dequantize": self.dequantize,
         }

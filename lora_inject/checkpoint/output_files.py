@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.dequantise import Scales
+from lora_inject.checkpoint.dequantize import Scales
 from lora_inject.checkpoint.index import Shard
 from lora_inject.checkpoint.place import Placed, matrix_of
 from lora_inject.storage.safetensors_file import Header, TensorEntry, build_header
@@ -43,11 +43,11 @@ class TensorJob:
         placed: Low-rank terms, on disjoint ranges of rows or on the same one.
         trained: Full tensors of adapters with their weights: `W + sum of w (T - W)`.
         base_copy: The base's values where the adapter carries them (a grown vocabulary), else None.
-        scales: Block scales of a float8 source that is dequantised, else None.
+        scales: Block scales of a float8 source that is dequantized, else None.
         magnitude: DoRA's magnitude, one value for each output, else None.
         added: Vectors to add, with their weights.
         rows: Rows to replace: `(indices, values)`.
-        action: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantised`.
+        action: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`.
         sites: Names of the adapters' sites and tensors that went into it.
     """
 
@@ -163,7 +163,7 @@ def lay_out(
 
 
 def _copies(entries: Iterable[TensorEntry], header: Header) -> tuple[Copy, ...]:
-    """Join neighbouring tensors that stay neighbours into single copies."""
+    """Join neighboring tensors that stay neighbors into single copies."""
     copies: list[Copy] = []
     for entry in entries:
         target = header.tensors[entry.name].start

@@ -196,7 +196,7 @@ def _cut(
         transposed = True
     else:
         return (
-            f"'{names[0][0]}' and its neighbours make a matrix of {[height, width]}, the "
+            f"'{names[0][0]}' and its neighbors make a matrix of {[height, width]}, the "
             f"adapter's update is {[spec.out_features, spec.in_features]}"
         )
     for e, expert in enumerate(names):

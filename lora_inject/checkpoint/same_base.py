@@ -15,25 +15,25 @@ from lora_inject.adapter.state import Fingerprint
 from lora_inject.checkpoint.choose import Fit
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import FLOATS
-from lora_inject.checkpoint.parts import Part
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import compare, sample_positions
 from lora_inject.storage.disk import open_read, read_at
 from lora_inject.storage.safetensors_file import TensorEntry
 
 
-def check_same_base(checkpoint: Checkpoint, part: Part, fit: Fit) -> None:
+def check_same_base(checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit) -> None:
     """Refuse an adapter whose fingerprint says that it was made on another base.
 
     Args:
         checkpoint: The base.
-        part: The adapter.
+        adapter: The adapter.
         fit: Where its tensors belong.
 
     Raises:
         CheckpointError: Sampled values differ by more than a rounding to bfloat16.
     """
-    saved = part.state.fingerprint
+    saved = adapter.state.fingerprint
     if saved is None:
         return
     shapes, samples = {}, {}
@@ -51,7 +51,7 @@ def check_same_base(checkpoint: Checkpoint, part: Part, fit: Fit) -> None:
     if differences:
         name, how = next(iter(differences.items()))
         raise CheckpointError(
-            f"merge {part.label} into '{checkpoint.folder}'",
+            f"merge {adapter.label} into '{checkpoint.folder}'",
             f"it was made on another base: {len(differences)} of {len(shapes)} weights differ, "
             f"'{name}' {how}",
             "Use the base that it was trained on, or pass any_base=True to merge all the same",

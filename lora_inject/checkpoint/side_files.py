@@ -1,6 +1,6 @@
 """The small files of a checkpoint: which come along, and what changes in config.json.
 
-A list of what belongs, not of what does not. Weights of other formats, optimiser states
+A list of what belongs, not of what does not. Weights of other formats, optimizer states
 and hidden files stay behind; code comes only when asked for, as nobody should run code because an
 adapter was merged.
 """

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.checkpoint.parts import Part
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft import PREFIX
 from lora_inject.formats.peft.adapter_config import read_claims
@@ -47,7 +47,7 @@ def read_variant(
     transposed_modules: Collection[str] | None = None,
     expert_major: bool = False,
     on_disk: bool = False,
-) -> Part:
+) -> WeightedAdapter:
     """Read a PEFT folder with variants as a part of a merge.
 
     Args:
@@ -88,7 +88,7 @@ def read_variant(
         expert_major=expert_major,
     )
     _check(asked, config, state.sites, magnitudes, biases)
-    return Part(
+    return WeightedAdapter(
         state,
         weight,
         str(path),

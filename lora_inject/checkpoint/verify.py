@@ -21,15 +21,15 @@ from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
 from lora_inject.checkpoint.output_rows import Memory, fold_span, spans_of
-from lora_inject.checkpoint.parts import Part
 from lora_inject.checkpoint.read import RowReader
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.checkpoint.write import one_thread_each
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import open_read, read_at
 from lora_inject.storage.safetensors_file import read_header
 
 COMPARE_BYTES = 8 << 20
-MOST_NEIGHBOURS = 1e-3
+MOST_NEIGHBORS = 1e-3
 """Share of a tensor's values that may be one unit in the last place off."""
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -42,14 +42,14 @@ class VerifyReport:
     Attributes:
         n_tensors: Tensors that were computed again.
         n_values: Values in them.
-        n_neighbours: Values that are one unit in the last place off.
+        n_neighbors: Values that are one unit in the last place off.
         copied_bytes: Bytes that were compared with the base's.
         problems: What is wrong; empty for a checkpoint that is what it should be.
     """
 
     n_tensors: int
     n_values: int
-    n_neighbours: int
+    n_neighbors: int
     copied_bytes: int
     problems: tuple[str, ...]
 
@@ -74,8 +74,9 @@ class VerifyReport:
 
 def verify_checkpoint(
     base: str | Path | Checkpoint,
-    parts: Sequence[Part],
+    adapters: Sequence[WeightedAdapter],
     merged: str | Path,
+    *,
     options: MergeOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
@@ -83,7 +84,7 @@ def verify_checkpoint(
 
     Args:
         base: Folder of the base.
-        parts: The adapters, each with its weight.
+        adapters: The adapters, each with its weight.
         merged: The folder to check.
         options: As they were given to the merge.
         progress: Called with bytes done and bytes in all.
@@ -94,7 +95,7 @@ def verify_checkpoint(
     Raises:
         CheckpointError: The merge could not be planned, or `merged` is no folder.
     """
-    plan = plan_merge(base, parts, options)
+    plan = plan_merge(base, adapters, options)
     folder = Path(merged).resolve()
     if not folder.is_dir():
         raise CheckpointError(f"verify '{merged}'", "there is no such folder", "Check the path")
@@ -109,7 +110,7 @@ def verify_checkpoint(
     return VerifyReport(
         report.n_tensors,
         report.n_values,
-        report.n_neighbours,
+        report.n_neighbors,
         report.copied_bytes,
         (*problems, *report.problems),
     )
@@ -153,7 +154,7 @@ def verify_shards(
             if shard.name in places:
                 check.shard(shard, places[shard.name])
     return VerifyReport(
-        check.n_tensors, check.n_values, check.n_neighbours, check.copied, tuple(check.problems)
+        check.n_tensors, check.n_values, check.n_neighbors, check.copied, tuple(check.problems)
     )
 
 
@@ -162,7 +163,7 @@ class _Check:
         self, plan: MergePlan, total: int, progress: Callable[[int, int], None] | None
     ) -> None:
         self.plan, self.total, self.progress, self.done = plan, total, progress, 0
-        self.n_tensors = self.n_values = self.n_neighbours = self.copied = 0
+        self.n_tensors = self.n_values = self.n_neighbors = self.copied = 0
         self.problems: list[str] = []
 
     def _count(self, n_bytes: int) -> None:
@@ -225,10 +226,10 @@ class _Check:
                 source.close()
         self.n_tensors += 1
         self.n_values += entry.n_elements
-        self.n_neighbours += near
+        self.n_neighbors += near
         if far:
             self.problems.append(f"'{job.name}': {far} of {entry.n_elements} values are wrong")
-        elif near > MOST_NEIGHBOURS * entry.n_elements:
+        elif near > MOST_NEIGHBORS * entry.n_elements:
             self.problems.append(
                 f"'{job.name}': {near} of {entry.n_elements} values are one unit off"
             )
@@ -247,7 +248,7 @@ def _compare(found: Tensor, wanted: Tensor) -> tuple[int, int]:
 
 
 def _ordered(bits: Tensor) -> Tensor:
-    """Map the bits of floats to integers of the same order, so that neighbours differ by 1."""
+    """Map the bits of floats to integers of the same order, so that neighbors differ by 1."""
     wide = bits.to(torch.int64)
     least = torch.iinfo(bits.dtype).min
     return torch.where(wide < 0, least - wide, wide)

@@ -95,14 +95,14 @@ def _read(
     path: Path, checkpoint: Checkpoint | None, prefer: str | None, allow: Sequence[str] | None
 ) -> AdapterState:
     """Read an adapter; a base tells which weights a file of stacked experts means."""
-    from lora_inject.checkpoint import load_part
+    from lora_inject.checkpoint import read_weighted
     from lora_inject.errors import StateError
     from lora_inject.formats import read_adapter
 
     options = read_options(path, prefer, allow)
     if checkpoint is None:
         return read_adapter(path, **options)
-    part = load_part(path, checkpoint, **options)
+    part = read_weighted(path, checkpoint, **options)
     if part.magnitudes:
         raise StateError(
             f"analyze '{path}'",

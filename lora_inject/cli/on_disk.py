@@ -17,7 +17,7 @@ import typer
 from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
 
 if TYPE_CHECKING:
-    from lora_inject.checkpoint import Checkpoint, Part
+    from lora_inject.checkpoint import Checkpoint, WeightedAdapter
 
 
 class Dtype(StrEnum):
@@ -57,9 +57,9 @@ CopyCode = Annotated[bool, typer.Option("--copy-code", help="Take the base's *.p
 AllowNew = Annotated[
     bool, typer.Option("--allow-new", help="Add trained tensors that the base lacks.")
 ]
-Dequantise = Annotated[
+Dequantize = Annotated[
     bool,
-    typer.Option("--dequantise", help="Write a float8 base with block scales as bfloat16."),
+    typer.Option("--dequantize", help="Write a float8 base with block scales as bfloat16."),
 ]
 AnyBase = Annotated[
     bool,
@@ -139,7 +139,7 @@ def merge(
     ] = False,
     copy_code: CopyCode = False,
     allow_new: AllowNew = False,
-    dequantise: Dequantise = False,
+    dequantize: Dequantize = False,
     any_base: AnyBase = False,
     rename: Rename = None,
     tie: Tie = None,
@@ -180,7 +180,7 @@ def merge(
         verify=verify,
         copy_code=copy_code,
         allow_new=allow_new,
-        dequantise=dequantise,
+        dequantize=dequantize,
         any_base=any_base,
         rename=_pairs(rename, "--rename"),
         tie=None if not tie else {} if tie == ["none"] else _pairs(tie, "--tie"),
@@ -190,8 +190,8 @@ def merge(
     checkpoint = Checkpoint.open(base)
     of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
     reading = _Reading(prefer, allow, expert_major, of_loralib)
-    parts = _parts(checkpoint, adapters, weights, reading)
-    planned = plan_merge(checkpoint, parts, options)
+    weighted = _weighted(checkpoint, adapters, weights, reading)
+    planned = plan_merge(checkpoint, weighted, options)
     if output is None or dry_run:
         where = check_output(checkpoint, output) if output is not None else Path.cwd()
         free = free_bytes(where)
@@ -217,7 +217,7 @@ def verify(
     dtype: WriteDtype = None,
     copy_code: CopyCode = False,
     allow_new: AllowNew = False,
-    dequantise: Dequantise = False,
+    dequantize: Dequantize = False,
     any_base: AnyBase = False,
     rename: Rename = None,
     tie: Tie = None,
@@ -242,7 +242,7 @@ def verify(
         dtype=dtype,
         copy_code=copy_code,
         allow_new=allow_new,
-        dequantise=dequantise,
+        dequantize=dequantize,
         any_base=any_base,
         rename=_pairs(rename, "--rename"),
         tie=None if not tie else {} if tie == ["none"] else _pairs(tie, "--tie"),
@@ -251,9 +251,9 @@ def verify(
     checkpoint = Checkpoint.open(base)
     of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
     reading = _Reading(prefer, allow, expert_major, of_loralib)
-    parts = _parts(checkpoint, adapters, weights, reading)
+    weighted = _weighted(checkpoint, adapters, weights, reading)
     with progress_bar("verifying") as progress:
-        report = verify_checkpoint(checkpoint, parts, merged, options, progress)
+        report = verify_checkpoint(checkpoint, weighted, merged, options=options, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -289,17 +289,25 @@ def extract(
     """Store the difference of TUNED and BASE as a low-rank adapter."""
     from lora_inject.checkpoint import extract_adapter
     from lora_inject.cli.show import print_extraction, print_json, progress_bar
-    from lora_inject.formats import write_adapter
 
     if rank is None and energy is None:
         raise typer.BadParameter("say how much to keep: --rank, --energy, or both")
     with progress_bar("extracting") as progress:
-        state, report = extract_adapter(base, tuned, rank, energy, full=full, progress=progress)
-    written = write_adapter(state, output, format=adapter_format, overwrite=overwrite)
+        report = extract_adapter(
+            base,
+            tuned,
+            output,
+            rank=rank,
+            energy=energy,
+            full=full,
+            format=adapter_format,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if as_json:
-        print_json({"output": str(written), **report.to_dict()})
+        print_json({"output": str(output), **report.to_dict()})
     else:
-        print_extraction(report, written, everything=everything)
+        print_extraction(report, output, everything=everything)
 
 
 def _pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
@@ -366,11 +374,11 @@ def _loralib_options(
     return options
 
 
-def _parts(
+def _weighted(
     base: Checkpoint, adapters: Sequence[Path], weights: Sequence[float], reading: _Reading
-) -> list[Part]:
+) -> list[WeightedAdapter]:
     """Read the adapters."""
-    from lora_inject.checkpoint import load_part
+    from lora_inject.checkpoint import read_weighted
 
     of_loralib = [path for path in adapters if _is_loralib(path)]
     if reading.of_loralib and not of_loralib:
@@ -383,6 +391,6 @@ def _parts(
             param_hint="--alpha",
         )
     return [
-        load_part(path, base, weight, **reading.of(path))
+        read_weighted(path, base, weight, **reading.of(path))
         for path, weight in zip(adapters, weights, strict=True)
     ]

@@ -254,9 +254,9 @@ def print_merge_plan(
     )
     if cells:
         print_rows(Rows(("tensor", "action", "dtype", "shape"), cells), everything=everything)
-    for part, (_, rule) in zip(plan.parts, plan.rules, strict=True):
-        n_sites = len(part.state.sites)
-        say(f"{part.label} x {part.weight:g}: {count(n_sites, 'site')}, {rule}")
+    for adapter, (_, rule) in zip(plan.adapters, plan.rules, strict=True):
+        n_sites = len(adapter.state.sites)
+        say(f"{adapter.label} x {adapter.weight:g}: {count(n_sites, 'site')}, {rule}")
     for key, value in plan.config_changes.items():
         say(f"config.json: {key} becomes {json.dumps(value)}")
     _print_notes(plan.notes)
@@ -309,8 +309,8 @@ def print_verification(report: VerifyReport) -> None:
     """Print what a verification compared, and what is wrong."""
     for problem in report.problems:
         say(f"wrong: {problem}")
-    near = f", {report.n_neighbours:,} of them one unit in the last place off"
-    values = f"{report.n_values:,} values{near if report.n_neighbours else ''}"
+    near = f", {report.n_neighbors:,} of them one unit in the last place off"
+    values = f"{report.n_values:,} values{near if report.n_neighbors else ''}"
     say(
         f"{'NOT ' if report.problems else ''}verified: "
         f"{count(report.n_tensors, 'tensor')} computed again ({values}), "

@@ -1,9 +1,4 @@
-"""What is folded in: adapters as values, each with a mixing weight.
-
-Whatever could spoil a merge from the adapter's side is settled before the base is even
-looked at: a number that is not finite, a weight of zero, an adapter with nothing in it. The digest
-says later, on resuming, whether it is still the same adapter.
-"""
+"""Adapters to merge: values, each with a mixing weight, checked before the base is read."""
 
 from __future__ import annotations
 
@@ -24,7 +19,7 @@ _STEP_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedAdapter:
     """One adapter to fold in.
 
     Attributes:
@@ -48,39 +43,39 @@ class Part:
     )
 
 
-def tensors_of(part: Part) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of an adapter with a name for messages and for the digest."""
-    state = part.state
+    state = adapter.state
     for name, site in state.sites.items():
         pairs = (("A", site.A), ("B", site.B), ("A0", site.A0), ("B0", site.B0))
         yield from ((f"{name} {which}", t) for which, t in pairs if t is not None)
     yield from state.trained.items()
     yield from state.base_copies.items()
-    yield from ((f"{name} magnitude", t) for name, t in part.magnitudes.items())
-    yield from ((f"{name} added", t) for name, t in part.added.items())
-    yield from ((f"{name} rows {at}", t) for name, (at, t) in part.rows.items())
+    yield from ((f"{name} magnitude", t) for name, t in adapter.magnitudes.items())
+    yield from ((f"{name} added", t) for name, t in adapter.added.items())
+    yield from ((f"{name} rows {at}", t) for name, (at, t) in adapter.rows.items())
 
 
-def check_parts(parts: Sequence[Part]) -> None:
+def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
     """Refuse adapters that cannot be merged into anything.
 
     Raises:
         CheckpointError: None given, one is empty, a weight is zero or not finite, or a tensor holds
             NaN or Inf.
     """
-    if not parts:
+    if not adapters:
         raise CheckpointError("merge", "no adapter was given", "Name at least one")
-    for part in parts:
-        asked = f"merge {part.label}"
-        if not math.isfinite(part.weight) or part.weight == 0:
+    for adapter in adapters:
+        asked = f"merge {adapter.label}"
+        if not math.isfinite(adapter.weight) or adapter.weight == 0:
             raise CheckpointError(
-                asked, f"its weight is {part.weight}", "Give a finite weight other than zero"
+                asked, f"its weight is {adapter.weight}", "Give a finite weight other than zero"
             )
-        if not (part.state.sites or part.state.trained or part.rows):
+        if not (adapter.state.sites or adapter.state.trained or adapter.rows):
             raise CheckpointError(
                 asked, "it holds no tensors", "It is not a trained adapter; check the path"
             )
-        for name, tensor in tensors_of(part):
+        for name, tensor in tensors_of(adapter):
             if tensor.is_meta:
                 raise CheckpointError(
                     asked, f"'{name}' is on the meta device", "Load the adapter's values first"
@@ -91,17 +86,17 @@ def check_parts(parts: Sequence[Part]) -> None:
                     f"'{name}' holds NaN or Inf",
                     "Its training diverged; take an earlier checkpoint of the adapter",
                 )
-    _check_different(parts)
+    _check_different(adapters)
 
 
-def _check_different(parts: Sequence[Part]) -> None:
+def _check_different(adapters: Sequence[WeightedAdapter]) -> None:
     """Refuse the same adapter twice."""
-    seen: dict[str, Part] = {}
-    for part in parts if len(parts) > 1 else ():
-        first = seen.setdefault(digest(replace(part, weight=1.0)), part)
-        if first is not part:
+    seen: dict[str, WeightedAdapter] = {}
+    for adapter in adapters if len(adapters) > 1 else ():
+        first = seen.setdefault(digest(replace(adapter, weight=1.0)), adapter)
+        if first is not adapter:
             raise CheckpointError(
-                f"merge {first.label} and {part.label}",
+                f"merge {first.label} and {adapter.label}",
                 "they are the same adapter, which would count twice",
                 "Give it once, with the weight that is meant",
             )
@@ -114,10 +109,10 @@ def _steps(tensor: Tensor) -> Iterator[Tensor]:
         yield flat[start : start + _STEP_ELEMENTS]
 
 
-def digest(part: Part) -> str:
-    """Return the SHA-256 of an adapter's numbers and its weight; the order of sites is no part."""
-    sha = hashlib.sha256(repr(part.weight).encode())
-    for name, site in sorted(part.state.sites.items()):
+def digest(adapter: WeightedAdapter) -> str:
+    """Return the SHA-256 of an adapter's numbers and its weight; in any order of its sites."""
+    sha = hashlib.sha256(repr(adapter.weight).encode())
+    for name, site in sorted(adapter.state.sites.items()):
         spec = site.spec
         facts = (
             name,
@@ -133,7 +128,7 @@ def digest(part: Part) -> str:
             spec.spans,
         )
         sha.update(repr(facts).encode())
-    for name, tensor in sorted(tensors_of(part), key=lambda row: row[0]):
+    for name, tensor in sorted(tensors_of(adapter), key=lambda row: row[0]):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for step in _steps(tensor):
             sha.update(_bytes(step.view(torch.uint8)))

@@ -2,7 +2,7 @@
 
 The value of an element is its float8 value times the scale of its block
 (`weight_scale_inv`, float32, one for every 128 x 128 elements unless the config says otherwise), so
-rows can be dequantised as they are read. The scales are small and are read when needed.
+rows can be dequantized as they are read. The scales are small and are read when needed.
 """
 
 from __future__ import annotations
@@ -74,18 +74,18 @@ def find_scales(checkpoint: Checkpoint) -> dict[str, Scales]:
 
 
 def _block(config: Mapping[str, Any]) -> tuple[int, int]:
-    quantised = config.get("quantization_config")
-    said = quantised.get("weight_block_size") if isinstance(quantised, dict) else None
+    quantized = config.get("quantization_config")
+    said = quantized.get("weight_block_size") if isinstance(quantized, dict) else None
     if said is None:
         return 128, 128
     if isinstance(said, list) and len(said) == 2 and all(type(b) is int and b > 0 for b in said):
         return said[0], said[1]
     raise CheckpointError(
-        "dequantise", f"config.json has the block size {str(said)[:40]}", "Give it two numbers"
+        "dequantize", f"config.json has the block size {str(said)[:40]}", "Give it two numbers"
     )
 
 
 def _refused(entry: TensorEntry, found: str) -> CheckpointError:
     return CheckpointError(
-        f"dequantise '{entry.name}'", found, "Only float8 (e4m3) with block scales is understood"
+        f"dequantize '{entry.name}'", found, "Only float8 (e4m3) with block scales is understood"
     )

@@ -1,6 +1,6 @@
-"""Recognising quantised weights, which take no update, and saying what to do instead.
+"""Recognizing quantized weights, which take no update, and saying what to do instead.
 
-A quantised weight gives itself away by its neighbours (`qweight`, `weight.absmax`,
+A quantized weight gives itself away by its neighbors (`qweight`, `weight.absmax`,
 `weight_scale_inv`, `_blocks`) or by its dtype, so the answer is about the tensors that the adapter
 needs, and an adapter on the layers that were left in 16 bits merges as usual.
 """
@@ -28,11 +28,11 @@ _FLOAT8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """Why a weight takes no update.
 
     Attributes:
-        method: How it is quantised.
+        method: How it is quantized.
         found: The fact, for a message.
         remedy: What to do.
     """
@@ -42,8 +42,8 @@ class Quantised:
     remedy: str
 
 
-def quantisation_of(checkpoint: Checkpoint, name: str) -> str | None:
-    """Return how one weight is quantised, None where it is a plain float tensor or absent."""
+def quantization_of(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return how one weight is quantized, None where it is a plain float tensor or absent."""
     tensors = checkpoint.tensors
     module = name.removesuffix(".weight")
     for mark, method in _MARKS:
@@ -59,19 +59,19 @@ def quantisation_of(checkpoint: Checkpoint, name: str) -> str | None:
     return f"packed integers ({entry.dtype})" if entry.dtype in _INTEGER else None
 
 
-def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> Quantised | None:
-    """Return why some weights take no update, None where none of them is quantised.
+def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> Quantized | None:
+    """Return why some weights take no update, None where none of them is quantized.
 
     Args:
         checkpoint: The base.
         names: Names of the weights as the checkpoint or the adapter has them.
     """
     for name in names:
-        method = quantisation_of(checkpoint, name)
+        method = quantization_of(checkpoint, name)
         if method is None:
             continue
         remedy = "Merge into the 16-bit checkpoint that it was made from, then quantise the result"
         if method.startswith("fp8 with block"):
-            remedy += ", or ask for its dequantisation to bf16 (dequantise)"
-        return Quantised(method, f"'{name}' is quantised: {method}", remedy)
+            remedy += ", or write it as bfloat16 (--dequantize)"
+        return Quantized(method, f"'{name}' is quantized: {method}", remedy)
     return None
