@@ -376,7 +376,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"lora_dropout": 1.0}, "lora_dropout"),
     "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
     "rslora list": ({"use_rslora": []}, "use_rslora"),
-    "bias": ({"bias": "some"}, "'bias' is none of"),
+    "bias": ({"bias": "some"}, "'bias' is not one of"),
     "modules": ({"modules_to_save": "head"}, "not a list"),
     "other method": ({"peft_type": "LOHA"}, "'LOHA', not 'LORA'"),
     "no method": ({"peft_type": None}, "not 'LORA'"),
@@ -429,7 +429,7 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     ),
     "one dimension": (
         {f"{P}fc.lora_A.weight": torch.ones(2), f"{P}fc.lora_B.weight": torch.ones(6, 2)},
-        "no low-rank pair",
+        "not a low-rank pair",
     ),
     "dtypes differ": (
         {f"{P}fc.lora_A.weight": torch.ones(2, 4).half(), f"{P}fc.lora_B.weight": torch.ones(6, 2)},

@@ -202,6 +202,6 @@ def test_what_loralib_cannot_express_is_refused(tmp_path: Path) -> None:
     for words, state in states.items():
         with pytest.raises(FormatError, match=words):
             write_adapter(state, tmp_path / "a.pt", format="loralib")
-    with pytest.raises(FormatError, match="ends in none"):
+    with pytest.raises(FormatError, match="does not end in"):
         write_adapter(make_state(linear), tmp_path / "a.txt", format="loralib")
     assert not list(tmp_path.iterdir())

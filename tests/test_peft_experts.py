@@ -6,6 +6,7 @@ which way round a stack lies.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,3 +161,13 @@ def test_peft_adapts_dense_layers_beside_experts(kind: str, tmp_path: Path) -> N
     for prefer in (None, "config"):
         again = li.load_adapter(build(kind), tmp_path / "ours", prefer=prefer)
         assert off(logits(again), due) < 1e-5
+
+
+def test_square_stacks_are_refused_where_no_version_of_peft_is_given(tmp_path: Path) -> None:
+    """PEFT before 0.18 wrote none, and took A and B the other way round."""
+    adapted_by_peft("mixtral", tmp_path, STACKS["second"])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["peft_version"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"matrices are square .* as 'peft_version'"):
+        li.load_adapter(build("mixtral"), tmp_path)

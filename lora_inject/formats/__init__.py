@@ -120,7 +120,7 @@ def read_adapter(
             return row.read(place, **options)
     raise FormatError(
         asked,
-        "it is an adapter in none of the known formats",
+        "it is not an adapter of a known format",
         f"Give a PEFT directory or a file of one of: {', '.join(FORMATS)}",
     )
 

@@ -96,4 +96,4 @@ def check_trained(trained: Mapping[str, object], asked: str) -> None:
     """Refuse what cannot be stored as a full tensor."""
     wrong = [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]
     if wrong:
-        raise FormatError(asked, f"{one_line(wrong)} is no tensor", "Pass tensors only")
+        raise FormatError(asked, f"{one_line(wrong)} is not a tensor", "Pass tensors only")

@@ -4,8 +4,8 @@ Its files hold `PATH.lora_A` and `PATH.lora_B` and full tensors beside them, and
 else, so alpha and the kinds of the layers are asked of the caller; they are never guessed. A fused
 `MergedLinear` with some of its parts enabled is exactly a site with slices.
 
-Source: microsoft/LoRA, loralib/layers.py and utils.py (`lora_state_dict`). What is not here:
-loralib's convolutions, whose factors are of another shape than everybody else's.
+Source: microsoft/LoRA, loralib/layers.py and utils.py (`lora_state_dict`).
+Its convolutions are not read: their factors have another shape than everybody else's.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def read(
         else:
             trained[key] = tensor
     if not sites:
-        raise FormatError(asked, "it holds no lora_A", "This is no loralib adapter")
+        raise FormatError(asked, "it holds no lora_A", "Give a state dict of loralib's layers")
     named = [*embeddings]
     named += fan_in_fan_out if not isinstance(fan_in_fan_out, bool) else ()
     named += enable_lora if isinstance(enable_lora, Mapping) else ()
@@ -127,7 +127,9 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     path = Path(path)
     asked = f"write loralib adapter to '{path}'"
     if path.suffix not in _PICKLES | {".safetensors"}:
-        raise FormatError(asked, "its name ends in none of .safetensors, .pt, .bin", "Name it so")
+        raise FormatError(
+            asked, "its name does not end in .safetensors, .pt, .bin or .pth", "Rename it"
+        )
     check_trained(state.trained, asked)
     numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
     if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):
@@ -172,7 +174,7 @@ def _load(path: Path, asked: str, *, allow_pickle: bool, on_disk: bool) -> dict[
         raise FormatError(asked, f"it cannot be loaded ({error})"[:500], _EDITED) from error
     good = isinstance(loaded, dict) and all(isinstance(key, str) for key in loaded)
     if not good or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise FormatError(asked, "it is no table of tensors by name", "Save a state dict")
+        raise FormatError(asked, "it is not a table of tensors by name", "Save a state dict")
     return {key: tensor.detach() for key, tensor in loaded.items()}
 
 

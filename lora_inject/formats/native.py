@@ -44,7 +44,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     """
     asked = f"write adapter to '{path}'"
     if Path(path).suffix != ".safetensors":
-        raise FormatError(asked, "its name does not end in .safetensors", "Name it so")
+        raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
     check_trained(state.trained, asked)
     tensors: dict[str, Tensor] = {}
     for name, site in state.sites.items():
@@ -71,7 +71,7 @@ def read(path: Path, *, on_disk: bool = False) -> AdapterState:
     asked = f"read adapter '{path}'"
     tensors, text = read_tensors(path, on_disk=on_disk)
     if not words.is_native(text, "native"):
-        raise FormatError(asked, "it is no file of this format", "Leave format out")
+        raise FormatError(asked, "it is not a file of this format", "Leave format out")
     described = words.parse(text, asked)
     due = {f"trained/{name}" for name in described.trained}
     for name in described.specs:

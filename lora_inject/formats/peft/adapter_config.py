@@ -269,7 +269,7 @@ def _flag(config: Mapping[str, Any], field: str, asked: str) -> bool:
 
 def _choice(config: Mapping[str, Any], field: str, choices: tuple[str, ...], asked: str) -> str:
     value = config.get(field) or choices[0]
-    _require(value in choices, asked, f"'{field}' is none of {', '.join(choices)}")
+    _require(value in choices, asked, f"'{field}' is not one of {', '.join(choices)}")
     return str(value)
 
 

@@ -12,8 +12,7 @@ than those of `KINDS`. A trained tensor that is only a part of its module (a nor
 under its plain name: PEFT loads it into the base for good, as it does with biases. An adapter
 without any site is written so that PEFT loads its trained tensors.
 
-Source: peft 0.21.2, utils/save_and_load.py. What is not here: reading what others wrote
-(`peft_foreign`).
+Source: peft 0.21.2, utils/save_and_load.py.
 """
 
 from __future__ import annotations
@@ -320,7 +319,7 @@ def _check_files(path: Path, asked: str) -> None:
 
 def _read_config(path: Path, asked: str) -> bytes:
     if (path / CONFIG).stat().st_size > 32_000_000:
-        raise FormatError(asked, "it has more than 32 MB", "This is no adapter's config")
+        raise FormatError(asked, "it has more than 32 MB", "No real config is so long")
     return (path / CONFIG).read_bytes()
 
 

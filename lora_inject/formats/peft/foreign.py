@@ -250,7 +250,7 @@ def _check_shapes(a: Tensor, b: Tensor, where: str) -> None:
     """A is (rank, in, ...), B is (out, rank, 1, ...)."""
     found = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
     if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
-        raise FormatError(where, f"{found}, which is no low-rank pair", _REPAIR)
+        raise FormatError(where, f"{found}, which is not a low-rank pair", _REPAIR)
     if any(size != 1 for size in b.shape[2:]):
         raise FormatError(where, f"{found}, and a kernel in B is not PEFT's layout", _REPAIR)
     if a.shape[0] != b.shape[1]:
@@ -270,20 +270,25 @@ def _is_transposed(
     """Whether PEFT took a stack for (experts, in, out).
 
     Until 0.18 it took every stack so, since then those whose module has `is_transposed`. Of a
-    square matrix only the class can tell, and the file does not name it.
+    square matrix neither is seen in the file: it names no class, and before 0.18 no version.
     """
     a, b = pair.tensors["a"], pair.tensors["b"]
     if a.shape[0] == numbers[0]:
         return False  # one matrix
     if claims.peft_version is not None and claims.peft_version < (0, 19):
         return True
-    if transposed_modules is None and a.shape[-1] == b.shape[0]:
+    if a.shape[-1] == b.shape[0] and None in (transposed_modules, claims.peft_version):
+        remedy = (
+            "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
+            if claims.peft_version is None
+            else "Load it onto the model, or pass transposed_modules: the names of the modules "
+            "that have is_transposed, or ()"
+        )
         raise FormatError(
             where,
             f"its matrices are square ({b.shape[0]}), and the file does not say whether the model "
             "holds them as (out, in) or, as GPT-OSS, as (in, out)",
-            "Load it onto the model, or pass transposed_modules: the names of the modules that "
-            "have is_transposed, or ()",
+            remedy,
         )
     return owner(name) in (transposed_modules or ())
 
@@ -304,7 +309,7 @@ def _parameter(
     if rank is None or a.shape[0] % rank or a.ndim != 2 or pair.embedding:
         raise FormatError(
             where,
-            f"A has {a.shape[0]} rows, which is no multiple of the rank {rank} in the config",
+            f"A has {a.shape[0]} rows, which is not a multiple of the rank {rank} in the config",
             "Correct 'r' or 'rank_pattern' in adapter_config.json",
         )
     n_in, n_out, experts = int(a.shape[1]), int(b.shape[0]), int(a.shape[0]) // rank

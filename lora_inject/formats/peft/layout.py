@@ -6,7 +6,6 @@ each site and of each fully trained tensor, and the plain pair that equals a sit
 (block-diagonal B), with a frozen start (A0, B0 as further ranks) or with experts.
 
 Source: peft 0.21.2, tuners/lora/layer.py (`Linear`, `Embedding`, `_ConvNd`, `ParamWrapper`).
-What is not here: adapter_config.json (`peft_config`).
 """
 
 from __future__ import annotations
