@@ -1,0 +1,177 @@
+"""The contract on a device: outputs and gradients against the dense layer in float64 on the CPU.
+
+pytest -m cuda                                  on a machine with a GPU
+LORA_INJECT_DEVICE=mps pytest -m cuda           on another device of torch's
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import DTYPES, KINDS, TOLERANCE, dense_output, error, fill, host, same_bits
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lora_inject as li
+
+DEVICE = os.environ.get("LORA_INJECT_DEVICE", "cuda")
+FORWARD = [name for name, kind in KINDS.items() if kind.update == "forward"]
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch finds no CUDA device"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _as_exact_as_a_cpu() -> Iterator[None]:
+    """Without TF32, which rounds float32 products to ten bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def _layer(
+    dtype: torch.dtype, n_in: int = 96, n_out: int = 160, **config: object
+) -> tuple[nn.Module, list[Tensor]]:
+    """A linear layer with an adapter on the device; and W, A, B in float64 on the CPU."""
+    layer = nn.Sequential(nn.Linear(n_in, n_out, bias=False)).to(dtype)
+    weight = layer[0].weight.detach().double()
+    model = fill(li.inject(layer, {"rank": 4, "alpha": 8, "targets": ["0"], **config}))
+    factors = [p.detach().double() for p in li.adapter_parameters(model).values()]
+    return model.to(DEVICE), [weight, *factors]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_and_gradients_are_those_of_the_dense_layer(kind: str, dtype: torch.dtype) -> None:
+    row = KINDS[kind]
+    plain = host(row, dtype)
+    model = fill(li.inject(copy.deepcopy(plain), row.config))
+    inputs = row.inputs(dtype)
+    twins = [p.detach().double().requires_grad_() for p in li.adapter_parameters(model).values()]
+    wanted = dense_output(row, plain, *twins, inputs)
+    y = model.to(DEVICE)(*(x.to(DEVICE) for x in inputs))
+    g = torch.randn(wanted.shape)
+    wanted.backward(g.double())
+    y.backward(g.to(DEVICE, y.dtype))
+    limit = 4 * TOLERANCE[dtype]
+    assert y.dtype == dtype
+    assert error(y.cpu(), wanted) < limit
+    for found, twin in zip(li.adapter_parameters(model).values(), twins, strict=True):
+        assert found.grad is not None
+        assert found.grad.device.type == torch.device(DEVICE).type
+        assert error(found.grad.cpu(), twin.grad) < limit
+
+
+# With max_norm the plain layer writes W, so the base is another one afterwards.
+@pytest.mark.parametrize("kind", [name for name in FORWARD if "max_norm" not in name])
+def test_each_row_of_a_routed_batch_has_its_own_adapter(kind: str) -> None:
+    row = KINDS[kind]
+    model = host(row)
+    for name in ("one", "two"):
+        fill(li.inject(model, row.config, name), name)
+    model.to(DEVICE)
+    (x,) = (x.to(DEVICE) for x in row.inputs(torch.float32))
+    rows = ["one", None, "two", "one"]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            with li.routed(model, rows):
+                y = model(x)
+            for i, name in enumerate(rows):
+                li.activate(model, name)
+                assert error(y[i].cpu(), model(x[i : i + 1])[0].cpu()) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 512])
+def test_gradients_of_float32_arithmetic_over_a_16_bit_base(tokens: int) -> None:
+    model, (W, A, B) = _layer(torch.bfloat16, compute="float32")
+    x, g = torch.randn(tokens, 96).bfloat16(), torch.randn(tokens, 160).bfloat16()
+    twins = [A.requires_grad_(), B.requires_grad_()]
+    wanted = torch.autograd.grad(x.double() @ (W + 2 * B @ A).T, twins, g.double())
+    model(x.to(DEVICE)).backward(g.to(DEVICE))
+    for found, right in zip(li.adapter_parameters(model).values(), wanted, strict=True):
+        assert float((found.grad.cpu().double() - right).norm() / right.norm()) < 1e-6
+
+
+def test_autocast_over_float32() -> None:
+    model, (W, A, B) = _layer(torch.float32)
+    x = torch.randn(64, 96, device=DEVICE, requires_grad=True)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = model(x)
+    y.sum().backward()
+    wanted = x.detach().cpu().double() @ (W + 2 * B @ A).T
+    assert y.dtype == torch.bfloat16
+    assert error(y.cpu(), wanted) < TOLERANCE[torch.bfloat16]
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+def test_dropout_is_of_torchs_generator_and_is_recomputed_alike() -> None:
+    model, (W, A, B) = _layer(torch.float32, dropout=0.25)
+    model.train()
+    x = torch.randn(256, 96, device=DEVICE, requires_grad=True)
+    torch.manual_seed(3)
+    y = model(x)
+    torch.manual_seed(3)
+    assert same_bits(model(x).cpu(), y.cpu())
+    assert not same_bits(model(x).cpu(), y.cpu())
+    found = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        model.zero_grad()
+        torch.manual_seed(3)
+        run(x).square().sum().backward()
+        found.append([p.grad.clone() for p in li.adapter_parameters(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    # On average it is the layer without dropout.
+    with torch.no_grad():
+        mean = torch.stack([model(x) for _ in range(400)]).mean(0).cpu()
+    wanted = x.detach().cpu().double() @ (W + 2 * B @ A).T
+    assert float((mean - wanted).norm() / wanted.norm()) < 0.1
+
+
+def test_merge_and_unmerge_restore_every_bit() -> None:
+    model, (W, A, B) = _layer(torch.bfloat16)
+    before = model[0].weight.detach().cpu().clone()  # type: ignore[index]
+    li.merge(model)
+    merged = model[0].weight.detach().cpu()  # type: ignore[index]
+    assert error(merged, W + 2 * B @ A) < torch.finfo(torch.bfloat16).eps
+    li.unmerge(model)
+    assert same_bits(model[0].weight.detach().cpu(), before)  # type: ignore[index]
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can refuse a sync and capture a graph")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("compute", ["base", "float32"])
+def test_a_step_waits_for_nothing_and_is_captured_in_a_graph(dropout: float, compute: str) -> None:
+    model, _ = _layer(torch.bfloat16, dropout=dropout, compute=compute)
+    model.train()
+    x = torch.randn(64, 96, device=DEVICE, dtype=torch.bfloat16)
+    g = torch.randn(64, 160, device=DEVICE, dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                model(x).backward(g)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+        y.backward(g)
+    graph.replay()
+    assert torch.isfinite(y).all()
+    if not dropout:
+        assert error(y.cpu(), model(x).cpu()) < TOLERANCE[torch.bfloat16]
