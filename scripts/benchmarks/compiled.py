@@ -34,7 +34,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = self.norm1(x)
         q, k, v = (
-            p(n).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            p(n).view(*n.shape[:2], self.heads, -1).transpose(1, 2)
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)

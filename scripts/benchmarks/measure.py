@@ -32,6 +32,12 @@ def clock(which: str) -> None:
     _now = {"wall": time.perf_counter, "cpu": time.process_time}[which]
 
 
+def wait() -> None:
+    """Wait until the device has done what it was asked for; a CPU has."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 @dataclass
 class Variant:
     """One way of doing the work of a case.
@@ -143,6 +149,13 @@ class Result:
                 self.add(case, name, metric, paired(times[name], times[floor]), target)
 
 
+def some_ids(*shape: int) -> torch.Tensor:
+    """Return integers below 500, the same ones each time."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(500, shape, generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
+
+
 def show(line: Line) -> None:
     """Print a line as soon as it is known."""
     goal = "" if line.target is None else f"  target {line.target:g} {verdict(line)}"
@@ -191,10 +204,10 @@ def interleave(
     """
     known = {n: v if isinstance(v, Variant) else Variant(v) for n, v in variants.items()}
     names = list(known)
-    shuffle = torch.Generator().manual_seed(0)
+    shuffle = torch.Generator("cpu").manual_seed(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warm_up + rounds):
-        for i in torch.randperm(len(names), generator=shuffle).tolist():
+        for i in torch.randperm(len(names), generator=shuffle, device="cpu").tolist():
             seconds = timed(known[names[i]])
             if number >= warm_up:
                 times[names[i]].append(seconds)
@@ -207,9 +220,11 @@ def timed(variant: Variant) -> float:
         variant.before()
     gc.collect()
     gc.disable()
+    wait()
     try:
         began = _now()
         variant.run()
+        wait()
         seconds = _now() - began
     finally:
         gc.enable()
@@ -252,7 +267,15 @@ def saved_bytes(model: torch.nn.Module, run: Callable[[], Any]) -> int:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return how far `run()` raises what torch has allocated on the CPU, at its highest."""
+    """Return how far `run()` raises what torch has allocated on the device, at its highest."""
+    if torch.get_default_device().type == "cuda":
+        gc.collect()
+        wait()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        wait()
+        return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     gc.collect()
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:

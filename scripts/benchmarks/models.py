@@ -6,12 +6,14 @@ its documentation says. Weights are random: no time here depends on their values
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject import inject
@@ -29,7 +31,7 @@ def quiet() -> Any:
         yield
 
 
-def llama(dtype: torch.dtype = torch.float32, *, device: str = "cpu", **sizes: Any) -> Any:
+def llama(dtype: torch.dtype = torch.float32, *, device: str | None = None, **sizes: Any) -> Any:
     """Return a Llama for causal language modelling: 124M parameters unless sizes say otherwise."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,7 +44,7 @@ def llama(dtype: torch.dtype = torch.float32, *, device: str = "cpu", **sizes: A
         "tie_word_embeddings": True,
     }
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device or torch.get_default_device()):
         return LlamaForCausalLM(LlamaConfig(**(usual | sizes))).to(dtype)
 
 
@@ -79,8 +81,6 @@ def with_peft(model: Any, rank: int = RANK, **config: Any) -> Any:
 
 def with_loralib(model: Any, matches: Callable[[str], bool] | None = None) -> Any:
     """Return the model with loralib's layers, which its users write into their models by hand."""
-    import re
-
     import loralib
 
     pattern = re.compile(rf"(?:.*\.)?(?:{targets_of(model)})$")
@@ -108,6 +108,79 @@ def _loralib_layer(module: Any, loralib: Any) -> Any:
     ).to(module.weight.dtype)
     layer.weight, layer.bias = module.weight, module.bias
     return layer
+
+
+def with_bare(model: Any) -> Any:
+    """Return the model with no more than the operations that the mathematics needs.
+
+    One thin product each way for each of A and B, and what adds them: no checks, one adapter, one
+    dtype, nothing that can be changed later. It is what our own rows are judged by.
+    """
+    pattern = re.compile(rf"(?:.*\.)?(?:{targets_of(model)})$")
+    model.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if pattern.match(path):
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _BareLayer(module))
+    return model
+
+
+class _BareLayer(nn.Module):
+    def __init__(self, plain: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = plain.weight, plain.bias
+        self.transposed = not isinstance(plain, nn.Linear)
+        n_in, n_out = plain.weight.shape if self.transposed else plain.weight.shape[::-1]
+        self.A = nn.Parameter(torch.randn(RANK, n_in) / n_in**0.5)
+        self.B = nn.Parameter(torch.zeros(n_out, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.t() if self.transposed else self.weight
+        found: Tensor = _Bare.apply(x, weight, self.bias, self.A, self.B)  # type: ignore[no-untyped-call]
+        return found
+
+
+class _Bare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor) -> Tensor:
+        y = F.linear(x, weight, bias)
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        h = x.reshape(-1, x.shape[-1]) @ A.t()
+        y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=ALPHA / RANK)
+        ctx.save_for_backward(x, weight, A, B, h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, h = ctx.saved_tensors
+        g2, x2 = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        gh = g2 @ B
+        gA, gB = (gh.t() @ x2).float() * (ALPHA / RANK), (g2.t() @ h).float() * (ALPHA / RANK)
+        gx = (g2 @ weight).addmm_(gh, A, alpha=ALPHA / RANK).view_as(x)
+        return gx, None, None, gA, gB
+
+
+def with_kernels(model: Any, who: str) -> Any:
+    """Return the model with the fused kernels of a peer that only a GPU has.
+
+    Args:
+        model: A Llama on the GPU.
+        who: `unsloth`, whose LoRA is its own, or `liger`, whose other layers are beside PEFT's.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    if who == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(model=model)
+        return with_peft(model)
+    from unsloth import FastLanguageModel
+
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    return FastLanguageModel.get_peft_model(
+        model, r=RANK, lora_alpha=ALPHA, lora_dropout=0, target_modules=names
+    )
 
 
 def frozen(model: Any) -> Any:
@@ -160,10 +233,10 @@ def training_step(model: Any, ids: Tensor, *, optimise: bool = True) -> Callable
 
 def randomise(parameters: Iterable[Tensor], std: float = 0.02) -> None:
     """Give adapters values, so that none is zero."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
         for parameter in parameters:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * std)
 
 
 class Grove(nn.Module):

@@ -23,9 +23,11 @@ PACKAGES = ("lora-inject", "torch", "transformers", "peft", "loralib", "safetens
 BY_HAND = "<!-- Below this line: written by hand, kept by scripts/bench.py -->"
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """Say where the numbers come from."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {
+        **gpu,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
@@ -128,40 +130,47 @@ def markdown(table: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([head, "|" + " --- |" * len(table[0]), *body])
 
 
-def document(found: Mapping[str, Any], path: Path, method: str) -> str:
-    """Return docs/performance.md: all rows, and what was written below them by hand."""
+def document(found: Mapping[str, Any], path: Path, method: str, raw: Path | None) -> str:
+    """Return docs/performance.md: a table for each number of each row, then what is by hand."""
     here = found["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in here["versions"].items())
     where = (
-        f"Machine: {here['processor']}, {here['cores']} cores, {here['memory_gib']} GiB, "
-        f"{here['capability']}; {here['system']}. Python {here['python']}, {versions}."
+        f"Machine: {here.get('gpu', here['processor'])}, {here['cores']} cores, "
+        f"{here['memory_gib']} GiB, {here['capability']}. Python {here['python']}, {versions}."
     )
-    parts = [
-        "# Performance",
-        method,
-        where,
-        "## Targets",
-        markdown(summary(found["rows"])),
-    ]
+    if raw is not None:
+        relative = os.path.relpath(raw, path.parent)
+        where += f" All numbers: [{raw.name}]({relative})."
+    parts = ["# Performance", method, where]
     for name, row in found["rows"].items():
-        parts += [f"## {name}", _about(row), markdown(_row_table(row)), *row["notes"]]
+        parts += [f"## {name}", _about(row), *_tables(row), *row["notes"]]
+    parts += ["## What is judged", markdown(summary(found["rows"]))]
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     by_hand = old.split(BY_HAND, 1)[1].strip() if BY_HAND in old else ""
     return "\n\n".join([*parts, BY_HAND, *([by_hand] if by_hand else [])]) + "\n"
 
 
 def _about(row: Mapping[str, Any]) -> str:
-    where = f"{row['date']}, {row['threads']}, {row['clock']} time, load average {row['load']:.1f}"
-    return f"{row['title']} ({where}; {row['seconds']:.0f} s)"
+    title = row["title"].rstrip(".")
+    return f"{title}. ({row['date']}, {row['threads']}, {row['clock']} time)"
 
 
-def _row_table(row: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    table = [("case", "variant", "number", "median", "min - max", "n", "target", "reached")]
+def _tables(row: Mapping[str, Any]) -> list[str]:
+    """Return one table for each number: cases in rows, variants in columns."""
+    by_metric: dict[str, list[Line]] = {}
     for line in lines_of(row):
-        target = "" if line.target is None else f"{line.target:.3g}"
-        cells = (line.case, line.variant, line.metric, number(line.mid), spread(line))
-        table.append((*cells, str(line.n), target, _judged(line, row)))
-    return table
+        by_metric.setdefault(line.metric, []).append(line)
+    found = []
+    for metric, lines in by_metric.items():
+        variants, cases = (
+            list(dict.fromkeys(x))
+            for x in zip(*((ln.variant, ln.case) for ln in lines), strict=True)
+        )
+        cells = {(ln.case, ln.variant): number(ln.mid) for ln in lines}
+        table = [(metric, *variants)]
+        table += [(case, *(cells.get((case, v), "") for v in variants)) for case in cases]
+        found.append(markdown(table))
+    return found
 
 
 def plots(rows: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import AGAIN, Options, Result, Variant, interleave, many
+from benchmarks.measure import AGAIN, Options, Result, Variant, interleave, many, some_ids
 from benchmarks.models import (
     ALPHA,
     LLAMA,
@@ -245,7 +245,7 @@ def routed_batch(options: Options) -> Result:
     unequal = _many(copy.deepcopy(base), [2, 4, 8, 8, 16, 4, 2, 16])
     peft = {n: _many_peft(copy.deepcopy(base), n) for n in counts[:2]}
     for length, label, goal, calls in ((1, "decode", 1.15, 10), (64, "length 64", 1.10, 1)):
-        ids = torch.randint(500, (16, length), generator=torch.Generator().manual_seed(0))
+        ids = some_ids(16, length)
         again = copy.deepcopy(base)
         runs: dict[str, Callable[[], Any]] = {
             "no adapter": lambda ids=ids: base(ids, use_cache=False),

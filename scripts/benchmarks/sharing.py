@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import AGAIN, Options, Result, interleave, paired, peak_bytes
+from benchmarks.measure import AGAIN, Options, Result, interleave, paired, peak_bytes, some_ids
 from benchmarks.models import ALPHA, LLAMA, RANK, llama, quiet, randomise
 from lora_inject import activate, adapter_parameters, inject, routed, train_only
 
@@ -139,7 +139,7 @@ def _train_many(
     n_tokens: int,
     target: float | None,
 ) -> None:
-    ids = torch.randint(500, (8, n_tokens), generator=torch.Generator().manual_seed(0))
+    ids = some_ids(8, n_tokens)
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def at_once() -> None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import AGAIN, Options, Result, interleave, saved_bytes, threads
+from benchmarks.measure import (
+    AGAIN,
+    Options,
+    Result,
+    interleave,
+    paired,
+    peak_bytes,
+    saved_bytes,
+    some_ids,
+    threads,
+)
 from benchmarks.models import (
     ALPHA,
     RANK,
@@ -19,13 +30,15 @@ from benchmarks.models import (
     opaque,
     randomise,
     training_step,
+    with_bare,
+    with_kernels,
     with_lora,
     with_loralib,
     with_peft,
 )
 from lora_inject import adapter_parameters, inject
 
-OURS, GENERAL = "lora_inject", "lora_inject, general path"
+OURS, GENERAL, BARE = "lora_inject", "lora_inject, general path", "bare operations"
 FLOAT32 = "lora_inject, compute: float32"
 MIB = 2**20
 
@@ -46,14 +59,14 @@ def _models(options: Options) -> dict[str, Maker]:
 
 def _ids(options: Options) -> Tensor:
     shape = (2, 16) if options.quick else (4, 128)
-    return torch.randint(500, shape, generator=torch.Generator().manual_seed(0))
+    return some_ids(*shape)
 
 
 def step_fp32(options: Options) -> Result:
     """Time a training step in float32."""
     result = Result()
     for name, make in _models(options).items():
-        _steps(result, options, f"{name} fp32", make, torch.float32, 1.07, rounds=5)
+        _steps(result, options, f"{name} fp32", make, torch.float32, rounds=5)
     return result
 
 
@@ -67,11 +80,10 @@ def step_bf16(options: Options) -> Result:
     )
     counts = [options.threads] if options.threads else [1, 2]
     for n in counts:
-        target = 1.08 if n == 1 else 1.12
         with threads(n):
             for name, make in _models(options).items():
                 case = f"{name} bf16, {n} thread{'s' * (n > 1)}"
-                _steps(result, options, case, make, torch.bfloat16, target, rounds=7)
+                _steps(result, options, case, make, torch.bfloat16, rounds=7)
     return result
 
 
@@ -81,7 +93,6 @@ def _steps(
     case: str,
     make: Maker,
     dtype: torch.dtype,
-    target: float,
     rounds: int,
 ) -> None:
     ids = _ids(options)
@@ -93,14 +104,26 @@ def _steps(
         GENERAL: with_lora(opaque(copy.deepcopy(base))),
         "PEFT": with_peft(copy.deepcopy(base)),
         "loralib": with_loralib(copy.deepcopy(base)),
+        BARE: with_bare(copy.deepcopy(base)),
     }
+    for who in ("unsloth", "liger") if _on_gpu() and case.startswith("Llama") else ():
+        with suppress(ImportError):
+            made[who] = with_kernels(copy.deepcopy(base), who)
     if dtype == torch.bfloat16:
         made[FLOAT32] = with_lora(copy.deepcopy(base), compute="float32")
     del base
-    times = interleave(
-        {name: training_step(model, ids) for name, model in made.items()}, options.n_rounds(rounds)
-    )
-    result.ratios(case, times, targets={OURS: target, GENERAL: target + 0.03})
+    runs = {name: training_step(model, ids) for name, model in made.items()}
+    times = interleave(runs, options.n_rounds(rounds))
+    result.ratios(case, times)
+    for name, target in ((OURS, 1.02), (GENERAL, 1.05)):
+        result.add(case, name, f"time / {BARE}", paired(times[name], times[BARE]), target)
+    if _on_gpu():
+        for name, run in runs.items():
+            result.add(case, name, "peak, MiB", peak_bytes(run) / MIB)
+
+
+def _on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
 
 
 # ---------------------------------------------------------------------------------- one layer
