@@ -10,6 +10,7 @@ import torch
 from conftest import KINDS, TOLERANCE, error, fill, injected, same_bits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
 from lora_inject.functional import Factors, routed_update, rows_of
@@ -257,3 +258,52 @@ class Counter(TorchDispatchMode):
         self.n += 1
         self.names.add(func.name().split(".")[0])
         return func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------ convolutions
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1d, circular": (lambda: nn.Conv1d(4, 6, 3, padding="same", padding_mode="circular"), (9,)),
+    "2d, grouped": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, groups=2), (8, 7)),
+    "3d, dilated": (lambda: nn.Conv3d(4, 6, 2, dilation=(1, 2, 1), bias=False), (4, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("conv", CONVOLUTIONS)
+def test_rows_of_convolutions_are_those_of_each_adapter_alone(
+    conv: str, checkpointed: bool
+) -> None:
+    """Outputs and gradients; what each adapter alone gives is the dense W + delta."""
+    make, size = CONVOLUTIONS[conv]
+    model = nn.Sequential(make()).double()
+    for name, rank, init in (("a", 2, "kaiming"), ("b", 1, "pissa"), ("idle", 3, "kaiming")):
+        fill(li.inject(model, {"rank": rank, "init": init, "targets": ["0"]}, name), name)
+    li.train_only(model, ["a", "b", "idle"])
+    x = torch.randn(4, 4, *size).double().requires_grad_()
+    rows = ["b", None, "a", "b"]
+    with li.routed(model, rows):
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    g = torch.randn_like(y)
+    y.backward(g)
+    found = {k: p.grad for k, p in li.adapter_parameters(model).items()} | {"x": x.grad}
+    model.zero_grad()
+    x.grad = None
+    for i, name in enumerate(rows):
+        li.activate(model, name)
+        alone = model(x[i : i + 1])
+        assert error(y[i : i + 1], alone) < 1e-13
+        alone.backward(g[i : i + 1])
+    wanted = {k: p.grad for k, p in li.adapter_parameters(model).items()} | {"x": x.grad}
+    for key, gradient in wanted.items():
+        assert (found[key] is None) == (gradient is None) == key.startswith("idle")
+        assert gradient is None or error(found[key], gradient) < 1e-12
+
+
+def test_a_convolution_without_a_batch_is_refused() -> None:
+    model = li.inject(nn.Sequential(nn.Conv1d(2, 3, 1)), {"rank": 1, "targets": ["0"]}, "a")
+    with (
+        li.routed(model, ["a", None]),
+        pytest.raises(li.LayerError, match=r"without a batch"),
+    ):
+        model(torch.randn(2, 5))

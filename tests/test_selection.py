@@ -819,7 +819,7 @@ def test_routed_refuses_at_entry(rows: list[str], repeat: int, words: str) -> No
 @pytest.mark.parametrize(
     "config",
     [
-        {"targets": ["conv"]},
+        {"targets": ["up"]},
         {"targets": [r"fc\.weight"]},
         {"targets": ["fc"], "bias": "adapted"},
         {"targets": ["fc"], "train": ["conv"]},
@@ -830,6 +830,7 @@ def test_routed_refuses_whole_weights(config: dict[str, Any]) -> None:
     model = nn.Sequential()
     model.add_module("fc", nn.Linear(4, 4))
     model.add_module("conv", nn.Conv1d(4, 4, 1))
+    model.add_module("up", nn.ConvTranspose1d(4, 4, 1))
     li.inject(model, {"rank": 2, "targets": ["fc"]}, "fine")
     li.inject(model, {"rank": 2, **config}, "whole")
     with pytest.raises(li.StateError, match="a batch shares"), li.routed(model, ["fine", "whole"]):

@@ -28,6 +28,7 @@ from lora_inject.functional import lazy_weight
 from lora_inject.layers.attached import Attached, Entry, attached_to, held_by, saving_hooks
 from lora_inject.layers.checkpointing import refuse_dead_checkpoint
 from lora_inject.layers.reading import running_module
+from lora_inject.layers.routed_forward import adds_rows, with_rows
 from lora_inject.layers.selection import State
 from lora_inject.layers.state_dict import raise_merged
 
@@ -265,6 +266,9 @@ class Adapted(nn.Module):
         entries = attached.reads.get(param, {})
         if attached.forward and reader is not self and param == self.weight_name:
             entries = {**attached.forward, **entries}
+        by_rows = reader is self and adds_rows(self._lora_plain, param)
+        if by_rows and attached.selection.current().routed:
+            return raw
         return self._lora_value(param, raw, entries)
 
     def _lora_value(self, param: str, raw: Any, entries: Mapping[str, Entry]) -> Any:
@@ -442,7 +446,7 @@ def adapted_class(
             "__doc__": plain.__doc__,
         }
         if mixin is WeightUpdate:
-            namespace["forward"] = _cached_forward(plain)
+            namespace["forward"] = with_rows(plain, _cached_forward(plain))
         found = _CLASSES[key] = types.new_class(
             plain.__name__, (mixin, plain), exec_body=lambda ns: ns.update(namespace)
         )

@@ -117,7 +117,6 @@ class Attached:
         reads: Parameter name to adapter name to its entry on that parameter.
         old_forward: The `_old_forward` that a hook had saved on the module, or None.
         float32: Whether an adapter on the output asks for float32 arithmetic.
-        numbers: What stands for each adapter of `forward` in a selection's tensor.
         running: For each thread that runs a forward of the module: the effective weights read in
             it, and the hooks on saved tensors that it was entered with.
     """
@@ -129,7 +128,6 @@ class Attached:
         self.old_forward: Any = None
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
         self.float32 = False
-        self.numbers: tuple[int, ...] = ()
         # One object, which another thread cannot change between two looks at it.
         self._chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
 
@@ -167,7 +165,8 @@ class Attached:
 
     def _changed(self) -> None:
         self._chosen = (None, ())
-        self.numbers = tuple(map(self.selection.number, self.forward))
+        for entry in self.entries():
+            self.selection.number(entry.adapter)
         self.float32 = any(
             e.spec is not None and e.spec.compute == "float32" for e in self.forward.values()
         )

@@ -8,40 +8,18 @@ constant: which adapters *could* be chosen, by a tensor that comes in?
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_inject.errors import LayerError
-from lora_inject.functional import (
-    Factors,
-    Rows,
-    chosen_factors,
-    chosen_rows,
-    routed_update,
-    rows_of,
-)
+from lora_inject.functional import Factors, chosen_factors, routed_update
 from lora_inject.functional.factors import compute_dtype
 from lora_inject.layers.adapted import Adapted
-from lora_inject.layers.attached import Entry, Recipe, held_by
+from lora_inject.layers.attached import Recipe, held_by
+from lora_inject.layers.routing import Routing, eligible, routing_of
 from lora_inject.layers.selection import State
-
-
-class _Routing(NamedTuple):
-    """A routed batch as one layer sees it: the adapters on this layer, and which each row has."""
-
-    entries: Sequence[Entry]
-    rows: Rows | Tensor
-
-    @property
-    def places(self) -> Tensor:
-        """For each row 0 for the base, else 1 + the place in `entries`."""
-        return self.rows if isinstance(self.rows, Tensor) else self.rows.places
-
-
-_NOTHING = _Routing((), torch.empty(0))
 
 
 class ForwardUpdate(Adapted):
@@ -84,56 +62,25 @@ class ForwardUpdate(Adapted):
 
     # ------------------------------------------------------------------------------- routed rows
 
-    def _lora_routing(self, x: Tensor, state: State) -> _Routing:
+    def _lora_routing(self, x: Tensor, state: State) -> Routing:
         """Return which adapter each row of the input has.
 
         Raises:
             LayerError: The first dimension of x is not the number of rows, nor its multiple.
         """
+        mine, held = self._lora.forward, held_by(self)
         if torch.compiler.is_compiling():
-            return self._lora_new_routing(x, state)
+            return routing_of(self, mine, held, x, state)
         key = (self._lora, x.shape[0], x.device)
-        found: _Routing | None = state.kept.get(key)
+        found: Routing | None = state.kept.get(key)
         if found is None:
-            found = state.kept[key] = self._lora_new_routing(x, state)
+            found = state.kept[key] = routing_of(self, mine, held, x, state)
         if found.entries and (self.training or self._lora.selection.witness is not None):
             self._lora_takes_part(None, (e.tensor(self, "A") for e in found.entries))
         return found
 
-    def _lora_new_routing(self, x: Tensor, state: State) -> _Routing:
-        # In a graph the names would be constants, and all adapters stand ready.
-        choice = state.choice_on(x.device) if torch.compiler.is_compiling() else None
-        names = (state.rows or ()) if choice is None else ()
-        n_rows = len(names) if choice is None else choice.shape[0]
-        if x.shape[0] not in (n_rows, n_rows * state.repeat):
-            multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
-            raise LayerError(
-                f"routed() with {n_rows} rows",
-                f"a {type(self).__name__} got an input of shape {tuple(x.shape)}, whose first "
-                f"dimension is not the number of rows{multiple}",
-                "Give one adapter for each row of the batch; for beams use repeat=n",
-            )
-        mine = self._lora.forward
-        repeat = x.shape[0] // n_rows
-        if choice is not None:
-            entries, numbers = self._lora_eligible(state)
-            if not entries:
-                return _NOTHING
-            index = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
-            return _Routing(entries, index)
-        entries = [mine[n] for n in dict.fromkeys(names) if n is not None and n in mine]
-        if not entries:
-            return _NOTHING
-        key = (*(e.adapter for e in entries), x.shape[0], x.device)
-        rows = state.kept.get(key)
-        if rows is None:
-            place = {e.adapter: i + 1 for i, e in enumerate(entries)}
-            places = [place.get(name or "", 0) for name in names for _ in range(repeat)]
-            rows = state.kept[key] = rows_of(places, x.device)
-        return _Routing(entries, rows)
-
     def _lora_routed(
-        self, y: Tensor, x: Tensor, routing: _Routing, *, in_place: bool = False
+        self, y: Tensor, x: Tensor, routing: Routing, *, in_place: bool = False
     ) -> Tensor:
         """Add to each row of y `(batch, ..., out)` the update of its own adapter.
 
@@ -148,7 +95,7 @@ class ForwardUpdate(Adapted):
         adapters, float32 = self._lora_routed_factors(routing), self._lora.float32
         return routed_update(y, x, routing.rows, adapters, float32=float32, in_place=in_place)
 
-    def _lora_routed_factors(self, routing: _Routing) -> list[list[Factors]]:
+    def _lora_routed_factors(self, routing: Routing) -> list[list[Factors]]:
         """Return the updates of each adapter of the batch."""
         return [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
 
@@ -169,7 +116,8 @@ class ForwardUpdate(Adapted):
         if not torch.compiler.is_compiling() or len(self._lora.forward) < 2:
             return None
         choice = state.choice_on(y.device)
-        entries, numbers = self._lora_eligible(state)
+        mine, held = self._lora.forward, held_by(self)
+        entries, numbers = eligible(self._lora, mine, held, state)
         if not entries or not choice.shape[0]:
             return []
         adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
@@ -177,20 +125,3 @@ class ForwardUpdate(Adapted):
             return None
         dtype = compute_dtype(y.dtype, self._lora.float32)
         return [chosen_factors(choice, numbers, adapters, y.shape[-1], dtype)]
-
-    def _lora_eligible(self, state: State) -> tuple[list[Entry], list[int]]:
-        """Return the entries among which a compiled graph chooses, and their numbers.
-
-        Those that train must be constants of a graph where gradients are asked for: it cannot leave
-        one out, and a gradient of zeros would let weight decay move an idle adapter.
-        """
-        held, grad = held_by(self), torch.is_grad_enabled()
-        entries, numbers = [], []
-        for (name, entry), number in zip(
-            self._lora.forward.items(), self._lora.numbers, strict=True
-        ):
-            trains = any(held[flat].requires_grad for flat in entry.names.values())
-            if not (grad and trains) or name in state.parts:
-                entries.append(entry)
-                numbers.append(number)
-        return entries, numbers

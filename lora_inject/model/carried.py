@@ -14,7 +14,9 @@ from weakref import WeakSet
 from torch import nn
 
 from lora_inject.errors import StateError, nearest
+from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.routed_forward import routes_rows
 from lora_inject.layers.selection import Selection
 from lora_inject.layers.survey import Survey, unwrapped
 from lora_inject.spec.names import joined
@@ -175,7 +177,9 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         selections.setdefault(id(attached.selection), attached.selection)
         names.update(entry.adapter for entry in attached.entries())
         for param, by_adapter in attached.reads.items():
-            whole |= dict.fromkeys(by_adapter, joined(path, param))
+            for name, entry in by_adapter.items():
+                if not routes_rows(plain_class(type(module)), entry):
+                    whole[name] = joined(path, param)
     found = Reach(tuple(selections.values()), frozenset(names), whole)
     if root is not None:
         root.kept = (_generation, found)

@@ -1,0 +1,114 @@
+"""A routed batch as one layer sees it: which of its adapters each row has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.errors import LayerError
+from lora_inject.functional import Factors, Rows, chosen_rows, rows_of
+from lora_inject.layers.attached import Attached, Entry, attached_to
+from lora_inject.layers.selection import State
+
+
+class Routing(NamedTuple):
+    """The adapters of a batch that are on a layer, and which each row has (tracers: its place)."""
+
+    entries: Sequence[Entry]
+    rows: Rows | Tensor
+
+    @property
+    def places(self) -> Tensor:
+        """For each row 0 for the base, else 1 + the place in `entries`: `(batch,)`, int64."""
+        return self.rows if isinstance(self.rows, Tensor) else self.rows.places
+
+    def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:
+        """Return the updates of each adapter.
+
+        Args:
+            held: The layer's parameters.
+            training: Whether there is dropout.
+        """
+        return [
+            [
+                Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)
+                for r in entry.recipes(1.0)
+            ]
+            for entry in self.entries
+        ]
+
+
+NOTHING = Routing((), torch.empty(0))
+
+
+def routing_of(
+    module: nn.Module,
+    by_adapter: Mapping[str, Entry],
+    held: Mapping[str, Any],
+    x: Tensor,
+    state: State,
+) -> Routing:
+    """Return which adapter each row of a layer's input has.
+
+    Args:
+        module: The layer.
+        by_adapter: Its entries that can be routed.
+        held: Its parameters.
+        x: Its input, rows first.
+        state: The running selection, with rows.
+
+    Raises:
+        LayerError: The first dimension of x is not the number of rows, nor its multiple.
+    """
+    attached = attached_to(module)
+    assert attached is not None
+    # In a graph the names would be constants, and all adapters stand ready.
+    choice = state.choice_on(x.device) if torch.compiler.is_compiling() else None
+    names = (state.rows or ()) if choice is None else ()
+    n_rows = len(names) if choice is None else choice.shape[0]
+    if x.shape[0] not in (n_rows, n_rows * state.repeat):
+        multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
+        raise LayerError(
+            f"routed() with {n_rows} rows",
+            f"a {type(module).__name__} got an input of shape {tuple(x.shape)}, whose first "
+            f"dimension is not the number of rows{multiple}",
+            "Give one adapter for each row of the batch; for beams use repeat=n",
+        )
+    repeat = x.shape[0] // n_rows
+    if choice is not None:
+        entries, numbers = eligible(attached, by_adapter, held, state)
+        if not entries:
+            return NOTHING
+        places = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
+        return Routing(entries, places)
+    entries = [by_adapter[n] for n in state.parts if n in by_adapter]
+    if not entries:
+        return NOTHING
+    key = (*(e.adapter for e in entries), x.shape[0], x.device)
+    rows = state.kept.get(key)
+    if rows is None:
+        place = {e.adapter: i + 1 for i, e in enumerate(entries)}
+        rows = rows_of([place.get(n or "", 0) for n in names for _ in range(repeat)], x.device)
+        state.kept[key] = rows
+    return Routing(entries, rows)
+
+
+def eligible(
+    attached: Attached, by_adapter: Mapping[str, Entry], held: Mapping[str, Any], state: State
+) -> tuple[list[Entry], list[int]]:
+    """Return the entries among which a compiled graph chooses, and their numbers.
+
+    Those that train must be constants of a graph where gradients are asked for: it cannot leave one
+    out, and a gradient of zeros would let weight decay move an idle adapter.
+    """
+    grad = torch.is_grad_enabled()
+    entries, numbers = [], []
+    for name, entry in by_adapter.items():
+        trains = any(held[flat].requires_grad for flat in entry.names.values())
+        if not (grad and trains) or name in state.parts:
+            entries.append(entry)
+            numbers.append(attached.selection.number(name))
+    return entries, numbers
