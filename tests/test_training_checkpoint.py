@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from training_models import CONFIG, KillAt, KilledError, curve, injected, llama, rows, trainer
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 import lora_inject as li
@@ -154,7 +154,7 @@ def test_the_best_is_kept_and_loaded(tmp_path: Path) -> None:
             if state.global_step > 4:
                 with torch.no_grad():
                     for parameter in li.adapter_parameters(model).values():
-                        parameter.normal_(0, 2)
+                        parameter.normal_(0, 20)
 
     model = injected()
     made = trainer(tmp_path, model, Worsen(), save_total_limit=2, **BEST)
@@ -337,15 +337,3 @@ def test_the_callback_answers_every_event_and_nothing_else() -> None:
     with pytest.raises(AttributeError, match="once"):
         _ = callback.once
     assert pickle.loads(pickle.dumps(callback)).name == "default"
-
-
-def test_plain_trainer_would_have_written_the_whole_model(tmp_path: Path) -> None:
-    """What the callback is for."""
-    settings = {"max_steps": 2, "save_steps": 2, "report_to": "none", "use_cpu": True}
-    args = TrainingArguments(
-        str(tmp_path), **settings, dataloader_pin_memory=False, disable_tqdm=True
-    )
-    model = injected()
-    Trainer(model, args, train_dataset=rows()).train()
-    tensors = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
-    assert "model.embed_tokens.weight" in tensors

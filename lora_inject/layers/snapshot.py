@@ -16,7 +16,7 @@ from torch import nn
 from lora_inject.layers.attached import attached_to
 
 # What verbs put into a module's __dict__.
-KEYS = ("_lora", "_lora_root", "_old_forward", "resize_token_embeddings")
+KEYS = ("_lora", "_lora_root", "_old_forward", "resize_token_embeddings", "save_pretrained")
 TABLES = ("_parameters", "_load_state_dict_pre_hooks")
 
 

@@ -34,6 +34,7 @@ from lora_inject.model.carried import (
     structure_changed,
 )
 from lora_inject.model.reached import refuse_unreached
+from lora_inject.model.save_pretrained import save_adapters_instead
 from lora_inject.model.sharding import refuse_sharded
 from lora_inject.model.train import set_trained
 from lora_inject.spec.names import joined
@@ -186,6 +187,7 @@ def attach(
             _attach(place, parameters, selection)
         refuse_resizing(modules, adapted_modules(survey).values())
         structure_changed()
+        save_adapters_instead(modules)
         if activate:
             selection.replace(State(active=((name, 1.0),)))
         if probe is not None:

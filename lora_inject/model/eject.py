@@ -28,6 +28,7 @@ from lora_inject.model.carried import (
     structure_changed,
     whole_adapter,
 )
+from lora_inject.model.save_pretrained import save_models_again
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,6 +74,7 @@ def eject(model: M, name: str | None = None) -> M:
         for one, record in reversed(surveys):
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
+        save_models_again(modules.values())
     return model
 
 

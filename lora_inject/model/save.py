@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,9 +43,21 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         >>> tuple(site.A.shape), tuple(site.B.shape), site.scale
         ((2, 4), (6, 2), 8.0)
     """
-    survey = Survey(model)
+    return read_off(Survey(model), name)
+
+
+def read_off(
+    survey: Survey, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
+) -> AdapterState:
+    """Read an adapter off a model; see `adapter_state`.
+
+    Args:
+        survey: Of the model.
+        name: The adapter.
+        gathered: Whole tensors by their keys in the state dict, for those that are sharded.
+    """
     items = whole_adapter(survey, name, "adapter_state of")
-    for selection in reach(model, survey).selections:
+    for selection in reach(survey.model, survey).selections:
         # The fingerprint is to be that of the base, which the weights are not now.
         refuse_merged(selection, f"saving adapter {name!r}")
     sites: dict[str, SiteState] = {}
@@ -54,12 +67,15 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     for path, module, entry in items:
         spec = entry.spec
         if spec is None:
-            copy = entry.tensor(module, "T")
+            copy, flat = entry.tensor(module, "T"), entry.names["T"]
             if id(copy) not in copies:
-                copies[id(copy)] = _whole(copy, entry, "T")
+                copies[id(copy)] = _whole(gathered.get(joined(path, flat), copy), entry, "T")
             trained[joined(path, entry.param)] = copies[id(copy)]
             continue
-        tensors = {role: _whole(entry.tensor(module, role), entry, role) for role in entry.names}
+        tensors = {
+            role: _whole(gathered.get(joined(path, flat), entry.tensor(module, role)), entry, role)
+            for role, flat in entry.names.items()
+        }
         sites[spec.name] = SiteState(spec, **tensors)
         raw = module._parameters[entry.param]
         assert raw is not None

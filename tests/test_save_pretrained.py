@@ -1,0 +1,107 @@
+"""`save_pretrained` and Trainer's `save_model` of an adapted model write its adapters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill, same_bits
+
+import lora_inject as li
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.arange(6).view(1, 6)
+CONFIG = {"rank": 2, "alpha": 3, "targets": ["q_proj", "down_proj"]}
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 17}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def adapted(name: str = "default") -> Any:
+    return fill(li.inject(base(), CONFIG, name), name)
+
+
+@pytest.mark.parametrize(
+    "again", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["itself", "deepcopy", "pickle"],
+)  # fmt: skip
+def test_it_writes_the_adapter_which_loads_onto_the_base(again: Any, tmp_path: Path) -> None:
+    model = again(adapted())
+    model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert same_bits(logits(li.load_adapter(base(), tmp_path)), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_peft_and_transformers_read_what_it_wrote(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base().save_pretrained(tmp_path / "base")
+    model = li.inject(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), CONFIG)
+    fill(model).save_pretrained(tmp_path / "adapter")
+    read = peft.PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    assert torch.allclose(logits(read), logits(model), atol=1e-5)
+    auto = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.allclose(logits(auto), logits(model), atol=1e-5)
+
+
+def test_a_part_with_save_pretrained_writes_what_it_carries(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"lm": base()})
+    fill(li.inject(model, CONFIG))
+    model["lm"].save_pretrained(tmp_path)
+    assert same_bits(logits(li.load_adapter(base(), tmp_path)), logits(model["lm"]))
+
+
+def test_several_adapters_are_laid_out_as_by_peft(tmp_path: Path) -> None:
+    model = adapted()
+    fill(li.inject(model, CONFIG, "other"), "other")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file(), "files of others stay"
+    assert same_bits(logits(li.load_adapter(base(), tmp_path / "other")), logits(model))
+    li.activate(model, "default")
+    assert same_bits(logits(li.load_adapter(base(), tmp_path)), logits(model))
+
+
+def test_trainer_writes_the_adapter(tmp_path: Path) -> None:
+    model = adapted()
+    args = transformers.TrainingArguments(tmp_path / "run", use_cpu=True, report_to="none")
+    transformers.Trainer(model, args).save_model(tmp_path / "final")
+    assert same_bits(logits(li.load_adapter(base(), tmp_path / "final")), logits(model))
+    assert not (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_a_merged_model_says_how_it_is_written(tmp_path: Path) -> None:
+    model = adapted()
+    wanted = logits(model)
+    li.merge(model)
+    with pytest.raises(li.StateError, match=r"merged into the weights\. Call eject\(model\)"):
+        model.save_pretrained(tmp_path / "a")
+    li.eject(model).save_pretrained(tmp_path / "b")
+    read = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "b").eval()
+    assert torch.allclose(logits(read), wanted, atol=1e-5)
+
+
+def test_eject_gives_the_method_back_and_hub_upload_has_its_own_name(tmp_path: Path) -> None:
+    model = adapted()
+    with pytest.raises(li.StateError, match=r"Call model\.push_to_hub"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    li.inject(model, CONFIG, "other")
+    li.eject(model, "other")
+    assert "save_pretrained" in model.__dict__
+    li.eject(model)
+    assert "save_pretrained" not in model.__dict__
