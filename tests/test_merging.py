@@ -266,19 +266,6 @@ def test_tensors_that_share_memory_are_untied_and_tied_again(tie: Any, targets: 
     assert same_bits(model[0].weight, W)
 
 
-def test_a_part_of_ones_memory_in_another_is_refused() -> None:
-    flat = torch.randn(8, 5)
-    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
-    model[0].weight, model[1].weight = nn.Parameter(flat[:5]), nn.Parameter(flat[3:])
-    fill(li.inject(model, {**RANK2, "targets": ["1"]}))
-    before = snapshot(model)
-    with pytest.raises(li.LayerError, match=r"a part of its memory is also a part of '0\.weight'"):
-        li.merge(model)
-    assert snapshot(model) == before
-    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
-    li.merge(model)
-
-
 class TiedInForward(nn.Module):
     """Its state dict has two keys, and its forward reads one tensor."""
 

@@ -157,7 +157,7 @@ def merge_targets(survey: Survey, active: tuple[tuple[str, float], ...]) -> list
 
     Raises:
         StateError: An adapter is not whole in this model, or holds NaN or Inf.
-        LayerError: A weight cannot be written, or shares a part of its memory with another.
+        LayerError: A weight cannot be written.
     """
     scratch = Scratch()
     found: dict[tuple[int, str], Target] = {}
@@ -169,7 +169,10 @@ def merge_targets(survey: Survey, active: tuple[tuple[str, float], ...]) -> list
     targets = list(found.values())
     for target in targets:
         _check_weight(target)
-    _find_sharers(survey, targets)
+        for module, param in survey.holders(target.weight):
+            other = Holder(joined(survey.paths[id(module)], param), module, param)
+            if other != target.holder:
+                target.sharers.append(other)
     return _once_if_tied(targets)
 
 
@@ -227,48 +230,6 @@ def _check_weight(target: Target) -> None:
             "the weight was made in inference mode, outside of which nobody may write it",
             "Call merge within torch.inference_mode(), or load the base outside of it",
         )
-
-
-class _Span(NamedTuple):
-    """Where a tensor lies in its storage, in bytes."""
-
-    start: int
-    stop: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Span:
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        last = sum((n - 1) * stride for n, stride in steps)
-        start, size = int(tensor.storage_offset()), tensor.element_size()
-        return cls(start * size, (start + int(last) + 1) * size)
-
-
-def _find_sharers(survey: Survey, targets: list[Target]) -> None:
-    """Note for each target who else holds its memory; ties are those of storage, not of objects."""
-    stored: dict[int, list[Holder]] = {}
-    for path, module in survey.modules:
-        for key, tensor in survey.own[id(module)].items():
-            if not tensor.is_meta and type(tensor) is nn.Parameter and tensor.numel():
-                holder = Holder(joined(path, key), module, key)
-                stored.setdefault(tensor.untyped_storage().data_ptr(), []).append(holder)
-    for target in targets:
-        if not target.weight.numel():
-            continue
-        here = _Span.of(target.weight)
-        for other in stored[target.weight.untyped_storage().data_ptr()]:
-            if other == target.holder:
-                continue
-            there = _Span.of(other.tensor)
-            same = (here, target.weight.stride()) == (there, other.tensor.stride())
-            if same and target.weight.dtype == other.tensor.dtype:
-                target.sharers.append(other)
-            elif max(here.start, there.start) < min(here.stop, there.stop):
-                raise LayerError(
-                    f"merge into {target.name!r}",
-                    f"a part of its memory is also a part of {other.name!r}, which would change",
-                    "Give one of them memory of its own: layer.weight = "
-                    "torch.nn.Parameter(layer.weight.detach().clone())",
-                )
 
 
 def _once_if_tied(targets: list[Target]) -> list[Target]:

@@ -19,7 +19,7 @@ from lora_inject.errors import StateError
 from lora_inject.formats import write_adapter
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import reach
-from lora_inject.model.save import peft_view, read_off
+from lora_inject.model.save import format_options, read_off
 
 METHOD = "save_pretrained"
 
@@ -82,7 +82,9 @@ class _SaveAdapters:
             alone = len(names) == 1 or name == "default"
             folder = Path(save_directory) if alone else Path(save_directory, name)
             with tempfile.TemporaryDirectory() as place:
-                made = write_adapter(state, Path(place, "adapter"), **peft_view(survey))
+                made = write_adapter(
+                    state, Path(place, "adapter"), **format_options(survey, "peft")
+                )
                 _put_into(made, folder)
 
 
