@@ -171,3 +171,17 @@ def test_square_stacks_are_refused_where_no_version_of_peft_is_given(tmp_path: P
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"matrices are square .* as 'peft_version'"):
         li.load_adapter(build("mixtral"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_targets_that_peft_renamed_are_read(kind: str, tmp_path: Path) -> None:
+    """PEFT turns w1, w2, w3 into `gate_up_proj` and `down_proj`, with no module before them."""
+    experts = ["w1", "w2", "w3"] if kind == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    model = build(kind)
+    config = peft.LoraConfig(target_modules=["q_proj", *experts], r=2)
+    wrapped = peft.get_peft_model(model, config)
+    randomize(p for name, p in wrapped.named_parameters() if "lora_" in name)
+    wrapped.save_pretrained(tmp_path)
+    assert off(logits(li.load_adapter(build(kind), tmp_path)), logits(wrapped)) < 1e-5
+    with pytest.raises(FormatError, match=r"experts': the file does not say which pair is whose"):
+        read_adapter(tmp_path)

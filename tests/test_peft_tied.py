@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.adapter.state import AdapterState
+from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.formats import read_adapter, write_adapter
 
 transformers = pytest.importorskip("transformers")
@@ -57,6 +58,13 @@ def with_copies(copies: dict[str, Tensor]) -> Any:
     return model
 
 
+def merged_on_disk(folder: Path, adapter: str) -> Any:
+    tied_llama().save_pretrained(folder / "base")
+    base = Checkpoint.open(folder / "base")
+    merge_checkpoint(base, [read_weighted(folder / adapter, base)], folder / "merged")
+    return transformers.LlamaForCausalLM.from_pretrained(folder / "merged")
+
+
 def test_peft_reads_a_tied_copy_under_each_of_its_names(tmp_path: Path) -> None:
     model, value = tied_llama(), torch.randn(30, 12)
     copies = {EMBEDDING: value, HEAD: value}
@@ -72,7 +80,7 @@ def test_peft_reads_a_tied_copy_under_each_of_its_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
-def test_copies_of_peft_load_onto_a_tied_model(saved: list[str], tmp_path: Path) -> None:
+def test_copies_of_peft_are_read_live_and_merged_on_disk(saved: list[str], tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=saved, r=2)
     wrapped = peft.get_peft_model(tied_llama(), config)
     torch.manual_seed(2)
@@ -90,6 +98,7 @@ def test_copies_of_peft_load_onto_a_tied_model(saved: list[str], tmp_path: Path)
     li.save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(tied_llama(), tmp_path / "ours")
     assert off(logits(again), logits(wrapped)) < 1e-6
+    assert off(logits(merged_on_disk(tmp_path, "peft")), logits(wrapped)) < 1e-6
 
 
 @pytest.mark.parametrize("train", [r"model\.embed_tokens\.weight", r"lm_head\.weight"])
@@ -103,3 +112,4 @@ def test_a_tied_copy_that_was_trained_is_read_the_same_by_peft(train: str, tmp_p
     again = peft.PeftModel.from_pretrained(tied_llama(), tmp_path / "ours")
     assert off(logits(again), logits(model)) < 1e-6
     assert off(logits(li.load_adapter(tied_llama(), tmp_path / "ours")), logits(model)) < 1e-6
+    assert off(logits(merged_on_disk(tmp_path, "ours")), logits(model)) < 1e-6

@@ -152,7 +152,8 @@ class Claims:
         fan_in_fan_out: Whether two-dimensional weights are (in, out).
         bias: `none`, `lora_only` or `all`.
         modules_to_save: Names or ends of names.
-        target_parameters: Full names or ends of names after a dot.
+        target_modules: Full names or ends of names after a dot; empty for an expression.
+        target_parameters: Likewise.
         peft_version: `(major, minor)`, or None.
         rank_pattern: Pattern to rank, in the file's order.
         alpha_pattern: Pattern to alpha likewise.
@@ -166,6 +167,7 @@ class Claims:
     fan_in_fan_out: bool
     bias: str
     modules_to_save: tuple[str, ...]
+    target_modules: tuple[str, ...]
     target_parameters: tuple[str, ...]
     peft_version: tuple[int, int] | None
     rank_pattern: Mapping[str, int]
@@ -223,6 +225,7 @@ def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
         fan_in_fan_out=_flag(config, "fan_in_fan_out", asked),
         bias=_choice(config, "bias", ("none", "lora_only", "all"), asked),
         modules_to_save=_names(config, "modules_to_save", asked),
+        target_modules=_target_modules(config),
         target_parameters=_names(config, "target_parameters", asked),
         peft_version=_version(config.get("peft_version")),
         rank_pattern=_patterns(config, "rank_pattern", _is_rank, asked),
@@ -278,6 +281,12 @@ def _names(config: Mapping[str, Any], field: str, asked: str) -> tuple[str, ...]
     good = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
     _require(good, asked, f"'{field}' is not a list of names")
     return tuple(value)
+
+
+def _target_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a list; never a reason to refuse, since the tensors say what is adapted."""
+    value = config.get("target_modules")
+    return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
 def _patterns(

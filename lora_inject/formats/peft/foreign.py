@@ -194,7 +194,14 @@ def _named(
 
 
 def _parameters_of(module: str, claims: Claims, tensor_names: Sequence[str] | None) -> list[str]:
-    """Names of the adapted parameters of a module, in the model's order where that is known."""
+    """Names of the adapted parameters of a module, in the model's order where that is known.
+
+    A target without a module, such as PEFT writes for experts, may be a parameter of any.
+    """
+    if tensor_names is None and f".{module}".endswith(
+        tuple(f".{target}" for target in claims.target_modules)
+    ):
+        return []
     names = []
     for target in claims.target_parameters:
         place, _, name = target.rpartition(".")
