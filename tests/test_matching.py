@@ -185,10 +185,11 @@ def test_a_pattern_that_backtracks_without_end_is_refused_by_name_in_time() -> N
 
 
 def test_a_brace_is_text_where_python_reads_it_as_text() -> None:
-    assert matching("q{e}|q{1<=e<=2}|[{]k{2}", ["q", "qx", "q{e}", "{kk"], asked="") == [
-        "q{e}",
-        "{kk",
-    ]
+    names = ["q", "qx", "q{e}", "{kk"]
+    pattern = r"q{e}|q{1<=e<=2}|[{]k{2}|q\\{e}"
+    assert matching(pattern, names, asked="") == ["q{e}", "{kk"]
+    with pytest.raises(MatchError, match="here: it is not a regex: "):
+        matching("[a[:alpha:]", names, asked="here")
 
 
 # Rules

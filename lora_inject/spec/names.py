@@ -74,13 +74,16 @@ def matching(
         The names that match, in their order.
 
     Raises:
-        MatchError: The pattern took too long; or another `error`.
+        MatchError: The pattern took too long or does not compile; or another `error`.
 
     Example:
         >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
         ['a.q_proj']
     """
-    compiled = _compiled(pattern, whole=whole)
+    try:
+        compiled = _compiled(pattern, whole=whole)
+    except regex.error as problem:  # such as [a[:b], which only `re` reads
+        raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
     end = time.process_time() + seconds  # the clock that `timeout` is counted on
     matched = []
     for name in names:
@@ -108,7 +111,7 @@ def _compiled(pattern: str, *, whole: bool) -> regex.Pattern[str]:
     flags = re.match(rf"(?:\(\?[aiLmsux]+\){space})*", pattern)
     body = pattern[flags.end() :] if flags else pattern
     # To `re`, a brace that is not a count is text; to `regex`, it may ask for a fuzzy match.
-    body = re.sub(r"(?<!\\)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})", r"\\{", body)
+    body = re.sub(r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})", r"\1\\{", body)
     # In verbose mode the line break ends a comment that would swallow the bracket.
     close = "\n)" if verbose else ")"
     start = "" if whole else r"(?s:.*\.)?"
