@@ -1,7 +1,6 @@
 """Every file of `configs/` against the real names of its model, built on the meta device.
 
-The inventory is made here, by a walk of a few lines, so that what the files mean is checked
-independently of the package's own survey of a model.
+The counts are those of the papers, or by hand from the widths of the layers.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ import torch
 import transformers as tf
 from torch import nn
 
+from lora_inject.layers.candidates import inventory
+from lora_inject.layers.survey import Survey
 from lora_inject.spec.config import Config
-from lora_inject.spec.inventory import Candidate, Inventory
+from lora_inject.spec.inventory import Inventory
 from lora_inject.spec.matching import resolve
 from lora_inject.spec.plan import Plan
 
@@ -27,56 +28,7 @@ FILES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 def on_meta(cls: type[nn.Module], config: tf.PretrainedConfig) -> Inventory:
     with torch.device("meta"):
-        return survey(cls(config))
-
-
-def survey(model: nn.Module) -> Inventory:
-    """Candidates of the stock layers and of raw parameters; everything else by its class."""
-    candidates: list[Candidate] = []
-    others: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        first.setdefault(id(parameter), name)
-    for name, module in model.named_modules():
-        kind = _kind(module)
-        if kind is None:
-            others[name] = type(module).__name__
-        for key, parameter in module._parameters.items():
-            full = f"{name}.{key}" if name else key
-            if parameter is None:
-                continue
-            shape = tuple(parameter.shape)
-            if kind is not None and key == "weight":
-                flip = kind in ("conv1d", "embedding")
-                n_in, n_out = (shape if flip else (parameter[0].numel(), shape[0]))[:2]
-                same = first[id(parameter)]
-                candidates.append(
-                    Candidate(
-                        name, kind, n_in, n_out, shape, full, flip, tied=(same,) * (same != full)
-                    )
-                )
-            elif len(shape) < 2 or key.endswith("bias"):
-                others[full] = "small"
-            else:
-                lead = parameter[..., 0, 0].numel() if len(shape) > 2 else None
-                candidates.append(
-                    Candidate(
-                        full, "parameter", shape[-1], shape[-2], shape, full, False, lead, name,
-                        needs_layout=len(shape) > 2, update="weight",
-                    )
-                )  # fmt: skip
-    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return Inventory(tuple(candidates), others, parameters)
-
-
-def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if type(module).__name__ == "Conv1D":
-        return "conv1d"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return "conv" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else None
+        return inventory(Survey(cls(config)))
 
 
 def unet() -> Inventory:
