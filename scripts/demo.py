@@ -23,7 +23,7 @@ from typing import Any
 
 os.environ.setdefault(
     "OMP_WAIT_POLICY", "PASSIVE"
-)  # beside other work, threads that spin cost much
+)  # threads that spin cost much next to other work
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch

@@ -1,8 +1,8 @@
 """Every block of the documents runs: Python, YAML, console.
 
 A reader copies blocks in order into one session in one folder, and so does this test. The
-folder holds a tiny GPT-2 with random weights under the name `gpt2`, and the real config of GPT-2
-medium. Expected output may leave parts out with `...`.
+folder holds a tiny GPT-2 with random weights under the name `gpt2`. Expected output may leave parts
+out with `...`.
 """
 
 from __future__ import annotations
@@ -68,13 +68,11 @@ def commands(block: Block) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def session(tmp_path, monkeypatch) -> Path:
-    """A folder as a reader might have it."""
+    """A folder as a reader might have it, with a GPT-2 of two layers."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     tiny = GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=32)
     GPT2LMHeadModel(tiny).save_pretrained("gpt2")
-    medium = GPT2Config(n_layer=24, n_embd=1024, n_head=16, architectures=["GPT2LMHeadModel"])
-    medium.save_pretrained("gpt2-medium")
     return tmp_path
 
 

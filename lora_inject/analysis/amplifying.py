@@ -19,11 +19,11 @@ from lora_inject.analysis.thin import ThinProduct
 from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import StateError
 
-Rows = Callable[[], Iterator[tuple[int, Tensor]]]
+RowsOfW = Callable[[], Iterator[tuple[int, Tensor]]]
 """Gives `(first row, rows)` over a whole weight matrix, anew at every call."""
 STEP_ROWS = 4096
 SPARE_DIRECTIONS = 128
-"""Directions that the randomised SVD of a large W finds beside those that are wanted."""
+"""Directions that the randomized SVD of a large W finds in addition to those that are wanted."""
 
 
 EXACT_ELEMENTS = 1 << 22
@@ -40,7 +40,7 @@ class Amplification:
         weight_norm: `|W|`.
         of_delta: `|U^T W V|`, U and V the top r singular directions of the delta.
         of_weight: The same with W's own top r directions; None where it was not asked for. For a W
-            of more than `EXACT_ELEMENTS` it comes from a randomised SVD, which errs to the low
+            of more than `EXACT_ELEMENTS` it comes from a randomized SVD, which errs to the low
             side: by 1e-6 where singular values fall, by a few per cent where W is pure noise.
         of_random: The same with random directions, drawn once.
         of_random_expected: Root of the mean square of that, `r |W| / sqrt(out in)`.
@@ -110,7 +110,7 @@ def amplification(
 
 
 def amplification_of_rows(
-    rows: Rows,
+    rows: RowsOfW,
     delta: ThinProduct,
     rank: int | None = None,
     *,
@@ -157,7 +157,7 @@ def amplification_of_rows(
     )
 
 
-def _own(rows: Rows, shape: tuple[int, int], rank: int) -> float:
+def _own(rows: RowsOfW, shape: tuple[int, int], rank: int) -> float:
     """Return `|U^T W V|` for W's own top directions: the norm of its largest values."""
     if not rank:
         return 0.0

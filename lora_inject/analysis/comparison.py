@@ -1,7 +1,7 @@
 """Two adapters, or the layers of one: what their subspaces have in common.
 
 Blocks of the same name are compared by phi for all i and j, on the side of A and on the
-side of B, and each number stands beside the one that chance would give.
+side of B, and each number comes with the one that chance would give.
 Source: arXiv:2106.09685, section 7.2, figures 3, 4, 6 and 7.
 """
 

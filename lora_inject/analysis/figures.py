@@ -1,4 +1,4 @@
-"""All figures of one adapter: block by block, and beside W where its checkpoint is given.
+"""All figures of one adapter: block by block, and compared with W where its checkpoint is given.
 
 An `Analysis` is plain numbers. What prints, draws or warns reads it and computes nothing.
 """
@@ -77,7 +77,7 @@ class Analysis:
 
     Attributes:
         blocks: Every low-rank block, in the order of the sites.
-        weights: Site to what it is beside W; empty where no checkpoint was given.
+        weights: Site to how it compares with its W; empty where no checkpoint was given.
         base: The checkpoint's folder, None where none was given.
     """
 
@@ -87,7 +87,7 @@ class Analysis:
 
     @property
     def on_weight(self) -> tuple[tuple[str, Place, BlockOnWeight], ...]:
-        """`(site, place, block)` of every block beside W, in the order of the sites."""
+        """`(site, place, block)` of every block compared with W, in the order of the sites."""
         return tuple(
             (site, place_of(site, block.label), block)
             for site, found in self.weights.items()
@@ -134,7 +134,7 @@ def analyze(
     label: str = "the adapter",
     progress: Progress | None = None,
 ) -> Analysis:
-    """Put an adapter into numbers, and beside its base where that is given.
+    """Put an adapter into numbers, and compare it with its base where that is given.
 
     Args:
         state: The adapter.
@@ -175,7 +175,7 @@ def analyze(
     }
     done, total = 0, sum(map(sum, sizes.values()))
     blocks: list[BlockFigures] = []
-    beside: dict[str, SiteOnWeight] = {}
+    compared: dict[str, SiteOnWeight] = {}
     for name, site in state.sites.items():
         blocks += [
             BlockFigures(name, b.label, place_of(name, b.label), b.delta.shape, b.rank,
@@ -183,12 +183,12 @@ def analyze(
             for b in site_blocks(site)
         ]  # fmt: skip
         if weights is not None:
-            beside[name] = weights.look(name, rank, own=own, formats=formats)
+            compared[name] = weights.look(name, rank, own=own, formats=formats)
         done += sum(sizes[name])
         if progress is not None:
             progress(done, total)
     folder = None if weights is None else str(weights.checkpoint.folder)
-    return Analysis(tuple(blocks), beside, folder)
+    return Analysis(tuple(blocks), compared, folder)
 
 
 def _weights(

@@ -1,7 +1,7 @@
 """The pictures of an adapter, as files in a folder: which ones, and of which layers.
 
 As in the paper, a picture shows one kind of site at up to four layers from the first to
-the last. One adapter gives its spectra and its layers beside each other; a second one figure 3 or 6
+the last. One adapter gives its spectra and its layers compared; a second one figure 3 or 6
 where the ranks differ, figure 4 or 7 where they do not; a base figure 8.
 """
 
@@ -49,7 +49,7 @@ def draw_gallery(
     Args:
         folder: Where to; made as needed, files of the same names are replaced.
         state: The adapter.
-        comparison: It beside another one, from `compare`.
+        comparison: It compared with another one, from `compare`.
         weights: Its base.
 
     Returns:
@@ -120,7 +120,7 @@ def _pair_figure(place: Path, kind: str, pairs: Sequence[Pair]) -> Path:
 
 
 def _weights(place: Path, state: AdapterState, weights: Weights) -> list[Path]:
-    """Draw the middle layer of each kind beside its W."""
+    """Draw the middle layer of each kind compared with its W."""
     kinds: dict[str, list[str]] = {}
     for name in state.sites:
         kinds.setdefault(place_of(name).kind, []).append(name)

@@ -89,7 +89,7 @@ class Inspection:
         trained: Full trained copies by the name of the base's tensor.
         base_copies: Tensors of the base that the file carries along, by name.
         config: The config it was made from, None where it is not known.
-        n_fingerprinted: Base tensors that the file can recognise.
+        n_fingerprinted: Base tensors that the file can recognize.
     """
 
     sites: tuple[SiteFigures, ...]

@@ -2,7 +2,7 @@
 
 Each of these figures is a table of heat maps of phi on one color scale, i downwards
 and j to the right, the first in the corner above on the left. Two ranks have a second column that
-zooms into the corner where j <= i, as the paper does; two seeds have the random baseline beside
+zooms into the corner where j <= i, as the paper does; two seeds have the random baseline next to
 them. Drawn by matplotlib, which is imported here and nowhere else.
 Source: arXiv:2106.09685, figures 3, 4, 6, 7, 8.
 """

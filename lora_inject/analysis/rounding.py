@@ -1,4 +1,4 @@
-"""What rounding or quantising the merged weight leaves of a delta.
+"""What rounding or quantizing the merged weight leaves of a delta.
 
 A model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. What the delta
 really did is the difference of the two, and it is judged as merging judges it: `kept` is `<Q(W + D)
@@ -13,7 +13,7 @@ The formats are round trips, values in and values out:
 - `int4`: whole numbers from -7 to 7 times a scale for each 64 consecutive values of a row,
   likewise.
 
-W and W + D have scales of their own: quantising comes after merging.
+W and W + D have scales of their own: quantizing comes after merging.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Rounded:
         kept: 1 where the delta survived, 0 where it was rounded away; NaN where a value
             overflows. Where steps are larger than the delta, chance may push it far above 1 or
             below 0: see `likeness`.
-        error: Relative error of the delta that the weights really got; beside a noise that is
+        error: Relative error of the delta that the weights really got; besides a noise that is
             larger than the delta it is above 1.
     """
 
@@ -78,7 +78,7 @@ def rounding(
 
     Example:
         >>> W, D = torch.ones(2, 64), torch.full((2, 64), 0.001)
-        >>> rounding(W, D, ["bfloat16"])["bfloat16"].kept  # 1.001 is no number of 8 bits
+        >>> rounding(W, D, ["bfloat16"])["bfloat16"].kept  # 1.001 is not a number of 8 bits
         0.0
     """
     if weight.shape != delta.shape or weight.dim() != 2:

@@ -47,7 +47,7 @@ def directions(matrix: Tensor, side: Side = "right") -> Tensor:
 def block_directions(block: SiteBlock, side: Side = "right") -> Tensor:
     """Return the singular directions of A or B of a block, the strongest first.
 
-    A and B of a site with a frozen start (pissa, olora) hold that start, which is no update: there
+    A and B of a site with a frozen start (pissa, olora) hold that start too: there
     the directions are those of the delta.
 
     Args:

@@ -33,7 +33,7 @@ from lora_inject.functional import fold_rows_
 
 @dataclass(frozen=True)
 class BlockOnWeight:
-    """One block beside the part of W that it updates.
+    """One block compared with the part of W that it updates.
 
     Attributes:
         label: Slice and expert of the block, as in `SiteBlock`.
@@ -48,7 +48,7 @@ class BlockOnWeight:
 
 @dataclass(frozen=True)
 class SiteOnWeight:
-    """One site beside its weight.
+    """One site compared with its weight.
 
     Attributes:
         blocks: Its blocks; more than the site itself has where the checkpoint cuts them.
@@ -76,7 +76,7 @@ class Weights:
         any_base: Compare although the adapter's fingerprint says that it was made on another base.
 
     Raises:
-        CheckpointError: A site has no place in it, its weight is quantised, or it is another base.
+        CheckpointError: A site has no place in it, its weight is quantized, or it is another base.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Weights:
         own: bool = True,
         formats: Collection[str] | None = None,
     ) -> SiteOnWeight:
-        """Read the weight of a site and set the update beside it.
+        """Read the weight of a site and compare the update with it.
 
         Args:
             site: Its name in the adapter.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
     from lora_inject.functional.merge_report import MergeReport
 
-WIDTH = 80  # of whatever is no terminal
+WIDTH = 80  # where stdout is not a terminal
 MOST_NAMES = 6
 
 
@@ -51,7 +51,7 @@ def _write(text: str, *, err: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Say something beside the result, on stderr."""
+    """Print a remark on stderr."""
     say(text, err=True)
 
 
@@ -133,7 +133,7 @@ def print_rows(rows: Rows, *, everything: bool = False) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]], heads: Sequence[str], n_left: int) -> None:
-    """Print aligned columns; a name that does not fit beside its row goes on a line of its own.
+    """Print aligned columns; a name that does not fit into its row goes on a line of its own.
 
     Args:
         rows: The cells; the first of each is a name.

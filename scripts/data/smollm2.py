@@ -43,7 +43,7 @@ def find() -> Path:
 
 
 def load(path: Path) -> tuple[PreTrainedModel, Tokenizer]:
-    """Read model and tokenizer out of a GGUF file, as float32, with the mark of quantising gone.
+    """Read model and tokenizer out of a GGUF file, as float32, with the mark of quantization gone.
 
     Without the last step `save_pretrained` refuses, although every tensor is a plain float32 one.
     """

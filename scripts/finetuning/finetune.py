@@ -72,7 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / "arguments.json", noted(args))
     last = get_last_checkpoint(str(trainer.args.output_dir)) if args.resume else None
-    before = measure_before(args, trainer, task, rows, resumed=last is not None)
+    # accelerate shards a model together with its optimizer, or not at all
+    before = {} if args.fsdp else measure(args, trainer, task, rows)
+    # accelerate marks a model that it evaluated as prepared, and would not wrap it for DDP then:
+    # each process would train on its own, and nothing would say so.
+    vars(trainer.model).pop("_is_accelerate_prepared", None)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
@@ -115,7 +119,7 @@ def load(args: argparse.Namespace, n_labels: int) -> tuple[Any, Any]:
     except (OSError, ImportError) as error:
         found, remedy = str(error).splitlines()[0].rstrip("."), f"Or one of: {', '.join(TARGETS)}"
         raise refusal(f"--model {args.model}", found, remedy) from None
-    if model.config.pad_token_id is None:  # a decoder judges the last token that is no padding
+    if model.config.pad_token_id is None:  # a decoder judges the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return model, tokenizer
 
@@ -216,24 +220,6 @@ def measure(args: argparse.Namespace, trainer: Any, task: Any, rows: Data) -> di
     if rows.test:
         test = task.encode(rows.test[: 5 * args.eval_rows], train=False)
         found["test"] = numbers(trainer.evaluate(test))
-    return found
-
-
-def measure_before(
-    args: argparse.Namespace, trainer: Any, task: Any, rows: Data, *, resumed: bool
-) -> dict[str, Any]:
-    """Return the numbers of the untrained model; a run that goes on has them written down."""
-    path = args.output / "before.json"
-    if resumed and path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    if args.fsdp:  # accelerate shards a model together with its optimizer, or not at all
-        return {}
-    found = measure(args, trainer, task, rows)
-    # accelerate marks a model that it evaluated as prepared, and would not wrap it for DDP then:
-    # each process would train on its own, and nothing would say so.
-    vars(trainer.model).pop("_is_accelerate_prepared", None)
-    if FIRST:
-        write_json(path, found)
     return found
 
 

@@ -43,7 +43,7 @@ def count() -> Result:
 
 
 def training_bytes(whole: int, trained: int, layout: tuple[int, int, int]) -> int:
-    """Bytes of weights, gradients and optimiser state; activations are left out."""
+    """Bytes of weights, gradients and optimizer state; activations are left out."""
     weights, gradients, state = layout
     return whole * weights + trained * (weights * (trained < whole) + gradients + state)
 
@@ -97,7 +97,7 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
             f"{n_bytes(2 * whole)} at 16 bits."
         ),
         table(("config", "trainable", "times fewer", "bytes at 16 bits"), rows),
-        "Weights, gradients and optimiser state, by count; activations come on top:",
+        "Weights, gradients and optimizer state, by count; activations come on top:",
         table(("layout", "full", "LoRA q, v r = 4", "ratio"), memory),
         (
             "The paper's 1.2 TB lies below both layouts, so its full fine-tuning kept something "

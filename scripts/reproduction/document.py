@@ -16,7 +16,7 @@ HOLDS, FAILS, OPEN, PARTLY = "holds", "**does not hold**", "undecided", "holds i
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper beside what was found.
+    """One claim of the paper and what was found.
 
     Attributes:
         claim: What the paper says, in one sentence.
@@ -39,7 +39,7 @@ class Section:
         title: Its heading.
         claims: The claims it is about.
         text: Paragraphs, tables and pictures, as Markdown.
-        notes: What a reader must know beside the numbers.
+        notes: What a reader must know besides the numbers.
     """
 
     title: str

@@ -1,6 +1,6 @@
 """Stage `memory`: bytes and speed of a training step, full against LoRA (section 4.2).
 
-Bytes are counted, not sampled: weights, gradients and optimiser state by their tensors,
+Bytes are counted, not sampled: weights, gradients and optimizer state by their tensors,
 activations by what autograd keeps, and the peak by torch's own allocations during a step. Speed is
 timed in rounds that take all variants in turn.
 """
@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, int]] = {
     "LoRA q, v, r = 4": (r"self_attn\.[qv]_proj", 4),
     "LoRA all linears, r = 8": (r"(self_attn|mlp)\.\w+_proj", 8),
 }
-PARTS = ("weights", "gradients", "optimiser", "activations")
+PARTS = ("weights", "gradients", "optimizer", "activations")
 
 # what `reproduce.py` chooses: of one thread the processor's, which leaves out waiting for a core
 CLOCK = {True: "processor time", False: "time by the clock"}
@@ -88,14 +88,14 @@ def bytes_of(
     labels: Tensor,
 ) -> Result:
     """What a step needs, by kind."""
-    step()  # the optimiser makes its state in the first
+    step()  # the optimizer makes its state in the first
     trained = [p for p in model.parameters() if p.requires_grad]
     state = [t for kept in optimizer.state.values() for t in kept.values()]
     weights = size(model.parameters())
     return {
         "weights": weights,
         "gradients": size(trained),
-        "optimiser": size(t for t in state if isinstance(t, Tensor)),
+        "optimizer": size(t for t in state if isinstance(t, Tensor)),
         "activations": measure.saved_bytes(
             model, lambda: target_log_probs(model, tokens, labels).mean()
         ),
@@ -152,7 +152,7 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         (
             f"SmolLM2-135M in float32, batch {shape}, the loss on the last quarter; AdamW. Bytes "
             "of "
-            "weights, gradients and optimiser state are those of their tensors, activations what "
+            "weights, gradients and optimizer state are those of their tensors, activations what "
             "autograd keeps for the backward, the peak what torch has allocated at most during a "
             "step."
         ),

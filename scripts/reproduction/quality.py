@@ -127,7 +127,7 @@ def draw(found: dict[str, Scores], path: Path) -> Path:
             )  # fmt: skip
     if "head" in found:
         axes.axhline(100 * found["head"].mean, color="grey", linestyle=":", label="head only")
-    axes.set(xscale="log", xlabel="trained parameters beside the head", ylabel="test accuracy, %")
+    axes.set(xscale="log", xlabel="trainable besides the head", ylabel="test accuracy, %")
     figure.legend(fontsize="small", loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
@@ -153,7 +153,7 @@ def results(found: dict[str, Scores]) -> str:
                 "" if peak is None else f"{peak / 1e6:.0f}",
             )
         )
-    head = ("method", "parameters beside the head", "accuracy, %", "deviation", "seeds")
+    head = ("method", "trainable besides the head", "accuracy, %", "deviation", "seeds")
     return table((*head, "against full", "s", "MB"), rows)
 
 

@@ -1,4 +1,4 @@
-"""Stage `rivals`: LoRA beside the other ways to train less than everything (section 5)."""
+"""Stage `rivals`: LoRA compared with the other ways to train less than everything (section 5)."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         ),
         table(("method", "parameters", "accuracy, %", "LoRA ahead", "ahead at all"), rows),
     ]
-    return Section("Beside other ways to train little (section 5)", [claim], text)
+    return Section("Compared with other ways to train little (section 5)", [claim], text)

@@ -1,4 +1,4 @@
-"""Stage `together`: LoRA beside prefix tuning, and LoRA of full rank (appendix E, section 4.1).
+"""Stage `together`: LoRA with prefix tuning, and LoRA of full rank (appendix E, section 4.1).
 
 Two facts about what LoRA is. It is orthogonal to other methods: PEFT's prefix and this package's
 adapters train on one model, and nothing needs to know of the other. And it is a way into full
@@ -142,7 +142,7 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
                 "and its "
                 "config names the prefix under `train`, so it trains and travels with the adapter."
             ),
-            table(("method", "parameters beside the head", "accuracy, %", "seeds"), rows),
+            table(("method", "trainable besides the head", "accuracy, %", "seeds"), rows),
         ]
         assert gaps[0] is not None
         assert gaps[1] is not None
