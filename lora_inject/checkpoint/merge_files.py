@@ -78,13 +78,14 @@ def merge_checkpoint(
         >>> from safetensors.torch import load_file, save_file
         >>> folder = Path(tempfile.mkdtemp())
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
-        >>> save_file(net.state_dict(), folder / "model.safetensors")
+        >>> (folder / "base").mkdir()
+        >>> save_file(net.state_dict(), folder / "base" / "model.safetensors")
         >>> _ = li.inject(net, {"rank": 1, "alpha": 1, "targets": ["0"]})
         >>> with torch.no_grad():
         ...     for parameter in li.adapter_parameters(net).values():
         ...         _ = parameter.fill_(0.5)
         >>> state = li.adapter_state(net)
-        >>> report = merge_checkpoint(folder / "model.safetensors", [state], folder / "merged")
+        >>> report = merge_checkpoint(folder / "base", [state], folder / "merged")
         >>> round(report.tensors["0.weight"].kept, 3)
         1.0
         >>> merged = load_file(folder / "merged" / "model.safetensors")["0.weight"]
