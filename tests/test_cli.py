@@ -431,6 +431,42 @@ def test_merge_refuses_where_rounding_leaves_too_little(run, files, tmp_path):
     assert run(*args[:-1], tmp_path / "wide", "--dtype", "float32").code == 0
 
 
+def test_merge_that_keeps_nothing_says_so_at_the_end_and_on_stderr(run, files, tmp_path):
+    args = ("merge", files.bf16, files.one, "--weight", 1e-7)
+    found = run(*args, "-o", tmp_path / "out")
+    assert found.code == 0
+    assert "rounding left 0.0000 of every delta" in found.out.splitlines()[-1]
+    assert found.err.startswith("warning: rounding left 0.0000 of every delta")
+    data = json.loads(run(*args, "-o", tmp_path / "again", "--json").out)
+    assert len(data["inert"]) == len(data["tensors"])
+    assert "has no effect" in data["warning"]
+
+
+@pytest.mark.parametrize("least", ["nan", "inf"])
+def test_merge_refuses_a_least_share_that_is_none(run, files, tmp_path, least):
+    found = run("merge", files.bf16, files.one, "--min-kept", least, "-o", tmp_path / "out")
+    assert found.code in {1, 2}
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_renames_as_told(run, files, tmp_path):
+    """The base without a config, under another prefix."""
+    base = load_file(files.base / "model.safetensors")
+    (tmp_path / "base").mkdir()
+    path = tmp_path / "base" / "model.safetensors"
+    save_file({f"inner.{name}": t for name, t in base.items()}, path)
+    args = ("merge", tmp_path / "base", files.one, "-o", tmp_path / "out")
+    found = run(*args)
+    assert found.code == 1
+    assert "--rename OLD=NEW" in found.err
+    assert run(*args, "--rename", "=inner.", "--any-base").code == 0
+    assert run(*args, "--rename", "inner").code == 2
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, delta in dense(files.one).items():
+        wanted = base[name].double() + delta
+        assert torch.allclose(merged[f"inner.{name}"].double(), wanted, atol=1e-6)
+
+
 def test_merge_refuses_an_adapter_of_another_model(run, files, tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(6, 5))
     li.save_adapter(li.inject(net, {"rank": 2, "targets": ["0"]}), tmp_path / "other")
