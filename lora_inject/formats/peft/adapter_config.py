@@ -180,6 +180,11 @@ class Claims:
         alphas = values_of(self.alpha_pattern, names, self.alpha, f"{self.asked}, 'alpha_pattern'")
         return {name: (ranks[name], alphas[name]) for name in names}
 
+    @property
+    def scaling(self) -> str:
+        """The scaling as a site's spec calls it."""
+        return "rslora" if self.rslora else "standard"
+
     def scale(self, alpha: float, rank: int) -> float:
         """The scale that the file means by an alpha on tensors of this rank."""
         return alpha / (math.sqrt(rank) if self.rslora else rank)

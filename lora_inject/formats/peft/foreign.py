@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,18 @@ class _Pair:
 
     embedding: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Found(NamedTuple):
+    """One site: its tensors, and what the config claims of it."""
+
+    name: str
+    A: Tensor
+    B: Tensor
+    embedding: bool
+    rank: int | None
+    alpha: float
+    where: str
 
 
 def read_foreign(
@@ -89,16 +102,17 @@ def read_foreign(
     numbers = claims.numbers(owners)
     sites = {}
     for name, (module, pair) in owners.items():
-        where = f"{asked}, site '{name}'"
+        a, b, where = pair.tensors["a"], pair.tensors["b"], f"{asked}, site '{name}'"
+        _check_shapes(a, b, where)
+        found = _Found(name, a, b, pair.embedding, *numbers[name], where)
         if name == module:
-            site = _module(name, pair, claims, numbers[name], where)
+            spec = _module(found, claims)
         else:
-            turned = _is_transposed(name, pair, claims, numbers[name], transposed_modules, where)
-            site = _parameter(name, pair, claims, numbers[name], where, transposed=turned)
-            if expert_major and site.spec.experts:
-                site = _regrouped(site)
-        check_site(site, asked)
-        sites[name] = site
+            spec = _parameter(found, claims, transposed_modules)
+            if expert_major and spec.experts:
+                found = found._replace(B=_rank_major(b, spec.experts))
+        sites[name] = unpack(spec, a, found.B, where)
+        check_site(sites[name], asked)
     trained, copies = _full_tensors(rest, sites, claims, asked)
     return AdapterState(sites, trained, base_copies=copies)
 
@@ -215,42 +229,36 @@ def _parameters_of(module: str, claims: Claims, tensor_names: Sequence[str] | No
     return sorted(there, key=lambda name: position[f"{module}.{name}"])
 
 
-def _module(
-    name: str, pair: _Pair, claims: Claims, numbers: tuple[int | None, float], where: str
-) -> SiteState:
+def _module(found: _Found, claims: Claims) -> SiteSpec:
     """A site on a module; its kind is read off the shapes as far as they go."""
-    a, b = pair.tensors["a"], pair.tensors["b"]
-    _check_shapes(a, b, where)
-    rank = int(a.shape[0])
-    claimed, alpha = numbers
-    if claimed is not None and claimed != rank:
+    a, rank = found.A, int(found.A.shape[0])
+    if found.rank not in {None, rank}:
         raise FormatError(
-            where,
-            f"its tensors have rank {rank}, adapter_config.json says {claimed}",
+            found.where,
+            f"its tensors have rank {rank}, adapter_config.json says {found.rank}",
             "Correct 'r' or 'rank_pattern' there; the scale depends on it",
         )
-    n_in, n_out = a[0].numel(), int(b.shape[0])
+    n_in, n_out = a[0].numel(), int(found.B.shape[0])
     kind, shape = "linear", (n_out, n_in)
-    if pair.embedding:
+    if found.embedding:
         kind, shape = "embedding", (n_in, n_out)
     elif a.ndim > 2:
         kind, shape = "conv", (n_out, *a.shape[1:])
     elif claims.fan_in_fan_out:
         kind, shape = "conv1d", (n_in, n_out)
-    spec = SiteSpec(
-        name=name,
+    return SiteSpec(
+        name=found.name,
         kind=kind,
         in_features=n_in,
         out_features=n_out,
         weight_shape=shape,
         rank=rank,
-        alpha=alpha,
+        alpha=found.alpha,
         transposed=kind in {"embedding", "conv1d"},
-        scaling="rslora" if claims.rslora else "standard",
+        scaling=claims.scaling,
         dropout=claims.dropout,
-        weight=f"{name}.weight",
+        weight=f"{found.name}.weight",
     )
-    return unpack(spec, a, b, where)
 
 
 def _check_shapes(a: Tensor, b: Tensor, where: str) -> None:
@@ -266,25 +274,48 @@ def _check_shapes(a: Tensor, b: Tensor, where: str) -> None:
         raise FormatError(where, f"{found}: the ranks differ", remedy if groups else _REPAIR)
 
 
+def _parameter(
+    found: _Found, claims: Claims, transposed_modules: Collection[str] | None
+) -> SiteSpec:
+    """A site on a parameter: one matrix, or a stack of them for experts."""
+    a, rank = found.A, found.rank
+    if rank is None or a.shape[0] % rank or a.ndim != 2 or found.embedding:
+        raise FormatError(
+            found.where,
+            f"A has {a.shape[0]} rows, which is not a multiple of the rank {rank} in the config",
+            "Correct 'r' or 'rank_pattern' in adapter_config.json",
+        )
+    n_in, n_out, experts = int(a.shape[1]), int(found.B.shape[0]), int(a.shape[0]) // rank
+    stacked = experts > 1
+    transposed = stacked and _is_transposed(found, claims, transposed_modules)
+    matrix = (n_in, n_out) if transposed else (n_out, n_in)
+    return SiteSpec(
+        name=found.name,
+        kind="parameter",
+        in_features=n_in,
+        out_features=n_out,
+        weight_shape=(experts, *matrix) if stacked else matrix,
+        rank=rank,
+        alpha=found.alpha,
+        transposed=transposed,
+        experts=experts if stacked else None,
+        scaling=claims.scaling,
+        weight=found.name,
+    )
+
+
 def _is_transposed(
-    name: str,
-    pair: _Pair,
-    claims: Claims,
-    numbers: tuple[int | None, float],
-    transposed_modules: Collection[str] | None,
-    where: str,
+    found: _Found, claims: Claims, transposed_modules: Collection[str] | None
 ) -> bool:
     """Whether PEFT took a stack for (experts, in, out).
 
     Until 0.18 it took every stack so, since then those whose module has `is_transposed`. Of a
     square matrix neither is seen in the file: it names no class, and before 0.18 no version.
     """
-    a, b = pair.tensors["a"], pair.tensors["b"]
-    if a.shape[0] == numbers[0]:
-        return False  # one matrix
     if claims.peft_version is not None and claims.peft_version < (0, 19):
         return True
-    if a.shape[-1] == b.shape[0] and None in (transposed_modules, claims.peft_version):
+    width = found.B.shape[0]
+    if found.A.shape[-1] == width and None in (transposed_modules, claims.peft_version):
         remedy = (
             "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
             if claims.peft_version is None
@@ -292,58 +323,17 @@ def _is_transposed(
             "that have is_transposed, or ()"
         )
         raise FormatError(
-            where,
-            f"its matrices are square ({b.shape[0]}), and the file does not say whether the model "
+            found.where,
+            f"its matrices are square ({width}), and the file does not say whether the model "
             "holds them as (out, in) or, as GPT-OSS, as (in, out)",
             remedy,
         )
-    return owner(name) in (transposed_modules or ())
+    return owner(found.name) in (transposed_modules or ())
 
 
-def _parameter(
-    name: str,
-    pair: _Pair,
-    claims: Claims,
-    numbers: tuple[int | None, float],
-    where: str,
-    *,
-    transposed: bool,
-) -> SiteState:
-    """A site on a parameter: one matrix, or a stack of them for experts."""
-    a, b = pair.tensors["a"], pair.tensors["b"]
-    _check_shapes(a, b, where)
-    rank, alpha = numbers
-    if rank is None or a.shape[0] % rank or a.ndim != 2 or pair.embedding:
-        raise FormatError(
-            where,
-            f"A has {a.shape[0]} rows, which is not a multiple of the rank {rank} in the config",
-            "Correct 'r' or 'rank_pattern' in adapter_config.json",
-        )
-    n_in, n_out, experts = int(a.shape[1]), int(b.shape[0]), int(a.shape[0]) // rank
-    shape: tuple[int, ...] = (n_out, n_in)
-    if experts > 1:
-        shape = (experts, n_in, n_out) if transposed else (experts, n_out, n_in)
-    spec = SiteSpec(
-        name=name,
-        kind="parameter",
-        in_features=n_in,
-        out_features=n_out,
-        weight_shape=shape,
-        rank=rank,
-        alpha=alpha,
-        transposed=transposed,
-        experts=experts if experts > 1 else None,
-        scaling="rslora" if claims.rslora else "standard",
-        weight=name,
-    )
-    return unpack(spec, a, b, where)
-
-
-def _regrouped(site: SiteState) -> SiteState:
-    """Undo the reading by rank first of a B that was ordered by expert first."""
-    experts, n_out, rank = site.B.shape
-    columns = site.B.permute(1, 2, 0).reshape(n_out, experts, rank)
-    return SiteState(site.spec, site.A, columns.permute(1, 0, 2).contiguous())
+def _rank_major(b: Tensor, experts: int) -> Tensor:
+    """Order the columns of a B that has them by expert first as PEFT does, by rank first."""
+    return b.reshape(len(b), experts, -1).permute(0, 2, 1).reshape(b.shape)
 
 
 # Full tensors -----------------------------------------------------------------------------------
