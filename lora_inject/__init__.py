@@ -25,8 +25,10 @@ if TYPE_CHECKING:
         MatchError,
         StateError,
     )
+    from lora_inject.formats import read_adapter, write_adapter
     from lora_inject.functional.merge_report import MergeReport
     from lora_inject.integrations.trainer import AdapterCheckpoint
+    from lora_inject.layers.kinds import register_kind
     from lora_inject.model.eject import eject
     from lora_inject.model.inject import inject, plan
     from lora_inject.model.listing import adapters, summary
@@ -72,6 +74,8 @@ __all__ = [
     "merge_checkpoint",
     "parameter_groups",
     "plan",
+    "read_adapter",
+    "register_kind",
     "routed",
     "save_adapter",
     "summary",
@@ -79,6 +83,7 @@ __all__ = [
     "train_only",
     "unmerge",
     "unreached",
+    "write_adapter",
 ]
 
 _HOMES = {
@@ -88,8 +93,10 @@ _HOMES = {
     "checkpoint.options": "MergeOptions",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
+    "formats": "read_adapter write_adapter",
     "functional.merge_report": "MergeReport",
     "integrations.trainer": "AdapterCheckpoint",
+    "layers.kinds": "register_kind",
     "model.eject": "eject",
     "model.inject": "inject plan",
     "model.listing": "adapters summary",

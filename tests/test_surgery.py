@@ -167,7 +167,7 @@ def test_eject_forgets_the_adapter_entirely() -> None:
     gc.collect()
     assert dead() is None
     assert li.adapters(model) == {}
-    assert li.summary(model).count("\n") == 0
+    assert li.summary(model).count("\n") == 1
     with pytest.raises(li.StateError, match="eject 'default': the model's adapters are: none"):
         li.eject(model, "default")
 
@@ -936,6 +936,18 @@ def test_adapter_parameters_and_groups() -> None:
     grouped = {id(p) for g in groups for p in g["params"]}
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
     torch.optim.AdamW(groups)
+    li.train_only(model, ["sql", "style"])
+    by_adapter = li.parameter_groups(model, {"sql": 0.1, "style": 0.2}, b_lr_ratio=4)
+    assert [(g["name"], g["lr"], len(g["params"])) for g in by_adapter] == [
+        ("sql:lora_A", 0.1, 2),
+        ("sql:lora_B", 0.4, 2),
+        ("sql:lora_T", 0.1, 2),
+        ("style:lora_A", 0.2, 1),
+        ("style:lora_B", 0.8, 1),
+    ]
+    for rates in ({"sql": 0.1}, {"sql": 0.1, "style": 0.2, "stile": 0.3}):
+        with pytest.raises(li.StateError, match=r"the trainable adapters are \['sql', 'style'\]"):
+            li.parameter_groups(model, rates)
     li.train_only(model, None)
     with pytest.raises(li.StateError, match="no adapter of the model is trainable"):
         li.parameter_groups(model, lr=0.1)
@@ -955,8 +967,10 @@ def test_summary_lists_the_adapters() -> None:
     li.activate(model, {"sql": 0.25})
     lines = [line.split() for line in li.summary(model).splitlines()]
     assert lines[1][:2] == ["sql", "2"]
-    assert lines[1][-2:] == ["0.25", "no"]
-    assert lines[2] == ["bitfit", "0", "-", "3", "15", "-", "yes"]
+    assert lines[1][-3:] == ["x", "0.25", "no"]
+    assert lines[2] == ["bitfit", "0", "-", "3", "15", "no", "yes"]
+    n_all = sum(p.numel() for p in model.parameters())
+    assert lines[3] == f"trainable: 15 of {n_all} parameters ({1500 / n_all:.4f} %)".split()
 
 
 UNKNOWN = {

@@ -82,24 +82,39 @@ def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> Ad
 
 
 def summary(model: nn.Module) -> str:
-    """Return the adapters of a model as a plain text table."""
-    rows = [("adapter", "sites", "ranks", "trained", "parameters", "weight", "trainable")]
+    """Return the adapters of a model as a plain text table, with what is active and what trains.
+
+    Example:
+        >>> from lora_inject.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
+        >>> print(summary(net))
+        adapter  sites  ranks  trained  parameters  active  trainable
+        sql      1      1      0        8           x 1     yes
+        trainable: 8 of 28 parameters (28.5714 %)
+    """
+    rows = [("adapter", "sites", "ranks", "trained", "parameters", "active", "trainable")]
     for name, info in adapters(model).items():
-        ranks = ", ".join(map(str, info.ranks)) or "-"
-        weight = "-" if info.weight is None else f"{info.weight:g}"
         rows.append(
             (
                 name,
                 str(len(info.sites)),
-                ranks,
+                ", ".join(map(str, info.ranks)) or "-",
                 str(len(info.trained)),
                 f"{info.n_parameters:,}",
-                weight,
+                "no" if info.weight is None else f"x {info.weight:g}",
                 "yes" if info.trainable else "no",
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
+    ]
+    # What is stored: of a packed weight, its bytes.
+    parameters = {id(p): p for p in model.parameters()}.values()
+    n_all = sum(p.numel() for p in parameters)
+    n_trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    share = 100 * n_trainable / n_all if n_all else 0.0
+    return "\n".join(
+        [*lines, f"trainable: {n_trainable:,} of {n_all:,} parameters ({share:.4f} %)"]
     )

@@ -1,11 +1,11 @@
-"""Which tensors of a model train, and what an optimiser gets of them.
+"""Which tensors of a model train, and what an optimizer gets of them.
 
 An adapter's tensors require gradients where `train_only` named it, and the base never.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -74,36 +74,58 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     return found
 
 
-def parameter_groups(model: nn.Module, lr: float, b_lr_ratio: float = 1.0) -> list[dict[str, Any]]:
-    """Return optimiser groups over the trainable adapters.
+def parameter_groups(
+    model: nn.Module, lr: float | Mapping[str, float], b_lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return optimizer groups over the trainable adapters.
 
     Args:
         model: The model.
-        lr: Learning rate of A and of trained base tensors.
+        lr: Learning rate of A and of trained base tensors: one number, or one for each trainable
+            adapter by its name.
         b_lr_ratio: Learning rate of B over that of A; 16 is what LoRA+ (arXiv:2402.12354) advises.
 
     Returns:
-        Groups with `params`, `lr` and a `name`, for any torch optimiser. Empty groups are left out.
+        Groups with `params`, `lr` and a `name`, for any torch optimizer: `lora_A`, `lora_B` and
+        `lora_T`, or `NAME:lora_A` and so on where `lr` is given by adapter. Empty groups are left
+        out.
 
     Raises:
-        StateError: No adapter is trainable.
+        StateError: No adapter is trainable, or `lr` does not name just those that are.
+
+    Example:
+        >>> from lora_inject.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
+        >>> [(g["name"], g["lr"]) for g in parameter_groups(net, {"sql": 0.1}, b_lr_ratio=16)]
+        [('sql:lora_A', 0.1), ('sql:lora_B', 1.6)]
     """
     # By identity: the copy of a tied tensor stands under each of its names.
-    groups: dict[str, dict[int, nn.Parameter]] = {"A": {}, "B": {}, "T": {}}
+    groups: dict[tuple[str, str], dict[int, nn.Parameter]] = {}
     for _, module, entry in entries(Survey(model)):
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]
-            if role in groups and parameter is not None and parameter.requires_grad:
-                groups[role][id(parameter)] = parameter
-    if not any(groups.values()):
+            if role in TRAINABLE_ROLES and parameter is not None and parameter.requires_grad:
+                key = (entry.adapter if isinstance(lr, Mapping) else "", role)
+                groups.setdefault(key, {})[id(parameter)] = parameter
+    if not groups:
         raise StateError(
             "parameter_groups",
             "no adapter of the model is trainable",
             "Call train_only(model, name)",
         )
-    rates = {"A": lr, "B": lr * b_lr_ratio, "T": lr}
+    rates = lr if isinstance(lr, Mapping) else {"": lr}
+    if wrong := rates.keys() ^ {adapter for adapter, _ in groups}:
+        known = sorted({adapter for adapter, _ in groups})
+        raise StateError(
+            f"parameter_groups, learning rate of {min(wrong)!r}",
+            f"the trainable adapters are {known}",
+            "Give one for each of them and no other",
+        )
     return [
-        {"params": list(parameters.values()), "lr": rates[role], "name": f"lora_{role}"}
-        for role, parameters in groups.items()
-        if parameters
+        {
+            "params": list(parameters.values()),
+            "lr": rates[adapter] * (b_lr_ratio if role == "B" else 1.0),
+            "name": f"{adapter}:lora_{role}" if adapter else f"lora_{role}",
+        }
+        for (adapter, role), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
