@@ -67,6 +67,8 @@ def chosen_rows(chosen: Tensor, numbers: Sequence[int]) -> Tensor:
         >>> chosen_rows(torch.tensor([5.0, -1.0, 4.0]), [4, 5]).tolist()
         [2, 0, 1]
     """
-    known = torch.tensor(numbers, device=chosen.device, dtype=chosen.dtype)
-    hits = chosen[:, None] == known
-    return torch.where(hits.any(1), hits.int().argmax(1) + 1, 0)
+    # Compared with numbers of Python: a tensor of them would be copied to the device each time.
+    rows = torch.zeros_like(chosen, dtype=torch.int64)
+    for place, number in enumerate(numbers, 1):
+        rows = torch.where(chosen == number, place, rows)
+    return rows

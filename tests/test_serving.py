@@ -1,0 +1,104 @@
+"""A small server: requests of several tenants on a thread pool, with hot-swapped adapters."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from conftest import error, fill
+from torch import Tensor, nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import lora_inject as li
+
+TENANTS = ("sql", "style", None)
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    for name in ("sql", "style"):
+        fill(li.inject(model, {"rank": 2, "alpha": 16, "targets": ["all-linear"]}, name), name)
+    return li.activate(model, None)
+
+
+def generate(model: nn.Module, ids: Tensor, tenants: list[str | None], beams: int = 1) -> Tensor:
+    how = GenerationConfig(max_new_tokens=4, num_beams=beams, do_sample=False, pad_token_id=0)
+    with torch.no_grad(), li.routed(model, tenants, repeat=beams):
+        found: Tensor = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=how
+        )  # type: ignore[operator]
+    return found
+
+
+def alone(model: nn.Module, ids: Tensor, tenant: str | None, beams: int = 1) -> Tensor:
+    return generate(model, ids[None], [tenant], beams)[0]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_batches_of_several_tenants_generate_what_each_alone_does(server: Any, beams: int) -> None:
+    ids = torch.randint(1, 50, (3, 4))
+    wanted = [alone(server, row, name, beams) for row, name in zip(ids, TENANTS, strict=True)]
+    assert len({tuple(alone(server, ids[0], name, beams).tolist()) for name in TENANTS}) == 3
+    with ThreadPoolExecutor(3) as pool:
+        batches = [pool.submit(generate, server, ids, list(TENANTS), beams) for _ in range(3)]
+        for batch in batches:
+            for found, each in zip(batch.result(), wanted, strict=True):
+                assert torch.equal(found, each)
+
+
+def test_an_adapter_is_swapped_between_batches(server: Any) -> None:
+    """Whoever swaps values in place waits for the batches that run; each is wholly old or new."""
+    x = torch.randint(1, 50, (2, 4))
+    old = li.adapter_state(server, "style")
+    fill(server, "style")
+    new = li.adapter_state(server, "style")
+
+    @torch.no_grad()
+    def request() -> Tensor:
+        with lock, li.routed(server, ["style", "style"]):
+            return server(x).logits
+
+    def wanted(state: Any) -> Tensor:
+        li.swap_adapter(server, state, "style")
+        return request()
+
+    lock = threading.Lock()
+    outputs = [wanted(new), wanted(old)]
+    with ThreadPoolExecutor(3) as pool:
+        futures = []
+        for i in range(20):
+            futures.append(pool.submit(request))
+            if i % 5 == 2:
+                with lock:
+                    li.swap_adapter(server, (new, old)[i % 2], "style")
+        for future in futures:
+            assert min(error(future.result(), each) for each in outputs) < 1e-12
+    li.swap_adapter(server, old, "style")
+
+
+def test_an_adapter_is_loaded_while_requests_run(server: Any) -> None:
+    x = torch.randint(1, 50, (2, 4))
+    with torch.no_grad(), li.routed(server, ["sql", None]):
+        before = server(x).logits
+        state = li.adapter_state(server, "style")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(li.install, server, state, "third").result()
+        assert error(server(x).logits, before) < 1e-12
+    with torch.no_grad(), li.routed(server, ["third", "style"]):
+        third = server(x[:1].expand(2, -1)).logits
+    assert error(third[0], third[1]) < 1e-12
+    li.eject(server, "third")
