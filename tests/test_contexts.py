@@ -17,6 +17,7 @@ from conftest import error, fill, same_bits
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.layers import contexts
 
 NAMES = ("a", "b", "c")
 
@@ -346,6 +347,43 @@ def test_leaving_in_another_thread_is_an_error() -> None:
     context.__enter__()
     with pytest.raises(li.StateError, match="another thread or task entered it"):
         in_thread(lambda: context.__exit__(None, None, None))
+
+
+@pytest.mark.parametrize("context", [li.disabled, lambda m: li.routed(m, ["b", None])])
+def test_an_interrupt_at_any_line_of_a_context_leaves_nothing_behind(context: Any) -> None:
+    model = net()
+    wanted = outputs(model)["a"]
+
+    def stops_at(n: int) -> bool:
+        """Interrupt the n-th line of the package's that runs, and say whether there was one."""
+        lines = iter(range(n))
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            if "lora_inject" not in frame.f_code.co_filename:
+                return None
+            if event == "line" and next(lines, None) is None:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with context(model):
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    n = 0
+    while stops_at(n):
+        n += 1
+        assert same_bits(model(X), wanted)
+        assert all(c.left for c in contexts._ENTERED.get())
+        assert not model.first._lora.selection.contexts
+    assert n > 50
+    li.eject(model)
 
 
 # ---------------------------------------------------------------------------------------- compiled

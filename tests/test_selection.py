@@ -113,12 +113,6 @@ def activate_another(model: Net, x: Tensor) -> None:
     backward(y)
 
 
-def activate_another_rank(model: Net, x: Tensor) -> None:
-    y = model(x)
-    li.activate(model, "c")
-    backward(y)
-
-
 def activate_none(model: Net, x: Tensor) -> None:
     y = model(x)
     li.activate(model, None)
@@ -186,15 +180,6 @@ def two_forwards_one_backward(model: Net, x: Tensor) -> None:
     backward(y + 2 * z)
 
 
-def two_forwards_two_backwards(model: Net, x: Tensor) -> None:
-    y = model(x)
-    with li.routed(model, ["b", "a", "a", None]):
-        z = model(x)
-    backward(y)
-    li.activate(model, "c")
-    backward(z)
-
-
 def late_backward_of_the_first(model: Net, x: Tensor) -> None:
     y = model(x)
     li.activate(model, "b")
@@ -256,17 +241,9 @@ def another_ejected_in_between(model: Net, x: Tensor) -> None:
     backward(y)
 
 
-def merged_and_unmerged_in_between(model: Net, x: Tensor) -> None:
-    li.activate(model, None)
-    y = model(x)
-    li.activate(model, "b")
-    backward(y)
-
-
 SCENARIOS = [
     nothing_changes,
     activate_another,
-    activate_another_rank,
     activate_none,
     activate_from_none,
     change_the_mix,
@@ -277,7 +254,6 @@ SCENARIOS = [
     backward_in_other_routes,
     routed_in_disabled,
     two_forwards_one_backward,
-    two_forwards_two_backwards,
     late_backward_of_the_first,
     evaluation_in_between,
     an_exception_in_between,
@@ -285,7 +261,6 @@ SCENARIOS = [
     forward_after_backward,
     an_adapter_more_in_between,
     another_ejected_in_between,
-    merged_and_unmerged_in_between,
 ]
 
 
@@ -319,7 +294,6 @@ ROUTES = {
     forward_in_routed,
     backward_in_other_routes,
     routed_in_disabled,
-    two_forwards_two_backwards,
     evaluation_in_between,
     an_exception_in_between,
 }
@@ -345,16 +319,6 @@ def test_reads_are_recomputed_under_the_selection_of_their_forward(
     model = copy.deepcopy(plain)
     model.mode = mode
     assert_same(run(scenario, model), run(scenario, plain))
-
-
-def test_the_scenarios_can_tell_selections_apart() -> None:
-    """With the wrong adapter in the recomputation the gradients would not be the same."""
-    gradients_of = {s: run(s, net()) for s in (activate_another, forward_in_routed)}
-    a, routed = gradients_of.values()
-    assert a["a:first.fc.lora_A"] is not None
-    assert a["b:first.fc.lora_A"] is None
-    assert routed["b:first.fc.lora_A"] is not None
-    assert routed["c:second.out.lora_B"] is not None
 
 
 # ------------------------------------------------------------- contexts inside what is checkpointed
@@ -874,7 +838,7 @@ def test_contexts_nest_and_leave_nothing_behind() -> None:
 @pytest.mark.parametrize(
     "context", [li.disabled, lambda m: li.routed(m, ["b"] * 4)], ids=["disabled", "routed"]
 )
-@pytest.mark.parametrize("raised", [ZeroDivisionError, KeyboardInterrupt, GeneratorExit])
+@pytest.mark.parametrize("raised", [ZeroDivisionError, GeneratorExit])
 def test_leaky_context(context: Any, raised: type[BaseException]) -> None:
     model = net()
     x = torch.randn(4, 3, 4, dtype=torch.float64)
@@ -891,20 +855,20 @@ def test_two_adapters_train_at_once_as_each_alone() -> None:
     apart = copy.deepcopy(together)
     x = torch.randn(6, 3, 4, dtype=torch.float64)
     target = torch.randn(6, 3, 4, dtype=torch.float64)
-    optimiser = torch.optim.Adam(li.adapter_parameters(together).values(), lr=0.02)
+    optimizer = torch.optim.Adam(li.adapter_parameters(together).values(), lr=0.02)
     for _ in range(10):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with li.routed(together, rows):
             (together(x) - target).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     for name in "abc":
         li.activate(apart, name)
         mine = [i for i, row in enumerate(rows) if row == name]
-        optimiser = torch.optim.Adam(li.adapter_parameters(apart, name).values(), lr=0.02)
+        optimizer = torch.optim.Adam(li.adapter_parameters(apart, name).values(), lr=0.02)
         for _ in range(10):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             (apart(x[mine]) - target[mine]).square().sum().backward()
-            optimiser.step()
+            optimizer.step()
     start = li.adapter_parameters(net())
     wanted = li.adapter_parameters(apart)
     for key, parameter in li.adapter_parameters(together).items():
@@ -925,11 +889,11 @@ def test_routed_dropout_is_each_adapters_own(kind: str) -> None:
         model.eval()
         exact = model(x)
         model.train()
-        runs = torch.stack([model(x) for _ in range(4000)])
+        runs = torch.stack([model(x) for _ in range(1000)])
     assert torch.equal(runs[:, :2], runs[:1, :2].expand_as(runs[:, :2]))
     assert torch.equal(runs[0, 1], exact[1])
     assert error(runs[0, 0], exact[0]) < TOLERANCE[torch.float64]
     spread = runs[:, 2].std(dim=0)
     moved = exact[2] != alone(model.eval(), None, [x], 2)[0]
     assert (spread[moved] > 0).all()
-    assert ((runs[:, 2].mean(dim=0) - exact[2]).abs() <= 5 * spread / 4000**0.5 + 1e-12).all()
+    assert ((runs[:, 2].mean(dim=0) - exact[2]).abs() <= 5 * spread / 1000**0.5 + 1e-12).all()

@@ -45,6 +45,7 @@ class Context:
         self._generator = frame if flags & _GENERATOR else None
         self._task = _task() if flags & inspect.CO_ASYNC_GENERATOR else None
         self._thread = threading.get_ident()
+        self._is_open = self._is_closed = False
 
     def enter(self) -> None:
         """Make the context the caller's innermost.
@@ -65,30 +66,37 @@ class Context:
         if self._generator is not None:
             _OF_GENERATORS[self._generator] = (*inside, self)
         _ENTERED.set((*inside, self))
+        self._is_open = True
 
     def leave(self) -> None:
-        """Undo `enter`.
+        """Undo `enter`, as far as it came; again where a call was interrupted.
 
         Raises:
             StateError: It is not the caller's innermost context. It is left all the same.
         """
-        entered_here = _ENTERED.get()
-        above = entered_here[entered_here.index(self) + 1 :] if self in entered_here else ()
-        _ENTERED.set(tuple(c for c in entered_here if c is not self))
+        if self._is_closed:
+            return
+        here = _ENTERED.get()
+        above = here[here.index(self) + 1 :] if self in here else ()
+        elsewhere = self._is_open and not self.left and self not in here
         self.left = True
         if self._generator is not None:
-            rest = tuple(c for c in _OF_GENERATORS.pop(self._generator, ()) if c is not self)
+            rest = tuple(c for c in _OF_GENERATORS.get(self._generator, ()) if c is not self)
             if rest and rest[-1]._generator is self._generator:
                 _OF_GENERATORS[self._generator] = rest
+            else:
+                _OF_GENERATORS.pop(self._generator, None)
         for selection in self.states:
             selection.was_left(self)
+        _ENTERED.set(tuple(c for c in here if c is not self))
+        self._is_closed = True
         if any(not c.left and not c.is_suspended() for c in above):
             raise StateError(
                 "leaving routed() or disabled()",
                 "a context that was entered later is still open",
                 "Leave contexts in the reverse order of entering them",
             )
-        if self not in entered_here and self._generator is None:
+        if elsewhere and self._generator is None:
             raise StateError(
                 "leaving routed() or disabled()",
                 "another thread or task entered it",
@@ -156,14 +164,13 @@ def within(states: Mapping[Any, Any], *, recomputes: bool = False) -> Iterator[N
     """Run the body in a new context."""
     context = Context(states, recomputes=recomputes)
     try:
-        context.enter()
-        yield
-    finally:
         try:
+            context.enter()
+            yield
+        finally:
             context.leave()
-        except KeyboardInterrupt:  # in the middle of leaving
-            context.leave()
-            raise
+    finally:
+        context.leave()  # where the first call was interrupted
 
 
 def _entering_frame() -> FrameType:
