@@ -67,8 +67,13 @@ def lazy_weight(
     if not _can_wait(weight, stacked, float32):
         used()
         return effective_weight(weight, updates, float32=float32)
-    value = low_rank(weight, updates) if updates else LowRank(weight, ())
-    return LazyWeight.over(value, used=used)
+
+    def make() -> LowRank:
+        return low_rank(weight, updates) if updates else LowRank(weight, ())
+
+    if torch.is_grad_enabled():
+        return LazyWeight.over(make(), used=used)
+    return LazyWeight.without_graph(weight, updates, make, used)
 
 
 def _can_wait(weight: Tensor, stacked: bool, float32: bool) -> bool:
@@ -84,12 +89,13 @@ def _can_wait(weight: Tensor, stacked: bool, float32: bool) -> bool:
 class LazyWeight(Tensor):
     """Stands for a weight with its updates; what it cannot answer thinly it forms first."""
 
-    _value: LowRank
+    _value: LowRank | Callable[[], LowRank]
     # What it is a view of, and how; None for a weight as it was read, or a copy of some of it.
     _origin: tuple[LazyWeight, Callable[[Tensor], Tensor]] | None
     _formed: Tensor | None
     _matrices: list[LowRank] | None
     _grad_mode: bool
+    _watched: list[Tensor]
     _versions: list[int]
     _used: Callable[[], None] | None
 
@@ -102,11 +108,33 @@ class LazyWeight(Tensor):
         """Make one that stands for `value`, with a graph to all of its factors."""
         factors = [t for left, right, _ in value.terms for t in (left, right)]
         made: LazyWeight = _Deferred.apply(value, value.base, *factors)  # type: ignore[no-untyped-call]
-        made._value, made._origin, made._used = value, origin, used
-        made._formed = made._matrices = None
-        made._grad_mode = torch.is_grad_enabled()
-        made._versions = _versions(value) if origin is None else []
+        made._start(value, [] if origin else [value.base, *factors], origin, used)
         return made
+
+    @staticmethod
+    def without_graph(
+        weight: Tensor,
+        updates: Sequence[Update],
+        make: Callable[[], LowRank],
+        used: Callable[[], None],
+    ) -> LazyWeight:
+        """Make one without gradients, which costs little until it is used."""
+        made: LazyWeight = _empty(weight)
+        watched = [weight, *(t for _, A, B, _ in updates for t in (A, B))]
+        made._start(make, watched, None, used)
+        return made
+
+    def _start(
+        self,
+        value: LowRank | Callable[[], LowRank],
+        watched: list[Tensor],
+        origin: tuple[LazyWeight, Callable[[Tensor], Tensor]] | None,
+        used: Callable[[], None] | None,
+    ) -> None:
+        self._value, self._origin, self._used = value, origin, used
+        self._formed = self._matrices = None
+        self._grad_mode = torch.is_grad_enabled()
+        self._watched, self._versions = watched, _versions(watched)
 
     def value(self) -> LowRank:
         """Return the sum that it stands for.
@@ -116,7 +144,7 @@ class LazyWeight(Tensor):
         """
         if self._origin is not None:
             self._origin[0].value()
-        elif _versions(self._value) != self._versions:
+        elif _versions(self._watched) != self._versions:
             raise LayerError(
                 "using a weight that was read in an earlier forward",
                 "its adapter, or the weight itself, was changed since",
@@ -125,6 +153,9 @@ class LazyWeight(Tensor):
         elif self._used is not None:
             self._used()
             self._used = None
+        if not isinstance(self._value, LowRank):
+            with torch.set_grad_enabled(self._grad_mode):
+                self._value = self._value()
         return self._value
 
     def formed(self, *, to_change: bool = False) -> Tensor:
@@ -250,9 +281,16 @@ def _changes(func: Any, kwargs: dict[str, Any]) -> bool:
     return in_place or name in _CHANGING or "out" in kwargs or bool(kwargs.get("inplace"))
 
 
-def _versions(value: LowRank) -> list[int]:
-    tensors = [value.base, *(t for left, right, _ in value.terms for t in (left, right))]
+def _versions(tensors: list[Tensor]) -> list[int]:
     return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def _empty(like: Tensor) -> LazyWeight:
+    """Return a lazy weight that says what a tensor is like, without anything in it."""
+    made: LazyWeight = Tensor._make_wrapper_subclass(
+        LazyWeight, like.shape, like.stride(), dtype=like.dtype, device=like.device
+    )
+    return made
 
 
 class _Deferred(torch.autograd.Function):
@@ -262,10 +300,7 @@ class _Deferred(torch.autograd.Function):
     def forward(ctx: Any, value: LowRank, base: Tensor, *factors: Tensor) -> LazyWeight:
         ctx.scales = [scale for _, _, scale in value.terms]
         ctx.save_for_backward(*factors)
-        lazy: LazyWeight = Tensor._make_wrapper_subclass(
-            LazyWeight, base.shape, base.stride(), dtype=base.dtype, device=base.device
-        )
-        return lazy
+        return _empty(base)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

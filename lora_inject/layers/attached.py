@@ -20,7 +20,7 @@ from lora_inject.functional.factors import Spans
 from lora_inject.layers.selection import Selection, State
 from lora_inject.spec.sites import SiteSpec
 
-TRAINABLE_ROLES = ("A", "B", "T")
+TRAINABLE_ROLES = frozenset({"A", "B", "T"})
 
 
 def encode(adapter: str) -> str:
@@ -128,6 +128,8 @@ class Attached:
         self.old_forward: Any = None
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
         self.float32 = False
+        self._n_tensors = 0
+        self._base: tuple[str, ...] = ()
         # One object, which another thread cannot change between two looks at it.
         self._chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
 
@@ -139,12 +141,15 @@ class Attached:
 
     def add(self, entry: Entry, *, forward: bool) -> None:
         """Register an entry whose tensors are on the module."""
+        self._n_tensors += len(entry.names)
+        self._chosen = (None, ())
+        self.selection.number(entry.adapter)
         if forward:
             self.forward = {**self.forward, entry.adapter: entry}
+            self.float32 = self.float32 or _in_float32(entry)
         else:
             others = self.reads.get(entry.param, {})
             self.reads = {**self.reads, entry.param: {**others, entry.adapter: entry}}
-        self._changed()
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
@@ -155,8 +160,20 @@ class Attached:
             for param, by_adapter in self.reads.items()
         }
         self.reads = {param: by_adapter for param, by_adapter in left.items() if by_adapter}
+        self._n_tensors -= sum(len(entry.names) for entry in removed)
         self._changed()
         return removed
+
+    def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
+        """Return those of the module's parameters that are not an adapter's.
+
+        Their names are kept, so that it costs the same whatever adapters there are.
+        """
+        names = self._base
+        if len(parameters) != len(names) + self._n_tensors or not parameters.keys() >= set(names):
+            flat = {flat for entry in self.entries() for flat in entry.names.values()}
+            names = self._base = tuple(key for key in parameters if key not in flat)
+        return {key: p for key in names if (p := parameters[key]) is not None}
 
     def join(self, selection: Selection) -> None:
         """Follow another selection."""
@@ -167,9 +184,7 @@ class Attached:
         self._chosen = (None, ())
         for entry in self.entries():
             self.selection.number(entry.adapter)
-        self.float32 = any(
-            e.spec is not None and e.spec.compute == "float32" for e in self.forward.values()
-        )
+        self.float32 = any(map(_in_float32, self.forward.values()))
 
     def chosen(self, state: State) -> tuple[Recipe, ...]:
         """Return what the forward update needs of each update that takes part under `state`."""
@@ -208,6 +223,10 @@ class Attached:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
         self._changed()
+
+
+def _in_float32(entry: Entry) -> bool:
+    return entry.spec is not None and entry.spec.compute == "float32"
 
 
 def attached_to(module: nn.Module) -> Attached | None:

@@ -78,7 +78,7 @@ class LoRALinear(ForwardUpdate):
         if not isinstance(self, LoRALinear):  # somebody kept this method; the adapter is gone
             return type(self).forward(self, *args, **kwargs)
         attached = self._lora
-        x = self._lora_input(args, kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else self._lora_input(args, kwargs)
         state = attached.selection.current()
         if state.routed:
             routing = self._lora_routing(x, state)
@@ -93,7 +93,7 @@ class LoRALinear(ForwardUpdate):
             return add_updates(y, x, updates, float32=float32) if updates else y
         updates = self._lora_updates(state)
         if updates and self._lora_stock:
-            weight, bias = self._lora_own("weight"), self._lora_own("bias")
+            weight, bias = self._lora_weight_and_bias()
             if type(weight) in PLAIN:
                 return linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
         y = self._lora_plain_forward(args, kwargs)
@@ -104,12 +104,13 @@ class LoRALinear(ForwardUpdate):
         if not self._lora_stock:
             return super().forward(*args, **kwargs)
         # Its own forward would read the weight as whoever computes with it is to find it.
-        x, weight, bias = (
-            self._lora_input(args, kwargs),
-            self._lora_own("weight"),
-            self._lora_own("bias"),
-        )
-        return self._lora_formula(x, weight, bias)
+        return self._lora_formula(self._lora_input(args, kwargs), *self._lora_weight_and_bias())
+
+    def _lora_weight_and_bias(self) -> tuple[Any, Any]:
+        held = self._parameters
+        if self._lora.reads or "weight" not in held or "bias" not in held:
+            return self._lora_own("weight"), self._lora_own("bias")
+        return held["weight"], held["bias"]
 
     @staticmethod
     def _lora_formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -177,9 +177,6 @@ def _refuse_endless(name: str) -> None:
 
 def _base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return a module's own parameters, without its children's and without adapters."""
-    own = {key: p for key, p in module._parameters.items() if p is not None}
     if (attached := attached_to(module)) is not None:
-        for entry in attached.entries():
-            for flat in entry.names.values():
-                own.pop(flat, None)
-    return own
+        return attached.base(module._parameters)
+    return {key: p for key, p in module._parameters.items() if p is not None}

@@ -38,8 +38,8 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     for path, module in survey.modules:
         how = "FullyShardedDataParallel" if isinstance(module, fsdp) else None
-        for key, parameter in () if how else module._parameters.items():
-            if parameter is not None and (how := sharded_by(parameter)):
+        for key, parameter in () if how else survey.own[id(module)].items():
+            if how := sharded_by(parameter):
                 path = f"{path}.{key}" if path else key  # noqa: PLW2901 - it ends the loop
                 break
         if how:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.errors import StateError
-from lora_inject.layers.attached import TRAINABLE_ROLES
+from lora_inject.layers.attached import TRAINABLE_ROLES, attached_to
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import check_names, entries, reach, refuse_merged
 from lora_inject.spec.names import joined
@@ -37,11 +37,14 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
 
 def set_trained(survey: Survey, wanted: Collection[str]) -> None:
     """Set the `requires_grad` of every adapter's tensors, without a check."""
-    for _, module, entry in entries(survey):
-        for role, flat in entry.names.items():
-            parameter = module._parameters[flat]
-            if role in TRAINABLE_ROLES and parameter is not None:
-                parameter.requires_grad_(entry.adapter in wanted)
+    for _, module in survey.modules:
+        attached, held = attached_to(module), module._parameters
+        for entry in attached.entries() if attached is not None else ():
+            trains = entry.adapter in wanted
+            for role in TRAINABLE_ROLES & entry.names.keys():
+                parameter = held[entry.names[role]]
+                if parameter is not None and parameter.requires_grad is not trains:
+                    parameter.requires_grad_(trains)
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
