@@ -1,17 +1,16 @@
-"""How fast and how small merging a checkpoint is, beside PEFT's own path and a plain copy.
+"""How fast and how small merging a checkpoint is, compared with PEFT's own path and a plain copy.
 
 Makes a Llama of random bfloat16 weights of each size asked for and a LoRA adapter on all of its
 projections, then runs each way of merging in a process of its own, in turn, so that whatever else
-the machine does hits all of them alike. Prints medians and their spread, and what was promised.
+the machine does affects all of them alike. Prints medians and their spread as Markdown.
 
     python scripts/bench_merge.py                               all sizes; needs 40 GB of disk
     python scripts/bench_merge.py --size 1.3 --rounds 5 --folder /tmp/bench
     python scripts/bench_merge.py --size 0.3 --size 8 --only lora_inject --only "cp -r"
-    python scripts/bench_merge.py --write docs/merging.md
+    python scripts/bench_merge.py --json runs.json              every run as JSON too
 
-The page cache is warm in every run, and holds all memory that is not in use. What is spent waiting
-for the disk (fsync) is shown apart, as neither PEFT nor cp waits for it. PEFT is left out above
-4 GB: it holds the whole model.
+The page cache is warm in every run. What is spent waiting for the disk (fsync) is shown apart, as
+neither PEFT nor cp waits for it. PEFT is left out above 4 GB: it holds the whole model.
 """
 
 from __future__ import annotations
@@ -24,10 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 SHAPES = {  # size in GB: hidden, inner, layers, heads, key-value heads
@@ -39,9 +35,8 @@ SHAPES = {  # size in GB: hidden, inner, layers, heads, key-value heads
 VOCAB = 32000
 SHARDS = 3
 MOST_FOR_PEFT = 4.0
-FILLED_FROM = 1.0
-BY_HAND = "<!-- Below this line: written by hand, kept by scripts/bench_merge.py -->"
-Rows = dict[str, list[dict[str, float]]]
+Runs = dict[str, list[dict[str, float]]]
+"""Way of merging to its runs."""
 
 PEFT = """
 import sys
@@ -61,27 +56,18 @@ def make_base(folder: Path, size: float) -> tuple[int, int]:
     hidden, inner, layers, heads, kv = SHAPES[size]
     width = kv * hidden // heads
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": VOCAB,
-        "torch_dtype": "bfloat16",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv, "vocab_size": VOCAB, "torch_dtype": "bfloat16",
         "tie_word_embeddings": False,
-    }
+    }  # fmt: skip
     g = torch.Generator().manual_seed(0)
     sites = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (width, hidden),
-        "self_attn.v_proj": (width, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (width, hidden),
+        "self_attn.v_proj": (width, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
-    }
+    }  # fmt: skip
     shapes = {"model.embed_tokens.weight": (VOCAB, hidden), "lm_head.weight": (VOCAB, hidden)}
     shapes["model.norm.weight"] = (hidden,)
     adapter = {}
@@ -112,14 +98,9 @@ def make_base(folder: Path, size: float) -> tuple[int, int]:
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "adapter").mkdir()
     save_file(adapter, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    lora = {
-        "peft_type": "LORA",
-        "r": 16,
-        "lora_alpha": 32,
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
-    lora["target_modules"] = [name.rpartition(".")[2] for name in sites]
+    leaves = [name.rpartition(".")[2] for name in sites]
+    lora = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "bias": "none"}
+    lora |= {"task_type": "CAUSAL_LM", "target_modules": leaves}
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(lora))
     return total, len(adapter) // 2
 
@@ -149,36 +130,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("bench-merge"))
     parser.add_argument("--only", action="append")
-    parser.add_argument("--write", type=Path, help="document to write the tables into")
+    parser.add_argument("--json", type=Path, help="file to write every run into")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make is not None:
         n_bytes, n_sites = make_base(arguments.make, arguments.size[0])
         print(json.dumps({"bytes": n_bytes, "sites": n_sites}))
         return
-    found, said = {}, [machine(arguments.rounds)]
-    for size in arguments.size or [0.3, 1.3, 8.0]:
-        heading, found[size] = bench(arguments, size)
-        said.append(f"## {heading}\n\n" + "\n".join(table(size, found[size])))
-        print(f"\n{said[-1]}", flush=True)
-    said.append("## What was promised\n\n" + "\n".join(promises(found)))
-    print(f"\n{said[-1]}")
-    if arguments.write is not None:
-        write(arguments.write, said)
-
-
-def machine(rounds: int) -> str:
-    """Say where and how the numbers were made."""
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    return (
+    print(
         f"{os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}, "
-        f"{time.strftime('%Y-%m-%d')}, load at the start {load}, {rounds} rounds in turn; "
-        "median [least - most]."
+        f"{time.strftime('%Y-%m-%d')}, load at the start {load}, {arguments.rounds} rounds in "
+        "turn; median [least - most]."
     )
+    runs = {size: bench(arguments, size) for size in arguments.size or [0.3, 1.3, 8.0]}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(runs, indent=1) + "\n")
 
 
-def bench(arguments: argparse.Namespace, size: float) -> tuple[str, Rows]:
-    """Run all ways of merging on one size, in turn; returns a heading and each way's runs."""
+def bench(arguments: argparse.Namespace, size: float) -> Runs:
+    """Run all ways of merging on one size, in turn, and print their table."""
     folder = (arguments.folder / f"{size}").resolve()
     shutil.rmtree(folder, ignore_errors=True)
     # In a process of its own: what this one holds would count into every child's peak.
@@ -188,51 +159,29 @@ def bench(arguments: argparse.Namespace, size: float) -> tuple[str, Rows]:
         del ways["PEFT"]
     if arguments.only:
         ways = {name: ways[name] for name in arguments.only if name in ways}
-    rows: Rows = {name: [] for name in ways}
+    runs: Runs = {name: [] for name in ways}
     for _ in range(arguments.rounds):
         for name, command in ways.items():
             shutil.rmtree(folder / "out", ignore_errors=True)
             os.sync()  # what the one before left to write is not charged to the next
             warm(folder / "base")
-            with memory_in_use(folder / "filler") if size >= FILLED_FROM else nullcontext():
-                rows[name].append(timed(command))
+            runs[name].append(timed(command))
     shutil.rmtree(folder)
     heading = f"{made['bytes'] / 1e9:.2f} GB of bfloat16 in {SHARDS} shards, {made['sites']} sites"
-    return heading, rows
+    print(f"\n## {heading}\n\n" + "\n".join(table(size, runs)), flush=True)
+    return runs
 
 
 def commands(folder: Path, n_bytes: int) -> dict[str, list[str]]:
     """Return each way of merging as a command."""
     base, adapter, out = (str(folder / name) for name in ("base", "adapter", "out"))
     python = sys.executable
-    ours = str(Path(sysconfig.get_path("scripts")) / "lora-inject")
     return {
         "cp -r": ["cp", "-r", base, out],
         "import torch": [python, "-c", "import torch"],
-        "lora_inject": [ours, "merge", base, adapter, "-o", out, "--json"],
+        "lora_inject": [python, "-m", "lora_inject", "merge", base, adapter, "-o", out, "--json"],
         "PEFT": [python, "-c", PEFT, base, adapter, out, f"{n_bytes // 3_000_000}MB"],
     }
-
-
-@contextmanager
-def memory_in_use(file: Path) -> Iterator[None]:
-    """Fill the free memory with a file's cached pages, as on a machine that has been up for long.
-
-    A virtual machine's host takes back memory that lies free, within seconds; whoever is first to
-    use it again waits, up to a second a gigabyte, and a slower command for more of it than a faster
-    one. Cached pages are given up at once where they are needed, and the host leaves them alone.
-    """
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    room = shutil.disk_usage(file.parent).free
-    block = bytes(4 << 20)
-    try:
-        with file.open("wb", buffering=0) as out:
-            for _ in range(min(free, room // 2) // len(block)):
-                out.write(block)
-            os.fsync(out.fileno())
-        yield
-    finally:
-        file.unlink(missing_ok=True)
 
 
 def warm(folder: Path) -> None:
@@ -243,63 +192,19 @@ def warm(folder: Path) -> None:
                 pass
 
 
-def net(row: dict[str, float]) -> float:
-    """Return the seconds of a run without those that waited for the disk."""
-    return row["wall"] - row["fsync"]
-
-
-def table(size: float, rows: Rows) -> list[str]:
+def table(size: float, runs: Runs) -> list[str]:
     """Return the runs of one size as lines of a Markdown table."""
     lines = ["| | seconds | without fsync | processor seconds | peak MiB | GB/s |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
-    for name, found in rows.items():
+    for name, found in runs.items():
         walls = [row["wall"] for row in found]
-        seconds = statistics.median(net(row) for row in found)
+        seconds = statistics.median(row["wall"] - row["fsync"] for row in found)
         spread = f"{statistics.median(walls):.2f} [{min(walls):.2f} - {max(walls):.2f}]"
         busy = statistics.median(row["user"] + row["sys"] for row in found)
         rate = "" if name == "import torch" else f"{size / seconds:.2f}"
         peak = max(row["rss"] for row in found)
         lines.append(f"| {name} | {spread} | {seconds:.2f} | {busy:.2f} | {peak:.0f} | {rate} |")
     return lines
-
-
-def promises(found: dict[float, Rows]) -> list[str]:
-    """Return what was promised beside what was found, for what was run."""
-    lines = ["| | promised | found | |", "|---|---:|---:|---|"]
-
-    def add(what: str, promised: str, value: float, *, kept: bool) -> None:
-        lines.append(f"| {what} | {promised} | {value:.2f} | {'yes' if kept else 'NO'} |")
-
-    def middle(size: float, of: str, by: str, figure: Callable[[dict[str, float]], float]) -> float:
-        pairs = zip(found[size][of], found[size][by], strict=True)
-        return statistics.median(figure(a) / figure(b) for a, b in pairs)
-
-    for size, rows in found.items():
-        if {"lora_inject", "PEFT"} <= rows.keys():
-            time_share = middle(size, "lora_inject", "PEFT", net)
-            memory = middle(size, "lora_inject", "PEFT", lambda row: row["rss"])
-            add(f"{size} GB: time over PEFT's", "0.25", time_share, kept=time_share <= 0.25)
-            add(f"{size} GB: memory over PEFT's", "0.2", memory, kept=memory <= 0.2)
-        if size > MOST_FOR_PEFT and {"lora_inject", "cp -r"} <= rows.keys():
-            rate = middle(size, "cp -r", "lora_inject", net)
-            add(f"{size} GB: throughput over cp's", "0.5", rate, kept=rate >= 0.5)
-    peaks = [
-        max(row["rss"] for row in r["lora_inject"]) for r in found.values() if "lora_inject" in r
-    ]
-    if len(peaks) > 1:
-        spread = max(peaks) - min(peaks)
-        add("peak memory, all sizes: spread in MiB", "64", spread, kept=spread <= 64)
-    return lines
-
-
-def write(document: Path, said: list[str]) -> None:
-    """Write the tables, and keep what was written below them by hand."""
-    old = document.read_text(encoding="utf-8") if document.exists() else ""
-    by_hand = old.split(BY_HAND, 1)[1].strip() if BY_HAND in old else ""
-    title = "# Merging checkpoints: time and memory\n\nWritten by `python scripts/bench_merge.py"
-    title += " --write docs/merging.md`; none of this is tested for time."
-    text = [title, *said, BY_HAND, *([by_hand] if by_hand else [])]
-    document.write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
