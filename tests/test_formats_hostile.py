@@ -607,6 +607,10 @@ def test_unknown_formats_and_choices(foreign: Path) -> None:
         read_adapter(foreign, prefer="config.json")
     with pytest.raises(FormatError, match="Leave prefer out"):
         read_adapter(foreign, prefer="metadata")
+    with pytest.raises(FormatError, match=r"'prefers' is not an option .* Its options: prefer,"):
+        read_adapter(foreign, prefers="metadata")
+    with pytest.raises(FormatError, match=r"'base' is not an option .* Its options: overwrite"):
+        write_adapter(make_state(KIND_SPECS["linear"]), foreign, format="native", base="org/base")
 
 
 # What cannot be written -------------------------------------------------------------------------

@@ -7,8 +7,9 @@ so a new format is one file and one row.
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,10 @@ def write_adapter(
         >>> back.sites["fc"].scale
         2.0
     """
-    return _row(format, f"write adapter to '{path}'").write(state, Path(path), **options)
+    asked = f"write adapter to '{path}'"
+    row = _row(format, asked)
+    _check_options(row.write, options, format, asked)
+    return row.write(state, Path(path), **options)
 
 
 def read_adapter(
@@ -111,18 +115,42 @@ def read_adapter(
         FormatError: There is no adapter, or it cannot be read right.
     """
     place, asked = Path(path), f"read adapter '{path}'"
-    if format is not None:
-        return _row(format, asked).read(place, **options)
-    if not place.exists():
+    if format is None:
+        format = _detected(place, asked)  # noqa: A001
+    row = _row(format, asked)
+    _check_options(row.read, options, format, asked)
+    return row.read(place, **options)
+
+
+def _detected(path: Path, asked: str) -> str:
+    """The first format whose files a path looks like."""
+    if not path.exists():
         raise FormatError(asked, "there is no such file or directory", "Check the path")
-    for row in FORMATS.values():
-        if row.detects(place):
-            return row.read(place, **options)
+    for name, row in FORMATS.items():
+        if row.detects(path):
+            return name
     raise FormatError(
         asked,
         "it is not an adapter of a known format",
         f"Give a PEFT directory or a file of one of: {', '.join(FORMATS)}",
     )
+
+
+def _check_options(
+    function: Callable[..., Any], options: Mapping[str, Any], name: str, asked: str
+) -> None:
+    """Refuse options that a format does not have."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise FormatError(
+                asked,
+                f"{option!r} is not an option of the format '{name}'",
+                f"Its options: {', '.join(known)}",
+            )
 
 
 def _row(name: str, asked: str) -> Format:
