@@ -579,6 +579,14 @@ def test_axes_that_are_no_matrix_in_memory_order_are_refused(axes: Any) -> None:
     assert f"a layout of in {axes[0]} and out {axes[1]}, but the shape is (6, 4, 3)" in message
 
 
+def test_the_weight_of_a_convolution_has_its_own_layout() -> None:
+    conv = Candidate("conv", "conv", 24, 4, (4, 8, 3), "conv.weight")
+    config = Config(targets=[Rule(match=r"conv\.weight", layout="out_in")])
+    assert "a layout, but a parameter of shape (4, 8, 3) has its own" in refused(
+        config, inventory(conv)
+    )
+
+
 def test_slices_of_a_stack_are_refused() -> None:
     names = inventory(parameter("up", 4, 12, 8))
     rule = Rule(match="up", layout="out_in", slices=["a", "b"], adapt=["a"])

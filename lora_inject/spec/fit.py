@@ -85,7 +85,7 @@ def _oriented(candidate: Candidate, rule: Rule, asked: str) -> _Shape:
             )
             raise MatchError(asked, found, remedy)
         return known
-    if candidate.kind != "parameter" or not (candidate.needs_layout or len(dims) in (2, 3)):
+    if candidate.kind != "parameter" or (len(dims) > 2 and candidate.experts is None):
         found = f"a layout, but a {candidate.kind} of shape {dims} has its own"
         raise MatchError(asked, found, "Remove layout; it is for parameters")
     shape = _laid_out(dims, rule, asked)
@@ -97,6 +97,7 @@ def _oriented(candidate: Candidate, rule: Rule, asked: str) -> _Shape:
 
 
 def _laid_out(dims: tuple[int, ...], rule: Rule, asked: str) -> _Shape:
+    """Return the matrices that a rule's layout makes of a shape, in memory order."""
     n, layout = len(dims), rule.layout
     if isinstance(layout, Axes):
         n_in, n_out = layout.in_, layout.out
