@@ -65,7 +65,7 @@ def phi(A1: np.ndarray, A2: np.ndarray, i: int, j: int, side: str) -> float:
 # ---------------------------------------------------------------------------------------- subspaces
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(6, 20), SEEDS)
 def test_phi_is_equation_4(r1, r2, dim, seed):
     A1, A2 = gaussian(r1, dim, seed=seed), gaussian(r2, dim, seed=seed + 1)
@@ -82,7 +82,7 @@ def test_phi_is_equation_4(r1, r2, dim, seed):
         torch.testing.assert_close(back, grid.T, atol=FLOAT64, rtol=0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.integers(6, 20), SEEDS)
 def test_phi_of_equal_subspaces_is_1_whatever_spans_them(rank, dim, seed):
     A, R = gaussian(rank, dim, seed=seed), gaussian(rank, rank, seed=seed + 1)
@@ -97,7 +97,7 @@ def test_phi_of_equal_subspaces_is_1_whatever_spans_them(rank, dim, seed):
     torch.testing.assert_close(mixed[-1], whole[-1], atol=1e-8, rtol=0)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 4), SEEDS)
 def test_phi_of_orthogonal_subspaces_is_0(r1, r2, seed):
     turn = torch.linalg.qr(gaussian(10, 10, seed=seed)).Q
@@ -196,7 +196,7 @@ def test_a_frozen_start_is_no_part_of_the_delta(init):
     torch.testing.assert_close(grid.diagonal(), torch.ones(4).double(), atol=1e-9, rtol=0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), SEEDS)
 def test_ranks_are_their_definitions(values, seed):
     n, s = len(values), np.sort(np.array(values))[::-1]
@@ -254,7 +254,7 @@ def test_nan_is_refused_with_the_name_of_the_site():
 # ------------------------------------------------------------------------------------ amplification
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=25)
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(1, 2), SEEDS)
 def test_amplification_is_its_definition(n_out, n_in, rank, seed):
     W, A, B = gaussian(n_out, n_in, seed=seed), gaussian(rank, n_in), gaussian(n_out, rank)
@@ -329,7 +329,7 @@ def quantised(values: np.ndarray, levels: int, group: int) -> np.ndarray:
     return out
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 150), st.sampled_from([1e-4, 0.02, 0.5]), SEEDS)
 @example(2, 51, 1e-4, 374210)  # less is kept than W + D rounds by, and counts as nothing
 def test_what_a_format_leaves_is_its_definition(rows, columns, size, seed):

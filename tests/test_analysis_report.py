@@ -107,6 +107,7 @@ def test_the_page_says_what_the_adapter_is_and_names_every_site(full):
     for said in ("rank4", "alpha4", "scale1", "date2026-01-02", "h.{0..5}.q \u00d76"):
         assert said in page.words.replace(" ", "") or said in page.words, said
     assert "Compared with style" in page.words
+    assert "pytest-of" not in full, "a page may be mailed: no path of this machine is in it"
     assert "The delta is zero" in page.words
     assert [tag for tag, _ in page.tags].count("h2") == 9
 

@@ -148,6 +148,8 @@ def spectra(kind: str, blocks: Sequence[tuple[Sequence[float], str]]) -> str:
         kind: Whose.
         blocks: Values above 0, decreasing, and the layer, in the order of the model.
     """
+    from matplotlib.ticker import LogLocator
+
     drawn = [(values, at) for values, at in blocks if values]
     with _style():
         figure = new_figure(2.2, WIDTH, "constrained")
@@ -164,6 +166,7 @@ def spectra(kind: str, blocks: Sequence[tuple[Sequence[float], str]]) -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         _light(axes)
         if drawn:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.legend(title="layer", fontsize=8.5, title_fontsize=8.5, loc="upper left",
                         bbox_to_anchor=(1.0, 1.0))  # fmt: skip
         return _svg(figure, f"singular values of {printable(kind)}")

@@ -144,7 +144,7 @@ def _facts(analysis: Analysis, state: AdapterState, date: dt.date) -> list[tuple
         ("alpha", tables.span(spec.alpha for spec in specs)),
         ("scale", tables.span(spec.scale for spec in specs)),
         ("parameters", f"{n_lora:,} in A and B, {', '.join(dtypes)}"),
-        ("base", analysis.base or "not given: the adapter alone"),
+        ("base", Path(analysis.base).name if analysis.base else "not given: the adapter alone"),
         ("date", date.isoformat()),
     ]
     if state.trained:
