@@ -459,6 +459,10 @@ REFUSED = {
 }
 
 
+def test_the_call_that_messages_advise_exists() -> None:
+    assert callable(peft.convert_to_lora)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_variants_that_peft_writes_are_refused_by_name(case: str, tmp_path: Path) -> None:
     from lora_inject.errors import FormatError
