@@ -251,3 +251,36 @@ def test_a_weight_that_cannot_be_read_under_a_forward_that_is_not_known() -> Non
     layer = Packed(N, N)
     layer.weight = nn.Parameter(torch.ones(N, N, dtype=torch.int8), requires_grad=False)
     refused(Host(layer), r"'layer'.*packed.*forward of Packed is not known.*register_kind")
+
+
+def test_a_complex_weight() -> None:
+    refused(Host(nn.Linear(N, N, dtype=torch.complex64)), r"'layer'.*complex.*real")
+
+
+# ---------------------------------------------------------------------------------- nested tensors
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("rule", [{}, {"slices": ["q", "v"], "adapt": ["v"]}], ids=["", "slices"])
+def test_rows_of_a_nested_tensor(layout: torch.layout, rule: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Host(nn.Linear(N, N)).double()
+    fill(li.inject(model, {**CONFIG, "targets": [{"match": "layer", **rule}]}))
+    rows = [X[:1], X[1:]]
+    wanted = [model(row) for row in rows]
+    sum(y.square().sum() for y in wanted).backward()
+    parameters = li.adapter_parameters(model).values()
+    grads = [p.grad.clone() for p in parameters]  # type: ignore[union-attr]
+    for p in parameters:
+        p.grad = None
+    nested = torch.nested.nested_tensor(rows, layout=layout)
+    found = model(nested).unbind()
+    assert all(error(y, w) < 1e-12 for y, w in zip(found, wanted, strict=True))
+    sum(y.square().sum() for y in found).backward()
+    assert all(error(p.grad, g) < 1e-12 for p, g in zip(parameters, grads, strict=True))  # type: ignore[arg-type]
+    with (
+        pytest.raises(li.LayerError, match=r"routed\(\): a Linear got a nested tensor"),
+        li.routed(model, ["default", None]),
+    ):
+        model(nested)

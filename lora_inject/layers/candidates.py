@@ -219,6 +219,11 @@ class _Listing:
                 f"{cls} holds no parameter {key!r} of its own (weight_norm?)",
                 "Remove what computes it first",
             )
+        if parameter.is_complex():
+            return (
+                f"the weight of {cls} is complex, and an adapter's factors are real",
+                "Leave it out",
+            )
         if nn.parameter.is_lazy(parameter):
             return f"{cls} is lazy and not initialised", "Run the model once first"
         if self.hooked and parameter.device.type == "meta":

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_inject.errors import LayerError
 from lora_inject.functional import add_updates, linear
+from lora_inject.functional.factors import spread
 from lora_inject.layers.adapted import PLAIN, Geometry, plain_class
 from lora_inject.layers.forward_update import ForwardUpdate
+from lora_inject.layers.selection import State
 
 # Classes of other libraries are known by where they are defined, so that none need be imported.
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -80,6 +83,8 @@ class LoRALinear(ForwardUpdate):
         attached = self._lora
         x = args[0] if len(args) == 1 and not kwargs else self._lora_input(args, kwargs)
         state = attached.selection.current()
+        if x.is_nested:
+            return self._lora_nested(x, state)
         if state.routed:
             routing = self._lora_routing(x, state)
             y = self._lora_plain_forward(args, kwargs)
@@ -105,6 +110,25 @@ class LoRALinear(ForwardUpdate):
             return super().forward(*args, **kwargs)
         # Its own forward would read the weight as whoever computes with it is to find it.
         return self._lora_formula(self._lora_input(args, kwargs), *self._lora_weight_and_bias())
+
+    def _lora_nested(self, x: Tensor, state: State) -> Tensor:
+        """Compute a nested tensor's rows, with the few operations that torch has for them.
+
+        Raises:
+            LayerError: Under `routed`, whose rows are those of a plain batch.
+        """
+        if state.routed:
+            raise LayerError(
+                "routed()",
+                f"a {type(self).__name__} got a nested tensor",
+                "Pad the batch, or run each adapter's rows by themselves",
+            )
+        y: Tensor = self._lora_plain_forward((x,), {})
+        for u in self._lora_updates(state):
+            B = u.B if u.spans is None else spread(u.B, u.spans, y.size(-1))
+            h = F.dropout(x, u.dropout) if u.dropout else x
+            y = y + F.linear(F.linear(h, u.A.to(y.dtype)), B.to(y.dtype)) * u.scale
+        return y
 
     def _lora_weight_and_bias(self) -> tuple[Any, Any]:
         held = self._parameters
