@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +222,22 @@ def test_falcon_keeps_dropout_and_routing() -> None:
     fill(li.inject(model, {**CONFIG, "dropout": 0.1}))
     assert li.adapters(model)["default"].sites["layer"].update == "forward"
     assert error(model.eval()(X), dense(model)(X)) < 1e-12
+
+
+def test_peft_reads_an_unknown_forward_as_a_target_parameter(tmp_path: Path) -> None:
+    """Its own way with a Linear would add to the output, past the gain and the clamp."""
+    import peft
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(N, N), Clamped(N, N)).double()
+    config = {"rank": 2, "alpha": 3.0, "targets": ["0", "1"]}
+    model = fill(li.inject(copy.deepcopy(plain), config))
+    li.save_adapter(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path / "adapter"))
+    assert error(plain(X), model(X)) > 0.01
+    assert error(theirs(X), model(X)) < 1e-6
+    ours = li.load_adapter(copy.deepcopy(plain), tmp_path / "adapter")
+    assert error(ours(X), model(X)) < 1e-12
 
 
 # ------------------------------------------------------------------------------- refused at inject

@@ -64,15 +64,7 @@ class Ours:
     """This package."""
 
     def inject(self, model: nn.Module, targets: Targets, calls: Calls) -> nn.Module:
-        li.inject(model, targets.config())
-        missed = li.unreached(model, lambda: run(model, calls))
-        if not missed:
-            return model
-        # What is read and not called is mounted by its weight, as `unreached` advises.
-        li.inject(li.eject(model), targets.config(read=missed))
-        still = li.unreached(model, lambda: run(model, calls))
-        read = {name for name in missed if f"{name}.weight" not in still}
-        return li.inject(li.eject(model), targets.config(read=read))
+        return li.inject(model, targets.config())
 
     def factors(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         parameters = li.adapter_parameters(model)
@@ -80,11 +72,7 @@ class Ours:
         return {n: (parameters[f"{n}.lora_A"], parameters[f"{n}.lora_B"]) for n in names}
 
     def save(self, model: nn.Module, folder: Path) -> Path:
-        sites = li.adapter_state(model).sites.values()
-        # PEFT's format cannot say that the weight of a Linear is mounted.
-        read = any(s.spec.update == "weight" and s.spec.kind != "parameter" for s in sites)
-        path = folder / ("adapter.safetensors" if read else "adapter")
-        return li.save_adapter(model, path, format="native" if read else "peft")
+        return li.save_adapter(model, folder / "adapter")
 
     def load(self, fresh: nn.Module, path: Path) -> nn.Module:
         return li.load_adapter(fresh, path)

@@ -37,12 +37,11 @@ class Targets:
     refused: list[str] = field(default_factory=list)
     has_linear: bool = True
 
-    def config(self, read: Iterable[str] = ()) -> dict[str, Any]:
-        """Return the config; the weights of `read` are mounted as parameters."""
+    def config(self) -> dict[str, Any]:
+        """Return the config."""
         rules: list[Any] = []
         for rank in (RANK, 1):
             names = [name for name, r in self.modules.items() if r == rank]
-            names = [f"{name}.weight" if name in read else name for name in names]
             if names:
                 rules.append({"match": either(names), "rank": rank})
         for layout in ("out_in", "in_out"):

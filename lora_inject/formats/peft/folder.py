@@ -101,7 +101,8 @@ def write(
             their experts as (experts, in, out); without them every module is taken to hold them as
             its sites say.
         expert_names: Last parts of names that PEFT takes for experts in this model; linear layers
-            called so are written as `target_parameters`, with the same tensors.
+            called so, and those with a forward of their own, are written as `target_parameters`,
+            with the same tensors.
         base_model: Name or path of the base, for the config and the model card.
         task_type: PEFT's task type, such as `CAUSAL_LM`. Left out where PEFT would look for the
             task's head and the adapter does not hold it.
@@ -334,7 +335,8 @@ def _entry(site: SiteState, expert_names: Collection[str], *, rslora: bool) -> E
     spec, derived = site.spec, site.A0 is not None
     alpha = file_alpha(spec, derived=derived, rslora=rslora)
     name, kind = spec.name, spec.kind
-    if kind == "linear" and name.rpartition(".")[2] in expert_names:
+    by_weight = spec.update == "weight" or name.rpartition(".")[2] in expert_names
+    if kind == "linear" and by_weight:
         name, kind = spec.weight, "parameter"
     return Entry(name, kind, file_rank(spec, derived=derived), alpha)
 
@@ -385,12 +387,13 @@ def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Colle
         return f"adapt {_odd(spec)}"
     if not _wrapped(spec):
         return "adapt the root module or a parameter of it"
-    if spec.kind in {"linear", "conv1d"} and spec.update == "weight":
-        return "adapt a layer whose weight is read and which is not called; it would do nothing"
-    if spec.kind != "parameter":
+    by_weight = spec.update == "weight"
+    if spec.kind == "conv1d" and by_weight:
+        return "adapt the weight of a Conv1D layer whose own forward it does not know"
+    if spec.kind != "parameter" and not (spec.kind == "linear" and by_weight):
         return ""
-    module, _, tensor = spec.name.rpartition(".")
-    if module in modules:
+    module, _, tensor = spec.weight.rpartition(".")
+    if spec.kind == "parameter" and module in modules:
         return "adapt a module and a parameter of it"
     if len(spec.weight_shape) != (2 if spec.experts is None else 3):
         return f"adapt a parameter of {len(spec.weight_shape)} dimensions"
