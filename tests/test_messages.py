@@ -204,8 +204,8 @@ def an_infinite_weight(tmp_path):
     "routed to 'default': it reads '0.weight' as a whole weight, which a batch shares. Route only "
     "adapters on layers that are called, without train or bias entries.",
 )
-def routing_a_weight_mount(tmp_path):
-    model = li.inject(nn.Sequential(nn.Conv1d(4, 4, 1)), {"rank": 1, "targets": ["0"]})
+def routing_a_weight_update(tmp_path):
+    model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": [r"0\.weight"]})
     with li.routed(model, ["default"]):
         pass
 
