@@ -35,7 +35,6 @@ from lora_inject.model.carried import (
 )
 from lora_inject.model.reached import refuse_unreached
 from lora_inject.model.save_pretrained import save_adapters_instead
-from lora_inject.model.sharding import refuse_sharded
 from lora_inject.model.train import set_trained
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
@@ -77,11 +76,10 @@ def places(
 
     Raises:
         StateError: The name is in use, or the model is merged.
-        LayerError: The model is sharded, a module cannot change its class, or an attribute is in
+        LayerError: A module cannot change its class, or an attribute is in
             the way.
     """
     check_new_name(reach(survey.model, survey), name)
-    refuse_sharded(survey, f"adapter {name!r}")
     modules = survey.by_name
     found = []
     flat: dict[tuple[str | None, bool], dict[str, str]] = {}  # shared by all sites alike

@@ -175,7 +175,7 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         attached = attached_to(module)
         assert attached is not None
         selections.setdefault(id(attached.selection), attached.selection)
-        names.update(entry.adapter for entry in attached.entries())
+        names.update(attached.forward, *attached.reads.values())
         for param, by_adapter in attached.reads.items():
             for name, entry in by_adapter.items():
                 if not routes_rows(plain_class(type(module)), entry):

@@ -18,6 +18,7 @@ from lora_inject.model.attach import attach, places
 from lora_inject.model.carried import check_new_name, reach
 from lora_inject.model.fit_state import Base, fit
 from lora_inject.model.save import base_weights
+from lora_inject.model.sharding import refuse_sharded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,6 +60,7 @@ def load_adapter(
     """
     survey, asked = Survey(model), f"load {str(path)!r}"
     check_new_name(reach(survey.model, survey), name)
+    refuse_sharded(survey, f"adapter {name!r}")
     if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
         options = options_for_reading(survey.by_name, base_weights(survey)) | options
     state = read_adapter(path, format=format, **options)
@@ -92,6 +94,7 @@ def install(
     """
     survey = Survey(model)
     check_new_name(reach(survey.model, survey), name)
+    refuse_sharded(survey, f"adapter {name!r}")
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
     _put_on(survey, fitted, name, _copied)
     return model

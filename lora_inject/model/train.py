@@ -12,8 +12,15 @@ from torch import nn
 
 from lora_inject.errors import StateError
 from lora_inject.layers.attached import TRAINABLE_ROLES, attached_to
+from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import check_names, entries, reach, refuse_merged
+from lora_inject.model.carried import (
+    adapted_modules,
+    check_names,
+    entries,
+    reach,
+    refuse_merged,
+)
 from lora_inject.spec.names import joined
 
 
@@ -32,7 +39,9 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     check_names(found.names, wanted, "train_only")
     for selection in found.selections:
         refuse_merged(selection, "train_only")
-    set_trained(Survey(model), wanted)
+    survey = Survey(model)
+    with all_or_nothing(adapted_modules(survey).values()):
+        set_trained(survey, wanted)
 
 
 def set_trained(survey: Survey, wanted: Collection[str]) -> None:
