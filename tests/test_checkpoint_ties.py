@@ -187,3 +187,46 @@ def test_the_same_adapter_twice_is_refused(tied):
     ]
     with pytest.raises(CheckpointError, match="merge a and b: they are the same adapter"):
         plan_merge(base, parts)
+
+
+def tied_llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{k: v for k, v in TINY.items() if k != "torch_dtype"})
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def merged_logits(folder):
+    base = Checkpoint.open(folder / "base")
+    merge_checkpoint(base, [read_weighted(folder / "adapter", base)], folder / "out")
+    merged = transformers.LlamaForCausalLM.from_pretrained(folder / "out").eval()
+    return merged(torch.arange(20)[None]).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trained", [r"embed_tokens\.weight", r"lm_head\.weight"])
+def test_a_trained_tied_tensor_merges_to_what_the_live_model_computes(tmp_path, trained):
+    model = tied_llama()
+    model.save_pretrained(tmp_path / "base")
+    li.inject(model, {"rank": 2, "alpha": 4, "targets": ["q_proj"], "train": [trained]})
+    for parameter in li.adapter_parameters(model).values():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    li.save_adapter(model, tmp_path / "adapter")
+    wanted = model(torch.arange(20)[None]).logits
+    assert torch.allclose(merged_logits(tmp_path), wanted, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_pefts_copies_of_tied_ends_merge_to_what_its_model_computes(tmp_path, names):
+    peft = pytest.importorskip("peft")
+    model = tied_llama()
+    model.save_pretrained(tmp_path / "base")
+    asked = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=names)
+    model = peft.get_peft_model(model, asked).eval()
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name or "lora_" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = model(torch.arange(20)[None]).logits
+    assert torch.allclose(merged_logits(tmp_path), wanted, atol=1e-4)

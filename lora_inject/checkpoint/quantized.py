@@ -70,7 +70,7 @@ def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> Quantized | None:
         method = quantization_of(checkpoint, name)
         if method is None:
             continue
-        remedy = "Merge into the 16-bit checkpoint that it was made from, then quantise the result"
+        remedy = "Merge into the 16-bit checkpoint that it was made from, then quantize the result"
         if method.startswith("fp8 with block"):
             remedy += ", or write it as bfloat16 (--dequantize)"
         return Quantized(method, f"'{name}' is quantized: {method}", remedy)
