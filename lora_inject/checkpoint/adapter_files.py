@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def read_weighted(
         options.setdefault("tensor_names", _tensor_names(path, base.tensors))
         if is_variant(path):
             options.pop("prefer", None)  # there is no metadata of this package to prefer
-            return read_variant(path, weight, **options)
-    return WeightedAdapter(read_adapter(path, **options), weight, str(path))
+            return replace(read_variant(path, weight, **options), on_disk=True)
+    return WeightedAdapter(read_adapter(path, **options), weight, str(path), on_disk=True)
 
 
 def _has_stacks(path: Path) -> bool:

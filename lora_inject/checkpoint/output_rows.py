@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.output_files import FLOATS, TensorJob
-from lora_inject.checkpoint.read import Room, RowReader, rows_per_block
+from lora_inject.checkpoint.read import Room, RowReader, page_out, rows_per_block
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import (
     Delta,
@@ -86,11 +86,13 @@ class Memory:
     Attributes:
         scratch: Of the arithmetic.
         output: Of rows that cannot take the place of those that were read.
+        on_disk: Whether adapters' tensors are views of a mapped file.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_disk: bool = False) -> None:
         self.scratch = Scratch()
         self.output = Room()
+        self.on_disk = on_disk
 
 
 class Block(NamedTuple):
@@ -127,6 +129,9 @@ def fold_span(span: Span, reader: RowReader | None, memory: Memory) -> Iterator[
     step = rows_per_block(span.n_cols, 2 if folding.in_place else 1)
     for start in range(span.start, span.stop, step):
         yield folding.block(start, min(span.stop, start + step))
+    for term in span.terms if memory.on_disk else ():
+        page_out(term.A)
+        page_out(term.B)
 
 
 class _Folding:

@@ -213,7 +213,7 @@ class _Check:
         source = None
         if job.source_shard is not None:
             source = RowReader(self.plan.base.shards[job.source_shard].path)
-        far, near, memory = 0, 0, Memory()
+        far, near, memory = 0, 0, Memory(self.plan.on_disk)
         try:
             for span in spans_of(job):
                 for start, rows, _, _ in fold_span(span, source, memory):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
+from lora_inject.checkpoint.read import page_out
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import all_finite
 
@@ -29,6 +30,7 @@ class WeightedAdapter:
         magnitudes: DoRA's magnitude `(out,)` by site name: the site's weight becomes
             `m * (W + delta) / |W + delta|` (arXiv:2402.09353, eq. 5).
         added: By tensor name, what is added to a vector of the base, scale included (lora_bias).
+        on_disk: Whether its tensors are views of a mapped file, whose memory can be given back.
         rows: By tensor name, indices of rows that are replaced, and their values
             (trainable tokens).
     """
@@ -41,6 +43,7 @@ class WeightedAdapter:
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(
         default_factory=lambda: MappingProxyType({})
     )
+    on_disk: bool = False
 
 
 def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
@@ -80,7 +83,10 @@ def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
                 raise CheckpointError(
                     asked, f"'{name}' is on the meta device", "Load the adapter's values first"
                 )
-            if not all(map(all_finite, _steps(tensor))):
+            finite = all(map(all_finite, _steps(tensor)))
+            if adapter.on_disk:
+                page_out(tensor)
+            if not finite:
                 raise CheckpointError(
                     asked,
                     f"'{name}' holds NaN or Inf",
@@ -132,6 +138,8 @@ def digest(adapter: WeightedAdapter) -> str:
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for step in _steps(tensor):
             sha.update(_bytes(step.view(torch.uint8)))
+        if adapter.on_disk:
+            page_out(tensor)
     return sha.hexdigest()
 
 

@@ -70,6 +70,7 @@ class _Output:
     fd: int
     sources: dict[str, int]
     counted: Callable[[int], None]
+    on_disk: bool
     stop: threading.Event = field(default_factory=threading.Event)
     writing: threading.Lock = field(default_factory=threading.Lock)
     local: threading.local = field(default_factory=threading.local)
@@ -115,7 +116,7 @@ def write_shard(
             check_unchanged(source)
             sources[source.name] = open_read(source.path)
             stack.callback(os.close, sources[source.name])
-        output = _Output(shard, fd, sources, counted)
+        output = _Output(shard, fd, sources, counted, plan.on_disk)
         copies = _prepare(output)
         reports = _run(output, copies, workers)
         before = time.perf_counter()
@@ -214,7 +215,7 @@ def _fold(output: _Output, span: Span, tallies: list[Tally], k: int) -> None:
     job = span.job
     reader = None if job.source_shard is None else output.reader(job.source_shard)
     begin = output.shard.header.tensors[job.name].start
-    memory: Memory = output.local.__dict__.setdefault("memory", Memory())
+    memory: Memory = output.local.__dict__.setdefault("memory", Memory(output.on_disk))
     untold = 0
     for block in fold_span(span, reader, memory):
         if output.stop.is_set():
