@@ -403,6 +403,18 @@ def test_a_checkpoint_does_not_load_into_a_merged_model() -> None:
         assert same_bits(model.layer.weight, other["layer.weight"])
 
 
+def test_a_checkpoint_is_refused_by_a_parent_through_which_a_part_was_merged() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5)))
+    fill(li.inject(model[1], {**RANK2, "targets": ["0"]}))
+    li.merge(model)
+    before = snapshot(model)
+    other = {key: torch.randn_like(t) for key, t in model.state_dict().items()}
+    with pytest.raises(li.StateError, match="hold a merged adapter"):
+        model.load_state_dict(other)
+    assert snapshot(model) == before
+    li.unmerge(model).load_state_dict(other)
+
+
 @pytest.mark.parametrize("how", ["renamed", "replaced"])
 def test_unmerge_after_a_module_went_away_says_so(how: str) -> None:
     model = Host(nn.Linear(5, 6))
