@@ -173,3 +173,15 @@ def test_a_copy_in_another_order_of_names_still_finds_its_own() -> None:
     other = pickle.loads(pickle.dumps(model))
     call, _ = compiled(other)
     assert error(call(IDS), model(IDS)) < 1e-6
+
+
+def test_what_a_graph_chooses_by_is_on_every_device_of_the_model() -> None:
+    """Put there once by activate or a context: a forward copies nothing to a device."""
+    model = net(2)
+    selection = model[4]._lora.selection
+    assert set(selection.state.choices) == {torch.device("cpu")}
+    model[4].to("meta")
+    both = {torch.device("cpu"), torch.device("meta")}
+    assert set(selection.state.choices) == both
+    with li.routed(model, ["a0", None]):
+        assert set(selection.current().choices) == both

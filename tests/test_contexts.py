@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import error, fill, same_bits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
 from lora_inject.layers import contexts
@@ -148,8 +149,6 @@ def test_what_a_running_request_needs_is_not_taken_away(verb: Any) -> None:
 
 
 def test_backwards_of_several_threads_recompute_their_own_forward() -> None:
-    from torch.utils.checkpoint import checkpoint
-
     model = net().train()
     li.train_only(model, NAMES)
     lock = threading.Lock()  # gradients add up in one place
@@ -171,6 +170,27 @@ def test_backwards_of_several_threads_recompute_their_own_forward() -> None:
             for key, gradient in wanted[name].items():
                 assert (found[key] is None) == (gradient is None)
                 assert gradient is None or error(found[key], gradient) < 1e-12
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_backward_on_another_thread_recomputes_under_its_forwards_rows(reentrant: bool) -> None:
+    """As autograd's own threads of devices do."""
+    model = net().train()
+    li.train_only(model, NAMES)
+
+    def gradients(*, checkpointed: bool) -> dict[str, Tensor | None]:
+        model.zero_grad()
+        x = X.clone().requires_grad_()
+        with li.routed(model, ["b", "c"]):
+            y = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+        with li.disabled(model):
+            in_thread(lambda: y.sum().backward())
+        return {k: p.grad for k, p in li.adapter_parameters(model).items()}
+
+    wanted = gradients(checkpointed=False)
+    for key, gradient in gradients(checkpointed=True).items():
+        assert (gradient is None) == (wanted[key] is None) == key.startswith("a:")
+        assert gradient is None or error(gradient, wanted[key]) < 1e-12
 
 
 # ------------------------------------------------------------------------------------------- tasks
