@@ -23,7 +23,7 @@ from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
 from lora_inject.functional.lookup import embedding, renormalised, routed_embedding
 from lora_inject.functional.merge_report import MergeReport, TensorReport
-from lora_inject.functional.routed import Rows, routed_update, rows_of
+from lora_inject.functional.routed import routed_update
 from lora_inject.functional.weight import dense_delta, effective_weight
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Factors",
     "LazyWeight",
     "MergeReport",
-    "Rows",
     "Scratch",
     "Tally",
     "TensorReport",
@@ -54,5 +53,4 @@ __all__ = [
     "renormalised",
     "routed_embedding",
     "routed_update",
-    "rows_of",
 ]

@@ -93,7 +93,7 @@ class ForwardUpdate(Adapted):
         if not routing.entries:
             return y
         adapters, float32 = self._lora_routed_factors(routing), self._lora.float32
-        return routed_update(y, x, routing.rows, adapters, float32=float32, in_place=in_place)
+        return routed_update(y, x, routing.places, adapters, float32=float32, in_place=in_place)
 
     def _lora_routed_factors(self, routing: Routing) -> list[list[Factors]]:
         """Return the updates of each adapter of the batch."""

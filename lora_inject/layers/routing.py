@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import Factors, Rows, chosen_rows, rows_of
+from lora_inject.functional import Factors, chosen_rows
 from lora_inject.layers.attached import Attached, Entry, attached_to
 from lora_inject.layers.selection import State
 
 
 class Routing(NamedTuple):
-    """The adapters of a batch that are on a layer, and which each row has (tracers: its place)."""
+    """The adapters of a batch that are on a layer, and which each row has.
+
+    Attributes:
+        entries: Their entries.
+        places: `(batch,)`, int64: 0 for the base, else 1 + the place in `entries`.
+    """
 
     entries: Sequence[Entry]
-    rows: Rows | Tensor
-
-    @property
-    def places(self) -> Tensor:
-        """For each row 0 for the base, else 1 + the place in `entries`: `(batch,)`, int64."""
-        return self.rows if isinstance(self.rows, Tensor) else self.rows.places
+    places: Tensor
 
     def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:
         """Return the updates of each adapter.
@@ -88,12 +88,13 @@ def routing_of(
     if not entries:
         return NOTHING
     key = (*(e.adapter for e in entries), x.shape[0], x.device)
-    rows = state.kept.get(key)
-    if rows is None:
+    places = state.kept.get(key)
+    if places is None:
         place = {e.adapter: i + 1 for i, e in enumerate(entries)}
-        rows = rows_of([place.get(n or "", 0) for n in names for _ in range(repeat)], x.device)
-        state.kept[key] = rows
-    return Routing(entries, rows)
+        each = [place.get(n or "", 0) for n in names for _ in range(repeat)]
+        with torch.inference_mode(False):  # a backward may need them, whoever asks first
+            places = state.kept[key] = torch.tensor(each, device=x.device)
+    return Routing(entries, places)
 
 
 def eligible(
