@@ -88,15 +88,15 @@ def bank(
     """
     pairs = [_one_pair(updates, out, dtype) for updates in adapters]
     rank = max(A.shape[0] for A, _, _ in pairs)
-    scales = [scale for _, _, scale in pairs]
-    even = len(set(scales)) == 1
-    padded = [(_padded(A, rank), _padded(B if even else B * s, rank, 1)) for A, B, s in pairs]
+    even = len({scale for _, _, scale in pairs}) == 1
+    scale = pairs[0][2] if even else 1.0
+    padded = [_padded(A, B if even else B * own, rank) for A, B, own in pairs]
     if base:
         A, B = padded[0]
         padded.insert(0, (torch.zeros_like(A), torch.zeros_like(B)))
     As, Bs = zip(*padded, strict=True)
     B = torch.stack(Bs)
-    return torch.stack(As), B * scales[0] if even and scales[0] != 1.0 else B
+    return torch.stack(As), B if scale == 1.0 else B * scale
 
 
 def _routed(
@@ -145,10 +145,10 @@ class _RoutedFunction(torch.autograd.Function):
         return g, gx, None, gA, gB
 
 
-def _padded(t: Tensor, rank: int, dim: int = 0) -> Tensor:
-    """Fill a factor up with zeros to a rank, which is its given dimension."""
-    missing = rank - t.shape[dim]
-    return F.pad(t, (0, missing) if dim else (0, 0, 0, missing)) if missing else t
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return a pair that is filled up with zeros to a rank."""
+    missing = rank - A.shape[0]
+    return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing else (A, B)
 
 
 def _one_pair(

@@ -97,7 +97,7 @@ class ForwardUpdate(Adapted):
 
     def _lora_routed_factors(self, routing: Routing) -> list[list[Factors]]:
         """Return the updates of each adapter of the batch."""
-        return [self._lora_factors(entry.recipes(1.0)) for entry in routing.entries]
+        return routing.factors(held_by(self), training=self.training)
 
     # ---------------------------------------------------------------------------- compiled graphs
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import Factors, chosen_rows
-from lora_inject.layers.attached import Attached, Entry, attached_to
+from lora_inject.layers.attached import Attached, Entry, Recipe, attached_to
 from lora_inject.layers.selection import State
 
 
@@ -20,10 +20,12 @@ class Routing(NamedTuple):
     Attributes:
         entries: Their entries.
         places: `(batch,)`, int64: 0 for the base, else 1 + the place in `entries`.
+        recipes: Their updates.
     """
 
     entries: Sequence[Entry]
     places: Tensor
+    recipes: Sequence[Sequence[Recipe]] = ()
 
     def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:
         """Return the updates of each adapter.
@@ -35,9 +37,9 @@ class Routing(NamedTuple):
         return [
             [
                 Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)
-                for r in entry.recipes(1.0)
+                for r in recipes
             ]
-            for entry in self.entries
+            for recipes in self.recipes
         ]
 
 
@@ -83,18 +85,22 @@ def routing_of(
         if not entries:
             return NOTHING
         places = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
-        return Routing(entries, places)
+        return _routing(entries, places)
     entries = [by_adapter[n] for n in state.parts if n in by_adapter]
     if not entries:
         return NOTHING
     key = (*(e.adapter for e in entries), x.shape[0], x.device)
-    places = state.kept.get(key)
-    if places is None:
+    known: Tensor | None = state.kept.get(key)
+    if known is None:
         place = {e.adapter: i + 1 for i, e in enumerate(entries)}
         each = [place.get(n or "", 0) for n in names for _ in range(repeat)]
         with torch.inference_mode(False):  # a backward may need them, whoever asks first
-            places = state.kept[key] = torch.tensor(each, device=x.device)
-    return Routing(entries, places)
+            known = state.kept[key] = torch.tensor(each, device=x.device)
+    return _routing(entries, known)
+
+
+def _routing(entries: Sequence[Entry], places: Tensor) -> Routing:
+    return Routing(entries, places, [tuple(entry.recipes(1.0)) for entry in entries])
 
 
 def eligible(
