@@ -1,16 +1,16 @@
 """Every claim of the LoRA paper, run on real weights: one stage for each, one document.
 
-    python -m reproduction                       all stages, some hours on one core
-    python -m reproduction --stages latency   some stages; the document has all that is done
-    python -m reproduction --stages           no stage: the document from what is done
-    python -m reproduction --quick            tiny sizes, a minute or two: does it work at all
+    bash scripts/reproduce.sh                    all stages, some hours on one core
+    bash scripts/reproduce.sh --stages latency   some stages; the document has all that is done
+    bash scripts/reproduce.sh --stages           no stage: the document from what is done
+    bash scripts/reproduce.sh --quick            tiny sizes, a minute or two: does it work at all
 
 Every finished run is a file below `--folder`. It may be stopped at any moment, with Ctrl-C too, and
 started again: finished runs are kept, and only what is missing or has other settings is run. The
 document says for each claim what the paper found, what was found here, and whether it holds.
 
-With scripts/ on PYTHONPATH, the `bench` and `demo` extras, and the weights: `bash
-scripts/reproduce.sh` gets all of it and passes its options on.
+The script makes an environment with the extras `bench` and `demo` and the weights; with one at
+hand, `PYTHONPATH=scripts python -m reproduction` does the same.
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def quiet() -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="reproduce.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--stages", nargs="*", choices=STAGES, default=list(STAGES), metavar="STAGE",
