@@ -173,7 +173,7 @@ def test_a_t5_merges_saves_and_reloads(targets: list[str], tied: bool, tmp_path:
 def test_a_tied_name_that_is_never_called_is_refused_by_a_probe() -> None:
     model = t5(tied=True)
     run = lambda: li.inject(model, config("shared"), probe=lambda: t5_logits(model))  # noqa: E731
-    refused(model, run, li.LayerError, "'shared'.*reached its layer at no point")
+    refused(model, run, li.LayerError, "'shared'.*neither reached its layer nor read")
 
 
 def test_untying_a_model_whose_forward_reads_the_flag_is_refused() -> None:

@@ -198,6 +198,17 @@ def test_a_question_about_a_weight_is_no_use_of_it() -> None:
         model(x)
 
 
+def test_the_summary_names_what_no_forward_has_used() -> None:
+    _, model, x = made("all")
+    assert li.adapters(model)["default"].idle == ()
+    model.called(x)
+    assert li.adapters(model)["default"].idle == ("read", "both")
+    assert "default: no forward has used 'read', 'both' (2) so far" in li.summary(model)
+    model(x)
+    assert li.adapters(model)["default"].idle == ()
+    assert "so far" not in li.summary(model)
+
+
 def test_an_idle_layer_is_found_by_a_probe() -> None:
     class Idle(AsksOnly):
         def forward(self, x: Tensor) -> Tensor:

@@ -316,6 +316,8 @@ class Adapted(nn.Module):
     def _lora_is_read(self, entry: Entry) -> None:
         """Note that an entry takes part, and refuse what a weight cannot express."""
         forward = self._lora.forward.get(entry.adapter) is entry
+        if entry.mark not in self._lora.took_part and not torch.compiler.is_compiling():
+            self._lora.used((entry,))
         tensor = held_by(self)[entry.names["T" if entry.spec is None else "A"]]
         self._lora_takes_part(None if forward else entry.param, (tensor,))
         compiling = torch.compiler.is_compiling()

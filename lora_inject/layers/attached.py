@@ -8,7 +8,7 @@ replace them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +61,11 @@ class Entry:
     param: str
     names: Mapping[str, str]
     shape: tuple[int, ...] = ()
+
+    @property
+    def mark(self) -> str:
+        """What stands for the entry among those of its module."""
+        return next(iter(self.names.values()))
 
     def tensor(self, module: nn.Module, role: str) -> Tensor:
         """Return the current tensor of a role."""
@@ -117,6 +122,7 @@ class Attached:
         reads: Parameter name to adapter name to its entry on that parameter.
         old_forward: The `_old_forward` that a hook had saved on the module, or None.
         float32: Whether an adapter on the output asks for float32 arithmetic.
+        took_part: Marks of the entries that a forward has used so far; see `Entry.mark`.
         running: For each thread that runs a forward of the module: the effective weights read in
             it, and the hooks on saved tensors that it was entered with.
     """
@@ -128,6 +134,7 @@ class Attached:
         self.old_forward: Any = None
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
         self.float32 = False
+        self.took_part: frozenset[str] = frozenset()
         self._n_tensors = 0
         self._base: tuple[str, ...] = ()
         # One object, which another thread cannot change between two looks at it.
@@ -160,6 +167,7 @@ class Attached:
             for param, by_adapter in self.reads.items()
         }
         self.reads = {param: by_adapter for param, by_adapter in left.items() if by_adapter}
+        self.took_part = self.took_part.difference(entry.mark for entry in removed)
         self._n_tensors -= sum(len(entry.names) for entry in removed)
         self._changed()
         return removed
@@ -192,8 +200,13 @@ class Attached:
             return self._choose(state)
         chosen = self._chosen
         if chosen[0] is not state:
+            self.used(self.forward[name] for name, _ in state.active if name in self.forward)
             chosen = self._chosen = (state, self._choose(state))
         return chosen[1]
+
+    def used(self, entries: Iterable[Entry]) -> None:
+        """Note that entries take part in a forward."""
+        self.took_part = self.took_part.union(entry.mark for entry in entries)
 
     def _choose(self, state: State) -> tuple[Recipe, ...]:
         return tuple(

@@ -75,6 +75,7 @@ class ForwardUpdate(Adapted):
         found: Routing | None = state.kept.get(key)
         if found is None:
             found = state.kept[key] = routing_of(self, mine, held, x, state)
+            self._lora.used(found.entries)
         if found.entries and (self.training or self._lora.selection.witness is not None):
             self._lora_takes_part(None, (e.tensor(self, "A") for e in found.entries))
         return found

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_inject.layers.attached import TRAINABLE_ROLES, Entry
+from lora_inject.layers.attached import TRAINABLE_ROLES, Entry, attached_to
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import entries, reach, roots_of
 from lora_inject.spec.names import joined
@@ -27,6 +27,8 @@ class AdapterInfo:
         n_parameters: Elements of all its trainable tensors.
         weight: Its mixing weight in the current selection, None where it is not active.
         trainable: Whether its tensors require gradients.
+        idle: Its sites and trained tensors that took no part in any forward so far, where others
+            did: never called and never read, they are inert. Compiled graphs leave no trace.
     """
 
     sites: Mapping[str, SiteSpec]
@@ -34,6 +36,7 @@ class AdapterInfo:
     n_parameters: int
     weight: float | None
     trainable: bool
+    idle: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -72,12 +75,18 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
 
 def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> AdapterInfo:
     tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if r in TRAINABLE_ROLES]
+    idle = tuple(
+        joined(path, e.param) if e.spec is None else e.spec.name
+        for path, m, e in items
+        if (attached := attached_to(m)) is not None and e.mark not in attached.took_part
+    )
     return AdapterInfo(
         sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
         trained=tuple(joined(path, e.param) for path, _, e in items if e.spec is None),
         n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
         weight=weight,
         trainable=any(t.requires_grad for t in tensors),
+        idle=idle if len(idle) < len(items) else (),
     )
 
 
@@ -92,8 +101,9 @@ def summary(model: nn.Module) -> str:
         sql      1      1      0        8           x 1     yes
         trainable: 8 of 28 parameters (28.5714 %)
     """
+    found = adapters(model)
     rows = [("adapter", "sites", "ranks", "trained", "parameters", "active", "trainable")]
-    for name, info in adapters(model).items():
+    for name, info in found.items():
         rows.append(
             (
                 name,
@@ -110,6 +120,10 @@ def summary(model: nn.Module) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
+    for name, info in found.items():
+        if info.idle:
+            some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
+            lines.append(f"{name}: no forward has used {some} ({len(info.idle)}) so far")
     # What is stored: of a packed weight, its bytes.
     parameters = {id(p): p for p in model.parameters()}.values()
     n_all = sum(p.numel() for p in parameters)

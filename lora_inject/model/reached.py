@@ -5,7 +5,6 @@ Layers note that they took part while somebody listens; the sites that did not a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +27,7 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
     Returns:
         Names of sites of active adapters that no forward reached; empty when all took part. A
-        site that is read by its parent instead of being called shows up here: target its weight,
-        `SITE\.weight`.
+        layer that is neither called nor read shows up here.
 
     Raises:
         StateError: The model is merged or carries no active adapter.
@@ -63,13 +61,11 @@ def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
             module.training = training[id(module)]
     if missed:
         some = ", ".join(map(repr, missed[:3]))
-        weight = missed[0] if missed[0].endswith("weight") else f"{missed[0]}.weight"
         raise LayerError(
             f"inject, site {missed[0]!r}",
-            f"the probe reached its layer at no point ({len(missed)} such sites: {some}): its "
-            "adapter would be inert",
-            f"Where a parent reads the weight instead of calling the layer, target the weight: "
-            f"'{re.escape(weight)}'; else leave it out",
+            f"the probe neither reached its layer nor read its weight ({len(missed)} such sites: "
+            f"{some}): its adapter would be inert",
+            "Leave it out of the adapter",
         )
 
 
