@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.layers import linear_kinds
 
 CONFIG = {"rank": 2, "alpha": 3}
 FORMATS = {"peft": "adapter", "native": "adapter.safetensors"}
@@ -286,7 +287,9 @@ def test_a_fine_tuned_base_is_refused(saved: Path) -> None:
     refused(model, saved, "another base")
 
 
-def test_a_quantised_base_is_named_and_needs_the_argument(saved: Path) -> None:
+def test_a_quantised_base_is_named_and_needs_the_argument(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Packed(nn.Linear):
         """Holds codes; multiplies by what they stand for."""
 
@@ -300,6 +303,7 @@ def test_a_quantised_base_is_named_and_needs_the_argument(saved: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight.float() * self.scale, self.bias)
 
+    monkeypatch.setattr(linear_kinds, "MULTIPLY", {(__name__, Packed.__qualname__)})
     model = base()
     model.fc = Packed(model.fc)
     refused(model, saved, "cannot be compared at 1 sites, of which 'fc.weight'")
