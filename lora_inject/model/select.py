@@ -89,10 +89,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
         StateError: The model is merged, and so there is no plain base.
 
     Example:
+        >>> import torch
         >>> from lora_inject.model.inject import inject
         >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]})
         >>> with disabled(net):
-        ...     base = net(torch.randn(2, 4))
+        ...     y = net(torch.ones(2, 4))
     """
     with _within(model, BASE, "disabled"):
         yield
@@ -121,12 +122,13 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
         LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
 
     Example:
+        >>> import torch
         >>> from lora_inject.model.inject import inject
         >>> net = nn.Sequential(nn.Linear(4, 4))
         >>> for name in ("sql", "style"):
         ...     _ = inject(net, {"rank": 1, "targets": ["0"]}, name)
         >>> with routed(net, ["sql", None, "style"]):
-        ...     y = net(torch.randn(3, 4))
+        ...     y = net(torch.ones(3, 4))
     """
     rows = tuple(adapters)
     if not rows or repeat < 1:
