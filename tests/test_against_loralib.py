@@ -124,11 +124,11 @@ def test_ten_steps_of_adam_are_the_same(pair: Pair) -> None:
     own = [p for p in theirs.parameters() if p.requires_grad]
     groups = [own, list(li.adapter_parameters(ours).values())]
     for model, parameters in zip((theirs, ours), groups, strict=True):
-        optimiser = torch.optim.Adam(parameters, lr=0.03)
+        optimizer = torch.optim.Adam(parameters, lr=0.03)
         for _ in range(10):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             model(x).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
     for a, b in zip(groups[1], groups[0], strict=True):
         assert error(a, b) < 1e-9
 

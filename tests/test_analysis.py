@@ -318,7 +318,7 @@ def test_amplification_where_there_is_nothing():
 # ----------------------------------------------------------------------------------------- rounding
 
 
-def quantised(values: np.ndarray, levels: int, group: int) -> np.ndarray:
+def quantized(values: np.ndarray, levels: int, group: int) -> np.ndarray:
     """Symmetric, by the largest of each group of a row, value by value."""
     out = np.zeros_like(values)
     for row in range(values.shape[0]):
@@ -338,8 +338,8 @@ def test_what_a_format_leaves_is_its_definition(rows, columns, size, seed):
     round_trips = {
         "bfloat16": lambda x: torch.from_numpy(x).bfloat16().float().numpy(),
         "float16": lambda x: x.astype(np.float16).astype(np.float32),
-        "int8": lambda x: quantised(x, 127, columns),
-        "int4": lambda x: quantised(x, 7, 64),
+        "int8": lambda x: quantized(x, 127, columns),
+        "int4": lambda x: quantized(x, 7, 64),
     }
     assert FORMATS.keys() == round_trips.keys()
     wanted = (W + D).numpy()

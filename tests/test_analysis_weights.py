@@ -214,12 +214,12 @@ def test_a_base_without_the_site_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mark", ["qweight", "weight_scale"])
-def test_a_quantised_base_is_refused(tmp_path, mark):
+def test_a_quantized_base_is_refused(tmp_path, mark):
     spec = SiteSpec("fc", "linear", 8, 6, (6, 8), rank=2, alpha=2)
     state = AdapterState({"fc": SiteState(spec, torch.ones(2, 8), torch.ones(6, 2))})
     tensors = {"fc.weight": torch.ones(6, 8), f"fc.{mark}": torch.ones(6, 8)}
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(li.CheckpointError, match=r"quantised.*Give the 16-bit checkpoint instead"):
+    with pytest.raises(li.CheckpointError, match=r"quantized.*Give the 16-bit checkpoint instead"):
         analyze(state, tmp_path)
     save_file({"fc.weight": torch.ones(6, 8).to(torch.int16)}, tmp_path / "model.safetensors")
     with pytest.raises(li.CheckpointError, match="stored as I16"):

@@ -304,7 +304,7 @@ def test_missing_expert_is_named(tmp_path):
 
 # Refusals ---------------------------------------------------------------------------------------
 
-QUANTISED = {
+QUANTIZED = {
     "bitsandbytes": {
         "q.weight": torch.zeros(32, 1, dtype=torch.uint8),
         "q.weight.absmax": torch.zeros(2),
@@ -327,15 +327,15 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize("method", QUANTIZED)
 def test_quantized_base_is_recognized_and_the_way_out_is_named(tmp_path, method):
-    base = save_checkpoint(tmp_path / "base", QUANTISED[method])
+    base = save_checkpoint(tmp_path / "base", QUANTIZED[method])
     with pytest.raises(CheckpointError, match=rf"quantized: {method}.*16-bit checkpoint"):
         plan_merge(base, [WeightedAdapter(adapter(site("q", (8, 8))))])
 
 
 def test_float_layers_of_a_quantized_base_merge(tmp_path):
-    tensors = {**QUANTISED["GPTQ"], "lm_head.weight": torch.randn(8, 8)}
+    tensors = {**QUANTIZED["GPTQ"], "lm_head.weight": torch.randn(8, 8)}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("lm_head", (8, 8)))
     merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")

@@ -44,8 +44,8 @@ from lora_inject.storage.safetensors_file import build_header, read_header
 # Float8 -----------------------------------------------------------------------------------------
 
 
-def quantised(w, block):
-    """Quantise by blocks as DeepSeek's checkpoints are; returns the two tensors."""
+def quantized(w, block):
+    """Quantize by blocks as DeepSeek's checkpoints are; returns the two tensors."""
     rows, cols = (-(-size // b) for size, b in zip(w.shape, block, strict=True))
     values, scales = torch.empty_like(w), torch.empty(rows, cols)
     for i in range(rows):
@@ -63,16 +63,16 @@ def dequantized(q, s, block):
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("block", [(128, 128), (8, 16)])
-def test_float8_base_is_dequantised_on_request(tmp_path, monkeypatch, shards, block):
+def test_float8_base_is_dequantized_on_request(tmp_path, monkeypatch, shards, block):
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 1000)  # scales must follow the rows
     plain = {n: torch.randn(300, 200) if block[0] == 128 else torch.randn(20, 40) for n in "qv"}
     tensors, wanted = {"norm.weight": torch.ones(8).bfloat16()}, {}
     for n, w in plain.items():
-        q, s = quantised(w, block)
+        q, s = quantized(w, block)
         tensors |= {f"{n}.weight": q, f"{n}.weight_scale_inv": s}
         wanted[f"{n}.weight"] = dequantized(q, s, block)
-    quantisation = {"quant_method": "fp8", "weight_block_size": list(block)}
-    config = {**LLAMA, "quantization_config": quantisation}
+    quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
+    config = {**LLAMA, "quantization_config": quantization}
     base = save_checkpoint(tmp_path / "base", tensors, shards, config)
     state = adapter(site("q", tuple(plain["q"].shape), size=0.1))
     with pytest.raises(CheckpointError, match=r"fp8 with block scales.*--dequantize"):

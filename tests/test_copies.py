@@ -195,11 +195,11 @@ def test_a_model_goes_on_after_each_round(name: str) -> None:
     model, wanted = ROUNDS[name](build()), build()
     for m in (model, wanted):
         li.activate(m, "one")
-        optimiser = torch.optim.SGD(li.parameter_groups(m, 0.01))
+        optimizer = torch.optim.SGD(li.parameter_groups(m, 0.01))
         for _ in range(2):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             m(IDS).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
         li.inject(m.eval(), {"rank": 1, "init": {"normal": 1e-9}, "targets": ["fc"]}, "three")
         li.activate(m, MIX)
     assert_equal(model, wanted)

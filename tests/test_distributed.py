@@ -65,14 +65,14 @@ def whole(tensor: Tensor) -> Tensor:
 def train(model: Any, wrapped: Any, batches: list[Tensor]) -> dict[str, Any]:
     """Two steps of SGD; what each came to. The losses of several batches are averaged."""
     parameters = li.adapter_parameters(model)
-    optimiser = torch.optim.SGD(parameters.values(), lr=0.1)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
     losses, gradients = [], []
     for _ in range(STEPS):
         loss = torch.stack([wrapped(ids, labels=ids).loss for ids in batches]).mean()
         loss.backward()
         gradients.append({key: whole(p.grad) for key, p in parameters.items()})
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(float(loss.detach()))
     with torch.no_grad():
         logits = wrapped(IDS).logits.detach()

@@ -91,7 +91,7 @@ def test_other_shapes_names_and_values() -> None:
     assert compare(Fingerprint({"w": (1,)}, {"w": ()}), zero) != {}
 
 
-def test_quantised_weights_are_named_not_compared() -> None:
+def test_quantized_weights_are_named_not_compared() -> None:
     plain = Fingerprint({"w": (1,), "v": (1,)}, {"w": (1.0,), "v": (1.0,)})
     packed = Fingerprint({"w": (1,), "v": (1,)}, {"v": (1.0,)}, ("w",))
     for pair in ((plain, packed), (packed, plain)):

@@ -46,7 +46,7 @@ def test_folding_gives_the_same_bits_in_python(
     compiled = [folded(SPECS[name], dtype, piece_rows) for _ in range(3)]
     monkeypatch.setattr(fold, "_fold_pieces", fold._fold_pieces.__wrapped__)
     merged, sums = folded(SPECS[name], dtype, piece_rows)
-    for again, counted in compiled:  # torch optimises a function after it has seen it run
+    for again, counted in compiled:  # torch optimizes a function after it has seen it run
         assert same_bits(again, merged)
         assert counted == sums
 
@@ -54,7 +54,7 @@ def test_folding_gives_the_same_bits_in_python(
 def test_it_is_compiled_here() -> None:
     function = fold._fold_pieces.__wrapped__
     assert scripted._compiled(function) is not function
-    assert torch._C._get_graph_executor_optimize(), "others' functions are optimised as before"
+    assert torch._C._get_graph_executor_optimize(), "others' functions are optimized as before"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, AttributeError])

@@ -516,7 +516,7 @@ def _twice(model: Host) -> Any:
 REFUSED = {
     "no adapter is active": (_not_active, li.StateError),
     "the weight is on the meta device": (_meta, li.LayerError),
-    r"the weight is quantised \(torch.int8\)": (_integer, li.LayerError),
+    r"the weight is quantized \(torch.int8\)": (_integer, li.LayerError),
     "the weight is not contiguous": (_strided, li.LayerError),
     "the weight is a Packed": (_subclass, li.LayerError),
     "'default' is merged into the weights": (_twice, li.StateError),

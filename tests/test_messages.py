@@ -124,11 +124,11 @@ def a_weight_that_nobody_reads(tmp_path):
 
 @says(
     li.LayerError,
-    "'head', matched by rule 1 ('head'): the weight of ParametrizedLinear is parametrised, so that "
+    "'head', matched by rule 1 ('head'): the weight of ParametrizedLinear is parametrized, so that "
     "a merge would write to a temporary. Call "
     "torch.nn.utils.parametrize.remove_parametrizations first.",
 )
-def a_parametrised_weight(tmp_path):
+def a_parametrized_weight(tmp_path):
     model = net()
     nn.utils.parametrizations.weight_norm(model["head"])
     li.plan(model, {"rank": 2, "targets": ["head"]})

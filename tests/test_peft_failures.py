@@ -204,7 +204,7 @@ def test_merging_a_tied_head_and_embedding_adds_each_delta_once() -> None:
 
 def test_a_parametrized_weight_is_refused() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
-    refused(model, lambda: li.inject(model, config(r"\d")), li.LayerError, "'1'.*parametrised")
+    refused(model, lambda: li.inject(model, config(r"\d")), li.LayerError, "'1'.*parametrized")
 
 
 def test_a_subclass_that_scales_its_weight_merges_to_the_same() -> None:

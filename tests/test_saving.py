@@ -287,7 +287,7 @@ def test_a_fine_tuned_base_is_refused(saved: Path) -> None:
     refused(model, saved, "another base")
 
 
-def test_a_quantised_base_is_named_and_needs_the_argument(
+def test_a_quantized_base_is_named_and_needs_the_argument(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Packed(nn.Linear):
@@ -308,13 +308,13 @@ def test_a_quantised_base_is_named_and_needs_the_argument(
     model.fc = Packed(model.fc)
     refused(model, saved, "cannot be compared at 1 sites, of which 'fc.weight'")
     plain = li.load_adapter(base(), saved)
-    loaded = li.load_adapter(model, saved, base="quantised")
+    loaded = li.load_adapter(model, saved, base="quantized")
     assert error(loaded(IDS), plain(IDS)) < 0.05
     other = base()
     other.fc = Packed(other.fc)
     with torch.no_grad():
         other.embed.weight.add_(1)
-    refused(other, saved, "another base: 'embed", base="quantised")
+    refused(other, saved, "another base: 'embed", base="quantized")
 
 
 def _without_fc(model: Net) -> None:

@@ -586,7 +586,7 @@ def experts(family: str, how: str = "eager") -> tuple[Any, str]:
     model = getattr(transformers, cls)(settings)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "experts" in key:  # some families leave them uninitialised
+            if "experts" in key:  # some families leave them uninitialized
                 parameter.normal_(0.0, 0.3)
     return model.eval(), layout
 
@@ -715,7 +715,7 @@ def test_a_scripted_module_is_refused(target: str) -> None:
 @pytest.mark.parametrize("make", [lambda: nn.LazyLinear(3), lambda: nn.LazyConv1d(3, 1)])
 def test_a_lazy_module_is_refused_until_it_has_run(make: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(5, 4), make())
-    with pytest.raises(li.LayerError, match=r"'1'.*lazy and not initialised.*Run the model once"):
+    with pytest.raises(li.LayerError, match=r"'1'.*lazy and not initialized.*Run the model once"):
         li.inject(model, config(r"\d"))
     assert not any("lora_" in key for key in model._modules["0"]._parameters)
     x = torch.randn(2, 4, 1) if isinstance(model[1], nn.LazyConv1d) else torch.randn(2, 4)

@@ -65,11 +65,11 @@ def assert_base_is(model: nn.Module, bits: dict[str, Tensor]) -> None:
 
 def train(model: nn.Module, steps: int = 3, lr: float = 0.1) -> None:
     groups = li.parameter_groups(model, lr)
-    optimiser = torch.optim.SGD(groups)
+    optimizer = torch.optim.SGD(groups)
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(IDS).float().square().sum().backward()
-        optimiser.step()
+        optimizer.step()
 
 
 # ---------------------------------------------------------------------------------- inject and load
@@ -259,7 +259,7 @@ def test_backward_hooks_see_the_whole_layer() -> None:
 
 
 class Packed(nn.Linear):
-    """A quantised layer: holds int8 codes, multiplies by what they stand for."""
+    """A quantized layer: holds int8 codes, multiplies by what they stand for."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out)
@@ -273,7 +273,7 @@ class Packed(nn.Linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_quantised_subclass_is_called_untouched(
+def test_a_quantized_subclass_is_called_untouched(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_kinds, "MULTIPLY", {(Packed.__module__, "Packed")})
@@ -290,7 +290,7 @@ def test_a_quantised_subclass_is_called_untouched(
     model(x).sum().backward()
     assert A.grad is not None
     assert model.layer.weight is codes
-    with pytest.raises(li.LayerError, match="quantised"):
+    with pytest.raises(li.LayerError, match="quantized"):
         li.merge(model)
     li.eject(model)
     assert snapshot(model) == before
@@ -953,7 +953,7 @@ def test_adapter_parameters_and_groups() -> None:
         li.parameter_groups(model, lr=0.1)
 
 
-def test_a_tied_copy_is_optimised_once() -> None:
+def test_a_tied_copy_is_optimized_once() -> None:
     model = Tied()
     li.inject(model, {"train": ["embed"]})
     groups = li.parameter_groups(model, lr=0.1)

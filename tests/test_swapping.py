@@ -79,21 +79,21 @@ def test_files_are_swapped_in_too(layout: str, tmp_path: Path) -> None:
     assert list(li.adapters(net)) == ["slot"]
 
 
-def test_an_optimiser_keeps_hold_and_the_slot_stays_what_it_was() -> None:
+def test_an_optimizer_keeps_hold_and_the_slot_stays_what_it_was() -> None:
     net, state = two()
     groups = li.parameter_groups(net, lr=0.1)
-    optimiser = torch.optim.SGD(groups, momentum=0.9)
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
     net(IDS).sum().backward()
-    optimiser.step()
+    optimizer.step()
     li.swap_adapter(net, state, "slot")
     assert li.adapters(net)["slot"].active
     assert li.adapters(net)["slot"].trainable
     held = {id(p) for group in groups for p in group["params"]}
     assert held == {id(p) for p in li.adapter_parameters(net).values()}
     before = {key: p.detach().clone() for key, p in li.adapter_parameters(net).items()}
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     net(IDS).sum().backward()
-    optimiser.step()
+    optimizer.step()
     moved = li.adapter_parameters(net)
     assert all(not same_bits(before[key], moved[key].detach()) for key in before)
 

@@ -76,7 +76,7 @@ def test_killed_twice_and_resumed_equals_not_killed(name: str, tmp_path: Path) -
 
 
 def test_the_curve_depends_on_what_is_restored(tmp_path: Path) -> None:
-    """The comparison above sees a generator, an optimiser or weights that were not restored."""
+    """The comparison above sees a generator, an optimizer or weights that were not restored."""
     whole, _ = full_run(tmp_path / "whole")
     wanted = curve(whole.state.log_history)
     for name in ("rng_state.pth", "optimizer.pt", "model.safetensors"):
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_lacks_a_part_of_the_base_is_still_reported(tmp_path: 
     assert "lora_" in found[0]
 
 
-def test_without_optimiser_if_so_asked(tmp_path: Path) -> None:
+def test_without_optimizer_if_so_asked(tmp_path: Path) -> None:
     trainer(tmp_path, injected(), max_steps=2, save_only_model=True).train()
     names = {p.name for p in (tmp_path / "checkpoint-2").iterdir()}
     assert "model.safetensors" in names

@@ -268,7 +268,7 @@ PARAMETRISED: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("target", ["layer", "layer.*", r"layer\.weight", "before"])
 @pytest.mark.parametrize("how", PARAMETRISED)
-def test_parametrised_weight(how: str, target: str) -> None:
+def test_parametrized_weight(how: str, target: str) -> None:
     model = Host(PARAMETRISED[how](nn.Linear(6, 6)))
     before = snapshot(model)
     x = torch.randn(3, 6)

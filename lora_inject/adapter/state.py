@@ -46,12 +46,12 @@ class Fingerprint:
     Attributes:
         shapes: Shape of each adapted weight, by its name in the state dict.
         samples: A few values of each, float32, taken at evenly spaced flat positions.
-        quantised: Names of weights that are not plain floating point tensors; they have no samples.
+        quantized: Names of weights that are not plain floating point tensors; they have no samples.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     samples: Mapping[str, tuple[float, ...]]
-    quantised: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

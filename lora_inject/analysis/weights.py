@@ -202,9 +202,9 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fi
     except CheckpointError as error:  # which speaks of merging
         raise CheckpointError(asked, error.found, error.remedy) from None
     entries = [placed.source for places in fit.placed.values() for placed in places]
-    quantised = why_not(checkpoint, [entry.name for entry in entries])
-    if quantised is not None:
-        raise CheckpointError(asked, quantised.found, "Give the 16-bit checkpoint instead")
+    quantized = why_not(checkpoint, [entry.name for entry in entries])
+    if quantized is not None:
+        raise CheckpointError(asked, quantized.found, "Give the 16-bit checkpoint instead")
     for entry in entries:
         if entry.dtype not in FLOATS:
             raise CheckpointError(

@@ -45,7 +45,7 @@ def check_same_base(checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit) 
     known = Fingerprint(
         {name: saved.shapes[name] for name in shapes},
         {name: values for name, values in saved.samples.items() if name in shapes},
-        saved.quantised,
+        saved.quantized,
     )
     differences = compare(known, Fingerprint(shapes, samples))
     if differences:

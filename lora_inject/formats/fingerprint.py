@@ -128,7 +128,7 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
 
 
 def unverifiable(saved: Fingerprint, found: Fingerprint) -> tuple[str, ...]:
-    """Names of weights whose values cannot be compared, because they are quantised on either side.
+    """Names of weights whose values cannot be compared, because they are quantized on either side.
 
     Example:
         >>> unverifiable(Fingerprint({"w": (2,)}, {}, ("w",)), Fingerprint({"w": (2,)}, {}))

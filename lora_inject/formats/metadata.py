@@ -277,7 +277,7 @@ def _specs(
 class _FingerprintText(_Strict):
     shapes: dict[str, tuple[int, ...]]
     samples: dict[str, str]
-    quantised: tuple[str, ...]
+    quantized: tuple[str, ...]
 
 
 _FINGERPRINT = TypeAdapter(_FingerprintText | None)
@@ -288,7 +288,7 @@ def _fingerprint_to_plain(fingerprint: Fingerprint | None) -> dict[str, Any] | N
         return None
     samples = {name: _packed(values, name) for name, values in fingerprint.samples.items()}
     shapes = {name: list(shape) for name, shape in fingerprint.shapes.items()}
-    return {"shapes": shapes, "samples": samples, "quantised": list(fingerprint.quantised)}
+    return {"shapes": shapes, "samples": samples, "quantized": list(fingerprint.quantized)}
 
 
 def _packed(values: Sequence[float], name: str) -> str:
@@ -321,7 +321,7 @@ def _fingerprint(text: _FingerprintText | None, asked: str) -> Fingerprint | Non
         return None
     where = f"{asked}, fingerprint"
     samples = {name: _unpacked(packed, name, where) for name, packed in text.samples.items()}
-    return Fingerprint(text.shapes, samples, text.quantised)
+    return Fingerprint(text.shapes, samples, text.quantized)
 
 
 def _require(holds: bool, where: str, found: str) -> None:

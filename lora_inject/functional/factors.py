@@ -36,7 +36,7 @@ class Factors(NamedTuple):
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that adapters over a base of `dtype` are kept in.
 
-    float32 for every 16-bit, quantised or integer base, so that small optimiser steps are not
+    float32 for every 16-bit, quantized or integer base, so that small optimizer steps are not
     rounded away; float64 stays float64.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -277,7 +277,7 @@ class Scratch:
         self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def room(self, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return uninitialised memory for three blocks, `(3, n_elements)`, the same each time."""
+        """Return uninitialized memory for three blocks, `(3, n_elements)`, the same each time."""
         room = self._rooms.get((dtype, device))
         if room is None or room.numel() < 3 * n_elements:
             room = torch.empty(3 * n_elements, dtype=dtype, device=device)

@@ -63,7 +63,7 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
             return function
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        # Optimising takes 30 ms of the first two calls, and finds nothing to join on a CPU.
+        # Optimizing takes 30 ms of the first two calls, and finds nothing to join on a CPU.
         with optimizing(False):
             return found(*args, **kwargs)
 

@@ -3,7 +3,7 @@
 Trainer keeps its schedule, its file names and its way to resume, and only the writing is
 taken over. `AdapterCheckpoint` is a callback that sees that a save is due, stops Trainer from
 writing the whole model, and writes a folder of the same layout in one step: the adapter's tensors
-under their names in the model's state dict, the state of optimiser, schedule and random numbers,
+under their names in the model's state dict, the state of optimizer, schedule and random numbers,
 and Trainer's own record. So `save_steps`, `save_total_limit`, `load_best_model_at_end` and
 `train(resume_from_checkpoint=True)` mean what they always mean.
 """
@@ -65,7 +65,7 @@ class AdapterCheckpoint:
     Raises:
         StateError: At the start of training: where Trainer never saves (`save_strategy` is `no` or
             `best`), where parameters train that are no part of the adapter and would be lost, or
-            under DeepSpeed, which keeps the optimiser's state to itself.
+            under DeepSpeed, which keeps the optimizer's state to itself.
 
     Example:
         >>> import lora_inject as li
@@ -224,7 +224,7 @@ def _check(args: Any, model: nn.Module, name: str) -> None:
             'Pass save_strategy="steps" or "epoch"; load_best_model_at_end keeps the best as well',
         )
     if getattr(args, "deepspeed", None):
-        raise StateError(asked, "DeepSpeed keeps the optimiser's state to itself", "Use FSDP2")
+        raise StateError(asked, "DeepSpeed keeps the optimizer's state to itself", "Use FSDP2")
     ours = {id(parameter) for parameter in adapter_parameters(model, name).values()}
     others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if others:

@@ -1,7 +1,7 @@
 """The swapped class: a module's own class with a mixin to the left of it, made once per class.
 
 A module that carries adapters stays the object it was and changes its class, so
-everything that knew the old class still does: `isinstance`, hooks, tied tensors, quantised weights,
+everything that knew the old class still does: `isinstance`, hooks, tied tensors, quantized weights,
 other references to the layer. (PyTorch's FSDP2 and parametrize work the same way.)
 
 A module carries adapters in up to two ways. A *forward update* overrides `forward` and adds to the

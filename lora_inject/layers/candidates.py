@@ -211,7 +211,7 @@ class _Listing:
             return f"{cls} is a ScriptModule, whose class cannot change", "Inject before scripting"
         if "parametrizations" in module._modules:
             return (
-                f"the weight of {cls} is parametrised, so that a merge would write to a temporary",
+                f"the weight of {cls} is parametrized, so that a merge would write to a temporary",
                 "Call torch.nn.utils.parametrize.remove_parametrizations first",
             )
         if parameter is None:
@@ -225,7 +225,7 @@ class _Listing:
                 "Leave it out",
             )
         if nn.parameter.is_lazy(parameter):
-            return f"{cls} is lazy and not initialised", "Run the model once first"
+            return f"{cls} is lazy and not initialized", "Run the model once first"
         if self.hooked and parameter.device.type == "meta":
             return (
                 "accelerate has offloaded its weights",

@@ -124,7 +124,7 @@ def _check(place: Place) -> None:
         reader = f"init {init}" if place.forward else "a weight update"
         raise LayerError(
             target,
-            f"{reader} reads its values, and they are quantised ({type(place.weight).__name__})",
+            f"{reader} reads its values, and they are quantized ({type(place.weight).__name__})",
             "Name the layer rather than its weight, with an init that does not start from W",
         )
     if spec is None:

@@ -26,7 +26,7 @@ from lora_inject.spec.inventory import Candidate, Inventory
 from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
 
-Base = Literal["same", "quantised", "any"]
+Base = Literal["same", "quantized", "any"]
 
 
 def fit(
@@ -204,16 +204,16 @@ def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) ->
     Raises:
         FormatError: It is another one, or that cannot be told.
     """
-    if (saved.shapes, saved.samples) == (here.shapes, here.samples) and not here.quantised:
+    if (saved.shapes, saved.samples) == (here.shapes, here.samples) and not here.quantized:
         return
     shapes = {key: shape for key, shape in saved.shapes.items() if key in here.shapes}
-    if unknown := unverifiable(Fingerprint(shapes, saved.samples, saved.quantised), here):
-        if base != "quantised":
+    if unknown := unverifiable(Fingerprint(shapes, saved.samples, saved.quantized), here):
+        if base != "quantized":
             raise FormatError(
                 asked,
                 f"the base cannot be compared at {len(unknown)} sites, of which {unknown[0]!r}: "
-                "its weight is quantised, sharded or on the meta device, here or where it was made",
-                'Pass base="quantised" where it is the right base',
+                "its weight is quantized, sharded or on the meta device, here or where it was made",
+                'Pass base="quantized" where it is the right base',
             )
         shapes = {key: shape for key, shape in shapes.items() if key not in unknown}
     differences = compare(Fingerprint(shapes, saved.samples), here)

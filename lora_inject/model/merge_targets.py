@@ -213,7 +213,7 @@ def _check_weight(target: Target) -> None:
         )
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise LayerError(
-            asked, f"the weight is quantised ({weight.dtype})", "Merge into the base in 16 bits"
+            asked, f"the weight is quantized ({weight.dtype})", "Merge into the base in 16 bits"
         )
     if tuple(weight.shape) != tuple(shape):
         raise LayerError(

@@ -126,7 +126,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     """Sample weights, so that another base of the same shape can be told.
 
     Args:
-        weights: Name to tensor. Quantised, sharded and meta tensors are named but not sampled.
+        weights: Name to tensor. Quantized, sharded and meta tensors are named but not sampled.
 
     Returns:
         The fingerprint.
@@ -139,7 +139,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     return Fingerprint(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         samples=samples(plain),
-        quantised=tuple(name for name in weights if name not in plain),
+        quantized=tuple(name for name in weights if name not in plain),
     )
 
 

@@ -2,7 +2,7 @@
 
 An adapter on a model is a slot for values. Whoever serves many adapters of one shape, or
 takes one from a training run every few minutes, writes the next one's values into the Parameters
-that are there: nothing is mounted, no Parameter is replaced, no optimiser loses what it holds, and
+that are there: nothing is mounted, no Parameter is replaced, no optimizer loses what it holds, and
 a compiled model is not compiled again. Every check comes before the first write.
 """
 
@@ -45,9 +45,9 @@ def swap_adapter(
 ) -> M:
     """Write another adapter's values into one that is on the model, all of them or none.
 
-    The Parameters stay the objects they are, so optimisers keep hold of them and a compiled model
+    The Parameters stay the objects they are, so optimizers keep hold of them and a compiled model
     is not compiled again. What the slot is stays, too: whether it is active and trainable, its
-    dropout, its init and its `compute`. Gradients and the optimiser's moments are not touched.
+    dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
 
     Args:
         model: The root, or any module that holds roots.

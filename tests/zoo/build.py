@@ -1,4 +1,4 @@
-"""Build a tiny, randomly initialised instance of a model type."""
+"""Build a tiny, randomly initialized instance of a model type."""
 
 from __future__ import annotations
 

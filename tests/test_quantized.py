@@ -1,8 +1,8 @@
-"""Quantised bases: torchao and bitsandbytes layers carry adapters and are never merged into.
+"""Quantized bases: torchao and bitsandbytes layers carry adapters and are never merged into.
 
-The quantised layer is called untouched, so that an adapter whose B is zero changes no bit
+The quantized layer is called untouched, so that an adapter whose B is zero changes no bit
 of its output, and the update is the dense `scale * B @ A` beside it. What the packed weight stands
-for is the quantiser's business: merging is refused, and a load asks to be told.
+for is the quantizer's business: merging is refused, and a load asks to be told.
 
 Both packages are optional: what is absent, or does not run on this machine, is skipped with the
 reason. int4 weights of torchao need its kernel package `mslk`, which has no build for CPUs.
@@ -54,7 +54,7 @@ def bitsandbytes(cls: str, **options: Any) -> nn.Module:
     make = getattr(layers, cls)
     net = nn.Sequential(make(N, N, **options), nn.Tanh(), make(N, 32, **options))
     net.load_state_dict(plain_net().state_dict())
-    return net.to("cpu")  # this is what quantises
+    return net.to("cpu")  # this is what quantizes
 
 
 FORMATS: dict[str, Callable[[], nn.Module]] = {
@@ -69,7 +69,7 @@ FORMATS: dict[str, Callable[[], nn.Module]] = {
 
 pytestmark = [
     pytest.mark.parametrize("form", FORMATS),
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # the quantisers' own, about casts
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # the quantizers' own, about casts
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -81,7 +81,7 @@ def build(form: str) -> tuple[Any, Tensor]:
     return net, torch.randn(3, N).to(dtype)
 
 
-def test_the_start_is_the_quantised_model_bit_for_bit(form: str) -> None:
+def test_the_start_is_the_quantized_model_bit_for_bit(form: str) -> None:
     net, x = build(form)
     before = net(x)
     held = {k: (id(p), type(p)) for k, p in net.named_parameters()}
@@ -117,14 +117,14 @@ def test_adapters_train_and_the_base_does_not(form: str) -> None:
     li.inject(net, config("0", "2"))
     with li.disabled(net):
         base = net(x)
-    optimiser = torch.optim.Adam(li.adapter_parameters(net).values(), lr=0.02)
+    optimizer = torch.optim.Adam(li.adapter_parameters(net).values(), lr=0.02)
     target = torch.randn(3, 32)
     losses = []
     for _ in range(25):
         loss = (net(x).float() - target).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     assert all(p.grad is not None and p.grad.any() for p in li.adapter_parameters(net).values())
     assert losses[-1] < 0.5 * losses[0]
@@ -160,7 +160,7 @@ def test_merging_is_refused_and_the_way_out_named(form: str, undo: bool) -> None
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
-def test_a_load_asks_to_be_told_that_the_base_is_quantised(
+def test_a_load_asks_to_be_told_that_the_base_is_quantized(
     form: str, layout: str, tmp_path: Path
 ) -> None:
     net, x = build(form)
@@ -169,17 +169,17 @@ def test_a_load_asks_to_be_told_that_the_base_is_quantised(
     path, _ = saved(net, tmp_path, layout)
     li.eject(net)
     bare, held = net(x), objects(net)
-    with pytest.raises(li.FormatError, match=r'quantised.*base="quantised"'):
+    with pytest.raises(li.FormatError, match=r'quantized.*base="quantized"'):
         li.load_adapter(net, path)
     assert same_bits(net(x), bare)
     assert objects(net) == held
-    li.load_adapter(net, path, base="quantised")
+    li.load_adapter(net, path, base="quantized")
     assert same_bits(net(x), adapted)
     again = li.adapter_state(net)
     assert all(same_bits(again.sites[k].B, site.B) for k, site in state.sites.items())
 
 
-def test_an_adapter_made_on_a_quantised_base_serves_the_plain_one(
+def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(
     form: str, tmp_path: Path
 ) -> None:
     """The way out of the refused merge: load it onto the floating point base, and merge there."""
@@ -192,20 +192,20 @@ def test_an_adapter_made_on_a_quantised_base_serves_the_plain_one(
     with torch.no_grad():
         for name, site in li.adapter_state(net).sites.items():
             wide.get_submodule(name).weight += SCALE * site.B.double() @ site.A.double()  # type: ignore[operator]
-    li.load_adapter(base, path, base="quantised")
+    li.load_adapter(base, path, base="quantized")
     li.merge(base)
     assert error(base(x), wide(x.double())) < 1e-5
 
 
-def test_a_quantised_weight_cannot_be_read_as_a_whole(form: str) -> None:
+def test_a_quantized_weight_cannot_be_read_as_a_whole(form: str) -> None:
     net, _ = build(form)
     held = objects(net)
-    with pytest.raises(li.LayerError, match=r"'0\.weight'.*quantised"):
+    with pytest.raises(li.LayerError, match=r"'0\.weight'.*quantized"):
         li.inject(net, config(r"0\.weight"))
     assert objects(net) == held
 
 
-def test_no_start_comes_from_a_quantised_weight(form: str) -> None:
+def test_no_start_comes_from_a_quantized_weight(form: str) -> None:
     net, _ = build(form)
     held = objects(net)
     with pytest.raises(li.LayerError, match=r"'0'.*pissa"):
