@@ -100,6 +100,22 @@ def test_no_sync_and_no_cpu_tensor_between_inject_and_eject(kind: str, dropout: 
     assert counted.on_cpu == []
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "unequal slices", "embedding"])
+def test_routed_rows_need_no_sync_and_no_cpu_tensor(kind: str, tokens: int, grad: bool) -> None:
+    model, (x,) = _on_meta(kind)
+    x = x[:, :tokens]
+    with torch.set_grad_enabled(grad), li.routed(model, ["one", None, "two", "one"]):
+        model(x)  # the first forward of a context sends the rows to the device
+        with table.Counted() as counted:
+            y = model(x)
+            if grad:
+                y.backward(torch.ones_like(y))
+    assert counted.syncs == []
+    assert counted.on_cpu == []
+
+
 @pytest.mark.parametrize("float32", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_path_of_a_cpu_gives_the_values_of_every_other(

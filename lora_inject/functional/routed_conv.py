@@ -7,11 +7,12 @@ with B. Rows stand beside each other as groups of one convolution, each with the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from lora_inject.functional.factors import Factors, compute_dtype
+from lora_inject.functional.factors import Factors, compute_dtype, without_autocast
 from lora_inject.functional.routed import bank
 
 
@@ -51,7 +52,7 @@ def routed_convolution(
         >>> torch.allclose(y[0], conv(x[0], W + 0.5 * (B @ A).view(5, 3, 3)), atol=1e-5)
         True
     """
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y) or nullcontext():
         A_bank, B_bank = bank(adapters, weight_shape[0], compute_dtype(y.dtype, float32), base=True)
         batch, groups, rank = len(x), x.shape[1] // weight_shape[1], A_bank.shape[1]
         kernels = A_bank.index_select(0, places).view(batch, 1, rank, *weight_shape[1:])
