@@ -288,5 +288,6 @@ def launches(options: Options) -> Result:  # noqa: ARG001 - counts have no small
             counted = count(row, who)
             result.add(name, who, "launches", float(counted.total))
             result.add(name, who, "GiB moved", counted.moved / GIB)
-            result.add(name, who, "host syncs", float(len(counted.syncs)))
+            if counted.syncs:
+                result.notes.append(f"{who} waits for the device in '{name}': {counted.syncs}.")
     return result
