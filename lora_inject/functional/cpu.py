@@ -32,7 +32,7 @@ class Kept(NamedTuple):
 
     Attributes:
         h: `drop(x) A^T`, `(n, rank * parts)`.
-        A: As it was multiplied with.
+        A: As it was multiplied with; on a CPU as the update has it.
         B: Likewise.
         dropped: Without dropout None. Else which elements of x were kept, bool `(n, in)`; or on a
             CPU the gaps between those that were dropped, `(m,)`, integers.
@@ -63,17 +63,18 @@ def add_(y2: Tensor, x2: Tensor, u: Factors, dtype: torch.dtype) -> Kept:
         u: The update.
         dtype: What to compute in.
     """
-    A, B, scale, gaps = cast(u.A, dtype), cast(u.B, dtype), u.scale, None
+    scale, gaps = u.scale, None
     if are_few(x2, u):
-        return Kept(cast(add_few_(y2, x2, u), dtype), A, B, None)
+        return Kept(cast(add_few_(y2, x2, u), dtype), u.A, u.B, None)
     if u.dropout:
         x2, scale = x2.clone(memory_format=torch.contiguous_format), scale / (1 - u.dropout)
         gaps = _draw_gaps(u.dropout, x2.numel())
         x2.view(-1).index_fill_(0, positions(gaps), 0.0)
+    A, B = cast(u.A, dtype), cast(u.B, dtype)
     hs = [torch.mm(x, A.t()) for _, (x,) in _blocks(dtype, x2)]
     h = hs[0] if len(hs) == 1 else torch.cat(hs)
     _add_product_(y2, h, _turned(B), scale)
-    return Kept(h, A, B, gaps)
+    return Kept(h, u.A, u.B, gaps)  # cast again, as a launch is cheap here and memory is not
 
 
 def are_few(x: Tensor, u: Factors) -> bool:
@@ -138,7 +139,8 @@ def backward(
         where = positions(kept.dropped)
         x2 = x2.clone(memory_format=torch.contiguous_format) if needs[0] else x2
         x2 = x2.view(-1).index_fill_(0, where, 0.0).view(x2.shape) if needs[0] else x2
-    B, h, ghs = _turned(kept.B), _turned(kept.h), []
+    A, B = cast(kept.A, dtype), _turned(cast(kept.B, dtype))
+    h, ghs = _turned(kept.h), []
     gA = gB = None
     for rows, (g, x) in _blocks(dtype, g2, x2):
         gh = torch.mm(g, B.t())
@@ -148,7 +150,7 @@ def backward(
             gB = _plus(gB, h[:, rows], g)
         ghs.append(gh)
     if gx2 is not None:
-        _add_share_(gx2, ghs[0] if len(ghs) == 1 else torch.cat(ghs), kept.A, scale, where)
+        _add_share_(gx2, ghs[0] if len(ghs) == 1 else torch.cat(ghs), A, scale, where)
     gA = None if gA is None else gA.mul_(scale)
     return gA, None if gB is None else gB.t().mul_(scale)
 

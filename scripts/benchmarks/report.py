@@ -110,7 +110,7 @@ def number(value: float) -> str:
     """Return a value with as many digits as mean something."""
     if value == int(value) and abs(value) < 1e5:
         return str(int(value))
-    if abs(value) < 1e-3 or abs(value) >= 1e5:
+    if abs(value) < 1e-2 or abs(value) >= 1e5:
         return f"{value:.1e}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 

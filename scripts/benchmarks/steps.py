@@ -234,8 +234,8 @@ def saved(options: Options) -> Result:
             _saved(result, f"{name} {label}", make(dtype), ids, options)
     result.notes.append(
         "Distinct storages that autograd's hooks see, without parameters. The targets are for the "
-        "Llama in bf16: x once and h (41.2), and the factors in bf16 (2.7); that of dropout allows "
-        "one bit more for each element of x."
+        "Llama in bf16: x once, and h; that of dropout allows one bit more for each element of x. "
+        "On a GPU the factors in bf16 are kept too, 2.7 MiB here, to start two launches less."
     )
     return result
 
@@ -253,7 +253,7 @@ def _saved(result: Result, case: str, base: Any, ids: Tensor, options: Options) 
     floor = _kept(frozen(copy.deepcopy(base)), ids)
     result.add(case, "floor", "MiB", floor / MIB)
     judged = not options.quick and case.startswith("Llama") and "bf16" in case
-    targets = {OURS: 45.0, GENERAL: 45.0, "lora_inject, dropout 0.05": 50.0}
+    targets = {OURS: 42.0, GENERAL: 42.0, "lora_inject, dropout 0.05": 46.9}
     for name, make in made.items():
         over = _kept(make(copy.deepcopy(base)), ids) - floor
         result.add(case, name, "MiB over floor", over / MIB, targets.get(name) if judged else None)
