@@ -62,9 +62,10 @@ def _type(value: dict[str, Any]) -> str:
 
 def commands() -> str:
     """Every command with its arguments, options and help."""
-    group = typer.main.get_command(app)
+    group: Any = typer.main.get_command(app)
     parts = []
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name in group.list_commands(None):
+        command = group.commands[name]
         parts.append(f"## lora-inject {name}\n\n{_prose(command.help or '')}\n")
         parts.append("| argument or option | default | meaning |\n|---|---|---|")
         for parameter in command.params:

@@ -29,7 +29,12 @@ from lora_inject.layers import KINDS
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+PAGES = sorted(
+    str(p.relative_to(REPO))
+    for p in (REPO / "docs").rglob("*.md")
+    if p.parent.name in ("guide", "reference") or p.stem in ("index", "from-peft", "how-it-works")
+)
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES)
 LANGUAGES = {"python", "yaml", "console", "text"}
 CHECKER = doctest.OutputChecker()
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -129,6 +134,12 @@ def test_every_block_of_the_readme_runs(session, capsys):
     assert "theirs" in names  # the session went to its end
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_a_page_runs(session, capsys, page):
+    run_document((REPO / page).read_text(), page, capsys)
+
+
 def test_every_step_of_the_architecture_runs(session, capsys, monkeypatch):
     """How to add a layer kind and a format, as it is written there."""
     monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
@@ -182,8 +193,9 @@ def test_the_readme_names_the_whole_interface():
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
-    for target in re.findall(r"\]\(([^)#]+)\)", (REPO / name).read_text()):
-        assert target.startswith("https://") or (REPO / target).exists(), target
+    prose = re.sub(r"^```.*?^```", "", (REPO / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
+        assert target.startswith("https://") or ((REPO / name).parent / target).exists(), target
     for path in re.findall(
         r"`((?:scripts|configs|tests|lora_inject)/[\w./*-]*)`", (REPO / name).read_text()
     ):
