@@ -19,7 +19,7 @@ class LoraInjectError(Exception):
         found: What was found instead.
         remedy: What to do about it.
 
-    Example:
+    Examples:
         >>> from lora_inject.errors import LoraInjectError
         >>> print(LoraInjectError("rule 1 ('v_prj')", "matched none of 12 names", "Try 'v_proj'"))
         rule 1 ('v_prj'): matched none of 12 names. Try 'v_proj'.
@@ -74,7 +74,7 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> list[str]:
     Returns:
         The nearest spellings, possibly none.
 
-    Example:
+    Examples:
         >>> nearest("v_prj", ["q_proj", "v_proj", "norm"], n=1)
         ['v_proj']
     """

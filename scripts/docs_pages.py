@@ -1,7 +1,7 @@
 """Pages of the documentation that are read off the package: the config, the commands, the errors.
 
-mkdocs calls `on_page_markdown` for each page. A line `<!-- generated: NAME -->` is replaced by what the
-function of that name returns, so that these tables cannot disagree with the code.
+mkdocs calls `on_page_markdown` for each page. A line `<!-- generated: NAME -->` is replaced by what
+the function of that name returns, so that these tables cannot disagree with the code.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def config_keys() -> str:
 
 
 def _keys(title: str, schema: dict[str, Any]) -> str:
-    rows = [f"## {title}\n", schema.get("description", ""), "", "| key | type | default | meaning |"]
-    rows.append("|---|---|---|---|")
+    rows = [f"## {title}\n", schema.get("description", ""), ""]
+    rows += ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, value in schema["properties"].items():
         default = f"`{value['default']}`" if "default" in value else ""
         meaning = str(value.get("description", "")).replace("\n", " ").replace("|", "\\|")

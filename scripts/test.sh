@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that must hold: ruff, formatting, mypy, and all tests. From nothing: own environment.
+# Everything that must hold: ruff, formatting, mypy, the documentation and all tests. From nothing: own environment.
 #
 #   bash scripts/test.sh [OPTIONS OF PYTEST]      for instance: -k peft, tests/test_cli.py, -m zoo
 #
@@ -13,7 +13,7 @@ sources=(lora_inject tests scripts)
 
 # shellcheck source=scripts/environment.sh
 source scripts/environment.sh
-make_environment "$venv" tests --editable '.[test,lint]'
+make_environment "$venv" tests --editable '.[test,lint,docs]'
 
 # One thread for each of the two test processes: tiny models gain nothing from more, and lose much.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -26,6 +26,7 @@ check() {
 check ruff check "${sources[@]}"
 check ruff format --check "${sources[@]}"
 check mypy -p lora_inject
+NO_MKDOCS_2_WARNING=1 check mkdocs build --quiet --strict
 
 echo "\$ pytest $*"
 status=0

@@ -30,7 +30,7 @@ def signed_pairs(A: T, B: T, A0: T | None, B0: T | None) -> tuple[tuple[T, T, fl
         A0: The frozen start of A, or None.
         B0: The frozen start of B, or None.
 
-    Example:
+    Examples:
         >>> signed_pairs("A", "B", "A0", "B0")
         (('A', 'B', 1.0), ('A0', 'B0', -1.0))
     """

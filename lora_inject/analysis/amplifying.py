@@ -87,7 +87,7 @@ def amplification(
     Raises:
         StateError: The shapes differ.
 
-    Example:
+    Examples:
         >>> W = torch.diag(torch.tensor([10.0, 1.0, 0.5, 0.1]))
         >>> A, B = torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.tensor([[0.0, 0.0, 2.0, 0.0]]).T
         >>> found = amplification(W, ThinProduct.of(A, B))

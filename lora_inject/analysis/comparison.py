@@ -143,7 +143,7 @@ def compare(
         StateError: They have no site in common, a common site has different widths, or a tensor
             holds NaN or Inf.
 
-    Example:
+    Examples:
         >>> from lora_inject.spec.sites import SiteSpec
         >>> from lora_inject.adapter.state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)

@@ -154,7 +154,7 @@ def analyze(
         StateError: The adapter has no sites, or holds NaN or Inf.
         CheckpointError: It does not fit the base.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lora_inject.spec.sites import SiteSpec
         >>> from lora_inject.adapter.state import SiteState

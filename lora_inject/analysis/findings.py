@@ -54,7 +54,7 @@ def findings(analysis: Analysis) -> tuple[Finding, ...]:
     Returns:
         One finding for each rule that holds somewhere.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lora_inject.analysis.figures import analyze
         >>> from lora_inject.spec.sites import SiteSpec

@@ -71,7 +71,7 @@ def draw_gallery(
 def spread(items: Sequence[T], most: int = MOST_LAYERS) -> list[T]:
     """Take up to `most` items, evenly spaced from the first to the last.
 
-    Example:
+    Examples:
         >>> spread(range(96)), spread("ab")
         ([0, 31, 63, 95], ['a', 'b'])
     """

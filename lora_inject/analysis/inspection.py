@@ -135,7 +135,7 @@ def inspect_state(state: AdapterState) -> Inspection:
     Returns:
         Its sizes, norms and non-finite values.
 
-    Example:
+    Examples:
         >>> from lora_inject.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))

@@ -52,7 +52,7 @@ def zoomed(grid: Tensor) -> Tensor:
     Returns:
         `(n, n)` with n the smaller side; NaN where j > i.
 
-    Example:
+    Examples:
         >>> zoomed(torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.5, 0.4]]))
         tensor([[0.9000,    nan],
                 [0.6000, 0.5000]])

@@ -34,7 +34,7 @@ def place_of(site: str, label: str = "") -> Place:
         site: Name of the site.
         label: Of the block: a slice, an expert, both, or nothing.
 
-    Example:
+    Examples:
         >>> place_of("model.layers.3.mlp.up_proj"), place_of("h.0.attn.c_attn", "q").kind
         (Place(kind='model.layers.*.mlp.up_proj', position=(3,)), 'h.*.attn.c_attn [q]')
         >>> place_of("layers.2.experts.7.w1"), place_of("layers.2.experts.up", "expert 7 q").kind

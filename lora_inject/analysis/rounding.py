@@ -76,7 +76,7 @@ def rounding(
     Raises:
         StateError: The shapes differ.
 
-    Example:
+    Examples:
         >>> W, D = torch.ones(2, 64), torch.full((2, 64), 0.001)
         >>> rounding(W, D, ["bfloat16"])["bfloat16"].kept  # 1.001 is not a number of 8 bits
         0.0

@@ -25,7 +25,7 @@ class Spectrum:
         values: `(n,)` float64, decreasing, with n the smallest of rank, out and in; values that
             are zero to float64 are zero.
 
-    Example:
+    Examples:
         >>> s = Spectrum(torch.tensor([3.0, 1.0, 0.0]).double())
         >>> s.rank, round(s.stable_rank, 4), round(s.effective_rank, 4), s.rank_for(0.95)
         (2, 1.1111, 1.7548, 2)
@@ -93,7 +93,7 @@ def spectrum(A: Tensor, B: Tensor, scale: float = 1.0) -> Spectrum:
     Returns:
         The spectrum, in float64.
 
-    Example:
+    Examples:
         >>> A, B = torch.randn(2, 50), torch.randn(40, 2)
         >>> dense = torch.linalg.svdvals(3.0 * B.double() @ A.double())[:2]
         >>> torch.allclose(spectrum(A, B, 3.0).values, dense)

@@ -31,7 +31,7 @@ def directions(matrix: Tensor, side: Side = "right") -> Tensor:
         `(n, k)` for `right`, `(m, k)` for `left`, float64, orthonormal columns. Directions whose
         singular value is zero to float64 say nothing and are left out, so k is the rank.
 
-    Example:
+    Examples:
         >>> directions(torch.tensor([[0.0, 5.0, 0.0], [0.0, 0.0, 0.0]])).abs()
         tensor([[0.],
                 [1.],
@@ -90,7 +90,7 @@ def subspace_similarity(first: Tensor, second: Tensor, side: Side = "right") -> 
         `(k1, k2)` float64; the entry `[i - 1, j - 1]` is `phi(first, second, i, j)`. k1 and k2 are
         the ranks of the matrices, r unless rows are dependent: a B of zeros gives `(0, k2)`.
 
-    Example:
+    Examples:
         >>> A = torch.randn(3, 20)
         >>> mixed = torch.randn(3, 3) @ A  # spans the same space
         >>> phi = subspace_similarity(A, mixed)
@@ -115,7 +115,7 @@ def expected_similarity(rank1: int, rank2: int, dim: int) -> Tensor:
     Returns:
         `(rank1, rank2)` float64.
 
-    Example:
+    Examples:
         >>> expected_similarity(2, 3, 12)
         tensor([[0.0833, 0.1667, 0.2500],
                 [0.1667, 0.1667, 0.2500]], dtype=torch.float64)
@@ -155,7 +155,7 @@ def gaussian_similarity(rank1: int, rank2: int, dim: int, seed: int = 0) -> Tens
     Returns:
         `(rank1, rank2)` float64.
 
-    Example:
+    Examples:
         >>> float(gaussian_similarity(8, 8, 4000)[-1, -1]) < 0.01
         True
     """

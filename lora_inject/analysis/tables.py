@@ -37,7 +37,7 @@ class Rows:
     def by_kind(self) -> Rows:
         """Join the rows of one kind that differ in figures only: `h.{0..11}.fc x12`.
 
-        Example:
+        Examples:
             >>> rows = Rows(("site", "rank", "|D|"), (("h.0.q", 4, 1.0), ("h.1.q", 4, 3.0)))
             >>> rows.by_kind().text()
             [('h.{0..1}.q x2', '4', '2')]
@@ -100,7 +100,7 @@ def _shown(cell: Any) -> str:
 def number(value: float | None) -> str:
     """Return a number with three digits, whole numbers in full, `-` for none.
 
-    Example:
+    Examples:
         >>> number(0.012345), number(1024.0), number(float("nan")), number(None)
         ('0.0123', '1,024', '-', '-')
     """

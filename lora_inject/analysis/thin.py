@@ -27,7 +27,7 @@ class ThinProduct:
         left: `(out, k)`, float64.
         right: `(k, in)`, float64.
 
-    Example:
+    Examples:
         >>> D = ThinProduct(torch.ones(6, 1).double(), 2 * torch.ones(1, 4).double())
         >>> U, S, V = D.svd()
         >>> U.shape, round(float(S), 6), V.shape
@@ -115,7 +115,7 @@ def site_blocks(site: SiteState) -> tuple[SiteBlock, ...]:
     Raises:
         StateError: A tensor holds NaN or Inf, of which nothing can be said.
 
-    Example:
+    Examples:
         >>> from lora_inject.spec.sites import Slices
         >>> spec = SiteSpec("qkv", "linear", 4, 6, (6, 4), rank=2, alpha=2,
         ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))

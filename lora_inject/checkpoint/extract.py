@@ -112,7 +112,7 @@ def extract_adapter(
         CheckpointError: Neither or an impossible measure given, or the tensor names differ.
         FormatError: The format cannot hold the adapter, or the output is in the way.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from safetensors.torch import save_file
         >>> folder = Path(tempfile.mkdtemp())

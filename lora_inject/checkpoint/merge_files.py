@@ -73,7 +73,7 @@ def merge_checkpoint(
         CheckpointError: Anything that is wrong with the base, the adapters, the disk or the result.
         FormatError: An adapter's files cannot be read right.
 
-    Example:
+    Examples:
         >>> import tempfile, torch, lora_inject as li
         >>> from safetensors.torch import load_file, save_file
         >>> folder = Path(tempfile.mkdtemp())

@@ -49,7 +49,7 @@ def matrix_of(shape: tuple[int, ...], *, stacked: bool = False) -> tuple[int, in
         shape: Its dimensions.
         stacked: Whether it is a stack of matrices rather than one weight of many dimensions.
 
-    Example:
+    Examples:
         >>> matrix_of((8, 3, 3, 3)), matrix_of((4, 6, 5), stacked=True), matrix_of((7,))
         ((8, 27), (24, 5), (1, 7))
     """

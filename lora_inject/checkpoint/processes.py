@@ -63,7 +63,7 @@ class Processes:
 def deal(sizes: Sequence[int], world: int) -> list[int]:
     """Return the process of each of several files: the largest first, to who has the least so far.
 
-    Example:
+    Examples:
         >>> deal([5, 3, 3], 2)
         [0, 1, 1]
     """

@@ -101,7 +101,7 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
         changes: New values by key. A key that inner configs (`text_config`) hold is changed there
             too; None removes it.
 
-    Example:
+    Examples:
         >>> changed_config({"a": 1, "text_config": {"a": 1}}, {"a": 2})
         {'a': 2, 'text_config': {'a': 2}}
     """

@@ -57,7 +57,7 @@ def decompose(matrix: Tensor, rank: int | None, energy: float | None = None) -> 
         The decomposition; of the smallest rank that holds `energy` where that was asked. It is
         the same at every call. Exact where the rank is not small beside the matrix.
 
-    Example:
+    Examples:
         >>> D = torch.outer(torch.arange(4.0), torch.arange(3.0))
         >>> found = decompose(D, rank=2, energy=0.999)
         >>> found.S.shape, round(found.energy, 6)

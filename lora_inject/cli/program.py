@@ -129,7 +129,7 @@ def in_options(message: str, options: Iterable[str]) -> str:
         message: Such as `pass allow=['x'], or prefer="config"`.
         options: The options that the command has.
 
-    Example:
+    Examples:
         >>> in_options("pass allow=['x', 'y'], any_base=True or a=1", ["--allow", "--any-base"])
         'pass --allow x --allow y, --any-base or a=1'
     """

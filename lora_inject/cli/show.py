@@ -167,7 +167,7 @@ def count(n: int, noun: str) -> str:
 def _size(n_bytes: float) -> str:
     """Bytes as people read them.
 
-    Example:
+    Examples:
         >>> _size(512), _size(538_090_408)
         ('512 bytes', '538.1 MB')
     """

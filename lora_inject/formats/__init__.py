@@ -79,7 +79,7 @@ def write_adapter(
         FormatError: The format does not exist or cannot express the adapter, or the target must not
             be replaced.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from lora_inject.spec.sites import SiteSpec
         >>> from lora_inject.adapter.state import SiteState

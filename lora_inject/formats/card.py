@@ -22,7 +22,7 @@ def model_card(state: AdapterState, *, base_model: str | None = None) -> str:
     Returns:
         YAML front matter and Markdown.
 
-    Example:
+    Examples:
         >>> print(model_card(AdapterState({}), base_model="org/base").splitlines()[1])
         base_model: org/base
     """

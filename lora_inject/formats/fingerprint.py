@@ -34,7 +34,7 @@ def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, .
     Returns:
         Increasing flat positions, all of them where there are no more than `n`.
 
-    Example:
+    Examples:
         >>> sample_positions((2, 2))
         (0, 1, 2, 3)
         >>> sample_positions((10, 10), n=4)
@@ -55,7 +55,7 @@ def sample(weight: Tensor) -> tuple[float, ...]:
     Returns:
         Up to `N_SAMPLES` values.
 
-    Example:
+    Examples:
         >>> sample(torch.arange(3.0))
         (0.0, 1.0, 2.0)
     """
@@ -71,7 +71,7 @@ def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
     Returns:
         Name to what `sample` returns, in the same order.
 
-    Example:
+    Examples:
         >>> samples({"a": torch.arange(3.0), "b": torch.ones(2)})
         {'a': (0.0, 1.0, 2.0), 'b': (1.0, 1.0)}
     """
@@ -105,7 +105,7 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
         Name of each weight that differs, and how. Empty: the same base, as far as the values reach
         (see `unverifiable`).
 
-    Example:
+    Examples:
         >>> a = Fingerprint({"w": (2,)}, {"w": (1.0, 2.0)})
         >>> b = Fingerprint({"w": (2,)}, {"w": (1.001, 2.0)})
         >>> c = Fingerprint({"w": (2,)}, {"w": (1.5, 2.0)})
@@ -130,7 +130,7 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
 def unverifiable(saved: Fingerprint, found: Fingerprint) -> tuple[str, ...]:
     """Names of weights whose values cannot be compared, because they are quantized on either side.
 
-    Example:
+    Examples:
         >>> unverifiable(Fingerprint({"w": (2,)}, {}, ("w",)), Fingerprint({"w": (2,)}, {}))
         ('w',)
     """

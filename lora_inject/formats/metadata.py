@@ -84,7 +84,7 @@ def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> 
 def is_native(metadata: Mapping[str, str], layout: str) -> bool:
     """Whether a file was written by this package in the given layout.
 
-    Example:
+    Examples:
         >>> is_native({"format": "pt"}, "peft")
         False
     """
@@ -332,7 +332,7 @@ def _require(holds: bool, where: str, found: str) -> None:
 def one_line(names: Iterable[str], n: int = 3) -> str:
     """The first few names for a message, and how many more there are.
 
-    Example:
+    Examples:
         >>> one_line(["a", "b", "c", "d", "e"])
         "'a', 'b', 'c' and 2 more"
     """

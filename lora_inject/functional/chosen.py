@@ -38,7 +38,7 @@ def chosen_factors(
     Returns:
         A `(k * R, in)` and B `(out, k * R)`, where R is the largest rank; scale and weights in B.
 
-    Example:
+    Examples:
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
         >>> stack = [[Factors(A + 1, B, 1.0)], [Factors(A, B, 0.5)]]
         >>> chosen = torch.tensor([[8.0, 3.0]], dtype=torch.float64)
@@ -63,7 +63,7 @@ def chosen_rows(chosen: Tensor, numbers: Sequence[int]) -> Tensor:
         chosen: `(k,)`, any dtype.
         numbers: The numbers of a layer's adapters.
 
-    Example:
+    Examples:
         >>> chosen_rows(torch.tensor([5.0, -1.0, 4.0]), [4, 5]).tolist()
         [2, 0, 1]
     """

@@ -240,7 +240,7 @@ def _draw_gaps(p: float, n: int) -> Tensor:
 def positions(gaps: Tensor) -> Tensor:
     """Return the flat positions that gaps lead to, ascending, int64.
 
-    Example:
+    Examples:
         >>> positions(torch.tensor([3, 1, 6]))
         tensor([2, 3, 9])
     """

@@ -41,7 +41,7 @@ def all_finite(t: Tensor) -> bool:
 
     A sum tells so in most cases, in a fifth of the time.
 
-    Example:
+    Examples:
         >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, torch.nan]))
         (True, False)
     """
@@ -62,7 +62,7 @@ def mix_copies(
     Returns:
         A new tensor: exactly T for one copy of weight 1.
 
-    Example:
+    Examples:
         >>> W, T = torch.zeros(2, 2), torch.ones(2, 2)
         >>> mix_copies(W, [(T, 0.5), (T, 0.25)])[0, 0].item()
         0.75
@@ -110,7 +110,7 @@ class Delta:
         terms: The updates.
         dtype: Dtype of the arithmetic.
 
-    Example:
+    Examples:
         >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
         >>> rows = Delta([Term(spec, A, B)]).add_(torch.zeros(3, 4), start=1)

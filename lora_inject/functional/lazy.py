@@ -54,7 +54,7 @@ def lazy_weight(
         A tensor of the weight's shape: a `LazyWeight` where the weight is a plain matrix or a stack
         of them and nobody traces or transforms what is computed; else the effective weight.
 
-    Example:
+    Examples:
         >>> from lora_inject.spec.sites import SiteSpec
         >>> spec = SiteSpec("w", "parameter", 4, 6, (3, 6, 4), rank=2, alpha=2, experts=3)
         >>> W, A, B = torch.randn(3, 6, 4), torch.randn(3, 2, 4), torch.randn(3, 6, 2)

@@ -58,7 +58,7 @@ def linear(
     Returns:
         `(..., out)`, in the dtype of the plain layer's output.
 
-    Example:
+    Examples:
         >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
         >>> x = torch.randn(3, 4)
         >>> y = linear(x, W, None, [Factors(A, B, 0.5)])

@@ -51,7 +51,7 @@ def routed_update(
     Returns:
         `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
 
-    Example:
+    Examples:
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
         >>> y, x = torch.zeros(2, 1, 6), torch.randn(2, 1, 4)
         >>> adapters = [[Factors(A, B, 0.5)]]

@@ -41,7 +41,7 @@ def routed_convolution(
     Returns:
         `(batch, out, *positions)`, in the dtype of `y`. Rows of the base keep their bits.
 
-    Example:
+    Examples:
         >>> A, B, W = torch.randn(2, 9), torch.randn(5, 2), torch.randn(5, 3, 3)
         >>> x, conv = torch.randn(2, 3, 7), torch.nn.functional.conv1d
         >>> by_groups = lambda x, w, groups: conv(x, w, groups=groups)

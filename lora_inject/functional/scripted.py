@@ -32,7 +32,7 @@ def scripted(function: Callable[P, R]) -> Callable[P, R]:
     Args:
         function: Of tensors, numbers and lists of them, in the Python that TorchScript knows.
 
-    Example:
+    Examples:
         >>> @scripted
         ... def double(x: torch.Tensor) -> torch.Tensor:
         ...     return x + x

@@ -97,7 +97,7 @@ def dense_delta(spec: SiteSpec, A: Tensor, B: Tensor, dtype: torch.dtype = torch
     Returns:
         Tensor of `spec.weight_shape`; zero outside the adapted slices.
 
-    Example:
+    Examples:
         >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> A, B = torch.randn(2, 4), torch.randn(6, 2)
         >>> torch.equal(dense_delta(spec, A, B), 2.0 * (B.double() @ A.double()))

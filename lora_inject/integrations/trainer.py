@@ -67,7 +67,7 @@ class AdapterCheckpoint:
             `best`), where parameters train that are no part of the adapter and would be lost, or
             under DeepSpeed, which keeps the optimizer's state to itself.
 
-    Example:
+    Examples:
         >>> import lora_inject as li
         >>> from lora_inject.integrations.trainer import AdapterCheckpoint
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -36,7 +36,7 @@ def attribute(role: str, adapter: str, param: str | None = None) -> str:
         adapter: Name of the adapter.
         param: The parameter that is read, None for a forward update.
 
-    Example:
+    Examples:
         >>> attribute("A", "default"), attribute("T", "v1.2", "bias")
         ('lora_A__default', 'bias__lora_T__v1%2E2')
     """

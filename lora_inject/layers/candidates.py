@@ -33,7 +33,7 @@ def inventory(survey: Survey) -> Inventory:
         Candidates with their kinds and shapes, the reasons against all other names, and the shapes
         of all base parameters.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
         >>> found = inventory(Survey(net))
         >>> found.candidates[0].kind, found.others["1"]

@@ -41,7 +41,7 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
     Raises:
         LayerError: The class has no kind of its own, or its name is taken by another class.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from torch import nn
         >>> from lora_inject.layers import Geometry

@@ -134,7 +134,7 @@ def memory_of(parameter: Tensor) -> Hashable:
     That is one Parameter under several names, or several Parameters over the same elements, as
     `load_state_dict(assign=True)` of a tied checkpoint leaves them.
 
-    Example:
+    Examples:
         >>> import torch
         >>> W = torch.randn(2, 3)
         >>> memory_of(nn.Parameter(W)) == memory_of(nn.Parameter(W))

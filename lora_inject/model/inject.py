@@ -38,7 +38,7 @@ def plan(model: nn.Module, config: Config | Mapping[str, Any] | str | PathLike[s
         MatchError: A pattern matches nothing, or `expect` is missed.
         LayerError: A matched module cannot carry an adapter.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
         44
@@ -73,7 +73,7 @@ def inject(
         LayerError: A matched module cannot carry an adapter, or `probe` does not reach it.
         StateError: The name is in use, or the model is merged.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> _ = inject(net, {"rank": 2, "targets": ["0"]})
         >>> sorted(n for n, p in net.named_parameters() if p.requires_grad)

@@ -55,7 +55,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     Returns:
         Adapter name to what it is, in the order of injection.
 
-    Example:
+    Examples:
         >>> from lora_inject.model.inject import inject
         >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
         >>> adapters(net)["sql"].n_parameters
@@ -93,7 +93,7 @@ def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> Ad
 def summary(model: nn.Module) -> str:
     """Return the adapters of a model as a plain text table, with what is active and what trains.
 
-    Example:
+    Examples:
         >>> from lora_inject.model.inject import inject
         >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
         >>> print(summary(net))

@@ -36,7 +36,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
         StateError: There is no such adapter, a layer that carries it was replaced, the model is
             merged, or this process holds only a shard of a tensor.
 
-    Example:
+    Examples:
         >>> from lora_inject.model.inject import inject
         >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
         >>> site = adapter_state(net).sites["0"]

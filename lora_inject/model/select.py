@@ -36,7 +36,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     Raises:
         StateError: A name is unknown, a weight is not finite, or the model is merged.
 
-    Example:
+    Examples:
         >>> from lora_inject.model.inject import inject
         >>> net = nn.Sequential(nn.Linear(4, 4))
         >>> for name in ("sql", "style"):
@@ -88,7 +88,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         StateError: The model is merged, and so there is no plain base.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lora_inject.model.inject import inject
         >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]})
@@ -121,7 +121,7 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
             a context that was entered later is still open.
         LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lora_inject.model.inject import inject
         >>> net = nn.Sequential(nn.Linear(4, 4))

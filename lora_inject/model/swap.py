@@ -67,7 +67,7 @@ def swap_adapter(
         StateError: There is no such adapter, or the model is merged.
         LayerError: The slot is sharded or on the meta device.
 
-    Example:
+    Examples:
         >>> from lora_inject.model.save import adapter_state
         >>> from lora_inject.model.inject import inject
         >>> from lora_inject.model.train import adapter_parameters

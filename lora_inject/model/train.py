@@ -105,7 +105,7 @@ def parameter_groups(
     Raises:
         StateError: No adapter is trainable, or `lr` does not name just those that are.
 
-    Example:
+    Examples:
         >>> from lora_inject.model.inject import inject
         >>> net = inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": ["0"]}, "sql")
         >>> [(g["name"], g["lr"]) for g in parameter_groups(net, {"sql": 0.1}, b_lr_ratio=16)]

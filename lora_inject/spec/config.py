@@ -209,7 +209,7 @@ class Rule(_Strict):
     Raises:
         ConfigError: A value is wrong; the message names the key.
 
-    Example:
+    Examples:
         >>> rule = Rule(match=r"attn\.c_attn", slices=["q", "k", "v"], adapt=["q", "v"], rank=4)
         >>> rule.slices, rule.adapt
         (('q', 'k', 'v'), ('q', 'v'))
@@ -324,7 +324,7 @@ class Config(_Strict):
     Raises:
         ConfigError: Anything is wrong; the message names the place and the nearest valid spelling.
 
-    Example:
+    Examples:
         >>> config = Config(rank=4, targets=["q_proj", Rule(match="v_proj", rank=8)])
         >>> [config.hyper(rule).rank for rule in config.targets]
         [4, 8]
@@ -369,7 +369,7 @@ class Config(_Strict):
         Returns:
             The hyper-parameters.
 
-        Example:
+        Examples:
             >>> Config(alpha=32, targets=["q"]).hyper(Rule(match="q", rank=2)).alpha
             32.0
         """
@@ -419,7 +419,7 @@ class Config(_Strict):
         Raises:
             ConfigError: As in `from_yaml`.
 
-        Example:
+        Examples:
             >>> Config.from_text("targets: [q_proj, v_proj]").rank
             8
             >>> try:
@@ -484,7 +484,7 @@ class Config(_Strict):
             What `from_dict` turns into an equal config. A rule that only matches is a string;
             whole numbers are written as integers; what is not set is left out.
 
-        Example:
+        Examples:
             >>> Config(targets=["q_proj"]).to_dict()["targets"]
             ['q_proj']
         """
@@ -522,7 +522,7 @@ class Config(_Strict):
         Returns:
             The schema as plain data. It says less than `Config` checks: patterns are only strings.
 
-        Example:
+        Examples:
             >>> sorted(Config.json_schema()["$defs"])
             ['Axes', 'Expect', 'Normal', 'Rule']
         """

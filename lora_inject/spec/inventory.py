@@ -104,7 +104,7 @@ class Inventory:
         Returns:
             The inventory, marked as assumed.
 
-        Example:
+        Examples:
             >>> inventory = Inventory.from_keys({"h.0.q.weight": (4, 8), "h.0.ln.weight": (8,)})
             >>> [(c.name, c.kind, c.in_features) for c in inventory.candidates]
             [('h.0.q', 'linear', 8)]

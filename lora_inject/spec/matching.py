@@ -52,7 +52,7 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
             not fit; a weight would be adapted and trained; `expect` is missed.
         LayerError: A rule matches something that cannot take an adapter.
 
-    Example:
+    Examples:
         >>> inventory = Inventory.from_keys({f"h.{i}.q.weight": (8, 8) for i in range(2)})
         >>> plan = resolve(Config(targets=["q"], rank=2), inventory)
         >>> plan.n_sites, plan.n_lora

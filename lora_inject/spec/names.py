@@ -34,7 +34,7 @@ def canonical(name: str, *, ddp: bool = False) -> str:
     Returns:
         The name by which patterns, adapters and files know it; `parametrizations.X.original` stays.
 
-    Example:
+    Examples:
         >>> canonical("_orig_mod.layers.0._checkpoint_wrapped_module.q_proj")
         'layers.0.q_proj'
         >>> canonical("module.head"), canonical("module.head", ddp=True)
@@ -76,7 +76,7 @@ def matching(
     Raises:
         MatchError: The pattern took too long or does not compile; or another `error`.
 
-    Example:
+    Examples:
         >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
         ['a.q_proj']
     """
@@ -126,7 +126,7 @@ def parent(name: str) -> str:
 def joined(path: str, key: str) -> str:
     """Return the name of what `path` holds under `key`; the root's name is empty.
 
-    Example:
+    Examples:
         >>> joined("layers.0", "weight"), joined("", "weight")
         ('layers.0.weight', 'weight')
     """
@@ -141,7 +141,7 @@ def leaf(name: str) -> str:
 def first_number(name: str) -> int | None:
     """Return the first number among the segments of a name: the layer that it lies in.
 
-    Example:
+    Examples:
         >>> first_number("model.layers.3.experts.0.up"), first_number("lm_head")
         (3, None)
     """
@@ -244,7 +244,7 @@ def templates(names: Iterable[str]) -> dict[str, int]:
     Exact: a template is written only for names that all exist, so its count is the size of its
     runs' product.
 
-    Example:
+    Examples:
         >>> templates(["h.0.q", "h.1.q", "h.0.v"])
         {'h.{0..1}.q': 2, 'h.0.v': 1}
     """
@@ -281,7 +281,7 @@ def printable(text: str, keep: str = "") -> str:
         text: Any text.
         keep: Characters to leave alone, such as a line's end.
 
-    Example:
+    Examples:
         >>> printable("h.0\x1b[2J.q\n"), printable("a\n", keep="\n")
         ('h.0\\x1b[2J.q\\n', 'a\n')
     """

@@ -22,7 +22,7 @@ class Slices:
             `out_features`.
         adapt: Names of the adapted parts, in the order of `sizes`.
 
-    Example:
+    Examples:
         >>> s = Slices((("q", 8), ("k", 4), ("v", 4)), ("q", "v"))
         >>> s.spans
         ((0, 8), (12, 16))
@@ -141,7 +141,7 @@ class SiteSpec:
         Models have thousands of sites that differ in nothing else. What was computed once of the
         shapes is shared, so this costs a fraction of a new spec.
 
-        Example:
+        Examples:
             >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)
             >>> k = q.at("h.0.k", "h.0.k.weight")
             >>> k.name, k.a_shape == q.a_shape
@@ -162,7 +162,7 @@ class SiteSpec:
     def blocks(self) -> tuple[Block, ...]:
         """The low-rank blocks on the weight matrix.
 
-        Example:
+        Examples:
             >>> spec = SiteSpec("c_attn", "conv1d", 4, 6, (4, 6), rank=2, alpha=2, transposed=True,
             ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))
             >>> [(b.rows, b.cols) for b in spec.blocks]

@@ -48,7 +48,7 @@ def write_directory(
         FormatError: The target is a file, or a directory that must not be replaced, or the system
             refuses (a full disk). Nothing is left behind.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     made = write_directory(Path(parent, "sql"), {"a.json": b"{}"})
@@ -88,7 +88,7 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
         FormatError: The target is a directory, or a file and `overwrite` is false, or the system
             refuses (a full disk). Nothing is left behind.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as parent:
         ...     write_file(Path(parent, "note"), b"abc").read_bytes()

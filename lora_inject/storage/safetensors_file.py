@@ -204,7 +204,7 @@ def build_header(
         The header; its length is padded with spaces to a multiple of 8, as the format's own
         writer does, so that the data begins aligned.
 
-    Example:
+    Examples:
         >>> header = build_header([("w", "BF16", (2, 3)), ("b", "F32", (3,))], {"format": "pt"})
         >>> header.tensors["b"].start - len(header.raw), header.size_bytes - len(header.raw)
         (12, 24)

@@ -33,7 +33,7 @@ def parse_json(
         LoraInjectError: As `error`: it is not JSON, too long or too deep, holds NaN or Infinity, or
             a key twice.
 
-    Example:
+    Examples:
         >>> parse_json('{"r": 8}', "adapter_config.json")
         {'r': 8}
     """

@@ -102,7 +102,7 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
         FormatError: A tensor is on the meta device, of a dtype that no adapter has, or has a name
             that a reader would refuse.
 
-    Example:
+    Examples:
         >>> content = serialize({"a": torch.zeros(2)}, {"format": "pt"})
         >>> int.from_bytes(content[:8], "little") % 8
         0

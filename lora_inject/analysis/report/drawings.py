@@ -131,7 +131,7 @@ def _legend(figure: Any, image: Any, axes: Any) -> None:
 def shared_prefix(kinds: Sequence[str]) -> str:
     """Return the segments with which all kinds begin: `model.layers.*.`, or nothing.
 
-    Example:
+    Examples:
         >>> shared_prefix(["h.*.attn.q", "h.*.mlp.up"]), shared_prefix(["fc"]), shared_prefix([])
         ('h.*.', '', '')
     """

@@ -53,7 +53,7 @@ def report(
     Raises:
         StateError: jinja2 or matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from lora_inject.analysis.figures import analyze
         >>> from lora_inject.spec.sites import SiteSpec

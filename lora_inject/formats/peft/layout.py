@@ -106,7 +106,7 @@ def plan(specs: Iterable[SiteSpec], trained: Iterable[str]) -> Layout:
     Returns:
         The keys.
 
-    Example:
+    Examples:
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=2)
         >>> layout = plan([spec], ["h.0.fc.bias", "ln.weight"])
         >>> layout.slots["h.0.fc"].a
@@ -174,7 +174,7 @@ def file_rank(spec: SiteSpec, *, derived: bool) -> int:
 def file_shapes(spec: SiteSpec, packing: Packing) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of a site's two tensors in the file.
 
-    Example:
+    Examples:
         >>> spec = SiteSpec("c", "conv", 18, 4, (4, 2, 3, 3), rank=2, alpha=2)
         >>> file_shapes(spec, Packing())
         ((2, 2, 3, 3), (4, 2, 1, 1))
@@ -305,7 +305,7 @@ def file_alpha(spec: SiteSpec, *, derived: bool, rslora: bool) -> float:
     Returns:
         `scale * rank'` or, with rsLoRA, `scale * sqrt(rank')`, rank' being the file's.
 
-    Example:
+    Examples:
         >>> file_alpha(SiteSpec("q", "linear", 4, 6, (6, 4), 2, 8.0), derived=True, rslora=False)
         16.0
     """

@@ -39,7 +39,7 @@ def target_modules(
         The sorted names; or one anchored expression where a name is also the end of another
         module's name, which a list would adapt as well.
 
-    Example:
+    Examples:
         >>> target_modules(["lin"], parameters=False, module_names=["lin", "mlp", "mlp.up"])
         ['lin']
         >>> target_modules(["lin"], parameters=False, module_names=["lin", "block.lin"])
@@ -75,7 +75,7 @@ def whole_modules(
     Returns:
         Full names, sorted.
 
-    Example:
+    Examples:
         >>> names = ["h.fc.weight", "h.ln.weight", "h.ln.bias", "score.weight"]
         >>> whole_modules(["score.weight", "h.ln.bias"], sites=["h.fc"], tensor_names=names,
         ...               module_names=None)
@@ -96,7 +96,7 @@ def whole_modules(
 def bias_setting(trained: Iterable[str], *, sites: Collection[str], whole: Collection[str]) -> str:
     """Return PEFT's `bias`: which biases travel beside the whole modules.
 
-    Example:
+    Examples:
         >>> bias_setting(["h.fc.bias"], sites=["h.fc"], whole=[])
         'lora_only'
     """
@@ -109,7 +109,7 @@ def bias_setting(trained: Iterable[str], *, sites: Collection[str], whole: Colle
 def allowed_task(task: str | None, *, whole: Collection[str]) -> str | None:
     """Return a task type, None where PEFT would look for a head that does not travel whole.
 
-    Example:
+    Examples:
         >>> allowed_task("SEQ_CLS", whole=[]), allowed_task("SEQ_CLS", whole=["score"])
         (None, 'SEQ_CLS')
     """

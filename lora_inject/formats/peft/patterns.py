@@ -41,7 +41,7 @@ def values_of(
     Raises:
         FormatError: A key is not a regular expression, or takes too long.
 
-    Example:
+    Examples:
         >>> values_of({"q": 4, r"layer\.\d+\.v": 8}, ["h.q", "layer.0.v", "k"], 16, "an example")
         {'h.q': 4, 'layer.0.v': 8, 'k': 16}
     """
@@ -131,7 +131,7 @@ def pattern_keys(values: Mapping[str, T], default: T | None) -> dict[str, T]:
     Returns:
         Key to value, sorted by key; the order does not matter, no two keys disagree about a site.
 
-    Example:
+    Examples:
         >>> pattern_keys({"lin": 4, "block.lin": 8, "q": 8}, default=8)
         {'^lin': 4}
         >>> pattern_keys({"block.lin": 4, "q": 8}, default=8)
