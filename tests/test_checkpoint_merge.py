@@ -112,7 +112,7 @@ def test_blocks_and_threads_do_not_change_a_bit(tmp_path, monkeypatch, workers):
     )
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("lora_inject.checkpoint.output_rows.SPAN_ELEMENTS", 500)
-    monkeypatch.setattr("lora_inject.checkpoint.write.COPY_STEP_BYTES", 64)
+    monkeypatch.setattr("lora_inject.checkpoint.threads.COPY_STEP_BYTES", 64)
     merge_checkpoint(
         base, [WeightedAdapter(state)], tmp_path / "out", options=MergeOptions(workers=workers)
     )

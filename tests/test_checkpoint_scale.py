@@ -36,7 +36,7 @@ from lora_inject.checkpoint import (
     verify_checkpoint,
 )
 from lora_inject.checkpoint import read as reading
-from lora_inject.checkpoint.write import Timing, write_shard
+from lora_inject.checkpoint.write import write_shard
 from lora_inject.errors import CheckpointError, LoraInjectError
 from lora_inject.formats import sample, write_adapter
 from lora_inject.storage.safetensors_file import build_header, read_header
@@ -214,7 +214,7 @@ def test_671b_parameters_are_planned_in_seconds_and_a_shard_is_merged(tmp_path):
     assert seconds < 30
     # The last file (head and norm, 1.9 GB) is the smallest.
     path = tmp_path / "head.safetensors"
-    write_shard(plan.shards[-1], plan, path, 2, lambda _: None, Timing())
+    write_shard(plan.shards[-1], plan, path, lambda _: None)
     entry = read_header(path).tensors["lm_head.weight"]
     s, rows = sites[-1], 50
     with path.open("rb") as file:

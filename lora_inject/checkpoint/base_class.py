@@ -18,7 +18,6 @@ from torch import nn
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.meta_model import meta_model
 from lora_inject.checkpoint.side_files import changed_config
-from lora_inject.errors import CheckpointError
 from lora_inject.formats.older_names import Place, places
 from lora_inject.formats.peft import options_for_reading
 
@@ -47,11 +46,7 @@ class BaseClass:
 
     @cached_property
     def model(self) -> Any:
-        """The class on the meta device.
-
-        Raises:
-            CheckpointError: It cannot be built.
-        """
+        """The class on the meta device; a `CheckpointError` where it cannot be built."""
         asked = f"ask the class of '{self.checkpoint.folder}' what its tensors are"
         return meta_model(self.checkpoint.config, asked, _REMEDY)
 
@@ -76,8 +71,7 @@ class BaseClass:
     def separate(self, name: str) -> list[list[str]]:
         """Return the file's names of the matrices of a stack that it keeps apart.
 
-        Returns:
-            For each expert the names whose rows follow each other; empty where there are none.
+        For each expert the names whose rows follow each other; empty where there are none.
         """
         mine = self.place_of(name)
         found: dict[int, dict[int, str]] = {}
@@ -98,11 +92,7 @@ class BaseClass:
 
     @cached_property
     def ties(self) -> tuple[frozenset[str], ...]:
-        """Groups of tensors that are one and the same, by their names in the file.
-
-        Raises:
-            CheckpointError: Only the class knows, and it cannot be built.
-        """
+        """Groups of tensors that are one and the same, by their names in the file."""
         if self.told is not None:
             return tuple(frozenset(pair) for pair in self.told.items())
         return tuple(_groups(self.model, self)) if self.known else ()
@@ -209,13 +199,3 @@ def _beginnings(mine: str, theirs: str) -> tuple[str, str]:
     while a and b and a[-1] == b[-1]:
         a, b = a[:-1], b[:-1]
     return "".join(f"{s}." for s in a), "".join(f"{s}." for s in b)
-
-
-def refused_tie(name: str, checkpoint: Checkpoint) -> CheckpointError:
-    """Return the error of an update of a tensor that cannot be untied."""
-    return CheckpointError(
-        f"merge into '{name}'",
-        "other layers share its tensor, and the class "
-        f"{(checkpoint.config.get('architectures') or ['of the base'])[0]} cannot load them apart",
-        "Adapt other layers, or keep this adapter unmerged",
-    )

@@ -66,69 +66,52 @@ def choose(
     options: MergeOptions | None = None,
     of: BaseClass | None = None,
 ) -> Fit:
-    """Find the place of every tensor of an adapter.
+    """Find the place of every tensor of an adapter, or refuse it.
 
-    Args:
-        adapter: The adapter.
-        checkpoint: The base.
-        options: Of the merge: `allow_new`, `rename` and `tie` are read.
-        of: The class of the base, where it is known already.
-
-    Raises:
-        CheckpointError: A tensor has no place, or the base is quantized.
+    Of the options `allow_new`, `rename` and `tie` are read; `of` is the class of the base, where it
+    is known already.
     """
     options = options or MergeOptions()
     of = of or BaseClass(checkpoint, options.tie)
-    asked = f"merge {adapter.label} into '{checkpoint.folder}'"
-    if options.rename:
-        rule, label = _told(options.rename), "names as told"
-    else:
-        rule, label = str, "names as they are"
-    fits = [_try(rule, label, adapter, of, options)]
-    refusal = None
-    if fits[0].left and not options.rename and of.known:
+    label = "names as told" if options.rename else "names as they are"
+    best, refusal = _try(_told(options.rename), label, adapter, of, options), None
+    if best.left and not options.rename and of.known:
         try:
-            fits.append(_try(of, of.label, adapter, of, options))
+            best = min(best, _try(of, of.label, adapter, of, options), key=lambda f: len(f.left))
         except CheckpointError as error:
             refusal = error  # it explains itself only where nothing fits
-    best = min(fits, key=lambda fit: len(fit.left))
     if best.left:
-        raise _nothing_fits(asked, best, adapter, checkpoint) from refusal
+        raise _nothing_fits(best, adapter, checkpoint) from refusal
     return best
 
 
 def _told(rename: Mapping[str, str]) -> Rule:
     """Return the rule that replaces the longest of some beginnings."""
+    longest_first = sorted(rename, key=len, reverse=True)
 
     def renamed(name: str) -> str:
-        for old in sorted(rename, key=len, reverse=True):
-            if name.startswith(old):
-                return rename[old] + name[len(old) :]
-        return name
+        old = next((old for old in longest_first if name.startswith(old)), None)
+        return name if old is None else rename[old] + name[len(old) :]
 
     return renamed
 
 
-def _nothing_fits(
-    asked: str, best: Fit, adapter: WeightedAdapter, checkpoint: Checkpoint
-) -> CheckpointError:
+def _nothing_fits(best: Fit, adapter: WeightedAdapter, checkpoint: Checkpoint) -> CheckpointError:
+    asked = f"merge {adapter.label} into '{checkpoint.folder}'"
+    if quantized := why_not(checkpoint, [name for name, _ in best.left]):
+        return CheckpointError(asked, *quantized)
     shown = "; ".join(
         reason if name in reason else f"'{name}': {reason}"
         for name, reason in best.left[:MAX_SHOWN]
     )
     more = f"; and {len(best.left) - MAX_SHOWN} more" if len(best.left) > MAX_SHOWN else ""
-    quantized = why_not(checkpoint, [name for name, _ in best.left])
-    if quantized is not None:
-        return CheckpointError(asked, quantized.found, quantized.remedy)
     close = nearest(best.rule(best.left[0][0]), checkpoint.tensors)
     near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
     state = adapter.state
-    n_names = sum(
-        map(len, (state.sites, state.trained, state.base_copies, adapter.added, adapter.rows))
-    )
+    tables = (state.sites, state.trained, state.base_copies, adapter.added, adapter.rows)
     return CheckpointError(
         asked,
-        f"{len(best.left)} of {n_names} tensors have no place in it ({shown}{more})",
+        f"{len(best.left)} of {sum(map(len, tables))} tensors have no place in it ({shown}{more})",
         f"{near}Use the checkpoint that the adapter was trained on, or say how its names differ: "
         "--rename OLD=NEW. Nothing was written",
     )
@@ -209,11 +192,10 @@ def _place_extras(fit: Fit, adapter: WeightedAdapter, tensors: Mapping[str, Tens
     for original, value in adapter.added.items():
         name = fit.rule(original)
         entry = tensors.get(name)
-        absent = f"'{name}' is not in the checkpoint"
-        reason = _misfit(name, entry, value, absent, allow_new=False)
-        if entry is None or reason is not None:
-            fit.left.append((original, reason or ""))
-        else:
+        reason = _misfit(name, entry, value, f"'{name}' is not in the checkpoint", allow_new=False)
+        if reason is not None:
+            fit.left.append((original, reason))
+        elif entry is not None:
             fit.added[name] = (entry, value)
     for original, (indices, value) in adapter.rows.items():
         name = fit.rule(original)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +26,7 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file of a checkpoint.
-
-    Attributes:
-        name: Its plain file name.
-        path: Where its bytes are, links resolved.
-        header: Its header.
-        mtime_ns: Time of its last change.
-    """
+    """One safetensors file of a checkpoint; `path` is where its bytes are, links resolved."""
 
     name: str
     path: Path
@@ -73,7 +66,7 @@ class Checkpoint:
         asked = f"open the checkpoint '{path}'"
         if path.is_file() and path.suffix == ".safetensors":
             folder = path.parent.resolve()
-            return cls(folder, {path.name: _read_shard(folder, path.name)}, None, None, {})
+            return cls(folder, _read_shards(folder, [path.name]), None, None, {})
         if not path.is_dir():
             raise CheckpointError(
                 asked,
@@ -82,25 +75,24 @@ class Checkpoint:
             )
         folder = path.resolve()
         index_name, names, index = _find_shards(folder, asked)
-        shards = {name: _read_shard(folder, name) for name in sorted(names)}
-        checkpoint = cls(folder, shards, index_name, index, read_config(folder))
+        shards = _read_shards(folder, names)
         if index is not None:
             _check_index(asked, index["weight_map"], shards)
-        return checkpoint
+        return cls(folder, shards, index_name, index, read_config(folder))
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """Tensor name to entry, over all shards."""
-        return {
-            name: entry
-            for shard in self.shards.values()
-            for name, entry in shard.header.tensors.items()
-        }
+        return {n: e for shard in self.shards.values() for n, e in shard.header.tensors.items()}
 
     @cached_property
     def shard_of(self) -> Mapping[str, str]:
         """Tensor name to the name of its shard."""
         return {name: s.name for s in self.shards.values() for name in s.header.tensors}
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that a tensor is in."""
+        return self.shards[self.shard_of[name]].path
 
     @property
     def n_bytes(self) -> int:
@@ -119,11 +111,7 @@ class Checkpoint:
 
 
 def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
-    """Return `config.json` of a folder as parsed, empty where there is none.
-
-    Raises:
-        CheckpointError: It is not a regular file, too long, or not a JSON object.
-    """
+    """Return `config.json` of a folder as parsed, empty where there is none."""
     path = folder / name
     if not os.path.lexists(path):
         return {}
@@ -138,8 +126,7 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
     """Return the index's file name, the shards' names, and the index as parsed."""
     indexes = sorted(p.name for p in folder.glob("*" + _INDEX_SUFFIX))
     files = sorted(p.name for p in folder.glob("*.safetensors") if p.name[0] != ".")
-    index_name = _prefer_model(indexes, asked)
-    if index_name is not None:
+    if index_name := _prefer_model(indexes, asked):
         stem = index_name.removesuffix(_INDEX_SUFFIX)
         if stem + ".safetensors" in files:
             raise CheckpointError(
@@ -147,8 +134,8 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
                 f"it holds both '{stem}.safetensors' and '{index_name}'",
                 "Programs differ in which they load; remove the one that is not meant",
             )
-        index = _read_index(folder, index_name)
-        return index_name, set(index["weight_map"].values()), index
+        index = _read_json(resolve_inside(folder, index_name), MAX_INDEX_BYTES)
+        return index_name, set(_weight_map(index_name, index).values()), index
     files = [name for name in files if not name.startswith("adapter_model")]
     name = _prefer_model(files, asked)
     if name is None:
@@ -174,8 +161,7 @@ def _prefer_model(names: list[str], asked: str) -> str | None:
     )
 
 
-def _read_index(folder: Path, name: str) -> dict[str, Any]:
-    index = _read_json(resolve_inside(folder, name), MAX_INDEX_BYTES)
+def _weight_map(name: str, index: Any) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -189,7 +175,7 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
                 "a .safetensors file",
                 "Do not use this checkpoint: such an index reaches outside its folder",
             )
-    return index  # type: ignore[no-any-return]
+    return weight_map
 
 
 def _read_json(path: Path, limit_bytes: int) -> Any:
@@ -205,9 +191,6 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
     A link may lead to a file below the folder itself, or into `blobs` of the hub's cache, which
     keeps every file as `snapshots/REVISION/NAME -> ../../blobs/HASH`.
-
-    Raises:
-        CheckpointError: The file is missing, not regular, or elsewhere.
     """
     path = folder / name
     real = path.resolve()
@@ -229,10 +212,13 @@ def resolve_inside(folder: Path, name: str) -> Path:
     return real
 
 
-def _read_shard(folder: Path, name: str) -> Shard:
-    path = resolve_inside(folder, name)
-    mtime_ns = path.stat().st_mtime_ns
-    return Shard(name, path, read_header(path), mtime_ns)
+def _read_shards(folder: Path, names: Iterable[str]) -> dict[str, Shard]:
+    shards = {}
+    for name in sorted(names):
+        path = resolve_inside(folder, name)
+        mtime_ns = path.stat().st_mtime_ns  # before the header is read
+        shards[name] = Shard(name, path, read_header(path), mtime_ns)
+    return shards
 
 
 def _check_index(asked: str, weight_map: Mapping[str, str], shards: Mapping[str, Shard]) -> None:

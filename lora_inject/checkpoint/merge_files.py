@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.checkpoint import verify as verification
 from lora_inject.checkpoint.adapter_files import read_weighted
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
@@ -21,8 +20,10 @@ from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.processes import Processes, deal
 from lora_inject.checkpoint.staging import Staging, check_output, check_space
+from lora_inject.checkpoint.threads import Counter, check_unchanged
+from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, digest
-from lora_inject.checkpoint.write import Timing, check_unchanged, one_thread_each, write_shard
+from lora_inject.checkpoint.write import write_shard
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import MergeReport, TensorReport
 from lora_inject.version import __version__
@@ -102,26 +103,15 @@ def _weighted(
 ) -> WeightedAdapter:
     if isinstance(adapter, WeightedAdapter):
         return adapter
-    return (
-        WeightedAdapter(adapter)
-        if isinstance(adapter, AdapterState)
-        else read_weighted(adapter, base)
-    )
+    if isinstance(adapter, AdapterState):
+        return WeightedAdapter(adapter)
+    return read_weighted(adapter, base)
 
 
 def merge_planned(
     plan: MergePlan, output: str | Path, progress: Progress | None = None
 ) -> MergeReport:
-    """Carry out a plan; see `merge_checkpoint`.
-
-    Args:
-        plan: From `plan_merge`.
-        output: Folder to make.
-        progress: Called as bytes are done.
-
-    Raises:
-        CheckpointError: As `merge_checkpoint`.
-    """
+    """Carry out what `plan_merge` planned; the rest as for `merge_checkpoint`."""
     began = time.perf_counter()
     folder = check_output(plan.base, Path(output))
     with _disk_errors(folder):
@@ -133,11 +123,11 @@ class _Run:
 
     def __init__(self, plan: MergePlan, folder: Path, progress: Progress | None) -> None:
         self.plan, self.processes, self.staging = plan, Processes(), Staging(folder)
-        dealt = deal([shard.header.size_bytes for shard in plan.shards], self.processes.world)
+        dealt = deal([shard.n_bytes for shard in plan.shards], self.processes.world)
         rows = zip(plan.shards, dealt, strict=True)
         self.mine = [shard for shard, rank in rows if rank == self.processes.rank]
-        self.counter = _Counter(sum(s.data_bytes for s in self.mine), progress)
-        self.timing = Timing()
+        self.counted = Counter(sum(s.data_bytes for s in self.mine), progress)
+        self.fsync_seconds = 0.0
         self.records: dict[str, list[TensorReport]] = {}
 
     def all(self, began: float) -> MergeReport:
@@ -151,8 +141,8 @@ class _Run:
                 self._find_finished()
                 resumed = tuple(self.records)
                 todo = [shard for shard in self.mine if shard.name not in self.records]
-                check_space(self.staging.output, sum(s.header.size_bytes for s in todo))
-                self.counter.add(sum(s.data_bytes for s in self.mine if s not in todo))
+                check_space(self.staging.output, sum(shard.n_bytes for shard in todo))
+                self.counted(sum(s.data_bytes for s in self.mine if s not in todo))
                 for shard in todo:
                     self._write(shard)
             self._find_finished()
@@ -172,7 +162,7 @@ class _Run:
             resumed=resumed,
             verified=self.plan.options.verify,
             seconds=time.perf_counter() - began,
-            fsync_seconds=self.timing.fsync_seconds,
+            fsync_seconds=self.fsync_seconds,
             peak_memory_bytes=peak_memory_bytes(),
         )
 
@@ -184,43 +174,39 @@ class _Run:
                 self.records[shard.name] = [TensorReport.from_dict(t) for t in record["tensors"]]
 
     def _write(self, shard: OutputShard) -> None:
-        workers = self.plan.options.workers or min(4, os.cpu_count() or 1)
-        partial, counted = self.staging.partial(), self.counter.add
+        partial = self.staging.partial()
         try:
-            with one_thread_each():
-                tensors = write_shard(shard, self.plan, partial, workers, counted, self.timing)
+            tensors, seconds = write_shard(shard, self.plan, partial, self.counted)
+            self.fsync_seconds += seconds
             self.records[shard.name] = tensors
             self._check_kept()
             self.staging.finish(partial, shard, {"tensors": [t.to_dict() for t in tensors]})
         finally:
             partial.unlink(missing_ok=True)
 
-    def _lost(self) -> list[str]:
-        least = self.plan.options.min_kept
-        if least is None:
-            return []
+    def _lost(self) -> dict[str, float]:
+        """Return what is kept of each tensor of whose delta too little is, the least first."""
+        least = -math.inf if self.plan.options.min_kept is None else self.plan.options.min_kept
         tensors = [tensor for tensors in self.records.values() for tensor in tensors]
-        return [t.name for t in tensors if t.kept is not None and t.kept < least]
+        lost = [(t.kept, t.name) for t in tensors if t.kept is not None and t.kept < least]
+        return {name: kept for kept, name in sorted(lost)}
 
     def _check_kept(self) -> None:
         lost = self._lost()
-        if not lost or self.plan.options.on_lost == "warn":
-            return
-        kept = {t.name: t.kept or 0.0 for tensors in self.records.values() for t in tensors}
-        worst = sorted(lost, key=lambda name: kept[name])[:5]
-        raise _LostError(
-            f"keep at least {self.plan.options.min_kept} of every delta",
-            f"rounding leaves less in {len(lost)} tensors: "
-            + ", ".join(f"'{name}' {kept[name]:.3f}" for name in worst),
-            "Write float32 (--dtype), keep the adapter unmerged, or accept less (--min-kept)",
-        )
+        if lost and self.plan.options.on_lost == "fail":
+            worst = ", ".join(f"'{name}' {lost[name]:.3f}" for name in list(lost)[:5])
+            raise _LostError(
+                f"keep at least {self.plan.options.min_kept} of every delta",
+                f"rounding leaves less in {len(lost)} tensors: {worst}",
+                "Write float32 (--dtype), keep the adapter unmerged, or accept less (--min-kept)",
+            )
 
     def _publish(self) -> None:
         for source in self.plan.base.shards.values():
             check_unchanged(source)
         if self.plan.options.verify:
             places = {shard.name: self.staging.files / shard.name for shard in self.plan.shards}
-            verification.verify_shards(self.plan, places).check()
+            verify_shards(self.plan, places).check()
         self.staging.publish(self.plan.other_files())
 
     @contextlib.contextmanager
@@ -237,21 +223,6 @@ class _Run:
 
 class _LostError(CheckpointError):
     """Rounding left too little of a delta."""
-
-
-class _Counter:
-    """Counts bytes over threads and tells whoever asked."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.done, self.total, self.progress = 0, total, progress
-        self.lock = threading.Lock()
-
-    def add(self, n_bytes: int) -> None:
-        """Count some more."""
-        with self.lock:
-            self.done += n_bytes
-            if self.progress is not None and n_bytes:
-                self.progress(min(self.done, self.total), self.total)
 
 
 def _identity(plan: MergePlan) -> dict[str, Any]:

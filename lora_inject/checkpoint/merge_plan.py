@@ -11,26 +11,24 @@ import hashlib
 import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.base_class import UNTIED, BaseClass, refused_tie
-from lora_inject.checkpoint.base_copies import check_copies
+from lora_inject.checkpoint.base_class import UNTIED, BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.dequantize import find_scales
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import FLOATS, OutputShard, TensorJob, lay_out
-from lora_inject.checkpoint.quantized import why_not
-from lora_inject.checkpoint.same_base import check_same_base
+from lora_inject.checkpoint.quantized import find_scales, why_not
+from lora_inject.checkpoint.same_base import check_same_base, grown_copies
 from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, check_adapters
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.safetensors_file import DTYPE_BITS
+from lora_inject.storage.safetensors_file import DTYPE_BITS, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class MergePlan:
     @property
     def n_bytes(self) -> int:
         """Size of all output shards."""
-        return sum(shard.header.size_bytes for shard in self.shards)
+        return sum(shard.n_bytes for shard in self.shards)
 
     @property
     def jobs(self) -> tuple[TensorJob, ...]:
@@ -101,37 +99,31 @@ class MergePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data, for printing and for machines."""
+        adapters = [
+            {"label": a.label, "weight": a.weight, "sites": len(a.state.sites), "names": rule}
+            for a, (_, rule) in zip(self.adapters, self.rules, strict=True)
+        ]
+        shards = [
+            {
+                "name": shard.name,
+                "bytes": shard.n_bytes,
+                "new": shard.base is None,
+                "same_layout": shard.same_layout,
+                "copied_bytes": sum(copy.n_bytes for copy in shard.copies),
+                "tensors": len(shard.header.tensors),
+                "merged": len(shard.jobs),
+            }
+            for shard in self.shards
+        ]
+        shown = ("name", "action", "dtype", "shape", "sites")
         return {
             "base": str(self.base.folder),
             "base_bytes": self.base.n_bytes,
             "output_bytes": self.n_bytes,
-            "adapters": [
-                {"label": p.label, "weight": p.weight, "sites": len(p.state.sites), "names": rule}
-                for p, (_, rule) in zip(self.adapters, self.rules, strict=True)
-            ],
+            "adapters": adapters,
             "dtype": self.options.dtype,
-            "shards": [
-                {
-                    "name": shard.name,
-                    "bytes": shard.header.size_bytes,
-                    "new": shard.base is None,
-                    "same_layout": shard.same_layout,
-                    "copied_bytes": sum(copy.n_bytes for copy in shard.copies),
-                    "tensors": len(shard.header.tensors),
-                    "merged": len(shard.jobs),
-                }
-                for shard in self.shards
-            ],
-            "tensors": [
-                {
-                    "name": job.name,
-                    "action": job.action,
-                    "dtype": job.dtype,
-                    "shape": list(job.shape),
-                    "sites": list(job.sites),
-                }
-                for job in self.jobs
-            ],
+            "shards": shards,
+            "tensors": [{key: getattr(job, key) for key in shown} for job in self.jobs],
             "config_changes": dict(self.config_changes),
             "index": "rewritten" if self.index is not None else "kept",
             "side_files": list(self.side_files),
@@ -161,9 +153,8 @@ def plan_merge(
     options = options or MergeOptions()
     check_adapters(adapters)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    of = BaseClass(checkpoint, options.tie)
-    fits = [choose(adapter, checkpoint, options, of) for adapter in adapters]
-    builder = _Builder(checkpoint, options, of)
+    builder = _Builder(checkpoint, options)
+    fits = [choose(adapter, checkpoint, options, builder.of) for adapter in adapters]
     for adapter, fit in zip(adapters, fits, strict=True):
         if not options.any_base:
             check_same_base(checkpoint, adapter, fit)
@@ -173,13 +164,11 @@ def plan_merge(
     builder.change_dtype()
     builder.check()
     shards = builder.shards()
-    code_left: tuple[str, ...] = ()
     side_files: tuple[str, ...] = ()
     if checkpoint.config or checkpoint.index_name or len(list(checkpoint.folder.iterdir())) > 1:
         side_files, code_left = find_side_files(checkpoint.folder, code=options.copy_code)
-    notes = list(builder.notes)
-    if code_left:
-        notes.append(f"code stays behind: {', '.join(code_left)}")
+        if code_left:
+            builder.notes.append(f"code stays behind: {', '.join(code_left)}")
     return MergePlan(
         checkpoint,
         tuple(adapters),
@@ -189,66 +178,47 @@ def plan_merge(
         builder.config_changes,
         _new_index(checkpoint, shards),
         side_files,
-        tuple(notes),
+        tuple(builder.notes),
     )
 
 
 class _Builder:
     """Gathers jobs from adapters, then settles what they imply for the rest of the checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, options: MergeOptions, of: BaseClass) -> None:
-        self.checkpoint, self.of = checkpoint, of
-        self.options = options
+    def __init__(self, checkpoint: Checkpoint, options: MergeOptions) -> None:
+        self.checkpoint, self.options = checkpoint, options
+        self.of = BaseClass(checkpoint, options.tie)
         self.jobs: dict[str, TensorJob] = {}
         self.config_changes: dict[str, Any] = {}
         self.notes: list[str] = []
-        self.taken: list[tuple[WeightedAdapter, Fit]] = []
         self.scales = find_scales(checkpoint) if options.dequantize else {}
-        self.dropped = frozenset(scales.entry.name for scales in self.scales.values())
 
     def take(self, adapter: WeightedAdapter, fit: Fit) -> None:
         """Add one adapter's updates."""
-        self.taken.append((adapter, fit))
-        shard_of = self.checkpoint.shard_of
-        grown = check_copies(self.checkpoint, adapter, fit)
+        tensors, weight = self.checkpoint.tensors, adapter.weight
         for site, places in fit.placed.items():
             for place in places:
-                job = self._job(place.tensor, self.checkpoint.tensors[place.source.name])
-                self.jobs[place.tensor] = replace(
-                    job,
-                    placed=(*job.placed, place),
-                    sites=_with(job.sites, site),
-                    magnitude=self._magnitude(adapter, site, job),
-                )
+                job = self._job(place.tensor, tensors[place.source.name], site)
+                job.magnitude = self._magnitude(adapter, site, job)
+                job.placed += (place,)
         for name, (entry, value) in fit.trained.items():
-            job = self._job(name, entry)
-            self.jobs[name] = replace(
-                job,
-                shape=tuple(value.shape),
-                trained=(*job.trained, (value, adapter.weight)),
-                sites=_with(job.sites, name),
-                action="added" if name not in shard_of else "replaced",
-            )
-        for name, (entry, value) in grown.items():
-            job = self._job(name, entry)
+            job = self._job(name, entry, name)
+            job.action = "replaced" if name in tensors else "added"
+            job.shape = tuple(value.shape)
+            job.trained += ((value, weight),)
+        for name, (source, copy) in grown_copies(self.checkpoint, adapter, fit).items():
+            job = self._job(name, source)
             if job.base_copy is not None:
-                raise self._clash(name, "two adapters bring their own copy of it")
-            self.jobs[name] = replace(job, shape=tuple(value.shape), base_copy=value)
-
-        for name, (entry, value) in fit.added.items():
-            job = self._job(name, entry)
-            added = (*job.added, (value, adapter.weight))
-            self.jobs[name] = replace(job, added=added, sites=_with(job.sites, name))
-        for name, (entry, indices, value) in fit.rows.items():
-            job = self._job(name, entry)
-            if adapter.weight != 1:
-                raise self._clash(name, f"rows cannot be replaced with weight {adapter.weight}")
-            self.jobs[name] = replace(
-                job,
-                rows=(*job.rows, (indices, value)),
-                sites=_with(job.sites, name),
-                action="replaced" if not job.placed else job.action,
-            )
+                raise _clash(name, "two adapters bring their own copy of it")
+            job.shape, job.base_copy = tuple(copy.shape), copy
+        for name, (source, vector) in fit.added.items():
+            self._job(name, source, name).added += ((vector, weight),)
+        for name, (source, indices, rows) in fit.rows.items():
+            job = self._job(name, source, name)
+            if weight != 1:
+                raise _clash(name, f"rows cannot be replaced with weight {weight}")
+            job.rows += ((indices, rows),)
+            job.action = job.action if job.placed else "replaced"
 
     def _magnitude(self, adapter: WeightedAdapter, site: str, job: TensorJob) -> Tensor | None:
         """Return the magnitude that a job gets, which must be the only update of its tensor."""
@@ -256,35 +226,35 @@ class _Builder:
         if mine is None and job.magnitude is None:
             return None
         if job.placed or adapter.weight != 1:
-            raise self._clash(job.name, "DoRA's update cannot be mixed with others or weighted")
+            raise _clash(job.name, "DoRA's update cannot be mixed with others or weighted")
         return mine
 
-    def _job(self, name: str, entry: Any) -> TensorJob:
-        if name in self.jobs:
-            return self.jobs[name]
-        checkpoint = self.checkpoint
-        if entry is None:
-            return TensorJob(name, None, None, self._new_dtype(), (), action="added")
-        action = "folded" if name in checkpoint.tensors else "untied"
-        shard = checkpoint.shard_of[entry.name]
-        scales = self.scales.get(entry.name)
-        dtype = entry.dtype if scales is None else "BF16"
-        return TensorJob(name, entry, shard, dtype, entry.shape, scales=scales, action=action)
+    def _job(self, name: str, entry: TensorEntry | None, site: str | None = None) -> TensorJob:
+        """Return the job of an output tensor, made of one of the base's where it is new."""
+        if name not in self.jobs:
+            self.jobs[name] = self._new_job(name, entry)
+        job = self.jobs[name]
+        if site is not None and site not in job.sites:
+            job.sites += (site,)
+        return job
 
-    def _new_dtype(self) -> str:
-        """Return the dtype for tensors that the base lacks: what most of its values have."""
-        sizes = dict.fromkeys(FLOATS, 0)
-        for entry in self.checkpoint:
-            if entry.dtype in sizes:
-                sizes[entry.dtype] += entry.n_elements
-        return max(sizes, key=lambda dtype: sizes[dtype])
+    def _new_job(self, name: str, entry: TensorEntry | None) -> TensorJob:
+        if entry is None:  # of the dtype that most of the base's values have
+            sizes = dict.fromkeys(FLOATS, 0)
+            for other in self.checkpoint:
+                if other.dtype in sizes:
+                    sizes[other.dtype] += other.n_elements
+            return TensorJob(name, None, None, max(sizes, key=lambda d: sizes[d]), (), "added")
+        action = "folded" if name in self.checkpoint.tensors else "untied"
+        shard, scales = self.checkpoint.shard_of[entry.name], self.scales.get(entry.name)
+        dtype = entry.dtype if scales is None else "BF16"
+        return TensorJob(name, entry, shard, dtype, entry.shape, action, scales=scales)
 
     def dequantize(self) -> None:
         """Add a job for every float8 weight, where that was asked for."""
         for name in self.scales:
             if name not in self.jobs:
-                job = self._job(name, self.checkpoint.tensors[name])
-                self.jobs[name] = replace(job, action="dequantized")
+                self._job(name, self.checkpoint.tensors[name]).action = "dequantized"
         if self.scales and "quantization_config" in self.checkpoint.config:
             self.config_changes["quantization_config"] = None
 
@@ -299,7 +269,13 @@ class _Builder:
             return
         for group in cut:
             if stuck := touched & group & self.of.inseparable:
-                raise refused_tie(min(stuck), self.checkpoint)
+                classes = self.checkpoint.config.get("architectures") or ["of the base"]
+                raise CheckpointError(
+                    f"merge into '{min(stuck)}'",
+                    f"other layers share its tensor, and the class {classes[0]} cannot load them "
+                    "apart",
+                    "Adapt other layers, or keep this adapter unmerged",
+                )
         self._store_apart()
         for name, job in self.jobs.items():
             if name not in self.checkpoint.tensors and job.source is not None:
@@ -312,8 +288,12 @@ class _Builder:
         for group in self.of.ties:
             for name in sorted(group - self.jobs.keys() - self.checkpoint.tensors.keys()):
                 source = self.of.source_of(name)
-                if source is not None and name not in self.of.inseparable:
-                    self.jobs[name] = self._untied(name, source)
+                if source is None or name in self.of.inseparable:
+                    continue
+                job = self._job(name, self.checkpoint.tensors[source])
+                changed = self.jobs.get(source)
+                if changed is not None and changed.base_copy is not None:
+                    job.base_copy, job.shape = changed.base_copy, tuple(changed.base_copy.shape)
 
     def _may_be_tied(self, touched: Collection[str]) -> bool:
         """Whether an update is of a kind that ties concern: only then the class is asked.
@@ -321,26 +301,20 @@ class _Builder:
         Ties join embeddings, heads and whole stacks of layers: what the adapter says is an
         embedding, what the files lack, and weights outside of any numbered list of layers.
         """
-        embeddings = {
-            place.tensor
-            for adapter, fit in self.taken
-            for site, places in fit.placed.items()
-            if adapter.state.sites[site].spec.kind == "embedding"
-            for place in places
-        }
+        jobs = [self.jobs[name] for name in touched]
         return any(
-            name not in self.checkpoint.tensors
-            or name in embeddings
-            or (len(self.jobs[name].shape) > 1 and not any(map(str.isdigit, name.split("."))))
-            for name in touched
+            job.name not in self.checkpoint.tensors
+            or any(term.spec.kind == "embedding" for place in job.placed for term in place.terms)
+            or (len(job.shape) > 1 and not any(map(str.isdigit, job.name.split("."))))
+            for job in jobs
         )
 
     def _stays(self, group: frozenset[str]) -> bool:
         """Whether a tie holds after the merge; then what the files lack stays left out."""
         mine = [self.jobs[name] for name in sorted(group) if name in self.jobs]
-        first = mine[0] if mine else None
-        if first is None:
+        if not mine:
             return True
+        first = mine[0]
         grown = first.source is not None and first.shape != first.source.shape
         if len(mine) == 1 and grown and first.base_copy is None:
             self.notes.append(f"'{first.name}' grew and stays tied to the head")
@@ -351,29 +325,16 @@ class _Builder:
             del self.jobs[name]
         return True
 
-    def _untied(self, name: str, source: str) -> TensorJob:
-        """Return the job of a tensor that was left out, with the values that it was tied to."""
-        entry, changed = self.checkpoint.tensors[source], self.jobs.get(source)
-        grown = changed.base_copy if changed is not None else None
-        shape = entry.shape if grown is None else tuple(grown.shape)
-        shard = self.checkpoint.shard_of[source]
-        return TensorJob(name, entry, shard, entry.dtype, shape, base_copy=grown, action="untied")
-
     def change_dtype(self) -> None:
         """Add a cast for every float tensor, where another dtype was asked for."""
         dtype = self.options.format_dtype
         if dtype is None:
             return
         for entry in self.checkpoint:
-            job = self.jobs.get(entry.name)
-            if job is None and entry.dtype in FLOATS and entry.dtype != dtype:
-                shard = self.checkpoint.shard_of[entry.name]
-                self.jobs[entry.name] = TensorJob(
-                    entry.name, entry, shard, dtype, entry.shape, action="cast"
-                )
-        for name, job in self.jobs.items():
-            if job.dtype in FLOATS:
-                self.jobs[name] = replace(job, dtype=dtype)
+            if entry.name not in self.jobs and entry.dtype in FLOATS and entry.dtype != dtype:
+                self._job(entry.name, entry).action = "cast"
+        for job in self.jobs.values():
+            job.dtype = dtype if job.dtype in FLOATS else job.dtype
         config = self.checkpoint.config
         if config:
             tables = [config, *(v for v in config.values() if isinstance(v, dict))]
@@ -384,78 +345,63 @@ class _Builder:
     def check(self) -> None:
         """Refuse what no writer could carry out."""
         for name, job in self.jobs.items():
-            if job.scales is not None:
-                pass
-            elif job.source is not None and job.source.dtype not in FLOATS:
-                reason = why_not(self.checkpoint, [job.source.name])
-                found = reason.found if reason else f"'{name}' has the dtype {job.source.dtype}"
-                remedy = reason.remedy if reason else "Only floating point weights take an update"
-                raise CheckpointError(f"merge into '{self.checkpoint.folder}'", found, remedy)
-            quantized = None
-            if job.action != "cast" and job.scales is None:
-                quantized = why_not(self.checkpoint, [name])
-            if quantized is not None:
-                asked = f"merge into '{self.checkpoint.folder}'"
-                raise CheckpointError(asked, quantized.found, quantized.remedy)
-            if sum(map(bool, (job.trained, job.placed, job.added))) > 1:
-                raise self._clash(name, "one adapter replaces it and another updates it")
-            if len(job.trained) > 1 and len({tuple(t.shape) for t, _ in job.trained}) > 1:
-                raise self._clash(name, "the adapters' values have different shapes")
-            if job.source is None and len(job.trained) > 1:
-                raise self._clash(name, "the base lacks it and several adapters bring it")
-            if any(t.shape != job.shape for t, _ in job.trained):
-                raise self._clash(name, "two adapters want different shapes of it")
-            self._check_rows(job)
-            self._check_indices(job)
+            if job.scales is None and job.action != "cast":
+                self._check_plain(job)
+            ranges = sorted({(p.start, p.stop) for p in job.placed})
+            overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
+            rows = [index for indices, _ in job.rows for index in indices]
+            kinds, copies = (job.trained, job.placed, job.added), len(job.trained)
+            shapes = {tuple(t.shape) for t, _ in job.trained}
+            clashes = {
+                "one adapter replaces it and another updates it": sum(map(bool, kinds)) > 1,
+                "the adapters' values have different shapes": len(shapes) > 1,
+                "the base lacks it and several adapters bring it": not job.source and copies > 1,
+                "two adapters want different shapes of it": shapes - {job.shape},
+                "two sites want rows of it that overlap": overlap
+                or len({p.n_cols for p in job.placed}) > 1,
+                "the same row is replaced twice": len(set(rows)) < len(rows) or (rows and copies),
+            }
+            for found, clash in clashes.items():
+                if clash:
+                    raise _clash(name, found)
         self._check_vocabulary()
 
-    def _check_indices(self, job: TensorJob) -> None:
-        indices = [index for of_part, _ in job.rows for index in of_part]
-        if len(set(indices)) != len(indices) or (job.rows and job.trained):
-            raise self._clash(job.name, "the same row is replaced twice")
-
-    def _check_rows(self, job: TensorJob) -> None:
-        ranges = sorted({(p.start, p.stop) for p in job.placed})
-        overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
-        if overlap or len({p.n_cols for p in job.placed}) > 1:
-            raise self._clash(job.name, "two sites want rows of it that overlap")
+    def _check_plain(self, job: TensorJob) -> None:
+        """Refuse an update of what is not made of floats."""
+        asked = f"merge into '{self.checkpoint.folder}'"
+        source = job.source
+        packed = source is not None and source.dtype not in FLOATS
+        names = [source.name, job.name] if source is not None and packed else [job.name]
+        if quantized := why_not(self.checkpoint, names):
+            raise CheckpointError(asked, *quantized)
+        if source is not None and packed:
+            found = f"'{job.name}' has the dtype {source.dtype}"
+            raise CheckpointError(asked, found, "Only floating point weights take an update")
 
     def _check_vocabulary(self) -> None:
         """Refuse a grown embedding whose head did not grow, and note the new size."""
-        tensors = self.checkpoint.tensors
+        tensors, config = self.checkpoint.tensors, self.checkpoint.config
         for name, job in self.jobs.items():
-            before = job.source
-            if before is None or job.shape == before.shape:
+            if job.source is None or job.shape == job.source.shape:
                 continue
-            rows, old = job.shape[0], before.shape[0]
+            rows, old = job.shape[0], job.source.shape[0]
             ends = self.of.ends if self.of.known else frozenset()
             for other in sorted(ends & tensors.keys()):
-                mine = self.jobs.get(other)
-                shape = mine.shape if mine is not None else tensors[other].shape
+                shape = self.jobs.get(other, tensors[other]).shape
                 if tensors[other].shape[0] == old and shape[0] != rows:
-                    raise self._clash(name, f"it grows to {rows} rows and '{other}' stays at {old}")
-            if any(
-                t.get("vocab_size") == old
-                for t in (self.checkpoint.config, *self.checkpoint.config.values())
-                if isinstance(t, dict)
-            ):
+                    raise _clash(name, f"it grows to {rows} rows and '{other}' stays at {old}")
+            tables = [config, *(v for v in config.values() if isinstance(v, dict))]
+            if any(table.get("vocab_size") == old for table in tables):
                 self.config_changes["vocab_size"] = rows
             self.notes.append(f"'{name}' grows from {old} to {rows} rows")
 
-    def _clash(self, name: str, found: str) -> CheckpointError:
-        return CheckpointError(
-            f"merge into '{name}'",
-            found,
-            "Merge one adapter after the other, or leave one out",
-        )
-
     def shards(self) -> tuple[OutputShard, ...]:
         """Lay out the output's files; what the base lacks goes behind it, in a file of its own."""
-        checkpoint = self.checkpoint
+        checkpoint, alone = self.checkpoint, self.checkpoint.index_name is None
         added = [job for name, job in self.jobs.items() if name not in checkpoint.tensors]
-        alone = checkpoint.index_name is None
+        dropped = frozenset(scales.entry.name for scales in self.scales.values())
         shards = [
-            lay_out(shard.name, shard, self.jobs, added if alone else (), self.dropped)
+            lay_out(shard.name, shard, self.jobs, added if alone else (), dropped)
             for shard in checkpoint.shards.values()
         ]
         if added and not alone:
@@ -466,17 +412,19 @@ class _Builder:
         return tuple(shards)
 
 
+def _clash(name: str, found: str) -> CheckpointError:
+    remedy = "Merge one adapter after the other, or leave one out"
+    return CheckpointError(f"merge into '{name}'", found, remedy)
+
+
 def _same_copies(one: TensorJob, other: TensorJob) -> bool:
     """Whether two tensors are replaced by the same values."""
     if any(job.placed or job.added or job.rows or not job.trained for job in (one, other)):
         return False
-    pairs = zip(one.trained, other.trained, strict=False)
-    alike = all(w == v and torch.equal(t, u) for (t, w), (u, v) in pairs)
-    return alike and len(one.trained) == len(other.trained)
-
-
-def _with(sites: tuple[str, ...], site: str) -> tuple[str, ...]:
-    return sites if site in sites else (*sites, site)
+    if len(one.trained) != len(other.trained):
+        return False
+    pairs = zip(one.trained, other.trained, strict=True)
+    return all(w == v and torch.equal(t, u) for (t, w), (u, v) in pairs)
 
 
 def _new_index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> bytes | None:
@@ -484,15 +432,15 @@ def _new_index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> bytes |
     if checkpoint.index is None or all(shard.same_layout for shard in shards):
         return None
     index = dict(checkpoint.index)
-    entries = [(shard.name, entry) for shard in shards for entry in shard.header.tensors.values()]
-    found = {entry.name: shard for shard, entry in entries}
+    found = {name: (shard.name, e) for shard in shards for name, e in shard.header.tensors.items()}
     order = [name for name in index["weight_map"] if name in found]
-    index["weight_map"] = {name: found[name] for name in (*order, *found)}
+    index["weight_map"] = {name: found[name][0] for name in (*order, *found)}
+    entries = [entry for _, entry in found.values()]
     metadata = dict(index.get("metadata") or {})
-    metadata["total_size"] = sum(entry.n_bytes for _, entry in entries)
+    metadata["total_size"] = sum(entry.n_bytes for entry in entries)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(
-            entry.n_elements for _, entry in entries if DTYPE_BITS[entry.dtype] >= 16
+            entry.n_elements for entry in entries if DTYPE_BITS[entry.dtype] >= 16
         )
     index["metadata"] = metadata
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

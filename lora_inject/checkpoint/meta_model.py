@@ -13,32 +13,17 @@ from lora_inject.errors import CheckpointError
 MAX_SAID = 300  # characters of another library's message
 
 # Whatever a wrong or unknown config can make a constructor of transformers raise, beside its own.
-_BUILD_ERRORS: tuple[type[Exception], ...] = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
+_BUILD_ERRORS = (
+    *(ArithmeticError, AttributeError, ImportError, LookupError, NotImplementedError),
+    *(OSError, RuntimeError, TypeError, ValueError),
 )
 
 
 def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
-    """Build a model of transformers without its weights.
+    """Build a model of transformers without its weights, of a `config.json` as parsed.
 
-    Args:
-        config: The `config.json`, as parsed.
-        asked: What it is needed for, for messages.
-        remedy: What to do where it cannot be built, for messages.
-
-    Returns:
-        The class that the config names, else the one that belongs to its `model_type`.
-
-    Raises:
-        CheckpointError: transformers is missing, or does not know the model.
+    The class that the config names, else the one that belongs to its `model_type`. The error where
+    it cannot be built says what it was needed for (`asked`) and what to do (`remedy`).
     """
     try:
         import transformers as library

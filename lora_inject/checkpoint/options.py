@@ -5,7 +5,7 @@ Each choice is one field with one meaning; what they imply is settled in `plan`.
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,26 +53,25 @@ class MergeOptions:
     def __post_init__(self) -> None:
         if self.dtype is not None:  # an enum's member becomes plain text
             object.__setattr__(self, "dtype", _SHORT.get(self.dtype, str(self.dtype)))
-        if self.dtype is not None and self.dtype not in _FORMAT_DTYPES:
-            raise CheckpointError(
-                f"write dtype {self.dtype!r}", "it is not known", f"Use {', '.join(_FORMAT_DTYPES)}"
-            )
-        if self.min_kept is not None and not (
-            math.isfinite(self.min_kept) and 0 <= self.min_kept <= 1
-        ):
-            raise CheckpointError(
-                f"keep at least {self.min_kept} of every delta",
-                "it is not a share",
-                "Give a number from 0 to 1, such as 0.98",
-            )
+        if self.dtype not in {None, *_FORMAT_DTYPES}:
+            remedy = f"Use {', '.join(_FORMAT_DTYPES)}"
+            raise CheckpointError(f"write dtype {self.dtype!r}", "it is not known", remedy)
+        if self.min_kept is not None and not 0 <= self.min_kept <= 1:
+            asked = f"keep at least {self.min_kept} of every delta"
+            remedy = "Give a number from 0 to 1, such as 0.98"
+            raise CheckpointError(asked, "it is not a share", remedy)
         if self.on_lost not in {"fail", "warn"}:
-            raise CheckpointError(
-                f"on_lost {self.on_lost!r}", "it is not known", "Use 'fail' or 'warn'"
-            )
+            remedy = "Use 'fail' or 'warn'"
+            raise CheckpointError(f"on_lost {self.on_lost!r}", "it is not known", remedy)
         if self.workers is not None and self.workers < 1:
             raise CheckpointError(
                 f"{self.workers} workers", "that is none at all", "Give 1 or more"
             )
+
+    @property
+    def n_threads(self) -> int:
+        """How many threads compute."""
+        return self.workers or min(4, os.cpu_count() or 1)
 
     @property
     def format_dtype(self) -> str | None:
@@ -82,11 +81,6 @@ class MergeOptions:
     @property
     def identity(self) -> dict[str, Any]:
         """The choices that decide what the output is; a rerun must agree on them."""
-        return {
-            "dtype": self.dtype,
-            "copy_code": self.copy_code,
-            "allow_new": self.allow_new,
-            "rename": dict(self.rename),
-            "tie": None if self.tie is None else dict(self.tie),
-            "dequantize": self.dequantize,
-        }
+        names = ("dtype", "copy_code", "allow_new", "rename", "tie", "dequantize")
+        chosen = {name: getattr(self, name) for name in names}
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in chosen.items()}

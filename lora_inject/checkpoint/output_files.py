@@ -1,21 +1,22 @@
 """What each output file will hold, byte for byte, and where each byte comes from.
 
-An output file is a header, some ranges copied from the base, and some tensors that are
-computed. Where nothing changes shape or dtype the header is the base's own and every offset stays,
-so that all but the merged tensors is copied in long runs by the kernel.
+An output file is a header, some ranges copied from the base, and some tensors that are computed.
+Where nothing changes shape or dtype the header is the base's own and every offset stays, so that
+all but the merged tensors is copied in long runs by the kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.dequantize import Scales
 from lora_inject.checkpoint.index import Shard
 from lora_inject.checkpoint.place import Placed, matrix_of
+from lora_inject.checkpoint.quantized import Scales
 from lora_inject.storage.safetensors_file import Header, TensorEntry, build_header
 
 FLOATS: Mapping[str, torch.dtype] = {
@@ -30,9 +31,9 @@ READABLE: Mapping[str, torch.dtype] = {**FLOATS, "F8_E4M3": torch.float8_e4m3fn}
 """Dtypes whose values can be read."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class TensorJob:
-    """One output tensor whose bytes are not those of the base.
+    """One output tensor whose bytes are not those of the base; settled once the plan is made.
 
     Attributes:
         name: Its name in the output.
@@ -40,6 +41,7 @@ class TensorJob:
         source_shard: Name of the shard that holds `source`.
         dtype: The format's name of its dtype in the output.
         shape: Its dimensions in the output.
+        action: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`.
         placed: Low-rank terms, on disjoint ranges of rows or on the same one.
         trained: Full tensors of adapters with their weights: `W + sum of w (T - W)`.
         base_copy: The base's values where the adapter carries them (a grown vocabulary), else None.
@@ -47,7 +49,6 @@ class TensorJob:
         magnitude: DoRA's magnitude, one value for each output, else None.
         added: Vectors to add, with their weights.
         rows: Rows to replace: `(indices, values)`.
-        action: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`.
         sites: Names of the adapters' sites and tensors that went into it.
     """
 
@@ -56,6 +57,7 @@ class TensorJob:
     source_shard: str | None
     dtype: str
     shape: tuple[int, ...]
+    action: str = "folded"
     placed: tuple[Placed, ...] = ()
     trained: tuple[tuple[Tensor, float], ...] = ()
     base_copy: Tensor | None = None
@@ -63,17 +65,15 @@ class TensorJob:
     magnitude: Tensor | None = None
     added: tuple[tuple[Tensor, float], ...] = ()
     rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()
-    action: str = "folded"
-    sites: tuple[str, ...] = field(default=())
+    sites: tuple[str, ...] = ()
 
     @property
     def matrix(self) -> tuple[int, int]:
         """Shape of the tensor seen as the matrix that the terms are on."""
-        if self.placed:
-            n_cols = self.placed[0].n_cols
-            n_elements = torch.Size(self.shape).numel()
-            return n_elements // n_cols, n_cols
-        return matrix_of(self.shape)
+        if not self.placed:
+            return matrix_of(self.shape)
+        n_cols = self.placed[0].n_cols
+        return torch.Size(self.shape).numel() // n_cols, n_cols
 
     @property
     def transposed(self) -> bool:
@@ -81,15 +81,8 @@ class TensorJob:
         return any(term.spec.transposed for place in self.placed for term in place.terms)
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A range of bytes that stays as it is.
-
-    Attributes:
-        source_start: First byte in the base's shard.
-        target_start: First byte in the output's.
-        n_bytes: How many.
-    """
+class Copy(NamedTuple):
+    """A range of bytes that stays as it is: its place in the base's shard and in the output's."""
 
     source_start: int
     target_start: int
@@ -115,9 +108,14 @@ class OutputShard:
     jobs: tuple[TensorJob, ...]
 
     @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        return self.header.size_bytes
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of all its tensors."""
-        return self.header.size_bytes - len(self.header.raw)
+        return self.n_bytes - len(self.header.raw)
 
     @property
     def same_layout(self) -> bool:
@@ -132,33 +130,22 @@ def lay_out(
     added: Iterable[TensorJob] = (),
     dropped: frozenset[str] = frozenset(),
 ) -> OutputShard:
-    """Lay out one output file.
+    """Lay out one output file; its header is the base's own, byte for byte, if nothing changes.
 
-    Args:
-        name: Its file name.
-        base: The base's shard, None for a new file.
-        jobs: Jobs by tensor name; those of other shards are left aside.
-        added: Jobs of tensors to put behind the base's.
-        dropped: Names of tensors of the base that the output leaves out.
-
-    Returns:
-        The file. Its header is the base's own, byte for byte, where nothing changes.
+    `base` is None for a new file, `jobs` may hold those of other shards, `added` goes behind the
+    base's tensors, and `dropped` are names of the base's that the output leaves out.
     """
-    added = tuple(added)
     entries = [] if base is None else list(base.header.tensors.values())
-    kept = [e for e in entries if e.name not in dropped]
-    mine = [jobs[e.name] for e in kept if e.name in jobs]
-    unchanged = [(e.name, e.dtype, e.shape) for e in kept]
-    changed = {job.name: (job.name, job.dtype, job.shape) for job in (*mine, *added)}
-    tensors = [changed.get(row[0], row) for row in unchanged]
-    tensors += [changed[job.name] for job in added]
-    before = [(e.name, e.dtype, e.shape) for e in entries]
-    if base is not None and tensors == before:
+    kept = [entry for entry in entries if entry.name not in dropped]
+    mine = [jobs[entry.name] for entry in kept if entry.name in jobs]
+    added = tuple(added)
+    rows: list[TensorJob | TensorEntry] = [*(jobs.get(entry.name, entry) for entry in kept), *added]
+    tensors = [(row.name, row.dtype, row.shape) for row in rows]
+    if base is not None and tensors == [(e.name, e.dtype, e.shape) for e in entries]:
         header = base.header
     else:
-        metadata = base.header.metadata if base is not None else {"format": "pt"}
-        header = build_header(tensors, metadata)
-    copies = _copies([e for e in kept if e.name not in jobs], header)
+        header = build_header(tensors, base.header.metadata if base else {"format": "pt"})
+    copies = _copies([entry for entry in kept if entry.name not in jobs], header)
     return OutputShard(name, base, header, copies, (*mine, *added))
 
 
@@ -166,14 +153,10 @@ def _copies(entries: Iterable[TensorEntry], header: Header) -> tuple[Copy, ...]:
     """Join neighboring tensors that stay neighbors into single copies."""
     copies: list[Copy] = []
     for entry in entries:
-        target = header.tensors[entry.name].start
-        last = copies[-1] if copies else None
-        if (
-            last is not None
-            and last.source_start + last.n_bytes == entry.start
-            and last.target_start + last.n_bytes == target
-        ):
-            copies[-1] = Copy(last.source_start, last.target_start, last.n_bytes + entry.n_bytes)
-        elif entry.n_bytes:
-            copies.append(Copy(entry.start, target, entry.n_bytes))
+        copy = Copy(entry.start, header.tensors[entry.name].start, entry.n_bytes)
+        source, target, n_bytes = copies[-1] if copies else Copy(-1, -1, 0)
+        if (source + n_bytes, target + n_bytes) == copy[:2]:
+            copies[-1] = Copy(source, target, n_bytes + copy.n_bytes)
+        elif copy.n_bytes:
+            copies.append(copy)
     return tuple(copies)

@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -83,13 +82,9 @@ def _libc() -> ctypes.CDLL:
 
 
 class RowReader:
-    """Reads rows of tensors of one file into a buffer that it reuses.
+    """Reads rows of tensors of one file into `room`, which it reuses.
 
-    Args:
-        file: A path, or a descriptor that the caller keeps open.
-
-    Attributes:
-        room: Where the rows lie.
+    The file is a path, or a descriptor that the caller keeps open.
     """
 
     def __init__(self, file: Path | int) -> None:
@@ -100,30 +95,14 @@ class RowReader:
     def __enter__(self) -> RowReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file if this reader opened it."""
+    def __exit__(self, *error: object) -> None:
         if self._own:
             os.close(self._fd)
 
     def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
-        """Return rows `start` to `stop` of a tensor's matrix; valid until the next call.
+        """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call.
 
-        Args:
-            entry: A tensor whose dtype is one of `READABLE`.
-            n_cols: Columns of the matrix.
-            start: First row.
-            stop: First row after.
-
-        Returns:
-            `(stop - start, n_cols)` in the stored dtype.
+        In the stored dtype, which must be one of `READABLE`.
         """
         dtype = READABLE[entry.dtype]
         rows = self.room.rows(dtype, stop - start, n_cols)

@@ -1,20 +1,24 @@
-"""Telling whether an adapter was made on the base at hand, by a few values of each weight.
+"""Telling whether an adapter was made on the base at hand, by the base's values that it holds.
 
-The adapter's fingerprint holds sixteen values of every adapted weight; the same places
-are read from the checkpoint and compared as loading onto a model does it (`formats.compare`).
+The adapter's fingerprint holds sixteen values of every adapted weight; the same places are read
+from the checkpoint and compared as loading onto a model does it (`formats.compare`). PEFT stores
+a whole embedding beside an adapter on it, which must equal the base; where the vocabulary grew, the
+copy is the only place that has the new rows, and is used as the base.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from lora_inject.adapter.state import Fingerprint
 from lora_inject.checkpoint.choose import Fit
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import FLOATS
+from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import compare, sample_positions
@@ -23,16 +27,7 @@ from lora_inject.storage.safetensors_file import TensorEntry
 
 
 def check_same_base(checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit) -> None:
-    """Refuse an adapter whose fingerprint says that it was made on another base.
-
-    Args:
-        checkpoint: The base.
-        adapter: The adapter.
-        fit: Where its tensors belong.
-
-    Raises:
-        CheckpointError: Sampled values differ by more than a rounding to bfloat16.
-    """
+    """Refuse an adapter whose fingerprint is off by more than a rounding to bfloat16."""
     saved = adapter.state.fingerprint
     if saved is None:
         return
@@ -47,8 +42,7 @@ def check_same_base(checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit) 
         {name: values for name, values in saved.samples.items() if name in shapes},
         saved.quantized,
     )
-    differences = compare(known, Fingerprint(shapes, samples))
-    if differences:
+    if differences := compare(known, Fingerprint(shapes, samples)):
         name, how = next(iter(differences.items()))
         raise CheckpointError(
             f"merge {adapter.label} into '{checkpoint.folder}'",
@@ -59,12 +53,7 @@ def check_same_base(checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit) 
 
 
 def fingerprint(checkpoint: Checkpoint, names: Iterable[str]) -> Fingerprint:
-    """Take the fingerprint of some tensors of a checkpoint, as saving a live adapter does.
-
-    Args:
-        checkpoint: The base.
-        names: Of floating point tensors.
-    """
+    """Take the fingerprint of some float tensors of a checkpoint, as saving a live adapter does."""
     entries = {name: checkpoint.tensors[name] for name in names}
     return Fingerprint(
         {name: entry.shape for name, entry in entries.items()},
@@ -74,7 +63,7 @@ def fingerprint(checkpoint: Checkpoint, names: Iterable[str]) -> Fingerprint:
 
 def _sample(checkpoint: Checkpoint, entry: TensorEntry) -> tuple[float, ...]:
     dtype, values = FLOATS[entry.dtype], []
-    fd = open_read(checkpoint.shards[checkpoint.shard_of[entry.name]].path)
+    fd = open_read(checkpoint.path_of(entry.name))
     try:
         for position in sample_positions(entry.shape):
             data = bytearray(dtype.itemsize)
@@ -83,3 +72,31 @@ def _sample(checkpoint: Checkpoint, entry: TensorEntry) -> tuple[float, ...]:
     finally:
         os.close(fd)
     return tuple(values)
+
+
+def grown_copies(
+    checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit
+) -> Mapping[str, tuple[TensorEntry, Tensor]]:
+    """Return an adapter's copies of base tensors that grew; refuse others that differ from it."""
+    grown = {}
+    for name, (entry, copy) in fit.copies.items():
+        if tuple(copy.shape) != entry.shape:
+            grown[name] = (entry, copy)
+        elif entry.dtype not in FLOATS or not _equal(checkpoint, entry, copy):
+            raise CheckpointError(
+                f"merge {adapter.label}",
+                f"it carries a copy of '{name}' that differs from the base",
+                "Use the base that it was trained on, or list the tensor among its trained ones",
+            )
+    return grown
+
+
+def _equal(checkpoint: Checkpoint, entry: TensorEntry, copy: Tensor) -> bool:
+    """Compare in whichever of the two dtypes is the narrower."""
+    with RowReader(checkpoint.path_of(entry.name)) as reader:
+        for start, rows in reader.blocks(entry, entry.shape[1]):
+            mine = copy[start : start + rows.shape[0]]
+            narrow = min(rows.dtype, mine.dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(rows.to(narrow), mine.to(narrow)):
+                return False
+    return True

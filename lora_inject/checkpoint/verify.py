@@ -8,8 +8,9 @@ believed.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from torch import Tensor
 from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.output_files import Copy, OutputShard, TensorJob
-from lora_inject.checkpoint.output_rows import Memory, fold_span, spans_of
+from lora_inject.checkpoint.output_files import Copy, OutputShard
+from lora_inject.checkpoint.output_rows import Block, Span
 from lora_inject.checkpoint.read import RowReader
+from lora_inject.checkpoint.threads import Counted, Counter, open_sources, work_through
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
-from lora_inject.checkpoint.write import one_thread_each
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import open_read, read_at
 from lora_inject.storage.safetensors_file import read_header
@@ -52,6 +53,11 @@ class VerifyReport:
     n_neighbors: int
     copied_bytes: int
     problems: tuple[str, ...]
+
+    def __add__(self, other: VerifyReport) -> VerifyReport:
+        return VerifyReport(
+            *(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True))
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
@@ -106,14 +112,7 @@ def verify_checkpoint(
             places[shard.name] = resolve_inside(folder, shard.name)
         except CheckpointError as error:
             problems.append(f"'{shard.name}': {error.found}")
-    report = verify_shards(plan, places, progress)
-    return VerifyReport(
-        report.n_tensors,
-        report.n_values,
-        report.n_neighbors,
-        report.copied_bytes,
-        (*problems, *report.problems),
-    )
+    return VerifyReport(0, 0, 0, 0, tuple(problems)) + verify_shards(plan, places, progress)
 
 
 def _other_files(plan: MergePlan, folder: Path) -> list[str]:
@@ -140,99 +139,81 @@ def verify_shards(
     places: Mapping[str, Path],
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check output shards wherever they lie.
-
-    Args:
-        plan: What they should be.
-        places: Shard name to file; shards without one are passed over.
-        progress: Called with bytes done and bytes in all.
-    """
-    total = sum(s.data_bytes for s in plan.shards if s.name in places)
-    check = _Check(plan, total, progress)
-    with one_thread_each():
-        for shard in plan.shards:
-            if shard.name in places:
-                check.shard(shard, places[shard.name])
-    return VerifyReport(
-        check.n_tensors, check.n_values, check.n_neighbors, check.copied, tuple(check.problems)
-    )
+    """Check output shards wherever they lie; those without a place are passed over."""
+    shards = [shard for shard in plan.shards if shard.name in places]
+    counter = Counter(sum(shard.data_bytes for shard in shards), progress)
+    report = VerifyReport(0, 0, 0, 0, ())
+    for shard in shards:
+        report += _verify_shard(plan, shard, places[shard.name], counter)
+    return report
 
 
-class _Check:
-    def __init__(
-        self, plan: MergePlan, total: int, progress: Callable[[int, int], None] | None
-    ) -> None:
-        self.plan, self.total, self.progress, self.done = plan, total, progress, 0
-        self.n_tensors = self.n_values = self.n_neighbors = self.copied = 0
-        self.problems: list[str] = []
+def _verify_shard(
+    plan: MergePlan, shard: OutputShard, path: Path, counter: Counter
+) -> VerifyReport:
+    try:
+        header = read_header(path)
+    except CheckpointError as error:
+        return VerifyReport(0, 0, 0, 0, (f"'{shard.name}': {error.found}",))
+    if header.raw != shard.header.raw:
+        problem = f"'{shard.name}': its header is not what it should be"
+        return VerifyReport(0, 0, 0, 0, (problem,))
+    fd = open_read(path)
+    try:
+        found = _Compared(shard, fd)
+        with open_sources(shard, plan.base) as sources:
+            work_through(shard, plan, sources, shard.copies, found, counter)
+    finally:
+        os.close(fd)
+    return found.report()
 
-    def _count(self, n_bytes: int) -> None:
-        self.done += n_bytes
-        if self.progress is not None:
-            self.progress(self.done, self.total)
 
-    def shard(self, shard: OutputShard, path: Path) -> None:
-        """Check one file."""
-        try:
-            header = read_header(path)
-        except CheckpointError as error:
-            self.problems.append(f"'{shard.name}': {error.found}")
-            return
-        if header.raw != shard.header.raw:
-            self.problems.append(f"'{shard.name}': its header is not what it should be")
-            return
-        fd = open_read(path)
-        try:
-            for copy in shard.copies:
-                self._copied(shard, copy, fd)
-            for job in shard.jobs:
-                self._computed(shard, job, fd)
-        finally:
-            os.close(fd)
+class _Compared:
+    """A file that is there, compared with what should be in it."""
 
-    def _copied(self, shard: OutputShard, copy: Copy, fd: int) -> None:
-        assert shard.base is not None
-        source = open_read(shard.base.path)
-        try:
-            for done in range(0, copy.n_bytes, COMPARE_BYTES):
-                n_bytes = min(COMPARE_BYTES, copy.n_bytes - done)
-                mine, theirs = bytearray(n_bytes), bytearray(n_bytes)
-                read_at(fd, memoryview(mine), copy.target_start + done)
-                read_at(source, memoryview(theirs), copy.source_start + done)
+    def __init__(self, shard: OutputShard, fd: int) -> None:
+        self.shard, self.fd = shard, fd
+        self.near = dict.fromkeys((job.name for job in shard.jobs), 0)
+        self.far = dict(self.near)
+        self.copied_bytes = 0
+        self.differing: dict[str, int] = {}  # what a wrong byte says, and the first such byte
+        self.lock, self.local = threading.Lock(), threading.local()
+
+    def computed(self, span: Span, block: Block) -> None:
+        output: RowReader = self.local.__dict__.setdefault("reader", RowReader(self.fd))
+        entry, stop = self.shard.header.tensors[span.job.name], block.start + len(block.rows)
+        near, far = _compare(output.rows(entry, span.n_cols, block.start, stop), block.rows)
+        with self.lock:
+            self.near[entry.name] += near
+            self.far[entry.name] += far
+
+    def copied(self, source: int, copy: Copy, counted: Counted) -> None:
+        for done in range(0, copy.n_bytes, COMPARE_BYTES):
+            n_bytes = min(COMPARE_BYTES, copy.n_bytes - done)
+            mine, theirs = bytearray(n_bytes), bytearray(n_bytes)
+            read_at(self.fd, memoryview(mine), copy.target_start + done)
+            read_at(source, memoryview(theirs), copy.source_start + done)
+            with self.lock:
                 if mine != theirs:
                     first = next(i for i in range(n_bytes) if mine[i] != theirs[i])
-                    self.problems.append(_where(shard, copy.target_start + done + first))
+                    position = copy.target_start + done + first
+                    self.differing.setdefault(_where(self.shard, position), position)
                     return
-                self.copied += n_bytes
-                self._count(n_bytes)
-        finally:
-            os.close(source)
+                self.copied_bytes += n_bytes
+            counted(n_bytes)
 
-    def _computed(self, shard: OutputShard, job: TensorJob, fd: int) -> None:
-        entry, output = shard.header.tensors[job.name], RowReader(fd)
-        source = None
-        if job.source_shard is not None:
-            source = RowReader(self.plan.base.shards[job.source_shard].path)
-        far, near, memory = 0, 0, Memory(self.plan.on_disk)
-        try:
-            for span in spans_of(job):
-                for start, rows, _, _ in fold_span(span, source, memory):
-                    found = output.rows(entry, span.n_cols, start, start + rows.shape[0])
-                    apart, off = _compare(found, rows)
-                    near, far = near + apart, far + off
-                    self._count(rows.numel() * rows.element_size())
-        finally:
-            if source is not None:
-                source.close()
-        self.n_tensors += 1
-        self.n_values += entry.n_elements
-        self.n_neighbors += near
-        if far:
-            self.problems.append(f"'{job.name}': {far} of {entry.n_elements} values are wrong")
-        elif near > MOST_NEIGHBORS * entry.n_elements:
-            self.problems.append(
-                f"'{job.name}': {near} of {entry.n_elements} values are one unit off"
-            )
+    def report(self) -> VerifyReport:
+        problems = sorted(self.differing, key=lambda problem: self.differing[problem])
+        sizes = {
+            job.name: self.shard.header.tensors[job.name].n_elements for job in self.shard.jobs
+        }
+        for name, size in sizes.items():
+            if self.far[name]:
+                problems.append(f"'{name}': {self.far[name]} of {size} values are wrong")
+            elif self.near[name] > MOST_NEIGHBORS * size:
+                problems.append(f"'{name}': {self.near[name]} of {size} values are one unit off")
+        counts = len(sizes), sum(sizes.values()), sum(self.near.values())
+        return VerifyReport(*counts, self.copied_bytes, tuple(problems))
 
 
 def _compare(found: Tensor, wanted: Tensor) -> tuple[int, int]:

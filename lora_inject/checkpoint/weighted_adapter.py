@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -17,6 +17,11 @@ from lora_inject.errors import CheckpointError
 from lora_inject.functional import all_finite
 
 _STEP_ELEMENTS = 1 << 20
+_FACTS = attrgetter(
+    *("weight", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "transposed"),
+    *("experts", "spans"),
+)
+"""What of a site decides its update, beside its name and tensors."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,17 @@ class WeightedAdapter:
         magnitudes: DoRA's magnitude `(out,)` by site name: the site's weight becomes
             `m * (W + delta) / |W + delta|` (arXiv:2402.09353, eq. 5).
         added: By tensor name, what is added to a vector of the base, scale included (lora_bias).
-        on_disk: Whether its tensors are views of a mapped file, whose memory can be given back.
         rows: By tensor name, indices of rows that are replaced, and their values
             (trainable tokens).
+        on_disk: Whether its tensors are views of a mapped file, whose memory can be given back.
     """
 
     state: AdapterState
     weight: float = 1.0
     label: str = "the adapter"
-    magnitudes: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
-    added: Mapping[str, Tensor] = field(default_factory=lambda: MappingProxyType({}))
-    rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     on_disk: bool = False
 
 
@@ -60,38 +63,27 @@ def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
-    """Refuse adapters that cannot be merged into anything.
-
-    Raises:
-        CheckpointError: None given, one is empty, a weight is zero or not finite, or a tensor holds
-            NaN or Inf.
-    """
+    """Refuse what cannot be merged into anything: none, nothing in one, weight 0, NaN or Inf."""
     if not adapters:
         raise CheckpointError("merge", "no adapter was given", "Name at least one")
     for adapter in adapters:
         asked = f"merge {adapter.label}"
         if not math.isfinite(adapter.weight) or adapter.weight == 0:
-            raise CheckpointError(
-                asked, f"its weight is {adapter.weight}", "Give a finite weight other than zero"
+            found, remedy = (
+                f"its weight is {adapter.weight}",
+                "Give a finite weight other than zero",
             )
+            raise CheckpointError(asked, found, remedy)
         if not (adapter.state.sites or adapter.state.trained or adapter.rows):
-            raise CheckpointError(
-                asked, "it holds no tensors", "It is not a trained adapter; check the path"
-            )
+            remedy = "It is not a trained adapter; check the path"
+            raise CheckpointError(asked, "it holds no tensors", remedy)
         for name, tensor in tensors_of(adapter):
             if tensor.is_meta:
-                raise CheckpointError(
-                    asked, f"'{name}' is on the meta device", "Load the adapter's values first"
-                )
-            finite = all(map(all_finite, _steps(tensor)))
-            if adapter.on_disk:
-                page_out(tensor)
-            if not finite:
-                raise CheckpointError(
-                    asked,
-                    f"'{name}' holds NaN or Inf",
-                    "Its training diverged; take an earlier checkpoint of the adapter",
-                )
+                found = f"'{name}' is on the meta device"
+                raise CheckpointError(asked, found, "Load the adapter's values first")
+            if not all(map(all_finite, _steps(tensor, adapter.on_disk))):
+                remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+                raise CheckpointError(asked, f"'{name}' holds NaN or Inf", remedy)
     _check_different(adapters)
 
 
@@ -108,43 +100,24 @@ def _check_different(adapters: Sequence[WeightedAdapter]) -> None:
             )
 
 
-def _steps(tensor: Tensor) -> Iterator[Tensor]:
+def _steps(tensor: Tensor, on_disk: bool) -> Iterator[Tensor]:
     """Yield a tensor's values in their order, in pieces that memory does not notice."""
     flat = tensor.detach().contiguous().flatten()
     for start in range(0, flat.numel(), _STEP_ELEMENTS):
         yield flat[start : start + _STEP_ELEMENTS]
+    if on_disk:
+        page_out(tensor)
 
 
 def digest(adapter: WeightedAdapter) -> str:
     """Return the SHA-256 of an adapter's numbers and its weight; in any order of its sites."""
     sha = hashlib.sha256(repr(adapter.weight).encode())
     for name, site in sorted(adapter.state.sites.items()):
-        spec = site.spec
-        facts = (
-            name,
-            spec.weight,
-            spec.kind,
-            spec.in_features,
-            spec.out_features,
-            spec.rank,
-            spec.alpha,
-            spec.scaling,
-            spec.transposed,
-            spec.experts,
-            spec.spans,
-        )
-        sha.update(repr(facts).encode())
+        sha.update(repr((name, *_FACTS(site.spec))).encode())
     for name, tensor in sorted(tensors_of(adapter), key=lambda row: row[0]):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for step in _steps(tensor):
-            sha.update(_bytes(step.view(torch.uint8)))
-        if adapter.on_disk:
-            page_out(tensor)
+        for step in _steps(tensor, adapter.on_disk):
+            buffer = bytearray(step.numel() * step.element_size())  # without numpy
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(step.view(torch.uint8))
+            sha.update(buffer)
     return sha.hexdigest()
-
-
-def _bytes(flat: Tensor) -> bytearray:
-    """Copy a uint8 tensor into plain bytes, without numpy."""
-    buffer = bytearray(flat.numel())
-    torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat)
-    return buffer
