@@ -114,18 +114,9 @@ def weights_instead_of_a_model(tmp_path):
 
 @says(
     li.LayerError,
-    "'rnn.weight_ih_l0', matched by rule 1 ('weight_ih_l0'): LSTM hands its weights to a fused "
-    "kernel in a list of its own, so that an adapted one would not be read. Adapt the layers "
-    "around it.",
-)
-def a_weight_that_nobody_reads(tmp_path):
-    li.plan(nn.ModuleDict({"rnn": nn.LSTM(4, 5)}), {"rank": 2, "targets": ["weight_ih_l0"]})
-
-
-@says(
-    li.LayerError,
-    "'head', matched by rule 1 ('head'): the weight of ParametrizedLinear is parametrized, so that "
-    "a merge would write to a temporary. Call "
+    "'head', matched by rule 1 ('head'): the weight of ParametrizedLinear is computed by a "
+    "parametrization: W + delta has no tensor to be merged into, and no name in a state dict. Name "
+    "what it is computed of ('parametrizations.weight.original1'), or call "
     "torch.nn.utils.parametrize.remove_parametrizations first.",
 )
 def a_parametrized_weight(tmp_path):

@@ -463,15 +463,6 @@ def test_an_encoder_with_and_without_padding(padded: bool, nested: bool) -> None
 # --------------------------------------------------------------------------- recurrent and bilinear
 
 
-@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda c: c.__name__)
-def test_recurrent_layers_are_refused_with_the_reason(make: Any) -> None:
-    model = nn.ModuleDict({"rnn": make(4, 5), "out": nn.Linear(5, 2)})
-    for target in (r"weight_hh_l0", r"rnn\.weight_ih_l0", r"rnn\..+"):
-        run = lambda t=target: li.inject(model, config("out", t))  # noqa: E731
-        refused(model, run, li.LayerError, r"'rnn\.weight.*fused kernel.*layers around it")
-    refused(model, lambda: li.inject(model, config("rnn")), li.LayerError, "'rnn'.*fused kernel")
-
-
 @pytest.mark.parametrize("make", [nn.LSTMCell, nn.GRUCell, nn.RNNCell], ids=lambda c: c.__name__)
 def test_recurrent_cells_read_their_weights(make: Any) -> None:
     class Once(nn.Module):

@@ -252,45 +252,6 @@ def test_tied_weight_is_known_by_the_tensor_not_by_the_config(says: bool) -> Non
 # ----------------------------------------------------------------------------------- awkward layers
 
 
-def _weight_norm(layer: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.utils.weight_norm(layer)
-
-
-PARAMETRISED: dict[str, Callable[[nn.Module], Any]] = {
-    "parametrizations.weight_norm": nn.utils.parametrizations.weight_norm,
-    "spectral_norm": nn.utils.parametrizations.spectral_norm,
-    "orthogonal": nn.utils.parametrizations.orthogonal,
-    "old weight_norm": _weight_norm,
-}
-
-
-@pytest.mark.parametrize("target", ["layer", "layer.*", r"layer\.weight", "before"])
-@pytest.mark.parametrize("how", PARAMETRISED)
-def test_parametrized_weight(how: str, target: str) -> None:
-    model = Host(PARAMETRISED[how](nn.Linear(6, 6)))
-    before = snapshot(model)
-    x = torch.randn(3, 6)
-    if target == "before":
-        li.eject(fill(li.inject(model, {**CONFIG, "targets": [target]})))
-        assert snapshot(model) == before
-        return
-    # Refused before any change, or right.
-    config = {**CONFIG, "targets": [target]}
-    refused = refusal(lambda: li.inject(model, config), li.LayerError, li.MatchError)
-    if refused is not None:
-        assert "layer" in str(refused)
-        assert snapshot(model) == before
-        return
-    fill(model)
-    wanted = model(x)
-    with li.disabled(model):
-        assert error(model(x), wanted) > 1e-3
-    li.merge(model)
-    assert error(model(x), wanted) < TOLERANCE[torch.float32]
-
-
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "groups": (lambda: nn.Conv2d(6, 8, 3, groups=2), (2, 6, 7, 6)),
     "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (2, 6, 7, 6)),
@@ -596,7 +557,7 @@ def test_half_done() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.trace(nn.Linear(5, 5), torch.randn(1, 5))
-    for third in (scripted, nn.LSTM(5, 5), nn.LazyLinear(5)):
+    for third in (scripted, nn.LazyLinear(5)):
         model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), third)
         before = [(n, id(m), type(m), sorted(m.__dict__)) for n, m in model.named_modules()]
         keys = list(model.state_dict())

@@ -235,6 +235,11 @@ class LazyWeight(Tensor):
         return func(*_replaced(args, _beneath), **_replaced(kwargs or {}, _beneath))
 
 
+def formed(weight: Any) -> Any:
+    """Return a weight that may be lazy as a plain tensor, for who hands it to a kernel at once."""
+    return weight.formed() if isinstance(weight, LazyWeight) else weight
+
+
 def _beneath(lazy: LazyWeight) -> Tensor:
     """Return the effective weight without a graph: autograd has done its part, and keeps none."""
     if lazy._is_formed():

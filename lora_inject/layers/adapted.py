@@ -22,9 +22,12 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import lazy_weight
+from lora_inject.layers import recurrent
 from lora_inject.layers.attached import Attached, Entry, attached_to, held_by, saving_hooks
 from lora_inject.layers.checkpointing import refuse_dead_checkpoint
 from lora_inject.layers.reading import running_module
@@ -220,6 +223,8 @@ class Adapted(nn.Module):
         replica: Any = object.__new__(type(self))
         replica.__dict__ = {**self.__dict__, "_parameters": {}, "_is_replica": True}
         replica._buffers, replica._modules = self._buffers.copy(), self._modules.copy()
+        if (flat := self.__dict__.get("_flat_weights")) is not None:  # replicas write theirs
+            replica.__dict__["_flat_weights"] = flat[:]
         return replica
 
     def __prepare_scriptable__(self) -> Any:
@@ -352,8 +357,8 @@ def is_quantized(weight: Tensor) -> bool:
     return not plain or type(weight) not in PLAIN
 
 
-# What W + delta can be formed of: neither packed nor sharded.
-PLAIN = (nn.Parameter, Tensor)
+# What W + delta can be formed of: neither packed nor sharded, and what stands for it in a trace.
+PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
@@ -446,6 +451,7 @@ def adapted_class(
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
+            **(recurrent.MEMBERS if issubclass(plain, nn.RNNBase) else {}),
         }
         if mixin is WeightUpdate:
             namespace["forward"] = with_rows(plain, _cached_forward(plain))

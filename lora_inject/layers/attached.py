@@ -255,4 +255,6 @@ def held_by(module: nn.Module) -> Mapping[str, Any]:
 
 def saving_hooks() -> Any:
     """Return the hooks on tensors that autograd saves, `(pack, unpack)`, or None."""
+    if torch.compiler.is_compiling():  # a part of a forward that cannot be compiled as a whole
+        return None
     return torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -105,12 +105,8 @@ class _Listing:
         row = kind_of(module)
         if row is not None:
             self.candidates.append(self._candidate(name, module, row, own))
-        elif isinstance(module, nn.RNNBase) and name:
-            cls = plain_class(type(module)).__name__
-            refusal = _fused_kernel(module)
-            self.candidates.append(Candidate(name, cls, 0, 0, (), "", refusal=refusal))
-        elif isinstance(module, nn.MultiheadAttention) and name:
-            self.candidates.append(self._attention(name, module, own))
+        elif name and (members := _members(module, own)):
+            self.candidates.append(self._whole(name, module, members))
         else:
             container = bool(module._modules)
             self.others[name] = "container" if container else plain_class(type(module)).__name__
@@ -149,24 +145,16 @@ class _Listing:
             dtype="" if weight is None else _dtype(weight.dtype),
         )
 
-    def _attention(
-        self, name: str, module: nn.MultiheadAttention, own: dict[str, nn.Parameter]
-    ) -> Candidate:
-        """Whoever names an attention module means its projections, which it reads."""
-        keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        members = tuple(joined(name, key) for key in (*filter(own.__contains__, keys), "out_proj"))
-        width = int(module.embed_dim)
-        aliases = self.survey.further.get(id(module), ())
+    def _whole(self, name: str, module: nn.Module, members: list[str]) -> Candidate:
+        """Whoever names an attention or a recurrent module means all of the weights in it."""
+        computed = _computed(module)
         return Candidate(
             name,
-            "attention",
-            width,
-            width,
-            (),
-            "",
-            aliases=aliases,
-            members=members,
-            update="weight",
+            "attention" if "out_proj" in members else "recurrent",
+            *(0, 0, (), ""),
+            aliases=self.survey.further.get(id(module), ()),
+            members=() if computed else tuple(joined(name, key) for key in members),
+            refusal=self._refusal(module, next(iter(computed)), None) if computed else None,
         )
 
     def _parameter(self, full: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
@@ -192,7 +180,7 @@ class _Listing:
                     joined(alias, key) for alias in self.survey.further.get(id(module), ())
                 ),
                 tied=self._tied(full, parameter),
-                refusal=_fused_kernel(module) or self._refusal(module, key, parameter),
+                refusal=self._refusal(module, key, parameter),
                 needs_layout=n_dims > 2 and known is None,
                 update="weight",
                 dtype=_dtype(parameter.dtype),
@@ -209,15 +197,20 @@ class _Listing:
         cls = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             return f"{cls} is a ScriptModule, whose class cannot change", "Inject before scripting"
-        if "parametrizations" in module._modules:
-            return (
-                f"the weight of {cls} is parametrized, so that a merge would write to a temporary",
-                "Call torch.nn.utils.parametrize.remove_parametrizations first",
+        if (computed := _computed(module)) and key in computed:
+            found = (
+                f"the weight of {cls} is computed by a parametrization: W + delta has no tensor to "
+                "be merged into, and no name in a state dict"
             )
+            remedy = (
+                f"Name what it is computed of ('parametrizations.{key}.{computed[key]}'), or call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+            return found, remedy
         if parameter is None:
             return (
-                f"{cls} holds no parameter {key!r} of its own (weight_norm?)",
-                "Remove what computes it first",
+                f"{cls} holds no parameter {key!r} of its own",
+                "Name what it is computed of ('weight_v' of weight_norm), or remove what does so",
             )
         if parameter.is_complex():
             return (
@@ -256,14 +249,21 @@ def _unfit(
     return None
 
 
-def _fused_kernel(module: nn.Module) -> tuple[str, str] | None:
-    if not isinstance(module, nn.RNNBase):
-        return None
-    found = (
-        f"{type(module).__name__} hands its weights to a fused kernel in a list of its own, so "
-        "that an adapted one would not be read"
+def _computed(module: nn.Module) -> dict[str, str]:
+    """Return the parameters that torch's parametrize computes, and the last name of what of."""
+    lists = module._modules.get("parametrizations")
+    inside = {} if lists is None else lists._modules
+    return {key: list(each._parameters)[-1] for key, each in inside.items() if each is not None}
+
+
+def _members(module: nn.Module, own: dict[str, nn.Parameter]) -> list[str]:
+    """Return what is meant by the name of an attention or a recurrent module: what it reads."""
+    if isinstance(module, nn.MultiheadAttention):
+        keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return [*filter(own.__contains__, keys), "out_proj"]
+    return (
+        [key for key in own if key.startswith("weight")] if isinstance(module, nn.RNNBase) else []
     )
-    return found, "Adapt the layers around it"
 
 
 @functools.cache

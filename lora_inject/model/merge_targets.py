@@ -6,6 +6,7 @@ where only that can tell whether they may be written; the second writes, row blo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from lora_inject.functional import (
     mix_copies,
 )
 from lora_inject.layers.attached import Entry
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.carried import whole_adapter
 from lora_inject.model.sharding import sharded_by
 from lora_inject.spec.names import joined
@@ -157,7 +158,7 @@ def merge_targets(survey: Survey, active: tuple[tuple[str, float], ...]) -> list
 
     Raises:
         StateError: An adapter is not whole in this model, or holds NaN or Inf.
-        LayerError: A weight cannot be written.
+        LayerError: A weight cannot be written, or shares a part of its memory with another.
     """
     scratch = Scratch()
     found: dict[tuple[int, str], Target] = {}
@@ -173,6 +174,7 @@ def merge_targets(survey: Survey, active: tuple[tuple[str, float], ...]) -> list
             other = Holder(joined(survey.paths[id(module)], param), module, param)
             if other != target.holder:
                 target.sharers.append(other)
+    _refuse_overlaps(survey, targets)
     return _once_if_tied(targets)
 
 
@@ -230,6 +232,27 @@ def _check_weight(target: Target) -> None:
             "the weight was made in inference mode, outside of which nobody may write it",
             "Call merge within torch.inference_mode(), or load the base outside of it",
         )
+
+
+def _refuse_overlaps(survey: Survey, targets: list[Target]) -> None:
+    """Refuse to write a tensor of which another holds a part; who holds the whole is tied to it."""
+    written = {memory_of(target.weight): target.name for target in targets}
+    spans = []
+    for name, tensor in survey.parameters():
+        if isinstance(memory := memory_of(tensor), tuple):
+            steps = zip(tensor.shape, tensor.stride(), strict=True)
+            n_bytes = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
+            spans.append((memory[0], memory[0] + n_bytes, name, memory))
+    spans.sort(key=lambda span: span[:3])
+    for one, two in itertools.pairwise(spans):
+        if two[0] < one[1] and one[3] != two[3] and not written.keys().isdisjoint((one[3], two[3])):
+            asked, other = (one, two) if one[3] in written else (two, one)
+            raise LayerError(
+                f"merge into {written[asked[3]]!r}",
+                f"a part of its memory is also a part of {other[2]!r}, which would change",
+                "Give one of them memory of its own: layer.weight = "
+                "torch.nn.Parameter(layer.weight.detach().clone())",
+            )
 
 
 def _once_if_tied(targets: list[Target]) -> list[Target]:
