@@ -119,7 +119,7 @@ def write(lab: Lab, path: Path) -> None:
     if not records:
         say("nothing is done yet: no document")
         return
-    machine = document.where(report.machine(), records)
+    machine = document.where(report.machine("cpu"), records)
     document.write(path, HEAD + RANDOM * lab.random_weights, sections, machine)
     say(f"wrote {path}")
 
