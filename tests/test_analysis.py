@@ -23,26 +23,24 @@ from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis import (
     FORMATS,
     Rounded,
-    RoundingTally,
     Spectrum,
     ThinProduct,
     across_layers,
     amplification,
     analyze,
-    block_directions,
     compare,
-    deviation_of_similarity,
     directions,
-    expected_similarity,
     findings,
     gaussian_similarity,
-    place_of,
     rounding,
     similarity,
     site_blocks,
     spectrum,
     subspace_similarity,
 )
+from lora_inject.analysis.blocks import Place
+from lora_inject.analysis.rounding import rounding_of_rows
+from lora_inject.analysis.subspaces import block_directions
 from lora_inject.spec.sites import SiteSpec
 
 FLOAT64 = 1e-10  # sums of a few hundred float64 products of size 1, with a margin
@@ -107,21 +105,21 @@ def test_phi_of_orthogonal_subspaces_is_0(r1, r2, seed):
 
 
 def test_phi_of_random_subspaces_is_on_average_what_is_known():
-    """Mean and deviation over 400 draws, within five standard errors of the closed forms."""
-    r1, r2, dim, n = 3, 5, 24, 400
-    draws = torch.stack([gaussian_similarity(r1, r2, dim, seed) for seed in range(n)])
-    wanted, deviation = expected_similarity(r1, r2, dim), deviation_of_similarity(r1, r2, dim)
-    assert wanted.tolist() == [[max(i, j) / dim for j in range(1, 6)] for i in range(1, 4)]
+    """The mean over 400 draws within five standard errors of the closed form.
+
+    `Var |U1^T U2|_F^2 = 2 i j (d - i)(d - j) / (d^2 (d - 1)(d + 2))` follows from the fourth
+    moments of an orthogonal matrix drawn from the Haar measure.
+    """
+    r1, r2, d, n = 3, 5, 24, 400
+    draws = torch.stack([gaussian_similarity(r1, r2, d, seed) for seed in range(n)])
+    i, j = torch.arange(1, r1 + 1)[:, None], torch.arange(1, r2 + 1)[None]
+    wanted = torch.maximum(i, j) / d
+    variance = 2 * i * j * (d - i) * (d - j) / (d**2 * (d - 1) * (d + 2))
+    deviation = variance.sqrt() / torch.minimum(i, j)
     assert ((draws.mean(0) - wanted).abs() < 5 * deviation / math.sqrt(n)).all()
     # The deviation of a sample's deviation is about deviation / sqrt(2 n) for a normal one; phi of
     # few directions has heavier tails, hence the factor.
     assert (draws.std(0) / deviation - 1).abs().max() < 5 * 2 / math.sqrt(2 * n)
-
-
-def test_the_deviation_vanishes_where_there_is_nothing_to_draw():
-    assert float(deviation_of_similarity(1, 6, 6)[0, -1]) == 0  # a line in the whole space
-    # One line in a plane: cos^2 of a uniform angle has the mean 1/2 and the variance 1/8.
-    assert float(deviation_of_similarity(1, 1, 2)) == pytest.approx(math.sqrt(1 / 8))
 
 
 def test_directions_that_are_none_are_left_out():
@@ -159,7 +157,7 @@ def test_the_blocks_of_every_kind_make_the_dense_delta(name):
         rows, cols = slice(*block.block.rows), slice(*block.block.cols)
         found[rows, cols] = dense.T if block.transposed else dense
         values = torch.linalg.svdvals(dense)
-        got = spectrum(block.A, block.B, SCALE)
+        got = spectrum(ThinProduct.of(block.A, block.B, SCALE))
         torch.testing.assert_close(got.values, values[: len(got.values)], atol=1e-12, rtol=1e-10)
         assert got.norm == pytest.approx(float(dense.norm()), rel=1e-12)
     torch.testing.assert_close(found.reshape(wanted.shape), wanted, atol=1e-12, rtol=0)
@@ -202,8 +200,9 @@ def test_ranks_are_their_definitions(values, seed):
     n, s = len(values), np.sort(np.array(values))[::-1]
     U = torch.linalg.qr(gaussian(12, n, seed=seed)).Q
     V = torch.linalg.qr(gaussian(9, n, seed=seed + 1)).Q[:, :n]
-    found = spectrum((V * torch.tensor(s.copy())).T[: min(n, 9)], U[:, : min(n, 9)])
-    s = s[: min(n, 9)]
+    n = min(n, 9)
+    found = spectrum(ThinProduct.of((V * torch.tensor(s.copy())).T[:n], U[:, :n]))
+    s = s[:n]
     np.testing.assert_allclose(found.values.numpy(), s, rtol=1e-9)
     assert found.stable_rank == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-9)
     p = s / s.sum()
@@ -219,7 +218,7 @@ def test_ranks_are_their_definitions(values, seed):
 
 
 def test_no_delta_has_no_rank():
-    found = spectrum(torch.randn(3, 5), torch.zeros(4, 3))
+    found = spectrum(ThinProduct.of(torch.randn(3, 5), torch.zeros(4, 3)))
     assert found.values.tolist() == [0, 0, 0]
     assert (found.rank, found.stable_rank, found.effective_rank, found.rank_for(0.9)) == (0,) * 4
     assert found.energy.tolist() == [0, 0, 0]
@@ -231,7 +230,7 @@ def test_no_delta_has_no_rank():
 def test_a_rank_above_the_widths_is_no_trouble():
     A, B = gaussian(6, 3), gaussian(2, 6)
     wanted = torch.linalg.svdvals(B @ A)
-    torch.testing.assert_close(spectrum(A, B).values, wanted, atol=1e-12, rtol=0)
+    torch.testing.assert_close(spectrum(ThinProduct.of(A, B)).values, wanted, atol=1e-12, rtol=0)
 
 
 def test_no_matrix_of_the_size_of_w_is_formed():
@@ -363,11 +362,9 @@ def test_what_a_format_leaves_is_its_definition(rows, columns, size, seed):
 
 def test_blocks_of_rows_count_like_the_whole():
     W, D = gaussian(10, 70).bfloat16(), 0.01 * gaussian(10, 70, seed=1)
-    tally = RoundingTally()
-    for start, stop in pairwise((0, 3, 4, 10)):
-        tally.add(W[start:stop], D[start:stop])
+    steps = [slice(*ends) for ends in pairwise((0, 3, 4, 10))]
     whole = rounding(W, D)
-    for name, found in tally.results().items():
+    for name, found in rounding_of_rows((W[step], D[step]) for step in steps).items():
         assert found.kept == pytest.approx(whole[name].kept, rel=1e-4), name
         assert found.error == pytest.approx(whole[name].error, rel=1e-4), name
 
@@ -416,7 +413,7 @@ def test_rounding_at_its_ends():
     ],
 )
 def test_places(site, label, kind, at):
-    place = place_of(site, label)
+    place = Place(site, label)
     assert (place.kind, place.at) == (kind, at)
 
 

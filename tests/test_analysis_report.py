@@ -8,32 +8,25 @@ from __future__ import annotations
 import datetime as dt
 import re
 import struct
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 import lora_inject as li
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis import (
-    Panel,
     analyze,
     compare,
     draw_gallery,
-    draw_panels,
-    expected_similarity,
-    figure_ranks,
-    figure_seeds,
-    figure_spectra,
-    figure_weight,
+    draw_similarity,
+    draw_spectra,
     report,
     write_report,
-    zoomed,
 )
+from lora_inject.analysis.drawings import _corner
 from lora_inject.analysis.tables import Rows
 from lora_inject.spec.sites import SiteSpec, Slices
 
@@ -212,28 +205,29 @@ def size(path) -> tuple[int, int]:
 
 
 def test_the_zoom_is_the_corner_where_j_is_at_most_i():
-    grid = expected_similarity(3, 8, 20)
-    found = zoomed(grid)
-    assert found.shape == (3, 3)
-    for i in range(3):
-        for j in range(3):
-            assert bool(found[i, j].isnan()) == (j > i)
-            assert j > i or float(found[i, j]) == float(grid[i, j])
+    grid = torch.rand(3, 8)
+    found = _corner(grid)
+    blank = torch.ones(3, 3).triu(1).bool()
+    assert torch.equal(found.isnan(), blank)
+    assert torch.equal(found[~blank], grid[:, :3][~blank])
 
 
 @pytest.mark.parametrize("title", ["", "$a_b$ & <c>"])
 def test_the_figures_of_the_paper(tmp_path, title):
     pytest.importorskip("matplotlib")
-    grid = expected_similarity(8, 64, 768)
-    square = expected_similarity(8, 8, 768)
-    one = figure_ranks({"$q_1$": grid}, tmp_path / "new" / "3.png", ("i (r=8)", "j"), title=title)
-    two = figure_ranks({"q": grid, "v": grid}, tmp_path / "6.png")
+    grid, square = torch.rand(8, 64), torch.rand(8, 8)
+    labels = ("i (r=8)", "j")
+    one = draw_similarity({"$q_1$": grid}, tmp_path / "new" / "3.png", labels=labels, zoom=True,
+                          title=title)  # fmt: skip
+    two = draw_similarity({"q": grid, "v": grid}, tmp_path / "6.png", zoom=True)
     assert size(two)[1] > 1.5 * size(one)[1]  # a row for each
-    four = figure_seeds({"q": square, "v": square}, tmp_path / "4.png", square, title=title)
-    seven = figure_seeds({str(i): square for i in range(4)}, tmp_path / "7.png", square)
+    four = draw_similarity({"q": square, "v": square}, tmp_path / "4.png", baseline=square)
+    many = {str(i): square for i in range(4)}
+    seven = draw_similarity(many, tmp_path / "7.png", baseline=square)
     assert size(seven)[1] > 1.5 * size(four)[1]  # five panels in rows of three
-    figure_weight({"r = 4": expected_similarity(100, 4, 768)}, tmp_path / "8.png", square)
-    figure_spectra({"a": torch.tensor([3.0, 1.0]), "b": torch.zeros(2)}, tmp_path / "s.png")
+    blank = {"a": square, "b": torch.zeros(0, 2)}  # beside others
+    draw_similarity(blank, tmp_path / "8.png", title=title)
+    draw_spectra({"a": torch.tensor([3.0, 1.0]), "b": torch.zeros(2)}, tmp_path / "s.png")
     assert len(list(tmp_path.rglob("*.png"))) == 6
 
 
@@ -241,24 +235,16 @@ def test_the_figures_of_the_paper(tmp_path, title):
 def test_nothing_to_draw_is_said(tmp_path, grids):
     pytest.importorskip("matplotlib")
     with pytest.raises(li.StateError, match="there is nothing to draw"):
-        figure_seeds(grids, tmp_path / "x.png")
+        draw_similarity(grids, tmp_path / "x.png")
     with pytest.raises(li.StateError, match="there is nothing to draw"):
-        figure_spectra({name: torch.zeros(3) for name in grids}, tmp_path / "x.png")
+        draw_spectra({name: torch.zeros(3) for name in grids}, tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_blank_panel_beside_others(tmp_path):
-    pytest.importorskip("matplotlib")
-    grid: Tensor = expected_similarity(2, 2, 4)
-    rows = [[Panel(grid, "a"), Panel(torch.zeros(0, 2), "b")], [Panel(grid)]]
-    assert size(draw_panels(rows, tmp_path / "x.png"))
-
-
 def test_without_matplotlib_it_is_said_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(li.StateError, match=r"pip install 'lora-inject\[analysis\]'"):
-        figure_ranks({"a": expected_similarity(2, 3, 9)}, tmp_path / "x.png")
+        draw_similarity({"a": torch.rand(2, 3)}, tmp_path / "x.png")
 
 
 @pytest.mark.parametrize(("rank", "prefix"), [(4, "seeds"), (6, "ranks")])

@@ -25,7 +25,7 @@ from lora_inject.analysis import (
     inspect_state,
     rounding,
     site_blocks,
-    spectrum_of,
+    spectrum,
 )
 from lora_inject.checkpoint import Checkpoint, read
 from lora_inject.spec.sites import SiteSpec
@@ -103,29 +103,34 @@ def test_a_sharded_checkpoint(tmp_path):
         sites[spec.name] = SiteState(spec, torch.randn(2, 5), torch.randn(6, 2))
     found = analyze(AdapterState(sites), tmp_path)
     assert found.base == str(tmp_path)
-    for i, (site, place, block) in enumerate(found.on_weight):
-        assert (site, place.at, block.tensor) == (f"layers.{i}.q", str(i), names[i])
+    for i, block in enumerate(found.on_weight()):
+        assert (block.site, block.at, block.tensor) == (f"layers.{i}.q", str(i), names[i])
         norm = float(W[names[i]].double().norm())
         assert block.norms.weight_norm == pytest.approx(norm, rel=1e-12)
 
 
 def test_stacked_experts_that_the_file_keeps_apart(tmp_path):
     """gate_up_proj (E, 2 I, H) against `experts.E.gate_proj` and `experts.E.up_proj`."""
-    E, inner, width = 2, 3, 4
+    E, inner, width = 2, 6, 8
+    config = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe",
+              "vocab_size": 16, "hidden_size": width, "intermediate_size": inner,
+              "moe_intermediate_size": inner, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "num_experts": E}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
     tensors: dict[str, Tensor] = {}
     for e in range(E):
         for leaf, shape in (("gate_proj", (inner, width)), ("up_proj", (inner, width)),
                             ("down_proj", (width, inner))):  # fmt: skip
-            tensors[f"layers.0.mlp.experts.{e}.{leaf}.weight"] = torch.randn(shape)
+            tensors[f"model.layers.0.mlp.experts.{e}.{leaf}.weight"] = torch.randn(shape)
     save_file(tensors, tmp_path / "model.safetensors")
-    spec = SiteSpec("layers.0.mlp.experts.gate_up_proj", "parameter", width, 2 * inner,
+    spec = SiteSpec("model.layers.0.mlp.experts.gate_up_proj", "parameter", width, 2 * inner,
                     (E, 2 * inner, width), rank=2, alpha=2, experts=E)  # fmt: skip
     site = SiteState(spec, torch.randn(E, 2, width), torch.randn(E, 2 * inner, 2))
     found = analyze(AdapterState({spec.name: site}), tmp_path).weights[spec.name]
     assert [block.label for block in found.blocks] == ["expert 0"] * 2 + ["expert 1"] * 2
     for number, block in enumerate(found.blocks):
         e, part = divmod(number, 2)
-        name = f"layers.0.mlp.experts.{e}.{('gate_proj', 'up_proj')[part]}.weight"
+        name = f"model.layers.0.mlp.experts.{e}.{('gate_proj', 'up_proj')[part]}.weight"
         assert block.tensor == name
         rows = slice(part * inner, (part + 1) * inner)
         dense = site.B[e][rows].double() @ site.A[e].double()
@@ -234,5 +239,5 @@ def test_inspection_and_spectra_agree_on_the_norm(name):
     kind = KINDS[name]
     state = li.adapter_state(injected(kind, torch.float64))
     site = state.sites[kind.site]
-    square = sum(spectrum_of(block.delta).norm ** 2 for block in site_blocks(site))
+    square = sum(spectrum(block.delta).norm ** 2 for block in site_blocks(site))
     assert inspect_state(state).sites[0].delta_norm == pytest.approx(square**0.5, rel=1e-10)

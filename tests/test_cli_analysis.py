@@ -81,15 +81,16 @@ def test_json_holds_the_figures_of_a_dense_reference(run, files):
     for block in data["blocks"]:
         name = f"{block['site']}.weight"
         S = torch.linalg.svdvals(deltas[name])[:2].tolist()
-        assert block["singular_values"] == pytest.approx(S, rel=1e-9)
+        assert block["spectrum"]["values"] == pytest.approx(S, rel=1e-9)
         beside = data["weights"][block["site"]]
         assert beside["stored"] == "float32"
         (norms,) = beside["blocks"]
         assert norms["tensor"] == name
+        norms = norms["norms"]
         U, _, Vh = torch.linalg.svd(deltas[name])
         projected = float((U[:, :2].T @ W[name].double() @ Vh[:2].T).norm())
         assert norms["of_delta"] == pytest.approx(projected, rel=1e-9)
-        assert norms["amplification"] == pytest.approx(math.hypot(*S) / projected, rel=1e-9)
+        assert norms["factor"] == pytest.approx(math.hypot(*S) / projected, rel=1e-9)
         assert beside["rounded"]["bfloat16"]["kept"] == pytest.approx(1, abs=0.05)
     assert data["comparison"] is None
     assert data["written"] == []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.thin import ThinProduct
+from lora_inject.analysis.blocks import Figures, ThinProduct
 from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import StateError
 
@@ -24,14 +24,12 @@ RowsOfW = Callable[[], Iterator[tuple[int, Tensor]]]
 STEP_ROWS = 4096
 SPARE_DIRECTIONS = 128
 """Directions that the randomized SVD of a large W finds in addition to those that are wanted."""
-
-
 EXACT_ELEMENTS = 1 << 22
 """Matrices of no more elements are decomposed exactly."""
 
 
 @dataclass(frozen=True)
-class Amplification:
+class Amplification(Figures):
     """One row of Table 7: Frobenius norms.
 
     Attributes:
@@ -100,13 +98,9 @@ def amplification(
             f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
             "Give W as (out, in): transpose the weight of a Conv1D or an embedding",
         )
-    matrix = weight.detach()
-
-    def rows() -> Iterator[tuple[int, Tensor]]:
-        for start in range(0, matrix.shape[0], STEP_ROWS):
-            yield start, matrix[start : start + STEP_ROWS]
-
-    return amplification_of_rows(rows, delta, rank, own=own, seed=seed)
+    W = weight.detach()
+    rows = [(start, W[start : start + STEP_ROWS]) for start in range(0, len(W), STEP_ROWS)]
+    return amplification_of_rows(lambda: iter(rows), delta, rank, own=own, seed=seed)
 
 
 def amplification_of_rows(
@@ -118,19 +112,9 @@ def amplification_of_rows(
     own: bool = True,
     seed: int = 0,
 ) -> Amplification:
-    """Do the same for a W that is only ever seen in blocks of rows.
+    """Do the same for a W, or its transposed, that is only ever seen in blocks of rows.
 
-    Args:
-        rows: W.
-        delta: `(out, in)`.
-        rank: How many directions; the delta's rank by default and at most.
-        transposed: Whether the rows are those of `(in, out)`.
-        own: Whether to compare with W's own directions, which reads W again: once where it is
-            small, several times else.
-        seed: Of the random directions.
-
-    Returns:
-        The norms of Table 7.
+    W's own directions read it again: once where it is small, several times else.
     """
     U, S, V = delta.svd()
     rank = len(S) if rank is None else min(rank, len(S))

@@ -1,7 +1,7 @@
 """Two adapters, or the layers of one: what their subspaces have in common.
 
-Blocks of the same name are compared by phi for all i and j, on the side of A and on the
-side of B, and each number comes with the one that chance would give.
+Blocks of the same name are compared by phi for all i and j, on the side of A and on the side of B,
+and each number comes with the one that chance would give.
 Source: arXiv:2106.09685, section 7.2, figures 3, 4, 6 and 7.
 """
 
@@ -10,25 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
+from lora_inject.analysis.blocks import Figures, Place, SiteBlock, by_kind, site_blocks
 from lora_inject.analysis.figures import Progress
-from lora_inject.analysis.places import Place, full_name, place_of
 from lora_inject.analysis.subspaces import Side, block_directions, similarity
-from lora_inject.analysis.thin import SiteBlock, site_blocks
 from lora_inject.errors import StateError
 
-SIDES: tuple[Side, ...] = ("right", "left")
 MOST_LAYERS = 256
 """Kinds with more blocks than this are left out of `across_layers`: their table would be no use."""
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Overlap(Figures):
     """Phi of one pair of blocks on one side.
 
     Attributes:
@@ -45,6 +42,11 @@ class Overlap:
         return float(self.phi[0, 0]) if self.phi.numel() else math.nan
 
     @property
+    def first_by_chance(self) -> float:
+        """The mean of `first` over random subspaces, `1 / d`."""
+        return 1 / self.dim
+
+    @property
     def whole(self) -> float:
         """`phi(k1, k2)`; NaN where a side has no directions."""
         return float(self.phi[-1, -1]) if self.phi.numel() else math.nan
@@ -54,57 +56,24 @@ class Overlap:
         """The mean of `whole` over random subspaces, `max(k1, k2) / d`."""
         return max(self.phi.shape) / self.dim
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        return {
-            "first": self.first,
-            "first_by_chance": 1 / self.dim,
-            "whole": self.whole,
-            "whole_by_chance": self.whole_by_chance,
-            "phi": self.phi.tolist(),
-        }
-
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Place):
     """One block in both adapters.
 
     Attributes:
-        site: Name of the site.
-        label: Slice and expert, empty for a plain site.
-        place: Kind and position.
         ranks: r of the first and of the second.
         right: On the side of A.
         left: On the side of B.
     """
 
-    site: str
-    label: str
-    place: Place
     ranks: tuple[int, int]
     right: Overlap
     left: Overlap
 
-    @property
-    def name(self) -> str:
-        """Site and label in one."""
-        return full_name(self.site, self.label)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        return {
-            "site": self.site,
-            "label": self.label,
-            "kind": self.place.kind,
-            "position": list(self.place.position),
-            "ranks": list(self.ranks),
-            "right": self.right.to_dict(),
-            "left": self.left.to_dict(),
-        }
-
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Figures):
     """Two adapters compared.
 
     Attributes:
@@ -116,14 +85,6 @@ class Comparison:
     pairs: tuple[Pair, ...]
     only_first: tuple[str, ...] = ()
     only_second: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        return {
-            "pairs": [pair.to_dict() for pair in self.pairs],
-            "only_first": list(self.only_first),
-            "only_second": list(self.only_second),
-        }
 
 
 def compare(
@@ -186,9 +147,8 @@ def _pairs(name: str, first: AdapterState, second: AdapterState) -> Iterator[Pai
                 f"one updates {list(one.delta.shape)}, the other {list(two.delta.shape)}",
                 "Compare adapters of one base",
             )
-        right, left = (_overlap(one, two, side) for side in SIDES)
-        place = place_of(name, one.label)
-        yield Pair(name, one.label, place, (one.rank, two.rank), right, left)
+        ranks = one.rank, two.rank
+        yield Pair(name, one.label, ranks, _overlap(one, two, "right"), _overlap(one, two, "left"))
 
 
 def _overlap(one: SiteBlock, two: SiteBlock, side: Side) -> Overlap:
@@ -210,16 +170,12 @@ def across_layers(state: AdapterState, side: Side = "right") -> dict[str, tuple[
     Raises:
         StateError: A tensor holds NaN or Inf.
     """
-    kinds: dict[str, dict[str, Tensor]] = {}
-    for name, site in state.sites.items():
-        for block in site_blocks(site):
-            row = kinds.setdefault(place_of(name, block.label).kind, {})
-            row[full_name(name, block.label)] = block_directions(block, side)
-    return {
-        kind: (list(row), _all_pairs(list(row.values())))
-        for kind, row in kinds.items()
-        if 1 < len(row) <= MOST_LAYERS and len({U.shape[0] for U in row.values()}) == 1
-    }
+    found = {}
+    for kind, blocks in by_kind(b for s in state.sites.values() for b in site_blocks(s)).items():
+        spans = [block_directions(block, side) for block in blocks]
+        if 1 < len(spans) <= MOST_LAYERS and len({U.shape[0] for U in spans}) == 1:
+            found[kind] = [block.name for block in blocks], _all_pairs(spans)
+    return found
 
 
 def _all_pairs(spans: list[Tensor]) -> Tensor:

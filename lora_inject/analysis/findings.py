@@ -1,19 +1,17 @@
 """What in an analysis deserves attention: inert sites, lost deltas, ranks that are not used.
 
-A finding is a rule with a threshold that is stated here, the sentence that a reader gets,
-and the names it holds for. The figures behind it are in the analysis; nothing is changed or
-refused.
+A finding is a rule with a threshold that is stated here, the sentence that a reader gets, and the
+names it holds for. The figures behind it are in the analysis; nothing is changed or refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
+from lora_inject.analysis.blocks import Figures
 from lora_inject.analysis.figures import Analysis, BlockFigures
-from lora_inject.analysis.places import full_name
 from lora_inject.analysis.rounding import Rounded
 
 ONE_DIRECTION = 0.99
@@ -27,22 +25,20 @@ LOUD = 1.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Figures):
     """One thing to know.
 
     Attributes:
         code: Its rule: `inert`, `one-direction`, `spare-rank`, `lost`, `noise`, `overflow`, `loud`.
+        serious: Whether the adapter does not do what it was trained for.
         text: What it means.
         names: The sites or blocks that it holds for.
     """
 
     code: str
+    serious: bool
     text: str
     names: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {**asdict(self), "names": list(self.names)}
 
 
 def findings(analysis: Analysis) -> tuple[Finding, ...]:
@@ -64,75 +60,41 @@ def findings(analysis: Analysis) -> tuple[Finding, ...]:
         >>> [f.code for f in findings(analyze(AdapterState({"h.0.fc": site})))]
         ['inert']
     """
-    rules = (_inert, _loud, _overflow, _lost, _noise, _one_direction, _spare_rank)
-    found = (rule(analysis) for rule in rules)
-    return tuple(finding for finding in found if finding.names)
+
+    def blocks(holds: Callable[[BlockFigures], bool]) -> tuple[str, ...]:
+        return tuple(block.name for block in analysis.blocks if holds(block))
+
+    def rounded(form: str, holds: Callable[[Rounded], bool]) -> tuple[str, ...]:
+        found = {site: beside.rounded.get(form) for site, beside in analysis.weights.items()}
+        return tuple(site for site, left in found.items() if left is not None and holds(left))
+
+    loud = [b.name for b in analysis.on_weight() if b.norms.relative > LOUD]
+    rules = (
+        Finding("inert", True, "The delta is zero: B is, or it equals its frozen start. The site "
+                "does nothing.", blocks(lambda b: not b.spectrum.rank)),
+        Finding("loud", True, "The delta outweighs the weight (|D| > |W|). Training may have "
+                "diverged, or the scale is not the one it was trained with.",
+                tuple(dict.fromkeys(loud))),
+        Finding("overflow", True, "The merged weight does not fit into float16.",
+                rounded("float16", lambda r: math.isnan(r.kept))),
+        Finding("lost", True, f"Merged in bfloat16, less than {LEAST_KEPT * 100:.0f}% of the delta "
+                "survives rounding. Keep the adapter apart, or merge in float32.",
+                rounded("bfloat16", lambda r: r.kept < LEAST_KEPT)),
+        Finding("noise", False, "Merged in bfloat16, rounding changes the weight by more than the "
+                "delta (error above 1).",
+                rounded("bfloat16", lambda r: r.kept >= LEAST_KEPT and r.error > 1)),
+        Finding("one-direction", False, f"One direction holds {ONE_DIRECTION * 100:.0f}% of the "
+                "energy or more: rank 1 would do.", blocks(_one_direction)),
+        Finding("spare-rank", False, f"99% of the energy fits into 1/{SPARE} of the rank or less.",
+                blocks(_spare_rank)),
+    )  # fmt: skip
+    return tuple(finding for finding in rules if finding.names)
 
 
-def _inert(analysis: Analysis) -> Finding:
-    text = "The delta is zero: B is, or it equals its frozen start. The site does nothing."
-    return Finding("inert", text, _blocks(analysis, lambda b: not b.spectrum.rank))
+def _one_direction(block: BlockFigures) -> bool:
+    return block.rank > 1 and block.spectrum.first_share >= ONE_DIRECTION
 
 
-def _loud(analysis: Analysis) -> Finding:
-    text = (
-        "The delta outweighs the weight (|D| > |W|). Training may have diverged, or the scale is "
-        "not the one it was trained with."
-    )
-    names = (
-        full_name(site, block.label)
-        for site, _, block in analysis.on_weight
-        if block.norms.relative > LOUD
-    )
-    return Finding("loud", text, tuple(dict.fromkeys(names)))
-
-
-def _overflow(analysis: Analysis) -> Finding:
-    text = "The merged weight does not fit into float16."
-    return Finding("overflow", text, _sites(analysis, "float16", lambda r: math.isnan(r.kept)))
-
-
-def _lost(analysis: Analysis) -> Finding:
-    text = (
-        f"Merged in bfloat16, less than {LEAST_KEPT * 100:.0f}% of the delta survives rounding. "
-        "Keep the adapter apart, or merge in float32."
-    )
-    names = _sites(analysis, "bfloat16", lambda r: r.kept < LEAST_KEPT)
-    return Finding("lost", text, names)
-
-
-def _noise(analysis: Analysis) -> Finding:
-    text = "Merged in bfloat16, rounding changes the weight by more than the delta (error above 1)."
-    names = _sites(analysis, "bfloat16", lambda r: r.kept >= LEAST_KEPT and r.error > 1)
-    return Finding("noise", text, names)
-
-
-def _one_direction(analysis: Analysis) -> Finding:
-    text = f"One direction holds {ONE_DIRECTION * 100:.0f}% of the energy or more: rank 1 would do."
-    return Finding("one-direction", text, _blocks(analysis, _is_one_direction))
-
-
-def _spare_rank(analysis: Analysis) -> Finding:
-    text = f"99% of the energy fits into 1/{SPARE} of the rank or less."
-
-    def holds(block: BlockFigures) -> bool:
-        needed = block.spectrum.rank_for(0.99)
-        return not _is_one_direction(block) and 0 < needed * SPARE <= block.rank
-
-    return Finding("spare-rank", text, _blocks(analysis, holds))
-
-
-def _is_one_direction(block: BlockFigures) -> bool:
-    return block.rank > 1 and block.first_share >= ONE_DIRECTION
-
-
-def _blocks(analysis: Analysis, holds: Callable[[BlockFigures], bool]) -> tuple[str, ...]:
-    return tuple(block.name for block in analysis.blocks if holds(block))
-
-
-def _sites(analysis: Analysis, form: str, holds: Callable[[Rounded], bool]) -> tuple[str, ...]:
-    return tuple(
-        site
-        for site, found in analysis.weights.items()
-        if form in found.rounded and holds(found.rounded[form])
-    )
+def _spare_rank(block: BlockFigures) -> bool:
+    needed = block.spectrum.rank_for(0.99)
+    return not _one_direction(block) and 0 < needed * SPARE <= block.rank

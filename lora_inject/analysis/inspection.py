@@ -1,33 +1,21 @@
-"""What `lora-inject inspect` says of an adapter: sizes, norms, and values that are not finite.
-
-The norm of a delta needs no delta. `|B A|^2` is the sum of the elementwise product of
-`B^T B` and `A A^T`, two matrices of rank by rank (of the frozen start of pissa and olora as well,
-whose factors are more rank with the opposite sign).
-"""
+"""What `lora-inject inspect` says of an adapter: sizes, norms, and values that are not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.analysis.blocks import Figures, site_blocks
 
 
 @dataclass(frozen=True)
-class TensorFigures:
-    """One tensor in numbers.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its dtype.
-        norm: Frobenius norm; NaN or Inf where a value is.
-        n_nonfinite: Values that are NaN or Inf.
-    """
+class TensorFigures(Figures):
+    """One tensor in numbers: its norm is Frobenius', NaN or Inf where a value is."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -41,7 +29,7 @@ class TensorFigures:
 
 
 @dataclass(frozen=True)
-class SiteFigures:
+class SiteFigures(Figures):
     """One site in numbers.
 
     Attributes:
@@ -81,7 +69,7 @@ class SiteFigures:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Figures):
     """An adapter in numbers.
 
     Attributes:
@@ -99,6 +87,11 @@ class Inspection:
     n_fingerprinted: int
 
     @property
+    def n_sites(self) -> int:
+        """How many sites there are."""
+        return len(self.sites)
+
+    @property
     def n_lora(self) -> int:
         """Elements of A and B of all sites."""
         return sum(site.A.n_elements + site.B.n_elements for site in self.sites)
@@ -114,16 +107,6 @@ class Inspection:
         tensors = (*self.trained.values(), *self.base_copies.values())
         in_sites = sum(site.n_nonfinite for site in self.sites)
         return in_sites + sum(tensor.n_nonfinite for tensor in tensors)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data."""
-        totals = {
-            "n_sites": len(self.sites),
-            "n_lora": self.n_lora,
-            "n_trained": self.n_trained,
-            "n_nonfinite": self.n_nonfinite,
-        }
-        return {**totals, **asdict(self)}
 
 
 def inspect_state(state: AdapterState) -> Inspection:
@@ -176,21 +159,6 @@ def _site(name: str, site: SiteState) -> SiteFigures:
         slices=spec.slices.adapt if spec.slices else (),
         A=_tensor(site.A),
         B=_tensor(site.B),
-        delta_norm=abs(spec.scale) * math.sqrt(sum(_squares(site))),
+        delta_norm=math.sqrt(sum(b.delta.square() for b in site_blocks(site, finite=False))),
         frozen_start=site.A0 is not None,
     )
-
-
-def _squares(site: SiteState) -> Iterator[float]:
-    """Yield `|B A - B0 A0|^2` of each block of a site."""
-    spec = site.spec
-    flat = [
-        (A.detach().double().reshape(-1, spec.in_features),
-         sign * B.detach().double().reshape(-1, spec.rank))
-        for A, B, sign in site.pairs
-    ]  # fmt: skip
-    for block in spec.blocks:
-        A = torch.cat([a[slice(*block.a)] for a, _ in flat])  # (r or 2r, in)
-        B = torch.cat([b[slice(*block.b)] for _, b in flat], dim=1)  # (out, r or 2r)
-        square = float(((B.T @ B) * (A @ A.T)).sum())
-        yield square if math.isnan(square) else max(0.0, square)  # -1e-17 for B A = B0 A0

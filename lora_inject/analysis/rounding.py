@@ -19,13 +19,14 @@ W and W + D have scales of their own: quantizing comes after merging.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from lora_inject.analysis.blocks import Figures
 from lora_inject.errors import StateError
 from lora_inject.functional import Tally
 
@@ -33,7 +34,7 @@ INT4_GROUP = 64
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Rounded(Figures):
     """What a format leaves of a delta.
 
     Attributes:
@@ -87,42 +88,22 @@ def rounding(
             f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
             "Give two matrices of one shape",
         )
-    tally = RoundingTally(formats)
-    tally.add(weight, delta)
-    return tally.results()
+    return rounding_of_rows([(weight, delta)], formats)
 
 
-class RoundingTally:
-    """Counts over blocks of rows of one weight.
-
-    Args:
-        formats: Names from `FORMATS`; all by default.
-    """
-
-    def __init__(self, formats: Collection[str] | None = None) -> None:
-        self._tallies = {name: Tally() for name in (FORMATS if formats is None else formats)}
-
-    def add(self, rows: Tensor, delta: Tensor) -> None:
-        """Count some whole rows.
-
-        Args:
-            rows: `(n, cols)` of W, any floating dtype.
-            delta: `(n, cols)` of D.
-        """
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        before, change = rows.detach().to(wide), delta.detach().to(wide)
+def rounding_of_rows(
+    rows: Iterable[tuple[Tensor, Tensor]], formats: Collection[str] | None = None
+) -> dict[str, Rounded]:
+    """Do the same for whole rows of W and of D, `(n, cols)` each, block by block."""
+    tallies = {name: Tally() for name in (FORMATS if formats is None else formats)}
+    for some, delta in rows:
+        wide = torch.float64 if some.dtype == torch.float64 else torch.float32
+        before, change = some.detach().to(wide), delta.detach().to(wide)
         wanted = before + change
-        for name, tally in self._tallies.items():
+        for name, tally in tallies.items():
             base = FORMATS[name](before)
             tally.count(base, change, FORMATS[name](wanted) - base)
-
-    def results(self) -> dict[str, Rounded]:
-        """Return what each format leaves of all that was counted."""
-        return {name: Rounded(t.kept, t.error) for name, t in self._tallies.items()}
-
-
-def _cast(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda values: values.to(dtype).to(values.dtype)
+    return {name: Rounded(tally.kept, tally.error) for name, tally in tallies.items()}
 
 
 def _by_largest(values: Tensor, levels: int) -> Tensor:
@@ -130,10 +111,6 @@ def _by_largest(values: Tensor, levels: int) -> Tensor:
     scale = values.abs().amax(-1, keepdim=True) / levels
     scale = torch.where(scale > 0, scale, 1.0)
     return (values / scale).round_().mul_(scale)
-
-
-def _int8(values: Tensor) -> Tensor:
-    return _by_largest(values, 127)
 
 
 def _int4(values: Tensor) -> Tensor:
@@ -145,9 +122,9 @@ def _int4(values: Tensor) -> Tensor:
 
 FORMATS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
-        "bfloat16": _cast(torch.bfloat16),
-        "float16": _cast(torch.float16),
-        "int8": _int8,
+        "bfloat16": lambda values: values.bfloat16().to(values.dtype),
+        "float16": lambda values: values.half().to(values.dtype),
+        "int8": lambda values: _by_largest(values, 127),
         "int4": _int4,
     }
 )

@@ -1,7 +1,4 @@
-"""The singular values of a delta, and how many of them it really needs.
-
-All of it follows from the singular values, which come from the thin factors.
-"""
+"""The singular values of a delta, and how many of them it really needs."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.thin import ThinProduct
+from lora_inject.analysis.blocks import Figures, ThinProduct
 
 SHARES = (0.90, 0.95, 0.99)
 """Shares of the energy for which the needed rank is stated."""
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Figures):
     """Singular values of one delta.
 
     Attributes:
@@ -44,6 +41,11 @@ class Spectrum:
         return int(self.values.count_nonzero())
 
     @property
+    def first_share(self) -> float:
+        """Share of the energy in the first direction; 0 for no delta."""
+        return float(self.energy[0]) if self.rank else 0.0
+
+    @property
     def stable_rank(self) -> float:
         """`|D|_F^2 / |D|_2^2`: from 1 (one direction) to the rank (all equal); 0 for no delta."""
         return float(self._shares.sum() / self._shares[0]) if self.rank else 0.0
@@ -64,12 +66,13 @@ class Spectrum:
         """`(n,)`: share of the sum of squares that the first 1, 2, ... values hold."""
         return self._shares.cumsum(0)
 
-    def rank_for(self, share: float) -> int:
-        """Return the smallest rank that holds a share of the energy; 0 for no delta.
+    @property
+    def needed(self) -> dict[str, int]:
+        """The smallest rank that holds each share of `SHARES`."""
+        return {f"{share:.0%}": self.rank_for(share) for share in SHARES}
 
-        Args:
-            share: In [0, 1].
-        """
+    def rank_for(self, share: float) -> int:
+        """Return the smallest rank that holds a share, in [0, 1], of the energy; 0 for no delta."""
         # Sums of float64 shares reach 1 only to a few units in the last place.
         enough = (self.energy >= share - 1e-12).nonzero()
         return int(enough[0]) + 1 if self.rank and len(enough) else 0
@@ -82,13 +85,11 @@ class Spectrum:
         return squares / max(float(squares.sum()), 1.0)
 
 
-def spectrum(A: Tensor, B: Tensor, scale: float = 1.0) -> Spectrum:
-    """Return the singular values of `scale * B @ A` without forming it.
+def spectrum(delta: ThinProduct) -> Spectrum:
+    """Return the singular values of a delta without forming it.
 
     Args:
-        A: `(rank, in)`.
-        B: `(out, rank)`.
-        scale: Factor on the product.
+        delta: Of a block, or `ThinProduct.of(A, B, scale)`.
 
     Returns:
         The spectrum, in float64.
@@ -96,14 +97,9 @@ def spectrum(A: Tensor, B: Tensor, scale: float = 1.0) -> Spectrum:
     Examples:
         >>> A, B = torch.randn(2, 50), torch.randn(40, 2)
         >>> dense = torch.linalg.svdvals(3.0 * B.double() @ A.double())[:2]
-        >>> torch.allclose(spectrum(A, B, 3.0).values, dense)
+        >>> torch.allclose(spectrum(ThinProduct.of(A, B, 3.0)).values, dense)
         True
     """
-    return spectrum_of(ThinProduct.of(A, B, scale))
-
-
-def spectrum_of(delta: ThinProduct) -> Spectrum:
-    """Return the singular values of a delta that is given by its factors."""
     _, S, _ = delta.svd()
     values = torch.zeros(min(*delta.shape, delta.left.shape[1]), dtype=S.dtype, device=S.device)
     values[: len(S)] = S

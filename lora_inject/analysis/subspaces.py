@@ -3,7 +3,8 @@
 `phi(i, j) = |U1_i^T U2_j|_F^2 / min(i, j)` for all i and j is one product of the two sets
 of directions, squared, and summed along both sides. It is 1 where the smaller span lies in the
 larger, 0 where they are orthogonal, and `max(i, j) / d` on average for random spans in d
-dimensions.
+dimensions: the mean of `|U1^T U2|_F^2` is then `i j / d`, a sum of i times j squares, each of one
+coordinate of a random unit vector.
 Source: arXiv:2106.09685, section 7.2 and appendix G.
 """
 
@@ -14,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.thin import SiteBlock
+from lora_inject.analysis.blocks import SiteBlock
 
 Side = Literal["right", "left"]
 """`right`: directions in the input, of A. `left`: directions in the output, of B."""
@@ -45,17 +46,10 @@ def directions(matrix: Tensor, side: Side = "right") -> Tensor:
 
 
 def block_directions(block: SiteBlock, side: Side = "right") -> Tensor:
-    """Return the singular directions of A or B of a block, the strongest first.
+    """Return the singular directions of A or B of a block, `(in, k)` or `(out, k)`.
 
-    A and B of a site with a frozen start (pissa, olora) hold that start too: there
-    the directions are those of the delta.
-
-    Args:
-        block: The block.
-        side: `right` for A, `left` for B.
-
-    Returns:
-        `(in, k)` or `(out, k)`, orthonormal columns, float64.
+    A and B of a site with a frozen start (pissa, olora) hold that start too: there the directions
+    are those of the delta.
     """
     if block.frozen_start:
         U, _, V = block.delta.svd()
@@ -64,18 +58,14 @@ def block_directions(block: SiteBlock, side: Side = "right") -> Tensor:
 
 
 def similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Compare two sets of orthonormal directions: phi for all i and j.
-
-    Args:
-        first: `(d, k1)`, orthonormal columns, the strongest first.
-        second: `(d, k2)` likewise.
+    """Compare two sets of orthonormal directions, `(d, k1)` and `(d, k2)`, the strongest first.
 
     Returns:
         `(k1, k2)` float64; the entry `[i - 1, j - 1]` is `phi(i, j)`, in [0, 1].
     """
     overlap = (first.T @ second).square().cumsum(0).cumsum(1)
-    i, j = _counts(overlap.shape[0], overlap.shape[1], overlap.device)
-    return (overlap / torch.minimum(i, j)).clamp(max=1.0)
+    i, j = (torch.arange(1, n + 1, device=overlap.device) for n in overlap.shape)
+    return (overlap / torch.minimum(i[:, None], j)).clamp(max=1.0)
 
 
 def subspace_similarity(first: Tensor, second: Tensor, side: Side = "right") -> Tensor:
@@ -100,49 +90,6 @@ def subspace_similarity(first: Tensor, second: Tensor, side: Side = "right") -> 
     return similarity(directions(first, side), directions(second, side))
 
 
-def expected_similarity(rank1: int, rank2: int, dim: int) -> Tensor:
-    """Return the mean of phi over random subspaces: `max(i, j) / d`.
-
-    For independent uniform spans the mean of `|U1^T U2|_F^2` is `i j / d`: it is the sum of i times
-    j squares, each of one coordinate of a random unit vector. The singular directions of a Gaussian
-    matrix are uniform, so this is the baseline of figures 4 and 7.
-
-    Args:
-        rank1: Rows of the grid.
-        rank2: Columns.
-        dim: d, the width that the spans live in.
-
-    Returns:
-        `(rank1, rank2)` float64.
-
-    Examples:
-        >>> expected_similarity(2, 3, 12)
-        tensor([[0.0833, 0.1667, 0.2500],
-                [0.1667, 0.1667, 0.2500]], dtype=torch.float64)
-    """
-    i, j = _counts(rank1, rank2)
-    return torch.maximum(i, j) / dim
-
-
-def deviation_of_similarity(rank1: int, rank2: int, dim: int) -> Tensor:
-    """Return the standard deviation of phi over random subspaces.
-
-    `Var |U1^T U2|_F^2 = 2 i j (d - i)(d - j) / (d^2 (d - 1)(d + 2))` for independent uniform spans,
-    which follows from the fourth moments of an orthogonal matrix drawn from the Haar measure.
-
-    Args:
-        rank1: Rows of the grid.
-        rank2: Columns.
-        dim: d, at least 2.
-
-    Returns:
-        `(rank1, rank2)` float64.
-    """
-    i, j = _counts(rank1, rank2)
-    variance = 2 * i * j * (dim - i) * (dim - j) / (dim**2 * (dim - 1) * (dim + 2))
-    return variance.clamp(min=0).sqrt() / torch.minimum(i, j)
-
-
 def gaussian_similarity(rank1: int, rank2: int, dim: int, seed: int = 0) -> Tensor:
     """Compare two random Gaussian matrices: one draw of the paper's baseline.
 
@@ -164,10 +111,3 @@ def gaussian_similarity(rank1: int, rank2: int, dim: int, seed: int = 0) -> Tens
         torch.randn(rank, dim, generator=generator, dtype=torch.float64) for rank in (rank1, rank2)
     )
     return subspace_similarity(first, second)
-
-
-def _counts(rows: int, columns: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Return i as a column and j as a row, counted from 1."""
-    i = torch.arange(1, rows + 1, dtype=torch.float64, device=device)[:, None]
-    j = torch.arange(1, columns + 1, dtype=torch.float64, device=device)[None]
-    return i, j

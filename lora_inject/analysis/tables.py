@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from lora_inject.analysis.blocks import Place, by_kind
 from lora_inject.analysis.comparison import Comparison
-from lora_inject.analysis.figures import Analysis, BlockFigures
-from lora_inject.analysis.places import full_name, place_of
+from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.spectra import SHARES
 from lora_inject.spec.names import templates
 
@@ -71,7 +71,7 @@ def joined_name(names: Sequence[str]) -> str:
 def _kind(name: str) -> str:
     site, _, label = name.removesuffix("]").partition(" [")
     words = ("*" if word.isdecimal() else word for word in label.split())
-    return full_name(place_of(site).kind, " ".join(words))
+    return Place(Place(site, "").kind, " ".join(words)).name
 
 
 def _one(column: tuple[Any, ...], choose: Callable[[Iterable[float]], float]) -> Any:
@@ -121,19 +121,11 @@ def span(values: Iterable[float]) -> str:
     return "-" if not ends else f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "")
 
 
-def blocks_by_kind(analysis: Analysis) -> dict[str, list[BlockFigures]]:
-    """Group the blocks of an analysis by their kind."""
-    kinds: dict[str, list[BlockFigures]] = {}
-    for block in analysis.blocks:
-        kinds.setdefault(block.place.kind, []).append(block)
-    return kinds
-
-
 def kind_rows(analysis: Analysis) -> Rows:
     """Say for each kind of site what rank it needed: the median, and the largest."""
     rows: list[tuple[Any, ...]] = []
-    for kind, blocks in blocks_by_kind(analysis).items():
-        needed = [[b.spectrum.rank_for(share) for b in blocks] for share in SHARES]
+    for kind, blocks in by_kind(analysis.blocks).items():
+        needed = zip(*(b.spectrum.needed.values() for b in blocks), strict=True)
         rows.append(
             (
                 kind,
@@ -155,10 +147,10 @@ def block_rows(analysis: Analysis) -> Rows:
             b.name,
             b.rank,
             b.spectrum.norm,
-            b.first_share,
+            b.spectrum.first_share,
             b.spectrum.stable_rank,
             b.spectrum.effective_rank,
-            *(float(b.spectrum.rank_for(share)) for share in SHARES),
+            *map(float, b.spectrum.needed.values()),
         )
         for b in analysis.blocks
     )
@@ -170,7 +162,7 @@ def weight_rows(analysis: Analysis) -> Rows:
     """Say for each block how it compares with the weight that it updates."""
     rows = tuple(
         (
-            full_name(block.tensor, block.label),
+            Place(block.tensor, block.label).name,
             block.norms.weight_norm,
             block.norms.relative,
             block.norms.rank,
@@ -179,7 +171,7 @@ def weight_rows(analysis: Analysis) -> Rows:
             block.norms.of_random_expected,
             block.norms.factor,
         )
-        for _, _, block in analysis.on_weight
+        for block in analysis.on_weight()
     )
     heads = ("tensor", "|W|", "|D|/|W|", "r", "|U'WV|", "W's own", "random", "amplification")
     return Rows(heads, rows)

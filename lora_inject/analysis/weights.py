@@ -7,9 +7,10 @@ block by block and looked at instead of written, so memory does not grow with W.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.amplifying import Amplification, amplification_of_rows
-from lora_inject.analysis.rounding import Rounded, RoundingTally
-from lora_inject.analysis.thin import SiteBlock, blocks_of_terms
+from lora_inject.analysis.blocks import Figures, Place, SiteBlock, blocks_of_terms
+from lora_inject.analysis.rounding import Rounded, rounding_of_rows
 from lora_inject.checkpoint import Checkpoint, WeightedAdapter
 from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.output_files import FLOATS
@@ -32,22 +33,20 @@ from lora_inject.functional import fold_rows_
 
 
 @dataclass(frozen=True)
-class BlockOnWeight:
+class BlockOnWeight(Place):
     """One block compared with the part of W that it updates.
 
     Attributes:
-        label: Slice and expert of the block, as in `SiteBlock`.
         tensor: Name of W in the checkpoint.
         norms: The norms of Table 7.
     """
 
-    label: str
     tensor: str
     norms: Amplification
 
 
 @dataclass(frozen=True)
-class SiteOnWeight:
+class SiteOnWeight(Figures):
     """One site compared with its weight.
 
     Attributes:
@@ -95,7 +94,10 @@ class Weights:
 
     def n_bytes(self, site: str) -> int:
         """Return how many bytes of W belong to a site."""
-        return sum(_n_bytes(placed) for placed in self._fit.placed[site])
+        return sum(
+            (placed.stop - placed.start) * placed.n_cols * FLOATS[placed.source.dtype].itemsize
+            for placed in self._fit.placed[site]
+        )
 
     def look(
         self,
@@ -105,91 +107,78 @@ class Weights:
         own: bool = True,
         formats: Collection[str] | None = None,
     ) -> SiteOnWeight:
-        """Read the weight of a site and compare the update with it.
-
-        Args:
-            site: Its name in the adapter.
-            rank: How many directions to compare; those of the delta by default.
-            own: Whether to compare with W's own directions, too.
-            formats: Formats to round to; all by default.
-        """
-        tally = RoundingTally(formats)
-        blocks: list[BlockOnWeight] = []
+        """Read the weight of a site and compare the update with it, as `analyze` says."""
         places = self._fit.placed[site]
         n_experts = self._state.sites[site].spec.experts
+        blocks: list[BlockOnWeight] = []
         with ExitStack() as stack:
-            for number, placed in enumerate(places):
-                rows = _Rows(placed, stack.enter_context(self._reader(placed)))
-                for start, some in rows.blocks((0, placed.stop - placed.start)):
-                    delta = torch.zeros(some.shape, dtype=_wide(some))
-                    fold_rows_(delta, start, placed.terms)
-                    tally.add(some, delta)
+            rows = [stack.enter_context(self._open(placed)) for placed in places]
+            pairs = (pair for each in rows for pair in each.with_delta())
+            rounded = rounding_of_rows(pairs, formats)
+            for number, each in enumerate(rows):
                 # Places are in the order of the experts, several of each where the file cuts them.
                 expert = f"expert {number * n_experts // len(places)} " if n_experts else ""
-                for block in blocks_of_terms(placed.terms):
-                    norms = rows.amplification(block, rank, own=own)
+                for block in blocks_of_terms(each.placed.terms):
+                    norms = amplification_of_rows(
+                        partial(each.of, block),
+                        block.delta,
+                        rank,
+                        transposed=block.transposed,
+                        own=own,
+                    )
                     label = f"{expert}{block.label}".strip()
-                    blocks.append(BlockOnWeight(label, placed.source.name, norms))
+                    blocks.append(BlockOnWeight(site, label, each.placed.source.name, norms))
         stored = str(FLOATS[places[0].source.dtype]).removeprefix("torch.")
-        return SiteOnWeight(tuple(blocks), stored, tally.results())
+        return SiteOnWeight(tuple(blocks), stored, rounded)
 
     def directions(self, site: str, n: int) -> list[tuple[SiteBlock, Tensor]]:
-        """Return each block of a site with the top input directions of the W that it updates.
+        """Return each block of a site with the top n input directions of the W that it updates.
 
-        Args:
-            site: Its name in the adapter.
-            n: How many directions.
-
-        Returns:
-            Blocks, each with `(in, n)` right singular vectors of its W, float64, by an SVD that is
-            exact for small weights.
+        The directions are `(in, n)`, float64, by an SVD that is exact for small weights.
         """
         found = []
         for placed in self._fit.placed[site]:
-            with self._reader(placed) as reader:
-                rows = _Rows(placed, reader)
+            with self._open(placed) as rows:
                 for block in blocks_of_terms(placed.terms):
-                    shape = block.delta.shape[::-1] if block.transposed else block.delta.shape
-                    matrix = torch.cat([some.clone() for _, some in rows.wide_of(block)()])
-                    top = decompose(matrix, min(n, *shape))
+                    wide = [some.to(torch.float32, copy=True) for _, some in rows.of(block)]
+                    top = decompose(torch.cat(wide), min(n, *block.delta.shape))
                     found.append((block, (top.U if block.transposed else top.V).double()))
         return found
 
-    def _reader(self, placed: Placed) -> RowReader:
+    @contextmanager
+    def _open(self, placed: Placed) -> Iterator[_Rows]:
         shard = self.checkpoint.shards[self.checkpoint.shard_of[placed.source.name]]
-        return RowReader(shard.path)
+        with RowReader(shard.path) as reader:
+            yield _Rows(placed, reader)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one place, counted from its first."""
+    """The rows of one place, counted from its first; each is valid until the next are asked for."""
 
     placed: Placed
     reader: RowReader
 
-    def blocks(self, span: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)`; the rows are valid until the next are asked for."""
+    def between(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)`."""
         entry, n_cols, first = self.placed.source, self.placed.n_cols, self.placed.start
         step = rows_per_block(n_cols)
-        for start in range(*span, step):
-            stop = min(span[1], start + step)
-            yield start, self.reader.rows(entry, n_cols, first + start, first + stop)
+        for at in range(start, stop, step):
+            end = min(stop, at + step)
+            yield at, self.reader.rows(entry, n_cols, first + at, first + end)
 
-    def amplification(self, block: SiteBlock, rank: int | None, *, own: bool) -> Amplification:
-        """Compare one block with the part of W that it updates."""
-        transposed = block.transposed
-        return amplification_of_rows(
-            lambda: self.of(block), block.delta, rank, transposed=transposed, own=own
-        )
-
-    def wide_of(self, block: SiteBlock) -> Callable[[], Iterator[tuple[int, Tensor]]]:
-        """Return what gives the rows of one block in float32, anew at every call."""
-        return lambda: ((start, rows.float()) for start, rows in self.of(block))
+    def with_delta(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all rows of W, and those of D."""
+        for start, some in self.between(0, self.placed.stop - self.placed.start):
+            wide = torch.float64 if some.dtype == torch.float64 else torch.float32
+            delta = torch.zeros(some.shape, dtype=wide)
+            fold_rows_(delta, start, self.placed.terms)
+            yield some, delta
 
     def of(self, block: SiteBlock) -> Iterator[tuple[int, Tensor]]:
         """Yield the rows of the part of W that one block updates, counted from its first."""
         top, columns = block.block.rows[0], slice(*block.block.cols)
-        for start, some in self.blocks(block.block.rows):
+        for start, some in self.between(*block.block.rows):
             yield start - top, some[:, columns]
 
 
@@ -211,11 +200,3 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fi
                 asked, f"'{entry.name}' is stored as {entry.dtype}", "Give a 16-bit checkpoint"
             )
     return fit
-
-
-def _n_bytes(placed: Placed) -> int:
-    return (placed.stop - placed.start) * placed.n_cols * FLOATS[placed.source.dtype].itemsize
-
-
-def _wide(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32

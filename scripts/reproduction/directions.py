@@ -99,8 +99,10 @@ def draw(lab: Lab, folder: Path) -> list[Path]:
     rank, dim = large[middle["q"]].A.shape
     chance = analysis.gaussian_similarity(rank, rank, dim)
     return [
-        analysis.figure_ranks(ranks, folder / "figure-3.png", ("i (r = 8)", "j (r = 64)")),
-        analysis.figure_seeds(seeds, folder / "figure-4.png", baseline=chance),
+        analysis.draw_similarity(
+            ranks, folder / "figure-3.png", labels=("i (r = 8)", "j (r = 64)"), zoom=True
+        ),
+        analysis.draw_similarity(seeds, folder / "figure-4.png", baseline=chance),
     ]
 
 

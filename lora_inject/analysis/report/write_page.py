@@ -5,27 +5,36 @@ from __future__ import annotations
 import datetime as dt
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from torch import Tensor
+
 from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import tables
-from lora_inject.analysis.comparison import Comparison, Pair, across_layers
-from lora_inject.analysis.figures import Analysis, BlockFigures
+from lora_inject.analysis.blocks import Place, by_kind
+from lora_inject.analysis.comparison import Comparison, across_layers
+from lora_inject.analysis.drawings import (
+    heat_map,
+    need_matplotlib,
+    norms_figure,
+    ranks_figure,
+    shared_prefix,
+    similarity_figure,
+    spectra_figure,
+    svg,
+)
+from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.findings import findings
-from lora_inject.analysis.gallery import spread
-from lora_inject.analysis.pictures import need_matplotlib
-from lora_inject.analysis.places import place_of
-from lora_inject.analysis.report import drawings
-from lora_inject.analysis.report.drawings import Cell
+from lora_inject.analysis.gallery import comparable
 from lora_inject.errors import StateError
 from lora_inject.spec.names import printable, templates
 from lora_inject.storage.atomic import write_file
 from lora_inject.version import __version__
 
-SERIOUS = frozenset({"inert", "loud", "overflow", "lost"})
+ACROSS = ("layer, from 1", "layer, from 1")
 
 
 def report(
@@ -63,34 +72,47 @@ def report(
         >>> "<h1>mine &amp; yours</h1>" in report(analyze(state), state, "mine & yours")
         True
     """
-    need_matplotlib()
-    across = across_layers(state)
-    pairs = () if comparison is None else comparison.pairs
+    template = _template()
+    kinds = by_kind(analysis.blocks)
+    beside = None if comparison is None else _compared(comparison)
     return str(
-        _template().render(
+        template.render(
             title=title,
             facts=_facts(analysis, state, date or dt.date.today()),
             tiles=_tiles(analysis),
-            findings=[(f.code in SERIOUS, f, list(templates(f.names))) for f in findings(analysis)],
-            prefix=drawings.shared_prefix(list(tables.blocks_by_kind(analysis))),
+            findings=[(f.serious, f, list(templates(f.names))) for f in findings(analysis)],
+            prefix=shared_prefix(kinds),
             maps=list(_maps(analysis)),
             kinds=tables.kind_rows(analysis),
-            needed=drawings.needed_ranks([b.spectrum.rank_for(0.99) for b in analysis.blocks]),
-            spectra=list(_spectra(analysis)),
-            norms=_norms(analysis),
+            needed=svg(
+                ranks_figure([b.spectrum.rank_for(0.99) for b in analysis.blocks]),
+                "number of blocks by the rank that holds 99%",
+            ),
+            norms=svg(
+                norms_figure({k: [b.spectrum.norm for b in found] for k, found in kinds.items()}),
+                "norm of each delta by depth",
+            ),
+            spectra=[
+                (kind, svg(spectra_figure([(b.at, b.spectrum.values) for b in found], "layer"),
+                           f"singular values of {kind}"))
+                for kind, found in kinds.items()
+            ],
             rounding=list(_rounding(analysis)),
             across=[
-                (kind, drawings.overlaps(f"phi between layers of {kind}", {"": phi},
-                                         "layer, from 1", "layer, from 1"))
-                for kind, (_, phi) in across.items()
+                _phi(kind, [("", phi)], f"phi between layers of {kind}", ACROSS)
+                for kind, (_, phi) in across_layers(state).items()
             ],
-            compared=list(_compared(pairs)),
-            overlaps=list(_overlaps(pairs)),
+            compared=beside,
+            overlaps=comparison and [
+                _phi(kind, [(f"layer {pair.at} {pair.label}".strip(), pair.right.phi)
+                            for pair in pairs], f"phi of {kind}, side of A")
+                for kind, pairs in comparable(comparison).items()
+            ],
             other=other,
             blocks=tables.block_rows(analysis),
             weights=tables.weight_rows(analysis) if analysis.weights else None,
             rounded=tables.rounding_rows(analysis) if analysis.weights else None,
-            pairs=None if comparison is None else tables.comparison_rows(comparison),
+            pairs=comparison and tables.comparison_rows(comparison),
             version=__version__,
         )
     )  # fmt: skip
@@ -113,6 +135,7 @@ def write_report(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def _template() -> Any:
+    need_matplotlib()
     try:
         import jinja2
     except ImportError:
@@ -156,7 +179,7 @@ def _facts(analysis: Analysis, state: AdapterState, date: dt.date) -> list[tuple
 def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
     blocks = analysis.blocks
     tiles = [
-        (f"{len({block.site for block in blocks}):,}", "sites"),
+        (f"{analysis.n_sites:,}", "sites"),
         (f"{len(blocks):,}", "low-rank blocks"),
         (f"{median(b.spectrum.rank_for(0.99) for b in blocks):g}", "rank that holds 99% (median)"),
         (
@@ -165,7 +188,7 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
         ),
     ]
     if analysis.weights:
-        norms = [block.norms for _, _, block in analysis.on_weight]
+        norms = [block.norms for block in analysis.on_weight()]
         tiles += [
             (tables.percent(_median(n.relative for n in norms)), "|D| / |W| (median)"),
             (tables.number(_median(n.factor for n in norms)), "amplification (median)"),
@@ -180,70 +203,53 @@ def _median(values: Iterator[float]) -> float:
 
 def _maps(analysis: Analysis) -> Iterator[tuple[str, str]]:
     """Yield title and drawing of what differs by layer and kind."""
-
-    def of(value: Callable[[BlockFigures], float]) -> list[Cell]:
-        return [Cell(block.place, value(block)) for block in analysis.blocks]
-
+    blocks = [(block, block.spectrum) for block in analysis.blocks]
     if analysis.weights:
-        beside = analysis.on_weight
-        yield _map(
-            "Size of the delta, |D| / |W|", [Cell(p, b.norms.relative) for _, p, b in beside]
-        )
-        yield _map("Amplification, |D| / |U'WV|", [Cell(p, b.norms.factor) for _, p, b in beside])
+        beside = analysis.on_weight()
+        yield _map("Size of the delta, |D| / |W|", [(b, b.norms.relative) for b in beside])
+        yield _map("Amplification, |D| / |U'WV|", [(b, b.norms.factor) for b in beside])
     else:
-        yield _map("Size of the delta, |D|", of(lambda b: b.spectrum.norm))
-    share = of(lambda b: b.spectrum.rank_for(0.99) / b.rank)
+        yield _map("Size of the delta, |D|", [(b, s.norm) for b, s in blocks])
+    share = [(b, s.rank_for(0.99) / b.rank) for b, s in blocks]
     yield _map("Rank that holds 99%, over the configured rank", share, 1.0)
-    yield _map("Effective rank", of(lambda b: b.spectrum.effective_rank))
-    yield _map("Share of the energy in the first direction", of(lambda b: b.first_share), 1.0)
-
-
-def _map(title: str, cells: Sequence[Cell], high: float | None = None) -> tuple[str, str]:
-    return title, drawings.heat_map(title, cells, 0.0, high)
-
-
-def _spectra(analysis: Analysis) -> Iterator[tuple[str, str]]:
-    for kind, blocks in tables.blocks_by_kind(analysis).items():
-        lines = [(b.spectrum.values[: b.spectrum.rank].tolist(), b.place.at) for b in blocks]
-        yield kind, drawings.spectra(kind, lines)
-
-
-def _norms(analysis: Analysis) -> str:
-    return drawings.norms(
-        {
-            kind: [(i, block.spectrum.norm) for i, block in enumerate(blocks)]
-            for kind, blocks in tables.blocks_by_kind(analysis).items()
-        }
-    )
+    yield _map("Effective rank", [(b, s.effective_rank) for b, s in blocks])
+    first = [(b, s.first_share) for b, s in blocks]
+    yield _map("Share of the energy in the first direction", first, 1.0)
 
 
 def _rounding(analysis: Analysis) -> Iterator[tuple[str, str]]:
     for form in next(iter(analysis.weights.values())).rounded if analysis.weights else ():
         cells = [
-            Cell(place_of(site), found.rounded[form].likeness if found.changed else math.nan)
+            (Place(site, ""), found.rounded[form].likeness if found.changed else math.nan)
             for site, found in analysis.weights.items()
         ]
         yield _map(f"Likeness in {form}", cells, 1.0)
 
 
-def _compared(pairs: Sequence[Pair]) -> Iterator[tuple[str, str]]:
-    measures: dict[str, Callable[[Pair], float]] = {
-        "Side of A: phi(1, 1)": lambda pair: pair.right.first,
-        "Side of A: phi of the whole spans": lambda pair: pair.right.whole,
-        "Side of B: phi(1, 1)": lambda pair: pair.left.first,
-        "Side of B: phi of the whole spans": lambda pair: pair.left.whole,
-    }
-    for title, value in measures.items() if pairs else ():
-        yield _map(title, [Cell(pair.place, value(pair)) for pair in pairs], 1.0)
+def _compared(comparison: Comparison) -> list[tuple[str, str]]:
+    sides = {"A": [(p, p.right) for p in comparison.pairs],
+             "B": [(p, p.left) for p in comparison.pairs]}  # fmt: skip
+    return [
+        drawn
+        for side, pairs in sides.items()
+        for drawn in (
+            _map(f"Side of {side}: phi(1, 1)", [(p, o.first) for p, o in pairs], 1.0),
+            _map(f"Side of {side}: phi of the whole spans", [(p, o.whole) for p, o in pairs], 1.0),
+        )
+    ]
 
 
-def _overlaps(pairs: Sequence[Pair]) -> Iterator[tuple[str, str]]:
-    """Yield kind and phi of up to four layers, evenly spaced from the first to the last."""
-    kinds: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        if pair.right.phi.numel():
-            kinds.setdefault(pair.place.kind, []).append(pair)
-    for kind, row in kinds.items():
-        grids = {f"layer {pair.place.at} {pair.label}".strip(): pair.right.phi
-                 for pair in spread(row)}  # fmt: skip
-        yield kind, drawings.overlaps(f"phi of {kind}, side of A", grids, "i", "j")
+def _map(
+    title: str, cells: Sequence[tuple[Place, float]], high: float | None = None
+) -> tuple[str, str]:
+    return title, svg(heat_map(cells, high), f"{title}, by kind of site and layer")
+
+
+def _phi(
+    kind: str,
+    panels: Sequence[tuple[str, Tensor]],
+    about: str,
+    labels: tuple[str, str] = ("i", "j"),
+) -> tuple[str, str]:
+    side = 2.3 if len(panels) > 1 else 3.0  # inches, so that two panels are as wide as the page
+    return kind, svg(similarity_figure(panels, labels, columns=2, side=side), about)

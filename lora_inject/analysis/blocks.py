@@ -1,0 +1,236 @@
+"""The low-rank blocks of a site: what they are called, and their deltas as thin factors.
+
+Whatever a site is, its delta is a few products `left @ right` of `(out, k)` and `(k, in)`. All that
+is said of a delta is said of its thin factors, so no matrix of the size of W is formed. The frozen
+start of pissa and olora is `k` more columns with the opposite sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora_inject.adapter.state import SiteState
+from lora_inject.errors import StateError
+from lora_inject.functional import Term
+from lora_inject.spec.sites import Block, SiteSpec
+
+
+class Figures:
+    """A dataclass of numbers: its fields are what was computed, its properties what follows."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return fields and properties as plain data."""
+        found = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        for cls in reversed(type(self).__mro__):
+            found += [name for name, value in vars(cls).items() if isinstance(value, property)]
+        return {name: _plain(getattr(self, name)) for name in found if name[0] != "_"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Figures):
+        return value.to_dict()
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Place(Figures):
+    """Where in a model a block lies, read from its names.
+
+    Models repeat their layers, and the names repeat with a number that counts. The name with its
+    numbers replaced is the kind, the numbers are the position. The number of an expert is neither.
+
+    Attributes:
+        site: Name of the site.
+        label: Slice and expert (`q`, `expert 3`, `expert 3 q`); empty for a plain site.
+
+    Examples:
+        >>> place = Place("h.3.attn.c_attn", "q")
+        >>> place.name, place.kind, place.position
+        ('h.3.attn.c_attn [q]', 'h.*.attn.c_attn [q]', (3,))
+        >>> Place("layers.2.experts.7.w1", "").position, Place("h.2.up", "expert 7 q").kind
+        ((2,), 'h.*.up [q]')
+    """
+
+    site: str
+    label: str
+
+    @property
+    def name(self) -> str:
+        """Site and label in one."""
+        return f"{self.site} [{self.label}]" if self.label else self.site
+
+    @property
+    def kind(self) -> str:
+        """The name with `*` for each number, without the expert."""
+        site = ".".join("*" if part.isdecimal() else part for part in self.site.split("."))
+        words = self.label.split()
+        return Place(site, " ".join(words[2:] if words[:1] == ["expert"] else words)).name
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """The numbers, such as `(3,)` for layer 3; empty where there are none."""
+        parts = self.site.split(".")
+        before = ["", *parts]
+        return tuple(int(part) for part, parent in zip(parts, before, strict=False)
+                     if part.isdecimal() and parent != "experts")  # fmt: skip
+
+    @property
+    def at(self) -> str:
+        """The position as text: `3`, `1.0`, or `-`."""
+        return ".".join(map(str, self.position)) or "-"
+
+
+P = TypeVar("P", bound=Place)
+
+
+def by_kind(places: Iterable[P]) -> dict[str, list[P]]:
+    """Group what lies somewhere by its kind, in order."""
+    kinds: dict[str, list[P]] = {}
+    for place in places:
+        kinds.setdefault(place.kind, []).append(place)
+    return kinds
+
+
+@dataclass(frozen=True)
+class ThinProduct:
+    """A matrix `left @ right` that is never formed.
+
+    Attributes:
+        left: `(out, k)`, float64.
+        right: `(k, in)`, float64.
+
+    Examples:
+        >>> D = ThinProduct(torch.ones(6, 1).double(), 2 * torch.ones(1, 4).double())
+        >>> U, S, V = D.svd()
+        >>> U.shape, round(float(S), 6), V.shape
+        (torch.Size([6, 1]), 9.797959, torch.Size([4, 1]))
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, A: Tensor, B: Tensor, scale: float = 1.0) -> ThinProduct:
+        """Take `scale * B @ A`, with A `(rank, in)` and B `(out, rank)` of any floating dtype."""
+        return cls(scale * B.detach().double(), A.detach().double())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def dense(self) -> Tensor:
+        """Form the matrix, `(out, in)` in float64: for tests and for small matrices."""
+        return self.left @ self.right
+
+    def square(self) -> float:
+        """Return the sum of squares, by products of k by k; NaN where a value is not finite."""
+        found = ((self.left.T @ self.left) * (self.right @ self.right.T)).sum()
+        return float(found.clamp(min=0))  # -1e-17 where a frozen start cancels
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Decompose it by way of the thin factors.
+
+        `left = Q_l R_l` and `right^T = Q_r R_r` leave the SVD of `R_l R_r^T`, of k by k.
+
+        Returns:
+            U `(out, n)`, S `(n,)` decreasing, V `(in, n)`, float64, with n the number of values
+            that are not zero to float64, at most k.
+        """
+        left, right = torch.linalg.qr(self.left), torch.linalg.qr(self.right.T)
+        U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
+        # Rounding is relative to the factors: a frozen start that cancels leaves 1e-16 of them.
+        size = float(torch.linalg.matrix_norm(left.R, 2) * torch.linalg.matrix_norm(right.R, 2))
+        noise = size * max(self.shape) * torch.finfo(S.dtype).eps
+        n = int(S.gt(noise).sum())
+        return left.Q @ U[:, :n], S[:n], right.Q @ Vh[:n].T
+
+
+@dataclass(frozen=True)
+class SiteBlock(Place):
+    """One low-rank block of a site: an adapted slice, an expert, or all of a plain site.
+
+    Attributes:
+        block: Where it lies on the weight matrix.
+        transposed: Whether that matrix is `(in, out)`.
+        A: `(rank, in)`, as stored.
+        B: `(out, rank)`, as stored.
+        delta: `scale * B @ A`, less the frozen start.
+        frozen_start: Whether there is one (pissa, olora).
+    """
+
+    block: Block
+    transposed: bool
+    A: Tensor
+    B: Tensor
+    delta: ThinProduct
+    frozen_start: bool
+
+    @property
+    def rank(self) -> int:
+        """r, the rows of A."""
+        return self.A.shape[0]
+
+
+def site_blocks(site: SiteState, *, finite: bool = True) -> tuple[SiteBlock, ...]:
+    """Take a site apart into its low-rank blocks, in the order of `SiteSpec.blocks`.
+
+    Args:
+        site: The site.
+        finite: Refuse NaN and Inf, of which nothing but their number can be said.
+
+    Returns:
+        One block for each adapted slice of each expert.
+
+    Raises:
+        StateError: A tensor holds NaN or Inf.
+
+    Examples:
+        >>> from lora_inject.spec.sites import Slices
+        >>> spec = SiteSpec("qkv", "linear", 4, 6, (6, 4), rank=2, alpha=2,
+        ...                 slices=Slices((("q", 2), ("k", 2), ("v", 2)), ("q", "v")))
+        >>> [b.label for b in site_blocks(SiteState(spec, torch.ones(4, 4), torch.ones(4, 2)))]
+        ['q', 'v']
+    """
+    if finite and not all(bool(torch.isfinite(t).all()) for A, B, _ in site.pairs for t in (A, B)):
+        raise StateError(
+            f"analyze '{site.spec.name}'",
+            "its A or B holds NaN or Inf",
+            "Its training diverged; take an earlier checkpoint of the adapter",
+        )
+    return blocks_of_terms([Term(site.spec, A, B, sign) for A, B, sign in site.pairs])
+
+
+def blocks_of_terms(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:
+    """Take the terms of one weight apart: the update, less its frozen start where there is one."""
+    spec = terms[0].spec
+    flat = [(_flat(t.A, spec.in_features), _flat(t.B, spec.rank), t.weight) for t in terms]
+    found = []
+    for block, label in zip(spec.blocks, _labels(spec), strict=True):
+        parts = [(a[slice(*block.a)], b[slice(*block.b)], weight) for a, b, weight in flat]
+        left = [spec.scale * weight * b.double() for _, b, weight in parts]
+        delta = ThinProduct(torch.cat(left, 1), torch.cat([a.double() for a, _, _ in parts]))
+        A, B, _ = parts[0]
+        found.append(
+            SiteBlock(spec.name, label, block, spec.transposed, A, B, delta, len(terms) > 1)
+        )
+    return tuple(found)
+
+
+def _labels(spec: SiteSpec) -> list[str]:
+    slices = spec.slices.adapt if spec.slices else ("",)
+    experts = [""] if spec.experts is None else [f"expert {e}" for e in range(spec.experts)]
+    return [f"{expert} {part}".strip() for expert in experts for part in slices]
+
+
+def _flat(tensor: Tensor, width: int) -> Tensor:
+    return tensor.detach().reshape(-1, width)
