@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,11 +73,7 @@ class ExtractReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
-        return {
-            "tensors": [asdict(tensor) for tensor in self.tensors],
-            "n_equal": self.n_equal,
-            "left": list(self.left),
-        }
+        return {**asdict(self), "left": list(self.left)}
 
 
 def extract_adapter(
@@ -141,37 +137,33 @@ def difference_of(
     full: bool = False,
     progress: Progress | None = None,
 ) -> tuple[AdapterState, ExtractReport]:
-    """Return the difference of two checkpoints as an adapter; see `extract_adapter`.
+    """Return the difference of two checkpoints as an adapter, and what it holds of each tensor.
 
-    Returns:
-        The adapter, its scale 1 everywhere, with the base's fingerprint; and what it holds of each
-        tensor.
+    The adapter's scale is 1 everywhere, and it has the base's fingerprint. Arguments and errors are
+    those of `extract_adapter`.
     """
     _check_measure(rank, energy)
     first, second = Checkpoint.open(base), Checkpoint.open(tuned)
-    of = BaseClass(first)
     _check_names(first, second)
-    sites: dict[str, SiteState] = {}
-    trained: dict[str, Tensor] = {}
     found: list[Extracted] = []
-    n_equal, done, total = 0, 0, second.n_bytes
+    n_equal, done = 0, 0
     with _readers(first) as mine, _readers(second) as theirs:
+        taking = _Taking(first, mine, theirs, rank, energy, full)
         for entry in second:
-            pair = _Pair(first.tensors.get(entry.name), entry, mine, theirs, first, second)
-            row = _take(pair, of, rank, energy, full, sites, trained)
+            row = taking.take(entry, first.tensors[entry.name])
             n_equal += row is None
             found += [row] if row is not None else []
             done += entry.n_bytes
             if progress is not None:
-                progress(done, total)
-    if not sites and not trained:
+                progress(done, second.n_bytes)
+    if not taking.sites and not taking.trained:
         raise CheckpointError(
             f"extract an adapter from '{tuned}'",
             f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank",
             "Check the paths; store small tensors in full (full) if only they were trained",
         )
-    known = fingerprint(first, [weight_name(site.spec) for site in sites.values()])
-    state = AdapterState(sites, trained, fingerprint=known)
+    known = fingerprint(first, [weight_name(site.spec) for site in taking.sites.values()])
+    state = AdapterState(taking.sites, taking.trained, fingerprint=known)
     return state, ExtractReport(tuple(found), n_equal)
 
 
@@ -180,10 +172,9 @@ def _check_measure(rank: int | None, energy: float | None) -> None:
         raise CheckpointError("extract", "neither rank nor energy was given", "Give one or both")
     if rank is not None and rank < 1:
         raise CheckpointError(f"extract rank {rank}", "that is none at all", "Give 1 or more")
-    if energy is not None and not (math.isfinite(energy) and 0 < energy <= 1):
-        raise CheckpointError(
-            f"extract energy {energy}", "it is not a share", "Give a number above 0, at most 1"
-        )
+    if energy is not None and not 0 < energy <= 1:
+        remedy = "Give a number above 0, at most 1"
+        raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
 
 
 def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
@@ -201,144 +192,110 @@ def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def _readers(checkpoint: Checkpoint) -> Iterator[dict[str, RowReader]]:
+    """Give a reader for each tensor, by its name."""
     with contextlib.ExitStack() as stack:
-        yield {
-            name: stack.enter_context(RowReader(shard.path))
-            for name, shard in checkpoint.shards.items()
-        }
+        of = {s.name: stack.enter_context(RowReader(s.path)) for s in checkpoint.shards.values()}
+        yield {name: of[shard] for name, shard in checkpoint.shard_of.items()}
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """One tensor in both checkpoints."""
+class _Taking:
+    """Takes the differences of tensors, one after the other, into an adapter."""
 
-    before: TensorEntry | None
-    after: TensorEntry
-    mine: dict[str, RowReader]
-    theirs: dict[str, RowReader]
-    base: Checkpoint
-    tuned: Checkpoint
+    def __init__(
+        self,
+        base: Checkpoint,
+        mine: Mapping[str, RowReader],
+        theirs: Mapping[str, RowReader],
+        rank: int | None,
+        energy: float | None,
+        full: bool,
+    ) -> None:
+        self.of, self.mine, self.theirs = BaseClass(base), mine, theirs
+        self.rank, self.energy, self.full = rank, energy, full
+        self.sites: dict[str, SiteState] = {}
+        self.trained: dict[str, Tensor] = {}
 
-    @property
-    def is_float(self) -> bool:
-        both = (self.before, self.after)
-        return all(entry is not None and entry.dtype in FLOATS for entry in both)
+    def take(self, after: TensorEntry, before: TensorEntry) -> Extracted | None:
+        """Put one tensor's difference into the adapter; None where there is none."""
+        name, same_shape = after.name, after.shape == before.shape
+        if not {after.dtype, before.dtype} <= FLOATS.keys() or not after.n_elements:
+            return None if same_shape else Extracted(name, "left", None, None, None)
+        if not same_shape:
+            return self._whole(after, None)
+        difference, size = self._difference(after, before)
+        delta = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
+        if not math.isfinite(delta):
+            found, remedy = "one of the two holds NaN or Inf", "It is damaged; fetch it again"
+            raise CheckpointError(f"compare '{name}'", found, remedy)
+        if delta == 0:
+            return None
+        relative = delta / size if size else None
+        if len(after.shape) < 2 or min(matrix_of(after.shape)) < 2:
+            return self._whole(after, relative)
+        site, held, exact = self._site(name, difference)
+        self.sites[site.spec.name] = site
+        return Extracted(name, "low rank", site.spec.rank, held, relative, exact)
 
-    @property
-    def same_shape(self) -> bool:
-        return self.before is not None and self.before.shape == self.after.shape
+    def _whole(self, after: TensorEntry, relative: float | None) -> Extracted:
+        """Store what no low rank can carry, if that was asked for."""
+        if self.full:
+            rows = self.theirs[after.name].rows(after, 1, 0, after.n_elements)
+            self.trained[after.name] = rows.view(after.shape).clone()
+        return Extracted(after.name, "in full" if self.full else "left", None, None, relative)
 
-    def difference(self) -> Tensor:
-        """Return the delta, float32, of the tensor's shape."""
-        assert self.before is not None
-        n_cols, name = max(1, matrix_of(self.after.shape)[1]), self.after.name
-        delta = torch.empty(self.after.n_elements // n_cols, n_cols)
-        before = self.mine[self.base.shard_of[name]].blocks(self.before, n_cols)
-        after = self.theirs[self.tuned.shard_of[name]].blocks(self.after, n_cols)
-        for (start, old), (_, new) in zip(before, after, strict=True):
+    def _difference(self, after: TensorEntry, before: TensorEntry) -> tuple[Tensor, float]:
+        """Return the delta, float32, of the tensor's shape, and `|W|`."""
+        n_cols, squares = matrix_of(after.shape)[1], 0.0
+        delta = torch.empty(after.n_elements // n_cols, n_cols)
+        olds = self.mine[after.name].blocks(before, n_cols)
+        news = self.theirs[after.name].blocks(after, n_cols)
+        for (start, old), (_, new) in zip(olds, news, strict=True):
             delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
-        return delta.view(self.after.shape)
+            squares += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
+        return delta.view(after.shape), math.sqrt(squares)
 
-    def size(self) -> float:
-        """Return `|W|`."""
-        assert self.before is not None
-        reader, n_cols = (
-            self.mine[self.base.shard_of[self.after.name]],
-            matrix_of(self.after.shape)[1],
+    def _site(self, name: str, difference: Tensor) -> tuple[SiteState, float, bool]:
+        """Decompose one tensor; a stack of matrices matrix by matrix, to one rank."""
+        shape = tuple(difference.shape)
+        stacked = len(shape) == 3 and not name.endswith(".weight")
+        rows, cols = matrix_of(shape[1:] if stacked else shape)
+        matrices = difference.reshape(-1, rows, cols)
+        found = [decompose(matrix, self.rank, self.energy) for matrix in matrices]
+        common = max(len(d.S) for d in found)
+        kind = "parameter" if not name.endswith(".weight") else self._kind(name, shape)
+        transposed = kind in {"conv1d", "embedding"}
+        halves = [_halves(d, common, transposed) for d in found]
+        A, B = (torch.stack(side) if stacked else side[0] for side in zip(*halves, strict=True))
+        spec = SiteSpec(
+            name=name if kind == "parameter" else name.removesuffix(".weight"),
+            kind=kind,
+            in_features=rows if transposed else cols,
+            out_features=cols if transposed else rows,
+            weight_shape=shape,
+            rank=common,
+            alpha=float(common),
+            transposed=transposed,
+            experts=len(matrices) if stacked else None,
+            weight=name,
         )
-        blocks = reader.blocks(self.before, max(1, n_cols))
-        return math.sqrt(sum(float(w.double().square().sum()) for _, w in blocks))
+        total = sum(d.total for d in found)
+        held = sum(d.energy * d.total for d in found) / total if total else 1.0
+        return SiteState(spec, A, B), held, all(d.exact for d in found)
 
-    def value(self) -> Tensor:
-        """Return the fine-tuned tensor."""
-        reader = self.theirs[self.tuned.shard_of[self.after.name]]
-        return reader.rows(self.after, 1, 0, self.after.n_elements).view(self.after.shape).clone()
-
-
-def _take(
-    pair: _Pair,
-    of: BaseClass,
-    rank: int | None,
-    energy: float | None,
-    full: bool,
-    sites: dict[str, SiteState],
-    trained: dict[str, Tensor],
-) -> Extracted | None:
-    """Put one tensor's difference into the adapter; None where there is none."""
-    name, shape = pair.after.name, pair.after.shape
-    if not pair.is_float or not pair.after.n_elements:
-        return None if pair.same_shape else Extracted(name, "left", None, None, None)
-    if not pair.same_shape:
-        if full:
-            trained[name] = pair.value()
-        return Extracted(name, "in full" if full else "left", None, None, None)
-    difference = pair.difference()
-    delta = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
-    if not math.isfinite(delta):
-        raise CheckpointError(
-            f"compare '{name}'", "one of the two holds NaN or Inf", "It is damaged; fetch it again"
-        )
-    if delta == 0:
-        return None
-    relative = delta / size if (size := pair.size()) else None
-    if len(shape) < 2 or min(matrix_of(shape)) < 2:
-        if full:
-            trained[name] = pair.value()
-        return Extracted(name, "in full" if full else "left", None, None, relative)
-    site, held, exact = _site(pair, of, difference, rank, energy)
-    sites[site.spec.name] = site
-    return Extracted(name, "low rank", site.spec.rank, held, relative, exact)
-
-
-def _site(
-    pair: _Pair, of: BaseClass, difference: Tensor, rank: int | None, energy: float | None
-) -> tuple[SiteState, float, bool]:
-    """Decompose one tensor; a stack of matrices matrix by matrix, to one rank."""
-    name, shape = pair.after.name, pair.after.shape
-    stacked = len(shape) == 3 and not name.endswith(".weight")
-    rows, cols = matrix_of(shape[1:] if stacked else shape)
-    n = shape[0] if stacked else 1
-    matrices = difference.reshape(n, rows, cols)
-    found = [decompose(matrix, rank, energy) for matrix in matrices]
-    common = max(len(d.S) for d in found)
-    kind = "parameter" if stacked or not name.endswith(".weight") else _kind(of, name, shape)
-    transposed = kind in {"conv1d", "embedding"}
-    halves = [_halves(d, common, transposed) for d in found]
-    A, B = (torch.stack(side) if stacked else side[0] for side in zip(*halves, strict=True))
-    n_in, n_out = (rows, cols) if transposed else (cols, rows)
-    spec = SiteSpec(
-        name=name if kind == "parameter" else name.removesuffix(".weight"),
-        kind=kind,
-        in_features=n_in,
-        out_features=n_out,
-        weight_shape=shape,
-        rank=common,
-        alpha=float(common),
-        transposed=transposed,
-        experts=n if stacked else None,
-        weight=name,
-    )
-    total = sum(d.total for d in found)
-    held = sum(d.energy * d.total for d in found) / total if total else 1.0
-    return SiteState(spec, A, B), held, all(d.exact for d in found)
+    def _kind(self, name: str, shape: tuple[int, ...]) -> str:
+        """Return the kind of layer that holds a weight, as the class says; else linear."""
+        if len(shape) > 2:
+            return "conv"
+        module = self.of.module_of(name) if self.of.known else None
+        if isinstance(module, torch.nn.Embedding):
+            return "embedding"
+        return "conv1d" if module is not None and self.of.transposed(name) else "linear"
 
 
 def _halves(found: Decomposed, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:
     """Return A and B, each with half of the singular values, padded with zeros to `rank`."""
-    root = found.S.sqrt()
-    left, right = found.U * root, (found.V * root).T
-    pad = rank - len(found.S)
-    left = torch.nn.functional.pad(left, (0, pad))
-    right = torch.nn.functional.pad(right, (0, 0, 0, pad))
+    root, pad = found.S.sqrt(), rank - len(found.S)
+    left = torch.nn.functional.pad(found.U * root, (0, pad))
+    right = torch.nn.functional.pad((found.V * root).T, (0, 0, 0, pad))
     A, B = (left.T, right.T) if transposed else (right, left)
     return A.contiguous(), B.contiguous()
-
-
-def _kind(of: BaseClass, name: str, shape: tuple[int, ...]) -> str:
-    """Return the kind of layer that holds a weight, as the class says; linear without a class."""
-    if len(shape) > 2:
-        return "conv"
-    module = of.module_of(name) if of.known else None
-    if isinstance(module, torch.nn.Embedding):
-        return "embedding"
-    return "conv1d" if module is not None and of.transposed(name) else "linear"

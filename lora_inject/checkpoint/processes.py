@@ -12,13 +12,9 @@ from lora_inject.errors import CheckpointError
 
 
 class Processes:
-    """This process among those that share a merge; alone where nothing says otherwise.
+    """This process, number `rank` of `world`, among those that share a merge.
 
-    Joins the process group that is there, or that torchrun's variables describe.
-
-    Attributes:
-        rank: Number of this process.
-        world: How many there are.
+    Joins the process group that is there, or that torchrun's variables describe; else it is alone.
     """
 
     def __init__(self) -> None:
@@ -35,11 +31,7 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Wait at the end until every process has left the block; if one failed, all fail.
-
-        Raises:
-            CheckpointError: Another process failed in its block.
-        """
+        """Wait at the end until every process has left the block; if one failed, all fail."""
         mine: Exception | None = None
         try:
             yield

@@ -19,32 +19,17 @@ MAX_SIDE_FILE_BYTES = 512 << 20
 MAX_DEPTH = 2
 
 _SUFFIXES = {
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".md",
-    ".tiktoken",
-    ".bpe",
-    ".spm",
-    ".vocab",
-    ".yaml",
-    ".yml",
+    *(".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"),
+    *(".tiktoken", ".bpe", ".spm", ".vocab"),
 }
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 _NOT = ("adapter_config.json", "trainer_state.json", "config.json")
 
 
 def find_side_files(folder: Path, *, code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """List the files that come along with the weights.
+    """Return relative paths of what comes along with the weights, and of code that stays behind.
 
-    Args:
-        folder: The base's folder.
-        code: Whether `*.py` files come too.
-
-    Returns:
-        Paths relative to the folder of what comes along, and those of code that stays behind.
-        `config.json` and weight indexes are neither: they are written apart, last.
+    `config.json` and weight indexes are neither: they are written apart, last.
     """
     taken: list[str] = []
     left: list[str] = []
@@ -77,11 +62,7 @@ def _belongs(path: Path, relative: str) -> bool:
 
 
 def read_side_file(folder: Path, relative: str) -> bytes:
-    """Return the bytes of a small file of the base.
-
-    Raises:
-        CheckpointError: It is larger than any tokenizer, or a link that leads elsewhere.
-    """
+    """Return the bytes of a file of the base that is no larger than any tokenizer."""
     path = resolve_inside(folder, relative)
     size = path.stat().st_size
     if size > MAX_SIDE_FILE_BYTES:
@@ -96,10 +77,7 @@ def read_side_file(folder: Path, relative: str) -> bytes:
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config with some values changed and everything else kept, in its order.
 
-    Args:
-        config: The base's config, as parsed.
-        changes: New values by key. A key that inner configs (`text_config`) hold is changed there
-            too; None removes it.
+    A key that inner configs (`text_config`) hold is changed there too; None removes it.
 
     Examples:
         >>> changed_config({"a": 1, "text_config": {"a": 1}}, {"a": 2})
@@ -122,9 +100,8 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
 
 def edit_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
     """Return the bytes of `config.json` with some values changed; see `changed_config`."""
-    return (
-        json.dumps(changed_config(config, changes), indent=2, ensure_ascii=False) + "\n"
-    ).encode()
+    edited = changed_config(config, changes)
+    return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _only_inside(config: Mapping[str, Any], key: str) -> bool:

@@ -30,14 +30,7 @@ SPARE_BYTES = 64 << 20
 
 
 def check_output(base: Checkpoint, output: Path) -> Path:
-    """Check that an output folder can be written without touching anything that is there.
-
-    Args:
-        base: The base.
-        output: Where to write.
-
-    Returns:
-        The folder, links resolved.
+    """Return an output folder, links resolved, that can be written without touching what is there.
 
     Raises:
         CheckpointError: It is the base, inside or around it, a file, a mount point, or not empty.
@@ -60,11 +53,7 @@ def check_output(base: Checkpoint, output: Path) -> Path:
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Check that the disk has room.
-
-    Raises:
-        CheckpointError: There is not enough.
-    """
+    """Refuse a disk without enough room."""
     free = free_bytes(folder)
     if free < needed_bytes + min(SPARE_BYTES, needed_bytes):
         raise CheckpointError(
@@ -83,15 +72,7 @@ def free_bytes(folder: Path) -> int:
 
 
 class Staging:
-    """The folder of an unfinished merge.
-
-    Args:
-        output: The output folder, resolved.
-
-    Attributes:
-        folder: The staging folder.
-        files: What becomes the output.
-    """
+    """The folder of an unfinished merge into `output`; what is in `files` becomes the output."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -102,13 +83,9 @@ class Staging:
         self._records = self.folder / "records"
 
     def open(self, identity: Mapping[str, Any]) -> None:
-        """Create the folder, or resume what is in it; removes half-written files.
+        """Create the folder, or resume what is in it, unless it is of something else.
 
-        Args:
-            identity: What the merge is of, as plain data.
-
-        Raises:
-            CheckpointError: There is an unfinished merge of something else.
+        `identity` is what the merge is of, as plain data. Half-written files are removed.
         """
         for folder in (self.files, self._records):
             folder.mkdir(parents=True, exist_ok=True)
@@ -158,8 +135,7 @@ class Staging:
             return None
         with contextlib.suppress(CheckpointError):
             if read_header(file).raw == shard.header.raw:
-                record: dict[str, Any] = parse_json(path.read_bytes(), "resume", CheckpointError)
-                return record
+                return parse_json(path.read_bytes(), "resume", CheckpointError)  # type: ignore[no-any-return]
         return None
 
     def _record(self, shard: OutputShard) -> Path:
@@ -170,11 +146,7 @@ class Staging:
         return len(list(self._records.glob("*.json")))
 
     def publish(self, side_files: Mapping[str, bytes]) -> None:
-        """Add the other files, and give all of them the output's name in one rename.
-
-        Args:
-            side_files: Content by path relative to the output.
-        """
+        """Add the other files by their relative paths, and rename all to the output in one step."""
         for name, data in side_files.items():
             path = self.files / name
             path.parent.mkdir(parents=True, exist_ok=True)

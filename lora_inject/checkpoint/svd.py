@@ -48,14 +48,9 @@ class Decomposed:
 def decompose(matrix: Tensor, rank: int | None, energy: float | None = None) -> Decomposed:
     """Decompose a matrix, to a rank or to a share of its energy.
 
-    Args:
-        matrix: `(rows, cols)`, float32 or float64.
-        rank: Rank to keep at most, or None.
-        energy: Smallest share of the sum of squares to keep, in (0, 1], or None.
-
-    Returns:
-        The decomposition; of the smallest rank that holds `energy` where that was asked. It is
-        the same at every call. Exact where the rank is not small beside the matrix.
+    `matrix` is `(rows, cols)`, float32 or float64; `rank` is the most to keep, and of it no more
+    than what holds `energy`, a share of the sum of squares in (0, 1]. The result is the same at
+    every call, and exact where the rank is not small beside the matrix.
 
     Examples:
         >>> D = torch.outer(torch.arange(4.0), torch.arange(3.0))

@@ -25,12 +25,7 @@ KEYS_HELP = "pass --keys to plan on the names in the checkpoint"
 
 @dataclass(frozen=True)
 class Source:
-    """What a plan is made on.
-
-    Attributes:
-        inventory: Its names and shapes.
-        about: Where they come from, in words.
-    """
+    """What a plan is made on: names and shapes, and where they come from, in words."""
 
     inventory: Inventory
     about: str
@@ -39,38 +34,21 @@ class Source:
 def source_of(path: Path, *, keys: bool = False) -> Source:
     """Read the names and shapes of a model.
 
-    Args:
-        path: A folder with `config.json` or with safetensors files, or one of those files.
-        keys: Take the checkpoint's key list, even where there is a `config.json`.
-
-    Returns:
-        The inventory and where it comes from.
-
-    Raises:
-        CheckpointError: There is nothing to plan on, or it cannot be read.
+    `path` is a folder with `config.json` or with safetensors files, or one of those files. `keys`
+    takes the checkpoint's key list, even where there is a `config.json`.
     """
     if not path.exists():
         asked = f"plan on '{path}'"
         raise CheckpointError(asked, "there is no such file or folder", "Check the path")
+    folder = path if path.is_dir() else path.parent
     is_keys = path.name.endswith(INDEX_SUFFIX) or path.suffix == ".safetensors"
     if path.is_dir():
         is_keys = not os.path.lexists(path / "config.json")
-    if keys or is_keys:
-        return _from_checkpoint(path)
-    return _from_config(path)
-
-
-def _from_checkpoint(path: Path) -> Source:
-    """Read the key list; of an index or a config, that of the folder it lies in."""
-    whole = path.is_dir() or path.suffix == ".safetensors"
-    checkpoint = Checkpoint.open(path if whole else path.parent)
-    shapes = {entry.name: entry.shape for entry in checkpoint}
-    about = f"{len(shapes):,} keys of {len(checkpoint.shards):,} safetensors file(s)"
-    return Source(Inventory.from_keys(shapes), about)
-
-
-def _from_config(path: Path) -> Source:
-    folder = path if path.is_dir() else path.parent
+    if keys or is_keys:  # of an index or a config, those of the folder that it lies in
+        checkpoint = Checkpoint.open(path if path.suffix == ".safetensors" else folder)
+        shapes = {entry.name: entry.shape for entry in checkpoint}
+        about = f"{len(shapes):,} keys of {len(checkpoint.shards):,} safetensors file(s)"
+        return Source(Inventory.from_keys(shapes), about)
     config = read_config(folder, path.name if path.is_file() else "config.json")
     model = meta_model(config, f"build the model of '{path}'", KEYS_HELP)
     return Source(inventory(Survey(model)), f"{type(model).__name__}, built from its config.json")

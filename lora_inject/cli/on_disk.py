@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -161,19 +160,12 @@ def merge(
     Tensors that no adapter touches keep their bytes. Stopped at any moment, the output is absent,
     complete, or finished by the same command.
     """
-    from lora_inject.checkpoint import (
-        Checkpoint,
-        MergeOptions,
-        check_output,
-        free_bytes,
-        merge_planned,
-        plan_merge,
-    )
+    from lora_inject import checkpoint as on_disk
     from lora_inject.cli.show import print_json, print_merge, print_merge_plan, progress_bar
 
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write: --output FOLDER (or --dry-run)")
-    options = MergeOptions(
+    options = on_disk.MergeOptions(
         dtype=dtype,
         min_kept=min_kept,
         on_lost=on_lost,
@@ -183,25 +175,23 @@ def merge(
         dequantize=dequantize,
         any_base=any_base,
         rename=_pairs(rename, "--rename"),
-        tie=None if not tie else {} if tie == ["none"] else _pairs(tie, "--tie"),
+        tie=_ties(tie),
         workers=workers,
     )
-    weights = _weights(weight, len(adapters))
-    checkpoint = Checkpoint.open(base)
     of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
-    reading = _Reading(prefer, allow, expert_major, of_loralib)
-    weighted = _weighted(checkpoint, adapters, weights, reading)
-    planned = plan_merge(checkpoint, weighted, options)
+    reading = prefer, allow, expert_major, of_loralib
+    checkpoint, weighted = _read(base, adapters, _weights(weight, len(adapters)), *reading)
+    planned = on_disk.plan_merge(checkpoint, weighted, options)
     if output is None or dry_run:
-        where = check_output(checkpoint, output) if output is not None else Path.cwd()
-        free = free_bytes(where)
+        where = Path.cwd() if output is None else on_disk.check_output(checkpoint, output)
+        free = on_disk.free_bytes(where)
         if as_json:
             print_json({**planned.to_dict(), "free_bytes": free})
         else:
             print_merge_plan(planned, where, free, everything=everything)
         return
     with progress_bar("merging") as progress:
-        report = merge_planned(planned, output, progress)
+        report = on_disk.merge_planned(planned, output, progress)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -235,7 +225,7 @@ def verify(
     Every touched tensor is computed again, every other byte is compared. Give the options that the
     merge was given.
     """
-    from lora_inject.checkpoint import Checkpoint, MergeOptions, verify_checkpoint
+    from lora_inject.checkpoint import MergeOptions, verify_checkpoint
     from lora_inject.cli.show import print_json, print_verification, progress_bar
 
     options = MergeOptions(
@@ -245,13 +235,11 @@ def verify(
         dequantize=dequantize,
         any_base=any_base,
         rename=_pairs(rename, "--rename"),
-        tie=None if not tie else {} if tie == ["none"] else _pairs(tie, "--tie"),
+        tie=_ties(tie),
     )
-    weights = _weights(weight, len(adapters))
-    checkpoint = Checkpoint.open(base)
     of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
-    reading = _Reading(prefer, allow, expert_major, of_loralib)
-    weighted = _weighted(checkpoint, adapters, weights, reading)
+    reading = prefer, allow, expert_major, of_loralib
+    checkpoint, weighted = _read(base, adapters, _weights(weight, len(adapters)), *reading)
     with progress_bar("verifying") as progress:
         report = verify_checkpoint(checkpoint, weighted, merged, options=options, progress=progress)
     if as_json:
@@ -310,6 +298,13 @@ def extract(
         print_extraction(report, output, everything=everything)
 
 
+def _ties(given: list[str] | None) -> dict[str, str] | None:
+    """None asks the base's class; empty where nothing is tied."""
+    if not given:
+        return None
+    return {} if given == ["none"] else _pairs(given, "--tie")
+
+
 def _pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
     """Read `OLD=NEW` pairs."""
     pairs = {}
@@ -333,29 +328,6 @@ def _weights(weights: list[float] | None, n_adapters: int) -> list[float]:
     return weights
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """How adapters are to be read; each format takes its own options."""
-
-    prefer: str | None
-    allow: Sequence[str] | None
-    expert_major: bool
-    of_loralib: Mapping[str, Any]
-
-    def of(self, path: Path) -> dict[str, Any]:
-        """Return the options for one adapter."""
-        options = read_options(path, self.prefer, self.allow)
-        if self.expert_major and (path / "adapter_config.json").is_file():
-            options["expert_major"] = True
-        return {**options, **(self.of_loralib if _is_loralib(path) else {})}
-
-
-def _is_loralib(path: Path) -> bool:
-    from lora_inject.formats import FORMATS
-
-    return FORMATS["loralib"].detects(path)
-
-
 def _loralib_options(
     alpha: float | None, allow_pickle: bool, fan_in_fan_out: list[str] | None, flags: str | None
 ) -> dict[str, Any]:
@@ -374,23 +346,35 @@ def _loralib_options(
     return options
 
 
-def _weighted(
-    base: Checkpoint, adapters: Sequence[Path], weights: Sequence[float], reading: _Reading
-) -> list[WeightedAdapter]:
-    """Read the adapters."""
-    from lora_inject.checkpoint import read_weighted
+def _read(
+    base: Path,
+    adapters: Sequence[Path],
+    weights: Sequence[float],
+    prefer: str | None,
+    allow: Sequence[str] | None,
+    expert_major: bool,
+    of_loralib: Mapping[str, Any],
+) -> tuple[Checkpoint, list[WeightedAdapter]]:
+    """Open the base and read the adapters; each format takes its own options."""
+    from lora_inject.checkpoint import Checkpoint, read_weighted
+    from lora_inject.formats import FORMATS
 
-    of_loralib = [path for path in adapters if _is_loralib(path)]
-    if reading.of_loralib and not of_loralib:
-        name = next(iter(reading.of_loralib)).replace("_", "-")
+    checkpoint, weighted = Checkpoint.open(base), []
+    loralib = [path for path in adapters if FORMATS["loralib"].detects(path)]
+    if of_loralib and not loralib:
+        name = next(iter(of_loralib)).replace("_", "-")
         raise typer.BadParameter("no adapter is a loralib file", param_hint=f"--{name}")
-    if of_loralib and "alpha" not in reading.of_loralib:
+    if loralib and "alpha" not in of_loralib:
         raise typer.BadParameter(
-            f"'{of_loralib[0]}' is a loralib file, which does not hold it: give the lora_alpha "
-            "that its layers were made with",
+            f"'{loralib[0]}' is a loralib file, which does not hold it: give the lora_alpha that "
+            "its layers were made with",
             param_hint="--alpha",
         )
-    return [
-        read_weighted(path, base, weight, **reading.of(path))
-        for path, weight in zip(adapters, weights, strict=True)
-    ]
+    for path, weight in zip(adapters, weights, strict=True):
+        options = read_options(path, prefer, allow)
+        if expert_major and (path / "adapter_config.json").is_file():
+            options["expert_major"] = True
+        if path in loralib:
+            options |= of_loralib
+        weighted.append(read_weighted(path, checkpoint, weight, **options))
+    return checkpoint, weighted

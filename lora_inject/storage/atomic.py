@@ -32,21 +32,11 @@ def write_directory(
     overwrite: bool = False,
     replaceable: Collection[str] = (),
 ) -> Path:
-    """Write a directory of small files in one step.
+    """Write a directory of small files, content by plain name, in one step; parents are made.
 
-    Args:
-        path: The directory to make. Its parents are made as needed.
-        files: Content by plain file name.
-        overwrite: Replace the directory if it is there already.
-        replaceable: Names of files that an older adapter may hold beside those in `files`. A
-            directory with anything else in it is never replaced.
-
-    Returns:
-        The directory that was written, symbolic links resolved.
-
-    Raises:
-        FormatError: The target is a file, or a directory that must not be replaced, or the system
-            refuses (a full disk). Nothing is left behind.
+    With `overwrite` an adapter that is there is replaced, but never a directory that holds anything
+    else than `files` and the names of an older adapter's files in `replaceable`. Returns the path
+    with symbolic links resolved. After an error nothing is left behind.
 
     Examples:
         >>> import tempfile
@@ -74,19 +64,7 @@ def write_directory(
 
 
 def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> Path:
-    """Write one file in one step.
-
-    Args:
-        path: The file to make. Its parents are made as needed.
-        content: All of it.
-        overwrite: Replace the file if it is there already.
-
-    Returns:
-        The file that was written, symbolic links resolved.
-
-    Raises:
-        FormatError: The target is a directory, or a file and `overwrite` is false, or the system
-            refuses (a full disk). Nothing is left behind.
+    """Write one file in one step, as `write_directory` does a directory.
 
     Examples:
         >>> import tempfile

@@ -26,14 +26,8 @@ COPY_STEP_BYTES = 32 << 20
 
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a whole file (XFS, btrfs)
-_CANNOT_COPY_IN_KERNEL = {
-    errno.EXDEV,
-    errno.ENOSYS,
-    errno.EOPNOTSUPP,
-    errno.EINVAL,
-    errno.EPERM,
-    errno.EBADF,
-}
+_NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+_CANNOT_COPY_IN_KERNEL = {*_NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EBADF}
 _position_lock = threading.Lock()  # for platforms whose reads and writes move a file position
 
 
@@ -48,11 +42,7 @@ def open_write(path: Path) -> int:
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from `fd`, beginning at byte `offset`.
-
-    Raises:
-        CheckpointError: The file ends before the buffer is full.
-    """
+    """Fill `buffer` from `fd`, beginning at byte `offset`."""
     done, n_bytes = 0, len(buffer)
     while done < n_bytes:
         n = _read_some(fd, buffer[done:], offset + done)
@@ -98,56 +88,37 @@ def copy_range(
     n_bytes: int,
     copied: Callable[[int], None] | None = None,
 ) -> None:
-    """Copy `n_bytes` between two files, in the kernel where it can.
+    """Copy `n_bytes` between two descriptors, in the kernel where it can.
 
-    Args:
-        source: Descriptor to read.
-        target: Descriptor to write.
-        source_offset: First byte to read.
-        target_offset: First byte to write.
-        n_bytes: How many.
-        copied: Called with the number of bytes after every step.
-
-    Raises:
-        CheckpointError: The source ends early.
+    `copied` is called with the number of bytes after every step.
     """
-    done = _copy_in_kernel(source, target, source_offset, target_offset, n_bytes, copied)
-    buffer = memoryview(bytearray(min(n_bytes - done, 4 << 20)))
+    done, in_kernel = 0, hasattr(os, "copy_file_range")
+    buffer = memoryview(b"")
     while done < n_bytes:
-        step = buffer[: min(len(buffer), n_bytes - done)]
-        read_at(source, step, source_offset + done)
-        write_at(target, step, target_offset + done)
-        done += len(step)
-        if copied is not None:
-            copied(len(step))
-
-
-def _copy_in_kernel(
-    source: int,
-    target: int,
-    source_offset: int,
-    target_offset: int,
-    n_bytes: int,
-    copied: Callable[[int], None] | None,
-) -> int:
-    """Copy as much as the kernel will and return how much that was."""
-    if not hasattr(os, "copy_file_range"):
-        return 0
-    done = 0
-    while done < n_bytes:
-        step = min(COPY_STEP_BYTES, n_bytes - done)
-        try:
-            n = os.copy_file_range(source, target, step, source_offset + done, target_offset + done)
-        except OSError as error:
-            if error.errno in _CANNOT_COPY_IN_KERNEL:
-                return done
-            raise
-        if n == 0:  # end of file, or a file system that answers so: reading will tell which
-            return done
+        first, n = source_offset + done, 0
+        if in_kernel:
+            step = min(COPY_STEP_BYTES, n_bytes - done)
+            n = _copy_some(source, target, step, first, target_offset + done)
+            in_kernel = n > 0
+        if n == 0:
+            buffer = buffer or memoryview(bytearray(min(n_bytes - done, 4 << 20)))
+            piece = buffer[: n_bytes - done]
+            read_at(source, piece, first)
+            write_at(target, piece, target_offset + done)
+            n = len(piece)
         done += n
         if copied is not None:
             copied(n)
-    return done
+
+
+def _copy_some(source: int, target: int, n_bytes: int, first: int, to: int) -> int:
+    """Copy some bytes in the kernel; 0 where it cannot, or the file ends: reading will tell."""
+    try:
+        return os.copy_file_range(source, target, n_bytes, first, to)
+    except OSError as error:
+        if error.errno in _CANNOT_COPY_IN_KERNEL:
+            return 0
+        raise
 
 
 def clone(source: int, target: int) -> bool:
@@ -164,18 +135,15 @@ def clone(source: int, target: int) -> bool:
 def reserve(fd: int, n_bytes: int) -> None:
     """Give the file its full size, with its blocks set aside where the platform can.
 
-    Raises:
-        OSError: ENOSPC before anything was written.
+    So that a full disk is an `OSError` before anything was written.
     """
     os.ftruncate(fd, 0)
     if n_bytes and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, n_bytes)
         except OSError as error:
-            if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
+            if error.errno not in _NOT_SUPPORTED:
                 raise
-        else:
-            return
     os.ftruncate(fd, n_bytes)
 
 
