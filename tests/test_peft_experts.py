@@ -6,6 +6,7 @@ which way round a stack lies.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -185,3 +186,25 @@ def test_targets_that_peft_renamed_are_read(kind: str, tmp_path: Path) -> None:
     assert off(logits(li.load_adapter(build(kind), tmp_path)), logits(wrapped)) < 1e-5
     with pytest.raises(FormatError, match=r"experts': the file does not say which pair is whose"):
         read_adapter(tmp_path)
+
+
+class OneExpert(nn.Module):
+    """A stack of one matrix, as Inkling's shared experts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(1, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.up[0].t()
+
+
+def test_a_stack_of_one_matrix_is_read_as_a_stack(tmp_path: Path) -> None:
+    plain, x = nn.Sequential(OneExpert(), nn.Linear(6, 3)), torch.randn(2, 4)
+    config = peft.LoraConfig(target_parameters=["0.up"], target_modules=["1"], r=2)
+    wrapped = peft.get_peft_model(copy.deepcopy(plain), config)
+    randomize(p for name, p in wrapped.named_parameters() if "lora_" in name)
+    wrapped.save_pretrained(tmp_path)
+    model = li.load_adapter(plain, tmp_path)
+    assert li.adapter_state(model).sites["0.up"].A.shape == (1, 2, 4)
+    assert off(model(x), wrapped(x)) < 1e-5

@@ -19,7 +19,8 @@ pytest.importorskip("transformers")
 
 from zoo import MODEL_TYPES, SAMPLE
 from zoo.build import build
-from zoo.exceptions import EXEMPTIONS
+from zoo.exceptions import EXCHANGED, EXEMPTIONS, Exchanged
+from zoo.exchange import Exchange
 from zoo.inputs import dummy_inputs
 from zoo.steps import Calls, Ours, changed, hold, randomise_factors, run, same
 from zoo.targets import ALPHA, Targets
@@ -54,6 +55,16 @@ def test_dead_sites_are_dead_in_the_model(model_type: str) -> None:
         assert claimed.fullmatch(name)
         with changed(model.get_submodule(name).weight):
             assert same(plain, run(model, calls)), name
+
+
+@pytest.mark.parametrize("model_type", CASES)
+def test_adapters_are_exchanged_with_peft(model_type: str) -> None:
+    """PEFT's all-linear and experts read by us, ours read by PEFT, with the same outputs."""
+    pytest.importorskip("peft")
+    wanted = EXCHANGED.get(model_type, Exchanged("none"))
+    exchange = Exchange(model_type)
+    assert exchange.read_by_us() == wanted.by_us
+    assert exchange.read_by_peft() == wanted.by_peft
 
 
 @torch.no_grad()
@@ -158,6 +169,7 @@ def test_the_list() -> None:
     assert len(MODEL_TYPES) == len(set(MODEL_TYPES)) == 317
     assert len(SAMPLE) == len(set(SAMPLE)) == 20
     assert len(EXEMPTIONS) <= 20
-    assert set(SAMPLE) | set(EXEMPTIONS) <= set(MODEL_TYPES)
+    assert set(SAMPLE) | set(EXEMPTIONS) | set(EXCHANGED) <= set(MODEL_TYPES)
+    assert len(EXCHANGED) <= 22
     assert not set(SAMPLE) & set(EXEMPTIONS)
     assert all(len(e.reason) > 20 and (e.dead or e.untying) for e in EXEMPTIONS.values())

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, Fingerprint
+from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats.fingerprint import compare, unverifiable
 from lora_inject.formats.older_names import in_names_of
@@ -53,6 +53,9 @@ def fit(
     found, weights = inventory(survey), base_weights(survey)
     state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
     names = _Names(found)
+    state = dataclasses.replace(
+        state, sites={key: _stack_of_one(site, names) for key, site in state.sites.items()}
+    )
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
     trained = _fit_trained(state.trained, survey, weights, asked)
     if state.fingerprint is not None and base != "any":
@@ -87,6 +90,18 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
         sites={key: site for key, site in state.sites.items() if key not in gone},
         trained={key: t for key, t in state.trained.items() if key not in gone},
     )
+
+
+def _stack_of_one(site: SiteState, names: _Names) -> SiteState:
+    """Return the site of a stack that holds one matrix as a stack: PEFT's files do not tell."""
+    spec, candidate = site.spec, names.find(site.spec)
+    if spec.kind != "parameter" or spec.experts is not None or candidate is None:
+        return site
+    if candidate.experts != 1:
+        return site
+    shape = (1, *spec.weight_shape[:: -1 if candidate.transposed else 1])
+    spec = dataclasses.replace(spec, experts=1, weight_shape=shape, transposed=candidate.transposed)
+    return SiteState(spec, **{role: tensor[None] for role, tensor in site.tensors.items()})
 
 
 def fit_site(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:

@@ -9,6 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Verdicts on an exchange with PEFT.
+SAME = "same outputs"
+MERGED = "same outputs as PEFT's merge, which PEFT's own layers contradict"
+BY_NAMES = "same outputs, with names: PEFT raises at all-linear"
+RAISES = "PEFT raises"
+REFUSED = "our writer refuses: PEFT would call nothing there"
+LOSES = "PEFT does not read its own adapter back either"
+
 
 @dataclass(frozen=True)
 class Exemption:
@@ -52,4 +60,55 @@ EXEMPTIONS: dict[str, Exemption] = {
         "an untied head would be another one: merge refuses that head",
         untying=True,
     ),
+}
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What comes of an exchange with PEFT other than the same outputs; see `zoo.exchange`.
+
+    Attributes:
+        reason: Why, in the model or in PEFT.
+        by_us: The verdict on PEFT's adapter read by us.
+        by_peft: The verdict on our adapter read by PEFT.
+    """
+
+    reason: str
+    by_us: str = SAME
+    by_peft: str = SAME
+
+
+_READ = "a layer's weight is read by its parent, where PEFT's adapter of the layer has no effect"
+_ROUTER = "PEFT takes a Linear whose forward is another for a plain one, and fails in forward"
+_RENAMED = (
+    "transformers renames keys of this model's checkpoints, and PEFT renames those of the adapter "
+    "likewise, some of which have the new names already"
+)
+_GROUPS = "PEFT needs a rank that a convolution's groups divide, and these have more groups"
+
+EXCHANGED: dict[str, Exchanged] = {
+    "aria": Exchanged(_READ, MERGED, REFUSED),
+    "bit": Exchanged("the convolution standardizes its weight, PEFT's does not", MERGED, MERGED),
+    "deepseek_v4": Exchanged(_ROUTER, BY_NAMES),
+    "flava": Exchanged("the model has no get_input_embeddings, which PEFT calls", RAISES, RAISES),
+    "hgnet_v2": Exchanged(_GROUPS, RAISES, RAISES),
+    "inkling2": Exchanged(_RENAMED, by_peft=LOSES),
+    "inkling2_loop": Exchanged(_RENAMED, by_peft=LOSES),
+    "inkling2_loop_text": Exchanged(_RENAMED, by_peft=LOSES),
+    "inkling2_text": Exchanged(_RENAMED, by_peft=LOSES),
+    "laguna": Exchanged(_RENAMED, by_peft=LOSES),
+    "llama4": Exchanged(_ROUTER, BY_NAMES),
+    "llama4_text": Exchanged(_ROUTER, BY_NAMES),
+    "maskformer": Exchanged(_RENAMED, by_peft=LOSES),
+    "mobilebert": Exchanged(_READ, MERGED, MERGED),
+    "mobilenet_v1": Exchanged(_GROUPS, RAISES, RAISES),
+    "mobilenet_v2": Exchanged(_GROUPS, RAISES, RAISES),
+    "nemotron_h": Exchanged("PEFT refuses out_proj of Mamba layers", RAISES, RAISES),
+    "phi4_multimodal": Exchanged(_READ, by_peft=REFUSED),
+    "phimoe": Exchanged(_ROUTER, BY_NAMES),
+    "qwen3_omni_moe_thinker": Exchanged(
+        "PEFT's all-linear takes a layer of the audio tower for a Linear by its name", BY_NAMES
+    ),
+    "siglip_vision_model": Exchanged(_READ, MERGED, REFUSED),
+    "wavlm": Exchanged(_READ, MERGED, MERGED),
 }

@@ -1,0 +1,133 @@
+"""Adapters of a model exchanged with PEFT: its files read by us, ours read by it.
+
+Each direction compares the outputs of the model that wrote the files with those of the one that
+read them. PEFT adapts what its own `all-linear` means, and stacked experts as `target_parameters`;
+we adapt every target. A verdict other than SAME says what PEFT cannot do, and the comparisons here
+show that it is PEFT's: it raises by itself, contradicts its own merge, or loses its own adapter.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_inject as li
+from zoo.build import build
+from zoo.exceptions import BY_NAMES, LOSES, MERGED, RAISES, REFUSED, SAME
+from zoo.inputs import dummy_inputs
+from zoo.steps import MOVES, TOLERANCE, distance, randomise_factors, run
+from zoo.targets import ALPHA, RANK, targets_of
+
+# What PEFT and transformers raise where they cannot handle a model.
+FAULTS = (AttributeError, NotImplementedError, RuntimeError, ValueError)
+
+
+class Exchange:
+    """One model type, in both directions."""
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
+        model = self.fresh()
+        self.calls = dummy_inputs(model, model_type)
+        self.targets = targets_of(model)
+        self.plain = self.outputs(model)
+
+    def fresh(self) -> nn.Module:
+        return build(self.model_type).requires_grad_(False)
+
+    def outputs(self, model: nn.Module) -> list[Tensor]:
+        with torch.no_grad():
+            return run(model.eval(), self.calls)
+
+    def near(self, a: list[Tensor], b: list[Tensor]) -> bool:
+        return distance(a, b) <= TOLERANCE
+
+    def peft(self, modules: str | list[str]) -> Any:
+        """PEFT's adapter on a fresh model, with random values and a forward that works."""
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            target_modules=modules,
+            target_parameters=list(self.targets.experts) or None,
+        )
+        wrapped = get_peft_model(self.fresh(), config).eval()
+        named = {n: p for n, p in wrapped.named_parameters() if ".lora_" in n}
+        ups = {n.replace(".lora_B.", ".lora_A."): p for n, p in named.items() if ".lora_B." in n}
+        randomise_factors((named[n], B) for n, B in ups.items())
+        assert distance(self.plain, self.outputs(wrapped)) >= MOVES
+        return wrapped
+
+    def by_names(self) -> list[str]:
+        """The targets whose class is torch's or transformers' stock one."""
+        model = self.fresh()
+        stock = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
+        return [n for n in self.targets.modules if type(model.get_submodule(n)) in stock]
+
+    def read_by_us(self) -> str:
+        """Load PEFT's adapter and return the verdict."""
+        if not self.targets.has_linear:
+            return self.read_of(list(self.targets.modules))
+        verdict = self.read_of("all-linear")
+        return (
+            self.read_of(self.by_names()).replace(SAME, BY_NAMES) if verdict == RAISES else verdict
+        )
+
+    def read_of(self, modules: str | list[str]) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                wrapped = self.peft(modules)
+                wrapped.save_pretrained(folder, save_embedding_layers=False)
+            except FAULTS:
+                return RAISES
+            loaded = li.load_adapter(self.fresh(), folder)
+        return self.compare(self.outputs(loaded), wrapped)
+
+    def read_by_peft(self) -> str:
+        """Load our adapter with PEFT and return the verdict."""
+        from peft import PeftModel
+
+        model = li.inject(self.fresh(), self.targets.config())
+        sites = li.adapter_state(model).sites.values()
+        randomise_factors((site.A, site.B) for site in sites)
+        due = self.outputs(model)
+        assert distance(self.plain, due) >= MOVES
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                path = li.save_adapter(model, Path(folder) / "adapter")
+            except li.FormatError as error:
+                if "nothing would call it" not in str(error):
+                    raise
+                return REFUSED
+            try:
+                wrapped = PeftModel.from_pretrained(self.fresh(), str(path)).eval()
+            except FAULTS:
+                return RAISES
+        verdict = self.compare(due, wrapped)
+        return LOSES if verdict not in (SAME, MERGED) and self.peft_loses_its_own() else verdict
+
+    def compare(self, ours: list[Tensor], wrapped: Any) -> str:
+        theirs = self.outputs(wrapped)
+        if self.near(ours, theirs):
+            return SAME
+        for module in wrapped.modules():  # PEFT would write a tied tensor, and merge for others too
+            if isinstance(base := getattr(module, "base_layer", None), (nn.Linear, nn.Embedding)):
+                base.weight = nn.Parameter(base.weight.detach().clone())
+        merged = self.outputs(wrapped.merge_and_unload())
+        off = f"off by {distance(ours, theirs):.1e}, and by {distance(ours, merged):.1e} if merged"
+        return MERGED if self.near(ours, merged) else off
+
+    def peft_loses_its_own(self) -> bool:
+        from peft import PeftModel
+
+        wrapped = self.peft(self.by_names())
+        with tempfile.TemporaryDirectory() as folder:
+            wrapped.save_pretrained(folder, save_embedding_layers=False)
+            again = PeftModel.from_pretrained(self.fresh(), folder)
+        return not self.near(self.outputs(wrapped), self.outputs(again))
