@@ -625,11 +625,10 @@ def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
     cases = {
         "root": [dataclasses.replace(linear, name="")],
         "of kind 'mystery'": [dataclasses.replace(linear, kind="mystery")],
-        "whose weight is read": [dataclasses.replace(linear, update="weight")],
         "beside Conv1D": [KIND_SPECS["conv1d"], table],
         "a module and a parameter of it": [
             linear,
-            dataclasses.replace(table, name="h.0.fc.weight"),
+            dataclasses.replace(table, name="h.0.fc.weight", weight="h.0.fc.weight"),
         ],
         "root module or a parameter of it": [dataclasses.replace(table, name="table")],
         "4 dimensions": [dataclasses.replace(table, weight_shape=(7, 5, 1, 1))],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from lora_inject.storage.tensors import read_tensors, serialize
+from lora_inject.errors import FormatError
+from lora_inject.storage.tensors import in_memory, read_tensors, serialize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 
@@ -43,7 +45,6 @@ def test_any_tensors_are_read_as_the_library_reads_them(
     assert metadata == {"k": "v"}
     assert_equal(found, load_file(path))
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in found.values())
-    assert_equal(read_tensors(path, on_disk=True)[0], found)
 
 
 @given(tensors=tables)
@@ -55,10 +56,56 @@ def test_the_library_reads_what_is_written(tensors: dict[str, Tensor]) -> None:
     assert content == serialize(dict(reversed(strided.items())), {"format": "pt"})
 
 
+def views(t: Tensor) -> list[Tensor]:
+    flat = t.reshape(-1)
+    found = [
+        t.detach(),
+        flat[1:],
+        flat[::2],
+        t.mT if t.ndim > 1 else t,
+        t[..., None].expand(*t.shape, 3),
+    ]
+    return found + ([t[-1], t.transpose(0, -1)[-1:], *t.unbind(0)] if t.ndim and len(t) else [])
+
+
+@given(tensors=tables)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_tensors_on_disk_and_their_views_hold_what_is_read(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "any.safetensors"
+    save_file(tensors, path)
+    found, due = read_tensors(path, on_disk=True)[0], read_tensors(path)[0]
+    for name, tensor in found.items():
+        with torch.inference_mode():
+            inferred = views(tensor)
+        for mine, theirs in zip(views(tensor) + inferred, views(due[name]) * 2, strict=True):
+            assert type(mine) is type(tensor)
+            assert mine.shape == theirs.shape
+            assert type(in_memory(mine)) is Tensor
+            assert torch.equal(in_memory(mine), theirs)
+            assert torch.equal(mine.to(torch.float64) + 1, theirs.to(torch.float64) + 1)
+
+
 @pytest.mark.parametrize("on_disk", [True, False])
-def test_values_on_disk_take_no_memory_until_they_are_used(on_disk: bool, tmp_path: Path) -> None:
+def test_a_file_is_not_changed_by_what_is_read_from_it(on_disk: bool, tmp_path: Path) -> None:
     save_file({"w": torch.ones(1000)}, tmp_path / "a.safetensors")
     w = read_tensors(tmp_path / "a.safetensors", on_disk=on_disk)[0]["w"]
-    assert w.untyped_storage().resizable() is not on_disk  # memory that is mapped cannot grow
-    w.zero_()
+    in_memory(w).zero_()
+    if on_disk:
+        with pytest.raises(FormatError, match="its values are in the file"):
+            w.zero_()
     assert load_file(tmp_path / "a.safetensors")["w"].all()
+
+
+def test_a_tensor_on_disk_outlives_the_name_of_its_file_and_not_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(1000)}, path)
+    w = read_tensors(path, on_disk=True)[0]["w"]
+    path.rename(tmp_path / "b.safetensors")
+    assert w.sum() == 1000
+    os.truncate(tmp_path / "b.safetensors", 2000)
+    with pytest.raises(FormatError, match=r"the file ends after \d+ of them"):
+        w.sum()

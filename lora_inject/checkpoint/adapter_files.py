@@ -64,7 +64,7 @@ def read_weighted(
         if any(config.get(field) for field in _VARIANTS):
             options.pop("prefer", None)  # there is no metadata of this package to prefer
             return _read_variant(path, config, weight, **options)
-    return WeightedAdapter(read_adapter(path, **options), weight, str(path), on_disk=True)
+    return WeightedAdapter(read_adapter(path, **options), weight, str(path))
 
 
 def _tensor_names(path: Path, there: Iterable[str]) -> Sequence[str]:
@@ -115,7 +115,6 @@ def _read_variant(
         magnitudes,
         {f"{site}.bias": state.sites[site].scale * bias for site, bias in biases.items()},
         {f"{m}.weight": (_indices(asked, config, m), rows) for m, rows in extras[_ROWS].items()},
-        on_disk=on_disk,
     )
 
 

@@ -68,11 +68,6 @@ class MergePlan:
         return tuple(job for shard in self.shards for job in shard.jobs)
 
     @property
-    def on_disk(self) -> bool:
-        """Whether an adapter's tensors are views of a mapped file."""
-        return any(adapter.on_disk for adapter in self.adapters)
-
-    @property
     def config(self) -> bytes | None:
         """New content of `config.json`, None where it is copied or there is none."""
         return edit_config(self.base.config, self.config_changes) if self.config_changes else None

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.output_files import FLOATS, TensorJob
-from lora_inject.checkpoint.read import Room, RowReader, page_out, rows_per_block
+from lora_inject.checkpoint.read import Room, RowReader, rows_per_block
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Delta, Scratch, Tally, Term, block_rows, fold_rows, mix_copies
+from lora_inject.storage.tensors import in_memory
 
 SPAN_ELEMENTS = 1 << 24
 """Elements that one thread takes at a time: many blocks, and a small part of a large tensor."""
@@ -61,12 +62,10 @@ class Memory:
     """Memory that one thread reuses for every block.
 
     Attributes:
-        on_disk: Whether adapters' tensors are views of a mapped file.
         scratch: Of the arithmetic.
         output: Of rows that cannot take the place of those that were read.
     """
 
-    on_disk: bool
     scratch: Scratch = field(default_factory=Scratch)
     output: Room = field(default_factory=Room)
 
@@ -91,9 +90,6 @@ def fold_span(
     step = rows_per_block(span.n_cols, 2 if folding.in_place else 1)
     for start in range(span.start, span.stop, step):
         yield folding.block(start, min(span.stop, start + step))
-    for term in span.terms if memory.on_disk else ():
-        page_out(term.A)
-        page_out(term.B)
 
 
 class _Folding:
@@ -115,7 +111,7 @@ class _Folding:
         self.delta = Delta(span.terms, self.wide)
         self.scales = _read_scales(job)
         mine = job.magnitude
-        self.magnitude = None if mine is None else mine.detach().to(self.wide).flatten()
+        self.magnitude = None if mine is None else in_memory(mine.detach()).to(self.wide).flatten()
         self.norms = self._column_norms() if self.magnitude is not None and job.transposed else None
 
     def block(self, start: int, stop: int) -> Block:
@@ -207,7 +203,7 @@ def _read_scales(job: TensorJob) -> Tensor | None:
 
 
 def _rows_of(tensor: Tensor, n_cols: int, start: int, stop: int) -> Tensor:
-    return tensor.detach().reshape(-1, n_cols)[start:stop]
+    return in_memory(tensor.detach().reshape(-1, n_cols)[start:stop])
 
 
 def _kept_finite(rows: Tensor, merged: Tensor) -> bool:

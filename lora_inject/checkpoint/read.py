@@ -6,11 +6,7 @@ of a mapping count as the process's own memory, and would make it look as large 
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import mmap
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +21,6 @@ BLOCK_ELEMENTS = 1 << 20
 """Elements read and written at a time.
 
 2 MiB of a 16-bit weight: the kernel gives a longer write larger pages, and asks less for each."""
-
-
-_MADV_PAGEOUT = 21  # linux/mman.h, since Linux 5.4; older kernels refuse it
 
 
 def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
@@ -60,25 +53,6 @@ class Room:
     def bytes_of(self, rows: Tensor) -> memoryview:
         """Return the bytes of what `rows` gave out last."""
         return memoryview(self._buffer)[: rows.numel() * rows.element_size()]
-
-
-def page_out(tensor: Tensor) -> None:
-    """Let the system take back the memory of a view of a mapped file, until it is read again.
-
-    The values stay what they are, whatever the memory is; elsewhere than on Linux nothing happens.
-    """
-    if not sys.platform.startswith("linux") or not tensor.numel():
-        return
-    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-    start = first + -first % mmap.PAGESIZE  # whole pages: a neighbor may be in use
-    if tensor.is_contiguous() and last > start:
-        length = (last - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
 
 
 class RowReader:

@@ -97,7 +97,7 @@ def work_through(
     Returns the reports of the computed tensors, in their order: what was counted in a tensor's
     spans is summed in the order of the spans.
     """
-    work = _Work(shard, plan, sources, sink, counted)
+    work = _Work(shard, sources, sink, counted)
     spans = [(span, Tally()) for job in shard.jobs for span in spans_of(job)]
     pieces = [
         Copy(source + done, target + done, min(COPY_STEP_BYTES, n_bytes - done))
@@ -137,13 +137,11 @@ class _Work:
     def __init__(
         self,
         shard: OutputShard,
-        plan: MergePlan,
         sources: Mapping[str, int],
         sink: Sink,
         counted: Counted,
     ) -> None:
         self.shard, self.sources, self.sink, self.counted = shard, sources, sink, counted
-        self.on_disk = plan.on_disk
         self.stop = threading.Event()
         self.local = threading.local()
 
@@ -159,7 +157,7 @@ class _Work:
     @torch.inference_mode()  # the rows are views: autograd would keep account of each
     def fold(self, span: Span, tally: Tally) -> None:
         """Compute one span."""
-        memory: Memory = self.local.__dict__.setdefault("memory", Memory(self.on_disk))
+        memory: Memory = self.local.__dict__.setdefault("memory", Memory())
         untold = 0
         for block in fold_span(span, self._reader(span.job.source_shard), memory, tally):
             if self.stop.is_set():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.checkpoint.read import page_out
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import all_finite
+from lora_inject.storage.tensors import in_memory
 
 _STEP_ELEMENTS = 1 << 20
 _FACTS = attrgetter(
@@ -37,7 +37,6 @@ class WeightedAdapter:
         added: By tensor name, what is added to a vector of the base, scale included (lora_bias).
         rows: By tensor name, indices of rows that are replaced, and their values
             (trainable tokens).
-        on_disk: Whether its tensors are views of a mapped file, whose memory can be given back.
     """
 
     state: AdapterState
@@ -46,7 +45,6 @@ class WeightedAdapter:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     added: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
-    on_disk: bool = False
 
 
 def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
@@ -81,7 +79,7 @@ def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
             if tensor.is_meta:
                 found = f"'{name}' is on the meta device"
                 raise CheckpointError(asked, found, "Load the adapter's values first")
-            if not all(map(all_finite, _steps(tensor, adapter.on_disk))):
+            if not all(map(all_finite, _steps(tensor))):
                 remedy = "Its training diverged; take an earlier checkpoint of the adapter"
                 raise CheckpointError(asked, f"'{name}' holds NaN or Inf", remedy)
     _check_different(adapters)
@@ -100,13 +98,11 @@ def _check_different(adapters: Sequence[WeightedAdapter]) -> None:
             )
 
 
-def _steps(tensor: Tensor, on_disk: bool) -> Iterator[Tensor]:
+def _steps(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor's values in their order, in pieces that memory does not notice."""
     flat = tensor.detach().contiguous().flatten()
     for start in range(0, flat.numel(), _STEP_ELEMENTS):
-        yield flat[start : start + _STEP_ELEMENTS]
-    if on_disk:
-        page_out(tensor)
+        yield in_memory(flat[start : start + _STEP_ELEMENTS])
 
 
 def digest(adapter: WeightedAdapter) -> str:
@@ -116,7 +112,7 @@ def digest(adapter: WeightedAdapter) -> str:
         sha.update(repr((name, *_FACTS(site.spec))).encode())
     for name, tensor in sorted(tensors_of(adapter), key=lambda row: row[0]):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for step in _steps(tensor, adapter.on_disk):
+        for step in _steps(tensor):
             buffer = bytearray(step.numel() * step.element_size())  # without numpy
             torch.frombuffer(buffer, dtype=torch.uint8).copy_(step.view(torch.uint8))
             sha.update(buffer)

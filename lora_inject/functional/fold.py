@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lora_inject.functional.scripted import scripted
 from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.tensors import in_memory
 
 # Elements of a block: the float32 room for three and the rows themselves take 1 MiB, which fits
 # the cache of one core.
@@ -162,8 +163,8 @@ class Delta:
 def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
     """Return the blocks of a term, with the scale in B and everything in its dtype."""
     spec = term.spec
-    A = term.A.detach().reshape(-1, spec.in_features).to(dtype)
-    B = term.B.detach().reshape(-1, spec.rank).to(dtype) * (spec.scale * term.weight)
+    A = in_memory(term.A.detach()).reshape(-1, spec.in_features).to(dtype)
+    B = in_memory(term.B.detach()).reshape(-1, spec.rank).to(dtype) * (spec.scale * term.weight)
     parts = []
     for block in spec.blocks:
         a, b = A[slice(*block.a)], B[slice(*block.b)]

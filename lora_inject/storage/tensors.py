@@ -1,22 +1,32 @@
-"""The tensors of a safetensors file: all of them read, or a whole file written.
+"""The tensors of an adapter's safetensors file: read at once or when they are used, and written.
 
 Unlike the reference library, a tensor name that occurs twice is refused (the library takes the last
 of the two), and the same values give the same bytes (the library's metadata is in random order).
-What the tensors mean is not known here. NaN is allowed; merging refuses it.
+No file is mapped: the pages of a mapping count as the process's own memory, and whoever cuts the
+file off would kill the process. NaN is allowed here; merging refuses it.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lora_inject.errors import FormatError
-from lora_inject.storage.safetensors_file import build_header, is_plain_name, read_header
+from lora_inject.errors import CheckpointError, FormatError
+from lora_inject.storage.disk import open_read, read_at
+from lora_inject.storage.safetensors_file import (
+    TensorEntry,
+    build_header,
+    is_plain_name,
+    read_header,
+)
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -37,17 +47,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Read the names of a file's tensors and its text metadata, and check its header.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Names in the order of the data, and the metadata (empty where there is none).
-
-    Raises:
-        FormatError: The file does not follow the format exactly.
-    """
+    """Return the names of a file's tensors, in the order of the data, and its text metadata."""
     header = read_header(path, FormatError)
     return list(header.tensors), dict(header.metadata or {})
 
@@ -55,18 +55,12 @@ def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
 def read_tensors(
     path: str | os.PathLike[str], *, on_disk: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a whole safetensors file.
+    """Read a whole safetensors file: tensors by name, and the metadata.
 
     Args:
         path: The file.
-        on_disk: Return views of the mapped file, which take no memory that the system cannot take
-            back, and see what is written into the file; else each tensor has memory of its own.
-
-    Returns:
-        Tensors by name, and the metadata.
-
-    Raises:
-        FormatError: There is no such file, or it does not follow the format exactly.
+        on_disk: Leave the values in the file: each operation reads those that it needs, and keeps
+            none. Else each tensor has memory of its own.
     """
     path = Path(path)
     asked = f"read '{path}'"
@@ -77,15 +71,115 @@ def read_tensors(
     if unknown:
         found = f"no adapter's tensor has the dtype {unknown[0]}"
         raise FormatError(asked, found, "Give the adapter's file, not the base's")
-    tensors = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in header.tensors:
-                view = file.get_tensor(name)
-                tensors[name] = view if on_disk else view.clone()
-    except (SafetensorError, OSError) as error:
-        raise FormatError(asked, f"it cannot be read ({error})", "Fetch it again") from error
+    file = _File(path)
+    read = _TensorOnDisk.of if on_disk else _File.read
+    tensors = {name: read(file, entry) for name, entry in header.tensors.items()}
     return tensors, dict(header.metadata or {})
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor itself, or the values of one that `read_tensors` left on disk."""
+    return tensor.read() if isinstance(tensor, _TensorOnDisk) else tensor
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """Return a tensor with its values in order; one on disk stays there, in whatever order."""
+    return tensor if isinstance(tensor, _TensorOnDisk) else tensor.contiguous()
+
+
+class _File:
+    """An open file; it stays open, and the file itself on the disk, while a tensor needs it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.fd = path, open_read(path)
+        self._last = threading.local()
+        weakref.finalize(self, os.close, self.fd)
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """Return one tensor in memory of its own."""
+        return self.elements(entry, 0, entry.n_elements).view(entry.shape)
+
+    def elements(self, entry: TensorEntry, first: int, n: int) -> Tensor:
+        """Return some elements of a tensor, `(n,)`."""
+        dtype = _DTYPES[entry.dtype]
+        if not n:
+            return torch.empty(0, dtype=dtype)
+        buffer = bytearray(n * dtype.itemsize)
+        try:
+            read_at(self.fd, memoryview(buffer), entry.start + first * dtype.itemsize)
+        except CheckpointError as error:
+            raise FormatError(f"read '{self.path}'", error.found, error.remedy) from None
+        return torch.frombuffer(buffer, dtype=dtype)
+
+    def last(self, entry: TensorEntry) -> Tensor:
+        """Return one tensor, the same as before where this thread read it last.
+
+        Experts whose values lie between those of others are read one after the other.
+        """
+        if getattr(self._last, "entry", None) is not entry:
+            self._last.entry, self._last.values = entry, self.read(entry)
+        values: Tensor = self._last.values
+        return values
+
+
+_WITHOUT_VALUES = frozenset(
+    {"__get__", "__getitem__", "__len__", "contiguous", "detach", "dim", "element_size", "expand"}
+    | {"flatten", "is_contiguous", "is_floating_point", "numel", "permute", "reshape", "size"}
+    | {"stride", "storage_offset", "t", "transpose", "unbind", "view"}
+)
+"""Methods, and all attributes, that are answered from the shape where they make no copy."""
+
+
+class _TensorOnDisk(Tensor):
+    """A tensor of a file. Its views are on disk as well, other results are ordinary tensors.
+
+    Its own memory is on the meta device: the strides say which elements of the file it has.
+    `__torch_dispatch__` would be shorter and makes torch import all of its distributed tensors.
+    """
+
+    device, is_meta = torch.device("cpu"), False
+    file: _File
+    entry: TensorEntry
+
+    @classmethod
+    def of(cls, file: _File, entry: TensorEntry, place: Tensor | None = None) -> _TensorOnDisk:
+        if place is None:
+            place = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
+        self = place.as_subclass(cls)
+        self.file, self.entry = file, entry
+        return self
+
+    def read(self) -> Tensor:
+        """Return the values in memory of their own."""
+        shape, strides, first = self.shape, self.stride(), int(self.storage_offset())
+        n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if not self.numel():
+            return torch.empty(shape, dtype=self.dtype)
+        if n > self.numel():
+            return self.file.last(self.entry).as_strided(shape, strides, first).clone()
+        return self.file.elements(self.entry, first, n).as_strided(shape, strides)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, first, name = kwargs or {}, args[0], func.__name__
+        if isinstance(first, cls):
+            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+                asked = f"write to a tensor of '{first.file.path}'"
+                raise FormatError(asked, "its values are in the file", "Read it without on_disk")
+            if name in _WITHOUT_VALUES:
+                with torch._C.DisableTorchFunctionSubclass():
+                    found = func(*args, **kwargs)
+                    views = tree_map_only(Tensor, lambda t: _view(first, t), found)
+                    if None not in tree_leaves(views) or found is None:
+                        return views
+        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _view(of: _TensorOnDisk, made: Tensor) -> _TensorOnDisk | None:
+    """Return what was made of a tensor as one on disk, None where it is not a view of it."""
+    shared = made.untyped_storage()._cdata == of.untyped_storage()._cdata
+    return _TensorOnDisk.of(of.file, of.entry, made) if shared and made.dtype == of.dtype else None
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_inject.adapter.state import SiteState
 from lora_inject.errors import FormatError
 from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.tensors import contiguous
 
 PREFIX = "base_model.model."
 KINDS = ("linear", "conv1d", "embedding", "conv", "parameter")
@@ -281,7 +282,7 @@ def _native(spec: SiteSpec, a: Tensor, b: Tensor, asked: str) -> tuple[Tensor, T
                 "plain adapter of the whole projection",
             )
         b = torch.cat(parts, dim=1)
-    return a.reshape(spec.a_shape).contiguous(), b.reshape(spec.b_shape).contiguous()
+    return contiguous(a.reshape(spec.a_shape)), contiguous(b.reshape(spec.b_shape))
 
 
 def _blocks(spec: SiteSpec) -> Iterable[tuple[slice, slice, slice]]:
