@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import lora_inject as li
 from lora_inject import functional
 from lora_inject.functional import (
+    Delta,
     Factors,
     Tally,
     Term,
@@ -553,13 +554,9 @@ def test_delta_effective_weight_and_fold_state_one_fact(
     matrix, bits = W.view(spec.matrix_shape), W.clone()
     cut = data.draw(st.integers(0, matrix.shape[0]))
     tally = Tally()
-    terms = [Term(spec, A, B)]
-    merged = torch.cat(
-        [
-            fold_rows(matrix[:cut], 0, terms, tally=tally),
-            fold_rows(matrix[cut:], cut, terms, tally=tally),
-        ]
-    ).view(W.shape)
+    delta_rows = Delta([Term(spec, A, B)], torch.promote_types(dtype, torch.float32))
+    halves = [(matrix[:cut], 0), (matrix[cut:], cut)]
+    merged = torch.cat([fold_rows(*half, delta_rows, tally) for half in halves]).view(W.shape)
     assert same_bits(W, bits), "the rows that were given are never written"
     assert ((merged.double() - exact).abs() <= bound).all()
     assert same_bits(merged[delta == 0], W[delta == 0])
@@ -577,9 +574,9 @@ def test_delta_effective_weight_and_fold_state_one_fact(
 def test_fold_takes_mixed_weights_and_another_dtype() -> None:
     spec = SiteSpec("s", "linear", 3, 4, (4, 3), 2, 2.0)
     A, B, W = torch.randn(2, 3), torch.randn(4, 2), torch.randn(4, 3).bfloat16()
-    merged = fold_rows(W, 0, [Term(spec, A, B, 0.5), Term(spec, 2 * A, B, -0.25)])
+    merged = fold_rows(W, 0, Delta([Term(spec, A, B, 0.5), Term(spec, 2 * A, B, -0.25)]))
     assert same_bits(merged, W)
-    wide = fold_rows(W, 0, [Term(spec, A, B)], dtype=torch.float32)
+    wide = fold_rows(W, 0, Delta([Term(spec, A, B)]), out=torch.empty(4, 3))
     assert torch.allclose(wide, W.float() + B @ A, atol=1e-6)
 
 
@@ -588,9 +585,8 @@ def test_fold_says_when_the_result_is_not_finite() -> None:
     W = torch.zeros(4, 3, dtype=torch.float16)
     for size, finite in ((1e2, True), (1e3, False)):
         tally = Tally()
-        fold_rows(
-            W, 0, [Term(spec, torch.full((2, 3), size), torch.full((4, 2), size))], tally=tally
-        )
+        term = Term(spec, torch.full((2, 3), size), torch.full((4, 2), size))
+        fold_rows(W, 0, Delta([term]), tally)
         assert tally.finite is finite
 
 

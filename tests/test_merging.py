@@ -577,16 +577,15 @@ def test_a_merge_that_fails_within_a_tensor_puts_its_rows_back(
     model = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 64)).to(dtype)
     fill(li.inject(model, {**RANK2, "targets": ["0", "1"]}))
     before = snapshot(model)
-    reaching = fold.Delta._on
+    adding = fold.Delta.add_
 
-    def fails(delta: Any, start: int, stop: int) -> Any:
-        found = reaching(delta, start, stop)
-        if start >= 4 and found[0].right.shape[1] == 40:
+    def fails(delta: Any, rows: Tensor, start: int) -> Any:
+        if start >= 4 and rows.shape[1] == 40:
             raise ZeroDivisionError
-        return found
+        return adding(delta, rows, start)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fold.Delta, "_on", fails)
+        patch.setattr(fold.Delta, "add_", fails)
         with pytest.raises(ZeroDivisionError):
             li.merge(model)
     assert snapshot(model) == before

@@ -102,7 +102,7 @@ def rounding_of_rows(
         wanted = before + change
         for name, tally in tallies.items():
             base = FORMATS[name](before)
-            tally.count(base, change, FORMATS[name](wanted) - base)
+            tally.count(base, change, change - (FORMATS[name](wanted) - base))
     return {name: Rounded(tally.kept, tally.error) for name, tally in tallies.items()}
 
 

@@ -29,7 +29,7 @@ from lora_inject.checkpoint.read import RowReader, rows_per_block
 from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import fold_rows_
+from lora_inject.functional import Delta
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,8 @@ class _Rows:
         """Yield all rows of W, and those of D."""
         for start, some in self.between(0, self.placed.stop - self.placed.start):
             wide = torch.float64 if some.dtype == torch.float64 else torch.float32
-            delta = torch.zeros(some.shape, dtype=wide)
-            fold_rows_(delta, start, self.placed.terms)
-            yield some, delta
+            delta = Delta(self.placed.terms, wide)
+            yield some, delta.add_(torch.zeros(some.shape, dtype=wide), start)
 
     def of(self, block: SiteBlock) -> Iterator[tuple[int, Tensor]]:
         """Yield the rows of the part of W that one block updates, counted from its first."""

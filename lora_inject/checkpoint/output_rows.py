@@ -20,7 +20,7 @@ from torch import Tensor
 from lora_inject.checkpoint.output_files import FLOATS, TensorJob
 from lora_inject.checkpoint.read import Room, RowReader, rows_per_block
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import Delta, Scratch, Tally, Term, block_rows, fold_rows, mix_copies
+from lora_inject.functional import Delta, Tally, Term, fold_rows, mix_copies
 from lora_inject.storage.tensors import in_memory
 
 SPAN_ELEMENTS = 1 << 24
@@ -62,11 +62,9 @@ class Memory:
     """Memory that one thread reuses for every block.
 
     Attributes:
-        scratch: Of the arithmetic.
         output: Of rows that cannot take the place of those that were read.
     """
 
-    scratch: Scratch = field(default_factory=Scratch)
     output: Room = field(default_factory=Room)
 
 
@@ -174,10 +172,10 @@ class _Folding:
             else:
                 magnitude = self.magnitude[at : at + total.shape[0]]
                 total *= (magnitude / torch.linalg.vector_norm(total, dim=1)).unsqueeze(1)
-            self.tally.add(before, total, merged.copy_(total))
+            merged.copy_(total)
+            self.tally.count(before, total - before, total - merged.to(self.wide))
         elif self.span.terms:
-            pieces, scratch = block_rows(rows), self.memory.scratch
-            fold_rows(rows, at, self.delta, None, self.tally, scratch, merged, pieces)
+            fold_rows(rows, at, self.delta, self.tally, merged)
         else:
             merged.copy_(rows)
 

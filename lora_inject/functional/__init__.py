@@ -10,13 +10,11 @@ from lora_inject.functional.chosen import chosen_factors, chosen_rows
 from lora_inject.functional.factors import Factors, master_dtype, needs_plain_operations
 from lora_inject.functional.fold import (
     Delta,
-    Scratch,
     Tally,
     Term,
     all_finite,
     block_rows,
     fold_rows,
-    fold_rows_,
     mix_copies,
 )
 from lora_inject.functional.lazy import LazyWeight, lazy_weight
@@ -31,7 +29,6 @@ __all__ = [
     "Factors",
     "LazyWeight",
     "MergeReport",
-    "Scratch",
     "Tally",
     "TensorReport",
     "Term",
@@ -44,7 +41,6 @@ __all__ = [
     "effective_weight",
     "embedding",
     "fold_rows",
-    "fold_rows_",
     "lazy_weight",
     "linear",
     "master_dtype",

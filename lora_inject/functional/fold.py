@@ -10,20 +10,19 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_inject.functional.scripted import scripted
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.tensors import in_memory
 
-# Elements of a block: the float32 room for three and the rows themselves take 1 MiB, which fits
-# the cache of one core.
-BLOCK_ELEMENTS = 9 << 13
+# Elements of a block: what is computed on them stays in a core's cache from one step to the next. A
+# merge takes a third longer with blocks of a quarter.
+BLOCK_ELEMENTS = 1 << 17
 
 
 def block_rows(matrix: Tensor) -> int:
@@ -120,16 +119,11 @@ class Delta:
     """
 
     def __init__(self, terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         parts = [part for term in terms for part in _parts(term, dtype)]
         self._parts = sorted(parts, key=lambda part: part.first)
         self._firsts = [part.first for part in self._parts]
         self._lasts = list(accumulate((part.last for part in self._parts), max))
-
-    def _on(self, start: int, stop: int) -> list[_Part]:
-        """Return the parts that may reach rows `start` to `stop`."""
-        if len(self._parts) == 1:
-            return self._parts
-        return self._parts[bisect_right(self._lasts, start) : bisect_left(self._firsts, stop)]
 
     def add_(self, rows: Tensor, start: int) -> Tensor:
         """Add the delta to some rows, in place.
@@ -141,23 +135,14 @@ class Delta:
         Returns:
             `rows`. Values outside every block keep their bits.
         """
-        for part in self._on(start, start + rows.shape[0]):
-            first, last = max(part.first, start), min(part.last, start + rows.shape[0])
+        stop = start + rows.shape[0]
+        reaching = slice(bisect_right(self._lasts, start), bisect_left(self._firsts, stop))
+        for part in self._parts[reaching]:
+            first, last = max(part.first, start), min(part.last, stop)
             if first < last:
                 left = part.left[first - part.first : last - part.first]
                 rows[first - start : last - start, part.cols].addmm_(left, part.right)
         return rows
-
-    def on(self, start: int, stop: int) -> tuple[list[Tensor], list[Tensor], list[list[int]]]:
-        """Return what reaches rows `start` to `stop`, as plain lists.
-
-        Returns:
-            The left factors, the right factors, and `[first row, last, first column, last]` of
-            where each product goes.
-        """
-        found = self._on(start, stop)
-        places = [[p.first, p.last, p.cols.start, p.cols.stop] for p in found]
-        return [p.left for p in found], [p.right for p in found], places
 
 
 def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
@@ -175,72 +160,43 @@ def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
 
 @dataclass
 class Tally:
-    """Running sums over the row blocks of one tensor: what rounding left of the delta D.
+    """Running sums over rows of one tensor W: what rounding left of its delta D."""
 
-    Attributes:
-        finite: Whether every merged value is finite.
-        counted: Whether any delta was.
-    """
+    _ww: float = 0.0
+    _dd: float = 0.0
+    _rd: float = 0.0
+    _rr: float = 0.0
+    _eps: float = 0.0
 
-    finite: bool = True
-    counted: bool = False
-    _dd: float = field(default=0.0, repr=False)
-    _ww: float = field(default=0.0, repr=False)
-    _rd: float = field(default=0.0, repr=False)
-    _rr: float = field(default=0.0, repr=False)
-    _eps: float = field(default=0.0, repr=False)
+    def count(self, before: Tensor, delta: Tensor, lost: Tensor) -> None:
+        """Count some rows: W, D and `R = W + D - W_merged`, in the dtype they were added in."""
+        w, d, r = before.reshape(-1), delta.reshape(-1), lost.reshape(-1)
+        sums = torch.stack([torch.dot(w, w), torch.dot(d, d), torch.dot(r, d), torch.dot(r, r)])
+        ww, dd, rd, rr = sums.tolist()
+        self._add(ww, dd, rd, rr, torch.finfo(w.dtype).eps)
 
-    def add(self, before: Tensor, wanted: Tensor, after: Tensor) -> None:
-        """Count some rows.
-
-        Args:
-            before: W in the accumulation dtype.
-            wanted: W + D, likewise.
-            after: What is stored.
-        """
-        self.count(before, wanted - before, after.to(wanted.dtype) - before)
-
-    def count(self, before: Tensor, delta: Tensor, effect: Tensor) -> None:
-        """Count some rows, all in the accumulation dtype.
-
-        Args:
-            before: W.
-            delta: D.
-            effect: What W really changed by; used up.
-        """
-        lost = torch.sub(delta, effect, out=effect)
-        flat = before.reshape(-1)
-        both = torch.stack([lost.reshape(-1), delta.reshape(-1)])
-        (rr, rd), (_, dd) = torch.mm(both, both.t()).tolist()
-        self.count_sums([torch.dot(flat, flat).item(), rr, rd, dd], flat.dtype)
-
-    def count_sums(self, sums: Sequence[float], dtype: torch.dtype) -> None:
-        """Count some rows by their sums.
-
-        Args:
-            sums: Of `W * W`, `R * R`, `R * D` and `D * D`, with `R = W + D - W_merged`.
-            dtype: What they were computed in.
-        """
-        ww, rr, rd, dd = sums
+    def _add(self, ww: float, dd: float, rd: float, rr: float, eps: float) -> None:
         self._ww += ww
-        self._rr += rr
-        self._rd += rd
         self._dd += dd
-        self._eps = torch.finfo(dtype).eps
-        self.counted = True
-        self.finite = self.finite and math.isfinite(rr)
+        self._rd += rd
+        self._rr += rr
+        self._eps = max(self._eps, eps)
 
     def __add__(self, other: Tally) -> Tally:
         """Return what was counted in either: other rows of the same tensor."""
-        return Tally(
-            self.finite and other.finite,
-            self.counted or other.counted,
-            self._dd + other._dd,
-            self._ww + other._ww,
-            self._rd + other._rd,
-            self._rr + other._rr,
-            max(self._eps, other._eps),
-        )
+        total = replace(self)
+        total._add(*astuple(other))
+        return total
+
+    @property
+    def finite(self) -> bool:
+        """Whether every merged value is finite."""
+        return math.isfinite(self._rr)
+
+    @property
+    def counted(self) -> bool:
+        """Whether any delta was."""
+        return self._eps > 0
 
     @property
     def delta_norm(self) -> float:
@@ -268,135 +224,38 @@ class Tally:
         return math.sqrt(self._rr / self._dd) if self._dd else 0.0
 
 
-class Scratch:
-    """Memory that a pass over many blocks of rows uses again, so that it allocates nothing.
-
-    What it gives out in inference mode can be written to in inference mode only.
-    """
-
-    def __init__(self) -> None:
-        self._rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def room(self, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return uninitialized memory for three blocks, `(3, n_elements)`, the same each time."""
-        room = self._rooms.get((dtype, device))
-        if room is None or room.numel() < 3 * n_elements:
-            room = torch.empty(3 * n_elements, dtype=dtype, device=device)
-            self._rooms[dtype, device] = room
-        return room[: 3 * n_elements].view(3, n_elements)
-
-
 def fold_rows(
     rows: Tensor,
     start: int,
-    terms: Sequence[Term] | Delta,
-    dtype: torch.dtype | None = None,
+    delta: Delta,
     tally: Tally | None = None,
-    scratch: Scratch | None = None,
     out: Tensor | None = None,
-    piece_rows: int | None = None,
 ) -> Tensor:
-    """Return some rows of the weight matrix with all terms added, rounded once.
+    """Return some rows of the weight matrix with the delta added, rounded once.
 
     Args:
         rows: `(n, cols)`: rows `start` to `start + n` of the weight matrix; modified only where
             they are `out`.
         start: Index of the first row.
-        terms: The updates, as a `Delta` in the accumulation dtype where many blocks share it.
-        dtype: Dtype of the result; that of `rows` by default.
-        tally: Counts what rounding left, where given.
-        scratch: Buffers to use again; new ones by default.
+        delta: Its dtype is that of the sum.
+        tally: Counts what rounding left, which takes as long as the rest.
         out: Where the result goes, possibly `rows` itself; a new tensor by default.
-        piece_rows: How many rows to compute on at a time; all by default. Sums are counted piece
-            by piece.
 
     Returns:
-        `(n, cols)`. Accumulated in float32, or in float64 for a float64 weight. Values outside
-        every block come back with the same bits.
+        `(n, cols)`. Values outside every block of the delta come back with the same bits.
     """
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    scratch = scratch or Scratch()
-    delta = terms if isinstance(terms, Delta) else Delta(terms, wide)
-    if out is None:
-        out = torch.empty(rows.shape, dtype=dtype or rows.dtype, device=rows.device)
-    n_rows, n_cols = rows.shape
-    step = max(1, min(piece_rows or n_rows, n_rows))
-    lefts, rights, places = delta.on(start, start + n_rows)
+    out = torch.empty_like(rows) if out is None else out
+    step = block_rows(rows)
     with torch.inference_mode():  # autograd's bookkeeping would be a tenth of the arithmetic
-        room = scratch.room(step * n_cols, wide, rows.device)
-        sums = _fold_pieces(rows, out, start, lefts, rights, places, room, step, tally is not None)
-    if tally is not None:
-        tally.count_sums(sums, wide)
+        for first in range(0, rows.shape[0], step):
+            piece, merged = rows[first : first + step], out[first : first + step]
+            before = piece.to(delta.dtype, copy=True)
+            if tally is None:
+                merged.copy_(delta.add_(before, start + first))
+                continue
+            # -0.0, which added to any value leaves all of its bits.
+            change = delta.add_(torch.full_like(before, -0.0), start + first)
+            wanted = before + change
+            merged.copy_(wanted)
+            tally.count(before, change, wanted.sub_(merged.to(delta.dtype)))
     return out
-
-
-@scripted
-def _fold_pieces(
-    rows: Tensor,
-    out: Tensor,
-    start: int,
-    lefts: list[Tensor],
-    rights: list[Tensor],
-    places: list[list[int]],
-    room: Tensor,
-    step: int,
-    count: bool,
-) -> list[float]:
-    """Fold `step` rows at a time; returns the sums of `W * W`, `R * R`, `R * D` and `D * D`.
-
-    TorchScript: no calls of our own, no other types.
-    """
-    n_rows, n_cols = rows.shape[0], rows.shape[1]
-    n_pieces = (n_rows + step - 1) // step
-    weights = torch.zeros(n_pieces, dtype=room.dtype, device=room.device)
-    losses = torch.zeros(n_pieces, 2, 2, dtype=room.dtype, device=room.device)
-    # Views in lists, made at once, are fewer calls at each turn.
-    piece_weights, piece_losses = weights.unbind(), losses.unbind()
-    pieces, merged_pieces = torch.split(rows, step), torch.split(out, step)
-    total, change, stored = room.view(3, step, n_cols).unbind()
-    both = room[:2]
-    flat, turned = both[0], both.t()
-    for k in range(n_pieces):
-        piece = pieces[k]
-        n = piece.shape[0]
-        if n < step:
-            total, change, stored = total[:n], change[:n], stored[:n]
-            both = room[:2, : n * n_cols]
-            flat, turned = both[0], both.t()
-        first = start + k * step
-        last = first + n
-        total.copy_(piece)
-        whole = len(places) == 1 and places[0][0] <= first and last <= places[0][1]
-        if whole and places[0][2] == 0 and places[0][3] == n_cols:
-            left = lefts[0][first - places[0][0] : last - places[0][0]]
-            torch.mm(left, rights[0], out=change)
-        else:
-            change.zero_().neg_()  # -0.0, which added to any value leaves all of its bits
-            for i in range(len(places)):
-                begin, end = max(places[i][0], first), min(places[i][1], last)
-                if begin < end:
-                    left = lefts[i][begin - places[i][0] : end - places[i][0]]
-                    part = change[begin - first : end - first, places[i][2] : places[i][3]]
-                    part.addmm_(left, rights[i])
-        if count:
-            torch.dot(flat, flat, out=piece_weights[k])
-        total.add_(change)
-        merged = merged_pieces[k].copy_(total)
-        if count:
-            total.sub_(stored.copy_(merged))
-            torch.mm(both, turned, out=piece_losses[k])
-    sums = losses.sum(dim=0, dtype=torch.float64)
-    ww = weights.sum(dtype=torch.float64)
-    return [float(ww), float(sums[0, 0]), float(sums[0, 1]), float(sums[1, 1])]
-
-
-def fold_rows_(rows: Tensor, start: int, terms: Sequence[Term] | Delta) -> None:
-    """Add all terms to some rows of a float32 or float64 weight matrix, in place.
-
-    Args:
-        rows: `(n, cols)`: rows `start` to `start + n` of the weight matrix.
-        start: Index of the first row.
-        terms: The updates, as a `Delta` in the dtype of `rows` where many blocks share it.
-    """
-    delta = terms if isinstance(terms, Delta) else Delta(terms, rows.dtype)
-    delta.add_(rows, start)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.functional import MergeReport, Tally, TensorReport, fold_rows_
+from lora_inject.functional import MergeReport, Tally, TensorReport
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import allow_loading, refuse_loading
@@ -40,7 +40,6 @@ from lora_inject.model.merge_targets import (
     check_results,
     merge_targets,
     not_finite,
-    whole_calls,
 )
 from lora_inject.spec.names import joined
 
@@ -264,12 +263,12 @@ def _write(targets: list[Target], undo: bool, undos: list[_Undo]) -> None:
 def _write_rows(target: Target, undo: _Undo) -> None:
     """Write all merged rows; count what rounding leaves where nobody has yet."""
     tally = Tally() if target.narrow and target.tally is None else None
-    for start, rows in target.blocks(whole_calls(undo.original is not None, target)):
+    for start, rows in target.blocks():
         undo.keep(rows, start)
         if target.narrow or target.copies:
             target.merged(rows, start, tally, out=rows)
         else:
-            fold_rows_(rows, start, target.delta)
+            target.delta.add_(rows, start)
     target.tally = target.tally or tally
 
 

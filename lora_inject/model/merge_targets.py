@@ -7,7 +7,6 @@ where only that can tell whether they may be written; the second writes, row blo
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError, StateError
 from lora_inject.functional import (
     Delta,
-    Scratch,
     Tally,
     Term,
     all_finite,
     block_rows,
     fold_rows,
-    fold_rows_,
     mix_copies,
 )
 from lora_inject.layers.attached import Entry
@@ -33,10 +30,6 @@ from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.carried import whole_adapter
 from lora_inject.model.sharding import sharded_by
 from lora_inject.spec.names import joined
-
-BLOCKS_A_CALL = 16
-"""Row blocks in one call: it amortizes the call's overhead, and what is kept of the rows before is
-still in a cache."""
 
 
 class Holder(NamedTuple):
@@ -64,11 +57,9 @@ class Target:
         copies: Full trained copies, each with its weight.
         sharers: Who else holds the same memory, and must not see the merge.
         tally: What rounding left, where it was counted.
-        scratch: Memory that all targets use in turn.
     """
 
     holder: Holder
-    scratch: Scratch
     terms: list[Term] = field(default_factory=list)
     copies: list[tuple[Tensor, float]] = field(default_factory=list)
     sharers: list[Holder] = field(default_factory=list)
@@ -110,14 +101,10 @@ class Target:
         )
         return not bound <= 1e-6 * torch.finfo(self.weight.dtype).max
 
-    def blocks(self, n: float = 1) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` of the weight matrix, views in its own storage.
-
-        Args:
-            n: How many usual blocks to take at once.
-        """
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` of the weight matrix, views in its own storage."""
         matrix = self.weight.detach().view(self.matrix_shape)
-        step = int(min(n * block_rows(matrix), max(1, matrix.shape[0])))
+        step = block_rows(matrix)
         for i, rows in enumerate(matrix.split(step)):  # type: ignore[no-untyped-call]
             yield i * step, rows
 
@@ -126,22 +113,21 @@ class Target:
     ) -> Tensor:
         """Return some merged rows, possibly into `rows` itself."""
         if not self.copies:
-            pieces = block_rows(rows)
-            return fold_rows(rows, start, self.delta, None, tally, self.scratch, out, pieces)
-        stop, wide = start + rows.shape[0], self.copies[0][0].dtype
+            return fold_rows(rows, start, self.delta, tally, out)
+        stop, wide = start + rows.shape[0], self.delta.dtype
         copies = [(t.reshape(self.matrix_shape)[start:stop], w) for t, w in self.copies]
-        before = rows.to(wide) if tally is not None else None
+        before = rows.to(wide, copy=True)
         wanted = mix_copies(rows, copies, wide)
-        fold_rows_(wanted, start, self.terms)
+        self.delta.add_(wanted, start)
         merged = wanted.to(rows.dtype) if out is None else out.copy_(wanted)
-        if tally is not None and before is not None:
-            tally.add(before, wanted, merged)
+        if tally is not None:
+            tally.count(before, wanted - before, wanted - merged.to(wide))
         return merged
 
     def rehearse(self) -> None:
         """Form all merged rows and count, without writing."""
         self.tally = Tally()
-        for start, rows in self.blocks(BLOCKS_A_CALL):
+        for start, rows in self.blocks():
             self.merged(rows, start, self.tally)
 
 
@@ -160,12 +146,11 @@ def merge_targets(survey: Survey, active: tuple[tuple[str, float], ...]) -> list
         StateError: An adapter is not whole in this model, or holds NaN or Inf.
         LayerError: A weight cannot be written, or shares a part of its memory with another.
     """
-    scratch = Scratch()
     found: dict[tuple[int, str], Target] = {}
     for adapter, weight in active:
         for path, module, entry in whole_adapter(survey, adapter, "merge"):
             holder = Holder(joined(path, entry.param), module, entry.param)
-            target = found.setdefault((id(module), entry.param), Target(holder, scratch))
+            target = found.setdefault((id(module), entry.param), Target(holder))
             _add_entry(target, entry, weight)
     targets = list(found.values())
     for target in targets:
@@ -316,11 +301,3 @@ def not_finite(target: Target, base: Tensor) -> LayerError:
         return LayerError(asked, "the base holds NaN or Inf", "Check the base")
     found = f"the merged weight overflows {target.weight.dtype}"
     return LayerError(asked, found, "Merge in a wider dtype")
-
-
-def whole_calls(keeps: bool, target: Target) -> float:
-    """Return how many row blocks to write in one call."""
-    if not keeps and not target.copies:  # nothing waits for its turn in the cache
-        return math.inf
-    in_place = not target.copies and not target.narrow
-    return 4.0 if in_place else float(BLOCKS_A_CALL)  # without float32 copies more fits
