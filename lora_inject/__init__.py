@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from lora_inject.formats import read_adapter, write_adapter
     from lora_inject.functional.merge_report import MergeReport
     from lora_inject.integrations.trainer import AdapterCheckpoint
+    from lora_inject.integrations.trl import reference
     from lora_inject.layers.kinds import register_kind
     from lora_inject.model.eject import eject
     from lora_inject.model.inject import inject, plan
     from lora_inject.model.listing import adapters, summary
     from lora_inject.model.load import install, load_adapter
     from lora_inject.model.merge import merge, unmerge
+    from lora_inject.model.merged_weights import merged_weights
     from lora_inject.model.reached import unreached
     from lora_inject.model.save import adapter_state, save_adapter
     from lora_inject.model.select import activate, disabled, routed
@@ -72,9 +74,11 @@ __all__ = [
     "load_adapter",
     "merge",
     "merge_checkpoint",
+    "merged_weights",
     "parameter_groups",
     "plan",
     "read_adapter",
+    "reference",
     "register_kind",
     "routed",
     "save_adapter",
@@ -96,11 +100,13 @@ _HOMES = {
     "formats": "read_adapter write_adapter",
     "functional.merge_report": "MergeReport",
     "integrations.trainer": "AdapterCheckpoint",
+    "integrations.trl": "reference",
     "layers.kinds": "register_kind",
     "model.eject": "eject",
     "model.inject": "inject plan",
     "model.listing": "adapters summary",
     "model.merge": "merge unmerge",
+    "model.merged_weights": "merged_weights",
     "model.reached": "unreached",
     "model.load": "install load_adapter",
     "model.save": "adapter_state save_adapter",

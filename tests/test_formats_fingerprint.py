@@ -93,7 +93,7 @@ def test_other_shapes_names_and_values() -> None:
 
 def test_quantized_weights_are_named_not_compared() -> None:
     plain = Fingerprint({"w": (1,), "v": (1,)}, {"w": (1.0,), "v": (1.0,)})
-    packed = Fingerprint({"w": (1,), "v": (1,)}, {"v": (1.0,)}, ("w",))
+    packed = Fingerprint({"w": (1,), "v": (1,)}, {"v": (1.0,)}, {"w": "int8"})
     for pair in ((plain, packed), (packed, plain)):
         assert unverifiable(*pair) == ("w",)
         assert compare(*pair) == {}

@@ -27,8 +27,8 @@ import lora_inject as li
 N = 64  # the smallest block of the 4-bit formats
 
 
-def plain_net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
+def plain_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 32)).to(dtype)
 
 
@@ -39,9 +39,9 @@ def imported(package: str) -> Any:
         return pytest.importorskip(package)
 
 
-def torchao(config_name: str, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+def torchao(config_name: str, seed: int, **options: Any) -> nn.Module:
     quantization = imported("torchao.quantization")
-    net = plain_net(dtype)
+    net = plain_net(torch.bfloat16 if "Int4" in config_name else torch.float32, seed)
     try:
         quantization.quantize_(net, getattr(quantization, config_name)(**options))
     except (ImportError, NotImplementedError) as missing:
@@ -49,21 +49,24 @@ def torchao(config_name: str, dtype: torch.dtype = torch.float32, **options: Any
     return net
 
 
-def bitsandbytes(cls: str, **options: Any) -> nn.Module:
+def bitsandbytes(cls: str, seed: int, **options: Any) -> nn.Module:
     layers = imported("bitsandbytes").nn
     make = getattr(layers, cls)
     net = nn.Sequential(make(N, N, **options), nn.Tanh(), make(N, 32, **options))
-    net.load_state_dict(plain_net().state_dict())
+    net.load_state_dict(plain_net(seed=seed).state_dict())
     return net.to("cpu")  # this is what quantizes
 
 
-FORMATS: dict[str, Callable[[], nn.Module]] = {
-    "torchao int8": lambda: torchao("Int8WeightOnlyConfig"),
-    "torchao int4": lambda: torchao("Int4WeightOnlyConfig", torch.bfloat16, group_size=32),
-    "bitsandbytes 8-bit": lambda: bitsandbytes("Linear8bitLt", has_fp16_weights=False),
-    "bitsandbytes 4-bit": lambda: bitsandbytes("Linear4bit", compute_dtype=torch.float32),
-    "bitsandbytes nf4": lambda: bitsandbytes(
-        "Linear4bit", compute_dtype=torch.float32, quant_type="nf4"
+FORMATS: dict[str, Callable[..., nn.Module]] = {
+    "torchao int8": lambda seed=0: torchao("Int8WeightOnlyConfig", seed),
+    "torchao int4": lambda seed=0: torchao("Int4WeightOnlyConfig", seed, group_size=32),
+    "torchao float8": lambda seed=0: torchao("Float8WeightOnlyConfig", seed),
+    "bitsandbytes 8-bit": lambda seed=0: bitsandbytes("Linear8bitLt", seed, has_fp16_weights=False),
+    "bitsandbytes 4-bit": lambda seed=0: bitsandbytes(
+        "Linear4bit", seed, compute_dtype=torch.float32
+    ),
+    "bitsandbytes nf4": lambda seed=0: bitsandbytes(
+        "Linear4bit", seed, compute_dtype=torch.float32, quant_type="nf4"
     ),
 }
 
@@ -160,7 +163,7 @@ def test_merging_is_refused_and_the_way_out_named(form: str, undo: bool) -> None
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
-def test_a_load_asks_to_be_told_that_the_base_is_quantized(
+def test_a_load_onto_the_same_quantized_base_needs_no_word(
     form: str, layout: str, tmp_path: Path
 ) -> None:
     net, x = build(form)
@@ -168,15 +171,30 @@ def test_a_load_asks_to_be_told_that_the_base_is_quantized(
     adapted, state = net(x), li.adapter_state(net)
     path, _ = saved(net, tmp_path, layout)
     li.eject(net)
-    bare, held = net(x), objects(net)
-    with pytest.raises(li.FormatError, match=r'quantized.*base="quantized"'):
-        li.load_adapter(net, path)
-    assert same_bits(net(x), bare)
-    assert objects(net) == held
-    li.load_adapter(net, path, base="quantized")
+    li.load_adapter(net, path)
     assert same_bits(net(x), adapted)
     again = li.adapter_state(net)
     assert all(same_bits(again.sites[k].B, site.B) for k, site in state.sites.items())
+
+
+def test_another_quantized_base_is_refused_in_values_in_format_and_plain(
+    form: str, tmp_path: Path
+) -> None:
+    net, x = build(form)
+    fill(li.inject(net, config("0", "2")))
+    path, _ = saved(net, tmp_path, "peft")
+    other = {"bitsandbytes 4-bit": "bitsandbytes nf4", "bitsandbytes nf4": "bitsandbytes 4-bit"}
+    bases = {
+        r"another base: '0\.weight' is .* in the file and .* here": FORMATS[form](seed=1),
+        "another base": FORMATS[other.get(form, "bitsandbytes nf4")](),
+        'quantized here or where.*base="quantized"': plain_net(),
+    }
+    for message, base in bases.items():
+        before, held = base(x), objects(base)
+        with pytest.raises(li.FormatError, match=message):
+            li.load_adapter(base, path)
+        assert same_bits(base(x), before)
+        assert objects(base) == held
 
 
 def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(

@@ -46,12 +46,14 @@ class Fingerprint:
     Attributes:
         shapes: Shape of each adapted weight, by its name in the state dict.
         samples: A few values of each, float32, taken at evenly spaced flat positions.
-        quantized: Names of weights that are not plain floating point tensors; they have no samples.
+        quantized: What is known of each weight that is not a plain floating point tensor, and so
+            has no samples: class, format, block size and a few packed bytes, as a text; empty for
+            sharded tensors and those on the meta device.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     samples: Mapping[str, tuple[float, ...]]
-    quantized: tuple[str, ...] = ()
+    quantized: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

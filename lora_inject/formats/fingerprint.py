@@ -2,14 +2,16 @@
 
 Sixteen values at evenly spaced places of each adapted weight say which base it is. They
 are compared to the precision of bfloat16, so the same base in another dtype passes and another base
-does not.
+does not. Of a quantized weight the class, the settings and a few packed bytes are compared.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +90,69 @@ def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
     return found
 
 
+def packing(weight: Tensor) -> str:
+    """Say how a quantized weight is packed, and a few of its bytes: class, format, block size.
+
+    What a device may round in another way, the scales, is given with three digits.
+
+    Args:
+        weight: A packed tensor, or a tensor subclass that stands for one.
+
+    Returns:
+        One line, or nothing for a tensor of which this process does not hold the values.
+
+    Examples:
+        >>> packing(torch.arange(3, dtype=torch.int8))
+        'Tensor, int8 (3,) 000102'
+    """
+    if weight.is_meta or hasattr(weight, "full_tensor"):
+        return ""
+    return ", ".join((type(weight).__name__, *_parts(weight)))
+
+
+def _parts(weight: Tensor) -> Iterator[str]:
+    """What a packed tensor consists of: its settings and its inner tensors."""
+    state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
+    if state is not None:
+        yield f"{state.quant_type}, blocks of {state.blocksize}, {tuple(state.shape)}"
+        yield _glimpse(_codes(weight.data, state))
+    elif hasattr(weight, "__tensor_flatten__"):  # torchao, quanto
+        names, settings = weight.__tensor_flatten__()
+        yield from _settings(settings.items() if isinstance(settings, Mapping) else ())
+        for name in names:
+            yield f"{name}: {', '.join(_parts(getattr(weight, name)))}"
+    else:
+        yield _glimpse(weight)
+
+
+def _codes(data: Tensor, state: Any) -> Tensor:
+    """The 4-bit codes as bitsandbytes stores them; inference on some CPUs has them rearranged."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return data
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    found: Tensor = _convert_weight_packed_for_cpu_inverse(data, copy.copy(state))[0]
+    return found
+
+
+def _settings(items: Iterable[tuple[str, object]]) -> Iterator[str]:
+    for name, value in items:
+        if isinstance(value, float):
+            yield f"{name} {value:.2e}"
+        elif isinstance(value, str | int | tuple | list) and not name.endswith("dtype"):
+            yield f"{name} {value}"  # any dtype will do, as for a plain base
+
+
+def _glimpse(tensor: Tensor) -> str:
+    flat = tensor.detach().reshape(-1)
+    start = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    if tensor.is_floating_point() and tensor.element_size() > 1:
+        values = flat[_index((flat.numel(),))[::5].to(flat.device)].tolist()
+        return " ".join((start, *(f"{value:.2e}" for value in values)))
+    raw = flat.view(torch.uint8)
+    return f"{start} {bytes(raw[_index((raw.numel(),)).to(raw.device)].tolist()).hex()}"
+
+
 @lru_cache(maxsize=256)
 def _index(shape: tuple[int, ...]) -> Tensor:
     """The positions as a tensor; a model has few shapes and many weights."""
@@ -116,6 +181,10 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
     for name, shape in saved.shapes.items():
         if name not in found.shapes:
             differences[name] = "is not in this model"
+        elif saved.quantized.get(name) and found.quantized.get(name):
+            packed, other = saved.quantized[name], found.quantized[name]  # shapes included
+            if packed != other:
+                differences[name] = f"is {packed[:300]} in the file and {other[:300]} here"
         elif tuple(found.shapes[name]) != tuple(shape):
             differences[name] = (
                 f"has shape {tuple(shape)} in the file and {found.shapes[name]} here"
@@ -128,14 +197,20 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
 
 
 def unverifiable(saved: Fingerprint, found: Fingerprint) -> tuple[str, ...]:
-    """Names of weights whose values cannot be compared, because they are quantized on either side.
+    """Names of weights that cannot be compared: quantized on one side only, sharded or on meta.
 
     Examples:
-        >>> unverifiable(Fingerprint({"w": (2,)}, {}, ("w",)), Fingerprint({"w": (2,)}, {}))
+        >>> packed = Fingerprint({"w": (2,)}, {}, {"w": "Params4bit, nf4"})
+        >>> unverifiable(packed, Fingerprint({"w": (2,)}, {"w": (1.0, 2.0)}))
         ('w',)
+        >>> unverifiable(packed, packed)
+        ()
     """
     return tuple(
-        name for name in saved.shapes if name not in saved.samples or name not in found.samples
+        name
+        for name in saved.shapes
+        if (name not in saved.samples or name not in found.samples)
+        and not (saved.quantized.get(name) and found.quantized.get(name))
     )
 
 

@@ -277,7 +277,7 @@ def _specs(
 class _FingerprintText(_Strict):
     shapes: dict[str, tuple[int, ...]]
     samples: dict[str, str]
-    quantized: tuple[str, ...]
+    quantized: dict[str, str]
 
 
 _FINGERPRINT = TypeAdapter(_FingerprintText | None)
@@ -288,7 +288,7 @@ def _fingerprint_to_plain(fingerprint: Fingerprint | None) -> dict[str, Any] | N
         return None
     samples = {name: _packed(values, name) for name, values in fingerprint.samples.items()}
     shapes = {name: list(shape) for name, shape in fingerprint.shapes.items()}
-    return {"shapes": shapes, "samples": samples, "quantized": list(fingerprint.quantized)}
+    return {"shapes": shapes, "samples": samples, "quantized": dict(fingerprint.quantized)}
 
 
 def _packed(values: Sequence[float], name: str) -> str:

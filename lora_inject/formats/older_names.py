@@ -161,7 +161,7 @@ class _Renaming:
         return Fingerprint(
             {new: of.shapes[name] for name, new in kept.items()},
             {new: of.samples[name] for name, new in kept.items() if name in of.samples},
-            tuple(kept[name] for name in of.quantized if name in kept),
+            {kept[name]: how for name, how in of.quantized.items() if name in kept},
         )
 
 

@@ -16,7 +16,14 @@ from torch import nn
 from lora_inject.layers.attached import attached_to
 
 # What verbs put into a module's __dict__.
-KEYS = ("_lora", "_lora_root", "_old_forward", "resize_token_embeddings", "save_pretrained")
+KEYS = (
+    "_lora",
+    "_lora_root",
+    "_old_forward",
+    "_hf_peft_config_loaded",
+    "resize_token_embeddings",
+    "save_pretrained",
+)
 TABLES = ("_parameters", "_load_state_dict_pre_hooks")
 
 

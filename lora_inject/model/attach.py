@@ -36,6 +36,7 @@ from lora_inject.model.carried import (
 from lora_inject.model.reached import refuse_unreached
 from lora_inject.model.save_pretrained import save_adapters_instead
 from lora_inject.model.train import set_trained
+from lora_inject.model.trainable import state_adapters
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 
@@ -186,6 +187,7 @@ def attach(
         refuse_resizing(modules, adapted_modules(survey).values())
         structure_changed()
         save_adapters_instead(modules)
+        state_adapters(modules)
         if activate:
             selection.replace(State(active=((name, 1.0),)))
         if probe is not None:

@@ -29,6 +29,7 @@ from lora_inject.model.carried import (
     whole_adapter,
 )
 from lora_inject.model.save_pretrained import save_models_again
+from lora_inject.model.trainable import state_no_adapters
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,6 +76,7 @@ def eject(model: M, name: str | None = None) -> M:
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
         save_models_again(modules.values())
+        state_no_adapters(modules.values())
     return model
 
 

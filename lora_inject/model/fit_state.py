@@ -219,7 +219,7 @@ def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) ->
     Raises:
         FormatError: It is another one, or that cannot be told.
     """
-    if (saved.shapes, saved.samples) == (here.shapes, here.samples) and not here.quantized:
+    if saved == here and not here.quantized:
         return
     shapes = {key: shape for key, shape in saved.shapes.items() if key in here.shapes}
     if unknown := unverifiable(Fingerprint(shapes, saved.samples, saved.quantized), here):
@@ -227,11 +227,12 @@ def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) ->
             raise FormatError(
                 asked,
                 f"the base cannot be compared at {len(unknown)} sites, of which {unknown[0]!r}: "
-                "its weight is quantized, sharded or on the meta device, here or where it was made",
+                "its weight is quantized here or where the adapter was made, but not in both, "
+                "or it is sharded or on the meta device",
                 'Pass base="quantized" where it is the right base',
             )
         shapes = {key: shape for key, shape in shapes.items() if key not in unknown}
-    differences = compare(Fingerprint(shapes, saved.samples), here)
+    differences = compare(Fingerprint(shapes, saved.samples, saved.quantized), here)
     if differences:
         key, what = next(iter(differences.items()))
         raise FormatError(

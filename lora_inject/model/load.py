@@ -45,8 +45,9 @@ def load_adapter(
         leave_out: Patterns (as in a config) of trained tensors and sites to let go, for instance a
             head of another task. Each must match something.
         base: `same`: the base must be the one that the adapter was made on, as far as its
-            fingerprint tells, in whatever dtype. `quantized`: values that cannot be compared
-            because the base is quantized are let through. `any`: no comparison.
+            fingerprint tells, in whatever dtype, or quantized in the same way. `quantized`: what
+            cannot be compared is let through, as of a base that is quantized only here, or was only
+            where the adapter was made. `any`: no comparison.
         format: A row of `formats.FORMATS`; by default it is told from the files.
         **options: For the format.
 

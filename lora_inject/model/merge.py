@@ -129,10 +129,10 @@ def merge(
             the model's class would tie again what has to be untied. Nothing was changed.
     """
     survey = Survey(model)
-    selection, root = _root_selection(survey)
+    selection, root = root_selection(survey)
     refuse_merged(selection, "merge")
     selection.check_settled("merge", others=True)
-    state = _state_to_merge(survey, selection, name)
+    state = state_to_merge(survey, selection, name)
     targets = merge_targets(survey, state.active)
     _check_ties(survey, targets, eject)
     check_results(targets, min_kept, undo)
@@ -194,7 +194,12 @@ def _torn(n_written: int, n_targets: int) -> StateError:
     )
 
 
-def _root_selection(survey: Survey) -> tuple[Selection, Root]:
+def root_selection(survey: Survey) -> tuple[Selection, Root]:
+    """Return the selection and the record of the one injected root that a model is or holds.
+
+    Raises:
+        StateError: There is none, or more than one.
+    """
     root = survey.model.__dict__.get(ROOT)
     if root is not None:
         return root.selection, root
@@ -214,9 +219,14 @@ def _module_of(survey: Survey, root: Root) -> nn.Module:
     return next(m for _, m in survey.modules if m.__dict__.get(ROOT) is root)
 
 
-def _state_to_merge(
+def state_to_merge(
     survey: Survey, selection: Selection, name: str | Mapping[str, float] | None
 ) -> State:
+    """Return which adapters are to be folded: what was asked for, or else what is active.
+
+    Raises:
+        StateError: Nothing is, a name is unknown, or a weight is not finite.
+    """
     if name is None:
         state = selection.state
     else:
@@ -409,7 +419,7 @@ def unmerge(model: M) -> M:
             replaced since. Nothing was changed.
     """
     survey = Survey(model)
-    selection, root = _root_selection(survey)
+    selection, root = root_selection(survey)
     if selection.merged is None:
         raise StateError("unmerge", "nothing is merged", "Call merge(model) first")
     selection.check_settled("unmerge", others=True)

@@ -14,7 +14,7 @@ from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
 from lora_inject.errors import StateError
 from lora_inject.formats import write_adapter
 from lora_inject.formats.checks import FLOATS
-from lora_inject.formats.fingerprint import samples
+from lora_inject.formats.fingerprint import packing, samples
 from lora_inject.formats.peft import options_for_writing
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey
@@ -126,7 +126,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     """Sample weights, so that another base of the same shape can be told.
 
     Args:
-        weights: Name to tensor. Quantized, sharded and meta tensors are named but not sampled.
+        weights: Name to tensor. Quantized tensors are described (`formats.fingerprint.packing`);
+            of sharded and meta tensors nothing is known.
 
     Returns:
         The fingerprint.
@@ -139,7 +140,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     return Fingerprint(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         samples=samples(plain),
-        quantized=tuple(name for name in weights if name not in plain),
+        quantized={name: packing(weight) for name, weight in weights.items() if name not in plain},
     )
 
 

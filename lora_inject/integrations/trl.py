@@ -1,0 +1,82 @@
+"""A reference model for TRL's trainers that is the trained model with its adapters left out.
+
+TRL knows adapters by PEFT's class, and loads a second base as reference for any other model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lora_inject.errors import StateError
+from lora_inject.layers.survey import Survey
+from lora_inject.model.carried import reach
+from lora_inject.model.select import disabled
+
+
+def reference(model: nn.Module) -> nn.Module:
+    """Return a module that computes what the model would without adapters, on the same weights.
+
+    It stands where a second, frozen model is asked for, as `ref_model` of TRL's DPO and KTO. For
+    GRPO, which takes none, set it after construction; see the guide of Trainer and TRL.
+
+    Args:
+        model: The model that trains.
+
+    Returns:
+        A module without parameters of its own. Whatever else is asked of it, such as `config`, is
+        the model's. A call runs under `disabled(model)`, in its own mode, which is evaluation.
+
+    Raises:
+        StateError: The model carries no adapter; in a call: it is merged.
+
+    Examples:
+        >>> import torch
+        >>> from lora_inject.model.inject import inject
+        >>> net = nn.Sequential(nn.Linear(4, 6))
+        >>> x = torch.ones(1, 4)
+        >>> before = net(x)
+        >>> _ = inject(net, {"rank": 2, "targets": ["0"], "init": "pissa"})
+        >>> torch.equal(reference(net)(x), before)
+        True
+    """
+    if not reach(model, Survey(model)).names:
+        found = "the model carries no adapter"
+        raise StateError("reference", found, "Inject or load one first")
+    return _Reference(model).eval()
+
+
+class _Reference(nn.Module):
+    """The model without its adapters; see `reference`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["policy"] = model  # not a child: it has no parameters, modes or hooks of it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["policy"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call under `disabled`, also where somebody has put another `forward` on this module."""
+        with disabled(self.policy), _mode(self.policy, self.training):
+            return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the model does."""
+        return self.policy(*args, **kwargs)
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into training or evaluation mode, and each module back into its own."""
+    changed = [module for module in model.modules() if module.training is not training]
+    for module in changed:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = not training

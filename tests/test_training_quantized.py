@@ -1,0 +1,111 @@
+"""Trainer on a quantized base: it trains the adapter as PEFT does, and saves and loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill
+from training_models import curve, rows
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import lora_inject as li
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytest.importorskip("bitsandbytes")
+TARGETS = ["q_proj", "v_proj"]
+CONFIG = {"rank": 2, "alpha": 4, "targets": TARGETS}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FORMATS = {"nf4": NF4 | {"bnb_4bit_use_double_quant": True}, "int8": {"load_in_8bit": True}}
+
+
+def llama_folder(out: Path) -> Path:
+    """As large as bitsandbytes' kernels for CPUs take."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, vocab_size=103)
+    LlamaForCausalLM(config).save_pretrained(out)
+    return out
+
+
+def quantized(folder: Path, form: str) -> Any:
+    how = BitsAndBytesConfig(**FORMATS[form])
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=torch.float32, device_map="cpu"
+    )
+
+
+def trainer(out: Path, model: Any, **changes: Any) -> Trainer:
+    settings = {"max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
+    settings |= {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", **changes}
+    return Trainer(model, TrainingArguments(str(out), **settings), train_dataset=rows(vocab=103))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_trainer_trains_saves_and_loads_on_a_quantized_base(form: str, tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path / "llama")
+    model = quantized(folder, form)
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(tmp_path, model)
+    li.inject(model, CONFIG)
+    ours = trainer(tmp_path, model)
+    start = {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
+    ours.train()
+    losses = [loss for _, _, loss in curve(ours.state.log_history)]
+
+    theirs = trainer(tmp_path, as_peft(quantized(folder, form), start))
+    theirs.train()
+    wanted = [loss for _, _, loss in curve(theirs.state.log_history)]
+    assert len(losses) == 6
+    assert losses == pytest.approx(wanted, rel=1e-4)
+
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        served = model.eval()(ids).logits  # which has bitsandbytes rearrange its codes
+    ours.save_model(tmp_path / "saved")
+    again = li.load_adapter(quantized(folder, form), tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again.eval()(ids).logits, served)
+    li.eject(model)
+    assert "_hf_peft_config_loaded" not in vars(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(tmp_path, model)
+
+
+def as_peft(model: Any, start: dict[str, torch.Tensor]) -> Any:
+    """The same model under PEFT, with equal A and B."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config)
+    held = {k.replace(".default.weight", ""): p for k, p in wrapped.named_parameters()}
+    with torch.no_grad():
+        for key, tensor in start.items():
+            held[f"base_model.model.{key}"].copy_(tensor)
+    return wrapped
+
+
+def test_checkpointed_layers_of_a_quantized_base_train(tmp_path: Path) -> None:
+    """Trainer turns on gradients of the inputs for whoever says that it has adapters."""
+    model = quantized(llama_folder(tmp_path / "llama"), "nf4")
+    fill(li.inject(model, CONFIG), std=0.02)
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    before = {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
+    trainer(tmp_path, model, max_steps=1, **how).train()
+    for key, parameter in li.adapter_parameters(model).items():
+        assert not torch.equal(parameter, before[key]), key
+
+
+def test_a_flag_of_somebody_else_stays(tmp_path: Path) -> None:
+    model = quantized(llama_folder(tmp_path / "llama"), "nf4")
+    model._hf_peft_config_loaded = True
+    li.eject(li.inject(model, CONFIG))
+    assert model._hf_peft_config_loaded is True
