@@ -1,0 +1,667 @@
+"""All verbs in any order on random models, against a dense float64 model that is kept beside them.
+
+`Truth` knows W and, for each adapter, A, B and full copies T, and nothing of the package: a weight
+is `W + sum of weight * (T - W) + sum of weight * scale * B @ A`. After every rule the model must
+compute what the dense model does and hold its base bit for bit, also where a verb was refused; only
+rules that say so may be. LORA_MACHINE_EXAMPLES and LORA_MACHINE_STEPS make a longer search.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import pickle
+import re
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from conftest import same_bits
+from helpers import trees
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor, nn
+
+import lora_inject as li
+
+N_EXAMPLES = int(os.environ.get("LORA_MACHINE_EXAMPLES", "60"))
+N_STEPS = int(os.environ.get("LORA_MACHINE_STEPS", "12"))
+ROWS = 3
+NAMES = ("a", "b.c", "weight")
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
+Mix = dict[str, float]
+
+
+# ------------------------------------------------------------------------------ the model of truth
+
+
+@dataclass
+class Site:
+    """A, B and scale at one weight, in float64."""
+
+    of: trees.SiteOf
+    weight: str
+    scale: float
+    A: Tensor
+    B: Tensor
+
+    def delta(self, W: Tensor) -> Tensor:
+        return self.scale * self.of.delta(self.A, self.B).reshape(W.shape)
+
+
+@dataclass
+class Adapter:
+    """Sites and full copies by the names that they have in the whole model."""
+
+    sites: dict[str, Site] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by the names of `adapter_parameters`."""
+        pairs = ((name, role) for name in self.sites for role in "AB")
+        return {f"{n}.lora_{r}": getattr(self.sites[n], r) for n, r in pairs} | self.copies
+
+    def put(self, key: str, value: Tensor) -> None:
+        name, _, role = key.rpartition(".lora_")
+        if name:
+            setattr(self.sites[name], role, value)
+        else:
+            self.copies[key] = value
+
+    def routes(self) -> bool:
+        return not self.copies and all(site.of.routed for site in self.sites.values())
+
+
+class Truth:
+    """What the model must be: a plain model, adapters as numbers, and what is active where."""
+
+    def __init__(self, plain: trees.Tree, roots: tuple[str, ...]) -> None:
+        self.plain = plain
+        self.adapters: dict[str, Adapter] = {}
+        self.active: dict[str, Mix] = {root: {} for root in roots}
+        self.trainable: dict[str, set[str]] = {root: set() for root in roots}
+        self.merged: dict[str, Mix] = {}  # root to what was active before
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.plain.parameters()).dtype
+
+    def sites(self) -> dict[str, trees.SiteOf]:
+        branches = [(p, b) for p, b in self.plain.named_modules() if isinstance(b, trees.Branch)]
+        return {f"{path}.{of.name}": of for path, b in branches for of in b.sites}
+
+    def copied(self) -> list[str]:
+        branches = [(p, b) for p, b in self.plain.named_modules() if isinstance(b, trees.Branch)]
+        return [f"{path}.{name}" for path, b in branches for name in b.copied]
+
+    def on(self, root: str) -> list[str]:
+        """The adapters that have a tensor under a root."""
+        return sorted(n for n, a in self.adapters.items() if any(map(under(root), a.tensors())))
+
+    def drop(self, name: str, root: str) -> None:
+        adapter, gone = self.adapters[name], under(root)
+        adapter.sites = {n: s for n, s in adapter.sites.items() if not gone(n)}
+        adapter.copies = {n: t for n, t in adapter.copies.items() if not gone(n)}
+        if not adapter.tensors():
+            del self.adapters[name]
+        for at in filter(gone, self.active):
+            self.active[at].pop(name, None)
+            self.trainable[at].discard(name)
+
+    def weights(self, mix: Mix | None = None) -> dict[str, Tensor]:
+        """Every weight that is not the base's, under a mix or what is active."""
+        base = {n: p.detach().double() for n, p in named(self.plain).items()}
+        found: dict[str, Tensor] = {}
+        for name, adapter in self.adapters.items():
+            for key, T in adapter.copies.items():
+                change = self.weight(name, key, mix) * (T - base[key])
+                found[key] = found.get(key, base[key]) + change
+            for site in adapter.sites.values():
+                change = self.weight(name, site.weight, mix) * site.delta(base[site.weight])
+                found[site.weight] = found.get(site.weight, base[site.weight]) + change
+        return found
+
+    def weight(self, adapter: str, key: str, mix: Mix | None) -> float:
+        root = next(root for root in self.active if key.startswith(root))
+        return (self.active[root] if mix is None else mix).get(adapter, 0.0)
+
+    def run(self, x: Tensor, ids: Tensor, mix: Mix | None = None) -> Tensor:
+        wide = copy.deepcopy(self.plain).double().requires_grad_(False)
+        inputs = (x.double(), ids)
+        found: Tensor = torch.func.functional_call(
+            wide, self.weights(mix), inputs, tie_weights=False
+        )
+        return found
+
+
+def under(root: str) -> Callable[[str], bool]:
+    return lambda name: name.startswith(root)
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by all their names, as everybody but a forward reads them."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def exactly(name: str) -> str:
+    return f"^{re.escape(name)}$"
+
+
+def assert_close(found: Tensor, due: Tensor, dtype: torch.dtype) -> None:
+    error = (found.detach().double() - due.detach()).abs().max() / due.detach().abs().max().clamp(1)
+    assert error < TOLERANCE[dtype], f"off by {error:.1e}"
+
+
+def add_one(module: nn.Module, args: Any, output: Any) -> Any:
+    """A hook, as anybody may put one onto a layer."""
+    return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
+
+
+def through_torch_save(model: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_torch_save,
+}
+TIES: dict[str, Callable[[trees.Tree], None]] = {
+    "no": lambda tree: None,
+    "share": trees.share_branch,
+    "object": trees.tie_objects,
+    "memory": trees.tie_memory,
+}
+kinds = st.sampled_from(sorted(trees.BRANCHES))
+has_adapters = precondition(lambda self: self.truth.adapters)
+is_merged = precondition(lambda self: self.truth.merged)
+is_unmerged = precondition(lambda self: not self.truth.merged)
+
+
+class Machine(RuleBasedStateMachine):
+    """The verbs, each as a rule that does the same to the model and to the truth."""
+
+    @initialize(
+        left=st.lists(kinds, min_size=1, max_size=3),
+        right=st.lists(kinds, min_size=1, max_size=2),
+        tie=st.sampled_from(sorted(TIES)),
+        roots=st.sampled_from([("",), ("left.", "right.")]),
+        dtype=st.sampled_from([torch.float64, torch.float32]),
+    )
+    def start(self, left: Any, right: Any, tie: str, roots: Any, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        model: Any = trees.Tree(left, right).to(dtype).eval()
+        TIES[tie](model)
+        for parameter in list(model.parameters())[::3]:
+            parameter.requires_grad_(False)
+        self.model = model
+        self.truth = Truth(copy.deepcopy(model), roots)
+        self.x = torch.randn(ROWS, trees.LENGTH, trees.WIDTH, dtype=torch.float64)
+        self.ids = torch.randint(0, trees.VOCABULARY, (ROWS, trees.LENGTH))
+
+    # What rules use ------------------------------------------------------------------------------
+
+    def out(self) -> Tensor:
+        found: Tensor = self.model(self.x.to(self.truth.dtype), self.ids)
+        return found
+
+    def at(self, root: str) -> Any:
+        return self.model.get_submodule(root.removesuffix("."))
+
+    def refused(self, run: Callable[[], Any], *, must: bool = False, may: bool = False) -> bool:
+        """Call a verb, and return whether it was refused, which it must be, may be, or neither."""
+        try:
+            run()
+        except li.LoraInjectError:
+            assert must or may
+            return True
+        assert not must, "it was not refused"
+        return False
+
+    def some_root(self, data: Any) -> str:
+        return data.draw(st.sampled_from(sorted(self.truth.active)), "root")
+
+    def some_adapter(self, data: Any, root: str = "") -> str:
+        return data.draw(st.sampled_from(self.truth.on(root)), "name")
+
+    def some_mix(self, data: Any, root: str = "") -> Mix:
+        weights = st.sampled_from([1.0, 0.5, -1.0])
+        return data.draw(st.dictionaries(st.sampled_from(self.truth.on(root)), weights), "mix")
+
+    def tied(self, name: str) -> list[str]:
+        """Every name of the memory of a base tensor."""
+        tensors = named(self.model)
+        return [n for n, t in tensors.items() if t.data_ptr() == tensors[name].data_ptr()]
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        return li.adapter_parameters(self.model, name)
+
+    def adopt(self, name: str) -> None:
+        """Take over the values of an adapter; a copy under several names is one tensor."""
+        made: dict[int, Tensor] = {}
+        for key, parameter in self.parameters(name).items():
+            value = made.setdefault(id(parameter), parameter.detach().double().clone())
+            self.truth.adapters[name].put(key, value)
+
+    def adopt_base(self, name: str) -> None:
+        """Take over a weight of the base that a verb has changed for good."""
+        path, _, key = name.rpartition(".")
+        plain, value = self.truth.plain.get_submodule(path), named(self.model)[name].detach()
+        flag = plain._parameters[key].requires_grad  # type: ignore[union-attr]
+        plain._parameters[key] = nn.Parameter(value.clone(), flag)
+
+    @torch.no_grad()
+    def fill(self, name: str, data: Any) -> None:
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 3), "seed"))
+        for parameter in self.parameters(name).values():
+            parameter.copy_(0.7 * torch.randn(parameter.shape, generator=generator))
+        self.adopt(name)
+
+    # Adapters come and go ------------------------------------------------------------------------
+
+    @rule(data=st.data(), rank=st.integers(1, 2), alpha=st.sampled_from([1.0, 3.0]))
+    def inject(self, data: Any, rank: int, alpha: float) -> None:
+        root, name = self.some_root(data), data.draw(st.sampled_from(NAMES), "name")
+        sites = {n: of for n, of in self.truth.sites().items() if n.startswith(root)}
+        weights = {n: n.removesuffix(of.name) + of.weight for n, of in sites.items()}
+        places = sorted([*sites, *filter(under(root), self.truth.copied())])
+        chosen = data.draw(st.sets(st.sampled_from(places), min_size=1)) if places else set()
+        taken = {weights[n] for n in chosen if n in sites}
+        train = {n for n in chosen if n not in sites and not taken.intersection(self.tied(n))}
+        rules = [
+            {"match": exactly(n.removeprefix(root)), **sites[n].rule} for n in chosen if n in sites
+        ]
+        train_rules = [exactly(n.removeprefix(root)) for n in train]
+        config = {"rank": rank, "alpha": alpha, "targets": rules, "train": train_rules}
+        if not chosen or (not taken and not train):
+            return
+        in_use = name in self.truth.on(root) or root in self.truth.merged
+        li.plan(self.at(root), config)
+        if self.refused(lambda: li.inject(self.at(root), config, name), must=in_use):
+            return
+        self.truth.active[root] = {}
+        if self.truth.dtype != torch.bfloat16:
+            assert_close(self.out(), self.truth.run(self.x, self.ids), self.truth.dtype)
+        self.truth.active[root] = {name: 1.0}
+        self.truth.trainable[root] = {name}
+        adapter = self.truth.adapters.setdefault(name, Adapter())
+        for n in chosen & sites.keys():
+            empty = torch.empty(0)
+            adapter.sites[n] = Site(sites[n], weights[n], alpha / rank, empty, empty)
+        self.fill(name, data)
+
+    @has_adapters
+    @rule(data=st.data(), all_of_it=st.booleans())
+    def eject(self, data: Any, all_of_it: bool) -> None:
+        where = data.draw(st.sampled_from(sorted({"", *self.truth.active})), "where")
+        if not self.truth.on(where):
+            return
+        name = None if all_of_it else self.some_adapter(data, where)
+        merged = [root for root in self.truth.merged if root.startswith(where)]
+        weights = self.truth.weights()
+        if self.refused(
+            lambda: li.eject(self.at(where), name), must=bool(merged and name is not None)
+        ):
+            return
+        for root in merged:  # leaves the merged weights
+            del self.truth.merged[root]
+            for key in filter(under(root), weights):
+                self.adopt_base(key)
+        for gone in [name] if name is not None else self.truth.on(where):
+            self.truth.drop(gone, where)
+
+    @has_adapters
+    @rule(data=st.data(), how=st.sampled_from(["peft", "native", "value"]))
+    def leave_and_return(self, data: Any, how: str) -> None:
+        """Save, eject, and load under another name."""
+        root = self.some_root(data)
+        if not self.truth.on(root):
+            return
+        name, model = self.some_adapter(data, root), self.at(root)
+        free = sorted({name, *NAMES} - {*self.truth.on("")} | {name})
+        new, due = data.draw(st.sampled_from(free), "new name"), self.parameters(name)
+        state: Any = None
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "a.safetensors"
+
+            def save() -> None:
+                nonlocal state
+                if how == "value":
+                    state = copy.deepcopy(li.adapter_state(model, name))
+                else:
+                    li.save_adapter(model, path, name, format=how)
+
+            if self.refused(save, must=root in self.truth.merged, may=how == "peft"):
+                return
+            li.eject(model, name)
+            if how == "value":
+                li.install(model, state, new)
+            else:
+                li.load_adapter(model, path, new)
+        moved = copy.deepcopy(self.truth.adapters[name])
+        moved.sites = {n: s for n, s in moved.sites.items() if n.startswith(root)}
+        moved.copies = {n: t for n, t in moved.copies.items() if n.startswith(root)}
+        self.truth.drop(name, root)
+        known = self.truth.adapters.setdefault(new, Adapter())
+        known.sites.update(moved.sites)
+        known.copies.update(moved.copies)
+        self.truth.active[root] = self.truth.active[root] or {new: 1.0}
+        for key in moved.tensors():
+            assert same_bits(self.parameters(new)[key], due[key])
+
+    @has_adapters
+    @rule(data=st.data())
+    def swap(self, data: Any) -> None:
+        root = self.some_root(data)
+        if not self.truth.on(root):
+            return
+        name, model = self.some_adapter(data, root), self.at(root)
+        if root in self.truth.merged:
+            assert self.refused(lambda: li.adapter_state(model, name), must=True)
+            return
+        state = copy.deepcopy(li.adapter_state(model, name))
+        for tensor in [t for s in state.sites.values() for t in (s.A, s.B)]:
+            tensor.mul_(-0.5)
+        li.swap_adapter(model, state, name)
+        for key, value in filter(
+            lambda item: item[0].startswith(root), self.parameters(name).items()
+        ):
+            due = self.truth.adapters[name].tensors()[key]
+            assert_close(value, due * (-0.5 if ".lora_" in key else 1), torch.float32)
+        self.adopt(name)
+
+    # Which take part, and which train ------------------------------------------------------------
+
+    @has_adapters
+    @rule(data=st.data())
+    def activate(self, data: Any) -> None:
+        mix = self.some_mix(data)
+        if not self.refused(lambda: li.activate(self.model, mix), must=bool(self.truth.merged)):
+            self.truth.active = {root: dict(mix) for root in self.truth.active}
+
+    @has_adapters
+    @rule(data=st.data())
+    def train_only(self, data: Any) -> None:
+        names = data.draw(st.sets(st.sampled_from(self.truth.on(""))), "names")
+        if not self.refused(lambda: li.train_only(self.model, names), must=bool(self.truth.merged)):
+            for root, trainable in self.truth.trainable.items():
+                trainable.clear()
+                trainable.update(names.intersection(self.truth.on(root)))
+
+    @has_adapters
+    @rule(data=st.data(), threads=st.booleans())
+    def contexts(self, data: Any, threads: bool) -> None:
+        """`disabled` and `routed` hold for their own thread, while others run."""
+        names = st.sampled_from([None, *self.truth.on("")])
+        rows = data.draw(st.lists(names, min_size=ROWS, max_size=ROWS), "rows")
+        routes = all(n is None or self.truth.adapters[n].routes() for n in rows)
+        merged = bool(self.truth.merged)
+        together = threading.Barrier(3) if threads else None
+
+        def plain() -> Tensor:
+            return self.in_step(together)
+
+        def in_disabled() -> Tensor:
+            with li.disabled(self.model):
+                return self.in_step(together)
+
+        def in_routed() -> Tensor:
+            with li.routed(self.model, rows):
+                return self.in_step(together)
+
+        if merged or not routes:
+            assert (
+                self.refused(lambda: li.routed(self.model, rows).__enter__(), may=True)
+                or not merged
+            )
+            return
+        each: list[Mix] = [{} if name is None else {name: 1.0} for name in rows]
+        dues = [
+            self.truth.run(self.x, self.ids),
+            self.truth.run(self.x, self.ids, {}),
+            torch.cat([self.truth.run(self.x[[i]], self.ids[[i]], m) for i, m in enumerate(each)]),
+        ]
+        for found, due in zip(run_all([plain, in_disabled, in_routed], threads), dues, strict=True):
+            assert_close(found, due, self.truth.dtype)
+
+    def in_step(self, together: threading.Barrier | None) -> Tensor:
+        if together is not None:
+            together.wait(60)
+        with torch.no_grad():
+            found = self.out()
+        if together is not None:
+            together.wait(60)
+        return found
+
+    # Merging -------------------------------------------------------------------------------------
+
+    @has_adapters
+    @rule(data=st.data(), undo=st.booleans(), eject=st.booleans(), named_mix=st.booleans())
+    def merge(self, data: Any, undo: bool, eject: bool, named_mix: bool) -> None:
+        root = self.some_root(data)
+        mix = self.some_mix(data, root) if named_mix and self.truth.on(root) else None
+        folded = self.truth.active[root] if mix is None else mix
+        must = root in self.truth.merged or not {*folded}.intersection(self.truth.on(root))
+        weights = self.changed_by(root, folded)
+        is_tied = any(len(self.tied(key)) > 1 for key in weights)
+        partial = not set(folded) <= set(self.truth.on(root))
+
+        def run() -> None:
+            li.merge(self.at(root), name=mix, undo=undo, eject=eject)
+
+        if self.refused(run, must=must, may=(eject and is_tied) or partial):
+            return
+        self.truth.merged[root] = self.truth.active[root]
+        self.truth.active[root] = dict(folded)
+        self.undo = getattr(self, "undo", {}) | {root: undo}
+        if eject:
+            self.computes_the_dense_model()
+            del self.truth.merged[root]
+            for key in weights:
+                self.adopt_base(key)
+            for name in self.truth.on(root):
+                self.truth.drop(name, root)
+
+    def changed_by(self, root: str, mix: Mix) -> set[str]:
+        """The weights under a root that a mix changes."""
+        adapters = [self.truth.adapters[name] for name in mix if name in self.truth.adapters]
+        keys = {key for a in adapters for key in a.copies}
+        keys |= {site.weight for a in adapters for site in a.sites.values()}
+        return set(filter(under(root), keys))
+
+    @is_merged
+    @rule(data=st.data())
+    def unmerge(self, data: Any) -> None:
+        root = data.draw(st.sampled_from(sorted(self.truth.merged)), "root")
+        if not self.refused(lambda: li.unmerge(self.at(root)), must=not self.undo[root]):
+            self.truth.active[root] = self.truth.merged.pop(root)
+
+    # What anybody does with a model --------------------------------------------------------------
+
+    @rule(how=st.sampled_from(sorted(COPIES)))
+    def copies(self, how: str) -> None:
+        """Go on with a copy, while the original is ruined."""
+        old, self.model = self.model, COPIES[how](self.model)
+        with torch.no_grad():
+            for parameter in old.parameters():
+                parameter.fill_(torch.nan)
+        if self.truth.adapters and not self.truth.merged:
+            li.eject(li.activate(old, None))
+
+    @is_unmerged
+    @rule(dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    def cast(self, dtype: torch.dtype) -> None:
+        before = {name: self.truth.adapters[name].tensors() for name in self.truth.adapters}
+        self.model.to(dtype)
+        self.truth.plain.to(dtype)
+        for name, tensors in before.items():
+            for key, value in self.parameters(name).items():
+                assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+                assert same_bits(value.float(), tensors[key].float())
+            self.adopt(name)
+
+    @rule(train=st.booleans())
+    def mode(self, train: bool) -> None:
+        self.model.train(train)
+        self.truth.plain.train(train)
+
+    @rule(data=st.data(), on=st.booleans())
+    def hooks(self, data: Any, on: bool) -> None:
+        paths = sorted(path for path, _ in self.truth.plain.named_modules())
+        path = data.draw(st.sampled_from(paths), "path")
+        for model in (self.model, self.truth.plain):
+            module = model.get_submodule(path)
+            for key in [k for k, hook in module._forward_hooks.items() if hook is add_one]:
+                del module._forward_hooks[key]
+            if on:
+                module.register_forward_hook(add_one)
+
+    @rule(assign=st.booleans())
+    def state_dict_round_trip(self, assign: bool) -> None:
+        values = {key: value.clone() for key, value in self.model.state_dict().items()}
+        if not self.truth.merged:
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.fill_(torch.nan)
+        if not self.refused(
+            lambda: self.model.load_state_dict(values, assign=assign), must=bool(self.truth.merged)
+        ):
+            self.load_into_truth(values, assign)
+
+    @rule(seed=st.integers(0, 3), assign=st.booleans())
+    def load_another_base(self, seed: int, assign: bool) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        base: dict[str, Tensor] = {}
+        for key, value in self.truth.plain.state_dict().items():
+            twin = next((base[n] for n in self.tied(key) if n in base), None)
+            new = torch.randn(value.shape, generator=generator).to(value.dtype)
+            base[key] = (new if twin is None else twin).clone()
+        if not self.refused(
+            lambda: self.model.load_state_dict(base, assign=assign), must=bool(self.truth.merged)
+        ):
+            self.load_into_truth(base, assign)
+
+    def load_into_truth(self, base: dict[str, Tensor], assign: bool) -> None:
+        """Load values of its own: with `assign` the model keeps those that it is given."""
+        own = {key: base[key].clone() for key in self.truth.plain.state_dict()}
+        self.truth.plain.load_state_dict(own, assign=assign)
+
+    @is_unmerged
+    @has_adapters
+    @rule(fused=st.booleans())
+    def optimizer_step(self, fused: bool) -> None:
+        if self.truth.dtype == torch.bfloat16 or not any(self.truth.trainable.values()):
+            return
+        leaves = {id(t): t for a in self.truth.adapters.values() for t in a.tensors().values()}
+        for tensor in leaves.values():
+            tensor.requires_grad_()
+        direction = torch.linspace(-1, 1, self.x.numel(), dtype=torch.float64).view_as(self.x)
+        due = (self.truth.run(self.x, self.ids) * direction).sum()
+        found = (self.out() * direction.to(self.truth.dtype)).sum()
+        if due.requires_grad:
+            due.backward()
+        if found.requires_grad:
+            found.backward()
+        groups = li.parameter_groups(self.model, 0.01)
+        torch.optim.SGD(groups, 0.01, fused=fused).step()
+        for name, adapter in self.truth.adapters.items():
+            for key, parameter in self.parameters(name).items():
+                tensor = adapter.tensors()[key]
+                grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                step = grad if parameter.requires_grad else torch.zeros_like(tensor)
+                has = torch.zeros_like(tensor) if parameter.grad is None else parameter.grad
+                assert_close(has, step, self.truth.dtype)
+                assert_close(parameter, tensor.detach() - 0.01 * step, self.truth.dtype)
+        self.model.zero_grad()
+        for name in self.truth.adapters:
+            self.adopt(name)
+
+    # What must hold after each rule --------------------------------------------------------------
+
+    @invariant()
+    def computes_the_dense_model(self) -> None:
+        with torch.no_grad():
+            assert_close(self.out(), self.truth.run(self.x, self.ids), self.truth.dtype)
+
+    @invariant()
+    def holds_its_base(self) -> None:
+        plain, found = named(self.truth.plain), named(self.model)
+        assert [key for key in found if key in plain] == list(plain)
+        assert [k for k in self.model.state_dict() if k in plain] == list(
+            self.truth.plain.state_dict()
+        )
+        changed = {
+            id(found[key])
+            for root in self.truth.merged
+            for key in self.changed_by(root, self.truth.active[root])
+        }
+        for key, parameter in plain.items():
+            if id(found[key]) not in changed:
+                assert same_bits(found[key], parameter), key
+            root = next(root for root in self.truth.active if key.startswith(root))
+            frozen = bool(self.truth.on(root))
+            assert found[key].requires_grad == (parameter.requires_grad and not frozen), key
+
+    @invariant()
+    def lists_its_adapters(self) -> None:
+        assert sorted(li.adapters(self.model)) == self.truth.on("")
+        for name, adapter in self.truth.adapters.items():
+            parameters = self.parameters(name)
+            assert parameters.keys() == adapter.tensors().keys()
+            for key, parameter in parameters.items():
+                root = next(root for root in self.truth.active if key.startswith(root))
+                trains = name in self.truth.trainable[root] and root not in self.truth.merged
+                assert parameter.requires_grad == trains, key
+
+    def teardown(self) -> None:
+        if not hasattr(self, "truth"):
+            return
+        for root in [root for root in self.truth.merged if self.undo[root]]:
+            li.unmerge(self.at(root))
+            self.truth.active[root] = self.truth.merged.pop(root)
+        for root in self.truth.merged:
+            for key in self.changed_by(root, self.truth.active[root]):
+                self.adopt_base(key)
+        li.eject(self.model)
+        plain, found = named(self.truth.plain), named(self.model)
+        assert list(found) == list(plain)
+        for key, parameter in plain.items():
+            assert same_bits(found[key], parameter), key
+            assert found[key].requires_grad == parameter.requires_grad
+        for path, module in self.truth.plain.named_modules():
+            assert type(self.model.get_submodule(path)) is type(module)
+
+
+def run_all(functions: list[Callable[[], Tensor]], threads: bool) -> list[Tensor]:
+    """Call each, in turn or each in a thread of its own."""
+    found: dict[int, Tensor] = {}
+
+    def call(i: int) -> None:
+        found[i] = functions[i]()
+
+    if not threads:
+        return [function() for function in functions]
+    running = [threading.Thread(target=call, args=(i,)) for i in range(len(functions))]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return [found[i] for i in range(len(functions))]
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(
+    max_examples=N_EXAMPLES,
+    stateful_step_count=N_STEPS,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
