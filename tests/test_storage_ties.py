@@ -97,3 +97,19 @@ def test_neighbors_in_one_buffer_are_not_tied() -> None:
     model.emb.weight, model.head.weight = nn.Parameter(whole[:V]), nn.Parameter(whole[V:])
     li.inject(model, {"rank": 2, "targets": ["head", "emb"]})
     assert li.plan(model, {"rank": 1, "targets": ["head"]}).tied == ()
+
+
+@pytest.mark.parametrize("untie", ["merge", "load"])
+def test_eject_gives_the_flag_back_under_every_name_of_a_tie(untie: str) -> None:
+    model = Tied()
+    model.head.weight = model.emb.weight
+    fill(li.inject(model, {"rank": 2, "targets": ["head"]}))
+    if untie == "merge":
+        li.merge(model)
+    else:
+        values = {name: torch.randn(V, D) for name in ("emb.weight", "head.weight")}
+        model.load_state_dict(values, assign=True)
+    li.eject(model)
+    assert model.head.weight is not model.emb.weight
+    assert model.head.weight.requires_grad
+    assert model.emb.weight.requires_grad

@@ -254,9 +254,13 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
 
 
 def _freeze(survey: Survey, root: Root) -> None:
-    """Freeze every base parameter and remember which ones were not."""
-    for path, module in survey.modules:
-        for key, parameter in survey.own[id(module)].items():
-            if parameter.requires_grad:
-                root.required_grad.add(joined(path, key))
-                parameter.requires_grad_(False)
+    """Freeze every base parameter and remember which ones were not, by all names of a tied one."""
+    unfrozen = [
+        (joined(path, key), parameter)
+        for path, module in survey.modules
+        for key, parameter in survey.own[id(module)].items()
+        if parameter.requires_grad
+    ]
+    root.required_grad.update(name for name, _ in unfrozen)
+    for _, parameter in unfrozen:
+        parameter.requires_grad_(False)
