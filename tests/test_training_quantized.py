@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill
-from training_models import curve, rows
+from training_models import as_peft, curve, rows
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -79,18 +79,6 @@ def test_trainer_trains_saves_and_loads_on_a_quantized_base(form: str, tmp_path:
     assert "_hf_peft_config_loaded" not in vars(model)
     with pytest.raises(ValueError, match="purely quantized"):
         trainer(tmp_path, model)
-
-
-def as_peft(model: Any, start: dict[str, torch.Tensor]) -> Any:
-    """The same model under PEFT, with equal A and B."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS, task_type="CAUSAL_LM")
-    wrapped = peft.get_peft_model(model, config)
-    held = {k.replace(".default.weight", ""): p for k, p in wrapped.named_parameters()}
-    with torch.no_grad():
-        for key, tensor in start.items():
-            held[f"base_model.model.{key}"].copy_(tensor)
-    return wrapped
 
 
 def test_checkpointed_layers_of_a_quantized_base_train(tmp_path: Path) -> None:

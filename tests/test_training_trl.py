@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from training_models import CONFIG, curve, llama_folder
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import fill
+from training_models import CONFIG, as_peft, curve, llama_folder
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import lora_inject as li
 
@@ -63,3 +68,141 @@ def test_sft_trains_the_adapter_and_nothing_else(tmp_path: Path) -> None:
     assert curve(trainer_again.state.log_history) == curve(trainer.state.log_history)
     for key, parameter in li.adapter_parameters(model).items():
         assert torch.equal(li.adapter_parameters(again)[key], parameter), key
+
+
+# The other trainers ------------------------------------------------------------------------------
+
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}<end>{% endfor %}"
+PAIRS = [{"prompt": f"{i} and {i} is", "completion": f" {2 * i}"} for i in range(16)]
+CHATS = [
+    {"messages": [{"role": "user", "content": p["prompt"]},
+                  {"role": "assistant", "content": p["completion"]}]} for p in PAIRS
+]  # fmt: skip
+CHOICES = [{"prompt": p["prompt"], "chosen": p["completion"], "rejected": " 1"} for p in PAIRS]
+VERDICTS = [{**p, "label": i % 2 == 0} for i, p in enumerate(PAIRS)]
+SETTINGS = {"max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "use_cpu": True} | {
+    "report_to": "none", "disable_tqdm": True, "bf16": False, "save_strategy": "no",
+    "per_device_train_batch_size": 4, "gradient_checkpointing": False,
+}  # fmt: skip
+LORA = {"rank": 2, "alpha": 4, "targets": ["q_proj", "v_proj"]}
+TASKS = {
+    "chat": ("SFT", CHATS, {}),
+    "packed": ("SFT", CHATS, {"packing": True, "packing_strategy": "wrapped", "max_length": 32}),
+    "completions": ("SFT", PAIRS, {"completion_only_loss": True}),
+    "dpo": ("DPO", CHOICES, {}),
+    "kto": ("KTO", VERDICTS, {}),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_losses_are_those_of_peft_with_equal_a_and_b(task: str, tmp_path: Path) -> None:
+    trl, folder = pytest.importorskip("trl"), llama_folder(tmp_path / "llama")
+    method, data, options = TASKS[task]
+    model = li.inject(plain(folder), LORA)
+    start = {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
+    base = {k: t.clone() for k, t in model.state_dict().items() if "lora_" not in k}
+
+    def losses(model: Any, **more: Any) -> list[float]:
+        trainer = getattr(trl, f"{method}Trainer")(
+            model,
+            args=getattr(trl, f"{method}Config")(str(tmp_path / "out"), **SETTINGS, **options),
+            train_dataset=dataset(data),
+            processing_class=tokenizer(folder),
+            **more,
+        )
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    more = {} if method == "SFT" else {"ref_model": li.reference(model)}
+    found, wanted = losses(model, **more), losses(as_peft(plain(folder), start))
+    assert len(found) == 3
+    assert found == pytest.approx(wanted, rel=1e-4)
+    state = model.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in base.items())
+    assert all(not torch.equal(p, start[k]) for k, p in li.adapter_parameters(model).items())
+
+
+def test_a_reward_model_trains_its_new_head_with_the_adapter(tmp_path: Path) -> None:
+    trl, folder = pytest.importorskip("trl"), llama_folder(tmp_path / "llama")
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    model.config.pad_token_id = 1
+    li.inject(model, {**LORA, "train": ["score"]})
+    before = {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
+    rows = [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + " 1"} for r in CHOICES]
+    trl.RewardTrainer(
+        model,
+        args=trl.RewardConfig(str(tmp_path / "out"), **SETTINGS),
+        train_dataset=dataset(rows),
+        processing_class=tokenizer(folder),
+    ).train()
+    assert all(not torch.equal(p, before[k]) for k, p in li.adapter_parameters(model).items())
+
+
+def test_grpo_takes_the_reference_after_construction(tmp_path: Path) -> None:
+    """With beta 0 it loads no second base; its losses are PEFT's with the reference set."""
+    trl, folder = pytest.importorskip("trl"), llama_folder(tmp_path / "llama")
+
+    def longer(completions: list[str], **_: Any) -> list[float]:
+        return [float(sum(map(ord, text)) % 7) for text in completions]
+
+    def run(model: Any, beta: float, reference: Any = None) -> list[Any]:
+        config = trl.GRPOConfig(
+            str(tmp_path / "out"), **SETTINGS, beta=beta, num_generations=4, max_completion_length=6
+        )
+        trainer = trl.GRPOTrainer(
+            model,
+            longer,
+            args=config,
+            train_dataset=dataset([{"prompt": p["prompt"]} for p in PAIRS]),
+            processing_class=tokenizer(folder),
+        )
+        if reference is not None:
+            assert trainer.ref_model is None
+            trainer.beta, trainer.ref_model = 0.5, reference
+        torch.manual_seed(0)
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return [(entry["loss"], entry["kl"]) for entry in logged]
+
+    model = li.inject(plain(folder), LORA)
+    start = {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
+    found = run(model, 0.0, li.reference(model))
+    wanted = run(as_peft(plain(folder), start), 0.5)
+    assert found[-1][1] > 0
+    assert [x for pair in found for x in pair] == pytest.approx(
+        [x for pair in wanted for x in pair], rel=1e-3, abs=1e-6
+    )
+
+
+def test_a_reference_is_the_base_in_its_own_mode_and_nothing_of_the_model(tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path / "llama")
+    model = fill(li.inject(plain(folder), {**LORA, "dropout": 0.5}))
+    model.train()
+    modes = [module.training for module in model.modules()]
+    ids = torch.arange(9)[None]
+    reference = li.reference(model)
+    assert torch.equal(reference(ids).logits, plain(folder).eval()(ids).logits)
+    reference.to(torch.float64).eval().requires_grad_(True)
+    assert not list(reference.parameters())
+    assert modes == [module.training for module in model.modules()]
+    assert reference.config is model.config
+    li.merge(model)
+    with pytest.raises(li.StateError, match="merged"):
+        reference(ids)
+    with pytest.raises(li.StateError, match="no adapter"):
+        li.reference(li.eject(model))
+
+
+def plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def tokenizer(folder: Path) -> Any:
+    found = AutoTokenizer.from_pretrained(folder)
+    found.chat_template = TEMPLATE
+    return found
+
+
+def dataset(rows: list[dict[str, Any]]) -> Any:
+    return pytest.importorskip("datasets").Dataset.from_list(rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -119,3 +120,15 @@ def bert_folder(out: Path) -> Path:
     config = BertConfig(**SIZES, num_attention_heads=2, vocab_size=103, pad_token_id=1)
     BertModel(config).save_pretrained(out)
     return tokenizer(out)
+
+
+def as_peft(model: Any, start: dict[str, torch.Tensor]) -> Any:
+    """The same model under PEFT, with equal A and B."""
+    targets = ["q_proj", "v_proj"]
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    held = {k.replace(".default.weight", ""): p for k, p in wrapped.named_parameters()}
+    with torch.no_grad():
+        for key, tensor in start.items():
+            held[f"base_model.model.{key}"].copy_(tensor)
+    return wrapped
