@@ -5,7 +5,6 @@ Nothing is written: the model goes on training, and only one merged tensor exist
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -69,7 +68,7 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
 def _fold(target: Target) -> Tensor:
     merged = torch.empty_like(target.weight)
     out = merged.view(target.matrix_shape)
-    for start, rows in target.blocks(math.inf):
+    for start, rows in target.blocks():
         out[start : start + rows.shape[0]] = target.merged(rows, start, None)
     if not all_finite(merged):
         raise not_finite(target, target.weight)
