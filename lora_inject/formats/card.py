@@ -13,14 +13,7 @@ from lora_inject.version import __version__
 
 
 def model_card(state: AdapterState, *, base_model: str | None = None) -> str:
-    """Return the text of README.md.
-
-    Args:
-        state: The adapter.
-        base_model: Name or path of the base, where known.
-
-    Returns:
-        YAML front matter and Markdown.
+    """Return the text of README.md: YAML front matter and Markdown.
 
     Examples:
         >>> print(model_card(AdapterState({}), base_model="org/base").splitlines()[1])

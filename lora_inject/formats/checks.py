@@ -19,15 +19,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_site(site: SiteState, asked: str) -> None:
-    """Refuse a site whose tensors do not fit its spec.
-
-    Args:
-        site: The site.
-        asked: What is being done, for the message.
-
-    Raises:
-        FormatError: A shape or dtype is wrong, or only one of A0 and B0 is there.
-    """
+    """Refuse a site whose tensors do not fit its spec, or that has only one of A0 and B0."""
     spec, where = site.spec, f"{asked}, site '{site.spec.name}'"
     check_pair(site.A, site.B, spec.a_shape, spec.b_shape, where)
     if site.A0 is None and site.B0 is None:
@@ -63,16 +55,7 @@ def check_pair(
 
 
 def check_keys(found: Iterable[str], due: Iterable[str], asked: str) -> None:
-    """Refuse a file whose tensors are not exactly the ones that are due.
-
-    Args:
-        found: Names in the file.
-        due: Names that must be there.
-        asked: The file, for the message.
-
-    Raises:
-        FormatError: A tensor is missing or unknown.
-    """
+    """Refuse a file whose tensors are not exactly the ones that are due."""
     found, due = set(found), set(due)
     if found == due:
         return

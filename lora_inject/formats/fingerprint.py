@@ -27,14 +27,7 @@ _ABSOLUTE = 2.0**-24
 
 
 def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, ...]:
-    """Flat positions of the values that are compared, evenly spaced, first and last included.
-
-    Args:
-        shape: Shape of the tensor.
-        n: How many positions at most, two or more.
-
-    Returns:
-        Increasing flat positions, all of them where there are no more than `n`.
+    """Flat positions of the values that are compared: `n` evenly spaced ones, or all there are.
 
     Examples:
         >>> sample_positions((2, 2))
@@ -51,12 +44,6 @@ def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, .
 def sample(weight: Tensor) -> tuple[float, ...]:
     """Values of a plain floating point tensor at its `sample_positions`, as float32.
 
-    Args:
-        weight: Any shape; never copied as a whole.
-
-    Returns:
-        Up to `N_SAMPLES` values.
-
     Examples:
         >>> sample(torch.arange(3.0))
         (0.0, 1.0, 2.0)
@@ -66,12 +53,6 @@ def sample(weight: Tensor) -> tuple[float, ...]:
 
 def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
     """Sample many tensors, those alike together: one transfer from a GPU and not one for each.
-
-    Args:
-        weights: Name to plain floating point tensor.
-
-    Returns:
-        Name to what `sample` returns, in the same order.
 
     Examples:
         >>> samples({"a": torch.arange(3.0), "b": torch.ones(2)})
@@ -160,15 +141,9 @@ def _index(shape: tuple[int, ...]) -> Tensor:
 
 
 def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
-    """Compare the base that an adapter was made on with the base at hand.
+    """Return how weights of the base at hand differ from the one that an adapter was made on.
 
-    Args:
-        saved: From the adapter's file.
-        found: From the model.
-
-    Returns:
-        Name of each weight that differs, and how. Empty: the same base, as far as the values reach
-        (see `unverifiable`).
+    Empty: the same base, as far as the values reach (see `unverifiable`).
 
     Examples:
         >>> a = Fingerprint({"w": (2,)}, {"w": (1.0, 2.0)})

@@ -54,19 +54,7 @@ class Described:
 
 
 def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> dict[str, str]:
-    """Return the text metadata of a state.
-
-    Args:
-        state: The adapter.
-        layout: Name of the layout of the tensors, `peft` or `native`.
-        turned: Names of the sites whose pair has changed places.
-
-    Returns:
-        Text by key, for the header of a safetensors file.
-
-    Raises:
-        FormatError: The config is not plain data.
-    """
+    """Return the text metadata of a state, for the header of a safetensors file."""
     kinds, sites = _sites_to_plain(state, turned)
     return {
         "format": "pt",
@@ -92,18 +80,7 @@ def is_native(metadata: Mapping[str, str], layout: str) -> bool:
 
 
 def parse(metadata: Mapping[str, str], asked: str) -> Described:
-    """Read back what `describe` wrote.
-
-    Args:
-        metadata: Text metadata of a file for which `is_native` holds.
-        asked: The file, for messages.
-
-    Returns:
-        The description.
-
-    Raises:
-        FormatError: It is of a newer format version, incomplete, or holds impossible values.
-    """
+    """Read back what `describe` wrote; strictly, since files are edited."""
     version = metadata[_VERSION]
     if version != FORMAT_VERSION:
         raise FormatError(

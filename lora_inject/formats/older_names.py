@@ -42,15 +42,8 @@ class Place(NamedTuple):
 def places(model: Any, weights: Mapping[str, object]) -> Callable[[str], Place | None]:
     """Return what tells the place of a tensor by its name in a file of any age.
 
-    Args:
-        model: A model of transformers 5.
-        weights: What it holds by each name of its state dict.
-
-    Returns:
-        Name to place, None where the tensor is converted in another way than by stacking.
-
-    Raises:
-        ImportError: Transformers is older, or newer and has no such conversions.
+    None where the tensor is converted in another way than by stacking. ImportError: transformers is
+    older, or has no such conversions any more.
     """
     conversions = import_module("transformers.conversion_mapping")
     loading = import_module("transformers.core_model_loading")
@@ -85,17 +78,8 @@ def in_names_of(
 ) -> AdapterState:
     """Return an adapter under the names of a model, where transformers knows its older names.
 
-    Args:
-        model: The model.
-        state: The adapter.
-        weights: The model's base tensors by each of their names.
-
-    Returns:
-        The adapter itself where all of its names are the model's, or the model is of another
-        library; what is still unknown keeps its name.
-
-    Raises:
-        FormatError: Single experts do not make a stack of the model's shape.
+    `weights` are the model's base tensors by each of their names. What is still unknown keeps its
+    name; an adapter that has the model's names already is returned as it is.
     """
     named = [*(site.spec.weight for site in state.sites.values()), *state.trained]
     if all(name in weights for name in (*named, *state.base_copies)):

@@ -111,12 +111,7 @@ class Header:
 def read_header(path: Path, error: type[LoraInjectError] = CheckpointError) -> Header:
     """Read and check the header of a safetensors file.
 
-    Args:
-        path: The file.
-        error: The class of the error: whether a checkpoint or an adapter (`FormatError`) is read.
-
-    Raises:
-        LoraInjectError: As `error`: anything that the format forbids, see the messages below.
+    `error` says whether a checkpoint or an adapter (`FormatError`) is read.
     """
     asked = f"read '{path}'"
     try:
@@ -194,15 +189,10 @@ def _naturals(value: object) -> TypeGuard[list[int]]:
 def build_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> Header:
-    """Lay tensors end to end and build the header that says so.
+    """Lay tensors `(name, dtype, shape)` end to end and build the header that says so.
 
-    Args:
-        tensors: `(name, dtype, shape)` in the order of the data.
-        metadata: Strings to keep as `__metadata__`.
-
-    Returns:
-        The header; its length is padded with spaces to a multiple of 8, as the format's own
-        writer does, so that the data begins aligned.
+    Its length is padded with spaces to a multiple of 8, as the format's own writer does, so that
+    the data begins aligned.
 
     Examples:
         >>> header = build_header([("w", "BF16", (2, 3)), ("b", "F32", (3,))], {"format": "pt"})

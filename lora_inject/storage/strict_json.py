@@ -18,20 +18,9 @@ def parse_json(
     error: type[LoraInjectError] = FormatError,
     max_bytes: int = MAX_BYTES,
 ) -> Any:
-    """Parse JSON as untrusted input.
+    """Parse JSON as untrusted input: not too long or deep, no key twice, no NaN or Infinity.
 
-    Args:
-        text: The JSON.
-        asked: What it is, for the message.
-        error: The class of the error: whether an adapter or a checkpoint is being read.
-        max_bytes: The most that is accepted.
-
-    Returns:
-        Plain data.
-
-    Raises:
-        LoraInjectError: As `error`: it is not JSON, too long or too deep, holds NaN or Infinity, or
-            a key twice.
+    `asked` says what it is, `error` whether an adapter or a checkpoint is being read.
 
     Examples:
         >>> parse_json('{"r": 8}', "adapter_config.json")

@@ -57,10 +57,8 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a whole safetensors file: tensors by name, and the metadata.
 
-    Args:
-        path: The file.
-        on_disk: Leave the values in the file: each operation reads those that it needs, and keeps
-            none. Else each tensor has memory of its own.
+    On disk: the values stay in the file, each operation reads those that it needs and keeps none.
+    Else each tensor has memory of its own.
     """
     path = Path(path)
     asked = f"read '{path}'"
@@ -183,18 +181,10 @@ def _view(of: _TensorOnDisk, made: Tensor) -> _TensorOnDisk | None:
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a safetensors file.
+    """Return the bytes of a safetensors file, the same bytes for the same values.
 
-    Args:
-        tensors: By name, of any strides and on any device but meta; shared memory is written twice.
-        metadata: Text by name.
-
-    Returns:
-        The file's content, the same bytes for the same values.
-
-    Raises:
-        FormatError: A tensor is on the meta device, of a dtype that no adapter has, or has a name
-            that a reader would refuse.
+    Tensors may have any strides and be on any device but meta; a tensor's dtype and name must be
+    such as `read_tensors` accepts. Shared memory is written twice.
 
     Examples:
         >>> content = serialize({"a": torch.zeros(2)}, {"format": "pt"})

@@ -86,20 +86,8 @@ def build(
     """Return adapter_config.json as plain data.
 
     Only fields that PEFT has had since 0.12 are written, newer ones where they are needed: an older
-    PEFT warns of a field that it does not know, or fails.
-
-    Args:
-        entries: The sites.
-        rslora: Whether every alpha is meant for `alpha / sqrt(rank)`.
-        dropout: The one dropout that PEFT can say.
-        bias: `none`, `lora_only` or `all`.
-        modules_to_save: Full names of modules that travel whole.
-        target_modules: Full names, or one regular expression.
-        base_model: Name or path of the base, or None.
-        task_type: PEFT's task type, or None.
-
-    Returns:
-        The config; `json.dumps(..., sort_keys=True)` gives the same text for the same adapter.
+    PEFT warns of a field that it does not know, or fails. `rslora` says that every alpha is meant
+    for `alpha / sqrt(rank)`; names are full names, or one regular expression.
     """
     entries = list(entries)
     ranks = {entry.name: entry.rank for entry in entries}
@@ -191,19 +179,10 @@ class Claims:
 
 
 def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
-    """Check a foreign config, refusals first.
+    """Check a foreign config, refusals first, and return what is needed of it.
 
-    Args:
-        config: Parsed JSON.
-        asked: The file, for messages.
-        allow: Fields to accept although they are unknown, or `init_lora_weights` where the base at
-            hand is the changed one.
-
-    Returns:
-        What is needed of it.
-
-    Raises:
-        FormatError: It is not a LoRA adapter that can be read right, or a field is wrong.
+    `allow` names fields to accept although they are unknown, or `init_lora_weights` where the base
+    at hand is the one that the init has changed.
     """
     _require(isinstance(config, dict), asked, "it is not a table of fields")
     _refuse_other_methods(config, asked)

@@ -45,6 +45,7 @@ from lora_inject.formats.peft.layout import (
     pack,
     plan,
     unpack,
+    wrapped,
 )
 from lora_inject.formats.peft.modules import (
     allowed_task,
@@ -133,7 +134,7 @@ def write(
     rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
     entries = [_entry(site, expert_names, rslora=rslora) for site in state.sites.values()]
     modules = [entry.name for entry in entries if entry.kind != "parameter"]
-    adapted = {_wrapped(spec) for spec in specs}
+    adapted = {wrapped(spec) for spec in specs}
     whole = whole_modules(
         state.trained, sites=adapted, tensor_names=tensor_names, module_names=module_names
     )
@@ -235,9 +236,8 @@ def _read_native(
     check_no_clash(layout.keys, asked)
     check_keys(tensors, layout.keys, asked)
     sites = {}
-    packings = {(d, t): Packing(derived=d, turned=t) for d in (False, True) for t in (False, True)}
     for name, spec in described.specs.items():
-        packing = packings[name in described.derived, name in described.turned]
+        packing = Packing(name in described.derived, name in described.turned)
         slot = layout.slots[name]
         a, b = tensors[slot.a], tensors[slot.b]
         due_a, due_b = file_shapes(spec, packing)
@@ -327,10 +327,6 @@ def _read_config(path: Path, asked: str) -> bytes:
 # What PEFT can say ------------------------------------------------------------------------------
 
 
-def _wrapped(spec: SiteSpec) -> str:
-    return owner(spec.name) if spec.kind == "parameter" else spec.name
-
-
 def _entry(site: SiteState, expert_names: Collection[str], *, rslora: bool) -> Entry:
     spec, derived = site.spec, site.A0 is not None
     alpha = file_alpha(spec, derived=derived, rslora=rslora)
@@ -385,7 +381,7 @@ def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Colle
     """Why PEFT cannot carry this site, or an empty text."""
     if _odd(spec):
         return f"adapt {_odd(spec)}"
-    if not _wrapped(spec):
+    if not wrapped(spec):
         return "adapt the root module or a parameter of it"
     by_weight = spec.update == "weight"
     if spec.kind == "conv1d" and by_weight:

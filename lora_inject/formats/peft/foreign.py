@@ -71,21 +71,9 @@ def read_foreign(
     transposed_modules: Collection[str] | None = None,
     expert_major: bool = False,
 ) -> AdapterState:
-    """Make a state of the tensors of a PEFT file.
+    """Make a state of the tensors of a PEFT file; options as for `read` of the folder.
 
-    Args:
-        tensors: By the file's names.
-        claims: What adapter_config.json says.
-        asked: The file, for messages.
-        tensor_names: All names of the model's state dict, in order, where known.
-        transposed_modules: Names of the modules with `is_transposed`, where known.
-        expert_major: Whether the columns of a stacked B are ordered by expert first.
-
-    Returns:
-        The adapter, its `config` and `fingerprint` None.
-
-    Raises:
-        FormatError: A partner is missing, a key is unknown, shapes or ranks contradict each other.
+    Tensors by the file's names. The adapter's `config` and `fingerprint` are None.
     """
     pairs, rest = _split(_without_prefix(tensors, asked), asked)
     levels: dict[str, dict[int, str]] = {}
@@ -201,7 +189,8 @@ def _named(
         raise FormatError(
             where,
             f"the file does not say which pair is whose of {one_line(parameters)}",
-            "Pass tensor_names=list(model.state_dict())",
+            "Load it onto the model, pass tensor_names=list(model.state_dict()), or name the base: "
+            "lora-inject analyze ADAPTER --base BASE",
         )
     for depth, name in zip(reversed(range(len(parameters))), parameters, strict=True):
         yield f"{module}.{name}", paths[depth]
@@ -319,8 +308,8 @@ def _is_transposed(
         remedy = (
             "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
             if claims.peft_version is None
-            else "Load it onto the model, or pass transposed_modules: the names of the modules "
-            "that have is_transposed, or ()"
+            else "Load it onto the model, pass transposed_modules (the names of the modules that "
+            "have is_transposed, or ()), or name the base: lora-inject analyze ADAPTER --base BASE"
         )
         raise FormatError(
             found.where,

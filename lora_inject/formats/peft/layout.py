@@ -53,8 +53,7 @@ class Layout:
         return pairs + list(self.trained.values())
 
 
-@dataclass(frozen=True)
-class Packing:
+class Packing(NamedTuple):
     """How a native site becomes a plain pair.
 
     Attributes:
@@ -67,18 +66,12 @@ class Packing:
     turned: bool = False
 
 
-_AS_IT_IS = Packing()
-
-
 def is_turned(spec: SiteSpec, transposed_modules: Collection[str] | None = None) -> bool:
     """Whether PEFT sees a parameter the other way round than its spec.
 
     PEFT takes a matrix for (out, in), and a stack of matrices for (experts, out, in) unless the
-    module that owns it has transformers' `is_transposed`.
-
-    Args:
-        spec: The site.
-        transposed_modules: Names of the modules with `is_transposed`; None: as the specs say.
+    module that owns it has transformers' `is_transposed`. Where no names of such modules are given,
+    the specs are right.
     """
     if spec.kind != "parameter":
         return False
@@ -94,18 +87,16 @@ def owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def wrapped(spec: SiteSpec) -> str:
+    """The module that PEFT wraps for a site."""
+    return owner(spec.name) if spec.kind == "parameter" else spec.name
+
+
 def plan(specs: Iterable[SiteSpec], trained: Iterable[str]) -> Layout:
-    """Return the keys of an adapter's tensors in a PEFT file.
+    """Return the keys of an adapter's tensors in a PEFT file; specs in the order of the model.
 
     PEFT wraps a module once for itself and once for each of its adapted parameters, the first of
     them innermost, and each wrapper adds `.base_layer` to the path of what is inside it.
-
-    Args:
-        specs: The sites, in the order of the model.
-        trained: Names of the base's tensors that travel in full.
-
-    Returns:
-        The keys.
 
     Examples:
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=2)
@@ -116,13 +107,12 @@ def plan(specs: Iterable[SiteSpec], trained: Iterable[str]) -> Layout:
         ['base_model.model.h.0.fc.base_layer.bias', 'base_model.model.ln.weight']
     """
     specs = list(specs)
-    wrapped: dict[str, list[str]] = {}
+    names_on: dict[str, list[str]] = {}
     for spec in specs:
-        module = owner(spec.name) if spec.kind == "parameter" else spec.name
-        wrapped.setdefault(module, []).append(spec.name)
-    paths = _Paths({module: len(names) for module, names in wrapped.items()})
+        names_on.setdefault(wrapped(spec), []).append(spec.name)
+    paths = _Paths({module: len(names) for module, names in names_on.items()})
     slots = {}
-    for module, names in wrapped.items():
+    for module, names in names_on.items():
         path = paths.outside(module)
         for outside, name in enumerate(reversed(names)):
             slots[name] = path + ".base_layer" * outside
@@ -200,15 +190,9 @@ def _is_plain(spec: SiteSpec, packing: Packing) -> bool:
 
 
 def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
-    """Return a site's pair as PEFT stores it.
+    """Return a site's pair as PEFT stores it, of `file_shapes`.
 
-    Args:
-        site: The site in its native layout.
-        turned: See `Packing`.
-
-    Returns:
-        A and B of `file_shapes`. Experts: A is stacked by expert, B's columns are ordered by rank
-        first and expert second.
+    Experts: A is stacked by expert, B's columns are ordered by rank first and expert second.
     """
     spec = site.spec
     (a, b), *start = [_plain(spec, A, B if sign == 1 else -B) for A, B, sign in site.pairs]
@@ -221,23 +205,13 @@ def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def unpack(
-    spec: SiteSpec, a: Tensor, b: Tensor, asked: str, packing: Packing = _AS_IT_IS
+    spec: SiteSpec, a: Tensor, b: Tensor, asked: str, packing: Packing | None = None
 ) -> SiteState:
-    """Return the native site of a pair in PEFT's shapes; the inverse of `pack`.
+    """Return the native site of a pair of `file_shapes`; the inverse of `pack`.
 
-    Args:
-        spec: What the site is.
-        a: A of the file, already of `file_shapes`.
-        b: B of the file.
-        asked: The file, for messages.
-        packing: How it was packed.
-
-    Returns:
-        The site.
-
-    Raises:
-        FormatError: B is not zero where the slices say that nothing is adapted.
+    It is an error if B is not zero where the slices say that nothing is adapted.
     """
+    packing = packing or Packing()
     if _is_plain(spec, packing) and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
         return SiteState(spec, a, b)
     experts, rank = spec.experts or 1, file_rank(spec, derived=packing.derived)
@@ -298,13 +272,7 @@ def _blocks(spec: SiteSpec) -> Iterable[tuple[slice, slice, slice]]:
 def file_alpha(spec: SiteSpec, *, derived: bool, rslora: bool) -> float:
     """The alpha that gives the plain pair the site's scale.
 
-    Args:
-        spec: The site.
-        derived: Whether the pair holds a frozen start.
-        rslora: Whether the file says `use_rslora`.
-
-    Returns:
-        `scale * rank'` or, with rsLoRA, `scale * sqrt(rank')`, rank' being the file's.
+    It is `scale * rank'`, rank' being the file's, or `scale * sqrt(rank')` for `use_rslora`.
 
     Examples:
         >>> file_alpha(SiteSpec("q", "linear", 4, 6, (6, 4), 2, 8.0), derived=True, rslora=False)

@@ -13,12 +13,7 @@ from torch import nn
 def options_for_reading(
     modules: Mapping[str, nn.Module], tensor_names: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the options of `read` that a model answers.
-
-    Args:
-        modules: All modules of the model by all of their names.
-        tensor_names: All names of its state dict, in order.
-    """
+    """Return the options of `read` that a model answers; modules and tensors by all their names."""
     return {
         "tensor_names": tuple(tensor_names),
         "transposed_modules": transposed_modules(modules.items()),
@@ -28,13 +23,7 @@ def options_for_reading(
 def options_for_writing(
     model: nn.Module, modules: Mapping[str, nn.Module], tensor_names: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the options of `write` that a model answers.
-
-    Args:
-        model: The model.
-        modules: All of its modules by all of their names.
-        tensor_names: All names of its state dict, in order.
-    """
+    """Return the options of `write` that a model answers."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     return options_for_reading(modules, tensor_names) | {

@@ -28,16 +28,10 @@ _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 def target_modules(
     names: Collection[str], *, parameters: bool, module_names: Collection[str] | None
 ) -> list[str] | str:
-    """Return PEFT's `target_modules` for exactly these modules.
+    """Return PEFT's `target_modules` for exactly these modules (full names).
 
-    Args:
-        names: Full names of the adapted modules.
-        parameters: Whether there are `target_parameters` beside them.
-        module_names: All module names of the model, where known.
-
-    Returns:
-        The sorted names; or one anchored expression where a name is also the end of another
-        module's name, which a list would adapt as well.
+    The sorted names; or one anchored expression where a name is also the end of another module's
+    name, which a list would adapt as well.
 
     Examples:
         >>> target_modules(["lin"], parameters=False, module_names=["lin", "mlp", "mlp.up"])
@@ -64,16 +58,7 @@ def whole_modules(
 
     A trained tensor outside of them travels under its plain name. PEFT loads that into the base, as
     it does with biases: right for one adapter, and not undone when the adapter is switched off.
-
-    Args:
-        trained: Names of the tensors that travel in full.
-        sites: Names of all adapted modules.
-        tensor_names: All names of the base's state dict, where known; without them no module is
-            known to be whole.
-        module_names: All module names of the model, where known.
-
-    Returns:
-        Full names, sorted.
+    Without the names of the base's tensors no module is known to be whole.
 
     Examples:
         >>> names = ["h.fc.weight", "h.ln.weight", "h.ln.bias", "score.weight"]

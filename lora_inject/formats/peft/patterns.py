@@ -32,15 +32,6 @@ def values_of(
 ) -> dict[str, T]:
     r"""Return the value that PEFT would take for each name: that of the first key that hits it.
 
-    Args:
-        table: Key to value, in the file's order.
-        names: Names of sites.
-        default: The value of names that no key hits.
-        asked: The file and the field, for messages.
-
-    Raises:
-        FormatError: A key is not a regular expression, or takes too long.
-
     Examples:
         >>> values_of({"q": 4, r"layer\.\d+\.v": 8}, ["h.q", "layer.0.v", "k"], 16, "an example")
         {'h.q': 4, 'layer.0.v': 8, 'k': 16}
@@ -124,12 +115,7 @@ def common(values: Iterable[T]) -> T | None:
 def pattern_keys(values: Mapping[str, T], default: T | None) -> dict[str, T]:
     r"""Return the pattern table that gives each site its value and hits nothing else wrongly.
 
-    Args:
-        values: Value by full site name, all sites.
-        default: The value that needs no key.
-
-    Returns:
-        Key to value, sorted by key; the order does not matter, no two keys disagree about a site.
+    No two keys disagree about a site, so their order does not matter.
 
     Examples:
         >>> pattern_keys({"lin": 4, "block.lin": 8, "q": 8}, default=8)
