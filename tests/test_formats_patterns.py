@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lora_inject.errors import FormatError
 from lora_inject.formats.peft import patterns
-from lora_inject.formats.peft.modules import bias_setting, target_modules, whole_modules
-from lora_inject.formats.peft.patterns import pattern_keys, values_of
+from lora_inject.formats.peft.module_fields import bias_setting, target_modules, whole_modules
+from lora_inject.formats.peft.number_patterns import pattern_keys, values_of
 
 NAMES = [
     "lin",

@@ -36,24 +36,20 @@ class Format:
     """One row of the table.
 
     Attributes:
-        about: What it is, in one line.
         write: `write(state, path, *, overwrite=False, **options) -> Path`.
         read: `read(path, **options) -> AdapterState`, of tensors that nobody else holds.
         detects: `detects(path) -> bool`, by content; the first row that says yes reads.
     """
 
-    about: str
     write: Callable[..., Path]
     read: Callable[..., AdapterState]
     detects: Callable[[Path], bool]
 
 
 FORMATS = {
-    "peft": Format("directory of Hugging Face PEFT", peft.write, peft.read, peft.detects),
-    "native": Format("one safetensors file", native.write, native.read, native.detects),
-    "loralib": Format(
-        "state dict of microsoft/loralib", loralib.write, loralib.read, loralib.detects
-    ),
+    "peft": Format(peft.write, peft.read, peft.detects),  # a directory of Hugging Face PEFT
+    "native": Format(native.write, native.read, native.detects),  # one safetensors file
+    "loralib": Format(loralib.write, loralib.read, loralib.detects),  # microsoft's state dict
 }
 
 

@@ -34,15 +34,10 @@ _LAYOUT = _PREFIX + "layout"
 
 @dataclass(frozen=True)
 class Described:
-    """The metadata of a file that this package wrote.
+    """The metadata of a file that this package wrote: specs are in the order of the model.
 
-    Attributes:
-        specs: Site name to its spec, in the order of the model.
-        derived: Names of the sites that carry A0 and B0.
-        turned: Names of the sites whose pair has changed places in the file (`peft_layout`).
-        trained: Names of the base's tensors that travel in full.
-        config: The config, as plain data, or None.
-        fingerprint: Of the base, or None.
+    `derived` names the sites that carry A0 and B0, `turned` those whose pair has changed places in
+    the file (`peft.tensor_layout`), `trained` the tensors of the base that travel in full.
     """
 
     specs: Mapping[str, SiteSpec]

@@ -24,13 +24,10 @@ _STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
 class Place(NamedTuple):
-    """Where a tensor of an older file is in a class.
+    """Where a tensor of an older file is in a class: a whole tensor, or one expert in it.
 
-    Attributes:
-        name: The class's name of the tensor.
-        expert: Number of the matrix in a stack, or None where it is the whole tensor.
-        part: Which of the matrices that are laid one above the other.
-        n_parts: How many those are: two for `gate_up_proj`.
+    `part` says which of the `n_parts` matrices that are laid one above the other: of
+    `gate_up_proj`, which has two.
     """
 
     name: str

@@ -31,43 +31,21 @@ MAX_DIMENSIONS = 16
 MAX_DIMENSION = 1 << 48
 
 DTYPE_BITS: Mapping[str, int] = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
+    **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     "F4": 4,
     "F6_E2M3": 6,
     "F6_E3M2": 6,
-    "U16": 16,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "U32": 32,
-    "I32": 32,
-    "F32": 32,
-    "U64": 64,
-    "I64": 64,
-    "F64": 64,
-    "C64": 64,
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
 """Bits an element takes, by the format's dtype name."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file.
-
-    Attributes:
-        name: Its key.
-        dtype: The format's name of its dtype, such as `BF16`.
-        shape: Its dimensions.
-        start: First byte, counted from the beginning of the file.
-        stop: First byte after it.
-    """
+    """One tensor of a file: the format's name of its dtype; bytes from the file's beginning."""
 
     name: str
     dtype: str
@@ -88,13 +66,9 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of one file, checked.
+    """The header of one file, checked: `raw` is length and JSON, byte for byte as in the file.
 
-    Attributes:
-        raw: Length and JSON, byte for byte as in the file.
-        tensors: Name to entry, in the order of the data.
-        metadata: The `__metadata__` strings, None where there are none.
-        size_bytes: Size of the whole file.
+    Tensors are in the order of the data. `size_bytes` is the size of the whole file.
     """
 
     raw: bytes

@@ -1,8 +1,8 @@
 """PEFT's folder: `adapter_model.safetensors` and `adapter_config.json`."""
 
 from lora_inject.formats.peft.folder import detects, read, write
-from lora_inject.formats.peft.layout import PREFIX
 from lora_inject.formats.peft.live_model import options_for_reading, options_for_writing
+from lora_inject.formats.peft.tensor_layout import PREFIX
 
 __all__ = [
     "PREFIX",

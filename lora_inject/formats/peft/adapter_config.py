@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_inject.errors import FormatError
 from lora_inject.formats.metadata import one_line
-from lora_inject.formats.peft.patterns import common, pattern_keys, values_of
+from lora_inject.formats.peft.number_patterns import common, pattern_keys, values_of
 
 # The PEFT whose layout the files follow.
 PEFT_VERSION = "0.21.2"
@@ -55,16 +55,8 @@ _KNOWN = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What the config has to say of one site: the rank and alpha of its plain pair.
-
-    Attributes:
-        name: Full name of the module or parameter.
-        kind: The site's kind.
-        rank: Rank of the pair in the file.
-        alpha: The alpha that gives it its scale.
-    """
+class Entry(NamedTuple):
+    """What the config says of one module or parameter: rank and alpha of its pair in the file."""
 
     name: str
     kind: str
@@ -132,20 +124,8 @@ def _whole(alpha: float) -> float:
 class Claims:
     """The claims of a foreign adapter_config.json that are needed to read the tensors.
 
-    Attributes:
-        rank: Of sites that no pattern names; None where the file does not say.
-        alpha: Likewise; a missing alpha is an error.
-        rslora: Whether the scale is `alpha / sqrt(rank)`.
-        dropout: Of all sites.
-        fan_in_fan_out: Whether two-dimensional weights are (in, out).
-        bias: `none`, `lora_only` or `all`.
-        modules_to_save: Names or ends of names.
-        target_modules: Full names or ends of names after a dot; empty for an expression.
-        target_parameters: Likewise.
-        peft_version: `(major, minor)`, or None.
-        rank_pattern: Pattern to rank, in the file's order.
-        alpha_pattern: Pattern to alpha likewise.
-        asked: The file, for messages.
+    `modules_to_save` are names or ends of names, targets full names or ends of names after a dot
+    (none for an expression), patterns in the file's order, `peft_version` is `(major, minor)`.
     """
 
     rank: int | None

@@ -33,7 +33,14 @@ from lora_inject.formats.card import model_card
 from lora_inject.formats.checks import check_keys, check_no_clash, check_site, check_trained
 from lora_inject.formats.peft.adapter_config import Claims, Entry, build, read_claims
 from lora_inject.formats.peft.foreign import read_foreign
-from lora_inject.formats.peft.layout import (
+from lora_inject.formats.peft.module_fields import (
+    allowed_task,
+    bias_setting,
+    target_modules,
+    whole_modules,
+)
+from lora_inject.formats.peft.number_patterns import common
+from lora_inject.formats.peft.tensor_layout import (
     KINDS,
     PREFIX,
     Packing,
@@ -47,13 +54,6 @@ from lora_inject.formats.peft.layout import (
     unpack,
     wrapped,
 )
-from lora_inject.formats.peft.modules import (
-    allowed_task,
-    bias_setting,
-    target_modules,
-    whole_modules,
-)
-from lora_inject.formats.peft.patterns import common
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.strict_json import parse_json

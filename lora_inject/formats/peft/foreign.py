@@ -22,7 +22,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_site
 from lora_inject.formats.metadata import one_line
 from lora_inject.formats.peft.adapter_config import MERGE_HERE, Claims
-from lora_inject.formats.peft.layout import PREFIX, owner, unpack
+from lora_inject.formats.peft.tensor_layout import PREFIX, owner, unpack
 from lora_inject.spec.sites import SiteSpec
 
 _ENDS = {

@@ -15,8 +15,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
-from lora_inject.formats.peft.layout import owner
-from lora_inject.formats.peft.patterns import ends
+from lora_inject.formats.peft.number_patterns import ends
+from lora_inject.formats.peft.tensor_layout import owner
 
 # PEFT's own word for "adapt nothing": it accepts an adapter without sites under this name only.
 _NOTHING = "dummy-target-modules"

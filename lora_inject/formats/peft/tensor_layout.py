@@ -36,12 +36,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The keys of a file.
-
-    Attributes:
-        slots: Keys of each site, by its name.
-        trained: Key of each fully trained tensor, by the base's name.
-    """
+    """The keys of a file: of each site by its name, of each trained tensor by the base's name."""
 
     slots: Mapping[str, Slot]
     trained: Mapping[str, str]
@@ -56,10 +51,8 @@ class Layout:
 class Packing(NamedTuple):
     """How a native site becomes a plain pair.
 
-    Attributes:
-        derived: A0 and B0 are further ranks of it.
-        turned: PEFT sees the weight the other way round, so that A and B have changed places:
-            `(B A)^T = A^T B^T`.
+    Derived: A0 and B0 are further ranks of it. Turned: PEFT sees the weight the other way round, so
+    that A and B have changed places: `(B A)^T = A^T B^T`.
     """
 
     derived: bool = False
