@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
+from lora_inject.formats import FORMATS, Format, read_adapter
 from lora_inject.storage.tensors import in_memory, read_tensors, serialize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
@@ -109,3 +111,13 @@ def test_a_tensor_on_disk_outlives_the_name_of_its_file_and_not_its_bytes(tmp_pa
     os.truncate(tmp_path / "b.safetensors", 2000)
     with pytest.raises(FormatError, match=r"the file ends after \d+ of them"):
         w.sum()
+
+
+def test_a_format_of_ones_own_need_not_leave_values_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = AdapterState({})
+    own = Format(lambda state, path: path, lambda path: state, lambda path: path.suffix == ".own")
+    monkeypatch.setitem(FORMATS, "own", own)
+    (tmp_path / "a.own").touch()
+    assert read_adapter(tmp_path / "a.own", on_disk=True) is state

@@ -114,6 +114,8 @@ def read_adapter(
     if format is None:
         format = _detected(place, asked)  # noqa: A001
     row = _row(format, asked)
+    if "on_disk" not in inspect.signature(row.read).parameters:
+        options.pop("on_disk", None)  # it saves memory, and changes nothing that is read
     _check_options(row.read, options, format, asked)
     return row.read(place, **options)
 
@@ -137,6 +139,8 @@ def _check_options(
 ) -> None:
     """Refuse options that a format does not have."""
     parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for option in options:
         if option not in known:
