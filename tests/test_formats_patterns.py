@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_inject.errors import FormatError
-from lora_inject.formats.peft import patterns
+from lora_inject.formats.peft import number_patterns
 from lora_inject.formats.peft.module_fields import bias_setting, target_modules, whole_modules
 from lora_inject.formats.peft.number_patterns import pattern_keys, values_of
 
@@ -79,7 +79,7 @@ def test_a_key_that_is_no_expression_is_refused(key: str) -> None:
 
 
 def test_a_key_that_takes_forever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.2)
+    monkeypatch.setattr(number_patterns, "MATCH_SECONDS", 0.2)
     bombs = {f"(a|a)+b|(a|a)+c{n}": 4 for n in range(50)}
     start = time.process_time()
     with pytest.raises(FormatError, match="to match"):
