@@ -15,7 +15,7 @@ from helpers.checkpoints import (
     site,
 )
 
-from lora_inject.checkpoint import WeightedAdapter, difference_of, merge_checkpoint, plan_merge
+from lora_inject.checkpoint import difference_of, merge_checkpoint, plan_merge
 from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter, write_adapter
@@ -36,7 +36,7 @@ def test_difference_of_rank_r_comes_back_whole(tmp_path):
     assert found.sites.keys() == state.sites.keys()
     assert all(t.energy == pytest.approx(1.0, abs=1e-6) for t in report.tensors)
     assert report.n_equal == len(tensors) - len(state.sites)
-    merge_checkpoint(base, [WeightedAdapter(found)], tmp_path / "out")
+    merge_checkpoint(base, [found], tmp_path / "out")
     again, wanted = load_checkpoint(tmp_path / "out"), load_checkpoint(tuned)
     for name, t in wanted.items():
         assert torch.allclose(again[name], t, atol=1e-5), name
@@ -127,7 +127,7 @@ def test_embeddings_conv1d_convolutions_and_experts(tmp_path):
     assert {n: s.spec.kind for n, s in found.sites.items()} == {
         n: s.spec.kind for n, s in state.sites.items()
     }
-    merge_checkpoint(base, [WeightedAdapter(found)], tmp_path / "out")
+    merge_checkpoint(base, [found], tmp_path / "out")
     again, wanted = load_checkpoint(tmp_path / "out"), load_checkpoint(tuned)
     for name, t in wanted.items():
         assert torch.allclose(again[name], t, atol=1e-4), name
@@ -140,7 +140,7 @@ def test_extracted_adapter_survives_its_files(tmp_path):
     assert {n: s.spec.rank for n, s in back.sites.items()} == {
         n: s.spec.rank for n, s in found.sites.items()
     }
-    merge_checkpoint(base, [WeightedAdapter(back)], tmp_path / "out")
+    merge_checkpoint(base, [back], tmp_path / "out")
     assert json.loads(json.dumps(report.to_dict()))["left"] == []
 
 
@@ -152,10 +152,10 @@ def test_extracted_adapter_knows_its_base(tmp_path, dtype):
     adapted = {site.spec.weight: tensors[site.spec.weight] for site in found.sites.values()}
     assert found.fingerprint == fingerprint(adapted)
     back = read_adapter(write_adapter(found, tmp_path / "adapter"))
-    plan_merge(base, [WeightedAdapter(back)])
+    plan_merge(base, [back])
     other = save_checkpoint(tmp_path / "other", llama_tensors(seed=1, dtype=dtype), 1, LLAMA)
     with pytest.raises(CheckpointError, match="made on another base"):
-        plan_merge(other, [WeightedAdapter(back)])
+        plan_merge(other, [back])
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,13 @@ from helpers.checkpoints import (
     LLAMA,
     adapter,
     assert_equal_to_dense,
+    assert_merged,
+    assert_verified,
     dense,
     llama_adapter,
     llama_tensors,
     load_checkpoint,
+    merge,
     save_checkpoint,
     site,
     ulps,
@@ -45,9 +48,8 @@ def test_merge_equals_the_dense_reference(tmp_path, shards, dtype):
     tensors = llama_tensors(dtype=dtype)
     base = save_checkpoint(tmp_path / "base", tensors, shards, LLAMA)
     state = llama_adapter(tensors)
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
-    touched = {n + ".weight" for n in state.sites}
-    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), touched)
+    merge(base, [state], tmp_path / "out")
+    assert_merged(tmp_path / "out", tensors, state)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -56,7 +58,7 @@ def test_layout_is_that_of_the_base_byte_for_byte(tmp_path, shards):
     base = save_checkpoint(tmp_path / "base", tensors, shards, LLAMA)
     (base / "tokenizer.json").write_text("{}")
     (base / "modeling_evil.py").write_text("raise SystemExit")
-    report = merge_checkpoint(base, [WeightedAdapter(llama_adapter(tensors))], tmp_path / "out")
+    report = merge(base, [llama_adapter(tensors)], tmp_path / "out")
     assert names_of(tmp_path / "out") == [n for n in names_of(base) if not n.endswith(".py")]
     assert "modeling_evil.py" in " ".join(report.notes)
     for path in base.iterdir():
@@ -74,9 +76,7 @@ def test_code_comes_along_only_on_request(tmp_path):
     base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
     (base / "modeling_x.py").write_text("x = 1")
     options = MergeOptions(copy_code=True)
-    merge_checkpoint(
-        base, [WeightedAdapter(llama_adapter(tensors))], tmp_path / "out", options=options
-    )
+    merge_checkpoint(base, [llama_adapter(tensors)], tmp_path / "out", options=options)
     assert (tmp_path / "out" / "modeling_x.py").read_text() == "x = 1"
 
 
@@ -85,15 +85,14 @@ def test_several_adapters_with_weights_are_rounded_once(tmp_path):
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
     first, second = llama_adapter(tensors, seed=1), llama_adapter(tensors, seed=2, rank=3)
     parts = [WeightedAdapter(first, 0.7), WeightedAdapter(second, -0.3)]
-    merge_checkpoint(base, parts, tmp_path / "out")
-    wanted = dense(tensors, (first, 0.7), (second, -0.3))
-    touched = {n + ".weight" for n in first.sites}
-    found = load_checkpoint(tmp_path / "out")
-    assert_equal_to_dense(found, wanted, touched)
+    merge(base, parts, tmp_path / "out")
+    assert_merged(tmp_path / "out", tensors, (first, 0.7), (second, -0.3))
     # Rounding after each adapter would be off in many places: the test can tell.
-    merge_checkpoint(base, parts[:1], tmp_path / "one")
-    merge_checkpoint(tmp_path / "one", parts[1:], tmp_path / "two")
+    merge(base, parts[:1], tmp_path / "one")
+    merge(tmp_path / "one", parts[1:], tmp_path / "two")
     twice = load_checkpoint(tmp_path / "two")
+    wanted = dense(tensors, (first, 0.7), (second, -0.3))
+    touched = [f"{name}.weight" for name in first.sites]
     off = sum(int((ulps(twice[n], wanted[n]) > 0).sum()) for n in touched)
     assert off > 0.02 * sum(wanted[n].numel() for n in touched)
 
@@ -107,15 +106,11 @@ def test_blocks_and_threads_do_not_change_a_bit(tmp_path, monkeypatch, workers):
     emb = site("model.embed_tokens", (96, 48), kind="embedding", transposed=True)
     sites[emb.spec.name] = emb
     state = AdapterState(sites)
-    merge_checkpoint(
-        base, [WeightedAdapter(state)], tmp_path / "whole", options=MergeOptions(workers=1)
-    )
+    merge(base, [state], tmp_path / "whole", workers=1)
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("lora_inject.checkpoint.output_rows.SPAN_ELEMENTS", 500)
     monkeypatch.setattr("lora_inject.checkpoint.threads.COPY_STEP_BYTES", 64)
-    merge_checkpoint(
-        base, [WeightedAdapter(state)], tmp_path / "out", options=MergeOptions(workers=workers)
-    )
+    merge(base, [state], tmp_path / "out", workers=workers)
     whole, blocks = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "out")
     for name in whole:
         assert int(ulps(whole[name], blocks[name]).max()) <= 1
@@ -132,9 +127,7 @@ def test_dtype_is_rewritten_everywhere(tmp_path, shards, dtype):
     config = {**LLAMA, "text_config": {"dtype": "bfloat16"}}
     base = save_checkpoint(tmp_path / "base", tensors, shards, config)
     state = llama_adapter(tensors)
-    merge_checkpoint(
-        base, [WeightedAdapter(state)], tmp_path / "out", options=MergeOptions(dtype=dtype)
-    )
+    merge(base, [state], tmp_path / "out", dtype=dtype)
     found = load_checkpoint(tmp_path / "out")
     # Float32 first: the delta must not pass through the base's own bfloat16.
     wanted = dense({n: t.double() for n, t in tensors.items()}, (state, 1.0))
@@ -164,12 +157,7 @@ def test_dtype_is_rewritten_everywhere(tmp_path, shards, dtype):
         for name, shard in index["weight_map"].items():
             with safe_open(tmp_path / "out" / shard, "pt") as file:
                 assert name in file.keys()  # noqa: SIM118
-    assert (
-        verify_checkpoint(
-            base, [WeightedAdapter(state)], tmp_path / "out", options=MergeOptions(dtype=dtype)
-        ).problems
-        == ()
-    )
+    assert_verified(base, [state], tmp_path / "out", dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -178,9 +166,7 @@ def test_overflow_is_refused_and_nothing_appears(tmp_path, dtype):
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("q", (4, 4), size=100.0))
     with pytest.raises(CheckpointError, match=r"'q\.weight'.*too large for F16"):
-        merge_checkpoint(
-            base, [WeightedAdapter(state)], tmp_path / "out", options=MergeOptions(dtype="fp16")
-        )
+        merge(base, [state], tmp_path / "out", dtype="fp16")
     assert not (tmp_path / "out").exists()
 
 
@@ -188,12 +174,7 @@ def test_overflow_of_an_untouched_tensor_is_refused_too(tmp_path):
     tensors = {"q.weight": torch.zeros(4, 4), "norm": torch.tensor([1e9])}
     base = save_checkpoint(tmp_path / "base", tensors)
     with pytest.raises(CheckpointError, match=r"'norm'.*too large for F16"):
-        merge_checkpoint(
-            base,
-            [WeightedAdapter(adapter(site("q", (4, 4))))],
-            tmp_path / "out",
-            options=MergeOptions(dtype="fp16"),
-        )
+        merge(base, [adapter(site("q", (4, 4)))], tmp_path / "out", dtype="fp16")
 
 
 def test_values_whose_squares_overflow_are_merged_all_the_same(tmp_path):
@@ -201,7 +182,7 @@ def test_values_whose_squares_overflow_are_merged_all_the_same(tmp_path):
     tensors = {"q.weight": (torch.randn(8, 8) * 1e30).to(torch.bfloat16)}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("q", (8, 8), size=1e14))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     found = load_checkpoint(tmp_path / "out")
     assert not torch.equal(found["q.weight"], tensors["q.weight"])
     assert_equal_to_dense(found, dense(tensors, (state, 1.0)), {"q.weight"})
@@ -211,9 +192,7 @@ def test_infinite_mask_is_cast_as_it_is(tmp_path):
     tensors = {"q.weight": torch.zeros(4, 4), "mask": torch.tensor([0.0, float("-inf")])}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("q", (4, 4)))
-    merge_checkpoint(
-        base, [WeightedAdapter(state)], tmp_path / "out", options=MergeOptions(dtype="fp16")
-    )
+    merge(base, [state], tmp_path / "out", dtype="fp16")
     assert load_checkpoint(tmp_path / "out")["mask"].tolist() == [0.0, float("-inf")]
 
 
@@ -221,7 +200,7 @@ def test_damaged_base_is_told_from_overflow(tmp_path):
     tensors = {"q.weight": torch.full((4, 4), float("nan"))}
     base = save_checkpoint(tmp_path / "base", tensors)
     with pytest.raises(CheckpointError, match="base holds NaN"):
-        merge_checkpoint(base, [WeightedAdapter(adapter(site("q", (4, 4))))], tmp_path / "out")
+        merge(base, [adapter(site("q", (4, 4)))], tmp_path / "out")
 
 
 # What rounding leaves ---------------------------------------------------------------------------
@@ -239,7 +218,7 @@ def tiny_delta(scale):
 def test_report_says_how_much_of_the_delta_survived(tmp_path, scale, low, high):
     tensors, state = tiny_delta(scale)
     base = save_checkpoint(tmp_path / "base", tensors)
-    report = merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    report = merge(base, [state], tmp_path / "out")
     (found,) = report.tensors.values()
     w, merged = tensors["q.weight"].double(), load_checkpoint(tmp_path / "out")["q.weight"].double()
     s = state.sites["q"]
@@ -255,9 +234,7 @@ def test_min_kept_fails_before_anything_is_visible(tmp_path):
     tensors, state = tiny_delta(0.001)
     base = save_checkpoint(tmp_path / "base", tensors)
     with pytest.raises(CheckpointError, match=r"at least 0.98.*'q\.weight' 0\.[45]"):
-        merge_checkpoint(
-            base, [WeightedAdapter(state)], tmp_path / "out", options=MergeOptions(min_kept=0.98)
-        )
+        merge(base, [state], tmp_path / "out", min_kept=0.98)
     assert not (tmp_path / "out").exists()
 
 
@@ -272,12 +249,7 @@ def test_min_kept_fails_at_the_shard_and_leaves_no_other_behind(tmp_path, monkey
     written, real = [], merging.write_shard
     monkeypatch.setattr(merging, "write_shard", lambda *a: written.append(a) or real(*a))
     with pytest.raises(CheckpointError, match=r"less in 1 tensors: 'q\.weight'"):
-        merge_checkpoint(
-            base,
-            [WeightedAdapter(AdapterState(sites | {"p": fine}))],
-            tmp_path / "out",
-            options=MergeOptions(min_kept=0.98),
-        )
+        merge(base, [AdapterState(sites | {"p": fine})], tmp_path / "out", min_kept=0.98)
     assert len(written) == lossy + 1
     assert not (tmp_path / "out").exists()
 
@@ -286,7 +258,7 @@ def test_min_kept_warns_if_asked(tmp_path):
     tensors, state = tiny_delta(0.001)
     base = save_checkpoint(tmp_path / "base", tensors)
     options = MergeOptions(min_kept=0.98, on_lost="warn")
-    report = merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out", options=options)
+    report = merge_checkpoint(base, [state], tmp_path / "out", options=options)
     assert report.lost == ("q.weight",)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -295,7 +267,7 @@ def test_float32_output_keeps_a_delta_that_bfloat16_loses(tmp_path):
     tensors, state = tiny_delta(0.001)
     base = save_checkpoint(tmp_path / "base", tensors)
     options = MergeOptions(min_kept=0.98, dtype="float32")
-    report = merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out", options=options)
+    report = merge_checkpoint(base, [state], tmp_path / "out", options=options)
     assert report.min_kept == pytest.approx(1.0, abs=1e-4)
 
 
@@ -316,11 +288,9 @@ def test_adapting_one_end_of_a_tie_unties(tmp_path, shards, ends):
         sites.append(site("lm_head", (32, 16)))
     sites.append(site("model.layers.0.self_attn.q_proj", (16, 16)))
     state = adapter(*sites)
-    report = merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    report = merge(base, [state], tmp_path / "out")
     both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
-    found = load_checkpoint(tmp_path / "out")
-    touched = {n + ".weight" for n in state.sites}
-    assert_equal_to_dense(found, dense(both, (state, 1.0)), touched)
+    assert_merged(tmp_path / "out", both, state)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert "tied" in " ".join(report.notes)
@@ -332,23 +302,22 @@ def test_adapting_one_end_of_a_tie_unties(tmp_path, shards, ends):
         assert index["metadata"]["total_size"] == before["metadata"]["total_size"] + size
         # Every other shard keeps its name and its bytes but for the merged tensors.
         assert {*before["weight_map"].values()} < {*index["weight_map"].values()}
-    assert verify_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out").problems == ()
+    assert_verified(base, [state], tmp_path / "out")
 
 
-@pytest.mark.parametrize("architecture", ["BertModel", "LlamaForSequenceClassification"])
-def test_embedding_of_a_model_without_a_head_is_not_untied(tmp_path, architecture):
+UNTIED = [
+    {"architectures": ["BertModel"]},
+    {"architectures": ["LlamaForSequenceClassification"]},
+    {**LLAMA, "tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("config", UNTIED)
+def test_embedding_without_a_tied_head_is_not_untied(tmp_path, config):
     tensors = llama_tensors(head=False)
-    base = save_checkpoint(tmp_path / "base", tensors, 1, {"architectures": [architecture]})
+    base = save_checkpoint(tmp_path / "base", tensors, 1, config)
     state = adapter(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
-    assert "lm_head.weight" not in load_checkpoint(tmp_path / "out")
-
-
-def test_embedding_that_the_config_says_is_not_tied_is_not_untied(tmp_path):
-    tensors = llama_tensors(head=False)
-    base = save_checkpoint(tmp_path / "base", tensors, 1, {**LLAMA, "tie_word_embeddings": False})
-    state = adapter(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     assert "lm_head.weight" not in load_checkpoint(tmp_path / "out")
 
 
@@ -356,10 +325,8 @@ def test_head_stored_beside_its_embedding_only_loses_the_flag(tmp_path):
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 1, TIED)
     state = adapter(site("lm_head", (32, 16)))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
-    assert_equal_to_dense(
-        load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), {"lm_head.weight"}
-    )
+    merge(base, [state], tmp_path / "out")
+    assert_merged(tmp_path / "out", tensors, state)
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     )
@@ -368,7 +335,7 @@ def test_head_stored_beside_its_embedding_only_loses_the_flag(tmp_path):
 def test_untouched_tie_stays(tmp_path):
     tensors = llama_tensors(head=False)
     base = save_checkpoint(tmp_path / "base", tensors, 1, TIED)
-    merge_checkpoint(base, [WeightedAdapter(llama_adapter(tensors))], tmp_path / "out")
+    merge(base, [llama_adapter(tensors)], tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
@@ -380,7 +347,7 @@ def test_trained_tensors_replace_the_base(tmp_path):
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
     norm, head = torch.randn(16), torch.randn(32, 16)
     state = AdapterState({}, {"model.norm.weight": norm, "lm_head.weight": head})
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     wanted = tensors | {"model.norm.weight": norm.bfloat16(), "lm_head.weight": head.bfloat16()}
     assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set())
 
@@ -393,7 +360,7 @@ def test_trained_tensors_of_several_adapters_mix(tmp_path):
         WeightedAdapter(AdapterState({}, {"norm": t[0]}), 0.7),
         WeightedAdapter(AdapterState({}, {"norm": t[1]}), 0.5),
     ]
-    merge_checkpoint(base, parts, tmp_path / "out")
+    merge(base, parts, tmp_path / "out")
     w = tensors["norm"]
     wanted = w + 0.7 * (t[0] - w) + 0.5 * (t[1] - w)
     assert torch.allclose(load_checkpoint(tmp_path / "out")["norm"], wanted, atol=1e-6)
@@ -406,7 +373,7 @@ def test_new_classifier_is_added_only_on_request(tmp_path, shards):
     value = torch.randn(3, 16)
     part = WeightedAdapter(AdapterState({}, {"score.weight": value}))
     with pytest.raises(CheckpointError, match=r"'score\.weight' is not in the checkpoint"):
-        merge_checkpoint(base, [part], tmp_path / "out")
+        merge(base, [part], tmp_path / "out")
     options = MergeOptions(allow_new=True)
     merge_checkpoint(base, [part], tmp_path / "out", options=options)
     wanted = tensors | {"score.weight": value.bfloat16()}
@@ -421,18 +388,18 @@ def test_grown_vocabulary(tmp_path, shards):
     embed, head = torch.randn(35, 16), torch.randn(35, 16)
     trained = {"model.embed_tokens.weight": embed, "lm_head.weight": head}
     part = WeightedAdapter(AdapterState({}, trained))
-    merge_checkpoint(base, [part], tmp_path / "out")
+    merge(base, [part], tmp_path / "out")
     wanted = tensors | {n: t.bfloat16() for n, t in trained.items()}
     assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 35
-    assert verify_checkpoint(base, [part], tmp_path / "out").problems == ()
+    assert_verified(base, [part], tmp_path / "out")
 
 
 def test_grown_embedding_without_its_head_is_refused(tmp_path):
     base = save_checkpoint(tmp_path / "base", llama_tensors(), 1, LLAMA)
     part = WeightedAdapter(AdapterState({}, {"model.embed_tokens.weight": torch.randn(35, 16)}))
     with pytest.raises(CheckpointError, match=r"grows to 35 rows and 'lm_head.weight' stays at 32"):
-        merge_checkpoint(base, [part], tmp_path / "out")
+        merge(base, [part], tmp_path / "out")
 
 
 def test_copy_of_the_base_must_equal_it(tmp_path):
@@ -441,15 +408,11 @@ def test_copy_of_the_base_must_equal_it(tmp_path):
     emb = site("model.embed_tokens", (32, 16), kind="embedding", transposed=True)
     copy = tensors["model.embed_tokens.weight"].float()
     state = replace(adapter(emb), base_copies={"model.embed_tokens.weight": copy})
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
-    assert_equal_to_dense(
-        load_checkpoint(tmp_path / "out"),
-        dense(tensors, (state, 1.0)),
-        {"model.embed_tokens.weight"},
-    )
+    merge(base, [state], tmp_path / "out")
+    assert_merged(tmp_path / "out", tensors, state)
     copy[3, 3] += 1
     with pytest.raises(CheckpointError, match="differs from the base"):
-        merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "other")
+        merge(base, [state], tmp_path / "other")
 
 
 def test_copy_that_grew_is_the_base_of_the_update(tmp_path):
@@ -458,11 +421,9 @@ def test_copy_that_grew_is_the_base_of_the_update(tmp_path):
     emb = site("model.embed_tokens", (35, 16), kind="embedding", transposed=True)
     copy = torch.cat([tensors["model.embed_tokens.weight"], torch.randn(3, 16).bfloat16()])
     state = replace(adapter(emb), base_copies={"model.embed_tokens.weight": copy})
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     grown = tensors | {"model.embed_tokens.weight": copy, "lm_head.weight": copy.clone()}
-    assert_equal_to_dense(
-        load_checkpoint(tmp_path / "out"), dense(grown, (state, 1.0)), {"model.embed_tokens.weight"}
-    )
+    assert_merged(tmp_path / "out", grown, state)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (35, False)
 
@@ -476,7 +437,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path, umask):
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
     before = os.umask(umask)
     try:
-        merge_checkpoint(base, [WeightedAdapter(llama_adapter(tensors))], tmp_path / "out")
+        merge(base, [llama_adapter(tensors)], tmp_path / "out")
     finally:
         os.umask(before)
     for path in (tmp_path / "out").iterdir():
@@ -487,12 +448,7 @@ def test_progress_reaches_the_total_and_never_falls(tmp_path):
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 3, LLAMA)
     seen = []
-    merge_checkpoint(
-        base,
-        [WeightedAdapter(llama_adapter(tensors))],
-        tmp_path / "out",
-        progress=lambda done, total: seen.append((done, total)),
-    )
+    merge(base, [llama_adapter(tensors)], tmp_path / "out", lambda *row: seen.append(row))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len({total for _, total in seen}) == 1
     assert seen[-1][0] == seen[-1][1]
@@ -501,7 +457,7 @@ def test_progress_reaches_the_total_and_never_falls(tmp_path):
 def test_report_is_plain_data(tmp_path):
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
-    report = merge_checkpoint(base, [WeightedAdapter(llama_adapter(tensors))], tmp_path / "out")
+    report = merge(base, [llama_adapter(tensors)], tmp_path / "out")
     data = json.loads(json.dumps(report.to_dict()))
     assert data["n_tensors"] == len(tensors)
     assert len(data["tensors"]) == 6
@@ -512,7 +468,5 @@ def test_checkpoint_of_any_module_without_config(tmp_path):
     tensors = {"0.weight": torch.randn(8, 4), "2.weight": torch.randn(3, 8)}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("0", (8, 4)), site("2", (3, 8)))
-    merge_checkpoint(base / "model.safetensors", [WeightedAdapter(state)], tmp_path / "out")
-    assert_equal_to_dense(
-        load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), set(tensors)
-    )
+    merge(base / "model.safetensors", [state], tmp_path / "out")
+    assert_merged(tmp_path / "out", tensors, state)

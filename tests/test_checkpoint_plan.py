@@ -8,10 +8,12 @@ from helpers.checkpoints import (
     LLAMA,
     adapter,
     assert_equal_to_dense,
+    assert_merged,
     dense,
     llama_adapter,
     llama_tensors,
     load_checkpoint,
+    merge,
     save_checkpoint,
     site,
 )
@@ -23,7 +25,6 @@ from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
     WeightedAdapter,
-    merge_checkpoint,
     plan_merge,
     read_weighted,
 )
@@ -61,9 +62,8 @@ def test_names_are_read_as_told(tmp_path, case):
     other = WeightedAdapter(renamed(state, rename))
     with pytest.raises(CheckpointError, match=r"no place in it.*--rename OLD=NEW"):
         plan_merge(base, [other])
-    merge_checkpoint(base, [other], tmp_path / "out", options=MergeOptions(rename=told))
-    touched = {n + ".weight" for n in state.sites}
-    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), touched)
+    merge(base, [other], tmp_path / "out", rename=told)
+    assert_merged(tmp_path / "out", tensors, state)
 
 
 def test_what_has_no_place_is_listed_and_nothing_is_written(tmp_path):
@@ -73,7 +73,7 @@ def test_what_has_no_place_is_listed_and_nothing_is_written(tmp_path):
     stray = site("model.layers.7.self_attn.q_proj", (16, 16))
     state = replace(state, sites={**state.sites, stray.spec.name: stray})
     with pytest.raises(CheckpointError) as error:
-        merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+        merge(base, [state], tmp_path / "out")
     assert "1 of 7 tensors have no place" in str(error.value)
     assert "model.layers.7.self_attn.q_proj.weight" in str(error.value)
     assert "Nearest names" in str(error.value)
@@ -85,7 +85,7 @@ def test_wrong_shape_is_named_with_both_shapes(tmp_path):
     base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
     state = adapter(site("model.layers.0.mlp.up_proj", (24, 12)))
     with pytest.raises(CheckpointError, match=r"\[24, 16\].*\[24, 12\]"):
-        plan_merge(base, [WeightedAdapter(state)])
+        plan_merge(base, [state])
 
 
 # Orientation ------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def test_orientation_follows_the_shape(tmp_path):
     base = save_checkpoint(tmp_path / "base", tensors)
     # As a reader of a foreign file assumes: everything is (out, in).
     state = adapter(site("h.0.attn.c_attn", (24, 8)), site("h.0.fc", (6, 8)))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     found = load_checkpoint(tmp_path / "out")
     s = state.sites["h.0.attn.c_attn"]
     wanted = tensors["h.0.attn.c_attn.weight"] + s.scale * (s.B @ s.A).T
@@ -108,7 +108,7 @@ def test_square_matrix_follows_what_the_adapter_says(tmp_path, said):
     tensors = {"fc.weight": torch.randn(8, 8)}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("fc", (8, 8), transposed=said, kind="conv1d" if said else "linear"))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     found = load_checkpoint(tmp_path / "out")["fc.weight"]
     s = state.sites["fc"]
     delta = s.scale * s.B @ s.A
@@ -121,14 +121,14 @@ def test_square_matrix_of_an_adapter_that_is_wrong_elsewhere_is_refused(tmp_path
     base = save_checkpoint(tmp_path / "base", tensors)
     sites = [site("a", (24, 8)), site("b", (8, 8))][::order]
     with pytest.raises(CheckpointError, match=r"square.*orientation of 'a'"):
-        plan_merge(base, [WeightedAdapter(adapter(*sites))])
+        plan_merge(base, [adapter(*sites)])
 
 
 def test_convolution(tmp_path):
     tensors = {"patch.weight": torch.randn(6, 3, 4, 4)}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("patch", (6, 3, 4, 4), kind="conv"))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     s = state.sites["patch"]
     wanted = tensors["patch.weight"] + dense_delta(s.spec, s.A, s.B, torch.float32)
     assert torch.allclose(load_checkpoint(tmp_path / "out")["patch.weight"], wanted, atol=1e-5)
@@ -148,7 +148,7 @@ def test_grouped_convolution_equals_the_adapted_layer(tmp_path, kind, groups):
     wanted = net(x)
     base = Checkpoint.open(tmp_path / "base")
     part = read_weighted(tmp_path / "adapter.safetensors", base)
-    merge_checkpoint(base, [part], tmp_path / "out")
+    merge(base, [part], tmp_path / "out")
     plain = nn.Sequential(kind(4, 8, 3, groups=groups))
     plain.load_state_dict(load_checkpoint(tmp_path / "out"))
     torch.testing.assert_close(plain(x), wanted)
@@ -179,7 +179,7 @@ def test_slices_leave_the_other_rows_bit_identical(tmp_path):
         site("c_attn", (8, 24), transposed=True, kind="conv1d", slices=parts),
         site("qkv", (24, 8), slices=parts),
     )
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     found = load_checkpoint(tmp_path / "out")
     for name, rest in (("c_attn", (slice(None), slice(8, 16))), ("qkv", slice(8, 16))):
         a, b = (t[f"{name}.weight"].view(torch.int16)[rest] for t in (found, tensors))
@@ -192,7 +192,7 @@ def test_frozen_start_of_derived_inits_is_subtracted(tmp_path):
     base = save_checkpoint(tmp_path / "base", tensors)
     s, start = site("q", (6, 8), seed=1), site("q", (6, 8), seed=2)
     state = adapter(SiteState(s.spec, s.A, s.B, start.A, start.B))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     wanted = tensors["q.weight"] + s.scale * (s.B @ s.A - start.B @ start.A)
     assert torch.allclose(load_checkpoint(tmp_path / "out")["q.weight"], wanted, atol=1e-5)
 
@@ -242,7 +242,7 @@ def test_stacked_experts_are_cut_into_the_tensors_of_the_file(tmp_path, family, 
         for n, shape in FUSED.items()
     ]
     gate = site("model.layers.0.mlp.gate", (E, H))
-    merge_checkpoint(base, [WeightedAdapter(adapter(*sites, gate))], tmp_path / "out")
+    merge(base, [adapter(*sites, gate)], tmp_path / "out")
     merged = {
         s.spec.name.rpartition(".")[2]: (
             fused[s.spec.name.rpartition(".")[2]].double() + dense_delta(s.spec, s.A, s.B)
@@ -262,10 +262,8 @@ def test_stacked_experts_in_a_stacked_file(tmp_path, transposed):
     tensors = {"mlp.experts.gate_up_proj": torch.randn(shape).bfloat16()}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("mlp.experts.gate_up_proj", shape, experts=E, transposed=transposed))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
-    assert_equal_to_dense(
-        load_checkpoint(tmp_path / "out"), dense(tensors, (state, 1.0)), set(tensors)
-    )
+    merge(base, [state], tmp_path / "out")
+    assert_merged(tmp_path / "out", tensors, state)
 
 
 @pytest.mark.parametrize("family", FILES)
@@ -279,7 +277,7 @@ def test_per_expert_adapter_on_a_stacked_file(tmp_path, family):
         site(f"{where}.2.{up}", (I, H)),
         site(f"{where}.2.{down}", (H, I)),
     ]
-    merge_checkpoint(base, [WeightedAdapter(adapter(*sites))], tmp_path / "out")
+    merge(base, [adapter(*sites)], tmp_path / "out")
     wanted = {n: t.double() for n, t in tensors.items()}
     for s, rows in zip(
         sites, ((1, slice(0, I)), (2, slice(I, 2 * I)), (2, slice(0, H))), strict=True
@@ -299,7 +297,7 @@ def test_missing_expert_is_named(tmp_path):
         site("model.layers.0.mlp.experts.gate_up_proj", FUSED["gate_up_proj"], experts=E)
     )
     with pytest.raises(CheckpointError, match="expert 2 is not complete"):
-        plan_merge(base, [WeightedAdapter(state)])
+        plan_merge(base, [state])
 
 
 # Refusals ---------------------------------------------------------------------------------------
@@ -331,14 +329,14 @@ QUANTIZED = {
 def test_quantized_base_is_recognized_and_the_way_out_is_named(tmp_path, method):
     base = save_checkpoint(tmp_path / "base", QUANTIZED[method])
     with pytest.raises(CheckpointError, match=rf"quantized: {method}.*16-bit checkpoint"):
-        plan_merge(base, [WeightedAdapter(adapter(site("q", (8, 8))))])
+        plan_merge(base, [adapter(site("q", (8, 8)))])
 
 
 def test_float_layers_of_a_quantized_base_merge(tmp_path):
     tensors = {**QUANTIZED["GPTQ"], "lm_head.weight": torch.randn(8, 8)}
     base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("lm_head", (8, 8)))
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out")
+    merge(base, [state], tmp_path / "out")
     found = load_checkpoint(tmp_path / "out")
     assert torch.equal(found["q.qweight"], tensors["q.qweight"])
     assert_equal_to_dense(found, dense(tensors, (state, 1.0)), {"lm_head.weight"})
@@ -357,14 +355,14 @@ def test_non_finite_adapter_is_refused_by_name(tmp_path, where, value):
         name = "model.layers.1.self_attn.q_proj"
         getattr(state.sites[name], where)[0, 0] = value
     with pytest.raises(CheckpointError, match=rf"'{name}.*NaN or Inf"):
-        plan_merge(base, [WeightedAdapter(state)])
+        plan_merge(base, [state])
 
 
 @pytest.mark.parametrize(
     ("parts", "found"),
     [
         ([], "no adapter"),
-        ([WeightedAdapter(AdapterState({}))], "holds no tensors"),
+        ([AdapterState({})], "holds no tensors"),
         ([WeightedAdapter(adapter(site("q", (4, 4))), 0.0)], "weight is 0"),
         ([WeightedAdapter(adapter(site("q", (4, 4))), float("nan"))], "weight is nan"),
     ],

@@ -15,10 +15,12 @@ from helpers.checkpoints import (
     LLAMA,
     adapter,
     assert_equal_to_dense,
+    assert_verified,
     dense,
     llama_adapter,
     llama_tensors,
     load_checkpoint,
+    merge,
     save_checkpoint,
     site,
 )
@@ -76,9 +78,9 @@ def test_float8_base_is_dequantized_on_request(tmp_path, monkeypatch, shards, bl
     base = save_checkpoint(tmp_path / "base", tensors, shards, config)
     state = adapter(site("q", tuple(plain["q"].shape), size=0.1))
     with pytest.raises(CheckpointError, match=r"fp8 with block scales.*--dequantize"):
-        plan_merge(base, [WeightedAdapter(state)])
+        plan_merge(base, [state])
     options = MergeOptions(dequantize=True)
-    merge_checkpoint(base, [WeightedAdapter(state)], tmp_path / "out", options=options)
+    merge_checkpoint(base, [state], tmp_path / "out", options=options)
     wanted = {n: t.bfloat16() for n, t in dense(wanted, (state, 1.0)).items()}
     wanted["norm.weight"] = tensors["norm.weight"]
     found = load_checkpoint(tmp_path / "out")
@@ -86,12 +88,7 @@ def test_float8_base_is_dequantized_on_request(tmp_path, monkeypatch, shards, bl
     assert torch.equal(found["v.weight"], wanted["v.weight"])
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     Checkpoint.open(tmp_path / "out")  # the index agrees with the files
-    assert (
-        verify_checkpoint(
-            base, [WeightedAdapter(state)], tmp_path / "out", options=options
-        ).problems
-        == ()
-    )
+    assert verify_checkpoint(base, [state], tmp_path / "out", options=options).problems == ()
 
 
 def test_float8_without_scales_is_refused(tmp_path):
@@ -100,7 +97,7 @@ def test_float8_without_scales_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="without block scales"):
         plan_merge(
             base,
-            [WeightedAdapter(adapter(site("v", (8, 8))))],
+            [adapter(site("v", (8, 8)))],
             options=MergeOptions(dequantize=True),
         )
 
@@ -124,8 +121,8 @@ def test_another_base_of_the_same_shape_is_refused(tmp_path, prefix):
 
     base = save_checkpoint(tmp_path / "base", filed(other), 1, LLAMA)
     with pytest.raises(CheckpointError, match=r"another base: 6 of 6 weights differ.*any_base"):
-        plan_merge(base, [WeightedAdapter(state)])
-    plan_merge(base, [WeightedAdapter(state)], options=MergeOptions(any_base=True))
+        plan_merge(base, [state])
+    plan_merge(base, [state], options=MergeOptions(any_base=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -133,7 +130,7 @@ def test_the_same_base_in_another_dtype_is_not(tmp_path, dtype):
     tensors = llama_tensors(dtype=torch.float32)
     state = with_fingerprint(llama_adapter(tensors), tensors)
     cast = {n: t.to(dtype) for n, t in tensors.items()}
-    plan_merge(save_checkpoint(tmp_path / "base", cast, 1, LLAMA), [WeightedAdapter(state)])
+    plan_merge(save_checkpoint(tmp_path / "base", cast, 1, LLAMA), [state])
 
 
 # 671 billion parameters -------------------------------------------------------------------------
@@ -272,8 +269,8 @@ def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path):
     assert not out.exists()
     assert not list(tmp_path.rglob("*.partial"))
     part = WeightedAdapter(llama_adapter(tensors))
-    merge_checkpoint(base, [part], out)
-    assert verify_checkpoint(base, [part], out).problems == ()
+    merge(base, [part], out)
+    assert_verified(base, [part], out)
 
 
 PEAK = """
@@ -353,7 +350,7 @@ KEYS = [
 
 
 @settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(changes=st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=3))
 def test_any_adapter_config_is_merged_or_refused(tmp_path_factory, changes):
@@ -372,8 +369,6 @@ def test_any_adapter_config_is_merged_or_refused(tmp_path_factory, changes):
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     try:
         checkpoint = Checkpoint.open(base)
-        merge_checkpoint(
-            checkpoint, [read_weighted(folder / "adapter", checkpoint)], folder / "out"
-        )
+        merge(checkpoint, [read_weighted(folder / "adapter", checkpoint)], folder / "out")
     except LoraInjectError:
         assert not (folder / "out").exists()

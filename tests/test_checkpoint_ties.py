@@ -10,11 +10,11 @@ import transformers
 from helpers.checkpoints import (
     LLAMA,
     adapter,
-    assert_equal_to_dense,
-    dense,
+    assert_merged,
     llama_adapter,
     llama_tensors,
     load_checkpoint,
+    merge,
     save_checkpoint,
     site,
 )
@@ -68,7 +68,7 @@ def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_no_embedding(tmp_path):
     li.save_adapter(model, tmp_path / "adapter")
     base = Checkpoint.open(tmp_path / "base")
     part = read_weighted(tmp_path / "adapter", base)
-    merge_checkpoint(base, [part], tmp_path / "out")
+    merge(base, [part], tmp_path / "out")
     assert not any(HEAD in name for name in load_checkpoint(tmp_path / "out"))
     merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
     ids = torch.arange(40)[None]
@@ -79,9 +79,8 @@ def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_no_embedding(tmp_path):
 def test_ordinary_layers_need_no_class(tied, no_transformers):
     base, tensors, out = tied
     state = llama_adapter(tensors)
-    merge_checkpoint(base, [WeightedAdapter(state)], out)
-    touched = {f"{name}.weight" for name in state.sites}
-    assert_equal_to_dense(load_checkpoint(out), dense(tensors, (state, 1.0)), touched)
+    merge(base, [state], out)
+    assert_merged(out, tensors, state)
 
 
 @pytest.mark.parametrize("end", ["embedding", "head"])
@@ -89,28 +88,27 @@ def test_an_end_of_a_tie_asks_for_the_class_or_for_the_user(tied, no_transformer
     base, tensors, out = tied
     state = on_embedding() if end == "embedding" else adapter(site("lm_head", (32, 16)))
     with pytest.raises(CheckpointError, match=r"transformers is not installed.*--(tie|rename)"):
-        plan_merge(base, [WeightedAdapter(state)])
+        plan_merge(base, [state])
     options = MergeOptions(tie={HEAD: EMBEDDING})
-    merge_checkpoint(base, [WeightedAdapter(state)], out, options=options)
+    merge_checkpoint(base, [state], out, options=options)
     both = {**tensors, HEAD: tensors[EMBEDDING].clone()}
-    touched = {EMBEDDING if end == "embedding" else HEAD}
-    assert_equal_to_dense(load_checkpoint(out), dense(both, (state, 1.0)), touched)
+    assert_merged(out, both, state)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    assert verify_checkpoint(base, [WeightedAdapter(state)], out, options=options).problems == ()
+    assert verify_checkpoint(base, [state], out, options=options).problems == ()
 
 
 def test_the_class_that_cannot_be_built_is_named(tied):
     base, _, _ = tied
     (base / "config.json").write_text(json.dumps({**TINY, "model_type": "llama99"}))
     with pytest.raises(CheckpointError, match=r"does not know the model type 'llama99'.*--tie"):
-        plan_merge(base, [WeightedAdapter(on_embedding())])
+        plan_merge(base, [on_embedding()])
 
 
 def test_nothing_is_untied_where_the_user_says_so(tied):
     base, tensors, out = tied
     state = on_embedding()
-    merge_checkpoint(base, [WeightedAdapter(state)], out, options=MergeOptions(tie={}))
-    assert_equal_to_dense(load_checkpoint(out), dense(tensors, (state, 1.0)), {EMBEDDING})
+    merge(base, [state], out, tie={})
+    assert_merged(out, tensors, state)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
 
 
@@ -122,7 +120,7 @@ def test_trained_copies_of_tied_tensors_are_what_each_name_says(tied, names):
     trained = dict.fromkeys((EMBEDDING, HEAD) if names == "unequal" else names, new)
     if names == "unequal":
         trained[HEAD] = -new
-    merge_checkpoint(base, [WeightedAdapter(AdapterState({}, trained))], out)
+    merge(base, [AdapterState({}, trained)], out)
     found, old = load_checkpoint(out), tensors[EMBEDDING]
     assert torch.equal(found[EMBEDDING], trained.get(EMBEDDING, old))
     assert (HEAD in found) == (names != (EMBEDDING, HEAD))
@@ -142,7 +140,7 @@ def test_the_class_renames_what_the_file_calls_otherwise(tmp_path):
     tensors = load_checkpoint(base)
     inner = site("transformer.h.0.mlp.c_fc", (8, 32), transposed=True, kind="conv1d")
     head = site("lm_head", (40, 8))
-    merge_checkpoint(base, [WeightedAdapter(adapter(inner, head))], tmp_path / "out")
+    merge(base, [adapter(inner, head)], tmp_path / "out")
     found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     delta = [s.scale * s.B @ s.A for s in (inner, head)]
     wanted = tensors["h.0.mlp.c_fc.weight"] + delta[0].T
@@ -161,7 +159,7 @@ def test_square_transposed_experts_take_their_orientation_from_the_class(tmp_pat
     tensors = load_checkpoint(tmp_path / "base")
     name = "model.layers.0.mlp.experts.down_proj"
     s = site(name, (2, 16, 16), experts=2)  # as PEFT's file leaves it
-    merge_checkpoint(tmp_path / "base", [WeightedAdapter(adapter(s))], tmp_path / "out")
+    merge(tmp_path / "base", [adapter(s)], tmp_path / "out")
     delta = s.scale * torch.einsum("eor,eri->eio", s.B, s.A)
     assert torch.allclose(load_checkpoint(tmp_path / "out")[name], tensors[name] + delta, atol=1e-6)
 
@@ -177,7 +175,7 @@ def test_a_config_that_is_no_file_is_not_taken_for_none(tied, kind):
     else:
         os.mkfifo(base / "config.json")
     with pytest.raises(CheckpointError, match=r"read 'config\.json'"):
-        plan_merge(base, [WeightedAdapter(llama_adapter(tensors))])
+        plan_merge(base, [llama_adapter(tensors)])
 
 
 def test_the_same_adapter_twice_is_refused(tied):
@@ -197,7 +195,7 @@ def tied_llama():
 
 def merged_logits(folder):
     base = Checkpoint.open(folder / "base")
-    merge_checkpoint(base, [read_weighted(folder / "adapter", base)], folder / "out")
+    merge(base, [read_weighted(folder / "adapter", base)], folder / "out")
     merged = transformers.LlamaForCausalLM.from_pretrained(folder / "out").eval()
     return merged(torch.arange(20)[None]).logits
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
@@ -32,6 +33,17 @@ _VARIANTS = ("use_dora", "lora_bias", "trainable_token_indices")
 _MAGNITUDE = ".lora_magnitude_vector"
 _BIAS = ".lora_B.bias"
 _ROWS = ".token_adapter.trainable_tokens_delta"
+
+
+Given = WeightedAdapter | AdapterState | str | os.PathLike[str]
+"""An adapter as a caller may name it: with a weight, as a value, or by its path."""
+
+
+def weighted_adapter(given: Given, base: Checkpoint) -> WeightedAdapter:
+    """Return an adapter with its weight, 1 where none is said."""
+    if isinstance(given, WeightedAdapter):
+        return given
+    return WeightedAdapter(given) if isinstance(given, AdapterState) else read_weighted(given, base)
 
 
 def read_weighted(

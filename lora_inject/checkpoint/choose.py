@@ -7,7 +7,7 @@ Nothing is ever left over: what finds no place is listed, with the reason and th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -158,16 +158,11 @@ def _place(
 ) -> list[Placed] | str:
     """Return where one site goes, or the reason why it goes nowhere."""
     entry, absent = _find(name, way.of)
-    grown = _grown(adapter, state.spec, entry)
-    if name not in way.of.checkpoint.tensors:
-        grown = grown or entry  # the one that it is tied to
+    entry = _grown(adapter, state.spec, entry) or entry
     try:
-        places = place_site(state, adapter.weight, name, grown, way)
+        return place_site(state, adapter.weight, name, entry, way) or absent
     except CheckpointError:
         return absent
-    if isinstance(places, str) and places.endswith("is not in the checkpoint"):
-        return absent
-    return places
 
 
 def _find(name: str, of: BaseClass) -> tuple[TensorEntry | None, str]:
@@ -218,7 +213,7 @@ def _grown(
     copy = adapter.state.base_copies.get(weight_name(spec))
     if copy is None or entry is None or not _grew(entry, copy):
         return None
-    return TensorEntry(entry.name, entry.dtype, tuple(copy.shape), entry.start, entry.stop)
+    return replace(entry, shape=tuple(copy.shape))
 
 
 def _grew(entry: TensorEntry, value: Tensor) -> bool:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_inject.adapter.state import AdapterState
-from lora_inject.checkpoint.adapter_files import read_weighted
+from lora_inject.checkpoint.adapter_files import Given
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
@@ -22,7 +20,7 @@ from lora_inject.checkpoint.processes import Processes, deal
 from lora_inject.checkpoint.staging import Staging, check_output, check_space
 from lora_inject.checkpoint.threads import Counter, check_unchanged
 from lora_inject.checkpoint.verify import verify_shards
-from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, digest
+from lora_inject.checkpoint.weighted_adapter import digest
 from lora_inject.checkpoint.write import write_shard
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import MergeReport, TensorReport
@@ -47,7 +45,7 @@ _DISK_REMEDIES = {
 
 def merge_checkpoint(
     base: str | Path | Checkpoint,
-    adapters: Sequence[WeightedAdapter | AdapterState | str | os.PathLike[str]],
+    adapters: Sequence[Given],
     output: str | Path,
     *,
     options: MergeOptions | None = None,
@@ -93,19 +91,7 @@ def merge_checkpoint(
         >>> torch.allclose(merged, net[0].weight + 0.25)
         True
     """
-    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    weighted = [_weighted(adapter, checkpoint) for adapter in adapters]
-    return merge_planned(plan_merge(checkpoint, weighted, options), output, progress)
-
-
-def _weighted(
-    adapter: WeightedAdapter | AdapterState | str | os.PathLike[str], base: Checkpoint
-) -> WeightedAdapter:
-    if isinstance(adapter, WeightedAdapter):
-        return adapter
-    if isinstance(adapter, AdapterState):
-        return WeightedAdapter(adapter)
-    return read_weighted(adapter, base)
+    return merge_planned(plan_merge(base, adapters, options), output, progress)
 
 
 def merge_planned(

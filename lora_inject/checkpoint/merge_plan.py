@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.checkpoint.adapter_files import Given, weighted_adapter
 from lora_inject.checkpoint.base_class import UNTIED, BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.index import Checkpoint
@@ -128,14 +129,14 @@ class MergePlan:
 
 def plan_merge(
     base: str | Path | Checkpoint,
-    adapters: Sequence[WeightedAdapter],
+    adapters: Sequence[Given],
     options: MergeOptions | None = None,
 ) -> MergePlan:
     """Plan a merge; reads headers and adapters, writes nothing.
 
     Args:
         base: Folder of the base, or the base as opened.
-        adapters: The adapters to fold in.
+        adapters: Paths of adapters, adapters as values, or `WeightedAdapter`s.
         options: How; the defaults where None.
 
     Returns:
@@ -146,11 +147,12 @@ def plan_merge(
             of its tensors has no place.
     """
     options = options or MergeOptions()
-    check_adapters(adapters)
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    weighted = [weighted_adapter(adapter, checkpoint) for adapter in adapters]
+    check_adapters(weighted)
     builder = _Builder(checkpoint, options)
-    fits = [choose(adapter, checkpoint, options, builder.of) for adapter in adapters]
-    for adapter, fit in zip(adapters, fits, strict=True):
+    fits = [choose(adapter, checkpoint, options, builder.of) for adapter in weighted]
+    for adapter, fit in zip(weighted, fits, strict=True):
         if not options.any_base:
             check_same_base(checkpoint, adapter, fit)
         builder.take(adapter, fit)
@@ -166,10 +168,10 @@ def plan_merge(
             builder.notes.append(f"code stays behind: {', '.join(code_left)}")
     return MergePlan(
         checkpoint,
-        tuple(adapters),
+        tuple(weighted),
         options,
         shards,
-        tuple((adapter.label, fit.label) for adapter, fit in zip(adapters, fits, strict=True)),
+        tuple((a.label, fit.label) for a, fit in zip(weighted, fits, strict=True)),
         builder.config_changes,
         _new_index(checkpoint, shards),
         side_files,

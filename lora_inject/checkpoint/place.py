@@ -84,18 +84,17 @@ class Orientation:
 
 
 def place_site(
-    state: SiteState, weight: float, name: str, grown: TensorEntry | None, way: Orientation
+    state: SiteState, weight: float, name: str, entry: TensorEntry | None, way: Orientation
 ) -> list[Placed] | str:
-    """Return where one site's terms go, or the reason why they go nowhere.
+    """Return where one site's terms go, or the reason why they go nowhere; empty: it is absent.
 
-    `name` is the base's of its tensor, `weight` the mixing weight of the adapter, and `grown` the
-    tensor with the rows that the adapter adds to it, where it does.
+    `name` is the output's of its tensor and `weight` the mixing weight of the adapter. `entry` is
+    the base's tensor, or the one that it is tied to, with the rows that the adapter adds to it.
     """
-    entry = grown or way.of.checkpoint.tensors.get(name)
     if entry is not None:
         return _place_direct(state, weight, name, entry, way)
     if not way.of.known:
-        return f"'{name}' is not in the checkpoint"
+        return ""
     if state.spec.experts is not None:
         return _place_on_separate_experts(state, weight, name, way.of)
     return _place_in_stack(state, weight, name, way.of)
@@ -172,8 +171,8 @@ def _place_on_separate_experts(
     """Cut an update of stacked experts into the per-expert tensors of the file."""
     spec, names, tensors = state.spec, of.separate(name), of.checkpoint.tensors
     if len(names) != spec.experts:
-        found = f", but for {len(names)} single experts" if names else ""
-        return f"'{name}' is not in the checkpoint{found}"
+        found = f"'{name}' is not in the checkpoint, but for {len(names)} single experts"
+        return found if names else ""
     n_parts = max(map(len, names))
     for e, expert in enumerate(names):
         if len(expert) < n_parts:
@@ -219,7 +218,7 @@ def _place_in_stack(
     place = of.place_of(name)
     entry = None if place is None else of.checkpoint.tensors.get(of(place.name))
     if place is None or place.expert is None or entry is None or len(entry.shape) != 3:
-        return f"'{name}' is not in the checkpoint"
+        return ""
     matrix = (state.spec.out_features, state.spec.in_features)
     n_experts, rows, cols = entry.shape
     if (rows, cols) != (place.n_parts * matrix[0], matrix[1]):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.checkpoint.adapter_files import Given
 from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
@@ -24,7 +25,6 @@ from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.output_rows import Block, Span
 from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.threads import Counted, Counter, open_sources, work_through
-from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import open_read, read_at
 from lora_inject.storage.safetensors_file import read_header
@@ -80,7 +80,7 @@ class VerifyReport:
 
 def verify_checkpoint(
     base: str | Path | Checkpoint,
-    adapters: Sequence[WeightedAdapter],
+    adapters: Sequence[Given],
     merged: str | Path,
     *,
     options: MergeOptions | None = None,
@@ -90,7 +90,7 @@ def verify_checkpoint(
 
     Args:
         base: Folder of the base.
-        adapters: The adapters, each with its weight.
+        adapters: As they were given to the merge.
         merged: The folder to check.
         options: As they were given to the merge.
         progress: Called with bytes done and bytes in all.

@@ -8,6 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.checkpoint import (
+    MergeOptions,
+    merge_checkpoint,
+    verify_checkpoint,
+)
 from lora_inject.functional import dense_delta
 from lora_inject.spec.sites import SiteSpec
 
@@ -93,15 +98,17 @@ def llama_adapter(tensors, leaves=("q_proj", "v_proj", "down_proj"), seed=1, **k
     )
 
 
+def weight_name(spec):
+    return spec.weight or (spec.name if spec.kind == "parameter" else spec.name + ".weight")
+
+
 def dense(tensors, *weighted):
     """Merge in float64 by the textbook formula and round once: the independent reference."""
     out = {name: t.clone() for name, t in tensors.items()}
     sums = {}
     for state, weight in weighted:
         for s in state.sites.values():
-            name = s.spec.weight or (
-                s.spec.name if s.spec.kind == "parameter" else s.spec.name + ".weight"
-            )
+            name = weight_name(s.spec)
             delta = weight * dense_delta(s.spec, s.A, s.B)
             if s.A0 is not None:
                 delta = delta - weight * dense_delta(s.spec, s.A0, s.B0)
@@ -142,3 +149,18 @@ def assert_equal_to_dense(found, wanted, touched):
         assert int(distance.max()) <= 1, name
         off, total = off + int((distance > 0).sum()), total + t.numel()
     assert off <= 0.001 * total + 1, f"{off} of {total}"
+
+
+def merge(base, adapters, out, progress=None, **options):
+    return merge_checkpoint(base, adapters, out, options=MergeOptions(**options), progress=progress)
+
+
+def assert_verified(base, adapters, out, **options):
+    assert verify_checkpoint(base, adapters, out, options=MergeOptions(**options)).problems == ()
+
+
+def assert_merged(out, tensors, *adapters):
+    """A folder holds what the dense reference makes of adapters, each a value or with a weight."""
+    weighted = [a if isinstance(a, tuple) else (a, 1.0) for a in adapters]
+    touched = {weight_name(s.spec) for state, _ in weighted for s in state.sites.values()}
+    assert_equal_to_dense(load_checkpoint(out), dense(tensors, *weighted), touched)
