@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -57,17 +56,6 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
             yield Span(job, n_cols, start, min(last, start + step), first, terms)
 
 
-@dataclass
-class Memory:
-    """Memory that one thread reuses for every block.
-
-    Attributes:
-        output: Of rows that cannot take the place of those that were read.
-    """
-
-    output: Room = field(default_factory=Room)
-
-
 class Block(NamedTuple):
     """Some computed rows `(n, n_cols)` in the output's dtype and their bytes, until the next."""
 
@@ -76,15 +64,13 @@ class Block(NamedTuple):
     data: memoryview
 
 
-def fold_span(
-    span: Span, reader: RowReader | None, memory: Memory, tally: Tally
-) -> Iterator[Block]:
+def fold_span(span: Span, reader: RowReader | None, room: Room, tally: Tally) -> Iterator[Block]:
     """Compute a span block by block; `tally` counts what rounding left of it.
 
     `reader` is of the base's shard that holds the source, None where there is no source. The rows
-    lie in its memory or in the `output` of this thread's.
+    lie in its memory, or in `room` where they cannot take the place of what was read.
     """
-    folding = _Folding(span, reader, memory, tally)
+    folding = _Folding(span, reader, room, tally)
     step = rows_per_block(span.n_cols, 2 if folding.in_place else 1)
     for start in range(span.start, span.stop, step):
         yield folding.block(start, min(span.stop, start + step))
@@ -93,10 +79,10 @@ def fold_span(
 class _Folding:
     """What the blocks of a span have in common."""
 
-    def __init__(self, span: Span, reader: RowReader | None, memory: Memory, tally: Tally) -> None:
+    def __init__(self, span: Span, reader: RowReader | None, room: Room, tally: Tally) -> None:
         job = span.job
         self.span, self.job, self.reader = span, job, reader
-        self.memory, self.tally = memory, tally
+        self.room, self.tally = room, tally
         # Then the rows can become the output where they were read: half of the memory.
         self.in_place = bool(span.terms) and (
             job.source is not None
@@ -118,7 +104,7 @@ class _Folding:
         if self.in_place and self.reader is not None:
             room, merged = self.reader.room, rows
         else:
-            room = self.memory.output
+            room = self.room
             merged = room.rows(FLOATS[job.dtype], stop - start, self.span.n_cols)
         self.fold(rows, start - self.span.offset, merged)
         for indices, values in job.rows:

@@ -17,8 +17,8 @@ import torch
 from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import FLOATS, Copy, OutputShard
-from lora_inject.checkpoint.output_rows import Block, Memory, Span, fold_span, spans_of
-from lora_inject.checkpoint.read import RowReader
+from lora_inject.checkpoint.output_rows import Block, Span, fold_span, spans_of
+from lora_inject.checkpoint.read import Room, RowReader
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Tally, TensorReport
 from lora_inject.storage.disk import COPY_STEP_BYTES, open_read
@@ -157,9 +157,9 @@ class _Work:
     @torch.inference_mode()  # the rows are views: autograd would keep account of each
     def fold(self, span: Span, tally: Tally) -> None:
         """Compute one span."""
-        memory: Memory = self.local.__dict__.setdefault("memory", Memory())
+        room: Room = self.local.__dict__.setdefault("room", Room())
         untold = 0
-        for block in fold_span(span, self._reader(span.job.source_shard), memory, tally):
+        for block in fold_span(span, self._reader(span.job.source_shard), room, tally):
             if self.stop.is_set():
                 return
             self.sink.computed(span, block)
