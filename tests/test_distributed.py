@@ -344,6 +344,14 @@ def test_shards_are_not_taken_for_tensors(shard: Any, one_rank: None) -> None:
     assert found | {key: t.shape for key, t in state.trained.items()} == shapes
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_forward_under_fsdp1_says_what_works_instead(one_rank: None) -> None:
+    model = li.inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+    refused = said(lambda: sharded_by_fsdp1(model)(torch.ones(2, 4)))
+    assert refused.startswith("LayerError: a forward of a Linear in FullyShardedDataParallel")
+    assert "Inject first and shard with fully_shard (FSDP2)" in refused
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_layers_wrapped_for_activation_checkpointing(when: str, reentrant: bool) -> None:

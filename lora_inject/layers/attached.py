@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter.state import signed_pairs
+from lora_inject.errors import LayerError
 from lora_inject.functional.factors import Spans
 from lora_inject.layers.selection import Selection, State
 from lora_inject.spec.sites import SiteSpec
@@ -249,8 +250,24 @@ def attached_to(module: nn.Module) -> Attached | None:
 
 def held_by(module: nn.Module) -> Mapping[str, Any]:
     """Return a module's parameters by name; DataParallel keeps those of a replica elsewhere."""
-    found: Mapping[str, Any] = module.__dict__.get("_former_parameters") or module._parameters
+    own = module.__dict__
+    found: Mapping[str, Any] = own.get("_former_parameters") or own["_parameters"]
+    if "_is_fsdp_managed_module" in own:
+        _refuse_views(module, own, found)
     return found
+
+
+def _refuse_views(module: nn.Module, own: Mapping[str, Any], held: Mapping[str, Any]) -> None:
+    """Raise in a forward of FSDP1: attributes beside the parameters hold what these are to be."""
+    attached = attached_to(module)
+    for entry in attached.entries() if attached is not None else ():
+        name = next((n for n in entry.names.values() if n not in held or n in own), None)
+        if name is not None:
+            raise LayerError(
+                f"a forward of a {type(module).__name__} in FullyShardedDataParallel",
+                f"it has put a view in the place of the adapter's parameter {name!r}",
+                "Inject first and shard with fully_shard (FSDP2), or use DistributedDataParallel",
+            )
 
 
 def saving_hooks() -> Any:

@@ -35,7 +35,6 @@ from lora_inject.model.carried import (
 )
 from lora_inject.model.reached import refuse_unreached
 from lora_inject.model.save_pretrained import save_adapters_instead
-from lora_inject.model.train import set_trained
 from lora_inject.model.trainable import state_adapters
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
@@ -175,13 +174,14 @@ def attach(
     selections = reach(survey.model, survey).selections
     selection = next(iter(selections), None) or Selection()
     modules = [module for _, module in survey.modules]
-    with all_or_nothing(modules, (selection, *selections, *roots_of(survey).values())):
+    values = (selection, *selections, *roots_of(survey).values())
+    with all_or_nothing(modules, values) as trained:
         root = _become_root(survey, selection)
         root.configs[name] = state.config
         root.carrying[name] = list({id(place.module): place.module for place, _ in made}.values())
         _freeze(survey, root)
-        if train:
-            set_trained(survey, ())  # the new tensors are trainable already
+        for parameter in trained if train else ():  # the new ones are trainable already
+            parameter.requires_grad_(False)
         for place, parameters in made:
             _attach(place, parameters, selection)
         refuse_resizing(modules, adapted_modules(survey).values())
