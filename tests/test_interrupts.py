@@ -85,6 +85,7 @@ def _traced(run: Callable[[], Any], stop_at: tuple[Line, int] | None) -> dict[Li
         run()
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(True)  # an interrupt just before no_grad is left leaves it open
     return lines
 
 
