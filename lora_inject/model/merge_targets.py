@@ -6,7 +6,6 @@ where only that can tell whether they may be written; the second writes, row blo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -229,9 +228,9 @@ def _refuse_overlaps(survey: Survey, targets: list[Target]) -> None:
             n_bytes = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
             spans.append((memory[0], memory[0] + n_bytes, name, memory))
     spans.sort(key=lambda span: span[:3])
-    # Of all that begin before a span, the one that ends last overlaps it if any does.
-    last = itertools.accumulate(spans, lambda one, two: max(one, two, key=lambda s: s[1]))
-    for one, two in zip(last, spans[1:], strict=False):
+    last = spans[:1]  # of those that begin before: if any overlaps, the one that ends last does
+    for two in spans:
+        one, last = last[0], [max(*last, two, key=lambda span: span[1])]
         if two[0] < one[1] and one[3] != two[3] and not written.keys().isdisjoint((one[3], two[3])):
             asked, other = (one, two) if one[3] in written else (two, one)
             raise LayerError(
