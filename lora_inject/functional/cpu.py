@@ -55,14 +55,7 @@ def takes(t: Tensor, u: Factors) -> bool:
 
 
 def add_(y2: Tensor, x2: Tensor, u: Factors, dtype: torch.dtype) -> Kept:
-    """Add one update to the output of a layer, in place.
-
-    Args:
-        y2: `(n, out)`.
-        x2: `(n, in)`.
-        u: The update.
-        dtype: What to compute in.
-    """
+    """Add one update, computed in `dtype`, to the output `(n, out)` of a layer, in place."""
     scale, gaps = u.scale, None
     if are_few(x2, u):
         return Kept(cast(add_few_(y2, x2, u), dtype), u.A, u.B, None)
@@ -89,15 +82,8 @@ def add_few_(y: Tensor, x: Tensor, u: Factors) -> Tensor:
     """Add an update to the output of few tokens in place, in the dtype of its factors.
 
     Casting x and y takes less than casting A and B, and a single token is a vector: decoding one
-    token of a layer of width 768 takes half as long as with the operations of `linear`.
-
-    Args:
-        y: `(..., out)`, contiguous.
-        x: `(..., in)`.
-        u: The update, for which `are_few`.
-
-    Returns:
-        `x A^T`, `(n, rank)`.
+    token of a layer of width 768 takes half as long as with the operations of `linear`. Returns
+    `x A^T`, `(n, rank)`; y is contiguous.
     """
     A, B, dtype = u.A, u.B, u.A.dtype
     if y.dtype == x.dtype == dtype and x.numel() == x.shape[-1]:
@@ -123,17 +109,7 @@ def backward(
     needs: Sequence[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of A and B; add to that of x in place.
-
-    Args:
-        g2: `(n, out)`, gradient of the output.
-        x2: `(n, in)`.
-        gx2: `(n, in)`, gradient of x so far; None where it is not wanted.
-        u: The update.
-        kept: Of the forward.
-        needs: Whether the gradients of A and of B are wanted.
-        dtype: What to compute in.
-    """
+    """Return the gradients of A and B where they are wanted; add to that of x, if any, in place."""
     scale, where = u.scale / (1 - u.dropout), None
     if kept.dropped is not None:
         where = positions(kept.dropped)
@@ -217,9 +193,7 @@ def _add_product_(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> None
 def _draw_gaps(p: float, n: int) -> Tensor:
     """Draw from torch's generator which of n elements are dropped, each with probability p.
 
-    Returns:
-        `(m,)`, uint8 or a wider integer dtype: the distance of each dropped element from the one
-        before, 1 for neighbors.
+    Returns the distance of each from the one before, 1 for neighbors, in the narrowest dtype.
     """
     expected = n * p
     draws = int(expected + 6 * math.sqrt(expected) + 16)

@@ -499,34 +499,12 @@ def _getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
+_ATTRIBUTES = "shape dtype device layout ndim requires_grad is_leaf grad_fn"
+_METHODS = """__len__ dim element_size get_device is_complex is_contiguous is_floating_point
+ndimension nelement numel size stride"""
 _QUESTIONS = {
-    _getter(name)
-    for name in (
-        "shape",
-        "dtype",
-        "device",
-        "layout",
-        "ndim",
-        "requires_grad",
-        "is_leaf",
-        "grad_fn",
-    )
-} | {
-    getattr(Tensor, name)
-    for name in (
-        "__len__",
-        "dim",
-        "element_size",
-        "get_device",
-        "is_complex",
-        "is_contiguous",
-        "is_floating_point",
-        "ndimension",
-        "nelement",
-        "numel",
-        "size",
-        "stride",
-    )
+    *map(_getter, _ATTRIBUTES.split()),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
 }
 
 _ANSWERS: dict[Any, Callable[..., Any]] = {
@@ -559,8 +537,6 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
 }
 
 # Custom operations, which exist once their library is imported.
-_ANSWERS_BY_NAME: dict[str, Callable[..., Any]] = {
-    "transformers.grouped_mm_fallback": _grouped_fallback,
-}
+_ANSWERS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
 
 _CHANGING = ("__setitem__", "__set__")

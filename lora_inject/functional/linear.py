@@ -133,12 +133,7 @@ def _base(
 ) -> Tensor:
     """Compute the frozen layer exactly as its own class does, bit for bit.
 
-    Args:
-        x: `(..., in)`.
-        weight: `(out, in)`, or `(in, out)` where `transposed`.
-        bias: `(out,)` or None.
-        transposed: Whether the layer is a Conv1D.
-        dtype: What autocast casts to; None outside.
+    `dtype` is what autocast casts to, None outside.
     """
     if dtype is not None:
         x, weight = _lowered(x, dtype), _lowered(weight, dtype)
@@ -184,14 +179,7 @@ def differentiate_again(
 ) -> tuple[Tensor | None, ...]:
     """Differentiate plain operations, for a backward that is itself differentiated.
 
-    Args:
-        out: Their value, with its graph.
-        inputs: What it was formed from.
-        needs: Which of them need a gradient.
-        g: Gradient of `out`.
-
-    Returns:
-        A gradient, with its own graph, for each input that needs one.
+    `out` is their value, `g` its gradient; each input that needs one gets a gradient with a graph.
     """
     wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
     found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
@@ -240,15 +228,8 @@ def _parts(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Return views of what belongs together: output, `x A^T` or its gradient, and B.
 
-    Args:
-        spans: Of the output; None for all of it.
-        wide: `(n, out)`.
-        thin: `(n, rank * parts)`.
-        B: `(adapted out, rank)`.
-
-    Returns:
-        One matrix of each for each span; or one stack of each, where the spans are alike and as far
-        from each other: then one product is enough.
+    Of `(n, out)`, `(n, rank * parts)` and `(adapted out, rank)` there is one matrix for each span;
+    or one stack, where the spans are alike and as far from each other: one product is enough then.
     """
     if spans is None:
         return [(wide, thin, B)]
@@ -366,16 +347,9 @@ def _backward_one(
     needs: Sequence[bool],
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x so far, of A and of B.
+    """Return the gradients of x so far, of A and of B, where they are wanted.
 
-    Args:
-        g2: `(n, out)`, gradient of the output.
-        x2: `(n, in)`.
-        gx2: `(n, in)`, gradient of x so far, which may be written over; None where there is none.
-        u: The update.
-        kept: Of the forward.
-        needs: Whether the gradients of x, A and B are wanted.
-        dtype: What to compute in.
+    `gx2` `(n, in)` may be written over; None where nothing has reached x yet.
     """
     if cpu.takes(g2, u):
         if needs[0] and gx2 is None:

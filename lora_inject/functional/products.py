@@ -24,16 +24,7 @@ Grouped = Callable[..., Tensor]
 
 
 def product_from_right(x: Tensor, value: LowRank, bias: Tensor | None = None) -> Tensor:
-    """Return `x @ value + bias`.
-
-    Args:
-        x: `(..., m)`.
-        value: One matrix `(m, n)`, or a stack of them that broadcasts with x as in `torch.matmul`.
-        bias: `(n,)`, only with one matrix; or None.
-
-    Returns:
-        `(..., n)`, as `torch.matmul` gives it for a formed weight.
-    """
+    """Return `x @ value + bias`, as `torch.matmul` gives it; a bias comes with one matrix only."""
     base = value.base
     if base.dim() == 2:
         updates = [Factors(left.mT, right.mT, scale) for left, right, scale in value.terms]
@@ -51,15 +42,7 @@ def product_from_right(x: Tensor, value: LowRank, bias: Tensor | None = None) ->
 
 
 def product_from_left(value: LowRank, x: Tensor) -> Tensor:
-    """Return `value @ x`.
-
-    Args:
-        value: `(..., m, n)`.
-        x: `(..., n, k)`, of at least two dimensions.
-
-    Returns:
-        `(..., m, k)`, as `torch.matmul` gives it for a formed weight.
-    """
+    """Return `value @ x` for x `(..., n, k)`, as `torch.matmul` gives it."""
     y = torch.matmul(value.base, x)
     with without_autocast(y) or nullcontext():
         x = x.to(y.dtype)
@@ -69,16 +52,7 @@ def product_from_left(value: LowRank, x: Tensor) -> Tensor:
 
 
 def looked_up(value: LowRank, ids: Tensor, padding_idx: int | None) -> Tensor:
-    """Return `F.embedding(ids, value, padding_idx)`.
-
-    Args:
-        value: The table `(num, dim)` and its updates.
-        ids: `(...)`, integer.
-        padding_idx: The row that receives no gradient, or None.
-
-    Returns:
-        `(..., dim)`.
-    """
+    """Return `F.embedding(ids, value, padding_idx)`."""
     y = F.embedding(ids, value.base, padding_idx)
     for left, right, scale in value.terms:
         update = F.embedding(ids, left) @ right
@@ -97,14 +71,8 @@ def _add(y: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
 def grouped_product(multiply: Grouped, x: Tensor, value: LowRank, offs: Tensor) -> Tensor:
     """Return the product of groups of rows, each with a matrix of its own.
 
-    Args:
-        multiply: Called as `multiply(x, stack, offs=offs)`, as `F.grouped_mm` is.
-        x: `(rows, m)`, sorted by group.
-        value: `(groups, m, n)`.
-        offs: `(groups,)`, the end of each group.
-
-    Returns:
-        `(rows, n)`. Rows behind the last group are what `multiply` leaves there.
+    `multiply` is called as `F.grouped_mm` is: x `(rows, m)`, sorted by group, a stack `(groups, m,
+    n)`, and the end of each group. Rows behind the last are what it leaves there.
     """
     y = multiply(x, value.base, offs=offs)
     for left, right, scale in value.terms:
@@ -119,14 +87,8 @@ def grouped_product(multiply: Grouped, x: Tensor, value: LowRank, offs: Tensor) 
 def summed(equation: str, before: list[Tensor], value: LowRank, after: list[Tensor]) -> Any:
     """Return `torch.einsum(equation, *before, value, *after)`.
 
-    Args:
-        equation: The sum, without ellipses.
-        before: The operands that precede the weight.
-        value: The weight, whose last two letters are its rows and columns.
-        after: The operands that follow it.
-
-    Returns:
-        The sum; `NotImplemented` where neither rows nor columns are summed over, or both are.
+    The last two letters of the weight are its rows and columns: `NotImplemented` where neither is
+    summed over, or both are.
     """
     if "." in equation or "->" not in equation:
         return NotImplemented

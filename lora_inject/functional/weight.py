@@ -47,15 +47,9 @@ class LowRank(NamedTuple):
 
 
 def low_rank(weight: Tensor, updates: Sequence[Update]) -> LowRank:
-    """Return a weight and its updates as matrices.
+    """Return a weight and its updates as matrices: `(E, m, n)` for stacked experts, else one.
 
-    Args:
-        weight: The frozen tensor, any shape that `spec.weight_shape` states.
-        updates: `(spec, A, B, scale)` for each update.
-
-    Returns:
-        Views of the weight, of every A and, where it has no slices, of every B: `(E, m, n)` for
-        stacked experts, one matrix for everything else.
+    These are views of the weight, of every A and, where it has no slices, of every B.
     """
     spec = updates[0][0]
     lead = () if spec.experts is None else (spec.experts,)

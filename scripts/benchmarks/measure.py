@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 AGAIN = "floor again"
+BARE = "bare operations"
 
 _now = time.perf_counter
 
@@ -147,6 +148,14 @@ class Result:
             if name != floor:
                 target = (targets or {}).get(name)
                 self.add(case, name, metric, paired(times[name], times[floor]), target)
+
+    def over_bare(
+        self, case: str, times: Mapping[str, Sequence[float]], targets: Mapping[str, float | None]
+    ) -> None:
+        """Add the time of variants over that of the bare operations of the same round."""
+        for name, target in targets.items():
+            ratio = paired(times[name], times[BARE])
+            self.add(case, name, f"time / {BARE}", ratio, target)
 
 
 def some_ids(*shape: int) -> torch.Tensor:

@@ -110,43 +110,62 @@ def _loralib_layer(module: Any, loralib: Any) -> Any:
     return layer
 
 
-def with_bare(model: Any) -> Any:
+def with_bare(model: Any, targets: str | None = None, rows: int | None = None) -> Any:
     """Return the model with no more than the operations that the mathematics needs.
 
     One thin product each way for each of A and B, and what adds them: no checks, one adapter, one
     dtype, nothing that can be changed later. It is what our own rows are judged by.
+
+    Args:
+        model: The model, which is changed.
+        targets: A pattern of the names of its layers; by default what everybody's rows adapt.
+        rows: Give each of so many rows of a batch factors of its own, for inference.
     """
-    pattern = re.compile(rf"(?:.*\.)?(?:{targets_of(model)})$")
+    pattern = re.compile(rf"(?:.*\.)?(?:{targets or targets_of(model)})$")
     model.requires_grad_(False)
     for path, module in list(model.named_modules()):
         if pattern.match(path):
             parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _BareLayer(module))
+            setattr(model.get_submodule(parent), leaf, _BareLayer(module, rows))
     return model
 
 
 class _BareLayer(nn.Module):
-    def __init__(self, plain: Any) -> None:
+    def __init__(self, plain: Any, rows: int | None) -> None:
         super().__init__()
         self.weight, self.bias = plain.weight, plain.bias
         self.transposed = not isinstance(plain, nn.Linear)
         n_in, n_out = plain.weight.shape if self.transposed else plain.weight.shape[::-1]
-        self.A = nn.Parameter(torch.randn(RANK, n_in) / n_in**0.5)
-        self.B = nn.Parameter(torch.zeros(n_out, RANK))
+        lead = () if rows is None else (rows,)
+        self.A = nn.Parameter(torch.randn(*lead, RANK, n_in) / n_in**0.5)
+        self.B = nn.Parameter(torch.zeros(*lead, n_out, RANK))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.t() if self.transposed else self.weight
+        if not torch.is_grad_enabled():
+            return _bare(x, weight, self.bias, self.A, self.B)[0]
         found: Tensor = _Bare.apply(x, weight, self.bias, self.A, self.B)  # type: ignore[no-untyped-call]
         return found
+
+
+def _bare(
+    x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output, and what its backward needs."""
+    y = F.linear(x, weight, bias)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    if A.dim() == 3:  # a row, a pair of factors
+        h = torch.bmm(x, A.mT)
+        return y.baddbmm_(h, B.mT, alpha=ALPHA / RANK), A, B, h
+    h = x.reshape(-1, x.shape[-1]) @ A.t()
+    y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=ALPHA / RANK)
+    return y, A, B, h
 
 
 class _Bare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor) -> Tensor:
-        y = F.linear(x, weight, bias)
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        h = x.reshape(-1, x.shape[-1]) @ A.t()
-        y.view(-1, y.shape[-1]).addmm_(h, B.t(), alpha=ALPHA / RANK)
+        y, A, B, h = _bare(x, weight, bias, A, B)
         ctx.save_for_backward(x, weight, A, B, h)
         return y
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.measure import (
     AGAIN,
+    BARE,
     Options,
     Result,
     interleave,
-    paired,
     peak_bytes,
     saved_bytes,
     some_ids,
@@ -38,7 +38,7 @@ from benchmarks.models import (
 )
 from lora_inject import adapter_parameters, inject
 
-OURS, GENERAL, BARE = "lora_inject", "lora_inject, general path", "bare operations"
+OURS, GENERAL = "lora_inject", "lora_inject, general path"
 FLOAT32 = "lora_inject, compute: float32"
 MIB = 2**20
 
@@ -115,8 +115,7 @@ def _steps(
     runs = {name: training_step(model, ids) for name, model in made.items()}
     times = interleave(runs, options.n_rounds(rounds))
     result.ratios(case, times)
-    for name, target in ((OURS, 1.02), (GENERAL, 1.05)):
-        result.add(case, name, f"time / {BARE}", paired(times[name], times[BARE]), target)
+    result.over_bare(case, times, {OURS: 1.02, GENERAL: 1.05})
     if _on_gpu():
         for name, run in runs.items():
             result.add(case, name, "peak, MiB", peak_bytes(run) / MIB)

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import AGAIN, Options, Result, Variant, interleave
+from benchmarks.measure import AGAIN, BARE, Options, Result, Variant, interleave, paired
 from benchmarks.models import ALPHA, RANK, Grove, llama, quiet, randomise, with_lora, with_peft
 from lora_inject import adapter_parameters, eject, inject, load_adapter, merge, save_adapter
 from lora_inject import unmerge as unmerged
 
 OURS = "lora_inject"
+KEEPING = f"{BARE}, keeping a copy"
+# Targets, over the bare operations: what checking, counting and taking back may cost.
+INJECT, MERGE = 5.0, {"fp32": 1.3, "bf16": 2.0}
 GROVE = r"[a-z]+_proj"
 
 
@@ -27,8 +30,7 @@ def injection(options: Options) -> Result:
     result = Result()
     sizes = (100, 200, 400) if options.quick else (1000, 5000, 10000, 20000)
     for n_sites in sizes:
-        goal = 1.0 if n_sites == 20000 else None
-        _grove(result, options, n_sites, goal, peft=options.full or n_sites <= 5000)
+        _grove(result, options, n_sites, peft=options.full or n_sites <= 5000)
     layers = 4 if options.quick else 80
     big = {"hidden_size": 8192, "intermediate_size": 28672, "num_key_value_heads": 8}
     shape = {**big, "num_attention_heads": 64, "num_hidden_layers": layers}
@@ -47,22 +49,34 @@ def injection(options: Options) -> Result:
     return result
 
 
-def _grove(
-    result: Result, options: Options, n_sites: int, goal: float | None, *, peft: bool
-) -> None:
+def _grove(result: Result, options: Options, n_sites: int, *, peft: bool) -> None:
     grove = Grove(n_sites)
     config = {"rank": RANK, "alpha": ALPHA, "targets": [GROVE], "expect": {"sites": n_sites}}
-    runs = {OURS: Variant(lambda: inject(grove, config), after=lambda: eject(grove))}
+    runs = {
+        OURS: Variant(lambda: inject(grove, config), after=lambda: eject(grove)),
+        BARE: Variant(lambda: _bare_injection(grove)),
+    }
     if peft:
         only = {"target_modules": f".*{GROVE}", "fan_in_fan_out": False}
         runs["PEFT"] = _peft_injection(Grove(n_sites), only)
     times = interleave(runs, options.n_rounds(5 if n_sites <= 5000 else 7))
     case = f"{n_sites:,} sites of width 32"
     for name in runs:
-        result.add(case, name, "s", times[name], goal if name == OURS else None)
+        result.add(case, name, "s", times[name])
         each = [1e3 * t / n_sites for t in times[name]]
-        judged = name == OURS and not options.quick
-        result.add(case, name, "ms a site", each, 0.04 if judged else None)
+        result.add(case, name, "ms a site", each)
+    result.over_bare(case, times, {OURS: None if options.quick else INJECT})
+
+
+def _bare_injection(model: nn.Module) -> list[nn.Parameter]:
+    """Make two factors for each layer, the one drawn, the other zero."""
+    made = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            A = nn.Parameter(torch.empty(RANK, module.in_features))
+            nn.init.kaiming_uniform_(A, a=5**0.5)
+            made += [A, nn.Parameter(torch.zeros(module.out_features, RANK))]
+    return made
 
 
 def _peft_injection(base: nn.Module, config: dict[str, Any]) -> Variant:
@@ -130,9 +144,8 @@ def merging(options: Options) -> Result:
     """Time merge against a copy of the weights that it writes."""
     result = Result()
     sizes = (2, 64, 176) if options.quick else (8, 1152, 3328)
-    goals = {torch.float32: (1.3, 2.6), torch.bfloat16: (5.0, 6.0)}
     for dtype, label in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        _merge(result, options, label, _Weights(*sizes).to(dtype), goals[dtype])
+        _merge(result, options, label, _Weights(*sizes).to(dtype))
     result.notes.append(
         "memcpy copies the merged weights into tensors that exist. `undo=True` also keeps the "
         "originals, in fresh memory. Over bf16, merge measures what rounding leaves of each delta "
@@ -141,9 +154,7 @@ def merging(options: Options) -> Result:
     return result
 
 
-def _merge(
-    result: Result, options: Options, label: str, base: nn.Module, goals: tuple[float, float]
-) -> None:
+def _merge(result: Result, options: Options, label: str, base: nn.Module) -> None:
     config = {"rank": 16, "alpha": ALPHA, "targets": [GROVE]}
     kept = inject(copy.deepcopy(base), config)
     bare = inject(copy.deepcopy(base), config)
@@ -165,10 +176,20 @@ def _merge(
         for into, value in zip(target, source, strict=True):
             into.copy_(value)
 
+    factors = [(torch.randn(len(p), 16), torch.randn(16, p.shape[1]) / 1e3) for p in source]
+
+    def bare(keep: bool) -> list[torch.Tensor]:
+        kept = [p.clone() for p in target] if keep else []
+        for p, (left, right) in zip(target, factors, strict=True):
+            p.copy_(p.float().addmm_(left, right)) if label == "bf16" else p.addmm_(left, right)
+        return kept
+
     times = interleave(
         {
             "memcpy": copied,
             AGAIN: copied,
+            BARE: Variant(lambda: bare(keep=False), after=copied),
+            KEEPING: Variant(lambda: bare(keep=True), after=copied),
             "lora_inject, undo=False": Variant(lambda: merge(bare, undo=False), after=restore),
             "lora_inject, undo=True": Variant(lambda: merge(kept), after=lambda: unmerged(kept)),
             "PEFT": Variant(peft.merge_adapter, after=peft.unmerge_adapter),
@@ -179,8 +200,10 @@ def _merge(
     n = sum(p.numel() for p in source)
     case = f"{n / 1e6:.0f}M weights, r = 16, {label}"
     names = ("lora_inject, undo=False", "lora_inject, undo=True")
-    targets = {} if options.quick else dict(zip(names, goals, strict=True))
-    result.ratios(case, times, "time / memcpy", "memcpy", targets)
+    result.ratios(case, times, "time / memcpy", "memcpy")
+    goal = None if options.quick else MERGE[label]
+    for name, bound in zip(names, (BARE, KEEPING), strict=True):
+        result.add(case, name, f"time / {bound}", paired(times[name], times[bound]), goal)
     same = all(torch.equal(p, q) for p, q in zip(source, _base(kept), strict=True))
     result.add(case, "lora_inject, undo=True", "weights not restored", float(not same), 0.0)
 
