@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapter_states import FINGERPRINT, KIND_SPECS, make_site, make_state
 from safetensors.torch import save_file
-from test_formats_support import FINGERPRINT, KIND_SPECS, make_site, make_state
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError

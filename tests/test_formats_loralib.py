@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.adapter_states import KIND_SPECS, dense, make_site, make_state
 from safetensors.torch import save_file
-from test_formats_support import KIND_SPECS, dense, make_site, make_state
 from torch import nn
 
 from lora_inject.adapter.state import AdapterState

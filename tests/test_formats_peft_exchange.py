@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_formats_support import assert_same_deltas, dense, make_site
+from helpers.adapter_states import assert_same_deltas, dense, make_site
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -26,14 +25,7 @@ pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 # PEFT warns of much that is none of this package's business.
-pytestmark = pytest.mark.filterwarnings("default")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def gpt2() -> nn.Module:

@@ -11,10 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
-from test_formats_support import (
+from helpers.adapter_states import (
     FINGERPRINT,
     KIND_SPECS,
     assert_same_deltas,
@@ -23,6 +20,9 @@ from test_formats_support import (
     make_site,
     make_state,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from lora_inject.adapter.state import AdapterState, Fingerprint
 from lora_inject.errors import FormatError
@@ -356,3 +356,15 @@ def test_sites_alike_are_stated_once() -> None:
     words = describe(make_state(*alike), "native")
     assert len(json.loads(words["lora_inject.kinds"])) == 2
     assert [kind for *_, kind in json.loads(words["lora_inject.sites"])] == [0, 1, 0, 1]
+
+
+def test_the_reference_is_the_textbook_product() -> None:
+    site = make_site(KIND_SPECS["linear"])
+    torch.testing.assert_close(dense(site), 2.0 * site.B.double() @ site.A.double())
+
+
+def test_the_reference_leaves_other_slices_at_zero() -> None:
+    delta = dense(make_site(KIND_SPECS["slices"]))
+    assert not delta[4:5].any()
+    assert delta[:4].all()
+    assert delta[5:].all()
