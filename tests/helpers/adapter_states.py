@@ -120,5 +120,5 @@ def assert_same_deltas(
 
 
 FINGERPRINT = Fingerprint(
-    {"h.0.fc.weight": (7, 5)}, {"h.0.fc.weight": (0.5, -3.140625, 2.0**-100)}, ("q",)
+    {"h.0.fc.weight": (7, 5)}, {"h.0.fc.weight": (0.5, -3.140625, 2.0**-100)}, {"q": "packed"}
 )
