@@ -94,3 +94,14 @@ def test_options_of_loralib_without_a_file_of_it_are_wrong_usage(tmp_path, capsy
     arguments = (tmp_path / "model.safetensors", tmp_path / "folder", "-o", tmp_path / "out")
     assert run("merge", *arguments, "--alpha", "6") == 2
     assert "no adapter is a loralib file" in capsys.readouterr().err
+
+
+def test_inspect_and_analyze_read_what_merge_reads(case, capsys):
+    folder, _, _, tensors = case
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "lora.safetensors")
+    for command in ("inspect", "analyze"):
+        assert run(command, folder / "lora.safetensors") == 1
+        assert "Pass --alpha" in capsys.readouterr().err
+        assert run(command, folder / "lora.safetensors", *OPTIONS) == 0
+        assert "2 sites" in capsys.readouterr().out
+    assert run("inspect", folder / "lora.safetensors", "--base", folder) == 2

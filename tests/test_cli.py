@@ -700,7 +700,16 @@ def test_a_reader_that_has_gone_changes_neither_the_work_nor_the_exit_code(files
 
 def test_tables_fit_80_columns_and_no_name_is_broken(run, files, tmp_path, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
+    deep = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": 12,
+        "n_embd": 3072, "n_head": 12,
+    }  # fmt: skip
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "config.json").write_text(json.dumps(deep))
+    text = "bias: all\ntargets: ['attn\\.c_attn', 'mlp\\..*', 'lm_head']\n"
     for args in (
+        ("plan", write_config(tmp_path, text), large),
         ("inspect", files.one, "--all"),
         ("analyze", files.one, files.two, "--base", files.base),
         ("merge", files.base, files.one, "-o", tmp_path / "out"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_inject.cli.on_disk import (
+    AllowPickle,
+    Alpha,
+    EnableLora,
+    FanInFanOut,
+    _loralib_options,
+)
 from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
-    from lora_inject.analysis import Weights
     from lora_inject.checkpoint import Checkpoint
 
 
@@ -42,6 +47,10 @@ def analyze(
     ] = False,
     prefer: Prefer = None,
     allow: Allow = None,
+    alpha: Alpha = None,
+    allow_pickle: AllowPickle = False,
+    fan_in_fan_out: FanInFanOut = None,
+    enable_lora: EnableLora = None,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
@@ -55,20 +64,24 @@ def analyze(
     from lora_inject.cli.show import note, print_json, progress_bar
     from lora_inject.cli.show_analysis import print_analysis
 
-    if any_base and base is None:
-        raise typer.BadParameter("it needs --base", param_hint="--any-base")
-    if report is not None and report.is_dir():
-        raise typer.BadParameter(f"'{report}' is a folder", param_hint="--report")
+    _check(base, report, any_base=any_base)
     if pictures is not None or report is not None:
         figures.need_matplotlib()
+    of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
     checkpoint = None if base is None else Checkpoint.open(base)
-    state = _read(adapter, checkpoint, prefer, allow)
-    weights = _weights(state, checkpoint, adapter, any_base=any_base)
+
+    def read(path: Path) -> AdapterState:
+        return _read(path, checkpoint, {**read_options(path, prefer, allow), **of_loralib})
+
+    state = read(adapter)
+    weights = None
+    if checkpoint is not None:
+        weights = figures.Weights(state, checkpoint, str(adapter), any_base=any_base)
     with progress_bar("analyzing") as progress:
         found = figures.analyze(state, weights, label=str(adapter), progress=progress)
     compared = None
     if other is not None:
-        second = _read(other, checkpoint, prefer, allow)
+        second = read(other)
         with progress_bar("comparing") as progress:
             compared = figures.compare(state, second, progress)
     written: list[Path] = []
@@ -84,22 +97,31 @@ def analyze(
         )
         written.append(figures.write_report(report, page))
     if as_json:
-        print_json(_plain(found, compared, written))
+        more = {
+            "findings": [finding.to_dict() for finding in figures.findings(found)],
+            "comparison": None if compared is None else compared.to_dict(),
+            "written": [str(path) for path in written],
+        }
+        print_json({**found.to_dict(), **more})
     else:
         print_analysis(found, compared, everything=everything)
     for path in written:
         note(f"wrote {path}")
 
 
-def _read(
-    path: Path, checkpoint: Checkpoint | None, prefer: str | None, allow: Sequence[str] | None
-) -> AdapterState:
+def _check(base: Path | None, report: Path | None, *, any_base: bool) -> None:
+    if any_base and base is None:
+        raise typer.BadParameter("it needs --base", param_hint="--any-base")
+    if report is not None and report.is_dir():
+        raise typer.BadParameter(f"'{report}' is a folder", param_hint="--report")
+
+
+def _read(path: Path, checkpoint: Checkpoint | None, options: dict[str, Any]) -> AdapterState:
     """Read an adapter; a base tells which weights a file of stacked experts means."""
     from lora_inject.checkpoint import read_weighted
     from lora_inject.errors import StateError
     from lora_inject.formats import read_adapter
 
-    options = read_options(path, prefer, allow)
     if checkpoint is None:
         return read_adapter(path, **options)
     part = read_weighted(path, checkpoint, **options)
@@ -110,24 +132,3 @@ def _read(
             "Merge it, and extract the difference as an adapter",
         )
     return part.state
-
-
-def _weights(
-    state: AdapterState, checkpoint: Checkpoint | None, adapter: Path, *, any_base: bool
-) -> Weights | None:
-    from lora_inject.analysis import Weights
-
-    if checkpoint is None:
-        return None
-    return Weights(state, checkpoint, str(adapter), any_base=any_base)
-
-
-def _plain(found: Any, compared: Any, written: Sequence[Path]) -> dict[str, Any]:
-    from lora_inject.analysis import findings
-
-    return {
-        **found.to_dict(),
-        "findings": [finding.to_dict() for finding in findings(found)],
-        "comparison": None if compared is None else compared.to_dict(),
-        "written": [str(path) for path in written],
-    }

@@ -11,6 +11,13 @@ from typing import Annotated
 
 import typer
 
+from lora_inject.cli.on_disk import (
+    AllowPickle,
+    Alpha,
+    EnableLora,
+    FanInFanOut,
+    _loralib_options,
+)
 from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
 
 AdapterFormat = Annotated[
@@ -37,7 +44,7 @@ def plan(
 ) -> None:
     """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
     from lora_inject.cli.models import source_of
-    from lora_inject.cli.show import note, print_json, say
+    from lora_inject.cli.show import note, print_json, say, width
     from lora_inject.spec.config import Config
     from lora_inject.spec.matching import resolve
 
@@ -48,7 +55,7 @@ def plan(
     if as_json:
         print_json(planned.to_dict())
     else:
-        say(str(planned))
+        say(planned.text(width()))
 
 
 @app.command()
@@ -59,6 +66,10 @@ def inspect(
     adapter_format: AdapterFormat = None,
     prefer: Prefer = None,
     allow: Allow = None,
+    alpha: Alpha = None,
+    allow_pickle: AllowPickle = False,
+    fan_in_fan_out: FanInFanOut = None,
+    enable_lora: EnableLora = None,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
@@ -68,6 +79,7 @@ def inspect(
     from lora_inject.formats import read_adapter
 
     options = read_options(adapter, prefer, allow)
+    options |= _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
     found = inspect_state(read_adapter(adapter, format=adapter_format, **options))
     if as_json:
         print_json(found.to_dict())

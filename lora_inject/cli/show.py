@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lora_inject.spec.names import printable
+from lora_inject.spec.plan import columns
 
 if TYPE_CHECKING:
     from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
@@ -57,7 +58,7 @@ def note(text: str) -> None:
 
 def say_words(text: str) -> None:
     """Print a sentence in lines that fit."""
-    for line in textwrap.wrap(printable(text), _width()):
+    for line in textwrap.wrap(printable(text), width()):
         say(line)
 
 
@@ -69,7 +70,7 @@ def say_list(head: str, names: Iterable[str], *, everything: bool) -> None:
     line = head
     for i, name in enumerate(shown):
         item = name + "," * (i + 1 < len(shown))
-        if len(line) + len(item) >= _width() and line != head:
+        if len(line) + len(item) >= width() and line != head:
             say(line)
             line = " " * len(head)
         line += f" {item}"
@@ -129,32 +130,12 @@ def print_rows(rows: Rows, *, everything: bool = False) -> None:
     """Print a table of sites, by their kind unless everything is asked for."""
     found = rows if everything else rows.by_kind()
     n_left = 1 + sum(isinstance(cell, str) for cell in found.cells[0][1:])
-    print_table(found.text(), found.heads, n_left)
+    shown = [[printable(cell) for cell in row] for row in (found.heads, *found.text())]
+    for line in columns(shown, n_left, width(), ""):
+        say(line)
 
 
-def print_table(rows: Sequence[Sequence[str]], heads: Sequence[str], n_left: int) -> None:
-    """Print aligned columns; a name that does not fit into its row goes on a line of its own.
-
-    Args:
-        rows: The cells; the first of each is a name.
-        heads: Titles of the columns.
-        n_left: Columns that are aligned to the left, from the first; others to the right.
-    """
-    shown = [[printable(cell) for cell in row] for row in (heads, *rows)]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    apart = sum(widths) + 2 * (len(widths) - 1) > _width()
-    for row in shown:
-        cells = [
-            cell.ljust(width) if i < n_left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        if apart:
-            say(row[0])
-            cells[0] = " " * 2
-        say("  ".join(cells).rstrip() if not apart else "  " + "  ".join(cells[1:]).rstrip())
-
-
-def _width() -> int:
+def width() -> int:
     """Return the columns of the terminal."""
     return shutil.get_terminal_size((WIDTH, 24)).columns
 

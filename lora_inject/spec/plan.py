@@ -7,6 +7,7 @@ nothing and holds no tensor.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -134,8 +135,12 @@ class Plan:
             "notes": list(self.notes),
         }
 
+    def text(self, width: int = 80) -> str:
+        """Return the plan as a table that fits into a width; no name is broken."""
+        return "\n".join(_lines(self, width))
+
     def __str__(self) -> str:
-        return "\n".join(_lines(self))
+        return self.text()
 
 
 def _alike(site: SiteSpec) -> tuple[object, ...]:
@@ -170,30 +175,35 @@ def _site_dict(site: SiteSpec) -> dict[str, Any]:
 # The table ----------------------------------------------------------------------------------------
 
 
-def _lines(plan: Plan) -> Iterator[str]:
+def _lines(plan: Plan, width: int) -> Iterator[str]:
     """The plan as text: sites by rule, what else trains, what was skipped, totals."""
     if plan.assumed:
         yield "kinds are assumed from names and shapes"
     for i, rule in enumerate(plan.config.targets):
         sites = [site for site in plan.sites if site.rule == i]
-        yield f"rule {i + 1} '{rule.match}': {_hyper_text(plan.config.hyper(rule))}"
-        yield from _columns([_row(name, n, site) for name, n, site in _by_shape(sites)])
+        yield from _filled(f"rule {i + 1} '{rule.match}': {_hyper(plan.config.hyper(rule))}", width)
+        yield from columns([_row(name, n, site) for name, n, site in _by_shape(sites)], 4, width)
     for why in dict.fromkeys(entry.why for entry in plan.trained):
         yield f"{why}: trained in full"
         entries = [entry for entry in plan.trained if entry.why == why]
-        yield from _columns([_trained_row(*row) for row in _by_size(entries)])
+        yield from columns([_trained_row(*row) for row in _by_size(entries)], 4, width)
     for reason in dict.fromkeys(entry.reason for entry in plan.skipped):
         names = templates(dict.fromkeys(e.name for e in plan.skipped if e.reason == reason))
         some = ", ".join(list(names)[:4]) + (", ..." if len(names) > 4 else "")
-        yield f"skipped, {reason}: {some}"
+        yield from _filled(f"skipped, {reason}: {some}", width)
     for tied in plan.tied:
-        yield f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}"
+        yield from _filled(f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}", width)
     for note in plan.notes:
-        yield f"note: {note}"
-    yield _totals(plan)
+        yield from _filled(f"note: {note}", width)
+    yield from _filled(_totals(plan), width)
 
 
-def _hyper_text(hyper: Hyper) -> str:
+def _filled(line: str, width: int) -> list[str]:
+    fill = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(line, width, **fill)  # type: ignore[arg-type]
+
+
+def _hyper(hyper: Hyper) -> str:
     root = f"sqrt({hyper.rank})" if hyper.scaling == "rslora" else str(hyper.rank)
     init = hyper.init if isinstance(hyper.init, str) else f"normal({hyper.init[1]:g})"
     parts = [f"rank {hyper.rank}", f"scale {hyper.alpha:g}/{root}", init]
@@ -237,17 +247,28 @@ def _trained_row(name: str, n: int, shape: tuple[int, ...]) -> tuple[str, ...]:
     return name, f"x{n:,}", "trained", text, f"{size:,} each", f"{size * n:,}"
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Rows with aligned columns, the last two to the right."""
-    if not rows:
-        return
+def columns(
+    rows: Sequence[Sequence[str]], n_left: int, width: int, indent: str = "  "
+) -> Iterator[str]:
+    """Yield rows with aligned columns; where they do not fit, each name is on a line of its own.
+
+    Args:
+        rows: The cells; the first of each is a name.
+        n_left: Columns that are aligned to the left, from the first; others to the right.
+        width: In characters.
+        indent: Before each line.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    apart = len(indent) + sum(widths) + 2 * (len(widths) - 1) > width
     for row in rows:
-        cells = [
-            cell.rjust(width) if k >= len(row) - 2 else cell.ljust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  " + "  ".join(cells)
+        name, *cells = (
+            cell.ljust(size) if i < n_left else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(row, widths, strict=True))
+        )
+        if apart:
+            yield indent + row[0]
+            name = ""
+        yield f"{indent}{'  '.join([name, *cells])}".rstrip()
 
 
 def _tied_text(tied: Tied) -> str:
