@@ -7,8 +7,6 @@ docstrings of the installed Python, and is measured on modules that training nev
 from __future__ import annotations
 
 import argparse
-import copy
-import inspect
 import json
 import os
 import shlex
@@ -21,9 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # threads that spin cost much next to other work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost other work much
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
@@ -31,13 +27,13 @@ from data import pairs, smollm2
 from data.packaged import refusal, write_json
 from data.pairs import Example, Pair
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = REPO / "configs/smollm2_135m.yaml"
 BATCH = 8
 MAX_TOKENS = 160  # of a pair; what is longer is left out
-N_SHOTS, SHOT_CHARS, SHOWN_CHARS = 4, 180, 240
+SHOWN_CHARS = 240
 ADAPTED_BOUND = 0.8  # adapted perplexity over that of the base
 ROUNDING_BOUND = 2e-4  # nats, merged against adapted, the worst target token (float32)
 
@@ -58,7 +54,7 @@ def demo(args: argparse.Namespace) -> bool:
 
     title("Plan: what the config means for this model")
     command("lora-inject", "plan", args.config, base)
-    title("Before: the base by plain transformers, the prompt alone and with 4 examples ahead")
+    title("Before: the base by plain transformers")
     before = in_a_process(base, out / "before.json", args.pairs)
     title("Train: inject, loss on the target's tokens only, save")
     trained = train(args, base, adapter, split.train)
@@ -84,7 +80,8 @@ def train(
     print(li.summary(model))
     examples = take(training, tokenizer, args.steps * BATCH, ended=True)
     optimizer = torch.optim.AdamW(li.parameter_groups(model, lr=args.lr), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
+    # the paper's: linear up over a tenth of the steps, then down to nothing
+    schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
     losses, start = [], time.perf_counter()
     model.train()
     for step, batch in enumerate(pairs.batches(examples, BATCH), 1):
@@ -103,12 +100,6 @@ def train(
     return {"losses": losses, "weights": weights}
 
 
-def rate(step: int, steps: int) -> float:
-    """The paper's schedule: linear up over a tenth of the steps, then down to nothing."""
-    up = max(1, steps // 10)
-    return min((step + 1) / up, (steps - step) / max(1, steps - up))
-
-
 # ------------------------------------------------------------------------------------- measuring
 
 
@@ -121,13 +112,6 @@ def measure(folder: Path, n: int, adapter: Path | None = None) -> dict[str, Any]
     with torch.inference_mode():
         if adapter is not None:
             found["disabled_is_base"] = attach(model, adapter, examples[0])
-        else:
-            short = [pair for pair in split.train if len(pair.code) <= SHOT_CHARS][:N_SHOTS]
-            shots = "".join(
-                f"{pairs.prompt_of(p.code)}{pairs.target_of(p.summary)}\n\n\n" for p in short
-            )
-            shown = log_probs(model, tokenizer, examples, tokenizer.encode(shots))
-            found["with_shots"] = perplexity(shown)
         scores = log_probs(model, tokenizer, examples)
         small = [pair for pair in split.held_out if len(pair.code) <= SHOWN_CHARS][:4]
         found["said"] = [(p.code, p.summary, say(model, tokenizer, p)) for p in small]
@@ -148,23 +132,11 @@ def attach(model: Any, adapter: Path, example: Example) -> bool:
         return torch.equal(model(tokens).logits, before)
 
 
-def log_probs(
-    model: Any, tokenizer: Any, examples: Sequence[Example], shots: Sequence[int] = ()
-) -> list[list[float]]:
-    """Log-probability of each target token, example by example; `shots` are read once."""
-    known = inspect.signature(type(model.get_decoder()).forward).parameters
-    name = "cache" if "cache" in known else "past_key_values"  # renamed within transformers 5
-    cache = DynamicCache(config=model.config) if shots else None
-    if shots:
-        model.get_decoder()(torch.tensor([shots]), use_cache=True, **{name: cache})
+def log_probs(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
+    """Log-probability of each target token, example by example."""
     found: list[list[float]] = []
     for batch in pairs.batches(examples, BATCH):
-        options = {}
-        if cache is not None:
-            options[name] = copy.deepcopy(cache)  # a forward writes into it
-            options[name].batch_repeat_interleave(len(batch))
-        tokens, labels = pairs.collate(batch, tokenizer.pad_token_id)
-        flat = pairs.target_log_probs(model, tokens, labels, **options)
+        flat = pairs.target_log_probs(model, *pairs.collate(batch, tokenizer.pad_token_id))
         found += [row.tolist() for row in flat.split([len(e.tokens) - e.n_prompt for e in batch])]
     return found
 
@@ -212,14 +184,13 @@ def show(before: Any, adapted: Any, merged: Any, trained: Any, moved: list[str],
     for (code, human, base), (*_, tuned) in zip(before["said"], adapted["said"], strict=True):
         print(f"{code}\n  human:   {human}\n  base:    {base}\n  adapted: {tuned}\n")
     rows = [
-        ("base, prompt alone", before["perplexity"], out / "base"),
-        ("base, 4 examples ahead", before["with_shots"], None),
+        ("base", before["perplexity"], out / "base"),
         ("base and adapter", adapted["perplexity"], out / "adapter"),
         ("merged", merged["perplexity"], out / "merged"),
     ]
     for name, value, folder in rows:
-        n_bytes = sum(f.stat().st_size for f in folder.glob("*.safetensors")) if folder else 0
-        print(f"{name:24} perplexity {value:7.2f}" + f"  {n_bytes / 1e6:7.1f} MB" * bool(n_bytes))
+        n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        print(f"{name:18} perplexity {value:7.2f}  {n_bytes / 1e6:7.1f} MB")
     both = zip(adapted["log_probs"], merged["log_probs"], strict=True)
     apart = max(abs(a - b) for one, two in both for a, b in zip(one, two, strict=True))
     ratio = adapted["perplexity"] / before["perplexity"]
@@ -247,10 +218,9 @@ def command(*words: object) -> None:
 
 def in_a_process(folder: Path, result: Path, n: int) -> dict[str, Any]:
     """Measure a checkpoint in a process of its own, which has nothing of this one."""
-    words = [sys.executable, __file__, "--pairs", str(n), "--measure", str(folder), str(result)]
-    subprocess.run(words, check=True)
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
+    words = ["--pairs", str(n), "--measure", str(folder), str(result)]
+    subprocess.run([sys.executable, __file__, *words], check=True)
+    return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def main() -> None:

@@ -807,8 +807,8 @@ def test_the_plan_prints_as_a_table() -> None:
         "  model.layers.{0..1}.attn.q_proj.bias  x2  trained  8  8 each  16\n"
         "  model.layers.{0..1}.attn.k_proj.bias  x2  trained  8  8 each  16\n"
         "skipped, LayerNorm: model.layers.{0..1}.norm\n"
-        "7 sites: 336 in A and B + 288 trained in full = 624 trainable, 38.2 % of 1,632; "
-        "0.0 MB in float32"
+        "7 sites: 336 in A and B + 288 trained in full = 624 trainable, 38.2 % of 1,632;\n"
+        "  0.0 MB in float32"
     )
 
 

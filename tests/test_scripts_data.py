@@ -8,7 +8,6 @@ import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -284,27 +283,6 @@ def test_padding_and_batch_mates_change_nothing(decoder: torch.nn.Module) -> Non
     for pad in (0, 39):
         together = pairs.target_log_probs(decoder, *pairs.collate(BATCH, pad=pad))
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
-
-
-def test_examples_read_once_equal_examples_in_every_prompt(
-    decoder: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    demo = script("demo")
-    monkeypatch.setattr(demo, "BATCH", 2)  # two batches: the second must not see the first
-    shots = [30, 31, 32, 33]
-    in_order = [e for batch in pairs.batches(BATCH, 2) for e in batch]
-    with torch.inference_mode():
-        found = demo.log_probs(decoder, SimpleNamespace(pad_token_id=0), BATCH, shots)
-        for example, row in zip(in_order, found, strict=True):
-            longer = pairs.Example(shots + example.tokens, len(shots) + example.n_prompt)
-            wanted = pairs.target_log_probs(decoder, *pairs.collate([longer], pad=0))
-            torch.testing.assert_close(torch.tensor(row), wanted, rtol=1e-6, atol=1e-6)
-
-
-def test_the_rate_goes_up_over_a_tenth_and_then_down() -> None:
-    factors = [script("demo").rate(step, 20) for step in range(21)]
-    assert factors[:3] == pytest.approx([0.5, 1.0, 1.0])
-    assert factors[2:] == pytest.approx([1 - i / 18 for i in range(19)])
 
 
 # ------------------------------------------------------------------------------- the real decoder
