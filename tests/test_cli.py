@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_inject as li
+from lora_inject.analysis.tables import Rows
 from lora_inject.cli import app, show
 from lora_inject.formats import read_adapter, write_adapter
 
@@ -99,6 +100,11 @@ def dense(adapter: Path) -> dict[str, torch.Tensor]:
         assert A.shape[0] == rank_of_file[name.rpartition(".")[2]]
         deltas[f"{name}.weight"] = scale * (B.double() @ A.double()).T  # Conv1D: (in, out)
     return deltas
+
+
+def unwrapped(text: str) -> str:
+    """Sentences in one line each."""
+    return " ".join(text.split())
 
 
 # --------------------------------------------------------------------------------------------- plan
@@ -271,7 +277,7 @@ def test_inspect_counts_what_is_not_finite(run, tmp_path):
     assert data["trained"]["1.weight"]["n_nonfinite"] == 1
     table = run("inspect", path).out
     assert "NaN or Inf in 0 (3), 1.weight (1)" in table
-    assert table.splitlines()[-1].endswith("4 values NaN or Inf")
+    assert unwrapped(table).endswith("4 values NaN or Inf")
 
 
 def test_inspect_prints_one_line_a_kind_or_each_site_and_the_totals(run, files):
@@ -296,7 +302,7 @@ def test_no_name_reaches_the_terminal_raw(run, capsys, files, tmp_path):
     missing = run("inspect", tmp_path / f"{name}2")
     assert (merged.code, page.code, missing.code) == (0, 0, 1)
     capsys.readouterr()
-    show.print_table([(name, name)], ["a", "b"], n_left=1)
+    show.print_rows(Rows(("a", "b"), ((name, name),)))
     show.say_list("names:", [name], everything=True)
     drawn = capsys.readouterr().out
     for text in (merged.out, page.err, missing.err, drawn):
@@ -359,9 +365,8 @@ def test_merge_adds_the_dense_deltas(run, files, tmp_path, base, adapters, weigh
     assert merged.keys() == wanted.keys()
     for key, value in merged.items():
         assert torch.allclose(value.double(), wanted[key], rtol=0, atol=1e-7), key
-    assert (
-        f"merged {4 if 'one' in adapters else 2} of {len(wanted)} tensors into {out}" in found.out
-    )
+    n = 4 if "one" in adapters else 2
+    assert f"merged {n} of {len(wanted)} tensors into {out}" in unwrapped(found.out)
 
 
 def test_merge_gives_a_checkpoint_that_plain_transformers_loads(run, files, tmp_path):
@@ -395,10 +400,11 @@ def test_merge_dry_run_writes_nothing(run, files, tmp_path):
     out = tmp_path / "out"
     found = run("merge", files.base, files.one, "-o", out, "--dry-run")
     assert found.code == 0
-    assert "nothing was written" in found.out
     assert "transformer.h.{0..1}.mlp.c_fc.weight x2" in found.out
-    assert re.search(r"would write .* copied as they are", found.out)
-    assert re.search(rf"[\d.]+ [kMG]B free on the disk of '{re.escape(str(out))}'", found.out)
+    said = unwrapped(found.out)
+    assert re.search(r"would write .* copied as they are", said)
+    assert re.search(rf"[\d.]+ [kMG]B free on the disk of '{re.escape(str(out))}'", said)
+    assert "nothing was written" in said
     data = json.loads(run("merge", files.base, files.one, "--dry-run", "--json").out)
     assert {t["name"] for t in data["tensors"]} == set(dense(files.one))
     assert data["output_bytes"] < data["free_bytes"]
@@ -435,7 +441,7 @@ def test_merge_that_keeps_nothing_says_so_at_the_end_and_on_stderr(run, files, t
     args = ("merge", files.bf16, files.one, "--weight", 1e-7)
     found = run(*args, "-o", tmp_path / "out")
     assert found.code == 0
-    assert "rounding left 0.0000 of every delta" in found.out.splitlines()[-1]
+    assert "; rounding left 0.0000 of every delta" in unwrapped(found.out)
     assert found.err.startswith("warning: rounding left 0.0000 of every delta")
     data = json.loads(run(*args, "-o", tmp_path / "again", "--json").out)
     assert len(data["inert"]) == len(data["tensors"])
@@ -521,7 +527,7 @@ def test_extract_is_the_reverse_of_merge(run, files, tmp_path):
     args = ("extract", files.base, tmp_path / "tuned", "-o", tmp_path / "again", "--rank", 1)
     found = run(*args)
     assert found.code == 0, found.err
-    assert found.out.splitlines()[-1] == (
+    assert unwrapped(found.out).endswith(
         f"wrote {tmp_path / 'again'}: 2 sites, 0 tensors in full; 0 left behind, 26 equal to the "
         "base's"
     )

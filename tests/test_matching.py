@@ -836,7 +836,6 @@ def test_the_plan_is_json() -> None:
     plan = resolve(config, tower())
     data = json.loads(json.dumps(plan.to_dict()))
     assert Config.from_dict(data["config"]) == config
-    assert data == plan.to_dict()
     assert len(data["sites"]) == data["n_sites"] == 5
     assert sum(site["n_parameters"] for site in data["sites"]) == data["n_lora"] == plan.n_lora
     assert data["sites"][2]["slices"] == {"sizes": {"a": 8, "b": 8}, "adapt": ["b"]}

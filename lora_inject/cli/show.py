@@ -57,8 +57,9 @@ def note(text: str) -> None:
 
 
 def say_words(text: str) -> None:
-    """Print a sentence in lines that fit."""
-    for line in textwrap.wrap(printable(text), width()):
+    """Print a sentence in lines that fit; no word is broken, which may be a name or a path."""
+    text = printable(text)
+    for line in textwrap.wrap(text, width(), break_long_words=False, break_on_hyphens=False):
         say(line)
 
 
@@ -186,7 +187,7 @@ def print_inspection(found: Inspection, *, everything: bool = False) -> None:
     if bad:
         names = [f"{name} ({n:,})" for name, n in bad.items()]
         say_list("NaN or Inf in", names, everything=everything)
-    say(_inspection_totals(found))
+    say_words(_inspection_totals(found))
 
 
 def _site_row(site: SiteFigures) -> tuple[Any, ...]:
@@ -237,17 +238,17 @@ def print_merge_plan(
         print_rows(Rows(("tensor", "action", "dtype", "shape"), cells), everything=everything)
     for adapter, (_, rule) in zip(plan.adapters, plan.rules, strict=True):
         n_sites = len(adapter.state.sites)
-        say(f"{adapter.label} x {adapter.weight:g}: {count(n_sites, 'site')}, {rule}")
+        say_words(f"{adapter.label} x {adapter.weight:g}: {count(n_sites, 'site')}, {rule}")
     for key, value in plan.config_changes.items():
         say(f"config.json: {key} becomes {json.dumps(value)}")
     _print_notes(plan.notes)
     n_copied = sum(copy.n_bytes for shard in plan.shards for copy in shard.copies)
-    say(
+    say_words(
         f"would write {_size(plan.n_bytes)} in {count(len(plan.shards), 'file')}: "
         f"{_size(n_copied)} copied as they are, {count(len(plan.jobs), 'tensor')} changed"
     )
     room = "free" if free_bytes >= plan.n_bytes else "free, which is NOT enough,"
-    say(f"{_size(free_bytes)} {room} on the disk of '{where}'; nothing was written")
+    say_words(f"{_size(free_bytes)} {room} on the disk of '{where}'; nothing was written")
 
 
 def print_merge(report: MergeReport, *, everything: bool = False) -> None:
@@ -269,7 +270,7 @@ def print_merge(report: MergeReport, *, everything: bool = False) -> None:
     if report.lost:
         say_list(f"lost more than allowed in {len(report.lost):,}:", report.lost,
                  everything=everything)  # fmt: skip
-    say(_merge_totals(report))
+    say_words(_merge_totals(report))
     if report.warning:
         note(f"warning: {report.warning}")
 
@@ -292,7 +293,7 @@ def print_verification(report: VerifyReport) -> None:
         say(f"wrong: {problem}")
     near = f", {report.n_neighbors:,} of them one unit in the last place off"
     values = f"{report.n_values:,} values{near if report.n_neighbors else ''}"
-    say(
+    say_words(
         f"{'NOT ' if report.problems else ''}verified: "
         f"{count(report.n_tensors, 'tensor')} computed again ({values}), "
         f"{_size(report.copied_bytes)} equal to the base's"
@@ -316,7 +317,7 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool =
     if report.left:
         say_list("left behind:", report.left, everything=everything)
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)
-    say(
+    say_words(
         f"wrote {written}: {count(len(low), 'site')}, {count(n_full, 'tensor')} in full; "
         f"{len(report.left):,} left behind, {report.n_equal:,} equal to the base's"
     )
@@ -324,4 +325,4 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool =
 
 def _print_notes(notes: Sequence[str]) -> None:
     for text in notes:
-        say(f"note: {text}")
+        say_words(f"note: {text}")

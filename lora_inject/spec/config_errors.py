@@ -44,16 +44,9 @@ def config_error(
     data: Any,
     document: Document | None = None,
 ) -> ConfigError:
-    """Turn pydantic's errors into one of this package.
+    """Turn pydantic's errors into one: the first in the order of the text, and a word on others.
 
-    Args:
-        error: pydantic's.
-        models: The validated model under `""`, and those inside it by their key.
-        data: What was validated.
-        document: The YAML that it came from, if any.
-
-    Returns:
-        The first error in the order of the text, with a line on each further one.
+    `models` has the validated model under `""`, and those inside it by their key.
     """
     faults = []
     for detail in error.errors(include_url=False):

@@ -25,21 +25,7 @@ class _Shape(NamedTuple):
 
 
 def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> SiteSpec:
-    """Make the site that a rule asks for.
-
-    Args:
-        candidate: What the rule matched.
-        rule: The rule.
-        i: Its index.
-        hyper: Its hyper-parameters.
-        asked: What messages call it.
-
-    Returns:
-        The site.
-
-    Raises:
-        MatchError: Layout, slices, dropout or rank do not fit the weight.
-    """
+    """Make the site that rule `i` asks for, or refuse a layout, slices or rank that do not fit."""
     shape = _oriented(candidate, rule, asked)
     slices = _sliced(candidate, shape, rule, asked)
     site = SiteSpec(

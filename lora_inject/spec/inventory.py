@@ -98,12 +98,6 @@ class Inventory:
         `X.bias` says so; one of three to five dimensions for a convolution. Other tensors of two
         or more dimensions are parameters. Counts of A and B do not depend on what is assumed.
 
-        Args:
-            shapes: Shape of each tensor by its key, in the checkpoint's order.
-
-        Returns:
-            The inventory, marked as assumed.
-
         Examples:
             >>> inventory = Inventory.from_keys({"h.0.q.weight": (4, 8), "h.0.ln.weight": (8,)})
             >>> [(c.name, c.kind, c.in_features) for c in inventory.candidates]

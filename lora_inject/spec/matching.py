@@ -40,13 +40,6 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     adapted` trains the biases of the modules that have sites; `all` every parameter called `bias`
     or `..._bias`, stacked ones of experts included.
 
-    Args:
-        config: The config.
-        inventory: The names there are.
-
-    Returns:
-        The plan.
-
     Raises:
         MatchError: A pattern matches nothing, or nothing that it could take; a layout or slices do
             not fit; a weight would be adapted and trained; `expect` is missed.
@@ -87,20 +80,13 @@ class _Taken(NamedTuple):
 
 
 class _Rules:
-    """The rules of a config at work: each takes what it matches and no earlier rule has.
-
-    Attributes:
-        config: The config.
-        named: The names there are.
-        taken: Sites by the name of their weight, in the order of rules.
-        skipped: What else the rules matched.
-    """
+    """The rules of a config at work: each takes what it matches and no earlier rule has."""
 
     def __init__(self, config: Config, named: Named) -> None:
         self.config = config
         self.named = named
         self.excluded = _excluded(config, named)
-        self.taken: dict[str, _Taken] = {}
+        self.taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
         self.skipped: list[Skipped] = []
 
     def take(self, i: int) -> None:

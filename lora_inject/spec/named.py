@@ -88,10 +88,7 @@ class Named:
     def no_match(self, asked: str, pattern: str, *pools: Collection[str]) -> MatchError:
         """Return the error for a pattern that matches nothing.
 
-        Args:
-            asked: What messages call the pattern.
-            pattern: The pattern.
-            pools: Names to suggest from, the likelier ones first; the last holds all.
+        Suggestions come from the first pool of names that has one; the last pool holds all.
         """
         if buffers := matching(pattern, self.inventory.buffers, asked=asked):
             found = f"matches only buffers: {quoted(buffers[:3])}"

@@ -26,13 +26,8 @@ MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes m
 def canonical(name: str, *, ddp: bool = False) -> str:
     """Return a dotted name without the segments that wrappers put into it.
 
-    Args:
-        name: Name of a module, a parameter or a checkpoint's key.
-        ddp: Also drop a leading `module`, as DistributedDataParallel adds one. Only the caller
-            knows whether there is such a wrapper: a model may have a child called `module`.
-
-    Returns:
-        The name by which patterns, adapters and files know it; `parametrizations.X.original` stays.
+    With `ddp` also without a leading `module`, as DistributedDataParallel adds one: only the caller
+    knows, as a model may have a child called `module`. `parametrizations.X.original` stays.
 
     Examples:
         >>> canonical("_orig_mod.layers.0._checkpoint_wrapped_module.q_proj")
@@ -60,21 +55,16 @@ def matching(
     r"""Return the names that a pattern matches, within a time limit.
 
     It must match the end of a name, beginning at the name's start or just after a dot. A
-    backtracking regex can take exponential time on a short name, so the time is limited.
+    backtracking regex can take exponential time on a short name, so the processor time for all
+    names together is limited.
 
     Args:
         pattern: A Python regex that compiles by itself.
-        names: Dotted names.
+        names: Dotted names; those that match are returned in their order.
         asked: What messages call the pattern, such as `rule 1 ('q_proj')`.
         whole: Match whole names instead of their ends.
-        error: What to raise.
-        seconds: Processor time for all names together.
-
-    Returns:
-        The names that match, in their order.
-
-    Raises:
-        MatchError: The pattern took too long or does not compile; or another `error`.
+        error: What to raise where it takes too long.
+        seconds: The limit.
 
     Examples:
         >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
@@ -275,11 +265,7 @@ def _collapse(groups: dict[tuple[str, ...], int], at: int) -> dict[tuple[str, ..
 def printable(text: str, keep: str = "") -> str:
     r"""Return text as a terminal and a page may show it: what is not printable is spelled out.
 
-    Names come from files of others, and a terminal obeys escape sequences.
-
-    Args:
-        text: Any text.
-        keep: Characters to leave alone, such as a line's end.
+    Names come from files of others, and a terminal obeys escape sequences. `keep` is left alone.
 
     Examples:
         >>> printable("h.0\x1b[2J.q\n"), printable("a\n", keep="\n")

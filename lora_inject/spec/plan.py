@@ -10,7 +10,7 @@ import math
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,13 +20,7 @@ from lora_inject.spec.sites import SiteSpec
 
 
 class Trained(NamedTuple):
-    """A parameter of the base that trains with the adapter, as the adapter's own copy.
-
-    Attributes:
-        name: Canonical name.
-        shape: Its shape.
-        why: The entry that named it.
-    """
+    """A parameter of the base that trains with the adapter, as its own copy; `why` names it."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,13 +28,7 @@ class Trained(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A name that a rule matched but that is not a site.
-
-    Attributes:
-        name: Canonical name.
-        rule: Index of the rule in `config.targets`.
-        reason: Why: `container`, `LayerNorm`, `excluded`, ...
-    """
+    """A name that a rule matched but that is not a site: `container`, `LayerNorm`, `excluded`."""
 
     name: str
     rule: int
@@ -48,12 +36,9 @@ class Skipped(NamedTuple):
 
 
 class Tied(NamedTuple):
-    """One tensor under several names, which a site or a `train` entry touches.
+    """One tensor under several names, which sites or a `train` entry touch.
 
-    Attributes:
-        names: All names of the tensor.
-        sites: Sites on it; with two, each adds its own delta where it is used.
-        trained: True if a `train` entry names it.
+    Of two sites each adds its own delta where it is used.
     """
 
     names: tuple[str, ...]
@@ -112,11 +97,7 @@ class Plan:
         return tuple(found[i] for i in range(len(self.config.targets)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain data for JSON.
-
-        Returns:
-            Config, totals, sites, trained, skipped, tied, notes.
-        """
+        """Return the plan as plain data for JSON."""
         return {
             "config": self.config.to_dict(),
             "n_sites": self.n_sites,
@@ -126,12 +107,9 @@ class Plan:
             "n_base": self.n_base,
             "assumed": self.assumed,
             "sites": [_site_dict(site) for site in self.sites],
-            "trained": [{**t._asdict(), "shape": list(t.shape)} for t in self.trained],
+            "trained": [t._asdict() for t in self.trained],
             "skipped": [s._asdict() for s in self.skipped],
-            "tied": [
-                {"names": list(t.names), "sites": list(t.sites), "trained": t.trained}
-                for t in self.tied
-            ],
+            "tied": [t._asdict() for t in self.tied],
             "notes": list(self.notes),
         }
 
@@ -149,27 +127,9 @@ def _alike(site: SiteSpec) -> tuple[object, ...]:
 
 
 def _site_dict(site: SiteSpec) -> dict[str, Any]:
-    slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": list(site.slices.adapt)}
-    return {
-        "name": site.name,
-        "kind": site.kind,
-        "update": site.update,
-        "weight": site.weight,
-        "weight_shape": list(site.weight_shape),
-        "in_features": site.in_features,
-        "out_features": site.out_features,
-        "experts": site.experts,
-        "rank": site.rank,
-        "alpha": site.alpha,
-        "scale": site.scale,
-        "dropout": site.dropout,
-        "init": list(site.init) if isinstance(site.init, tuple) else site.init,
-        "compute": site.compute,
-        "slices": slices,
-        "rule": site.rule,
-        "aliases": list(site.aliases),
-        "n_parameters": site.n_parameters,
-    }
+    slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
+    names = [field.name for field in fields(site) if field.name != "form"]
+    return {**{name: getattr(site, name) for name in names}, "slices": slices}
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -199,8 +159,9 @@ def _lines(plan: Plan, width: int) -> Iterator[str]:
 
 
 def _filled(line: str, width: int) -> list[str]:
-    fill = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(line, width, **fill)  # type: ignore[arg-type]
+    return textwrap.wrap(
+        line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _hyper(hyper: Hyper) -> str:

@@ -16,20 +16,7 @@ from lora_inject.spec.sites import SiteSpec
 def trained_by(
     config: Config, named: Named, sites: Sequence[SiteSpec], found: Sequence[Candidate]
 ) -> tuple[Trained, ...]:
-    """Return the parameters that `train` and `bias` name.
-
-    Args:
-        config: The config.
-        named: The names there are.
-        sites: The sites of its rules.
-        found: Their candidates.
-
-    Returns:
-        The parameters, in model order.
-
-    Raises:
-        MatchError: An entry matches nothing, or what a site adapts.
-    """
+    """Return the parameters that `train` and `bias` name, in model order."""
     why: dict[str, str] = {}
     for i, pattern in enumerate(config.train):
         label = f"train {i + 1} ('{pattern}')"
