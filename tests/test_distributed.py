@@ -12,7 +12,6 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ FORWARD = {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "down_proj"]}
 IDS = torch.arange(4 * 6).view(4, 6) % 17
 
 
-def build(config: dict[str, Any] | None = None) -> Any:
+def build(config: dict[str, Any] = CONFIG) -> Any:
     """A tiny Llama with an adapter whose tensors are all random, the same in every process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,7 +46,7 @@ def build(config: dict[str, Any] | None = None) -> Any:
         "initializer_range": 0.2,
     }
     model = LlamaForCausalLM(LlamaConfig(**sizes)).double()
-    li.inject(model, config or CONFIG)
+    li.inject(model, config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in li.adapter_parameters(model).values():
@@ -94,11 +93,9 @@ def mine(rank: int) -> Tensor:
 # ------------------------------------------------------------ what each process does
 
 
-def fsdp(rank: int, model: Any, checkpoints: bool) -> dict[str, Any]:
+def fsdp(rank: int, model: Any) -> dict[str, Any]:
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    if checkpoints:
-        checkpointed(model)
     plain = {name: type(m) for name, m in li.eject(copy.deepcopy(model)).named_modules()}
     mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
     for layer in model.model.layers:
@@ -128,11 +125,8 @@ def fsdp(rank: int, model: Any, checkpoints: bool) -> dict[str, Any]:
 
 
 def fsdp_checkpointed(rank: int, model: Any) -> dict[str, Any]:
-    return fsdp(rank, model, checkpoints=True)
-
-
-def fsdp_plain(rank: int, model: Any) -> dict[str, Any]:
-    return fsdp(rank, model, checkpoints=False)
+    checkpointed(model)
+    return fsdp(rank, model)
 
 
 def checkpointed(model: Any) -> None:
@@ -173,26 +167,36 @@ def said(run: Callable[[], Any]) -> str:
     return ""
 
 
-def work(rank: int, port: int, job: str, config: dict[str, Any], out: str) -> None:
+JOBS = {
+    "fsdp": (fsdp, CONFIG),
+    "fsdp, checkpointed": (fsdp_checkpointed, CONFIG),
+    "ddp, weight updates too": (ddp, CONFIG),
+    "ddp, forward updates": (ddp, FORWARD),
+}
+
+
+def work(rank: int, port: int, out: str) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD)
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
-        found = globals()[job](rank, build(config))
+        found = {name: run(rank, build(config)) for name, (run, config) in JOBS.items()}
         torch.save(found, f"{out}.{rank}")
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def two_ranks(job: str, config: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found at all jobs; they start once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    out = str(folder / "found")
-    torch.multiprocessing.spawn(work, (port, job, config, out), WORLD)
+    out = str(tmp_path_factory.mktemp("ranks") / "found")
+    torch.multiprocessing.spawn(work, (port, out), WORLD)
     return [torch.load(f"{out}.{rank}", weights_only=False) for rank in range(WORLD)]
 
 
@@ -225,11 +229,11 @@ def base_logits(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("job", ["fsdp_plain", "fsdp_checkpointed"])
-def test_a_sharded_model_trains_like_an_unsharded_one(job: str, tmp_path: Path) -> None:
-    ranks = two_ranks(job, CONFIG, tmp_path)
+@pytest.mark.parametrize("job", [job for job in JOBS if "fsdp" in job])
+def test_a_sharded_model_trains_like_an_unsharded_one(job: str, ranks: Any) -> None:
+    ranks = [rank[job] for rank in ranks]
     model = build()
-    if job == "fsdp_checkpointed":
+    if "checkpointed" in job:
         checkpointed(model)
     first = values(model)["state"]
     wanted = train(model, model, [mine(0), mine(1)])
@@ -250,10 +254,10 @@ def test_a_sharded_model_trains_like_an_unsharded_one(job: str, tmp_path: Path) 
     assert both == pytest.approx(wanted["losses"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("config", [CONFIG, FORWARD], ids=["every mount", "forward update"])
-def test_data_parallel_training_equals_one_process(config: dict[str, Any], tmp_path: Path) -> None:
-    ranks = two_ranks("ddp", config, tmp_path)
-    model = build(config)
+@pytest.mark.parametrize("job", [job for job in JOBS if "ddp" in job])
+def test_data_parallel_training_equals_one_process(job: str, ranks: Any) -> None:
+    ranks = [rank[job] for rank in ranks]
+    model = build(JOBS[job][1])
     wanted = train(model, model, [mine(0), mine(1)])
     for found in ranks:
         compare(found, wanted)

@@ -17,7 +17,6 @@ from conftest import (
     fill,
     host,
     injected,
-    refusal,
     same_bits,
     snapshot,
 )
@@ -64,16 +63,13 @@ def test_the_report_says_what_rounding_left(dtype: torch.dtype, relative: float)
     assert (report.adapters, report.n_tensors) == ((("default", 1.0),), 1)
     assert report.min_kept == site.kept
     assert "layer.weight" in str(report)
+    if relative == 1e-3 and dtype == torch.bfloat16:  # the reason for the report
+        assert 0.3 < report.min_kept < 0.98
+        assert site.error > 0.5
 
 
-def test_a_small_delta_in_bfloat16_loses_half_of_itself() -> None:
-    """The reason for the report: no sum of a bf16 weight and a thousandth of it is exact."""
-    model, _ = delta_of(1e-3, torch.bfloat16)
-    report = li.merge(model)
-    assert 0.3 < report.min_kept < 0.98
-    assert report.tensors["layer.weight"].error > 0.5
-    wide, _ = delta_of(1e-3, torch.float32)
-    assert li.merge(wide).counted == ()
+def test_of_a_wide_weight_nothing_is_lost_or_counted() -> None:
+    assert li.merge(delta_of(1e-3, torch.float32)[0]).counted == ()
     assert li.merge(delta_of(1e-3, torch.float64)[0]).min_kept == 1.0
 
 
@@ -231,41 +227,6 @@ def test_three_holders_of_one_tensor_are_untied_and_tied_again() -> None:
     assert snapshot(model) == before
 
 
-def by_assignment(model: nn.Module) -> None:
-    model[1].weight = nn.Parameter(model[0].weight.detach())
-
-
-def by_data(model: nn.Module) -> None:
-    model[1].weight.data = model[0].weight.data
-
-
-def by_loading(model: nn.Module) -> None:
-    model.load_state_dict({"0.weight": (w := torch.randn(5, 5)), "1.weight": w}, assign=True)
-
-
-@pytest.mark.parametrize("tie", [by_assignment, by_data, by_loading])
-@pytest.mark.parametrize("targets", [["1"], ["0", "1"]], ids=len)
-def test_tensors_that_share_memory_are_untied_and_tied_again(tie: Any, targets: list[str]) -> None:
-    model = nn.Sequential(nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False))
-    tie(model)
-    W, x = model[0].weight.detach().clone(), torch.randn(2, 5)
-    fill(li.inject(model, {**RANK2, "targets": targets}))
-    wanted, dense = model(x), {}
-    for i in targets:
-        A, B = (li.adapter_parameters(model)[f"{i}.lora_{role}"].detach() for role in "AB")
-        dense[i] = W + 1.5 * B @ A
-    before = snapshot(model)
-    report = li.merge(model)
-    assert error(model(x), wanted) < 1e-5
-    assert error(model[1].weight, dense["1"]) < 1e-6
-    assert error(model[0].weight, dense.get("0", W)) < 1e-6
-    assert "'1.weight'" in "".join(report.notes)
-    li.unmerge(model)
-    assert snapshot(model) == before
-    assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
-    assert same_bits(model[0].weight, W)
-
-
 class TiedInForward(nn.Module):
     """Its state dict has two keys, and its forward reads one tensor."""
 
@@ -289,16 +250,6 @@ def test_a_tie_that_was_cut_is_in_the_report_and_stops_an_eject_in_the_same_call
     assert report.notes == ("untied: 'head.weight' no longer is the tensor of 'embed.weight'",)
     assert report.notes[0] in str(report)
     assert report.tensors["head.weight"].action == "untied"
-
-
-def test_merge_and_eject_in_one_call_leave_a_plain_model() -> None:
-    model = fill(li.inject(Host(nn.Linear(5, 6)), {**RANK2, "targets": ["layer"]}))
-    x = torch.randn(2, 5)
-    wanted = model(x)
-    assert li.merge(model, eject=True).n_tensors == 1
-    assert type(model.layer) is nn.Linear
-    assert li.adapters(model) == {}
-    assert error(model(x), wanted) < TOLERANCE[torch.float32]
 
 
 def test_a_class_that_ties_whatever_its_config_says_is_refused() -> None:
@@ -339,24 +290,36 @@ def test_weights_of_inference_mode_are_merged_within_it_and_refused_outside() ->
         assert same_bits(model.layer.weight, W)
 
 
-def test_unmerge_follows_layers_and_not_their_names() -> None:
+def two_layers() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    return fill(li.inject(model, {**RANK2, "targets": [r"\d"]}))
+
+
+def test_unmerge_follows_layers_and_not_their_names() -> None:
+    model = two_layers()
     before = snapshot(model)
-    fill(li.inject(model, {**RANK2, "targets": [r"\d"]}))
     li.merge(model)
     model[0], model[1] = model[1], model[0]
     li.unmerge(model)
     model[0], model[1] = model[1], model[0]
-    assert snapshot(li.eject(model)) == before
+    assert snapshot(model) == before
 
 
-def test_unmerge_refuses_a_weight_that_was_replaced_before_any_change() -> None:
-    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
-    fill(li.inject(model, {**RANK2, "targets": [r"\d"]}))
+GONE = {
+    "the weight was replaced since the merge": lambda m: setattr(
+        m[1], "weight", nn.Parameter(torch.ones(5, 5))
+    ),
+    "its layer is not in the model any more": lambda m: setattr(m, "1", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("words", GONE)
+def test_unmerge_refuses_what_was_replaced_before_any_change(words: str) -> None:
+    model = two_layers()
     li.merge(model)
-    model[1].weight = nn.Parameter(torch.ones(5, 5))
+    GONE[words](model)
     before = snapshot(model)
-    with pytest.raises(li.StateError, match="the weight was replaced since the merge"):
+    with pytest.raises(li.StateError, match=words):
         li.unmerge(model)
     assert snapshot(model) == before
 
@@ -368,15 +331,17 @@ def test_a_min_kept_that_is_no_share_is_refused(share: float) -> None:
         li.merge(model, min_kept=share)
 
 
-def test_ejecting_a_merged_model_leaves_the_merged_plain_model() -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_ejecting_a_merged_model_leaves_the_merged_plain_model(at_once: bool) -> None:
     plain = Host(nn.Linear(5, 6))
     required = {n: p.requires_grad for n, p in plain.named_parameters()}
     keys, objects = list(plain.state_dict()), {n: id(p) for n, p in plain.named_parameters()}
     model = fill(li.inject(plain, {**RANK2, "targets": ["layer"]}))
     x = torch.randn(2, 5)
     wanted = model(x)
-    li.merge(model)
-    li.eject(model)
+    assert li.merge(model, eject=at_once).n_tensors == 1
+    if not at_once:
+        li.eject(model)
     assert type(model.layer) is nn.Linear
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
     assert list(model.state_dict()) == keys
@@ -388,50 +353,48 @@ def test_ejecting_a_merged_model_leaves_the_merged_plain_model() -> None:
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
 
 
-def test_a_checkpoint_does_not_load_into_a_merged_model() -> None:
-    """What unmerge would put back is not the base that was loaded: refused, or right."""
-    model = injected(KINDS["linear"])
-    other = host(KINDS["linear"]).state_dict()
-    with torch.no_grad():
-        other = {k: torch.randn_like(v) for k, v in other.items()}
-    li.merge(model)
-    before = snapshot(model)
-    if refusal(lambda: model.load_state_dict(other), li.StateError) is not None:
-        assert snapshot(model) == before
-        return
-    if refusal(lambda: li.unmerge(model), li.StateError) is None:
-        assert same_bits(model.layer.weight, other["layer.weight"])
+class Inner(nn.Sequential):
+    """A part whose first layer carries nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(5, 5), nn.Linear(5, 5))
 
 
-def test_a_checkpoint_is_refused_by_a_parent_through_which_a_part_was_merged() -> None:
-    model = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5)))
-    fill(li.inject(model[1], {**RANK2, "targets": ["0"]}))
-    li.merge(model)
-    before = snapshot(model)
-    other = {key: torch.randn_like(t) for key, t in model.state_dict().items()}
-    with pytest.raises(li.StateError, match="hold a merged adapter"):
-        model.load_state_dict(other)
-    assert snapshot(model) == before
-    li.unmerge(model).load_state_dict(other)
+@pytest.mark.parametrize(
+    "through", ["the root", "a part of it", "a parent that merge was called on"]
+)
+def test_a_checkpoint_is_refused_before_any_module_is_written(through: str) -> None:
+    parent = nn.Sequential(nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5), Inner()))
+    root = parent[1]
+    fill(li.inject(root, {**RANK2, "targets": [r"1\.1"]}))
+    merged = parent if "parent" in through else root
+    loading = {"the root": root, "a part of it": root[1]}.get(through, parent)
+    li.merge(merged)
+    before = snapshot(parent)
+    other = {key: torch.randn_like(t) for key, t in loading.state_dict().items()}
+    with pytest.raises(li.StateError, match=r"Call unmerge\(model\) first\.$"):
+        loading.load_state_dict(other)
+    assert snapshot(parent) == before
+    li.unmerge(merged)
+    loading.load_state_dict(other)
+    li.merge(merged)
+    li.eject(root)
+    loading.load_state_dict({key: torch.randn_like(t) for key, t in loading.state_dict().items()})
 
 
-@pytest.mark.parametrize("how", ["renamed", "replaced"])
-def test_unmerge_after_a_module_went_away_says_so(how: str) -> None:
-    model = Host(nn.Linear(5, 6))
-    fill(li.inject(model, {**RANK2, "targets": ["before", "layer"]}))
-    originals = weights(model)
-    li.merge(model)
-    if how == "renamed":
-        model.renamed = model.layer
-        del model.layer
-    else:
-        model.layer = nn.Identity()
-    before = snapshot(model)
-    if refusal(lambda: li.unmerge(model), li.StateError) is not None:
-        assert snapshot(model) == before
-    else:
-        assert same_bits(model.before.weight, originals["before.weight"])
-        assert how == "replaced" or same_bits(model.renamed.weight, originals["layer.weight"])
+def test_a_parent_that_no_merge_saw_says_what_it_has_loaded() -> None:
+    """torch asks nobody above the merged root before it writes what stands first in the parent."""
+    parent = nn.ModuleDict({"first": nn.Linear(5, 5), "part": Inner()})
+    fill(li.inject(parent["part"], {**RANK2, "targets": ["1"]}))
+    li.merge(parent["part"])
+    before = snapshot(parent["part"])
+    other = {key: torch.randn_like(t) for key, t in parent.state_dict().items()}
+    with pytest.raises(li.StateError, match=r"then load again: .* before 'part' is loaded already"):
+        parent.load_state_dict(other)
+    assert snapshot(parent["part"]) == before
+    li.unmerge(parent["part"])
+    parent.load_state_dict(other)
+    assert all(same_bits(t, other[key]) for key, t in parent.state_dict().items())
 
 
 def test_unmerge_follows_a_cast() -> None:
@@ -449,11 +412,8 @@ def test_without_undo_nothing_is_kept_and_unmerge_refuses() -> None:
     li.merge(model, undo=False)
     assert model.__dict__["_lora_root"].undo.undos is None
     before = snapshot(model)
-    with pytest.raises(li.StateError) as caught:
+    with pytest.raises(li.StateError, match=r"undo=False\)\. Load the base weights again"):
         li.unmerge(model)
-    assert str(caught.value) == (
-        "unmerge: the merge kept nothing to restore (undo=False). Load the base weights again."
-    )
     assert snapshot(model) == before
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
 

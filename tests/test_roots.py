@@ -118,6 +118,17 @@ def test_a_layer_that_was_replaced_is_named_and_eject_is_the_way_out(tmp_path: P
     assert list(old.state_dict()) == ["weight", "bias"]
 
 
+def test_an_inject_freezes_what_was_made_trainable_on_a_part() -> None:
+    model = Towers()
+    for name in "ab":
+        li.inject(model, {**RULE, "targets": [r"left\.\d", r"right\.2"]}, name)
+    li.train_only(model.left, "a")
+    assert li.adapters(model)["a"].trainable
+    li.inject(model, RULE | {"targets": [r"left\.0"]}, "c")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"left.0.lora_A__c", "left.0.lora_B__c"}
+
+
 def test_a_verb_on_a_part_of_an_adapter_says_so() -> None:
     model = fill(li.inject(Towers(), {**RULE, "targets": ["2"]}))
     for verb in (li.adapter_state, li.eject):

@@ -47,8 +47,11 @@ def save(model: nn.Module, folder: Path, layout: str, name: str = "default") -> 
 # -------------------------------------------------------------------------------------- round trips
 
 
-@pytest.mark.parametrize("init", ["kaiming", "pissa"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "init"),
+    [(torch.float32, "pissa"), (torch.bfloat16, "kaiming"), (torch.float64, "kaiming")],
+    ids=str,
+)
 @every_format
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_comes_back_bit_for_bit(
@@ -71,19 +74,8 @@ def test_every_kind_comes_back_bit_for_bit(
     assert same_bits(loaded(*inputs), wanted)
     (spec,) = li.adapters(loaded)["default"].sites.values()
     (saved,) = li.adapters(model)["default"].sites.values()
-    facts = (
-        "name",
-        "kind",
-        "rank",
-        "alpha",
-        "scale",
-        "dropout",
-        "slices",
-        "update",
-        "init",
-        "compute",
-    )
-    for fact in facts:
+    facts = "name kind rank alpha scale dropout slices update init compute"
+    for fact in facts.split():
         assert getattr(spec, fact) == getattr(saved, fact), fact
     dtypes = {p.dtype for p in li.adapter_parameters(loaded).values()}
     assert dtypes == {torch.float64 if dtype == torch.float64 else torch.float32}
@@ -222,18 +214,6 @@ def test_the_tensors_of_a_loaded_adapter_are_its_own() -> None:
     assert torch.equal(state.sites["fc"].A, before)
 
 
-def test_saving_a_merged_model_saves_the_adapter_alone(tmp_path: Path) -> None:
-    plain = Net()
-    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["fc"]}))
-    wanted = model(IDS)
-    li.merge(model)
-    try:
-        path = save(model, tmp_path, "peft")
-    except li.StateError:
-        return  # refused: the fingerprint would be the merged base's
-    assert same_bits(li.load_adapter(copy.deepcopy(plain), path)(IDS), wanted)
-
-
 # ------------------------------------------------------------------------ checked before any change
 
 
@@ -256,35 +236,25 @@ def base() -> Net:
     return Net()
 
 
-def test_a_name_in_use_is_refused(saved: Path) -> None:
+def test_a_name_in_use_a_merged_model_and_a_missing_file_are_refused(saved: Path) -> None:
     model = li.load_adapter(base(), saved)
     refused(model, saved, "the model has one of that name")
-
-
-def test_a_merged_model_is_refused(saved: Path) -> None:
-    model = li.load_adapter(base(), saved)
     li.merge(model)
     refused(model, saved, "is merged into the weights", name="other")
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    refused(base(), tmp_path / "nothing", "there is no such file or directory")
+    with pytest.raises(li.StateError, match="is merged into the weights"):
+        li.save_adapter(model, saved.with_name("merged"))  # the fingerprint would be of the merged
+    refused(base(), saved / "nothing", "there is no such file or directory")
 
 
 @pytest.mark.parametrize("key", ["embed", "fc"])
-def test_another_base_is_refused_unless_told(saved: Path, key: str) -> None:
+@pytest.mark.parametrize("how", ["scaled", "fine-tuned"])
+def test_another_base_is_refused_unless_told(saved: Path, key: str, how: str) -> None:
     model = base()
     with torch.no_grad():
-        model.get_submodule(key).weight.mul_(1.02)
+        W = model.get_submodule(key).weight
+        W.add_(0.02 * W if how == "scaled" else 0.01 * torch.randn_like(W))
     refused(model, saved, f"another base: '{key}.weight'")
     assert li.load_adapter(model, saved, base="any") is model
-
-
-def test_a_fine_tuned_base_is_refused(saved: Path) -> None:
-    model = base()
-    with torch.no_grad():
-        model.fc.weight.add_(torch.randn_like(model.fc.weight), alpha=0.01)
-    refused(model, saved, "another base")
 
 
 def test_a_quantized_base_is_named_and_needs_the_argument(
@@ -366,7 +336,10 @@ def test_what_is_let_through_is_named(saved: Path) -> None:
     li.load_adapter(model, saved, leave_out=["head.*"])
     assert set(li.adapters(model)["default"].trained) == {"fc.bias", "norm.bias"}
     refused(
-        base(), saved, r"leave_out 'haed': it matches nothing .*Nearest: 'head", leave_out=["haed"]
+        base(),
+        saved,
+        r"leave_out 'head.wieght': it matches nothing .*Nearest: 'head.weight",
+        leave_out=["head.wieght"],
     )
 
 

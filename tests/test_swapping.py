@@ -207,33 +207,25 @@ def test_a_square_parameter_turned_round_is_refused() -> None:
         li.swap_adapter(net, state)
 
 
-def test_a_base_that_was_written_since_is_sampled_again() -> None:
-    net, state = two()
-    li.swap_adapter(net, state, "slot")
-    with torch.no_grad():
-        net._modules["up"]._parameters["weight"].mul_(2)  # type: ignore[union-attr]
-    with pytest.raises(li.FormatError, match="made on another base"):
-        li.swap_adapter(net, state, "slot")
-    li.swap_adapter(net, state, "slot", base="any")
+def _written(net: Net) -> None:
+    """Without a count of versions, as fused optimizers write."""
+    net.up._parameters["weight"].data.mul_(2)  # type: ignore[union-attr]
 
 
-def test_a_base_that_was_replaced_since_is_sampled_again() -> None:
-    net, state = two()
-    li.swap_adapter(net, state, "slot")
+def _replaced(net: Net) -> None:
     weights = {k: v for k, v in Net().state_dict().items() if k != "head.weight"}
     net.load_state_dict(weights, strict=False, assign=True)
-    with pytest.raises(li.FormatError, match="made on another base"):
-        li.swap_adapter(net, state, "slot")
 
 
-def test_a_copy_of_the_model_samples_its_own_base() -> None:
+@pytest.mark.parametrize("change", [_written, _replaced])
+def test_a_base_that_changed_since_is_sampled_again(change: Callable[[Net], None]) -> None:
     net, state = two()
     li.swap_adapter(net, state, "slot")
     twin = copy.deepcopy(net)
-    with torch.no_grad():
-        twin._modules["up"]._parameters["weight"].mul_(2)  # type: ignore[union-attr]
+    change(twin)
     with pytest.raises(li.FormatError, match="made on another base"):
         li.swap_adapter(twin, state, "slot")
+    li.swap_adapter(twin, state, "slot", base="any")
     li.swap_adapter(net, state, "slot")
 
 

@@ -1,6 +1,6 @@
 """The adapter as a value: tensors and numbers, apart from any model.
 
-Injecting, reading off a live model, writing to files and folding into a checkpoint all take or make
+Reading off a live model, loading, writing to files and folding into a checkpoint all take or make
 an `AdapterState`. Its tensors are in the native layout of `spec.sites.SiteSpec`: A stacked over
 slices, B without the rows of the slices that are not adapted.
 """
@@ -20,15 +20,10 @@ T = TypeVar("T")
 
 
 def signed_pairs(A: T, B: T, A0: T | None, B0: T | None) -> tuple[tuple[T, T, float], ...]:
-    """Return `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora.
+    """Return `(A, B, sign)` of tensors or their names: the update, and its frozen start if any.
 
-    The site computes `W + scale * sum of sign * B @ A`.
-
-    Args:
-        A: The update's A, or its name.
-        B: The update's B, or its name.
-        A0: The frozen start of A, or None.
-        B0: The frozen start of B, or None.
+    The site computes `W + scale * sum of sign * B @ A`. A0 and B0 are the frozen start of pissa
+    and olora, which has the sign -1.
 
     Examples:
         >>> signed_pairs("A", "B", "A0", "B0")

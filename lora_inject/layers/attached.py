@@ -141,11 +141,13 @@ class Attached:
         # One object, which another thread cannot change between two looks at it.
         self._chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
 
-    def entries(self) -> Iterator[Entry]:
-        """Yield every entry, forward update first."""
-        yield from self.forward.values()
-        for by_adapter in self.reads.values():
-            yield from by_adapter.values()
+    def entries(self, adapter: str | None = None) -> Iterator[Entry]:
+        """Yield the entries of one adapter, or all, forward update first."""
+        for table in (self.forward, *self.reads.values()):
+            if adapter is None:
+                yield from table.values()
+            elif adapter in table:
+                yield table[adapter]
 
     def add(self, entry: Entry, *, forward: bool) -> None:
         """Register an entry whose tensors are on the module."""
@@ -161,7 +163,7 @@ class Attached:
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
-        removed = [e for e in self.entries() if e.adapter == adapter]
+        removed = list(self.entries(adapter))
         self.forward = {name: e for name, e in self.forward.items() if name != adapter}
         left = {
             param: {name: e for name, e in by_adapter.items() if name != adapter}

@@ -31,25 +31,28 @@ TABLES = ("_parameters", "_load_state_dict_pre_hooks")
 
 @contextmanager
 def all_or_nothing(
-    modules: Iterable[nn.Module], values: Iterable[Any] = ()
+    modules: Iterable[nn.Module],
+    values: Iterable[Any] = (),
+    parameters: Iterable[nn.Parameter] | None = None,
 ) -> Iterator[list[nn.Parameter]]:
     """Run the body; where it raises, put back what it changed.
 
     Args:
         modules: The modules that may change.
         values: Further objects whose attributes may change: selections, records.
+        parameters: Those whose `requires_grad` may change; by default all of the modules'.
 
     Yields:
-        The parameters of the modules that require a gradient.
+        Those of the parameters that require a gradient.
     """
     distinct = list({id(module): module for module in modules}.values())
     snapshots = [_snapshot(module) for module in distinct]
-    trained = [
-        parameter
-        for module in distinct
-        for parameter in module._parameters.values()
-        if parameter is not None and parameter.requires_grad
-    ]
+    if parameters is None:
+        parameters = (
+            p for module in distinct for p in module._parameters.values() if p is not None
+        )
+    flagged = list(parameters)
+    trained = [parameter for parameter in flagged if parameter.requires_grad]
     attributes = [(value, _copied(value.__dict__)) for value in values]
     try:
         yield trained
@@ -57,10 +60,8 @@ def all_or_nothing(
         for snapshot in snapshots:
             _restore(*snapshot)
         flags = {id(parameter) for parameter in trained}
-        for module in distinct:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameter.requires_grad_(id(parameter) in flags)
+        for parameter in flagged:
+            parameter.requires_grad_(id(parameter) in flags)
         for value, saved in attributes:
             value.__dict__.clear()
             value.__dict__.update(saved)

@@ -6,6 +6,7 @@ and nothing loads into merged weights, which `unmerge` would write over.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,11 +15,7 @@ from lora_inject.errors import StateError
 
 
 class Loading:
-    """One call of `load_state_dict`.
-
-    Attributes:
-        missing_keys: The list that torch collects, one for each call.
-    """
+    """One call of `load_state_dict`, known by the list of missing keys that it collects."""
 
     def __init__(self, missing_keys: list[str]) -> None:
         self.missing_keys = missing_keys
@@ -37,26 +34,33 @@ class Loading:
         self.missing_keys.extend(self._forgiven.pop(adapter, ()))
 
 
-def refuse_loading(root: nn.Module) -> None:
-    """Refuse `load_state_dict` on a root, before its first tensor, until `allow_loading`."""
-    root.register_load_state_dict_pre_hook(raise_merged)  # type: ignore[no-untyped-call]
+def refuse_loading(modules: Iterable[nn.Module]) -> None:
+    """Refuse `load_state_dict` on modules, before the first tensor, until `allow_loading`."""
+    for module in modules:
+        module.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
 
-def allow_loading(root: nn.Module) -> None:
+def allow_loading(modules: Iterable[nn.Module]) -> None:
     """Take the refusal away."""
-    hooks = root._load_state_dict_pre_hooks
-    for key in [k for k, hook in hooks.items() if getattr(hook, "hook", hook) is raise_merged]:
-        del hooks[key]
+    for hooks in (module._load_state_dict_pre_hooks for module in modules):
+        for key in [
+            k for k, hook in hooks.items() if getattr(hook, "hook", hook) is _refuse_merged
+        ]:
+            del hooks[key]
 
 
-def raise_merged(*_: Any) -> None:
-    """Raise that the weights hold a merged adapter.
+def _refuse_merged(module: nn.Module, _state_dict: Any, prefix: str, *_: Any) -> None:
+    """Raise where weights inside hold a merged adapter.
 
-    Raises:
-        StateError: Always.
+    torch loads module by module and asks no parent of the merged model before: what stands first
+    in a parent that no merge saw is loaded by now, which the message says.
     """
+    carried = (inner.__dict__.get("_lora") for inner in module.modules())
+    if all(attached is None or attached.selection.merged is None for attached in carried):
+        return  # a part of the module was ejected, and nobody knew of the module
+    inside = f", then load again: what the caller has before {prefix[:-1]!r} is loaded already"
     raise StateError(
         "load_state_dict",
         "the weights hold a merged adapter, and unmerge would write over what is loaded",
-        "Call unmerge(model) first",
+        "Call unmerge(model) first" + (inside if prefix else ""),
     )

@@ -1,25 +1,24 @@
-"""Putting an adapter, as a value, onto a model: everything is checked before the first change.
+"""Putting an adapter onto a model: everything is checked before the first change.
 
 `places` finds the module of each tensor and checks that it can take it; `attach` changes classes
-and takes back what was done where a step fails. Injecting and loading both end here.
+and takes back what was done where a step fails. Injecting and loading both begin and end here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import LayerError
 from lora_inject.layers.adapted import WeightUpdate, is_quantized
 from lora_inject.layers.attached import TRAINABLE_ROLES, Entry, attached_to, attribute
 from lora_inject.layers.class_swap import check_swappable, swap
 from lora_inject.layers.initial import FROM_WEIGHT
 from lora_inject.layers.kinds import mixin_for
-from lora_inject.layers.resizing import refuse_resizing
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey
@@ -29,26 +28,21 @@ from lora_inject.model.carried import (
     Root,
     adapted_modules,
     check_new_name,
+    keep_with,
     reach,
     roots_of,
     structure_changed,
 )
 from lora_inject.model.reached import refuse_unreached
-from lora_inject.model.save_pretrained import save_adapters_instead
-from lora_inject.model.trainable import state_adapters
+from lora_inject.model.sharding import refuse_sharded
+from lora_inject.model.stand_ins import stand_in
+from lora_inject.model.train import trainable_tensors
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 
 
 class Place(NamedTuple):
-    """Where one site or one full trained copy of a new adapter goes.
-
-    Attributes:
-        name: Name of the site, or of the tensor that is copied.
-        module: The module that gets it.
-        entry: What its `Attached` will say of it.
-        forward: Whether it is a forward update.
-    """
+    """Where one site or one full trained copy of a new adapter, of that name, goes."""
 
     name: str
     module: nn.Module
@@ -63,23 +57,21 @@ class Place(NamedTuple):
         return found
 
 
+def survey_for(model: nn.Module, name: str) -> Survey:
+    """Return a survey of a model that can take a new adapter of that name now."""
+    survey = Survey(model)
+    refuse_sharded(survey, f"adapter {name!r}")
+    check_new_name(reach(survey.model, survey), name)
+    return survey
+
+
 def places(
     survey: Survey, name: str, sites: Iterable[SiteSpec], copies: Iterable[str]
 ) -> list[Place]:
-    """Find the module of each site and copy, and check that it can take it; change nothing.
+    """Find the module of each site and of each name of a copied tensor; check that it can take it.
 
-    Args:
-        survey: Of the root.
-        name: Name of the new adapter.
-        sites: Its sites, in the model's own names.
-        copies: Every name of a base tensor that reads as a full trained copy.
-
-    Raises:
-        StateError: The name is in use, or the model is merged.
-        LayerError: A module cannot change its class, or an attribute is in
-            the way.
+    Sites and copies have the model's own names. Nothing is changed.
     """
-    check_new_name(reach(survey.model, survey), name)
     modules = survey.by_name
     found = []
     flat: dict[tuple[str | None, bool], dict[str, str]] = {}  # shared by all sites alike
@@ -127,28 +119,23 @@ def _check(place: Place) -> None:
             f"{reader} reads its values, and they are quantized ({type(place.weight).__name__})",
             "Name the layer rather than its weight, with an init that does not start from W",
         )
-    if spec is None:
-        _refuse_statistics(place)
-    check_swappable(module, target)
-
-
-def _refuse_statistics(place: Place) -> None:
-    """Refuse a full copy in a layer whose training also moves buffers, which stay the base's."""
-    module = place.module
-    if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None:
+    if spec is None and isinstance(module, _NormBase) and module.running_mean is not None:
         raise LayerError(
             f"trained tensor {place.name!r}",
-            f"its {type(module).__name__} moves running_mean and running_var as well while it "
-            "trains: those are the base's buffers, which an adapter neither holds nor restores",
+            f"its {cls.__name__} moves running_mean and running_var as well while it trains: those "
+            "are the base's buffers, which an adapter neither holds nor restores",
             "Leave it out, or give the layer track_running_stats=False and no running_mean",
         )
+    check_swappable(module, target)
 
 
 def attach(
     survey: Survey,
     name: str,
     found: Iterable[Place],
-    state: AdapterState,
+    tensors: Callable[[Place], Mapping[str, Tensor]],
+    tied: Callable[[Place], Hashable],
+    config: Mapping[str, Any] | None,
     *,
     activate: bool = True,
     train: bool = True,
@@ -160,59 +147,53 @@ def attach(
         survey: Of the root.
         name: Name of the new adapter.
         found: What `places` returned.
-        state: The adapter. Its tensors become the Parameters; one that stands under several names
-            of `trained` becomes one Parameter.
+        tensors: Gives the tensors of a place by role, which become the Parameters.
+        tied: Gives what is equal for places whose trained copies are to be one Parameter.
+        config: What it was made from, where that is known.
         activate: Whether it becomes the only active adapter.
         train: Whether it becomes the only trainable adapter; else it is frozen.
         probe: Runs the model; sites that it does not reach are refused.
-
-    Raises:
-        LayerError: A site is not reached by `probe`.
     """
-    with torch.inference_mode(False):  # Parameters that are made in it could not train
-        made = _parameters(found, state, train)
-    selections = reach(survey.model, survey).selections
-    selection = next(iter(selections), None) or Selection()
+    made: list[tuple[Place, dict[str, nn.Parameter]]] = []
+    copies: dict[Hashable, dict[str, nn.Parameter]] = {}
+    with torch.inference_mode(False):  # tensors that are made in it could not train
+        for place in found:
+            copy = tied(place) if place.entry.spec is None else None
+            parameters = copies.get(copy) or {
+                role: nn.Parameter(tensor, train and role in TRAINABLE_ROLES)
+                for role, tensor in tensors(place).items()
+            }
+            if copy is not None:
+                copies[copy] = parameters
+            made.append((place, parameters))
+    before, records = reach(survey.model, survey), roots_of(survey).values()
+    selection = next(iter(before.selections), None) or Selection()
     modules = [module for _, module in survey.modules]
-    values = (selection, *selections, *roots_of(survey).values())
-    with all_or_nothing(modules, values) as trained:
+    # Only what these records name: looking at every tensor of every adapter would be quadratic.
+    named = {each for record in records for each in record.trainable} if records else (None,)
+    flags = [p for _, p in survey.parameters()]
+    flags += [p for each in named for *_, p in trainable_tensors(survey, each)]
+    with all_or_nothing(modules, (selection, *before.selections, *records), flags) as trained:
         root = _become_root(survey, selection)
-        root.configs[name] = state.config
+        root.configs[name] = config
         root.carrying[name] = list({id(place.module): place.module for place, _ in made}.values())
         _freeze(survey, root)
         for parameter in trained if train else ():  # the new ones are trainable already
             parameter.requires_grad_(False)
+        if train:
+            root.trainable = {name}
         for place, parameters in made:
             _attach(place, parameters, selection)
-        refuse_resizing(modules, adapted_modules(survey).values())
         structure_changed()
-        save_adapters_instead(modules)
-        state_adapters(modules)
+        if before.selections in ((), (selection,)):
+            reads = [p for p, _ in made if not p.forward]
+            paths = survey.paths
+            keep_with(root, before, name, [(paths[id(p.module)], p.module, p.entry) for p in reads])
+        stand_in(modules, root.carrying[name])
         if activate:
             selection.replace(State(active=((name, 1.0),)))
         if probe is not None:
             refuse_unreached(survey.model, probe)
-
-
-def _parameters(
-    found: Iterable[Place], state: AdapterState, train: bool
-) -> list[tuple[Place, dict[str, nn.Parameter]]]:
-    """Make the Parameters of each place, by role; a tensor under several names becomes one."""
-    copies: dict[int, nn.Parameter] = {}
-    made = []
-    for place in found:
-        if place.entry.spec is None:
-            tensor = state.trained[place.name]
-            copy = copies.setdefault(id(tensor), nn.Parameter(tensor, train))
-            made.append((place, {"T": copy}))
-            continue
-        tensors = state.sites[place.name].tensors
-        made.append((place, {role: _parameter(t, role, train) for role, t in tensors.items()}))
-    return made
-
-
-def _parameter(tensor: Tensor, role: str, train: bool) -> nn.Parameter:
-    return nn.Parameter(tensor, train and role in TRAINABLE_ROLES)
 
 
 def _attach(place: Place, parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:
@@ -242,6 +223,7 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
         for name, modules in inner.carrying.items():
             root.carrying[name] = [*root.carrying.get(name, ()), *modules]
         root.required_grad |= {f"{path}.{key}" for key in inner.required_grad}
+        root.trainable |= inner.trainable
         del survey.by_name[path].__dict__[ROOT]
     for module in adapted_modules(survey).values():
         attached = attached_to(module)

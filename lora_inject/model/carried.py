@@ -35,23 +35,23 @@ class Root:
         selection: The cell that all its layers share.
         configs: Adapter name to the config it was injected with, as plain data, or None.
         carrying: Adapter name to the modules that it was put on.
+        trainable: The adapters that may require gradients: injecting or `train_only` named them.
         required_grad: Names of base parameters that required a gradient before the first inject.
         undo: What `unmerge` restores while the model is merged; see `model.merge`.
         kept: A walk of the model and the generation that it belongs to; see `reach`.
-        sampled: A fingerprint of the base and what it was taken of; see `model.swap`.
     """
 
     selection: Selection
     configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
     carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
+    trainable: set[str] = field(default_factory=set)
     required_grad: set[str] = field(default_factory=set)
     undo: Any = None
     kept: tuple[int, Reach] | None = None
-    sampled: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy carries: what was read off another model is of no use to it."""
-        return {**self.__dict__, "kept": None, "sampled": None}
+        return {**self.__dict__, "kept": None}
 
 
 def roots_of(survey: Survey) -> dict[str, Root]:
@@ -70,9 +70,8 @@ def entries(survey: Survey, name: str | None = None) -> Iterator[tuple[str, nn.M
     """Yield `(module name, module, entry)` of one adapter, or of all."""
     for path, module in survey.modules:
         attached = attached_to(module)
-        for entry in attached.entries() if attached is not None else ():
-            if name is None or entry.adapter == name:
-                yield path, module, _named(path, entry)
+        for entry in attached.entries(name) if attached is not None else ():
+            yield path, module, _named(path, entry)
 
 
 def _named(path: str, entry: Entry) -> Entry:
@@ -102,12 +101,7 @@ def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
 
 
 def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.Module, Entry]]:
-    """Return the entries of an adapter, all of which the model must hold.
-
-    Raises:
-        StateError: There is no such adapter, the model holds only a part of it, or a layer that
-            carries it was replaced since.
-    """
+    """Return the entries of an adapter; raise where the model does not hold all of them."""
     recorded = {known for record in roots_of(survey).values() for known in record.configs}
     check_names(reach(survey.model, survey).names | recorded, [name], asked)
     records = records_of(survey, name)
@@ -118,7 +112,7 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.M
     gone = carrying.keys() - {id(module) for _, module, _ in found}
     for module in (module for key, module in carrying.items() if key in gone):
         attached = attached_to(module)
-        lost = [e for e in attached.entries() if e.adapter == name] if attached else []
+        lost = list(attached.entries(name)) if attached else []
         site = next((e.spec.name if e.spec else e.param for e in lost), type(module).__name__)
         here = any(id(root) in survey.paths for root, _ in records)
         raise StateError(
@@ -132,12 +126,9 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.M
 
 @dataclass(frozen=True)
 class Reach:
-    """What a verb on a model reaches.
+    """What a verb on a model reaches: the distinct selections inside, and the adapters.
 
-    Attributes:
-        selections: The distinct selections of all layers inside.
-        names: The adapters that they carry.
-        whole: Adapter name to the name of a parameter that it reads as a whole weight.
+    `whole` is adapter name to the name of a parameter that it reads as a whole weight.
     """
 
     selections: tuple[Selection, ...]
@@ -159,39 +150,49 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
 
     What was found is kept on the root until somebody injects or ejects, so that switching does not
     depend on the size of the model.
-
-    Args:
-        model: The model.
-        survey: Of it, where there is one; else one is made where nothing was kept.
     """
     model = unwrapped(model)
     root: Root | None = model.__dict__.get(ROOT)
     if root is not None and root.kept is not None and root.kept[0] == _generation:
         return root.kept[1]
+    survey = survey or Survey(model)
     selections: dict[int, Selection] = {}
     names: set[str] = set()
-    whole: dict[str, str] = {}
-    for path, module in adapted_modules(survey or Survey(model)).items():
+    reads: list[tuple[str, nn.Module, Entry]] = []
+    for path, module in adapted_modules(survey).items():
         attached = attached_to(module)
         assert attached is not None
         selections.setdefault(id(attached.selection), attached.selection)
         names.update(attached.forward, *attached.reads.values())
-        for param, by_adapter in attached.reads.items():
-            for name, entry in by_adapter.items():
-                if not routes_rows(plain_class(type(module)), entry):
-                    whole[name] = joined(path, param)
-    found = Reach(tuple(selections.values()), frozenset(names), whole)
+        reads += [(path, module, e) for table in attached.reads.values() for e in table.values()]
+    found = Reach(tuple(selections.values()), frozenset(names), _whole(reads))
     if root is not None:
         root.kept = (_generation, found)
     return found
 
 
-def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:
-    """Raise where a name is no adapter of the model.
+def _whole(reads: Iterable[tuple[str, nn.Module, Entry]]) -> dict[str, str]:
+    """Return the adapters among weight updates that are not routed, each with one parameter."""
+    return {
+        entry.adapter: joined(path, entry.param)
+        for path, module, entry in reads
+        if not routes_rows(plain_class(type(module)), entry)
+    }
 
-    Raises:
-        StateError: A name is unknown; the message lists what there is.
+
+def keep_with(
+    root: Root, before: Reach, name: str, reads: Iterable[tuple[str, nn.Module, Entry]]
+) -> None:
+    """Keep what a root reaches with one adapter more, so that adding it costs what it is.
+
+    `reads` are its weight updates; all adapters inside share the root's selection.
     """
+    whole = {**before.whole, **_whole(reads)}
+    root.kept = (_generation, Reach((root.selection,), before.names | {name}, whole))
+
+
+def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:
+    """Raise where a name is no adapter of the model."""
     for name in names:
         if name not in known:
             there = ", ".join(map(repr, sorted(known))) or "none"
@@ -201,11 +202,7 @@ def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:
 
 
 def check_new_name(found: Reach, name: str) -> None:
-    """Check that an adapter of that name can be added now, to a model with these adapters.
-
-    Raises:
-        StateError: The name is in use or no name, or the model is merged.
-    """
+    """Check that an adapter of that name can be added now, to a model with these adapters."""
     asked = f"adapter {name!r}"
     if not isinstance(name, str) or not name:
         raise StateError(asked, "a name is a string of one character or more", "Give another name")
@@ -215,17 +212,14 @@ def check_new_name(found: Reach, name: str) -> None:
         )
     for selection in found.selections:
         selection.check_settled(f"adding adapter {name!r}")
-        refuse_merged(selection, f"adding adapter {name!r}")
+    refuse_merged(f"adding adapter {name!r}", *found.selections)
 
 
-def refuse_merged(selection: Selection, asked: str) -> None:
-    """Raise where the weights hold a merged adapter.
-
-    Raises:
-        StateError: They do.
-    """
-    if selection.merged is not None:
-        merged = ", ".join(name for name, _ in selection.merged.active)
-        raise StateError(
-            asked, f"{merged!r} is merged into the weights", "Call unmerge(model) first"
-        )
+def refuse_merged(asked: str, *selections: Selection) -> None:
+    """Raise where the weights hold a merged adapter."""
+    for state in (selection.merged for selection in selections):
+        if state is not None:
+            merged = ", ".join(name for name, _ in state.active)
+            raise StateError(
+                asked, f"{merged!r} is merged into the weights", "Call unmerge(model) first"
+            )

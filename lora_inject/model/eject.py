@@ -9,7 +9,6 @@ from torch import nn
 
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.class_swap import narrow, unswap
-from lora_inject.layers.resizing import allow_resizing
 from lora_inject.layers.selection import State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import allow_loading
@@ -18,7 +17,6 @@ from lora_inject.model.carried import (
     ROOT,
     ROOT_MODULES,
     Root,
-    adapted_modules,
     check_names,
     entries,
     reach,
@@ -28,8 +26,7 @@ from lora_inject.model.carried import (
     structure_changed,
     whole_adapter,
 )
-from lora_inject.model.save_pretrained import save_models_again
-from lora_inject.model.trainable import state_no_adapters
+from lora_inject.model.stand_ins import give_back
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -63,7 +60,7 @@ def eject(model: M, name: str | None = None) -> M:
     for _, record in records.values():
         record.selection.check_settled("eject", others=True)
         if name is not None or not gone >= record.configs.keys():
-            refuse_merged(record.selection, f"ejecting {min(gone)!r}")
+            refuse_merged(f"ejecting {min(gone)!r}", record.selection)
     surveys = [(Survey(m), record) for m, record in records.values()]
     modules = {id(m): m for one in (survey, *(s for s, _ in surveys)) for _, m in one.modules}
     modules |= {id(m): m for _, r in surveys for held in r.carrying.values() for m in held}
@@ -72,11 +69,12 @@ def eject(model: M, name: str | None = None) -> M:
         for _, module, entry in list(entries(survey)) if not records else ():
             if entry.adapter in gone:  # a copy of one layer, which has no root
                 _detach(module, entry.adapter)
+        if any(record.selection.merged is not None for _, record in surveys):
+            allow_loading(modules.values())
         for one, record in reversed(surveys):
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
-        save_models_again(modules.values())
-        state_no_adapters(modules.values())
+        give_back(modules.values())
     return model
 
 
@@ -86,15 +84,14 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
         for layer in record.carrying.pop(name):
             _detach(layer, name)
         del record.configs[name]
+        record.trainable.discard(name)
     record.selection.forget(gone)
     active = tuple(item for item in record.selection.state.active if item[0] not in gone)
     if active != record.selection.state.active:
         record.selection.replace(State(active=active))
-    allow_resizing((module for _, module in survey.modules), adapted_modules(survey).values())
     if record.configs:
         return
     record.selection.merged = None
-    allow_loading(survey.model)
     del survey.model.__dict__[ROOT]
     _unfreeze(survey, record)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,19 +37,7 @@ def fit(
     base: Base,
     asked: str,
 ) -> AdapterState:
-    """Return an adapter in the names and the geometry of a model, with the tensors as they are.
-
-    Args:
-        survey: Of the model.
-        state: The adapter.
-        leave_out: Patterns of trained tensors and sites to let go.
-        base: How sure to be of the base.
-        asked: What was asked, for messages.
-
-    Raises:
-        FormatError: It does not fit the model, or was made on another base.
-        LayerError: A module cannot take its site.
-    """
+    """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
     found, weights = inventory(survey), base_weights(survey)
     state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
     names = _Names(found)
@@ -122,35 +110,35 @@ def fit_site(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
         )
     if candidate.refusal is not None:
         raise LayerError(f"{asked}, site {spec.name!r}", *candidate.refusal)
-    there = (spec.in_features, spec.out_features, spec.experts)
-    here = (candidate.in_features, candidate.out_features, candidate.experts)
+    maps, fits = (
+        (spec.in_features, spec.out_features),
+        (candidate.in_features, candidate.out_features),
+    )
     if spec.kind == "parameter" and spec.transposed != candidate.transposed:
-        here = (candidate.out_features, candidate.in_features, candidate.experts)
+        fits = fits[::-1]
     same = spec.kind == "parameter" and spec.weight_shape == candidate.weight_shape
-    if there != here and not same:  # the layout of a parameter may group its axes in another way
+    if (maps, spec.experts) != (
+        fits,
+        candidate.experts,
+    ) and not same:  # the layout of a parameter may group its axes in another way
         raise FormatError(
             f"{asked}, site {spec.name!r}",
-            f"it maps {there[0]} to {there[1]} features in the file, {here[0]} to {here[1]} here",
+            f"it maps {maps[0]} to {maps[1]} features in the file, {fits[0]} to {fits[1]} here",
             "Load the adapter onto the model that it was made for",
         )
     transposed = spec.transposed if spec.kind == "parameter" else candidate.transposed
-    if (
-        (spec.kind, spec.weight_shape, spec.transposed, spec.update, spec.rule)
-        == (candidate.kind, candidate.weight_shape, transposed, candidate.update, None)
-    ):  # fmt: skip
-        where = (candidate.name, candidate.weight, candidate.aliases)
-        return spec if (spec.name, spec.weight, spec.aliases) == where else spec.at(*where)
-    return dataclasses.replace(
-        spec,
-        name=candidate.name,
-        kind=candidate.kind,
-        weight_shape=candidate.weight_shape,
-        transposed=transposed,
-        weight=candidate.weight,
-        update=candidate.update,
-        aliases=candidate.aliases,
-        rule=None,
-    )
+    here: dict[str, Any] = {
+        "name": candidate.name,
+        "kind": candidate.kind,
+        "weight_shape": candidate.weight_shape,
+        "transposed": transposed,
+        "weight": candidate.weight,
+        "update": candidate.update,
+        "aliases": candidate.aliases,
+        "rule": None,
+    }
+    same = all(getattr(spec, key) == value for key, value in here.items())
+    return spec if same else dataclasses.replace(spec, **here)
 
 
 class _Names:
@@ -208,17 +196,7 @@ def _fit_trained(
 
 
 def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) -> None:
-    """Refuse another base than the one that an adapter was made on.
-
-    Args:
-        saved: Of the base that it was made on.
-        here: Of this one, at the adapter's sites and under the same names.
-        base: How sure to be; see `load_adapter`.
-        asked: What was asked, for messages.
-
-    Raises:
-        FormatError: It is another one, or that cannot be told.
-    """
+    """Refuse a base that is not, at the adapter's sites, the one that it was made on."""
     if saved == here and not here.quantized:
         return
     shapes = {key: shape for key, shape in saved.shapes.items() if key in here.shapes}

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from os import PathLike
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.functional import master_dtype
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.initial import initial_tensors
 from lora_inject.layers.survey import Survey, memory_of
-from lora_inject.model.attach import Place, attach, places
-from lora_inject.model.sharding import refuse_sharded
+from lora_inject.model.attach import Place, attach, places, survey_for
 from lora_inject.spec.config import Config
 from lora_inject.spec.matching import resolve
 from lora_inject.spec.plan import Plan
@@ -80,29 +77,19 @@ def inject(
         ['0.lora_A__default', '0.lora_B__default']
     """
     config = Config.coerce(config)
-    survey = Survey(model)
-    refuse_sharded(survey, f"adapter {name!r}")
+    survey = survey_for(model, name)
     planned = resolve(config, inventory(survey))
-    copies = [key for trained in planned.trained for key in survey.names_of(trained.name)]
-    found = places(survey, name, planned.sites, copies)
-    with torch.inference_mode(False):  # tensors that are made in it could not train
-        state = _initial_state(found, config.to_dict())
-    attach(survey, name, found, state, probe=probe)
-    return model
+    named = [key for trained in planned.trained for key in survey.names_of(trained.name)]
+    found = places(survey, name, planned.sites, named)
 
-
-def _initial_state(found: Iterable[Place], config: Mapping[str, Any]) -> AdapterState:
-    """Make the tensors of a new adapter, in the places that it gets."""
-    sites: dict[str, SiteState] = {}
-    trained: dict[str, Tensor] = {}
-    copies: dict[Hashable, Tensor] = {}
-    for place in found:
+    def initial(place: Place) -> Mapping[str, Tensor]:
         spec, weight = place.entry.spec, place.weight
-        if spec is not None:
-            sites[place.name] = SiteState(spec, **initial_tensors(spec, weight))
-            continue
-        memory = memory_of(weight)
-        if memory not in copies:
-            copies[memory] = weight.detach().to(master_dtype(weight.dtype), copy=True)
-        trained[place.name] = copies[memory]
-    return AdapterState(sites, trained, config)
+        if spec is None:
+            return {"T": weight.detach().to(master_dtype(weight.dtype), copy=True)}
+        return initial_tensors(spec, weight)
+
+    def tied(place: Place) -> Hashable:
+        return memory_of(place.weight)
+
+    attach(survey, name, found, initial, tied, config.to_dict(), probe=probe)
+    return model

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.formats import FORMATS, read_adapter
 from lora_inject.formats.peft import options_for_reading
 from lora_inject.functional import master_dtype
 from lora_inject.layers.survey import Survey
-from lora_inject.model.attach import attach, places
-from lora_inject.model.carried import check_new_name, reach
+from lora_inject.model.attach import Place, attach, places, survey_for
+from lora_inject.model.carried import reach
 from lora_inject.model.fit_state import Base, fit
 from lora_inject.model.save import base_weights
-from lora_inject.model.sharding import refuse_sharded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,9 +58,7 @@ def load_adapter(
             another base. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
-    survey, asked = Survey(model), f"load {str(path)!r}"
-    check_new_name(reach(survey.model, survey), name)
-    refuse_sharded(survey, f"adapter {name!r}")
+    survey, asked = survey_for(model, name), f"load {str(path)!r}"
     if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
         options = options_for_reading(survey.by_name, base_weights(survey)) | options
     state = read_adapter(path, format=format, **options)
@@ -93,9 +90,7 @@ def install(
         FormatError: It does not fit the model. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
-    survey = Survey(model)
-    check_new_name(reach(survey.model, survey), name)
-    refuse_sharded(survey, f"adapter {name!r}")
+    survey = survey_for(model, name)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
     _put_on(survey, fitted, name, _copied)
     return model
@@ -105,24 +100,18 @@ def _put_on(
     survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     """Put a fitted adapter on; it becomes active where none is."""
-    specs = [site.spec for site in state.sites.values()]
-    found = places(survey, name, specs, state.trained)
-    sites: dict[str, SiteState] = {}
-    trained: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}
-    for place in found:
-        spec, weight = place.entry.spec, place.weight
-        if spec is not None:
-            tensors = state.sites[place.name].tensors
-            sites[place.name] = SiteState(spec, **{r: taken(t, weight) for r, t in tensors.items()})
-            continue
-        given = state.trained[place.name]
-        if id(given) not in copies:
-            copies[id(given)] = taken(given, weight)
-        trained[place.name] = copies[id(given)]
+    found = places(survey, name, [site.spec for site in state.sites.values()], state.trained)
+
+    def given(place: Place) -> Mapping[str, Tensor]:
+        site = state.sites.get(place.name) if place.entry.spec is not None else None
+        tensors = {"T": state.trained[place.name]} if site is None else site.tensors
+        return {role: taken(tensor, place.weight) for role, tensor in tensors.items()}
+
+    def tied(place: Place) -> Hashable:
+        return id(state.trained[place.name])
+
     active = any(selection.state.active for selection in reach(survey.model, survey).selections)
-    value = AdapterState(sites, trained, state.config)
-    attach(survey, name, found, value, activate=not active, train=False)
+    attach(survey, name, found, given, tied, state.config, activate=not active, train=False)
 
 
 def _copied(tensor: Tensor, weight: Tensor) -> Tensor:

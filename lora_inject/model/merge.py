@@ -6,29 +6,26 @@ module shares is untied first: the adapted module gets a tensor of its own, the 
 
 from __future__ import annotations
 
-import inspect
 import math
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.errors import LayerError, StateError
+from lora_inject.errors import StateError
 from lora_inject.functional import MergeReport, Tally, TensorReport
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import allow_loading, refuse_loading
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
-    ROOT,
     Root,
     check_names,
-    entries,
     reach,
     refuse_merged,
     roots_of,
@@ -41,7 +38,8 @@ from lora_inject.model.merge_targets import (
     merge_targets,
     not_finite,
 )
-from lora_inject.spec.names import joined
+from lora_inject.model.train import trainable_tensors
+from lora_inject.model.untying import check_ties, refuse_new_ties, say_tied, tied_configs
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,7 +52,7 @@ class _Undo:
         holder: Where it stands.
         merged: The Parameter that was written there.
         before: The Parameter that stood there.
-        original: The values before as a matrix, None where `before` still has them or nothing is
+        original: The values before as a matrix; None where `before` still has them or nothing is
             kept.
         partner: For an untied tensor: who else held its memory, and still does.
         n_kept: How many rows `original` holds.
@@ -93,10 +91,10 @@ class _Undo:
 class _Merged:
     """What the root keeps while merged; None for `undos` where nothing was kept."""
 
-    undos: list[_Undo] | None
     was: State
     trainable: list[nn.Parameter]
-    tie_flags: list[Any]
+    undos: list[_Undo] | None = None
+    tie_flags: list[Any] = field(default_factory=list)
 
 
 def merge(
@@ -129,84 +127,67 @@ def merge(
             the model's class would tie again what has to be untied. Nothing was changed.
     """
     survey = Survey(model)
-    selection, root = root_selection(survey)
-    refuse_merged(selection, "merge")
-    selection.check_settled("merge", others=True)
-    state = state_to_merge(survey, selection, name)
+    root = root_of(survey)
+    refuse_merged("merge", root.selection)
+    root.selection.check_settled("merge", others=True)
+    state = state_to_merge(survey, root.selection, name)
     targets = merge_targets(survey, state.active)
-    _check_ties(survey, targets, eject)
+    check_ties(survey, _untied(targets), eject)
     check_results(targets, min_kept, undo)
     try:
-        report = _merge(survey, selection, root, state, targets, undo)
-        return _ejected(model, report) if eject else report
+        report = _merge(survey, root, state, targets, undo)
+        if eject:
+            take_off(model)
     except BaseException:
-        if root.undo is not None and root.undo.undos is not None and selection.merged is not None:
+        if root.selection.merged is not None and root.undo.undos is not None:
             unmerge(model)
         raise
-
-
-def _ejected(model: nn.Module, report: MergeReport) -> MergeReport:
-    take_off(model)
     return report
 
 
 def _merge(
-    survey: Survey,
-    selection: Selection,
-    root: Root,
-    state: State,
-    targets: list[Target],
-    undo: bool,
+    survey: Survey, root: Root, state: State, targets: list[Target], undo: bool
 ) -> MergeReport:
+    selection = root.selection
     with all_or_nothing((module for _, module in survey.modules), (selection, root)):
-        was = selection.state
+        trained = [p for *_, p in trainable_tensors(survey) if p.requires_grad]
+        kept = root.undo = _Merged(selection.state, trained)
         selection.replace(State(merged=True))
         selection.merged = state
-        for module in {id(m): m for m in (survey.model, _module_of(survey, root))}.values():
-            refuse_loading(module)
-        kept = root.undo = _Merged(None, was, _trainable(survey), [])
+        refuse_loading(_around(survey, targets))
         for parameter in kept.trainable:
             parameter.requires_grad_(False)
         undos: list[_Undo] = []
         try:
             with nullcontext() if undo else _held_back_interrupts():
                 _write(targets, undo, undos)
-            if any(target.sharers for target in targets):
-                _clear_tie_flags(survey, kept.tie_flags)
-                _refuse_new_ties(survey, targets)
+            if untied := _untied(targets):
+                # Without this a saved merged model would be tied again when it is loaded.
+                kept.tie_flags = tied_configs(survey)
+                say_tied(kept.tie_flags, False)
+                refuse_new_ties(survey, untied)
             report = _report(targets, state)
             kept.undos = undos if undo else None
         except BaseException as error:
-            for config in kept.tie_flags:
-                config.tie_word_embeddings = True
+            say_tied(kept.tie_flags, True)
             _restore(undos)
             if any(item.lost for item in undos):
-                raise _torn(len(undos), len(targets)) from error
+                n, of = len(undos), len(targets)
+                raise StateError(
+                    "merge(undo=False)",
+                    f"it failed at tensor {n} of {of}, and what was written stays written",
+                    "Load the base weights again, which undo=False did not keep",
+                ) from error
             raise
     return report
 
 
-def _torn(n_written: int, n_targets: int) -> StateError:
-    return StateError(
-        "merge(undo=False)",
-        f"it failed at tensor {n_written} of {n_targets}, and what was written stays written",
-        "Load the base weights again, which undo=False did not keep",
-    )
-
-
-def root_selection(survey: Survey) -> tuple[Selection, Root]:
-    """Return the selection and the record of the one injected root that a model is or holds.
-
-    Raises:
-        StateError: There is none, or more than one.
-    """
-    root = survey.model.__dict__.get(ROOT)
-    if root is not None:
-        return root.selection, root
+def root_of(survey: Survey) -> Root:
+    """Return the record of the model, or that of the only root inside."""
     inner = roots_of(survey)
-    if len(inner) == 1:
-        found = next(iter(inner.values()))
-        return found.selection, found
+    root = inner.get("") or (next(iter(inner.values())) if len(inner) == 1 else None)
+    if root is not None:
+        return root
     raise StateError(
         "merge or unmerge",
         "the module is not an injected root"
@@ -215,21 +196,20 @@ def root_selection(survey: Survey) -> tuple[Selection, Root]:
     )
 
 
-def _module_of(survey: Survey, root: Root) -> nn.Module:
-    return next(m for _, m in survey.modules if m.__dict__.get(ROOT) is root)
+def _around(survey: Survey, targets: list[Target]) -> list[nn.Module]:
+    """Return the modules that are written, and every module that holds one of them."""
+    names = {target.name.rpartition(".")[0] for target in targets}
+    for name in tuple(names):
+        names.update(name[:i] for i, letter in enumerate(name) if letter == ".")
+    return [module for name, module in survey.modules if not name or name in names]
 
 
 def state_to_merge(
     survey: Survey, selection: Selection, name: str | Mapping[str, float] | None
 ) -> State:
-    """Return which adapters are to be folded: what was asked for, or else what is active.
-
-    Raises:
-        StateError: Nothing is, a name is unknown, or a weight is not finite.
-    """
-    if name is None:
-        state = selection.state
-    else:
+    """Return which adapters are to be folded: what was asked for, or else what is active."""
+    state = selection.state
+    if name is not None:
         weights = {name: 1.0} if isinstance(name, str) else dict(name)
         check_names(reach(survey.model, survey).names, weights, "merge")
         state = State(active=tuple((n, float(w)) for n, w in weights.items()))
@@ -247,20 +227,17 @@ def state_to_merge(
     return state
 
 
-# ---------------------------------------------------------------------------------------- writing
-
-
 def _write(targets: list[Target], undo: bool, undos: list[_Undo]) -> None:
     """Write every merged weight, and note in `undos`, before each, what would take it back."""
-    untied: set[tuple[int, str]] = set()
+    untied: set[Holder] = set()
     for target in targets:
         holder, before = target.holder, target.weight
-        left = [h for h in target.sharers if (id(h.module), h.param) not in untied]
+        left = [other for other in target.sharers if other not in untied]
         if left:  # else nobody shares it any more
             own = nn.Parameter(before.detach().clone(), requires_grad=False)
             undos.append(_Undo(holder, own, before, partner=left[-1]))
             holder.module._parameters[holder.param] = own
-            untied.add((id(holder.module), holder.param))
+            untied.add(holder)
         else:
             matrix = before.detach().view(target.matrix_shape)
             undos.append(_Undo(holder, before, before, torch.empty_like(matrix) if undo else None))
@@ -304,14 +281,8 @@ def _held_back_interrupts() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def _trainable(survey: Survey) -> list[nn.Parameter]:
-    """Return every adapter tensor that requires a gradient."""
-    return [
-        parameter
-        for _, module, entry in entries(survey)
-        for flat in entry.names.values()
-        if (parameter := module._parameters[flat]) is not None and parameter.requires_grad
-    ]
+def _untied(targets: list[Target]) -> dict[str, str]:
+    return {target.name: target.sharers[0].name for target in targets if target.sharers}
 
 
 def _report(targets: list[Target], state: State) -> MergeReport:
@@ -325,81 +296,6 @@ def _report(targets: list[Target], state: State) -> MergeReport:
             others = ", ".join(repr(holder.name) for holder in target.sharers)
             notes.append(f"untied: {target.name!r} no longer is the tensor of {others}")
     return MergeReport(state.active, tensors, len(targets), notes=tuple(notes))
-
-
-# ------------------------------------------------------------------------------------------- ties
-
-
-def _check_ties(survey: Survey, targets: list[Target], eject: bool) -> None:
-    """Refuse to untie where the model computes or loads something else when it is untied."""
-    untied = next((target for target in targets if target.sharers), None)
-    if untied is None:
-        return
-    asked = f"merge into {untied.name!r}"
-    for _, module in survey.modules:
-        if _reads_tie_flag(type(module)):
-            raise LayerError(
-                asked,
-                f"its tensor is tied, and {type(module).__name__} scales its output by whether "
-                "config.tie_word_embeddings says so: untied it would be another model",
-                "Stay unmerged, or leave this site out of the adapter",
-            )
-    if eject and not _tied_configs(survey):
-        raise LayerError(
-            f"{asked} with eject=True",
-            f"its tensor is also that of {untied.sharers[0].name!r} and would be untied, and no "
-            "config of the model says so: code that ties the two, when a saved state dict is "
-            "loaded, would lose one of them",
-            "Where no code ties them any more, call merge(model) and eject(model)",
-        )
-
-
-def _reads_tie_flag(cls: type) -> bool:
-    forward = getattr(cls, "forward", None)
-    if not inspect.isfunction(forward):  # a ScriptModule's is not
-        return False
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code is not None and "tie_word_embeddings" in code.co_names
-
-
-def _tied_configs(survey: Survey) -> list[Any]:
-    """Return every transformers config inside that says that embeddings are tied."""
-    pending: list[Any] = [m.config for _, m in survey.modules if hasattr(m, "config")]
-    seen: set[int] = set()
-    found = []
-    while pending:
-        config = pending.pop()
-        if id(config) in seen or not hasattr(config, "__dict__"):
-            continue
-        seen.add(id(config))
-        if config.__dict__.get("tie_word_embeddings"):
-            found.append(config)
-        pending += [v for k, v in config.__dict__.items() if k.endswith("_config")]
-    return found
-
-
-def _clear_tie_flags(survey: Survey, cleared: list[Any]) -> None:
-    """Say in every config that embeddings are not tied; note in `cleared` which said so.
-
-    Without this a saved merged model would be tied again when it is loaded.
-    """
-    for config in _tied_configs(survey):
-        cleared.append(config)
-        config.tie_word_embeddings = False
-
-
-def _refuse_new_ties(survey: Survey, targets: list[Target]) -> None:
-    """Refuse where a transformers class ties what was untied whatever its config says."""
-    untied = {target.name for target in targets if target.sharers}
-    for path, module in survey.modules:
-        asks = getattr(module, "get_expanded_tied_weights_keys", None)
-        for pair in asks(all_submodels=False).items() if callable(asks) else ():
-            for name in untied.intersection(joined(path, key) for key in pair):
-                raise LayerError(
-                    f"merge into {name!r}",
-                    f"{type(module).__name__} ties it when it is loaded, whatever its config says",
-                    "Stay unmerged, or leave this site out of the adapter",
-                )
 
 
 def unmerge(model: M) -> M:
@@ -419,11 +315,11 @@ def unmerge(model: M) -> M:
             replaced since. Nothing was changed.
     """
     survey = Survey(model)
-    selection, root = root_selection(survey)
-    if selection.merged is None:
+    root = root_of(survey)
+    selection, kept = root.selection, root.undo
+    if kept is None:
         raise StateError("unmerge", "nothing is merged", "Call merge(model) first")
     selection.check_settled("unmerge", others=True)
-    kept: _Merged = root.undo
     if kept.undos is None:
         raise StateError(
             "unmerge",
@@ -436,12 +332,10 @@ def unmerge(model: M) -> M:
         with all_or_nothing((module for _, module in survey.modules), (selection, root)):
             selection.replace(kept.was)
             selection.merged = None
-            for config in kept.tie_flags:
-                config.tie_word_embeddings = True
+            say_tied(kept.tie_flags, True)
             for parameter in kept.trainable:
                 parameter.requires_grad_(True)
-            for module in {id(m): m for m in (survey.model, _module_of(survey, root))}.values():
-                allow_loading(module)
+            allow_loading(module for _, module in survey.modules)
             root.undo = None
     return model
 

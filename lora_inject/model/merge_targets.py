@@ -1,12 +1,8 @@
-"""The tensors that a merge writes: what goes into each, who shares its memory, what forbids it.
-
-Merging is two passes over the same arithmetic. The first forms merged weights without writing them
-where only that can tell whether they may be written; the second writes, row block by row block.
-"""
+"""The tensors that a merge writes: what goes into each, who shares its memory, what forbids it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -28,6 +24,7 @@ from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.carried import whole_adapter
 from lora_inject.model.sharding import sharded_by
+from lora_inject.model.untying import refuse_overlaps
 from lora_inject.spec.names import joined
 
 
@@ -94,9 +91,9 @@ class Target:
 
     def may_overflow(self) -> bool:
         """Whether the largest value that a delta could have comes near the largest of the dtype."""
+        norm = torch.linalg.vector_norm
         bound = sum(
-            abs(term.spec.scale * term.weight) * _norm(term.A) * _norm(term.B)
-            for term in self.terms
+            abs(t.spec.scale * t.weight) * float(norm(t.A)) * float(norm(t.B)) for t in self.terms
         )
         return not bound <= 1e-6 * torch.finfo(self.weight.dtype).max
 
@@ -130,36 +127,20 @@ class Target:
             self.merged(rows, start, self.tally)
 
 
-def _norm(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t))
-
-
-def merge_targets(survey: Survey, active: tuple[tuple[str, float], ...]) -> list[Target]:
-    """Return the tensors to write, and check that each can be written.
-
-    Args:
-        survey: Of the model.
-        active: `(adapter, weight)` of what is folded.
-
-    Raises:
-        StateError: An adapter is not whole in this model, or holds NaN or Inf.
-        LayerError: A weight cannot be written, or shares a part of its memory with another.
-    """
-    found: dict[tuple[int, str], Target] = {}
+def merge_targets(survey: Survey, active: Iterable[tuple[str, float]]) -> list[Target]:
+    """Return what is to be written to fold `(adapter, weight)` pairs in; check that it can be."""
+    found: dict[Holder, Target] = {}
     for adapter, weight in active:
         for path, module, entry in whole_adapter(survey, adapter, "merge"):
             holder = Holder(joined(path, entry.param), module, entry.param)
-            target = found.setdefault((id(module), entry.param), Target(holder))
-            _add_entry(target, entry, weight)
-    targets = list(found.values())
-    for target in targets:
+            _add_entry(found.setdefault(holder, Target(holder)), entry, weight)
+    for target in found.values():
         _check_weight(target)
-        for module, param in survey.holders(target.weight):
-            other = Holder(joined(survey.paths[id(module)], param), module, param)
-            if other != target.holder:
-                target.sharers.append(other)
-    _refuse_overlaps(survey, targets)
-    return _once_if_tied(targets)
+        holders = survey.holders(target.weight)
+        others = [Holder(joined(survey.paths[id(m)], param), m, param) for m, param in holders]
+        target.sharers = [other for other in others if other != target.holder]
+    refuse_overlaps(survey, {memory_of(t.weight): t.name for t in found.values()})
+    return _once_if_tied(found)
 
 
 def _add_entry(target: Target, entry: Entry, weight: float) -> None:
@@ -218,46 +199,22 @@ def _check_weight(target: Target) -> None:
         )
 
 
-def _refuse_overlaps(survey: Survey, targets: list[Target]) -> None:
-    """Refuse to write a tensor of which another holds a part; who holds the whole is tied to it."""
-    written = {memory_of(target.weight): target.name for target in targets}
-    spans = []
-    for name, tensor in survey.parameters():
-        if isinstance(memory := memory_of(tensor), tuple):
-            steps = zip(tensor.shape, tensor.stride(), strict=True)
-            n_bytes = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
-            spans.append((memory[0], memory[0] + n_bytes, name, memory))
-    spans.sort(key=lambda span: span[:3])
-    last = spans[:1]  # of those that begin before: if any overlaps, the one that ends last does
-    for two in spans:
-        one, last = last[0], [max(*last, two, key=lambda span: span[1])]
-        if two[0] < one[1] and one[3] != two[3] and not written.keys().isdisjoint((one[3], two[3])):
-            asked, other = (one, two) if one[3] in written else (two, one)
-            raise LayerError(
-                f"merge into {written[asked[3]]!r}",
-                f"a part of its memory is also a part of {other[2]!r}, which would change",
-                "Give one of them memory of its own: layer.weight = "
-                "torch.nn.Parameter(layer.weight.detach().clone())",
-            )
-
-
-def _once_if_tied(targets: list[Target]) -> list[Target]:
+def _once_if_tied(found: Mapping[Holder, Target]) -> list[Target]:
     """A tied tensor that gets the same trained copy under all its names is written once, tied."""
-    by_holder = {(id(t.holder.module), t.holder.param): t for t in targets}
-    kept, written = [], set()
-    for target in targets:
-        same = [by_holder.get((id(h.module), h.param)) for h in target.sharers]
-        copies = [(id(t), weight) for t, weight in target.copies]
-        alike = not target.terms and all(
-            t is not None and not t.terms and [(id(c), w) for c, w in t.copies] == copies
-            for t in same
-        )
-        if alike and same:
+    # What goes into each: trained copies alone, else nothing that another could be equal to.
+    contents = {
+        holder: None if target.terms else tuple((id(t), weight) for t, weight in target.copies)
+        for holder, target in found.items()
+    }
+    kept: list[Target] = []
+    written: set[Holder] = set()
+    for holder, target in found.items():
+        own = contents[holder]
+        if own and target.sharers and all(contents.get(h) == own for h in target.sharers):
+            written.update(target.sharers)
             target.sharers = []
-            if tuple(copies) in written:
-                continue
-            written.add(tuple(copies))
-        kept.append(target)
+        if holder not in written:
+            kept.append(target)
     return kept
 
 
@@ -267,9 +224,6 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
     Most merges can be judged without being carried out: where no delta can come near the largest
     value of the dtype, the merged weight is finite if W is, which is asked now only where a merge
     cannot be taken back when it comes to light. The others are formed once without being written.
-
-    Raises:
-        LayerError: The base or the merged weight is not finite, or `min_kept` is missed.
     """
     for target in targets:
         if target.narrow and not undo and not all_finite(target.weight):

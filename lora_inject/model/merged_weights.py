@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_inject.functional import all_finite
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.carried import refuse_merged
-from lora_inject.model.merge import root_selection, state_to_merge
+from lora_inject.model.merge import root_of, state_to_merge
 from lora_inject.model.merge_targets import Target, check_results, merge_targets, not_finite
 from lora_inject.spec.names import joined
 
@@ -45,8 +45,8 @@ def merged_weights(
         [('0.weight', (6, 4)), ('0.bias', (6,))]
     """
     survey = Survey(model)
-    selection, _ = root_selection(survey)
-    refuse_merged(selection, "merged_weights")
+    selection = root_of(survey).selection
+    refuse_merged("merged_weights", selection)
     selection.check_settled("merged_weights", others=True)
     targets = merge_targets(survey, state_to_merge(survey, selection, name).active)
     check_results(targets, None, undo=True)

@@ -33,8 +33,7 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         StateError: The model is merged or carries no active adapter.
     """
     found = reach(model)
-    for selection in found.selections:
-        refuse_merged(selection, "unreached")
+    refuse_merged("unreached", *found.selections)
     active = {name for selection in found.selections for name in selection.current().names}
     if not active:
         raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")

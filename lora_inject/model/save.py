@@ -51,35 +51,27 @@ def read_off(
 ) -> AdapterState:
     """Read an adapter off a model; see `adapter_state`.
 
-    Args:
-        survey: Of the model.
-        name: The adapter.
-        gathered: Whole tensors by their keys in the state dict, for those that are sharded.
+    `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
     """
     items = whole_adapter(survey, name, "adapter_state of")
-    for selection in reach(survey.model, survey).selections:
-        # The fingerprint is to be that of the base, which the weights are not now.
-        refuse_merged(selection, f"saving adapter {name!r}")
+    # The fingerprint is to be that of the base, which merged weights are not.
+    refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
     sites: dict[str, SiteState] = {}
     trained: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    copies: dict[int, Tensor] = {}  # a tied tensor is gathered once, and stands under all its names
+    whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
     for path, module, entry in items:
-        spec = entry.spec
-        if spec is None:
-            copy, flat = entry.tensor(module, "T"), entry.names["T"]
-            if id(copy) not in copies:
-                copies[id(copy)] = _whole(gathered.get(joined(path, flat), copy), entry, "T")
-            trained[joined(path, entry.param)] = copies[id(copy)]
-            continue
-        tensors = {
-            role: _whole(gathered.get(joined(path, flat), entry.tensor(module, role)), entry, role)
-            for role, flat in entry.names.items()
-        }
-        sites[spec.name] = SiteState(spec, **tensors)
-        raw = module._parameters[entry.param]
-        assert raw is not None
-        weights[spec.weight] = raw
+        tensors: dict[str, Tensor] = {}
+        for role, flat in entry.names.items():
+            held = entry.tensor(module, role)
+            if id(held) not in whole:
+                whole[id(held)] = _whole(gathered.get(joined(path, flat), held), entry, role)
+            tensors[role] = whole[id(held)]
+        if entry.spec is None:
+            trained[joined(path, entry.param)] = tensors["T"]
+        else:
+            sites[entry.spec.name] = SiteState(entry.spec, **tensors)
+            weights[entry.spec.weight] = survey.own[id(module)][entry.param]
     configs = [root.configs[name] for root in roots_of(survey).values() if name in root.configs]
     if not sites:
         weights = witnesses(base_weights(survey), trained)
@@ -111,10 +103,6 @@ def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[s
     """Return some matrices of a base that tell it from another, for an adapter without sites.
 
     What the adapter replaces cannot: a head that is new has other values in every run.
-
-    Args:
-        weights: The base's tensors by name, in order.
-        trained: Names of those that the adapter replaces.
     """
     names = [name for name, weight in weights.items() if weight.ndim > 1 and name not in trained]
     n = min(_N_WITNESSES, len(names))
@@ -123,14 +111,10 @@ def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[s
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
-    """Sample weights, so that another base of the same shape can be told.
+    """Sample weights by name, so that another base of the same shape can be told.
 
-    Args:
-        weights: Name to tensor. Quantized tensors are described (`formats.fingerprint.packing`);
-            of sharded and meta tensors nothing is known.
-
-    Returns:
-        The fingerprint.
+    Quantized tensors are described (`formats.fingerprint.packing`); of sharded and meta tensors
+    nothing is known.
     """
     plain = {
         name: weight
@@ -168,9 +152,9 @@ def save_adapter(
         StateError: There is no such adapter.
         FormatError: The format cannot express it, or the path cannot be written.
     """
-    state = adapter_state(model, name)
-    options = format_options(Survey(model), format) | options
-    write_adapter(state, path, format=format, **options)
+    survey = Survey(model)
+    state, live = read_off(survey, name), format_options(survey, format)
+    write_adapter(state, path, format=format, **live | options)
     return Path(path)
 
 

@@ -48,8 +48,8 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     if not found.selections:
         raise StateError("activate", "the model carries no adapter", "Inject or load one first")
     check_names(found.names, weights, "activate")
+    refuse_merged("activate", *found.selections)
     for selection in found.selections:
-        refuse_merged(selection, "activate")
         selection.check_settled("activate")
     state = State(active=tuple(weights.items()))
     for selection in found.selections:
@@ -153,7 +153,6 @@ def _within(model: nn.Module, state: State, asked: str) -> Iterator[None]:
     selections = reach(model).selections
     if not selections:
         raise StateError(asked, "the model carries no adapter", "Inject or load one first")
-    for selection in selections:
-        refuse_merged(selection, asked)
+    refuse_merged(asked, *selections)
     with within({selection: selection.prepared(state) for selection in selections}):
         yield

@@ -24,11 +24,7 @@ def sharded_by(tensor: Tensor) -> str | None:
 
 
 def refuse_sharded(survey: Survey, asked: str) -> None:
-    """Check that a model is not spread over processes yet.
-
-    Raises:
-        LayerError: It is.
-    """
+    """Check that a model is not spread over processes yet."""
     if isinstance(survey.given, nn.parallel.DistributedDataParallel):
         raise LayerError(
             asked,

@@ -5,13 +5,13 @@ An adapter's tensors require gradients where `train_only` named it, and the base
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from lora_inject.errors import StateError
-from lora_inject.layers.attached import TRAINABLE_ROLES, attached_to
+from lora_inject.layers.attached import TRAINABLE_ROLES, Entry
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
@@ -19,6 +19,7 @@ from lora_inject.model.carried import (
     check_names,
     entries,
     reach,
+    records_of,
     refuse_merged,
 )
 from lora_inject.spec.names import joined
@@ -37,23 +38,27 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     wanted = {names} if isinstance(names, str) else set(names or ())
     found = reach(model)
     check_names(found.names, wanted, "train_only")
-    for selection in found.selections:
-        refuse_merged(selection, "train_only")
+    refuse_merged("train_only", *found.selections)
     survey = Survey(model)
-    with all_or_nothing(adapted_modules(survey).values()):
-        set_trained(survey, wanted)
+    records = [record for name in wanted for _, record in records_of(survey, name)]
+    with all_or_nothing(adapted_modules(survey).values(), records):
+        for _, entry, _, parameter in trainable_tensors(survey):
+            parameter.requires_grad_(entry.adapter in wanted)
+        for record in records:
+            record.trainable |= wanted & record.carrying.keys()
 
 
-def set_trained(survey: Survey, wanted: Collection[str]) -> None:
-    """Set the `requires_grad` of every adapter's tensors, without a check."""
-    for _, module in survey.modules:
-        attached, held = attached_to(module), module._parameters
-        for entry in attached.entries() if attached is not None else ():
-            trains = entry.adapter in wanted
-            for role in TRAINABLE_ROLES & entry.names.keys():
-                parameter = held[entry.names[role]]
-                if parameter is not None and parameter.requires_grad is not trains:
-                    parameter.requires_grad_(trains)
+def trainable_tensors(
+    survey: Survey, name: str | None = None
+) -> Iterator[tuple[str, Entry, str, nn.Parameter]]:
+    """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all."""
+    for path, module, entry in entries(survey, name):
+        spec = entry.spec
+        for role, flat in entry.names.items():
+            parameter = module._parameters[flat]
+            if role in TRAINABLE_ROLES and parameter is not None:
+                key = joined(path, entry.param) if spec is None else f"{spec.name}.lora_{role}"
+                yield key, entry, role, parameter
 
 
 def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, nn.Parameter]:
@@ -73,17 +78,11 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     """
     known = reach(model).names
     check_names(known, [] if name is None else [name], "adapter_parameters of")
-    found: dict[str, nn.Parameter] = {}
-    for path, module, entry in entries(Survey(model), name):
-        prefix = f"{entry.adapter}:" if name is None and len(known) > 1 else ""
-        for role, flat in entry.names.items():
-            if role not in TRAINABLE_ROLES:
-                continue
-            spec, parameter = entry.spec, module._parameters[flat]
-            key = joined(path, entry.param) if spec is None else f"{spec.name}.lora_{role}"
-            assert parameter is not None
-            found[prefix + key] = parameter
-    return found
+    several = name is None and len(known) > 1
+    return {
+        f"{entry.adapter}:{key}" if several else key: parameter
+        for key, entry, _, parameter in trainable_tensors(Survey(model), name)
+    }
 
 
 def parameter_groups(
@@ -113,12 +112,10 @@ def parameter_groups(
     """
     # By identity: the copy of a tied tensor stands under each of its names.
     groups: dict[tuple[str, str], dict[int, nn.Parameter]] = {}
-    for _, module, entry in entries(Survey(model)):
-        for role, flat in entry.names.items():
-            parameter = module._parameters[flat]
-            if role in TRAINABLE_ROLES and parameter is not None and parameter.requires_grad:
-                key = (entry.adapter if isinstance(lr, Mapping) else "", role)
-                groups.setdefault(key, {})[id(parameter)] = parameter
+    for _, entry, role, parameter in trainable_tensors(Survey(model)):
+        if parameter.requires_grad:
+            key = (entry.adapter if isinstance(lr, Mapping) else "", role)
+            groups.setdefault(key, {})[id(parameter)] = parameter
     if not groups:
         raise StateError(
             "parameter_groups",

@@ -1,0 +1,163 @@
+"""Methods of a model of transformers or diffusers that mean something else while it has adapters.
+
+`save_pretrained` writes the adapters, as PEFT's does: the library would write the base with extra
+keys, which `from_pretrained` drops. Trainer's `save_model` and `push_to_hub` call this method, so
+they write the adapters as well. `resize_token_embeddings` is refused where it meets an adapter.
+What stands in for a method is an attribute of the instance; copies and pickles keep it. So is
+`_hf_peft_config_loaded`, without which Trainer refuses a quantized model: what transformers' own
+adapter mixin sets (`transformers/trainer_utils.py: validate_quantization_for_training`).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from lora_inject.errors import LayerError, StateError
+from lora_inject.formats import write_adapter
+from lora_inject.layers.attached import attached_to
+from lora_inject.layers.survey import Survey
+from lora_inject.model.carried import reach
+from lora_inject.model.save import format_options, read_off
+
+SAVE, RESIZE = "save_pretrained", "resize_token_embeddings"
+LOADED = "_hf_peft_config_loaded"
+# As true as True, and says whose it is: what transformers' own mixin has set is left alone.
+OURS = "lora_inject"
+
+
+class _SaveAdapters:
+    """Stands in for `save_pretrained`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)  # else the model would hold itself
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._model = weakref.ref(state["model"])
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """Write each adapter as a PEFT folder.
+
+        The only adapter, or else the one named `default`, is written to `save_directory`, every
+        other into a folder of its name inside, as with PEFT. The tensors of `state_dict` stand in
+        for those of which this process holds a shard.
+        """
+        model = self._model()
+        assert model is not None
+        survey = Survey(model)
+        if push_to_hub:
+            found = "an adapted model takes no push_to_hub=True"
+            raise StateError(SAVE, found, "Call model.push_to_hub(repo_id)")
+        there = reach(model, survey)
+        if any(selection.merged is not None for selection in there.selections):
+            raise StateError(
+                SAVE,
+                "an adapter is merged into the weights",
+                "Call eject(model) first to write the merged model, or unmerge(model) to write the "
+                "adapters",
+            )
+        names = sorted(there.names)
+        for name in names if len(names) > 1 else ():
+            if Path(name).name != name:
+                found = f"the adapter's name {name!r} is not that of a folder"
+                raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
+        states = {name: read_off(survey, name, state_dict or {}) for name in names}
+        for name, state in states.items() if is_main_process else ():
+            alone = len(names) == 1 or name == "default"
+            folder = Path(save_directory) if alone else Path(save_directory, name)
+            with tempfile.TemporaryDirectory() as place:
+                made = write_adapter(
+                    state, Path(place, "adapter"), **format_options(survey, "peft")
+                )
+                _put_into(made, folder)
+
+
+def _put_into(made: Path, folder: Path) -> None:
+    """Copy files into a folder that may hold others, each in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(made.iterdir()):
+        temporary = folder / f".{path.name}.tmp"
+        temporary.write_bytes(path.read_bytes())
+        temporary.replace(folder / path.name)
+
+
+class _Refusal:
+    """Stands in for `resize_token_embeddings`, which would leave an adapter behind in silence.
+
+    It replaces the head by a new layer and refills the embedding.
+    """
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise LayerError(
+            RESIZE,
+            f"{self.site!r} carries an adapter, which would not fit the resized layer",
+            "Eject first, resize, then inject again",
+        )
+
+
+def stand_in(modules: Iterable[nn.Module], carrying: Sequence[nn.Module]) -> None:
+    """Put what stands in for their methods onto models with adapters, new ones on `carrying`."""
+    listed = list(modules)
+    for module in listed:
+        if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
+            module.__dict__[LOADED] = OURS
+    for module, method in _having(listed):
+        if method == SAVE and reach(module).names:
+            module.__dict__[SAVE] = _SaveAdapters(module)
+        elif method == RESIZE and (name := _vocabulary_on(module, carrying)) is not None:
+            module.__dict__[RESIZE] = _Refusal(name)
+
+
+def give_back(modules: Iterable[nn.Module]) -> None:
+    """Give models their own methods back where no adapter forbids it any more."""
+    listed = list(modules)
+    carrying = [module for module in listed if attached_to(module) is not None]
+    for module in listed:
+        own = module.__dict__
+        if isinstance(own.get(SAVE), _SaveAdapters) and not reach(module).names:
+            del own[SAVE]
+        if own.get(LOADED) == OURS and not reach(module).names:
+            del own[LOADED]
+        if isinstance(own.get(RESIZE), _Refusal) and _vocabulary_on(module, carrying) is None:
+            del own[RESIZE]
+
+
+def _having(listed: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the models and those methods of theirs for which nothing stands in yet."""
+    for method in (SAVE, RESIZE):
+        classes = {c for c in set(map(type, listed)) if callable(getattr(c, method, None))}
+        for module in listed:
+            if type(module) in classes and method not in module.__dict__:
+                yield module, method
+
+
+def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:
+    """Return the name of an embedding or head that holds a tensor of these modules, tied or not."""
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            found = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):
+            continue
+        held = {id(p) for p in found.parameters()} if found is not None else set()
+        if any(id(p) in held for m in carrying for p in m._parameters.values() if p is not None):
+            return next(str(name) for name, module in model.named_modules() if module is found)
+    return None
