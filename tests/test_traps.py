@@ -183,26 +183,6 @@ def test_a_module_that_holds_its_parent() -> None:
     assert type(net[1]) is nn.Linear
 
 
-def test_shared_module() -> None:
-    shared = nn.Linear(5, 5).double()
-    plain = nn.Sequential(shared, nn.Tanh(), shared)
-    model = li.inject(copy.deepcopy(plain), {**CONFIG, "targets": [r"\d"], "exclude": ["1"]})
-    fill(model)
-    (spec,) = li.adapters(model)["default"].sites.values()
-    assert (spec.name, spec.aliases) == ("0", ("2",))
-    assert list(li.adapter_parameters(model)) == ["0.lora_A", "0.lora_B"]
-    assert li.adapters(model)["default"].n_parameters == 2 * RANK * 5
-    x = torch.randn(3, 5, dtype=torch.float64)
-    wanted = with_deltas(plain, model)(x)
-    assert error(model(x), wanted) < 1e-12
-    li.merge(model)
-    assert error(model(x), wanted) < 1e-12
-    li.unmerge(model)
-    before = snapshot(plain)
-    li.eject(li.inject(plain, {**CONFIG, "targets": ["2"]}))
-    assert snapshot(plain) == before
-
-
 TIED = [["wte"], ["lm_head"], ["wte", "lm_head"], ["c_attn", "wte"]]
 
 
@@ -533,25 +513,6 @@ def test_partial_load_by_an_argument_that_names_what_is_let_go(tmp_path: Path) -
 # -------------------------------------------------------------------------------- state left behind
 
 
-@pytest.mark.parametrize(
-    "context", [li.disabled, lambda m: li.routed(m, [None] * 4)], ids=["disabled", "routed"]
-)
-@pytest.mark.parametrize("raised", [ZeroDivisionError, KeyboardInterrupt, GeneratorExit])
-def test_leaky_context(context: Any, raised: type[BaseException]) -> None:
-    model = injected(KINDS["linear"])
-    x = torch.randn(4, 5)
-    adapted = model(x)
-
-    def leave() -> None:
-        with context(model):
-            assert not same_bits(model(x), adapted)
-            raise raised
-
-    with pytest.raises(raised):
-        leave()
-    assert same_bits(model(x), adapted)
-
-
 def test_half_done() -> None:
     """The third of three sites cannot carry an adapter, which only its class can tell."""
     with warnings.catch_warnings():
@@ -658,24 +619,6 @@ def test_train_eval(tmp_path: Path) -> None:
         m.eval()
         assert same_bits(m(x), m(x))
     assert same_bits(loaded(x), model(x))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_recompute(reentrant: bool) -> None:
-    """The table of scenarios is in test_selection.py; this is the trap as it was met."""
-    model = injected(KINDS["linear"], torch.float64, "a")
-    fill(li.inject(model, KINDS["linear"].config, "b"), "b")
-    li.train_only(model, ["a", "b"])
-    li.activate(model, "a")
-    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    model(x).square().sum().backward()
-    wanted = li.adapter_parameters(model, "a")["layer.lora_A"].grad
-    model.zero_grad()
-    y = checkpoint(model, x, use_reentrant=reentrant)
-    li.activate(model, "b")
-    y.square().sum().backward()
-    assert torch.equal(li.adapter_parameters(model, "a")["layer.lora_A"].grad, wanted)
-    assert li.adapter_parameters(model, "b")["layer.lora_A"].grad is None
 
 
 RESIZED = [
