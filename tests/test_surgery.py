@@ -23,6 +23,7 @@ from conftest import (
     same_bits,
     snapshot,
 )
+from helpers.reference import gpt2_of_two_layers
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -367,9 +368,7 @@ def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPat
 
 
 def test_whoever_registers_a_read_weight_gets_the_raw_one_or_is_refused() -> None:
-    from test_traps import gpt2
-
-    model = fill(li.inject(gpt2(), {**RANK2, "targets": [r"wte\.weight"]}))
+    model = fill(li.inject(gpt2_of_two_layers(), {**RANK2, "targets": [r"wte\.weight"]}))
     ids = torch.arange(10).view(2, 5)
     wanted, before = model(ids).logits, snapshot(model)
     refusal(model.tie_weights, AttributeError, li.LayerError)

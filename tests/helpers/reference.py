@@ -133,3 +133,54 @@ def logits(model: nn.Module) -> Tensor:
 
 def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
+
+
+def gpt2_of_two_layers(**options: Any) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 13, "n_positions": 16}
+    drops = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPT2Config(**sizes, **drops, **tokens, initializer_range=0.3, **options)
+    return GPT2LMHeadModel(config).eval()
+
+
+def with_deltas(plain: nn.Module, model: nn.Module, name: str = "default") -> nn.Module:
+    """A float64 copy of the plain model with the dense deltas of plain matrices in its weights."""
+    wide = copy.deepcopy(plain).double()
+    parameters = dict(wide.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for site in li.adapter_state(model, name).sites.values():
+            delta = SCALE * site.B.double() @ site.A.double()
+            parameters[site.spec.weight] += delta.t() if site.spec.transposed else delta
+    return wide
+
+
+def finite_differences(run: Callable[[], Tensor], parameter: Tensor) -> Tensor:
+    """The gradient of a float64 scalar by central differences."""
+    found, step = torch.zeros_like(parameter), 1e-6
+    with torch.no_grad():
+        for i in range(parameter.numel()):
+            flat = parameter.view(-1)
+            value = flat[i].item()
+            flat[i] = value + step
+            above = run()
+            flat[i] = value - step
+            below = run()
+            flat[i] = value
+            found.view(-1)[i] = (above - below) / (2 * step)
+    return found
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(4, 6)
+        self.down = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + self.down(torch.tanh(self.up(x)))
+        return found
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: t for key, t in model.state_dict().items() if "lora_" not in key}

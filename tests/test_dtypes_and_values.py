@@ -1,0 +1,83 @@
+"""No wide copies of inputs over a 16-bit base, and NaN or Inf is not merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    ALPHA,
+    KINDS,
+    RANK,
+    Host,
+    fill,
+    host,
+    snapshot,
+)
+from torch import Tensor, nn
+
+import lora_inject as li
+
+CONFIG = {"rank": RANK, "alpha": ALPHA}
+
+
+def saved_tensors(run: Callable[[], Any]) -> list[Tensor]:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        run()
+    return saved
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("compute", ["base", "float32"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "equal slices"])
+def test_mixed_dtypes(kind: str, compute: str, routed: bool) -> None:
+    """Over a bf16 base no float32 copy of the input is made, let alone kept for the backward."""
+    model = li.inject(host(KINDS[kind], torch.bfloat16), {**KINDS[kind].config, "compute": compute})
+    fill(model)
+    x = torch.randn(64, 7, 5).bfloat16().requires_grad_()
+    if routed:
+        with li.routed(model, ["default"] * 32 + [None] * 32):
+            saved = saved_tensors(lambda: model(x))
+    else:
+        saved = saved_tensors(lambda: model(x))
+    assert saved
+    wide = [t for t in saved if t.dtype == torch.float32 and t.numel() >= x.numel()]
+    assert wide == []
+    copies = {t.data_ptr() for t in saved if t.numel() == x.numel() and t.shape[-1] == 5}
+    if not routed:
+        assert copies <= {x.data_ptr()}, "a copy of x is kept beside x"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["layer.lora_A", "layer.lora_B", "after.bias"])
+def test_non_finite(key: str, value: float) -> None:
+    model = Host(nn.Linear(5, 6))
+    fill(li.inject(model, {**CONFIG, "targets": ["layer", "before"], "train": ["after"]}))
+    with torch.no_grad():
+        li.adapter_parameters(model)[key].view(-1)[1] = value
+    before = snapshot(model)
+    for undo in (True, False):
+        with pytest.raises(li.StateError, match=key.rpartition(".")[0]):
+            li.merge(model, undo=undo)
+        assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 1e3), (torch.bfloat16, 1e25), (torch.float32, 1e25)]
+)
+def test_non_finite_products_of_finite_factors(dtype: torch.dtype, size: float) -> None:
+    model = Host(nn.Linear(5, 6)).to(dtype)
+    fill(li.inject(model, {**CONFIG, "targets": ["before", "layer"]}), std=1e-3)
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            if parameter.shape != (2, 2):
+                parameter.mul_(size * 1e3)
+    before = snapshot(model)
+    for undo in (True, False):
+        with pytest.raises(li.LayerError, match=r"layer\.weight"):
+            li.merge(model, undo=undo)
+        assert snapshot(model) == before

@@ -1,0 +1,203 @@
+"""Options of stock layers: groups, padding, max_norm, slices; bilinear layers and cells."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    ALPHA,
+    KINDS,
+    RANK,
+    TOLERANCE,
+    Host,
+    Kind,
+    conv1d,
+    dense_output,
+    error,
+    fill,
+    host,
+    injected,
+    same_bits,
+)
+from helpers.reference import (
+    SCALE,
+    adapted,
+    finite_differences,
+    hold,
+    random,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora_inject as li
+
+
+@pytest.mark.parametrize("make", [nn.LSTMCell, nn.GRUCell, nn.RNNCell], ids=lambda c: c.__name__)
+def test_recurrent_cells_read_their_weights(make: Any) -> None:
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = make(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = self.cell(x)
+            found = self.cell(x, found)
+            result: Tensor = found[0] if isinstance(found, tuple) else found
+            return result
+
+    plain, x = Once().double(), random(3, 4)
+    hold(plain, adapted(plain, "weight_ih", "weight_hh"), lambda m: m(x))
+
+
+def test_a_bilinear_layer_between_others() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.Linear(4, 3)
+            self.pair = nn.Bilinear(3, 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.pair(self.left(x), x)
+            return found
+
+    plain, x = Pair().double(), random(3, 4)
+    hold(plain, adapted(plain, "left", "pair"), lambda m: m(x))
+
+
+CONFIG = {"rank": RANK, "alpha": ALPHA}
+
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "groups": (lambda: nn.Conv2d(6, 8, 3, groups=2), (2, 6, 7, 6)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (2, 6, 7, 6)),
+    "dilation": (lambda: nn.Conv2d(3, 8, 3, dilation=(1, 2), stride=2), (2, 3, 9, 9)),
+    "reflect": (lambda: nn.Conv2d(3, 8, 3, padding=2, padding_mode="reflect"), (2, 3, 7, 6)),
+    "replicate": (lambda: nn.Conv1d(3, 8, 3, padding=2, padding_mode="replicate"), (2, 3, 9)),
+    "circular": (lambda: nn.Conv3d(2, 4, 2, padding=1, padding_mode="circular"), (1, 2, 4, 4, 4)),
+    "same": (lambda: nn.Conv2d(3, 8, (3, 5), padding="same"), (2, 3, 7, 6)),
+    "not square": (lambda: nn.Conv2d(3, 8, (1, 5), padding=(0, 2)), (2, 3, 7, 6)),
+    "unbatched": (lambda: nn.Conv1d(3, 8, 3), (3, 9)),
+    "transposed groups": (
+        lambda: nn.ConvTranspose2d(6, 4, (3, 2), stride=(2, 1), groups=2),
+        (2, 6, 4, 5),
+    ),
+    "transposed dilation": (
+        lambda: nn.ConvTranspose1d(4, 6, 3, dilation=2, output_padding=1, stride=2),
+        (2, 4, 5),
+    ),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (1, 2, 3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name: str) -> None:
+    build, shape = CONVOLUTIONS[name]
+    plain = Host(build()).double()
+    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["layer"]}))
+    A, B = (p.detach() for p in li.adapter_parameters(model).values())
+    W = plain.layer.weight.detach()
+    delta = SCALE * B @ A
+    wide = copy.deepcopy(plain)
+    wide.layer.weight.data += (delta.t() if "transposed" in name else delta).reshape(W.shape)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert error(plain(x), wide(x)) > 0.01
+    assert error(model(x), wide(x)) < 1e-12
+    li.merge(model)
+    assert error(model(x), wide(x)) < 1e-12
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.0])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_embedding_max_norm(dtype: torch.dtype, norm_type: float) -> None:
+    plain = Host(nn.Embedding(300, 16, max_norm=3.9, norm_type=norm_type)).to(dtype)
+    model = li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["layer"]})
+    ids = torch.randint(0, 300, (9, 40))
+    W = model.layer._parameters["weight"]
+    assert W is not None
+    bits, version = W.detach().clone(), W._version
+    assert same_bits(model(ids), copy.deepcopy(plain)(ids))
+    fill(model)
+    found = model(ids)
+    assert same_bits(W, bits)
+    assert W._version == version
+    site = li.adapter_state(model).sites["layer"]
+    rows = (bits.double() + SCALE * (site.B.double() @ site.A.double()).t())[ids]
+    norm = rows.norm(norm_type, dim=-1, keepdim=True)
+    assert 0.1 < (norm > 3.9).double().mean() < 1 or norm_type == 1.0
+    wanted = torch.where(norm > 3.9, rows * 3.9 / (norm + 1e-7), rows)
+    assert error(found, wanted) < TOLERANCE[dtype]
+
+
+def test_embedding_max_norm_gradient_against_finite_differences() -> None:
+    model = injected(KINDS["embedding max_norm"], torch.float64)
+    ids = torch.arange(7)
+    g = torch.randn(7, 5, dtype=torch.float64)
+    (model(ids) * g).sum().backward()
+    for parameter in li.adapter_parameters(model).values():
+        measured = finite_differences(lambda: (model(ids) * g).sum(), parameter)
+        assert error(parameter.grad, measured) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}], ids=str)
+def test_embedding_options_keep_their_gradients(options: dict[str, Any]) -> None:
+    kind = Kind(lambda: nn.Embedding(7, 5, **options), (7, 5), ["ids"], transposed=True)
+    plain = host(kind, torch.float64)
+    model = fill(li.inject(copy.deepcopy(plain), kind.config))
+    A, B = li.adapter_parameters(model).values()
+    ids = torch.tensor([[1, 1, 1], [2, 1, 5]])
+    g = torch.randn(2, 3, 5, dtype=torch.float64)
+    (model(ids) * g).sum().backward()
+    wide = [t.detach().clone().requires_grad_() for t in (A, B)]
+    if options.get("sparse"):
+        plain.layer.sparse = False  # the dense reference differentiates a sum, which is not sparse
+    (dense_output(kind, plain, *wide, [ids]) * g).sum().backward()
+    assert error(A.grad, wide[0].grad) < 1e-12
+    assert error(B.grad, wide[1].grad) < 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=5),
+    data=st.data(),
+    transposed=st.booleans(),
+    rank=st.integers(1, 2),
+    seed=st.integers(0, 9999),
+)
+def test_fused_slices(
+    sizes: list[int], data: st.DataObject, transposed: bool, rank: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    names = [f"s{i}" for i in range(len(sizes))]
+    wide = [n for n, size in zip(names, sizes, strict=True) if size >= rank]
+    if not wide:
+        return
+    adapt = data.draw(st.lists(st.sampled_from(wide), min_size=1, unique=True))
+    n_out = sum(sizes)
+    layer = conv1d(n_out, 3) if transposed else nn.Linear(3, n_out)
+    model = Host(layer).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    base, W = model(x), layer.weight.detach().clone()
+    rule = {"match": "layer", "slices": dict(zip(names, sizes, strict=True)), "adapt": adapt}
+    fill(li.inject(model, {"rank": rank, "alpha": 3, "targets": [rule]}))
+    y = model(x)
+    site = li.adapter_state(model).sites["layer"]
+    delta = torch.zeros(n_out, 3, dtype=torch.float64)
+    row = start = part = 0
+    for name, size in zip(names, sizes, strict=True):
+        if name in adapt:
+            A = site.A[part * rank : (part + 1) * rank]
+            delta[start : start + size] = 3 / rank * site.B[row : row + size] @ A
+            row, part = row + size, part + 1
+        else:
+            assert same_bits(y[:, start : start + size], base[:, start : start + size])
+        start += size
+    assert torch.allclose(y, base + x @ delta.t(), atol=1e-12)
+    li.merge(model, undo=False)
+    moved = (layer.weight - W).t() if transposed else layer.weight - W
+    assert torch.equal(moved == 0, delta == 0)
+    assert torch.allclose(moved, delta, atol=1e-12)

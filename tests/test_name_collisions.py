@@ -1,0 +1,78 @@
+"""Adapters with the names of modules or parameters work, or are refused at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    ALPHA,
+    KINDS,
+    RANK,
+    TOLERANCE,
+    error,
+    fill,
+    injected,
+    same_bits,
+    snapshot,
+)
+from helpers.reference import with_deltas
+from torch import Tensor, nn
+
+import lora_inject as li
+
+CONFIG = {"rank": RANK, "alpha": ALPHA}
+
+
+NAMES = [
+    "mlp", "lora_A", "lora_B", "weight", "bias", "default.1", "a%2E1", "%", "a:b", "A", "forward",
+    "training", "_parameters", "layer", "with space", "ünïcode", "x" * 100, "base", "None",
+    "__class__",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_collisions(name: str, tmp_path: Path) -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_in = nn.Linear(5, 5)
+            self.mlp = nn.Linear(5, 5)
+            self.lora_A = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.lora_A(self.mlp(self.lora_in(x)))
+            return found
+
+    model = Mlp()
+    plain, before = copy.deepcopy(model), snapshot(model)
+    config = {**CONFIG, "targets": ["mlp", "lora_in", "lora_A"], "bias": "all"}
+    li.inject(model, config, "other")
+    li.inject(model, config, name)
+    fill(fill(model, name), "other")
+    x = torch.randn(2, 5)
+    wide = with_deltas(plain, model, name)
+    wide.load_state_dict(
+        {k: v.double() for k, v in li.adapter_state(model, name).trained.items()}, strict=False
+    )
+    assert error(model(x), wide(x.double())) < TOLERANCE[torch.float32]
+    assert set(li.adapters(model)) == {"other", name}
+    assert len(model.state_dict()) == len(plain.state_dict()) + 2 * (6 + 3)
+    wanted = model(x)
+    li.save_adapter(model, tmp_path / "a", name)
+    li.eject(model)
+    assert snapshot(model) == before
+    li.load_adapter(model, tmp_path / "a", name)
+    assert same_bits(model(x), wanted)
+
+
+@pytest.mark.parametrize("name", ["", None, 3, "default"])
+def test_name_collisions_are_refused_at_once(name: Any) -> None:
+    model = injected(KINDS["linear"])
+    before = snapshot(model)
+    with pytest.raises(li.StateError, match="adapter"):
+        li.inject(model, {**CONFIG, "targets": ["layer"]}, name)
+    assert snapshot(model) == before

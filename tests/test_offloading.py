@@ -1,0 +1,106 @@
+"""accelerate's hooks: they hide no adapter, and what they offload is not trained in vain."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import error, fill, same_bits, snapshot
+from helpers.reference import (
+    Block,
+    adapted,
+    config,
+    dense,
+    hold,
+    random,
+)
+from torch import nn
+
+import lora_inject as li
+
+FLOAT32 = 2e-5  # of the largest logit, after some twenty roundings of sums of few terms
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    """What device_map does to a model that fits: a hook on every module, nothing offloaded."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    return model
+
+
+@pytest.mark.parametrize("first", ["hooks", "inject"])
+def test_hooks_that_move_inputs_hide_no_adapter(first: str) -> None:
+    from accelerate.hooks import remove_hook_from_submodules
+
+    plain = nn.Sequential(Block(), Block()).double()
+    x, model = random(3, 4), copy.deepcopy(plain)
+    targets = config("up", r"down\.weight")
+    if first == "hooks":
+        before = snapshot(hooked(model))
+        li.inject(model, targets)
+    else:
+        hooked(li.inject(model, targets))
+    fill(model)
+    assert li.unreached(model, lambda: model(x)) == []
+    hold(plain, model, lambda m: m(x))
+    if first == "hooks":
+        li.eject(model)
+        assert snapshot(model) == before
+        fill(li.inject(model, targets))
+    wanted = model(x)
+    remove_hook_from_submodules(model)
+    assert same_bits(model(x), wanted)
+    li.eject(model)
+    assert same_bits(model(x), plain(x))
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_are_refused(where: str, tmp_path: Path) -> None:
+    import accelerate
+
+    model = nn.Sequential(Block(), Block())
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    classes = [(id(m), type(m), [*m.__dict__]) for m in model.modules()]
+    keys = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
+    with pytest.raises(li.LayerError, match=r"'0\.up'.*offloaded its weights.*before dispatch"):
+        li.inject(model, config("up"))
+    assert [(id(m), type(m), [*m.__dict__]) for m in model.modules()] == classes
+    assert [(n, id(p), p.requires_grad) for n, p in model.named_parameters()] == keys
+
+
+def test_a_model_offloaded_after_inject_serves_its_adapter() -> None:
+    import accelerate
+
+    plain, x = nn.Sequential(Block(), Block()), torch.randn(3, 4)
+    model = adapted(plain, "up", r"down\.weight")
+    wanted = dense(plain, model)(x.double())
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with torch.no_grad():
+        assert error(model(x), wanted) < FLOAT32
+    shapes = [(type(m), [*m._parameters]) for m in model.modules()]
+    for run in (lambda: li.merge(model), lambda: li.save_adapter(model, "never")):
+        with pytest.raises((li.LayerError, li.FormatError), match="meta device"):
+            run()
+    assert [(type(m), [*m._parameters]) for m in model.modules()] == shapes
+    with torch.no_grad():
+        assert error(model(x), wanted) < FLOAT32
+
+
+def test_training_under_offload_is_never_in_vain() -> None:
+    import accelerate
+
+    model = adapted(nn.Sequential(Block(), Block()), "up")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    try:
+        model.train()(torch.randn(3, 4)).sum().backward()
+    except li.LayerError as raised:
+        assert "offload" in str(raised)  # noqa: PT017 - refused, or right
+        return
+    assert all(p.grad is not None for p in li.adapter_parameters(model).values())
