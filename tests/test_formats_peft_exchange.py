@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec, Slices
 
@@ -393,13 +394,10 @@ def test_peft_loads_an_adapter_without_sites(tmp_path: Path) -> None:
     state = AdapterState({}, {bias: torch.ones_like(model.get_parameter(bias))})
     wrapped = loaded_by_peft(model, write_adapter(state, tmp_path / "a"))
     assert (wrapped.base_model.model.get_parameter(bias) == 1).all()
-    assert_same_state_dict = read_adapter(tmp_path / "a").trained
-    assert list(assert_same_state_dict) == [bias]
+    assert list(read_adapter(tmp_path / "a").trained) == [bias]
 
 
 def test_a_parameter_of_multihead_attention_reaches_peft_or_is_refused(tmp_path: Path) -> None:
-    from lora_inject.errors import FormatError
-
     class Owner(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -431,8 +429,6 @@ def test_a_parameter_of_multihead_attention_reaches_peft_or_is_refused(tmp_path:
 
 
 def test_multihead_attention_of_peft_is_refused(tmp_path: Path) -> None:
-    from lora_inject.errors import FormatError
-
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
     wrapped = with_random_adapter(model, target_modules=["attn"], r=2)
     wrapped.save_pretrained(tmp_path)
@@ -457,8 +453,6 @@ def test_the_call_that_messages_advise_exists() -> None:
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_variants_that_peft_writes_are_refused_by_name(case: str, tmp_path: Path) -> None:
-    from lora_inject.errors import FormatError
-
     options, words = REFUSED[case]
     options = {"init_lora_weights": True, **options}
     config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", **options)

@@ -74,13 +74,8 @@ def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
 def packing(weight: Tensor) -> str:
     """Say how a quantized weight is packed, and a few of its bytes: class, format, block size.
 
-    What a device may round in another way, the scales, is given with three digits.
-
-    Args:
-        weight: A packed tensor, or a tensor subclass that stands for one.
-
-    Returns:
-        One line, or nothing for a tensor of which this process does not hold the values.
+    What a device may round in another way, the scales, is given with three digits. Nothing is said
+    of a tensor of which this process does not hold the values.
 
     Examples:
         >>> packing(torch.arange(3, dtype=torch.int8))
