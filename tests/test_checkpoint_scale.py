@@ -199,9 +199,9 @@ def test_671b_parameters_are_planned_in_seconds_and_a_shard_is_merged(tmp_path):
     )
     sites.append(site("lm_head", (129280, 7168), rank=1))
     part = WeightedAdapter(adapter(*sites))
-    began = time.monotonic()
+    began = time.process_time()  # others may use the machine
     plan = plan_merge(tmp_path / "base", [part])
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     print(
         f"{plan.n_bytes / 1e12:.2f} TB, {sum(len(s.header.tensors) for s in plan.shards)} tensors"
     )
@@ -330,22 +330,9 @@ JUNK = st.recursive(
     ),
 )
 KEYS = [
-    "r",
-    "lora_alpha",
-    "peft_type",
-    "bias",
-    "use_rslora",
-    "use_dora",
-    "lora_bias",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "fan_in_fan_out",
-    "peft_version",
-    "trainable_token_indices",
-    "init_lora_weights",
-    "target_modules",
+    *("r", "lora_alpha", "peft_type", "bias", "use_rslora", "use_dora", "lora_bias"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters", "target_modules"),
+    *("fan_in_fan_out", "peft_version", "trainable_token_indices", "init_lora_weights"),
 ]
 
 
