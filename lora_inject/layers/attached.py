@@ -89,11 +89,7 @@ class Entry:
             yield Recipe(A, B, sign * scale, spans, spec.dropout)
 
     def pairs(self, held: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora.
-
-        Args:
-            held: The module's parameters.
-        """
+        """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora."""
         for A, B, sign in self._pairs():
             yield held[A], held[B], sign
 

@@ -26,13 +26,6 @@ READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 def inventory(survey: Survey) -> Inventory:
     """Return every name of a model that a pattern can match.
 
-    Args:
-        survey: Of any model, also on the meta device.
-
-    Returns:
-        Candidates with their kinds and shapes, the reasons against all other names, and the shapes
-        of all base parameters.
-
     Examples:
         >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
         >>> found = inventory(Survey(net))

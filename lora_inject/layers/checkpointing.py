@@ -35,11 +35,7 @@ class Recomputed:
         self.states: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the function.
-
-        Raises:
-            StateError: The adapters of its forward are gone or merged.
-        """
+        """Run the function."""
         for selection, state in self.states.items():
             selection.check_recomputable(state)
         with within(self.states, recomputes=True):
@@ -68,11 +64,7 @@ def are_running() -> bool:
 
 
 def refuse_dead_checkpoint() -> None:
-    """Raise where the caller runs in a reentrant checkpoint that will ask for no gradient.
-
-    Raises:
-        LayerError: The innermost reentrant checkpoint has no input that requires a gradient.
-    """
+    """Raise where the caller runs in a reentrant checkpoint that will ask for no gradient."""
     call = next(_reentrant_calls(), None)
     if call is None:
         return

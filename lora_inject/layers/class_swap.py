@@ -29,9 +29,6 @@ def swap(
         selection: The cell of its root.
         mixin: The kind of layer, or `WeightUpdate` where only parameters are read.
         reads: Parameters to be read, beside those that already are.
-
-    Returns:
-        Its attached.
     """
     cls = type(module)
     attached = attached_to(module)
@@ -113,15 +110,7 @@ def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
 
 
 def check_swappable(module: nn.Module, asked: str) -> None:
-    """Check that a module's class can change, by making the class and asking Python.
-
-    Args:
-        module: The module; left as it is.
-        asked: What was asked, for the message.
-
-    Raises:
-        LayerError: It cannot.
-    """
+    """Check that a module's class can change, by making the class and asking Python."""
     cls = type(module)
     if cls in _SWAPPABLE or issubclass(cls, Adapted):
         return

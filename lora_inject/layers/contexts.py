@@ -48,11 +48,7 @@ class Context:
         self._is_open = self._is_closed = False
 
     def enter(self) -> None:
-        """Make the context the caller's innermost.
-
-        Raises:
-            StateError: Another asynchronous generator of this task holds a context.
-        """
+        """Make the context the caller's innermost."""
         others = entered()
         if self._task is not None and any(c._task and c.is_suspended() for c in others):
             raise StateError(
@@ -71,8 +67,7 @@ class Context:
     def leave(self) -> None:
         """Undo `enter`, as far as it came; again where a call was interrupted.
 
-        Raises:
-            StateError: It is not the caller's innermost context. It is left all the same.
+        A context that is not the caller's innermost is left all the same, and then it raises.
         """
         if self._is_closed:
             return
@@ -133,11 +128,7 @@ def entered() -> tuple[Context, ...]:
 
 
 def innermost(selection: Any) -> Context | None:
-    """Return the caller's innermost context of a selection, None where there is none.
-
-    Raises:
-        StateError: A generator that is suspended holds it, or the task that entered it has left it.
-    """
+    """Return the caller's innermost context of a selection, None where there is none."""
     contexts = entered()
     for context in reversed(contexts):
         if selection not in context.states or (context.left and context._generator is not None):

@@ -26,11 +26,7 @@ class ForwardUpdate(Adapted):
     """Mixin of the kinds that add to their output."""
 
     def _lora_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the first argument of a call, as the layer's own forward would name it.
-
-        Raises:
-            TypeError: Its forward does not take these arguments.
-        """
+        """Return the first argument of a call, as the layer's own forward would name it."""
         if len(args) == 1 and not kwargs:
             found: Tensor = args[0]
             return found
@@ -63,11 +59,7 @@ class ForwardUpdate(Adapted):
     # ------------------------------------------------------------------------------- routed rows
 
     def _lora_routing(self, x: Tensor, state: State) -> Routing:
-        """Return which adapter each row of the input has.
-
-        Raises:
-            LayerError: The first dimension of x is not the number of rows, nor its multiple.
-        """
+        """Return which adapter each row of the input has."""
         mine, held = self._lora.forward, held_by(self)
         if torch.compiler.is_compiling():
             return routing_of(self, mine, held, x, state)
@@ -83,14 +75,7 @@ class ForwardUpdate(Adapted):
     def _lora_routed(
         self, y: Tensor, x: Tensor, routing: Routing, *, in_place: bool = False
     ) -> Tensor:
-        """Add to each row of y `(batch, ..., out)` the update of its own adapter.
-
-        Args:
-            y: The layer's own output.
-            x: Its input.
-            routing: Which adapter each row has.
-            in_place: Whether y may be modified where no gradient is needed: nobody else has it.
-        """
+        """Add to each row of y `(batch, ..., out)` the update of its own adapter."""
         if not routing.entries:
             return y
         adapters, float32 = self._lora_routed_factors(routing), self._lora.float32

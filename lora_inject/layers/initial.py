@@ -27,16 +27,9 @@ FROM_WEIGHT = ("pissa", "olora")
 def initial_tensors(spec: SiteSpec, weight: Tensor) -> dict[str, Tensor]:
     """Make the tensors of a new site.
 
-    Args:
-        spec: The site.
-        weight: The frozen weight; its values are read by pissa and olora only.
-
     Returns:
         Role to tensor: `A` of `spec.a_shape`, `B` of `spec.b_shape`, and for pissa and olora the
         frozen `A0` and `B0`. float32, or float64 over a float64 weight; on the weight's device.
-
-    Raises:
-        LayerError: pissa or olora over a weight without values.
     """
     dtype = master_dtype(weight.dtype)
     if spec.init in FROM_WEIGHT:

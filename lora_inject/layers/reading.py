@@ -29,9 +29,6 @@ def running_module() -> Any:
     Returns:
         The module; `SOME_FORWARD` where it cannot be told, as in a compiled graph and in a backward
         pass, which recomputes checkpointed forwards; None outside of forwards.
-
-    Raises:
-        LayerError: torch fuses the weight with a BatchNorm, which would leave the delta out.
     """
     if torch.compiler.is_compiling():
         return SOME_FORWARD

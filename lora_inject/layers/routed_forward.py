@@ -56,9 +56,6 @@ def _added(module: Any, y: Tensor, x: Tensor, state: State) -> Tensor:
         y: `(batch, out, *positions)`, its own output.
         x: `(batch, in, *size)`, its input.
         state: The running selection, with rows.
-
-    Raises:
-        LayerError: x has no dimension for the batch, or another number of rows.
     """
     if x.dim() != module.weight.dim():
         raise LayerError(

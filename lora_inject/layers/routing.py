@@ -28,12 +28,7 @@ class Routing(NamedTuple):
     recipes: Sequence[Sequence[Recipe]] = ()
 
     def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:
-        """Return the updates of each adapter.
-
-        Args:
-            held: The layer's parameters.
-            training: Whether there is dropout.
-        """
+        """Return the updates of each adapter."""
         return [
             [
                 Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)
@@ -53,18 +48,7 @@ def routing_of(
     x: Tensor,
     state: State,
 ) -> Routing:
-    """Return which adapter each row of a layer's input has.
-
-    Args:
-        module: The layer.
-        by_adapter: Its entries that can be routed.
-        held: Its parameters.
-        x: Its input, rows first.
-        state: The running selection, with rows.
-
-    Raises:
-        LayerError: The first dimension of x is not the number of rows, nor its multiple.
-    """
+    """Return which adapter each row of a layer's input, rows first, has."""
     attached = attached_to(module)
     assert attached is not None
     # In a graph the names would be constants, and all adapters stand ready.

@@ -136,11 +136,7 @@ class Selection:
     # --------------------------------------------------------------------------------- states
 
     def current(self) -> State:
-        """Return the state that the running forward belongs to.
-
-        Raises:
-            StateError: It cannot be told.
-        """
+        """Return the state that the running forward belongs to."""
         if torch.compiler.is_compiling():
             return self._of_compiled()
         context = innermost(self)
@@ -161,11 +157,7 @@ class Selection:
         return self.state if state is None else state
 
     def replace(self, state: State) -> None:
-        """Make `state` the setting of the model.
-
-        Raises:
-            StateError: Called from inside a context, a checkpointed function or a backward pass.
-        """
+        """Make `state` the setting of the model."""
         self.check_settled("a change of adapters")
         self._note_change()
         self.state = self.prepared(state)
@@ -173,13 +165,7 @@ class Selection:
     def check_settled(self, asked: str, *, others: bool = False) -> None:
         """Check that a lasting change can be made now.
 
-        Args:
-            asked: What is to be changed, for the message.
-            others: Whether contexts of other threads and tasks are in the way as well.
-
-        Raises:
-            StateError: A context, a checkpointed function or a backward pass is running, which
-                would undo the change or see half of it.
+        Contexts of other threads and tasks are in the way only where `others` says so.
         """
         inside = any(self in context.states for context in entered() if not context.left)
         if inside or (others and self.contexts):
@@ -220,11 +206,7 @@ class Selection:
     # -------------------------------------------------------------------------- recomputation
 
     def check_recomputable(self, state: State) -> None:
-        """Check that the adapters of a checkpointed forward are still there.
-
-        Raises:
-            StateError: They are not, or the model was merged or unmerged since.
-        """
+        """Check that the adapters of a checkpointed forward are still there."""
         asked = "backward through a checkpoint"
         if state.merged != self.state.merged:
             raise StateError(

@@ -23,9 +23,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """Return the user's model inside torch.compile's, DistributedDataParallel's and like wrappers.
 
     Adapters live on the model itself, so every verb means the same on a wrapped model.
-
-    Raises:
-        LayerError: It is not a module.
     """
     if not isinstance(model, nn.Module):
         if isinstance(model, type):
@@ -91,14 +88,7 @@ class Survey:
         return {id(module): _base_parameters(module) for _, module in self.modules}
 
     def holders(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-        """Return who holds a base parameter, or another of the same memory; if several, it is tied.
-
-        Args:
-            parameter: A base parameter of the model.
-
-        Returns:
-            Modules and the names of the parameter in them, in the order of the model.
-        """
+        """Return who holds a base parameter, or one of the same memory; if several, it is tied."""
         return list(self._holders[memory_of(parameter)])
 
     @cached_property
