@@ -11,7 +11,9 @@ reason. int4 weights of torchao need its kernel package `mslk`, which has no bui
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,109 @@ def bitsandbytes(cls: str, seed: int, **options: Any) -> nn.Module:
     return net.to("cpu")  # this is what quantizes
 
 
+class BaseQuantLinear(nn.Module):
+    """As gptqmodel builds it for GPTQ and AWQ: packed integers, scales and bias are buffers."""
+
+    __module__ = "gptqmodel.nn_modules.qlinear"
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        W = plain.weight.detach().t()  # (in, out), eight codes of 4 bits along the input
+        scales = W.abs().amax(0) / 7
+        codes = (W / scales).round().to(torch.int32) + 8
+        shifts = torch.arange(0, 32, 4)
+        packed = (codes.view(-1, 8, W.shape[1]) << shifts[None, :, None]).sum(1)
+        self.register_buffer("qweight", packed.to(torch.int32))
+        self.register_buffer("scales", scales)
+        self.register_buffer("bias", plain.bias.detach().clone())
+
+
+class TorchLinear(BaseQuantLinear):
+    """A kernel of the family; its forward is its own."""
+
+    __module__ = "gptqmodel.nn_modules.qlinear.torch"
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.qweight[:, None, :] >> torch.arange(0, 32, 4)[None, :, None] & 15
+        return x @ ((codes.reshape(self.in_features, -1) - 8) * self.scales) + self.bias
+
+
+class HQQLinear(nn.Module):
+    """As hqq builds it, where hqq itself is not installed: codes are a parameter, bias is not."""
+
+    __module__ = "hqq.core.quantize"
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        W = plain.weight.detach()
+        low, high = W.amin(1, keepdim=True), W.amax(1, keepdim=True)
+        self.meta = {"scale": (high - low) / 255, "zero": low}
+        codes = ((W - low) / self.meta["scale"]).round().to(torch.uint8)
+        self.W_q = nn.Parameter(codes, requires_grad=False)
+        self.bias = plain.bias.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.W_q * self.meta["scale"] + self.meta["zero"]).t() + self.bias
+
+
+class QModuleMixin(ABC):  # noqa: B024 - as optimum-quanto has it
+    """Stands before nn.Linear, with a memory layout of its own."""
+
+
+class QLinear(QModuleMixin, nn.Linear):
+    """As optimum-quanto builds it, where that is not installed."""
+
+    __module__ = "optimum.quanto.nn.qlinear"
+
+    @classmethod
+    def of(cls, plain: nn.Linear) -> QLinear:
+        made = cls(plain.in_features, plain.out_features)
+        made.bias = plain.bias
+        made.scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
+        codes = (plain.weight.detach() / made.scale).round().to(torch.int8)
+        made.weight = nn.Parameter(codes, requires_grad=False)
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+def replaced(make: Callable[[Any], nn.Module], seed: int) -> nn.Module:
+    net = plain_net(seed=seed)
+    net[0], net[2] = make(net[0]), make(net[2])
+    return net
+
+
+def hqq(plain: nn.Linear) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from hqq.core import quantize
+    except ImportError:
+        return HQQLinear(plain)
+    how = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
+    return quantize.HQQLinear(plain, how, compute_dtype=torch.float32, device="cpu")
+
+
+def quanto(bits: str, seed: int) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from optimum import quanto
+    except ImportError:
+        return replaced(QLinear.of, seed)
+    net = plain_net(seed=seed)
+    quanto.quantize(net, weights=getattr(quanto, bits))
+    quanto.freeze(net)
+    return net
+
+
 FORMATS: dict[str, Callable[..., nn.Module]] = {
+    "gptq": lambda seed=0: replaced(TorchLinear, seed),
+    "hqq": lambda seed=0: replaced(hqq, seed),
+    "quanto int8": lambda seed=0: quanto("qint8", seed),
     "torchao int8": lambda seed=0: torchao("Int8WeightOnlyConfig", seed),
     "torchao int4": lambda seed=0: torchao("Int4WeightOnlyConfig", seed, group_size=32),
     "torchao float8": lambda seed=0: torchao("Float8WeightOnlyConfig", seed),
@@ -155,7 +259,7 @@ def test_merging_is_refused_and_the_way_out_named(form: str, undo: bool) -> None
     net, x = build(form)
     fill(li.inject(net, config("0", "2")))
     before, held = net(x), objects(net)
-    with pytest.raises(li.LayerError, match=r"merge into '0\.weight'.*plain floating point"):
+    with pytest.raises(li.LayerError, match=r"merge into '0\.\w+'.*(plain floating|in 16 bits)"):
         li.merge(net, undo=undo)
     assert same_bits(net(x), before)
     assert objects(net) == held
@@ -185,7 +289,7 @@ def test_another_quantized_base_is_refused_in_values_in_format_and_plain(
     path, _ = saved(net, tmp_path, "peft")
     other = {"bitsandbytes 4-bit": "bitsandbytes nf4", "bitsandbytes nf4": "bitsandbytes 4-bit"}
     bases = {
-        r"another base: '0\.weight' is .* in the file and .* here": FORMATS[form](seed=1),
+        r"another base: '0\.\w+' is .* in the file and .* here": FORMATS[form](seed=1),
         "another base": FORMATS[other.get(form, "bitsandbytes nf4")](),
         'quantized here or where.*base="quantized"': plain_net(),
     }
@@ -218,8 +322,9 @@ def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(
 def test_a_quantized_weight_cannot_be_read_as_a_whole(form: str) -> None:
     net, _ = build(form)
     held = objects(net)
-    with pytest.raises(li.LayerError, match=r"'0\.weight'.*quantized"):
-        li.inject(net, config(r"0\.weight"))
+    packed = li.plan(net, config("0")).sites[0].weight
+    with pytest.raises(li.LoraInjectError, match=rf"'{packed}'.*(quantized|is a buffer)"):
+        li.inject(net, config(re.escape(packed)))
     assert objects(net) == held
 
 

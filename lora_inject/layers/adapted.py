@@ -102,6 +102,11 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def weight_of(cls, module: nn.Module) -> str:  # noqa: ARG003 - for kinds that pack it
+        """Return the name of the tensor, parameter or buffer, that stands for the weight."""
+        return cls.weight_name
+
+    @classmethod
     def adds_to_output(cls, module: nn.Module) -> bool:
         """Return whether `f(x; W + D) = f(x; W) + D x` is known of a module for any D.
 
@@ -452,9 +457,34 @@ def adapted_class(
         }
         if mixin is WeightUpdate:
             namespace["forward"] = with_rows(plain, _cached_forward(plain))
-        found = _CLASSES[key] = types.new_class(
+        found = types.new_class(
             plain.__name__, (mixin, plain), exec_body=lambda ns: ns.update(namespace)
         )
+        if _layout(plain) is not _layout(mixin):
+            found = _in_layout_of(plain, found, namespace)
+        _CLASSES[key] = found
+    return found
+
+
+def _layout(cls: type) -> type:
+    """Return the class that the memory layout of a class begins with; usually nn.Module."""
+    while (base := cls.__base__) is not object and base is not None:
+        cls = base
+    return cls
+
+
+def _in_layout_of(plain: type, wanted: type[Adapted], namespace: dict[str, Any]) -> type[Adapted]:
+    """Return a class like `wanted` that instances of `plain` can change to.
+
+    Python lets an object change its class only where both derive first from the same layout. Where
+    a mixin stands before nn.Module (optimum-quanto's QLinear) ours has to come second among the
+    bases, and first in the order in which methods are looked up.
+    """
+    meta: Any = type("Reordered", (type(plain),), {"mro": lambda cls: [cls, *wanted.__mro__[1:]]})
+    bases = wanted.__bases__[::-1]
+    found: type[Adapted] = types.new_class(
+        plain.__name__, bases, {"metaclass": meta}, lambda ns: ns.update(namespace)
+    )
     return found
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Hashable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.layers.adapted import Adapted, Geometry, is_quantized, plain_class
 from lora_inject.layers.kinds import kind_of
@@ -107,21 +107,20 @@ class _Listing:
             full = joined(name, key)
             if self.first[memory_of(parameter)] == full:
                 self.parameters[full] = _shape(parameter)
-            if row is None or key != row.weight_name:
+            if row is None or key != row.weight_of(module):
                 self._parameter(full, module, key, parameter)
 
     def _candidate(
         self, name: str, module: nn.Module, row: type[Adapted], own: dict[str, nn.Parameter]
     ) -> Candidate:
         shapes = row.geometry(module)
-        weight = own.get(row.weight_name)
-        full = joined(name, row.weight_name)
+        key = row.weight_of(module)
+        weight = own.get(key, module._buffers.get(key))
+        full = joined(name, key)
         # A forward on the instance is not that of the class; accelerate's calls it, and is rebound.
         patched = "forward" in module.__dict__ and "_old_forward" not in module.__dict__
         adds = not patched and id(module) not in self.read and row.adds_to_output(module)
-        refusal = self._refusal(module, row.weight_name, weight) or _unfit(
-            module, weight, shapes, adds
-        )
+        refusal = self._refusal(module, key, weight) or _unfit(module, weight, shapes, adds)
         return Candidate(
             name=name,
             kind=row.kind,
@@ -180,12 +179,12 @@ class _Listing:
             )
         )
 
-    def _tied(self, full: str, parameter: nn.Parameter | None) -> tuple[str, ...]:
+    def _tied(self, full: str, parameter: Tensor | None) -> tuple[str, ...]:
         names = self.tied.get(memory_of(parameter)) if self.tied and parameter is not None else None
         return () if names is None else tuple(name for name in names if name != full)
 
     def _refusal(
-        self, module: nn.Module, key: str, parameter: nn.Parameter | None
+        self, module: nn.Module, key: str, parameter: Tensor | None
     ) -> tuple[str, str] | None:
         cls = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
@@ -200,6 +199,11 @@ class _Listing:
                 "torch.nn.utils.parametrize.remove_parametrizations first"
             )
             return found, remedy
+        if parameter is None and hasattr(module, "quantization_scheme"):
+            return (
+                "compressed-tensors unpacks its weight when the model first runs",
+                "Run the model once, or load it with dequantize=True, then inject",
+            )
         if parameter is None:
             return (
                 f"{cls} holds no parameter {key!r} of its own",
@@ -221,7 +225,7 @@ class _Listing:
 
 
 def _unfit(
-    module: nn.Module, weight: nn.Parameter | None, stated: Geometry, adds: bool
+    module: nn.Module, weight: Tensor | None, stated: Geometry, adds: bool
 ) -> tuple[str, str] | None:
     """Say where a weight is not what the layer states, or cannot be read where it has to be."""
     if weight is None:

@@ -35,6 +35,13 @@ MULTIPLY = {
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
 }
 
+# Layers that are no nn.Linear and multiply likewise, with the tensor of theirs that is the weight:
+# whatever class of these families transformers loads for a base in HQQ, GPTQ or AWQ.
+PACKED = {
+    ("hqq.core.quantize", "HQQLinear"): "W_q",
+    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): "qweight",
+}
+
 
 class LoRALinear(ForwardUpdate):
     """Forward update of `nn.Linear`: `x W^T + b + scale * drop(x) A^T B^T` (paper, eq. 3)."""
@@ -44,8 +51,13 @@ class LoRALinear(ForwardUpdate):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return whether the module is an `nn.Linear`."""
-        return isinstance(module, nn.Linear)
+        """Return whether the module is an `nn.Linear`, or a packed layer that stands for one."""
+        return isinstance(module, nn.Linear) or _packed(type(module)) is not None
+
+    @classmethod
+    def weight_of(cls, module: nn.Module) -> str:
+        """Return the name of the weight, or of what is packed in its place."""
+        return _packed(type(module)) or cls.weight_name
 
     @staticmethod
     def geometry(module: nn.Module) -> Geometry:
@@ -62,7 +74,7 @@ class LoRALinear(ForwardUpdate):
     def adds_to_output(cls, module: nn.Module) -> bool:
         """Return whether the layer is stock, or known to multiply by its weight."""
         plain = plain_class(type(module))
-        return cls.stock(plain) or _defines_forward(plain) in MULTIPLY
+        return cls.stock(plain) or _defines_forward(plain) in MULTIPLY or _packed(plain) is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the adapters that take part.
@@ -173,6 +185,14 @@ class LoRAConv1D(LoRALinear):
         assert bias is not None
         y = torch.addmm(bias, x.view(-1, x.size(-1)), weight)
         return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _packed(cls: type) -> str | None:
+    """Return the name of the packed weight of a layer that is not an nn.Linear."""
+    if issubclass(cls, nn.Linear):
+        return None
+    families = ((c.__module__, c.__qualname__) for c in cls.__mro__)
+    return next((PACKED[family] for family in families if family in PACKED), None)
 
 
 def _defines_forward(plain: type) -> tuple[str, str]:

@@ -118,6 +118,15 @@ class Survey:
                     yield joined(path, key), parameter
 
 
+def base_tensor(module: nn.Module, key: str) -> Tensor:
+    """Return what stands for a weight in its module: a parameter, or the buffer of a packed one."""
+    found: Tensor | None = module._parameters.get(key)
+    if found is None:
+        found = module._buffers[key]
+    assert found is not None
+    return found
+
+
 def memory_of(parameter: Tensor) -> Hashable:
     """Return what is equal for parameters that are one tensor.
 

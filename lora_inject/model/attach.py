@@ -21,7 +21,7 @@ from lora_inject.layers.initial import FROM_WEIGHT
 from lora_inject.layers.kinds import mixin_for
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.carried import (
     ROOT,
     ROOT_MODULES,
@@ -52,9 +52,7 @@ class Place(NamedTuple):
     @property
     def weight(self) -> Tensor:
         """The frozen tensor."""
-        found = self.module._parameters[self.entry.param]
-        assert found is not None
-        return found
+        return base_tensor(self.module, self.entry.param)
 
 
 def survey_for(model: nn.Module, name: str) -> Survey:

@@ -20,7 +20,7 @@ from lora_inject.formats.fingerprint import compare, unverifiable
 from lora_inject.formats.older_names import in_names_of
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.kinds import KINDS
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.save import base_weights, fingerprint
 from lora_inject.spec.inventory import Candidate, Inventory
 from lora_inject.spec.names import joined, matching
@@ -50,7 +50,7 @@ def fit(
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
         if not state.sites:  # `save.witnesses`: other tensors of the base, under its names
             new = {name: name for name in state.fingerprint.shapes if name in weights}
-        here = fingerprint({old: weights[name] for old, name in new.items()})
+        here = fingerprint({old: _base_tensor(survey, name) for old, name in new.items()})
         check_base(state.fingerprint, here, base, asked)
     check_base_copies(state, weights, asked)
     sites = {
@@ -159,6 +159,11 @@ class _Names:
         if found is None and spec.kind == "parameter" and spec.name in self._weights:
             return self._weights[spec.name].as_parameter(spec.name)
         return found
+
+
+def _base_tensor(survey: Survey, name: str) -> Tensor:
+    owner, _, key = name.rpartition(".")
+    return base_tensor(survey.by_name[owner], key)
 
 
 def _fit_trained(

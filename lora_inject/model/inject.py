@@ -13,6 +13,7 @@ from lora_inject.layers.candidates import inventory
 from lora_inject.layers.initial import initial_tensors
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.attach import Place, attach, places, survey_for
+from lora_inject.model.quantized_activations import refuse_dead_inputs
 from lora_inject.spec.config import Config
 from lora_inject.spec.matching import resolve
 from lora_inject.spec.plan import Plan
@@ -78,6 +79,7 @@ def inject(
     """
     config = Config.coerce(config)
     survey = survey_for(model, name)
+    refuse_dead_inputs(survey, f"inject {name!r}")
     planned = resolve(config, inventory(survey))
     named = [key for trained in planned.trained for key in survey.names_of(trained.name)]
     found = places(survey, name, planned.sites, named)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lora_inject.functional import (
     mix_copies,
 )
 from lora_inject.layers.attached import Entry
-from lora_inject.layers.survey import Survey, memory_of
+from lora_inject.layers.survey import Survey, base_tensor, memory_of
 from lora_inject.model.carried import whole_adapter
 from lora_inject.model.sharding import sharded_by
 from lora_inject.model.untying import refuse_overlaps
@@ -38,9 +38,7 @@ class Holder(NamedTuple):
     @property
     def tensor(self) -> nn.Parameter:
         """The parameter that stands there now."""
-        found = self.module._parameters[self.param]
-        assert found is not None
-        return found
+        return cast(nn.Parameter, base_tensor(self.module, self.param))  # checked before it is used
 
 
 @dataclass

@@ -17,7 +17,7 @@ from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.fingerprint import packing, samples
 from lora_inject.formats.peft import options_for_writing
 from lora_inject.layers.attached import Entry
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.carried import reach, refuse_merged, roots_of, whole_adapter
 from lora_inject.spec.names import joined
 
@@ -71,7 +71,7 @@ def read_off(
             trained[joined(path, entry.param)] = tensors["T"]
         else:
             sites[entry.spec.name] = SiteState(entry.spec, **tensors)
-            weights[entry.spec.weight] = survey.own[id(module)][entry.param]
+            weights[entry.spec.weight] = base_tensor(module, entry.param)
     configs = [root.configs[name] for root in roots_of(survey).values() if name in root.configs]
     if not sites:
         weights = witnesses(base_weights(survey), trained)

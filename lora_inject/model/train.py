@@ -22,6 +22,7 @@ from lora_inject.model.carried import (
     records_of,
     refuse_merged,
 )
+from lora_inject.model.quantized_activations import refuse_dead_inputs
 from lora_inject.spec.names import joined
 
 
@@ -34,12 +35,15 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
 
     Raises:
         StateError: A name is unknown, or the model is merged.
+        LayerError: A quantized layer hands no gradient to its input.
     """
     wanted = {names} if isinstance(names, str) else set(names or ())
     found = reach(model)
     check_names(found.names, wanted, "train_only")
     refuse_merged("train_only", *found.selections)
     survey = Survey(model)
+    if wanted:
+        refuse_dead_inputs(survey, f"train_only {min(wanted)!r}")
     records = [record for name in wanted for _, record in records_of(survey, name)]
     with all_or_nothing(adapted_modules(survey).values(), records):
         for _, entry, _, parameter in trainable_tensors(survey):

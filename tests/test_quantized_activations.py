@@ -1,0 +1,58 @@
+"""Bases that quantize activations as they run hand no gradient to what lies before them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fill, same_bits
+from torch import nn
+
+import lora_inject as li
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CONFIG = {"rank": 2, "targets": ["0"]}
+
+
+@pytest.fixture(params=["Int8WeightConfig", "IntxWeightConfig"])
+def net(request: pytest.FixtureRequest) -> nn.Sequential:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    how = getattr(quantization, f"Int8DynamicActivation{request.param}")()
+    quantization.quantize_(made, how, filter_fn=lambda module, name: name == "1")
+    return made
+
+
+def test_training_is_refused_wherever_the_adapter_is(net: nn.Sequential) -> None:
+    x = torch.randn(3, 32, requires_grad=True)
+    assert not net[1](x).requires_grad or net[1](x).grad_fn is None or _no_gradient(net[1], x)
+    for target in ("0", "1"):
+        with pytest.raises(li.LayerError, match=r"'1\.weight'.*quantizes activations.*no gradient"):
+            li.inject(net, {"rank": 2, "targets": [target]})
+    assert type(net[0]) is nn.Linear
+
+
+def _no_gradient(layer: nn.Module, x: torch.Tensor) -> bool:
+    layer(x).sum().backward()
+    return x.grad is None
+
+
+def test_serving_an_adapter_is_not(net: nn.Sequential, tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    plain[0] = net[0]
+    li.save_adapter(fill(li.inject(plain, CONFIG)), tmp_path / "a")
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        wanted = net[1](plain[0](x))
+    li.eject(plain)
+    li.load_adapter(net, tmp_path / "a")
+    with torch.no_grad():
+        assert same_bits(net(x), wanted)
+    with pytest.raises(li.LayerError, match="quantizes activations"):
+        li.train_only(net, "default")
+    li.train_only(net, None)
