@@ -152,7 +152,9 @@ def document(found: Mapping[str, Any], path: Path, method: str, raw: Path | None
 
 def _about(row: Mapping[str, Any]) -> str:
     title = row["title"].rstrip(".")
-    return f"{title}. ({row['date']}, {row['threads']}, {row['clock']} time)"
+    return (
+        f"{title}. ({row['date']}, {row['threads']}, {row['clock']} time, load {row['load']:.1f})"
+    )
 
 
 def _tables(row: Mapping[str, Any]) -> list[str]:

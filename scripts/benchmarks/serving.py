@@ -42,7 +42,7 @@ from lora_inject.formats import write_adapter
 
 OURS = "lora_inject"
 # Targets, over the bare operations: what finding out which adapters take part may cost.
-DECODE, ROUTED = 1.7, 1.3
+DECODE, ROUTED = 1.1, 1.3
 
 
 # ------------------------------------------------------------------------------------- decode

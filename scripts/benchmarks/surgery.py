@@ -178,7 +178,7 @@ def _merge(result: Result, options: Options, label: str, base: nn.Module) -> Non
 
     factors = [(torch.randn(len(p), 16), torch.randn(16, p.shape[1]) / 1e3) for p in source]
 
-    def bare(keep: bool) -> list[torch.Tensor]:
+    def formed(keep: bool) -> list[torch.Tensor]:
         kept = [p.clone() for p in target] if keep else []
         for p, (left, right) in zip(target, factors, strict=True):
             p.copy_(p.float().addmm_(left, right)) if label == "bf16" else p.addmm_(left, right)
@@ -188,8 +188,8 @@ def _merge(result: Result, options: Options, label: str, base: nn.Module) -> Non
         {
             "memcpy": copied,
             AGAIN: copied,
-            BARE: Variant(lambda: bare(keep=False), after=copied),
-            KEEPING: Variant(lambda: bare(keep=True), after=copied),
+            BARE: Variant(lambda: formed(keep=False), after=copied),
+            KEEPING: Variant(lambda: formed(keep=True), after=copied),
             "lora_inject, undo=False": Variant(lambda: merge(bare, undo=False), after=restore),
             "lora_inject, undo=True": Variant(lambda: merge(kept), after=lambda: unmerged(kept)),
             "PEFT": Variant(peft.merge_adapter, after=peft.unmerge_adapter),
