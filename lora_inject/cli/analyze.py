@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_inject.cli.on_disk import (
+from lora_inject.cli.program import (
+    All,
+    Allow,
     AllowPickle,
     Alpha,
     EnableLora,
     FanInFanOut,
-    _loralib_options,
+    Json,
+    Prefer,
+    app,
+    loralib_options,
+    read_options,
 )
-from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
@@ -67,7 +72,7 @@ def analyze(
     _check(base, report, any_base=any_base)
     if pictures is not None or report is not None:
         figures.need_matplotlib()
-    of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
+    of_loralib = loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
     checkpoint = None if base is None else Checkpoint.open(base)
 
     def read(path: Path) -> AdapterState:

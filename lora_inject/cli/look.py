@@ -11,14 +11,19 @@ from typing import Annotated
 
 import typer
 
-from lora_inject.cli.on_disk import (
+from lora_inject.cli.program import (
+    All,
+    Allow,
     AllowPickle,
     Alpha,
     EnableLora,
     FanInFanOut,
-    _loralib_options,
+    Json,
+    Prefer,
+    app,
+    loralib_options,
+    read_options,
 )
-from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
 
 AdapterFormat = Annotated[
     str | None,
@@ -79,7 +84,7 @@ def inspect(
     from lora_inject.formats import read_adapter
 
     options = read_options(adapter, prefer, allow)
-    options |= _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
+    options |= loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
     found = inspect_state(read_adapter(adapter, format=adapter_format, **options))
     if as_json:
         print_json(found.to_dict())

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
+from lora_inject.cli.program import (
+    All,
+    Allow,
+    AllowPickle,
+    Alpha,
+    EnableLora,
+    FanInFanOut,
+    Json,
+    Prefer,
+    app,
+    loralib_options,
+    read_options,
+)
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint, WeightedAdapter
@@ -86,28 +98,6 @@ ExpertMajor = Annotated[
         help="PEFT folders: columns of a stacked B go by expert first, as unsloth writes them.",
     ),
 ]
-Alpha = Annotated[
-    float | None,
-    typer.Option(help="loralib files: the lora_alpha of the layers, which the file lacks."),
-]
-AllowPickle = Annotated[
-    bool,
-    typer.Option("--allow-pickle", help="loralib files: read a pickle, as tensors only."),
-]
-FanInFanOut = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="loralib files: a layer, or the end of its name, whose weight is (in, out).",
-    ),
-]
-EnableLora = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FLAGS",
-        help="loralib files: enable_lora of the fused layers, such as 1,0,1.",
-    ),
-]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Threads that compute. (default: one a core, at most four)"),
@@ -178,7 +168,7 @@ def merge(
         tie=_ties(tie),
         workers=workers,
     )
-    of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
+    of_loralib = loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
     reading = prefer, allow, expert_major, of_loralib
     checkpoint, weighted = _read(base, adapters, _weights(weight, len(adapters)), *reading)
     planned = on_disk.plan_merge(checkpoint, weighted, options)
@@ -237,7 +227,7 @@ def verify(
         rename=_pairs(rename, "--rename"),
         tie=_ties(tie),
     )
-    of_loralib = _loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
+    of_loralib = loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
     reading = prefer, allow, expert_major, of_loralib
     checkpoint, weighted = _read(base, adapters, _weights(weight, len(adapters)), *reading)
     with progress_bar("verifying") as progress:
@@ -326,24 +316,6 @@ def _weights(weights: list[float] | None, n_adapters: int) -> list[float]:
     if bad := [w for w in weights if not math.isfinite(w) or w == 0]:
         raise typer.BadParameter(f"{bad[0]} is no weight", param_hint="--weight")
     return weights
-
-
-def _loralib_options(
-    alpha: float | None, allow_pickle: bool, fan_in_fan_out: list[str] | None, flags: str | None
-) -> dict[str, Any]:
-    """Return the options of loralib's format, as far as they were given."""
-    options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
-    if allow_pickle:
-        options["allow_pickle"] = True
-    if fan_in_fan_out:
-        options["fan_in_fan_out"] = fan_in_fan_out
-    if flags is not None:
-        if set(flags.split(",")) - {"0", "1"}:
-            raise typer.BadParameter(
-                f"{flags!r} is no list of 0 and 1, such as 1,0,1", param_hint="--enable-lora"
-            )
-        options["enable_lora"] = [flag == "1" for flag in flags.split(",")]
-    return options
 
 
 def _read(

@@ -188,6 +188,29 @@ Allow = Annotated[
     ),
 ]
 
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="loralib files: the lora_alpha of the layers, which the file lacks."),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="loralib files: read a pickle, as tensors only."),
+]
+FanInFanOut = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="loralib files: a layer, or the end of its name, whose weight is (in, out).",
+    ),
+]
+EnableLora = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FLAGS",
+        help="loralib files: enable_lora of the fused layers, such as 1,0,1.",
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -217,6 +240,24 @@ def read_options(path: Path, prefer: str | None, allow: Sequence[str] | None) ->
         found = f"'{path}' is not a PEFT folder"
         raise typer.BadParameter(found, param_hint=f"--{next(iter(given))}")
     return given
+
+
+def loralib_options(
+    alpha: float | None, allow_pickle: bool, fan_in_fan_out: list[str] | None, flags: str | None
+) -> dict[str, Any]:
+    """Return the options of loralib's format, as far as they were given."""
+    options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
+    if allow_pickle:
+        options["allow_pickle"] = True
+    if fan_in_fan_out:
+        options["fan_in_fan_out"] = fan_in_fan_out
+    if flags is not None:
+        if set(flags.split(",")) - {"0", "1"}:
+            raise typer.BadParameter(
+                f"{flags!r} is no list of 0 and 1, such as 1,0,1", param_hint="--enable-lora"
+            )
+        options["enable_lora"] = [flag == "1" for flag in flags.split(",")]
+    return options
 
 
 def main() -> None:
