@@ -225,7 +225,8 @@ def test_671b_parameters_are_planned_in_seconds_and_a_shard_is_merged(tmp_path):
 # Processes --------------------------------------------------------------------------------------
 
 INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 sys.path[:0] = {path!r}
 from helpers.checkpoints import llama_adapter, load_checkpoint
 from lora_inject.checkpoint import MergeOptions, WeightedAdapter, merge_checkpoint
