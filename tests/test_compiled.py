@@ -5,13 +5,16 @@ Count the graphs, and compare each output with the eager one, which goes by name
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import conv1d, error, fill
+from conftest import conv1d, error, fill, same_bits
+from helpers.reference import EXACT, Block, config, dense, random, saved
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -185,3 +188,30 @@ def test_what_a_graph_chooses_by_is_on_every_device_of_the_model() -> None:
     assert set(selection.state.choices) == both
     with li.routed(model, ["a0", None]):
         assert set(selection.current().choices) == both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["compile", "inject"])
+def test_compiled_before_or_after_inject(first: str, tmp_path: Path) -> None:
+    plain, x = nn.Sequential(Block(), Block()).double(), random(3, 4)
+    model: Any = copy.deepcopy(plain)
+    if first == "compile":
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert error(model(x), plain(x)) < EXACT  # a graph of the plain model is there
+    li.inject(model, config("up", r"down\.weight"))
+    if first == "inject":
+        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+    inner = model._orig_mod
+    assert same_bits(model(x), plain(x))
+    fill(model)
+    wanted = dense(plain, inner)(x)
+    assert error(model(x), wanted) < EXACT
+    path, _ = saved(model, tmp_path, "native")
+    li.merge(model)
+    assert error(model(x), wanted) < EXACT
+    li.unmerge(model)
+    assert error(model(x), wanted) < EXACT
+    li.eject(model)
+    assert same_bits(model(x), plain(x))
+    li.load_adapter(model, path)
+    assert error(model(x), wanted) < EXACT
