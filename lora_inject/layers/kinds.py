@@ -31,7 +31,7 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
 
     Args:
         row: A class with a `kind` of its own, `matches` and `geometry`. Derived from `LoRALinear`
-            it adds to the layer's output, where a probe finds the layer linear in its weight;
+            it adds to the layer's output where its `adds_to_output` says that this is right;
             derived from `WeightUpdate` its weight reads as W + delta. The kind's name travels with
             saved adapters.
 
