@@ -44,16 +44,20 @@ Mix = dict[str, float]
 
 @dataclass
 class Site:
-    """A, B and scale at one weight, in float64."""
+    """A, B and scale at one weight, in float64, and what A and B started from with pissa."""
 
     of: trees.SiteOf
     weight: str
     scale: float
     A: Tensor
     B: Tensor
+    start: tuple[Tensor, Tensor] | None = None
 
     def delta(self, W: Tensor) -> Tensor:
-        return self.scale * self.of.delta(self.A, self.B).reshape(W.shape)
+        found = self.of.delta(self.A, self.B)
+        if self.start is not None:
+            found = found - self.of.delta(*self.start)
+        return self.scale * found.reshape(W.shape)
 
 
 @dataclass
@@ -252,6 +256,10 @@ class Machine(RuleBasedStateMachine):
         for key, parameter in self.parameters(name).items():
             value = made.setdefault(id(parameter), parameter.detach().double().clone())
             self.truth.adapters[name].put(key, value)
+        for key, site in li.adapter_state(self.model, name).sites.items():
+            if site.A0 is not None and site.B0 is not None:
+                start = (site.A0.double().clone(), site.B0.double().clone())
+                self.truth.adapters[name].sites[key].start = start
 
     def adopt_base(self, name: str) -> None:
         """Take over a weight of the base that a verb has changed for good."""
@@ -269,9 +277,15 @@ class Machine(RuleBasedStateMachine):
 
     # Adapters come and go ------------------------------------------------------------------------
 
-    @rule(data=st.data(), rank=st.integers(1, 2), alpha=st.sampled_from([1.0, 3.0]))
-    def inject(self, data: Any, rank: int, alpha: float) -> None:
-        root, name = self.some_root(data), data.draw(st.sampled_from(NAMES), "name")
+    @rule(
+        data=st.data(),
+        rank=st.integers(1, 2),
+        alpha=st.sampled_from([1.0, 3.0]),
+        init=st.sampled_from(["kaiming", "kaiming", "pissa"]),
+    )
+    def inject(self, data: Any, rank: int, alpha: float, init: str) -> None:
+        root = data.draw(st.sampled_from(sorted({"", *self.truth.active})), "root")
+        name = data.draw(st.sampled_from(NAMES), "name")
         sites = {n: of for n, of in self.truth.sites().items() if n.startswith(root)}
         weights = {n: n.removesuffix(of.name) + of.weight for n, of in sites.items()}
         places = sorted([*sites, *filter(under(root), self.truth.copied())])
@@ -282,13 +296,21 @@ class Machine(RuleBasedStateMachine):
             {"match": exactly(n.removeprefix(root)), **sites[n].rule} for n in chosen if n in sites
         ]
         train_rules = [exactly(n.removeprefix(root)) for n in train]
-        config = {"rank": rank, "alpha": alpha, "targets": rules, "train": train_rules}
+        config = {
+            "rank": rank,
+            "alpha": alpha,
+            "init": init,
+            "targets": rules,
+            "train": train_rules,
+        }
         if not chosen or (not taken and not train):
             return
-        in_use = name in self.truth.on(root) or root in self.truth.merged
+        in_use = name in self.truth.on(root) or any(r.startswith(root) for r in self.truth.merged)
         li.plan(self.at(root), config)
         if self.refused(lambda: li.inject(self.at(root), config, name), must=in_use):
             return
+        if root not in self.truth.active:  # the towers are parts of one root from now on
+            self.truth.active, self.truth.trainable = {root: {}}, {root: set()}
         self.truth.active[root] = {}
         if self.truth.dtype != torch.bfloat16:
             assert_close(self.out(), self.truth.run(self.x, self.ids), self.truth.dtype)
@@ -433,6 +455,22 @@ class Machine(RuleBasedStateMachine):
         ]
         for found, due in zip(run_all([plain, in_disabled, in_routed], threads), dues, strict=True):
             assert_close(found, due, self.truth.dtype)
+
+    @is_unmerged
+    @has_adapters
+    @rule(data=st.data(), verb=st.sampled_from(["activate", "eject", "merge", "inject"]))
+    def verbs_inside_a_context(self, data: Any, verb: str) -> None:
+        name, model = self.some_adapter(data), self.model
+        verbs = {
+            "activate": lambda: li.activate(model, name),
+            "eject": lambda: li.eject(model, name),
+            "merge": lambda: li.merge(model, name=name),
+            "inject": lambda: li.inject(model, {"targets": ["fc"]}, "new"),
+        }
+        with li.disabled(model):
+            self.refused(verbs[verb], must=True)
+            with torch.no_grad():
+                assert_close(self.out(), self.truth.run(self.x, self.ids, {}), self.truth.dtype)
 
     def in_step(self, together: threading.Barrier | None) -> Tensor:
         if together is not None:
