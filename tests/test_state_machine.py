@@ -510,6 +510,22 @@ class Machine(RuleBasedStateMachine):
             for name in self.truth.on(root):
                 self.truth.drop(name, root)
 
+    @is_unmerged
+    @has_adapters
+    @rule(data=st.data())
+    def merged_weights(self, data: Any) -> None:
+        """What a server is given, while nothing is written."""
+        root = self.some_root(data)
+        names, due = self.truth.on(root), self.truth.weights()
+        mix = self.truth.active[root]
+        if not set(mix) <= set(names) or not mix:
+            return
+        found = {f"{root}{key}": value for key, value in li.merged_weights(self.at(root))}
+        base = {key: p for key, p in named(self.truth.plain).items() if key.startswith(root)}
+        assert found.keys() == base.keys() & found.keys()
+        for key, value in found.items():
+            assert_close(value, due.get(key, base[key].double()), self.truth.dtype)
+
     def changed_by(self, root: str, mix: Mix) -> set[str]:
         """The weights under a root that a mix changes."""
         adapters = [self.truth.adapters[name] for name in mix if name in self.truth.adapters]
