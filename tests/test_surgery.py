@@ -1017,3 +1017,25 @@ def test_unmerge_refuses_what_is_not_merged() -> None:
     parts = nn.ModuleList([copy.deepcopy(model), model])
     with pytest.raises(li.StateError, match="its roots are"):
         li.merge(parts)
+
+
+def test_a_weight_that_is_unpacked_by_the_first_forward_is_refused_until_then() -> None:
+    """As compressed-tensors leaves a linear layer that it has compressed."""
+    layer = nn.Linear(8, 8)
+    layer.quantization_scheme = object()
+    layer.weight_packed = nn.Parameter(torch.zeros(8, 1, dtype=torch.int32), requires_grad=False)
+    weight = layer.weight
+    del layer.weight
+    net = nn.Sequential(layer)
+    with pytest.raises(li.LayerError, match=r"'0'.*unpacks its weight.*Run the model once"):
+        li.inject(net, {"rank": 2, "targets": ["0"]})
+    layer.weight = weight
+    li.inject(net, {"rank": 2, "targets": ["0"]})
+
+
+def test_packed_expert_stacks_are_refused() -> None:
+    """As transformers holds GPT-OSS in MXFP4: two values to a byte, for kernels on GPUs."""
+    net = nn.Module()
+    net.experts = nn.Parameter(torch.zeros(2, 6, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(li.LayerError, match=r"'experts'.*quantized"):
+        li.inject(net, {"rank": 2, "targets": [{"match": "experts", "layout": "out_in"}]})
