@@ -177,7 +177,7 @@ class Kind:
         return f"layer.{self.weight}"
 
 
-def renormalised(weight: Tensor, ids: Tensor) -> Tensor:
+def renormalized(weight: Tensor, ids: Tensor) -> Tensor:
     """Rows of norm at most 1: what a lookup with max_norm=1 returns."""
     rows = weight[ids]
     norm = rows.norm(dim=-1, keepdim=True)
@@ -206,7 +206,7 @@ KINDS: dict[str, Kind] = {
         (7, 5),
         ["ids"],
         transposed=True,
-        formula=renormalised,
+        formula=renormalized,
     ),
     "scaled embedding": Kind(
         lambda: ScaledEmbedding(7, 5), (7, 5), ["ids"], transposed=True, update="weight"

@@ -171,7 +171,7 @@ def test_what_peft_writes_is_read_right(family: str, option: str, tmp_path: Path
     assert set(state.base_copies) <= {f"{n}.weight" for n in state.sites}
 
 
-def test_peft_base_embeddings_are_recognised_as_copies(tmp_path: Path) -> None:
+def test_peft_base_embeddings_are_recognized_as_copies(tmp_path: Path) -> None:
     model = llama()
     wrapped = with_random_adapter(model, target_modules=["embed_tokens"], r=2)
     wrapped.save_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from lora_inject.functional.fold import (
 )
 from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
-from lora_inject.functional.lookup import embedding, renormalised, routed_embedding
+from lora_inject.functional.lookup import embedding, renormalized, routed_embedding
 from lora_inject.functional.merge_report import MergeReport, TensorReport
 from lora_inject.functional.routed import routed_update
 from lora_inject.functional.weight import dense_delta, effective_weight
@@ -46,7 +46,7 @@ __all__ = [
     "master_dtype",
     "mix_copies",
     "needs_plain_operations",
-    "renormalised",
+    "renormalized",
     "routed_embedding",
     "routed_update",
 ]

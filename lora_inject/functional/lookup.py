@@ -57,7 +57,7 @@ def embedding(
     return out.view(base.shape)
 
 
-def renormalised(rows: Tensor, max_norm: float, p: float) -> Tensor:
+def renormalized(rows: Tensor, max_norm: float, p: float) -> Tensor:
     """Scale rows down to a norm, as `nn.Embedding(max_norm=...)` does to its table, differentiably.
 
     Args:
@@ -70,7 +70,7 @@ def renormalised(rows: Tensor, max_norm: float, p: float) -> Tensor:
     """
     if needs_plain_operations():
         return _scaled_down(rows, max_norm, p)
-    return _Renormalised.apply(rows, max_norm, p)  # type: ignore[no-untyped-call,no-any-return]
+    return _Renormalized.apply(rows, max_norm, p)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _scaled_down(rows: Tensor, max_norm: float, p: float) -> Tensor:
@@ -78,8 +78,8 @@ def _scaled_down(rows: Tensor, max_norm: float, p: float) -> Tensor:
     return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
 
 
-class _Renormalised(torch.autograd.Function):
-    """torch's own renormalisation forward, the derivative of its formula backward."""
+class _Renormalized(torch.autograd.Function):
+    """torch's own renormalization forward, the derivative of its formula backward."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, max_norm: float, p: float) -> Tensor:

@@ -4,8 +4,8 @@ The table is a weight `(num, dim)` whose input is a one-hot vector, so `x A^T` i
 in A. As in the paper's code (loralib `layers.Embedding`), A starts at zero and B is random: rows
 of tokens that training never saw stay what they were.
 
-With `max_norm` torch renormalises rows of W in place during the forward. What a plain table with
-the weight `W + delta` would return is renormalised `W + delta`; that is computed here out of place,
+With `max_norm` torch renormalizes rows of W in place during the forward. What a plain table with
+the weight `W + delta` would return is renormalized `W + delta`; that is computed here out of place,
 and the adapter never changes W.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import embedding, renormalised, routed_embedding
+from lora_inject.functional import embedding, renormalized, routed_embedding
 from lora_inject.layers.adapted import Geometry
 from lora_inject.layers.forward_update import ForwardUpdate
 
@@ -110,4 +110,4 @@ class LoRAEmbedding(ForwardUpdate):
     def _lora_renorm(self, rows: Tensor) -> Tensor:
         if self.max_norm is None:
             return rows
-        return renormalised(rows, self.max_norm, self.norm_type)
+        return renormalized(rows, self.max_norm, self.norm_type)

@@ -88,15 +88,15 @@ def _steps(result: Result, options: Options, label: str, base: nn.Sequential, hi
 
 def _step(call: Any, model: nn.Module, x: Tensor) -> Callable[[], None]:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
     model.train()
 
     def step() -> None:
         call(x).float().square().mean().backward()
         x.grad = None
-        if optimiser is not None:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 

@@ -32,7 +32,7 @@ def quiet() -> Any:
 
 
 def llama(dtype: torch.dtype = torch.float32, *, device: str | None = None, **sizes: Any) -> Any:
-    """Return a Llama for causal language modelling: 124M parameters unless sizes say otherwise."""
+    """Return a Llama for causal language modeling: 124M parameters unless sizes say otherwise."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     usual = {
@@ -232,20 +232,20 @@ _MADE: dict[type, type] = {}
 _OPAQUE = {"Linear": _opaque_class, "Conv1D": _opaque_class}
 
 
-def training_step(model: Any, ids: Tensor, *, optimise: bool = True) -> Callable[[], None]:
+def training_step(model: Any, ids: Tensor, *, optimize: bool = True) -> Callable[[], None]:
     """Return one step of training: forward, backward, and AdamW on what trains.
 
     AdamW is the fused one for everybody, as transformers' Trainer has it by default.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained and optimise else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained and optimize else None
     model.train()
 
     def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        if optimiser is not None:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return step
 

@@ -29,7 +29,7 @@ def experts(options: Options) -> Result:
     result.notes.append(
         "A Mixtral block (8 experts, 2 a token) at a quarter of its widths, adapters of r = 8 on "
         "gate_up_proj and down_proj; one step is forward, backward with the gradient of the input, "
-        "without an optimiser. The peak is what torch's allocator holds above the start of a step."
+        "without an optimizer. The peak is what torch's allocator holds above the start of a step."
     )
     return result
 
@@ -155,20 +155,20 @@ def _train_many(
 
     model.train()
     gradients = [_gradients(model, run) for run in (in_turn, at_once)]
-    optimiser = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True)
 
-    def with_optimiser(run: Callable[[], None]) -> Callable[[], None]:
+    def with_optimizer(run: Callable[[], None]) -> Callable[[], None]:
         def step() -> None:
             run()
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
         return step
 
     runs = {
-        "in turn": with_optimiser(in_turn),
-        "in turn again": with_optimiser(in_turn),
-        "at once": with_optimiser(at_once),
+        "in turn": with_optimizer(in_turn),
+        "in turn again": with_optimizer(in_turn),
+        "at once": with_optimizer(at_once),
     }
     times = interleave(runs, options.n_rounds(5))
     result.ratios(case, times, "time / in turn", "in turn", {"at once": target} if target else None)

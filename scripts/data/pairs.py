@@ -1,7 +1,7 @@
 """Context-target pairs from the Python that runs this: a function's code and what it does.
 
 Every Python installation holds thousands of functions with a one-line summary written by
-a person, so code summarisation, one of the conditional generation tasks that the LoRA paper names
+a person, so code summarization, one of the conditional generation tasks that the LoRA paper names
 (section 2), needs no download. `collect` reads the sources with `ast`, keeps the summaries that are
 full sentences about code worth reading, and splits them by module; `encode` and `collate` turn them
 into tensors in which only the target's tokens carry a label, which is what eq. (2) of the paper
