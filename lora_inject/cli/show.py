@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lora_inject.spec.columns import columns
 from lora_inject.spec.names import printable
-from lora_inject.spec.plan import columns
 
 if TYPE_CHECKING:
     from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from lora_inject.spec.columns import columns
 from lora_inject.spec.config import Config, Hyper
 from lora_inject.spec.names import counted, templates
 from lora_inject.spec.sites import SiteSpec
@@ -206,30 +207,6 @@ def _trained_row(name: str, n: int, shape: tuple[int, ...]) -> tuple[str, ...]:
     size = math.prod(shape)
     text = " x ".join(f"{side:,}" for side in shape) or "scalar"
     return name, f"x{n:,}", "trained", text, f"{size:,} each", f"{size * n:,}"
-
-
-def columns(
-    rows: Sequence[Sequence[str]], n_left: int, width: int, indent: str = "  "
-) -> Iterator[str]:
-    """Yield rows with aligned columns; where they do not fit, each name is on a line of its own.
-
-    Args:
-        rows: The cells; the first of each is a name.
-        n_left: Columns that are aligned to the left, from the first; others to the right.
-        width: In characters.
-        indent: Before each line.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    apart = len(indent) + sum(widths) + 2 * (len(widths) - 1) > width
-    for row in rows:
-        name, *cells = (
-            cell.ljust(size) if i < n_left else cell.rjust(size)
-            for i, (cell, size) in enumerate(zip(row, widths, strict=True))
-        )
-        if apart:
-            yield indent + row[0]
-            name = ""
-        yield f"{indent}{'  '.join([name, *cells])}".rstrip()
 
 
 def _tied_text(tied: Tied) -> str:
