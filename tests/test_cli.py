@@ -627,7 +627,8 @@ def test_every_refusal_of_the_package_is_exit_code_1(run, monkeypatch):
 
 def test_ctrl_c_is_exit_code_130_and_one_line(tmp_path):
     code = (
-        "import sys, time\n"
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it\n"
         "from lora_inject.cli import main\n"
         "from lora_inject.spec.config import Config\n"
         "def slow():\n    print('ready', flush=True)\n    time.sleep(60)\n"

@@ -206,7 +206,8 @@ def test_dora_is_refused(run, files, tmp_path):
 
 def test_ctrl_c_is_exit_code_130_and_leaves_nothing(files, tmp_path):
     code = (
-        "import time\n"
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it\n"
         "import lora_inject.analysis as figures\n"
         "from lora_inject.cli import main\n"
         "def slow(*args, **kwargs):\n    print('ready', flush=True)\n    time.sleep(60)\n"

@@ -79,7 +79,7 @@ def tied_configs(survey: Survey) -> list[Any]:
         if id(config) in seen or not hasattr(config, "__dict__"):
             continue
         seen.add(id(config))
-        if config.__dict__.get("tie_word_embeddings"):
+        if getattr(config, "tie_word_embeddings", False):  # may be a default of the class
             found.append(config)
         pending += [v for k, v in config.__dict__.items() if k.endswith("_config")]
     return found
