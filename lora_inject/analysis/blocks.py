@@ -1,7 +1,7 @@
 """The low-rank blocks of a site: what they are called, and their deltas as thin factors.
 
-Whatever a site is, its delta is a few products `left @ right` of `(out, k)` and `(k, in)`. All that
-is said of a delta is said of its thin factors, so no matrix of the size of W is formed. The frozen
+Whatever a site is, its delta is a few products `left @ right` of `(out, k)` and `(k, in)`. All
+figures of a delta come from its thin factors, so no matrix of the size of W is formed. The frozen
 start of pissa and olora is `k` more columns with the opposite sign.
 """
 

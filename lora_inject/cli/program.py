@@ -254,7 +254,7 @@ def loralib_options(
     if flags is not None:
         if set(flags.split(",")) - {"0", "1"}:
             raise typer.BadParameter(
-                f"{flags!r} is no list of 0 and 1, such as 1,0,1", param_hint="--enable-lora"
+                f"{flags!r} is not a list of 0 and 1, such as 1,0,1", param_hint="--enable-lora"
             )
         options["enable_lora"] = [flag == "1" for flag in flags.split(",")]
     return options

@@ -110,7 +110,7 @@ def _part(
     asked: str,
     sites: Sequence[tuple[str, str, int]] = (),
 ) -> T:
-    """Parse one part; a wrong kind of sites is told by the first of them."""
+    """Parse one part; of sites with a wrong kind the first is named."""
     if _PREFIX + part not in metadata:
         raise FormatError(asked, f"its metadata lacks '{_PREFIX}{part}'", _EDITED)
     text, asked = metadata[_PREFIX + part], f"{asked}, metadata '{_PREFIX}{part}'"

@@ -47,7 +47,7 @@ def load_adapter(
             fingerprint tells, in whatever dtype, or quantized in the same way. `quantized`: what
             cannot be compared is let through, as of a base that is quantized only here, or was only
             where the adapter was made. `any`: no comparison.
-        format: A row of `formats.FORMATS`; by default it is told from the files.
+        format: A row of `formats.FORMATS`; by default it is detected from the files.
         **options: For the format.
 
     Returns:

@@ -53,7 +53,7 @@ def swap_adapter(
         source: The adapter as a value, or the path of its files.
         name: The adapter on the model whose values are replaced.
         base: How sure to be of the base; see `load_adapter`.
-        format: For files: a row of `formats.FORMATS`; by default it is told from the files.
+        format: For files: a row of `formats.FORMATS`; by default it is detected from the files.
         **options: For the format.
 
     Returns:
