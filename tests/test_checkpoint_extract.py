@@ -15,8 +15,8 @@ from helpers.checkpoints import (
     site,
 )
 
+from lora_inject.adapter.svd import decompose
 from lora_inject.checkpoint import difference_of, merge_checkpoint, plan_merge
-from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.model.save import fingerprint

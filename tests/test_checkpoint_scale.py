@@ -27,7 +27,7 @@ from helpers.checkpoints import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_inject.adapter.state import Fingerprint
+from lora_inject.adapter.fingerprint import Fingerprint, sample
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
@@ -40,7 +40,7 @@ from lora_inject.checkpoint import (
 from lora_inject.checkpoint import read as reading
 from lora_inject.checkpoint.write import write_shard
 from lora_inject.errors import CheckpointError, LoraInjectError
-from lora_inject.formats import sample, write_adapter
+from lora_inject.formats import write_adapter
 from lora_inject.storage.safetensors_file import build_header, read_header
 
 # Float8 -----------------------------------------------------------------------------------------

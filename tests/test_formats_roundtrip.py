@@ -24,7 +24,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lora_inject.adapter.state import AdapterState, Fingerprint
+from lora_inject.adapter.fingerprint import Fingerprint
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.formats.metadata import describe

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lora_inject.adapter.fingerprint import Fingerprint
 from lora_inject.spec.sites import SiteSpec
 
 T = TypeVar("T")
@@ -32,23 +33,6 @@ def signed_pairs(A: T, B: T, A0: T | None, B0: T | None) -> tuple[tuple[T, T, fl
     if A0 is None or B0 is None:
         return ((A, B, 1.0),)
     return (A, B, 1.0), (A0, B0, -1.0)
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What the base looked like at the adapted sites, to tell another base of the same shape.
-
-    Attributes:
-        shapes: Shape of each adapted weight, by its name in the state dict.
-        samples: A few values of each, float32, taken at evenly spaced flat positions.
-        quantized: What is known of each weight that is not a plain floating point tensor, and so
-            has no samples: class, format, block size and a few packed bytes, as a text; empty for
-            sharded tensors and those on the meta device.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    samples: Mapping[str, tuple[float, ...]]
-    quantized: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

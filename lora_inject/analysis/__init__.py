@@ -4,8 +4,9 @@ Every figure is a pure function of tensors or of an `AdapterState`; W is needed 
 them, and is then streamed from a checkpoint. Nothing here needs a model.
 """
 
+from lora_inject.adapter.thin import ThinProduct
 from lora_inject.analysis.amplifying import Amplification, amplification
-from lora_inject.analysis.blocks import SiteBlock, ThinProduct, site_blocks
+from lora_inject.analysis.blocks import SiteBlock, site_blocks
 from lora_inject.analysis.comparison import Comparison, across_layers, compare
 from lora_inject.analysis.drawings import draw_similarity, draw_spectra, need_matplotlib
 from lora_inject.analysis.figures import Analysis, analyze

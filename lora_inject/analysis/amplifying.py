@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.blocks import Figures, ThinProduct
-from lora_inject.checkpoint.svd import decompose
+from lora_inject.adapter.svd import decompose
+from lora_inject.adapter.thin import ThinProduct
+from lora_inject.analysis.blocks import Figures
 from lora_inject.errors import StateError
 
 RowsOfW = Callable[[], Iterator[tuple[int, Tensor]]]

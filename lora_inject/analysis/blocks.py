@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import SiteState
+from lora_inject.adapter.thin import ThinProduct
 from lora_inject.errors import StateError
 from lora_inject.functional import Term
 from lora_inject.spec.sites import Block, SiteSpec
@@ -98,61 +99,6 @@ def by_kind(places: Iterable[P]) -> dict[str, list[P]]:
     for place in places:
         kinds.setdefault(place.kind, []).append(place)
     return kinds
-
-
-@dataclass(frozen=True)
-class ThinProduct:
-    """A matrix `left @ right` that is never formed.
-
-    Attributes:
-        left: `(out, k)`, float64.
-        right: `(k, in)`, float64.
-
-    Examples:
-        >>> D = ThinProduct(torch.ones(6, 1).double(), 2 * torch.ones(1, 4).double())
-        >>> U, S, V = D.svd()
-        >>> U.shape, round(float(S), 6), V.shape
-        (torch.Size([6, 1]), 9.797959, torch.Size([4, 1]))
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @classmethod
-    def of(cls, A: Tensor, B: Tensor, scale: float = 1.0) -> ThinProduct:
-        """Take `scale * B @ A`, with A `(rank, in)` and B `(out, rank)` of any floating dtype."""
-        return cls(scale * B.detach().double(), A.detach().double())
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(out, in)`."""
-        return self.left.shape[0], self.right.shape[1]
-
-    def dense(self) -> Tensor:
-        """Form the matrix, `(out, in)` in float64: for tests and for small matrices."""
-        return self.left @ self.right
-
-    def square(self) -> float:
-        """Return the sum of squares, by products of k by k; NaN where a value is not finite."""
-        found = ((self.left.T @ self.left) * (self.right @ self.right.T)).sum()
-        return float(found.clamp(min=0))  # -1e-17 where a frozen start cancels
-
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Decompose it by way of the thin factors.
-
-        `left = Q_l R_l` and `right^T = Q_r R_r` leave the SVD of `R_l R_r^T`, of k by k.
-
-        Returns:
-            U `(out, n)`, S `(n,)` decreasing, V `(in, n)`, float64, with n the number of values
-            that are not zero to float64, at most k.
-        """
-        left, right = torch.linalg.qr(self.left), torch.linalg.qr(self.right.T)
-        U, S, Vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
-        # Rounding is relative to the factors: a frozen start that cancels leaves 1e-16 of them.
-        size = float(torch.linalg.matrix_norm(left.R, 2) * torch.linalg.matrix_norm(right.R, 2))
-        noise = size * max(self.shape) * torch.finfo(S.dtype).eps
-        n = int(S.gt(noise).sum())
-        return left.Q @ U[:, :n], S[:n], right.Q @ Vh[:n].T
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.analysis.blocks import Figures, ThinProduct
+from lora_inject.adapter.thin import ThinProduct
+from lora_inject.analysis.blocks import Figures
 
 SHARES = (0.90, 0.95, 0.99)
 """Shares of the energy for which the needed rank is stated."""

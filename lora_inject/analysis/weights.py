@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
+from lora_inject.adapter.svd import decompose
 from lora_inject.analysis.amplifying import Amplification, amplification_of_rows
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, blocks_of_terms
 from lora_inject.analysis.rounding import Rounded, rounding_of_rows
@@ -27,7 +28,6 @@ from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized import why_not
 from lora_inject.checkpoint.read import RowReader, rows_per_block
 from lora_inject.checkpoint.same_base import check_same_base
-from lora_inject.checkpoint.svd import decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Delta
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import weight_name
 from lora_inject.checkpoint.index import Checkpoint
@@ -26,7 +27,6 @@ from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.same_base import fingerprint
-from lora_inject.checkpoint.svd import Decomposed, decompose
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import write_adapter
 from lora_inject.spec.sites import SiteSpec

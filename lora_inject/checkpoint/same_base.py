@@ -1,9 +1,9 @@
 """Telling whether an adapter was made on the base at hand, by the base's values that it holds.
 
 The adapter's fingerprint holds sixteen values of every adapted weight; the same places are read
-from the checkpoint and compared as loading onto a model does it (`formats.compare`). PEFT stores
-a whole embedding beside an adapter on it, which must equal the base; where the vocabulary grew, the
-copy is the only place that has the new rows, and is used as the base.
+from the checkpoint and compared as loading onto a model does it (`adapter.fingerprint`). PEFT
+stores a whole embedding beside an adapter on it, which must equal the base; where the vocabulary
+grew, the copy is the only place that has the new rows, and is used as the base.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import Fingerprint
+from lora_inject.adapter.fingerprint import Fingerprint, compare, sample_positions
 from lora_inject.checkpoint.choose import Fit
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError
-from lora_inject.formats import compare, sample_positions
 from lora_inject.storage.disk import open_read, read_at
 from lora_inject.storage.safetensors_file import TensorEntry
 

@@ -17,16 +17,11 @@ from typing import Any
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
 from lora_inject.formats import loralib, native, peft
-from lora_inject.formats.fingerprint import compare, sample, sample_positions, unverifiable
 
 __all__ = [
     "FORMATS",
     "Format",
-    "compare",
     "read_adapter",
-    "sample",
-    "sample_positions",
-    "unverifiable",
     "write_adapter",
 ]
 

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from lora_inject.adapter.state import AdapterState, Fingerprint
+from lora_inject.adapter.fingerprint import Fingerprint
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.strict_json import parse_json
@@ -274,7 +275,7 @@ def _packed(values: Sequence[float], name: str) -> str:
         raise FormatError(
             f"write adapter: its fingerprint of {name!r}",
             f"a sample is not a float32 ({error})",
-            "Take it with lora_inject.formats.sample",
+            "Take it with lora_inject.adapter.fingerprint.sample",
         ) from error
 
 

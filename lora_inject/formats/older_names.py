@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
+from lora_inject.adapter.fingerprint import Fingerprint
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.spec.sites import SiteSpec
 

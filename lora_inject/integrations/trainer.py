@@ -28,7 +28,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_inject.adapter.state import Fingerprint
+from lora_inject.adapter.fingerprint import Fingerprint
 from lora_inject.errors import StateError
 from lora_inject.formats import write_adapter
 from lora_inject.layers.survey import Survey, unwrapped

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
+from lora_inject.adapter.fingerprint import Fingerprint, compare, unverifiable
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError, LayerError, nearest
-from lora_inject.formats.fingerprint import compare, unverifiable
 from lora_inject.formats.older_names import in_names_of
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.kinds import KINDS

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
+from lora_inject.adapter.fingerprint import Fingerprint, packing, samples
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import StateError
 from lora_inject.formats import write_adapter
 from lora_inject.formats.checks import FLOATS
-from lora_inject.formats.fingerprint import packing, samples
 from lora_inject.formats.peft import options_for_writing
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor
@@ -113,7 +113,7 @@ def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[s
 def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     """Sample weights by name, so that another base of the same shape can be told.
 
-    Quantized tensors are described (`formats.fingerprint.packing`); of sharded and meta tensors
+    Quantized tensors are described (`adapter.fingerprint.packing`); of sharded and meta tensors
     nothing is known.
     """
     plain = {

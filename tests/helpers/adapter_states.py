@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, Fingerprint, SiteState
+from lora_inject.adapter.fingerprint import Fingerprint
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.spec.sites import SiteSpec, Slices
 
 KIND_SPECS: dict[str, SiteSpec] = {

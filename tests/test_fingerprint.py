@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_inject as li
-from lora_inject.adapter.state import Fingerprint
+from lora_inject.adapter.fingerprint import (
+    Fingerprint,
+    compare,
+    sample,
+    sample_positions,
+    samples,
+    unverifiable,
+)
 from lora_inject.errors import FormatError
-from lora_inject.formats import compare, sample, sample_positions, unverifiable
-from lora_inject.formats.fingerprint import samples
 
 
 @given(st.lists(st.integers(0, 9), max_size=4))

@@ -10,13 +10,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from lora_inject.adapter.state import Fingerprint
 
 N_SAMPLES = 16
 
@@ -24,6 +23,23 @@ N_SAMPLES = 16
 # and the found base may each have been rounded. The smallest step of float16 is 2**-24.
 _RELATIVE = 2.0**-7
 _ABSOLUTE = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What the base looked like at the adapted sites, to tell another base of the same shape.
+
+    Attributes:
+        shapes: Shape of each adapted weight, by its name in the state dict.
+        samples: A few values of each, float32, taken at evenly spaced flat positions.
+        quantized: What is known of each weight that is not a plain floating point tensor, and so
+            has no samples: class, format, block size and a few packed bytes, as a text; empty for
+            sharded tensors and those on the meta device.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    samples: Mapping[str, tuple[float, ...]]
+    quantized: Mapping[str, str] = field(default_factory=dict)
 
 
 def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, ...]:
