@@ -100,15 +100,17 @@ def merge_planned(
     """Carry out what `plan_merge` planned; the rest as for `merge_checkpoint`."""
     began = time.perf_counter()
     folder = check_output(plan.base, Path(output))
-    with _disk_errors(folder):
-        return _Run(plan, folder, progress).all(began)
+    with _disk_errors(folder), contextlib.closing(Processes()) as processes:
+        return _Run(plan, processes, folder, progress).all(began)
 
 
 class _Run:
     """One process's work on one merge."""
 
-    def __init__(self, plan: MergePlan, folder: Path, progress: Progress | None) -> None:
-        self.plan, self.processes, self.staging = plan, Processes(), Staging(folder)
+    def __init__(
+        self, plan: MergePlan, processes: Processes, folder: Path, progress: Progress | None
+    ) -> None:
+        self.plan, self.processes, self.staging = plan, processes, Staging(folder)
         dealt = deal([shard.n_bytes for shard in plan.shards], self.processes.world)
         rows = zip(plan.shards, dealt, strict=True)
         self.mine = [shard for shard, rank in rows if rank == self.processes.rank]

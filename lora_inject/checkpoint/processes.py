@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ class Processes:
     """This process, number `rank` of `world`, among those that share a merge.
 
     Joins the process group that is there, or that torchrun's variables describe; else it is alone.
+    A group made here serves every later merge and is destroyed when the process ends.
     """
 
     def __init__(self) -> None:
@@ -26,8 +28,15 @@ class Processes:
             if not distributed.is_torchelastic_launched():
                 return
             distributed.init_process_group("gloo")
+            atexit.register(_destroy)
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
-        self._group = distributed.new_group(backend="gloo")
+        if distributed.get_backend() != "gloo":
+            self._group = distributed.new_group(backend="gloo")
+
+    def close(self) -> None:
+        """Destroy what this merge alone used; the process group stays."""
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -50,6 +59,12 @@ class Processes:
                     asked = f"merge with {self.world} processes"
                     found = f"process {rank} failed: {other}"
                     raise CheckpointError(asked, found, "Mend that and start all of them again")
+
+
+def _destroy() -> None:
+    """Destroy the process group: if it lives until exit, gloo's threads abort the process."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def deal(sizes: Sequence[int], world: int) -> list[int]:
