@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from conftest import (
     same_bits,
     snapshot,
 )
+from helpers.calls import python_calls
 from helpers.reference import gpt2_of_two_layers
 from torch import Tensor, nn
 
@@ -137,6 +139,16 @@ def test_train_only_chooses_who_requires_grad_and_nothing_else() -> None:
     with pytest.raises(li.StateError, match="train_only 'x': the model's adapters are"):
         li.train_only(model, ["a", "x"])
     assert {n for n, i in li.adapters(model).items() if i.trainable} == {"b"}
+
+
+def test_the_fortieth_adapter_costs_what_the_fourth_does() -> None:
+    net = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(20)])
+    config = {"rank": 1, "targets": [r"\d+"]}
+    names = [f"a{i}" for i in range(40)]
+    on = [python_calls(partial(li.inject, net, config, name)) for name in names]
+    off = [python_calls(partial(li.eject, net, name)) for name in names]
+    assert on[39] == on[3]
+    assert abs(off[3] - off[36]) < 40  # per site, nothing
 
 
 # ---------------------------------------------------------------------------- freezing and its undo

@@ -111,8 +111,6 @@ class Recipe(NamedTuple):
 class Attached:
     """What one module carries.
 
-    Its tables are replaced and never written to, so that a reference to one is a snapshot of it.
-
     Attributes:
         selection: The cell that says which adapters take part.
         forward: Adapter name to its entry on the output of this layer.
@@ -126,8 +124,8 @@ class Attached:
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
-        self.forward: Mapping[str, Entry] = {}
-        self.reads: Mapping[str, Mapping[str, Entry]] = {}
+        self.forward: dict[str, Entry] = {}
+        self.reads: dict[str, dict[str, Entry]] = {}
         self.old_forward: Any = None
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
         self.float32 = False
@@ -141,7 +139,7 @@ class Attached:
         """Yield the entries of one adapter, or all, forward update first."""
         for table in (self.forward, *self.reads.values()):
             if adapter is None:
-                yield from table.values()
+                yield from tuple(table.values())  # another thread may add one meanwhile
             elif adapter in table:
                 yield table[adapter]
 
@@ -150,25 +148,21 @@ class Attached:
         self._n_tensors += len(entry.names)
         self._chosen = (None, ())
         self.selection.number(entry.adapter)
-        if forward:
-            self.forward = {**self.forward, entry.adapter: entry}
-            self.float32 = self.float32 or _in_float32(entry)
-        else:
-            others = self.reads.get(entry.param, {})
-            self.reads = {**self.reads, entry.param: {**others, entry.adapter: entry}}
+        table = self.forward if forward else self.reads.setdefault(entry.param, {})
+        table[entry.adapter] = entry
+        self.float32 = self.float32 or (forward and _in_float32(entry))
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
         removed = list(self.entries(adapter))
-        self.forward = {name: e for name, e in self.forward.items() if name != adapter}
-        left = {
-            param: {name: e for name, e in by_adapter.items() if name != adapter}
-            for param, by_adapter in self.reads.items()
-        }
-        self.reads = {param: by_adapter for param, by_adapter in left.items() if by_adapter}
+        for table in (self.forward, *self.reads.values()):
+            table.pop(adapter, None)
+        self.reads = {param: table for param, table in self.reads.items() if table}
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
         self._n_tensors -= sum(len(entry.names) for entry in removed)
-        self._changed()
+        self._chosen = (None, ())
+        if self.float32:
+            self.float32 = any(map(_in_float32, self.forward.values()))
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:

@@ -1,8 +1,9 @@
 """All or nothing: what a verb may change on a model, and how to put it back.
 
-A verb that changes a model snapshots, first, what it is about to touch: classes,
-parameter tables, attached, flags and selections, all of them references and no tensor. Whatever
-raises, Ctrl-C included, the snapshot is put back.
+A verb that changes a model snapshots, first, what it is about to touch: classes, tables of
+parameters and adapters, flags and selections, all of them references and no tensor. Whatever
+raises, Ctrl-C included, the snapshot is put back. Of tables that will only grow the length is
+enough, so that the thousandth adapter costs what the first one does.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def all_or_nothing(
     modules: Iterable[nn.Module],
     values: Iterable[Any] = (),
     parameters: Iterable[nn.Parameter] | None = None,
+    *,
+    grows: bool = False,
 ) -> Iterator[list[nn.Parameter]]:
     """Run the body; where it raises, put back what it changed.
 
@@ -41,12 +44,13 @@ def all_or_nothing(
         modules: The modules that may change.
         values: Further objects whose attributes may change: selections, records.
         parameters: Those whose `requires_grad` may change; by default all of the modules'.
+        grows: Whether modules get adapters and nothing of theirs goes or is replaced.
 
     Yields:
         Those of the parameters that require a gradient.
     """
     distinct = list({id(module): module for module in modules}.values())
-    snapshots = [_snapshot(module) for module in distinct]
+    snapshots = [_snapshot(module, grows) for module in distinct]
     if parameters is None:
         parameters = (
             p for module in distinct for p in module._parameters.values() if p is not None
@@ -68,28 +72,48 @@ def all_or_nothing(
         raise
 
 
-def _snapshot(module: nn.Module) -> tuple[Any, ...]:
+def _snapshot(module: nn.Module, grows: bool) -> tuple[Any, ...]:
     """Return what `_restore` takes; of the many modules that carry nothing, it is little."""
     own, attached = module.__dict__, attached_to(module)
     extras = {key: own[key] for key in own if key in KEYS} if not KEYS.isdisjoint(own) else None
-    tables = [dict(table) if (table := own[name]) else None for name in TABLES]
-    return module, type(module), extras, *tables, attached and dict(attached.__dict__)
+    tables = [_noted(own[name], grows) for name in TABLES]
+    held = None
+    if attached is not None:
+        reads = {param: _noted(table, grows) for param, table in attached.reads.items()}
+        held = dict(attached.__dict__), _noted(attached.forward, grows), dict(attached.reads), reads
+    return module, type(module), extras, tables, held
 
 
-def _restore(
-    module: nn.Module, cls: type, extras: Any, parameters: Any, hooks: Any, held: Any
-) -> None:
+def _restore(module: nn.Module, cls: type, extras: Any, tables: Any, held: Any) -> None:
     module.__class__ = cls
     for key in KEYS:
         module.__dict__.pop(key, None)
     module.__dict__.update(extras or {})
-    for name, saved in zip(TABLES, (parameters, hooks), strict=True):
-        module.__dict__[name].clear()
-        module.__dict__[name].update(saved or {})
+    for name, noted in zip(TABLES, tables, strict=True):
+        _put_back(module.__dict__[name], noted)
     attached = attached_to(module)
     if attached is not None and held is not None:
+        attributes, forward, by_param, reads = held
         attached.__dict__.clear()
-        attached.__dict__.update(held)
+        attached.__dict__.update(attributes)
+        _put_back(attached.forward, forward)
+        attached.reads = by_param
+        for param, noted in reads.items():
+            _put_back(by_param[param], noted)
+
+
+def _noted(table: dict[str, Any], grows: bool) -> int | dict[str, Any]:
+    """Return what `_put_back` needs of a table: its length, where it will only grow."""
+    return len(table) if grows or not table else dict(table)
+
+
+def _put_back(table: dict[str, Any], noted: int | dict[str, Any]) -> None:
+    if isinstance(noted, dict):
+        table.clear()
+        table.update(noted)
+    else:
+        while len(table) > noted:
+            table.popitem()
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Survey:
     @cached_property
     def own(self) -> dict[int, dict[str, nn.Parameter]]:
         """The base parameters of each module, without its children's, by the module's id."""
-        return {id(module): _base_parameters(module) for _, module in self.modules}
+        return {id(module): base_parameters(module) for _, module in self.modules}
 
     def holders(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """Return who holds a base parameter, or one of the same memory; if several, it is tied."""
@@ -174,7 +174,7 @@ def _refuse_endless(name: str) -> None:
     )
 
 
-def _base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return a module's own parameters, without its children's and without adapters."""
     if (attached := attached_to(module)) is not None:
         return attached.base(module._parameters)

@@ -171,7 +171,8 @@ def attach(
     named = {each for record in records for each in record.trainable} if records else (None,)
     flags = [p for _, p in survey.parameters()]
     flags += [p for each in named for *_, p in trainable_tensors(survey, each)]
-    with all_or_nothing(modules, (selection, *before.selections, *records), flags) as trained:
+    values = (selection, *before.selections, *records)
+    with all_or_nothing(modules, values, flags, grows=True) as trained:
         root = _become_root(survey, selection)
         root.configs[name] = config
         root.carrying[name] = list({id(place.module): place.module for place, _ in made}.values())

@@ -63,9 +63,10 @@ def eject(model: M, name: str | None = None) -> M:
             refuse_merged(f"ejecting {min(gone)!r}", record.selection)
     surveys = [(Survey(m), record) for m, record in records.values()]
     modules = {id(m): m for one in (survey, *(s for s, _ in surveys)) for _, m in one.modules}
-    modules |= {id(m): m for _, r in surveys for held in r.carrying.values() for m in held}
+    modules |= {id(m): m for _, r in surveys for each in gone for m in r.carrying.get(each, ())}
     values = [value for _, record in surveys for value in (record, record.selection)]
-    with all_or_nothing(modules.values(), values):
+    flags = [p for one, _ in surveys for _, p in one.parameters()]
+    with all_or_nothing(modules.values(), values, flags):
         for _, module, entry in list(entries(survey)) if not records else ():
             if entry.adapter in gone:  # a copy of one layer, which has no root
                 _detach(module, entry.adapter)
@@ -104,7 +105,7 @@ def _detach(module: nn.Module, name: str) -> None:
     for entry in attached.remove(name):
         for flat in entry.names.values():
             module._parameters.pop(flat, None)
-    if any(True for _ in attached.entries()):
+    if attached.forward or attached.reads:
         narrow(module)
     else:
         unswap(module)

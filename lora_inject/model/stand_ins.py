@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError, StateError
 from lora_inject.formats import write_adapter
 from lora_inject.layers.attached import attached_to
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, base_parameters
 from lora_inject.model.carried import reach
 from lora_inject.model.save import format_options, read_off
 
@@ -157,7 +157,9 @@ def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | Non
             found = getattr(model, getter)()
         except (AttributeError, NotImplementedError):
             continue
-        held = {id(p) for p in found.parameters()} if found is not None else set()
-        if any(id(p) in held for m in carrying for p in m._parameters.values() if p is not None):
+        inside = {id(m): m for m in found.modules()} if found is not None else {}
+        held = {id(p) for m in inside.values() for p in base_parameters(m).values()}
+        tied = (m for m in carrying if any(id(p) in held for p in base_parameters(m).values()))
+        if any(id(m) in inside for m in carrying) or any(True for _ in tied):
             return next(str(name) for name, module in model.named_modules() if module is found)
     return None
