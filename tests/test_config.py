@@ -159,8 +159,8 @@ rank: 0
 alpha: 0
 targets: [q]
 => lora.yaml:1:1 (foo): unknown key 'foo'. The keys are version, rank, alpha, dropout, init,
-   scaling, compute, targets, exclude, train, bias, expect. Also: lora.yaml:2:7 (rank): 0 is
-   not accepted; lora.yaml:3:8 (alpha): 0 is not accepted.
+   scaling, compute, variant, targets, exclude, train, bias, expect. Also: lora.yaml:2:7 (rank): 0
+   is not accepted; lora.yaml:3:8 (alpha): 0 is not accepted.
 
 rank: 1.5
 targets: [q]
@@ -214,6 +214,10 @@ init: 3
 targets: [q]
 => lora.yaml:1:7 (init): 3 is not accepted. Input should be 'kaiming', 'gaussian', 'pissa' or
    'olora', or {normal: 0.02}.
+
+variant: hira
+targets: [q]
+=> lora.yaml:1:10 (variant): there is no variant 'hira'. Known are lora.
 
 init: {normal: 0}
 targets: [q]
@@ -340,7 +344,7 @@ rank: 3
 use_dora: true
 targets: [q]
 => lora.yaml:1:1 (use_dora): unknown key 'use_dora'. The keys are version, rank, alpha,
-   dropout, init, scaling, compute, targets, exclude, train, bias, expect.
+   dropout, init, scaling, compute, variant, targets, exclude, train, bias, expect.
 
 layers: 3
 targets: [q]
@@ -389,7 +393,7 @@ targets: all-linear
 
 targets: [{match: q, use_dora: true}]
 => lora.yaml:1:22 (targets[0].use_dora): unknown key 'use_dora'. The keys are match, kind,
-   layers, rank, alpha, dropout, init, scaling, compute, slices, adapt, layout.
+   layers, rank, alpha, dropout, init, scaling, compute, variant, slices, adapt, layout.
 """
 
 
@@ -527,8 +531,8 @@ def test_yaml_is_short_and_in_the_order_of_the_schema() -> None:
     )
     assert config.to_yaml() == (
         "version: 1\nrank: 8\nalpha: 8\ndropout: 0\ninit:\n  normal: 0.02\nscaling: standard\n"
-        "compute: base\ntargets:\n- q_proj\n- match: c\\.attn\n  slices:\n    q: 2\n    k: 2\n"
-        "  adapt:\n  - k\nbias: none\n"
+        "compute: base\nvariant: lora\ntargets:\n- q_proj\n- match: c\\.attn\n  slices:\n"
+        "    q: 2\n    k: 2\n  adapt:\n  - k\nbias: none\n"
     )
 
 

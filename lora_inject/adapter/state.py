@@ -45,6 +45,7 @@ class SiteState:
         B: `spec.b_shape`.
         A0: Frozen start of A for the inits that are derived from W, else None.
         B0: Frozen start of B likewise. The site computes `W + scale * (B @ A - B0 @ A0)`.
+        further: What the variant adds to these, by role.
     """
 
     spec: SiteSpec
@@ -52,6 +53,14 @@ class SiteState:
     B: Tensor
     A0: Tensor | None = None
     B0: Tensor | None = None
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, spec: SiteSpec, tensors: Mapping[str, Tensor]) -> SiteState:
+        """Return the site that has these tensors by their roles."""
+        further = {role: tensors[role] for role in spec.shapes if role not in ("A", "B")}
+        frozen = tensors.get("A0"), tensors.get("B0")
+        return cls(spec, tensors["A"], tensors["B"], *frozen, further)
 
     @property
     def scale(self) -> float:
@@ -65,9 +74,9 @@ class SiteState:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their roles: A, B and, where there is a frozen start, A0 and B0."""
+        """The tensors by their roles: A, B, a frozen start A0 and B0, and what the variant adds."""
         roles = ("A", "B") if self.A0 is None or self.B0 is None else ("A", "B", "A0", "B0")
-        return {role: getattr(self, role) for role in roles}
+        return {**{role: getattr(self, role) for role in roles}, **self.further}
 
     def __eq__(self, other: object) -> bool:
         """Compare the numbers and the tensors bit for bit, dtypes included."""

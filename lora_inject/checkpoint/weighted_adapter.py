@@ -19,7 +19,7 @@ from lora_inject.storage.tensors import in_memory
 _STEP_ELEMENTS = 1 << 20
 _FACTS = attrgetter(
     *("weight", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "transposed"),
-    *("experts", "spans"),
+    *("experts", "spans", "variant"),
 )
 """What of a site decides its update, beside its name and tensors."""
 
@@ -51,8 +51,7 @@ def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of an adapter with a name for messages and for the digest."""
     state = adapter.state
     for name, site in state.sites.items():
-        pairs = (("A", site.A), ("B", site.B), ("A0", site.A0), ("B0", site.B0))
-        yield from ((f"{name} {which}", t) for which, t in pairs if t is not None)
+        yield from ((f"{name} {role}", tensor) for role, tensor in site.tensors.items())
     yield from state.trained.items()
     yield from state.base_copies.items()
     yield from ((f"{name} magnitude", t) for name, t in adapter.magnitudes.items())

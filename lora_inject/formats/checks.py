@@ -22,6 +22,11 @@ def check_site(site: SiteState, asked: str) -> None:
     """Refuse a site whose tensors do not fit its spec, or that has only one of A0 and B0."""
     spec, where = site.spec, f"{asked}, site '{site.spec.name}'"
     check_pair(site.A, site.B, spec.a_shape, spec.b_shape, where)
+    for role, tensor in site.further.items():
+        if tensor.shape != spec.shapes[role] or tensor.dtype not in FLOATS:
+            found = f"{role} is {tensor.dtype} {tuple(tensor.shape)}, due are {spec.shapes[role]}"
+            remedy = "The tensors and what is said about them do not belong together"
+            raise FormatError(where, found, remedy)
     if site.A0 is None and site.B0 is None:
         return
     if site.A0 is None or site.B0 is None:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from lora_inject.adapter.fingerprint import Fingerprint
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
+from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.strict_json import parse_json
 from lora_inject.version import __version__
@@ -171,11 +172,14 @@ class _Kind(_Strict):
     transposed: bool
     turned: bool
     update: Literal["forward", "weight"]
+    variant: str
     weight_shape: tuple[_Count, ...]
 
     @model_validator(mode="after")
     def _consistent(self) -> _Kind:
         elements = self.in_features * self.out_features * (self.experts or 1)
+        if self.variant not in FURTHER:
+            raise ValueError(f"the variant '{self.variant[:80]}' is not registered here")
         if math.prod(self.weight_shape) != elements:
             raise ValueError("weight_shape does not fit in_features and out_features")
         if self.slices is not None:

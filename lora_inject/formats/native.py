@@ -4,7 +4,7 @@ No other program has to understand it, so nothing is re-arranged and everything 
 said: sites that PEFT has no words for (a MultiheadAttention's output projection, convolutions in
 groups, parameters of the root) are saved by the same call.
 
-Keys: `A/SITE`, `B/SITE`, `A0/SITE`, `B0/SITE`, `trained/NAME`. The numbers are in the metadata.
+Keys: `ROLE/SITE` (`A/SITE`, `B/SITE`, ...), `trained/NAME`. The numbers are in the metadata.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     tensors: dict[str, Tensor] = {}
     for name, site in state.sites.items():
         check_site(site, asked)
-        tensors.update(_named(name, site))
+        tensors.update((f"{role}/{name}", t) for role, t in site.tensors.items())
     tensors.update((f"trained/{name}", tensor) for name, tensor in state.trained.items())
     content = serialize(tensors, words.describe(state, "native"))
     return write_file(path, content, overwrite=overwrite)
@@ -74,19 +74,15 @@ def read(path: Path, *, on_disk: bool = False) -> AdapterState:
         raise FormatError(asked, "it is not a file of this format", "Leave format out")
     described = words.parse(text, asked)
     due = {f"trained/{name}" for name in described.trained}
-    for name in described.specs:
-        parts = ("A", "B", "A0", "B0") if name in described.derived else ("A", "B")
-        due |= {f"{part}/{name}" for part in parts}
+    roles = {
+        name: (*spec.shapes, *(("A0", "B0") if name in described.derived else ()))
+        for name, spec in described.specs.items()
+    }
+    due |= {f"{role}/{name}" for name in roles for role in roles[name]}
     check_keys(tensors, due, asked)
     sites = {}
     for name, spec in described.specs.items():
-        pair = tensors[f"A/{name}"], tensors[f"B/{name}"]
-        sites[name] = SiteState(spec, *pair, tensors.get(f"A0/{name}"), tensors.get(f"B0/{name}"))
+        sites[name] = SiteState.of(spec, {r: tensors[f"{r}/{name}"] for r in roles[name]})
         check_site(sites[name], asked)
     trained = {name: tensors[f"trained/{name}"] for name in described.trained}
     return AdapterState(sites, trained, described.config, described.fingerprint)
-
-
-def _named(name: str, site: SiteState) -> dict[str, Tensor]:
-    parts = {"A": site.A, "B": site.B, "A0": site.A0, "B0": site.B0}
-    return {f"{part}/{name}": t for part, t in parts.items() if t is not None}

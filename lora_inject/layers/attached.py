@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter.state import signed_pairs
+from lora_inject.adapter.variants import VARIANTS, Variant
 from lora_inject.errors import LayerError
 from lora_inject.functional.factors import Spans
 from lora_inject.layers.selection import Selection, State
 from lora_inject.spec.sites import SiteSpec
-
-TRAINABLE_ROLES = frozenset({"A", "B", "T"})
 
 
 def encode(adapter: str) -> str:
@@ -75,9 +74,16 @@ class Entry:
 
     def shape_of(self, role: str) -> tuple[int, ...]:
         """Return the shape that the tensor of a role has, unsharded."""
-        if self.spec is None:
-            return self.shape
-        return self.spec.a_shape if role in ("A", "A0") else self.spec.b_shape
+        return self.shape if self.spec is None else self.spec.shapes[role.removesuffix("0")]
+
+    def trains(self, role: str) -> bool:
+        """Return whether the tensor of a role trains: all do but a frozen start."""
+        return self.spec is None or role in self.spec.shapes
+
+    @property
+    def variant(self) -> Variant:
+        """How the tensors of a site become an update."""
+        return VARIANTS["lora" if self.spec is None else self.spec.variant]
 
     def recipes(self, weight: float) -> Iterator[Recipe]:
         """Yield the update, and with a negative scale the frozen start of pissa or olora."""

@@ -15,9 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lora_inject.errors import LayerError
 from lora_inject.layers.adapted import WeightUpdate, is_quantized
-from lora_inject.layers.attached import TRAINABLE_ROLES, Entry, attached_to, attribute
+from lora_inject.layers.attached import Entry, attached_to, attribute
 from lora_inject.layers.class_swap import check_swappable, swap
-from lora_inject.layers.initial import FROM_WEIGHT
 from lora_inject.layers.kinds import mixin_for
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
@@ -38,6 +37,7 @@ from lora_inject.model.sharding import refuse_sharded
 from lora_inject.model.stand_ins import stand_in
 from lora_inject.model.train import trainable_tensors
 from lora_inject.spec.names import joined
+from lora_inject.spec.roles import FROM_WEIGHT
 from lora_inject.spec.sites import SiteSpec
 
 
@@ -72,15 +72,16 @@ def places(
     """
     modules = survey.by_name
     found = []
-    flat: dict[tuple[str | None, bool], dict[str, str]] = {}  # shared by all sites alike
+    flat: dict[tuple[str | None, bool, str], dict[str, str]] = {}  # shared by all sites alike
     for spec in sites:
         forward, derived = spec.update == "forward", spec.init in FROM_WEIGHT
         owner, _, param = spec.weight.rpartition(".")
         read = None if forward else param
-        names = flat.get((read, derived))
+        names = flat.get((read, derived, spec.variant))
         if names is None:
-            roles = ("A", "B", "A0", "B0") if derived else ("A", "B")
-            names = flat[read, derived] = {role: attribute(role, name, read) for role in roles}
+            roles = (*spec.shapes, *(("A0", "B0") if derived else ()))
+            names = {role: attribute(role, name, read) for role in roles}
+            flat[read, derived, spec.variant] = names
         found.append(Place(spec.name, modules[owner], Entry(name, spec, param, names), forward))
     for copy in copies:
         owner, _, param = copy.rpartition(".")
@@ -158,7 +159,7 @@ def attach(
         for place in found:
             copy = tied(place) if place.entry.spec is None else None
             parameters = copies.get(copy) or {
-                role: nn.Parameter(tensor, train and role in TRAINABLE_ROLES)
+                role: nn.Parameter(tensor, train and place.entry.trains(role))
                 for role, tensor in tensors(place).items()
             }
             if copy is not None:

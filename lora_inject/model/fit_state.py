@@ -89,7 +89,7 @@ def _stack_of_one(site: SiteState, names: _Names) -> SiteState:
         return site
     shape = (1, *spec.weight_shape[:: -1 if candidate.transposed else 1])
     spec = dataclasses.replace(spec, experts=1, weight_shape=shape, transposed=candidate.transposed)
-    return SiteState(spec, **{role: tensor[None] for role, tensor in site.tensors.items()})
+    return SiteState.of(spec, {role: tensor[None] for role, tensor in site.tensors.items()})
 
 
 def fit_site(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lora_inject.functional import master_dtype
 from lora_inject.layers.candidates import inventory
-from lora_inject.layers.initial import initial_tensors
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.attach import Place, attach, places, survey_for
 from lora_inject.model.quantized_activations import refuse_dead_inputs
@@ -88,7 +87,7 @@ def inject(
         spec, weight = place.entry.spec, place.weight
         if spec is None:
             return {"T": weight.detach().to(master_dtype(weight.dtype), copy=True)}
-        return initial_tensors(spec, weight)
+        return place.entry.variant.start(spec, weight, master_dtype(weight.dtype))
 
     def tied(place: Place) -> Hashable:
         return memory_of(place.weight)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_inject.layers.attached import TRAINABLE_ROLES, Entry, attached_to
+from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import entries, reach, roots_of
 from lora_inject.spec.names import joined
@@ -74,7 +74,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
 
 
 def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> AdapterInfo:
-    tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if r in TRAINABLE_ROLES]
+    tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if e.trains(r)]
     idle = tuple(
         joined(path, e.param) if e.spec is None else e.spec.name
         for path, m, e in items

@@ -70,7 +70,7 @@ def read_off(
         if entry.spec is None:
             trained[joined(path, entry.param)] = tensors["T"]
         else:
-            sites[entry.spec.name] = SiteState(entry.spec, **tensors)
+            sites[entry.spec.name] = SiteState.of(entry.spec, tensors)
             weights[entry.spec.weight] = base_tensor(module, entry.param)
     configs = [root.configs[name] for root in roots_of(survey).values() if name in root.configs]
     if not sites:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.errors import StateError
-from lora_inject.layers.attached import TRAINABLE_ROLES, Entry
+from lora_inject.layers.attached import Entry
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
@@ -60,7 +60,7 @@ def trainable_tensors(
         spec = entry.spec
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]
-            if role in TRAINABLE_ROLES and parameter is not None:
+            if entry.trains(role) and parameter is not None:
                 key = joined(path, entry.param) if spec is None else f"{spec.name}.lora_{role}"
                 yield key, entry, role, parameter
 

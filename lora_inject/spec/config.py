@@ -32,8 +32,9 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from lora_inject.errors import ConfigError
+from lora_inject.errors import ConfigError, nearest
 from lora_inject.spec.config_errors import config_error
+from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.yaml import MAX_TEXT_BYTES, Document, Dumper, show
 
 ALL_LINEAR = "all-linear"
@@ -73,6 +74,14 @@ def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(names)) < len(names):
         raise ValueError(f"{show(list(names))} has a repeated entry", "Write each once")
     return names
+
+
+def _check_variant(name: str) -> str:
+    if name not in FURTHER:
+        near = nearest(name, FURTHER, n=1)
+        remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(FURTHER)}"
+        raise ValueError(f"there is no variant {show(name)}", remedy)
+    return name
 
 
 def _read_list(value: Any) -> Any:
@@ -135,6 +144,11 @@ Scaling = Annotated[
 Compute = Annotated[
     Literal["base", "float32"],
     Field(description="base: low-rank arithmetic in the base's dtype. float32: in float32."),
+]
+Variant = Annotated[
+    str,
+    AfterValidator(_check_variant),
+    Field(description="How A and B become an update of W: lora, or another variant's name."),
 ]
 
 
@@ -228,6 +242,7 @@ class Rule(_Strict):
     init: Init | None = None
     scaling: Scaling | None = None
     compute: Compute | None = None
+    variant: Variant | None = None
     slices: Parts | None = None
     """Parts of a fused projection along its output, in order: widths by name, or a list of names
     for equal parts."""
@@ -316,6 +331,7 @@ class Hyper(NamedTuple):
     init: str | tuple[str, float]
     scaling: str
     compute: str
+    variant: str
 
 
 class Config(_Strict):
@@ -342,6 +358,7 @@ class Config(_Strict):
     init: Init = "kaiming"
     scaling: Scaling = "standard"
     compute: Compute = "base"
+    variant: Variant = "lora"
     targets: Annotated[tuple[Rule, ...], _List] = ()
     """What to adapt: rules in order, the first match wins. A string is a rule's match."""
     exclude: Patterns = ()

@@ -124,12 +124,12 @@ class Plan:
 
 def _alike(site: SiteSpec) -> tuple[object, ...]:
     """What the number of parameters of a site depends on."""
-    return site.rank, site.in_features, site.out_features, site.experts, site.slices
+    return site.rank, site.variant, site.in_features, site.out_features, site.experts, site.slices
 
 
 def _site_dict(site: SiteSpec) -> dict[str, Any]:
     slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
-    names = [field.name for field in fields(site) if field.name != "form"]
+    names = [field.name for field in fields(site) if field.name not in ("form", "shapes")]
     return {**{name: getattr(site, name) for name in names}, "slices": slices}
 
 
@@ -171,6 +171,7 @@ def _hyper(hyper: Hyper) -> str:
     parts = [f"rank {hyper.rank}", f"scale {hyper.alpha:g}/{root}", init]
     parts += [f"dropout {hyper.dropout:g}"] if hyper.dropout else []
     parts += ["compute float32"] if hyper.compute == "float32" else []
+    parts += [hyper.variant] if hyper.variant != "lora" else []
     return ", ".join(parts)
 
 

@@ -9,8 +9,11 @@ know about a site is therefore a list of `Block`s, stated once, here.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+
+from lora_inject.spec.roles import shapes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class SiteSpec:
         dropout: Probability of dropping an element of the input of A.
         init: How A and B start: a name of `config.Init`, or `("normal", std)`.
         compute: `base` or `float32`, the dtype of the low-rank arithmetic.
+        variant: How its tensors become an update of W: a row of `adapter.variants`.
         slices: Parts of a fused projection, or None.
         rule: Index of the rule that matched, None for an adapter that came from a file.
         weight: Name of the adapted tensor in the state dict, `NAME.weight` for a module.
@@ -88,7 +92,8 @@ class SiteSpec:
         spans: `(start, stop)` along the output of each adapted part; one for a plain site.
         a_shape: Shape of A: `(rank * parts, in)`, with a leading `experts` where there are any.
         b_shape: Shape of B: `(adapted out, rank)`, with a leading `experts` where there are any.
-        n_parameters: Elements of A and B together.
+        shapes: Shape of each trainable tensor by its role: A, B and what the variant adds.
+        n_parameters: Elements of all of these.
         form: What two sites must have in common for values of A and B to mean the same in both.
     """
 
@@ -105,6 +110,7 @@ class SiteSpec:
     dropout: float = 0.0
     init: str | tuple[str, float] = "kaiming"
     compute: str = "base"
+    variant: str = "lora"
     slices: Slices | None = None
     rule: int | None = None
     weight: str = ""
@@ -114,6 +120,7 @@ class SiteSpec:
     spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
     a_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
     b_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    shapes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
     n_parameters: int = field(init=False, repr=False, compare=False)
     form: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
@@ -126,13 +133,15 @@ class SiteSpec:
         b_shape = (*lead, sum(stop - start for start, stop in spans), self.rank)
         scale = self.alpha / divisor
         turned = self.kind == "parameter" and self.transposed
+        shapes = shapes_of(self.variant, a_shape, b_shape)
         self.__dict__.update(
             scale=scale,
             spans=spans,
             a_shape=a_shape,
             b_shape=b_shape,
-            n_parameters=math.prod(a_shape) + math.prod(b_shape),
-            form=(self.rank, scale, spans, self.experts, turned),
+            shapes=shapes,
+            n_parameters=sum(map(math.prod, shapes.values())),
+            form=(self.rank, scale, spans, self.experts, turned, self.variant),
         )
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:

@@ -1,4 +1,7 @@
-"""How A and B start.
+"""Variants: how an adapter's tensors become an update of W, and how they start.
+
+`W' = gain * (W + scale * (B A - B0 A0))`. A variant is a class and a row in `VARIANTS`; forward,
+merging, files and counting follow from it. LoRA, the first row, has no gain.
 
 One factor starts at zero, so that the adapted layer starts as the plain one, and the
 other is random. For a linear layer B is zero (paper, section 4.1); for an embedding A is, so that
@@ -13,25 +16,82 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import master_dtype
+from lora_inject.spec.roles import FROM_WEIGHT, FURTHER, Shape
 from lora_inject.spec.sites import SiteSpec
 
-FROM_WEIGHT = ("pissa", "olora")
+
+class Variant:
+    """LoRA, `W + scale * B A`, and the base of every other variant.
+
+    Attributes:
+        name: What a config calls it.
+        roles: The tensors that it trains beside A and B: role to its shape, by those of A and B.
+    """
+
+    name: ClassVar[str] = "lora"
+    roles: ClassVar[Mapping[str, Callable[[Shape, Shape], Shape]]] = {}
+
+    def start(self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the tensors of a new site by their roles.
+
+        Args:
+            spec: The site.
+            weight: W.
+            dtype: Dtype of the tensors.
+        """
+        return initial_tensors(spec, weight, dtype)
 
 
-def initial_tensors(spec: SiteSpec, weight: Tensor) -> dict[str, Tensor]:
-    """Make the tensors of a new site.
+VARIANTS: dict[str, Variant] = {"lora": Variant()}
+
+
+def register_variant(cls: type[Variant]) -> type[Variant]:
+    """Add a variant from outside the package.
+
+    Args:
+        cls: A class with a `name` of its own, which configs and saved adapters then know.
+
+    Returns:
+        The class, so that this can stand as a decorator.
+
+    Raises:
+        LayerError: The class has no name of its own, or its name is taken by another class.
+
+    Examples:
+        >>> class Same(Variant):
+        ...     name = "same"
+        >>> _ = register_variant(Same)
+        >>> del VARIANTS["same"], FURTHER["same"]
+    """
+    asked, name = f"register_variant({cls.__name__})", cls.__dict__.get("name")
+    if not name or not issubclass(cls, Variant):
+        found = "it is not a Variant with a name of its own"
+        raise LayerError(asked, found, "Derive from Variant and set name")
+    known = type(VARIANTS.get(name))
+    same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+    if name in VARIANTS and not same:
+        raise LayerError(
+            asked,
+            f"variant {name!r} is {known.__module__}.{known.__qualname__}",
+            "Choose another name",
+        )
+    VARIANTS[name], FURTHER[name] = cls(), cls.roles
+    return cls
+
+
+def initial_tensors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make the tensors of a new site that every variant has.
 
     Returns:
         Role to tensor: `A` of `spec.a_shape`, `B` of `spec.b_shape`, and for pissa and olora the
-        frozen `A0` and `B0`. float32, or float64 over a float64 weight; on the weight's device.
+        frozen `A0` and `B0`; on the weight's device.
     """
-    dtype = master_dtype(weight.dtype)
     if spec.init in FROM_WEIGHT:
         if weight.device.type == "meta":
             raise LayerError(

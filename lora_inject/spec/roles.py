@@ -1,0 +1,27 @@
+"""The names of the variants, and the tensors that each trains beside A and B, by role and shape.
+
+What a variant computes with them is in `adapter.variants`, where `register_variant` adds a row here
+as well: planning, counting and the checks of a config need no more than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+Shape = tuple[int, ...]
+
+FURTHER: dict[str, Mapping[str, Callable[[Shape, Shape], Shape]]] = {"lora": {}}
+"""Variant to role to its shape, by the shapes of A `(..., rank, in)` and B `(..., out, rank)`."""
+
+FROM_WEIGHT = ("pissa", "olora")
+"""Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""
+
+
+def shapes_of(variant: str, a: Shape, b: Shape) -> dict[str, Shape]:
+    """Return the shapes of the trainable tensors of a site.
+
+    Examples:
+        >>> shapes_of("lora", (2, 4), (6, 2))
+        {'A': (2, 4), 'B': (6, 2)}
+    """
+    return {"A": a, "B": b, **{role: shape(a, b) for role, shape in FURTHER[variant].items()}}
