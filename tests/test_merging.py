@@ -476,9 +476,9 @@ def _twice(model: Host) -> Any:
 REFUSED = {
     "no adapter is active": (_not_active, li.StateError),
     "the weight is on the meta device": (_meta, li.LayerError),
-    r"the weight is quantized \(torch.int8\)": (_integer, li.LayerError),
+    r"the weight is quantized \(Parameter, torch.int8\)": (_integer, li.LayerError),
     "the weight is not contiguous": (_strided, li.LayerError),
-    "the weight is a Packed": (_subclass, li.LayerError),
+    r"the weight is quantized \(Packed": (_subclass, li.LayerError),
     "'default' is merged into the weights": (_twice, li.StateError),
     "its weight is nan": (lambda m: li.merge(m, name={"default": math.nan}), li.StateError),
     "Did you mean 'default'": (lambda m: li.merge(m, name={"defualt": 1.0}), li.StateError),

@@ -254,16 +254,109 @@ def test_gradients_are_those_of_the_update(form: str) -> None:
     assert error(parameters["2.lora_B"].grad, SCALE * G @ site.A.double().t()) < tolerance
 
 
-@pytest.mark.parametrize("undo", [True, False])
-def test_merging_is_refused_and_the_way_out_named(form: str, undo: bool) -> None:
+DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes"))]
+
+
+def test_merging_is_refused_and_the_way_out_named(form: str) -> None:
     net, x = build(form)
     fill(li.inject(net, config("0", "2")))
     before, held = net(x), objects(net)
-    with pytest.raises(li.LayerError, match=r"merge into '0\.\w+'.*(plain floating|in 16 bits)"):
-        li.merge(net, undo=undo)
+    way_out = r"dequantize=\"bfloat16\"" if form in DENSE else "in 16 bits"
+    refusals: list[tuple[dict[str, Any], str]] = [({}, way_out), ({"undo": False}, way_out)]
+    if form not in DENSE:
+        refusals.append(({"dequantize": "float32"}, "nothing here knows the values"))
+    if not form.startswith("bitsandbytes"):
+        refusals.append(({"requantize": True}, "in 16 bits"))
+    for options, words in refusals:
+        with pytest.raises(li.LayerError, match=rf"merge into '0\.\w+'.*quantized.*{words}"):
+            li.merge(net, **options)
+        assert same_bits(net(x), before)
+        assert objects(net) == held
+        li.activate(net, "default")  # it is not half merged
+
+
+def measured(layer: Any) -> Tensor:
+    """What the weight of a layer is, by what it makes of unit vectors."""
+    eye = torch.eye(layer.in_features, dtype=layer.bias.dtype)
+    with torch.no_grad():
+        return (layer(eye).double() - layer.bias.double()).t()
+
+
+def layer_state(net: Any) -> list[Any]:
+    return [(type(m), sorted(m.__dict__), dict(m._parameters)) for m in net.modules()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_into_plain_floats_on_request_and_restored(form: str, dtype: torch.dtype) -> None:
+    if form not in DENSE:
+        pytest.skip("refused")
+    net, x = build(form)
+    fill(li.inject(net, config("0"))).train()
+    with li.disabled(net):
+        W = [measured(net[0]), measured(net[2])]
+    before, held = net(x), layer_state(net)
+    site = li.adapter_state(net).sites["0"]
+    wanted = W[0] + SCALE * site.B.double() @ site.A.double()
+    report = li.merge(net, dequantize=str(dtype).removeprefix("torch."))
+    actions = {name: (row.action, row.dtype, row.shape) for name, row in report.tensors.items()}
+    kind = str(dtype).removeprefix("torch.")
+    assert actions == {
+        "0.weight": ("folded", kind, (N, N)),
+        "2.weight": ("dequantized", kind, (32, N)),
+    }
+    for layer, values in ((net[0], wanted), (net[2], W[1])):
+        assert type(layer.weight) is nn.Parameter
+        assert error(layer.weight, values) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert (report.min_kept > 0.9) if dtype == torch.bfloat16 else not report.counted
+    merged = net(x.to(dtype))
+    li.unmerge(net)
+    assert layer_state(net) == held, "the very layers, with their very weights"
     assert same_bits(net(x), before)
-    assert objects(net) == held
-    li.activate(net, None)  # it is not half merged
+
+    li.merge(net, dequantize=dtype, eject=True)
+    assert [type(m) for m in net] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert [sorted(m.__dict__) for m in net] == [sorted(m.__dict__) for m in plain_net()]
+    assert list(net.state_dict()) == list(plain_net().state_dict())
+    assert same_bits(net(x.to(dtype)), merged)
+
+
+def test_requantized_on_request_and_restored(form: str) -> None:
+    if not form.startswith("bitsandbytes"):
+        pytest.skip("refused")
+    net, x = build(form)
+    fill(li.inject(net, config("0")), std=0.1).train()
+    with li.disabled(net):
+        W = measured(net[0])
+    before, held = net(x), layer_state(net)
+    site = li.adapter_state(net).sites["0"]
+    D = SCALE * site.B.double() @ site.A.double()
+    row = li.merge(net, requantize=True).tensors["0.weight"]
+    assert type(net[0].weight) is type(held[1][2]["weight"])
+    change = measured(net[0]) - W
+    kept = float((change * D).sum() / D.square().sum())
+    assert row.kept == pytest.approx(kept, abs=1e-3)
+    assert row.error == pytest.approx(float((change - D).norm() / D.norm()), rel=1e-3)
+    assert 0.5 < kept < 1.2
+    li.unmerge(net)
+    assert layer_state(net) == held
+    assert same_bits(net(x), before)
+    with torch.no_grad():
+        li.adapter_parameters(net)["0.lora_B"] *= 1e-4  # less than a step of the format
+    with pytest.raises(li.LayerError, match="min_kept"):
+        li.merge(net, requantize=True, min_kept=0.5)
+    assert layer_state(net) == held
+
+
+def test_weights_for_a_server_are_those_that_a_merge_would_leave(form: str) -> None:
+    if form not in DENSE:
+        pytest.skip("refused")
+    net, x = build(form)
+    fill(li.inject(net, config("0")))
+    net.eval()(x)  # which has bitsandbytes rearrange its codes
+    sent = dict(li.merged_weights(net, dequantize="bfloat16"))
+    li.merge(net, dequantize="bfloat16", eject=True)
+    assert sent.keys() == net.state_dict().keys()
+    assert all(same_bits(sent[f"{i}.weight"], net[i].weight) for i in (0, 2))
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])

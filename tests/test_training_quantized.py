@@ -75,10 +75,29 @@ def test_trainer_trains_saves_and_loads_on_a_quantized_base(form: str, tmp_path:
     again = li.load_adapter(quantized(folder, form), tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again.eval()(ids).logits, served)
+    merge_and_serve(again, served, tmp_path / "merged")
     li.eject(model)
     assert "_hf_peft_config_loaded" not in vars(model)
     with pytest.raises(ValueError, match="purely quantized"):
         trainer(tmp_path, model)
+
+
+def merge_and_serve(model: Any, served: torch.Tensor, folder: Path) -> None:
+    """Merged into plain floats, the model is saved and loads as one that never was quantized."""
+    config = model.config.quantization_config
+    li.merge(model, dequantize="float32")
+    assert not hasattr(model.config, "quantization_config")
+    li.unmerge(model)
+    assert model.config.quantization_config is config
+    assert model.is_quantized
+    li.merge(model, dequantize="float32", eject=True)
+    model.save_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert not getattr(plain, "is_quantized", False)
+    with torch.no_grad():
+        logits = plain(torch.arange(9)[None]).logits
+    # bitsandbytes computes NF4 in bfloat16 when it serves, and int8 with activations in int8.
+    assert float((logits - served).abs().max() / served.abs().max()) < 0.02
 
 
 def test_checkpointed_layers_of_a_quantized_base_train(tmp_path: Path) -> None:

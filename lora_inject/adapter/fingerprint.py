@@ -107,7 +107,7 @@ def _parts(weight: Tensor) -> Iterator[str]:
     state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
     if state is not None:
         yield f"{state.quant_type}, blocks of {state.blocksize}, {tuple(state.shape)}"
-        yield _glimpse(_codes(weight.data, state))
+        yield _glimpse(codes_of(weight.data, state))
     elif hasattr(weight, "__tensor_flatten__"):  # torchao, quanto
         names, settings = weight.__tensor_flatten__()
         yield from _settings(settings.items() if isinstance(settings, Mapping) else ())
@@ -117,8 +117,8 @@ def _parts(weight: Tensor) -> Iterator[str]:
         yield _glimpse(weight)
 
 
-def _codes(data: Tensor, state: Any) -> Tensor:
-    """The 4-bit codes as bitsandbytes stores them; inference on some CPUs has them rearranged."""
+def codes_of(data: Tensor, state: Any) -> Tensor:
+    """Return bitsandbytes' 4-bit codes as stored; inference on some CPUs has them rearranged."""
     if not getattr(state, "packing_format_for_cpu", False):
         return data
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse

@@ -73,6 +73,24 @@ def unswap(module: nn.Module) -> None:
     module.__class__ = plain
 
 
+def change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
+    """Let a module, with adapters or without, stand on another class of the same layout."""
+    before: Any = plain_class(type(module))
+    attached = attached_to(module)
+    own, bound = module.__dict__, types.MethodType(plain.forward, module)
+    if getattr(own.get("_old_forward"), "__func__", None) is before.forward:  # a hook's
+        own["_old_forward"] = bound
+    if attached is None:
+        module.__class__ = plain
+        return
+    if attached.old_forward is not None:
+        attached.old_forward = bound
+    ours = _own_class(type(module))
+    new = adapted_class(plain, ours._lora_mixin, attached.reads)
+    module.__class__ = new if ours is type(module) else _with_base(type(module), ours, new)
+    _rebind_hooked_forward(module, attached)
+
+
 def _is_ours(method: Any, module: nn.Module) -> bool:
     """Whether a method that somebody saved on a module is the forward of a swapped class."""
     function = getattr(method, "__func__", None)

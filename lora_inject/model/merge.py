@@ -30,9 +30,11 @@ from lora_inject.model.carried import (
     refuse_merged,
     roots_of,
 )
+from lora_inject.model.dequantizing import Layer, dtype_of, replace_weight, say_again, say_plain
 from lora_inject.model.eject import eject as take_off
 from lora_inject.model.merge_targets import (
     Holder,
+    Into,
     Target,
     check_results,
     merge_targets,
@@ -55,6 +57,7 @@ class _Undo:
         original: The values before as a matrix; None where `before` still has them or nothing is
             kept.
         partner: For an untied tensor: who else held its memory, and still does.
+        layer: For a quantized weight that was replaced: what the layer was.
         n_kept: How many rows `original` holds.
         lost: Whether values were written over that nobody kept.
     """
@@ -64,6 +67,7 @@ class _Undo:
     before: nn.Parameter
     original: Tensor | None = None
     partner: Holder | None = None
+    layer: Layer | None = None
     n_kept: int = 0
     lost: bool = False
 
@@ -77,7 +81,9 @@ class _Undo:
     def restore(self) -> None:
         """Put the values, or the tie, back."""
         with torch.no_grad():
-            if self.partner is not None:
+            if self.layer is not None:
+                self.layer.put_back()
+            elif self.partner is not None:
                 there = self.partner.tensor
                 if there.untyped_storage().data_ptr() != self.before.untyped_storage().data_ptr():
                     self.before.data = there.data  # the model was cast or moved meanwhile
@@ -95,6 +101,7 @@ class _Merged:
     trainable: list[nn.Parameter]
     undos: list[_Undo] | None = None
     tie_flags: list[Any] = field(default_factory=list)
+    said_quantized: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
 
 def merge(
@@ -104,8 +111,13 @@ def merge(
     undo: bool = True,
     min_kept: float | None = None,
     eject: bool = False,
+    dequantize: str | torch.dtype | None = None,
+    requantize: bool = False,
 ) -> MergeReport:
     """Fold `scale * B @ A` of the active adapters into the frozen weights, rounding once.
+
+    A quantized weight is merged into on request only: bitsandbytes' NF4, FP4 and int8, and to plain
+    floats torchao's.
 
     Args:
         model: The injected root.
@@ -115,23 +127,30 @@ def merge(
         min_kept: Refuse, before any change, where less than this share of a delta would survive
             the rounding to a 16-bit weight.
         eject: Take all adapters off afterwards, which leaves a plain model with merged weights.
+        dequantize: `bfloat16`, `float16` or `float32`: make every quantized layer of the model a
+            plain one of this dtype, which is to be the one that the rest of the model computes in.
+        requantize: Quantize merged weights again, in their own format.
 
     Returns:
-        What rounding left of each delta, and in its notes which ties were cut.
+        What rounding, or quantizing again, left of each delta, and in its notes which ties were
+        cut.
 
     Raises:
-        StateError: Nothing is active, the model is merged already, or an adapter holds NaN or Inf
-            or is not whole in this model.
-        LayerError: A weight is quantized, on the meta device, sharded, of inference mode or shares
+        StateError: Both `dequantize` and `requantize` are asked for, nothing is active,
+            the model is merged already, or an adapter holds NaN or Inf or is not whole in this
+            model.
+        LayerError: A weight is quantized and nothing was said, or nothing here knows its values; or
+            it is on the meta device, sharded, of inference mode or shares
             a part of its memory, the merged weight would not be finite, `min_kept` is missed, or
             the model's class would tie again what has to be untied. Nothing was changed.
     """
+    into = _into(dequantize, requantize)
     survey = Survey(model)
     root = root_of(survey)
     refuse_merged("merge", root.selection)
     root.selection.check_settled("merge", others=True)
     state = state_to_merge(survey, root.selection, name)
-    targets = merge_targets(survey, state.active)
+    targets = merge_targets(survey, state.active, into)
     check_ties(survey, _untied(targets), eject)
     check_results(targets, min_kept, undo)
     try:
@@ -143,6 +162,13 @@ def merge(
             unmerge(model)
         raise
     return report
+
+
+def _into(dequantize: str | torch.dtype | None, requantize: bool) -> Into:
+    """Return what quantized weights become."""
+    if dequantize is not None and requantize:
+        raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
+    return "same" if requantize else None if dequantize is None else dtype_of(dequantize)
 
 
 def _merge(
@@ -161,6 +187,8 @@ def _merge(
         try:
             with nullcontext() if undo else _held_back_interrupts():
                 _write(targets, undo, undos)
+            if any(isinstance(target.into, torch.dtype) for target in targets):
+                kept.said_quantized = say_plain(survey)
             if untied := _untied(targets):
                 # Without this a saved merged model would be tied again when it is loaded.
                 kept.tie_flags = tied_configs(survey)
@@ -170,6 +198,7 @@ def _merge(
             kept.undos = undos if undo else None
         except BaseException as error:
             say_tied(kept.tie_flags, True)
+            say_again(kept.said_quantized)
             _restore(undos)
             if any(item.lost for item in undos):
                 n, of = len(undos), len(targets)
@@ -230,8 +259,15 @@ def state_to_merge(
 def _write(targets: list[Target], undo: bool, undos: list[_Undo]) -> None:
     """Write every merged weight, and note in `undos`, before each, what would take it back."""
     untied: set[Holder] = set()
-    for target in targets:
+    # First: a layer that becomes a plain one may get its bias in another dtype.
+    for target in sorted(targets, key=lambda target: target.into is None):
         holder, before = target.holder, target.weight
+        if target.into is not None:
+            target.tally = Tally() if target.terms else None
+            weight = target.replacement(target.tally)
+            layer = replace_weight(holder.module, holder.param, weight)
+            undos.append(_Undo(holder, weight, before, layer=layer))
+            continue
         left = [other for other in target.sharers if other not in untied]
         if left:  # else nobody shares it any more
             own = nn.Parameter(before.detach().clone(), requires_grad=False)
@@ -289,6 +325,7 @@ def _report(targets: list[Target], state: State) -> MergeReport:
     tensors, notes = {}, []
     for target in targets:
         action = "untied" if target.sharers else "folded" if target.terms else "replaced"
+        action = "dequantized" if target.into and not target.terms else action
         dtype = str(target.weight.dtype).removeprefix("torch.")
         row = TensorReport(target.name, action, dtype, tuple(target.weight.shape))
         tensors[target.name] = row.counted(target.tally if target.narrow else None)
@@ -333,6 +370,7 @@ def unmerge(model: M) -> M:
             selection.replace(kept.was)
             selection.merged = None
             say_tied(kept.tie_flags, True)
+            say_again(kept.said_quantized)
             for parameter in kept.trainable:
                 parameter.requires_grad_(True)
             allow_loading(module for _, module in survey.modules)
@@ -351,6 +389,9 @@ def _check_in_place(survey: Survey, undos: list[_Undo]) -> None:
             )
         now = holder.module._parameters.get(holder.param)
         same = now is undo.merged or (undo.partner is not None and now is undo.before)
+        if same and undo.layer is not None and now is not None and now.device != undo.before.device:
+            remedy = f"Move the model back to {undo.before.device} first"
+            raise StateError(asked, f"it was moved to {now.device} since the merge", remedy)
         if not same or (undo.original is not None and now.numel() != undo.original.numel()):  # type: ignore[union-attr]
             raise StateError(
                 asked,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,17 @@ from lora_inject.functional import (
     fold_rows,
     mix_copies,
 )
+from lora_inject.layers.adapted import is_quantized
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor, memory_of
 from lora_inject.model.carried import whole_adapter
+from lora_inject.model.dequantizing import dense, quantized_again, quantized_weights, why_not_dense
 from lora_inject.model.sharding import sharded_by
 from lora_inject.model.untying import refuse_overlaps
 from lora_inject.spec.names import joined
+
+Into = torch.dtype | Literal["same"] | None
+"""What a quantized weight is merged into: plain floats, its own format, or nothing, an error."""
 
 
 class Holder(NamedTuple):
@@ -51,6 +56,7 @@ class Target:
         copies: Full trained copies, each with its weight.
         sharers: Who else holds the same memory, and must not see the merge.
         tally: What rounding left, where it was counted.
+        into: For a quantized weight: what it becomes. None for a plain one.
     """
 
     holder: Holder
@@ -58,6 +64,7 @@ class Target:
     copies: list[tuple[Tensor, float]] = field(default_factory=list)
     sharers: list[Holder] = field(default_factory=list)
     tally: Tally | None = None
+    into: Into = None
 
     @property
     def name(self) -> str:
@@ -74,12 +81,19 @@ class Target:
         """Its shape as one matrix."""
         if self.terms:
             return self.terms[0].spec.matrix_shape
-        return (self.weight.shape[0] if self.weight.dim() else 1, -1)
+        return (self.weight.shape[0] if self.weight.dim() and not self.into else 1, -1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the merged values."""
+        if self.into is None:
+            return self.weight.dtype
+        return torch.float32 if self.into == "same" else self.into
 
     @property
     def narrow(self) -> bool:
-        """Whether the weight is stored in 16 bits, which may lose part of a delta."""
-        return self.weight.element_size() <= 2
+        """Whether the result is stored in 16 bits or less, which may lose part of a delta."""
+        return self.into == "same" or self.dtype.itemsize <= 2
 
     @cached_property
     def delta(self) -> Delta:
@@ -93,14 +107,18 @@ class Target:
         bound = sum(
             abs(t.spec.scale * t.weight) * float(norm(t.A)) * float(norm(t.B)) for t in self.terms
         )
-        return not bound <= 1e-6 * torch.finfo(self.weight.dtype).max
+        return not bound <= 1e-6 * torch.finfo(self.dtype).max
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` of the weight matrix, views in its own storage."""
-        matrix = self.weight.detach().view(self.matrix_shape)
+        """Yield `(first row, rows)` of the weight matrix; of a plain one views in its storage."""
+        matrix = self._values().view(self.matrix_shape)
         step = block_rows(matrix)
         for i, rows in enumerate(matrix.split(step)):  # type: ignore[no-untyped-call]
             yield i * step, rows
+
+    def _values(self) -> Tensor:
+        weight = self.weight
+        return weight.detach() if self.into is None else dense(self.holder.module, weight)
 
     def merged(
         self, rows: Tensor, start: int, tally: Tally | None, out: Tensor | None = None
@@ -121,19 +139,58 @@ class Target:
     def rehearse(self) -> None:
         """Form all merged rows and count, without writing."""
         self.tally = Tally()
+        if self.into is not None:
+            self.replacement(self.tally)
+            return
         for start, rows in self.blocks():
             self.merged(rows, start, self.tally)
 
+    @torch.no_grad()
+    def formed(self, tally: Tally | None = None) -> Tensor:
+        """Return all merged values, a new tensor of the shape that the layer states."""
+        values = self._values()
+        formed = torch.empty(values.shape, dtype=self.dtype, device=values.device)
+        out, matrix = formed.view(self.matrix_shape), values.view(self.matrix_shape)
+        step = block_rows(matrix)
+        for start in range(0, matrix.shape[0], step):
+            self.merged(matrix[start : start + step], start, tally, out[start : start + step])
+        return formed
 
-def merge_targets(survey: Survey, active: Iterable[tuple[str, float]]) -> list[Target]:
-    """Return what is to be written to fold `(adapter, weight)` pairs in; check that it can be."""
+    def replacement(self, tally: Tally | None) -> nn.Parameter:
+        """Return what a quantized weight becomes, checked to be finite."""
+        if self.into != "same":
+            weight = nn.Parameter(self.formed(tally), requires_grad=False)
+            values: Tensor = weight
+        else:
+            module, values = self.holder.module, self.formed()
+            if not all_finite(values):
+                raise not_finite(self, self._values())
+            weight = quantized_again(module, self.weight, values)
+            if tally is not None:
+                before, now = self._values(), dense(module, weight)
+                tally.count(before, values - before, values - now)
+        if not all_finite(values):
+            raise not_finite(self, self._values())
+        return weight
+
+
+def merge_targets(
+    survey: Survey, active: Iterable[tuple[str, float]], into: Into = None
+) -> list[Target]:
+    """Return what is to be written to fold `(adapter, weight)` pairs in; check that it can be.
+
+    `into` is for quantized weights; with a dtype those without an adapter are written as well.
+    """
     found: dict[Holder, Target] = {}
     for adapter, weight in active:
         for path, module, entry in whole_adapter(survey, adapter, "merge"):
             holder = Holder(joined(path, entry.param), module, entry.param)
             _add_entry(found.setdefault(holder, Target(holder)), entry, weight)
+    for module, key in quantized_weights(survey) if isinstance(into, torch.dtype) else ():
+        holder = Holder(joined(survey.paths[id(module)], key), module, key)
+        found.setdefault(holder, Target(holder))
     for target in found.values():
-        _check_weight(target)
+        _check_weight(target, into)
         holders = survey.holders(target.weight)
         others = [Holder(joined(survey.paths[id(m)], param), m, param) for m, param in holders]
         target.sharers = [other for other in others if other != target.holder]
@@ -165,21 +222,17 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
         target.terms.append(Term(entry.spec, A.detach(), B.detach(), weight * sign))
 
 
-def _check_weight(target: Target) -> None:
+def _check_weight(target: Target, into: Into) -> None:
     weight = target.weight
     asked = f"merge into {target.name!r}"
-    shape = target.terms[0].spec.weight_shape if target.terms else target.copies[0][0].shape
     if weight.device.type == "meta":
         raise LayerError(asked, "the weight is on the meta device", "Load the base weights first")
-    if sharded_by(weight) or type(weight) is not nn.Parameter:
-        found = sharded_by(weight) or f"a {type(weight).__name__}"
-        raise LayerError(
-            asked, f"the weight is {found}", "Merge into an unsharded copy in plain floating point"
-        )
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise LayerError(
-            asked, f"the weight is quantized ({weight.dtype})", "Merge into the base in 16 bits"
-        )
+    if how := sharded_by(weight):
+        raise LayerError(asked, f"the weight is sharded by {how}", "Merge into an unsharded copy")
+    if is_quantized(weight):
+        _check_quantized(target, into, asked)
+        return
+    shape = target.terms[0].spec.weight_shape if target.terms else target.copies[0][0].shape
     if tuple(weight.shape) != tuple(shape):
         raise LayerError(
             asked,
@@ -195,6 +248,21 @@ def _check_weight(target: Target) -> None:
             "the weight was made in inference mode, outside of which nobody may write it",
             "Call merge within torch.inference_mode(), or load the base outside of it",
         )
+
+
+def _check_quantized(target: Target, into: Into, asked: str) -> None:
+    module, weight = target.holder.module, target.weight
+    reason = why_not_dense(module, weight, again=into == "same")
+    if into is None or reason:
+        found = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
+        remedy = "Load the adapter onto the base in 16 bits and merge there"
+        if not reason:
+            remedy = 'Write plain floats, merge(model, dequantize="bfloat16"), or its own format, '
+            remedy += "merge(model, requantize=True)"
+        raise LayerError(asked, f"{found}: {reason}" if reason else found, remedy)
+    if target.copies:
+        raise LayerError(asked, "a trained copy stands for a quantized weight", "Leave it out")
+    target.into = into
 
 
 def _once_if_tied(found: Mapping[Holder, Target]) -> list[Target]:
@@ -224,9 +292,10 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
     cannot be taken back when it comes to light. The others are formed once without being written.
     """
     for target in targets:
-        if target.narrow and not undo and not all_finite(target.weight):
+        if target.narrow and not undo and not target.into and not all_finite(target.weight):
             raise not_finite(target, target.weight)
-        if (min_kept is not None and target.narrow) or target.may_overflow():
+        changed = target.terms or target.copies
+        if (min_kept is not None and target.narrow and changed) or target.may_overflow():
             target.rehearse()
             if target.tally is not None and not target.tally.finite:
                 raise not_finite(target, target.weight)
@@ -252,5 +321,5 @@ def not_finite(target: Target, base: Tensor) -> LayerError:
     asked = f"merge into {target.name!r}"
     if not all_finite(base):
         return LayerError(asked, "the base holds NaN or Inf", "Check the base")
-    found = f"the merged weight overflows {target.weight.dtype}"
+    found = f"the merged weight overflows {target.dtype}"
     return LayerError(asked, found, "Merge in a wider dtype")

@@ -13,19 +13,24 @@ from torch import Tensor, nn
 from lora_inject.functional import all_finite
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.carried import refuse_merged
+from lora_inject.model.dequantizing import dtype_of
 from lora_inject.model.merge import root_of, state_to_merge
 from lora_inject.model.merge_targets import Target, check_results, merge_targets, not_finite
 from lora_inject.spec.names import joined
 
 
 def merged_weights(
-    model: nn.Module, *, name: str | Mapping[str, float] | None = None
+    model: nn.Module,
+    *,
+    name: str | Mapping[str, float] | None = None,
+    dequantize: str | torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the base's parameters as `merge` would leave them, without merging.
 
     Args:
         model: The injected root.
         name: Fold this adapter, or mix; by default what is active.
+        dequantize: Yield quantized weights as plain ones of this dtype; see `merge`.
 
     Returns:
         Pairs of a parameter's name in the base's state dict and its value: a new tensor where an
@@ -48,7 +53,8 @@ def merged_weights(
     selection = root_of(survey).selection
     refuse_merged("merged_weights", selection)
     selection.check_settled("merged_weights", others=True)
-    targets = merge_targets(survey, state_to_merge(survey, selection, name).active)
+    into = None if dequantize is None else dtype_of(dequantize)
+    targets = merge_targets(survey, state_to_merge(survey, selection, name).active, into)
     check_results(targets, None, undo=True)
     return _folded(survey, targets)
 
@@ -64,12 +70,8 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
             yield full, parameter.detach() if target is None else _fold(target)
 
 
-@torch.no_grad()
 def _fold(target: Target) -> Tensor:
-    merged = torch.empty_like(target.weight)
-    out = merged.view(target.matrix_shape)
-    for start, rows in target.blocks():
-        out[start : start + rows.shape[0]] = target.merged(rows, start, None)
+    merged = target.formed()
     if not all_finite(merged):
         raise not_finite(target, target.weight)
     return merged

@@ -1,0 +1,191 @@
+"""Quantized weights of a live model: their values, and layers that hold them in another way.
+
+A layer stays the object that it is. Its weight, and where it is bitsandbytes' its class, are
+replaced, and `Layer` puts back the very ones that were there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.adapter.fingerprint import codes_of
+from lora_inject.errors import LayerError
+from lora_inject.layers.adapted import is_quantized, plain_class
+from lora_inject.layers.class_swap import change_plain_class
+from lora_inject.layers.survey import Survey
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BITSANDBYTES = "bitsandbytes.nn.modules"
+# What transformers leaves on a quantized model and on its config.
+_ON_MODEL = ("hf_quantizer", "is_quantized", "quantization_method")
+_ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
+
+
+def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
+    """Return the dtype that a caller names.
+
+    Raises:
+        LayerError: It is none of `DTYPES`.
+    """
+    name = str(dequantize).removeprefix("torch.")
+    if name not in DTYPES:
+        raise LayerError(f"dequantize={name!r}", "it is not known", f"Use one of {list(DTYPES)}")
+    return DTYPES[name]
+
+
+def why_not_dense(module: nn.Module, weight: Tensor, *, again: bool) -> str | None:
+    """Return why a quantized weight cannot be dequantized, or `again` quantized; None if it can."""
+    kind, plain = _kind(weight), plain_class(type(module))
+    if kind is None or (kind != "torchao" and plain.__module__ != _BITSANDBYTES):
+        return f"nothing here knows the values of a {plain.__name__} of {plain.__module__}"
+    if kind == "int8" and (weight.dtype != torch.int8 or _row_scales(module, weight) is None):
+        return "bitsandbytes has not quantized it yet"
+    if again and kind == "torchao":
+        return "torchao's tensors do not say how they were quantized"
+    return None
+
+
+def _kind(weight: Tensor) -> str | None:
+    cls = type(weight)
+    if cls.__module__.startswith("torchao."):
+        return "torchao"
+    if cls.__module__ == _BITSANDBYTES:
+        return "4-bit" if getattr(weight, "quant_state", None) is not None else "int8"
+    return None
+
+
+def _row_scales(module: nn.Module, weight: Any) -> Tensor | None:
+    """Return bitsandbytes' scales of int8 rows, which the first forward moves to the layer."""
+    found: Tensor | None = getattr(weight, "SCB", None)
+    return found if found is not None else getattr(getattr(module, "state", None), "SCB", None)
+
+
+@torch.no_grad()
+def dense(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return what a quantized weight stands for, as its layer computes with it: a new float32."""
+    held: Any = weight
+    kind = _kind(weight)
+    if kind == "torchao":
+        values: Tensor = held.dequantize()
+    elif kind == "4-bit":
+        values = _dense_4bit(held)
+    else:
+        scales = _row_scales(module, weight)
+        assert scales is not None
+        values = held.data.float() * (scales.float() / 127)[:, None]
+    return values.to(torch.float32)
+
+
+def _dense_4bit(weight: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy.copy(weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):  # rearranged by inference, scales too
+        state.absmax, state.nested = state.absmax.t().reshape(-1).float(), False
+    values: Tensor = dequantize_4bit(codes_of(weight.data, weight.quant_state), state)
+    return values
+
+
+@torch.no_grad()
+def quantized_again(module: nn.Module, weight: Tensor, values: Tensor) -> nn.Parameter:
+    """Return a weight in the format of another one, for float32 values of its layer."""
+    from bitsandbytes import functional
+    from bitsandbytes.nn.modules import Int8Params, Params4bit
+
+    held: Any = weight
+    layer: Any = module
+    if _kind(weight) == "int8":
+        codes, scales, _ = functional.int8_vectorwise_quant(values.to(torch.float16))
+        return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+    how = {key: getattr(held, key) for key in ("blocksize", "compress_statistics", "quant_type")}
+    how["quant_storage"] = held.quant_storage
+    data, state = functional.quantize_4bit(values, **how)
+    state.dtype = getattr(held.quant_state, "original_dtype", held.quant_state.dtype)
+    made: nn.Parameter = Params4bit(
+        data, requires_grad=False, quant_state=state, module=layer, bnb_quantized=True, **how
+    )
+    return made
+
+
+def quantized_weights(survey: Survey) -> Iterable[tuple[nn.Module, str]]:
+    """Yield every layer that holds a quantized weight of a library, and the weight's name."""
+    for _, module in survey.modules:
+        for key, weight in survey.own[id(module)].items():
+            if type(weight) is not nn.Parameter and is_quantized(weight):
+                yield module, key
+
+
+@dataclass
+class Layer:
+    """What a layer was before its quantized weight was replaced."""
+
+    module: nn.Module
+    plain: type[nn.Module]
+    attributes: dict[str, Any]
+    parameters: dict[str, nn.Parameter | None]
+
+    def put_back(self) -> None:
+        """Give the layer its own class, attributes and Parameters back."""
+        change_plain_class(self.module, self.plain)
+        self.module.__dict__.update(self.attributes)
+        self.module._parameters.update(self.parameters)
+
+
+def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
+    """Put another weight into a quantized layer, which becomes an `nn.Linear` for a plain one."""
+    plain, own = plain_class(type(module)), module.__dict__
+    biased = {name: module._parameters[name] for name in ("bias",) if name in module._parameters}
+    before = Layer(module, plain, {}, {key: module._parameters[key], **biased})
+    if type(weight) is not nn.Parameter:  # in the same format
+        if (state := own.get("state")) is not None:
+            before.attributes["state"] = state
+            own["state"] = _without_codes(state)
+        if "quant_state" in own:
+            before.attributes["quant_state"] = own["quant_state"]
+            own["quant_state"] = getattr(weight, "quant_state", None)
+        module._parameters[key] = weight
+        return before
+    alone = {"extra_repr"}  # torchao's
+    if plain.__module__ == _BITSANDBYTES:
+        alone = plain(1, 1, device="meta").__dict__.keys() - nn.Linear(1, 1, device="meta").__dict__
+        change_plain_class(module, nn.Linear)
+    before.attributes = {name: own.pop(name) for name in sorted(alone & own.keys())}
+    if (bias := module._parameters.get("bias")) is not None and bias.dtype != weight.dtype:
+        cast = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
+        module._parameters["bias"] = cast
+    module._parameters[key] = weight
+    return before
+
+
+def _without_codes(state: Any) -> Any:
+    """Return bitsandbytes' record of an int8 layer as it is before the first forward."""
+    fresh = copy.copy(state)
+    fresh.CB = fresh.SCB = None
+    return fresh
+
+
+def say_plain(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
+    """Have models and configs not say that they are quantized; return what `say_again` takes."""
+    said = []
+    for _, module in survey.modules:
+        if "hf_quantizer" in module.__dict__:
+            said.append((module, _taken(module, _ON_MODEL)))
+            if (config := getattr(module, "config", None)) is not None:
+                said.append((config, _taken(config, _ON_CONFIG)))
+    return said
+
+
+def _taken(owner: Any, names: Iterable[str]) -> dict[str, Any]:
+    return {name: owner.__dict__.pop(name) for name in names if name in owner.__dict__}
+
+
+def say_again(said: Iterable[tuple[Any, dict[str, Any]]]) -> None:
+    """Undo `say_plain`."""
+    for owner, values in said:
+        owner.__dict__.update(values)
