@@ -112,8 +112,7 @@ def _whole(model: nn.Module) -> tuple[Any, ...]:
     values = [(n, p.requires_grad, p.detach().float().numpy().tobytes())
               for n, p in model.named_parameters(remove_duplicate=False)]  # fmt: skip
     classes = [type(module).__mro__ for module in model.modules()]
-    hooks = [len(module._load_state_dict_pre_hooks) for module in model.modules()]
-    return outputs, li.summary(model), values, classes, hooks, sorted(model.__dict__)
+    return outputs, li.summary(model), values, classes, sorted(model.__dict__)
 
 
 VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {

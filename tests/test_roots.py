@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,36 @@ def test_a_verb_on_a_part_of_an_adapter_says_so() -> None:
     for verb in (li.adapter_state, li.eject):
         with pytest.raises(li.StateError, match="shares only some of its layers"):
             verb(model.left)
+
+
+def test_loading_onto_a_parent_of_towers_changes_no_output() -> None:
+    """One selection for all cannot say that `a` is active on one tower and idle on the other."""
+    model = Towers()
+    for tower, names in ((model.left, "a"), (model.right, "ab")):
+        for name in names:
+            fill(li.inject(tower, RULE, name), name)
+    other = fill(li.inject(li.eject(copy.deepcopy(model)), {**RULE, "targets": [r"left\.0"]}))
+    state, before = li.adapter_state(other), snapshot(model)
+    with pytest.raises(li.StateError, match=r"'a' is active in one .* than in 'right.2'.*activate"):
+        li.install(model, state, "c")
+    assert snapshot(model) == before
+    li.activate(model, {"a": 0.5, "b": 2.0})
+    wanted = model(X)
+    li.install(model, state, "c")
+    assert same_bits(model(X), wanted)
+
+
+@pytest.mark.parametrize("verb", ["inject", "install"])
+def test_towers_are_not_joined_while_another_thread_is_inside_a_context(verb: str) -> None:
+    model = two_towers()
+    config = {**RULE, "targets": [r"left\.0"]}
+    state = li.adapter_state(li.inject(li.eject(copy.deepcopy(model)), config))
+    before = snapshot(model)
+    add = {
+        "inject": lambda: li.inject(model, config, "c"),
+        "install": lambda: li.install(model, state, "c"),
+    }[verb]
+    with li.disabled(model), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(li.StateError, match="another thread or task is inside"):
+            pool.submit(add).result()
+        assert snapshot(model) == before

@@ -33,6 +33,7 @@ from lora_inject.layers.checkpointing import refuse_dead_checkpoint
 from lora_inject.layers.reading import running_module
 from lora_inject.layers.routed_forward import adds_rows, with_rows
 from lora_inject.layers.selection import State
+from lora_inject.layers.state_dict import refuse_loading
 
 # Key of the scales in a state dict's metadata.
 SCALES = "lora_scales"
@@ -173,6 +174,7 @@ class Adapted(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Let a plain base checkpoint load strictly; half an adapter is still missing keys."""
+        refuse_loading(self)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lora_inject.errors import StateError
 from lora_inject.layers.checkpointing import are_running, remember
 from lora_inject.layers.contexts import Context, entered, innermost
-from lora_inject.layers.state_dict import Loading
+from lora_inject.layers.state_dict import Loading, watch_loading
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,8 @@ class Selection:
         self._numbers = dict(numbers)
         self.devices = saved["devices"]
         self.state = self.prepared(self.state)
+        if self.merged is not None:
+            watch_loading()
 
 
 def _as_tensor(pairs: list[tuple[int, float]], device: torch.device) -> Tensor:

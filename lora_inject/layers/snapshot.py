@@ -27,7 +27,6 @@ KEYS = frozenset(
         "save_pretrained",
     )
 )
-TABLES = ("_parameters", "_load_state_dict_pre_hooks")
 
 
 @contextmanager
@@ -76,21 +75,20 @@ def _snapshot(module: nn.Module, grows: bool) -> tuple[Any, ...]:
     """Return what `_restore` takes; of the many modules that carry nothing, it is little."""
     own, attached = module.__dict__, attached_to(module)
     extras = {key: own[key] for key in own if key in KEYS} if not KEYS.isdisjoint(own) else None
-    tables = [_noted(own[name], grows) for name in TABLES]
+    parameters = _noted(own["_parameters"], grows)
     held = None
     if attached is not None:
         reads = {param: _noted(table, grows) for param, table in attached.reads.items()}
         held = dict(attached.__dict__), _noted(attached.forward, grows), dict(attached.reads), reads
-    return module, type(module), extras, tables, held
+    return module, type(module), extras, parameters, held
 
 
-def _restore(module: nn.Module, cls: type, extras: Any, tables: Any, held: Any) -> None:
+def _restore(module: nn.Module, cls: type, extras: Any, parameters: Any, held: Any) -> None:
     module.__class__ = cls
     for key in KEYS:
         module.__dict__.pop(key, None)
     module.__dict__.update(extras or {})
-    for name, noted in zip(TABLES, tables, strict=True):
-        _put_back(module.__dict__[name], noted)
+    _put_back(module._parameters, parameters)
     attached = attached_to(module)
     if attached is not None and held is not None:
         attributes, forward, by_param, reads = held

@@ -6,7 +6,7 @@ and nothing loads into merged weights, which `unmerge` would write over.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from typing import Any
 
 from torch import nn
@@ -34,33 +34,31 @@ class Loading:
         self.missing_keys.extend(self._forgiven.pop(adapter, ()))
 
 
-def refuse_loading(modules: Iterable[nn.Module]) -> None:
-    """Refuse `load_state_dict` on modules, before the first tensor, until `allow_loading`."""
-    for module in modules:
-        module.register_load_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
+@functools.cache
+def watch_loading() -> None:
+    """Refuse, from now on, `load_state_dict` of whatever holds merged weights.
 
-
-def allow_loading(modules: Iterable[nn.Module]) -> None:
-    """Take the refusal away."""
-    for hooks in (module._load_state_dict_pre_hooks for module in modules):
-        for key in [
-            k for k, hook in hooks.items() if getattr(hook, "hook", hook) is _refuse_merged
-        ]:
-            del hooks[key]
-
-
-def _refuse_merged(module: nn.Module, _state_dict: Any, prefix: str, *_: Any) -> None:
-    """Raise where weights inside hold a merged adapter.
-
-    torch loads module by module and asks no parent of the merged model before: what stands first
-    in a parent that no merge saw is loaded by now, which the message says.
+    torch asks a module only when it comes to it, when all that stands before it in a parent is
+    written, and no module knows its parents. So the question is put before torch's own function,
+    once a process has merged for the first time.
     """
-    carried = (inner.__dict__.get("_lora") for inner in module.modules())
-    if all(attached is None or attached.selection.merged is None for attached in carried):
-        return  # a part of the module was ejected, and nobody knew of the module
-    inside = f", then load again: what the caller has before {prefix[:-1]!r} is loaded already"
-    raise StateError(
-        "load_state_dict",
-        "the weights hold a merged adapter, and unmerge would write over what is loaded",
-        "Call unmerge(model) first" + (inside if prefix else ""),
-    )
+    load = nn.Module.load_state_dict
+
+    @functools.wraps(load)
+    def asked_first(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for module in self.modules():
+            refuse_loading(module)
+        return load(self, *args, **kwargs)
+
+    nn.Module.load_state_dict = asked_first  # type: ignore[method-assign]
+
+
+def refuse_loading(module: nn.Module) -> None:
+    """Raise where the weights of a module hold a merged adapter."""
+    attached = module.__dict__.get("_lora")
+    if attached is not None and attached.selection.merged is not None:
+        raise StateError(
+            "load_state_dict",
+            "the weights hold a merged adapter, and unmerge would write over what is loaded",
+            "Call unmerge(model) first",
+        )

@@ -6,14 +6,14 @@ and takes back what was done where a step fails. Injecting and loading both begi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, StateError
 from lora_inject.layers.adapted import WeightUpdate, is_quantized
 from lora_inject.layers.attached import Entry, attached_to, attribute
 from lora_inject.layers.class_swap import check_swappable, swap
@@ -166,6 +166,7 @@ def attach(
                 copies[copy] = parameters
             made.append((place, parameters))
     before, records = reach(survey.model, survey), roots_of(survey).values()
+    _check_joinable(survey, name, before.selections, activate)
     selection = next(iter(before.selections), None) or Selection()
     modules = [module for _, module in survey.modules]
     # Only what these records name: looking at every tensor of every adapter would be quadratic.
@@ -205,6 +206,32 @@ def _attach(place: Place, parameters: Mapping[str, nn.Parameter], selection: Sel
         module._parameters[flat] = parameters[role]
         selection.extend_to(parameters[role].device)
     attached.add(entry, forward=place.forward)
+
+
+def _check_joinable(
+    survey: Survey, name: str, selections: Sequence[Selection], activate: bool
+) -> None:
+    """Check that parts with selections of their own compute the same under one.
+
+    An adapter that is added active takes the place of all others, so that no choice is lost.
+    """
+    if len(selections) < 2:
+        return
+    for selection in selections:
+        selection.check_settled(f"adding adapter {name!r}", others=True)
+    joint = dict(item for selection in selections for item in selection.state.active)
+    for path, module in adapted_modules(survey).items() if not activate else ():
+        attached = attached_to(module)
+        assert attached is not None
+        own = dict(attached.selection.state.active)
+        for entry in attached.entries():
+            if own.get(entry.adapter) != joint.get(entry.adapter):
+                raise StateError(
+                    f"adding adapter {name!r}",
+                    f"parts of the model were injected apart, and {entry.adapter!r} is active in "
+                    f"one with another weight than in {path!r}",
+                    "Call activate(model, ...) first, which chooses for all parts",
+                )
 
 
 def _become_root(survey: Survey, selection: Selection) -> Root:

@@ -11,7 +11,6 @@ from lora_inject.layers.attached import attached_to
 from lora_inject.layers.class_swap import narrow, unswap
 from lora_inject.layers.selection import State
 from lora_inject.layers.snapshot import all_or_nothing
-from lora_inject.layers.state_dict import allow_loading
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
     ROOT,
@@ -70,8 +69,6 @@ def eject(model: M, name: str | None = None) -> M:
         for _, module, entry in list(entries(survey)) if not records else ():
             if entry.adapter in gone:  # a copy of one layer, which has no root
                 _detach(module, entry.adapter)
-        if any(record.selection.merged is not None for _, record in surveys):
-            allow_loading(modules.values())
         for one, record in reversed(surveys):
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()

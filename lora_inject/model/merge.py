@@ -21,7 +21,7 @@ from lora_inject.errors import StateError
 from lora_inject.functional import MergeReport, Tally, TensorReport
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
-from lora_inject.layers.state_dict import allow_loading, refuse_loading
+from lora_inject.layers.state_dict import watch_loading
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
     Root,
@@ -180,7 +180,7 @@ def _merge(
         kept = root.undo = _Merged(selection.state, trained)
         selection.replace(State(merged=True))
         selection.merged = state
-        refuse_loading(_around(survey, targets))
+        watch_loading()
         for parameter in kept.trainable:
             parameter.requires_grad_(False)
         undos: list[_Undo] = []
@@ -223,14 +223,6 @@ def root_of(survey: Survey) -> Root:
         + (f"; its roots are {sorted(inner)}" if inner else ""),
         "Call it on the module that was injected",
     )
-
-
-def _around(survey: Survey, targets: list[Target]) -> list[nn.Module]:
-    """Return the modules that are written, and every module that holds one of them."""
-    names = {target.name.rpartition(".")[0] for target in targets}
-    for name in tuple(names):
-        names.update(name[:i] for i, letter in enumerate(name) if letter == ".")
-    return [module for name, module in survey.modules if not name or name in names]
 
 
 def state_to_merge(
@@ -373,7 +365,6 @@ def unmerge(model: M) -> M:
             say_again(kept.said_quantized)
             for parameter in kept.trainable:
                 parameter.requires_grad_(True)
-            allow_loading(module for _, module in survey.modules)
             root.undo = None
     return model
 
