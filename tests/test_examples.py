@@ -1,0 +1,185 @@
+"""Each program of scripts/examples runs from its command line to its end, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from training_models import llama_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification
+
+import lora_inject as li
+
+# Imports of other libraries warn of things that are no concern of a test here.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+
+
+def run(name: str, *arguments: object) -> None:
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]([str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = llama_folder(tmp_path_factory.mktemp("models") / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def base(folder: Path) -> AutoModelForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def written(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def adapter(folder: Path, path: Path, seed: int) -> Path:
+    """An adapter with effect, on disk."""
+    model = base(folder)
+    li.inject(model, {"rank": 2, "targets": ["q_proj", "down_proj"]})
+    torch.manual_seed(seed)
+    for parameter in li.adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.5)
+    li.save_adapter(model, path)
+    return path
+
+
+def test_no_example_is_longer_than_a_hundred_lines_and_the_list_names_each() -> None:
+    listed = (EXAMPLES / "README.md").read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) < 100, path.name
+        assert f"`{path.name}`" in listed
+
+
+def test_own_module_learns_and_equals_the_dense_model(capsys: pytest.CaptureFixture[str]) -> None:
+    run("own_module", "--steps", 20, "--width", 8)
+    printed = capsys.readouterr().out
+    first, last = map(float, printed.partition("\nloss ")[2].partition("\n")[0].split(" -> "))
+    assert last < first
+
+
+def test_many_adapters_do_not_leak(capsys: pytest.CaptureFixture[str]) -> None:
+    run("many_adapters", "--tasks", 3, "--steps", 10, "--width", 6)
+    assert "differs from the same trained alone by" in capsys.readouterr().out
+
+
+def test_qlora_with_sft_writes_an_adapter_of_the_quantized_base(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    talk = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    data = written(tmp_path / "chat.jsonl", [{"messages": talk}] * 4)
+    run("qlora_sft", "--model", chat_model, "--data", data, "--steps", 2, "--batch", 2)
+    state = li.read_adapter(tmp_path / "qlora-adapter")
+    assert all(site.B.abs().max() > 0 for site in state.sites.values())
+
+
+def test_dpo_begins_at_log_two(
+    chat_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": "say ", "chosen": "yes", "rejected": "no"}] * 4
+    run("dpo", "--model", chat_model, "--data", written(tmp_path / "p", pairs), "--steps", 2)
+    assert "loss 0.6931 ->" in capsys.readouterr().out
+    assert li.read_adapter(tmp_path / "dpo-adapter").sites
+
+
+def test_lightning_saves_the_adapter_alone(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 60)
+    run("lightning_fit", "--model", chat_model, "--data", text, "--steps", 2, "--length", 16)
+    [checkpoint] = (tmp_path / "lightning-adapter-run").rglob("*.ckpt")
+    keys = torch.load(checkpoint, weights_only=True)["state_dict"].keys()
+    assert len(keys) == 28
+    assert all("lora_" in key for key in keys)
+    assert li.load_adapter(base(chat_model), tmp_path / "lightning-adapter")
+
+
+def test_the_merged_folder_computes_what_the_adapted_model_does(
+    chat_model: Path, tmp_path: Path
+) -> None:
+    path = adapter(chat_model, tmp_path / "adapter", 0)
+    run("vllm_merged", chat_model, path, tmp_path / "merged")
+    ids = torch.arange(6)[None]
+    adapted = li.load_adapter(base(chat_model), path)
+    torch.testing.assert_close(base(tmp_path / "merged")(ids).logits, adapted(ids).logits)
+
+
+def test_vision_trains_its_new_head_with_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
+    ViTForImageClassification(ViTConfig(**sizes)).save_pretrained(tmp_path / "vit")
+    run("vision", "--model", tmp_path / "vit", "--steps", 2, "--rows", 4)
+    state = li.read_adapter(tmp_path / "vision-adapter")
+    assert len(state.sites) == 2
+    assert set(state.trained) == {"classifier.weight", "classifier.bias"}
+
+
+def test_diffusers_reads_the_adapter_of_the_unet_with_the_same_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    ).save_pretrained(tmp_path / "unet")
+    run("diffusion", "--model", tmp_path / "unet", "--subfolder", "", "--steps", 2)
+    assert float(capsys.readouterr().out.rpartition(" by ")[2]) < 1e-5
+
+
+def test_the_server_keeps_users_apart_and_reloads(chat_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    build = runpy.run_path(str(EXAMPLES / "serve.py"))["build"]
+    for seed, user in enumerate(("ann", "bob")):
+        adapter(chat_model, tmp_path / user, seed)
+    app = build(base(chat_model), AutoTokenizer.from_pretrained(chat_model), tmp_path)
+    client = TestClient(app)
+
+    def ask(user: str) -> str:
+        body = {"user": user, "prompt": "one two", "max_new_tokens": 8}
+        return client.post("/generate", json=body).json()["text"]
+
+    alone = {user: ask(user) for user in ("ann", "bob")}
+    assert alone["ann"] != alone["bob"]
+    users = ["ann", "bob"] * 8
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, users)) == [alone[user] for user in users]
+
+    adapter(chat_model, tmp_path / "new", 1)  # bob's values under ann's name
+    (tmp_path / "ann").rename(tmp_path / "old")
+    (tmp_path / "new").rename(tmp_path / "ann")
+    assert client.post("/reload/ann").status_code == 200
+    assert ask("ann") == alone["bob"]
+    assert client.post("/reload/..%2Fann").status_code == 404
+    assert client.post("/generate", json={"user": "eve", "prompt": ""}).status_code == 404
