@@ -13,6 +13,7 @@ from lora_inject.version import __version__
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
     from lora_inject.adapter.state import AdapterState, SiteState
+    from lora_inject.checkpoint.conversion import convert
     from lora_inject.checkpoint.extract import extract_adapter
     from lora_inject.checkpoint.merge_files import merge_checkpoint
     from lora_inject.checkpoint.options import MergeOptions
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         MatchError,
         StateError,
     )
-    from lora_inject.formats import read_adapter, write_adapter
+    from lora_inject.formats import read_adapter, register_format, write_adapter
     from lora_inject.functional.merge_report import MergeReport
     from lora_inject.integrations.trainer import AdapterCheckpoint
     from lora_inject.integrations.trl import reference
@@ -66,6 +67,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state",
     "adapters",
+    "convert",
     "disabled",
     "eject",
     "extract_adapter",
@@ -79,6 +81,7 @@ __all__ = [
     "plan",
     "read_adapter",
     "reference",
+    "register_format",
     "register_kind",
     "routed",
     "save_adapter",
@@ -92,12 +95,13 @@ __all__ = [
 
 _HOMES = {
     "adapter.state": "AdapterState SiteState",
+    "checkpoint.conversion": "convert",
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",
     "checkpoint.options": "MergeOptions",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
-    "formats": "read_adapter write_adapter",
+    "formats": "read_adapter register_format write_adapter",
     "functional.merge_report": "MergeReport",
     "integrations.trainer": "AdapterCheckpoint",
     "integrations.trl": "reference",

@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import lora_inject as li
 from lora_inject.analysis.tables import Rows
 from lora_inject.cli import app, show
+from lora_inject.cli.program import EXAMPLES
 from lora_inject.formats import read_adapter, write_adapter
 
 CONFIG = """\
@@ -758,7 +759,8 @@ def test_progress_of_a_terminal_goes_to_stderr(capsys, monkeypatch):
 def test_help_lists_the_commands_as_people_need_them(run):
     found = run("-h")
     names = re.findall(r"^  ([a-z]+)  ", found.out.partition("Commands:")[2], re.MULTILINE)
-    assert names == ["plan", "inspect", "analyze", "merge", "verify", "extract", "schema"]
+    assert names == list(EXAMPLES)
+    assert names[:2] == ["plan", "inspect"]
     assert {info.callback.__name__ for info in app.registered_commands} == set(names)
     assert "Exit codes: 0 done" in found.out
 

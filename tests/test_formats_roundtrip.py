@@ -189,7 +189,7 @@ def states(draw: st.DrawFn) -> AdapterState:
     return AdapterState(sites, trained, draw(st.none() | st.just({"rank": 2})))
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(state=states(), layout=st.sampled_from(["peft", "native"]))
 def test_random_adapters_come_back(state: AdapterState, layout: str) -> None:
     with tempfile.TemporaryDirectory() as parent:

@@ -21,7 +21,7 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError, FormatError
-from lora_inject.formats import read_adapter
+from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
 from lora_inject.formats.peft import PREFIX
 from lora_inject.formats.peft.adapter_config import read_claims
 from lora_inject.formats.peft.foreign import read_foreign
@@ -76,6 +76,10 @@ def read_weighted(
         if any(config.get(field) for field in _VARIANTS):
             options.pop("prefer", None)  # there is no metadata of this package to prefer
             return _read_variant(path, config, weight, **options)
+    else:
+        modules = tuple({name.rpartition(".")[0]: None for name in base.tensors})
+        known = {"module_names": modules, "config": base.config or None}
+        options = taken_by(FORMATS[detected(path)].read, known) | options
     return WeightedAdapter(read_adapter(path, **options), weight, str(path))
 
 

@@ -30,6 +30,7 @@ EXAMPLES = MappingProxyType(
         "analyze": "lora-inject analyze sql-adapter --base gpt2 --report report.html",
         "merge": "lora-inject merge gpt2 sql-adapter --output merged --verify",
         "verify": "lora-inject verify gpt2 sql-adapter merged",
+        "convert": "lora-inject convert sql-adapter served --to portable --dtype float16",
         "extract": "lora-inject extract gpt2 gpt2-tuned --rank 16 --output adapter",
         "schema": "lora-inject schema > schema.json",
     }

@@ -16,12 +16,17 @@ from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
-from lora_inject.formats import loralib, native, peft
+from lora_inject.formats import loralib, native, peft, portable
+from lora_inject.formats.losses import EVERYTHING, NUMBERS, losses
 
 __all__ = [
     "FORMATS",
     "Format",
+    "detected",
+    "losses_of",
     "read_adapter",
+    "register_format",
+    "taken_by",
     "write_adapter",
 ]
 
@@ -34,18 +39,57 @@ class Format:
         write: `write(state, path, *, overwrite=False, **options) -> Path`.
         read: `read(path, **options) -> AdapterState`, of tensors that nobody else holds.
         detects: `detects(path) -> bool`, by content; the first row that says yes reads.
+        keeps: What of an adapter its files can say beyond the deltas; see `formats.losses`.
     """
 
     write: Callable[..., Path]
     read: Callable[..., AdapterState]
     detects: Callable[[Path], bool]
+    keeps: frozenset[str] = EVERYTHING
 
 
 FORMATS = {
-    "peft": Format(peft.write, peft.read, peft.detects),  # a directory of Hugging Face PEFT
-    "native": Format(native.write, native.read, native.detects),  # one safetensors file
-    "loralib": Format(loralib.write, loralib.read, loralib.detects),  # microsoft's state dict
+    # A directory of Hugging Face PEFT.
+    "peft": Format(peft.write, peft.read, peft.detects),
+    # The same with one rank and scale 1, for servers that read little of the config.
+    "portable": Format(portable.write, peft.read, portable.detects, frozenset()),
+    # One safetensors file of this package.
+    "native": Format(native.write, native.read, native.detects),
+    # Microsoft's state dict.
+    "loralib": Format(loralib.write, loralib.read, loralib.detects, frozenset({"slices", NUMBERS})),
 }
+
+
+def register_format(name: str, row: Format) -> Format:
+    """Add a format from outside the package; it is asked for files before the built-in ones.
+
+    Args:
+        name: What `format=` calls it.
+        row: Its functions.
+
+    Returns:
+        The row.
+
+    Raises:
+        FormatError: The name is taken.
+
+    Examples:
+        >>> import torch
+        >>> def write(state, path, *, overwrite=False):
+        ...     torch.save(state, path)
+        ...     return path
+        >>> def read(path):
+        ...     return torch.load(path, weights_only=False)
+        >>> row = register_format("torch", Format(write, read, lambda path: path.suffix == ".x"))
+        >>> FORMATS.pop("torch") is row
+        True
+    """
+    if name in FORMATS:
+        raise FormatError(f"register_format({name!r})", "the name is taken", "Choose another one")
+    others = dict(FORMATS)
+    FORMATS.clear()
+    FORMATS.update({name: row, **others})
+    return row
 
 
 def write_adapter(
@@ -107,7 +151,7 @@ def read_adapter(
     """
     place, asked = Path(path), f"read adapter '{path}'"
     if format is None:
-        format = _detected(place, asked)  # noqa: A001
+        format = detected(place)  # noqa: A001
     row = _row(format, asked)
     if "on_disk" not in inspect.signature(row.read).parameters:
         options.pop("on_disk", None)  # it saves memory, and changes nothing that is read
@@ -115,8 +159,9 @@ def read_adapter(
     return row.read(place, **options)
 
 
-def _detected(path: Path, asked: str) -> str:
-    """The first format whose files a path looks like."""
+def detected(path: Path) -> str:
+    """Return the first format whose files a path looks like; an error where there is none."""
+    asked = f"read adapter '{path}'"
     if not path.exists():
         raise FormatError(asked, "there is no such file or directory", "Check the path")
     for name, row in FORMATS.items():
@@ -129,16 +174,44 @@ def _detected(path: Path, asked: str) -> str:
     )
 
 
+def taken_by(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options that a format's `read` or `write` takes.
+
+    What a live model or the base's files can tell is offered to every format so.
+
+    Examples:
+        >>> taken_by(loralib.read, {"alpha": 8, "tensor_names": ()})
+        {'alpha': 8}
+    """
+    known = _options_of(function)
+    return {name: value for name, value in offered.items() if known is None or name in known}
+
+
+def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
+    """Return what an adapter loses in a format: sentences; none where it comes back as it was.
+
+    Examples:
+        >>> losses_of(AdapterState({}, config={"rank": 8}), "portable")
+        ['the config is left out']
+    """
+    return losses(state, _row(format, f"convert to '{format}'").keeps)
+
+
+def _options_of(function: Callable[..., Any]) -> list[str] | None:
+    """Names of a format's own options; None where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
 def _check_options(
     function: Callable[..., Any], options: Mapping[str, Any], name: str, asked: str
 ) -> None:
     """Refuse options that a format does not have."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    known = _options_of(function)
     for option in options:
-        if option not in known:
+        if known is not None and option not in known:
             raise FormatError(
                 asked,
                 f"{option!r} is not an option of the format '{name}'",

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.formats import FORMATS, read_adapter
-from lora_inject.formats.peft import options_for_reading
+from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
+from lora_inject.formats.peft import options_for_reading, plain_config
 from lora_inject.functional import master_dtype
 from lora_inject.layers.survey import Survey
 from lora_inject.model.attach import Place, attach, places, survey_for
@@ -59,8 +59,11 @@ def load_adapter(
         StateError: The name is in use, or the model is merged.
     """
     survey, asked = survey_for(model, name), f"load {str(path)!r}"
-    if format == "peft" or (format is None and FORMATS["peft"].detects(Path(path))):
-        options = options_for_reading(survey.by_name, base_weights(survey)) | options
+    format = format or detected(Path(path))  # noqa: A001
+    if format in FORMATS:
+        live = options_for_reading(survey.by_name, base_weights(survey))
+        live["config"] = plain_config(model)
+        options = taken_by(FORMATS[format].read, live) | options
     state = read_adapter(path, format=format, **options)
     _put_on(survey, fit(survey, state, leave_out=leave_out, base=base, asked=asked), name, _Owned())
     return model

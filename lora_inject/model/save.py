@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_inject.adapter.fingerprint import Fingerprint, packing, samples
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import StateError
-from lora_inject.formats import write_adapter
+from lora_inject.formats import FORMATS, taken_by, write_adapter
 from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.peft import options_for_writing
 from lora_inject.layers.attached import Entry
@@ -160,9 +160,10 @@ def save_adapter(
 
 def format_options(survey: Survey, format: str) -> dict[str, Any]:  # noqa: A002
     """Return the options of a format's `write` that a live model answers."""
-    if format != "peft":
+    if format not in FORMATS:
         return {}
-    return options_for_writing(survey.model, survey.by_name, base_weights(survey))
+    live = options_for_writing(survey.model, survey.by_name, base_weights(survey))
+    return taken_by(FORMATS[format].write, live)
 
 
 def base_weights(survey: Survey) -> dict[str, Tensor]:

@@ -123,3 +123,10 @@ def assert_same_deltas(
 FINGERPRINT = Fingerprint(
     {"h.0.fc.weight": (7, 5)}, {"h.0.fc.weight": (0.5, -3.140625, 2.0**-100)}, {"q": "packed"}
 )
+
+
+def effect(site: SiteState) -> Tensor:
+    """The dense delta as `(out, in)`, whichever way round the weight is held; float64."""
+    delta = dense(site)
+    delta = delta.mT if site.spec.transposed else delta
+    return delta.reshape(*(() if site.spec.experts is None else (-1,)), site.spec.out_features, -1)

@@ -1,7 +1,11 @@
 """PEFT's folder: `adapter_model.safetensors` and `adapter_config.json`."""
 
 from lora_inject.formats.peft.folder import detects, read, write
-from lora_inject.formats.peft.live_model import options_for_reading, options_for_writing
+from lora_inject.formats.peft.live_model import (
+    options_for_reading,
+    options_for_writing,
+    plain_config,
+)
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
 __all__ = [
@@ -9,6 +13,7 @@ __all__ = [
     "detects",
     "options_for_reading",
     "options_for_writing",
+    "plain_config",
     "read",
     "write",
 ]

@@ -22,7 +22,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -114,7 +114,58 @@ def write(
     Raises:
         FormatError: PEFT cannot express the adapter, or the target must not be replaced.
     """
-    asked = f"write adapter to '{path}'"
+    found = contents(
+        state,
+        f"write adapter to '{path}'",
+        module_names=module_names,
+        tensor_names=tensor_names,
+        transposed_modules=transposed_modules,
+        expert_names=expert_names,
+        base_model=base_model,
+        task_type=task_type,
+    )
+    said = words.describe(found.state, "peft", found.turned)
+    return write_folder(path, found, said, base_model=base_model, overwrite=overwrite)
+
+
+class Contents(NamedTuple):
+    """What a PEFT directory holds of a state, with its sites in the order of the file."""
+
+    state: AdapterState
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    turned: Collection[str]
+
+
+def write_folder(
+    path: Path,
+    found: Contents,
+    said: Mapping[str, str],
+    *,
+    base_model: str | None,
+    overwrite: bool,
+) -> Path:
+    """Write a directory of PEFT with `said` as the metadata of its tensors."""
+    files = {
+        CONFIG: (json.dumps(found.config, indent=2, sort_keys=True) + "\n").encode(),
+        MODEL: serialize(found.tensors, {**said, **for_diffusers(found.config, PREFIX)}),
+        CARD: model_card(found.state, base_model=base_model).encode(),
+    }
+    return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
+
+
+def contents(
+    state: AdapterState,
+    asked: str,
+    *,
+    module_names: Collection[str] | None = None,
+    tensor_names: Sequence[str] | None = None,
+    transposed_modules: Collection[str] | None = None,
+    expert_names: Collection[str] = (),
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> Contents:
+    """Return the tensors and the config of an adapter in PEFT's layout; options as for `write`."""
     check_trained(state.trained, asked)
     for site in state.sites.values():
         check_site(site, asked)
@@ -150,12 +201,7 @@ def write(
         base_model=base_model,
         task_type=allowed_task(task_type, whole=whole),
     )
-    files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        MODEL: serialize(tensors, words.describe(state, "peft", turned) | _for_diffusers(config)),
-        CARD: model_card(state, base_model=base_model).encode(),
-    }
-    return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
+    return Contents(state, tensors, config, turned)
 
 
 def read(
@@ -337,12 +383,12 @@ def _entry(site: SiteState, expert_names: Collection[str], *, rslora: bool) -> E
     return Entry(name, kind, file_rank(spec, derived=derived), alpha)
 
 
-def _for_diffusers(config: Mapping[str, Any]) -> dict[str, str]:
+def for_diffusers(config: Mapping[str, Any], prefix: str) -> dict[str, str]:
     """The config in the header, where diffusers looks for it, under the prefix of the tensors.
 
-    Source: diffusers 0.42, loaders/peft.py, `load_lora_adapter(prefix="base_model.model")`.
+    Source: diffusers 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
     """
-    said = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
+    said = {f"{prefix}{field}": value for field, value in config.items() if value is not None}
     return {"lora_adapter_metadata": json.dumps(said, sort_keys=True)}
 
 

@@ -23,6 +23,7 @@ from lora_inject.formats.checks import check_site
 from lora_inject.formats.metadata import one_line
 from lora_inject.formats.peft.adapter_config import MERGE_HERE, Claims
 from lora_inject.formats.peft.tensor_layout import PREFIX, owner, unpack
+from lora_inject.formats.plain import check_shapes
 from lora_inject.spec.sites import SiteSpec
 
 _ENDS = {
@@ -91,7 +92,7 @@ def read_foreign(
     sites = {}
     for name, (module, pair) in owners.items():
         a, b, where = pair.tensors["a"], pair.tensors["b"], f"{asked}, site '{name}'"
-        _check_shapes(a, b, where)
+        check_shapes(a, b, where)
         found = _Found(name, a, b, pair.embedding, *numbers[name], where)
         if name == module:
             spec = _module(found, claims)
@@ -248,19 +249,6 @@ def _module(found: _Found, claims: Claims) -> SiteSpec:
         dropout=claims.dropout,
         weight=f"{found.name}.weight",
     )
-
-
-def _check_shapes(a: Tensor, b: Tensor, where: str) -> None:
-    """A is (rank, in, ...), B is (out, rank, 1, ...)."""
-    found = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
-    if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
-        raise FormatError(where, f"{found}, which is not a low-rank pair", _REPAIR)
-    if any(size != 1 for size in b.shape[2:]):
-        raise FormatError(where, f"{found}, and a kernel in B is not PEFT's layout", _REPAIR)
-    if a.shape[0] != b.shape[1]:
-        groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
-        remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
-        raise FormatError(where, f"{found}: the ranks differ", remedy if groups else _REPAIR)
 
 
 def _parameter(

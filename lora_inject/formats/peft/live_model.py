@@ -1,4 +1,4 @@
-"""What PEFT sees of a live model, and its files therefore depend on."""
+"""What files depend on of a live model: its names, its config, and what PEFT sees of it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def options_for_reading(
     return {
         "tensor_names": tuple(tensor_names),
         "transposed_modules": transposed_modules(modules.items()),
+        "module_names": tuple(name for name in modules if name),
     }
 
 
@@ -27,11 +28,20 @@ def options_for_writing(
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     return options_for_reading(modules, tensor_names) | {
-        "module_names": tuple(name for name in modules if name),
+        "config": plain_config(model),
         "expert_names": _expert_names(model_type),
         "base_model": getattr(config, "_name_or_path", None) or None,
         "task_type": _task_type(model, model_type),
     }
+
+
+def plain_config(model: nn.Module) -> dict[str, Any] | None:
+    """Return a model's config as plain data, as its config.json has it; None without one."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        found: dict[str, Any] = config.to_dict()
+        return found
+    return dict(config) if isinstance(config, Mapping) else None
 
 
 def transposed_modules(modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, ...]:

@@ -187,14 +187,19 @@ def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
 
     Experts: A is stacked by expert, B's columns are ordered by rank first and expert second.
     """
-    spec = site.spec
-    (a, b), *start = [_plain(spec, A, B if sign == 1 else -B) for A, B, sign in site.pairs]
-    for a0, b0 in start:  # W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
-        a, b = torch.cat([a, a0], dim=1), torch.cat([b, b0], dim=2)
+    a, b = plain_pair(site)
     if turned:
         a, b = b.mT, a.mT
-    shapes = file_shapes(spec, Packing(derived=site.A0 is not None, turned=turned))
+    shapes = file_shapes(site.spec, Packing(derived=site.A0 is not None, turned=turned))
     return a.reshape(shapes[0]), b.permute(1, 2, 0).reshape(shapes[1])
+
+
+def plain_pair(site: SiteState) -> tuple[Tensor, Tensor]:
+    """Return A `(experts, r', in)` and B `(experts, out, r')`: no slices, no frozen start."""
+    (a, b), *start = [_plain(site.spec, A, B if sign == 1 else -B) for A, B, sign in site.pairs]
+    for a0, b0 in start:  # W + s (B A - B0 A0) = W + s [B, -B0] [A; A0]
+        a, b = torch.cat([a, a0], dim=1), torch.cat([b, b0], dim=2)
+    return a, b
 
 
 def unpack(

@@ -1,0 +1,101 @@
+"""Adapter files of one program as files of another, with what the base says where names need it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_inject.adapter.state import AdapterState
+from lora_inject.checkpoint.index import Checkpoint, read_config
+from lora_inject.checkpoint.meta_model import meta_model
+from lora_inject.errors import CheckpointError
+from lora_inject.formats import FORMATS, detected, losses_of, read_adapter, taken_by, write_adapter
+from lora_inject.formats.peft import options_for_writing
+from lora_inject.storage.strict_json import parse_json
+
+
+def convert(
+    adapter: str | os.PathLike[str] | AdapterState,
+    output: str | os.PathLike[str],
+    to: str,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    reading: Mapping[str, Any] | None = None,
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Path:
+    """Write an adapter in another format; its deltas stay what they are, to float precision.
+
+    Args:
+        adapter: Its files, in any format that is read, or the adapter as a value.
+        output: Where to write.
+        to: Name of the format, a row of `formats.FORMATS`.
+        base: Folder of the base, of which its config.json is enough for models of transformers:
+            names, heads and ties that one of the two formats depends on are read there.
+        reading: Options for reading the adapter.
+        tell: Called, before anything is written, with each thing that the target cannot carry.
+        **options: For writing: those of the format, and `overwrite=True`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FormatError: The adapter cannot be read right, or the format cannot express it.
+        CheckpointError: The base cannot be read.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> import lora_inject as li
+        >>> net = li.inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     _ = li.save_adapter(net, f"{parent}/a")
+        ...     made = li.convert(f"{parent}/a", f"{parent}/b", "portable", dtype="float16")
+        ...     li.read_adapter(made).sites["0"].scale
+        1.0
+    """
+    known = {} if base is None else facts_of(Path(base))
+    if isinstance(adapter, AdapterState):
+        state, said = adapter, {}
+    else:
+        name, path = (reading or {}).get("format"), Path(adapter)
+        row = FORMATS.get(name or detected(path))
+        known_here = {} if row is None else taken_by(row.read, known)
+        state = read_adapter(path, **{**known_here, **(reading or {})})
+        said = _said(path)
+    for words in losses_of(state, to):
+        if tell is not None:
+            tell(words)
+    offered = {k: v for k, v in {**said, **known}.items() if v is not None}
+    return write_adapter(state, output, to, **{**taken_by(FORMATS[to].write, offered), **options})
+
+
+def facts_of(base: Path) -> dict[str, Any]:
+    """Return what a base's files tell of it, as options for formats; see `formats.taken_by`."""
+    config = read_config(base)
+    if config.get("model_type"):
+        with contextlib.suppress(
+            CheckpointError
+        ):  # a class that cannot be built has names in files
+            model = meta_model(
+                config, f"read the names of '{base}'", "give a base of a known class"
+            )
+            modules = dict(model.named_modules(remove_duplicate=False))
+            found = options_for_writing(model, modules, model.state_dict())
+            return {**found, "config": config, "base_model": None}
+    names = list(Checkpoint.open(base).tensors)
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    return {"tensor_names": names, "module_names": tuple(modules), "config": dict(config) or None}
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """What a PEFT folder says of its base and task, to be said again."""
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        return {}
+    config = parse_json(file.read_bytes(), f"read '{file}'")
+    fields = {"base_model": "base_model_name_or_path", "task_type": "task_type"}
+    return {k: v for k, f in fields.items() if isinstance(v := config.get(f), str)}

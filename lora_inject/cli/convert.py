@@ -1,0 +1,85 @@
+"""Commands on adapter files for other programs: `convert`.
+
+A command is its arguments, one call of the package, and printing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_inject.cli.program import (
+    Allow,
+    AllowPickle,
+    Alpha,
+    EnableLora,
+    FanInFanOut,
+    Json,
+    Prefer,
+    app,
+    loralib_options,
+    read_options,
+)
+
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        "--base",
+        metavar="BASE",
+        help="Folder of the base, for names, heads and ties; its config.json may be enough.",
+    ),
+]
+
+
+@app.command()
+def convert(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="Format to write.")],
+    base: Base = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype to write, such as float16. (default: as it is)")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="portable: one rank for all. (default: the largest)")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
+    ] = False,
+    prefer: Prefer = None,
+    allow: Allow = None,
+    alpha: Alpha = None,
+    allow_pickle: AllowPickle = False,
+    fan_in_fan_out: FanInFanOut = None,
+    enable_lora: EnableLora = None,
+    as_json: Json = False,
+) -> None:
+    """Write ADAPTER in the format of another program.
+
+    What the format cannot carry is said before anything is written; what would change the outputs
+    is refused.
+    """
+    from lora_inject.checkpoint.conversion import convert as converted
+    from lora_inject.cli.show import note, print_json, say
+
+    reading = read_options(adapter, prefer, allow)
+    reading |= loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
+    options = {"dtype": dtype, "rank": rank}
+    given = {key: value for key, value in options.items() if value is not None}
+    lost: list[str] = []
+
+    def tell(words: str) -> None:
+        lost.append(words)
+        note(f"{to}: {words}")
+
+    path = converted(
+        adapter, output, to, base=base, reading=reading, tell=tell, overwrite=overwrite, **given
+    )
+    if as_json:
+        print_json({"output": str(path), "format": to, "lost": lost})
+    else:
+        say(f"wrote {path}")

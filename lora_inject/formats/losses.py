@@ -1,0 +1,46 @@
+"""What of an adapter a format's files cannot say, though its deltas come back.
+
+A row of the table states what it keeps; what is left out or changed of an adapter at hand follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from lora_inject.adapter.state import AdapterState
+
+NUMBERS = "numbers"
+EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
+"""`config` and `fingerprint` of the state; `training`: dropout, init and compute of each site;
+`slices` of fused projections; `start`: the frozen start of pissa and olora; `numbers`: rank, alpha
+and scaling of each site as they are."""
+
+
+def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
+    """Return what a format that keeps only `keeps` changes in an adapter, as sentences."""
+    specs = [site.spec for site in state.sites.values()]
+    scales = {spec.scale for spec in specs}
+    there = {
+        "config": (state.config is not None, "the config is left out"),
+        "fingerprint": (
+            state.fingerprint is not None,
+            "the fingerprint of the base is left out: another base of the same shape is not told",
+        ),
+        "training": (
+            any(spec.dropout or spec.compute != "base" for spec in specs),
+            "dropout and the dtype of the arithmetic are left out",
+        ),
+        "slices": (
+            any(spec.slices for spec in specs),
+            "slices of fused projections become pairs of the whole projection, of higher rank",
+        ),
+        "start": (
+            any(site.A0 is not None for site in state.sites.values()),
+            "frozen starts become further ranks: what trains on has no start to keep to",
+        ),
+        NUMBERS: (
+            len({spec.rank for spec in specs}) > 1 or scales - {1.0},
+            "scales are folded into B and ranks are filled up with zeros",
+        ),
+    }
+    return [words for part, (holds, words) in there.items() if holds and part not in keeps]

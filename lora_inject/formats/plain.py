@@ -1,0 +1,159 @@
+"""Adapters as most programs hold them: for each module a plain pair of matrices and a scale.
+
+Slices become block-diagonal, frozen starts further ranks, and where a program knows one rank and
+one scale only, scales are folded into B and ranks filled up with zeros. Deltas stay what they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.errors import FormatError
+from lora_inject.formats.checks import FLOATS, check_site
+from lora_inject.formats.metadata import one_line
+from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
+from lora_inject.functional import all_finite
+from lora_inject.spec.sites import SiteSpec
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+"""Dtypes that a writer can be asked for, by name."""
+_DAMAGED = "The file is damaged or was edited; fetch it again"
+
+
+def plain_sites(
+    state: AdapterState, asked: str, *, kinds: Collection[str], client: str
+) -> dict[str, SiteState]:
+    """Return an adapter's sites without slices and frozen starts, with the same deltas.
+
+    What cannot be a plain pair there is refused: other kinds than `kinds`, trained tensors.
+    """
+    if state.trained:
+        raise FormatError(
+            asked,
+            f"{client} has no place for trained tensors, and there are {one_line(state.trained)}",
+            "Merge the adapter into its base (lora-inject merge), or train without `train`",
+        )
+    sites = {}
+    for name, site in state.sites.items():
+        check_site(site, asked)
+        if site.spec.kind not in kinds:
+            raise FormatError(
+                f"{asked}, site '{name}'",
+                f"{client} has no place for a site of kind '{site.spec.kind}'",
+                f"Merge the adapter into its base (lora-inject merge); kinds: {', '.join(kinds)}",
+            )
+        if site.further:
+            raise FormatError(
+                f"{asked}, site '{name}'",
+                f"{client} has no place for {one_line(site.further)} of the variant "
+                f"'{site.spec.variant}'",
+                "Merge the adapter into its base (lora-inject merge)",
+            )
+        sites[name] = _plain(site)
+    if not sites:
+        raise FormatError(asked, "it has no sites", f"{client} reads pairs of matrices only")
+    return sites
+
+
+def _plain(site: SiteState) -> SiteState:
+    spec, derived = site.spec, site.A0 is not None
+    if spec.slices is None and not derived:
+        return site
+    rank, rslora = file_rank(spec, derived=derived), spec.scaling == "rslora"
+    alpha = file_alpha(spec, derived=derived, rslora=rslora)
+    spec = dataclasses.replace(spec, rank=rank, alpha=alpha, slices=None)
+    a, b = plain_pair(site)
+    return SiteState(spec, a.reshape(spec.a_shape), b.reshape(spec.b_shape))
+
+
+def uniform(
+    sites: Mapping[str, SiteState],
+    asked: str,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, SiteState]:
+    """Return plain sites with one rank and scale 1: scales go into B, missing ranks are zeros.
+
+    B is multiplied in float32 at least and rounded once. `rank` is the largest there is by default.
+    """
+    largest = max(site.spec.rank for site in sites.values())
+    if rank is not None and rank < largest:
+        remedy = "Give no rank, or truncate the adapter first (lora-inject truncate)"
+        raise FormatError(asked, f"rank {rank} is asked for, and a site has rank {largest}", remedy)
+    return {name: _uniform(site, rank or largest, dtype) for name, site in sites.items()}
+
+
+def _uniform(site: SiteState, rank: int, dtype: torch.dtype | None) -> SiteState:
+    spec = dataclasses.replace(
+        site.spec, rank=rank, alpha=float(rank), scaling="standard", dropout=0.0
+    )
+    dtype = dtype or site.A.dtype
+    a, b = site.A.new_zeros(spec.a_shape, dtype=dtype), site.B.new_zeros(spec.b_shape, dtype=dtype)
+    wide = torch.promote_types(site.B.dtype, torch.float32)
+    a[..., : site.spec.rank, :] = site.A.detach().to(dtype)
+    b[..., : site.spec.rank] = (site.B.detach().to(wide) * site.scale).to(dtype)
+    return SiteState(spec, a, b)
+
+
+def in_dtype(sites: Mapping[str, SiteState], dtype: torch.dtype | None) -> dict[str, SiteState]:
+    """Return sites in another dtype, as they are where none is given."""
+    if dtype is None:
+        return dict(sites)
+    return {n: SiteState(s.spec, s.A.to(dtype), s.B.to(dtype)) for n, s in sites.items()}
+
+
+def dtype_named(name: str | None, asked: str) -> torch.dtype | None:
+    """Return the dtype of a name such as `bfloat16`; None stays None."""
+    if name is not None and name not in DTYPES:
+        raise FormatError(asked, f"dtype is {name!r}", f"Give one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
+
+
+def check_finite(sites: Mapping[str, SiteState], asked: str) -> None:
+    """Refuse to hand NaN, infinity or what a narrower dtype made of large values to others."""
+    for name, site in sites.items():
+        for role, tensor in site.tensors.items():
+            if not all_finite(tensor):
+                raise FormatError(
+                    f"{asked}, site '{name}'",
+                    f"{role} has values that are not finite in {tensor.dtype}",
+                    "Look at it with `lora-inject inspect`; write it in a wider dtype if it is "
+                    "finite there",
+                )
+
+
+def plain_site(name: str, a: Tensor, b: Tensor, alpha: float, where: str) -> SiteState:
+    """Return the site of a pair that others wrote: A `(r, in)` or `(r, in, k, ...)`, B `(out, r)`.
+
+    A linear layer is assumed, a convolution where A has a kernel; loading onto a model replaces the
+    assumption by what the model has.
+    """
+    check_shapes(a, b, where)
+    if not 0 < alpha < math.inf:
+        raise FormatError(where, f"its alpha is {alpha}", _DAMAGED)
+    rank, n_in, n_out = int(a.shape[0]), a[0].numel(), int(b.shape[0])
+    kind, shape = ("conv", (n_out, *a.shape[1:])) if a.ndim > 2 else ("linear", (n_out, n_in))
+    spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(alpha), weight=f"{name}.weight")
+    site = SiteState(spec, a.reshape(spec.a_shape), b.reshape(spec.b_shape))
+    check_site(site, where)
+    return site
+
+
+def check_shapes(a: Tensor, b: Tensor, where: str) -> None:
+    """Refuse what is not A `(rank, in, ...)` and B `(out, rank, 1, ...)`."""
+    found = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
+    if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
+        raise FormatError(where, f"{found}, which is not a low-rank pair", _DAMAGED)
+    if any(size != 1 for size in b.shape[2:]):
+        raise FormatError(where, f"{found}, and a kernel in B is another layout", _DAMAGED)
+    if a.shape[0] != b.shape[1]:
+        groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
+        remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
+        raise FormatError(where, f"{found}: the ranks differ", remedy if groups else _DAMAGED)

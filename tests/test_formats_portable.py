@@ -1,0 +1,103 @@
+"""`portable`: a PEFT folder that even those who read one rank and no alpha apply right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapter_states import KIND_SPECS, effect, make_site, make_state
+from helpers.reference import IDS, adapted, llama, logits
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import lora_inject as li
+from lora_inject.adapter.state import AdapterState
+from lora_inject.cli import app
+from lora_inject.errors import FormatError
+from lora_inject.formats import read_adapter, write_adapter
+
+MODEL = "adapter_model.safetensors"
+
+
+def test_a_reader_of_one_rank_and_no_alpha_computes_the_same(tmp_path: Path) -> None:
+    state = make_state(
+        *(KIND_SPECS[k] for k in ("linear", "slices", "conv1d", "conv")), derived=True
+    )
+    path = write_adapter(state, tmp_path / "a", "portable", tensor_names=None)
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["r"] == config["lora_alpha"] == 8
+    assert not config["use_rslora"]
+    assert isinstance(config["target_modules"], list)
+    tensors = load_file(path / MODEL)
+    for name, site in state.sites.items():
+        a = tensors[f"base_model.model.{name}.lora_A.weight"].flatten(1)
+        b = tensors[f"base_model.model.{name}.lora_B.weight"].flatten(1)
+        assert len(a) == b.shape[1] == 8
+        torch.testing.assert_close((b.double() @ a.double()), effect(site), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_peft_reads_it_with_the_same_outputs(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    plain = llama()
+    model = adapted(
+        plain, {"match": "q_proj", "rank": 3, "scaling": "rslora"}, "down_proj", "lm_head"
+    )
+    li.save_adapter(model, tmp_path / "a")
+    path = li.convert(tmp_path / "a", tmp_path / "b", "portable", dtype="float64")
+    theirs = PeftModel.from_pretrained(llama(), path).eval()
+    torch.testing.assert_close(theirs(IDS).logits, logits(model), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "words"),
+    [
+        (make_state(KIND_SPECS["experts"]), {}, "no place for a site of kind 'parameter'"),
+        (
+            make_state(KIND_SPECS["linear"], trained={"n": torch.ones(1)}),
+            {},
+            "trained tensors.*'n'",
+        ),
+        (AdapterState({}), {}, "no sites"),
+        (make_state(KIND_SPECS["linear"]), {"rank": 1}, "rank 1 is asked for.*rank 2"),
+        (make_state(KIND_SPECS["linear"]), {"dtype": "int8"}, "dtype is 'int8'.*float16"),
+        (
+            AdapterState({"h.0.fc": make_site(KIND_SPECS["linear"], dtype=torch.float64)}),
+            {"dtype": "float16"},
+            "",
+        ),
+    ],
+)
+def test_what_a_server_would_not_take_is_refused(
+    state: AdapterState, options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    if not words:  # 1e6 is no float16
+        state.sites["h.0.fc"].B.mul_(1e6)
+        words = "not finite in torch.float16"
+    with pytest.raises(FormatError, match=words):
+        write_adapter(state, tmp_path / "a", "portable", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_what_is_lost_first(tmp_path: Path) -> None:
+    state = make_state(KIND_SPECS["slices"], config={"rank": 2})
+    write_adapter(state, tmp_path / "a", base_model="org/base", task_type="CAUSAL_LM")
+    run = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "portable"]
+    )
+    assert run.exit_code == 0, run.output
+    assert "portable: the config is left out" in run.stderr
+    assert "slices of fused projections become pairs" in run.stderr
+    config = json.loads((tmp_path / "b/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == ("org/base", "CAUSAL_LM")
+    again = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "portable"]
+    )
+    assert again.exit_code == 1
+    assert "there is an adapter already" in again.stderr
+    assert effect(read_adapter(tmp_path / "b").sites["h.0.qkv"]).shape == (8, 5)

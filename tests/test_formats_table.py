@@ -1,0 +1,209 @@
+"""What every format of the table is held to: the same deltas back, and errors instead of damage.
+
+A format that is added needs one row here too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapter_states import KIND_SPECS, effect, make_site, make_state
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_inject.adapter.state import AdapterState
+from lora_inject.errors import FormatError
+from lora_inject.formats import FORMATS, losses_of, read_adapter, write_adapter
+from lora_inject.spec.sites import SiteSpec, Slices
+
+HIDDEN, HEADS, KV, HEAD, INNER, VOCAB, LAYERS = 8, 4, 2, 2, 12, 13, 2
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "head_dim": HEAD,
+    "vocab_size": VOCAB,
+    "tie_word_embeddings": False,
+}
+LINEARS = {
+    "self_attn.q_proj": (HIDDEN, HEADS * HEAD),
+    "self_attn.k_proj": (HIDDEN, KV * HEAD),
+    "self_attn.v_proj": (HIDDEN, KV * HEAD),
+    "self_attn.o_proj": (HEADS * HEAD, HIDDEN),
+    "mlp.gate_proj": (HIDDEN, INNER),
+    "mlp.up_proj": (HIDDEN, INNER),
+    "mlp.down_proj": (INNER, HIDDEN),
+}
+LAYER_NAMES = [f"model.layers.{i}" for i in range(LAYERS)]
+MODULES = [*(f"{layer}.{name}" for layer in LAYER_NAMES for name in LINEARS), "lm_head"]
+
+
+def linear(name: str, rank: int, alpha: float, scaling: str = "standard") -> SiteSpec:
+    n_in, n_out = LINEARS.get(name.partition("layers.")[2].partition(".")[2], (HIDDEN, VOCAB))
+    shape, weight = (n_out, n_in), f"{name}.weight"
+    return SiteSpec(name, "linear", n_in, n_out, shape, rank, alpha, scaling=scaling, weight=weight)
+
+
+def embedding(rank: int, alpha: float) -> SiteSpec:
+    name, shape = "model.embed_tokens", (VOCAB, HIDDEN)
+    weight = f"{name}.weight"
+    return SiteSpec(name, "embedding", *shape, shape, rank, alpha, transposed=True, weight=weight)
+
+
+def conv(rank: int, alpha: float) -> SiteSpec:
+    return SiteSpec(
+        "stem.conv", "conv", 18, 4, (4, 2, 3, 3), rank, alpha, weight="stem.conv.weight"
+    )
+
+
+def fused(rank: int, alpha: float) -> SiteSpec:
+    slices = Slices((("q", 4), ("k", 2), ("v", 2)), ("q", "v"))
+    name = "model.layers.0.self_attn.qkv_proj"
+    weight = f"{name}.weight"
+    return SiteSpec(name, "linear", 8, 8, (8, 8), rank, alpha, slices=slices, weight=weight)
+
+
+ODD: Mapping[str, Callable[[int, float], SiteSpec]] = {
+    "embedding": embedding,
+    "conv": conv,
+    "fused": fused,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one format is called, and which adapters it carries."""
+
+    file: str = "adapter"
+    write: Mapping[str, Any] = field(default_factory=dict)
+    read: Mapping[str, Any] = field(default_factory=dict)
+    odd: tuple[str, ...] = ("embedding", "conv", "fused")
+    derived: bool = True
+    uniform: bool = False  # one rank, one alpha
+    damaged: str = ""  # the file of tensors, inside a folder
+
+
+CASES = {
+    "peft": Case(damaged="adapter_model.safetensors"),
+    "portable": Case(damaged="adapter_model.safetensors"),
+    "native": Case("a.safetensors"),
+    "loralib": Case(
+        "a.safetensors",
+        read={"alpha": 3.0},
+        odd=(),
+        derived=False,
+        uniform=True,
+    ),
+}
+
+
+def test_every_format_of_the_table_is_held_to_the_contract() -> None:
+    assert set(CASES) == set(FORMATS)
+
+
+@st.composite
+def states(draw: st.DrawFn, case: Case) -> AdapterState:
+    numbers = st.tuples(
+        st.integers(1, 3),
+        st.floats(0.01, 100) | st.integers(1, 32).map(float),
+        st.sampled_from(["standard", "rslora"]),
+    )
+    same = (2, 3.0, "standard") if case.uniform else None
+    names = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=5, unique=True))
+    specs = [linear(name, *(same or draw(numbers))) for name in names]
+    odd = draw(st.sets(st.sampled_from(case.odd))) if case.odd else ()
+    specs += [ODD[kind](*(same or draw(numbers))[:2]) for kind in odd]
+    derived = case.derived and draw(st.booleans())
+    sites = {s.name: make_site(s, seed=n, derived=derived) for n, s in enumerate(specs)}
+    return AdapterState(sites)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_deltas_come_back(name: str) -> None:
+    """Over ranks, alphas, scalings, shapes and kinds, to float precision."""
+    case = CASES[name]
+
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(states(case))
+    def comes_back(state: AdapterState) -> None:
+        with tempfile.TemporaryDirectory() as parent:
+            path = write_adapter(state, Path(parent, case.file), name, **case.write)
+            found = read_adapter(path, **case.read)
+        assert set(found.sites) == set(state.sites)
+        for site, due in state.sites.items():
+            wanted = effect(due)
+            error = (effect(found.sites[site]) - wanted).abs().max()
+            assert error <= 1e-6 * wanted.abs().max(), site
+
+    comes_back()
+
+
+def written(name: str, parent: Path) -> Path:
+    case = CASES[name]
+    numbers = (2, 3.0) if case.uniform else (2, 5.0)
+    specs = [linear(n, *numbers) for n in MODULES[:7]]
+    return write_adapter(make_state(*specs), parent / case.file, name, **case.write)
+
+
+def tensors_file(name: str, path: Path) -> Path:
+    return path / CASES[name].damaged if path.is_dir() else path
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_there_is_not_replaced_unasked(name: str, tmp_path: Path) -> None:
+    path = written(name, tmp_path)
+    before = tensors_file(name, path).read_bytes()
+    with pytest.raises(FormatError, match="already"):
+        written(name, tmp_path)
+    assert tensors_file(name, path).read_bytes() == before
+    write_adapter(
+        read_adapter(path, **CASES[name].read), path, name, overwrite=True, **CASES[name].write
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_cut_file_is_an_error_that_names_it(name: str, tmp_path: Path) -> None:
+    path = written(name, tmp_path)
+    file = tensors_file(name, path)
+    whole = file.read_bytes()
+    for size in (0, 7, 40, len(whole) // 3, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(FormatError, match=r"adapter|a\.safetensors") as caught:
+            read_adapter(path, format=name, **CASES[name].read)
+        assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bytes_that_were_changed_are_an_error_or_harmless(name: str, tmp_path: Path) -> None:
+    """A header that lies raises at once; nothing is allocated by what it says."""
+    path = written(name, tmp_path)
+    file = tensors_file(name, path)
+    whole = file.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(0, min(len(whole), 900), (60,), generator=generator).tolist():
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            read_adapter(path, format=name, **CASES[name].read)
+        except FormatError as error:
+            assert error.remedy  # noqa: PT017
+
+
+def test_losses_are_said() -> None:
+    state = make_state(KIND_SPECS["slices"], derived=True, config={"rank": 2})
+    assert losses_of(state, "native") == losses_of(state, "peft") == []
+    assert [words.split()[0] for words in losses_of(state, "portable")] == [
+        "the",
+        "slices",
+        "frozen",
+        "scales",
+    ]
