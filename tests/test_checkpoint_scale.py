@@ -79,7 +79,7 @@ def test_float8_base_is_dequantized_on_request(tmp_path, monkeypatch, shards, bl
     state = adapter(site("q", tuple(plain["q"].shape), size=0.1))
     with pytest.raises(CheckpointError, match=r"fp8 with block scales.*--dequantize"):
         plan_merge(base, [state])
-    options = MergeOptions(dequantize=True)
+    options = MergeOptions(dequantize="bfloat16")
     merge_checkpoint(base, [state], tmp_path / "out", options=options)
     wanted = {n: t.bfloat16() for n, t in dense(wanted, (state, 1.0)).items()}
     wanted["norm.weight"] = tensors["norm.weight"]
@@ -98,7 +98,7 @@ def test_float8_without_scales_is_refused(tmp_path):
         plan_merge(
             base,
             [adapter(site("v", (8, 8)))],
-            options=MergeOptions(dequantize=True),
+            options=MergeOptions(dequantize="bfloat16"),
         )
 
 

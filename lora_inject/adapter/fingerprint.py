@@ -107,14 +107,14 @@ def _parts(weight: Tensor) -> Iterator[str]:
     state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
     if state is not None:
         yield f"{state.quant_type}, blocks of {state.blocksize}, {tuple(state.shape)}"
-        yield _glimpse(codes_of(weight.data, state))
+        yield glimpse(codes_of(weight.data, state).reshape(-1).view(torch.uint8))
     elif hasattr(weight, "__tensor_flatten__"):  # torchao, quanto
         names, settings = weight.__tensor_flatten__()
         yield from _settings(settings.items() if isinstance(settings, Mapping) else ())
         for name in names:
             yield f"{name}: {', '.join(_parts(getattr(weight, name)))}"
     else:
-        yield _glimpse(weight)
+        yield glimpse(weight)
 
 
 def codes_of(data: Tensor, state: Any) -> Tensor:
@@ -135,7 +135,8 @@ def _settings(items: Iterable[tuple[str, object]]) -> Iterator[str]:
             yield f"{name} {value}"  # any dtype will do, as for a plain base
 
 
-def _glimpse(tensor: Tensor) -> str:
+def glimpse(tensor: Tensor) -> str:
+    """Return the dtype, the shape and a few values of a tensor that holds codes or scales."""
     flat = tensor.detach().reshape(-1)
     start = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
     if tensor.is_floating_point() and tensor.element_size() > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class Checkpoint:
         index_name: File name of the index, None for a single file.
         index: The index as parsed, None for a single file.
         config: `config.json` as parsed, empty where there is none.
+        packed: Quantized tensors that are shown dequantized, by name; see `dequantized`.
+        shown: What they are shown as; no bytes lie there.
     """
 
     folder: Path
@@ -51,6 +53,8 @@ class Checkpoint:
     index_name: str | None
     index: Mapping[str, Any] | None
     config: Mapping[str, Any]
+    packed: Mapping[str, Any] = field(default_factory=dict)
+    shown: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -83,12 +87,19 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> Mapping[str, TensorEntry]:
         """Tensor name to entry, over all shards."""
-        return {n: e for shard in self.shards.values() for n, e in shard.header.tensors.items()}
+        stored = {n: e for shard in self.shards.values() for n, e in shard.header.tensors.items()}
+        return {n: e for n, e in stored.items() if n not in self.hidden} | dict(self.shown)
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """Names of stored tensors that are parts of `packed` ones."""
+        return frozenset(e.name for each in self.packed.values() for e in each.parts.values())
 
     @cached_property
     def shard_of(self) -> Mapping[str, str]:
         """Tensor name to the name of its shard."""
-        return {name: s.name for s in self.shards.values() for name in s.header.tensors}
+        of = {name: s.name for s in self.shards.values() for name in s.header.tensors}
+        return of | {name: of[each.parts["codes"].name] for name, each in self.packed.items()}
 
     def path_of(self, name: str) -> Path:
         """Return the file that a tensor is in."""

@@ -21,10 +21,11 @@ from torch import Tensor
 from lora_inject.checkpoint.adapter_files import Given, weighted_adapter
 from lora_inject.checkpoint.base_class import UNTIED, BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
+from lora_inject.checkpoint.dequantized import dequantized
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import FLOATS, OutputShard, TensorJob, lay_out
-from lora_inject.checkpoint.quantized import find_scales, why_not
+from lora_inject.checkpoint.quantized import why_not
 from lora_inject.checkpoint.same_base import check_same_base, grown_copies
 from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, check_adapters
@@ -148,6 +149,8 @@ def plan_merge(
     """
     options = options or MergeOptions()
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    if options.dequantize is not None:
+        checkpoint = dequantized(checkpoint, options.dequantize)
     weighted = [weighted_adapter(adapter, checkpoint) for adapter in adapters]
     check_adapters(weighted)
     builder = _Builder(checkpoint, options)
@@ -188,7 +191,6 @@ class _Builder:
         self.jobs: dict[str, TensorJob] = {}
         self.config_changes: dict[str, Any] = {}
         self.notes: list[str] = []
-        self.scales = find_scales(checkpoint) if options.dequantize else {}
 
     def take(self, adapter: WeightedAdapter, fit: Fit) -> None:
         """Add one adapter's updates."""
@@ -243,16 +245,16 @@ class _Builder:
                     sizes[other.dtype] += other.n_elements
             return TensorJob(name, None, None, max(sizes, key=lambda d: sizes[d]), (), "added")
         action = "folded" if name in self.checkpoint.tensors else "untied"
-        shard, scales = self.checkpoint.shard_of[entry.name], self.scales.get(entry.name)
-        dtype = entry.dtype if scales is None else "BF16"
-        return TensorJob(name, entry, shard, dtype, entry.shape, action, scales=scales)
+        shard, packed = self.checkpoint.shard_of[entry.name], self.checkpoint.packed.get(entry.name)
+        return TensorJob(name, entry, shard, entry.dtype, entry.shape, action, packed=packed)
 
     def dequantize(self) -> None:
-        """Add a job for every float8 weight, where that was asked for."""
-        for name in self.scales:
+        """Add a job for every quantized tensor, where that was asked for."""
+        packed = self.checkpoint.packed
+        for name in packed:
             if name not in self.jobs:
                 self._job(name, self.checkpoint.tensors[name]).action = "dequantized"
-        if self.scales and "quantization_config" in self.checkpoint.config:
+        if packed and "quantization_config" in self.checkpoint.config:
             self.config_changes["quantization_config"] = None
 
     def untie(self) -> None:
@@ -342,7 +344,7 @@ class _Builder:
     def check(self) -> None:
         """Refuse what no writer could carry out."""
         for name, job in self.jobs.items():
-            if job.scales is None and job.action != "cast":
+            if job.packed is None and job.action != "cast":
                 self._check_plain(job)
             ranges = sorted({(p.start, p.stop) for p in job.placed})
             overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
@@ -396,11 +398,18 @@ class _Builder:
         """Lay out the output's files; what the base lacks goes behind it, in a file of its own."""
         checkpoint, alone = self.checkpoint, self.checkpoint.index_name is None
         added = [job for name, job in self.jobs.items() if name not in checkpoint.tensors]
-        dropped = frozenset(scales.entry.name for scales in self.scales.values())
-        shards = [
-            lay_out(shard.name, shard, self.jobs, added if alone else (), dropped)
-            for shard in checkpoint.shards.values()
-        ]
+        dropped = checkpoint.hidden - self.jobs.keys()
+        shards = []
+        for shard in checkpoint.shards.values():
+            mine = [  # of another name than what they are stored as
+                job
+                for name, job in self.jobs.items()
+                if name in checkpoint.packed
+                and job.source_shard == shard.name
+                and name not in shard.header.tensors
+            ]
+            more = [*mine, *(added if alone else ())]
+            shards.append(lay_out(shard.name, shard, self.jobs, more, dropped))
         if added and not alone:
             name = f"{checkpoint.stem}-added.safetensors"
             while name in checkpoint.shards:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_inject.checkpoint.output_files import FORMAT_DTYPES
 from lora_inject.errors import CheckpointError
 
-_FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -29,7 +29,8 @@ class MergeOptions:
         verify: Re-derive every merged tensor and compare every other byte before publishing.
         copy_code: Take the base's `*.py` files along.
         allow_new: Add trained tensors that the base lacks (a new classifier) instead of refusing.
-        dequantize: Write a float8 base with block scales as bfloat16 (or as `dtype`).
+        dequantize: `bfloat16`, `float16` or `float32`: write every quantized tensor of the base as
+            plain floats, and a config that says nothing of quantization.
         any_base: Merge although the adapter's fingerprint says that it was made on another base.
         workers: Threads that compute; None: one for each core, at most four.
         rename: How names of the adapters begin to how the base's names begin, where they differ
@@ -44,18 +45,21 @@ class MergeOptions:
     verify: bool = False
     copy_code: bool = False
     allow_new: bool = False
-    dequantize: bool = False
+    dequantize: str | None = None
     any_base: bool = False
     workers: int | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
     tie: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype is not None:  # an enum's member becomes plain text
-            object.__setattr__(self, "dtype", _SHORT.get(self.dtype, str(self.dtype)))
-        if self.dtype not in {None, *_FORMAT_DTYPES}:
-            remedy = f"Use {', '.join(_FORMAT_DTYPES)}"
-            raise CheckpointError(f"write dtype {self.dtype!r}", "it is not known", remedy)
+        for option in ("dtype", "dequantize"):
+            said = getattr(self, option)
+            if said is not None:  # an enum's member becomes plain text
+                said = _SHORT.get(said, str(said))
+                object.__setattr__(self, option, said)
+            if said not in {None, *FORMAT_DTYPES}:
+                remedy = f"Use {', '.join(FORMAT_DTYPES)}"
+                raise CheckpointError(f"write {option} {said!r}", "it is not known", remedy)
         if self.min_kept is not None and not 0 <= self.min_kept <= 1:
             asked = f"keep at least {self.min_kept} of every delta"
             remedy = "Give a number from 0 to 1, such as 0.98"
@@ -76,7 +80,7 @@ class MergeOptions:
     @property
     def format_dtype(self) -> str | None:
         """The safetensors name of `dtype`."""
-        return None if self.dtype is None else _FORMAT_DTYPES[self.dtype]
+        return None if self.dtype is None else FORMAT_DTYPES[self.dtype]
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.index import Shard
 from lora_inject.checkpoint.place import Placed, matrix_of
-from lora_inject.checkpoint.quantized import Scales
 from lora_inject.storage.safetensors_file import Header, TensorEntry, build_header
 
 FLOATS: Mapping[str, torch.dtype] = {
@@ -27,7 +26,15 @@ FLOATS: Mapping[str, torch.dtype] = {
 }
 """Dtypes that take an update, by the format's name."""
 
-READABLE: Mapping[str, torch.dtype] = {**FLOATS, "F8_E4M3": torch.float8_e4m3fn}
+FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""The format's names of dtypes that a checkpoint can be written in."""
+
+READABLE: Mapping[str, torch.dtype] = {
+    **FLOATS,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 """Dtypes whose values can be read."""
 
 
@@ -45,7 +52,7 @@ class TensorJob:
         placed: Low-rank terms, on disjoint ranges of rows or on the same one.
         trained: Full tensors of adapters with their weights: `W + sum of w (T - W)`.
         base_copy: The base's values where the adapter carries them (a grown vocabulary), else None.
-        scales: Block scales of a float8 source that is dequantized, else None.
+        packed: What reads the values of a quantized source (`dequantized.Packed`), else None.
         magnitude: DoRA's magnitude, one value for each output, else None.
         added: Vectors to add, with their weights.
         rows: Rows to replace: `(indices, values)`.
@@ -61,7 +68,7 @@ class TensorJob:
     placed: tuple[Placed, ...] = ()
     trained: tuple[tuple[Tensor, float], ...] = ()
     base_copy: Tensor | None = None
-    scales: Scales | None = None
+    packed: Any = None
     magnitude: Tensor | None = None
     added: tuple[tuple[Tensor, float], ...] = ()
     rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()

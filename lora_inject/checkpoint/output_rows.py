@@ -43,7 +43,7 @@ class Span(NamedTuple):
 def spans_of(job: TensorJob) -> Iterator[Span]:
     """Cut a tensor into spans: at the limits of its terms, and at `SPAN_ELEMENTS`."""
     n_rows, n_cols = job.matrix
-    if not (job.placed or job.rows or job.scales):  # its values are worked on one by one
+    if not (job.placed or job.rows or job.packed):  # its values are worked on one by one
         n_rows, n_cols = n_rows * n_cols, 1
     limits = sorted({0, n_rows, *(r for p in job.placed for r in (p.start, p.stop))})
     for first, last in itertools.pairwise(limits):
@@ -87,13 +87,13 @@ class _Folding:
         self.in_place = bool(span.terms) and (
             job.source is not None
             and (job.shape, job.dtype) == (job.source.shape, job.source.dtype)
-            and not any(x is not None for x in (job.base_copy, job.scales, job.magnitude))
+            and not any(x is not None for x in (job.base_copy, job.packed, job.magnitude))
             and not (job.trained or job.added)
         )
         is_double = job.source is not None and job.source.dtype == "F64"
         self.wide = torch.float64 if is_double else torch.float32
         self.delta = Delta(span.terms, self.wide)
-        self.scales = _read_scales(job)
+        self.values = None if job.packed is None else job.packed.rows()
         mine = job.magnitude
         self.magnitude = None if mine is None else in_memory(mine.detach()).to(self.wide).flatten()
         self.norms = self._column_norms() if self.magnitude is not None and job.transposed else None
@@ -143,10 +143,10 @@ class _Folding:
             if not job.trained:
                 raise CheckpointError(f"merge into '{job.name}'", "it has no values", "Report this")
             return _rows_of(job.trained[0][0], n_cols, start, stop)
-        rows = self.reader.rows(job.source, n_cols, start, stop)
-        if job.scales is None or self.scales is None:
-            return rows
-        return job.scales.apply(rows, start, self.scales)
+        if self.values is not None:
+            found: Tensor = self.values(start, stop)
+            return found
+        return self.reader.rows(job.source, n_cols, start, stop)
 
     def fold(self, rows: Tensor, at: int, merged: Tensor) -> None:
         """Write rows with all deltas on them to `merged`; `at` is their place in the matrix."""
@@ -175,15 +175,6 @@ class _Folding:
             total = self.delta.add_(rows, start - span.offset)
             squares += total.square().sum(dim=0, dtype=torch.float64)
         return squares.sqrt().to(self.wide)
-
-
-def _read_scales(job: TensorJob) -> Tensor | None:
-    """Return the whole table of scales of a float8 source, float32; None where there is none."""
-    if job.scales is None:
-        return None
-    entry = job.scales.entry
-    with RowReader(job.scales.path) as reader:
-        return reader.rows(entry, entry.shape[1], 0, entry.shape[0]).to(torch.float32, copy=True)
 
 
 def _rows_of(tensor: Tensor, n_cols: int, start: int, stop: int) -> Tensor:

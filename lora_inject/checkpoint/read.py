@@ -62,8 +62,9 @@ class RowReader:
     """
 
     def __init__(self, file: Path | int) -> None:
-        self._own = not isinstance(file, int)
+        self._own = False
         self._fd = file if isinstance(file, int) else open_read(file)
+        self._own = not isinstance(file, int)
         self.room = Room()
 
     def __enter__(self) -> RowReader:
@@ -72,6 +73,10 @@ class RowReader:
     def __exit__(self, *error: object) -> None:
         if self._own:
             os.close(self._fd)
+            self._own = False
+
+    def __del__(self) -> None:
+        self.__exit__()
 
     def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
         """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call.

@@ -30,9 +30,13 @@ def check_same_base(checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit) 
     saved = adapter.state.fingerprint
     if saved is None:
         return
-    shapes, samples = {}, {}
+    shapes, samples, packed = {}, {}, {}
     for name, shape in saved.shapes.items():
         entry = checkpoint.tensors.get(fit.rule(name) or name)
+        if entry is not None and entry.name in checkpoint.packed:
+            if name in saved.quantized and (said := checkpoint.packed[entry.name].packing()):
+                shapes[name], packed[name] = tuple(shape), said
+            continue
         # Stacked, cut and grown tensors have their places by shape; their values lie elsewhere.
         if entry is not None and entry.shape == tuple(shape) and entry.dtype in FLOATS:
             shapes[name], samples[name] = entry.shape, _sample(checkpoint, entry)
@@ -41,7 +45,7 @@ def check_same_base(checkpoint: Checkpoint, adapter: WeightedAdapter, fit: Fit) 
         {name: values for name, values in saved.samples.items() if name in shapes},
         saved.quantized,
     )
-    if differences := compare(known, Fingerprint(shapes, samples)):
+    if differences := compare(known, Fingerprint(shapes, samples, packed)):
         name, how = next(iter(differences.items()))
         raise CheckpointError(
             f"merge {adapter.label} into '{checkpoint.folder}'",
@@ -79,9 +83,15 @@ def grown_copies(
     """Return an adapter's copies of base tensors that grew; refuse others that differ from it."""
     grown = {}
     for name, (entry, copy) in fit.copies.items():
+        if entry.name in checkpoint.packed:
+            continue  # the copy has the values before they were quantized
         if tuple(copy.shape) != entry.shape:
             grown[name] = (entry, copy)
-        elif entry.dtype not in FLOATS or not _equal(checkpoint, entry, copy):
+        elif (
+            entry.dtype not in FLOATS
+            or name in checkpoint.packed
+            or not _equal(checkpoint, entry, copy)
+        ):
             raise CheckpointError(
                 f"merge {adapter.label}",
                 f"it carries a copy of '{name}' that differs from the base",

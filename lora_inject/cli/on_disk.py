@@ -69,8 +69,8 @@ AllowNew = Annotated[
     bool, typer.Option("--allow-new", help="Add trained tensors that the base lacks.")
 ]
 Dequantize = Annotated[
-    bool,
-    typer.Option("--dequantize", help="Write a float8 base with block scales as bfloat16."),
+    Dtype | None,
+    typer.Option("--dequantize", help="Write a quantized base as plain floats of this dtype."),
 ]
 AnyBase = Annotated[
     bool,
@@ -128,7 +128,7 @@ def merge(
     ] = False,
     copy_code: CopyCode = False,
     allow_new: AllowNew = False,
-    dequantize: Dequantize = False,
+    dequantize: Dequantize = None,
     any_base: AnyBase = False,
     rename: Rename = None,
     tie: Tie = None,
@@ -197,7 +197,7 @@ def verify(
     dtype: WriteDtype = None,
     copy_code: CopyCode = False,
     allow_new: AllowNew = False,
-    dequantize: Dequantize = False,
+    dequantize: Dequantize = None,
     any_base: AnyBase = False,
     rename: Rename = None,
     tie: Tie = None,
