@@ -97,6 +97,8 @@ CASES = {
     "peft": Case(damaged="adapter_model.safetensors"),
     "portable": Case(damaged="adapter_model.safetensors"),
     "native": Case("a.safetensors"),
+    "kohya": Case("a.safetensors", {"component": "unet"}, odd=("conv", "fused")),
+    "diffusers": Case("a.safetensors", {"component": "transformer"}, odd=("conv", "fused")),
     "loralib": Case(
         "a.safetensors",
         read={"alpha": 3.0},

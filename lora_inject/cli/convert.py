@@ -47,6 +47,14 @@ def convert(
     rank: Annotated[
         int | None, typer.Option(min=1, help="portable: one rank for all. (default: the largest)")
     ] = None,
+    component: Annotated[
+        str | None,
+        typer.Option(help="kohya, diffusers: the part of a pipeline, such as unet or te1."),
+    ] = None,
+    from_component: Annotated[
+        str | None,
+        typer.Option(help="The part of a pipeline to read, of a file that holds several."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
     ] = False,
@@ -68,7 +76,8 @@ def convert(
 
     reading = read_options(adapter, prefer, allow)
     reading |= loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
-    options = {"dtype": dtype, "rank": rank}
+    reading |= {} if from_component is None else {"component": from_component}
+    options = {"dtype": dtype, "rank": rank, "component": component}
     given = {key: value for key, value in options.items() if value is not None}
     lost: list[str] = []
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
-from lora_inject.formats import loralib, native, peft, portable
+from lora_inject.formats import diffusers, kohya, loralib, native, peft, portable
 from lora_inject.formats.losses import EVERYTHING, NUMBERS, losses
 
 __all__ = [
@@ -55,6 +55,10 @@ FORMATS = {
     "portable": Format(portable.write, peft.read, portable.detects, frozenset()),
     # One safetensors file of this package.
     "native": Format(native.write, native.read, native.detects),
+    # One file of sd-scripts, LyCORIS, ComfyUI.
+    "kohya": Format(kohya.write, kohya.read, kohya.detects, frozenset({NUMBERS})),
+    # One file of a pipeline, or the folder that holds it.
+    "diffusers": Format(diffusers.write, diffusers.read, diffusers.detects, frozenset()),
     # Microsoft's state dict.
     "loralib": Format(loralib.write, loralib.read, loralib.detects, frozenset({"slices", NUMBERS})),
 }

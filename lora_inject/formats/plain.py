@@ -90,6 +90,13 @@ def uniform(
     return {name: _uniform(site, rank or largest, dtype) for name, site in sites.items()}
 
 
+def with_scale_one(
+    sites: Mapping[str, SiteState], *, dtype: torch.dtype | None = None
+) -> dict[str, SiteState]:
+    """Return plain sites with their own ranks and scale 1, scales being folded into B."""
+    return {name: _uniform(site, site.spec.rank, dtype) for name, site in sites.items()}
+
+
 def _uniform(site: SiteState, rank: int, dtype: torch.dtype | None) -> SiteState:
     spec = dataclasses.replace(
         site.spec, rank=rank, alpha=float(rank), scaling="standard", dropout=0.0
@@ -157,3 +164,31 @@ def check_shapes(a: Tensor, b: Tensor, where: str) -> None:
         groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
         remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
         raise FormatError(where, f"{found}: the ranks differ", remedy if groups else _DAMAGED)
+
+
+def pairs_of(
+    parts: Mapping[str, Mapping[str, Tensor]], a: str, b: str, asked: str
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, Tensor]]]:
+    """Return complete pairs by module, and the other tensors of each module.
+
+    `parts` are a file's tensors by module and by role, `a` and `b` the roles of a pair.
+    """
+    pairs, others = {}, {}
+    for module, found in parts.items():
+        for role in (a, b):
+            if role not in found:
+                raise FormatError(f"{asked}, '{module[:200]}'", f"its {role} is missing", _DAMAGED)
+        pairs[module] = found[a], found[b]
+        others[module] = {role: t for role, t in found.items() if role not in (a, b)}
+    if not pairs:
+        raise FormatError(asked, "it holds no pair of matrices", "Check the path")
+    return pairs, others
+
+
+def alpha_of(alpha: Tensor | None, rank: int, where: str) -> float:
+    """Return the alpha of a scalar tensor; the rank, and so a scale of 1, where there is none."""
+    if alpha is None:
+        return float(rank)
+    if alpha.numel() != 1 or alpha.ndim > 1:
+        raise FormatError(where, f"its alpha has shape {tuple(alpha.shape)}", _DAMAGED)
+    return float(alpha)

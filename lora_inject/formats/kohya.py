@@ -1,0 +1,240 @@
+"""One file of kohya's sd-scripts, as LyCORIS (LoCon) and ComfyUI read and write it too.
+
+For each module `lora_unet_NAME.lora_down.weight` (A), `.lora_up.weight` (B) and the scalar
+`.alpha`, the scale being alpha over the rank of the tensors; without it the scale is 1. NAME is the
+module's with `_` for each dot, which cannot be undone by itself: it is looked up among the names of
+the model, or of the base's files. A file written here also says the names in its metadata.
+
+Source: kohya-ss/sd-scripts, networks/lora.py (`LoRAModule`, `create_network_from_weights`);
+ComfyUI, comfy/lora.py and comfy/weight_adapter/lora.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_inject.adapter.state import AdapterState
+from lora_inject.errors import FormatError, nearest
+from lora_inject.formats.checks import check_no_clash
+from lora_inject.formats.metadata import one_line
+from lora_inject.formats.peft.tensor_layout import pack
+from lora_inject.formats.plain import (
+    alpha_of,
+    check_finite,
+    dtype_named,
+    in_dtype,
+    pairs_of,
+    plain_site,
+    plain_sites,
+)
+from lora_inject.storage.atomic import write_file
+from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.tensors import read_names, read_tensors, serialize
+
+COMPONENTS = ("unet", "te", "te1", "te2", "te3", "transformer")
+_KEY = re.compile(r"((?:lora|lycoris)_[^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+_PREFIX = re.compile(rf"(?:lora_({'|'.join(COMPONENTS)})|(lycoris))_(.+)")
+_NAMES = "lora_inject.names"
+_OTHER = {
+    "lora_mid.weight": "a Tucker decomposition (LyCORIS)",
+    "dora_scale": "a DoRA magnitude",
+    "hada_w1_a": "a LoHa",
+    "lokr_w1": "a LoKr",
+    "lokr_w1_a": "a LoKr",
+    "lokr_w2": "a LoKr",
+    "oft_blocks": "an OFT",
+    "a1.weight": "a GLoRA",
+    "diff": "a full difference",
+    "w_norm": "the difference of a norm",
+}
+
+
+def detects(path: Path) -> bool:
+    """Whether a path is such a file, by its keys."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    return any(_KEY.fullmatch(key) for key in read_names(path)[0])
+
+
+def write(
+    state: AdapterState,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    component: str | None = None,
+    dtype: str | None = None,
+) -> Path:
+    """Write an adapter of one component of a pipeline.
+
+    Args:
+        state: The adapter: linear layers and convolutions, nothing trained in full.
+        path: The file, ending in `.safetensors`.
+        overwrite: Replace a file that is there already.
+        component: Which component the adapted model is: `unet`, `te` (text encoder), `te1` and
+            `te2` (of SDXL), `te3`, `transformer`. ComfyUI calls every diffusion model `unet`.
+        dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own. Alphas are float32.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        FormatError: The component is not named, or something has no place in such a file.
+    """
+    asked = f"write kohya adapter to '{path}'"
+    if path.suffix != ".safetensors":
+        raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
+    if component not in COMPONENTS:
+        raise FormatError(
+            asked,
+            "the file has to say which part of a pipeline the adapted model is"
+            if component is None
+            else f"component is {component!r}",
+            f'Pass component="unet" (--component unet), or one of {", ".join(COMPONENTS)}',
+        )
+    sites = plain_sites(state, asked, kinds=("linear", "conv"), client="a file of kohya's")
+    sites = in_dtype(sites, dtype_named(dtype, asked))
+    check_finite(sites, asked)
+    flat = {name: f"lora_{component}_{name.replace('.', '_')}" for name in sites}
+    check_no_clash(flat.values(), asked)
+    tensors: dict[str, Tensor] = {}
+    for name, site in sites.items():
+        down, up = pack(site)
+        alpha = torch.tensor(site.scale * site.spec.rank, dtype=torch.float32)
+        found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+        tensors |= {f"{flat[name]}.{end}": tensor for end, tensor in found.items()}
+    said = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        _NAMES: json.dumps({flat[name]: name for name in sites}),
+    }
+    return write_file(path, serialize(tensors, said), overwrite=overwrite)
+
+
+def read(
+    path: Path,
+    *,
+    component: str | None = None,
+    module_names: Collection[str] | None = None,
+    on_disk: bool = False,
+) -> AdapterState:
+    """Read the adapter of one component.
+
+    Args:
+        path: The file.
+        component: Which component to read where the file holds several.
+        module_names: All module names of the model; not needed for a file that was written here.
+        on_disk: Leave the values in the file until they are used.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FormatError: The file holds another variant, a name is not found or ambiguous, or tensors
+            are missing or do not fit.
+    """
+    asked = f"read kohya adapter '{path}'"
+    tensors, said = read_tensors(path, on_disk=on_disk)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        _refuse_variant(key, asked)
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise FormatError(
+                asked, f"the tensor '{key[:200]}' is of no known kind", "Give a LoRA of sd-scripts"
+            )
+        parts.setdefault(found[1], {})[found[2]] = tensor
+    of_component = _component(parts, component, asked)
+    names = _names_in(said, asked) or {}
+    sites = {}
+    pairs, alphas = pairs_of(of_component, "lora_down.weight", "lora_up.weight", asked)
+    for flat, (down, up) in pairs.items():
+        name = names.get(flat) or _unflattened(flat, module_names, asked)
+        where = f"{asked}, site '{flat[:200]}'"
+        alpha = alpha_of(alphas[flat].get("alpha"), len(down), where)
+        if name in sites:
+            raise FormatError(where, f"the file holds '{name}' twice", "Fetch it again")
+        sites[name] = plain_site(name, down, up, alpha, where)
+    return AdapterState(sites)
+
+
+def _refuse_variant(key: str, asked: str) -> None:
+    for end, what in _OTHER.items():
+        if key.endswith(f".{end}"):
+            raise FormatError(
+                asked,
+                f"'{key[:200]}' is of {what}, not of LoRA",
+                "Merge it into the base with the program that made it, and extract a LoRA "
+                "(lora-inject extract)",
+            )
+
+
+def _component(
+    parts: Mapping[str, dict[str, Tensor]], component: str | None, asked: str
+) -> dict[str, dict[str, Tensor]]:
+    """Return the modules of the component that is asked for, or of the only one."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for flat, of in parts.items():
+        prefix = _PREFIX.fullmatch(flat)
+        if prefix is None:
+            raise FormatError(
+                asked,
+                f"'{flat[:200]}' does not begin as a component does",
+                f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris",
+            )
+        found.setdefault(prefix[1] or prefix[2], {})[flat] = of
+    if component is None and len(found) == 1:
+        return next(iter(found.values()))
+    if component not in found:
+        raise FormatError(
+            asked,
+            f"it holds {one_line(found)}" + (f", not '{component}'" if component else ""),
+            "Say which to read, each onto its own model: "
+            f'component="{next(iter(found), "unet")}" (--component)',
+        )
+    return found[component]
+
+
+def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str] | None:
+    """Return names by what the file calls them, as the metadata says."""
+    if _NAMES not in said:
+        return None
+    where = f"{asked}, metadata '{_NAMES}'"
+    names: Any = parse_json(said[_NAMES], where)
+    good = isinstance(names, dict) and all(
+        isinstance(name, str) and flat.endswith("_" + name.replace(".", "_"))
+        for flat, name in names.items()
+    )
+    if not good:
+        raise FormatError(where, "it is not a table of names", "Fetch the file again")
+    return dict(names)
+
+
+def _unflattened(flat: str, module_names: Collection[str] | None, asked: str) -> str:
+    """Return the one module whose name is this with `_` for dots."""
+    where, prefix = f"{asked}, '{flat[:200]}'", _PREFIX.fullmatch(flat)
+    assert prefix is not None
+    if module_names is None:
+        raise FormatError(
+            where,
+            "dots of names are written as '_', so that the file alone does not say them",
+            "Load it onto the model, pass module_names, or name the base: --base BASE",
+        )
+    found = [name for name in module_names if name.replace(".", "_") == prefix[3]]
+    if len(found) != 1:
+        near = nearest(prefix[3], [name.replace(".", "_") for name in module_names])
+        raise FormatError(
+            where,
+            f"it may be any of {one_line(found)}" if found else "the model has no such module",
+            "Rename one of them"
+            if found
+            else f"Nearest: {one_line(near) or 'none'}. Files for SDXL and for other programs name "
+            "modules in their own way",
+        )
+    return found[0]

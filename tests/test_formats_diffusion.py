@@ -1,0 +1,233 @@
+"""Files of diffusers and of kohya's sd-scripts: diffusers itself reads and writes them alike."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fill
+from helpers.adapter_states import KIND_SPECS, dense, effect, make_state
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import lora_inject as li
+from lora_inject.cli import app
+from lora_inject.errors import FormatError
+from lora_inject.formats import read_adapter, write_adapter
+
+RULES = [
+    {"match": r"attn\d\.to_(q|out\.0)", "rank": 3, "alpha": 1.0},
+    {"match": "ff.net.2", "scaling": "rslora"},
+    r"resnets\.0\.conv1",
+]
+
+
+@pytest.fixture(scope="module")
+def unet() -> Any:
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    ).eval()
+
+
+def run(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(1, 4, 8, 8, generator=generator)
+    text = torch.randn(1, 5, 8, generator=generator)
+    with torch.no_grad():
+        found: Tensor = model(image, 3, text).sample
+    return found
+
+
+@pytest.fixture
+def adapted(unet: Any) -> Any:
+    config = {"rank": 2, "alpha": 5.0, "targets": RULES}
+    return fill(li.inject(copy.deepcopy(unet), config))
+
+
+def loaded_by_diffusers(unet: Any, files: Any, **options: Any) -> Tensor:
+    theirs = copy.deepcopy(unet)
+    theirs.load_lora_adapter(files, prefix="unet", use_safetensors=True, **options)
+    return run(theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_computes_the_same_from_its_own_format(
+    unet: Any, adapted: Any, tmp_path: Path
+) -> None:
+    due = run(adapted)
+    assert (due - run(unet)).abs().max() > 0.05
+    li.save_adapter(adapted, tmp_path / "a", format="diffusers", component="unet")
+    theirs = loaded_by_diffusers(
+        unet, tmp_path / "a", weight_name="pytorch_lora_weights.safetensors"
+    )
+    torch.testing.assert_close(theirs, due, rtol=1e-4, atol=1e-5)
+    ours = li.load_adapter(copy.deepcopy(unet), tmp_path / "a")
+    torch.testing.assert_close(run(ours), due, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_computes_the_same_from_a_file_of_kohya(
+    unet: Any, adapted: Any, tmp_path: Path
+) -> None:
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+
+    li.eject(adapted)
+    config = {"rank": 2, "alpha": 5.0, "targets": RULES[:2]}  # their names know no convolutions
+    due = run(fill(li.inject(adapted, config)))
+    path = tmp_path / "a.safetensors"
+    li.save_adapter(adapted, path, format="kohya", component="unet")
+    tensors, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(path))
+    theirs = loaded_by_diffusers(unet, tensors, network_alphas=alphas)
+    torch.testing.assert_close(theirs, due, rtol=1e-4, atol=1e-5)
+    save_file(load_file(path), path)  # without the names in the metadata
+    with pytest.raises(FormatError, match="dots of names are written as '_'"):
+        read_adapter(path)
+    ours = li.load_adapter(copy.deepcopy(unet), path)
+    torch.testing.assert_close(run(ours), due, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_diffusers_wrote_is_read_right(unet: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    theirs = copy.deepcopy(unet)
+    patterns = {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"to_k": 7}, "use_rslora": True}
+    theirs.add_adapter(LoraConfig(r=2, lora_alpha=5, target_modules=["to_k", "conv1"], **patterns))
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    theirs.save_lora_adapter(tmp_path)
+    ours = li.load_adapter(copy.deepcopy(unet), tmp_path)
+    torch.testing.assert_close(run(ours), run(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_older_names_of_diffusers(tmp_path: Path) -> None:
+    pair = {"down": torch.randn(2, 4), "up": torch.randn(6, 2)}
+    paths = {
+        "unet.mid.attn1.processor.to_q_lora": "mid.attn1.to_q",
+        "unet.mid.attn1.processor.to_out_lora": "mid.attn1.to_out.0",
+        "unet.mid.ff.lora": "mid.ff",
+        "unet.text.q_proj.lora_linear_layer": "text.q_proj",
+    }
+    tensors = {f"{path}.{end}.weight": t.clone() for path in paths for end, t in pair.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    state = read_adapter(tmp_path / "a.safetensors")
+    assert list(state.sites) == sorted(paths.values(), key=list(state.sites).index)
+    assert set(state.sites) == set(paths.values())
+    for site in state.sites.values():
+        torch.testing.assert_close(dense(site).float(), pair["up"] @ pair["down"])
+
+
+def test_comfyui_computes_the_same(tmp_path: Path) -> None:
+    """Its formula for a module's keys: up @ down, flattened, times alpha over the rank."""
+    state = make_state(KIND_SPECS["conv"], KIND_SPECS["slices"], KIND_SPECS["linear"], derived=True)
+    path = write_adapter(state, tmp_path / "a.safetensors", "kohya", component="te1")
+    tensors = load_file(path)
+    for name, site in state.sites.items():
+        key = f"lora_te1_{name.replace('.', '_')}"
+        up, down, alpha = (
+            tensors[f"{key}.{end}"] for end in ("lora_up.weight", "lora_down.weight", "alpha")
+        )
+        found = float(alpha) / len(down) * (up.flatten(1) @ down.flatten(1))
+        torch.testing.assert_close(found, effect(site).float(), rtol=1e-4, atol=1e-5)
+
+
+PAIR = {"lora_down.weight": torch.ones(2, 4), "lora_up.weight": torch.ones(6, 2)}
+
+
+def kohya(tmp_path: Path, *modules: str, said: Any = None, **further: Tensor) -> Path:
+    tensors = {f"{m}.{end}": t.clone() for m in modules for end, t in PAIR.items()}
+    tensors |= {key.replace("__", "."): tensor for key, tensor in further.items()}
+    save_file(tensors, tmp_path / "k.safetensors", said)
+    return tmp_path / "k.safetensors"
+
+
+def test_names_are_resolved_against_the_model_or_refused(tmp_path: Path) -> None:
+    path = kohya(tmp_path, "lora_unet_a_b_c")
+    found = read_adapter(path, module_names=["a.b_c", "a", "a.b"])
+    assert list(found.sites) == ["a.b_c"]
+    assert found.sites["a.b_c"].scale == 1.0  # no alpha: the rank
+    with pytest.raises(FormatError, match=r"any of 'a\.b_c', 'a_b\.c'"):
+        read_adapter(path, module_names=["a.b_c", "a_b.c"])
+    with pytest.raises(FormatError, match=r"no such module\. Nearest: 'a_b_d'"):
+        read_adapter(path, module_names=["a.b.d"])
+
+
+def test_components_are_read_one_by_one(tmp_path: Path) -> None:
+    path = kohya(tmp_path, "lora_unet_a", "lora_te2_b")
+    names = {"module_names": ["a", "b"]}
+    with pytest.raises(FormatError, match=r"holds 'te2', 'unet'.*component=.te2"):
+        read_adapter(path, **names)
+    assert list(read_adapter(path, component="te2", **names).sites) == ["b"]
+    with pytest.raises(FormatError, match="not 'te1'"):
+        read_adapter(path, component="te1", **names)
+
+
+@pytest.mark.parametrize(
+    ("modules", "further", "said", "words"),
+    [
+        (
+            [],
+            {"lora_unet_a__lora_down__weight": torch.ones(2, 4)},
+            None,
+            "lora_up.weight is missing",
+        ),
+        (["lora_unet_a"], {"lora_unet_b__hada_w1_a": torch.ones(1)}, None, "is of a LoHa"),
+        (["lora_unet_a"], {"lora_unet_a__dora_scale": torch.ones(6)}, None, "a DoRA magnitude"),
+        (["lora_unet_a"], {"x": torch.ones(6)}, None, "'x' is of no known kind"),
+        (["lora_vae_a"], {}, None, "does not begin as a component"),
+        (["lora_unet_a"], {"lora_unet_a__alpha": torch.ones(2)}, None, r"alpha has shape \(2,\)"),
+        (["lora_unet_a"], {"lora_unet_a__alpha": torch.tensor(float("nan"))}, None, "alpha is nan"),
+        (["lora_unet_a"], {"lora_unet_a__alpha": torch.tensor(0.0)}, None, "alpha is 0"),
+        (
+            ["lora_unet_a"],
+            {},
+            {"lora_inject.names": '{"lora_unet_a": "b"}'},
+            "not a table of names",
+        ),
+        (["lora_unet_a"], {}, {"lora_inject.names": "[]"}, "not a table of names"),
+    ],
+)
+def test_files_of_kohya_are_strict(
+    modules: list[str], further: dict[str, Tensor], said: Any, words: str, tmp_path: Path
+) -> None:
+    path = kohya(tmp_path, *modules, said=said, **further)
+    with pytest.raises(FormatError, match=words):
+        read_adapter(path, module_names=["a"])
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_the_component_is_asked_for(layout: str, tmp_path: Path) -> None:
+    path, state = tmp_path / "a.safetensors", make_state(KIND_SPECS["linear"])
+    with pytest.raises(FormatError, match='Pass component="unet"'):
+        write_adapter(state, path, layout)
+    with pytest.raises(FormatError, match="component is 'vae'"):
+        write_adapter(state, path, layout, component="vae")
+    write_adapter(state, tmp_path / "peft")
+    arguments = ["convert", tmp_path / "peft", path, "--to", layout]
+    refused = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert (refused.exit_code, "--component unet" in refused.stderr) == (1, True)
+    arguments += ["--component", "unet", "--json"]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert json.loads(done.stdout)["format"] == layout
+
+
+def test_modules_of_one_flattened_name_are_refused(tmp_path: Path) -> None:
+    spec = KIND_SPECS["linear"]
+    state = make_state(spec.at("a.b", "a.b.weight"), spec.at("a_b", "a_b.weight"))
+    with pytest.raises(FormatError, match="two tensors would be called 'lora_unet_a_b'"):
+        write_adapter(state, tmp_path / "a.safetensors", "kohya", component="unet")
