@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from conftest import error, fill
 from helpers.reference import EXACT, SCALE, config, random, refused
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import lora_inject as li
 
@@ -61,3 +62,39 @@ def test_a_module_some_of_whose_weights_are_computed_is_not_adapted_in_part(name
     parametrizations.spectral_norm(model[1], "in_proj_weight")
     words = rf"'{name}'.*computed by a parametrization.*original"
     refused(model, lambda: li.inject(model, config(name)), li.LayerError, words)
+
+
+class Doubled(nn.Module):
+    def forward(self, W: torch.Tensor) -> torch.Tensor:
+        return 2 * W
+
+
+def test_a_bias_that_is_parametrized_after_inject_is_used() -> None:
+    model = fill(li.inject(nn.Sequential(nn.Linear(6, 6).double()), config("0")))
+    parametrize.register_parametrization(model[0], "bias", Doubled())
+    plain, x = li.eject(copy.deepcopy(model)), random(3, 6)
+    site = li.adapter_state(model).sites["0"]
+    with torch.no_grad():
+        plain[0].weight.add_(SCALE * site.B @ site.A)
+    assert error(model(x), plain(x)) < EXACT
+    li.eject(model)
+    assert isinstance(model[0], parametrize.ParametrizedLinear)
+
+
+def test_a_trained_bias_that_is_taken_away_is_an_error() -> None:
+    model = li.inject(nn.Sequential(nn.Linear(6, 6)), config("0") | {"bias": "adapted"})
+    model[0].bias = None
+    with pytest.raises(li.LayerError, match="replacing parameter 'bias'.*Eject the adapter first"):
+        model(torch.ones(1, 6))
+
+
+def test_a_layer_that_was_given_another_class_is_an_error_and_can_be_ejected() -> None:
+    class Other(nn.Linear):
+        """Knows of no adapter."""
+
+    model = li.inject(nn.Sequential(nn.Linear(6, 6)), config("0"))
+    model[0].__class__ = Other
+    for verb in (li.merge, li.adapter_state, lambda m: li.inject(m, config("0"), "second")):
+        refused(model, lambda v=verb: v(model), li.LayerError, "given the class Other since")
+    li.eject(model)
+    assert (type(model[0]), list(model.state_dict())) == (Other, ["0.weight", "0.bias"])

@@ -201,7 +201,7 @@ class AdapterCheckpoint:
         adapter = dataclasses.replace(adapter, fingerprint=self._fingerprint)
         if not args.should_save:
             return {}
-        options = format_options(Survey(model), self.format)
+        options = format_options(Survey(model), self.format, self.name)
         with tempfile.TemporaryDirectory() as place:
             target = Path(place, "adapter" if self.format == "peft" else "adapter.safetensors")
             path = write_adapter(adapter, target, self.format, **options)

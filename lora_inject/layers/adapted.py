@@ -278,11 +278,18 @@ class Adapted(nn.Module):
         by_rows = reader is self and adds_rows(self._lora_plain, param)
         if by_rows and attached.selection.current().routed:
             return raw
-        return self._lora_value(param, raw, entries)
+        outside = reader is not self and not attached.running and isinstance(reader, nn.Module)
+        return self._lora_value(param, raw, entries, outside=outside)
 
-    def _lora_value(self, param: str, raw: Any, entries: Mapping[str, Entry]) -> Any:
+    def _lora_value(
+        self, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
+    ) -> Any:
         """Return W + delta of those of the entries that take part under the current selection."""
-        if raw is None or not entries or type(raw) not in PLAIN:
+        if not entries:
+            return raw
+        if raw is None:
+            self._lora_refuse_replaced(param)
+        if type(raw) not in PLAIN:
             return raw  # a sharded tensor is read by who shards; a quantized one cannot be
         attached = self._lora
         state = attached.selection.current()
@@ -294,12 +301,14 @@ class Adapted(nn.Module):
         # A value read under no_grad would cut the gradient of a later read in the same forward.
         key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()
         if cache is None:
-            return self._lora_effective(raw, taking)
+            return self._lora_effective(raw, taking, outside)
         if key not in cache:
-            cache[key] = self._lora_effective(raw, taking)
+            cache[key] = self._lora_effective(raw, taking, outside)
         return cache[key]
 
-    def _lora_effective(self, raw: Tensor, taking: list[tuple[Entry, float]]) -> Tensor:
+    def _lora_effective(
+        self, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool
+    ) -> Tensor:
         """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
         held, value = held_by(self), raw
         low_rank, float32 = [], False
@@ -316,6 +325,8 @@ class Adapted(nn.Module):
         def used() -> None:
             for entry, _ in taking:
                 self._lora_is_read(entry)
+                if outside and entry.mark not in self._lora.read_from_outside:
+                    self._lora.read_from_outside |= {entry.mark}
 
         if low_rank:
             return lazy_weight(value, low_rank, float32=float32, used=used)

@@ -124,6 +124,7 @@ class Attached:
         old_forward: The `_old_forward` that a hook had saved on the module, or None.
         float32: Whether an adapter on the output asks for float32 arithmetic.
         took_part: Marks of the entries that a forward has used so far; see `Entry.mark`.
+        read_from_outside: Marks of those that another module has read while this one did not run.
         running: For each thread that runs a forward of the module: the effective weights read in
             it, and the hooks on saved tensors that it was entered with.
     """
@@ -136,6 +137,7 @@ class Attached:
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
         self.float32 = False
         self.took_part: frozenset[str] = frozenset()
+        self.read_from_outside: frozenset[str] = frozenset()
         self._n_tensors = 0
         self._base: tuple[str, ...] = ()
         # One object, which another thread cannot change between two looks at it.

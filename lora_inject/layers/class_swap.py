@@ -51,6 +51,8 @@ def narrow(module: nn.Module) -> None:
     """Let a swapped class read no more parameters than its attached do."""
     attached = attached_to(module)
     assert attached is not None
+    if not isinstance(module, Adapted):
+        return
     cls = type(module)
     ours = _own_class(cls)
     kind = ours._lora_mixin if attached.forward else WeightUpdate
@@ -63,6 +65,8 @@ def narrow(module: nn.Module) -> None:
 def unswap(module: nn.Module) -> None:
     """Give a module its own class back and forget its attached."""
     attached = module.__dict__.pop("_lora")
+    if not isinstance(module, Adapted):
+        return  # somebody gave it another class
     plain = plain_class(type(module))
     if _is_ours(module.__dict__.get("_old_forward"), module):  # of a hook that came later
         bound = types.MethodType(plain.forward, module)  # type: ignore[attr-defined]
@@ -129,6 +133,7 @@ def _rebind_hooked_forward(module: nn.Module, attached: Attached) -> None:
 
 def check_swappable(module: nn.Module, asked: str) -> None:
     """Check that a module's class can change, by making the class and asking Python."""
+    refuse_replaced_class(module, asked)
     cls = type(module)
     if cls in _SWAPPABLE or issubclass(cls, Adapted):
         return
@@ -140,6 +145,17 @@ def check_swappable(module: nn.Module, asked: str) -> None:
             asked, f"the class of a {cls.__name__} cannot change ({error})", "Leave it out"
         ) from error
     _SWAPPABLE.add(cls)
+
+
+def refuse_replaced_class(module: nn.Module, asked: str) -> None:
+    """Raise where somebody gave a module with adapters a class that does not know of them."""
+    if attached_to(module) is not None and not isinstance(module, Adapted):
+        raise LayerError(
+            asked,
+            f"its layer carries adapters and was given the class {type(module).__name__} since, "
+            "which leaves them inert",
+            "Eject them, then inject again",
+        )
 
 
 _SWAPPABLE: WeakSet[type] = WeakSet()

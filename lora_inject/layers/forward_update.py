@@ -36,6 +36,8 @@ class ForwardUpdate(Adapted):
 
     def _lora_own(self, param: str) -> Any:
         """Return a parameter as this layer's own forward uses it: with its weight updates only."""
+        if param not in self._lora_reads:
+            return getattr(self, param)
         raw, reads = self._lora_raw(param), self._lora.reads.get(param)
         return self._lora_value(param, raw, reads) if reads else raw
 

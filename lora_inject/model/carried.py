@@ -16,6 +16,7 @@ from torch import nn
 from lora_inject.errors import StateError, nearest
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.class_swap import refuse_replaced_class
 from lora_inject.layers.routed_forward import routes_rows
 from lora_inject.layers.selection import Selection
 from lora_inject.layers.survey import Survey, unwrapped
@@ -105,10 +106,13 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.M
     recorded = {known for record in roots_of(survey).values() for known in record.configs}
     check_names(reach(survey.model, survey).names | recorded, [name], asked)
     records = records_of(survey, name)
+    found = list(entries(survey, name))
+    for path, module, _ in found:
+        refuse_replaced_class(module, f"{asked} {name!r} at {path!r}")
     if not records:  # a copy of one layer, which has no root
-        return list(entries(survey, name))
+        return found
     carrying = {id(m): m for _, record in records for m in record.carrying[name]}
-    found = [item for item in entries(survey, name) if id(item[1]) in carrying]
+    found = [item for item in found if id(item[1]) in carrying]
     gone = carrying.keys() - {id(module) for _, module, _ in found}
     for module in (module for key, module in carrying.items() if key in gone):
         attached = attached_to(module)

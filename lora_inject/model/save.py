@@ -19,6 +19,7 @@ from lora_inject.formats.peft import options_for_writing
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.carried import reach, refuse_merged, roots_of, whole_adapter
+from lora_inject.model.peft_reading import refuse_misread
 from lora_inject.spec.names import joined
 
 
@@ -153,13 +154,15 @@ def save_adapter(
         FormatError: The format cannot express it, or the path cannot be written.
     """
     survey = Survey(model)
-    state, live = read_off(survey, name), format_options(survey, format)
+    state, live = read_off(survey, name), format_options(survey, format, name)
     write_adapter(state, path, format=format, **live | options)
     return Path(path)
 
 
-def format_options(survey: Survey, format: str) -> dict[str, Any]:  # noqa: A002
-    """Return the options of a format's `write` that a live model answers."""
+def format_options(survey: Survey, format: str, name: str) -> dict[str, Any]:  # noqa: A002
+    """Return the options of a format's `write` that a live model answers for an adapter."""
+    if format == "peft":
+        refuse_misread(survey, name)
     if format not in FORMATS:
         return {}
     live = options_for_writing(survey.model, survey.by_name, base_weights(survey))

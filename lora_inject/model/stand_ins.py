@@ -83,7 +83,7 @@ class _SaveAdapters:
             folder = Path(save_directory) if alone else Path(save_directory, name)
             with tempfile.TemporaryDirectory() as place:
                 made = write_adapter(
-                    state, Path(place, "adapter"), **format_options(survey, "peft")
+                    state, Path(place, "adapter"), **format_options(survey, "peft", name)
                 )
                 _put_into(made, folder)
 

@@ -1,0 +1,76 @@
+"""What PEFT computes from a file of an adapter, where that is something else than here.
+
+PEFT adds to the output of the layers that it finds by name, and swaps a weight while its owner
+runs. Whether that is W + delta is a question to the live model, which no file answers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from lora_inject.errors import FormatError
+from lora_inject.layers.adapted import plain_class
+from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.kinds import mixin_for
+from lora_inject.layers.routed_forward import adds_rows
+from lora_inject.layers.survey import Survey
+from lora_inject.model.carried import entries
+
+
+def refuse_misread(survey: Survey, name: str) -> None:
+    """Raise where PEFT, which loads the file of an adapter without a word, computes another model.
+
+    Raises:
+        FormatError: A site is read by another module than its own, its layer's forward is not
+            linear in the weight as PEFT takes it to be, or PEFT would look for it elsewhere.
+    """
+    renamed = _renaming(survey.model)
+    for path, module, entry in entries(survey, name):
+        if entry.spec is None:
+            continue
+        found = _misread(module, entry)
+        key = f"{path}.lora_A.weight"
+        if not found and not key.endswith(there := renamed(key)):
+            found = f"it renames the keys of this model's files, and would look for it at {there!r}"
+        if found:
+            raise FormatError(
+                f"write adapter {name!r}, site {entry.spec.name!r}",
+                f"PEFT would load it wrong: {found}",
+                'Write it with format="native"',
+            )
+
+
+def _misread(module: nn.Module, entry: Entry) -> str:
+    """Return why PEFT's layer would compute something else, or an empty text."""
+    attached, spec, plain = attached_to(module), entry.spec, plain_class(type(module))
+    assert attached is not None and spec is not None
+    if entry.mark in attached.read_from_outside:
+        return "another module reads the weight, and nothing would call the adapter"
+    if spec.kind == "conv":
+        known = adds_rows(plain, "weight")
+    elif spec.kind == "embedding":  # whose scale PEFT knows by this name
+        known = mixin_for(spec.kind).stock(plain) or hasattr(module, "embed_scale")
+    else:
+        return ""
+    return "" if known else f"the forward of {plain.__name__} is its own, and not linear in W"
+
+
+def _renaming(model: nn.Module) -> Callable[[str], str]:
+    """Return what PEFT makes of a key: what transformers 5 makes of those of old checkpoints."""
+    if not hasattr(model, "config") or "transformers" not in sys.modules:
+        return str
+    try:
+        mapping = import_module("transformers.conversion_mapping")
+        loading = import_module("transformers.core_model_loading")
+    except ImportError:  # transformers 4
+        return str
+    if mapping.get_checkpoint_conversion_mapping(getattr(model.config, "model_type", "")) is None:
+        return str
+    steps = mapping.get_model_conversion_mapping(model)
+    renamings: list[Any] = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+    return lambda key: str(loading.rename_source_key(key, renamings, [])[0])

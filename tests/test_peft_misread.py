@@ -1,0 +1,116 @@
+"""Adapters that PEFT would load without a word and compute something else with: refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import fill, same_bits
+from torch import Tensor, nn
+from zoo.build import build
+
+import lora_inject as li
+
+CONFIG = {"rank": 2, "alpha": 3}
+
+
+class Reads(nn.Module):
+    """Computes with a weight of a child, which nobody calls."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel: Any = self.child.weight
+        return F.linear(x, kernel) if kernel.dim() == 2 else F.conv1d(x[..., None], kernel)
+
+
+class Asks(nn.Module):
+    """Calls a child after a look at the dtype of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.child(x.to(self.child.weight.dtype))
+        return out
+
+
+class Standardized(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Tripled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return 3 * super().forward(ids)
+
+
+class Scaled(nn.Embedding):
+    """A gain under the name by which PEFT knows it."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.register_buffer("embed_scale", torch.tensor(3.0), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = super().forward(ids) * self.embed_scale
+        return out
+
+
+X, IDS = torch.randn(3, 4), torch.tensor([[0, 4]])
+MISREAD: dict[str, tuple[Callable[[], nn.Module], str, Tensor, str]] = {
+    "a layer": (lambda: Reads(nn.Linear(4, 4)), "child", X, "another module reads the weight"),
+    "a kernel": (lambda: Reads(nn.Conv1d(4, 4, 1)), "child", X, "another module reads the weight"),
+    "a convolution": (lambda: nn.Sequential(Standardized(4, 4, 1)), "0", X[..., None], "its own"),
+    "a table": (lambda: nn.Sequential(Tripled(5, 4)), "0", IDS, "forward of Tripled is its own"),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD)
+def test_what_peft_would_compute_otherwise_is_not_written_for_it(case: str, tmp_path: Path) -> None:
+    make, site, x, words = MISREAD[case]
+    model = fill(li.inject(make(), {**CONFIG, "targets": [site]}))
+    due = model(x)
+    with pytest.raises(li.FormatError, match=rf"PEFT would load it wrong: .*{words}.*native"):
+        li.save_adapter(model, tmp_path / "peft")
+    assert list(tmp_path.iterdir()) == []
+    path = li.save_adapter(model, tmp_path / "a.safetensors", format="native")
+    assert same_bits(li.load_adapter(li.eject(model), path)(x), due)
+
+
+@pytest.mark.parametrize(
+    ("make", "site", "x"),
+    [(Asks, "child", X), (lambda: nn.Sequential(Scaled()), "0", IDS)],
+    ids=["asked for its dtype", "a gain that PEFT knows"],
+)
+def test_what_peft_computes_the_same_is_written(
+    make: Any, site: str, x: Tensor, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    plain = make()
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    model = fill(li.inject(plain, {**CONFIG, "targets": [site]}))
+    due, path = model(x), li.save_adapter(model, tmp_path / "a")
+    base = make()
+    base.load_state_dict(before)
+    opened = peft.PeftModel.from_pretrained(base, str(path))
+    assert torch.allclose(opened(x), due, atol=1e-6)
+
+
+def test_names_that_peft_would_rename_are_refused(tmp_path: Path) -> None:
+    """transformers takes `mlp.shared_experts` for what its old checkpoints call `shared_expert`."""
+    pytest.importorskip("transformers", "5")
+    model = build("laguna")
+    li.inject(model, {**CONFIG, "targets": [r"shared_experts\.up_proj"]})
+    words = r"would look for it at .*shared_experts\.\.up_proj"
+    with pytest.raises(li.FormatError, match=words):
+        li.save_adapter(model, tmp_path / "a")
+    li.inject(li.eject(model), {**CONFIG, "targets": ["q_proj"]})
+    li.save_adapter(model, tmp_path / "a")
