@@ -122,6 +122,8 @@ class Adapted(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Build the plain class: `type(layer)(...)` must not make a carrier without adapters."""
+        if "_lora_plain" not in cls.__dict__ and not args and not kwargs:
+            return object.__new__(cls)  # a copy of a class on top of ours (torch's parametrize)
         return cls._lora_plain(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -47,14 +47,15 @@ def refuse_misread(survey: Survey, name: str) -> None:
 
 def _misread(module: nn.Module, entry: Entry) -> str:
     """Return why PEFT's layer would compute something else, or an empty text."""
-    attached, spec, plain = attached_to(module), entry.spec, plain_class(type(module))
-    assert attached is not None and spec is not None
+    attached, plain = attached_to(module), plain_class(type(module))
+    assert attached is not None
     if entry.mark in attached.read_from_outside:
         return "another module reads the weight, and nothing would call the adapter"
-    if spec.kind == "conv":
+    kind = entry.spec.kind if entry.spec else ""
+    if kind == "conv":
         known = adds_rows(plain, "weight")
-    elif spec.kind == "embedding":  # whose scale PEFT knows by this name
-        known = mixin_for(spec.kind).stock(plain) or hasattr(module, "embed_scale")
+    elif kind == "embedding":  # whose scale PEFT knows by this name
+        known = mixin_for(kind).stock(plain) or hasattr(module, "embed_scale")
     else:
         return ""
     return "" if known else f"the forward of {plain.__name__} is its own, and not linear in W"
