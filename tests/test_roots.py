@@ -119,6 +119,22 @@ def test_a_layer_that_was_replaced_is_named_and_eject_is_the_way_out(tmp_path: P
     assert list(old.state_dict()) == ["weight", "bias"]
 
 
+def test_eject_gives_flags_back_to_the_layers_that_had_them() -> None:
+    """A layer that moved keeps its flag; what stands in the place of one that is gone gets it."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    model["b"].requires_grad_(False)
+    li.inject(model, {**RULE, "targets": ["a"]})
+    model["a"], model["b"] = model["b"], model["a"]
+    model["d"] = model.pop("c")
+    li.eject(model)
+    frozen = {n.partition(".")[0] for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"a"}
+    li.inject(model, {**RULE, "targets": ["b"]})
+    old, model["d"] = model["d"], nn.Linear(4, 4).requires_grad_(False)
+    li.eject(model)
+    assert all(p.requires_grad for layer in (old, model["d"]) for p in layer.parameters())
+
+
 def test_an_inject_freezes_what_was_made_trainable_on_a_part() -> None:
     model = Towers()
     for name in "ab":

@@ -249,7 +249,7 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
             root.configs.setdefault(name, config)
         for name, modules in inner.carrying.items():
             root.carrying[name] = [*root.carrying.get(name, ()), *modules]
-        root.required_grad |= {f"{path}.{key}" for key in inner.required_grad}
+        root.required_grad |= {f"{path}.{key}": at for key, at in inner.required_grad.items()}
         root.trainable |= inner.trainable
         del survey.by_name[path].__dict__[ROOT]
     for module in adapted_modules(survey).values():
@@ -264,12 +264,11 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
 
 def _freeze(survey: Survey, root: Root) -> None:
     """Freeze every base parameter and remember which ones were not, by all names of a tied one."""
-    unfrozen = [
-        (joined(path, key), parameter)
-        for path, module in survey.modules
-        for key, parameter in survey.own[id(module)].items()
-        if parameter.requires_grad
-    ]
-    root.required_grad.update(name for name, _ in unfrozen)
-    for _, parameter in unfrozen:
+    unfrozen = []
+    for path, module in survey.modules:
+        for key, parameter in survey.own[id(module)].items():
+            if parameter.requires_grad:
+                root.required_grad[joined(path, key)] = module, key
+                unfrozen.append(parameter)
+    for parameter in unfrozen:
         parameter.requires_grad_(False)

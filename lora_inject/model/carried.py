@@ -37,7 +37,8 @@ class Root:
         configs: Adapter name to the config it was injected with, as plain data, or None.
         carrying: Adapter name to the modules that it was put on.
         trainable: The adapters that may require gradients: injecting or `train_only` named them.
-        required_grad: Names of base parameters that required a gradient before the first inject.
+        required_grad: Base parameters that required a gradient before the first inject: their
+            names then, with the module and the key.
         undo: What `unmerge` restores while the model is merged; see `model.merge`.
         kept: A walk of the model and the generation that it belongs to; see `reach`.
     """
@@ -46,7 +47,7 @@ class Root:
     configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
     carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)
-    required_grad: set[str] = field(default_factory=set)
+    required_grad: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     undo: Any = None
     kept: tuple[int, Reach] | None = None
 

@@ -26,6 +26,7 @@ from lora_inject.model.carried import (
     whole_adapter,
 )
 from lora_inject.model.stand_ins import give_back
+from lora_inject.spec.names import joined
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -109,18 +110,28 @@ def _detach(module: nn.Module, name: str) -> None:
 
 
 def _unfreeze(survey: Survey, record: Root) -> None:
-    """Give base parameters their flags back; another root that holds one is to do so instead."""
+    """Give base parameters their flags back; another root that holds one is to do so instead.
+
+    Layers that have moved keep theirs; what stands in the place of one that is gone gets its flag.
+    """
+    others = [m for m in ROOT_MODULES if ROOT in m.__dict__]
     held = {
-        id(parameter): (other.__dict__[ROOT], key)
-        for other in ROOT_MODULES
-        if ROOT in other.__dict__ and other.__dict__[ROOT].selection is record.selection
-        for key, parameter in Survey(other).parameters()
+        id(parameter): (other.__dict__[ROOT], joined(path, key), (module, key))
+        for other in others
+        if other.__dict__[ROOT].selection is record.selection
+        for one in [Survey(other)]
+        for path, module in one.modules
+        for key, parameter in one.own[id(module)].items()
     }
-    for key, parameter in survey.parameters():
-        if key not in record.required_grad:
-            continue
-        if id(parameter) in held:
-            other, name = held[id(parameter)]
-            other.required_grad.add(name)
-        else:
-            parameter.requires_grad_(True)
+    for name, (module, key) in record.required_grad.items():
+        here = survey.by_name.get(name.rpartition(".")[0])
+        moved = here is None or id(module) in survey.paths
+        for at in (module,) if moved else (module, here):
+            parameter = at._parameters.get(key)  # type: ignore[union-attr]
+            if parameter is None:
+                continue
+            if id(parameter) in held:
+                other, its_name, holder = held[id(parameter)]
+                other.required_grad[its_name] = holder
+            else:
+                parameter.requires_grad_(True)
