@@ -1,4 +1,4 @@
-"""Two processes: FSDP2 and DistributedDataParallel against one process, adapters and all.
+"""Two processes: FSDP2, DistributedDataParallel and tensor parallelism against one process.
 
 Each worker trains on its half of a batch and rank 0 writes down what came out; the test
 trains the same model in one process on both halves and compares values. Both sides run in float64,
@@ -8,6 +8,7 @@ so that a delta counted twice or a gradient averaged wrongly cannot hide in roun
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import socket
 import warnings
@@ -69,7 +70,8 @@ def train(model: Any, wrapped: Any, batches: list[Tensor]) -> dict[str, Any]:
     for _ in range(STEPS):
         loss = torch.stack([wrapped(ids, labels=ids).loss for ids in batches]).mean()
         loss.backward()
-        gradients.append({key: whole(p.grad) for key, p in parameters.items()})
+        held = {key: p.grad for key, p in parameters.items() if p.grad is not None}
+        gradients.append({key: whole(gradient) for key, gradient in held.items()})
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
@@ -158,6 +160,124 @@ def ddp(rank: int, model: Any) -> dict[str, Any]:
     return found
 
 
+def ddp_of_two(rank: int, model: Any, **options: Any) -> dict[str, Any]:
+    """Two adapters of which both, or one, take part in every forward."""
+    return train(model, nn.parallel.DistributedDataParallel(model, **options), [mine(rank)])
+
+
+def ddp_static(rank: int, model: Any) -> dict[str, Any]:
+    return ddp_of_two(rank, two_adapters(model), static_graph=True)
+
+
+def ddp_unused(rank: int, model: Any) -> dict[str, Any]:
+    model = two_adapters(model)
+    li.activate(model, "default")
+    return ddp_of_two(rank, model, find_unused_parameters=True)
+
+
+def two_adapters(model: Any) -> Any:
+    """Both train and are active, the second with numbers of its own."""
+    li.inject(model, FORWARD | {"rank": 3}, "second")
+    with torch.no_grad():
+        for i, parameter in enumerate(li.adapter_parameters(model, "second").values()):
+            parameter.copy_(torch.linspace(-0.1 * i, 0.2, parameter.numel()).view_as(parameter))
+    li.activate(model, {"default": 1.0, "second": 0.5})
+    li.train_only(model, ["default", "second"])
+    return model
+
+
+def shard(model: Any, **how: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **how)
+    return fully_shard(model, mesh=mesh, **how)
+
+
+def fsdp_mixed(rank: int, model: Any) -> dict[str, Any]:
+    """As people run it: a bfloat16 forward over float32 masters that wait in the host's memory."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=False)
+    shard(model.float(), mp_policy=precision, offload_policy=offload)
+    found = train(model, model, [mine(rank)])
+    found["masters"] = {p.dtype for p in li.adapter_parameters(model).values()}
+    return found
+
+
+def fsdp_swapped(rank: int, model: Any) -> dict[str, Any]:
+    """New values, files and distributed checkpoints of the adapter after the model was sharded."""
+    import torch.distributed.checkpoint as dcp
+
+    state = li.adapter_state(other_values(build()))
+    wanted = li.adapter_state(model).fingerprint
+    shard(model)
+    with torch.no_grad():
+        model(IDS)  # which leaves the root gathered
+    li.swap_adapter(model, state)
+    found = {"state": values(model)["state"], "rank": rank}
+    with torch.no_grad():
+        found["logits"] = model(IDS).logits.detach()
+    found["fingerprint"] = li.adapter_state(model).fingerprint == wanted
+    elsewhere = li.adapter_state(li.inject(build(CONFIG).float().double(), CONFIG, "new"), "new")
+    base = dataclasses.replace(elsewhere, fingerprint=other_base(wanted))
+    found["refused"] = said(lambda: li.swap_adapter(model, base))
+    folder = os.environ["DCP_FOLDER"]
+    dcp.save({"adapter": li.adapter_parameters(model)}, checkpoint_id=folder)
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(model).values():
+            parameter.zero_()
+    dcp.load({"adapter": li.adapter_parameters(model)}, checkpoint_id=folder)
+    found["loaded"] = values(model)["state"]
+    found["saved"] = str(li.save_adapter(model, f"{folder}/peft-{rank}"))
+    return found
+
+
+def other_values(model: Any) -> Any:
+    with torch.no_grad():
+        for i, parameter in enumerate(li.adapter_parameters(model).values()):
+            parameter.mul_(0.5).add_(0.01 * i)
+    return model
+
+
+def other_base(fingerprint: Any) -> Any:
+    return dataclasses.replace(
+        fingerprint,
+        samples={k: tuple(2 * x for x in v) for k, v in fingerprint.samples.items()},
+    )
+
+
+TENSOR = {"rank": 2, "alpha": 3.0, "targets": ["gate_proj", "down_proj"]}
+
+
+def tensor_parallel(rank: int, model: Any) -> dict[str, Any]:
+    """Every process has the whole batch and a part of each layer."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    del rank
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
+    for layer in model.model.layers:
+        parallelize_module(layer.mlp, mesh, {**plan, "down_proj": RowwiseParallel()})
+    return train(model, model, [IDS])
+
+
+def tp_plan(rank: int, model: Any) -> dict[str, Any]:
+    """transformers distributes a model as it loads it."""
+    folder = f"{os.environ['DCP_FOLDER']}/llama"
+    if rank == 0:
+        li.eject(model).save_pretrained(folder)
+    dist.barrier()
+    loaded = type(model).from_pretrained(folder, tp_plan="auto")
+    return {"refused": said(lambda: li.inject(loaded, TENSOR))}
+
+
 def said(run: Callable[[], Any]) -> str:
     """What a refusal says, with its class; empty where it went through."""
     try:
@@ -172,6 +292,12 @@ JOBS = {
     "fsdp, checkpointed": (fsdp_checkpointed, CONFIG),
     "ddp, weight updates too": (ddp, CONFIG),
     "ddp, forward updates": (ddp, FORWARD),
+    "static graph": (ddp_static, FORWARD),
+    "unused": (ddp_unused, FORWARD),
+    "mixed precision": (fsdp_mixed, CONFIG),
+    "swapped": (fsdp_swapped, CONFIG),
+    "tensor parallel": (tensor_parallel, TENSOR),
+    "tp_plan": (tp_plan, FORWARD),
 }
 
 
@@ -179,11 +305,12 @@ def work(rank: int, port: int, out: str) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD)
     )
+    os.environ.update(LOCAL_RANK=str(rank), DCP_FOLDER=f"{out}-dcp")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
         found = {name: run(rank, build(config)) for name, (run, config) in JOBS.items()}
-        torch.save(found, f"{out}.{rank}")
+        torch.save({**found, "folder": os.environ["DCP_FOLDER"]}, f"{out}.{rank}")
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -270,6 +397,56 @@ def test_data_parallel_training_equals_one_process(job: str, ranks: Any) -> None
         assert found["refused"]["inject"].startswith("LayerError: adapter 'b'")
         assert "Inject into the model first, then wrap it" in found["refused"]["inject"]
     assert all(torch.equal(t, ranks[1]["state"][key]) for key, t in ranks[0]["state"].items())
+
+
+@pytest.mark.parametrize("job", ["static graph", "unused", "tensor parallel"])
+def test_what_is_spread_in_other_ways_trains_like_one_process(job: str, ranks: Any) -> None:
+    model = build(JOBS[job][1])
+    if job != "tensor parallel":
+        two_adapters(model)
+    if job == "unused":
+        li.activate(model, "default")
+    wanted = train(model, model, [mine(0), mine(1)])
+    for found in ranks:
+        compare(found[job], wanted)
+
+
+def test_fsdp_in_bfloat16_with_offload_trains_as_near_as_bfloat16_is(ranks: Any) -> None:
+    model = build().float()
+    wanted = train(model, model, [mine(0), mine(1)])
+    for found in (rank["mixed precision"] for rank in ranks):
+        assert found["masters"] == {torch.float32}
+        for key, gradient in wanted["gradients"][0].items():
+            assert 0 < far(found["gradients"][0][key].float(), gradient.float()) < 0.1, key
+        for key, tensor in wanted["state"].items():
+            assert far(found["state"][key].float(), tensor.float()) < 0.02, key
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_adapter_is_swapped_saved_and_checkpointed_in_shards(ranks: Any) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model = other_values(build())
+    wanted = values(model)["state"]
+    for found in (rank["swapped"] for rank in ranks):
+        for where in ("state", "loaded"):
+            assert found[where].keys() == wanted.keys()
+            assert all(torch.equal(found[where][k], t) for k, t in wanted.items()), where
+        with torch.no_grad():
+            assert far(found["logits"], model(IDS).logits) < TOLERANCE
+        assert found["fingerprint"], "sampled from shards as from whole weights"
+        assert "made on another base" in found["refused"]
+        again = li.load_adapter(li.eject(build()), found["saved"])  # of that base: compared
+        assert all(torch.equal(values(again)["state"][k], t) for k, t in wanted.items())
+    fresh = build()  # one process reads what two have written
+    dcp.load({"adapter": li.adapter_parameters(fresh)}, checkpoint_id=ranks[0]["folder"])
+    assert all(torch.equal(values(fresh)["state"][k], t) for k, t in wanted.items())
+
+
+def test_transformers_tensor_parallelism_is_refused_with_the_order_that_works(ranks: Any) -> None:
+    for rank in ranks:
+        assert "is sharded by" in rank["tp_plan"]["refused"]
+        assert "transformers: load without tp_plan" in rank["tp_plan"]["refused"]
 
 
 @pytest.fixture

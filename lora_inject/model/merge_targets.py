@@ -25,7 +25,7 @@ from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor, memory_of
 from lora_inject.model.carried import whole_adapter
 from lora_inject.model.dequantizing import dense, quantized_again, quantized_weights, why_not_dense
-from lora_inject.model.sharding import sharded_by
+from lora_inject.model.sharding import reshard, sharded_by
 from lora_inject.model.untying import refuse_overlaps
 from lora_inject.spec.names import joined
 
@@ -181,6 +181,7 @@ def merge_targets(
 
     `into` is for quantized weights; with a dtype those without an adapter are written as well.
     """
+    reshard(survey)
     found: dict[Holder, Target] = {}
     for adapter, weight in active:
         for path, module, entry in whole_adapter(survey, adapter, "merge"):

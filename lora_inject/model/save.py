@@ -20,6 +20,7 @@ from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.carried import reach, refuse_merged, roots_of, whole_adapter
 from lora_inject.model.peft_reading import refuse_misread
+from lora_inject.model.sharding import reshard, samples_of_shards
 from lora_inject.spec.names import joined
 
 
@@ -54,6 +55,7 @@ def read_off(
 
     `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
     """
+    reshard(survey)
     items = whole_adapter(survey, name, "adapter_state of")
     # The fingerprint is to be that of the base, which merged weights are not.
     refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
@@ -114,18 +116,24 @@ def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[s
 def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     """Sample weights by name, so that another base of the same shape can be told.
 
-    Quantized tensors are described (`adapter.fingerprint.packing`); of sharded and meta tensors
-    nothing is known.
+    Quantized tensors are described (`adapter.fingerprint.packing`). Of meta tensors nothing is
+    known.
     """
     plain = {
         name: weight
         for name, weight in weights.items()
         if weight.dtype in FLOATS and not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
     }
+    shards = {
+        name: weight
+        for name, weight in weights.items()
+        if weight.dtype in FLOATS and hasattr(weight, "full_tensor")
+    }
+    known = samples(plain) | samples_of_shards(shards)
     return Fingerprint(
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
-        samples=samples(plain),
-        quantized={name: packing(weight) for name, weight in weights.items() if name not in plain},
+        samples=known,
+        quantized={name: packing(weight) for name, weight in weights.items() if name not in known},
     )
 
 

@@ -7,9 +7,13 @@ gradients nobody reduces.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lora_inject.adapter.fingerprint import sample_positions
 from lora_inject.errors import LayerError
 from lora_inject.layers.survey import Survey
 
@@ -44,5 +48,80 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
                 f"{path or 'the model'!r} is sharded by {how}, and the adapter's gradients would "
                 "not be reduced",
                 "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
-                "distribute an adapter with its layer",
+                "distribute an adapter with its layer (transformers: load without tp_plan); "
+                "swap_adapter writes new values into shards",
             )
+
+
+def reshard(survey: Survey) -> None:
+    """Let FSDP2 hold shards everywhere: what a forward left gathered is a copy."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    for _, module in survey.modules:
+        if isinstance(module, fsdp):
+            module.reshard()
+
+
+@torch.no_grad()
+def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Write values into Parameters, each process its part into those that are sharded.
+
+    Every process has all the values, so nothing is sent.
+    """
+    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for parameter, value in zip(parameters, values, strict=True):
+        held: Any = parameter
+        if hasattr(held, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = value.detach().to(held.device, held.dtype)  # noqa: PLW2901
+            mesh, placements = held.device_mesh, held.placements
+            held.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
+        else:
+            plain[0].append(parameter)
+            plain[1].append(value)
+    if plain[0]:
+        torch._foreach_copy_(*plain)
+
+
+@torch.no_grad()
+def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Sample DTensors as `adapter.fingerprint.samples` does whole ones; all processes take part."""
+    alike: dict[Any, list[str]] = {}
+    for name, weight in weights.items():
+        alike.setdefault((weight.device_mesh, weight.placements), []).append(name)
+    found: dict[str, tuple[float, ...]] = {}
+    for (mesh, placements), names in alike.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        if not all(type(p).__name__ in ("Shard", "Replicate") for p in placements):
+            continue
+        local = [_local_samples(weights[name]) for name in names]
+        width = max(map(len, local))
+        rows = torch.zeros(len(names), width, device=weights[names[0]].device)
+        for row, values in zip(rows, local, strict=True):
+            row[: len(values)] = values
+        parts = [Partial() if p.is_shard() else Replicate() for p in placements]
+        whole = DTensor.from_local(rows, mesh, parts).full_tensor().tolist()
+        for name, values, row in zip(names, local, whole, strict=True):
+            found[name] = tuple(row[: len(values)])
+    return found
+
+
+def _local_samples(weight: Any) -> Tensor:
+    """Return the sampled values of which this process holds the place, 0 for the others."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements, whole = weight.device_mesh, weight.placements, tuple(weight.shape)
+    shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
+    local = weight.to_local()
+    positions = sample_positions(whole)
+    values = torch.zeros(len(positions), device=local.device)
+    for i, position in enumerate(positions):
+        at: list[int] = []
+        for size in reversed(whole):
+            position, index = divmod(position, size)  # noqa: PLW2901
+            at.insert(0, index)
+        here = [index - first for index, first in zip(at, offset, strict=True)]
+        if all(0 <= index < size for index, size in zip(here, shape, strict=True)):
+            values[i] = local[tuple(here)]
+    return values

@@ -23,6 +23,7 @@ from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import reach, records_of, refuse_merged, whole_adapter
 from lora_inject.model.fit_state import Base, check_base, check_base_copies
 from lora_inject.model.save import base_weights, fingerprint
+from lora_inject.model.sharding import copy_into, reshard
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 
@@ -44,7 +45,8 @@ def swap_adapter(
 ) -> M:
     """Write another adapter's values into one that is on the model, all of them or none.
 
-    The Parameters stay the objects they are, so optimizers keep hold of them and a compiled model
+    Under FSDP2 every process calls it with the same values, and writes its part of them. The
+    Parameters stay the objects they are, so optimizers keep hold of them and a compiled model
     is not compiled again. What the slot is stays, too: whether it is active and trainable, its
     dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
 
@@ -63,7 +65,7 @@ def swap_adapter(
         FormatError: The two adapters differ in a site, a rank, a scale, slices or trained tensors,
             or it was made on another base. Nothing was changed.
         StateError: There is no such adapter, or the model is merged.
-        LayerError: The slot is sharded or on the meta device.
+        LayerError: The slot is on the meta device.
 
     Examples:
         >>> from lora_inject.model.save import adapter_state
@@ -79,6 +81,7 @@ def swap_adapter(
     """
     asked = f"swap adapter {name!r}"
     survey = Survey(model)
+    reshard(survey)
     slot = whole_adapter(survey, name, "swap_adapter of")
     refuse_merged(asked, *reach(model, survey).selections)
     state = source if isinstance(source, AdapterState) else read_adapter(source, format, **options)
@@ -87,8 +90,7 @@ def swap_adapter(
         check_base(state.fingerprint, fingerprint(weights), base, asked)
     if state.base_copies:
         check_base_copies(state, base_weights(survey), asked)
-    with torch.no_grad():
-        torch._foreach_copy_(into, values)
+    copy_into(into, values)
     for _, root in records_of(survey, name):
         root.configs[name] = state.config
     return model
@@ -173,11 +175,13 @@ def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
     """Check that a copy cannot fail halfway."""
     if any(value.is_meta for value in values):
         raise FormatError(asked, "its tensors are on the meta device", "Load their values first")
-    if set(map(type, into)) - {nn.Parameter} or any(parameter.is_meta for parameter in into):
+    # DeepSpeed's shards are plain Parameters of another shape, found below.
+    plain = [parameter for parameter in into if not hasattr(parameter, "full_tensor")]
+    if set(map(type, plain)) - {nn.Parameter} or any(parameter.is_meta for parameter in into):
         raise LayerError(
             asked,
-            "the adapter on the model is sharded or on the meta device",
-            "Swap before the model is sharded, and after it has values",
+            "the adapter on the model is on the meta device, or its tensors are of a strange class",
+            "Swap after the model has values",
         )
     there, here = [value.shape for value in values], [parameter.shape for parameter in into]
     if there != here:

@@ -23,6 +23,7 @@ from lora_inject.model.carried import (
     refuse_merged,
 )
 from lora_inject.model.quantized_activations import refuse_dead_inputs
+from lora_inject.model.sharding import reshard
 from lora_inject.spec.names import joined
 
 
@@ -56,6 +57,7 @@ def trainable_tensors(
     survey: Survey, name: str | None = None
 ) -> Iterator[tuple[str, Entry, str, nn.Parameter]]:
     """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all."""
+    reshard(survey)
     for path, module, entry in entries(survey, name):
         spec = entry.spec
         for role, flat in entry.names.items():
