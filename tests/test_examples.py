@@ -183,3 +183,22 @@ def test_the_server_keeps_users_apart_and_reloads(chat_model: Path, tmp_path: Pa
     assert ask("ann") == alone["bob"]
     assert client.post("/reload/..%2Fann").status_code == 404
     assert client.post("/generate", json={"user": "eve", "prompt": ""}).status_code == 404
+
+
+@pytest.mark.parametrize("name", ["start", "choose_and_analyze"])
+def test_every_cell_of_a_notebook_runs(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    AutoTokenizer.from_pretrained(chat_model).save_pretrained(folder)
+    deep = base(chat_model).config
+    deep.num_hidden_layers, deep.layer_types = 30, None
+    AutoModelForCausalLM.from_config(deep).save_pretrained(folder)
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    names: dict[str, object] = {}
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    assert all(out["output_type"] != "error" for cell in code for out in cell["outputs"])
