@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
@@ -42,26 +41,15 @@ class _Listing:
         survey: The model.
         read: Modules whose weights their parent reads, by id.
         hooked: Whether accelerate has put hooks on the model.
-        first: First name of each tensor, by its memory.
-        tied: All names of each tensor that has several, by its memory.
     """
 
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
-        self.read: set[int] = set()
-        self.hooked = False
-        self.first: dict[Hashable, str] = {}
-        self.tied: dict[Hashable, list[str]] = {}
-        for name, module in survey.modules:
-            if isinstance(module, READING_PARENTS):
-                self.read.update(map(id, module._modules.values()))
-            self.hooked = self.hooked or "_hf_hook" in module.__dict__
-            for key, parameter in survey.own[id(module)].items():
-                full = joined(name, key)
-                memory = memory_of(parameter)
-                first = self.first.setdefault(memory, full)
-                if first is not full:
-                    self.tied.setdefault(memory, [first]).append(full)
+        modules = [module for _, module in survey.modules]
+        readers = (m for m in modules if isinstance(m, READING_PARENTS))
+        self.read = {id(child) for reader in readers for child in reader._modules.values()}
+        self.hooked = any("_hf_hook" in module.__dict__ for module in modules)
+        self.further = {name for names in survey.tied.values() for name in names[1:]}
         self.candidates: list[Candidate] = []
         self.others: dict[str, str] = {}
         self.parameters: dict[str, tuple[int, ...]] = {}
@@ -82,7 +70,7 @@ class _Listing:
 
     def _first_names(self) -> dict[str, str]:
         """Return every further name of a parameter, with the one that it is listed under."""
-        first = {name: names[0] for names in self.tied.values() for name in names[1:]}
+        first = {name: names[0] for names in self.survey.tied.values() for name in names[1:]}
         further = self.survey.further
         for name, module in self.survey.modules if further else ():
             for alias in further.get(id(module), ()):
@@ -105,7 +93,7 @@ class _Listing:
             self.others[name] = "container" if container else plain_class(type(module)).__name__
         for key, parameter in own.items():
             full = joined(name, key)
-            if self.first[memory_of(parameter)] == full:
+            if full not in self.further:
                 self.parameters[full] = _shape(parameter)
             if row is None or key != row.weight_of(module):
                 self._parameter(full, module, key, parameter)
@@ -180,8 +168,10 @@ class _Listing:
         )
 
     def _tied(self, full: str, parameter: Tensor | None) -> tuple[str, ...]:
-        names = self.tied.get(memory_of(parameter)) if self.tied and parameter is not None else None
-        return () if names is None else tuple(name for name in names if name != full)
+        if not self.survey.tied or parameter is None:
+            return ()
+        names = self.survey.tied.get(memory_of(parameter), ())
+        return tuple(name for name in names if name != full)
 
     def _refusal(
         self, module: nn.Module, key: str, parameter: Tensor | None

@@ -99,14 +99,24 @@ class Survey:
                 found.setdefault(memory_of(parameter), []).append((module, key))
         return found
 
+    @cached_property
+    def tied(self) -> dict[Hashable, list[str]]:
+        """All names of each base tensor that several modules hold, by its memory."""
+        return {
+            memory: [joined(self.paths[id(module)], key) for module, key in holders]
+            for memory, holders in self._holders.items()
+            if len(holders) > 1
+        }
+
     def names_of(self, name: str) -> list[str]:
         """Return every name of the tensor that a base parameter's name stands for.
 
         A tied tensor has one in each module that holds it.
         """
         owner, _, key = name.rpartition(".")
-        tensor = self.own[id(self.by_name[owner])][key]
-        return [joined(self.paths[id(m)], param) for m, param in self.holders(tensor)]
+        module = self.by_name[owner]
+        names = self.tied.get(memory_of(self.own[id(module)][key]))
+        return names or [joined(self.paths[id(module)], key)]
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield every base parameter once, by canonical name."""

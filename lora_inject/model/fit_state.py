@@ -22,7 +22,8 @@ from lora_inject.layers.candidates import inventory
 from lora_inject.layers.kinds import KINDS
 from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.save import base_weights, fingerprint
-from lora_inject.spec.inventory import Candidate, Inventory
+from lora_inject.spec.inventory import Candidate
+from lora_inject.spec.named import Named
 from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
 
@@ -40,7 +41,7 @@ def fit(
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
     found, weights = inventory(survey), base_weights(survey)
     state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
-    names = _Names(found)
+    names = Named(found)
     state = dataclasses.replace(
         state, sites={key: _stack_of_one(site, names) for key, site in state.sites.items()}
     )
@@ -80,9 +81,17 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
     )
 
 
-def _stack_of_one(site: SiteState, names: _Names) -> SiteState:
+def _found(spec: SiteSpec, names: Named) -> Candidate | None:
+    """Return what the model has under the name of a site."""
+    if (place := names.sites.get(spec.name)) is not None:
+        return names.candidates[place]
+    place = names.weights.get(spec.name) if spec.kind == "parameter" else None
+    return None if place is None else names.candidates[place].as_parameter(spec.name)
+
+
+def _stack_of_one(site: SiteState, names: Named) -> SiteState:
     """Return the site of a stack that holds one matrix as a stack: PEFT's files do not tell."""
-    spec, candidate = site.spec, names.find(site.spec)
+    spec, candidate = site.spec, _found(site.spec, names)
     if spec.kind != "parameter" or spec.experts is not None or candidate is None:
         return site
     if candidate.experts != 1:
@@ -92,17 +101,17 @@ def _stack_of_one(site: SiteState, names: _Names) -> SiteState:
     return SiteState.of(spec, {role: tensor[None] for role, tensor in site.tensors.items()})
 
 
-def fit_site(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
+def fit_site(spec: SiteSpec, names: Named, asked: str) -> SiteSpec:
     """Return a site's spec as this model holds it: the file's numbers, the module's geometry."""
-    candidate = names.find(spec)
-    if spec.kind not in names.kinds:
+    candidate = _found(spec, names)
+    if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
         raise FormatError(
             f"{asked}, site {spec.name!r}",
             f"its kind of layer, {spec.kind!r}, is not registered here",
             "Import the module that calls register_kind for it first",
         )
     if candidate is None:
-        close = ", ".join(map(repr, nearest(spec.name, names.names))) or "none"
+        close = ", ".join(map(repr, nearest(spec.name, names.sites))) or "none"
         raise FormatError(
             f"{asked}, site {spec.name!r}",
             "the model has no such module",
@@ -110,17 +119,13 @@ def fit_site(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
         )
     if candidate.refusal is not None:
         raise LayerError(f"{asked}, site {spec.name!r}", *candidate.refusal)
-    maps, fits = (
-        (spec.in_features, spec.out_features),
-        (candidate.in_features, candidate.out_features),
-    )
+    maps = (spec.in_features, spec.out_features)
+    fits = (candidate.in_features, candidate.out_features)
     if spec.kind == "parameter" and spec.transposed != candidate.transposed:
         fits = fits[::-1]
+    # The layout of a parameter may group its axes in another way.
     same = spec.kind == "parameter" and spec.weight_shape == candidate.weight_shape
-    if (maps, spec.experts) != (
-        fits,
-        candidate.experts,
-    ) and not same:  # the layout of a parameter may group its axes in another way
+    if (maps, spec.experts) != (fits, candidate.experts) and not same:
         raise FormatError(
             f"{asked}, site {spec.name!r}",
             f"it maps {maps[0]} to {maps[1]} features in the file, {fits[0]} to {fits[1]} here",
@@ -139,26 +144,6 @@ def fit_site(spec: SiteSpec, names: _Names, asked: str) -> SiteSpec:
     }
     same = all(getattr(spec, key) == value for key, value in here.items())
     return spec if same else dataclasses.replace(spec, **here)
-
-
-class _Names:
-    """The candidates of a model by every name that an adapter may know them by."""
-
-    def __init__(self, found: Inventory) -> None:
-        self.names = [candidate.name for candidate in found.candidates]
-        self.kinds = {row.kind for row in KINDS} | {"parameter"}
-        self._sites: dict[str, Candidate] = {}
-        self._weights: dict[str, Candidate] = {}
-        for candidate in found.candidates:
-            for name in (candidate.name, *candidate.aliases):
-                self._sites.setdefault(name, candidate)
-            self._weights.setdefault(candidate.weight, candidate)
-
-    def find(self, spec: SiteSpec) -> Candidate | None:
-        found = self._sites.get(spec.name)
-        if found is None and spec.kind == "parameter" and spec.name in self._weights:
-            return self._weights[spec.name].as_parameter(spec.name)
-        return found
 
 
 def _base_tensor(survey: Survey, name: str) -> Tensor:

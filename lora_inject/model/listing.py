@@ -5,6 +5,7 @@ An adapter is what its entries on the modules say, summed up by its name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import nn
 from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import entries, reach, roots_of
+from lora_inject.spec.columns import columns
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 
@@ -115,11 +117,7 @@ def summary(model: nn.Module) -> str:
                 "yes" if info.trainable else "no",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = [*columns(rows, len(rows[0]), sys.maxsize, indent="")]
     for name, info in found.items():
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")

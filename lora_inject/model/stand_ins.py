@@ -25,6 +25,7 @@ from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey, base_parameters
 from lora_inject.model.carried import reach
 from lora_inject.model.save import format_options, read_off
+from lora_inject.storage.disk import replace_file
 
 SAVE, RESIZE = "save_pretrained", "resize_token_embeddings"
 LOADED = "_hf_peft_config_loaded"
@@ -92,9 +93,7 @@ def _put_into(made: Path, folder: Path) -> None:
     """Copy files into a folder that may hold others, each in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(made.iterdir()):
-        temporary = folder / f".{path.name}.tmp"
-        temporary.write_bytes(path.read_bytes())
-        temporary.replace(folder / path.name)
+        replace_file(folder / path.name, path.read_bytes())
 
 
 class _Refusal:
