@@ -99,6 +99,10 @@ CASES = {
     "native": Case("a.safetensors"),
     "kohya": Case("a.safetensors", {"component": "unet"}, odd=("conv", "fused")),
     "diffusers": Case("a.safetensors", {"component": "transformer"}, odd=("conv", "fused")),
+    "mlx": Case(
+        write={"config": LLAMA}, odd=("embedding", "fused"), damaged="adapters.safetensors"
+    ),
+    "gguf": Case("a.gguf", {"config": LLAMA}, {"config": LLAMA}, odd=("embedding",)),
     "loralib": Case(
         "a.safetensors",
         read={"alpha": 3.0},
@@ -180,7 +184,7 @@ def test_a_cut_file_is_an_error_that_names_it(name: str, tmp_path: Path) -> None
     whole = file.read_bytes()
     for size in (0, 7, 40, len(whole) // 3, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(FormatError, match=r"adapter|a\.safetensors") as caught:
+        with pytest.raises(FormatError, match=r"adapter|a\.(safetensors|gguf)") as caught:
             read_adapter(path, format=name, **CASES[name].read)
         assert caught.value.remedy
 

@@ -77,15 +77,11 @@ def facts_of(base: Path) -> dict[str, Any]:
     """Return what a base's files tell of it, as options for formats; see `formats.taken_by`."""
     config = read_config(base)
     if config.get("model_type"):
-        with contextlib.suppress(
-            CheckpointError
-        ):  # a class that cannot be built has names in files
-            model = meta_model(
-                config, f"read the names of '{base}'", "give a base of a known class"
-            )
+        asked = f"read the names of '{base}'"
+        with contextlib.suppress(CheckpointError):  # of a class that cannot be built the files say
+            model = meta_model(config, asked, "give a base of a known class")
             modules = dict(model.named_modules(remove_duplicate=False))
-            found = options_for_writing(model, modules, model.state_dict())
-            return {**found, "config": config, "base_model": None}
+            return options_for_writing(model, modules, model.state_dict())  # its defaults filled in
     names = list(Checkpoint.open(base).tensors)
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
     return {"tensor_names": names, "module_names": tuple(modules), "config": dict(config) or None}

@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
-from lora_inject.formats import diffusers, kohya, loralib, native, peft, portable
+from lora_inject.formats import diffusers, gguf_file, kohya, loralib, mlx, native, peft, portable
 from lora_inject.formats.losses import EVERYTHING, NUMBERS, losses
 
 __all__ = [
@@ -49,10 +49,14 @@ class Format:
 
 
 FORMATS = {
+    # The folder of mlx-lm, which has a file of PEFT's name in it.
+    "mlx": Format(mlx.write, mlx.read, mlx.detects, frozenset({NUMBERS})),
     # A directory of Hugging Face PEFT.
     "peft": Format(peft.write, peft.read, peft.detects),
     # The same with one rank and scale 1, for servers that read little of the config.
     "portable": Format(portable.write, peft.read, portable.detects, frozenset()),
+    # A file of llama.cpp.
+    "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, frozenset()),
     # One safetensors file of this package.
     "native": Format(native.write, native.read, native.detects),
     # One file of sd-scripts, LyCORIS, ComfyUI.

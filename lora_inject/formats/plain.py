@@ -87,25 +87,36 @@ def uniform(
     if rank is not None and rank < largest:
         remedy = "Give no rank, or truncate the adapter first (lora-inject truncate)"
         raise FormatError(asked, f"rank {rank} is asked for, and a site has rank {largest}", remedy)
-    return {name: _uniform(site, rank or largest, dtype) for name, site in sites.items()}
+    wanted = rank or largest
+    return {name: _changed(site, wanted, wanted, dtype) for name, site in sites.items()}
 
 
 def with_scale_one(
     sites: Mapping[str, SiteState], *, dtype: torch.dtype | None = None
 ) -> dict[str, SiteState]:
     """Return plain sites with their own ranks and scale 1, scales being folded into B."""
-    return {name: _uniform(site, site.spec.rank, dtype) for name, site in sites.items()}
+    return {n: _changed(s, s.spec.rank, s.spec.rank, dtype) for n, s in sites.items()}
 
 
-def _uniform(site: SiteState, rank: int, dtype: torch.dtype | None) -> SiteState:
+def with_one_alpha(sites: Mapping[str, SiteState]) -> dict[str, SiteState]:
+    """Return plain sites with their own ranks and one alpha, as they are where they have one."""
+    alphas = {site.scale * site.spec.rank for site in sites.values()}
+    if len(alphas) == 1:
+        return dict(sites)
+    alpha = max(site.spec.rank for site in sites.values())
+    return {name: _changed(site, site.spec.rank, alpha, None) for name, site in sites.items()}
+
+
+def _changed(site: SiteState, rank: int, alpha: float, dtype: torch.dtype | None) -> SiteState:
+    """Return a site with another rank and alpha, and the same delta."""
     spec = dataclasses.replace(
-        site.spec, rank=rank, alpha=float(rank), scaling="standard", dropout=0.0
+        site.spec, rank=rank, alpha=float(alpha), scaling="standard", dropout=0.0
     )
     dtype = dtype or site.A.dtype
     a, b = site.A.new_zeros(spec.a_shape, dtype=dtype), site.B.new_zeros(spec.b_shape, dtype=dtype)
     wide = torch.promote_types(site.B.dtype, torch.float32)
     a[..., : site.spec.rank, :] = site.A.detach().to(dtype)
-    b[..., : site.spec.rank] = (site.B.detach().to(wide) * site.scale).to(dtype)
+    b[..., : site.spec.rank] = (site.B.detach().to(wide) * (site.scale / spec.scale)).to(dtype)
     return SiteState(spec, a, b)
 
 
@@ -136,18 +147,25 @@ def check_finite(sites: Mapping[str, SiteState], asked: str) -> None:
                 )
 
 
-def plain_site(name: str, a: Tensor, b: Tensor, alpha: float, where: str) -> SiteState:
+def plain_site(
+    name: str, a: Tensor, b: Tensor, alpha: float, where: str, *, embedding: bool = False
+) -> SiteState:
     """Return the site of a pair that others wrote: A `(r, in)` or `(r, in, k, ...)`, B `(out, r)`.
 
-    A linear layer is assumed, a convolution where A has a kernel; loading onto a model replaces the
-    assumption by what the model has.
+    Where nothing says that it is an embedding's, a linear layer is assumed, a convolution where A
+    has a kernel; loading onto a model replaces the assumption by what the model has.
     """
     check_shapes(a, b, where)
     if not 0 < alpha < math.inf:
         raise FormatError(where, f"its alpha is {alpha}", _DAMAGED)
     rank, n_in, n_out = int(a.shape[0]), a[0].numel(), int(b.shape[0])
     kind, shape = ("conv", (n_out, *a.shape[1:])) if a.ndim > 2 else ("linear", (n_out, n_in))
-    spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(alpha), weight=f"{name}.weight")
+    if embedding:
+        kind, shape = "embedding", (n_in, n_out)
+    weight = f"{name}.weight"
+    spec = SiteSpec(
+        name, kind, n_in, n_out, shape, rank, float(alpha), transposed=embedding, weight=weight
+    )
     site = SiteState(spec, a.reshape(spec.a_shape), b.reshape(spec.b_shape))
     check_site(site, where)
     return site

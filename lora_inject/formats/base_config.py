@@ -1,0 +1,71 @@
+"""What some formats have to know of the base: its config.json, as transformers writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lora_inject.errors import FormatError
+
+_REMEDY = "Pass config, the base's config.json as plain data, or name the base: --base BASE"
+
+
+class Heads(NamedTuple):
+    """Sizes of a decoder: rows of q and k are those of `n_heads` and `n_kv_heads` heads."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+
+def text_config(config: Mapping[str, Any] | None, asked: str, why: str) -> Mapping[str, Any]:
+    """Return the config of the language model, of a model of several parts too."""
+    if not config:
+        raise FormatError(asked, f"it depends on the base {why}", _REMEDY)
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, Mapping) else config
+
+
+def heads(config: Mapping[str, Any] | None, asked: str, why: str) -> Heads:
+    """Return the sizes that permutations and fused projections depend on.
+
+    Examples:
+        >>> heads({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 8}, "a", "b")
+        Heads(n_layers=2, n_heads=4, n_kv_heads=4, head_dim=2)
+    """
+    config = text_config(config, asked, why)
+    n_heads = _count(config, "num_attention_heads", asked)
+    grouped = config.get("num_key_value_heads") is not None
+    n_kv_heads = _count(config, "num_key_value_heads", asked) if grouped else n_heads
+    given = config.get("head_dim") is not None
+    head_dim = _count(config, "head_dim" if given else "hidden_size", asked)
+    layers = _count(config, "num_hidden_layers", asked)
+    return Heads(layers, n_heads, n_kv_heads, head_dim if given else head_dim // n_heads)
+
+
+def _count(config: Mapping[str, Any], field: str, asked: str) -> int:
+    value = config.get(field)
+    if type(value) is not int or not 0 < value < 1 << 30:
+        raise FormatError(asked, f"{field!r} of the base's config is {str(value)[:40]!r}", _REMEDY)
+    return value
+
+
+def refuse_tied(config: Mapping[str, Any] | None, name: str, asked: str, client: str) -> None:
+    """Refuse an embedding's or a head's site where the client holds both as one tensor.
+
+    There the update of the one would be applied to the other as well.
+    """
+    tied = text_config(config, asked, "whether the embedding and the head are tied").get(
+        "tie_word_embeddings"
+    )
+    if tied is not False:
+        raise FormatError(
+            f"{asked}, site '{name}'",
+            f"{client} holds the embedding and the head of this base as one tensor"
+            if tied
+            else "the config does not say whether the embedding and the head are tied",
+            "Merge the adapter into the base (lora-inject merge), or leave that site out"
+            if tied
+            else _REMEDY,
+        )

@@ -1,0 +1,148 @@
+"""The folder of mlx-lm: `adapters.safetensors` and `adapter_config.json`.
+
+A pair is the transpose of everybody else's: `NAME.lora_a` is `(in, r)` and `NAME.lora_b` is
+`(r, out)`, of an embedding `(tokens, r)` and `(r, width)`. The config says one rank and one scale
+(not alpha) for all of them. Names are those of transformers for the models that mlx-lm loads from
+it unchanged; one that its model does not have is an error there. With full names as keys just these
+layers are adapted, whatever the number of layers.
+
+Source: mlx-lm 0.32.2, tuner/utils.py (`load_adapters`, `linear_to_lora_layers`), tuner/lora.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_inject.adapter.state import AdapterState
+from lora_inject.errors import FormatError
+from lora_inject.formats.base_config import refuse_tied
+from lora_inject.formats.plain import (
+    check_finite,
+    dtype_named,
+    in_dtype,
+    pairs_of,
+    plain_site,
+    plain_sites,
+    uniform,
+)
+from lora_inject.storage.atomic import write_directory
+from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.tensors import contiguous, read_tensors, serialize
+
+FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
+
+
+def detects(path: Path) -> bool:
+    """Whether a path is such a folder."""
+    return (path / FILE).is_file()
+
+
+def write(
+    state: AdapterState,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter as a folder of mlx-lm.
+
+    Where sites differ in rank or scale, ranks are filled up with zeros and scales folded into B.
+
+    Args:
+        state: The adapter: linear layers and embeddings, nothing trained in full.
+        path: The folder.
+        overwrite: Replace an adapter that is there already.
+        dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
+        config: The base's config as plain data, needed where an embedding is adapted: mlx-lm
+            computes the head of a tied model with the adapted embedding.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        FormatError: Something has no place in such a file, or the target must not be replaced.
+    """
+    asked = f"write MLX adapter to '{path}'"
+    sites = plain_sites(state, asked, kinds=("linear", "embedding"), client="mlx-lm")
+    for name, site in sites.items():
+        if site.spec.kind == "embedding":
+            refuse_tied(config, name, asked, "mlx-lm")
+    if len({(site.spec.rank, site.scale) for site in sites.values()}) > 1:
+        sites = uniform(sites, asked)
+    sites = in_dtype(sites, dtype_named(dtype, asked))
+    check_finite(sites, asked)
+    tensors = {f"{n}.lora_a": s.A.T for n, s in sites.items()}
+    tensors |= {f"{n}.lora_b": s.B.T for n, s in sites.items()}
+    first = next(iter(sites.values()))
+    numbers = {"rank": first.spec.rank, "scale": first.scale, "dropout": 0.0}
+    said = {
+        "fine_tune_type": "lora",
+        "num_layers": -1,
+        "lora_parameters": {**numbers, "keys": sorted(sites)},
+    }
+    files = {
+        FILE: serialize(tensors, {"format": "mlx"}),
+        CONFIG: (json.dumps(said, indent=2) + "\n").encode(),
+    }
+    return write_directory(path, files, overwrite=overwrite)
+
+
+def read(path: Path, *, on_disk: bool = False) -> AdapterState:
+    """Read a folder of mlx-lm.
+
+    Args:
+        path: The folder.
+        on_disk: Leave the values in the file until they are used.
+
+    Returns:
+        The adapter; an embedding is known as one when it is loaded onto a model.
+
+    Raises:
+        FormatError: It is not LoRA, holds stacks of experts, or tensors are missing or do not fit.
+    """
+    asked = f"read MLX adapter '{path}'"
+    rank, scale = _numbers(path, asked)
+    tensors, _ = read_tensors(path / FILE, on_disk=on_disk)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, role = key.rpartition(".")
+        if role not in ("lora_a", "lora_b") or tensor.ndim != 2:
+            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is no matrix of a plain pair"
+            raise FormatError(
+                asked, found, "Fuse it with mlx_lm.fuse; experts and DoRA are not read"
+            )
+        parts.setdefault(name, {})[role] = tensor
+    sites = {}
+    for name, (a, b) in pairs_of(parts, "lora_a", "lora_b", asked)[0].items():
+        where = f"{asked}, site '{name[:200]}'"
+        if a.shape[1] != rank:
+            found = f"its tensors have rank {a.shape[1]}, {CONFIG} says {rank}"
+            raise FormatError(where, found, "The two do not belong together; fetch them again")
+        sites[name] = plain_site(name, contiguous(a.T), contiguous(b.T), scale * rank, where)
+    return AdapterState(sites)
+
+
+def _numbers(path: Path, asked: str) -> tuple[int, float]:
+    """Return the rank and the scale of all sites."""
+    where = f"{asked}, {CONFIG}"
+    if not (path / CONFIG).is_file():
+        raise FormatError(where, "there is no such file", "Copy the whole folder")
+    config: Any = parse_json((path / CONFIG).read_bytes(), where)
+    kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
+    if kind != "lora":
+        raise FormatError(where, f"fine_tune_type is {kind!r}", "Fuse it with mlx_lm.fuse")
+    said = config.get("lora_parameters")
+    numbers: dict[str, Any] = said if isinstance(said, dict) else {}
+    rank: Any = numbers.get("rank")
+    scale: Any = numbers.get("scale")
+    good = type(rank) is int and rank > 0 and type(scale) in (int, float)
+    if not (good and 0 < scale < 1e300):
+        found = f"'lora_parameters' gives rank {str(rank)[:40]} and scale {str(scale)[:40]}"
+        raise FormatError(where, found, "Correct the file; both are needed")
+    return int(rank), float(scale)
