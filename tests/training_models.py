@@ -82,13 +82,13 @@ def trainer(
         **changes,
     }
     data = rows()
-    checkpoint = checkpoint or li.AdapterCheckpoint()
+    checkpoint = li.AdapterCheckpoint() if checkpoint is None else checkpoint
     return Trainer(
         model,
         TrainingArguments(str(out), **settings),
         train_dataset=data,
         eval_dataset=data[:4],
-        callbacks=[*callbacks, checkpoint],
+        callbacks=[*callbacks, *([checkpoint] if checkpoint else [])],
     )
 
 

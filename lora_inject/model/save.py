@@ -18,7 +18,7 @@ from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.peft import options_for_writing
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor
-from lora_inject.model.carried import reach, refuse_merged, roots_of, whole_adapter
+from lora_inject.model.carried import entries, reach, refuse_merged, roots_of, whole_adapter
 from lora_inject.model.peft_reading import refuse_misread
 from lora_inject.model.sharding import reshard, samples_of_shards
 from lora_inject.spec.names import joined
@@ -175,6 +175,21 @@ def format_options(survey: Survey, format: str, name: str) -> dict[str, Any]:  #
         return {}
     live = options_for_writing(survey.model, survey.by_name, base_weights(survey))
     return taken_by(FORMATS[format].write, live)
+
+
+def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
+    """Return the tensors of all adapters, frozen starts included, by their keys in the state dict.
+
+    The keys are those of the model itself, with the names of wrappers inside it.
+    """
+    reshard(survey)
+    ours = {
+        id(module._parameters[flat])
+        for _, module, entry in entries(survey)
+        for flat in entry.names.values()
+    }
+    state = survey.model.state_dict(keep_vars=True)
+    return {key: tensor for key, tensor in state.items() if id(tensor) in ours}
 
 
 def base_weights(survey: Survey) -> dict[str, Tensor]:

@@ -11,12 +11,14 @@ adapter mixin sets (`transformers/trainer_utils.py: validate_quantization_for_tr
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import safetensors.torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError, StateError
@@ -24,26 +26,32 @@ from lora_inject.formats import write_adapter
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey, base_parameters
 from lora_inject.model.carried import reach
-from lora_inject.model.save import format_options, read_off
+from lora_inject.model.save import adapter_tensors, format_options, read_off
 from lora_inject.storage.disk import replace_file
 
 SAVE, RESIZE = "save_pretrained", "resize_token_embeddings"
 LOADED = "_hf_peft_config_loaded"
 # As true as True, and says whose it is: what transformers' own mixin has set is left alone.
 OURS = "lora_inject"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
 
 
 class _SaveAdapters:
-    """Stands in for `save_pretrained`."""
+    """Stands in for `save_pretrained`.
+
+    Attributes:
+        format: A row of `formats.FORMATS`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
+        self.format = "peft"
         self._model = weakref.ref(model)  # else the model would hold itself
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self._model()}
+        return {"model": self._model(), "format": self.format}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model = weakref.ref(state["model"])
+        self._model, self.format = weakref.ref(state["model"]), state["format"]
 
     def __call__(
         self,
@@ -58,6 +66,9 @@ class _SaveAdapters:
         The only adapter, or else the one named `default`, is written to `save_directory`, every
         other into a folder of its name inside, as with PEFT. The tensors of `state_dict` stand in
         for those of which this process holds a shard.
+
+        In a folder named `checkpoint-N` they are also written as Trainer resumes from them, which
+        would load nothing else and not say so (`Trainer._load_from_checkpoint`).
         """
         model = self._model()
         assert model is not None
@@ -83,16 +94,22 @@ class _SaveAdapters:
             alone = len(names) == 1 or name == "default"
             folder = Path(save_directory) if alone else Path(save_directory, name)
             with tempfile.TemporaryDirectory() as place:
-                made = write_adapter(
-                    state, Path(place, "adapter"), **format_options(survey, "peft", name)
-                )
-                _put_into(made, folder)
+                target = Path(place, "adapter" if self.format == "peft" else "adapter.safetensors")
+                options = format_options(survey, self.format, name)
+                _put_into(write_adapter(state, target, self.format, **options), folder)
+        if is_main_process and _CHECKPOINT.fullmatch(Path(save_directory).name):
+            tensors = {
+                key: (state_dict or {}).get(key, tensor).detach().to("cpu", copy=True).contiguous()
+                for key, tensor in adapter_tensors(survey).items()
+            }
+            data = safetensors.torch.save(tensors, {"format": "pt"})
+            replace_file(Path(save_directory, "model.safetensors"), data)
 
 
 def _put_into(made: Path, folder: Path) -> None:
     """Copy files into a folder that may hold others, each in one step."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(made.iterdir()):
+    for path in sorted(made.iterdir()) if made.is_dir() else [made]:
         replace_file(folder / path.name, path.read_bytes())
 
 
