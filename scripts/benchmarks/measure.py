@@ -215,11 +215,14 @@ def interleave(
     names = list(known)
     shuffle = torch.Generator("cpu").manual_seed(0)
     times: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # so that the collections between the runs look at their garbage alone
     for number in range(warm_up + rounds):
         for i in torch.randperm(len(names), generator=shuffle, device="cpu").tolist():
             seconds = timed(known[names[i]])
             if number >= warm_up:
                 times[names[i]].append(seconds)
+    gc.unfreeze()
     return times
 
 

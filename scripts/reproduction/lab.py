@@ -132,7 +132,8 @@ class Lab:
             return kept["result"]
         if self.stopped():
             raise KeyboardInterrupt
-        gc.collect()
+        if not self.random_weights:
+            gc.collect()  # the last run's model
         self.say(f"{name} ...")
         wall, cpu = time.perf_counter(), time.process_time()
         result = work()
