@@ -71,7 +71,8 @@ def read_weighted(
         config = said if isinstance(said, dict) else {}
         if config.get("target_parameters"):  # only then is the class built, which is slow
             with contextlib.suppress(CheckpointError):  # a class that cannot be built
-                options = BaseClass(base).reading_options() | options
+                told = BaseClass(base).reading_options()
+                options = taken_by(FORMATS["peft"].read, told) | options
         options.setdefault("tensor_names", _tensor_names(path, base.tensors))
         if any(config.get(field) for field in _VARIANTS):
             options.pop("prefer", None)  # there is no metadata of this package to prefer
