@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from lora_inject.errors import LayerError
 from lora_inject.layers.survey import Survey
 
@@ -19,7 +21,8 @@ def refuse_dead_inputs(survey: Survey, asked: str) -> None:
         LayerError: The model holds such a weight.
     """
     for name, weight in survey.parameters():
-        if any(getattr(weight, setting, None) is not None for setting in _SETTINGS):
+        plain = type(weight) is nn.Parameter
+        if not plain and any(getattr(weight, each, None) is not None for each in _SETTINGS):
             raise LayerError(
                 f"{asked}, {name!r}",
                 f"its {type(weight).__name__} quantizes activations as it runs, through which no "

@@ -20,7 +20,7 @@ from lora_inject.layers.survey import Survey
 
 def sharded_by(tensor: Tensor) -> str | None:
     """Return what holds only a part of a tensor in this process, None for a whole tensor."""
-    if hasattr(tensor, "full_tensor"):
+    if type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor"):
         return "fully_shard or parallelize_module (it is a DTensor)"
     if hasattr(tensor, "ds_id"):
         return "DeepSpeed ZeRO-3"
@@ -37,7 +37,7 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
         )
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     for path, module in survey.modules:
-        how = "FullyShardedDataParallel" if isinstance(module, fsdp) else None
+        how = "FullyShardedDataParallel" if fsdp and isinstance(module, fsdp) else None
         for key, parameter in () if how else survey.own[id(module)].items():
             if how := sharded_by(parameter):
                 path = f"{path}.{key}" if path else key  # noqa: PLW2901 - it ends the loop
