@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import KINDS, host, script
+from helpers.calls import python_calls
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -137,3 +138,11 @@ def test_the_path_of_a_cpu_gives_the_values_of_every_other(
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     for a, b in zip(near, run(), strict=True):
         assert float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+def test_a_token_enters_few_functions_of_the_package() -> None:
+    net = li.inject(nn.Sequential(nn.Linear(8, 8)), {"rank": 2, "targets": ["0"]}).eval()
+    x = torch.randn(1, 8)
+    with torch.inference_mode():
+        net(x)  # what is chosen is looked up once
+        assert python_calls(lambda: net[0](x), inside="/lora_inject/") <= 18

@@ -72,7 +72,7 @@ def add_(y2: Tensor, x2: Tensor, u: Factors, dtype: torch.dtype) -> Kept:
 
 def are_few(x: Tensor, u: Factors) -> bool:
     """Whether x has so few tokens that time is in the number of operations."""
-    if u.dropout or u.spans is not None or not is_cpu(x) or x.numel() > FEW * x.shape[-1]:
+    if x.numel() > FEW * x.shape[-1] or u.dropout or u.spans is not None or not is_cpu(x):
         return False
     dtype = u.A.dtype
     return 2 < dtype.itemsize >= x.dtype.itemsize and dtype == u.B.dtype
@@ -91,7 +91,8 @@ def add_few_(y: Tensor, x: Tensor, u: Factors) -> Tensor:
         y.view(-1).addmv_(B, vector, alpha=u.scale)
         return vector[None]
     # As a matrix: else torch would choose its product by `A.requires_grad`.
-    h = torch.mm(cast(x.reshape(-1, x.shape[-1]), dtype), A.t())
+    x2 = x.reshape(-1, x.shape[-1])
+    h = torch.mm(x2 if x.dtype == dtype else x2.to(dtype), A.t())
     y2 = y.view(-1, y.shape[-1])
     if y.dtype == dtype:
         y2.addmm_(h, B.t(), alpha=u.scale)

@@ -61,9 +61,13 @@ def plus_product(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> Tenso
 
 def needs_plain_operations() -> bool:
     """Whether a tracer or a function transform is watching, which a Function would hide from."""
+    return torch.compiler.is_compiling() or is_watched()
+
+
+def is_watched() -> bool:
+    """Likewise, where nobody compiles."""
     return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )

@@ -29,6 +29,7 @@ from lora_inject.functional.factors import (
     Spans,
     cast,
     compute_dtype,
+    is_watched,
     needs_plain_operations,
     plus_product,
     spread,
@@ -45,7 +46,7 @@ def linear(
     transposed: bool = False,
     float32: bool = False,
 ) -> Tensor:
-    """Apply a frozen linear layer and its low-rank updates.
+    """Apply a frozen linear layer and its low-rank updates, where nobody compiles.
 
     Args:
         x: `(..., in)`.
@@ -65,7 +66,7 @@ def linear(
         >>> torch.allclose(y, x @ (W + 0.5 * B @ A).T, atol=1e-5)
         True
     """
-    if needs_plain_operations():
+    if is_watched():
         return add_updates(_base(x, weight, bias, transposed, None), x, updates, float32=float32)
     context = without_autocast(x)
     if context is None:

@@ -141,7 +141,7 @@ class Attached:
         self._n_tensors = 0
         self._base: tuple[str, ...] = ()
         # One object, which another thread cannot change between two looks at it.
-        self._chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
+        self.last_chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
 
     def entries(self, adapter: str | None = None) -> Iterator[Entry]:
         """Yield the entries of one adapter, or all, forward update first."""
@@ -154,7 +154,7 @@ class Attached:
     def add(self, entry: Entry, *, forward: bool) -> None:
         """Register an entry whose tensors are on the module."""
         self._n_tensors += len(entry.names)
-        self._chosen = (None, ())
+        self.last_chosen = (None, ())
         self.selection.number(entry.adapter)
         table = self.forward if forward else self.reads.setdefault(entry.param, {})
         table[entry.adapter] = entry
@@ -168,7 +168,7 @@ class Attached:
         self.reads = {param: table for param, table in self.reads.items() if table}
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
         self._n_tensors -= sum(len(entry.names) for entry in removed)
-        self._chosen = (None, ())
+        self.last_chosen = (None, ())
         if self.float32:
             self.float32 = any(map(_in_float32, self.forward.values()))
         return removed
@@ -190,19 +190,19 @@ class Attached:
         self._changed()
 
     def _changed(self) -> None:
-        self._chosen = (None, ())
+        self.last_chosen = (None, ())
         for entry in self.entries():
             self.selection.number(entry.adapter)
         self.float32 = any(map(_in_float32, self.forward.values()))
 
-    def chosen(self, state: State) -> tuple[Recipe, ...]:
+    def chosen(self, state: State, compiling: bool) -> tuple[Recipe, ...]:
         """Return what the forward update needs of each update that takes part under `state`."""
-        if torch.compiler.is_compiling():
+        if compiling:
             return self._choose(state)
-        chosen = self._chosen
+        chosen = self.last_chosen
         if chosen[0] is not state:
             self.used(self.forward[name] for name, _ in state.active if name in self.forward)
-            chosen = self._chosen = (state, self._choose(state))
+            chosen = self.last_chosen = (state, self._choose(state))
         return chosen[1]
 
     def used(self, entries: Iterable[Entry]) -> None:
@@ -232,7 +232,7 @@ class Attached:
         return cache if now is then or (now and then and now[0] is then[0]) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_chosen": (None, ()), "running": {}}
+        return {**self.__dict__, "last_chosen": (None, ()), "running": {}}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)

@@ -9,7 +9,7 @@ function is wrapped, so that whoever runs it, in whatever thread, enters the sel
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -60,15 +60,15 @@ def remember(selection: Any, state: Any) -> None:
 
 def are_running() -> bool:
     """Whether the caller runs inside a checkpointed function."""
-    return any(map(_frame_of, _pack_hooks())) or any(True for _ in _reentrant_calls())
+    return any(map(_frame_of, _pack_hooks())) or bool(_reentrant_calls())
 
 
 def refuse_dead_checkpoint() -> None:
     """Raise where the caller runs in a reentrant checkpoint that will ask for no gradient."""
-    call = next(_reentrant_calls(), None)
-    if call is None:
+    calls = _reentrant_calls()
+    if not calls:
         return
-    inputs = call.f_locals.get("args", ())
+    inputs = calls[0].f_locals.get("args", ())
     if not any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs):
         raise LayerError(
             "training an adapter inside a reentrant checkpoint",
@@ -84,16 +84,18 @@ def _wrapped(function: Any, selection: Any, state: Any) -> Recomputed:
     return wrapped
 
 
-def _reentrant_calls() -> Iterator[FrameType]:
-    """Yield the calls of `CheckpointFunction.forward` on the stack, the innermost first."""
+def _reentrant_calls() -> Sequence[FrameType]:
+    """Return the calls of `CheckpointFunction.forward` on the stack, the innermost first."""
     # Only in the forward of an autograd Function is this off, and in inference mode.
     if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
-        return
+        return ()
+    found = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _REENTRANT:
-            yield frame
+            found.append(frame)
         frame = frame.f_back
+    return found
 
 
 def _pack_hooks() -> list[Any]:

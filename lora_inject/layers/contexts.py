@@ -129,8 +129,8 @@ def entered() -> tuple[Context, ...]:
 
 def innermost(selection: Any) -> Context | None:
     """Return the caller's innermost context of a selection, None where there is none."""
-    contexts = entered()
-    for context in reversed(contexts):
+    contexts = entered() if _OF_GENERATORS else _ENTERED.get()
+    for context in reversed(contexts) if contexts else ():
         if selection not in context.states or (context.left and context._generator is not None):
             continue
         if context.left:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -84,8 +85,10 @@ class LoRAEmbedding(ForwardUpdate):
                 base, ids, rows, adapters, self.padding_idx, float32=self._lora.float32
             )
             return self._lora_renorm(found)
-        updates = self._lora_compiled(weight, state)
-        updates = self._lora_updates(state) if updates is None else updates
+        if torch.compiler.is_compiling():
+            updates = self._lora_compiled(weight, state)
+        else:
+            updates = self._lora_updates(state, compiling=False)
         if not updates:
             return self._lora_rows(ids, weight, self.max_norm)
         self._lora_refuse_resized(updates[0].A.shape[1])

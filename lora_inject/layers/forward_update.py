@@ -41,12 +41,20 @@ class ForwardUpdate(Adapted):
         raw, reads = self._lora_raw(param), self._lora.reads.get(param)
         return self._lora_value(param, raw, reads) if reads else raw
 
-    def _lora_updates(self, state: State) -> list[Factors]:
+    def _lora_updates(self, state: State, *, compiling: bool) -> list[Factors]:
         """Return the low-rank updates that take part under `state`."""
         attached = self._lora
-        recipes = attached.chosen(state)
-        updates = self._lora_factors(recipes) if recipes else []
-        if updates and (self.training or attached.selection.witness is not None):
+        known, recipes = (None, ()) if compiling else attached.last_chosen
+        if known is not state:
+            recipes = attached.chosen(state, compiling)
+        if not recipes:
+            return []
+        held, training = held_by(self), self.training
+        updates = [
+            Factors(held[A], held[B], scale, spans, dropout if training else 0.0)
+            for A, B, scale, spans, dropout in recipes
+        ]
+        if training or attached.selection.witness is not None:
             self._lora_takes_part(None, (u.A for u in updates))
         return updates
 
@@ -89,20 +97,18 @@ class ForwardUpdate(Adapted):
 
     # ---------------------------------------------------------------------------- compiled graphs
 
-    def _lora_compiled(self, y: Tensor, state: State) -> list[Factors] | None:
+    def _lora_compiled(self, y: Tensor, state: State) -> list[Factors]:
         """Return updates chosen by the selection's tensor, which is no constant of a graph.
+
+        Names are constants where there is one adapter only, or they differ in their dropout.
 
         Args:
             y: `(..., out)`, the layer's own output.
             state: The running selection.
-
-        Returns:
-            None outside of compilation, and where names have to be constants: there is one adapter
-            only, or they differ in their dropout.
         """
         # The tensor tells how many are chosen; a look at `active` would make it a constant.
-        if not torch.compiler.is_compiling() or len(self._lora.forward) < 2:
-            return None
+        if len(self._lora.forward) < 2:
+            return self._lora_updates(state, compiling=True)
         choice = state.choice_on(y.device)
         mine, held = self._lora.forward, held_by(self)
         entries, numbers = eligible(self._lora, mine, held, state)
@@ -110,6 +116,6 @@ class ForwardUpdate(Adapted):
             return []
         adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
         if len({u.dropout for us in adapters for u in us}) > 1:
-            return None
+            return self._lora_updates(state, compiling=True)
         dtype = compute_dtype(y.dtype, self._lora.float32)
         return [chosen_factors(choice, numbers, adapters, y.shape[-1], dtype)]

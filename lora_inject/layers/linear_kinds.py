@@ -106,9 +106,8 @@ class LoRALinear(ForwardUpdate):
         if torch.compiler.is_compiling():
             y = self._lora_plain_forward(args, kwargs)
             updates = self._lora_compiled(y, state)
-            updates = self._lora_updates(state) if updates is None else updates
             return add_updates(y, x, updates, float32=float32) if updates else y
-        updates = self._lora_updates(state)
+        updates = self._lora_updates(state, compiling=False)
         if updates and self._lora_stock:
             weight, bias = self._lora_weight_and_bias()
             if type(weight) in PLAIN:
@@ -136,7 +135,7 @@ class LoRALinear(ForwardUpdate):
                 "Pad the batch, or run each adapter's rows by themselves",
             )
         y: Tensor = self._lora_plain_forward((x,), {})
-        for u in self._lora_updates(state):
+        for u in self._lora_updates(state, compiling=torch.compiler.is_compiling()):
             B = u.B if u.spans is None else spread(u.B, u.spans, y.size(-1))
             h = F.dropout(x, u.dropout) if u.dropout else x
             y = y + F.linear(F.linear(h, u.A.to(y.dtype)), B.to(y.dtype)) * u.scale

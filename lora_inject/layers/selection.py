@@ -137,7 +137,7 @@ class Selection:
 
     def current(self) -> State:
         """Return the state that the running forward belongs to."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # whoever calls: dynamo may compile this alone
             return self._of_compiled()
         context = innermost(self)
         state = self.state if context is None else context.states[self]
