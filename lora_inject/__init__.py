@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         StateError,
     )
     from lora_inject.formats import read_adapter, register_format, write_adapter
+    from lora_inject.formats.combine_files import combine, diff, truncate
     from lora_inject.functional.merge_report import MergeReport
     from lora_inject.integrations.trainer import AdapterCheckpoint
     from lora_inject.integrations.trl import reference
@@ -67,7 +68,9 @@ __all__ = [
     "adapter_parameters",
     "adapter_state",
     "adapters",
+    "combine",
     "convert",
+    "diff",
     "disabled",
     "eject",
     "extract_adapter",
@@ -88,6 +91,7 @@ __all__ = [
     "summary",
     "swap_adapter",
     "train_only",
+    "truncate",
     "unmerge",
     "unreached",
     "write_adapter",
@@ -102,6 +106,7 @@ _HOMES = {
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
     "formats": "read_adapter register_format write_adapter",
+    "formats.combine_files": "combine diff truncate",
     "functional.merge_report": "MergeReport",
     "integrations.trainer": "AdapterCheckpoint",
     "integrations.trl": "reference",

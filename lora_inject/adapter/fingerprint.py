@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lora_inject.errors import StateError
 
 N_SAMPLES = 16
 
@@ -40,6 +43,29 @@ class Fingerprint:
     shapes: Mapping[str, tuple[int, ...]]
     samples: Mapping[str, tuple[float, ...]]
     quantized: Mapping[str, str] = field(default_factory=dict)
+
+    def renamed(self, change: Callable[[str], str]) -> Fingerprint:
+        """Return the same of weights with other names."""
+        return Fingerprint(*({change(k): v for k, v in each.items()} for each in self._parts))
+
+    def without(self, names: Collection[str]) -> Fingerprint | None:
+        """Return what is known of other weights, None where there are none."""
+        kept = [{k: v for k, v in each.items() if k not in names} for each in self._parts]
+        return Fingerprint(*kept) if kept[0] else None
+
+    @staticmethod
+    def union(several: Iterable[Fingerprint]) -> Fingerprint:
+        """Return what is known together of one base."""
+        known = [mark._parts for mark in several]
+        return Fingerprint(*(_united(each) for each in zip(*known, strict=True)))
+
+    @property
+    def _parts(self) -> tuple[Mapping[str, Any], ...]:
+        return self.shapes, self.samples, self.quantized
+
+
+def _united(several: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for each in several for key, value in each.items()}
 
 
 def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, ...]:
@@ -181,6 +207,23 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
             if there != here and (difference := _values_differ(there, here)):
                 differences[name] = difference
     return differences
+
+
+def check_one_base(several: Iterable[Fingerprint | None], asked: str) -> None:
+    """Refuse adapters of different bases, as far as the weights tell that two of them know.
+
+    Examples:
+        >>> a, b = Fingerprint({"w": (1,)}, {"w": (1.0,)}), Fingerprint({"v": (1,)}, {"v": (2.0,)})
+        >>> check_one_base([a, b, None], "add")
+    """
+    marks = [mark for mark in several if mark is not None]
+    for one, two in combinations(marks, 2):
+        common = one.without(one.shapes.keys() - two.shapes.keys())
+        if common is not None and (wrong := compare(common, two)):
+            name, what = next(iter(wrong.items()))
+            what = what.replace("in the file", "in one").replace("here", "in the other")
+            found = f"they were made on different bases: '{name}' {what}"
+            raise StateError(asked, found, "Give adapters of one base")
 
 
 def unverifiable(saved: Fingerprint, found: Fingerprint) -> tuple[str, ...]:

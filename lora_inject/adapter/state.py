@@ -7,14 +7,23 @@ slices, B without the rows of the slices that are not adapted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.fingerprint import Fingerprint
+from lora_inject.adapter import reshape
+from lora_inject.adapter.algebra import check_alike, check_finite, norm, product, total, truncated
+from lora_inject.adapter.fingerprint import Fingerprint, check_one_base
+from lora_inject.adapter.mixing import common_copies, mixed
+from lora_inject.adapter.renaming import distinct, named, some_of, substitution
+from lora_inject.errors import StateError
+from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
 
 T = TypeVar("T")
@@ -78,6 +87,10 @@ class SiteState:
         roles = ("A", "B") if self.A0 is None or self.B0 is None else ("A", "B", "A0", "B0")
         return {**{role: getattr(self, role) for role in roles}, **self.further}
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> SiteState:
+        """Return the site with each tensor changed."""
+        return self.of(self.spec, {role: change(tensor) for role, tensor in self.tensors.items()})
+
     def __eq__(self, other: object) -> bool:
         """Compare the numbers and the tensors bit for bit, dtypes included."""
         if not isinstance(other, SiteState):
@@ -89,7 +102,20 @@ class SiteState:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AdapterState:
-    """An adapter as a value. It can be compared, copied and pickled.
+    """An adapter as a value. It can be compared, copied, pickled and computed with.
+
+    `a * 0.5`, `-a`, `a + b` and `a - b` scale and add updates of W exactly: ranks are concatenated,
+    and a frozen start (pissa, olora) becomes further ranks where sites are added. Results are new
+    values that share tensors with the old ones; a config is not kept, as no config would make them.
+    Values are equal where their contents are. They have no hash, since tensors can be written to.
+
+    Examples:
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> a = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
+        >>> a + a * 0.5
+        AdapterState(1 sites, rank 4, 0 trained, 40 parameters)
+        >>> round((a + a).distance(a * 2), 12), round(a.cosine(-a), 12)
+        (0.0, -1.0)
 
     Attributes:
         sites: Site name to its state, in the order of the model.
@@ -129,6 +155,378 @@ class AdapterState:
             f"AdapterState({len(self.sites)} sites, rank {ranks or '-'}, "
             f"{len(self.trained)} trained, {n_parameters:,} parameters)"
         )
+
+    # Arithmetic ---------------------------------------------------------------------------------
+
+    def __mul__(self, weight: float) -> AdapterState:
+        """Scale the update; A and B keep their bits, but for the sign of B."""
+        if not isinstance(weight, int | float):
+            return NotImplemented
+        return weighted_sum([self], [weight], f"{weight} * an adapter")
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> AdapterState:
+        """Turn the update around."""
+        return self * -1.0
+
+    def __add__(self, other: AdapterState) -> AdapterState:
+        """Add two updates of one base."""
+        if not isinstance(other, AdapterState):
+            return NotImplemented
+        return weighted_sum([self, other], [1.0, 1.0], "add adapters")
+
+    def __sub__(self, other: AdapterState) -> AdapterState:
+        """Take the update of another adapter of one base away."""
+        if not isinstance(other, AdapterState):
+            return NotImplemented
+        return weighted_sum([self, other], [1.0, -1.0], "subtract adapters")
+
+    def truncate(self, *, rank: int | None = None, energy: float | None = None) -> AdapterState:
+        """Return the best adapter of a lower rank, without forming a delta.
+
+        See `lora_inject.truncate`, which also reports the error of each site.
+        """
+        return truncation(self, rank, energy)[0]
+
+    def cosine(self, other: AdapterState) -> float:
+        """Return the cosine of the angle between two updates, over all sites; NaN for no update.
+
+        A site that one of them lacks counts as zero there. Trained tensors are not counted: their
+        change from the base is not known.
+        """
+        pairs = paired(self, other, "cosine of adapters").values()
+        dot = sum(product(a, b) for a, b in pairs if a is not None and b is not None)
+        ours, theirs = (
+            math.hypot(*(norm([(site, 1.0)]) for site in state.sites.values()))
+            for state in (self, other)
+        )
+        return dot / (ours * theirs) if ours and theirs else math.nan
+
+    def distance(self, other: AdapterState) -> float:
+        """Return the Frobenius norm of the difference of two updates, over all sites.
+
+        Trained tensors are not counted; `lora_inject.diff` lists them.
+        """
+        pairs = paired(self, other, "distance of adapters").values()
+        return math.hypot(*(norm(terms(a, b)) for a, b in pairs))
+
+    # The same update in another shape -----------------------------------------------------------
+
+    def to(self, dtype: torch.dtype) -> AdapterState:
+        """Return the adapter with its floating point tensors in another dtype.
+
+        Args:
+            dtype: A floating point dtype.
+
+        Raises:
+            StateError: It is not one.
+        """
+        if not dtype.is_floating_point:
+            raise StateError(f"to({dtype})", "it is no floating point dtype", "Give torch.bfloat16")
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        sites = {name: site.mapped(cast) for name, site in self.sites.items()}
+        trained = {name: cast(tensor) for name, tensor in self.trained.items()}
+        return replace(self, sites=sites, trained=trained)
+
+    def select(self, *patterns: str) -> AdapterState:
+        r"""Return the sites and trained tensors that patterns name.
+
+        Args:
+            *patterns: As in a config: a regex for the end of a name, or of a module around it.
+
+        Raises:
+            StateError: One names nothing.
+
+        Examples:
+            >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+            >>> q = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))
+            >>> a = AdapterState({"h.0.q": q, "h.1.q": replace(q, spec=spec.at("h.1.q", ""))})
+            >>> list(a.select(r"h\.1").sites)
+            ['h.1.q']
+        """
+        kept = named([*self.sites, *self.trained], patterns, "select")
+        return replace(
+            self,
+            sites={name: site for name, site in self.sites.items() if name in kept},
+            trained={name: tensor for name, tensor in self.trained.items() if name in kept},
+            config=None,
+        )
+
+    def rename(self, new: Mapping[str, str] | Callable[[str], str]) -> AdapterState:
+        r"""Return the adapter under other names: of sites, trained tensors and the fingerprint.
+
+        Args:
+            new: Regexes of whole segments and what takes their place (`\1` for a group, nothing to
+                remove it), tried in order on every name; or a function of a name.
+
+        Raises:
+            StateError: A regex occurs in no name or is not valid, or two names would be one.
+
+        Examples:
+            >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), 2, 4.0, weight="h.0.q.weight")
+            >>> a = AdapterState({"h.0.q": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
+            >>> site = a.rename({"h": "model.layers", "q": "self_attn.q_proj"}).sites
+            >>> [site.spec.weight for site in site.values()]
+            ['model.layers.0.self_attn.q_proj.weight']
+        """
+        change = new if callable(new) else substitution(new, [*self.sites, *self.trained])
+        sites, weights = [], {}
+        for name, site in self.sites.items():
+            spec = reshape.renamed(site.spec, change(name))
+            weights[site.spec.weight] = spec.weight
+            sites.append((spec.name, replace(site, spec=spec)))
+
+        def place(name: str) -> str:
+            return weights.get(name) or change(name)
+
+        marks = self.fingerprint
+        return replace(
+            self,
+            sites=distinct(sites),
+            trained=distinct((place(name), tensor) for name, tensor in self.trained.items()),
+            base_copies=distinct((place(name), t) for name, t in self.base_copies.items()),
+            fingerprint=marks and marks.renamed(place),
+            config=None,
+        )
+
+    def split(self, pattern: str, sizes: Mapping[str, int] | None = None) -> AdapterState:
+        """Take fused projections apart: `attn.qkv` becomes `attn.q`, `attn.k` and `attn.v`.
+
+        Args:
+            pattern: Which sites, as in a config.
+            sizes: Width of each part along the output, in order; those of its slices by default.
+
+        Returns:
+            A site for each adapted part, named after it, beside where the fused one was.
+
+        Raises:
+            StateError: The pattern names nothing, or the widths are not those of the site.
+        """
+        asked = f"split {pattern!r}"
+        apart = partial(reshape.split, sizes=dict(sizes or {}), asked=asked)
+        return self._taken_apart(pattern, apart, asked)
+
+    def join(self, name: str, sizes: Mapping[str, int]) -> AdapterState:
+        """Put the sites on parts of fused projections together, wherever they lie side by side.
+
+        Args:
+            name: Name of the fused layer, such as `qkv_proj`.
+            sizes: Name and width of each of its parts, in order: `{"q_proj": 8, "k_proj": 4}`.
+
+        Returns:
+            One site with slices for each module that holds some of the parts. Ranks are padded with
+            zeros to the largest.
+
+        Raises:
+            StateError: There are no such parts, or their widths are others.
+        """
+        asked = f"join {name!r}"
+        groups: dict[str, dict[str, str]] = {}
+        for site in self.sites:
+            for part in sizes:
+                if site == part or site.endswith(f".{part}"):
+                    groups.setdefault(site.removesuffix(part).rstrip("."), {})[part] = site
+        made = {
+            joined(head, name): {p: g[p] for p in sizes if p in g} for head, g in groups.items()
+        }
+        put = partial(reshape.join, sizes=sizes, asked=asked)
+        return self._put_together(made, put, asked, f"no site ends in {' or '.join(sizes)}")
+
+    def split_experts(self, pattern: str) -> AdapterState:
+        """Take stacks of experts apart: `experts.up` becomes `experts.0.up`, `experts.1.up`, ...
+
+        Args:
+            pattern: Which sites, as in a config.
+
+        Returns:
+            A linear site for each expert.
+
+        Raises:
+            StateError: The pattern names nothing, or a site that is not a stack.
+        """
+        asked = f"split_experts {pattern!r}"
+        for name in named(self.sites, [pattern], asked):
+            if self.sites[name].spec.experts is None:
+                raise StateError(asked, f"'{name}' is not a stack of experts", "Name stacks only")
+        return self._taken_apart(pattern, reshape.split_experts, asked)
+
+    def join_experts(self, pattern: str, n: int) -> AdapterState:
+        """Put the sites of single experts onto stacks: `experts.0.up`, ... become `experts.up`.
+
+        Args:
+            pattern: Name of the module that holds the experts under their numbers, as in a config.
+            n: How many experts there are; one without a site gets zeros.
+
+        Returns:
+            A site on a stacked parameter `(n, out, in)` for each kind of layer.
+
+        Raises:
+            StateError: There are no such sites, or they do not fit on one stack.
+        """
+        asked = f"join_experts {pattern!r}"
+        stacks: dict[str, dict[int, str]] = {}
+        for name in self.sites:
+            for found in re.finditer(r"\.(\d+)\.", name):
+                head, leaf = name[: found.start()], name[found.end() :]
+                if matching(pattern, [head], asked=asked, error=StateError):
+                    stacks.setdefault(joined(head, leaf), {})[int(found[1])] = name
+        if over := [name for group in stacks.values() for e, name in group.items() if e >= n]:
+            raise StateError(asked, f"'{over[0]}' is beyond {n} experts", "Correct n")
+        put = partial(reshape.join_experts, n=n, asked=asked)
+        return self._put_together(stacks, put, asked, "no site lies in a numbered module there")
+
+    def _taken_apart(self, pattern: str, apart: Callable[..., Any], asked: str) -> AdapterState:
+        chosen = named(self.sites, [pattern], asked)
+        sites: list[tuple[str, SiteState]] = []
+        for name, site in self.sites.items():
+            if name in chosen:
+                plain(site, asked)
+                sites += [(new, _made(made)) for new, made in apart(site).items()]
+            else:
+                sites.append((name, site))
+        return self._reshaped(sites, chosen)
+
+    def _put_together(
+        self,
+        groups: Mapping[str, Mapping[Any, str]],
+        put: Callable[..., Any],
+        asked: str,
+        why: str,
+    ) -> AdapterState:
+        if not groups:
+            raise StateError(asked, why, f"Its sites are such as {some_of(self.sites)}")
+        into = {name: new for new, group in groups.items() for name in group.values()}
+        sites: dict[str, SiteState] = {}
+        for name, site in self.sites.items():
+            new = into.get(name)
+            if new is None:
+                sites[name] = site
+            elif new not in sites:
+                members = {part: plain(self.sites[n], asked) for part, n in groups[new].items()}
+                sites[new] = _made(put(new, members))
+        return self._reshaped(sites.items(), into)
+
+    def _reshaped(
+        self, sites: Iterable[tuple[str, SiteState]], gone: Iterable[str]
+    ) -> AdapterState:
+        """With other sites; what the fingerprint says of the weights that are gone goes too."""
+        weights = {self.sites[name].spec.weight for name in gone}
+        marks = self.fingerprint and self.fingerprint.without(weights)
+        return replace(self, sites=distinct(sites), fingerprint=marks, config=None)
+
+
+Paired = Mapping[str, tuple[SiteState | None, SiteState | None]]
+_ROLES = {"A", "B", "A0", "B0"}
+
+
+def plain(site: SiteState, asked: str) -> SiteState:
+    """Refuse a site whose update is not a product of A and B alone, as DoRA's is not."""
+    further = sorted(set(site.tensors) - _ROLES)
+    if further or site.spec.variant != "lora":
+        raise StateError(
+            f"{asked}, site '{site.spec.name}'",
+            f"its update is not B @ A alone (variant {site.spec.variant}, with {further})",
+            "Merge it into the base instead: merge(model), or `lora-inject merge`",
+        )
+    return site
+
+
+def terms(*sites: SiteState | None) -> list[tuple[SiteState, float]]:
+    """The first site less the others, as far as they are there."""
+    return [(s, -1.0 if n else 1.0) for n, s in enumerate(sites) if s is not None]
+
+
+def paired(one: AdapterState, two: AdapterState, asked: str) -> Paired:
+    """Return the sites of two adapters by name, checked: of one base, comparable, finite."""
+    check_one_base([one.fingerprint, two.fingerprint], asked)
+    found = {}
+    for name in {**one.sites, **two.sites}:
+        pair = one.sites.get(name), two.sites.get(name)
+        there = [plain(site, asked) for site in pair if site is not None]
+        check_alike([site.spec for site in there], asked)
+        for site in there:
+            check_finite(site, asked)
+        found[name] = pair
+    return found
+
+
+def weighted_sum(
+    states: Sequence[AdapterState], weights: Sequence[float], asked: str
+) -> AdapterState:
+    """Return the exact `sum of weight * adapter`, ranks concatenated."""
+    for weight in weights:
+        if not math.isfinite(weight) or weight == 0:
+            raise StateError(asked, f"a weight is {weight}", "Give finite numbers other than 0")
+    return with_sites(states, weights, partial(_summed, asked=asked), asked)
+
+
+def _summed(sites: Sequence[tuple[SiteState, float]], like: SiteSpec, *, asked: str) -> SiteState:
+    for site, _ in sites:
+        plain(site, asked)
+    if len(sites) > 1:
+        return SiteState(*total(sites, like))
+    ((site, weight),) = sites
+    if weight == 1:
+        return site
+    spec = replace(site.spec, alpha=site.spec.alpha * abs(weight))
+    if weight < 0:
+        site = replace(site, B=-site.B, B0=None if site.B0 is None else -site.B0)
+    return replace(site, spec=spec)
+
+
+def with_sites(
+    states: Sequence[AdapterState],
+    weights: Sequence[float],
+    make: Callable[[Sequence[tuple[SiteState, float]], SiteSpec], SiteState],
+    asked: str,
+) -> AdapterState:
+    """Return one adapter of several: `make` gives each site, what travels along is put together."""
+    check_one_base([state.fingerprint for state in states], asked)
+    marked = [*(s for s in states if s.fingerprint), *(s for s in states if not s.fingerprint)]
+    sites = {}
+    for name in dict.fromkeys(name for state in states for name in state.sites):
+        pairs = zip(states, weights, strict=True)
+        there = [(state.sites[name], w) for state, w in pairs if name in state.sites]
+        check_alike([site.spec for site, _ in there], asked)
+        # Who knows the base knows the kinds of its layers; a foreign file lets them be assumed.
+        like = next(state.sites[name].spec for state in marked if name in state.sites)
+        sites[name] = make(there, like)
+    marks = [state.fingerprint for state in states if state.fingerprint is not None]
+    return AdapterState(
+        sites,
+        mixed([(s.trained, w) for s, w in zip(states, weights, strict=True)], asked),
+        None,
+        Fingerprint.union(marks) if marks else None,
+        common_copies([state.base_copies for state in states], asked),
+    )
+
+
+def truncation(
+    state: AdapterState, rank: int | None, energy: float | None
+) -> tuple[AdapterState, dict[str, Any]]:
+    """Return the truncated adapter, and what was done to each site; see `truncate`."""
+    asked = "truncate"
+    if rank is None and energy is None:
+        raise StateError(asked, "neither rank nor energy is given", "Say how much to keep")
+    if rank is not None and rank < 1:
+        raise StateError(asked, f"rank is {rank}", "Give 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise StateError(asked, f"energy is {energy}", "Give a share of the squares, in (0, 1]")
+    sites, cuts = {}, {}
+    for name, site in state.sites.items():
+        spec, A, B, cuts[name] = truncated(plain(site, asked), rank, energy, asked)
+        sites[name] = SiteState(spec, A, B)
+    return replace(state, sites=sites, config=None), cuts
+
+
+def _made(site: reshape.Site) -> SiteState:
+    pairs = site.pairs
+    start = pairs[1][:2] if len(pairs) > 1 else ()
+    return SiteState(site.spec, *pairs[0][:2], *start)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,0 +1,214 @@
+"""Arithmetic on the updates of one site, by their thin factors: no dense delta is formed.
+
+An update is seen as parts, one for each adapted span of the output: `left @ right`, of
+`(experts, width, k)` and `(experts, k, in)`, the scale in `left`. Sites that adapt different slices
+are added slice by slice, or over the whole output where they cut it in different ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_inject.adapter.thin import inner, thin_svd
+from lora_inject.errors import StateError
+from lora_inject.spec.sites import SiteSpec, Slices
+
+
+class Update(Protocol):
+    """What the arithmetic needs of a site: its numbers, and `(A, B, sign)` of each term."""
+
+    @property
+    def spec(self) -> SiteSpec: ...  # noqa: D102
+    @property
+    def pairs(self) -> tuple[tuple[Tensor, Tensor, float], ...]: ...  # noqa: D102
+
+
+_SAME = 1e-12  # scales that alpha / rank has rounded in two ways are one
+
+Term = tuple[Update, float]
+Parts = list[tuple[tuple[int, int], Tensor, Tensor]]
+
+
+class Cut(NamedTuple):
+    """What truncation did to one site.
+
+    Attributes:
+        before: Its rank before.
+        rank: Its rank now.
+        error: `|D - D_truncated| / |D|` in Frobenius norm, before rounding to the adapter's dtype.
+    """
+
+    before: int
+    rank: int
+    error: float
+
+
+def check_alike(specs: Sequence[SiteSpec], asked: str) -> None:
+    """Refuse sites that do not map the same features to the same, under one name."""
+    one = specs[0]
+    for two in specs[1:]:
+        maps = [
+            (s.in_features, s.out_features, s.experts, s.kind == "parameter" and s.transposed)
+            for s in (one, two)
+        ]
+        if maps[0] != maps[1]:
+            shapes = [f"{m[0]} to {m[1]}" + f" ({m[2]} experts)" * bool(m[2]) for m in maps]
+            found = f"one maps {shapes[0]} features and the other {shapes[1]}"
+            if shapes[0] == shapes[1]:
+                found = "the weight is (out, in) in one and (in, out) in the other"
+            raise StateError(f"{asked}, site '{one.name}'", found, "Give adapters of one base")
+
+
+def _contributions(
+    term: Term, unit: float
+) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, float]]:
+    """Yield span, A `(experts, r, in)`, B `(experts, width, r)`, factor of each part and pair."""
+    site, weight = term
+    spec = site.spec
+    for A, B, sign in site.pairs:
+        factor = weight * sign * spec.scale / unit
+        if math.isclose(abs(factor), 1, rel_tol=_SAME):
+            factor = math.copysign(1, factor)
+        a = A.detach().reshape(spec.experts or 1, -1, spec.in_features)
+        b = B.detach().reshape(spec.experts or 1, -1, spec.rank)
+        row = 0
+        for part, (start, stop) in enumerate(spec.spans):
+            some = a[:, part * spec.rank : (part + 1) * spec.rank]
+            yield (start, stop), some, b[:, row : row + stop - start], factor
+            row += stop - start
+
+
+def _common(specs: Sequence[SiteSpec]) -> Slices | None:
+    """The slices that hold all of what several sites adapt, None for the whole output."""
+    sizes = {spec.slices.sizes if spec.slices else None for spec in specs}
+    if len(sizes) > 1 or None in sizes:
+        return None
+    named = {name for spec in specs if spec.slices for name in spec.slices.adapt}
+    (all_parts,) = sizes
+    assert all_parts is not None
+    return Slices(all_parts, tuple(name for name, _ in all_parts if name in named))
+
+
+def gathered(terms: Sequence[Term], dtype: torch.dtype = torch.float64, unit: float = 1.0) -> Parts:
+    """Return the parts of `sum of weight * delta / unit`: ranks concatenated, in one dtype."""
+    specs = [site.spec for site, _ in terms]
+    slices = _common(specs)
+    found: Parts = []
+    rows = [row for term in terms for row in _contributions(term, unit)]
+    for start, stop in slices.spans if slices else ((0, specs[0].out_features),):
+        lefts, rights = [], []
+        for (first, last), a, b, factor in rows:
+            if start <= first and last <= stop:
+                left = b.to(dtype) if factor == 1 else (b.double() * factor).to(dtype)
+                lefts.append(F.pad(left, (0, 0, first - start, stop - last)))
+                rights.append(a.to(dtype))
+        found.append(((start, stop), torch.cat(lefts, 2), torch.cat(rights, 1)))
+    return found
+
+
+def total(terms: Sequence[Term], like: SiteSpec) -> tuple[SiteSpec, Tensor, Tensor]:
+    """Return `sum of weight * delta` as one site: spec, A and B, with all ranks side by side.
+
+    The scale is that of the first term; where another has a different one, its B takes the ratio,
+    in float32 at least. A frozen start becomes further ranks with the opposite sign.
+    """
+    specs = [site.spec for site, _ in terms]
+    unit = abs(terms[0][1]) * specs[0].scale
+    pairs = [pair for site, _ in terms for pair in site.pairs]
+    dtype = reduce(torch.promote_types, (t.dtype for A, B, _ in pairs for t in (A, B)))
+    scales = [abs(weight) * site.spec.scale for site, weight in terms]
+    if not all(math.isclose(scale, unit, rel_tol=_SAME) for scale in scales):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return _site(like, gathered(terms, dtype, unit), _common(specs), unit, _scaling(specs))
+
+
+def _scaling(specs: Sequence[SiteSpec]) -> str:
+    return "rslora" if all(spec.scaling == "rslora" for spec in specs) else "standard"
+
+
+def _site(
+    like: SiteSpec, parts: Parts, slices: Slices | None, scale: float, scaling: str
+) -> tuple[SiteSpec, Tensor, Tensor]:
+    """A site of parts, padded with zeros to one rank."""
+    rank = max(left.shape[2] for _, left, _ in parts)
+    A = torch.cat([F.pad(right, (0, 0, 0, rank - right.shape[1])) for _, _, right in parts], 1)
+    B = torch.cat([F.pad(left, (0, rank - left.shape[2])) for _, left, _ in parts], 1)
+    alpha = scale * (math.sqrt(rank) if scaling == "rslora" else rank)
+    changed = {"rank": rank, "alpha": alpha, "scaling": scaling, "slices": slices}
+    spec = replace(like, **changed, init="kaiming", rule=None, aliases=())  # type: ignore[arg-type]
+    return spec, A.reshape(spec.a_shape), B.reshape(spec.b_shape)
+
+
+def truncated(
+    site: Update, rank: int | None, energy: float | None, asked: str
+) -> tuple[SiteSpec, Tensor, Tensor, Cut]:
+    """Return the best site of a lower rank, by a QR of the thin factors and an SVD of k by k.
+
+    All parts of a site have one rank: the smallest for which they hold `energy` of the site's sum
+    of squares together, at most `rank`, and no more than there is.
+    """
+    check_finite(site, asked)
+    spec, parts = site.spec, gathered([(site, 1.0)])
+    found = [thin_svd(left, right) for _, left, right in parts]
+    squares = torch.zeros(max(S.shape[-1] for _, S, _ in found), dtype=torch.float64)
+    for _, S, _ in found:
+        squares[: S.shape[-1]] += S.square().sum(0).cpu()
+    held = squares.cumsum(0)
+    whole = float(held[-1])
+    best = max(1, int(squares.count_nonzero()))
+    if rank is not None:
+        best = min(best, rank)
+    if energy is not None and whole:
+        enough = (held >= (energy - 1e-12) * whole).nonzero()
+        best = min(best, int(enough[0]) + 1 if len(enough) else best)
+    error = math.sqrt(float(squares[best:].sum()) / whole) if whole else 0.0
+    dtype = site.pairs[0][0].dtype
+    thin = []
+    for (span, _, _), (U, S, V) in zip(parts, found, strict=True):
+        root = S[:, None, :best].sqrt()
+        left, right = (U[..., :best] * root).to(dtype), (V[..., :best] * root).mT.to(dtype)
+        short = best - left.shape[2]
+        thin.append((span, F.pad(left, (0, short)), F.pad(right, (0, 0, 0, short))))
+    return *_site(spec, thin, spec.slices, 1.0, "standard"), Cut(spec.rank, best, error)
+
+
+def check_finite(site: Update, asked: str) -> None:
+    """Refuse NaN and Inf, of which there is no decomposition."""
+    for A, B, _ in site.pairs:
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            found = "its A or B holds NaN or Inf"
+            remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+            raise StateError(f"{asked}, site '{site.spec.name}'", found, remedy)
+
+
+def product(one: Update, two: Update) -> float:
+    """Return `<D1, D2>`, the sum over all elements, by traces of products of k1 by k2."""
+    found = 0.0
+    theirs = gathered([(two, 1.0)])
+    for (start, stop), left, right in gathered([(one, 1.0)]):
+        for (first, last), left2, right2 in theirs:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                mine = left[:, low - start : high - start], right
+                found += inner(mine, (left2[:, low - first : high - first], right2))
+    return found
+
+
+def norm(terms: Sequence[Term]) -> float:
+    """Return the Frobenius norm of `sum of weight * delta`, to float64's precision.
+
+    By QR of the thin factors: the trace of products loses half of the digits where terms cancel.
+    """
+    squares = 0.0
+    for _, left, right in gathered(terms):
+        R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in (left, right.mT))
+        squares += float((R_l @ R_r.mT).square().sum())
+    return math.sqrt(squares)

@@ -1,0 +1,80 @@
+"""Names in an adapter: those that a pattern means, and new ones in their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from lora_inject.errors import StateError, nearest
+from lora_inject.spec.names import Below, matching, parent
+
+T = TypeVar("T")
+
+
+def named(names: Iterable[str], patterns: Iterable[str], asked: str) -> dict[str, None]:
+    """Names that patterns match, themselves or by a module around them; each must match some."""
+    names = list(names)
+    chosen: dict[str, None] = {}
+    modules = dict.fromkeys(names)
+    for name in names:
+        while name := parent(name):
+            modules[name] = None
+    for pattern in patterns:
+        below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=StateError))
+        found = dict.fromkeys(name for name in names if name in below)
+        if not found:
+            close = ", ".join(map(repr, nearest(pattern, modules))) or "none"
+            raise StateError(f"{asked} {pattern!r}", "it matches nothing", f"Nearest: {close}")
+        chosen |= found
+    return {name: None for name in names if name in chosen}
+
+
+def substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str], str]:
+    """Return what replaces segments of a name, checked on all names."""
+    rules = []
+    for old, text in new.items():
+        try:
+            rules.append((old, re.compile(rf"(?<![^.])(?:{old})(?![^.])"), text))
+        except re.error as error:
+            remedy = "Escape what is meant literally"
+            raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
+    used = set()
+
+    def change(name: str) -> str:
+        for old, regex, text in rules:
+            try:
+                changed, n = regex.subn(text, name)
+            except (re.error, IndexError) as error:
+                found = f"{text!r} does not fit it ({error})"
+                raise StateError(
+                    f"rename {old!r}", found, "Write \\1 for its first group"
+                ) from None
+            name = re.sub(r"\.{2,}", ".", changed).strip(".") if n else name
+            if n:
+                used.add(old)
+        return name
+
+    for name in names:
+        change(name)
+    for old in new:
+        if old not in used:
+            remedy = f"They are such as {some_of(names)}; give whole segments"
+            raise StateError(f"rename {old!r}", "it occurs in no name of the adapter", remedy)
+    return change
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Return the first three names, for a message."""
+    return ", ".join(repr(name) for name, _ in zip(names, range(3), strict=False)) or "none"
+
+
+def distinct(items: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """A mapping; two values under one name are an error."""
+    found: dict[str, T] = {}
+    for name, value in items:
+        if name in found:
+            remedy = "Give each its own name"
+            raise StateError(f"the name '{name}'", "two tensors would have it", remedy)
+        found[name] = value
+    return found

@@ -1,0 +1,162 @@
+"""The functions on adapters as values that take files as well: combine, truncate, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import NamedTuple
+
+from lora_inject.adapter.algebra import Cut
+from lora_inject.adapter.combining import Sign, combined
+from lora_inject.adapter.difference import Difference, difference
+from lora_inject.adapter.state import AdapterState, truncation
+from lora_inject.formats import read_adapter
+
+Adapter = AdapterState | str | PathLike[str]
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    method: str = "cat",
+    rank: int | None = None,
+    density: float | None = None,
+    majority_sign: Sign = "total",
+    seed: int = 0,
+) -> AdapterState:
+    """Combine several adapters of one base into one.
+
+    | method | what it does |
+    |---|---|
+    | `cat` | the exact sum of weight times update; ranks add up |
+    | `svd` | the exact sum, cut to the best `rank` (default: the largest of them) |
+    | `linear` | adds A to A and B to B, with the roots of the weights: a rough approximation |
+    | `ties`, `magnitude_prune` | the same with the largest values only; ties: of the winning sign |
+    | `dare_linear`, `dare_ties` | the same with a random share of the values, scaled up |
+    | those with `_svd` | the same on the dense delta of one site at a time, cut to `rank` |
+
+    All but the first two need `density`, except `linear`. The methods and their names are those of
+    PEFT's `add_weighted_adapter`, with the same results (DARE: with other random numbers).
+
+    Args:
+        adapters: Values, or paths of files.
+        weights: One for each, 1 by default; not 0.
+        method: See above.
+        rank: Of the result, for `svd` and the methods with `_svd`.
+        density: Share of the values to keep, in (0, 1].
+        majority_sign: How ties elects a sign: by the sum (`total`) or the count (`frequency`).
+        seed: Of DARE. The mask of a tensor depends on it, on the site and on the adapter's place,
+            not on what else is combined.
+
+    Returns:
+        The adapter, computed in float32 or float64 and rounded once to the adapters' dtype. With
+        `cat` tensors keep their bits; where scales differ, 16 bits become float32.
+
+    Raises:
+        StateError: Adapters of different bases, sites of different shapes, an update that depends
+            on the base (DoRA), NaN or Inf, a trained tensor whose weights do not add up to 1, or
+            wrong options.
+        FormatError: A file cannot be read.
+
+    Examples:
+        >>> import torch
+        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.spec.sites import SiteSpec
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> a = AdapterState({"fc": SiteState(spec, torch.rand(2, 4), torch.rand(6, 2))})
+        >>> combine([a, a], [0.7, 0.3]).sites["fc"].spec.rank
+        4
+        >>> small = combine([a, a], [0.7, 0.3], method="svd")
+        >>> small.sites["fc"].spec.rank, round(small.cosine(a), 4)
+        (2, 1.0)
+    """
+    return combined(
+        [_state(adapter) for adapter in adapters],
+        weights,
+        method=method,
+        rank=rank,
+        density=density,
+        majority_sign=majority_sign,
+        seed=seed,
+    )
+
+
+class Truncated(NamedTuple):
+    """What `truncate` made.
+
+    Attributes:
+        state: The adapter.
+        sites: What became of each site: its rank before and now, and the relative error.
+    """
+
+    state: AdapterState
+    sites: dict[str, Cut]
+
+
+def truncate(
+    adapter: Adapter, *, rank: int | None = None, energy: float | None = None
+) -> Truncated:
+    """Cut an adapter to a lower rank: the best one there is in Frobenius norm, site by site.
+
+    By a QR of the thin factors and an SVD of r by r in float64, without forming a delta. A frozen
+    start (pissa, olora) is a part of the update. Each site has the scale 1 then, `alpha = rank`.
+
+    Args:
+        adapter: A value, or the path of its files.
+        rank: Rank of each site, at most.
+        energy: Share of each update's sum of squares to keep, in (0, 1]; the rank follows.
+
+    Returns:
+        The adapter and the error of each site.
+
+    Raises:
+        StateError: An update that depends on the base (DoRA), NaN or Inf, or neither `rank` nor
+            `energy`.
+        FormatError: A file cannot be read.
+
+    Examples:
+        >>> import torch
+        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.spec.sites import SiteSpec
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=2)
+        >>> A, B = torch.eye(2, 4), torch.eye(6, 2) * torch.tensor([4.0, 3.0])
+        >>> truncate(AdapterState({"fc": SiteState(spec, A, B)}), rank=1).sites["fc"]
+        Cut(before=2, rank=1, error=0.6)
+    """
+    return Truncated(*truncation(_state(adapter), rank, energy))
+
+
+def diff(one: Adapter, two: Adapter) -> Difference:
+    """Compare two adapters of one base, site by site, without forming a delta.
+
+    Args:
+        one: A value, or the path of its files.
+        two: The other.
+
+    Returns:
+        Ranks, norms, distance and cosine of each site, and the distance of trained tensors.
+
+    Raises:
+        StateError: They are of different bases, a site has another shape or an update that depends
+            on the base (DoRA), or a tensor holds NaN or Inf.
+        FormatError: A file cannot be read.
+
+    Examples:
+        >>> import torch
+        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.spec.sites import SiteSpec
+        >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
+        >>> a = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
+        >>> found = diff(a, a * 3.0)
+        >>> found.equal, [round(n, 4) for n in found.sites["fc"].norms], round(found.distance, 4)
+        (False, [2.8284, 8.4853], 5.6569)
+    """
+    return difference(_state(one), _state(two))
+
+
+def _state(adapter: Adapter) -> AdapterState:
+    """A value as it is, that of a file with its tensors left there until they are used."""
+    if isinstance(adapter, AdapterState):
+        return adapter
+    return read_adapter(adapter, on_disk=True)

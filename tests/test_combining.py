@@ -1,0 +1,124 @@
+"""Adapters combined: the methods of PEFT's `add_weighted_adapter`, with PEFT's results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.adapter_states import KIND_SPECS, dense, make_site, make_state
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject.adapter.combining import METHODS, kept
+from lora_inject.adapter.state import AdapterState
+from lora_inject.errors import StateError
+
+WEIGHTS = [0.7, -0.4]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.fc, self.conv = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Conv2d(2, 4, 3)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """PEFT's model with two adapters, and the same as our values."""
+    torch.manual_seed(0)
+    options = {"r": 3, "target_modules": ["wte", "fc", "conv"], "init_lora_weights": False}
+    model = get_peft_model(Net(), LoraConfig(lora_alpha=6, **options), "one")
+    model.add_adapter("two", LoraConfig(lora_alpha=2, **options))
+    folder = tmp_path_factory.mktemp("peft")
+    model.save_pretrained(folder)
+    return model, [li.read_adapter(folder / name) for name in ("one", "two")]
+
+
+def peft_deltas(model, method, density) -> dict[str, Tensor]:
+    if "new" in model.peft_config:
+        model.delete_adapter("new")
+    options = {} if density is None else {"density": density}
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "new", method, **options)
+    layers = {name: model.base_model.model.get_submodule(name) for name in ("wte", "fc", "conv")}
+    return {name: layer.get_delta_weight("new").detach().double() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:.*target.*")
+def test_every_method_gives_what_peft_gives(theirs, method, monkeypatch):
+    model, states = theirs
+    density = None if method in ("cat", "svd", "linear") else 0.5
+    if method.startswith("dare"):
+        tensors = "W" if method.endswith("svd") else "AB"
+        names = [n for n, _ in model.base_model.model.named_modules() if n in ("wte", "fc", "conv")]
+        asked = iter([f"0 {name} {t} {k}" for name in names for t in tensors for k in (0, 1)])
+
+        def given(like: Tensor) -> Tensor:
+            if like.ndim == 4 and tensors == "AB":  # lora_A and lora_B of the convolution
+                return kept(like.flatten(1).shape, 0.5, next(asked)).view(like.shape).to(like.dtype)
+            shape = like.flatten(1).shape if like.ndim == 4 else like.shape
+            turned = tensors == "W" and like.shape == (9, 6)  # the embedding's delta: (in, out)
+            mask = kept(shape[::-1] if turned else shape, 0.5, next(asked))
+            return (mask.T if turned else mask).reshape(like.shape).to(like.dtype)
+
+        monkeypatch.setattr(torch, "bernoulli", given)
+    due = peft_deltas(model, method, density)
+    found = li.combine(states, WEIGHTS, method=method, density=density)
+    for name, delta in due.items():
+        site = found.sites[name]
+        assert (dense(site) - delta).norm() <= 2e-6 * delta.norm(), name
+        assert site.spec.rank == (6 if method == "cat" else 3)
+
+
+def test_ties_by_frequency_gives_what_peft_gives(theirs):
+    model, states = theirs
+    if "new" in model.peft_config:
+        model.delete_adapter("new")
+    options = {"density": 0.6, "majority_sign_method": "frequency"}
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "new", "ties", **options)
+    options = {"density": 0.6, "majority_sign": "frequency"}
+    site = li.combine(states, WEIGHTS, method="ties", **options).sites["fc"]
+    due = model.base_model.model.fc.get_delta_weight("new").double()
+    assert (dense(site) - due).norm() <= 2e-6 * due.norm()
+
+
+@pytest.mark.parametrize("kind", ["slices", "experts", "turned experts", "slices of conv1d"])
+def test_methods_on_the_delta_hold_for_every_kind(kind):
+    """With all values kept, a mix on the dense delta is the plain sum."""
+    spec = KIND_SPECS[kind]
+    a, b = (AdapterState({spec.name: make_site(spec, seed=n, derived=True)}) for n in (1, 2))
+    found = li.combine([a, b], WEIGHTS, method="magnitude_prune_svd", density=1.0, rank=5)
+    due = 0.7 * dense(a.sites[spec.name]) - 0.4 * dense(b.sites[spec.name])
+    assert (dense(found.sites[spec.name]) - due).norm() <= 1e-5 * due.norm()
+
+
+def test_masks_depend_on_seed_site_and_place_and_on_nothing_else():
+    a, b = make_state(KIND_SPECS["linear"]), make_state(KIND_SPECS["linear"], KIND_SPECS["conv"])
+    options = {"method": "dare_linear", "density": 0.5}
+    both = li.combine([b, b], seed=3, **options)
+    assert li.combine([a, a], seed=3, **options).sites["h.0.fc"] == both.sites["h.0.fc"]
+    assert li.combine([b, b], seed=4, **options) != both
+    assert 0.45 < kept((100, 100), 0.5, "x").mean() < 0.55
+
+
+def test_what_cannot_be_combined_is_refused():
+    spec = KIND_SPECS["linear"]
+    a = make_state(spec)
+    cases = [
+        (([a, a], None), {"method": "mean"}, "no such method"),
+        (([], None), {}, "no adapter"),
+        (([a], [1, 2]), {}, "2 weights for 1 adapters"),
+        (([a], [0]), {}, "a weight is 0"),
+        (([a, a], None), {"method": "ties"}, "density is missing"),
+        (([a, a], None), {"method": "ties", "density": 1.5}, "density is 1.5"),
+        (([a, a], None), {"density": 0.5}, "density is given"),
+        (([a, a], None), {"rank": 2}, "rank is given"),
+        (([a, a], None), {"method": "svd", "rank": 0}, "rank is 0"),
+        (([a, make_state(replace(spec, rank=3))], None), {"method": "linear"}, "ranks are 2 and 3"),
+        (([make_state(spec, derived=True)], None), {"method": "linear"}, "frozen start"),
+    ]
+    for args, options, message in cases:
+        with pytest.raises(StateError, match=message):
+            li.combine(*args, **options)
