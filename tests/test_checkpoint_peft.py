@@ -412,9 +412,9 @@ def test_experts_of_unsloth_go_by_expert_first_when_told(tmp_path):
 
 
 def test_options_of_the_readers_do_not_trip_over_variants(tmp_path):
-    base, _ = made(tmp_path, *FAMILIES["dora"])
+    base, _ = made(tmp_path, *FAMILIES["trainable tokens"])
     part = read_weighted(tmp_path / "adapter", Checkpoint.open(base), prefer="config")
-    assert part.magnitudes.keys() == part.state.sites.keys()
+    assert part.rows
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "patch"])

@@ -215,9 +215,9 @@ targets: [q]
 => lora.yaml:1:7 (init): 3 is not accepted. Input should be 'kaiming', 'gaussian', 'pissa' or
    'olora', or {normal: 0.02}.
 
-variant: hira
+variant: dor
 targets: [q]
-=> lora.yaml:1:10 (variant): there is no variant 'hira'. Known are lora.
+=> lora.yaml:1:10 (variant): there is no variant 'dor'. Did you mean 'dora'?
 
 init: {normal: 0}
 targets: [q]

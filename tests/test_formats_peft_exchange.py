@@ -437,7 +437,6 @@ def test_multihead_attention_of_peft_is_refused(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "dora": ({"use_dora": True}, "DoRA"),
     "lora_bias": ({"lora_bias": True}, "bias on lora_B"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights"),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import LayerError
-from lora_inject.spec.roles import FROM_WEIGHT, FURTHER, Shape
+from lora_inject.spec.roles import FROM_WEIGHT, FURTHER, GAINED, Shape
 from lora_inject.spec.sites import SiteSpec
 
 
@@ -32,23 +32,65 @@ class Variant:
     Attributes:
         name: What a config calls it.
         roles: The tensors that it trains beside A and B: role to its shape, by those of A and B.
+        gained: Whether `gain` returns something. The first axis of each of `roles` is then that of
+            the adapted outputs, and at a site no other adapter can be active beside it.
     """
 
     name: ClassVar[str] = "lora"
-    roles: ClassVar[Mapping[str, Callable[[Shape, Shape], Shape]]] = {}
+    roles: ClassVar[Mapping[str, Callable[[Shape, Shape], Shape]]] = FURTHER["lora"]
+    gained: ClassVar[bool] = False
 
-    def start(self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def start(
+        self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
         """Return the tensors of a new site by their roles.
 
         Args:
             spec: The site.
             weight: W.
             dtype: Dtype of the tensors.
+            norms: Gives the norm of each adapted output of W over its inputs, `(adapted out,)`.
         """
+        del norms
         return initial_tensors(spec, weight, dtype)
 
+    def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
+        """Return the gain of some outputs, where the variant is `gained`.
 
-VARIANTS: dict[str, Variant] = {"lora": Variant()}
+        Args:
+            tensors: By role, the rows of those outputs.
+            norms: `|W + scale * (B A - B0 A0)|` of those outputs over their inputs, `(n,)`, without
+                a gradient.
+
+        Returns:
+            `(n,)`.
+        """
+        raise NotImplementedError
+
+
+class Dora(Variant):
+    """DoRA (arXiv:2402.09353): `W' = m * (W + scale * B A) / |W + scale * B A|`.
+
+    The magnitude m, one number for each output, starts as the norm of W over the inputs; no
+    gradient flows through the norm (section 4.3). PEFT computes the same.
+    """
+
+    name = "dora"
+    roles = FURTHER["dora"]
+    gained = True
+
+    def start(
+        self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return A, B and the magnitude, with which the layer starts as the plain one."""
+        return {**initial_tensors(spec, weight, dtype), "m": norms().to(dtype)}
+
+    def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
+        """Return `m / norms`; an output of zeros stays what it is."""
+        return tensors["m"] / torch.where(norms > 0, norms, 1)
+
+
+VARIANTS: dict[str, Variant] = {"lora": Variant(), "dora": Dora()}
 
 
 def register_variant(cls: type[Variant]) -> type[Variant]:
@@ -82,6 +124,7 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
             "Choose another name",
         )
     VARIANTS[name], FURTHER[name] = cls(), cls.roles
+    (GAINED.add if cls.gained else GAINED.discard)(name)
     return cls
 
 

@@ -18,6 +18,7 @@ from lora_inject.adapter.state import SiteState
 from lora_inject.adapter.thin import ThinProduct
 from lora_inject.errors import StateError
 from lora_inject.functional import Term
+from lora_inject.spec.roles import GAINED
 from lora_inject.spec.sites import Block, SiteSpec
 
 
@@ -159,6 +160,12 @@ def site_blocks(site: SiteState, *, finite: bool = True) -> tuple[SiteBlock, ...
 def blocks_of_terms(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:
     """Take the terms of one weight apart: the update, less its frozen start where there is one."""
     spec = terms[0].spec
+    if spec.variant in GAINED:
+        raise StateError(
+            f"analyze '{spec.name}'",
+            f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank",
+            "Merge it, and extract the difference as an adapter",
+        )
     flat = [(_flat(t.A, spec.in_features), _flat(t.B, spec.rank), t.weight) for t in terms]
     found = []
     for block, label in zip(spec.blocks, _labels(spec), strict=True):

@@ -2,7 +2,7 @@
 
 A PEFT file of stacked experts says neither which of a module's parameters a pair belongs to, which
 their order in the model does, nor which way round the model holds them, which its class does. What
-DoRA, a bias on lora_B or trained rows add is taken out of the file's tensors and its config first;
+a bias on lora_B or trained rows add is taken out of the file's tensors and its config first;
 what is left is a plain LoRA file, which `formats` reads under all its checks.
 """
 
@@ -29,8 +29,7 @@ from lora_inject.storage.strict_json import parse_json
 from lora_inject.storage.tensors import read_names, read_tensors
 
 _STACKS = ("gate_up_proj", "down_proj")
-_VARIANTS = ("use_dora", "lora_bias", "trainable_token_indices")
-_MAGNITUDE = ".lora_magnitude_vector"
+_VARIANTS = ("lora_bias", "trainable_token_indices")
 _BIAS = ".lora_B.bias"
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
@@ -110,26 +109,22 @@ def _read_variant(
     asked = f"read adapter '{path}'"
     tensors, _ = read_tensors(path / "adapter_model.safetensors", on_disk=on_disk)
     plain: dict[str, Tensor] = {}
-    extras: dict[str, dict[str, Tensor]] = {_MAGNITUDE: {}, _BIAS: {}, _ROWS: {}}
+    extras: dict[str, dict[str, Tensor]] = {_BIAS: {}, _ROWS: {}}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX).removesuffix(".default")
-        stem = name.removesuffix(".weight")  # which files of a magnitude have or have not
-        name = stem if stem.endswith(_MAGNITUDE) else name
         end = next((end for end in extras if name.endswith(end)), None)
         if end is None:
             plain[key] = tensor
         else:
             extras[end][name.removesuffix(end)] = tensor
-    magnitudes, biases = extras[_MAGNITUDE], extras[_BIAS]
+    biases = extras[_BIAS]
     claims = read_claims({k: v for k, v in config.items() if k not in _VARIANTS}, asked, allow)
     state = read_foreign(plain, claims, asked, **options)
-    _check(asked, config, "use_dora", state.sites, magnitudes)
     _check(asked, config, "lora_bias", state.sites, biases)
     return WeightedAdapter(
         state,
         weight,
         str(path),
-        magnitudes,
         {f"{site}.bias": state.sites[site].scale * bias for site, bias in biases.items()},
         {f"{m}.weight": (_indices(asked, config, m), rows) for m, rows in extras[_ROWS].items()},
     )

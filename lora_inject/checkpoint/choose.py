@@ -179,11 +179,6 @@ def _find(name: str, of: BaseClass) -> tuple[TensorEntry | None, str]:
 
 def _place_extras(fit: Fit, adapter: WeightedAdapter, tensors: Mapping[str, TensorEntry]) -> None:
     """Place what variants of LoRA carry beside A and B."""
-    for site, magnitude in adapter.magnitudes.items():
-        spec = adapter.state.sites[site].spec
-        if spec.experts is not None or magnitude.numel() != spec.out_features:
-            found = f"its magnitude has {magnitude.numel()} values for {spec.out_features} outputs"
-            fit.left.append((site, found))
     for original, value in adapter.added.items():
         name = fit.rule(original)
         entry = tensors.get(name)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_inject.checkpoint.adapter_files import Given, weighted_adapter
 from lora_inject.checkpoint.base_class import UNTIED, BaseClass
@@ -198,7 +197,6 @@ class _Builder:
         for site, places in fit.placed.items():
             for place in places:
                 job = self._job(place.tensor, tensors[place.source.name], site)
-                job.magnitude = self._magnitude(adapter, site, job)
                 job.placed += (place,)
         for name, (entry, value) in fit.trained.items():
             job = self._job(name, entry, name)
@@ -218,15 +216,6 @@ class _Builder:
                 raise _clash(name, f"rows cannot be replaced with weight {weight}")
             job.rows += ((indices, rows),)
             job.action = job.action if job.placed else "replaced"
-
-    def _magnitude(self, adapter: WeightedAdapter, site: str, job: TensorJob) -> Tensor | None:
-        """Return the magnitude that a job gets, which must be the only update of its tensor."""
-        mine = adapter.magnitudes.get(site)
-        if mine is None and job.magnitude is None:
-            return None
-        if job.placed or adapter.weight != 1:
-            raise _clash(job.name, "DoRA's update cannot be mixed with others or weighted")
-        return mine
 
     def _job(self, name: str, entry: TensorEntry | None, site: str | None = None) -> TensorJob:
         """Return the job of an output tensor, made of one of the base's where it is new."""
@@ -351,7 +340,11 @@ class _Builder:
             rows = [index for indices, _ in job.rows for index in indices]
             kinds, copies = (job.trained, job.placed, job.added), len(job.trained)
             shapes = {tuple(t.shape) for t, _ in job.trained}
+            gains = [(p.start, p.stop) for p in job.placed if p.gain is not None]
+            scaled = any(abs(t.weight) != 1 for p in job.placed if p.gain for t in p.terms)
+            mixed = any([(p.start, p.stop) for p in job.placed].count(at) > 1 for at in gains)
             clashes = {
+                "DoRA's update cannot be mixed with others or weighted": scaled or mixed,
                 "one adapter replaces it and another updates it": sum(map(bool, kinds)) > 1,
                 "the adapters' values have different shapes": len(shapes) > 1,
                 "the base lacks it and several adapters bring it": not job.source and copies > 1,

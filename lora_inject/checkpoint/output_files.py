@@ -53,7 +53,6 @@ class TensorJob:
         trained: Full tensors of adapters with their weights: `W + sum of w (T - W)`.
         base_copy: The base's values where the adapter carries them (a grown vocabulary), else None.
         packed: What reads the values of a quantized source (`dequantized.Packed`), else None.
-        magnitude: DoRA's magnitude, one value for each output, else None.
         added: Vectors to add, with their weights.
         rows: Rows to replace: `(indices, values)`.
         sites: Names of the adapters' sites and tensors that went into it.
@@ -69,7 +68,6 @@ class TensorJob:
     trained: tuple[tuple[Tensor, float], ...] = ()
     base_copy: Tensor | None = None
     packed: Any = None
-    magnitude: Tensor | None = None
     added: tuple[tuple[Tensor, float], ...] = ()
     rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()
     sites: tuple[str, ...] = ()

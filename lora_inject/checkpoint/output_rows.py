@@ -19,7 +19,7 @@ from torch import Tensor
 from lora_inject.checkpoint.output_files import FLOATS, TensorJob
 from lora_inject.checkpoint.read import Room, RowReader, rows_per_block
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import Delta, Tally, Term, fold_rows, mix_copies
+from lora_inject.functional import Delta, Gain, Tally, Term, fold_rows, mix_copies
 from lora_inject.storage.tensors import in_memory
 
 SPAN_ELEMENTS = 1 << 24
@@ -27,7 +27,7 @@ SPAN_ELEMENTS = 1 << 24
 
 
 class Span(NamedTuple):
-    """Some rows of one output tensor, and the terms that fall on them.
+    """Some rows of one output tensor, and the terms and the gain that fall on them.
 
     `offset` is the row that the terms' matrix begins at.
     """
@@ -38,6 +38,7 @@ class Span(NamedTuple):
     stop: int
     offset: int
     terms: tuple[Term, ...]
+    gain: Gain | None
 
 
 def spans_of(job: TensorJob) -> Iterator[Span]:
@@ -50,10 +51,11 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
         on = [p for p in job.placed if p.start <= first and last <= p.stop]
         terms = tuple(term for place in on for term in place.terms)
         step = max(1, SPAN_ELEMENTS // max(1, n_cols))
-        if job.magnitude is not None and job.transposed:
+        gain = next((place.gain for place in on if place.gain is not None), None)
+        if gain is not None and job.transposed:
             step = last - first  # the norms need all rows: one thread reads the tensor twice
         for start in range(first, last, step):
-            yield Span(job, n_cols, start, min(last, start + step), first, terms)
+            yield Span(job, n_cols, start, min(last, start + step), first, terms, gain)
 
 
 class Block(NamedTuple):
@@ -87,16 +89,15 @@ class _Folding:
         self.in_place = bool(span.terms) and (
             job.source is not None
             and (job.shape, job.dtype) == (job.source.shape, job.source.dtype)
-            and not any(x is not None for x in (job.base_copy, job.packed, job.magnitude))
+            and not any(x is not None for x in (job.base_copy, job.packed, span.gain))
             and not (job.trained or job.added)
         )
         is_double = job.source is not None and job.source.dtype == "F64"
         self.wide = torch.float64 if is_double else torch.float32
-        self.delta = Delta(span.terms, self.wide)
+        self.delta = Delta(span.terms, self.wide, span.gain)
         self.values = None if job.packed is None else job.packed.rows()
-        mine = job.magnitude
-        self.magnitude = None if mine is None else in_memory(mine.detach()).to(self.wide).flatten()
-        self.norms = self._column_norms() if self.magnitude is not None and job.transposed else None
+        if span.gain is not None:
+            self.delta.norms_of(self._blocks())
 
     def block(self, start: int, stop: int) -> Block:
         """Compute rows `start` to `stop`."""
@@ -150,31 +151,16 @@ class _Folding:
 
     def fold(self, rows: Tensor, at: int, merged: Tensor) -> None:
         """Write rows with all deltas on them to `merged`; `at` is their place in the matrix."""
-        if self.magnitude is not None:  # DoRA: m (W + D) / |W + D|, over the inputs of an output
-            before = rows.to(self.wide)
-            total = self.delta.add_(before.clone(), at)
-            if self.norms is not None:
-                total *= self.magnitude / self.norms
-            else:
-                magnitude = self.magnitude[at : at + total.shape[0]]
-                total *= (magnitude / torch.linalg.vector_norm(total, dim=1)).unsqueeze(1)
-            merged.copy_(total)
-            self.tally.count(before, total - before, total - merged.to(self.wide))
-        elif self.span.terms:
+        if self.span.terms:
             fold_rows(rows, at, self.delta, self.tally, merged)
         else:
             merged.copy_(rows)
 
-    def _column_norms(self) -> Tensor:
-        """Return `|W + D|` `(out,)` where outputs are columns; reads the tensor once more."""
-        span = self.span
-        squares = torch.zeros(span.n_cols, dtype=torch.float64)
-        step = rows_per_block(span.n_cols)
-        for start in range(span.start, span.stop, step):
-            rows = self.stored(start, min(span.stop, start + step)).to(self.wide, copy=True)
-            total = self.delta.add_(rows, start - span.offset)
-            squares += total.square().sum(dim=0, dtype=torch.float64)
-        return squares.sqrt().to(self.wide)
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(row, rows)` of W, counted as the terms do."""
+        step = rows_per_block(self.span.n_cols)
+        for start in range(self.span.start, self.span.stop, step):
+            yield start - self.span.offset, self.stored(start, min(self.span.stop, start + step))
 
 
 def _rows_of(tensor: Tensor, n_cols: int, start: int, stop: int) -> Tensor:

@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass, replace
 
 from lora_inject.adapter.state import SiteState
+from lora_inject.adapter.variants import VARIANTS
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.functional import Term
+from lora_inject.functional import Gain, Term
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
 
@@ -29,6 +30,7 @@ class Placed:
         stop: First row after.
         n_cols: Columns of the tensor's matrix.
         terms: The updates, on a matrix of `stop - start` rows.
+        gain: What multiplies the outputs of their sum with W, where the variant has a gain.
     """
 
     tensor: str
@@ -37,6 +39,7 @@ class Placed:
     stop: int
     n_cols: int
     terms: tuple[Term, ...]
+    gain: Gain | None = None
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -128,7 +131,10 @@ def _placed(
         if rows is not None:
             a, b = (a[:, rows], b) if transposed else (a, b[rows])
         terms.append(Term(spec, a, b, sign * weight))
-    return Placed(name, entry, start, start + matrix[0], matrix[1], tuple(terms))
+    variant, gain = VARIANTS[spec.variant], None
+    if variant.gained:  # of one matrix, as what cannot have a gain was refused before
+        gain = Gain(variant.gain, state.further, spec.spans)
+    return Placed(name, entry, start, start + matrix[0], matrix[1], tuple(terms), gain)
 
 
 def _place_direct(

@@ -32,8 +32,6 @@ class WeightedAdapter:
         state: The adapter.
         weight: Mixing weight: the base gets `weight` times its delta.
         label: What to call it in messages, such as its path.
-        magnitudes: DoRA's magnitude `(out,)` by site name: the site's weight becomes
-            `m * (W + delta) / |W + delta|` (arXiv:2402.09353, eq. 5).
         added: By tensor name, what is added to a vector of the base, scale included (lora_bias).
         rows: By tensor name, indices of rows that are replaced, and their values
             (trainable tokens).
@@ -42,7 +40,6 @@ class WeightedAdapter:
     state: AdapterState
     weight: float = 1.0
     label: str = "the adapter"
-    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     added: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
 
@@ -54,7 +51,6 @@ def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"{name} {role}", tensor) for role, tensor in site.tensors.items())
     yield from state.trained.items()
     yield from state.base_copies.items()
-    yield from ((f"{name} magnitude", t) for name, t in adapter.magnitudes.items())
     yield from ((f"{name} added", t) for name, t in adapter.added.items())
     yield from ((f"{name} rows {at}", t) for name, (at, t) in adapter.rows.items())
 

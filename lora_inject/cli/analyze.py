@@ -124,16 +124,8 @@ def _check(base: Path | None, report: Path | None, *, any_base: bool) -> None:
 def _read(path: Path, checkpoint: Checkpoint | None, options: dict[str, Any]) -> AdapterState:
     """Read an adapter; a base tells which weights a file of stacked experts means."""
     from lora_inject.checkpoint import read_weighted
-    from lora_inject.errors import StateError
     from lora_inject.formats import read_adapter
 
     if checkpoint is None:
         return read_adapter(path, **options)
-    part = read_weighted(path, checkpoint, **options)
-    if part.magnitudes:
-        raise StateError(
-            f"analyze '{path}'",
-            "it is a DoRA adapter, whose update is not low-rank",
-            "Merge it, and extract the difference as an adapter",
-        )
-    return part.state
+    return read_weighted(path, checkpoint, **options).state

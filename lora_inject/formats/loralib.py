@@ -255,6 +255,8 @@ def _check_expressible(site: SiteState, asked: str) -> None:
     where = f"{asked}, site '{spec.name}'"
     if spec.kind not in {"linear", "conv1d", "embedding"}:
         raise FormatError(where, f"loralib has no {spec.kind}", 'Use format="peft"')
+    if site.further:
+        raise FormatError(where, f"loralib has no variant '{spec.variant}'", 'Use format="peft"')
     if site.A0 is not None:
         raise FormatError(where, "its init was derived from the base", 'Use format="peft"')
     if spec.slices is not None and len({width for _, width in spec.slices.sizes}) > 1:

@@ -17,6 +17,7 @@ from lora_inject.functional.fold import (
     fold_rows,
     mix_copies,
 )
+from lora_inject.functional.gain import Gain, gained, norms_of, updated_norms
 from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
 from lora_inject.functional.lookup import embedding, renormalized, routed_embedding
@@ -27,6 +28,7 @@ from lora_inject.functional.weight import dense_delta, effective_weight
 __all__ = [
     "Delta",
     "Factors",
+    "Gain",
     "LazyWeight",
     "MergeReport",
     "Tally",
@@ -41,12 +43,15 @@ __all__ = [
     "effective_weight",
     "embedding",
     "fold_rows",
+    "gained",
     "lazy_weight",
     "linear",
     "master_dtype",
     "mix_copies",
     "needs_plain_operations",
+    "norms_of",
     "renormalized",
     "routed_embedding",
     "routed_update",
+    "updated_norms",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_inject.functional.gain import Gain, norms_of
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.tensors import in_memory
 
@@ -109,6 +110,7 @@ class Delta:
     Args:
         terms: The updates.
         dtype: Dtype of the arithmetic.
+        gain: What multiplies the outputs of `W + delta`; else None.
 
     Examples:
         >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
@@ -118,8 +120,16 @@ class Delta:
         True
     """
 
-    def __init__(self, terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        dtype: torch.dtype = torch.float32,
+        gain: Gain | None = None,
+    ) -> None:
         self.dtype = dtype
+        self.gain = gain and gain.to(dtype)
+        self.by_columns = bool(terms) and terms[0].spec.transposed
+        self._gains: Tensor | None = None
         parts = [part for term in terms for part in _parts(term, dtype)]
         self._parts = sorted(parts, key=lambda part: part.first)
         self._firsts = [part.first for part in self._parts]
@@ -143,6 +153,29 @@ class Delta:
                 left = part.left[first - part.first : last - part.first]
                 rows[first - start : last - start, part.cols].addmm_(left, part.right)
         return rows
+
+    def norms_of(self, blocks: Iterable[tuple[int, Tensor]]) -> None:
+        """Learn the norms of outputs that are columns, which need all rows, before `gain_`.
+
+        `blocks` are `(first row, rows)` of W. Outputs that are rows need no such pass.
+        """
+        if self.gain is None or not self.by_columns:
+            return
+        squares: Tensor | None = None
+        for start, rows in blocks:
+            total = self.add_(rows.to(self.dtype, copy=True), start)
+            mine = total.square().sum(dim=0, dtype=torch.float64)
+            squares = mine if squares is None else squares + mine
+        assert squares is not None
+        self._gains = self.gain.of(squares.sqrt().to(self.dtype))
+
+    def gain_(self, total: Tensor, start: int) -> Tensor:
+        """Multiply rows `(n, cols)` of `W + delta` from `start` on by the gain, in place."""
+        if self.gain is None:
+            return total
+        if self._gains is not None:
+            return total.mul_(self._gains)
+        return total.mul_(self.gain.of(norms_of(total, False), start)[:, None])
 
 
 def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
@@ -251,7 +284,12 @@ def fold_rows(
             piece, merged = rows[first : first + step], out[first : first + step]
             before = piece.to(delta.dtype, copy=True)
             if tally is None:
-                merged.copy_(delta.add_(before, start + first))
+                merged.copy_(delta.gain_(delta.add_(before, start + first), start + first))
+                continue
+            if delta.gain is not None:
+                wanted = delta.gain_(delta.add_(before.clone(), start + first), start + first)
+                merged.copy_(wanted)
+                tally.count(before, wanted - before, wanted - merged.to(delta.dtype))
                 continue
             # -0.0, which added to any value leaves all of its bits.
             change = delta.add_(torch.full_like(before, -0.0), start + first)

@@ -13,7 +13,7 @@ ever finds the raw weight.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.functional.factors import needs_plain_operations
+from lora_inject.functional.gain import Gain
 from lora_inject.functional.products import (
     grouped_product,
     looked_up,
@@ -40,6 +41,7 @@ def lazy_weight(
     *,
     float32: bool,
     used: Callable[[], None] = lambda: None,
+    gain: Gain | None = None,
 ) -> Tensor:
     """Return what `effective_weight` does, formed only where it must be.
 
@@ -49,6 +51,7 @@ def lazy_weight(
         float32: Return float32 instead of rounding to the weight's dtype.
         used: Called when the value is first used, before it is; it may raise. A question about
             shape, dtype or device is no use, where the weight can wait.
+        gain: What multiplies the outputs of the sum, which no product is taken through.
 
     Returns:
         A tensor of the weight's shape: a `LazyWeight` where the weight is a plain matrix or a stack
@@ -66,14 +69,15 @@ def lazy_weight(
     stacked = updates[0][0].experts is not None if updates else weight.dim() == 3
     if not _can_wait(weight, stacked, float32):
         used()
-        return effective_weight(weight, updates, float32=float32)
+        return effective_weight(weight, updates, float32=float32, gain=gain)
 
     def make() -> LowRank:
-        return low_rank(weight, updates) if updates else LowRank(weight, ())
+        return low_rank(weight, updates, gain) if updates else LowRank(weight, ())
 
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and gain is None:
         return LazyWeight.over(make(), used=used)
-    return LazyWeight.without_graph(weight, updates, make, used)
+    watched = () if gain is None else gain.tensors.values()
+    return LazyWeight.without_graph(weight, updates, make, used, watched)
 
 
 def _can_wait(weight: Tensor, stacked: bool, float32: bool) -> bool:
@@ -98,6 +102,7 @@ class LazyWeight(Tensor):
     _watched: list[Tensor]
     _versions: list[int]
     _used: Callable[[], None] | None
+    _gained: bool
 
     @staticmethod
     def over(
@@ -117,11 +122,13 @@ class LazyWeight(Tensor):
         updates: Sequence[Update],
         make: Callable[[], LowRank],
         used: Callable[[], None],
+        further: Collection[Tensor] = (),
     ) -> LazyWeight:
-        """Make one without gradients, which costs little until it is used."""
+        """Make one that has no graph before it is formed, and costs little until it is used."""
         made: LazyWeight = _empty(weight)
-        watched = [weight, *(t for _, A, B, _ in updates for t in (A, B))]
+        watched = [weight, *(t for _, A, B, _ in updates for t in (A, B)), *further]
         made._start(make, watched, None, used)
+        made._gained = bool(further)
         return made
 
     def _start(
@@ -133,6 +140,7 @@ class LazyWeight(Tensor):
     ) -> None:
         self._value, self._origin, self._used = value, origin, used
         self._formed = self._matrices = None
+        self._gained = False
         self._grad_mode = torch.is_grad_enabled()
         self._watched, self._versions = watched, _versions(watched)
 
@@ -182,7 +190,7 @@ class LazyWeight(Tensor):
 
         All are cut at once: the gradient of A is then put together once, and not once for each.
         """
-        base, terms, float32 = self.value()
+        base, terms, float32, _ = self.value()
         if self._matrices is None:
             with torch.set_grad_enabled(self._grad_mode):
                 cut = [(_cut(left), _cut(right), scale) for left, right, scale in terms]
@@ -244,7 +252,14 @@ def _beneath(lazy: LazyWeight) -> Tensor:
     """Return the effective weight without a graph: autograd has done its part, and keeps none."""
     if lazy._is_formed():
         return lazy.formed().detach()
-    return lazy.value().formed(lazy.dtype).detach()
+    value = lazy.value()
+    if value.gain is not None and lazy._grad_mode:
+        raise LayerError(
+            "a weight with a gain (DoRA) in code that torch cannot look into",
+            "no gradient would reach the adapter from there",
+            "Run it under torch.no_grad(), or merge the adapter first",
+        )
+    return value.formed(lazy.dtype).detach()
 
 
 def _replaced(found: Any, form: Callable[[LazyWeight], Tensor]) -> Any:
@@ -273,7 +288,7 @@ def _is_thin(argument: Any) -> bool:
     of other classes have an arithmetic of their own.
     """
     if isinstance(argument, LazyWeight):
-        return not argument._is_formed()
+        return not argument._is_formed() and not argument._gained
     if isinstance(argument, list | tuple):
         return all(map(_is_thin, argument))
     return not isinstance(argument, Tensor) or type(argument) in PLAIN
@@ -347,7 +362,7 @@ def _view(lazy: LazyWeight, value: LowRank, view: Callable[[Tensor], Tensor]) ->
 
 
 def _turned(lazy: LazyWeight) -> LazyWeight:
-    base, terms, float32 = lazy.value()
+    base, terms, float32, _ = lazy.value()
     turned = tuple((right.mT, left.mT, scale) for left, right, scale in terms)
     value = LowRank(base.mT, turned, float32)
     return _view(lazy, value, lambda t: t.mT)
@@ -378,7 +393,7 @@ def _matrix(lazy: LazyWeight, index: int) -> LazyWeight:
 
 
 def _picked(lazy: LazyWeight, index: Tensor) -> LazyWeight:
-    base, terms, float32 = lazy.value()
+    base, terms, float32, _ = lazy.value()
     chosen = tuple((left[index], right[index], scale) for left, right, scale in terms)
     return LazyWeight.over(LowRank(base[index], chosen, float32))
 

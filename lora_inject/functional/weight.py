@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.functional.factors import spread, without_autocast
+from lora_inject.functional.gain import Gain, norms_of
 from lora_inject.spec.sites import SiteSpec
 
 Update = tuple[SiteSpec, Tensor, Tensor, float]
@@ -29,11 +30,13 @@ class LowRank(NamedTuple):
         terms: `(left, right, scale)` of each update, `(..., m, R)` and `(..., R, n)`, in float32 or
             wider.
         float32: Whether a product is to keep its low-rank arithmetic in float32 over a 16-bit base.
+        gain: What multiplies the outputs of the sum, and whether these are its last axis; else None
     """
 
     base: Tensor
     terms: tuple[tuple[Tensor, Tensor, float], ...]
     float32: bool = False
+    gain: tuple[Gain, bool] | None = None
 
     def formed(self, dtype: torch.dtype) -> Tensor:
         """Carry out the sum, differentiably: `(..., m, n)`, rounded once to `dtype`."""
@@ -43,10 +46,14 @@ class LowRank(NamedTuple):
         with without_autocast(total) or nullcontext():
             for left, right, scale in self.terms:
                 total = add(total, left.to(wide), right.to(wide), alpha=scale)
+            if self.gain is not None:
+                gain, transposed = self.gain
+                g = gain.of(norms_of(total, transposed)).to(wide)
+                total = total * (g if transposed else g[:, None])
         return total.to(dtype)
 
 
-def low_rank(weight: Tensor, updates: Sequence[Update]) -> LowRank:
+def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None) -> LowRank:
     """Return a weight and its updates as matrices: `(E, m, n)` for stacked experts, else one.
 
     These are views of the weight, of every A and, where it has no slices, of every B.
@@ -60,23 +67,27 @@ def low_rank(weight: Tensor, updates: Sequence[Update]) -> LowRank:
             left = spread(left, site.spans, site.out_features)
         terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
     float32 = any(site.compute == "float32" for site, *_ in updates)
-    return LowRank(weight.reshape(*lead, -1, spec.matrix_shape[1]), tuple(terms), float32)
+    matrix = weight.reshape(*lead, -1, spec.matrix_shape[1])
+    return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
 
 
-def effective_weight(weight: Tensor, updates: Sequence[Update], *, float32: bool) -> Tensor:
-    """Form `W + sum of scale * B @ A` for a weight that is read, differentiably.
+def effective_weight(
+    weight: Tensor, updates: Sequence[Update], *, float32: bool, gain: Gain | None = None
+) -> Tensor:
+    """Form `W + sum of scale * B @ A`, times its gain, for a weight that is read, differentiably.
 
     Args:
         weight: The frozen tensor, any shape that `spec.weight_shape` states.
         updates: `(spec, A, B, scale)` for each update.
         float32: Return float32 instead of rounding to the weight's dtype.
+        gain: What multiplies the outputs of the sum.
 
     Returns:
         A new tensor of the weight's shape. Over a 16-bit weight the sum is formed in float32 and
         rounded once.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32) if float32 else weight.dtype
-    return low_rank(weight, updates).formed(dtype).reshape(weight.shape)
+    return low_rank(weight, updates, gain).formed(dtype).reshape(weight.shape)
 
 
 def dense_delta(spec: SiteSpec, A: Tensor, B: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

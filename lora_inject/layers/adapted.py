@@ -28,7 +28,14 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from lora_inject.errors import LayerError
 from lora_inject.functional import lazy_weight
 from lora_inject.layers import recurrent
-from lora_inject.layers.attached import Attached, Entry, attached_to, held_by, saving_hooks
+from lora_inject.layers.attached import (
+    Attached,
+    Entry,
+    attached_to,
+    held_by,
+    refuse_mixed,
+    saving_hooks,
+)
 from lora_inject.layers.checkpointing import refuse_dead_checkpoint
 from lora_inject.layers.reading import running_module
 from lora_inject.layers.routed_forward import adds_rows, with_rows
@@ -313,7 +320,7 @@ class Adapted(nn.Module):
     ) -> Tensor:
         """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
         held, value = held_by(self), raw
-        low_rank, float32 = [], False
+        low_rank, float32, gain = [], False, None
         for entry, weight in taking:
             spec = entry.spec
             if spec is None:
@@ -321,8 +328,11 @@ class Adapted(nn.Module):
                 continue
             # The weight of a layer keeps its dtype, which the layer's input has.
             float32 = float32 or (spec.compute == "float32" and spec.kind == "parameter")
+            gain = gain or entry.gain(held)
             for A, B, sign in entry.pairs(held):
                 low_rank.append((spec, A, B, spec.scale * weight * sign))
+        if gain is not None:
+            refuse_mixed(taking)
 
         def used() -> None:
             for entry, _ in taking:
@@ -331,7 +341,7 @@ class Adapted(nn.Module):
                     self._lora.read_from_outside |= {entry.mark}
 
         if low_rank:
-            return lazy_weight(value, low_rank, float32=float32, used=used)
+            return lazy_weight(value, low_rank, float32=float32, used=used, gain=gain)
         used()
         return value
 

@@ -8,7 +8,7 @@ replace them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from lora_inject.adapter.state import signed_pairs
 from lora_inject.adapter.variants import VARIANTS, Variant
 from lora_inject.errors import LayerError
 from lora_inject.functional.factors import Spans
+from lora_inject.functional.gain import Gain
 from lora_inject.layers.selection import Selection, State
 from lora_inject.spec.sites import SiteSpec
 
@@ -85,6 +86,14 @@ class Entry:
         """How the tensors of a site become an update."""
         return VARIANTS["lora" if self.spec is None else self.spec.variant]
 
+    def gain(self, held: Mapping[str, Any]) -> Gain | None:
+        """Return what multiplies the outputs, where the variant does so."""
+        spec, variant = self.spec, self.variant
+        if spec is None or not variant.gained:
+            return None
+        tensors = {role: held[self.names[role]] for role in variant.roles}
+        return Gain(variant.gain, tensors, spec.spans)
+
     def recipes(self, weight: float) -> Iterator[Recipe]:
         """Yield the update, and with a negative scale the frozen start of pissa or olora."""
         spec = self.spec
@@ -123,6 +132,7 @@ class Attached:
         reads: Parameter name to adapter name to its entry on that parameter.
         old_forward: The `_old_forward` that a hook had saved on the module, or None.
         float32: Whether an adapter on the output asks for float32 arithmetic.
+        gains: Whether an adapter on the output has a gain.
         took_part: Marks of the entries that a forward has used so far; see `Entry.mark`.
         read_from_outside: Marks of those that another module has read while this one did not run.
         running: For each thread that runs a forward of the module: the effective weights read in
@@ -136,6 +146,7 @@ class Attached:
         self.old_forward: Any = None
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
         self.float32 = False
+        self.gains = False
         self.took_part: frozenset[str] = frozenset()
         self.read_from_outside: frozenset[str] = frozenset()
         self._n_tensors = 0
@@ -159,6 +170,7 @@ class Attached:
         table = self.forward if forward else self.reads.setdefault(entry.param, {})
         table[entry.adapter] = entry
         self.float32 = self.float32 or (forward and _in_float32(entry))
+        self.gains = self.gains or (forward and entry.variant.gained)
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""
@@ -169,8 +181,8 @@ class Attached:
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
         self._n_tensors -= sum(len(entry.names) for entry in removed)
         self.last_chosen = (None, ())
-        if self.float32:
-            self.float32 = any(map(_in_float32, self.forward.values()))
+        if self.float32 or self.gains:
+            self._sum_up()
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
@@ -193,7 +205,11 @@ class Attached:
         self.last_chosen = (None, ())
         for entry in self.entries():
             self.selection.number(entry.adapter)
+        self._sum_up()
+
+    def _sum_up(self) -> None:
         self.float32 = any(map(_in_float32, self.forward.values()))
+        self.gains = any(entry.variant.gained for entry in self.forward.values())
 
     def chosen(self, state: State, compiling: bool) -> tuple[Recipe, ...]:
         """Return what the forward update needs of each update that takes part under `state`."""
@@ -204,6 +220,15 @@ class Attached:
             self.used(self.forward[name] for name, _ in state.active if name in self.forward)
             chosen = self.last_chosen = (state, self._choose(state))
         return chosen[1]
+
+    def gained(self, state: State) -> Entry | None:
+        """Return the active entry on the output that has a gain, which is the only one."""
+        taking = [(self.forward[name], w) for name, w in state.active if name in self.forward]
+        alone = next((entry for entry, _ in taking if entry.variant.gained), None)
+        if alone is not None:
+            copies = self.reads.get(alone.param, {})
+            refuse_mixed([*taking, *((copies[n], w) for n, w in state.active if n in copies)])
+        return alone
 
     def used(self, entries: Iterable[Entry]) -> None:
         """Note that entries take part in a forward."""
@@ -237,6 +262,21 @@ class Attached:
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
         self._changed()
+
+
+def refuse_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
+    """Raise where an adapter with a gain is not the only one on a tensor, or not with weight 1."""
+    alone = next((entry for entry, _ in taking if entry.variant.gained), None)
+    if alone is None or (len(taking) == 1 and taking[0][1] == 1.0):
+        return
+    assert alone.spec is not None
+    mix = ", ".join(f"{entry.adapter!r} x {weight:g}" for entry, weight in taking)
+    raise LayerError(
+        f"site {alone.spec.name!r} with {mix}",
+        f"the {alone.spec.variant} of {alone.adapter!r} scales what W and all updates give "
+        "together: it is not defined beside another adapter, or in part",
+        f"Activate {alone.adapter!r} by itself, with weight 1",
+    )
 
 
 def _in_float32(entry: Entry) -> bool:

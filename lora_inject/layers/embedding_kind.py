@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import embedding, renormalized, routed_embedding
+from lora_inject.functional import embedding, gained, renormalized, routed_embedding
 from lora_inject.layers.adapted import Geometry
 from lora_inject.layers.forward_update import ForwardUpdate
 
@@ -84,8 +84,14 @@ class LoRAEmbedding(ForwardUpdate):
             found = routed_embedding(
                 base, ids, rows, adapters, self.padding_idx, float32=self._lora.float32
             )
+            if attached.gains and any(entry.variant.gained for entry in routing.entries):
+                gains = self._lora_gains(routing, weight)
+                gains = gains.view(-1, *[1] * (ids.dim() - 1), gains.shape[-1])
+                found = self._lora_gained(found, ids, gains)
             return self._lora_renorm(found)
-        if torch.compiler.is_compiling():
+        alone = attached.gained(state) if attached.gains else None
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             updates = self._lora_compiled(weight, state)
         else:
             updates = self._lora_updates(state, compiling=False)
@@ -95,7 +101,17 @@ class LoRAEmbedding(ForwardUpdate):
         base = self._lora_rows(ids, weight, None)
         float32 = self._lora.float32
         found = embedding(base, ids, updates, self.padding_idx, float32=float32)
+        if alone is not None:
+            gain = self._lora_gain(alone, weight, attached.chosen(state, compiling))
+            found = self._lora_gained(found, ids, gain)
         return self._lora_renorm(found)
+
+    def _lora_gained(self, rows: Tensor, ids: Tensor, gain: Tensor) -> Tensor:
+        """Multiply looked-up rows by a gain, to which the padding row teaches nothing."""
+        if self.padding_idx is not None:
+            padding = (ids == self.padding_idx).unsqueeze(-1)
+            gain = torch.where(padding, gain.detach(), gain)
+        return gained(rows, rows, gain)
 
     def _lora_refuse_resized(self, num: int) -> None:
         if num != self.num_embeddings:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.functional import Factors, chosen_factors, routed_update
+from lora_inject.errors import LayerError
+from lora_inject.functional import Factors, chosen_factors, routed_update, updated_norms
 from lora_inject.functional.factors import compute_dtype
-from lora_inject.layers.adapted import Adapted
-from lora_inject.layers.attached import Recipe, held_by
+from lora_inject.layers.adapted import PLAIN, Adapted
+from lora_inject.layers.attached import Entry, Recipe, held_by
 from lora_inject.layers.routing import Routing, eligible, routing_of
 from lora_inject.layers.selection import State
 
@@ -95,19 +96,44 @@ class ForwardUpdate(Adapted):
         """Return the updates of each adapter of the batch."""
         return routing.factors(held_by(self), training=self.training)
 
+    # ------------------------------------------------------------------------------------- gains
+
+    def _lora_gain(self, entry: Entry, weight: Any, recipes: Iterable[Recipe]) -> Tensor:
+        """Return the gains of an adapter's outputs `(out,)`, with a gradient to its magnitude."""
+        if type(weight) not in PLAIN:
+            raise LayerError(
+                f"a forward of site {entry.spec.name!r}",  # type: ignore[union-attr]
+                f"its gain needs the norms of W, which is a {type(weight).__name__} here",
+                "Shard with fully_shard (FSDP2), or train this layer with variant: lora",
+            )
+        gain, transposed = entry.gain(held_by(self)), self.geometry(self).transposed
+        assert gain is not None
+        return gain.of(updated_norms(weight, self._lora_factors(recipes), transposed))
+
+    def _lora_gains(self, routing: Routing, weight: Any) -> Tensor:
+        """Return the gains of each row of a batch, `(batch, out)`."""
+        found = []
+        for entry, recipes in zip(routing.entries, routing.recipes, strict=True):
+            if entry.variant.gained:
+                found.append(self._lora_gain(entry, weight, recipes))
+        ones = torch.ones_like(found[0])
+        each = iter(found)
+        gains = [next(each) if entry.variant.gained else ones for entry in routing.entries]
+        return torch.stack([ones, *gains]).index_select(0, routing.places)
+
     # ---------------------------------------------------------------------------- compiled graphs
 
     def _lora_compiled(self, y: Tensor, state: State) -> list[Factors]:
         """Return updates chosen by the selection's tensor, which is no constant of a graph.
 
-        Names are constants where there is one adapter only, or they differ in their dropout.
+        Names are constants where there is one adapter only, one has a gain, or dropouts differ.
 
         Args:
             y: `(..., out)`, the layer's own output.
             state: The running selection.
         """
         # The tensor tells how many are chosen; a look at `active` would make it a constant.
-        if len(self._lora.forward) < 2:
+        if len(self._lora.forward) < 2 or self._lora.gains:
             return self._lora_updates(state, compiling=True)
         choice = state.choice_on(y.device)
         mine, held = self._lora.forward, held_by(self)

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import add_updates, linear
+from lora_inject.functional import add_updates, gained, linear
 from lora_inject.functional.factors import spread
 from lora_inject.layers.adapted import PLAIN, Geometry, plain_class
+from lora_inject.layers.attached import Entry
 from lora_inject.layers.forward_update import ForwardUpdate
+from lora_inject.layers.routing import Routing
 from lora_inject.layers.selection import State
 
 # Classes of other libraries are known by where they are defined, so that none need be imported.
@@ -101,7 +103,10 @@ class LoRALinear(ForwardUpdate):
             routing = self._lora_routing(x, state)
             y = self._lora_plain_forward(args, kwargs)
             fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
-            return self._lora_routed(y, x, routing, in_place=fresh)
+            y = self._lora_routed(y, x, routing, in_place=fresh)
+            return self._lora_gained_rows(y, routing) if attached.gains else y
+        if attached.gains and (alone := attached.gained(state)) is not None:
+            return self._lora_gained(alone, args, kwargs)
         float32 = attached.float32
         if torch.compiler.is_compiling():
             y = self._lora_plain_forward(args, kwargs)
@@ -122,15 +127,56 @@ class LoRALinear(ForwardUpdate):
         # Its own forward would read the weight as whoever computes with it is to find it.
         return self._lora_formula(self._lora_input(args, kwargs), *self._lora_weight_and_bias())
 
+    def _lora_gained(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Compute the layer with the one adapter that has a gain.
+
+        `g (W x + u) + b = (W x + b + u) + (g - 1) (W x + u)`, which is the plain output to the bit
+        where g is 1 and u is 0. With dropout the second W x is of what x keeps, as in PEFT.
+        """
+        x, float32 = self._lora_input(args, kwargs), self._lora.float32
+        state, compiling = self._lora.selection.current(), torch.compiler.is_compiling()
+        updates = self._lora_updates(state, compiling=compiling)
+        weight, bias = self._lora_weight_and_bias()
+        gain = self._lora_gain(entry, weight, self._lora.chosen(state, compiling))
+        p = updates[0].dropout
+        if p:
+            kept = F.dropout(x, p)
+            updates = [u._replace(dropout=0.0) for u in updates]
+            y = add_updates(self._lora_plain_forward(args, kwargs), kept, updates, float32=float32)
+            base = self._lora_plain_forward((kept,), {})
+            base = add_updates(base, kept, updates, float32=float32)
+        elif self._lora_stock:
+            y = base = linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
+        else:
+            y = base = add_updates(
+                self._lora_plain_forward(args, kwargs), x, updates, float32=float32
+            )
+        return gained(y, base if bias is None else base - bias, gain)
+
+    def _lora_gained_rows(self, y: Tensor, routing: Routing) -> Tensor:
+        """Multiply each row of y `(batch, ..., out)` by the gain of its own adapter."""
+        if not any(entry.variant.gained for entry in routing.entries):
+            return y
+        if self.training and any(r.dropout for each in routing.recipes for r in each):
+            raise LayerError(
+                "routed() in training",
+                f"a {type(self).__name__} has adapters with a gain and with dropout in one batch",
+                "Give the adapters dropout: 0, or train them one at a time",
+            )
+        weight, bias = self._lora_weight_and_bias()
+        gains = self._lora_gains(routing, weight)
+        gains = gains.view(-1, *[1] * (y.dim() - 2), gains.shape[-1])
+        return gained(y, y if bias is None else y - bias, gains)
+
     def _lora_nested(self, x: Tensor, state: State) -> Tensor:
         """Compute a nested tensor's rows, with the few operations that torch has for them.
 
         Raises:
-            LayerError: Under `routed`, whose rows are those of a plain batch.
+            LayerError: Under `routed`, whose rows are those of a plain batch, or with a gain.
         """
-        if state.routed:
+        if state.routed or (self._lora.gains and self._lora.gained(state) is not None):
             raise LayerError(
-                "routed()",
+                "routed()" if state.routed else "an adapter with a gain",
                 f"a {type(self).__name__} got a nested tensor",
                 "Pad the batch, or run each adapter's rows by themselves",
             )

@@ -28,7 +28,8 @@ def adds_rows(plain: type[nn.Module], param: str) -> bool:
 
 def routes_rows(plain: type[nn.Module], entry: Entry) -> bool:
     """Whether an adapter that reads a parameter of such a module can be another for each row."""
-    return entry.spec is not None and adds_rows(plain, entry.param)
+    plainly = entry.spec is not None and not entry.variant.gained
+    return plainly and adds_rows(plain, entry.param)
 
 
 def with_rows(plain: type[nn.Module], forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -110,13 +110,18 @@ def _check(place: Place) -> None:
             f"{cls.__name__}.{place.entry.param} is computed by the class",
             "A parameter that is itself computed cannot take an update",
         )
-    init = spec.init if spec is not None else ""
-    if (not place.forward or init in FROM_WEIGHT) and is_quantized(place.weight):
-        reader = f"init {init}" if place.forward else "a weight update"
+    init, gained = spec.init if spec is not None else "", place.entry.variant.gained
+    if gained and spec is not None and spec.why_no_gain:
+        found = f"variant {spec.variant} on {spec.why_no_gain}"
+        raise LayerError(target, found, "Train it with variant: lora")
+    if (not place.forward or gained or init in FROM_WEIGHT) and is_quantized(place.weight):
+        derived = f"init {init}" if init in FROM_WEIGHT else f"variant {spec and spec.variant}"
+        reader = derived if place.forward else "a weight update"
         raise LayerError(
             target,
             f"{reader} reads its values, and they are quantized ({type(place.weight).__name__})",
-            "Name the layer rather than its weight, with an init that does not start from W",
+            "Name the layer rather than its weight, with variant: lora and an init that does not "
+            "start from W",
         )
     if spec is None and isinstance(module, _NormBase) and module.running_mean is not None:
         raise LayerError(
@@ -187,9 +192,10 @@ def attach(
             _attach(place, parameters, selection)
         structure_changed()
         if before.selections in ((), (selection,)):
-            reads = [p for p, _ in made if not p.forward]
-            paths = survey.paths
-            keep_with(root, before, name, [(paths[id(p.module)], p.module, p.entry) for p in reads])
+            reading, paths = [p for p, _ in made if not p.forward], survey.paths
+            reads = [(paths[id(p.module)], p.module, p.entry) for p in reading]
+            gained = any(place.entry.variant.gained for place, _ in made)
+            keep_with(root, before, name, reads, gained=gained)
         stand_in(modules, root.carrying[name])
         if activate:
             selection.replace(State(active=((name, 1.0),)))

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_inject.errors import StateError, nearest
 from lora_inject.layers.adapted import plain_class
-from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.attached import Entry, attached_to, refuse_mixed
 from lora_inject.layers.class_swap import refuse_replaced_class
 from lora_inject.layers.routed_forward import routes_rows
 from lora_inject.layers.selection import Selection
@@ -133,12 +133,14 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.M
 class Reach:
     """What a verb on a model reaches: the distinct selections inside, and the adapters.
 
-    `whole` is adapter name to the name of a parameter that it reads as a whole weight.
+    `whole` is adapter name to the name of a parameter that it reads as a whole weight, `gained` are
+    the adapters that have a gain somewhere.
     """
 
     selections: tuple[Selection, ...]
     names: frozenset[str]
     whole: Mapping[str, str]
+    gained: frozenset[str] = frozenset()
 
 
 _generation = 0
@@ -164,13 +166,16 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
     selections: dict[int, Selection] = {}
     names: set[str] = set()
     reads: list[tuple[str, nn.Module, Entry]] = []
+    gained: set[str] = set()
     for path, module in adapted_modules(survey).items():
         attached = attached_to(module)
         assert attached is not None
         selections.setdefault(id(attached.selection), attached.selection)
         names.update(attached.forward, *attached.reads.values())
+        gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
         reads += [(path, module, e) for table in attached.reads.values() for e in table.values()]
-    found = Reach(tuple(selections.values()), frozenset(names), _whole(reads))
+    every = frozenset(names), _whole(reads), frozenset(gained)
+    found = Reach(tuple(selections.values()), *every)
     if root is not None:
         root.kept = (_generation, found)
     return found
@@ -186,14 +191,32 @@ def _whole(reads: Iterable[tuple[str, nn.Module, Entry]]) -> dict[str, str]:
 
 
 def keep_with(
-    root: Root, before: Reach, name: str, reads: Iterable[tuple[str, nn.Module, Entry]]
+    root: Root,
+    before: Reach,
+    name: str,
+    reads: Iterable[tuple[str, nn.Module, Entry]],
+    *,
+    gained: bool,
 ) -> None:
     """Keep what a root reaches with one adapter more, so that adding it costs what it is.
 
     `reads` are its weight updates; all adapters inside share the root's selection.
     """
     whole = {**before.whole, **_whole(reads)}
-    root.kept = (_generation, Reach((root.selection,), before.names | {name}, whole))
+    alone = before.gained | {name} if gained else before.gained
+    root.kept = (_generation, Reach((root.selection,), before.names | {name}, whole, alone))
+
+
+def refuse_mixes(model: nn.Module, found: Reach, weights: Mapping[str, float]) -> None:
+    """Raise where an adapter with a gain would not be the only one at a site, with weight 1."""
+    if not found.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
+        return
+    taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
+    for name, weight in weights.items():
+        for _, module, entry in entries(Survey(model), name):
+            taking.setdefault((id(module), entry.param), []).append((entry, weight))
+    for each in taking.values():
+        refuse_mixed(each)
 
 
 def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:

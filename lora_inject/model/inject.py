@@ -6,9 +6,10 @@ from collections.abc import Callable, Hashable, Mapping
 from os import PathLike
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from lora_inject.functional import master_dtype
+from lora_inject.functional import master_dtype, norms_of
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.attach import Place, attach, places, survey_for
@@ -16,6 +17,7 @@ from lora_inject.model.quantized_activations import refuse_dead_inputs
 from lora_inject.spec.config import Config
 from lora_inject.spec.matching import resolve
 from lora_inject.spec.plan import Plan
+from lora_inject.spec.sites import SiteSpec
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -87,10 +89,21 @@ def inject(
         spec, weight = place.entry.spec, place.weight
         if spec is None:
             return {"T": weight.detach().to(master_dtype(weight.dtype), copy=True)}
-        return place.entry.variant.start(spec, weight, master_dtype(weight.dtype))
+        return place.entry.variant.start(
+            spec, weight, master_dtype(weight.dtype), lambda: _norms(spec, weight)
+        )
 
     def tied(place: Place) -> Hashable:
         return memory_of(place.weight)
 
     attach(survey, name, found, initial, tied, config.to_dict(), probe=probe)
     return model
+
+
+def _norms(spec: SiteSpec, weight: Tensor) -> Tensor:
+    """Return the norms of the adapted outputs of W, to the bit as the first forward finds them."""
+    matrix = weight.detach().reshape(spec.matrix_shape)
+    if spec.update == "weight":
+        matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))
+    norms = norms_of(matrix, spec.transposed)
+    return torch.cat([norms[start:stop] for start, stop in spec.spans])

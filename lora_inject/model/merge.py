@@ -280,7 +280,7 @@ def _write_rows(target: Target, undo: _Undo) -> None:
     tally = Tally() if target.narrow and target.tally is None else None
     for start, rows in target.blocks():
         undo.keep(rows, start)
-        if target.narrow or target.copies:
+        if target.narrow or target.copies or target.gain is not None:
             target.merged(rows, start, tally, out=rows)
         else:
             target.delta.add_(rows, start)

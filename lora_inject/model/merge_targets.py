@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError, StateError
 from lora_inject.functional import (
     Delta,
+    Gain,
     Tally,
     Term,
     all_finite,
@@ -21,7 +22,7 @@ from lora_inject.functional import (
     mix_copies,
 )
 from lora_inject.layers.adapted import is_quantized
-from lora_inject.layers.attached import Entry
+from lora_inject.layers.attached import Entry, refuse_mixed
 from lora_inject.layers.survey import Survey, base_tensor, memory_of
 from lora_inject.model.carried import whole_adapter
 from lora_inject.model.dequantizing import dense, quantized_again, quantized_weights, why_not_dense
@@ -53,6 +54,7 @@ class Target:
     Attributes:
         holder: Where it stands.
         terms: Low-rank updates to fold in.
+        gain: What multiplies the outputs of their sum with W, where there is one.
         copies: Full trained copies, each with its weight.
         sharers: Who else holds the same memory, and must not see the merge.
         tally: What rounding left, where it was counted.
@@ -61,6 +63,7 @@ class Target:
 
     holder: Holder
     terms: list[Term] = field(default_factory=list)
+    gain: Gain | None = None
     copies: list[tuple[Tensor, float]] = field(default_factory=list)
     sharers: list[Holder] = field(default_factory=list)
     tally: Tally | None = None
@@ -99,10 +102,15 @@ class Target:
     def delta(self) -> Delta:
         """The terms, prepared for all blocks."""
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        return Delta(self.terms, wide)
+        delta = Delta(self.terms, wide, self.gain)
+        if self.gain is not None:
+            delta.norms_of(self.blocks())
+        return delta
 
     def may_overflow(self) -> bool:
         """Whether the largest value that a delta could have comes near the largest of the dtype."""
+        if self.gain is not None:
+            return True
         norm = torch.linalg.vector_norm
         bound = sum(
             abs(t.spec.scale * t.weight) * float(norm(t.A)) * float(norm(t.B)) for t in self.terms
@@ -183,10 +191,14 @@ def merge_targets(
     """
     reshard(survey)
     found: dict[Holder, Target] = {}
+    entries: dict[Holder, list[tuple[Entry, float]]] = {}
     for adapter, weight in active:
         for path, module, entry in whole_adapter(survey, adapter, "merge"):
             holder = Holder(joined(path, entry.param), module, entry.param)
             _add_entry(found.setdefault(holder, Target(holder)), entry, weight)
+            entries.setdefault(holder, []).append((entry, weight))
+    for taking in entries.values():
+        refuse_mixed(taking)
     for module, key in quantized_weights(survey) if isinstance(into, torch.dtype) else ():
         holder = Holder(joined(survey.paths[id(module)], key), module, key)
         found.setdefault(holder, Target(holder))
@@ -219,6 +231,7 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
     if entry.spec is None:
         target.copies.append((entry.tensor(module, "T"), weight))
         return
+    target.gain = target.gain or entry.gain(module._parameters)
     for A, B, sign in entry.pairs(module._parameters):
         target.terms.append(Term(entry.spec, A.detach(), B.detach(), weight * sign))
 

@@ -17,7 +17,7 @@ from torch import nn
 from lora_inject.errors import StateError
 from lora_inject.layers.contexts import within
 from lora_inject.layers.selection import BASE, State
-from lora_inject.model.carried import check_names, reach, refuse_merged
+from lora_inject.model.carried import check_names, reach, refuse_merged, refuse_mixes
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,6 +35,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
 
     Raises:
         StateError: A name is unknown, a weight is not finite, or the model is merged.
+        LayerError: An adapter with a gain (DoRA) is not the only one at one of its sites.
 
     Examples:
         >>> from lora_inject.model.inject import inject
@@ -49,6 +50,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
         raise StateError("activate", "the model carries no adapter", "Inject or load one first")
     check_names(found.names, weights, "activate")
     refuse_merged("activate", *found.selections)
+    refuse_mixes(model, found, weights)
     for selection in found.selections:
         selection.check_settled("activate")
     state = State(active=tuple(weights.items()))

@@ -158,7 +158,9 @@ def _check_none_left(what: str, left: Collection[str], known: Iterable[str], ask
 def _check_alike(site: SiteState, old: SiteSpec, roles: Collection[str], asked: str) -> None:
     """Check that a site is the slot's in all that values alone cannot change."""
     new = site.spec
-    if site.tensors.keys() != roles:
+    if new.variant != old.variant:
+        found = f"its variant is {new.variant}, and {old.variant} on the model"
+    elif site.tensors.keys() != roles:
         found = "one of the two adapters starts from W (pissa, olora), and the other does not"
     elif new.rank != old.rank:
         found = f"its rank is {new.rank}, and {old.rank} on the model"

@@ -10,6 +10,7 @@ from lora_inject.errors import MatchError
 from lora_inject.spec.config import Axes, Hyper, Rule
 from lora_inject.spec.inventory import Candidate
 from lora_inject.spec.names import counted
+from lora_inject.spec.roles import GAINED
 from lora_inject.spec.sites import SiteSpec, Slices
 
 SLICED_KINDS = ("linear", "conv1d", "parameter")
@@ -43,6 +44,9 @@ def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> S
     if site.update == "weight" and site.dropout:
         found = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
         raise MatchError(asked, found, "Give the rule dropout: 0")
+    if site.variant in GAINED and site.why_no_gain:
+        found = f"variant {site.variant} on {site.why_no_gain}"
+        raise MatchError(asked, found, "Give the rule variant: lora")
     if site.init in ("pissa", "olora") and site.rank > _limit(site):
         found = (
             f"init {site.init} with rank {site.rank}, but W has a rank of at most {_limit(site)}"

@@ -10,8 +10,14 @@ from collections.abc import Callable, Mapping
 
 Shape = tuple[int, ...]
 
-FURTHER: dict[str, Mapping[str, Callable[[Shape, Shape], Shape]]] = {"lora": {}}
+FURTHER: dict[str, Mapping[str, Callable[[Shape, Shape], Shape]]] = {
+    "lora": {},
+    "dora": {"m": lambda a, b: b[:-1]},  # noqa: ARG005 - one magnitude for each adapted output
+}
 """Variant to role to its shape, by the shapes of A `(..., rank, in)` and B `(..., out, rank)`."""
+
+GAINED = {"dora"}
+"""Variants whose outputs have a gain beside what is added to W."""
 
 FROM_WEIGHT = ("pissa", "olora")
 """Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""

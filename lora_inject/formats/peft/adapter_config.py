@@ -28,7 +28,6 @@ _RESIDUAL = "Convert it with PEFT (save_pretrained(path_initial_model_for_weight
 
 # Field: what it is, and what to do. A value that is "empty" (None, False, [], {}) is no claim.
 _REFUSED = {
-    "use_dora": ("a DoRA adapter; its update is not B @ A alone", MERGE_HERE),
     "alora_invocation_tokens": ("an activated LoRA (aLoRA), active for some tokens only", _MERGE),
     "layer_replication": ("an adapter of a model with replicated layers", _MERGE),
     "use_qalora": ("a QALoRA adapter with pooled inputs", _MERGE),
@@ -51,7 +50,7 @@ _KNOWN = {
     "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
     "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type", "use_rslora",
+    "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -68,6 +67,7 @@ def build(
     entries: Iterable[Entry],
     *,
     rslora: bool,
+    dora: bool,
     dropout: float,
     bias: str,
     modules_to_save: Collection[str],
@@ -106,7 +106,7 @@ def build(
         "revision": None,
         "target_modules": target_modules,
         "task_type": task_type,
-        "use_dora": False,
+        "use_dora": dora,
         "use_rslora": rslora,
     }
     if parameters:
@@ -131,6 +131,7 @@ class Claims:
     rank: int | None
     alpha: float
     rslora: bool
+    dora: bool
     dropout: float
     fan_in_fan_out: bool
     bias: str
@@ -185,6 +186,7 @@ def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
         rank=rank,
         alpha=float(config["lora_alpha"]),
         rslora=_flag(config, "use_rslora", asked),
+        dora=_flag(config, "use_dora", asked),
         dropout=float(dropout),
         fan_in_fan_out=_flag(config, "fan_in_fan_out", asked),
         bias=_choice(config, "bias", ("none", "lora_only", "all"), asked),

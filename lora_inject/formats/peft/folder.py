@@ -32,7 +32,7 @@ from lora_inject.formats import metadata as words
 from lora_inject.formats.card import model_card
 from lora_inject.formats.checks import check_keys, check_no_clash, check_site, check_trained
 from lora_inject.formats.peft.adapter_config import Claims, Entry, build, read_claims
-from lora_inject.formats.peft.foreign import read_foreign
+from lora_inject.formats.peft.foreign import read_foreign, with_further
 from lora_inject.formats.peft.module_fields import (
     allowed_task,
     bias_setting,
@@ -47,6 +47,7 @@ from lora_inject.formats.peft.tensor_layout import (
     file_alpha,
     file_rank,
     file_shapes,
+    further_shape,
     is_turned,
     owner,
     pack,
@@ -180,6 +181,8 @@ def contents(
     for name, site in state.sites.items():
         slot = layout.slots[name]
         tensors[slot.a], tensors[slot.b] = pack(site, turned=name in turned)
+        for role, key in slot.further.items():
+            tensors[key] = site.further[role].detach().reshape(further_shape(site.spec, role))
     tensors.update((layout.trained[name], tensor) for name, tensor in state.trained.items())
 
     rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
@@ -192,6 +195,7 @@ def contents(
     config = build(
         entries,
         rslora=rslora,
+        dora=any(spec.variant == "dora" for spec in specs),
         dropout=common(spec.dropout for spec in specs) or 0.0,
         bias=bias_setting(state.trained, sites=adapted, whole=whole),
         modules_to_save=whole,
@@ -294,7 +298,8 @@ def _read_native(
                 f"its shape is {tuple(tensor.shape)}, and its metadata says {due}",
                 "The file was edited; fetch it again",
             )
-        sites[name] = unpack(spec, a, b, asked, packing)
+        further = {role: tensors[key] for role, key in slot.further.items()}
+        sites[name] = with_further(unpack(spec, a, b, asked, packing), further, asked)
         check_site(sites[name], asked)
     trained = {name: tensors[key] for name, key in layout.trained.items()}
     return AdapterState(sites, trained, described.config, described.fingerprint)
@@ -416,6 +421,8 @@ def _check_expressible(
     modules = {spec.name for spec in specs if spec.kind != "parameter"}
     if parameters and any(spec.kind == "conv1d" for spec in specs):
         raise FormatError(asked, "PEFT cannot adapt parameters beside Conv1D layers", _OTHER)
+    if len(variants := {spec.variant for spec in specs}) > 1:
+        raise FormatError(asked, f"PEFT has one variant, and these are {sorted(variants)}", _OTHER)
     known = set(tensor_names or ()) | parameters
     for spec in specs:
         reason = _inexpressible(spec, modules, known)
@@ -430,6 +437,8 @@ def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Colle
     if not wrapped(spec):
         return "adapt the root module or a parameter of it"
     by_weight = spec.update == "weight"
+    if by_weight and spec.kind == "linear" and spec.variant == "dora":
+        return "adapt a linear layer with DoRA whose own forward it does not know"
     if spec.kind == "conv1d" and by_weight:
         return "adapt the weight of a Conv1D layer whose own forward it does not know"
     if spec.kind != "parameter" and not (spec.kind == "linear" and by_weight):
@@ -450,6 +459,10 @@ def _odd(spec: SiteSpec) -> str:
         return f"a site of kind '{spec.kind}'"
     if spec.experts is not None and spec.kind != "parameter":
         return f"a stack of {spec.experts} layers of kind '{spec.kind}'"
+    if spec.variant not in ("lora", "dora"):
+        return f"a site of the variant '{spec.variant}'"
+    if spec.variant == "dora" and (spec.kind == "parameter" or spec.slices is not None):
+        return "a parameter, or slices of a layer, with DoRA"
     if spec.kind == "conv" and spec.weight_shape[:1] != (spec.out_features,):
         return "a convolution whose weight does not begin with its outputs"
     return ""

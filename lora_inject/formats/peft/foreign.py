@@ -11,7 +11,7 @@ Source: peft 0.12 to 0.21, utils/save_and_load.py.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_site
 from lora_inject.formats.metadata import one_line
 from lora_inject.formats.peft.adapter_config import MERGE_HERE, Claims
-from lora_inject.formats.peft.tensor_layout import PREFIX, owner, unpack
+from lora_inject.formats.peft.tensor_layout import PREFIX, further_shape, owner, unpack
 from lora_inject.formats.plain import check_shapes
 from lora_inject.spec.sites import SiteSpec
 
@@ -36,8 +36,11 @@ _ENDS = {
     ".lora_embedding_A.default": ("a", True),
     ".lora_embedding_B.default": ("b", True),
 }
+# Until 0.12 the magnitude was a Parameter by itself; PEFT still leaves `.weight` out of the file.
+_FURTHER = {
+    f".lora_magnitude_vector{end}": "m" for end in ("", ".weight", ".default", ".default.weight")
+}
 _REFUSED = {
-    "lora_magnitude_vector": "a DoRA magnitude",
     "trainable_tokens_delta": "single rows of an embedding",
     "lora_B.bias": "a bias of lora_B",
 }
@@ -49,6 +52,7 @@ class _Pair:
 
     embedding: bool = False
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    further: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Found(NamedTuple):
@@ -100,10 +104,25 @@ def read_foreign(
             spec = _parameter(found, claims, transposed_modules)
             if expert_major and spec.experts:
                 found = found._replace(B=_rank_major(b, spec.experts))
-        sites[name] = unpack(spec, a, found.B, where)
+        if claims.dora != ("m" in pair.further):
+            has = "no magnitude, which 'use_dora' asks for" if claims.dora else "a DoRA magnitude"
+            raise FormatError(where, f"it has {has}", _REPAIR)
+        sites[name] = with_further(unpack(spec, a, found.B, where), pair.further, where)
         check_site(sites[name], asked)
     trained, copies = _full_tensors(rest, sites, claims, asked)
     return AdapterState(sites, trained, base_copies=copies)
+
+
+def with_further(site: SiteState, further: Mapping[str, Tensor], where: str) -> SiteState:
+    """Return a site with what its variant adds, in the shapes of its spec."""
+    if not further:
+        return site
+    spec, found = site.spec, {}
+    for role, tensor in further.items():
+        if role not in spec.shapes or tensor.shape != further_shape(spec, role):
+            raise FormatError(where, f"its {role} has the shape {tuple(tensor.shape)}", _REPAIR)
+        found[role] = tensor.reshape(spec.shapes[role])
+    return replace(site, further=found)
 
 
 # Keys -------------------------------------------------------------------------------------------
@@ -126,7 +145,12 @@ def _split(tensors: Mapping[str, Tensor], asked: str) -> tuple[dict[str, _Pair],
     """Complete pairs by path, and the other tensors by key."""
     pairs: dict[str, _Pair] = {}
     rest = {}
+    further: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
+        end = next((end for end in _FURTHER if key.endswith(end)), None)
+        if end is not None:
+            further.setdefault(key.removesuffix(end), {})[_FURTHER[end]] = tensor
+            continue
         end = next((end for end in _ENDS if key.endswith(end)), None)
         if end is None:
             _refuse_key(key, asked)
@@ -143,6 +167,9 @@ def _split(tensors: Mapping[str, Tensor], asked: str) -> tuple[dict[str, _Pair],
         if len(pair.tensors) == 1:
             side = "B" if "a" in pair.tensors else "A"
             raise FormatError(f"{asked}, site '{path[:200]}'", f"its {side} is missing", _REPAIR)
+        pair.further = further.pop(path, {})
+    for path in further:
+        raise FormatError(f"{asked}, site '{path[:200]}'", "its A and B are missing", _REPAIR)
     return pairs, rest
 
 
@@ -247,6 +274,7 @@ def _module(found: _Found, claims: Claims) -> SiteSpec:
         transposed=kind in {"embedding", "conv1d"},
         scaling=claims.scaling,
         dropout=claims.dropout,
+        variant="dora" if claims.dora else "lora",
         weight=f"{found.name}.weight",
     )
 

@@ -27,11 +27,16 @@ PREFIX = "base_model.model."
 KINDS = ("linear", "conv1d", "embedding", "conv", "parameter")
 
 
+FURTHER = {"m": "lora_magnitude_vector"}
+"""What PEFT calls the tensors of a variant, by role."""
+
+
 class Slot(NamedTuple):
-    """The keys of one site's pair."""
+    """The keys of one site's pair, and of what its variant adds by role."""
 
     a: str
     b: str
+    further: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Layout:
     @property
     def keys(self) -> list[str]:
         """All keys; one that appears twice is a clash of names."""
-        pairs = [key for slot in self.slots.values() for key in (slot.a, slot.b)]
-        return pairs + list(self.trained.values())
+        sites = [k for s in self.slots.values() for k in (s.a, s.b, *s.further.values())]
+        return sites + list(self.trained.values())
 
 
 class Packing(NamedTuple):
@@ -109,7 +114,7 @@ def plan(specs: Iterable[SiteSpec], trained: Iterable[str]) -> Layout:
         path = paths.outside(module)
         for outside, name in enumerate(reversed(names)):
             slots[name] = path + ".base_layer" * outside
-    pairs = {spec.name: _slot(slots[spec.name], spec.kind) for spec in specs}
+    pairs = {spec.name: _slot(slots[spec.name], spec) for spec in specs}
     keys = {}
     for name in trained:
         module, _, tensor = name.rpartition(".")
@@ -117,10 +122,17 @@ def plan(specs: Iterable[SiteSpec], trained: Iterable[str]) -> Layout:
     return Layout(pairs, keys)
 
 
-def _slot(path: str, kind: str) -> Slot:
-    if kind == "embedding":
-        return Slot(f"{path}.lora_embedding_A", f"{path}.lora_embedding_B")
-    return Slot(f"{path}.lora_A.weight", f"{path}.lora_B.weight")
+def _slot(path: str, spec: SiteSpec) -> Slot:
+    further = {role: f"{path}.{FURTHER[role]}" for role in spec.shapes if role in FURTHER}
+    if spec.kind == "embedding":
+        return Slot(f"{path}.lora_embedding_A", f"{path}.lora_embedding_B", further)
+    return Slot(f"{path}.lora_A.weight", f"{path}.lora_B.weight", further)
+
+
+def further_shape(spec: SiteSpec, role: str) -> tuple[int, ...]:
+    """Return the shape in the file of what a variant adds: PEFT keeps magnitudes to broadcast."""
+    shape = spec.shapes[role]
+    return (1, *shape, *(1 for _ in spec.weight_shape[2:])) if spec.kind == "conv" else shape
 
 
 class _Paths:

@@ -1,0 +1,117 @@
+"""Weights whose outputs have a gain: `W' = g (W + delta)`, with g by the norms of `W + delta`.
+
+DoRA's is `m / |W + delta|` (arXiv:2402.09353, eq. 5), for each output over its inputs, and no
+gradient flows through the norm (section 4.3). A forward update never forms `W + delta`: it
+multiplies its output, and the norms are those of W plus what thin products say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_inject.functional.factors import Factors, Spans, spread, without_autocast
+from lora_inject.storage.tensors import in_memory
+
+Formula = Callable[[Mapping[str, Tensor], Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain of one weight's outputs.
+
+    Attributes:
+        formula: Gives the gains of some outputs by their rows of the tensors and their norms.
+        tensors: By role, each with one row for each adapted output.
+        spans: `(start, stop)` along the output of each adapted part; others have the gain 1.
+    """
+
+    formula: Formula
+    tensors: Mapping[str, Tensor]
+    spans: Spans
+
+    def of(self, norms: Tensor, first: int = 0) -> Tensor:
+        """Return the gains `(n,)` of outputs from `first` on, by their norms `(n,)`."""
+        pieces, end, last, row = [], first, first + norms.shape[0], 0
+        for start, stop in self.spans:
+            a, b = max(start, first), min(stop, last)
+            if a < b:
+                rows = slice(row + a - start, row + b - start)
+                mine = {role: tensor[rows] for role, tensor in self.tensors.items()}
+                pieces.append(norms.new_ones(a - end))
+                pieces.append(self.formula(mine, norms[a - first : b - first]))
+                end = b
+            row += stop - start
+        pieces.append(norms.new_ones(last - end))
+        found = [piece for piece in pieces if piece.shape[0]]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def to(self, dtype: torch.dtype) -> Gain:
+        """Return the same gain, frozen, of tensors of a dtype."""
+        tensors = {
+            role: in_memory(tensor.detach()).to(dtype) for role, tensor in self.tensors.items()
+        }
+        return Gain(self.formula, tensors, self.spans)
+
+
+def norms_of(weight: Tensor, transposed: bool) -> Tensor:
+    """Return the norm of each output over its inputs `(out,)`, in float32 or wider.
+
+    Args:
+        weight: `(out, in)`, or `(in, out)` where `transposed`.
+        transposed: Whether the outputs are the last axis.
+    """
+    dtype, axis = torch.promote_types(weight.dtype, torch.float32), 0 if transposed else 1
+    found: Tensor = torch.linalg.vector_norm(weight.detach(), dim=axis, dtype=dtype)
+    return found
+
+
+@torch.no_grad()
+def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) -> Tensor:
+    """Return the norms of `W + sum of scale * B @ A` by thin products, without forming it.
+
+    `|w + d|^2 = |w|^2 + 2 w d + d^2` for each output w, whose update is `d = b A`. Exactly the
+    norms of W where B is zero. Of an output that its update nearly cancels, the norm is as exact as
+    float32 leaves it of `|w|^2`.
+
+    Args:
+        weight: `(out, in)`, or `(in, out)` where `transposed`.
+        updates: What is added to it.
+        transposed: Whether the outputs are the last axis.
+
+    Returns:
+        `(out,)`, in float32 or wider.
+
+    Examples:
+        >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+        >>> norms = updated_norms(W, [Factors(A, B, 0.5)], False)
+        >>> torch.allclose(norms, (W + 0.5 * B @ A).norm(dim=1), atol=1e-5)
+        True
+    """
+    with without_autocast(weight) or nullcontext():
+        norms = norms_of(weight, transposed)
+        wide = norms.dtype
+        A = torch.cat([u.A for u in updates]).to(wide)
+        left = [
+            u.scale * (u.B if u.spans is None else spread(u.B, u.spans, norms.shape[0])).to(wide)
+            for u in updates
+        ]
+        B, narrow = torch.cat(left, dim=1), A.to(weight.dtype)
+        WA = (narrow @ weight).t() if transposed else weight @ narrow.t()
+        change = (B * (2 * WA.to(wide) + B @ (A @ A.t()))).sum(1)
+        return (norms.square() + change).clamp_(min=0).sqrt_()
+
+
+def gained(y: Tensor, base: Tensor, gain: Tensor) -> Tensor:
+    """Return `y + (gain - 1) * base`, rounded once to the dtype of y.
+
+    Args:
+        y: `(..., out)`, with every update.
+        base: `(..., out)`, the part of it that the gain multiplies: all but the bias.
+        gain: `(..., out)`, float32 or wider.
+    """
+    return torch.addcmul(y, base, (gain - 1).to(y.dtype))

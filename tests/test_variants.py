@@ -1,0 +1,281 @@
+"""Variants of LoRA: DoRA on every kind of layer, against dense layers in float64 and PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import peft
+import pytest
+import torch
+from conftest import (
+    DTYPES,
+    KINDS,
+    TOLERANCE,
+    Host,
+    Kind,
+    dense_delta,
+    error,
+    fill,
+    host,
+    same_bits,
+)
+from helpers.checkpoints import save_checkpoint
+from helpers.reference import refused
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lora_inject as li
+from lora_inject.adapter.variants import VARIANTS, Variant, register_variant
+from lora_inject.spec.roles import FURTHER
+
+NO_GAIN = ("conv_transpose 2d", "conv_transpose 1d", "experts", "turned experts")
+GAINED = {name: kind for name, kind in KINDS.items() if name not in NO_GAIN}
+every_kind = pytest.mark.parametrize("kind", GAINED.values(), ids=list(GAINED))
+
+
+def dora(kind: Kind, plain: nn.Module, name: str = "default") -> Any:
+    """A copy of a host with DoRA, all of whose tensors have moved."""
+    model = li.inject(copy.deepcopy(plain), {**kind.config, "variant": "dora"}, name)
+    return moved(model, name)
+
+
+def moved(model: Any, name: str = "default") -> Any:
+    parameters = li.adapter_parameters(model, name)
+    magnitudes = {key: p.detach().clone() for key, p in parameters.items() if key.endswith("_m")}
+    fill(model, name)
+    with torch.no_grad():
+        for key, before in magnitudes.items():
+            parameters[key].copy_(before * (0.5 + torch.rand_like(before)))
+    return model
+
+
+def tensors(model: nn.Module, kind: Kind, name: str = "default") -> list[nn.Parameter]:
+    found = li.adapter_parameters(model, name)
+    return [found[f"{kind.site}.lora_{role}"] for role in "ABm"]
+
+
+def dense_dora(kind: Kind, plain: nn.Module, A: Tensor, B: Tensor, m: Tensor) -> Tensor:
+    """`m (W + s B A) / |W + s B A|` over the inputs of each adapted output, the norm detached."""
+    W = dict(plain.named_parameters())[kind.key].detach().double()
+    delta = dense_delta(kind, A, B)
+    total, axis = W.reshape(delta.shape) + delta, 1 if kind.transposed else 2
+    norms = total.detach().norm(dim=axis, keepdim=True)
+    adapted = [i for a, b in kind.spans or ((0, kind.sizes[1]),) for i in range(a, b)]
+    wanted = norms.flatten().index_copy(0, torch.tensor(adapted), m).reshape(norms.shape)
+    return (total * wanted / norms).reshape(W.shape)
+
+
+def dense_output(kind: Kind, plain: nn.Module, weight: Tensor, inputs: Any) -> Tensor:
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    if kind.formula is not None:
+        return kind.formula(weight, *inputs)
+    wide = copy.deepcopy(plain).double()
+    found: Tensor = torch.func.functional_call(wide, {kind.key: weight}, inputs)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
+@every_kind
+def test_dora_equals_the_dense_layer_with_a_detached_norm(kind: Kind, dtype: torch.dtype) -> None:
+    plain = host(kind, dtype)
+    model = li.inject(copy.deepcopy(plain), {**kind.config, "variant": "dora"})
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in kind.inputs(dtype)]
+    assert same_bits(model(*inputs), copy.deepcopy(plain)(*inputs)), "it starts as the plain layer"
+    found = tensors(moved(model), kind)
+    y = model(*inputs)
+    g = torch.randn_like(y)
+    y.backward(g)
+    wide = [t.detach().double().requires_grad_() for t in found]
+    wide_inputs = [x.detach().double().requires_grad_() if x.requires_grad else x for x in inputs]
+    weight = dense_dora(kind, plain, *wide)
+    wanted = dense_output(kind, plain, weight, wide_inputs)
+    wanted.backward(g.double())
+    assert error(y, wanted) <= TOLERANCE[dtype]
+    with torch.no_grad():
+        assert error(model(*inputs), wanted) <= TOLERANCE[dtype]
+    for one, other in zip((*found, *inputs), (*wide, *wide_inputs), strict=True):
+        if other.requires_grad:
+            assert one.grad is not None
+            assert error(one.grad, other.grad) <= TOLERANCE[dtype]
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    report = li.merge(model)
+    assert error(dict(model.named_parameters())[kind.key], weight) <= TOLERANCE[dtype]
+    assert dtype != torch.bfloat16 or report.min_kept > 0.9
+    li.unmerge(model)
+    assert all(same_bits(t, before[key]) for key, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NO_GAIN)
+def test_what_cannot_have_a_gain_is_refused(name: str) -> None:
+    kind = KINDS[name]
+    model = host(kind)
+    config = {**kind.config, "variant": "dora"}
+    refused(model, lambda: li.inject(model, config), li.MatchError, "variant dora on a")
+
+
+def test_magnitudes_are_counted_train_and_have_a_group_of_their_own() -> None:
+    net = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
+    config = {"rank": 2, "variant": "dora", "targets": [{"match": "0"}, {"match": "1", "rank": 1}]}
+    expect = {"sites": 2, "lora": 2 * 5 + 6 * 2 + 6 + 6 + 4 + 4}
+    model = li.inject(net, {**config, "expect": expect})
+    assert li.adapters(model)["default"].n_parameters == expect["lora"]
+    groups = {group["name"] for group in li.parameter_groups(model, 0.1, 16)}
+    assert groups == {"lora_A", "lora_B", "lora_m"}
+    li.train_only(model, None)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_dropout_is_pefts(tmp_path: Path) -> None:
+    """What x keeps goes through W as well, where the gain is not 1."""
+    plain = nn.Sequential(nn.Linear(5, 6))
+    config = {"rank": 2, "alpha": 3, "variant": "dora", "dropout": 0.5, "targets": ["0"]}
+    model = moved(li.inject(copy.deepcopy(plain), config))
+    li.save_adapter(model, tmp_path / "a")
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "a").train()
+    x = torch.randn(4, 5)
+    torch.manual_seed(1)
+    found = model.train()(x)
+    torch.manual_seed(1)
+    assert error(found, other(x)) <= 1e-6
+
+
+def test_rows_of_a_batch_have_gains_of_their_own() -> None:
+    for kind in (KINDS["linear"], KINDS["conv1d"], KINDS["embedding"]):
+        model = moved(li.inject(dora(kind, host(kind), "a"), kind.config, "b"), "b")
+        inputs = kind.inputs(torch.float32)
+        alone = {}
+        for name in ("a", "b", None):
+            li.activate(model, name)
+            alone[name] = model(*inputs)
+        rows = ["a", None, "b", "a"]
+        with li.routed(model, rows):
+            found = model(*inputs)
+        for i, name in enumerate(rows):
+            assert error(found[i], alone[name][i]) <= 1e-6
+
+
+def test_convolutions_with_dora_are_not_routed() -> None:
+    kind = KINDS["conv 2d"]
+    model = dora(kind, host(kind))
+    with pytest.raises(li.StateError, match="whole weight"), li.routed(model, ["default"] * 2):
+        pass
+
+
+@pytest.mark.parametrize("name", ["linear", "conv 2d"])
+def test_dora_takes_part_alone_or_not_at_all(name: str) -> None:
+    kind = KINDS[name]
+    model = moved(li.inject(dora(kind, host(kind), "a"), kind.config, "b"), "b")
+    for mix in ({"a": 1.0, "b": 1.0}, {"a": 0.5}):
+        refused(model, lambda mix=mix: li.activate(model, mix), li.LayerError, "by itself")
+        refused(model, lambda mix=mix: li.merge(model, name=mix), li.LayerError, "by itself")
+    li.activate(model, {"b": 0.5})
+
+
+class Reader(nn.Module):
+    """Computes with the weight of a layer, and asks its dtype first, as T5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.fc.weight.dtype == x.dtype
+        return nn.functional.linear(x, self.fc.weight, self.fc.bias)
+
+
+def test_a_parent_that_reads_the_weight_gets_it_with_its_gain() -> None:
+    kind = Kind(lambda: nn.Linear(5, 6), (5, 6), site="layer.fc")
+    model = dora(kind, Host(Reader()))
+    x = torch.randn(3, 5)
+    read = model(x)
+    assert error(read, model.layer.fc(x)) <= 1e-6
+    found = tensors(model, kind)
+    grads = [torch.autograd.grad(y.sum(), found) for y in (read, model.layer.fc(x))]
+    assert all(error(a, b) <= 1e-5 for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["native", "peft"])
+def test_files_and_values_hold_the_magnitude(layout: str, tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Embedding(9, 5), nn.Linear(5, 6), nn.Linear(6, 5))
+    config = {"rank": 2, "alpha": 3, "variant": "dora", "targets": ["all-linear", "0"]}
+    model = moved(li.inject(copy.deepcopy(plain), config))
+    ids = torch.arange(9)
+    wanted = model(ids)
+    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
+    li.save_adapter(model, path, format=layout)
+    for name, site in li.adapter_state(model).sites.items():
+        found = li.read_adapter(path).sites[name].tensors
+        assert all(same_bits(found[role], tensor) for role, tensor in site.tensors.items())
+    again = li.load_adapter(copy.deepcopy(plain), path)
+    assert same_bits(again(ids), wanted)
+    other = li.inject(copy.deepcopy(plain), config)
+    assert same_bits(li.swap_adapter(other, path)(ids), wanted)
+    lora = li.inject(copy.deepcopy(plain), {**config, "variant": "lora"})
+    refused(lora, lambda: li.swap_adapter(lora, path), li.FormatError, "variant")
+    base = save_checkpoint(tmp_path / "base", plain.state_dict())
+    li.merge_checkpoint(base, [path], tmp_path / "merged")
+    li.merge(model)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for key in ("0.weight", "1.weight", "2.weight"):
+        assert error(merged[key], model.state_dict()[key]) <= 1e-6
+
+
+def test_what_cannot_carry_a_magnitude_refuses_it(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 6))
+    state = li.adapter_state(li.inject(net, {"rank": 1, "variant": "dora", "targets": ["0"]}))
+    for layout in ("portable", "loralib"):
+        with pytest.raises(li.FormatError, match="variant 'dora'"):
+            li.write_adapter(state, tmp_path / "a.pt", layout)
+    rules = [{"match": "0", "variant": "dora"}, "1"]
+    mixed = li.inject(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)), {"targets": rules})
+    with pytest.raises(li.FormatError, match="PEFT has one variant"):
+        li.save_adapter(mixed, tmp_path / "b")
+    li.save_adapter(mixed, tmp_path / "b.safetensors", format="native")
+
+
+def test_a_quantized_weight_has_no_norm() -> None:
+    net = nn.Sequential(nn.Linear(4, 6))
+    net[0].weight = nn.Parameter(torch.ones(6, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(li.LoraInjectError):
+        li.inject(net, {"variant": "dora", "targets": ["0"]})
+
+
+def test_a_variant_from_outside_the_package(tmp_path: Path) -> None:
+    class Gate(Variant):
+        """Outputs have a gate that starts at 1."""
+
+        name = "gate"
+        roles: ClassVar[Any] = {"gate": lambda a, b: b[:-1]}
+        gained = True
+
+        def start(
+            self, spec: Any, weight: Tensor, dtype: torch.dtype, norms: Any
+        ) -> dict[str, Tensor]:
+            found = super().start(spec, weight, dtype, norms)
+            return {**found, "gate": norms().new_ones(spec.shapes["gate"])}
+
+        def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
+            return tensors["gate"]
+
+    register_variant(Gate)
+    try:
+        net = nn.Sequential(nn.Linear(4, 6))
+        model = li.inject(copy.deepcopy(net), {"rank": 1, "variant": "gate", "targets": ["0"]})
+        fill(model)
+        site, x = li.adapter_state(model).sites["0"], torch.randn(3, 4)
+        delta = site.scale * site.B @ site.A
+        weight = site.further["gate"][:, None] * (net[0].weight + delta)
+        wanted = nn.functional.linear(x, weight, net[0].bias)
+        assert error(model(x), wanted) <= 1e-6
+        li.save_adapter(model, tmp_path / "a.safetensors", format="native")
+        with pytest.raises(li.FormatError, match="variant 'gate'"):
+            li.save_adapter(model, tmp_path / "a")
+        li.merge(model)
+        assert error(model(x), wanted) <= 1e-6
+    finally:
+        del VARIANTS["gate"], FURTHER["gate"]
+    with pytest.raises(li.FormatError, match="'gate' is not registered"):
+        li.read_adapter(tmp_path / "a.safetensors")
