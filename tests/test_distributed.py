@@ -249,7 +249,7 @@ def other_base(fingerprint: Any) -> Any:
     )
 
 
-TENSOR = {"rank": 2, "alpha": 3.0, "targets": ["gate_proj", "down_proj"]}
+TENSOR = {"rank": 2, "alpha": 3.0, "targets": ["gate_proj", r"up_proj\.weight", "down_proj"]}
 
 
 def tensor_parallel(rank: int, model: Any) -> dict[str, Any]:

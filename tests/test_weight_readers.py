@@ -351,3 +351,31 @@ def test_fusing_with_a_batch_norm_is_refused() -> None:
         li.merge(net)
         li.eject(net)
         fuse(net[0].eval(), bn.double().eval())
+
+
+@pytest.mark.parametrize("first", ["quantized", "injected"])
+def test_a_quantized_weight_that_a_parent_reads_is_refused_where_it_is_used(first: str) -> None:
+    """torchao's tensor multiplies like a plain one, and would leave the adapter out."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.use = nn.Linear(32, 32), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.to(self.fc.weight.dtype)
+            return F.linear(x, self.fc.weight) if self.use else x[:, : self.fc.weight.shape[0]]
+
+    quantization = pytest.importorskip("torchao.quantization")
+    net, x = Reads(), torch.randn(2, 32)
+    if first == "injected":
+        li.inject(net, {"rank": 2, "targets": ["fc"]})
+    quantization.quantize_(net, quantization.Int8WeightOnlyConfig())
+    if first == "quantized":
+        li.inject(net, {"rank": 2, "targets": ["fc"]})
+    with pytest.raises(li.LayerError, match=r"reading 'weight' of a Linear.*Leave this layer out"):
+        net(x)
+    net.use = False
+    assert same_bits(net(x), x), "a question is no use"
+    with li.disabled(net):
+        assert net(x).shape == (2, 32)

@@ -37,7 +37,7 @@ from lora_inject.layers.attached import (
     saving_hooks,
 )
 from lora_inject.layers.checkpointing import refuse_dead_checkpoint
-from lora_inject.layers.reading import running_module
+from lora_inject.layers.reading import computes, running_module
 from lora_inject.layers.routed_forward import adds_rows, with_rows
 from lora_inject.layers.selection import State
 from lora_inject.layers.state_dict import refuse_loading
@@ -298,8 +298,6 @@ class Adapted(nn.Module):
             return raw
         if raw is None:
             self._lora_refuse_replaced(param)
-        if type(raw) not in PLAIN:
-            return raw  # a sharded tensor is read by who shards; a quantized one cannot be
         attached = self._lora
         state = attached.selection.current()
         if state.routed:
@@ -307,6 +305,8 @@ class Adapted(nn.Module):
         taking = [(entries[name], weight) for name, weight in state.active if name in entries]
         if not taking:
             return raw
+        if type(raw) not in PLAIN:
+            return self._lora_other(raw, taking, outside)
         # A value read under no_grad would cut the gradient of a later read in the same forward.
         key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()
         if cache is None:
@@ -314,6 +314,31 @@ class Adapted(nn.Module):
         if key not in cache:
             cache[key] = self._lora_effective(raw, taking, outside)
         return cache[key]
+
+    def _lora_other(self, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
+        """Return what a sharded weight, or a quantized one, reads as.
+
+        Tensor parallelism computes with shards; FSDP2 reads them in hooks, to gather them. What
+        replaced a weight after inject, or is read by a parent, has no W to add to: its shape and
+        dtype may be asked for.
+        """
+        if torch.compiler.is_compiling():
+            return raw
+        if hasattr(raw, "full_tensor"):
+            return self._lora_effective(raw, taking, outside) if computes() else raw
+        entry = taking[0][0]
+        if self._lora.forward.get(entry.adapter) is entry and not outside:
+            return raw  # the layer's own forward, to whose output the update is added
+
+        def used() -> None:
+            raise LayerError(
+                f"reading {entry.param!r} of a {type(self).__name__} in a forward",
+                f"it is a {type(raw).__name__}, to which adapter {entry.adapter!r} cannot be added",
+                "Leave this layer out of the adapter, or quantize it before inject",
+            )
+
+        stand_in = torch.empty((), dtype=raw.dtype, device=raw.device).expand(raw.shape)
+        return lazy_weight(stand_in, (), float32=False, used=used)
 
     def _lora_effective(
         self, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool

@@ -8,6 +8,7 @@ thread, and for a submodule that is called directly as for the whole model.
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -37,10 +38,8 @@ def running_module() -> Any:
         code = frame.f_code
         if code is _CALL:
             return frame.f_locals["self"]
-        if code.co_name == "forward" and code.co_argcount:
-            found = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(found, nn.Module):
-                return found
+        if (found := _forward_of(frame)) is not None:
+            return found
         if code in _FUSING:
             raise LayerError(
                 f"torch.nn.utils.{code.co_name}",
@@ -49,3 +48,22 @@ def running_module() -> Any:
             )
         frame = frame.f_back  # type: ignore[assignment]
     return SOME_FORWARD if torch._C._current_graph_task_id() != -1 else None
+
+
+def computes() -> bool:
+    """Whether the caller of a property runs in a `forward`, and not in a hook around one."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _CALL:
+        if _forward_of(frame) is not None:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _forward_of(frame: FrameType) -> nn.Module | None:
+    """Return the module whose method `forward` a frame runs."""
+    code = frame.f_code
+    if code.co_name != "forward" or not code.co_argcount:
+        return None
+    found = frame.f_locals.get(code.co_varnames[0])
+    return found if isinstance(found, nn.Module) else None
