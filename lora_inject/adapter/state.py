@@ -209,7 +209,7 @@ class AdapterState:
         Trained tensors are not counted; `lora_inject.diff` lists them.
         """
         pairs = paired(self, other, "distance of adapters").values()
-        return math.hypot(*(norm(terms(a, b)) for a, b in pairs))
+        return math.hypot(*(apart(a, b) for a, b in pairs))
 
     # The same update in another shape -----------------------------------------------------------
 
@@ -435,9 +435,11 @@ def plain(site: SiteState, asked: str) -> SiteState:
     return site
 
 
-def terms(*sites: SiteState | None) -> list[tuple[SiteState, float]]:
-    """The first site less the others, as far as they are there."""
-    return [(s, -1.0 if n else 1.0) for n, s in enumerate(sites) if s is not None]
+def apart(one: SiteState | None, two: SiteState | None) -> float:
+    """The Frobenius norm of the difference of two sites, of which one may be lacking."""
+    if one == two:
+        return 0.0
+    return norm([(site, sign) for site, sign in ((one, 1.0), (two, -1.0)) if site is not None])
 
 
 def paired(one: AdapterState, two: AdapterState, asked: str) -> Paired:

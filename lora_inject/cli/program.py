@@ -31,6 +31,10 @@ EXAMPLES = MappingProxyType(
         "merge": "lora-inject merge gpt2 sql-adapter --output merged --verify",
         "verify": "lora-inject verify gpt2 sql-adapter merged",
         "convert": "lora-inject convert sql-adapter served --to portable --dtype float16",
+        "combine": "lora-inject combine sql style --output both --weight 0.7 --weight 0.3",
+        "truncate": "lora-inject truncate sql-adapter --output small --energy 0.99",
+        "diff": "lora-inject diff sql-adapter small",
+        "rename": "lora-inject rename sql-adapter transformer=model.decoder --output renamed",
         "extract": "lora-inject extract gpt2 gpt2-tuned --rank 16 --output adapter",
         "schema": "lora-inject schema > schema.json",
     }

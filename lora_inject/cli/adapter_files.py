@@ -1,0 +1,209 @@
+"""Commands on adapters as values: `combine`, `truncate`, `diff`, `rename`.
+
+A command is its arguments, one call of the package, and printing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_inject.cli.on_disk import Dtype
+from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
+
+if TYPE_CHECKING:
+    from lora_inject.adapter.state import AdapterState
+
+Adapter = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the adapter.")]
+Format = Annotated[str, typer.Option("--format", help="Format to write.")]
+WriteDtype = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Dtype to write. (default: the adapters')")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")]
+
+
+@app.command()
+def combine(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER", help="PEFT folders, or adapters' files.")
+    ],
+    output: Output,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--weight",
+            "-w",
+            help="Weight of an adapter; once for each, in their order. (default: 1)",
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="cat: the exact sum, ranks add up. svd: cut to --rank. Or linear, ties, "
+            "dare_linear, dare_ties, magnitude_prune on A and B, with _svd on the deltas."
+        ),
+    ] = "cat",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="svd, _svd: rank of each site. (default: the largest)")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the values that is kept.")
+    ] = None,
+    majority_sign: Annotated[str, typer.Option(help="ties: total, or frequency.")] = "total",
+    seed: Annotated[int, typer.Option(help="Of dare's masks.")] = 0,
+    adapter_format: Format = "peft",
+    dtype: WriteDtype = None,
+    overwrite: Overwrite = False,
+    prefer: Prefer = None,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Combine each ADAPTER, of one base, into one adapter."""
+    from lora_inject.adapter.combining import combined
+
+    made = combined(
+        [_read(path, prefer, allow) for path in adapters],
+        weight,
+        method=method,
+        rank=rank,
+        density=density,
+        majority_sign=majority_sign,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    _write(made, output, adapter_format, dtype, overwrite, as_json)
+
+
+@app.command()
+def truncate(
+    adapter: Adapter,
+    output: Output,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every site, at most.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of each delta's squares to keep; the rank follows."),
+    ] = None,
+    adapter_format: Format = "peft",
+    dtype: WriteDtype = None,
+    overwrite: Overwrite = False,
+    prefer: Prefer = None,
+    allow: Allow = None,
+    everything: All = False,
+    as_json: Json = False,
+) -> None:
+    """Cut ADAPTER to a lower rank, the best one there is.
+
+    The error of a site is |D - D_cut| / |D|, in Frobenius norm.
+    """
+    from lora_inject.adapter.state import truncation
+    from lora_inject.analysis.tables import Rows
+    from lora_inject.cli.show import print_rows
+
+    if rank is None and energy is None:
+        raise typer.BadParameter("say how much to keep: --rank, --energy, or both")
+    made, cuts = truncation(_read(adapter, prefer, allow), rank, energy)
+    if not as_json and cuts:
+        cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
+        rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
+        print_rows(rows, everything=everything)
+    sites = {name: cut._asdict() for name, cut in cuts.items()}
+    _write(made, output, adapter_format, dtype, overwrite, as_json, sites=sites)
+
+
+@app.command()
+def diff(
+    one: Annotated[Path, typer.Argument(metavar="ONE", help="A PEFT folder, or a file.")],
+    two: Annotated[Path, typer.Argument(metavar="TWO", help="Another adapter of the same base.")],
+    prefer: Prefer = None,
+    allow: Allow = None,
+    everything: All = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the adapters ONE and TWO, site by site."""
+    from lora_inject.adapter.difference import difference
+    from lora_inject.analysis.tables import Rows
+    from lora_inject.cli.show import print_json, print_rows, say, say_words
+
+    found = difference(_read(one, prefer, allow), _read(two, prefer, allow))
+    if as_json:
+        print_json(found.to_dict())
+        return
+    if found.sites:
+        heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
+        cells = tuple(
+            (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
+            for name, site in found.sites.items()
+        )
+        print_rows(Rows(heads, cells), everything=everything)
+    for name, distance in found.trained.items():
+        where = "in one of them only" if distance is None else f"|one - two| = {distance:.3g}"
+        say(f"trained {name}: {where}")
+    cosine = "-" if found.cosine is None else f"{found.cosine:.6f}"
+    same = "equal in every bit" if found.equal else "not equal"
+    say_words(f"{same}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites")
+
+
+@app.command()
+def rename(
+    adapter: Adapter,
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="OLD=NEW",
+            help="A regex of whole segments of names, and what takes their place.",
+        ),
+    ],
+    output: Output,
+    adapter_format: Format = "peft",
+    overwrite: Overwrite = False,
+    prefer: Prefer = None,
+    allow: Allow = None,
+    as_json: Json = False,
+) -> None:
+    """Write ADAPTER under other names of its layers."""
+    pairs = {}
+    for text in names:
+        old, equals, new = text.partition("=")
+        if not (old and equals):
+            raise typer.BadParameter(f"{text!r} is not a pair, such as transformer=model.decoder")
+        pairs[old] = new
+    state = _read(adapter, prefer, allow)
+    made = state.rename(pairs)
+    new_names = dict(zip(state.sites, made.sites, strict=True))
+    _write(made, output, adapter_format, None, overwrite, as_json, names=new_names)
+
+
+def _read(path: Path, prefer: str | None, allow: list[str] | None) -> AdapterState:
+    """Read an adapter; its tensors stay in the file until they are used."""
+    from lora_inject.formats import read_adapter
+
+    return read_adapter(path, on_disk=True, **read_options(path, prefer, allow))
+
+
+def _write(
+    state: AdapterState,
+    output: Path,
+    adapter_format: str,
+    dtype: Dtype | None,
+    overwrite: bool,
+    as_json: bool,
+    **found: Any,
+) -> None:
+    """Write what was made, in one step, and say so."""
+    import torch
+
+    from lora_inject.cli.show import print_json, say
+    from lora_inject.formats import write_adapter
+
+    if dtype is not None:
+        state = state.to(getattr(torch, dtype))
+    path = write_adapter(state, output, adapter_format, overwrite=overwrite)
+    ranks = {name: site.spec.rank for name, site in state.sites.items()}
+    if as_json:
+        print_json({"output": str(path), "ranks": ranks, **found})
+    else:
+        say(f"wrote {path}: {str(state).removeprefix('AdapterState(').removesuffix(')')}")

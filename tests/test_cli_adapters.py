@@ -1,0 +1,87 @@
+"""The commands on adapters' files: combine, truncate, diff, rename."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers.adapter_states import KIND_SPECS, dense, make_state
+
+import lora_inject as li
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Two adapters of one base on disk, and as values."""
+    one = make_state(KIND_SPECS["linear"], KIND_SPECS["conv1d"]) * 0.5
+    two = -make_state(KIND_SPECS["linear"])
+    return [(li.write_adapter(s, tmp_path / n), s) for n, s in (("one", one), ("two", two))]
+
+
+def test_combine_writes_the_weighted_sum(run, files, tmp_path):
+    (one, a), (two, b) = files
+    found = run("combine", one, two, "-w", 2, "-w", 0.5, "-o", tmp_path / "sum", "--json")
+    assert found.code == 0, found.err
+    said = json.loads(found.out)
+    assert said == {"output": str(tmp_path / "sum"), "ranks": {"h.0.fc": 4, "h.0.c": 3}}
+    written = li.read_adapter(tmp_path / "sum")
+    for name, site in (a * 2 + b * 0.5).sites.items():
+        assert (dense(written.sites[name]) - dense(site)).abs().max() < 1e-6
+
+    again = ("combine", one, two, "-o", tmp_path / "sum")
+    found = run(*again)
+    assert (found.code, found.out) == (1, "")
+    found = run(*again, "--overwrite", "--method", "svd", "--rank", 1, "--dtype", "bfloat16")
+    assert found.out.endswith("sum: 2 sites, rank 1, 0 trained, 23 parameters\n")
+    assert li.read_adapter(tmp_path / "sum").sites["h.0.fc"].A.dtype == torch.bfloat16
+    found = run("combine", one, two, "-o", tmp_path / "x", "--method", "ties")
+    assert (found.code, (tmp_path / "x").exists()) == (1, False)
+    assert "density is missing" in found.err
+
+
+def test_truncate_says_the_error_of_each_site(run, files, tmp_path):
+    one, a = files[0]
+    found = run("truncate", one, "-o", tmp_path / "cut", "--rank", 1)
+    due = li.truncate(a, rank=1)
+    rows = dict(line.split(maxsplit=1) for line in found.out.splitlines()[1:3])
+    for name, cut in due.sites.items():
+        assert rows[name].split() == [str(cut.before), "1", f"{cut.error:.3g}"]
+    assert li.read_adapter(tmp_path / "cut").distance(due.state) < 1e-6
+    found = run("truncate", one, "-o", tmp_path / "cut2", "--energy", 0.5, "--json")
+    sites = json.loads(found.out)["sites"]
+    assert sites == {n: c._asdict() for n, c in li.truncate(a, energy=0.5).sites.items()}
+    assert run("truncate", one, "-o", tmp_path / "cut3").code == 2
+
+
+def test_diff_compares_site_by_site(run, files):
+    (one, a), (two, b) = files
+    found = run("diff", one, two, "--all")
+    assert found.out.splitlines()[0].split() == [
+        *("site", "ranks", "|one|", "|two|", "|one", "-", "two|", "cosine")
+    ]
+    (row,) = (line.split() for line in found.out.splitlines() if line.startswith("h.0.c "))
+    assert row[1:4] == ["3", "and", "0"]
+    assert f"cosine {a.cosine(b):.6f}, over all sites" in found.out
+    assert json.loads(run("diff", one, two, "--json").out) == json.loads(
+        json.dumps(li.diff(a, b).to_dict())
+    )
+    assert run("diff", one, one).out.endswith(
+        "equal in every bit; |one - two| = 0, cosine 1.000000, over all sites\n"
+    )
+
+
+def test_rename_writes_other_names(run, files, tmp_path):
+    one = files[0][0]
+    found = run("rename", one, "h=model.layers", "fc=mlp", "-o", tmp_path / "new", "--json")
+    assert json.loads(found.out)["names"] == {
+        "h.0.fc": "model.layers.0.mlp",
+        "h.0.c": "model.layers.0.c",
+    }
+    assert list(li.read_adapter(tmp_path / "new").sites) == [
+        "model.layers.0.mlp",
+        "model.layers.0.c",
+    ]
+    assert run("rename", one, "nothing", "-o", tmp_path / "x").code == 2
+    found = run("rename", one, "x=y", "-o", tmp_path / "x")
+    assert "rename 'x': it occurs in no name" in found.err
