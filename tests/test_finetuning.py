@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, script
+from conftest import script
+from helpers.forks import Forks
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -320,32 +318,41 @@ from finetuning import finetune
 from transformers import Trainer, TrainerCallback
 
 class Kill(TrainerCallback):
+    def __init__(self, step):
+        self.step = int(step)
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == int(sys.argv[1]):
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 build = finetune.build
 
-def killed(*args):
-    trainer = build(*args)
-    trainer.add_callback(Kill())
-    return trainer
+def run(step, *words):
+    def killed(*args):
+        trainer = build(*args)
+        trainer.add_callback(Kill(step))
+        return trainer
 
-finetune.build = killed
-finetune.main(sys.argv[2:])
+    finetune.build = killed
+    finetune.WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+    finetune.FIRST = os.environ.get("RANK", "0") == "0"
+    finetune.main(words)
 """
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    with contextlib.closing(Forks(PROGRAM, tmp_path_factory.mktemp("forks"))) as forks:
+        yield forks
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_equals_not_killed(place, tmp_path):
+def test_killed_and_resumed_equals_not_killed(place, tmp_path, forks):
     """SIGKILL at a random step; dropout is on."""
     whole = run(place, tmp_path / "whole")
     step = random.randint(3, 7)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *sys.path])}
-    words = command(place, tmp_path / "killed")
-    program = [sys.executable, "-c", PROGRAM, str(step), *words]
-    done = subprocess.run(program, env=environment, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    fork = forks.start(str(step), *command(place, tmp_path / "killed"))
+    assert fork.wait() == -signal.SIGKILL, fork.said()
     found = run(place, tmp_path / "killed", "--resume")
     for key in ("loss", "eval_nll"):
         assert curve(found, key) == curve(whole, key), f"killed at step {step}"
@@ -355,18 +362,9 @@ def test_killed_and_resumed_equals_not_killed(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(place, plain, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
-    words = command(place, tmp_path / "two", "--dropout", "0")
-    program = str(SCRIPTS / "finetuning" / "finetune.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, program, *words], env=environment, capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def test_two_processes_give_the_losses_of_one(place, plain, tmp_path, forks):
+    ranks = forks.start_ranks(2, "-1", *command(place, tmp_path / "two", "--dropout", "0"))
+    assert [rank.wait() for rank in ranks] == [0, 0], [rank.said()[-3000:] for rank in ranks]
     one, two = results(plain), results(tmp_path / "two")
     assert curve(two) == pytest.approx(curve(one), rel=1e-5)
     assert curve(two, "eval_nll") == pytest.approx(curve(one, "eval_nll"), rel=1e-5)

@@ -7,13 +7,12 @@ so that every stage is run end to end without a download. Claims that are exact 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from io import BytesIO
@@ -23,7 +22,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import SCRIPTS, script
+from conftest import script
+from helpers.forks import Forks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -45,9 +45,6 @@ methods, trials, classifier = (
 together, toy, decoder = (script(f"reproduction.{n}") for n in ("together", "toy", "decoder"))
 
 
-EXITS = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
-
-
 @pytest.fixture(autouse=True)
 def ctrl_c():
     """`main` listens for Ctrl-C: afterwards it is pytest's again."""
@@ -64,19 +61,6 @@ def lab(tmp_path):
 # ---------------------------------------------------------------------------------- the whole of it
 
 
-SERVER = """
-import json, os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-from reproduction.__main__ import main
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        os._exit(main(json.loads(line)))
-    print("pid", pid, flush=True)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
 def words(folder: Path, *options: str) -> list[str]:
     return ["--quick", "--random-weights", "--folder", str(folder), *options]
 
@@ -91,27 +75,24 @@ def finished(folder: Path) -> dict[str, int]:
 def test_all_stages_run_survive_ctrl_c_and_a_kill_and_write_the_document(tmp_path, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")
-    folder, pipe = tmp_path / "results", subprocess.PIPE
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), *sys.path])}
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, env=environment
-    ) as server:
+    folder = tmp_path / "results"
+    code = "from reproduction.__main__ import main\ndef run(*argv): return main(argv)"
+    with contextlib.closing(Forks(code, tmp_path)) as forks:
 
-        def stop(number: signal.Signals, after: int, *options: str) -> str:
-            """Run until there are some more records, send a signal, return what was said."""
-            print(json.dumps(words(folder, *options)), file=server.stdin, flush=True)
-            pid = int(server.stdout.readline().split()[1])
-            wanted = len(finished(folder)) + after
+        def stop(number: signal.Signals, after: int, *options: str) -> tuple[int, str]:
+            """Run until there are some more records, and send a signal."""
+            fork, wanted = forks.start(*words(folder, *options)), len(finished(folder)) + after
             while len(finished(folder)) < wanted:
                 time.sleep(0.01)
-            os.kill(pid, number)
-            return "".join(iter(server.stdout.readline, f"ended {EXITS[number]}\n"))
+            os.kill(fork.pid, number)
+            return fork.wait(), fork.said()
 
-        assert "goes on from there" in stop(signal.SIGINT, 1, "--stages", "quality")
+        code, said = stop(signal.SIGINT, 1, "--stages", "quality")
+        assert code == 130
+        assert "goes on from there" in said
         for name in finished(folder):
             assert "result" in json.loads((folder / "records" / name).read_text())
-        stop(signal.SIGKILL, 5)
-        server.stdin.close()
+        assert stop(signal.SIGKILL, 5)[0] == -signal.SIGKILL
     kept = finished(folder)
 
     assert main(words(folder)) == 0
