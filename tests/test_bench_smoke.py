@@ -1,30 +1,37 @@
 """The benchmarks run and write what they say they write; what they measure is never tested.
 
-The command itself is run, at its tiny sizes, and its JSON is read back. Only numbers that
-do not depend on the machine are looked at: errors and counts of bytes.
+The programs are run at their tiny sizes, and their JSON is read back. Only numbers that do not
+depend on the machine are looked at: errors and counts of bytes.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from conftest import script
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
+with mock.patch.dict(os.environ):  # which they set, for programs of their own
+    bench, bench_merge = script("bench"), script("bench_merge")
+
+
+def run(program: object, *words: str) -> int | None:
+    with mock.patch("sys.argv", ["program", *words]):
+        return program.main()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's and PEFT's own
 def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_hand(
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("transformers")
     results, document = tmp_path / "results.json", tmp_path / "performance.md"
-    command = [sys.executable, str(SCRIPT), "--quick", "exactness", "saved-bytes"]
-    command += ["--json", str(results), "--write", str(document)]
-    subprocess.run(command, check=True, capture_output=True)
+    write = ("--json", str(results), "--write", str(document))
+    assert run(bench, "--quick", "exactness", "saved-bytes", *write) == 0
     found = json.loads(results.read_text())
     assert set(found) == {"machine", "rows"}
     assert {"processor", "cores", "python", "versions"} <= set(found["machine"])
@@ -45,15 +52,25 @@ def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_han
     assert 0 < saved["Llama tiny bf16", "lora_inject"] < saved["Llama tiny bf16", "PEFT"]
 
     document.write_text(document.read_text() + "\nBy hand.\n")
-    subprocess.run([*command[:3], "exactness", *command[5:]], check=True, capture_output=True)
+    assert run(bench, "--quick", "exactness", *write) == 0
     text = document.read_text()
     assert text.rstrip().endswith("By hand.")
     assert "## saved-bytes" in text  # of the first run, out of the JSON file
 
 
-def test_an_unknown_row_is_an_error_that_names_all_rows() -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "no-such-row"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "step-fp32" in done.stderr
+def test_an_unknown_row_is_an_error_that_names_all_rows(capsys) -> None:
+    assert run(bench, "no-such-row") == 2
+    assert "step-fp32" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_of_merging_prints_a_table_and_writes_the_runs(tmp_path, capsys) -> None:
+    folder, results = tmp_path / "bench", tmp_path / "runs.json"
+    words = ("--size", "0.01", "--rounds", "1", "--only", "cp -r", "--only", "lora_inject")
+    run(bench_merge, *words, "--folder", str(folder), "--json", str(results))
+    assert not list(folder.iterdir())  # tidied up
+    runs = json.loads(results.read_text())["0.01"]
+    said = capsys.readouterr().out
+    for way in ("cp -r", "lora_inject"):
+        assert f"| {way} |" in said
+        assert runs[way][0]["wall"] > 0

@@ -684,14 +684,14 @@ def test_both_ways_to_call_it_print_errors_without_a_traceback(way):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("bits", [0, 1])
-def test_a_reader_that_has_gone_changes_neither_the_work_nor_the_exit_code(files, tmp_path, bits):
+def test_a_reader_that_has_gone_changes_neither_the_work_nor_the_exit_code(files, tmp_path):
     """E29: the output is published, and the exit code says so; a failed check stays a failure."""
     out = tmp_path / "out"
     start = [sys.executable, "-m", "lora_inject"]
     for code, args in (
         (0, ["merge", files.base, files.one, "-o", out]),
-        (bits, ["verify", files.base, files.one, out, "-w", "1" if not bits else "2"]),
+        (0, ["verify", files.base, files.one, out]),
+        (1, ["verify", files.base, files.one, out, "-w", "2"]),
     ):
         read, write = os.pipe()
         os.close(read)

@@ -20,25 +20,22 @@ from lora_inject.formats import write_adapter
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
 HEAVY += ("matplotlib",)
 
-# The code to look at, the names to look for; prints those that it brought in.
+# The steps to take, the names to look for; prints those that each step brought in.
 REPORT = """
 import json, sys
-try:
-    {code}
-except SystemExit as left:
-    assert not left.code, left.code
-print(json.dumps([name for name in {names!r} if name in sys.modules]), file=sys.stderr)
+for code in {steps!r}:
+    before = sys.modules.keys() & set({names!r})
+    exec(code)
+    print(json.dumps([name for name in {names!r} if name in sys.modules and name not in before]))
 """
 
 
-def brought_in(code: str, *argv: str, names: tuple[str, ...] = HEAVY) -> list[str]:
-    """Which of `names` are imported after `code` has run in a fresh interpreter."""
-    text = REPORT.format(code=code, names=names)
+def brought_in(*steps: str, names: tuple[str, ...]) -> list[list[str]]:
+    """Which of `names` each step imports, one after the other in a fresh interpreter."""
     root = str(Path(lora_inject.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", text, *argv], capture_output=True, text=True, cwd=root, check=True
-    )
-    return json.loads(done.stderr.splitlines()[-1])
+    code = [sys.executable, "-c", REPORT.format(steps=steps, names=names)]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=root, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def commands_bring_in(*argv: str, names: tuple[str, ...] = HEAVY) -> list[str]:
@@ -51,13 +48,25 @@ def commands_bring_in(*argv: str, names: tuple[str, ...] = HEAVY) -> list[str]:
     return [name for name in names if name in imported]
 
 
-def test_no_public_name_imports_anything_heavy():
+def test_names_are_imported_when_they_are_used_and_none_is_heavy():
+    lazy = ("torch", "lora_inject.model.inject", "lora_inject.checkpoint", "lora_inject.analysis")
+    every = "from lora_inject import *; assert callable(inject) and callable(swap_adapter)"
+    steps = {
+        "import lora_inject": [],
+        "import lora_inject.spec.config, lora_inject.spec.matching": [],
+        "import lora_inject.checkpoint": ["torch", "lora_inject.checkpoint"],
+        "lora_inject.plan, lora_inject.analysis": ["lora_inject.model.inject", lazy[-1]],
+        f"{every}; import lora_inject.formats; lora_inject.analysis.analyze": [],
+        "import transformers": ["transformers"],  # the check can fail
+    }
+    found = brought_in(*steps, names=(*HEAVY, *lazy))
+    assert {name for name in found.pop() if name in HEAVY} >= {"transformers"}
+    assert found == [sorted(new, key=(*HEAVY, *lazy).index) for new in list(steps.values())[:-1]]
     for name in lora_inject.__all__:
         assert getattr(lora_inject, name) is not None, name
         assert name in dir(lora_inject)
-    every = "from lora_inject import *; assert callable(inject) and callable(swap_adapter)"
-    files = "import lora_inject.formats, lora_inject.checkpoint; lora_inject.analysis.analyze"
-    assert brought_in(f"{every}; {files}") == []
+    with pytest.raises(AttributeError, match="'lora_inject' has no attribute 'nonsense'"):
+        lora_inject.nonsense  # noqa: B018
 
 
 @pytest.mark.parametrize("argv", [("merge", "--help"), ("schema",)])
@@ -78,19 +87,6 @@ def test_a_merge_imports_neither_transformers_nor_what_only_models_need(tmp_path
 def test_help_does_not_wait_for_the_commands():
     names = (*HEAVY, "lora_inject.checkpoint", "lora_inject.cli.models", "pydantic", "torch")
     assert commands_bring_in("--help", names=names) == []
-
-
-def test_a_public_name_brings_in_its_file_and_not_before():
-    names = ("lora_inject.analysis", "lora_inject.checkpoint", "lora_inject.model.inject", "torch")
-    assert brought_in("import lora_inject", names=names) == []
-    code = "import lora_inject; lora_inject.plan, lora_inject.analysis"
-    assert {*brought_in(code, names=names)} == {*names}
-    with pytest.raises(AttributeError, match="'lora_inject' has no attribute 'nonsense'"):
-        lora_inject.nonsense  # noqa: B018
-
-
-def test_the_check_can_fail():
-    assert "transformers" in brought_in("import transformers")
 
 
 def test_the_check_sees_what_a_command_brings_in(tmp_path):

@@ -794,19 +794,22 @@ from torch import nn
 names = ["query", "key", "value", "dense", "output", "gate"]
 torch.manual_seed(0)
 net = nn.ModuleDict({n: nn.Linear(3, 3) for n in names})
-li.inject(net, {"rank": 1, "targets": names, "train": ["key"] and []})
+li.inject(net, {"rank": 1, "targets": names})
 li.save_adapter(net, sys.argv[1])
 """
 
 
 @pytest.mark.slow
-def test_the_same_adapter_is_written_to_the_same_bytes_in_every_run(tmp_path: Path) -> None:
-    written = []
-    for seed in ("1", "2"):
-        path = tmp_path / seed
-        env = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", ORDER, str(path)], check=True, env=env)
-        written.append({f.name: f.read_bytes() for f in path.iterdir()})
+def test_the_same_adapter_is_written_to_the_same_bytes_in_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets of texts have another order in each process."""
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run([sys.executable, "-c", ORDER, str(tmp_path / "there")], check=True, env=env)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "here")])
+    exec(ORDER, {})
+    folders = (tmp_path / "there", tmp_path / "here")
+    written = [{f.name: f.read_bytes() for f in folder.iterdir()} for folder in folders]
     assert written[0] == written[1]
     assert len(json.loads(written[0]["adapter_config.json"])["target_modules"]) > 0
 
