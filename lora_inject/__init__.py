@@ -13,7 +13,7 @@ from lora_inject.version import __version__
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
     from lora_inject.adapter.state import AdapterState, SiteState
-    from lora_inject.checkpoint.conversion import convert
+    from lora_inject.checkpoint.conversion import check_adapter, convert
     from lora_inject.checkpoint.extract import extract_adapter
     from lora_inject.checkpoint.merge_files import merge_checkpoint
     from lora_inject.checkpoint.options import MergeOptions
@@ -68,6 +68,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_state",
     "adapters",
+    "check_adapter",
     "combine",
     "convert",
     "diff",
@@ -99,7 +100,7 @@ __all__ = [
 
 _HOMES = {
     "adapter.state": "AdapterState SiteState",
-    "checkpoint.conversion": "convert",
+    "checkpoint.conversion": "check_adapter convert",
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",
     "checkpoint.options": "MergeOptions",

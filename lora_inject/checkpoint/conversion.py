@@ -1,4 +1,4 @@
-"""Adapter files of one program as files of another, with what the base says where names need it."""
+"""Adapter files for other programs: converted and checked, with what the base's files say."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.checkpoint.meta_model import meta_model
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import FORMATS, detected, losses_of, read_adapter, taken_by, write_adapter
+from lora_inject.formats.clients import Finding, findings
 from lora_inject.formats.peft import options_for_writing
 from lora_inject.storage.strict_json import parse_json
 
@@ -95,3 +96,37 @@ def _said(path: Path) -> dict[str, Any]:
     config = parse_json(file.read_bytes(), f"read '{file}'")
     fields = {"base_model": "base_model_name_or_path", "task_type": "task_type"}
     return {k: v for k, f in fields.items() if isinstance(v := config.get(f), str)}
+
+
+def check_adapter(
+    adapter: str | os.PathLike[str],
+    client: str,
+    *,
+    base: str | os.PathLike[str] | None = None,
+) -> list[Finding]:
+    """Return what a program that loads adapters does not do as this one means it.
+
+    Args:
+        adapter: The adapter's files.
+        client: `vllm`, `sglang`, `llama.cpp`, `lorax`, `diffusers`, `mlx`, `comfyui` or `peft`.
+        base: Folder of the base; with it names, ties and layers are compared too.
+
+    Returns:
+        Findings, each with its remedy; where none of them `stops`, the program takes the adapter.
+
+    Raises:
+        FormatError: There is no such program, or the files are damaged.
+
+    Examples:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> import lora_inject as li
+        >>> rule = {"rank": 2, "alpha": 3, "scaling": "rslora", "targets": ["0"]}
+        >>> net = li.inject(nn.Sequential(nn.Linear(4, 6)), rule)
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     _ = li.save_adapter(net, f"{parent}/a")
+        ...     [finding.problem for finding in li.check_adapter(f"{parent}/a", "sglang")]
+        ["SGLang would apply another scale to '0 (1.5 for 2.121)'"]
+    """
+    known = {} if base is None else facts_of(Path(base))
+    return findings(Path(adapter), client, **taken_by(findings, known))

@@ -1,4 +1,4 @@
-"""Commands on adapter files for other programs: `convert`.
+"""Commands on adapter files for other programs: `convert`, `check`.
 
 A command is its arguments, one call of the package, and printing.
 """
@@ -92,3 +92,41 @@ def convert(
         print_json({"output": str(path), "format": to, "lost": lost})
     else:
         say(f"wrote {path}")
+
+
+@app.command()
+def check(
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
+    ],
+    client: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            metavar="PROGRAM",
+            help="vllm, sglang, llama.cpp, lorax, diffusers, mlx, comfyui or peft.",
+        ),
+    ],
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a program that loads adapters would not do as ADAPTER means it.
+
+    No values are read. The exit code is 1 where the program refuses the adapter, ignores a part of
+    it or scales it in another way.
+    """
+    from dataclasses import asdict
+
+    from lora_inject.checkpoint.conversion import check_adapter
+    from lora_inject.cli.show import print_json, say, say_words
+
+    found = check_adapter(adapter, client, base=base)
+    stopped = any(finding.stops for finding in found)
+    if as_json:
+        print_json({"client": client, "accepted": not stopped, "findings": [*map(asdict, found)]})
+    else:
+        say(f"{client}: {'does not take it as it is' if stopped else 'takes it'}")
+        for finding in found:
+            say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")
+    if stopped:
+        raise typer.Exit(1)

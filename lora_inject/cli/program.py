@@ -31,6 +31,7 @@ EXAMPLES = MappingProxyType(
         "merge": "lora-inject merge gpt2 sql-adapter --output merged --verify",
         "verify": "lora-inject verify gpt2 sql-adapter merged",
         "convert": "lora-inject convert sql-adapter served --to portable --dtype float16",
+        "check": "lora-inject check sql-adapter --for vllm --base gpt2",
         "combine": "lora-inject combine sql style --output both --weight 0.7 --weight 0.3",
         "truncate": "lora-inject truncate sql-adapter --output small --energy 0.99",
         "diff": "lora-inject diff sql-adapter small",

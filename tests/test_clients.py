@@ -1,0 +1,131 @@
+"""`check`: what each program would refuse, ignore or scale wrong, with the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapter_states import KIND_SPECS, make_state
+from helpers.reference import llama
+from typer.testing import CliRunner
+
+import lora_inject as li
+from lora_inject.cli import app
+from lora_inject.errors import FormatError
+from lora_inject.formats import write_adapter
+from lora_inject.formats.clients import CLIENTS
+from lora_inject.spec.sites import SiteSpec
+
+FC = KIND_SPECS["linear"]
+
+
+def layer(n: int, name: str, **numbers: Any) -> SiteSpec:
+    site = f"model.layers.{n}.self_attn.{name}"
+    return dataclasses.replace(FC.at(site, f"{site}.weight"), **numbers)
+
+
+PLAIN = [layer(n, name) for n in (0, 1) for name in ("q_proj", "v_proj")]
+STATES: dict[str, Any] = {
+    "plain": make_state(*PLAIN),
+    "rslora": make_state(*(dataclasses.replace(spec, scaling="rslora") for spec in PLAIN)),
+    "one alpha differs": make_state(*PLAIN[:-1], layer(1, "v_proj", alpha=16.0)),
+    "one rank differs": make_state(*PLAIN[:-1], layer(1, "v_proj", rank=4, alpha=8.0)),
+    "one layer only": make_state(*PLAIN[:2], layer(1, "q_proj")),
+    "q without v": make_state(layer(0, "q_proj")),
+    "a norm": make_state(*PLAIN, trained={"model.norm.weight": torch.ones(3)}),
+    "a head": make_state(*PLAIN, trained={"score.weight": torch.ones(3)}),
+    "rank 24": make_state(layer(0, "v_proj", rank=24, alpha=48.0)),
+}
+TAKEN = {
+    "plain": {"vllm", "sglang", "llama.cpp", "lorax", "peft", "diffusers"},
+    "rslora": {"vllm", "lorax", "peft", "diffusers"},
+    "one alpha differs": {"vllm", "peft", "diffusers"},
+    "one rank differs": {"vllm", "sglang", "peft", "diffusers"},  # alpha / r is the others' too
+    "one layer only": {"vllm", "sglang", "llama.cpp", "peft", "diffusers"},
+    "q without v": {"vllm", "llama.cpp", "peft", "diffusers", "lorax"},
+    "a norm": {"peft"},
+    "a head": {"vllm", "peft"},
+    "rank 24": {"vllm", "sglang", "llama.cpp", "lorax", "peft", "diffusers"},
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_who_takes_what(case: str, tmp_path: Path) -> None:
+    path = write_adapter(STATES[case], tmp_path / "a")
+    found = {client: li.check_adapter(path, client) for client in CLIENTS}
+    taken = {client for client, of in found.items() if not any(f.stops for f in of)}
+    assert taken == TAKEN[case], found
+    assert all(finding.fix for of in found.values() for finding in of)
+
+
+def test_portable_and_the_formats_of_their_own_are_taken(tmp_path: Path) -> None:
+    for case in ("rslora", "one alpha differs", "one rank differs"):
+        path = li.convert(STATES[case], tmp_path / case, "portable")
+        for client in ("vllm", "sglang", "llama.cpp", "lorax", "peft"):
+            assert not li.check_adapter(path, client), (case, client)
+    mine = {"mlx": "mlx", "comfyui": "kohya", "diffusers": "diffusers"}
+    for client, layout in mine.items():
+        options = {} if layout == "mlx" else {"component": "unet"}
+        path = tmp_path / f"{layout}.safetensors"
+        path = li.convert(STATES["rslora"], path, layout, **options)
+        assert not li.check_adapter(path, client)
+    assert li.check_adapter(path, "comfyui")[0].stops is False
+    assert "not of the" not in li.check_adapter(path, "vllm")[0].problem
+
+
+@pytest.mark.parametrize(
+    ("change", "client", "words"),
+    [
+        ({"use_dora": True}, "vllm", "does not know DoRA"),
+        ({"bias": "all"}, "sglang", "trained biases"),
+        ({"init_lora_weights": "pissa"}, "vllm", "refuses init_lora_weights 'pissa'"),
+        ({"modules_to_save": ["embed_tokens"]}, "vllm", "'modules_to_save' 'embed_tokens'"),
+        ({"target_modules": ".*q_proj"}, "sglang", "as a list"),
+        ({"r": 4}, "peft", "ranks of tensors and config differ"),
+    ],
+)
+def test_what_a_config_says_is_checked(
+    change: dict[str, Any], client: str, words: str, tmp_path: Path
+) -> None:
+    path = write_adapter(STATES["plain"], tmp_path / "a")
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**said, **change}))
+    found = li.check_adapter(path, client)
+    assert any(finding.stops and words in finding.problem for finding in found), found
+
+
+def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    state = make_state(PLAIN[1], layer(0, "v_porj"))
+    path = write_adapter(state, tmp_path / "a")
+    assert not li.check_adapter(path, "vllm")
+    (found,) = li.check_adapter(path, "vllm", base=tmp_path / "base")
+    assert "no module 'model.layers.0.self_attn.v_porj'" in found.problem
+    assert "nearest to the first: 'model.layers.0.self_attn.v_proj'" in found.fix
+
+
+def test_the_command_says_it_and_exits_by_it(tmp_path: Path) -> None:
+    path = write_adapter(STATES["rslora"], tmp_path / "a")
+    run = CliRunner().invoke(app, ["check", str(path), "--for", "llama.cpp"])
+    assert run.exit_code == 1
+    assert "stop: llama.cpp would apply another scale" in run.stdout
+    assert "--to gguf" in run.stdout
+    run = CliRunner().invoke(app, ["check", str(path), "--for", "vllm", "--json"])
+    assert run.exit_code == 0
+    assert json.loads(run.stdout) == {"client": "vllm", "accepted": True, "findings": []}
+    with pytest.raises(FormatError, match="no client 'ollama'"):
+        li.check_adapter(path, "ollama")
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, {"a": "b"}])
+def test_configs_without_numbers_are_refused(value: Any, tmp_path: Path) -> None:
+    path = write_adapter(STATES["plain"], tmp_path / "a")
+    said = json.loads((path / "adapter_config.json").read_text())
+    field = "alpha_pattern" if isinstance(value, dict) else "lora_alpha"
+    (path / "adapter_config.json").write_text(json.dumps({**said, field: value}))
+    with pytest.raises(FormatError, match="is no number above 0"):
+        li.check_adapter(path, "vllm")
