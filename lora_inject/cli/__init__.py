@@ -5,7 +5,7 @@ and errors to stderr.
 """
 
 from lora_inject.cli import (  # which register their commands
-    adapter_files,
+    adapter_values,
     analyze,
     convert,
     look,
@@ -13,4 +13,4 @@ from lora_inject.cli import (  # which register their commands
 )
 from lora_inject.cli.program import app, main
 
-__all__ = ["adapter_files", "analyze", "app", "convert", "look", "main", "on_disk"]
+__all__ = ["adapter_values", "analyze", "app", "convert", "look", "main", "on_disk"]
