@@ -249,7 +249,12 @@ def other_base(fingerprint: Any) -> Any:
     )
 
 
-TENSOR = {"rank": 2, "alpha": 3.0, "targets": ["gate_proj", r"up_proj\.weight", "down_proj"]}
+SLICED = {"match": "gate_proj", "slices": {"a": 12, "b": 12}, "adapt": ["b"]}
+TENSOR = {
+    "rank": 2,
+    "alpha": 3.0,
+    "targets": ["embed_tokens", "q_proj", SLICED, r"up_proj\.weight", "down_proj"],
+}
 
 
 def tensor_parallel(rank: int, model: Any) -> dict[str, Any]:
@@ -265,6 +270,8 @@ def tensor_parallel(rank: int, model: Any) -> dict[str, Any]:
     plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
     for layer in model.model.layers:
         parallelize_module(layer.mlp, mesh, {**plan, "down_proj": RowwiseParallel()})
+    table = RowwiseParallel(input_layouts=dist.tensor.Replicate())
+    parallelize_module(model.model, mesh, {"embed_tokens": table})
     return train(model, model, [IDS])
 
 

@@ -75,6 +75,8 @@ class LoRAEmbedding(ForwardUpdate):
         ids = self._lora_input(args, kwargs)
         weight = self._lora_own("weight")
         state = attached.selection.current()
+        if hasattr(weight, "full_tensor"):  # rows of a DTensor are not added to one by one
+            return self._lora_rows(ids, self._lora_formed(), self.max_norm)
         if state.routed:
             routing = self._lora_routing(ids, state)
             if not routing.entries:

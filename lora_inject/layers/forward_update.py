@@ -42,6 +42,12 @@ class ForwardUpdate(Adapted):
         raw, reads = self._lora_raw(param), self._lora.reads.get(param)
         return self._lora_value(param, raw, reads) if reads else raw
 
+    def _lora_formed(self) -> Any:
+        """Return the weight with all that takes part: for DTensors that cannot be added to."""
+        attached = self._lora
+        entries = {**attached.forward, **attached.reads.get(self.weight_name, {})}
+        return self._lora_value(self.weight_name, self._lora_raw(self.weight_name), entries)
+
     def _lora_updates(self, state: State, *, compiling: bool) -> list[Factors]:
         """Return the low-rank updates that take part under `state`."""
         attached = self._lora

@@ -117,6 +117,8 @@ class LoRALinear(ForwardUpdate):
             weight, bias = self._lora_weight_and_bias()
             if type(weight) in PLAIN:
                 return linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
+            if hasattr(weight, "full_tensor") and any(u.spans for u in updates):
+                return self._lora_formula(x, self._lora_formed(), bias)
         y = self._lora_plain_forward(args, kwargs)
         return add_updates(y, x, updates, float32=float32) if updates else y
 
