@@ -278,11 +278,14 @@ def fold_rows(
         `(n, cols)`. Values outside every block of the delta come back with the same bits.
     """
     out = torch.empty_like(rows) if out is None else out
-    step = block_rows(rows)
+    step = min(block_rows(rows), rows.shape[0])
     with torch.inference_mode():  # autograd's bookkeeping would be a tenth of the arithmetic
-        for first in range(0, rows.shape[0], step):
+        # Few calls of torch for each block: two threads that merge wait for Python's lock at each.
+        room = torch.empty(3, step, rows.shape[1], dtype=delta.dtype, device=rows.device)
+        for first in range(0, rows.shape[0], max(1, step)):
             piece, merged = rows[first : first + step], out[first : first + step]
-            before = piece.to(delta.dtype, copy=True)
+            before, change, wanted = room[:, : piece.shape[0]]
+            before.copy_(piece)
             if tally is None:
                 merged.copy_(delta.gain_(delta.add_(before, start + first), start + first))
                 continue
@@ -292,8 +295,7 @@ def fold_rows(
                 tally.count(before, wanted - before, wanted - merged.to(delta.dtype))
                 continue
             # -0.0, which added to any value leaves all of its bits.
-            change = delta.add_(torch.full_like(before, -0.0), start + first)
-            wanted = before + change
-            merged.copy_(wanted)
-            tally.count(before, change, wanted.sub_(merged.to(delta.dtype)))
+            delta.add_(change.fill_(-0.0), start + first)
+            merged.copy_(torch.add(before, change, out=wanted))
+            tally.count(before, change, wanted.sub_(merged))
     return out
