@@ -76,8 +76,8 @@ def test_what_the_file_does_not_hold_is_asked_for(case, capsys):
     save_file(tensors, folder / "a.safetensors")
     torch.save(tensors, folder / "a.bin")
     out = ("-o", folder / "out")
-    assert run("merge", folder / "base", folder / "a.safetensors", *out) == 2
-    assert "--alpha" in capsys.readouterr().err
+    assert run("merge", folder / "base", folder / "a.safetensors", *out) == 1
+    assert "Pass --alpha" in capsys.readouterr().err
     assert run("merge", folder / "base", folder / "a.bin", *out, *OPTIONS) == 1
     assert "it is a pickle" in capsys.readouterr().err
     flags = ("--alpha", "6", "--enable-lora", "yes")
@@ -104,4 +104,4 @@ def test_inspect_and_analyze_read_what_merge_reads(case, capsys):
         assert "Pass --alpha" in capsys.readouterr().err
         assert run(command, folder / "lora.safetensors", *OPTIONS) == 0
         assert "2 sites" in capsys.readouterr().out
-    assert run("inspect", folder / "lora.safetensors", "--base", folder) == 2
+    assert run("inspect", folder / "lora.safetensors", *OPTIONS, "--base", folder / "base") == 0

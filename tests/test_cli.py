@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import lora_inject as li
 from lora_inject.analysis.tables import Rows
@@ -309,6 +309,23 @@ def test_no_name_reaches_the_terminal_raw(run, capsys, files, tmp_path):
     for text in (merged.out, page.err, missing.err, drawn):
         assert shown in text.replace("\n", r"\n")
         assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_inspect_asks_the_base_which_stack_of_experts_a_pair_is_on(run, tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "vocab_size": 10}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    model.save_pretrained(tmp_path / "base")
+    li.inject(model, {"rank": 2, "targets": ["gate_up_proj", "down_proj"]})
+    folder = li.save_adapter(model, tmp_path / "experts")
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})  # as PEFT, which does not name the sites
+    found = run("inspect", folder)
+    assert found.code == 1
+    assert "--base BASE" in found.err
+    data = json.loads(run("inspect", folder, "--base", tmp_path / "base", "--json").out)
+    names = {site["name"].rpartition(".")[2]: site["in_features"] for site in data["sites"]}
+    assert names == {"gate_up_proj": 8, "down_proj": 6}
 
 
 def test_inspect_of_something_else(run, files, tmp_path):

@@ -1,7 +1,4 @@
-"""Commands on adapters as values: `combine`, `truncate`, `diff`, `rename`.
-
-A command is its arguments, one call of the package, and printing.
-"""
+"""Commands on adapters as values: `combine`, `truncate`, `diff`, `rename`."""
 
 from __future__ import annotations
 
@@ -10,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_inject.cli.given import AdapterPath, All, Json, Reading
 from lora_inject.cli.on_disk import Dtype
-from lora_inject.cli.program import All, Allow, Json, Prefer, app, read_options
+from lora_inject.cli.program import app
+from lora_inject.spec.columns import Rows
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
 
-Adapter = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
-]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the adapter.")]
 Format = Annotated[str, typer.Option("--format", help="Format to write.")]
 WriteDtype = Annotated[
@@ -33,6 +29,7 @@ def combine(
         list[Path], typer.Argument(metavar="ADAPTER", help="PEFT folders, or adapters' files.")
     ],
     output: Output,
+    reading: Reading,
     weight: Annotated[
         list[float] | None,
         typer.Option(
@@ -59,15 +56,13 @@ def combine(
     adapter_format: Format = "peft",
     dtype: WriteDtype = None,
     overwrite: Overwrite = False,
-    prefer: Prefer = None,
-    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Combine each ADAPTER, of one base, into one adapter."""
     from lora_inject.adapter.combining import combined
 
     made = combined(
-        [_read(path, prefer, allow) for path in adapters],
+        reading.read(adapters, on_disk=True),
         weight,
         method=method,
         rank=rank,
@@ -80,8 +75,9 @@ def combine(
 
 @app.command()
 def truncate(
-    adapter: Adapter,
+    adapter: AdapterPath,
     output: Output,
+    reading: Reading,
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of every site, at most.")] = None,
     energy: Annotated[
         float | None,
@@ -90,8 +86,6 @@ def truncate(
     adapter_format: Format = "peft",
     dtype: WriteDtype = None,
     overwrite: Overwrite = False,
-    prefer: Prefer = None,
-    allow: Allow = None,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
@@ -100,12 +94,12 @@ def truncate(
     The error of a site is |D - D_cut| / |D|, in Frobenius norm.
     """
     from lora_inject.adapter.state import truncation
-    from lora_inject.analysis.tables import Rows
     from lora_inject.cli.show import print_rows
 
     if rank is None and energy is None:
         raise typer.BadParameter("say how much to keep: --rank, --energy, or both")
-    made, cuts = truncation(_read(adapter, prefer, allow), rank, energy)
+    [state] = reading.read([adapter], on_disk=True)
+    made, cuts = truncation(state, rank, energy)
     if not as_json and cuts:
         cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
         rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
@@ -118,17 +112,15 @@ def truncate(
 def diff(
     one: Annotated[Path, typer.Argument(metavar="ONE", help="A PEFT folder, or a file.")],
     two: Annotated[Path, typer.Argument(metavar="TWO", help="Another adapter of the same base.")],
-    prefer: Prefer = None,
-    allow: Allow = None,
+    reading: Reading,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
     """Compare the adapters ONE and TWO, site by site."""
     from lora_inject.adapter.difference import difference
-    from lora_inject.analysis.tables import Rows
     from lora_inject.cli.show import print_json, print_rows, say, say_words
 
-    found = difference(_read(one, prefer, allow), _read(two, prefer, allow))
+    found = difference(*reading.read([one, two], on_disk=True))
     if as_json:
         print_json(found.to_dict())
         return
@@ -149,7 +141,7 @@ def diff(
 
 @app.command()
 def rename(
-    adapter: Adapter,
+    adapter: AdapterPath,
     names: Annotated[
         list[str],
         typer.Argument(
@@ -158,10 +150,9 @@ def rename(
         ),
     ],
     output: Output,
+    reading: Reading,
     adapter_format: Format = "peft",
     overwrite: Overwrite = False,
-    prefer: Prefer = None,
-    allow: Allow = None,
     as_json: Json = False,
 ) -> None:
     """Write ADAPTER under other names of its layers."""
@@ -171,17 +162,10 @@ def rename(
         if not (old and equals):
             raise typer.BadParameter(f"{text!r} is not a pair, such as transformer=model.decoder")
         pairs[old] = new
-    state = _read(adapter, prefer, allow)
+    [state] = reading.read([adapter], on_disk=True)
     made = state.rename(pairs)
     new_names = dict(zip(state.sites, made.sites, strict=True))
     _write(made, output, adapter_format, None, overwrite, as_json, names=new_names)
-
-
-def _read(path: Path, prefer: str | None, allow: list[str] | None) -> AdapterState:
-    """Read an adapter; its tensors stay in the file until they are used."""
-    from lora_inject.formats import read_adapter
-
-    return read_adapter(path, on_disk=True, **read_options(path, prefer, allow))
 
 
 def _write(

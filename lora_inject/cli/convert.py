@@ -1,7 +1,4 @@
-"""Commands on adapter files for other programs: `convert`, `check`.
-
-A command is its arguments, one call of the package, and printing.
-"""
+"""Commands on adapter files for other programs: `convert`, `check`."""
 
 from __future__ import annotations
 
@@ -10,18 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lora_inject.cli.program import (
-    Allow,
-    AllowPickle,
-    Alpha,
-    EnableLora,
-    FanInFanOut,
-    Json,
-    Prefer,
-    app,
-    loralib_options,
-    read_options,
-)
+from lora_inject.cli.given import AdapterPath, Json, Reading
+from lora_inject.cli.program import app
 
 Base = Annotated[
     Path | None,
@@ -35,11 +22,10 @@ Base = Annotated[
 
 @app.command()
 def convert(
-    adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
-    ],
+    adapter: AdapterPath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write.")],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="Format to write.")],
+    reading: Reading,
     base: Base = None,
     dtype: Annotated[
         str | None, typer.Option(help="Dtype to write, such as float16. (default: as it is)")
@@ -58,12 +44,6 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
     ] = False,
-    prefer: Prefer = None,
-    allow: Allow = None,
-    alpha: Alpha = None,
-    allow_pickle: AllowPickle = False,
-    fan_in_fan_out: FanInFanOut = None,
-    enable_lora: EnableLora = None,
     as_json: Json = False,
 ) -> None:
     """Write ADAPTER in the format of another program.
@@ -74,9 +54,8 @@ def convert(
     from lora_inject.checkpoint.conversion import convert as converted
     from lora_inject.cli.show import note, print_json, say
 
-    reading = read_options(adapter, prefer, allow)
-    reading |= loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
-    reading |= {} if from_component is None else {"component": from_component}
+    [how] = reading.options([adapter])
+    how |= {} if from_component is None else {"component": from_component}
     options = {"dtype": dtype, "rank": rank, "component": component}
     given = {key: value for key, value in options.items() if value is not None}
     lost: list[str] = []
@@ -86,7 +65,7 @@ def convert(
         note(f"{to}: {words}")
 
     path = converted(
-        adapter, output, to, base=base, reading=reading, tell=tell, overwrite=overwrite, **given
+        adapter, output, to, base=base, reading=how, tell=tell, overwrite=overwrite, **given
     )
     if as_json:
         print_json({"output": str(path), "format": to, "lost": lost})
@@ -96,9 +75,7 @@ def convert(
 
 @app.command()
 def check(
-    adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
-    ],
+    adapter: AdapterPath,
     client: Annotated[
         str,
         typer.Option(

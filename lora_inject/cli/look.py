@@ -1,7 +1,6 @@
-"""Commands that look: `plan`, `inspect`, `schema`.
+"""Commands that look: `plan`, `inspect`, `analyze`, `schema`.
 
-A command is its arguments, one call of the package, and printing. The package is imported inside
-the commands, so that `--help` does not wait for torch.
+The package is imported inside the commands, so that `--help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -11,24 +10,8 @@ from typing import Annotated
 
 import typer
 
-from lora_inject.cli.program import (
-    All,
-    Allow,
-    AllowPickle,
-    Alpha,
-    EnableLora,
-    FanInFanOut,
-    Json,
-    Prefer,
-    app,
-    loralib_options,
-    read_options,
-)
-
-AdapterFormat = Annotated[
-    str | None,
-    typer.Option("--format", help="Format of the adapter. (default: detected from the files)"),
-]
+from lora_inject.cli.given import AdapterPath, All, Json, Reading
+from lora_inject.cli.program import app
 
 
 @app.command()
@@ -54,9 +37,9 @@ def plan(
     from lora_inject.spec.matching import resolve
 
     wanted = Config.from_yaml(config)
-    source = source_of(model, keys=keys)
-    note(f"planned on {source.about}")
-    planned = resolve(wanted, source.inventory)
+    inventory, about = source_of(model, keys=keys)
+    note(f"planned on {about}")
+    planned = resolve(wanted, inventory)
     if as_json:
         print_json(planned.to_dict())
     else:
@@ -65,27 +48,27 @@ def plan(
 
 @app.command()
 def inspect(
-    adapter: Annotated[
-        Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
-    ],
-    adapter_format: AdapterFormat = None,
-    prefer: Prefer = None,
-    allow: Allow = None,
-    alpha: Alpha = None,
-    allow_pickle: AllowPickle = False,
-    fan_in_fan_out: FanInFanOut = None,
-    enable_lora: EnableLora = None,
+    adapter: AdapterPath,
+    reading: Reading,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="The base, where a file of stacked experts does not name its weights."),
+    ] = None,
+    adapter_format: Annotated[
+        str | None,
+        typer.Option("--format", help="Format of the adapter. (default: detected from the files)"),
+    ] = None,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
     """Show the sites, ranks, norms and non-finite values of ADAPTER."""
     from lora_inject.analysis.inspection import inspect_state
+    from lora_inject.checkpoint import Checkpoint
     from lora_inject.cli.show import print_inspection, print_json
-    from lora_inject.formats import read_adapter
 
-    options = read_options(adapter, prefer, allow)
-    options |= loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
-    found = inspect_state(read_adapter(adapter, format=adapter_format, **options))
+    checkpoint = None if base is None else Checkpoint.open(base)
+    [state] = reading.read([adapter], checkpoint, format=adapter_format)
+    found = inspect_state(state)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -93,8 +76,80 @@ def inspect(
 
 
 @app.command()
+def analyze(
+    adapter: AdapterPath,
+    reading: Reading,
+    other: Annotated[
+        Path | None,
+        typer.Argument(metavar="OTHER", help="Another adapter of the same base, to compare."),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder or file of the base: compare the updates with its weights."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write a report, one HTML file; replaces an existing one."),
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Draw the paper's figures into this folder.")
+    ] = None,
+    any_base: Annotated[
+        bool,
+        typer.Option("--any-base", help="Compare although the adapter was made on another base."),
+    ] = False,
+    everything: All = False,
+    as_json: Json = False,
+) -> None:
+    """Show what ADAPTER has learned: needed rank, spectra, subspaces.
+
+    With --base also how large the update is compared with W, what it amplifies, and what merging
+    keeps of it in 16, 8 and 4 bits. With OTHER how far the subspaces of both agree.
+    """
+    from lora_inject import analysis as figures
+    from lora_inject.checkpoint import Checkpoint
+    from lora_inject.cli.show import note, print_analysis, print_json, progress_bar
+
+    if any_base and base is None:
+        raise typer.BadParameter("it needs --base", param_hint="--any-base")
+    if report is not None and report.is_dir():
+        raise typer.BadParameter(f"'{report}' is a folder", param_hint="--report")
+    if pictures is not None or report is not None:
+        figures.need_matplotlib()
+    checkpoint = None if base is None else Checkpoint.open(base)
+    state, *second = reading.read([adapter, *([other] if other else [])], checkpoint)
+    weights = None
+    if checkpoint is not None:
+        weights = figures.Weights(state, checkpoint, str(adapter), any_base=any_base)
+    with progress_bar("analyzing") as progress:
+        found = figures.analyze(state, weights, label=str(adapter), progress=progress)
+    compared = None
+    if second:
+        with progress_bar("comparing") as progress:
+            compared = figures.compare(state, second[0], progress)
+    written: list[Path] = []
+    if pictures is not None:
+        written += figures.draw_gallery(pictures, state, comparison=compared, weights=weights)
+    if report is not None:
+        name = "the other adapter" if other is None else other.name
+        page = figures.report(found, state, adapter.name, comparison=compared, other=name)
+        written.append(figures.write_report(report, page))
+    if as_json:
+        more = {
+            "findings": [finding.to_dict() for finding in figures.findings(found)],
+            "comparison": None if compared is None else compared.to_dict(),
+            "written": [str(path) for path in written],
+        }
+        print_json({**found.to_dict(), **more})
+    else:
+        print_analysis(found, compared, everything=everything)
+    for path in written:
+        note(f"wrote {path}")
+
+
+@app.command()
 def schema() -> None:
-    """Print the JSON Schema of a config, for editors to complete and check it."""
+    """Print the JSON Schema of a config, for editors."""
     from lora_inject.cli.show import print_json
     from lora_inject.spec.config import Config
 

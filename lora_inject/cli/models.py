@@ -8,12 +8,11 @@ key list has to do, and kinds are assumed from names and shapes.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from lora_inject.checkpoint import Checkpoint
+from lora_inject.checkpoint.base_class import meta_model
 from lora_inject.checkpoint.index import read_config
-from lora_inject.checkpoint.meta_model import meta_model
 from lora_inject.errors import CheckpointError
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey
@@ -23,16 +22,8 @@ INDEX_SUFFIX = ".safetensors.index.json"
 KEYS_HELP = "pass --keys to plan on the names in the checkpoint"
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a plan is made on: names and shapes, and where they come from, in words."""
-
-    inventory: Inventory
-    about: str
-
-
-def source_of(path: Path, *, keys: bool = False) -> Source:
-    """Read the names and shapes of a model.
+def source_of(path: Path, *, keys: bool = False) -> tuple[Inventory, str]:
+    """Return the names and shapes of a model, and in words where they come from.
 
     `path` is a folder with `config.json` or with safetensors files, or one of those files. `keys`
     takes the checkpoint's key list, even where there is a `config.json`.
@@ -48,7 +39,7 @@ def source_of(path: Path, *, keys: bool = False) -> Source:
         checkpoint = Checkpoint.open(path if path.suffix == ".safetensors" else folder)
         shapes = {entry.name: entry.shape for entry in checkpoint}
         about = f"{len(shapes):,} keys of {len(checkpoint.shards):,} safetensors file(s)"
-        return Source(Inventory.from_keys(shapes), about)
+        return Inventory.from_keys(shapes), about
     config = read_config(folder, path.name if path.is_file() else "config.json")
     model = meta_model(config, f"build the model of '{path}'", KEYS_HELP)
-    return Source(inventory(Survey(model)), f"{type(model).__name__}, built from its config.json")
+    return inventory(Survey(model)), f"{type(model).__name__}, built from its config.json"

@@ -1,34 +1,21 @@
-"""Commands that work on checkpoints: `merge`, `verify`, `extract`.
-
-A command is its arguments, one call of `lora_inject.checkpoint`, and printing.
-"""
+"""Commands that work on checkpoints: `merge`, `verify`, `extract`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_inject.cli.program import (
-    All,
-    Allow,
-    AllowPickle,
-    Alpha,
-    EnableLora,
-    FanInFanOut,
-    Json,
-    Prefer,
-    app,
-    loralib_options,
-    read_options,
-)
+from lora_inject.cli.given import All, Json, Reading
+from lora_inject.cli.program import app
 
 if TYPE_CHECKING:
-    from lora_inject.checkpoint import Checkpoint, WeightedAdapter
+    from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 
 
 class Dtype(StrEnum):
@@ -52,67 +39,99 @@ BasePath = Annotated[
 AdapterPaths = Annotated[
     list[Path], typer.Argument(metavar="ADAPTER", help="Adapters: PEFT folders or files.")
 ]
-Weights = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--weight",
-        "-w",
-        help="Mixing weight of an adapter; once for each, in their order. (default: 1 each)",
-    ),
-]
-WriteDtype = Annotated[
-    Dtype | None,
-    typer.Option(help="Write every float tensor so. (default: as each tensor is)"),
-]
-CopyCode = Annotated[bool, typer.Option("--copy-code", help="Take the base's *.py files along.")]
-AllowNew = Annotated[
-    bool, typer.Option("--allow-new", help="Add trained tensors that the base lacks.")
-]
-Dequantize = Annotated[
-    Dtype | None,
-    typer.Option("--dequantize", help="Write a quantized base as plain floats of this dtype."),
-]
-AnyBase = Annotated[
-    bool,
-    typer.Option("--any-base", help="Merge although the adapter was made on another base."),
-]
-Rename = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="OLD=NEW",
-        help="How names of the adapters begin, and how the base's do. (default: by its class)",
-    ),
-]
-Tie = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="ABSENT=STORED",
-        help="A tensor that the files lack and the one that it equals; or: none. (default: by the "
-        "base's class)",
-    ),
-]
-ExpertMajor = Annotated[
-    bool,
-    typer.Option(
-        "--expert-major",
-        help="PEFT folders: columns of a stacked B go by expert first, as unsloth writes them.",
-    ),
-]
-Workers = Annotated[
-    int | None,
-    typer.Option(min=1, help="Threads that compute. (default: one a core, at most four)"),
-]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What decides the bytes of a merged checkpoint: options of `merge`, and of `verify` again."""
+
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--weight",
+            "-w",
+            help="Mixing weight of an adapter; once for each, in their order. (default: 1 each)",
+        ),
+    ] = None
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Write every float tensor so. (default: as each tensor is)"),
+    ] = None
+    copy_code: Annotated[
+        bool, typer.Option("--copy-code", help="Take the base's *.py files along.")
+    ] = False
+    allow_new: Annotated[
+        bool, typer.Option("--allow-new", help="Add trained tensors that the base lacks.")
+    ] = False
+    dequantize: Annotated[
+        Dtype | None,
+        typer.Option("--dequantize", help="Write a quantized base as plain floats of this dtype."),
+    ] = None
+    any_base: Annotated[
+        bool,
+        typer.Option("--any-base", help="Merge although the adapter was made on another base."),
+    ] = False
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OLD=NEW",
+            help="How names of the adapters begin, and how the base's do. (default: by its class)",
+        ),
+    ] = None
+    tie: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ABSENT=STORED",
+            help="A tensor that the files lack and the one that it equals; or: none. (default: by "
+            "the base's class)",
+        ),
+    ] = None
+    expert_major: Annotated[
+        bool,
+        typer.Option(
+            "--expert-major",
+            help="PEFT folders: columns of a stacked B go by expert first, as unsloth writes them.",
+        ),
+    ] = False
+
+    def options(self, **more: Any) -> MergeOptions:
+        """Return them, and others, as options of the package."""
+        from lora_inject.checkpoint import MergeOptions
+
+        names = ("dtype", "copy_code", "allow_new", "dequantize", "any_base")
+        # No tie at all asks the base's class; an empty table says that nothing is tied.
+        tie = {} if self.tie == ["none"] else _pairs(self.tie, "--tie") if self.tie else None
+        return MergeOptions(
+            **{name: getattr(self, name) for name in names},
+            rename=_pairs(self.rename, "--rename"),
+            tie=tie,
+            **more,
+        )
+
+    def read(
+        self, base: Path, adapters: Sequence[Path], reading: Reading
+    ) -> tuple[Checkpoint, list[WeightedAdapter]]:
+        """Open the base and read the adapters."""
+        from lora_inject.checkpoint import Checkpoint, read_weighted
+
+        weights = _weights(self.weight, len(adapters))
+        checkpoint, weighted = Checkpoint.open(base), []
+        for path, weight, options in zip(adapters, weights, reading.options(adapters), strict=True):
+            if self.expert_major and (path / "adapter_config.json").is_file():
+                options["expert_major"] = True
+            weighted.append(read_weighted(path, checkpoint, weight, **options))
+        return checkpoint, weighted
 
 
 @app.command()
 def merge(
     base: BasePath,
     adapters: AdapterPaths,
+    merging: Merging,
+    reading: Reading,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to make. Not with --dry-run.")
     ] = None,
-    weight: Weights = None,
-    dtype: WriteDtype = None,
     min_kept: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Least share of each delta that must survive rounding."),
@@ -126,20 +145,10 @@ def merge(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compute everything again before publishing.")
     ] = False,
-    copy_code: CopyCode = False,
-    allow_new: AllowNew = False,
-    dequantize: Dequantize = None,
-    any_base: AnyBase = False,
-    rename: Rename = None,
-    tie: Tie = None,
-    workers: Workers = None,
-    prefer: Prefer = None,
-    allow: Allow = None,
-    expert_major: ExpertMajor = False,
-    alpha: Alpha = None,
-    allow_pickle: AllowPickle = False,
-    fan_in_fan_out: FanInFanOut = None,
-    enable_lora: EnableLora = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that compute. (default: one a core, at most four)"),
+    ] = None,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
@@ -155,22 +164,8 @@ def merge(
 
     if output is None and not dry_run:
         raise typer.BadParameter("say where to write: --output FOLDER (or --dry-run)")
-    options = on_disk.MergeOptions(
-        dtype=dtype,
-        min_kept=min_kept,
-        on_lost=on_lost,
-        verify=verify,
-        copy_code=copy_code,
-        allow_new=allow_new,
-        dequantize=dequantize,
-        any_base=any_base,
-        rename=_pairs(rename, "--rename"),
-        tie=_ties(tie),
-        workers=workers,
-    )
-    of_loralib = loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
-    reading = prefer, allow, expert_major, of_loralib
-    checkpoint, weighted = _read(base, adapters, _weights(weight, len(adapters)), *reading)
+    options = merging.options(min_kept=min_kept, on_lost=on_lost, verify=verify, workers=workers)
+    checkpoint, weighted = merging.read(base, adapters, reading)
     planned = on_disk.plan_merge(checkpoint, weighted, options)
     if output is None or dry_run:
         where = Path.cwd() if output is None else on_disk.check_output(checkpoint, output)
@@ -193,21 +188,8 @@ def verify(
     base: BasePath,
     adapters: AdapterPaths,
     merged: Annotated[Path, typer.Argument(metavar="MERGED", help="The folder to check.")],
-    weight: Weights = None,
-    dtype: WriteDtype = None,
-    copy_code: CopyCode = False,
-    allow_new: AllowNew = False,
-    dequantize: Dequantize = None,
-    any_base: AnyBase = False,
-    rename: Rename = None,
-    tie: Tie = None,
-    prefer: Prefer = None,
-    allow: Allow = None,
-    expert_major: ExpertMajor = False,
-    alpha: Alpha = None,
-    allow_pickle: AllowPickle = False,
-    fan_in_fan_out: FanInFanOut = None,
-    enable_lora: EnableLora = None,
+    merging: Merging,
+    reading: Reading,
     as_json: Json = False,
 ) -> None:
     """Check that MERGED is what merging ADAPTER into BASE would write.
@@ -215,21 +197,11 @@ def verify(
     Every touched tensor is computed again, every other byte is compared. Give the options that the
     merge was given.
     """
-    from lora_inject.checkpoint import MergeOptions, verify_checkpoint
+    from lora_inject.checkpoint import verify_checkpoint
     from lora_inject.cli.show import print_json, print_verification, progress_bar
 
-    options = MergeOptions(
-        dtype=dtype,
-        copy_code=copy_code,
-        allow_new=allow_new,
-        dequantize=dequantize,
-        any_base=any_base,
-        rename=_pairs(rename, "--rename"),
-        tie=_ties(tie),
-    )
-    of_loralib = loralib_options(alpha, allow_pickle, fan_in_fan_out, enable_lora)
-    reading = prefer, allow, expert_major, of_loralib
-    checkpoint, weighted = _read(base, adapters, _weights(weight, len(adapters)), *reading)
+    options = merging.options()
+    checkpoint, weighted = merging.read(base, adapters, reading)
     with progress_bar("verifying") as progress:
         report = verify_checkpoint(checkpoint, weighted, merged, options=options, progress=progress)
     if as_json:
@@ -288,13 +260,6 @@ def extract(
         print_extraction(report, output, everything=everything)
 
 
-def _ties(given: list[str] | None) -> dict[str, str] | None:
-    """None asks the base's class; empty where nothing is tied."""
-    if not given:
-        return None
-    return {} if given == ["none"] else _pairs(given, "--tie")
-
-
 def _pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
     """Read `OLD=NEW` pairs."""
     pairs = {}
@@ -316,37 +281,3 @@ def _weights(weights: list[float] | None, n_adapters: int) -> list[float]:
     if bad := [w for w in weights if not math.isfinite(w) or w == 0]:
         raise typer.BadParameter(f"{bad[0]} is no weight", param_hint="--weight")
     return weights
-
-
-def _read(
-    base: Path,
-    adapters: Sequence[Path],
-    weights: Sequence[float],
-    prefer: str | None,
-    allow: Sequence[str] | None,
-    expert_major: bool,
-    of_loralib: Mapping[str, Any],
-) -> tuple[Checkpoint, list[WeightedAdapter]]:
-    """Open the base and read the adapters; each format takes its own options."""
-    from lora_inject.checkpoint import Checkpoint, read_weighted
-    from lora_inject.formats import FORMATS
-
-    checkpoint, weighted = Checkpoint.open(base), []
-    loralib = [path for path in adapters if FORMATS["loralib"].detects(path)]
-    if of_loralib and not loralib:
-        name = next(iter(of_loralib)).replace("_", "-")
-        raise typer.BadParameter("no adapter is a loralib file", param_hint=f"--{name}")
-    if loralib and "alpha" not in of_loralib:
-        raise typer.BadParameter(
-            f"'{loralib[0]}' is a loralib file, which does not hold it: give the lora_alpha that "
-            "its layers were made with",
-            param_hint="--alpha",
-        )
-    for path, weight in zip(adapters, weights, strict=True):
-        options = read_options(path, prefer, allow)
-        if expert_major and (path / "adapter_config.json").is_file():
-            options["expert_major"] = True
-        if path in loralib:
-            options |= of_loralib
-        weighted.append(read_weighted(path, checkpoint, weight, **options))
-    return checkpoint, weighted

@@ -7,14 +7,14 @@ traceback. 2: wrong usage. 130: interrupted. A traceback is a defect of this pac
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from enum import StrEnum
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
@@ -154,11 +154,44 @@ def in_options(message: str, options: Iterable[str]) -> str:
 
 
 class _Program(typer.Typer):
-    """The program; its commands have our help."""
+    """The program; its commands have our help, and may share options."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[F], F]:
-        """Register a command."""
-        return super().command(name, cls=_Command, **options)
+        """Register a command; a parameter that is a dataclass stands for its fields."""
+        register = super().command
+
+        def registered(run: F) -> F:
+            register(name or run.__name__, cls=_Command, **options)(_with_fields(run))
+            return run
+
+        return registered
+
+
+def _with_fields(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command that takes the fields of its dataclasses as options of its own."""
+    shared, taken = dict[str, Any](), list[inspect.Parameter]()
+    for parameter in inspect.signature(run, eval_str=True).parameters.values():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            taken.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+            continue
+        shared[parameter.name] = group
+        types = get_type_hints(group, include_extras=True)
+        taken += [
+            inspect.Parameter(
+                f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name]
+            )
+            for f in fields(group)
+        ]
+
+    def command(**given: Any) -> Any:
+        for name, group in shared.items():
+            given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
+        return run(**given)
+
+    command.__name__, command.__doc__ = run.__name__, run.__doc__
+    command.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    return command
 
 
 app = _Program(
@@ -171,51 +204,6 @@ app = _Program(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Believe(StrEnum):
-    """Where the metadata of a PEFT folder's tensors and its adapter_config.json disagree."""
-
-    metadata = "metadata"
-    config = "config"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
-All = Annotated[bool, typer.Option("--all", help="List each site instead of each kind of site.")]
-Prefer = Annotated[
-    Believe | None,
-    typer.Option(help="PEFT folders: what to believe where metadata and config disagree."),
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="FIELD",
-        help="PEFT folders: accept this unknown field of adapter_config.json; may be repeated.",
-    ),
-]
-
-Alpha = Annotated[
-    float | None,
-    typer.Option(help="loralib files: the lora_alpha of the layers, which the file lacks."),
-]
-AllowPickle = Annotated[
-    bool,
-    typer.Option("--allow-pickle", help="loralib files: read a pickle, as tensors only."),
-]
-FanInFanOut = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="loralib files: a layer, or the end of its name, whose weight is (in, out).",
-    ),
-]
-EnableLora = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FLAGS",
-        help="loralib files: enable_lora of the fused layers, such as 1,0,1.",
-    ),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -236,34 +224,6 @@ def _root(
     if ctx.invoked_subcommand is None:
         say(ctx.get_help())
         raise typer.Exit(2)
-
-
-def read_options(path: Path, prefer: str | None, allow: Sequence[str] | None) -> dict[str, Any]:
-    """Return what was given of the options that only PEFT's folders have."""
-    options = {"prefer": prefer, "allow": allow}
-    given = {key: value for key, value in options.items() if value}
-    if given and not (path / "adapter_config.json").is_file():
-        found = f"'{path}' is not a PEFT folder"
-        raise typer.BadParameter(found, param_hint=f"--{next(iter(given))}")
-    return given
-
-
-def loralib_options(
-    alpha: float | None, allow_pickle: bool, fan_in_fan_out: list[str] | None, flags: str | None
-) -> dict[str, Any]:
-    """Return the options of loralib's format, as far as they were given."""
-    options: dict[str, Any] = {} if alpha is None else {"alpha": alpha}
-    if allow_pickle:
-        options["allow_pickle"] = True
-    if fan_in_fan_out:
-        options["fan_in_fan_out"] = fan_in_fan_out
-    if flags is not None:
-        if set(flags.split(",")) - {"0", "1"}:
-            raise typer.BadParameter(
-                f"{flags!r} is not a list of 0 and 1, such as 1,0,1", param_hint="--enable-lora"
-            )
-        options["enable_lora"] = [flag == "1" for flag in flags.split(",")]
-    return options
 
 
 def main() -> None:

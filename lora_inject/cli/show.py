@@ -15,16 +15,18 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_inject.spec.columns import columns
-from lora_inject.spec.names import printable
+from lora_inject.spec.columns import Rows, columns
+from lora_inject.spec.names import counted as count
+from lora_inject.spec.names import printable, templates
 
 if TYPE_CHECKING:
+    from lora_inject.analysis import Analysis, Comparison
     from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
-    from lora_inject.analysis.tables import Rows
     from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
     from lora_inject.functional.merge_report import MergeReport
 
@@ -127,23 +129,23 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def print_rows(rows: Rows, *, everything: bool = False) -> None:
-    """Print a table of sites, by their kind unless everything is asked for."""
+def print_rows(rows: Rows, *, everything: bool = False, joined: str = "") -> None:
+    """Print a table of sites, by their kind unless everything is asked for.
+
+    `joined` says what the figures of several sites are, where there are such rows.
+    """
     found = rows if everything else rows.by_kind()
     n_left = 1 + sum(isinstance(cell, str) for cell in found.cells[0][1:])
     shown = [[printable(cell) for cell in row] for row in (found.heads, *found.text())]
     for line in columns(shown, n_left, width(), ""):
         say(line)
+    if joined and len(found.cells) < len(rows.cells):
+        say_words(joined)
 
 
 def width() -> int:
     """Return the columns of the terminal."""
     return shutil.get_terminal_size((WIDTH, 24)).columns
-
-
-def count(n: int, noun: str) -> str:
-    """Return a number and its noun: `1 site`, `2,000 sites`."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _size(n_bytes: float) -> str:
@@ -164,14 +166,11 @@ def _size(n_bytes: float) -> str:
 
 def print_inspection(found: Inspection, *, everything: bool = False) -> None:
     """Print what is in an adapter, by kind of site unless everything is asked for."""
-    from lora_inject.analysis.tables import Rows
-
     if found.sites:
         heads = ("site", "kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|")
         rows = Rows(heads, tuple(map(_site_row, found.sites)))
-        print_rows(rows, everything=everything)
-        if not everything and len(rows.by_kind().cells) < len(rows.cells):
-            say("Norms of several sites are medians; --all lists each site.")
+        joined = "Norms of several sites are medians; --all lists each site."
+        print_rows(rows, everything=everything, joined=joined)
         say()
     tensors = {
         **{name: ("trained", figures) for name, figures in found.trained.items()},
@@ -182,7 +181,7 @@ def print_inspection(found: Inspection, *, everything: bool = False) -> None:
         rows = Rows(("tensor", "", "shape", "dtype", "norm"), cells)
         print_rows(rows, everything=everything)
         say()
-    bad = {site.name: site.n_nonfinite for site in found.sites if site.n_nonfinite}
+    bad = {site.spec.name: site.n_nonfinite for site in found.sites if site.n_nonfinite}
     bad |= {name: tensor.n_nonfinite for name, (_, tensor) in tensors.items() if tensor.n_nonfinite}
     if bad:
         names = [f"{name} ({n:,})" for name, n in bad.items()]
@@ -191,13 +190,13 @@ def print_inspection(found: Inspection, *, everything: bool = False) -> None:
 
 
 def _site_row(site: SiteFigures) -> tuple[Any, ...]:
-    slices = f" [{', '.join(site.slices)}]" if site.slices else ""
+    spec, slices = site.spec, f" [{', '.join(site.slices)}]" if site.slices else ""
     return (
-        site.name,
-        site.kind + (" - start" if site.frozen_start else ""),
-        f"{site.in_features:,} -> {site.out_features:,}{slices}",
-        f"{site.rank}",
-        f"{site.scale:g}",
+        spec.name,
+        spec.kind + (" - start" if site.frozen_start else ""),
+        f"{spec.in_features:,} -> {spec.out_features:,}{slices}",
+        f"{spec.rank}",
+        f"{spec.scale:g}",
         site.A.norm,
         site.B.norm,
         site.delta_norm,
@@ -221,6 +220,39 @@ def _inspection_totals(found: Inspection) -> str:
     return "; ".join(parts)
 
 
+# ------------------------------------------------------------------------------------------ analyze
+
+
+def print_analysis(
+    found: Analysis, compared: Comparison | None, *, everything: bool = False
+) -> None:
+    """Print the figures of an adapter, by kind of site unless everything is asked for."""
+    from lora_inject.analysis import findings, tables
+
+    shown = [tables.block_rows(found)]
+    if found.weights:
+        shown += [tables.weight_rows(found), tables.rounding_rows(found)]
+    if compared is not None:
+        shown.append(tables.comparison_rows(compared))
+    for rows in shown:
+        print_rows(rows, everything=everything)
+        say()
+    if not everything and len(found.blocks) > len(shown[0].by_kind().cells):
+        say("Numbers of several blocks are medians; --all lists each block.")
+    if compared is not None:
+        for which, names in (("first", compared.only_first), ("second", compared.only_second)):
+            if names:
+                say_list(f"only in the {which}:", templates(names), everything=everything)
+    for finding in findings(found):
+        say_words(f"{finding.code}: {finding.text}")
+        head = f"  {len(finding.names):,}:"
+        say_list(head, templates(finding.names), everything=everything)
+    needed = median(block.spectrum.rank_for(0.99) for block in found.blocks)
+    n_sites = len({block.site for block in found.blocks})
+    blocks = count(len(found.blocks), "block")
+    say(f"{count(n_sites, 'site')}, {blocks}; rank {needed:g} holds 99% (median)")
+
+
 # -------------------------------------------------------------------------------- merge and verify
 
 
@@ -228,8 +260,6 @@ def print_merge_plan(
     plan: MergePlan, where: Path, free_bytes: int, *, everything: bool = False
 ) -> None:
     """Print what a merge would do, and whether the disk of `where` has room for it."""
-    from lora_inject.analysis.tables import Rows
-
     cells = tuple(
         (job.name, job.action, job.dtype, " x ".join(f"{side:,}" for side in job.shape))
         for job in plan.jobs
@@ -253,17 +283,15 @@ def print_merge_plan(
 
 def print_merge(report: MergeReport, *, everything: bool = False) -> None:
     """Print what a merge left of each delta, the worst of each kind, and the totals."""
-    from lora_inject.analysis.tables import Rows
-
     measured = report.counted
     if measured:
         heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
         cells = tuple((t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in measured)
         rows = Rows(heads, cells, {"kept": min, "error": max})
-        print_rows(rows, everything=everything)
-        if not everything and len(rows.by_kind().cells) < len(cells):
-            say_words("Of several tensors: the median |D|/|W| and the worst of the others; --all "
-                      "lists each.")  # fmt: skip
+        joined = (
+            "Of several tensors: the median |D|/|W| and the worst of the others; --all lists each."
+        )
+        print_rows(rows, everything=everything, joined=joined)
     _print_notes(report.notes)
     if report.resumed:
         say(f"resumed: {count(len(report.resumed), 'file')} finished earlier")
@@ -302,18 +330,17 @@ def print_verification(report: VerifyReport) -> None:
 
 def print_extraction(report: ExtractReport, written: Path, *, everything: bool = False) -> None:
     """Print what of the difference the adapter holds, and what was left behind."""
-    from lora_inject.analysis.tables import Rows
-
     low = [tensor for tensor in report.tensors if tensor.kept == "low rank"]
     low.sort(key=lambda tensor: tensor.energy or 0.0)
     if low:
         heads = ("tensor", "rank", "|D|/|W|", "energy")
         cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
         rows = Rows(heads, cells, {"rank": max, "energy": min})
-        print_rows(rows, everything=everything)
-        if not everything and len(rows.by_kind().cells) < len(cells):
-            say_words("Of several tensors: the largest rank, the median |D|/|W|, the least energy; "
-                      "--all lists each.")  # fmt: skip
+        joined = (
+            "Of several tensors: the largest rank, the median |D|/|W|, the least energy; --all "
+            "lists each."
+        )
+        print_rows(rows, everything=everything, joined=joined)
     if report.left:
         say_list("left behind:", report.left, everything=everything)
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)

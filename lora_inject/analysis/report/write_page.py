@@ -30,6 +30,7 @@ from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.findings import findings
 from lora_inject.analysis.gallery import comparable
 from lora_inject.errors import StateError
+from lora_inject.spec.columns import number
 from lora_inject.spec.names import printable, templates
 from lora_inject.storage.atomic import write_file
 from lora_inject.version import __version__
@@ -183,7 +184,7 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
         (f"{len(blocks):,}", "low-rank blocks"),
         (f"{median(b.spectrum.rank_for(0.99) for b in blocks):g}", "rank that holds 99% (median)"),
         (
-            tables.number(median(b.spectrum.effective_rank for b in blocks)),
+            number(median(b.spectrum.effective_rank for b in blocks)),
             "effective rank (median)",
         ),
     ]
@@ -191,7 +192,7 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
         norms = [block.norms for block in analysis.on_weight()]
         tiles += [
             (tables.percent(_median(n.relative for n in norms)), "|D| / |W| (median)"),
-            (tables.number(_median(n.factor for n in norms)), "amplification (median)"),
+            (number(_median(n.factor for n in norms)), "amplification (median)"),
         ]
     return tiles
 

@@ -218,7 +218,7 @@ def _named(
             where,
             f"the file does not say which pair is whose of {one_line(parameters)}",
             "Load it onto the model, pass tensor_names=list(model.state_dict()), or name the base: "
-            "lora-inject analyze ADAPTER --base BASE",
+            "lora-inject inspect ADAPTER --base BASE",
         )
     for depth, name in zip(reversed(range(len(parameters))), parameters, strict=True):
         yield f"{module}.{name}", paths[depth]
