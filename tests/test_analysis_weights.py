@@ -66,7 +66,7 @@ def test_streamed_figures_of_every_kind(name, dtype, tmp_path):
     for block, beside in zip(blocks, found.blocks, strict=True):
         assert beside.tensor == kind.key
         part = matrix[slice(*block.block.rows), slice(*block.block.cols)].double()
-        wanted = amplification(part.T if block.transposed else part, block.delta)
+        wanted = amplification(part, block.delta, transposed=block.transposed)
         norms = beside.norms
         assert norms.rank == wanted.rank == 2
         for figure in ("delta_norm", "weight_norm", "of_delta", "of_weight", "factor"):

@@ -308,12 +308,10 @@ def test_copy_range_copies_exactly(tmp_path, monkeypatch, kernel):
     data = os.urandom(100_001)
     (tmp_path / "a").write_bytes(data)
     source, target = open_read(tmp_path / "a"), open_write(tmp_path / "b")
-    steps = []
-    copy_range(source, target, 17, 5, 99_000, steps.append)
+    copy_range(source, target, 17, 5, 99_000)
     os.close(source)
     os.close(target)
     assert (tmp_path / "b").read_bytes() == bytes(5) + data[17 : 17 + 99_000]
-    assert sum(steps) == 99_000
 
 
 def test_platform_without_positioned_reads_and_writes_merges_the_same(tmp_path, monkeypatch):

@@ -69,14 +69,22 @@ class Amplification(Figures):
 
 
 def amplification(
-    weight: Tensor, delta: ThinProduct, rank: int | None = None, *, own: bool = True, seed: int = 0
+    weight: Tensor | RowsOfW,
+    delta: ThinProduct,
+    rank: int | None = None,
+    *,
+    transposed: bool = False,
+    own: bool = True,
+    seed: int = 0,
 ) -> Amplification:
     """Say how much a delta amplifies directions of W.
 
     Args:
-        weight: W, `(out, in)`, any floating dtype.
+        weight: W, `(out, in)`, any floating dtype; or what gives blocks of its rows, which are read
+            once, and again, several times for a large W, for its own directions.
         delta: Of the same shape: `ThinProduct.of(A, B, scale)`, or the `delta` of a block.
         rank: How many directions; the delta's rank by default and at most.
+        transposed: Whether W is `(in, out)`, as that of a Conv1D or an embedding.
         own: Whether to compare with W's own directions, which takes an SVD of W.
         seed: Of the random directions.
 
@@ -93,30 +101,16 @@ def amplification(
         >>> found.of_delta, found.of_weight, found.factor
         (0.5, 10.0, 4.0)
     """
-    if tuple(weight.shape) != delta.shape:
-        raise StateError(
-            "compare a delta with W",
-            f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
-            "Give W as (out, in): transpose the weight of a Conv1D or an embedding",
-        )
-    W = weight.detach()
-    rows = [(start, W[start : start + STEP_ROWS]) for start in range(0, len(W), STEP_ROWS)]
-    return amplification_of_rows(lambda: iter(rows), delta, rank, own=own, seed=seed)
-
-
-def amplification_of_rows(
-    rows: RowsOfW,
-    delta: ThinProduct,
-    rank: int | None = None,
-    *,
-    transposed: bool = False,
-    own: bool = True,
-    seed: int = 0,
-) -> Amplification:
-    """Do the same for a W, or its transposed, that is only ever seen in blocks of rows.
-
-    W's own directions read it again: once where it is small, several times else.
-    """
+    if isinstance(weight, Tensor):
+        if tuple(weight.shape) != (delta.shape[::-1] if transposed else delta.shape):
+            raise StateError(
+                "compare a delta with W",
+                f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
+                "Give W as (out, in), or transposed=True for that of a Conv1D or an embedding",
+            )
+        W = weight.detach()
+        steps = [(start, W[start : start + STEP_ROWS]) for start in range(0, len(W), STEP_ROWS)]
+    rows: RowsOfW = (lambda: iter(steps)) if isinstance(weight, Tensor) else weight
     U, S, V = delta.svd()
     rank = len(S) if rank is None else min(rank, len(S))
     left, right = (V, U) if transposed else (U, V)  # directions of the rows and of the columns

@@ -26,15 +26,10 @@ MOST_LAYERS = 256
 
 @dataclass(frozen=True)
 class Overlap(Figures):
-    """Phi of one pair of blocks on one side.
+    """Phi of one pair of blocks on one side."""
 
-    Attributes:
-        phi: `(k1, k2)` float64; the entry `[i - 1, j - 1]` is `phi(i, j)`.
-        dim: d, the width that the spans live in.
-    """
-
-    phi: Tensor
-    dim: int
+    phi: Tensor  # `(k1, k2)` float64; the entry `[i - 1, j - 1]` is `phi(i, j)`
+    dim: int  # d, the width that the spans live in
 
     @property
     def first(self) -> float:
@@ -59,17 +54,11 @@ class Overlap(Figures):
 
 @dataclass(frozen=True)
 class Pair(Place):
-    """One block in both adapters.
+    """One block in both adapters."""
 
-    Attributes:
-        ranks: r of the first and of the second.
-        right: On the side of A.
-        left: On the side of B.
-    """
-
-    ranks: tuple[int, int]
-    right: Overlap
-    left: Overlap
+    ranks: tuple[int, int]  # r of the first and of the second
+    right: Overlap  # on the side of A
+    left: Overlap  # on the side of B
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class BlockFigures(Place):
-    """One low-rank block in numbers.
+    """One low-rank block in numbers."""
 
-    Attributes:
-        shape: `(out, in)` of the delta.
-        rank: r as configured.
-        spectrum: Singular values of the delta.
-    """
-
-    shape: tuple[int, int]
-    rank: int
-    spectrum: Spectrum
+    shape: tuple[int, int]  # `(out, in)` of the delta
+    rank: int  # r as configured
+    spectrum: Spectrum  # singular values of the delta
 
 
 @dataclass(frozen=True)

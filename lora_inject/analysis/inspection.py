@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis.blocks import Figures, site_blocks
+from lora_inject.spec.sites import SiteSpec
+
+_OF_SPEC = ("name", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "scale")
 
 
 @dataclass(frozen=True)
@@ -30,42 +33,29 @@ class TensorFigures(Figures):
 
 @dataclass(frozen=True)
 class SiteFigures(Figures):
-    """One site in numbers.
+    """One site in numbers."""
 
-    Attributes:
-        name: Canonical name.
-        kind: Row of the table of layer kinds.
-        in_features: Width of the input of A.
-        out_features: Width of the output of B.
-        rank: r.
-        alpha: alpha.
-        scaling: `standard` or `rslora`.
-        scale: The factor on `B @ A`.
-        slices: Names of the adapted slices, empty for a whole site.
-        A: The tensor A.
-        B: The tensor B.
-        delta_norm: Frobenius norm of `scale * B @ A`, less the frozen start where there is one.
-        frozen_start: Whether there is one (pissa, olora).
-    """
+    spec: SiteSpec  # the site
+    A: TensorFigures  # the tensor A
+    B: TensorFigures  # the tensor B
+    delta_norm: float  # frobenius norm of `scale * B @ A`, less the frozen start where there is one
+    frozen_start: bool  # whether there is one (pissa, olora)
 
-    name: str
-    kind: str
-    in_features: int
-    out_features: int
-    rank: int
-    alpha: float
-    scaling: str
-    scale: float
-    slices: tuple[str, ...]
-    A: TensorFigures
-    B: TensorFigures
-    delta_norm: float
-    frozen_start: bool
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """Names of the adapted slices, empty for a whole site."""
+        return self.spec.slices.adapt if self.spec.slices else ()
 
     @property
     def n_nonfinite(self) -> int:
         """Values of A and B that are NaN or Inf."""
         return self.A.n_nonfinite + self.B.n_nonfinite
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as plain data, with what the spec says in numbers."""
+        figures = super().to_dict()
+        del figures["spec"]
+        return {**{key: getattr(self.spec, key) for key in _OF_SPEC}, **figures}
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,7 @@ def inspect_state(state: AdapterState) -> Inspection:
         384.0
     """
     return Inspection(
-        sites=tuple(_site(name, site) for name, site in state.sites.items()),
+        sites=tuple(map(_site, state.sites.values())),
         trained={name: _tensor(t) for name, t in state.trained.items()},
         base_copies={name: _tensor(t) for name, t in state.base_copies.items()},
         config=None if state.config is None else dict(state.config),
@@ -145,20 +135,7 @@ def _tensor(tensor: Tensor) -> TensorFigures:
     )
 
 
-def _site(name: str, site: SiteState) -> SiteFigures:
-    spec = site.spec
-    return SiteFigures(
-        name=name,
-        kind=spec.kind,
-        in_features=spec.in_features,
-        out_features=spec.out_features,
-        rank=spec.rank,
-        alpha=spec.alpha,
-        scaling=spec.scaling,
-        scale=spec.scale,
-        slices=spec.slices.adapt if spec.slices else (),
-        A=_tensor(site.A),
-        B=_tensor(site.B),
-        delta_norm=math.sqrt(sum(b.delta.square() for b in site_blocks(site, finite=False))),
-        frozen_start=site.A0 is not None,
-    )
+def _site(site: SiteState) -> SiteFigures:
+    square = sum(block.delta.square() for block in site_blocks(site, finite=False))
+    A, B = _tensor(site.A), _tensor(site.B)
+    return SiteFigures(site.spec, A, B, math.sqrt(square), site.A0 is not None)

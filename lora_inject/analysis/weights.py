@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.adapter.svd import decompose
-from lora_inject.analysis.amplifying import Amplification, amplification_of_rows
+from lora_inject.analysis.amplifying import Amplification, amplification
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, blocks_of_terms
 from lora_inject.analysis.rounding import Rounded, rounding_of_rows
 from lora_inject.checkpoint import Checkpoint, WeightedAdapter
@@ -34,30 +34,20 @@ from lora_inject.functional import Delta
 
 @dataclass(frozen=True)
 class BlockOnWeight(Place):
-    """One block compared with the part of W that it updates.
+    """One block compared with the part of W that it updates."""
 
-    Attributes:
-        tensor: Name of W in the checkpoint.
-        norms: The norms of Table 7.
-    """
-
-    tensor: str
-    norms: Amplification
+    tensor: str  # name of W in the checkpoint
+    norms: Amplification  # the norms of Table 7
 
 
 @dataclass(frozen=True)
 class SiteOnWeight(Figures):
-    """One site compared with its weight.
+    """One site compared with its weight."""
 
-    Attributes:
-        blocks: Its blocks; more than the site itself has where the checkpoint cuts them.
-        stored: Dtype of W in the checkpoint, such as `bfloat16`.
-        rounded: Format to what it leaves of the delta after merging.
-    """
-
+    # its blocks; more than the site itself has where the checkpoint cuts them
     blocks: tuple[BlockOnWeight, ...]
-    stored: str
-    rounded: dict[str, Rounded]
+    stored: str  # dtype of W in the checkpoint, such as `bfloat16`
+    rounded: dict[str, Rounded]  # format to what it leaves of the delta after merging
 
     @property
     def changed(self) -> bool:
@@ -96,7 +86,7 @@ class Weights:
         """Return how many bytes of W belong to a site."""
         return sum(
             (placed.stop - placed.start) * placed.n_cols * FLOATS[placed.source.dtype].itemsize
-            for placed in self._fit.placed[site]
+            for placed in self._fit.places(site)
         )
 
     def look(
@@ -108,7 +98,7 @@ class Weights:
         formats: Collection[str] | None = None,
     ) -> SiteOnWeight:
         """Read the weight of a site and compare the update with it, as `analyze` says."""
-        places = self._fit.placed[site]
+        places = self._fit.places(site)
         n_experts = self._state.sites[site].spec.experts
         blocks: list[BlockOnWeight] = []
         with ExitStack() as stack:
@@ -119,7 +109,7 @@ class Weights:
                 # Places are in the order of the experts, several of each where the file cuts them.
                 expert = f"expert {number * n_experts // len(places)} " if n_experts else ""
                 for block in blocks_of_terms(each.placed.terms):
-                    norms = amplification_of_rows(
+                    norms = amplification(
                         partial(each.of, block),
                         block.delta,
                         rank,
@@ -137,7 +127,7 @@ class Weights:
         The directions are `(in, n)`, float64, by an SVD that is exact for small weights.
         """
         found = []
-        for placed in self._fit.placed[site]:
+        for placed in self._fit.places(site):
             with self._open(placed) as rows:
                 for block in blocks_of_terms(placed.terms):
                     wide = [some.to(torch.float32, copy=True) for _, some in rows.of(block)]
@@ -189,7 +179,7 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fi
             check_same_base(checkpoint, part, fit)
     except CheckpointError as error:  # which speaks of merging
         raise CheckpointError(asked, error.found, error.remedy) from None
-    entries = [placed.source for places in fit.placed.values() for placed in places]
+    entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
     quantized = why_not(checkpoint, [entry.name for entry in entries])
     if quantized is not None:
         raise CheckpointError(asked, quantized.found, "Give the 16-bit checkpoint instead")

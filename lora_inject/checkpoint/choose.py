@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from lora_inject.adapter.state import SiteState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.place import Orientation, Placed, place_site
+from lora_inject.checkpoint.output_files import TensorJob, clash
+from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
 from lora_inject.checkpoint.quantized import why_not
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError, nearest
@@ -26,31 +28,6 @@ MAX_SHOWN = 8
 
 Rule = Callable[[str], str]
 """Gives the checkpoint's name of a tensor that the adapter names."""
-
-
-@dataclass
-class Fit:
-    """How one adapter lies on a checkpoint under one rule.
-
-    Attributes:
-        rule: How names were read.
-        label: The same in words.
-        placed: Site name to where its update goes.
-        trained: Output tensor name to the base's tensor (None: the base has none) and the value.
-        copies: Output tensor name to the base's tensor and the adapter's copy of it.
-        added: Output tensor name to the base's tensor and what is added.
-        rows: Output tensor name to the base's tensor, indices of rows and their values.
-        left: What found no place, with the reason.
-    """
-
-    rule: Rule
-    label: str
-    placed: dict[str, list[Placed]] = field(default_factory=dict)
-    trained: dict[str, tuple[TensorEntry | None, Tensor]] = field(default_factory=dict)
-    copies: dict[str, tuple[TensorEntry, Tensor]] = field(default_factory=dict)
-    added: dict[str, tuple[TensorEntry, Tensor]] = field(default_factory=dict)
-    rows: dict[str, tuple[TensorEntry, tuple[int, ...], Tensor]] = field(default_factory=dict)
-    left: list[tuple[str, str]] = field(default_factory=list)
 
 
 def weight_name(spec: SiteSpec) -> str:
@@ -73,6 +50,9 @@ def choose(
     """
     options = options or MergeOptions()
     of = of or BaseClass(checkpoint, options.tie)
+    if adapter.rows and adapter.weight != 1:
+        found = f"rows cannot be replaced with weight {adapter.weight}"
+        raise clash(next(iter(adapter.rows)), found)
     label = "names as told" if options.rename else "names as they are"
     best, refusal = _try(_told(options.rename), label, adapter, of, options), None
     if best.left and not options.rename and of.known:
@@ -81,7 +61,7 @@ def choose(
         except CheckpointError as error:
             refusal = error  # it explains itself only where nothing fits
     if best.left:
-        raise _nothing_fits(best, adapter, checkpoint) from refusal
+        raise _nothing_fits(best) from refusal
     return best
 
 
@@ -96,7 +76,18 @@ def _told(rename: Mapping[str, str]) -> Rule:
     return renamed
 
 
-def _nothing_fits(best: Fit, adapter: WeightedAdapter, checkpoint: Checkpoint) -> CheckpointError:
+def _try(
+    rule: Rule, label: str, adapter: WeightedAdapter, of: BaseClass, options: MergeOptions
+) -> Fit:
+    way = Orientation(of)
+    fit = Fit(rule, label, adapter, way, options.allow_new)
+    if way.contradicted is not None:  # square sites that came before it were judged without it
+        fit = Fit(rule, label, adapter, way, options.allow_new)
+    return fit
+
+
+def _nothing_fits(best: Fit) -> CheckpointError:
+    checkpoint, adapter = best.way.of.checkpoint, best.adapter
     asked = f"merge {adapter.label} into '{checkpoint.folder}'"
     if quantized := why_not(checkpoint, [name for name, _ in best.left]):
         return CheckpointError(asked, *quantized)
@@ -117,115 +108,126 @@ def _nothing_fits(best: Fit, adapter: WeightedAdapter, checkpoint: Checkpoint) -
     )
 
 
-def _try(
-    rule: Rule, label: str, adapter: WeightedAdapter, of: BaseClass, options: MergeOptions
-) -> Fit:
-    way = Orientation(of)
-    fit = _place_all(rule, label, adapter, way, options)
-    if way.contradicted is not None:  # square sites that came before it were judged without it
-        fit = _place_all(rule, label, adapter, way, options)
-    return fit
+@dataclass
+class Fit:
+    """How one adapter lies on a checkpoint under one way to read its names."""
 
+    rule: Rule  # how names are read
+    label: str  # the same in words
+    adapter: WeightedAdapter
+    way: Orientation  # what is known of orientations, and of the base's class
+    allow_new: bool  # whether trained tensors may be such as the base lacks
+    # what the adapter does to each output tensor, by name
+    jobs: dict[str, TensorJob] = field(default_factory=dict)
+    # output tensor name to the base's tensor and the adapter's copy of it
+    copies: dict[str, tuple[TensorEntry, Tensor]] = field(default_factory=dict)
+    # what found no place, with the reason
+    left: list[tuple[str, str]] = field(default_factory=list)
 
-def _place_all(
-    rule: Rule, label: str, adapter: WeightedAdapter, way: Orientation, options: MergeOptions
-) -> Fit:
-    fit, tensors = Fit(rule, label), way.of.checkpoint.tensors
-    for site_name, state in adapter.state.sites.items():
-        places = _place(rule(weight_name(state.spec)), state, adapter, way)
-        if isinstance(places, str):
-            fit.left.append((weight_name(state.spec), places))
-        else:
-            fit.placed[site_name] = places
-    full = [(name, value, options.allow_new) for name, value in adapter.state.trained.items()]
-    full += [(name, value, False) for name, value in adapter.state.base_copies.items()]
-    for original, value, allow_new in full:
-        name = rule(original)
-        entry, absent = _find(name, way.of)
-        reason = _misfit(name, entry, value, absent, allow_new=allow_new)
-        if reason is not None:
-            fit.left.append((original, reason))
-        elif original in adapter.state.trained:
-            fit.trained[name] = (entry, value)
-        elif entry is not None:
-            fit.copies[name] = (entry, value)
-    _place_extras(fit, adapter, tensors)
-    return fit
+    def __post_init__(self) -> None:
+        """Place every tensor."""
+        adapter, state = self.adapter, self.adapter.state
+        for site in state.sites.values():
+            self._place(weight_name(site.spec), self._site, site)
+        for tensors, put in (
+            (state.trained, self._trained),
+            (state.base_copies, self._copy),
+            (adapter.added, self._added),
+            (adapter.rows, self._rows),
+        ):
+            for name, value in tensors.items():
+                self._place(name, put, value)
 
+    def _place(self, original: str, put: Callable[[str, Any], None], value: Any) -> None:
+        """Place one tensor of the adapter under the file's name of it."""
+        try:
+            put(self.rule(original), value)
+        except NoPlace as reason:
+            self.left.append((original, str(reason)))
 
-def _place(
-    name: str, state: SiteState, adapter: WeightedAdapter, way: Orientation
-) -> list[Placed] | str:
-    """Return where one site goes, or the reason why it goes nowhere."""
-    entry, absent = _find(name, way.of)
-    entry = _grown(adapter, state.spec, entry) or entry
-    try:
-        return place_site(state, adapter.weight, name, entry, way) or absent
-    except CheckpointError:
-        return absent
+    def job(self, name: str, entry: TensorEntry | None) -> TensorJob:
+        """Return the job of an output tensor, made of one of the base's where it is new."""
+        if name not in self.jobs:
+            self.jobs[name] = TensorJob.of(self.way.of.checkpoint, name, entry)
+        return self.jobs[name]
 
+    def places(self, site: str) -> list[Placed]:
+        """Return where the update of a site goes, in the order of its experts."""
+        return [p for job in self.jobs.values() for p in job.placed if p.site == site]
 
-def _find(name: str, of: BaseClass) -> tuple[TensorEntry | None, str]:
-    """Return the tensor of a name, or the one that it is tied to; else why there is none."""
-    tensors, absent = of.checkpoint.tensors, f"'{name}' is not in the checkpoint"
-    if name in tensors:
-        return tensors[name], ""
-    try:
-        source = of.source_of(name)
-    except CheckpointError as error:
-        return None, f"{absent} (could not {error.asked}: {error.found})"
-    return (None if source is None else tensors[source]), absent
+    def _site(self, name: str, state: SiteState) -> None:
+        spec, adapter = state.spec, self.adapter
+        entry = self._find(name)
+        copy = adapter.state.base_copies.get(weight_name(spec))
+        if copy is not None and entry is not None and _grew(entry, copy):
+            entry = replace(entry, shape=tuple(copy.shape))
+        try:
+            places = Update(state, adapter.weight, name, self.way).places(entry)
+        except CheckpointError:  # the class cannot be built
+            places = []
+        if not places:
+            raise NoPlace(self._absent(name))
+        for place in places:
+            job = self.job(place.tensor, self.way.of.checkpoint.tensors[place.source.name])
+            job.placed += (place,)
 
+    def _trained(self, name: str, value: Tensor) -> None:
+        try:
+            entry = self._fitting(name, value, self._find(name))
+        except NoPlace:
+            if not self.allow_new or name in self.way.of.checkpoint.tensors:
+                raise
+            entry = None
+        job = self.job(name, entry)
+        job.shape = tuple(value.shape)
+        job.trained += ((value, self.adapter.weight),)
 
-def _place_extras(fit: Fit, adapter: WeightedAdapter, tensors: Mapping[str, TensorEntry]) -> None:
-    """Place what variants of LoRA carry beside A and B."""
-    for original, value in adapter.added.items():
-        name = fit.rule(original)
-        entry = tensors.get(name)
-        reason = _misfit(name, entry, value, f"'{name}' is not in the checkpoint", allow_new=False)
-        if reason is not None:
-            fit.left.append((original, reason))
-        elif entry is not None:
-            fit.added[name] = (entry, value)
-    for original, (indices, value) in adapter.rows.items():
-        name = fit.rule(original)
-        entry = tensors.get(name)
+    def _copy(self, name: str, value: Tensor) -> None:
+        self.copies[name] = (self._fitting(name, value, self._find(name)), value)
+
+    def _added(self, name: str, vector: Tensor) -> None:
+        entry = self._fitting(name, vector, self.way.of.checkpoint.tensors.get(name))
+        self.job(name, entry).added += ((vector, self.adapter.weight),)
+
+    def _rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> None:
+        entry, (indices, rows) = self.way.of.checkpoint.tensors.get(name), given
         if entry is None:
-            fit.left.append((original, f"'{name}' is not in the checkpoint"))
-        elif len(entry.shape) != 2 or tuple(value.shape) != (len(indices), entry.shape[1]):
-            found = f"{list(value.shape)} for {len(indices)} rows of {list(entry.shape)}"
-            fit.left.append((original, f"'{name}': the adapter's rows are {found}"))
-        elif not all(0 <= index < entry.shape[0] for index in indices):
-            fit.left.append((original, f"'{name}' has only {entry.shape[0]} rows"))
-        else:
-            fit.rows[name] = (entry, indices, value)
+            raise NoPlace(self._absent(name))
+        if len(entry.shape) != 2 or tuple(rows.shape) != (len(indices), entry.shape[1]):
+            found = f"{list(rows.shape)} for {len(indices)} rows of {list(entry.shape)}"
+            raise NoPlace(f"'{name}': the adapter's rows are {found}")
+        if not all(0 <= index < entry.shape[0] for index in indices):
+            raise NoPlace(f"'{name}' has only {entry.shape[0]} rows")
+        self.job(name, entry).rows += (given,)
 
+    def _find(self, name: str) -> TensorEntry | None:
+        """Return the tensor of a name, or the one that it is tied to."""
+        tensors = self.way.of.checkpoint.tensors
+        if name in tensors:
+            return tensors[name]
+        try:
+            source = self.way.of.source_of(name)
+        except CheckpointError as error:
+            found = f"could not {error.asked}: {error.found}"
+            raise NoPlace(f"{self._absent(name)} ({found})") from None
+        return None if source is None else tensors[source]
 
-def _grown(
-    adapter: WeightedAdapter, spec: SiteSpec, entry: TensorEntry | None
-) -> TensorEntry | None:
-    """Return a tensor as large as the adapter's own copy of it, where the vocabulary grew."""
-    copy = adapter.state.base_copies.get(weight_name(spec))
-    if copy is None or entry is None or not _grew(entry, copy):
-        return None
-    return replace(entry, shape=tuple(copy.shape))
+    def _fitting(self, name: str, value: Tensor, entry: TensorEntry | None) -> TensorEntry:
+        """Refuse a full tensor that has another shape than the base's, or is not in it."""
+        if entry is None:
+            raise NoPlace(self._absent(name))
+        if tuple(value.shape) == entry.shape or _grew(entry, value):
+            return entry
+        found = f"has the shape {list(entry.shape)}, the adapter's is {list(value.shape)}"
+        raise NoPlace(f"'{name}' {found}")
+
+    @staticmethod
+    def _absent(name: str) -> str:
+        return f"'{name}' is not in the checkpoint"
 
 
 def _grew(entry: TensorEntry, value: Tensor) -> bool:
-    return (
-        value.dim() == 2
-        and len(entry.shape) == 2
-        and value.shape[1] == entry.shape[1]
-        and value.shape[0] > entry.shape[0]
-    )
-
-
-def _misfit(
-    name: str, entry: TensorEntry | None, value: Tensor, absent: str, *, allow_new: bool
-) -> str | None:
-    """Return why a full tensor has no place, None where it has one."""
-    if entry is None:
-        return None if allow_new else absent
-    if tuple(value.shape) == entry.shape or _grew(entry, value):
-        return None
-    return f"'{name}' has the shape {list(entry.shape)}, the adapter's is {list(value.shape)}"
+    """Whether a tensor is the base's matrix with more rows: of a vocabulary that grew."""
+    if value.dim() != 2 or len(entry.shape) != 2:
+        return False
+    return value.shape[1] == entry.shape[1] and value.shape[0] > entry.shape[0]

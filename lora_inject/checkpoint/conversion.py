@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
+from lora_inject.checkpoint.base_class import meta_model
 from lora_inject.checkpoint.index import Checkpoint, read_config
-from lora_inject.checkpoint.meta_model import meta_model
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import FORMATS, detected, losses_of, read_adapter, taken_by, write_adapter
 from lora_inject.formats.clients import Finding, findings

@@ -38,17 +38,11 @@ Rows = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Packed(ABC):
-    """A quantized tensor.
+    """A quantized tensor."""
 
-    Attributes:
-        base: The checkpoint as it is stored.
-        shape: Its dimensions when dequantized.
-        parts: What it is stored as, by role; `codes` holds most of it.
-    """
-
-    base: Checkpoint
-    shape: tuple[int, ...]
-    parts: Mapping[str, TensorEntry]
+    base: Checkpoint  # the checkpoint as it is stored
+    shape: tuple[int, ...]  # its dimensions when dequantized
+    parts: Mapping[str, TensorEntry]  # what it is stored as, by role; `codes` holds most of it
 
     @abstractmethod
     def rows(self) -> Rows:

@@ -7,10 +7,10 @@ can carry (norms, biases) is stored in full when asked, and is listed when not.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,15 @@ from lora_inject.storage.safetensors_file import TensorEntry
 
 @dataclass(frozen=True)
 class Extracted:
-    """What became of one tensor that differs.
+    """What became of one tensor that differs."""
 
-    Attributes:
-        name: The tensor.
-        kept: `low rank`, `in full`, or `left` where neither was possible or asked.
-        rank: Rank of its site, None otherwise.
-        energy: Share of the delta's sum of squares that the site holds, None otherwise.
-        relative: `|delta| / |W|`.
-        exact: Whether the SVD was exact.
-    """
-
-    name: str
-    kept: str
-    rank: int | None
-    energy: float | None
-    relative: float | None
-    exact: bool = True
+    name: str  # the tensor
+    kept: str  # `low rank`, `in full`, or `left` where neither was possible or asked
+    relative: float | None = None  # `|delta| / |W|`
+    rank: int | None = None  # rank of its site, None otherwise
+    # share of the delta's sum of squares that the site holds, None otherwise
+    energy: float | None = None
+    exact: bool = True  # whether the SVD was exact
 
 
 @dataclass(frozen=True)
@@ -143,26 +135,23 @@ def difference_of(
     those of `extract_adapter`.
     """
     _check_measure(rank, energy)
-    first, second = Checkpoint.open(base), Checkpoint.open(tuned)
-    _check_names(first, second)
-    found: list[Extracted] = []
-    n_equal, done = 0, 0
-    with _readers(first) as mine, _readers(second) as theirs:
-        taking = _Taking(first, mine, theirs, rank, energy, full)
-        for entry in second:
-            row = taking.take(entry, first.tensors[entry.name])
-            n_equal += row is None
-            found += [row] if row is not None else []
-            done += entry.n_bytes
-            if progress is not None:
-                progress(done, second.n_bytes)
+    taking = _Taking(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
+    _check_names(taking.base, taking.tuned)
+    found, done = list[Extracted](), 0
+    for entry in taking.tuned:
+        found += taking.take(entry)
+        done += entry.n_bytes
+        if progress is not None:
+            progress(done, taking.tuned.n_bytes)
+    n_equal = len(taking.tuned.tensors) - len(found)
     if not taking.sites and not taking.trained:
         raise CheckpointError(
             f"extract an adapter from '{tuned}'",
             f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank",
             "Check the paths; store small tensors in full (full) if only they were trained",
         )
-    known = fingerprint(first, [weight_name(site.spec) for site in taking.sites.values()])
+    names = [weight_name(site.spec) for site in taking.sites.values()]
+    known = fingerprint(taking.base, names)
     state = AdapterState(taking.sites, taking.trained, fingerprint=known)
     return state, ExtractReport(tuple(found), n_equal)
 
@@ -190,68 +179,63 @@ def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
         )
 
 
-@contextlib.contextmanager
-def _readers(checkpoint: Checkpoint) -> Iterator[dict[str, RowReader]]:
-    """Give a reader for each tensor, by its name."""
-    with contextlib.ExitStack() as stack:
-        of = {s.name: stack.enter_context(RowReader(s.path)) for s in checkpoint.shards.values()}
-        yield {name: of[shard] for name, shard in checkpoint.shard_of.items()}
-
-
+@dataclass
 class _Taking:
     """Takes the differences of tensors, one after the other, into an adapter."""
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        mine: Mapping[str, RowReader],
-        theirs: Mapping[str, RowReader],
-        rank: int | None,
-        energy: float | None,
-        full: bool,
-    ) -> None:
-        self.of, self.mine, self.theirs = BaseClass(base), mine, theirs
-        self.rank, self.energy, self.full = rank, energy, full
-        self.sites: dict[str, SiteState] = {}
-        self.trained: dict[str, Tensor] = {}
+    base: Checkpoint
+    tuned: Checkpoint
+    rank: int | None
+    energy: float | None
+    full: bool
+    sites: dict[str, SiteState] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
 
-    def take(self, after: TensorEntry, before: TensorEntry) -> Extracted | None:
-        """Put one tensor's difference into the adapter; None where there is none."""
-        name, same_shape = after.name, after.shape == before.shape
+    @cached_property
+    def of(self) -> BaseClass:
+        return BaseClass(self.base)
+
+    def take(self, after: TensorEntry) -> Iterator[Extracted]:
+        """Put one tensor's difference into the adapter, and yield what became of it, if any."""
+        name, before = after.name, self.base.tensors[after.name]
         if not {after.dtype, before.dtype} <= FLOATS.keys() or not after.n_elements:
-            return None if same_shape else Extracted(name, "left", None, None, None)
-        if not same_shape:
-            return self._whole(after, None)
+            if after.shape != before.shape:
+                yield Extracted(name, "left")
+            return
+        if after.shape != before.shape:
+            yield self._whole(after, None)
+            return
         difference, size = self._difference(after, before)
         delta = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
         if not math.isfinite(delta):
             found, remedy = "one of the two holds NaN or Inf", "It is damaged; fetch it again"
             raise CheckpointError(f"compare '{name}'", found, remedy)
-        if delta == 0:
-            return None
         relative = delta / size if size else None
-        if len(after.shape) < 2 or min(matrix_of(after.shape)) < 2:
-            return self._whole(after, relative)
-        site, held, exact = self._site(name, difference)
-        self.sites[site.spec.name] = site
-        return Extracted(name, "low rank", site.spec.rank, held, relative, exact)
+        if delta and (len(after.shape) < 2 or min(matrix_of(after.shape)) < 2):
+            yield self._whole(after, relative)
+        elif delta:
+            site, held, exact = self._site(name, difference)
+            self.sites[site.spec.name] = site
+            yield Extracted(name, "low rank", relative, site.spec.rank, held, exact)
 
     def _whole(self, after: TensorEntry, relative: float | None) -> Extracted:
         """Store what no low rank can carry, if that was asked for."""
         if self.full:
-            rows = self.theirs[after.name].rows(after, 1, 0, after.n_elements)
-            self.trained[after.name] = rows.view(after.shape).clone()
-        return Extracted(after.name, "in full" if self.full else "left", None, None, relative)
+            with RowReader(self.tuned.path_of(after.name)) as theirs:
+                rows = theirs.rows(after, 1, 0, after.n_elements)
+                self.trained[after.name] = rows.view(after.shape).clone()
+        return Extracted(after.name, "in full" if self.full else "left", relative)
 
     def _difference(self, after: TensorEntry, before: TensorEntry) -> tuple[Tensor, float]:
         """Return the delta, float32, of the tensor's shape, and `|W|`."""
         n_cols, squares = matrix_of(after.shape)[1], 0.0
         delta = torch.empty(after.n_elements // n_cols, n_cols)
-        olds = self.mine[after.name].blocks(before, n_cols)
-        news = self.theirs[after.name].blocks(after, n_cols)
-        for (start, old), (_, new) in zip(olds, news, strict=True):
-            delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
-            squares += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
+        paths = self.base.path_of(after.name), self.tuned.path_of(after.name)
+        with RowReader(paths[0]) as mine, RowReader(paths[1]) as theirs:
+            blocks = zip(mine.blocks(before, n_cols), theirs.blocks(after, n_cols), strict=True)
+            for (start, old), (_, new) in blocks:
+                delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
+                squares += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
         return delta.view(after.shape), math.sqrt(squares)
 
     def _site(self, name: str, difference: Tensor) -> tuple[SiteState, float, bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import sys
 import time
@@ -18,12 +17,13 @@ from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.processes import Processes, deal
 from lora_inject.checkpoint.staging import Staging, check_output, check_space
-from lora_inject.checkpoint.threads import Counter, check_unchanged
+from lora_inject.checkpoint.threads import Told, check_unchanged
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.weighted_adapter import digest
 from lora_inject.checkpoint.write import write_shard
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import MergeReport, TensorReport
+from lora_inject.storage.disk import remedy_for
 from lora_inject.version import __version__
 
 try:
@@ -33,14 +33,6 @@ except ImportError:  # Windows
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all; from any thread, one call at a time."""
-
-_DISK_REMEDIES = {
-    errno.ENOSPC: "Free some space and run again",
-    errno.EDQUOT: "Your quota is used up; free some space and run again",
-    errno.EACCES: "Give a folder that you may write to",
-    errno.EPERM: "Give a folder that you may write to",
-    errno.EROFS: "Give a folder on a disk that is not read-only",
-}
 
 
 def merge_checkpoint(
@@ -114,7 +106,7 @@ class _Run:
         dealt = deal([shard.n_bytes for shard in plan.shards], self.processes.world)
         rows = zip(plan.shards, dealt, strict=True)
         self.mine = [shard for shard, rank in rows if rank == self.processes.rank]
-        self.counted = Counter(sum(s.data_bytes for s in self.mine), progress)
+        self.counted = Told(sum(s.data_bytes for s in self.mine), progress)
         self.fsync_seconds = 0.0
         self.records: dict[str, list[TensorReport]] = {}
 
@@ -249,10 +241,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _DISK_REMEDIES.get(error.errno or 0, "Check the disk and run again")
-        unfinished = Staging(folder)
+        unfinished, remedy = Staging(folder), remedy_for(error)
         if n_finished := unfinished.n_finished():
             remedy += f"; {n_finished} finished files are kept in '{unfinished.folder}'"
-        raise CheckpointError(
-            f"write to '{folder}'", error.strerror or str(error), remedy
-        ) from error
+        found = error.strerror or str(error)
+        raise CheckpointError(f"write to '{folder}'", found, remedy) from error

@@ -8,28 +8,24 @@ and the rounding. The plan is also what a rerun must agree with, and what verifi
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_inject.checkpoint.adapter_files import Given, weighted_adapter
-from lora_inject.checkpoint.base_class import UNTIED, BaseClass
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.dequantized import dequantized
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.output_files import FLOATS, OutputShard, TensorJob, lay_out
-from lora_inject.checkpoint.quantized import why_not
+from lora_inject.checkpoint.output_files import OutputShard, TensorJob, lay_out
 from lora_inject.checkpoint.same_base import check_same_base, grown_copies
+from lora_inject.checkpoint.settled import Settled
 from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, check_adapters
-from lora_inject.errors import CheckpointError
-from lora_inject.storage.safetensors_file import DTYPE_BITS, TensorEntry
+from lora_inject.storage.safetensors_file import DTYPE_BITS
 
 
 @dataclass(frozen=True)
@@ -152,278 +148,64 @@ def plan_merge(
         checkpoint = dequantized(checkpoint, options.dequantize)
     weighted = [weighted_adapter(adapter, checkpoint) for adapter in adapters]
     check_adapters(weighted)
-    builder = _Builder(checkpoint, options)
-    fits = [choose(adapter, checkpoint, options, builder.of) for adapter in weighted]
-    for adapter, fit in zip(weighted, fits, strict=True):
-        if not options.any_base:
-            check_same_base(checkpoint, adapter, fit)
-        builder.take(adapter, fit)
-    builder.dequantize()
-    builder.untie()
-    builder.change_dtype()
-    builder.check()
-    shards = builder.shards()
+    of = BaseClass(checkpoint, options.tie)
+    fits = [choose(adapter, checkpoint, options, of) for adapter in weighted]
+    settled = Settled(of, options, _joined(fits, options))
+    shards, notes = _lay_out(checkpoint, settled.jobs), list(settled.notes)
     side_files: tuple[str, ...] = ()
     if checkpoint.config or checkpoint.index_name or len(list(checkpoint.folder.iterdir())) > 1:
         side_files, code_left = find_side_files(checkpoint.folder, code=options.copy_code)
         if code_left:
-            builder.notes.append(f"code stays behind: {', '.join(code_left)}")
+            notes.append(f"code stays behind: {', '.join(code_left)}")
     return MergePlan(
         checkpoint,
         tuple(weighted),
         options,
         shards,
-        tuple((a.label, fit.label) for a, fit in zip(weighted, fits, strict=True)),
-        builder.config_changes,
+        tuple((fit.adapter.label, fit.label) for fit in fits),
+        settled.config_changes,
         _new_index(checkpoint, shards),
         side_files,
-        tuple(builder.notes),
+        tuple(notes),
     )
 
 
-class _Builder:
-    """Gathers jobs from adapters, then settles what they imply for the rest of the checkpoint."""
-
-    def __init__(self, checkpoint: Checkpoint, options: MergeOptions) -> None:
-        self.checkpoint, self.options = checkpoint, options
-        self.of = BaseClass(checkpoint, options.tie)
-        self.jobs: dict[str, TensorJob] = {}
-        self.config_changes: dict[str, Any] = {}
-        self.notes: list[str] = []
-
-    def take(self, adapter: WeightedAdapter, fit: Fit) -> None:
-        """Add one adapter's updates."""
-        tensors, weight = self.checkpoint.tensors, adapter.weight
-        for site, places in fit.placed.items():
-            for place in places:
-                job = self._job(place.tensor, tensors[place.source.name], site)
-                job.placed += (place,)
-        for name, (entry, value) in fit.trained.items():
-            job = self._job(name, entry, name)
-            job.action = "replaced" if name in tensors else "added"
-            job.shape = tuple(value.shape)
-            job.trained += ((value, weight),)
-        for name, (source, copy) in grown_copies(self.checkpoint, adapter, fit).items():
-            job = self._job(name, source)
-            if job.base_copy is not None:
-                raise _clash(name, "two adapters bring their own copy of it")
+def _joined(fits: Sequence[Fit], options: MergeOptions) -> dict[str, TensorJob]:
+    """Return what all adapters do to each output tensor."""
+    jobs: dict[str, TensorJob] = {}
+    for fit in fits:
+        checkpoint = fit.way.of.checkpoint
+        if not options.any_base:
+            check_same_base(checkpoint, fit.adapter, fit)
+        for name, (source, copy) in grown_copies(checkpoint, fit.adapter, fit).items():
+            job = fit.job(name, source)
             job.shape, job.base_copy = tuple(copy.shape), copy
-        for name, (source, vector) in fit.added.items():
-            self._job(name, source, name).added += ((vector, weight),)
-        for name, (source, indices, rows) in fit.rows.items():
-            job = self._job(name, source, name)
-            if weight != 1:
-                raise _clash(name, f"rows cannot be replaced with weight {weight}")
-            job.rows += ((indices, rows),)
-            job.action = job.action if job.placed else "replaced"
-
-    def _job(self, name: str, entry: TensorEntry | None, site: str | None = None) -> TensorJob:
-        """Return the job of an output tensor, made of one of the base's where it is new."""
-        if name not in self.jobs:
-            self.jobs[name] = self._new_job(name, entry)
-        job = self.jobs[name]
-        if site is not None and site not in job.sites:
-            job.sites += (site,)
-        return job
-
-    def _new_job(self, name: str, entry: TensorEntry | None) -> TensorJob:
-        if entry is None:  # of the dtype that most of the base's values have
-            sizes = dict.fromkeys(FLOATS, 0)
-            for other in self.checkpoint:
-                if other.dtype in sizes:
-                    sizes[other.dtype] += other.n_elements
-            return TensorJob(name, None, None, max(sizes, key=lambda d: sizes[d]), (), "added")
-        action = "folded" if name in self.checkpoint.tensors else "untied"
-        shard, packed = self.checkpoint.shard_of[entry.name], self.checkpoint.packed.get(entry.name)
-        return TensorJob(name, entry, shard, entry.dtype, entry.shape, action, packed=packed)
-
-    def dequantize(self) -> None:
-        """Add a job for every quantized tensor, where that was asked for."""
-        packed = self.checkpoint.packed
-        for name in packed:
-            if name not in self.jobs:
-                self._job(name, self.checkpoint.tensors[name]).action = "dequantized"
-        if packed and "quantization_config" in self.checkpoint.config:
-            self.config_changes["quantization_config"] = None
-
-    def untie(self) -> None:
-        """Give every tensor of a tie that is cut a place of its own in the files."""
-        # Replaced rows are the exception: PEFT gives them to the tied head as well.
-        touched = {name for name, job in self.jobs.items() if job.placed or not job.rows}
-        if not self._may_be_tied(touched):
-            return
-        cut = [group for group in self.of.ties if touched & group and not self._stays(group)]
-        if not cut:
-            return
-        for group in cut:
-            if stuck := touched & group & self.of.inseparable:
-                classes = self.checkpoint.config.get("architectures") or ["of the base"]
-                raise CheckpointError(
-                    f"merge into '{min(stuck)}'",
-                    f"other layers share its tensor, and the class {classes[0]} cannot load them "
-                    "apart",
-                    "Adapt other layers, or keep this adapter unmerged",
-                )
-        self._store_apart()
-        for name, job in self.jobs.items():
-            if name not in self.checkpoint.tensors and job.source is not None:
-                self.notes.append(f"'{name}' was tied and becomes a tensor of its own")
-        if self.checkpoint.config:
-            self.config_changes |= UNTIED
-
-    def _store_apart(self) -> None:
-        """Add what the files lack: one setting of the config speaks for all ties of a class."""
-        for group in self.of.ties:
-            for name in sorted(group - self.jobs.keys() - self.checkpoint.tensors.keys()):
-                source = self.of.source_of(name)
-                if source is None or name in self.of.inseparable:
-                    continue
-                job = self._job(name, self.checkpoint.tensors[source])
-                changed = self.jobs.get(source)
-                if changed is not None and changed.base_copy is not None:
-                    job.base_copy, job.shape = changed.base_copy, tuple(changed.base_copy.shape)
-
-    def _may_be_tied(self, touched: Collection[str]) -> bool:
-        """Whether an update is of a kind that ties concern: only then the class is asked.
-
-        Ties join embeddings, heads and whole stacks of layers: what the adapter says is an
-        embedding, what the files lack, and weights outside of any numbered list of layers.
-        """
-        jobs = [self.jobs[name] for name in touched]
-        return any(
-            job.name not in self.checkpoint.tensors
-            or any(term.spec.kind == "embedding" for place in job.placed for term in place.terms)
-            or (len(job.shape) > 1 and not any(map(str.isdigit, job.name.split("."))))
-            for job in jobs
-        )
-
-    def _stays(self, group: frozenset[str]) -> bool:
-        """Whether a tie holds after the merge; then what the files lack stays left out."""
-        mine = [self.jobs[name] for name in sorted(group) if name in self.jobs]
-        if not mine:
-            return True
-        first = mine[0]
-        grown = first.source is not None and first.shape != first.source.shape
-        if len(mine) == 1 and grown and first.base_copy is None:
-            self.notes.append(f"'{first.name}' grew and stays tied to the head")
-            return True
-        if len(mine) < len(group) or not all(_same_copies(first, job) for job in mine):
-            return False
-        for name in group - self.checkpoint.tensors.keys():
-            del self.jobs[name]
-        return True
-
-    def change_dtype(self) -> None:
-        """Add a cast for every float tensor, where another dtype was asked for."""
-        dtype = self.options.format_dtype
-        if dtype is None:
-            return
-        for entry in self.checkpoint:
-            if entry.name not in self.jobs and entry.dtype in FLOATS and entry.dtype != dtype:
-                self._job(entry.name, entry).action = "cast"
-        for job in self.jobs.values():
-            job.dtype = dtype if job.dtype in FLOATS else job.dtype
-        config = self.checkpoint.config
-        if config:
-            tables = [config, *(v for v in config.values() if isinstance(v, dict))]
-            keys = [k for k in ("dtype", "torch_dtype") if any(k in t for t in tables)]
-            for key in keys or ["torch_dtype"]:
-                self.config_changes[key] = self.options.dtype
-
-    def check(self) -> None:
-        """Refuse what no writer could carry out."""
-        for name, job in self.jobs.items():
-            if job.packed is None and job.action != "cast":
-                self._check_plain(job)
-            ranges = sorted({(p.start, p.stop) for p in job.placed})
-            overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
-            rows = [index for indices, _ in job.rows for index in indices]
-            kinds, copies = (job.trained, job.placed, job.added), len(job.trained)
-            shapes = {tuple(t.shape) for t, _ in job.trained}
-            gains = [(p.start, p.stop) for p in job.placed if p.gain is not None]
-            scaled = any(abs(t.weight) != 1 for p in job.placed if p.gain for t in p.terms)
-            mixed = any([(p.start, p.stop) for p in job.placed].count(at) > 1 for at in gains)
-            clashes = {
-                "DoRA's update cannot be mixed with others or weighted": scaled or mixed,
-                "one adapter replaces it and another updates it": sum(map(bool, kinds)) > 1,
-                "the adapters' values have different shapes": len(shapes) > 1,
-                "the base lacks it and several adapters bring it": not job.source and copies > 1,
-                "two adapters want different shapes of it": shapes - {job.shape},
-                "two sites want rows of it that overlap": overlap
-                or len({p.n_cols for p in job.placed}) > 1,
-                "the same row is replaced twice": len(set(rows)) < len(rows) or (rows and copies),
-            }
-            for found, clash in clashes.items():
-                if clash:
-                    raise _clash(name, found)
-        self._check_vocabulary()
-
-    def _check_plain(self, job: TensorJob) -> None:
-        """Refuse an update of what is not made of floats."""
-        asked = f"merge into '{self.checkpoint.folder}'"
-        source = job.source
-        packed = source is not None and source.dtype not in FLOATS
-        names = [source.name, job.name] if source is not None and packed else [job.name]
-        if quantized := why_not(self.checkpoint, names):
-            raise CheckpointError(asked, *quantized)
-        if source is not None and packed:
-            found = f"'{job.name}' has the dtype {source.dtype}"
-            raise CheckpointError(asked, found, "Only floating point weights take an update")
-
-    def _check_vocabulary(self) -> None:
-        """Refuse a grown embedding whose head did not grow, and note the new size."""
-        tensors, config = self.checkpoint.tensors, self.checkpoint.config
-        for name, job in self.jobs.items():
-            if job.source is None or job.shape == job.source.shape:
-                continue
-            rows, old = job.shape[0], job.source.shape[0]
-            ends = self.of.ends if self.of.known else frozenset()
-            for other in sorted(ends & tensors.keys()):
-                shape = self.jobs.get(other, tensors[other]).shape
-                if tensors[other].shape[0] == old and shape[0] != rows:
-                    raise _clash(name, f"it grows to {rows} rows and '{other}' stays at {old}")
-            tables = [config, *(v for v in config.values() if isinstance(v, dict))]
-            if any(table.get("vocab_size") == old for table in tables):
-                self.config_changes["vocab_size"] = rows
-            self.notes.append(f"'{name}' grows from {old} to {rows} rows")
-
-    def shards(self) -> tuple[OutputShard, ...]:
-        """Lay out the output's files; what the base lacks goes behind it, in a file of its own."""
-        checkpoint, alone = self.checkpoint, self.checkpoint.index_name is None
-        added = [job for name, job in self.jobs.items() if name not in checkpoint.tensors]
-        dropped = checkpoint.hidden - self.jobs.keys()
-        shards = []
-        for shard in checkpoint.shards.values():
-            mine = [  # of another name than what they are stored as
-                job
-                for name, job in self.jobs.items()
-                if name in checkpoint.packed
-                and job.source_shard == shard.name
-                and name not in shard.header.tensors
-            ]
-            more = [*mine, *(added if alone else ())]
-            shards.append(lay_out(shard.name, shard, self.jobs, more, dropped))
-        if added and not alone:
-            name = f"{checkpoint.stem}-added.safetensors"
-            while name in checkpoint.shards:
-                name = name.replace("-added", "-added-added", 1)
-            shards.append(lay_out(name, None, {}, added))
-        return tuple(shards)
+        for name, job in fit.jobs.items():
+            jobs[name] = jobs[name].joined(job) if name in jobs else job
+    return jobs
 
 
-def _clash(name: str, found: str) -> CheckpointError:
-    remedy = "Merge one adapter after the other, or leave one out"
-    return CheckpointError(f"merge into '{name}'", found, remedy)
-
-
-def _same_copies(one: TensorJob, other: TensorJob) -> bool:
-    """Whether two tensors are replaced by the same values."""
-    if any(job.placed or job.added or job.rows or not job.trained for job in (one, other)):
-        return False
-    if len(one.trained) != len(other.trained):
-        return False
-    pairs = zip(one.trained, other.trained, strict=True)
-    return all(w == v and torch.equal(t, u) for (t, w), (u, v) in pairs)
+def _lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[OutputShard, ...]:
+    """Lay out the output's files; what the base lacks goes behind it, in a file of its own."""
+    alone, dropped = checkpoint.index_name is None, checkpoint.hidden - jobs.keys()
+    added = [job for job in jobs.values() if not job.stored]
+    shards = []
+    for shard in checkpoint.shards.values():
+        unpacked = [  # of another name than what they are stored as
+            job
+            for name, job in jobs.items()
+            if name in checkpoint.packed
+            and job.source_shard == shard.name
+            and name not in shard.header.tensors
+        ]
+        more = [*unpacked, *(added if alone else ())]
+        shards.append(lay_out(shard.name, shard, jobs, more, dropped))
+    if added and not alone:
+        name = f"{checkpoint.stem}-added.safetensors"
+        while name in checkpoint.shards:
+            name = name.replace("-added", "-added-added", 1)
+        shards.append(lay_out(name, None, {}, added))
+    return tuple(shards)
 
 
 def _new_index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> bytes | None:

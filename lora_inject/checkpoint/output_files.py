@@ -8,14 +8,15 @@ all but the merged tensors is copied in long runs by the kernel.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.index import Shard
+from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.place import Placed, matrix_of
+from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import Header, TensorEntry, build_header
 
 FLOATS: Mapping[str, torch.dtype] = {
@@ -40,37 +41,70 @@ READABLE: Mapping[str, torch.dtype] = {
 
 @dataclass
 class TensorJob:
-    """One output tensor whose bytes are not those of the base; settled once the plan is made.
+    """One output tensor whose bytes are not those of the base; settled once the plan is made."""
 
-    Attributes:
-        name: Its name in the output.
-        source: The base's tensor it is made from; None for one that only the adapter has.
-        source_shard: Name of the shard that holds `source`.
-        dtype: The format's name of its dtype in the output.
-        shape: Its dimensions in the output.
-        action: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`.
-        placed: Low-rank terms, on disjoint ranges of rows or on the same one.
-        trained: Full tensors of adapters with their weights: `W + sum of w (T - W)`.
-        base_copy: The base's values where the adapter carries them (a grown vocabulary), else None.
-        packed: What reads the values of a quantized source (`dequantized.Packed`), else None.
-        added: Vectors to add, with their weights.
-        rows: Rows to replace: `(indices, values)`.
-        sites: Names of the adapters' sites and tensors that went into it.
-    """
-
-    name: str
+    name: str  # its name in the output
+    # the base's tensor it is made from; None for one that only the adapter has
     source: TensorEntry | None
-    source_shard: str | None
-    dtype: str
-    shape: tuple[int, ...]
-    action: str = "folded"
-    placed: tuple[Placed, ...] = ()
+    source_shard: str | None  # name of the shard that holds `source`
+    dtype: str  # the format's name of its dtype in the output
+    shape: tuple[int, ...]  # its dimensions in the output
+    stored: bool = True  # whether the base's files have it under its name
+    reason: str = ""  # why it is written anew where no update is on it: `cast` or `dequantized`
+    placed: tuple[Placed, ...] = ()  # low-rank terms, on disjoint ranges of rows or on the same one
+    # full tensors of adapters with their weights: `W + sum of w (T - W)`
     trained: tuple[tuple[Tensor, float], ...] = ()
+    # the base's values where the adapter carries them (a grown vocabulary), else None
     base_copy: Tensor | None = None
+    # what reads the values of a quantized source (`dequantized.Packed`), else None
     packed: Any = None
-    added: tuple[tuple[Tensor, float], ...] = ()
-    rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()
-    sites: tuple[str, ...] = ()
+    added: tuple[tuple[Tensor, float], ...] = ()  # vectors to add, with their weights
+    rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()  # rows to replace: `(indices, values)`
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, name: str, source: TensorEntry | None, reason: str = ""
+    ) -> TensorJob:
+        """Return the job of a tensor that is made of one of the base's, or of none."""
+        if source is None:  # of the dtype that most of the base's values have
+            sizes = dict.fromkeys(FLOATS, 0)
+            for other in checkpoint:
+                if other.dtype in sizes:
+                    sizes[other.dtype] += other.n_elements
+            return cls(name, None, None, max(sizes, key=lambda d: sizes[d]), (), stored=False)
+        shard, packed = checkpoint.shard_of[source.name], checkpoint.packed.get(source.name)
+        stored = name in checkpoint.tensors
+        return cls(name, source, shard, source.dtype, source.shape, stored, reason, packed=packed)
+
+    @property
+    def action(self) -> str:
+        """What is done: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`."""
+        if self.trained:
+            return "replaced" if self.stored else "added"
+        if self.rows and not self.placed:
+            return "replaced"
+        return self.reason or ("folded" if self.stored else "untied")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the adapters' sites and tensors that go into it."""
+        whole = (self.name,) if self.trained or self.added or self.rows else ()
+        return tuple(dict.fromkeys([*(place.site for place in self.placed), *whole]))
+
+    def joined(self, other: TensorJob) -> TensorJob:
+        """Return the job of what this one and a later adapter's do to one tensor."""
+        if self.base_copy is not None and other.base_copy is not None:
+            raise clash(self.name, "two adapters bring their own copy of it")
+        reshapes = other.trained or other.base_copy is not None
+        return replace(
+            self,
+            shape=other.shape if reshapes else self.shape,
+            base_copy=self.base_copy if other.base_copy is None else other.base_copy,
+            placed=self.placed + other.placed,
+            trained=self.trained + other.trained,
+            added=self.added + other.added,
+            rows=self.rows + other.rows,
+        )
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -86,6 +120,12 @@ class TensorJob:
         return any(term.spec.transposed for place in self.placed for term in place.terms)
 
 
+def clash(name: str, found: str) -> CheckpointError:
+    """Return the error for updates that cannot be on one tensor together."""
+    remedy = "Merge one adapter after the other, or leave one out"
+    return CheckpointError(f"merge into '{name}'", found, remedy)
+
+
 class Copy(NamedTuple):
     """A range of bytes that stays as it is: its place in the base's shard and in the output's."""
 
@@ -96,21 +136,13 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputShard:
-    """One file of the output.
+    """One file of the output."""
 
-    Attributes:
-        name: Its plain file name.
-        base: The base's shard of the same name, None for a new one.
-        header: Its header.
-        copies: Ranges to copy from `base`.
-        jobs: Tensors to compute.
-    """
-
-    name: str
-    base: Shard | None
+    name: str  # its plain file name
+    base: Shard | None  # the base's shard of the same name, None for a new one
     header: Header
-    copies: tuple[Copy, ...]
-    jobs: tuple[TensorJob, ...]
+    copies: tuple[Copy, ...]  # ranges to copy from `base`
+    jobs: tuple[TensorJob, ...]  # tensors to compute
 
     @property
     def n_bytes(self) -> int:

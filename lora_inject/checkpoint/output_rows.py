@@ -58,34 +58,18 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
             yield Span(job, n_cols, start, min(last, start + step), first, terms, gain)
 
 
-class Block(NamedTuple):
-    """Some computed rows `(n, n_cols)` in the output's dtype and their bytes, until the next."""
+class Folding:
+    """Computes the rows of a span block by block.
 
-    start: int
-    rows: Tensor
-    data: memoryview
-
-
-def fold_span(span: Span, reader: RowReader | None, room: Room, tally: Tally) -> Iterator[Block]:
-    """Compute a span block by block; `tally` counts what rounding left of it.
-
-    `reader` is of the base's shard that holds the source, None where there is no source. The rows
-    lie in its memory, or in `room` where they cannot take the place of what was read.
+    `reader` is of the base's shard that holds the source, None where there is no source. Computed
+    rows take the place of those that were read where they can: half of the memory. Else they lie in
+    `room`. `tally` counts what rounding left of the delta.
     """
-    folding = _Folding(span, reader, room, tally)
-    step = rows_per_block(span.n_cols, 2 if folding.in_place else 1)
-    for start in range(span.start, span.stop, step):
-        yield folding.block(start, min(span.stop, start + step))
-
-
-class _Folding:
-    """What the blocks of a span have in common."""
 
     def __init__(self, span: Span, reader: RowReader | None, room: Room, tally: Tally) -> None:
         job = span.job
         self.span, self.job, self.reader = span, job, reader
         self.room, self.tally = room, tally
-        # Then the rows can become the output where they were read: half of the memory.
         self.in_place = bool(span.terms) and (
             job.source is not None
             and (job.shape, job.dtype) == (job.source.shape, job.source.dtype)
@@ -99,8 +83,14 @@ class _Folding:
         if span.gain is not None:
             self.delta.norms_of(self._blocks())
 
-    def block(self, start: int, stop: int) -> Block:
-        """Compute rows `start` to `stop`."""
+    def blocks(self) -> Iterator[tuple[int, memoryview]]:
+        """Yield `(first row, bytes)` of computed rows; the bytes hold until the next."""
+        step = rows_per_block(self.span.n_cols, 2 if self.in_place else 1)
+        for start in range(self.span.start, self.span.stop, step):
+            yield start, self.block(start, min(self.span.stop, start + step))
+
+    def block(self, start: int, stop: int) -> memoryview:
+        """Compute rows `start` to `stop`, and return their bytes."""
         rows, job = self.base(start, stop), self.job
         if self.in_place and self.reader is not None:
             room, merged = self.reader.room, rows
@@ -116,7 +106,7 @@ class _Folding:
             found = merged.clone()
             _check_finite(job, self.base(start, stop), found)
             merged.copy_(found)  # the base's rows may have been read into its place
-        return Block(start, merged, room.bytes_of(merged))
+        return room.data
 
     def base(self, start: int, stop: int) -> Tensor:
         """Return what the deltas are added to: `W + sum of w (T - W) + sum of w b`.

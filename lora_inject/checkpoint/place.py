@@ -1,4 +1,4 @@
-"""Where one adapter's updates land: tensors, rows, and the way round.
+"""Where the update of one site lands: tensors, rows, and the way round.
 
 Whatever the adapter and the file each call a weight, and however they stack it, an update ends as
 low-rank terms on a range of rows of one tensor seen as a matrix. A plain site is one such range;
@@ -19,27 +19,27 @@ from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
 
 
+class NoPlace(Exception):  # noqa: N818  (collected and told together, not an error of its own)
+    """Why a tensor of an adapter has no place in a checkpoint."""
+
+
 @dataclass(frozen=True)
 class Placed:
-    """Low-rank terms on some rows of one tensor.
+    """Low-rank terms on some rows of one tensor."""
 
-    Attributes:
-        tensor: Name of the tensor in the output.
-        source: The base's tensor that the rows come from; another name where a tie is undone.
-        start: First row of the tensor's matrix.
-        stop: First row after.
-        n_cols: Columns of the tensor's matrix.
-        terms: The updates, on a matrix of `stop - start` rows.
-        gain: What multiplies the outputs of their sum with W, where the variant has a gain.
-    """
-
-    tensor: str
+    tensor: str  # name of the tensor in the output
+    # the base's tensor that the rows come from; another name where a tie is undone
     source: TensorEntry
-    start: int
-    stop: int
-    n_cols: int
-    terms: tuple[Term, ...]
-    gain: Gain | None = None
+    start: int  # first row of the tensor's matrix
+    stop: int  # first row after
+    n_cols: int  # columns of the tensor's matrix
+    terms: tuple[Term, ...]  # the updates, on a matrix of `stop - start` rows
+    gain: Gain | None = None  # what multiplies the outputs of their sum with W, of DoRA
+
+    @property
+    def site(self) -> str:
+        """Name of the site."""
+        return self.terms[0].spec.name
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -54,21 +54,19 @@ def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass
 class Orientation:
-    """What is known about the way round of square matrices.
+    """What is known about the way round of square matrices."""
 
-    Attributes:
-        of: The class of the base.
-        contradicted: Name of a site whose shape says the opposite of what its adapter says.
-    """
-
-    of: BaseClass
+    of: BaseClass  # the class of the base
+    # name of a site whose shape says the opposite of what its adapter says
     contradicted: str | None = None
 
-    def transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool | str:
-        """Return whether the matrix is `(in, out)`, or the reason why that cannot be said."""
+    def transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:
+        """Return whether the matrix of a tensor is `(in, out)`."""
         wide = (spec.out_features, spec.in_features)
         if matrix not in (wide, wide[::-1]):
-            return f"its shape is {list(matrix)}, the adapter's update is {list(wide)}"
+            raise NoPlace(
+                f"'{name}': its shape is {list(matrix)}, the adapter's update is {list(wide)}"
+            )
         may_be_wrong = spec.kind in {"linear", "conv1d"}
         if wide[0] != wide[1]:
             found = matrix != wide
@@ -82,154 +80,138 @@ class Orientation:
         said = self.of.transposed(name) if self.of.known else None
         if said is None:
             of = self.contradicted
-            return f"it is square, and the adapter has the orientation of '{of}' wrong"
+            raise NoPlace(
+                f"'{name}': it is square, and the adapter has the orientation of '{of}' wrong"
+            )
         return said
 
 
-def place_site(
-    state: SiteState, weight: float, name: str, entry: TensorEntry | None, way: Orientation
-) -> list[Placed] | str:
-    """Return where one site's terms go, or the reason why they go nowhere; empty: it is absent.
+@dataclass(frozen=True)
+class Update:
+    """The update of one site, to be placed under the file's name of its weight.
 
-    `name` is the output's of its tensor and `weight` the mixing weight of the adapter. `entry` is
-    the base's tensor, or the one that it is tied to, with the rows that the adapter adds to it.
+    `weight` is the mixing weight of the adapter, `way` what is known of orientations.
     """
-    if entry is not None:
-        return _place_direct(state, weight, name, entry, way)
-    if not way.of.known:
-        return ""
-    if state.spec.experts is not None:
-        return _place_on_separate_experts(state, weight, name, way.of)
-    return _place_in_stack(state, weight, name, way.of)
 
+    state: SiteState
+    weight: float
+    name: str
+    way: Orientation
 
-def _placed(
-    state: SiteState,
-    weight: float,
-    name: str,
-    entry: TensorEntry,
-    matrix: tuple[int, int],
-    *,
-    start: int = 0,
-    transposed: bool = False,
-    expert: int | None = None,
-    rows: slice | None = None,
-) -> Placed:
-    """Put the update of one matrix, or some of its rows, on the rows of a tensor from `start`.
+    def places(self, entry: TensorEntry | None) -> list[Placed]:
+        """Return where the terms go; empty: the weight is absent.
 
-    With the subtraction of its frozen start, where it has one.
-    """
-    spec = replace(state.spec, experts=None, weight_shape=matrix, transposed=transposed)
-    if rows is not None and transposed:
-        spec = replace(spec, in_features=matrix[0])
-    elif rows is not None:
-        spec = replace(spec, out_features=matrix[0])
-    terms = []
-    for A, B, sign in state.pairs:
-        a = A.reshape(-1, spec.in_features) if expert is None else A[expert]
-        b = B.reshape(-1, spec.rank) if expert is None else B[expert]
-        if rows is not None:
-            a, b = (a[:, rows], b) if transposed else (a, b[rows])
-        terms.append(Term(spec, a, b, sign * weight))
-    variant, gain = VARIANTS[spec.variant], None
-    if variant.gained:  # of one matrix, as what cannot have a gain was refused before
-        gain = Gain(variant.gain, state.further, spec.spans)
-    return Placed(name, entry, start, start + matrix[0], matrix[1], tuple(terms), gain)
+        `entry` is the base's tensor of that name, or the one that it is tied to, with the rows that
+        the adapter adds to it.
+        """
+        if entry is not None:
+            return self._in_one(entry)
+        if not self.way.of.known:
+            return []
+        return self._in_separate() if self.state.spec.experts is not None else self._in_stack()
 
+    def _placed(
+        self,
+        name: str,
+        entry: TensorEntry,
+        matrix: tuple[int, int],
+        *,
+        start: int = 0,
+        transposed: bool = False,
+        expert: int | None = None,
+        rows: slice | None = None,
+    ) -> Placed:
+        """Put the update of one matrix, or some of its rows, on the rows of a tensor from `start`.
 
-def _place_direct(
-    state: SiteState, weight: float, name: str, entry: TensorEntry, way: Orientation
-) -> list[Placed] | str:
-    spec, shape = state.spec, entry.shape
-    stacked = spec.experts is not None
-    transposed: bool | str
-    if spec.kind == "parameter" and len(spec.weight_shape) > 2 + stacked:  # a matrix of many axes
-        rows, columns = spec.matrix_shape
-        matrix, transposed = (rows // (spec.experts or 1), columns), spec.transposed
-        if shape != spec.weight_shape:
-            transposed = f"its shape is {list(shape)}, the adapter's is {list(spec.weight_shape)}"
-    elif len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
-        experts = f" for {spec.experts} experts" if stacked else ""
-        return f"'{name}' has the shape {list(shape)}, which takes no low-rank update{experts}"
-    else:
-        matrix = matrix_of(shape[1:] if stacked else shape)
-        transposed = way.transposed(spec, name, matrix)
-    if isinstance(transposed, str):
-        return f"'{name}': {transposed}"
-    return [
-        _placed(
-            state,
-            weight,
-            name,
-            entry,
-            matrix,
-            start=e * matrix[0],
-            transposed=transposed,
-            expert=e if stacked else None,
-        )
-        for e in range(spec.experts or 1)
-    ]
+        With the subtraction of its frozen start, where it has one.
+        """
+        spec = replace(self.state.spec, experts=None, weight_shape=matrix, transposed=transposed)
+        if rows is not None and transposed:
+            spec = replace(spec, in_features=matrix[0])
+        elif rows is not None:
+            spec = replace(spec, out_features=matrix[0])
+        terms = []
+        for A, B, sign in self.state.pairs:
+            a = A.reshape(-1, spec.in_features) if expert is None else A[expert]
+            b = B.reshape(-1, spec.rank) if expert is None else B[expert]
+            if rows is not None:
+                a, b = (a[:, rows], b) if transposed else (a, b[rows])
+            terms.append(Term(spec, a, b, sign * self.weight))
+        variant, gain = VARIANTS[spec.variant], None
+        if variant.gained:  # of one matrix, as what cannot have a gain was refused before
+            gain = Gain(variant.gain, self.state.further, spec.spans)
+        return Placed(name, entry, start, start + matrix[0], matrix[1], tuple(terms), gain)
 
+    def _in_one(self, entry: TensorEntry) -> list[Placed]:
+        """Place it on one tensor, which may be a stack of experts as the site is."""
+        spec, shape, name = self.state.spec, entry.shape, self.name
+        stacked = spec.experts is not None
+        if spec.kind == "parameter" and len(spec.weight_shape) > 2 + stacked:  # of many axes
+            if shape != spec.weight_shape:
+                found = f"its shape is {list(shape)}, the adapter's is {list(spec.weight_shape)}"
+                raise NoPlace(f"'{name}': {found}")
+            rows, columns = spec.matrix_shape
+            matrix, transposed = (rows // (spec.experts or 1), columns), spec.transposed
+        elif len(shape) < 2 or (stacked and (len(shape) != 3 or shape[0] != spec.experts)):
+            for_experts = f" for {spec.experts} experts" if stacked else ""
+            found = f"the shape {list(shape)}, which takes no low-rank update{for_experts}"
+            raise NoPlace(f"'{name}' has {found}")
+        else:
+            matrix = matrix_of(shape[1:] if stacked else shape)
+            transposed = self.way.transposed(spec, name, matrix)
+        if not stacked:
+            return [self._placed(name, entry, matrix, transposed=transposed)]
+        return [
+            self._placed(name, entry, matrix, start=e * matrix[0], transposed=transposed, expert=e)
+            for e in range(spec.experts or 1)
+        ]
 
-def _place_on_separate_experts(
-    state: SiteState, weight: float, name: str, of: BaseClass
-) -> list[Placed] | str:
-    """Cut an update of stacked experts into the per-expert tensors of the file."""
-    spec, names, tensors = state.spec, of.separate(name), of.checkpoint.tensors
-    if len(names) != spec.experts:
-        found = f"'{name}' is not in the checkpoint, but for {len(names)} single experts"
-        return found if names else ""
-    n_parts = max(map(len, names))
-    for e, expert in enumerate(names):
-        if len(expert) < n_parts:
-            return f"expert {e} is not complete in the checkpoint: of {n_parts} it has {expert}"
-    if spec.slices is not None:
-        return "slices of experts that the file keeps apart are not supported"
-    first = names[0][0]
-    shape = tensors[first].shape
-    if len(shape) != 2:
-        return f"'{first}' has the shape {list(shape)}, not that of a matrix"
-    whole, update = (n_parts * shape[0], shape[1]), (spec.out_features, spec.in_features)
-    if whole not in (update, update[::-1]):
-        return (
-            f"'{first}' and its neighbors make a matrix of {list(whole)}, the "
-            f"adapter's update is {list(update)}"
-        )
-    # A before B where the update was made for the transposed stack (PEFT before 0.19).
-    transposed, placed = whole != update, []
-    for e, expert in enumerate(names):
-        for part, one in enumerate(expert):
-            if tensors[one].shape != shape:
-                return f"'{one}' has another shape than '{first}'"
-            rows = slice(part * shape[0], (part + 1) * shape[0])
-            placed.append(
-                _placed(
-                    state,
-                    weight,
-                    one,
-                    tensors[one],
-                    (shape[0], shape[1]),
-                    transposed=transposed,
-                    expert=e,
-                    rows=rows,
-                )
-            )
-    return placed
+    def _in_separate(self) -> list[Placed]:
+        """Cut an update of stacked experts into the per-expert tensors of the file."""
+        spec, of = self.state.spec, self.way.of
+        names, tensors = of.separate(self.name), of.checkpoint.tensors
+        if not names:
+            return []
+        if len(names) != spec.experts:
+            found = f"is not in the checkpoint, but for {len(names)} single experts"
+            raise NoPlace(f"'{self.name}' {found}")
+        n_parts = max(map(len, names))
+        if short := [e for e, expert in enumerate(names) if len(expert) < n_parts]:
+            found = f"of {n_parts} it has {names[short[0]]}"
+            raise NoPlace(f"expert {short[0]} is not complete in the checkpoint: {found}")
+        if spec.slices is not None:
+            raise NoPlace("slices of experts that the file keeps apart are not supported")
+        first, update = names[0][0], (spec.out_features, spec.in_features)
+        shape = tensors[first].shape
+        if odd := [n for expert in names for n in expert if tensors[n].shape != shape]:
+            raise NoPlace(f"'{odd[0]}' has another shape than '{first}'")
+        if len(shape) != 2 or (n_parts * shape[0], shape[1]) not in (update, update[::-1]):
+            found = f"{n_parts} of {list(shape)}, the adapter's update is {list(update)}"
+            raise NoPlace(f"'{first}' and its neighbors are {found}")
+        matrix = (shape[0], shape[1])
+        # A before B where the update was made for the transposed stack (PEFT before 0.19).
+        transposed = (n_parts * shape[0], shape[1]) != update
+        return [
+            self._placed(one, tensors[one], matrix, transposed=transposed, expert=e,
+                         rows=slice(part * shape[0], (part + 1) * shape[0]))
+            for e, expert in enumerate(names)
+            for part, one in enumerate(expert)
+        ]  # fmt: skip
 
-
-def _place_in_stack(
-    state: SiteState, weight: float, name: str, of: BaseClass
-) -> list[Placed] | str:
-    """Place the update of one expert, named apart, in its rows of a stack `(E, out, in)`."""
-    place = of.place_of(name)
-    entry = None if place is None else of.checkpoint.tensors.get(of(place.name))
-    if place is None or place.expert is None or entry is None or len(entry.shape) != 3:
-        return ""
-    matrix = (state.spec.out_features, state.spec.in_features)
-    n_experts, rows, cols = entry.shape
-    if (rows, cols) != (place.n_parts * matrix[0], matrix[1]):
-        return f"'{entry.name}' {list(entry.shape)} is not stacked as (experts, out, in)"
-    if place.expert >= n_experts:
-        return f"'{entry.name}' has {n_experts} experts, the adapter names number {place.expert}"
-    start = place.expert * rows + place.part * matrix[0]
-    return [_placed(state, weight, entry.name, entry, matrix, start=start)]
+    def _in_stack(self) -> list[Placed]:
+        """Place the update of one expert, named apart, in its rows of a stack `(E, out, in)`."""
+        of, spec = self.way.of, self.state.spec
+        place = of.place_of(self.name)
+        entry = None if place is None else of.checkpoint.tensors.get(of(place.name))
+        if place is None or place.expert is None or entry is None or len(entry.shape) != 3:
+            return []
+        matrix = (spec.out_features, spec.in_features)
+        n_experts, rows, cols = entry.shape
+        if (rows, cols) != (place.n_parts * matrix[0], matrix[1]):
+            found = f"{list(entry.shape)} is not stacked as (experts, out, in)"
+            raise NoPlace(f"'{entry.name}' {found}")
+        if place.expert >= n_experts:
+            found = f"has {n_experts} experts, the adapter names number {place.expert}"
+            raise NoPlace(f"'{entry.name}' {found}")
+        start = place.expert * rows + place.part * matrix[0]
+        return [self._placed(entry.name, entry, matrix, start=start)]

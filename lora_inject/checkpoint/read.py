@@ -36,23 +36,18 @@ class Room:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._views: dict[tuple[torch.dtype, int, int], Tensor] = {}
+        self.data = memoryview(self._buffer)
+        """The bytes of what `rows` gave out last."""
 
     def rows(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
         """Return the memory as `(n_rows, n_cols)`; it holds what it held before."""
-        n_elements = n_rows * n_cols
-        if n_elements == 0:
+        n_bytes = n_rows * n_cols * dtype.itemsize
+        if len(self._buffer) < n_bytes:
+            self._buffer = bytearray(n_bytes)
+        self.data = memoryview(self._buffer)[:n_bytes]
+        if not n_bytes:
             return torch.empty(n_rows, n_cols, dtype=dtype)
-        if len(self._buffer) < n_elements * dtype.itemsize:
-            self._buffer, self._views = bytearray(n_elements * dtype.itemsize), {}
-        if (dtype, n_rows, n_cols) not in self._views:
-            flat = torch.frombuffer(self._buffer, dtype=dtype, count=n_elements)
-            self._views[dtype, n_rows, n_cols] = flat.view(n_rows, n_cols)
-        return self._views[dtype, n_rows, n_cols]
-
-    def bytes_of(self, rows: Tensor) -> memoryview:
-        """Return the bytes of what `rows` gave out last."""
-        return memoryview(self._buffer)[: rows.numel() * rows.element_size()]
+        return torch.frombuffer(self.data, dtype=dtype).view(n_rows, n_cols)
 
 
 class RowReader:
@@ -86,7 +81,7 @@ class RowReader:
         dtype = READABLE[entry.dtype]
         rows = self.room.rows(dtype, stop - start, n_cols)
         at = entry.start + start * n_cols * dtype.itemsize
-        read_at(self._fd, self.room.bytes_of(rows), at)
+        read_at(self._fd, self.room.data, at)
         return rows
 
     def blocks(self, entry: TensorEntry, n_cols: int) -> Iterator[tuple[int, Tensor]]:

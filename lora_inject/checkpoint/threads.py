@@ -1,6 +1,6 @@
 """One output file worked through by threads: spans computed from the base, and what stays as it is.
 
-Writing and verifying differ only in what is done with each piece, so both hand in a `Sink`.
+Writing and verifying differ only in what is done with each piece of bytes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Protocol
 
@@ -17,14 +18,15 @@ import torch
 from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import FLOATS, Copy, OutputShard
-from lora_inject.checkpoint.output_rows import Block, Span, fold_span, spans_of
+from lora_inject.checkpoint.output_rows import Folding, Span, spans_of
 from lora_inject.checkpoint.read import Room, RowReader
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Tally, TensorReport
-from lora_inject.storage.disk import COPY_STEP_BYTES, open_read
+from lora_inject.storage.disk import open_read
+from lora_inject.storage.safetensors_file import TensorEntry
 
-TOLD_BYTES = 4 << 20
-"""Progress is told in steps of so much; the blocks are many and small."""
+COPY_BYTES = 8 << 20
+"""Longest single copy: bounds the time until progress is told and Ctrl-C is noticed."""
 
 Counted = Callable[[int], None]
 """Called from any thread with a number of bytes done."""
@@ -33,14 +35,14 @@ Counted = Callable[[int], None]
 class Sink(Protocol):
     """What is done with the pieces of an output file, from any thread."""
 
-    def computed(self, span: Span, block: Block) -> None:
-        """Take some computed rows."""
+    def computed(self, entry: TensorEntry, at: int, data: memoryview) -> None:
+        """Take computed rows of a tensor, which belong at byte `at` of the file."""
 
-    def copied(self, source: int, copy: Copy, counted: Counted) -> None:
+    def copied(self, source: int, copy: Copy) -> None:
         """Take a range of bytes of the base's file that is open as `source`."""
 
 
-class Counter:
+class Told:
     """Adds up bytes over threads, and tells whoever asked the bytes done and the bytes in all."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
@@ -69,7 +71,7 @@ def check_unchanged(source: Shard) -> None:
 
 
 @contextlib.contextmanager
-def open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, int]]:
+def _open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, int]]:
     """Give descriptors of the base's shards that an output file is made of, by their names."""
     names = {job.source_shard for job in shard.jobs if job.source_shard is not None}
     names |= {shard.base.name} if shard.base is not None else set()
@@ -85,40 +87,63 @@ def open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, int
 
 
 def work_through(
-    shard: OutputShard,
-    plan: MergePlan,
-    sources: Mapping[str, int],
-    copies: Sequence[Copy],
-    sink: Sink,
-    counted: Counted,
+    shard: OutputShard, plan: MergePlan, copies: Sequence[Copy], sink: Sink, counted: Counted
 ) -> list[TensorReport]:
-    """Deal copies and spans to threads; stop all of them at the first failure or Ctrl-C.
+    """Deal spans and copies to threads; stop all of them at the first failure or Ctrl-C.
 
     Returns the reports of the computed tensors, in their order: what was counted in a tensor's
     spans is summed in the order of the spans.
     """
-    work = _Work(shard, sources, sink, counted)
     spans = [(span, Tally()) for job in shard.jobs for span in spans_of(job)]
     pieces = [
-        Copy(source + done, target + done, min(COPY_STEP_BYTES, n_bytes - done))
+        Copy(source + done, target + done, min(COPY_BYTES, n_bytes - done))
         for source, target, n_bytes in copies
-        for done in range(0, n_bytes, COPY_STEP_BYTES)
+        for done in range(0, n_bytes, COPY_BYTES)
     ]
-    before = torch.get_num_threads()
+    tasks: deque[tuple[Span, Tally] | Copy] = deque([*spans, *pieces])
+
+    @torch.inference_mode()  # the rows are views: autograd would keep account of each
+    def work(sources: dict[str, int]) -> None:
+        room, readers = Room(), {name: RowReader(fd) for name, fd in sources.items()}
+        while True:
+            try:
+                task = tasks.popleft()
+            except IndexError:  # nothing is left
+                return
+            if isinstance(task, Copy):
+                assert shard.base is not None
+                sink.copied(sources[shard.base.name], task)
+                counted(task.n_bytes)
+            else:
+                fold(*task, readers, room)
+
+    def fold(span: Span, tally: Tally, readers: dict[str, RowReader], room: Room) -> None:
+        entry, reader = (
+            shard.header.tensors[span.job.name],
+            readers.get(span.job.source_shard or ""),
+        )
+        row_bytes = span.n_cols * FLOATS[span.job.dtype].itemsize
+        for start, data in Folding(span, reader, room, tally).blocks():
+            sink.computed(entry, entry.start + start * row_bytes, data)
+            counted(len(data))
+
+    before, n_threads = torch.get_num_threads(), plan.options.n_threads
     torch.set_num_threads(1)  # each on one core: several share the work, and sums keep their order
-    pool = ThreadPoolExecutor(plan.options.n_threads, thread_name_prefix="merge")
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="merge")
     try:
-        futures = [pool.submit(work.fold, span, tally) for span, tally in spans]
-        futures += [pool.submit(work.copy, piece) for piece in pieces]
-        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-            future.result()
+        with _open_sources(shard, plan.base) as sources:
+            try:
+                futures = [pool.submit(work, sources) for _ in range(n_threads)]
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+            finally:
+                tasks.clear()
+                pool.shutdown(wait=True)
     finally:
-        work.stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(before)
-    tallies: dict[str, Tally] = {}
+    tallies = {job.name: Tally() for job in shard.jobs}
     for span, tally in spans:
-        tallies[span.job.name] = tallies.get(span.job.name, Tally()) + tally
+        tallies[span.job.name] += tally
     return [
         TensorReport(
             job.name,
@@ -126,56 +151,6 @@ def work_through(
             str(FLOATS[job.dtype]).removeprefix("torch."),
             job.shape,
             job.sites,
-        ).counted(tallies.get(job.name))
+        ).counted(tallies[job.name])
         for job in shard.jobs
     ]
-
-
-class _Work:
-    """One file being worked on, as the threads share it."""
-
-    def __init__(
-        self,
-        shard: OutputShard,
-        sources: Mapping[str, int],
-        sink: Sink,
-        counted: Counted,
-    ) -> None:
-        self.shard, self.sources, self.sink, self.counted = shard, sources, sink, counted
-        self.stop = threading.Event()
-        self.local = threading.local()
-
-    def _reader(self, source_shard: str | None) -> RowReader | None:
-        """Return this thread's reader of one of the base's shards."""
-        if source_shard is None:
-            return None
-        readers: dict[str, RowReader] = self.local.__dict__.setdefault("readers", {})
-        if source_shard not in readers:
-            readers[source_shard] = RowReader(self.sources[source_shard])
-        return readers[source_shard]
-
-    @torch.inference_mode()  # the rows are views: autograd would keep account of each
-    def fold(self, span: Span, tally: Tally) -> None:
-        """Compute one span."""
-        room: Room = self.local.__dict__.setdefault("room", Room())
-        untold = 0
-        for block in fold_span(span, self._reader(span.job.source_shard), room, tally):
-            if self.stop.is_set():
-                return
-            self.sink.computed(span, block)
-            untold += len(block.data)
-            if untold >= TOLD_BYTES:
-                self.counted(untold)
-                untold = 0
-        self.counted(untold)
-
-    def copy(self, copy: Copy) -> None:
-        """Hand on one range of the base's bytes."""
-
-        def counted(n_bytes: int) -> None:
-            self.counted(n_bytes)
-            if self.stop.is_set():
-                raise InterruptedError
-
-        assert self.shard.base is not None
-        self.sink.copied(self.sources[self.shard.base.name], copy, counted)

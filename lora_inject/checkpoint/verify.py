@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -21,15 +22,12 @@ from lora_inject.checkpoint.adapter_files import Given
 from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.output_files import Copy, OutputShard
-from lora_inject.checkpoint.output_rows import Block, Span
-from lora_inject.checkpoint.read import RowReader
-from lora_inject.checkpoint.threads import Counted, Counter, open_sources, work_through
+from lora_inject.checkpoint.output_files import FLOATS, Copy, OutputShard
+from lora_inject.checkpoint.threads import Told, work_through
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import open_read, read_at
-from lora_inject.storage.safetensors_file import read_header
+from lora_inject.storage.safetensors_file import TensorEntry, read_header
 
-COMPARE_BYTES = 8 << 20
 MOST_NEIGHBORS = 1e-3
 """Share of a tensor's values that may be one unit in the last place off."""
 
@@ -48,11 +46,11 @@ class VerifyReport:
         problems: What is wrong; empty for a checkpoint that is what it should be.
     """
 
-    n_tensors: int
-    n_values: int
-    n_neighbors: int
-    copied_bytes: int
-    problems: tuple[str, ...]
+    n_tensors: int = 0
+    n_values: int = 0
+    n_neighbors: int = 0
+    copied_bytes: int = 0
+    problems: tuple[str, ...] = ()
 
     def __add__(self, other: VerifyReport) -> VerifyReport:
         return VerifyReport(
@@ -112,7 +110,7 @@ def verify_checkpoint(
             places[shard.name] = resolve_inside(folder, shard.name)
         except CheckpointError as error:
             problems.append(f"'{shard.name}': {error.found}")
-    return VerifyReport(0, 0, 0, 0, tuple(problems)) + verify_shards(plan, places, progress)
+    return VerifyReport(problems=tuple(problems)) + verify_shards(plan, places, progress)
 
 
 def _other_files(plan: MergePlan, folder: Path) -> list[str]:
@@ -141,90 +139,87 @@ def verify_shards(
 ) -> VerifyReport:
     """Check output shards wherever they lie; those without a place are passed over."""
     shards = [shard for shard in plan.shards if shard.name in places]
-    counter = Counter(sum(shard.data_bytes for shard in shards), progress)
-    report = VerifyReport(0, 0, 0, 0, ())
+    counter = Told(sum(shard.data_bytes for shard in shards), progress)
+    report = VerifyReport()
     for shard in shards:
         report += _verify_shard(plan, shard, places[shard.name], counter)
     return report
 
 
-def _verify_shard(
-    plan: MergePlan, shard: OutputShard, path: Path, counter: Counter
-) -> VerifyReport:
+def _verify_shard(plan: MergePlan, shard: OutputShard, path: Path, counter: Told) -> VerifyReport:
     try:
-        header = read_header(path)
+        same, found = (
+            read_header(path).raw == shard.header.raw,
+            "its header is not what it should be",
+        )
     except CheckpointError as error:
-        return VerifyReport(0, 0, 0, 0, (f"'{shard.name}': {error.found}",))
-    if header.raw != shard.header.raw:
-        problem = f"'{shard.name}': its header is not what it should be"
-        return VerifyReport(0, 0, 0, 0, (problem,))
+        same, found = False, error.found
+    if not same:
+        return VerifyReport(problems=(f"'{shard.name}': {found}",))
     fd = open_read(path)
     try:
-        found = _Compared(shard, fd)
-        with open_sources(shard, plan.base) as sources:
-            work_through(shard, plan, sources, shard.copies, found, counter)
+        compared = _Compared(shard, fd)
+        work_through(shard, plan, shard.copies, compared, counter)
     finally:
         os.close(fd)
-    return found.report()
+    return compared.report()
 
 
 class _Compared:
     """A file that is there, compared with what should be in it."""
 
     def __init__(self, shard: OutputShard, fd: int) -> None:
-        self.shard, self.fd = shard, fd
-        self.near = dict.fromkeys((job.name for job in shard.jobs), 0)
-        self.far = dict(self.near)
+        self.shard, self.fd, self.lock = shard, fd, threading.Lock()
+        self.near, self.far = Counter[str](), Counter[str]()  # values that differ, by tensor
         self.copied_bytes = 0
         self.differing: dict[str, int] = {}  # what a wrong byte says, and the first such byte
-        self.lock, self.local = threading.Lock(), threading.local()
 
-    def computed(self, span: Span, block: Block) -> None:
-        output: RowReader = self.local.__dict__.setdefault("reader", RowReader(self.fd))
-        entry, stop = self.shard.header.tensors[span.job.name], block.start + len(block.rows)
-        near, far = _compare(output.rows(entry, span.n_cols, block.start, stop), block.rows)
-        with self.lock:
-            self.near[entry.name] += near
-            self.far[entry.name] += far
-
-    def copied(self, source: int, copy: Copy, counted: Counted) -> None:
-        for done in range(0, copy.n_bytes, COMPARE_BYTES):
-            n_bytes = min(COMPARE_BYTES, copy.n_bytes - done)
-            mine, theirs = bytearray(n_bytes), bytearray(n_bytes)
-            read_at(self.fd, memoryview(mine), copy.target_start + done)
-            read_at(source, memoryview(theirs), copy.source_start + done)
+    def computed(self, entry: TensorEntry, at: int, data: memoryview) -> None:
+        found = self._read(at, len(data))
+        if found != data:
+            dtype = FLOATS[entry.dtype]
+            mine, wanted = (torch.frombuffer(b, dtype=dtype) for b in (found, data))
+            near, far = _compare(mine, wanted)
             with self.lock:
-                if mine != theirs:
-                    first = next(i for i in range(n_bytes) if mine[i] != theirs[i])
-                    position = copy.target_start + done + first
-                    self.differing.setdefault(_where(self.shard, position), position)
-                    return
-                self.copied_bytes += n_bytes
-            counted(n_bytes)
+                self.near[entry.name] += near
+                self.far[entry.name] += far
+
+    def copied(self, source: int, copy: Copy) -> None:
+        mine, theirs = self._read(copy.target_start, copy.n_bytes), bytearray(copy.n_bytes)
+        read_at(source, memoryview(theirs), copy.source_start)
+        with self.lock:
+            if mine == theirs:
+                self.copied_bytes += copy.n_bytes
+                return
+            first = next(i for i in range(copy.n_bytes) if mine[i] != theirs[i])
+            position = copy.target_start + first
+            self.differing.setdefault(_where(self.shard, position), position)
+
+    def _read(self, at: int, n_bytes: int) -> bytearray:
+        found = bytearray(n_bytes)
+        read_at(self.fd, memoryview(found), at)
+        return found
 
     def report(self) -> VerifyReport:
         problems = sorted(self.differing, key=lambda problem: self.differing[problem])
-        sizes = {
-            job.name: self.shard.header.tensors[job.name].n_elements for job in self.shard.jobs
-        }
-        for name, size in sizes.items():
+        entries = [self.shard.header.tensors[job.name] for job in self.shard.jobs]
+        for name, size in ((entry.name, entry.n_elements) for entry in entries):
             if self.far[name]:
                 problems.append(f"'{name}': {self.far[name]} of {size} values are wrong")
             elif self.near[name] > MOST_NEIGHBORS * size:
                 problems.append(f"'{name}': {self.near[name]} of {size} values are one unit off")
-        counts = len(sizes), sum(sizes.values()), sum(self.near.values())
-        return VerifyReport(*counts, self.copied_bytes, tuple(problems))
+        n_values = sum(entry.n_elements for entry in entries)
+        return VerifyReport(
+            len(entries), n_values, self.near.total(), self.copied_bytes, tuple(problems)
+        )
 
 
 def _compare(found: Tensor, wanted: Tensor) -> tuple[int, int]:
     """Count values that are one unit in the last place off, and those that are further off."""
     bits = _BITS[wanted.element_size()]
-    a, b = found.contiguous().view(bits), wanted.contiguous().view(bits)
-    if torch.equal(a, b):
-        return 0, 0
+    a, b = found.view(bits), wanted.view(bits)
     wrong = a != b
-    a, b = _ordered(a[wrong]), _ordered(b[wrong])
-    near = int(((a - b).abs() == 1).sum())
+    near = int(((_ordered(a[wrong]) - _ordered(b[wrong])).abs() == 1).sum())
     return near, int(wrong.sum()) - near
 
 

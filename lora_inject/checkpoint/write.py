@@ -17,12 +17,11 @@ import safetensors
 
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import Copy, OutputShard
-from lora_inject.checkpoint.output_rows import Block, Span
-from lora_inject.checkpoint.threads import Counted, open_sources, work_through
+from lora_inject.checkpoint.threads import Counted, work_through
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import TensorReport
 from lora_inject.storage.disk import clone, copy_range, open_write, reserve, write_at
-from lora_inject.storage.safetensors_file import read_header
+from lora_inject.storage.safetensors_file import TensorEntry, read_header
 
 
 @dataclass
@@ -33,19 +32,16 @@ class _Written:
     back burn a core while they wait (`i_rwsem`, a sixth of a merge's processor time).
     """
 
-    shard: OutputShard
     fd: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def computed(self, span: Span, block: Block) -> None:
-        row_bytes = len(block.data) // max(1, len(block.rows))
-        at = self.shard.header.tensors[span.job.name].start + block.start * row_bytes
+    def computed(self, _: TensorEntry, at: int, data: memoryview) -> None:
         with self.lock:
-            write_at(self.fd, block.data, at)
+            write_at(self.fd, data, at)
 
-    def copied(self, source: int, copy: Copy, counted: Counted) -> None:
+    def copied(self, source: int, copy: Copy) -> None:
         with self.lock:
-            copy_range(source, self.fd, *copy, counted)
+            copy_range(source, self.fd, *copy)
 
 
 def write_shard(
@@ -55,21 +51,19 @@ def write_shard(
 
     Returns the reports of its computed tensors, and the seconds spent on waiting for the disk.
     """
-    fd = open_write(partial)
+    fd, copies = open_write(partial), shard.copies
     try:
-        with open_sources(shard, plan.base) as sources:
-            copies = shard.copies
-            os.ftruncate(fd, 0)
-            if shard.base is not None and shard.same_layout and clone(sources[shard.base.name], fd):
-                counted(sum(copy.n_bytes for copy in copies))
-                copies = ()
-            else:
-                reserve(fd, shard.n_bytes)
-                write_at(fd, shard.header.raw, 0)
-            reports = work_through(shard, plan, sources, copies, _Written(shard, fd), counted)
-            before = time.perf_counter()
-            os.fsync(fd)
-            fsync_seconds = time.perf_counter() - before
+        os.ftruncate(fd, 0)
+        if shard.base is not None and shard.same_layout and clone(shard.base.path, fd):
+            counted(sum(copy.n_bytes for copy in copies))
+            copies = ()
+        else:
+            reserve(fd, shard.n_bytes)
+            write_at(fd, shard.header.raw, 0)
+        reports = work_through(shard, plan, copies, _Written(fd), counted)
+        before = time.perf_counter()
+        os.fsync(fd)
+        fsync_seconds = time.perf_counter() - before
     finally:
         os.close(fd)
     _read_back(shard, partial)

@@ -22,8 +22,7 @@ from lora_inject.layers.candidates import inventory
 from lora_inject.layers.kinds import KINDS
 from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.save import base_weights, fingerprint
-from lora_inject.spec.inventory import Candidate
-from lora_inject.spec.named import Named
+from lora_inject.spec.inventory import Candidate, Inventory
 from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
 
@@ -39,9 +38,8 @@ def fit(
     asked: str,
 ) -> AdapterState:
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
-    found, weights = inventory(survey), base_weights(survey)
+    names, weights = inventory(survey), base_weights(survey)
     state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
-    names = Named(found)
     state = dataclasses.replace(
         state, sites={key: _stack_of_one(site, names) for key, site in state.sites.items()}
     )
@@ -81,7 +79,7 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
     )
 
 
-def _found(spec: SiteSpec, names: Named) -> Candidate | None:
+def _found(spec: SiteSpec, names: Inventory) -> Candidate | None:
     """Return what the model has under the name of a site."""
     if (place := names.sites.get(spec.name)) is not None:
         return names.candidates[place]
@@ -89,7 +87,7 @@ def _found(spec: SiteSpec, names: Named) -> Candidate | None:
     return None if place is None else names.candidates[place].as_parameter(spec.name)
 
 
-def _stack_of_one(site: SiteState, names: Named) -> SiteState:
+def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
     """Return the site of a stack that holds one matrix as a stack: PEFT's files do not tell."""
     spec, candidate = site.spec, _found(site.spec, names)
     if spec.kind != "parameter" or spec.experts is not None or candidate is None:
@@ -101,7 +99,7 @@ def _stack_of_one(site: SiteState, names: Named) -> SiteState:
     return SiteState.of(spec, {role: tensor[None] for role, tensor in site.tensors.items()})
 
 
-def fit_site(spec: SiteSpec, names: Named, asked: str) -> SiteSpec:
+def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     """Return a site's spec as this model holds it: the file's numbers, the module's geometry."""
     candidate = _found(spec, names)
     if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):

@@ -1,4 +1,4 @@
-"""All names of a model or a checkpoint, with what matching needs to know of each.
+"""All names of a model or a checkpoint: what each means, and what to say where none is meant.
 
 A live model, a model on the meta device and a checkpoint's key list all become one
 `Inventory`, so the same code plans them all. Of a key list the kinds are guessed, and it says so.
@@ -7,58 +7,61 @@ A live model, a model on the meta device and a checkpoint's key list all become 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
-from lora_inject.spec.names import canonical, is_bias, leaf, parent
+from lora_inject.errors import MatchError
+from lora_inject.spec.names import (
+    canonical,
+    is_bias,
+    leaf,
+    matching,
+    nearest_names,
+    parent,
+    quoted,
+    templates,
+)
 
 
 class Candidate(NamedTuple):
-    """A module or a parameter that may become a site; a tuple, as a model has thousands.
+    """A module or a parameter that may become a site; a tuple, as a model has thousands."""
 
-    Attributes:
-        name: Canonical dotted name.
-        kind: Row of the table of layer kinds: `linear`, `conv1d`, `embedding`, `conv`, ...; or
-            `parameter`.
-        in_features: Width of the input of A.
-        out_features: Width of the output of B.
-        weight_shape: Shape of the weight tensor.
-        weight: Name of the weight tensor in the state dict.
-        transposed: True where the weight matrix is `(in, out)`.
-        experts: Number of stacked matrices, or None.
-        owner: For a parameter, the name of the module that owns it.
-        aliases: Other names of the same module or parameter.
-        tied: Names of the same tensor in other modules.
-        refusal: None, or what was found and what to do, where it may not be adapted.
-        needs_layout: True for a stacked parameter, whose rule must say which dimension is which.
-        update: `forward`, or `weight` where the weight is read rather than the module called.
-        dtype: The weight's dtype, such as `bfloat16`, or empty where it is not known.
-        members: Names of the candidates for which this one stands: whoever names an attention
-            module means its projections. Such a name is not a site itself.
-    """
-
-    name: str
+    name: str  # canonical dotted name
+    # row of the table of layer kinds: `linear`, `conv1d`, `embedding`, `conv`, ...; or `parameter`
     kind: str
-    in_features: int
-    out_features: int
-    weight_shape: tuple[int, ...]
-    weight: str
-    transposed: bool = False
-    experts: int | None = None
-    owner: str = ""
-    aliases: tuple[str, ...] = ()
-    tied: tuple[str, ...] = ()
+    in_features: int  # width of the input of A
+    out_features: int  # width of the output of B
+    weight_shape: tuple[int, ...]  # shape of the weight tensor
+    weight: str  # name of the weight tensor in the state dict
+    transposed: bool = False  # whether the weight matrix is `(in, out)`
+    experts: int | None = None  # number of stacked matrices, or None
+    owner: str = ""  # for a parameter, the name of the module that owns it
+    aliases: tuple[str, ...] = ()  # other names of the same module or parameter
+    tied: tuple[str, ...] = ()  # names of the same tensor in other modules
+    # None, or what was found and what to do, where it may not be adapted
     refusal: tuple[str, str] | None = None
+    # whether it is a stacked parameter, whose rule must say which dimension is which
     needs_layout: bool = False
+    # `forward`, or `weight` where the weight is read rather than the module called
     update: Literal["forward", "weight"] = "forward"
-    dtype: str = ""
+    dtype: str = ""  # the weight's dtype, such as `bfloat16`, or empty where it is not known
+    # names of the candidates for which this one stands: whoever names an attention module means its
+    # projections. Such a name is not a site itself
     members: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
         """Name of the module whose biases belong to this candidate."""
         return self.owner if self.kind == "parameter" else self.name
+
+    @property
+    def weight_names(self) -> list[str]:
+        """Names of the weight of a module, the canonical one first."""
+        weight = canonical(self.weight)
+        tail = weight.removeprefix(self.name)
+        return [weight, *(alias + tail for alias in self.aliases)]
 
     def as_parameter(self, name: str) -> Candidate:
         """Return the same weight as a parameter, for a pattern that matches the weight alone."""
@@ -69,26 +72,19 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Inventory:
-    """All names of a model or a checkpoint, with what matching needs to know of each.
+    """All names of a model or a checkpoint, with what matching needs to know of each."""
 
-    Attributes:
-        candidates: What may become a site, in model order.
-        others: Every other name of a module or a parameter, with the short reason why it may not:
-            `container`, `LayerNorm`, `Dropout`, ...
-        parameters: Shape of every parameter, by canonical name, a tied one under its first name.
-        assumed: True where kinds were assumed from names and shapes.
-        aliases: Further names of parameters, with the one under which `parameters` has them.
-        heads: Names of the output head, as the model itself states it.
-        buffers: Names of buffers, which no pattern may mean.
-    """
-
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]  # what may become a site, in model order
+    # every other name of a module or a parameter, with the short reason why it may not:
+    # `container`, `LayerNorm`, `Dropout`, ...
     others: Mapping[str, str]
+    # shape of every parameter, by canonical name, a tied one under its first name
     parameters: Mapping[str, tuple[int, ...]]
-    assumed: bool = False
+    assumed: bool = False  # whether kinds were assumed from names and shapes
+    # further names of parameters, with the one under which `parameters` has them
     aliases: Mapping[str, str] = field(default_factory=dict)
-    heads: tuple[str, ...] = ()
-    buffers: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()  # names of the output head, as the model itself states it
+    buffers: tuple[str, ...] = ()  # names of buffers, which no pattern may mean
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, tuple[int, ...]]) -> Inventory:
@@ -117,6 +113,77 @@ class Inventory:
         known = {candidate.name for candidate in candidates}
         others.update(_modules_around(parameters, known))
         return cls(tuple(candidates), others, parameters, assumed=True)
+
+    @cached_property
+    def sites(self) -> dict[str, int]:
+        """Names and aliases of candidates, with the candidate's number."""
+        sites = {candidate.name: i for i, candidate in enumerate(self.candidates)}
+        for i, candidate in enumerate(self.candidates):
+            for alias in candidate.aliases:
+                sites.setdefault(alias, i)
+        return sites
+
+    @cached_property
+    def weights(self) -> dict[str, int]:
+        """Names of the weights of modules, with the candidate's number."""
+        modules = ((i, c) for i, c in enumerate(self.candidates) if c.kind != "parameter")
+        return {name: i for i, c in modules if c.weight for name in c.weight_names}
+
+    @cached_property
+    def names(self) -> dict[str, None]:
+        """Every name that a rule can match."""
+        tables = (self.sites, self.weights, self.others, self.parameters, self.aliases)
+        return dict.fromkeys(name for table in tables for name in table)
+
+    @cached_property
+    def listed(self) -> dict[str, str]:
+        """Every name of a parameter with the one under which `parameters` has it."""
+        return {**{name: name for name in self.parameters}, **self.aliases}
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """Names of all modules, containers included."""
+        tensors = (self.listed, self.weights)
+        names = dict.fromkeys(n for n in self.names if not any(n in t for t in tensors))
+        for name in (*self.names, *self.listed):
+            module = parent(name)
+            while module and module not in names:
+                names[module] = None
+                module = parent(module)
+        return list(names)
+
+    @cached_property
+    def children(self) -> dict[str, list[str]]:
+        """Listed parameters by the module that owns them."""
+        children: dict[str, list[str]] = {}
+        for name in self.parameters:
+            children.setdefault(parent(name), []).append(name)
+        return children
+
+    def reason(self, name: str) -> str:
+        """Return why a name is not a candidate."""
+        if name in self.others:
+            return self.others[name]
+        name = self.aliases.get(name, name)
+        return "bias" if is_bias(name) else f"{len(self.parameters[name])}-d parameter"
+
+    def no_match(self, asked: str, pattern: str, *pools: Collection[str]) -> MatchError:
+        """Return the error for a pattern that matches nothing.
+
+        Suggestions come from the first pool of names that has one; the last pool holds all.
+        """
+        if buffers := matching(pattern, self.buffers, asked=asked):
+            found = f"matches only buffers: {quoted(buffers[:3])}"
+            return MatchError(asked, found, "Name a module or a parameter; buffers do not train")
+        found = f"matched none of {len(pools[-1]):,} names"
+        for pool in pools:
+            if near := nearest_names(pattern, pool):
+                return MatchError(asked, found, f"Nearest: {quoted(near)}")
+        some = quoted(list(templates(next(filter(None, pools), ())))[:4])
+        remedy = (
+            f"Nothing is spelled like it; there is {some}" if some else "There is nothing to adapt"
+        )
+        return MatchError(asked, found, remedy)
 
 
 def _modules_around(parameters: Iterable[str], known: set[str]) -> dict[str, str]:

@@ -15,7 +15,6 @@ from lora_inject.errors import LayerError, MatchError, nearest
 from lora_inject.spec.config import ALL_LINEAR, Config
 from lora_inject.spec.fit import fit, notes
 from lora_inject.spec.inventory import Candidate, Inventory
-from lora_inject.spec.named import Named
 from lora_inject.spec.names import Below, canonical, counted, first_number, matching, parent, quoted
 from lora_inject.spec.plan import Plan, Skipped
 from lora_inject.spec.sites import SiteSpec
@@ -51,20 +50,20 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
         >>> plan.n_sites, plan.n_lora
         (2, 64)
     """
-    rules = _Rules(config, Named(inventory))
+    rules = _Rules(config, inventory)
     for i in range(len(config.targets)):
         rules.take(i)
     # Rules are tried in turn, but sites are listed as the model has them.
     ordered = sorted(rules.taken.values(), key=lambda entry: entry.order)
     sites = tuple(entry.spec for entry in ordered)
     found = [entry.candidate for entry in ordered]
-    trained = trained_by(config, rules.named, sites, found)
+    trained = trained_by(config, rules.inventory, sites, found)
     plan = Plan(
         config=config,
         sites=sites,
         trained=trained,
         skipped=tuple(rules.skipped),
-        tied=tied_by(rules.named, sites, found, trained),
+        tied=tied_by(rules.inventory, sites, found, trained),
         notes=(*_head_notes(config, inventory), *notes(found, sites)),
         n_base=sum(math.prod(shape) for shape in inventory.parameters.values()),
         assumed=inventory.assumed,
@@ -82,21 +81,21 @@ class _Taken(NamedTuple):
 class _Rules:
     """The rules of a config at work: each takes what it matches and no earlier rule has."""
 
-    def __init__(self, config: Config, named: Named) -> None:
+    def __init__(self, config: Config, inventory: Inventory) -> None:
         self.config = config
-        self.named = named
-        self.excluded = _excluded(config, named)
+        self.inventory = inventory
+        self.excluded = _excluded(config, inventory)
         self.taken: dict[str, _Taken] = {}  # by the name of the weight, in the order of rules
         self.skipped: list[Skipped] = []
 
     def take(self, i: int) -> None:
         """Let rule `i` take its sites; raise if there are none."""
         rule, label = self.config.targets[i], _rule_label(self.config, i)
-        if self.named.inventory.assumed and (rule.kind is not None or rule.match == ALL_LINEAR):
+        if self.inventory.assumed and (rule.kind is not None or rule.match == ALL_LINEAR):
             found = "a list of keys does not say which kind of layer a tensor belongs to"
             raise MatchError(label, found, "Give the folder with config.json, or write a pattern")
         names = self._names(i)
-        candidates = list(_candidates(names, self.named))
+        candidates = list(_candidates(names, self.inventory))
         kinds = Counter(candidate.kind for _, candidate in candidates)
         if rule.kind is not None:
             candidates = [pair for pair in candidates if pair[1].kind == rule.kind]
@@ -120,26 +119,26 @@ class _Rules:
                 like = made[key] = fit(candidate, rule, i, hyper, asked)
             spec = like.at(candidate.name, candidate.weight, candidate.aliases)
             self.taken[canonical(candidate.weight)] = _Taken(order, candidate, spec)
-        others = _others(names, self.named) if rule.kind is None else []
-        self.skipped += [Skipped(name, i, self.named.reason(name)) for name in others]
+        others = _others(names, self.inventory) if rule.kind is None else []
+        self.skipped += [Skipped(name, i, self.inventory.reason(name)) for name in others]
         if len(self.taken) == before:
-            raise _all_gone(label, left) if left else _all_skipped(label, others, self.named)
+            raise _all_gone(label, left) if left else _all_skipped(label, others, self.inventory)
 
     def _names(self, i: int) -> list[str]:
         """Return the names that a rule matches, in its layers."""
-        rule, label, named = self.config.targets[i], _rule_label(self.config, i), self.named
+        rule, label, inventory = self.config.targets[i], _rule_label(self.config, i), self.inventory
         if rule.match == ALL_LINEAR:
-            heads = named.inventory.heads
-            linear = [c.name for c in named.candidates if c.kind in LINEAR_KINDS]
+            heads = inventory.heads
+            linear = [c.name for c in inventory.candidates if c.kind in LINEAR_KINDS]
             names = [name for name in linear if name not in heads]
             if not names:
                 but = " but its output head" if linear else ""
                 found = f"the model has no linear layers{but}"
                 raise MatchError(label, found, "Name what to adapt")
         else:
-            names = matching(rule.match, named.names, asked=label)
+            names = matching(rule.match, inventory.names, asked=label)
             if not names:
-                raise named.no_match(label, rule.match, named.sites, named.names)
+                raise inventory.no_match(label, rule.match, inventory.sites, inventory.names)
         inside = [name for name in names if rule.covers(first_number(name))]
         if not inside:
             numbers = [n for name in names if (n := first_number(name)) is not None]
@@ -151,7 +150,7 @@ class _Rules:
     def _taker(self, candidate: Candidate) -> str:
         """Return who took a candidate before: `exclude`, an earlier rule, or nobody."""
         if self.config.exclude:
-            names = (candidate.name, *candidate.aliases, *self.named.weight_names(candidate))
+            names = (candidate.name, *candidate.aliases, *candidate.weight_names)
             if any(name in self.excluded for name in names):
                 return "exclude"
         owner = self.taken.get(canonical(candidate.weight))
@@ -162,40 +161,42 @@ def _rule_label(config: Config, i: int) -> str:
     return f"rule {i + 1} ('{config.targets[i].match}')"
 
 
-def _excluded(config: Config, named: Named) -> Below:
+def _excluded(config: Config, inventory: Inventory) -> Below:
     """Return the names that no rule may take, and all below them."""
     excluded: set[str] = set()
-    names = list(dict.fromkeys([*named.names, *named.modules])) if config.exclude else []
+    names = list(dict.fromkeys([*inventory.names, *inventory.modules])) if config.exclude else []
     for i, pattern in enumerate(config.exclude):
         label = f"exclude {i + 1} ('{pattern}')"
         found = matching(pattern, names, asked=label)
         if not found:
-            raise named.no_match(label, pattern, names)
+            raise inventory.no_match(label, pattern, names)
         excluded.update(found)
     return Below(excluded)
 
 
-def _candidates(names: Sequence[str], named: Named) -> Iterator[tuple[int, Candidate]]:
+def _candidates(names: Sequence[str], inventory: Inventory) -> Iterator[tuple[int, Candidate]]:
     """Yield the matched candidates, each once: modules, then weights that were matched alone."""
     numbers: dict[int, None] = {}
     for name in names:
-        if (number := named.sites.get(name)) is not None:
-            members = [named.sites[member] for member in named.candidates[number].members]
+        if (number := inventory.sites.get(name)) is not None:
+            members = [inventory.sites[member] for member in inventory.candidates[number].members]
             numbers.update(dict.fromkeys(members or [number]))
-    for number in sorted(numbers, key=lambda n: (named.candidates[n].kind == "parameter", n)):
-        yield number, named.candidates[number]
+    for number in sorted(numbers, key=lambda n: (inventory.candidates[n].kind == "parameter", n)):
+        yield number, inventory.candidates[number]
     for name in names:
-        number = None if name in named.sites else named.weights.get(name)
+        number = None if name in inventory.sites else inventory.weights.get(name)
         if number is not None and number not in numbers:
-            candidate = named.candidates[number]
+            candidate = inventory.candidates[number]
             yield number, candidate.as_parameter(canonical(candidate.weight))
 
 
-def _others(names: Sequence[str], named: Named) -> list[str]:
+def _others(names: Sequence[str], inventory: Inventory) -> list[str]:
     """Return matched names that are not candidates, without parameters of matched modules."""
-    others = [name for name in names if name not in named.sites and name not in named.weights]
+    others = [
+        name for name in names if name not in inventory.sites and name not in inventory.weights
+    ]
     modules = set(names) if others else set()
-    return [name for name in others if not (name in named.parameters and parent(name) in modules)]
+    return [name for name in others if not (name in inventory.listed and parent(name) in modules)]
 
 
 # Rules that take nothing
@@ -214,11 +215,11 @@ def _all_gone(label: str, left: Counter[str]) -> MatchError:
     return MatchError(label, found, "Put the narrower rule first, or remove this one")
 
 
-def _all_skipped(label: str, others: Sequence[str], named: Named) -> MatchError:
-    some = ", ".join(f"'{name}' ({named.reason(name)})" for name in others[:3])
+def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> MatchError:
+    some = ", ".join(f"'{name}' ({inventory.reason(name)})" for name in others[:3])
     more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
     below = Below(others[:1])
-    inside = [c.name for c in named.candidates if c.name in below]
+    inside = [c.name for c in inventory.candidates if c.name in below]
     remedy = "Name modules or parameters that hold a matrix"
     if inside:
         remedy = f"Name what lies in it: {quoted(inside[:4])}"

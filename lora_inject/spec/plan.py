@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -122,11 +122,6 @@ class Plan:
         return self.text()
 
 
-def _alike(site: SiteSpec) -> tuple[object, ...]:
-    """What the number of parameters of a site depends on."""
-    return site.rank, site.variant, site.in_features, site.out_features, site.experts, site.slices
-
-
 def _site_dict(site: SiteSpec) -> dict[str, Any]:
     slices = site.slices and {"sizes": dict(site.slices.sizes), "adapt": site.slices.adapt}
     names = [field.name for field in fields(site) if field.name not in ("form", "shapes")]
@@ -143,11 +138,11 @@ def _lines(plan: Plan, width: int) -> Iterator[str]:
     for i, rule in enumerate(plan.config.targets):
         sites = [site for site in plan.sites if site.rule == i]
         yield from _filled(f"rule {i + 1} '{rule.match}': {_hyper(plan.config.hyper(rule))}", width)
-        yield from columns([_row(name, n, site) for name, n, site in _by_shape(sites)], 4, width)
+        yield from _table([(site.name, _cells(site)) for site in sites], width)
     for why in dict.fromkeys(entry.why for entry in plan.trained):
         yield f"{why}: trained in full"
-        entries = [entry for entry in plan.trained if entry.why == why]
-        yield from columns([_trained_row(*row) for row in _by_size(entries)], 4, width)
+        mine = [(entry.name, _cells(entry)) for entry in plan.trained if entry.why == why]
+        yield from _table(mine, width)
     for reason in dict.fromkeys(entry.reason for entry in plan.skipped):
         names = templates(dict.fromkeys(e.name for e in plan.skipped if e.reason == reason))
         some = ", ".join(list(names)[:4]) + (", ..." if len(names) > 4 else "")
@@ -175,39 +170,30 @@ def _hyper(hyper: Hyper) -> str:
     return ", ".join(parts)
 
 
-def _by_shape(sites: Sequence[SiteSpec]) -> Iterator[tuple[str, int, SiteSpec]]:
-    groups: dict[tuple[object, ...], list[SiteSpec]] = {}
-    for site in sites:
-        groups.setdefault((site.kind, site.update, *_alike(site)), []).append(site)
-    for alike in groups.values():
-        for name, n in templates(site.name for site in alike).items():
-            yield name, n, alike[0]
+def _table(entries: Iterable[tuple[str, tuple[str, str, int]]], width: int) -> Iterator[str]:
+    """Rows of a kind, a shape and a size; names of which all three agree are one row."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for name, alike in entries:
+        groups.setdefault(alike, []).append(name)
+    rows = [
+        (name, f"x{n:,}", kind, shape, f"{each:,} each", f"{each * n:,}")
+        for (kind, shape, each), names in groups.items()
+        for name, n in templates(names).items()
+    ]
+    return columns(rows, 4, width)
 
 
-def _row(name: str, n: int, site: SiteSpec) -> tuple[str, ...]:
-    stack = "" if site.experts is None else f"stack of {site.experts:,}: "
-    shape = f"{stack}{site.in_features:,} -> {site.out_features:,}"
-    if site.slices:
-        shape += f" [{', '.join(site.slices.adapt)}]"
-    by_weight = site.update == "weight" and site.kind != "parameter"
-    kind = f"{site.kind} (weight)" if by_weight else site.kind
-    each = site.n_parameters
-    return name, f"x{n:,}", kind, shape, f"{each:,} each", f"{each * n:,}"
-
-
-def _by_size(entries: Sequence[Trained]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for entry in entries:
-        groups.setdefault(entry.shape, []).append(entry.name)
-    for shape, names in groups.items():
-        for name, n in templates(names).items():
-            yield name, n, shape
-
-
-def _trained_row(name: str, n: int, shape: tuple[int, ...]) -> tuple[str, ...]:
-    size = math.prod(shape)
-    text = " x ".join(f"{side:,}" for side in shape) or "scalar"
-    return name, f"x{n:,}", "trained", text, f"{size:,} each", f"{size * n:,}"
+def _cells(entry: SiteSpec | Trained) -> tuple[str, str, int]:
+    """Return kind, shape and number of parameters."""
+    if isinstance(entry, Trained):
+        shape = " x ".join(f"{side:,}" for side in entry.shape) or "scalar"
+        return "trained", shape, math.prod(entry.shape)
+    stack = "" if entry.experts is None else f"stack of {entry.experts:,}: "
+    shape = f"{stack}{entry.in_features:,} -> {entry.out_features:,}"
+    if entry.slices:
+        shape += f" [{', '.join(entry.slices.adapt)}]"
+    by_weight = entry.update == "weight" and entry.kind != "parameter"
+    return f"{entry.kind} (weight)" if by_weight else entry.kind, shape, entry.n_parameters
 
 
 def _tied_text(tied: Tied) -> str:

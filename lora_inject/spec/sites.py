@@ -20,19 +20,15 @@ from lora_inject.spec.roles import shapes_of
 class Slices:
     """The parts of a fused projection's output, and which of them are adapted.
 
-    Attributes:
-        sizes: `(name, width)` of each part along the output, in order; the widths sum to
-            `out_features`.
-        adapt: Names of the adapted parts, in the order of `sizes`.
-
     Examples:
         >>> s = Slices((("q", 8), ("k", 4), ("v", 4)), ("q", "v"))
         >>> s.spans
         ((0, 8), (12, 16))
     """
 
+    # `(name, width)` of each part along the output, in order; the widths sum to `out_features`
     sizes: tuple[tuple[str, int], ...]
-    adapt: tuple[str, ...]
+    adapt: tuple[str, ...]  # names of the adapted parts, in the order of `sizes`
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
@@ -47,19 +43,12 @@ class Slices:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One low-rank block: `W[rows, cols] += scale * B[b] @ A[a]` (transposed if the site is).
+    """One low-rank block: `W[rows, cols] += scale * B[b] @ A[a]` (transposed if the site is)."""
 
-    Attributes:
-        rows: `(start, stop)` of rows of the weight matrix.
-        cols: `(start, stop)` of its columns.
-        a: `(start, stop)` of rows of A, flattened to two dimensions.
-        b: `(start, stop)` of rows of B, flattened to two dimensions.
-    """
-
-    rows: tuple[int, int]
-    cols: tuple[int, int]
-    a: tuple[int, int]
-    b: tuple[int, int]
+    rows: tuple[int, int]  # `(start, stop)` of rows of the weight matrix
+    cols: tuple[int, int]  # `(start, stop)` of its columns
+    a: tuple[int, int]  # `(start, stop)` of rows of A, flattened to two dimensions
+    b: tuple[int, int]  # `(start, stop)` of rows of B, flattened to two dimensions
 
 
 @dataclass(frozen=True)

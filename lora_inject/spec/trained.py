@@ -6,64 +6,65 @@ from collections.abc import Mapping, Sequence
 
 from lora_inject.errors import MatchError
 from lora_inject.spec.config import Config
-from lora_inject.spec.inventory import Candidate
-from lora_inject.spec.named import Named
+from lora_inject.spec.inventory import Candidate, Inventory
 from lora_inject.spec.names import Below, canonical, is_bias, matching, quoted
 from lora_inject.spec.plan import Tied, Trained
 from lora_inject.spec.sites import SiteSpec
 
 
 def trained_by(
-    config: Config, named: Named, sites: Sequence[SiteSpec], found: Sequence[Candidate]
+    config: Config, inventory: Inventory, sites: Sequence[SiteSpec], found: Sequence[Candidate]
 ) -> tuple[Trained, ...]:
     """Return the parameters that `train` and `bias` name, in model order."""
     why: dict[str, str] = {}
     for i, pattern in enumerate(config.train):
         label = f"train {i + 1} ('{pattern}')"
-        for name in _matched(pattern, label, named):
+        for name in _matched(pattern, label, inventory):
             why.setdefault(name, label)
     if config.bias != "none":
         label = f"bias: {config.bias}"
-        for name in _biases(config, named, found):
+        for name in _biases(config, inventory, found):
             why.setdefault(name, label)
     if not why:
         return ()
-    _check_not_both(why, named, sites)
-    shapes = named.inventory.parameters
+    _check_not_both(why, inventory, sites)
+    shapes = inventory.parameters
     return tuple(Trained(name, shapes[name], why[name]) for name in shapes if name in why)
 
 
-def _check_not_both(why: Mapping[str, str], named: Named, sites: Sequence[SiteSpec]) -> None:
+def _check_not_both(
+    why: Mapping[str, str], inventory: Inventory, sites: Sequence[SiteSpec]
+) -> None:
     """Refuse to train a tensor that a site adapts, tied names included."""
     for site in sites:
         weight = canonical(site.weight)
-        name = named.parameters.get(weight, weight)
+        name = inventory.listed.get(weight, weight)
         if name in why:
             found = f"'{name}' is the weight of the site '{site.name}': adapted and trained both"
             raise MatchError(why[name], found, f"Exclude '{site.name}', or narrow the pattern")
 
 
-def _matched(pattern: str, label: str, named: Named) -> list[str]:
+def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
     """Listed parameters that a train entry names, itself or by a module around them."""
-    direct = matching(pattern, named.parameters, asked=label)
-    modules = matching(pattern, named.modules, asked=label)
+    direct = matching(pattern, inventory.listed, asked=label)
+    modules = matching(pattern, inventory.modules, asked=label)
     if not direct and not modules:
-        raise named.no_match(label, pattern, [*named.parameters, *named.modules])
+        raise inventory.no_match(label, pattern, [*inventory.listed, *inventory.modules])
     below = Below([*direct, *modules])
-    found = dict.fromkeys(first for name, first in named.parameters.items() if name in below)
+    found = dict.fromkeys(first for name, first in inventory.listed.items() if name in below)
     if not found:
         some = quoted(modules[:3])
         raise MatchError(label, f"matches {some}, with no parameters", "Name what has parameters")
     return list(found)
 
 
-def _biases(config: Config, named: Named, found: Sequence[Candidate]) -> list[str]:
+def _biases(config: Config, inventory: Inventory, found: Sequence[Candidate]) -> list[str]:
     if config.bias == "all":
-        names = [name for name in named.inventory.parameters if is_bias(name)]
-        where = f"none of {len(named.inventory.parameters):,} parameters"
+        names = [name for name in inventory.parameters if is_bias(name)]
+        where = f"none of {len(inventory.parameters):,} parameters"
     else:
         modules = dict.fromkeys(candidate.module for candidate in found)
-        names = [n for m in modules for n in named.children.get(m, ()) if is_bias(n)]
+        names = [n for m in modules for n in inventory.children.get(m, ()) if is_bias(n)]
         where = f"none of {len(modules):,} adapted modules"
     if not names:
         remedy = "Set bias: none" if config.bias == "all" else "Set bias: none, or all"
@@ -72,7 +73,7 @@ def _biases(config: Config, named: Named, found: Sequence[Candidate]) -> list[st
 
 
 def tied_by(
-    named: Named,
+    inventory: Inventory,
     sites: Sequence[SiteSpec],
     found: Sequence[Candidate],
     trained: Sequence[Trained],
@@ -83,7 +84,7 @@ def tied_by(
     for site, candidate in zip(sites, found, strict=True):
         if candidate.tied:
             on.setdefault(_all_names(candidate), []).append(site.name)
-    for candidate in named.candidates if names else ():
+    for candidate in inventory.candidates if names else ():
         if candidate.tied and names.intersection(_all_names(candidate)):
             on.setdefault(_all_names(candidate), [])
     return tuple(

@@ -18,7 +18,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from lora_inject.errors import FormatError
-from lora_inject.storage.disk import fsync_dir, replace_file, temporary_name, write_new
+from lora_inject.storage.disk import (
+    fsync_dir,
+    remedy_for,
+    replace_file,
+    temporary_name,
+    write_new,
+)
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -89,11 +95,8 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FormatError(
-            f"write '{target}'",
-            error.strerror or str(error),
-            "Free some space there, or choose a folder that can be written",
-        ) from error
+        found = error.strerror or str(error)
+        raise FormatError(f"write '{target}'", found, remedy_for(error)) from error
 
 
 _OVERWRITE = "Choose another path, or pass overwrite=True"

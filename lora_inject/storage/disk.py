@@ -11,7 +11,6 @@ import errno
 import os
 import secrets
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from lora_inject.errors import CheckpointError
@@ -21,13 +20,16 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-COPY_STEP_BYTES = 32 << 20
-"""Longest single copy: bounds the time until progress is reported and Ctrl-C is noticed."""
-
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a whole file (XFS, btrfs)
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _CANNOT_COPY_IN_KERNEL = {*_NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EBADF}
+_REMEDIES = {
+    errno.ENOSPC: "Free some space and run again",
+    errno.EDQUOT: "Your quota is used up; free some space and run again",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Give a folder that you may write to"),
+    errno.EROFS: "Give a folder on a disk that is not read-only",
+}
 _position_lock = threading.Lock()  # for platforms whose reads and writes move a file position
 
 
@@ -81,38 +83,25 @@ def _write_some(fd: int, view: memoryview, offset: int) -> int:
 
 
 def copy_range(
-    source: int,
-    target: int,
-    source_offset: int,
-    target_offset: int,
-    n_bytes: int,
-    copied: Callable[[int], None] | None = None,
+    source: int, target: int, source_offset: int, target_offset: int, n_bytes: int
 ) -> None:
-    """Copy `n_bytes` between two descriptors, in the kernel where it can.
-
-    `copied` is called with the number of bytes after every step.
-    """
-    done, in_kernel = 0, hasattr(os, "copy_file_range")
-    buffer = memoryview(b"")
+    """Copy `n_bytes` between two descriptors, in the kernel where it can, else in memory."""
+    done = 0
     while done < n_bytes:
-        first, n = source_offset + done, 0
-        if in_kernel:
-            step = min(COPY_STEP_BYTES, n_bytes - done)
-            n = _copy_some(source, target, step, first, target_offset + done)
-            in_kernel = n > 0
+        first, to = source_offset + done, target_offset + done
+        n = _copy_some(source, target, n_bytes - done, first, to)
         if n == 0:
-            buffer = buffer or memoryview(bytearray(min(n_bytes - done, 4 << 20)))
-            piece = buffer[: n_bytes - done]
-            read_at(source, piece, first)
-            write_at(target, piece, target_offset + done)
-            n = len(piece)
+            rest = memoryview(bytearray(n_bytes - done))
+            read_at(source, rest, first)
+            write_at(target, rest, to)
+            n = len(rest)
         done += n
-        if copied is not None:
-            copied(n)
 
 
 def _copy_some(source: int, target: int, n_bytes: int, first: int, to: int) -> int:
     """Copy some bytes in the kernel; 0 where it cannot, or the file ends: reading will tell."""
+    if not hasattr(os, "copy_file_range"):
+        return 0
     try:
         return os.copy_file_range(source, target, n_bytes, first, to)
     except OSError as error:
@@ -121,14 +110,15 @@ def _copy_some(source: int, target: int, n_bytes: int, first: int, to: int) -> i
         raise
 
 
-def clone(source: int, target: int) -> bool:
+def clone(source: Path, target: int) -> bool:
     """Make `target` share all of `source`'s extents, copy on write; False where not supported."""
     if fcntl is None or not hasattr(os, "copy_file_range"):
         return False
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError:
-        return False
+    with source.open("rb") as file:
+        try:
+            fcntl.ioctl(target, _FICLONE, file.fileno())
+        except OSError:
+            return False
     return True
 
 
@@ -181,3 +171,8 @@ def replace_file(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     fsync_dir(path.parent)
+
+
+def remedy_for(error: OSError) -> str:
+    """Return what to do where the system refuses to write."""
+    return _REMEDIES.get(error.errno or 0, "Check the disk and run again")
