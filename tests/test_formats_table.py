@@ -90,6 +90,7 @@ class Case:
     odd: tuple[str, ...] = ("embedding", "conv", "fused")
     derived: bool = True
     uniform: bool = False  # one rank, one alpha
+    whole: bool = False  # each module in all layers, an MLP as a whole
     damaged: str = ""  # the file of tensors, inside a folder
 
 
@@ -103,6 +104,20 @@ CASES = {
         write={"config": LLAMA}, odd=("embedding", "fused"), damaged="adapters.safetensors"
     ),
     "gguf": Case("a.gguf", {"config": LLAMA}, {"config": LLAMA}, odd=("embedding",)),
+    "torchtune": Case(
+        write={"config": LLAMA},
+        read={"config": LLAMA, "allow_pickle": True},
+        odd=(),
+        whole=True,
+        damaged="adapter_model.pt",
+    ),
+    "litgpt": Case(
+        write={"config": LLAMA},
+        read={"config": LLAMA, "allow_pickle": True},
+        odd=(),
+        whole=True,
+        damaged="lit_model.pth.lora",
+    ),
     "loralib": Case(
         "a.safetensors",
         read={"alpha": 3.0},
@@ -126,6 +141,10 @@ def states(draw: st.DrawFn, case: Case) -> AdapterState:
     )
     same = (2, 3.0, "standard") if case.uniform else None
     names = draw(st.lists(st.sampled_from(MODULES), min_size=1, max_size=5, unique=True))
+    if case.whole:
+        chosen = {name.split(".", 3)[-1] for name in names}
+        chosen |= {name for name in LINEARS if "mlp" in name and any("mlp" in c for c in chosen)}
+        names = [name for name in MODULES if name.split(".", 3)[-1] in chosen]
     specs = [linear(name, *(same or draw(numbers))) for name in names]
     odd = draw(st.sets(st.sampled_from(case.odd))) if case.odd else ()
     specs += [ODD[kind](*(same or draw(numbers))[:2]) for kind in odd]
@@ -157,7 +176,7 @@ def test_deltas_come_back(name: str) -> None:
 def written(name: str, parent: Path) -> Path:
     case = CASES[name]
     numbers = (2, 3.0) if case.uniform else (2, 5.0)
-    specs = [linear(n, *numbers) for n in MODULES[:7]]
+    specs = [linear(n, *numbers) for n in MODULES]
     return write_adapter(make_state(*specs), parent / case.file, name, **case.write)
 
 
@@ -182,7 +201,7 @@ def test_a_cut_file_is_an_error_that_names_it(name: str, tmp_path: Path) -> None
     path = written(name, tmp_path)
     file = tensors_file(name, path)
     whole = file.read_bytes()
-    for size in (0, 7, 40, len(whole) // 3, len(whole) - 1):
+    for size in (0, 7, 40, len(whole) // 3, len(whole) - 40):
         file.write_bytes(whole[:size])
         with pytest.raises(FormatError, match=r"adapter|a\.(safetensors|gguf)") as caught:
             read_adapter(path, format=name, **CASES[name].read)

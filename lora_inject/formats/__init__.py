@@ -16,7 +16,18 @@ from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
-from lora_inject.formats import diffusers, gguf_file, kohya, loralib, mlx, native, peft, portable
+from lora_inject.formats import (
+    diffusers,
+    gguf_file,
+    kohya,
+    litgpt,
+    loralib,
+    mlx,
+    native,
+    peft,
+    portable,
+    torchtune,
+)
 from lora_inject.formats.losses import EVERYTHING, NUMBERS, losses
 
 __all__ = [
@@ -51,6 +62,9 @@ class Format:
 FORMATS = {
     # The folder of mlx-lm, which has a file of PEFT's name in it.
     "mlx": Format(mlx.write, mlx.read, mlx.detects, frozenset({NUMBERS})),
+    # Folders of torchtune and of litgpt, which hold pickles.
+    "torchtune": Format(torchtune.write, torchtune.read, torchtune.detects, frozenset({NUMBERS})),
+    "litgpt": Format(litgpt.write, litgpt.read, litgpt.detects, frozenset({NUMBERS})),
     # A directory of Hugging Face PEFT.
     "peft": Format(peft.write, peft.read, peft.detects),
     # The same with one rank and scale 1, for servers that read little of the config.

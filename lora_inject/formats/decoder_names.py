@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from lora_inject.errors import FormatError
+from lora_inject.formats.base_config import Heads
 from lora_inject.formats.metadata import one_line
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
@@ -80,6 +81,20 @@ def part_of(name: str) -> str:
     return name if found is None else found[2]
 
 
+def heads_of(name: str, sizes: Heads, n_rows: int, asked: str) -> int:
+    """Return how many heads the rows of q or k are of, 0 for other modules."""
+    if part_of(name) not in (Q, K):
+        return 0
+    n_heads = sizes.n_heads if part_of(name) == Q else sizes.n_kv_heads
+    if n_rows != n_heads * sizes.head_dim or sizes.head_dim % 2:
+        raise FormatError(
+            f"{asked}, '{name}'",
+            f"B has {n_rows} rows, and the base {n_heads} heads of {sizes.head_dim}",
+            "Name the base that the adapter was made for",
+        )
+    return n_heads
+
+
 def check_every_layer(names: Collection[str], n_layers: int, asked: str, client: str) -> None:
     """Refuse an adapter without a module in some layers, where a client adapts it in all."""
     parts = {part_of(name) for name in names if _LAYER.fullmatch(name)}
@@ -89,5 +104,16 @@ def check_every_layer(names: Collection[str], n_layers: int, asked: str, client:
         raise FormatError(
             asked,
             f"{client} adapts a module in all layers, and {one_line(missing)} have no update",
+            "Merge the adapter into its base instead (lora-inject merge)",
+        )
+
+
+def check_whole_mlp(names: Collection[str], asked: str, client: str) -> None:
+    """Refuse an adapter of some matrices of an MLP, where a client adapts all three or none."""
+    parts = {part for name in names if (part := part_of(name)).startswith("mlp.")}
+    if len(parts) in (1, 2):
+        raise FormatError(
+            asked,
+            f"{client} adapts gate, up and down of an MLP together, and there is {one_line(parts)}",
             "Merge the adapter into its base instead (lora-inject merge)",
         )

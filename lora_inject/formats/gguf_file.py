@@ -20,7 +20,16 @@ from torch import Tensor
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import heads, refuse_tied, text_config
-from lora_inject.formats.decoder_names import K, Q, from_pairs, ours, part_of, theirs, to_pairs
+from lora_inject.formats.decoder_names import (
+    K,
+    Q,
+    from_pairs,
+    heads_of,
+    ours,
+    part_of,
+    theirs,
+    to_pairs,
+)
 from lora_inject.formats.plain import (
     check_finite,
     in_dtype,
@@ -198,14 +207,7 @@ def _n_heads(
     if not family.in_pairs or part_of(name) not in (Q, K):
         return 0
     sizes = heads(config, asked, "how many heads the rows of q and k are of")
-    n_heads = sizes.n_heads if part_of(name) == Q else sizes.n_kv_heads
-    if n_rows != n_heads * sizes.head_dim or sizes.head_dim % 2:
-        raise FormatError(
-            f"{asked}, '{name}'",
-            f"B has {n_rows} rows, and the base {n_heads} heads of {sizes.head_dim}",
-            "Name the base that the adapter was made for",
-        )
-    return n_heads
+    return heads_of(name, sizes, n_rows, asked)
 
 
 def _family(config: Mapping[str, Any] | None, asked: str) -> Family:

@@ -10,17 +10,16 @@ Its convolutions are not read: their factors have another shape than everybody e
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_no_clash, check_site, check_trained
 from lora_inject.formats.metadata import one_line
+from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.atomic import write_file
 from lora_inject.storage.tensors import read_names, read_tensors, serialize
@@ -146,36 +145,13 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     tensors = {name: t.detach().cpu() for name, t in (pairs | dict(state.trained)).items()}
     if path.suffix == ".safetensors":
         return write_file(path, serialize(tensors, {"format": "pt"}), overwrite=overwrite)
-    return write_file(path, _pickled(tensors), overwrite=overwrite)
-
-
-def _pickled(tensors: Mapping[str, Tensor]) -> bytes:
-    from io import BytesIO
-
-    buffer = BytesIO()
-    torch.save({name: tensor.clone() for name, tensor in tensors.items()}, buffer)
-    return buffer.getvalue()
+    return write_file(path, pickled(tensors), overwrite=overwrite)
 
 
 def _load(path: Path, asked: str, *, allow_pickle: bool, on_disk: bool) -> dict[str, Tensor]:
-    if path.suffix not in _PICKLES:
-        return read_tensors(path, on_disk=on_disk)[0]
-    if not path.is_file():
-        raise FormatError(asked, "there is no such file", "Check the path")
-    if not allow_pickle:
-        raise FormatError(
-            asked,
-            "it is a pickle",
-            "Pass allow_pickle=True where you trust it; only tensors are built from it",
-        )
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise FormatError(asked, f"it cannot be loaded ({error})"[:500], _EDITED) from error
-    good = isinstance(loaded, dict) and all(isinstance(key, str) for key in loaded)
-    if not good or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise FormatError(asked, "it is not a table of tensors by name", "Save a state dict")
-    return {key: tensor.detach() for key, tensor in loaded.items()}
+    if path.suffix in _PICKLES:
+        return read_pickle(path, asked, allow=allow_pickle)
+    return read_tensors(path, on_disk=on_disk)[0]
 
 
 def _named(name: str, names: Collection[str] | bool) -> bool:

@@ -25,10 +25,10 @@ from lora_inject.formats.plain import (
     check_finite,
     dtype_named,
     in_dtype,
+    one_rank_and_scale,
     pairs_of,
     plain_site,
     plain_sites,
-    uniform,
 )
 from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.strict_json import parse_json
@@ -73,9 +73,7 @@ def write(
     for name, site in sites.items():
         if site.spec.kind == "embedding":
             refuse_tied(config, name, asked, "mlx-lm")
-    if len({(site.spec.rank, site.scale) for site in sites.values()}) > 1:
-        sites = uniform(sites, asked)
-    sites = in_dtype(sites, dtype_named(dtype, asked))
+    sites = in_dtype(one_rank_and_scale(sites, asked), dtype_named(dtype, asked))
     check_finite(sites, asked)
     tensors = {f"{n}.lora_a": s.A.T for n, s in sites.items()}
     tensors |= {f"{n}.lora_b": s.B.T for n, s in sites.items()}

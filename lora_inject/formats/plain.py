@@ -91,6 +91,12 @@ def uniform(
     return {name: _changed(site, wanted, wanted, dtype) for name, site in sites.items()}
 
 
+def one_rank_and_scale(sites: Mapping[str, SiteState], asked: str) -> dict[str, SiteState]:
+    """Return plain sites for who knows one rank and one scale, as they are where they have them."""
+    same = len({(site.spec.rank, site.scale) for site in sites.values()}) == 1
+    return dict(sites) if same else uniform(sites, asked)
+
+
 def with_scale_one(
     sites: Mapping[str, SiteState], *, dtype: torch.dtype | None = None
 ) -> dict[str, SiteState]:

@@ -1,0 +1,55 @@
+"""Pickled state dicts: read as tensors only, and only where the caller trusts the file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_inject.errors import FormatError
+
+_ERRORS = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError),
+    *(LookupError, AttributeError, OverflowError),
+)
+"""What torch.load raises of damaged files."""
+
+
+def read_pickle(
+    path: Path, asked: str, *, allow: bool, inside: str | None = None
+) -> dict[str, Tensor]:
+    """Return a pickled table of tensors by name, by torch.load(weights_only=True).
+
+    `allow` is whether pickles may be read at all, `inside` the key that the table may be under.
+    """
+    if not path.is_file():
+        raise FormatError(asked, f"there is no file '{path.name}'", "Check the path")
+    if not allow:
+        raise FormatError(
+            asked,
+            f"'{path.name}' is a pickle",
+            "Pass allow_pickle=True where you trust it; only tensors are built from it",
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except _ERRORS as error:
+        found = f"it cannot be loaded ({error})"[:500]
+        raise FormatError(asked, found, "It is incomplete or was edited; fetch it again") from error
+    if inside is not None and isinstance(loaded, dict):
+        loaded = loaded.get(inside, loaded)
+    good = isinstance(loaded, dict) and all(isinstance(key, str) for key in loaded)
+    if not good or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise FormatError(asked, "it is not a table of tensors by name", "Save a state dict")
+    return {key: tensor.detach() for key, tensor in loaded.items()}
+
+
+def pickled(tensors: Mapping[str, Tensor], inside: str | None = None) -> bytes:
+    """Return the bytes of a pickled state dict, under a key where one is given."""
+    buffer = BytesIO()
+    table = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    torch.save(table if inside is None else {inside: table}, buffer)
+    return buffer.getvalue()
