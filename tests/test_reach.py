@@ -81,9 +81,19 @@ def test_unreached_sees_branches_and_restores() -> None:
     assert li.unreached(model, lambda: model["used"](x)) == ["idle"]
     with li.routed(model, ["default", None]):
         assert li.unreached(model, lambda: model["idle"](x)) == ["used"]
+    compiled = torch.compile(model["used"], backend="eager")
+    compiled(x)
+    assert li.unreached(model, lambda: compiled(x)) == ["idle"]
     with pytest.raises(ZeroDivisionError):
         li.unreached(model, lambda: 1 / 0)
     assert li.unreached(model, lambda: None) == ["used", "idle"]
     li.activate(model, None)
     with pytest.raises(li.StateError, match="no adapter is active"):
         li.unreached(model, lambda: model["used"](x))
+
+
+def test_a_convolution_under_routed_took_part() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 3, 1))
+    li.inject(model, {"rank": 1, "targets": ["0"]})
+    with li.routed(model, ["default", None]):
+        assert li.unreached(model, lambda: model(torch.ones(2, 3, 4))) == []

@@ -252,10 +252,8 @@ class Adapted(nn.Module):
             "Call merge(model, eject=True) first, or use torch.jit.trace or torch.export",
         )
 
-    def _lora_takes_part(self, param: str | None, tensors: Iterable[Tensor]) -> None:
-        """Note for `unreached` that adapters take part, and refuse to train them in vain."""
-        if self._lora.selection.witness is not None:
-            self._lora.selection.witness.add((id(self), param))
+    def _lora_refuse_vain(self, tensors: Iterable[Tensor]) -> None:
+        """Raise where adapters take part and are to train, and no gradient would reach them."""
         if not self.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():
@@ -372,13 +370,13 @@ class Adapted(nn.Module):
 
     def _lora_is_read(self, entry: Entry) -> None:
         """Note that an entry takes part, and refuse what a weight cannot express."""
-        forward = self._lora.forward.get(entry.adapter) is entry
-        if entry.mark not in self._lora.took_part and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        if entry.mark not in self._lora.took_part:
             self._lora.used((entry,))
-        tensor = held_by(self)[entry.names["T" if entry.spec is None else "A"]]
-        self._lora_takes_part(None if forward else entry.param, (tensor,))
-        compiling = torch.compiler.is_compiling()
-        if forward and self.training and entry.spec and entry.spec.dropout and not compiling:
+        self._lora_refuse_vain((entry.tensor(self, "T" if entry.spec is None else "A"),))
+        forward = self._lora.forward.get(entry.adapter) is entry
+        if forward and self.training and entry.spec and entry.spec.dropout:
             raise LayerError(
                 f"reading the weight of site {entry.spec.name!r} in a forward",
                 f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "

@@ -230,6 +230,10 @@ class Attached:
             refuse_mixed([*taking, *((copies[n], w) for n, w in state.active if n in copies)])
         return alone
 
+    def forget_use(self) -> None:
+        """Let the next forward note anew what takes part in it."""
+        self.took_part, self.last_chosen = frozenset(), (None, ())
+
     def used(self, entries: Iterable[Entry]) -> None:
         """Note that entries take part in a forward."""
         self.took_part = self.took_part.union(entry.mark for entry in entries)

@@ -61,8 +61,8 @@ class ForwardUpdate(Adapted):
             Factors(held[A], held[B], scale, spans, dropout if training else 0.0)
             for A, B, scale, spans, dropout in recipes
         ]
-        if training or attached.selection.witness is not None:
-            self._lora_takes_part(None, (u.A for u in updates))
+        if training:
+            self._lora_refuse_vain(u.A for u in updates)
         return updates
 
     def _lora_factors(self, recipes: Iterable[Recipe]) -> list[Factors]:
@@ -85,8 +85,7 @@ class ForwardUpdate(Adapted):
         if found is None:
             found = state.kept[key] = routing_of(self, mine, held, x, state)
             self._lora.used(found.entries)
-        if found.entries and (self.training or self._lora.selection.witness is not None):
-            self._lora_takes_part(None, (e.tensor(self, "A") for e in found.entries))
+        self._lora_refuse_vain(e.tensor(self, "A") for e in found.entries)
         return found
 
     def _lora_routed(

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -70,7 +71,9 @@ def _added(module: Any, y: Tensor, x: Tensor, state: State) -> Tensor:
     routing = routing_of(module, by_adapter, held, x, state)
     if not routing.entries:
         return y
-    module._lora_takes_part("weight", (e.tensor(module, "A") for e in routing.entries))
+    if not torch.compiler.is_compiling():
+        attached.used(routing.entries)
+    module._lora_refuse_vain(e.tensor(module, "A") for e in routing.entries)
     plain = type(module)._lora_plain
     convolve = _STOCK[plain.forward, plain._conv_forward]
     padding = module.padding

@@ -81,7 +81,6 @@ class Selection:
     Attributes:
         state: The setting of the model, which holds where no context does.
         merged: The state that is folded into the weights, or None.
-        witness: Where layers note that they took part, while `unreached` listens.
         devices: Where adapters are, or were.
         contexts: The contexts of this selection that are open anywhere.
         may_wait: Whether a generator or coroutine holds one of them.
@@ -90,7 +89,6 @@ class Selection:
     def __init__(self, state: State = BASE, merged: State | None = None) -> None:
         self.state = state
         self.merged = merged
-        self.witness: set[tuple[int, str | None]] | None = None
         self.devices: frozenset[torch.device] = frozenset()
         self.contexts: set[Context] = set()
         self.may_wait = False

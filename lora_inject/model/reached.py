@@ -1,6 +1,6 @@
 """Which adapters take part when a model runs: an adapter that no forward reaches is inert.
 
-Layers note that they took part while somebody listens; the sites that did not are missed.
+Layers note which of their adapters have taken part; here the notes of one run are looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import entries, reach, refuse_merged
 from lora_inject.spec.names import joined
@@ -70,26 +70,22 @@ def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
 
 def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """Return the sites of active adapters that took no part when `run()` ran the model."""
-    selections = reach(model).selections
-    active = {name for selection in selections for name in selection.current().names}
-    seen: set[tuple[int, str | None]] = set()
-    for selection in selections:
-        selection.witness = seen
+    survey = Survey(model)
+    states = [selection.current() for selection in reach(model, survey).selections]
+    active = {name for state in states for name in state.names}
+    carried = [(a, a.took_part) for m in survey.by_name.values() if (a := attached_to(m))]
+    for attached, _ in carried:
+        attached.forget_use()
+    for state in states:
+        state.kept.clear()
     try:
-        run()
+        with torch.compiler.set_stance("force_eager"):  # compiled graphs leave no trace
+            run()
+        return [
+            entry.spec.name if entry.spec is not None else joined(path, entry.param)
+            for path, module, entry in entries(survey)
+            if entry.adapter in active and entry.mark not in attached_to(module).took_part  # type: ignore[union-attr]
+        ]
     finally:
-        for selection in selections:
-            selection.witness = None
-    return [
-        entry.spec.name if entry.spec is not None else joined(path, entry.param)
-        for path, module, entry in entries(Survey(model))
-        if entry.adapter in active and (id(module), _read_param(module, entry)) not in seen
-    ]
-
-
-def _read_param(module: nn.Module, entry: Entry) -> str | None:
-    """Return the parameter by whose reading an entry takes part, None for a forward update."""
-    attached = attached_to(module)
-    assert attached is not None
-    forward = attached.forward.get(entry.adapter)
-    return None if forward is not None and forward.names == entry.names else entry.param
+        for attached, before in carried:
+            attached.took_part |= before
