@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lora_inject.model.load import install, load_adapter
     from lora_inject.model.merge import merge, unmerge
     from lora_inject.model.merged_weights import merged_weights
+    from lora_inject.model.publish import push
     from lora_inject.model.reached import unreached
     from lora_inject.model.save import adapter_state, save_adapter
     from lora_inject.model.select import activate, disabled, routed
@@ -83,6 +84,7 @@ __all__ = [
     "merged_weights",
     "parameter_groups",
     "plan",
+    "push",
     "read_adapter",
     "reference",
     "register_format",
@@ -117,6 +119,7 @@ _HOMES = {
     "model.listing": "adapters summary",
     "model.merge": "merge unmerge",
     "model.merged_weights": "merged_weights",
+    "model.publish": "push",
     "model.reached": "unreached",
     "model.load": "install load_adapter",
     "model.save": "adapter_state save_adapter",

@@ -321,6 +321,7 @@ def test_the_card_says_what_the_adapter_is(tmp_path: Path) -> None:
     front = yaml.safe_load(text.split("---")[1])
     assert front == {
         "base_model": "org/base: 1",
+        "base_model_relation": "adapter",
         "library_name": "peft",
         "tags": ["lora", "lora-inject"],
     }

@@ -1,19 +1,66 @@
 """The model card of an adapter: README.md with the front matter that model hubs read.
 
-Whoever finds the directory learns from it what it is, for which base, and how to load it
-with PEFT and with this package. Nothing is claimed that the adapter itself does not say.
+Whoever finds the directory learns from it what it is, for which base and task, and how to load it
+with this package, PEFT and vLLM. Nothing is claimed that the adapter or its author does not say.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from collections import Counter
+from typing import Any
 
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.version import __version__
 
 
-def model_card(state: AdapterState, *, base_model: str | None = None) -> str:
+def joined_cards(theirs: str, ours: str) -> str:
+    r"""Return one card of two, with the front matter of both; where they differ, that of `ours`.
+
+    Examples:
+        >>> joined_cards("---\na: 1\nb: 1\n---\nhis", "---\nb: 2\n---\nhers")
+        '---\na: 1\nb: 2\n---\nhis\n\nhers'
+    """
+    import yaml
+
+    front: dict[str, Any] = {}
+    bodies = []
+    for card in (theirs, ours):
+        _, said, body = card.split("---\n", 2)
+        front |= yaml.safe_load(said) or {}
+        bodies.append(body.strip())
+    return "\n".join(["---", yaml.safe_dump(front).rstrip(), "---", "\n\n".join(bodies)])
+
+
+# PEFT's task types, to the hub's tags and to the class that loads a base.
+_TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+}
+_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+def model_card(
+    state: AdapterState,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    trained_on: str | None = None,
+    published_as: str | None = None,
+) -> str:
     """Return the text of README.md: YAML front matter and Markdown.
+
+    Args:
+        state: The adapter.
+        base_model: Name or path of the base.
+        task_type: PEFT's, such as `CAUSAL_LM`.
+        trained_on: The data: a data set of the hub, or words.
+        published_as: Where readers find it; by default a path that they fill in.
 
     Examples:
         >>> print(model_card(AdapterState({}), base_model="org/base").splitlines()[1])
@@ -21,38 +68,59 @@ def model_card(state: AdapterState, *, base_model: str | None = None) -> str:
     """
     import yaml  # reading an adapter, as merging does, must not wait for it
 
-    front = {"library_name": "peft", "tags": ["lora", "lora-inject"]}
+    tag, cls = _TASKS.get(task_type or "", (None, None))
+    front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "lora-inject"]}
     if base_model:
-        front = {"base_model": base_model, **front}
+        front |= {"base_model": base_model, "base_model_relation": "adapter"}
+    if tag:
+        front["pipeline_tag"] = tag
+    if trained_on and _DATASET.fullmatch(trained_on):
+        front["datasets"] = [trained_on]
     n_parameters = sum(site.spec.n_parameters for site in state.sites.values())
     counts = f"{len(state.sites):,} sites, {n_parameters:,} parameters"
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=True, allow_unicode=True).rstrip(),
-        "---",
-        "",
-        "# LoRA adapter",
-        "",
-        f"{counts}, written by lora-inject {__version__}.",
-        "",
-        *_table(state),
-        *_trained(state),
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "",
-        "model = PeftModel.from_pretrained(base, path)",
-        "```",
-        "",
-        "```python",
-        "import lora_inject",
-        "",
-        "lora_inject.load_adapter(base, path)",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    on = f" on {_inline(base_model)}" if base_model else ""
+    data = f" Trained on {_inline(trained_on)}." if trained_on else ""
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=True, allow_unicode=True).rstrip(),
+            "---",
+            "",
+            "# LoRA adapter",
+            "",
+            f"{counts}{on}, written by lora-inject {__version__}.{data}",
+            "",
+            *_table(state),
+            *_trained(state),
+            "## Use",
+            "",
+            *_commands(state, base_model, cls, published_as or "path/to/this/folder"),
+        ]
+    )
+
+
+def _commands(state: AdapterState, base_model: str | None, cls: str | None, path: str) -> list[str]:
+    """Say how to load it here, with PEFT, and where vLLM takes it with vLLM."""
+    base, there = json.dumps(base_model or "path/to/the/base"), json.dumps(path)
+    load = [f"model = ...  # {base}"]
+    if cls:
+        load = [f"from transformers import {cls}", "", f"model = {cls}.from_pretrained({base})"]
+    ours = ["import lora_inject as li", *load, f"li.load_adapter(model, {there})"]
+    peft = [*load, f"model = PeftModel.from_pretrained(model, {there})"]
+    peft.insert(0, "from peft import PeftModel")
+    lines = ["```python", *ours, "```", "", "```python", *peft, "```", ""]
+    kinds = {site.spec.kind for site in state.sites.values()}
+    if cls == "AutoModelForCausalLM" and base_model and kinds == {"linear"} and not state.trained:
+        rank = max(site.spec.rank for site in state.sites.values())
+        serve = f"vllm serve {shlex.quote(base_model)} --enable-lora --max-lora-rank {rank}"
+        serve += f" --lora-modules {shlex.quote(f'adapter={path}')}"
+        lines += ["```console", serve, "```", ""]
+    return lines
+
+
+def _inline(text: str) -> str:
+    """Return text as inline code of Markdown."""
+    return "`" + text.replace("`", "'").replace("\n", " ") + "`"
 
 
 def _table(state: AdapterState) -> list[str]:

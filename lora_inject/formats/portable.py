@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lora_inject.adapter.state import AdapterState
+from lora_inject.formats.card import model_card
 from lora_inject.formats.peft.folder import contents, write_folder
 from lora_inject.formats.plain import check_finite, dtype_named, plain_sites, uniform
 
@@ -71,4 +72,5 @@ def write(
         task_type=task_type,
     )
     said = {"format": "pt"}
-    return write_folder(path, found, said, base_model=base_model, overwrite=overwrite)
+    card = model_card(found.state, base_model=base_model, task_type=task_type)
+    return write_folder(path, found, said, card, overwrite=overwrite)

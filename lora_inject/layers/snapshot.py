@@ -22,6 +22,7 @@ KEYS = frozenset(
         "_lora",
         "_lora_root",
         "_old_forward",
+        "create_or_update_model_card",
         "_hf_peft_config_loaded",
         "resize_token_embeddings",
         "save_pretrained",

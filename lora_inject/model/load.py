@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lora_inject.adapter.state import AdapterState
+from lora_inject.errors import FormatError
 from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
 from lora_inject.formats.peft import options_for_reading, plain_config
 from lora_inject.functional import master_dtype
@@ -18,6 +19,7 @@ from lora_inject.model.attach import Place, attach, places, survey_for
 from lora_inject.model.carried import reach
 from lora_inject.model.fit_state import Base, fit
 from lora_inject.model.save import base_weights
+from lora_inject.storage.hub import download, is_repo
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,16 +32,18 @@ def load_adapter(
     leave_out: Sequence[str] = (),
     base: Base = "same",
     format: str | None = None,  # noqa: A002
+    revision: str | None = None,
     **options: Any,
 ) -> M:
-    """Read an adapter from files and put it onto a model, all of it or nothing.
+    """Read an adapter from files, or from the hub, and put it onto a model, all of it or nothing.
 
     It becomes active only where no adapter is active, and it is not trainable until
     `train_only(model, name)` says so.
 
     Args:
         model: The model that it was made for.
-        path: What `save_adapter` or PEFT wrote.
+        path: What `save_adapter` or PEFT wrote, or `user/name` on the Hugging Face hub where there
+            is no such path here. Of a repository only safetensors and its config are fetched.
         name: Its name on this model.
         leave_out: Patterns (as in a config) of trained tensors and sites to let go, for instance a
             head of another task. Each must match something.
@@ -48,6 +52,7 @@ def load_adapter(
             cannot be compared is let through, as of a base that is quantized only here, or was only
             where the adapter was made. `any`: no comparison.
         format: A row of `formats.FORMATS`; by default it is detected from the files.
+        revision: Branch, tag or commit of a repository; the head of its main branch where None.
         **options: For the format.
 
     Returns:
@@ -59,6 +64,11 @@ def load_adapter(
         StateError: The name is in use, or the model is merged.
     """
     survey, asked = survey_for(model, name), f"load {str(path)!r}"
+    if is_repo(path):
+        path = download(str(path), revision)
+    elif revision is not None:
+        found = "a revision is of a repository, and this is a path"
+        raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
     format = format or detected(Path(path))  # noqa: A001
     if format in FORMATS:
         live = options_for_reading(survey.by_name, base_weights(survey))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter.fingerprint import Fingerprint, packing, samples
@@ -20,8 +23,12 @@ from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.carried import entries, reach, refuse_merged, roots_of, whole_adapter
 from lora_inject.model.peft_reading import refuse_misread
-from lora_inject.model.sharding import reshard, samples_of_shards
+from lora_inject.model.sharding import is_sharded, reshard, samples_of_shards, writes_here
 from lora_inject.spec.names import joined
+from lora_inject.storage.disk import replace_file
+
+LATEST = "LATEST"
+"""Name of the file that names the newest of an adapter's versions."""
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
@@ -143,19 +150,26 @@ def save_adapter(
     name: str = "default",
     *,
     format: str = "peft",  # noqa: A002 - the word that users look for
+    version: int | None = None,
+    keep: int | None = None,
     **options: Any,
 ) -> Path:
     """Write an adapter to files, atomically.
+
+    Of several processes that hold shards all call it, and the first writes.
 
     Args:
         model: The root, or any module that holds roots.
         path: Where to; a directory for PEFT's format.
         name: The adapter.
         format: A row of `formats.FORMATS`.
+        version: Write to `path/VERSION` and name that in the file `path/LATEST`, which is replaced
+            once the version is whole: for a server that follows a training run.
+        keep: With `version`: how many versions stay, the newest; by default all.
         **options: For the format.
 
     Returns:
-        The path.
+        The path that was written.
 
     Raises:
         StateError: There is no such adapter.
@@ -163,8 +177,28 @@ def save_adapter(
     """
     survey = Survey(model)
     state, live = read_off(survey, name), format_options(survey, format, name)
-    write_adapter(state, path, format=format, **live | options)
-    return Path(path)
+    target = Path(path) if version is None else Path(path, str(version))
+    if writes_here(model):
+        if version is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        write_adapter(state, target, format=format, **live | options)
+        if version is not None:
+            replace_file(Path(path, LATEST), f"{version}\n".encode())
+            remove_old_versions(Path(path), version, keep)
+    if is_sharded(survey):
+        torch.distributed.barrier()
+    return target
+
+
+def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
+    """Remove the oldest versions of an adapter, each under another name first."""
+    if keep is None:
+        return
+    versions = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+    for version in [v for v in versions if v != newest][: max(0, len(versions) - max(1, keep))]:
+        doomed = folder / f".{version}.{secrets.token_hex(6)}.tmp"
+        (folder / str(version)).rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def format_options(survey: Survey, format: str, name: str) -> dict[str, Any]:  # noqa: A002

@@ -53,6 +53,16 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
             )
 
 
+def is_sharded(survey: Survey) -> bool:
+    """Return whether every process holds only its part of a tensor of the model."""
+    return any(hasattr(p, "full_tensor") for _, m in survey.modules for p in m._parameters.values())
+
+
+def writes_here(model: nn.Module) -> bool:
+    """Return whether this process writes files of a model: of several that hold shards, one."""
+    return not is_sharded(Survey(model)) or torch.distributed.get_rank() == 0
+
+
 def reshard(survey: Survey) -> None:
     """Let FSDP2 hold shards everywhere: what a forward left gathered is a copy."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())

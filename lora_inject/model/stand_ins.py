@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError, StateError
 from lora_inject.formats import write_adapter
+from lora_inject.formats.card import joined_cards
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey, base_parameters
 from lora_inject.model.carried import reach
@@ -30,6 +31,7 @@ from lora_inject.model.save import adapter_tensors, format_options, read_off
 from lora_inject.storage.disk import replace_file
 
 SAVE, RESIZE = "save_pretrained", "resize_token_embeddings"
+CARD = "create_or_update_model_card"
 LOADED = "_hf_peft_config_loaded"
 # As true as True, and says whose it is: what transformers' own mixin has set is left alone.
 OURS = "lora_inject"
@@ -105,6 +107,25 @@ class _SaveAdapters:
             data = safetensors.torch.save(tensors, {"format": "pt"})
             replace_file(Path(save_directory, "model.safetensors"), data)
 
+    def card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Add to the card that Trainer wrote over ours what ours says, as PEFT's models do.
+
+        Trainer asks for it by this name where a folder says that its library is PEFT
+        (`Trainer.create_model_card`).
+        """
+        model = self._model()
+        assert model is not None
+        survey, path = Survey(model), Path(output_dir, "README.md")
+        with tempfile.TemporaryDirectory() as place:
+            name = min(reach(model, survey).names, key=lambda name: (name != "default", name))
+            made = write_adapter(
+                read_off(survey, name),
+                Path(place, "adapter"),
+                **format_options(survey, "peft", name),
+            )
+            ours = (made / "README.md").read_text("utf-8")
+        replace_file(path, joined_cards(path.read_text("utf-8"), ours).encode())
+
 
 def _put_into(made: Path, folder: Path) -> None:
     """Copy files into a folder that may hold others, each in one step."""
@@ -139,6 +160,7 @@ def stand_in(modules: Iterable[nn.Module], carrying: Sequence[nn.Module]) -> Non
     for module, method in _having(listed):
         if method == SAVE and reach(module).names:
             module.__dict__[SAVE] = _SaveAdapters(module)
+            module.__dict__[CARD] = module.__dict__[SAVE].card
         elif method == RESIZE and (name := _vocabulary_on(module, carrying)) is not None:
             module.__dict__[RESIZE] = _Refusal(name)
 
@@ -151,6 +173,7 @@ def give_back(modules: Iterable[nn.Module]) -> None:
         own = module.__dict__
         if isinstance(own.get(SAVE), _SaveAdapters) and not reach(module).names:
             del own[SAVE]
+            own.pop(CARD, None)
         if own.get(LOADED) == OURS and not reach(module).names:
             del own[LOADED]
         if isinstance(own.get(RESIZE), _Refusal) and _vocabulary_on(module, carrying) is None:

@@ -88,6 +88,8 @@ def write(
     expert_names: Collection[str] = (),
     base_model: str | None = None,
     task_type: str | None = None,
+    trained_on: str | None = None,
+    published_as: str | None = None,
 ) -> Path:
     """Write an adapter as a PEFT directory.
 
@@ -108,6 +110,8 @@ def write(
         base_model: Name or path of the base, for the config and the model card.
         task_type: PEFT's task type, such as `CAUSAL_LM`. Left out where PEFT would look for the
             task's head and the adapter does not hold it.
+        trained_on: For the card: a data set of the hub, or words.
+        published_as: For the card: where readers find the adapter, such as `user/name`.
 
     Returns:
         The directory that was written.
@@ -126,7 +130,14 @@ def write(
         task_type=task_type,
     )
     said = words.describe(found.state, "peft", found.turned)
-    return write_folder(path, found, said, base_model=base_model, overwrite=overwrite)
+    card = model_card(
+        found.state,
+        base_model=base_model,
+        task_type=task_type,
+        trained_on=trained_on,
+        published_as=published_as,
+    )
+    return write_folder(path, found, said, card, overwrite=overwrite)
 
 
 class Contents(NamedTuple):
@@ -142,15 +153,15 @@ def write_folder(
     path: Path,
     found: Contents,
     said: Mapping[str, str],
+    card: str,
     *,
-    base_model: str | None,
     overwrite: bool,
 ) -> Path:
-    """Write a directory of PEFT with `said` as the metadata of its tensors."""
+    """Write a directory of PEFT with `said` as the metadata of its tensors, and its card."""
     files = {
         CONFIG: (json.dumps(found.config, indent=2, sort_keys=True) + "\n").encode(),
         MODEL: serialize(found.tensors, {**said, **for_diffusers(found.config, PREFIX)}),
-        CARD: model_card(found.state, base_model=base_model).encode(),
+        CARD: card.encode(),
     }
     return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
 

@@ -1,0 +1,62 @@
+"""Publishing an adapter of a live model on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_inject.model.save import save_adapter
+from lora_inject.model.sharding import writes_here
+from lora_inject.storage.hub import upload
+
+
+def push(
+    model: nn.Module,
+    repo: str,
+    name: str = "default",
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    message: str = "Upload adapter",
+    token: str | None = None,
+    **options: Any,
+) -> str | None:
+    """Upload an adapter with its card as one commit: what `save_adapter` writes.
+
+    `load_adapter(model, repo)`, PEFT and vLLM read it there.
+
+    Args:
+        model: The root, or any module that holds roots.
+        repo: `user/name`; made where there is none.
+        name: The adapter.
+        revision: A branch; made where there is none.
+        private: Whether a new repository is private.
+        message: Of the commit.
+        token: By default the one that you are logged in with.
+        **options: Of `save_adapter` for PEFT's format, such as `trained_on`.
+
+    Returns:
+        The URL of the commit; None in processes that do not upload, of several that hold shards.
+
+    Raises:
+        StateError: There is no such adapter.
+        FormatError: PEFT's format cannot express it, or the hub refuses or cannot be reached.
+
+    Examples:
+        >>> from lora_inject.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> push(net, "adapter")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lora_inject.errors.FormatError: push to 'adapter': it is not a repository's id. ...
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "adapter")
+        save_adapter(model, folder, name, published_as=repo, **options)
+        if not writes_here(model):
+            return None
+        how: dict[str, Any] = {"revision": revision, "private": private, "token": token}
+        return upload(folder, repo, message=message, **how)

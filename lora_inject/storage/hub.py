@@ -1,0 +1,143 @@
+"""Adapters on the Hugging Face hub: safetensors and small JSON only, through `huggingface_hub`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_inject.errors import FormatError
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_PEFT = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.json")
+
+
+def is_repo(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path names a repository of the hub, and nothing that is here.
+
+    Examples:
+        >>> is_repo("user/name"), is_repo("./user/name"), is_repo("name")
+        (True, False, False)
+    """
+    return isinstance(path, str) and bool(_REPO.fullmatch(path)) and not os.path.lexists(path)
+
+
+def download(repo: str, revision: str | None) -> Path:
+    """Fetch an adapter from the hub, or from its cache, and return its folder or file.
+
+    Raises:
+        FormatError: It cannot be reached, there is no such repository or revision, or it holds no
+            adapter in safetensors.
+    """
+    asked = f"load {repo!r}" + (f" at {revision!r}" if revision is not None else "")
+    hub = _hub(asked)
+    with _in_plain_words(asked):
+        try:
+            files = hub.HfApi().list_repo_files(repo, revision=revision)
+        except _unreachable():
+            folder, files = _kept(hub, repo, revision)
+            wanted = _adapter_among(files, asked)
+        else:
+            wanted = _adapter_among(files, asked)
+            folder = hub.snapshot_download(repo, revision=revision, allow_patterns=wanted)
+    return Path(folder) if wanted == list(_PEFT) else Path(folder, wanted[0])
+
+
+def _kept(hub: Any, repo: str, revision: str | None) -> tuple[Path, list[str]]:
+    """Return the folder of the cache that holds an adapter, and the names of its files."""
+    failure: Exception = FileNotFoundError(repo)
+    for patterns in (list(_PEFT), ["*.safetensors"]):
+        how = {"revision": revision, "local_files_only": True, "allow_patterns": patterns}
+        try:
+            folder = Path(hub.snapshot_download(repo, **how))
+        except hub.errors.LocalEntryNotFoundError as error:
+            failure = error
+            continue
+        if files := [path.name for pattern in patterns for path in folder.glob(pattern)]:
+            return folder, files
+    raise failure
+
+
+def _adapter_among(files: list[str], asked: str) -> list[str]:
+    """Return patterns of the files to fetch: PEFT's, or the one safetensors file there is."""
+    if "adapter_config.json" in files:
+        if "adapter_model.bin" in files and not any(f.endswith(".safetensors") for f in files):
+            found = "it holds a pickle only (adapter_model.bin), which is code and is not run"
+            raise FormatError(asked, found, "Ask its author for safetensors")
+        return list(_PEFT)
+    tensors = [file for file in files if file.endswith(".safetensors")]
+    if len(tensors) != 1:
+        shown = ", ".join(files[:8]) or "nothing"
+        raise FormatError(
+            asked,
+            f"it holds no adapter_config.json and {len(tensors)} safetensors files, not one: "
+            f"{shown}",
+            "Download the file that is meant and give its path",
+        )
+    return tensors
+
+
+def upload(
+    folder: Path, repo: str, *, revision: str | None, private: bool | None, message: str, token: Any
+) -> str:
+    """Upload a folder in one commit, making the repository where there is none; return its URL."""
+    asked = f"push to {repo!r}"
+    if not _REPO.fullmatch(repo):
+        raise FormatError(asked, "it is not a repository's id", "Give 'user/name'")
+    api = _hub(asked).HfApi(token=token)
+    with _in_plain_words(asked):
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        return str(
+            api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, commit_message=message
+            ).commit_url
+        )
+
+
+_REACH = "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or give the path of a folder"
+
+
+def _hub(asked: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        found = "huggingface_hub is not installed"
+        raise FormatError(asked, found, "pip install huggingface_hub") from error
+    return huggingface_hub
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return (OfflineModeIsEnabled, ConnectionError, *(c.TransportError for c in clients))
+
+
+@contextlib.contextmanager
+def _in_plain_words(asked: str) -> Iterator[None]:
+    """Say in one sentence what the hub refused."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise FormatError(asked, "its author has to grant access", "Ask on its page") from error
+    except errors.RepositoryNotFoundError as error:
+        found = "there is no such folder here, and no such repository that you may see on the hub"
+        raise FormatError(asked, found, "Check the name, or log in: hf auth login") from error
+    except errors.RevisionNotFoundError as error:
+        raise FormatError(asked, "there is no such revision", "Check its name") from error
+    except (errors.LocalEntryNotFoundError, FileNotFoundError) as error:
+        found = "there is no such folder here, the hub cannot be reached and it is not in the cache"
+        raise FormatError(asked, found, _REACH) from error
+    except errors.HfHubHTTPError as error:
+        found = f"the hub answered: {str(error).strip().splitlines()[0]}"
+        raise FormatError(asked, found, "Check the repository and your token") from error
+    except _unreachable() as error:
+        raise FormatError(asked, f"the hub cannot be reached ({error})", _REACH) from error

@@ -1,0 +1,200 @@
+"""Adapters on the hub, against a stand-in for its HTTP end, and versions for a server to follow."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from conftest import fill, same_bits
+from helpers.hub import Hub, stand_in_hub
+from safetensors.torch import load_file
+
+import lora_inject as li
+
+pytest.importorskip("huggingface_hub")
+transformers = pytest.importorskip("transformers")
+CONFIG = {"rank": 2, "alpha": 3, "targets": ["q_proj", "down_proj"]}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with stand_in_hub(monkeypatch, tmp_path / "cache") as served:
+        yield served
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 17}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.config._name_or_path = "org/tiny-llama"
+    return model
+
+
+def adapted(std: float = 0.5) -> Any:
+    return fill(li.inject(base(), CONFIG), std=std)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(6)[None]).logits
+
+
+def test_what_is_pushed_is_what_others_load(hub: Hub) -> None:
+    model = adapted()
+    url = li.push(model, "user/sql", trained_on="org/questions", message="first")
+    files = hub.repos["user/sql"]["main"]
+    assert url.startswith(f"{hub.url}/user/sql/commit/")
+    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert same_bits(logits(li.load_adapter(base(), "user/sql")), logits(model))
+
+    text = files["README.md"].decode()
+    assert yaml.safe_load(text.split("---")[1]) == {
+        "base_model": "org/tiny-llama",
+        "base_model_relation": "adapter",
+        "datasets": ["org/questions"],
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora-inject"],
+    }
+    for line in (
+        "2 sites, 64 parameters on `org/tiny-llama`",
+        "Trained on `org/questions`.",
+        'model = AutoModelForCausalLM.from_pretrained("org/tiny-llama")',
+        'li.load_adapter(model, "user/sql")',
+        'model = PeftModel.from_pretrained(model, "user/sql")',
+        "vllm serve org/tiny-llama --enable-lora --max-lora-rank 2 --lora-modules adapter=user/sql",
+    ):
+        assert line in text
+
+
+def test_revisions_are_told_apart(hub: Hub) -> None:
+    one, two = adapted(), adapted(std=0.1)
+    li.push(one, "user/sql")
+    li.push(two, "user/sql", revision="next")
+    assert same_bits(logits(li.load_adapter(base(), "user/sql", revision="next")), logits(two))
+    assert same_bits(logits(li.load_adapter(base(), "user/sql")), logits(one))
+    with pytest.raises(li.FormatError, match=r"'user/sql' at 'none': there is no such revision"):
+        li.load_adapter(base(), "user/sql", revision="none")
+
+
+def test_only_safetensors_and_a_config_are_fetched(hub: Hub) -> None:
+    li.push(adapted(), "user/sql")
+    files = hub.repos["user/sql"]["main"]
+    more = ("pytorch_model.bin", "model.safetensors", "train.py", "training_args.bin")
+    files |= dict.fromkeys(more, b"?")
+    li.load_adapter(base(), "user/sql")
+    assert set(hub.fetched) == {"adapter_config.json", "adapter_model.safetensors"}
+    files["adapter_model.bin"] = b"?"
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        del files[name]
+    with pytest.raises(li.FormatError, match="it holds a pickle only"):
+        li.load_adapter(base(), "user/sql")
+
+
+def test_a_single_file_of_another_format_is_found(hub: Hub, tmp_path: Path) -> None:
+    model = adapted()
+    file = li.save_adapter(model, tmp_path / "a.safetensors", format="native")
+    hub.repos["user/one"] = {"main": {"a.safetensors": file.read_bytes(), "README.md": b"-"}}
+    assert same_bits(logits(li.load_adapter(base(), "user/one")), logits(model))
+    hub.repos["user/one"]["main"]["b.safetensors"] = b""
+    with pytest.raises(li.FormatError, match=r"2 safetensors files, not one: a\.safetensors"):
+        li.load_adapter(base(), "user/one")
+
+
+def test_what_cannot_be_had_is_said_in_plain_words(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    with pytest.raises(li.FormatError, match="no such folder here, and no such repository"):
+        li.load_adapter(base(), "user/none")
+    with pytest.raises(li.FormatError, match="a revision is of a repository"):
+        li.load_adapter(base(), str(tmp_path), revision="main")
+    model = adapted()
+    li.push(model, "user/sql")
+    li.load_adapter(base(), "user/sql")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert same_bits(logits(li.load_adapter(base(), "user/sql")), logits(model)), "of the cache"
+    with pytest.raises(li.FormatError, match=r"hub cannot be reached.*cache.*HF_HUB_OFFLINE"):
+        li.load_adapter(base(), "user/other")
+    with pytest.raises(li.FormatError, match="push to 'user/sql': the hub cannot be reached"):
+        li.push(model, "user/sql")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(li.FormatError, match="the hub cannot be reached"):
+        li.push(model, "user/sql")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_pushes_the_adapter(hub: Hub, tmp_path: Path) -> None:
+    model = adapted()
+    rows = [{"input_ids": torch.arange(6), "labels": torch.arange(6)}] * 4
+    settings = {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    settings |= {"hub_model_id": "user/trained", "save_strategy": "no"}
+    args = transformers.TrainingArguments(str(tmp_path / "run"), **settings)
+    trainer = transformers.Trainer(model, args, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    files = hub.repos["user/trained"]["main"]
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= files.keys()
+    assert "model.safetensors" not in files
+    card = files["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "org/tiny-llama"
+    assert "Training hyperparameters" in card
+    assert "li.load_adapter(" in card
+    again = li.load_adapter(base(), "user/trained").eval()
+    assert same_bits(logits(again), logits(model.eval()))
+
+
+# --------------------------------------------------------------- versions that a server follows
+
+
+class Receiver(BaseHTTPRequestHandler):
+    """Takes vLLM's request to load an adapter, and reads the files as it comes."""
+
+    received: ClassVar[list[tuple[str, dict[str, torch.Tensor]]]] = []
+
+    def log_message(self, *args: Any) -> None:
+        del args
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        folder = Path(body["lora_path"])
+        json.loads((folder / "adapter_config.json").read_text())
+        tensors = load_file(folder / "adapter_model.safetensors")
+        self.received.append((folder.name, tensors))
+        self.send_response(200)
+        self.end_headers()
+
+
+def test_a_server_of_rollouts_gets_each_version_whole(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    model, sync, sent = adapted(), tmp_path / "sync", []
+    for step in (9, 10, 11):
+        with torch.no_grad():
+            for parameter in li.adapter_parameters(model).values():
+                parameter.add_(step)
+        folder = li.save_adapter(model, sync, version=step, keep=2)
+        assert (sync / "LATEST").read_text() == f"{step}\n"
+        sent.append(li.adapter_state(model).sites["model.layers.0.mlp.down_proj"].A.clone())
+        body = json.dumps({"lora_name": "policy", "lora_path": str(folder)}).encode()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1/load_lora_adapter"
+        urllib.request.urlopen(urllib.request.Request(url, body)).close()
+    server.shutdown()
+    server.server_close()
+    assert [name for name, _ in Receiver.received] == ["9", "10", "11"]
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+    assert all(torch.equal(t[key], A) for (_, t), A in zip(Receiver.received, sent, strict=True))
+    assert {path.name for path in sync.iterdir()} == {"LATEST", "10", "11"}
+    with pytest.raises(li.FormatError, match="there is an adapter already"):
+        li.save_adapter(model, sync, version=11)
