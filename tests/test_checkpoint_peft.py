@@ -411,12 +411,6 @@ def test_experts_of_unsloth_go_by_expert_first_when_told(tmp_path):
         assert torch.equal(tensor, found[name])
 
 
-def test_options_of_the_readers_do_not_trip_over_variants(tmp_path):
-    base, _ = made(tmp_path, *FAMILIES["trainable tokens"])
-    part = read_weighted(tmp_path / "adapter", Checkpoint.open(base), prefer="config")
-    assert part.rows
-
-
 @pytest.mark.parametrize("target", ["embed_tokens", "patch"])
 def test_dora_on_embeddings_and_convolutions_equals_pefts_merge(tmp_path, target):
     torch.manual_seed(0)

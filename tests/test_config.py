@@ -159,8 +159,8 @@ rank: 0
 alpha: 0
 targets: [q]
 => lora.yaml:1:1 (foo): unknown key 'foo'. The keys are version, rank, alpha, dropout, init,
-   scaling, compute, variant, targets, exclude, train, bias, expect. Also: lora.yaml:2:7 (rank): 0
-   is not accepted; lora.yaml:3:8 (alpha): 0 is not accepted.
+   scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect. Also:
+   lora.yaml:2:7 (rank): 0 is not accepted; lora.yaml:3:8 (alpha): 0 is not accepted.
 
 rank: 1.5
 targets: [q]
@@ -296,8 +296,8 @@ expect: {}
 => lora.yaml:2:9 (expect): nothing is expected. Give sites, lora or trainable.
 
 rank: 3
-=> lora.yaml:1:1: nothing is asked for: no targets, no train, no bias. Add targets: with
-   patterns such as 'q_proj' (or train:, or bias:).
+=> lora.yaml:1:1: nothing is asked for: no targets, no train, tokens or bias. Add targets:
+   with patterns such as 'q_proj' (or train:, tokens: or bias:).
 
 targets: [q]
 rank: 3
@@ -344,7 +344,8 @@ rank: 3
 use_dora: true
 targets: [q]
 => lora.yaml:1:1 (use_dora): unknown key 'use_dora'. The keys are version, rank, alpha,
-   dropout, init, scaling, compute, variant, targets, exclude, train, bias, expect.
+   dropout, init, scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias,
+   expect.
 
 layers: 3
 targets: [q]
@@ -393,7 +394,7 @@ targets: all-linear
 
 targets: [{match: q, use_dora: true}]
 => lora.yaml:1:22 (targets[0].use_dora): unknown key 'use_dora'. The keys are match, kind,
-   layers, rank, alpha, dropout, init, scaling, compute, variant, slices, adapt, layout.
+   layers, rank, alpha, dropout, init, scaling, compute, variant, lora_bias, slices, adapt, layout.
 """
 
 

@@ -437,10 +437,8 @@ def test_multihead_attention_of_peft_is_refused(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "lora_bias": ({"lora_bias": True}, "bias on lora_B"),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights"),
-    "tokens": ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "rows of an embedding"),
     "alora": ({"alora_invocation_tokens": [1]}, "aLoRA"),
     "replication": ({"layer_replication": [[0, 2], [1, 2]]}, "replicated"),
 }

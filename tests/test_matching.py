@@ -838,9 +838,8 @@ def test_the_plan_is_json() -> None:
     assert sum(site["n_parameters"] for site in data["sites"]) == data["n_lora"] == plan.n_lora
     assert data["sites"][2]["slices"] == {"sizes": {"a": 8, "b": 8}, "adapt": ["b"]}
     assert data["sites"][0]["init"] == ["normal", 0.02]
-    assert data["trained"] == [
-        {"name": "lm_head.weight", "shape": [32, 8], "why": "train 1 ('lm_head')"}
-    ]
+    row = {"name": "lm_head.weight", "shape": [32, 8], "why": "train 1 ('lm_head')", "rows": None}
+    assert data["trained"] == [row]
     assert data["skipped"][0] == {"name": "model.layers.0.norm", "rule": 2, "reason": "LayerNorm"}
 
 

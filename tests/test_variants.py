@@ -23,7 +23,7 @@ from conftest import (
     same_bits,
 )
 from helpers.checkpoints import save_checkpoint
-from helpers.reference import refused
+from helpers.reference import llama, refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -279,3 +279,186 @@ def test_a_variant_from_outside_the_package(tmp_path: Path) -> None:
         del VARIANTS["gate"], FURTHER["gate"]
     with pytest.raises(li.FormatError, match="'gate' is not registered"):
         li.read_adapter(tmp_path / "a.safetensors")
+
+
+# ------------------------------------------------------------------------------------- a bias of B
+
+BIASED = {name: KINDS[name] for name in ("linear", "conv1d", "own linear forward", "conv 2d")}
+
+
+def with_bias(plain: nn.Module, config: Mapping[str, Any]) -> Any:
+    return fill(li.inject(copy.deepcopy(plain), {**config, "lora_bias": True}))
+
+
+@pytest.mark.parametrize("kind", BIASED.values(), ids=list(BIASED))
+def test_a_bias_of_b_is_added_to_the_layers_own(kind: Kind) -> None:
+    plain = host(kind, torch.float64)
+    inputs = kind.inputs(torch.float64)
+    started = li.inject(copy.deepcopy(plain), {**kind.config, "lora_bias": True})
+    assert same_bits(started(*inputs), plain(*inputs))
+    model = with_bias(plain, kind.config)
+    found = li.adapter_parameters(model)
+    A, B, b = (found[f"{kind.site}.lora_{role}"] for role in "ABb")
+    W = dict(plain.named_parameters())["layer.weight"]
+    weight = W + dense_delta(kind, A, B).reshape(W.shape)
+    dense = {"layer.weight": weight, "layer.bias": plain.layer.bias + 1.5 * b}
+    wanted = torch.func.functional_call(plain, dense, inputs)
+    assert error(model(*inputs), wanted) <= 1e-12
+    grads = [torch.autograd.grad(y.square().sum(), [A, B, b]) for y in (model(*inputs), wanted)]
+    assert all(error(one, two) <= 1e-11 for one, two in zip(*grads, strict=True))
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    li.merge(model)
+    assert error(model(*inputs), wanted) <= 1e-12
+    li.unmerge(model)
+    assert all(same_bits(t, before[key]) for key, t in model.state_dict().items())
+    with pytest.raises(li.StateError, match="whole weight"), li.routed(model, ["default"]):
+        pass
+
+
+@pytest.mark.parametrize("layout", ["native", "peft"])
+def test_files_hold_the_bias_of_b(layout: str, tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4))
+    config = {"rank": 2, "alpha": 3, "targets": ["all-linear"]}
+    model, x = with_bias(plain, config), torch.randn(3, 5)
+    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
+    li.save_adapter(model, path, format=layout)
+    assert same_bits(li.load_adapter(copy.deepcopy(plain), path)(x), model(x))
+    other = with_bias(plain, config)
+    assert same_bits(li.swap_adapter(other, path)(x), model(x))
+    lora = li.inject(copy.deepcopy(plain), config)
+    refused(lora, lambda: li.swap_adapter(lora, path), li.FormatError, "lora_bias")
+    base = save_checkpoint(tmp_path / "base", plain.state_dict())
+    li.merge_checkpoint(base, [path], tmp_path / "merged")
+    merged, wanted = load_file(tmp_path / "merged" / "model.safetensors"), model(x)
+    li.merge(model, eject=True)
+    assert error(model(x), wanted) <= 1e-6
+    assert all(error(merged[key], t) <= 1e-6 for key, t in model.state_dict().items())
+
+
+def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
+    bare = nn.Sequential(nn.Linear(4, 6, bias=False))
+    config = {"rank": 1, "targets": ["0"], "lora_bias": True}
+    refused(bare, lambda: li.inject(bare, config), li.LayerError, "it has none")
+    net = nn.Sequential(nn.Linear(4, 6))
+    twice = {**config, "bias": "adapted"}
+    refused(net, lambda: li.inject(net, twice), li.LayerError, "gets a bias twice")
+    for kind, rule, words in (
+        ("linear", {"variant": "dora"}, "variant dora"),
+        ("embedding", {}, "a embedding"),
+        ("equal slices", {}, "slices"),
+    ):
+        model = host(KINDS[kind])
+        both = {**KINDS[kind].config, "lora_bias": True, **rule}
+        refused(model, lambda m=model, c=both: li.inject(m, c), li.MatchError, words)
+
+
+# ----------------------------------------------------------------------------- rows of embeddings
+
+
+class Tied(nn.Module):
+    """An embedding whose table is the head's as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.fc = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.head(self.fc(self.embed(ids)))
+        return found
+
+
+TOKENS = {"rank": 1, "targets": ["fc"], "tokens": {"embed": [7, 2]}}
+IDS = torch.tensor([[1, 2, 7, 2]])
+
+
+def test_rows_that_train_are_read_in_place_of_the_bases_under_all_names() -> None:
+    plain = Tied().double()
+    model = li.inject(copy.deepcopy(plain), {**TOKENS, "expect": {"trainable": 2 * 4 + 8}})
+    assert same_bits(model(IDS), plain(IDS))
+    fill(model)
+    state = li.adapter_state(model)
+    assert state.rows == {"embed.weight": (7, 2), "head.weight": (7, 2)}
+    rows = li.adapter_parameters(model)["embed.weight"]
+    assert rows.shape == (2, 4)
+    delta = state.sites["fc"].scale * state.sites["fc"].B @ state.sites["fc"].A
+    table = plain.embed.weight.detach().index_copy(0, torch.tensor([7, 2]), rows)
+    dense = {"embed.weight": table, "fc.weight": plain.fc.weight + delta}
+    wanted = torch.func.functional_call(plain, dense, (IDS,))
+    assert error(model(IDS), wanted) <= 1e-12
+    grads = [torch.autograd.grad(y.square().sum(), rows)[0] for y in (model(IDS), wanted)]
+    assert error(*grads) <= 1e-11
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    li.merge(model)
+    assert model.head.weight is model.embed.weight, "the tie stays"
+    assert same_bits(model.embed.weight, table.detach())
+    li.unmerge(model)
+    assert all(same_bits(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_rows_of_two_adapters_are_mixed_as_copies_are() -> None:
+    model = fill(li.inject(Tied(), {"tokens": {"embed": [7, 2]}}, "a"), "a")
+    fill(li.inject(model, {"tokens": {"embed": [2, 3]}}, "b"), "b")
+    W = model.embed.weight.detach().clone()
+    a, b = (li.adapter_state(model, n).trained["embed.weight"].clone() for n in ("a", "b"))
+    li.activate(model, {"a": 0.5, "b": 2.0})
+    table = W.clone()
+    table[[7, 2]] += 0.5 * (a - W[[7, 2]])
+    table[[2, 3]] += 2.0 * (b - W[[2, 3]])
+    wanted = table[IDS]
+    assert error(model.embed(IDS), wanted) <= 1e-6
+    li.merge(model)
+    assert error(model.embed(IDS), wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("layout", ["native", "peft"])
+def test_files_hold_rows(layout: str, tmp_path: Path) -> None:
+    plain = Tied()
+    model = fill(li.inject(copy.deepcopy(plain), TOKENS))
+    path = tmp_path / ("a.safetensors" if layout == "native" else "a")
+    li.save_adapter(model, path, format=layout)
+    again = li.load_adapter(copy.deepcopy(plain), path)
+    assert same_bits(again(IDS), model(IDS))
+    assert li.adapter_state(again).rows == li.adapter_state(model).rows
+    other = li.inject(copy.deepcopy(plain), TOKENS)
+    if layout == "native":
+        assert same_bits(li.swap_adapter(other, path)(IDS), model(IDS))
+    base = save_checkpoint(tmp_path / "base", {k: t.clone() for k, t in plain.state_dict().items()})
+    if layout == "native":
+        li.merge_checkpoint(base, [path], tmp_path / "merged")
+        merged = load_file(tmp_path / "merged" / "model.safetensors")
+        li.merge(model)
+        assert error(merged["embed.weight"], model.embed.weight) <= 1e-6
+        assert error(merged["head.weight"], model.embed.weight) <= 1e-6
+    small = Tied()
+    small.embed = nn.Embedding(5, 4)
+    refused(small, lambda: li.load_adapter(small, path), li.FormatError, "Resize the vocabulary")
+
+
+def test_tokens_are_refused_where_they_cannot_train() -> None:
+    for config, words in (
+        ({"tokens": {"embed": [9]}}, "there is no row 9 in 'embed.weight', which has 9"),
+        ({"tokens": {"nowhere": [1]}}, "matched none of"),
+        ({"tokens": {"embed": [1]}, "targets": ["embed"]}, "adapted and trained both"),
+        ({"tokens": {"embed": [1]}, "train": ["embed"]}, "is named by train 1"),
+    ):
+        model = Tied()
+        refused(model, lambda m=model, c=config: li.inject(m, c), li.MatchError, words)
+    with pytest.raises(li.ConfigError, match="repeated"):
+        li.Config(tokens={"embed": [1, 1]})
+
+
+def test_a_vocabulary_is_resized_before_rows_of_it_train(tmp_path: Path) -> None:
+    model = li.inject(llama(), {"tokens": {"embed_tokens": [3]}})
+    with pytest.raises(li.LoraInjectError, match="Eject first"):
+        model.resize_token_embeddings(15)
+    li.eject(model).resize_token_embeddings(15)
+    li.inject(model, {"tokens": {"embed_tokens": [13, 14]}, "targets": ["q_proj"]})
+    fill(model)
+    ids = torch.tensor([[1, 13, 14]])
+    wanted = model(ids).logits
+    li.save_adapter(model, tmp_path / "a")
+    again = li.load_adapter(li.eject(copy.deepcopy(model)), tmp_path / "a")
+    assert same_bits(again(ids).logits, wanted)

@@ -66,6 +66,8 @@ def difference(one: AdapterState, two: AdapterState) -> Difference:
     trained: dict[str, float | None] = {}
     for name in {**one.trained, **two.trained}:
         a, b = one.trained.get(name), two.trained.get(name)
+        if one.rows.get(name) != two.rows.get(name):
+            a = None  # other rows of it
         there = a is not None and b is not None and a.shape == b.shape
         trained[name] = float(torch.linalg.vector_norm(a.double() - b.double())) if there else None  # type: ignore[union-attr]
     return Difference(sites, trained, one == two)

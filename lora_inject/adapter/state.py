@@ -125,6 +125,7 @@ class AdapterState:
         base_copies: Tensors of the base that the file carries beside the adapter, by the base's
             name: PEFT stores a whole embedding that way. They are not part of the adapter; whoever
             loads it compares them with the base (equal: dropped, else: refused).
+        rows: Of these trained tensors only some rows are held, which are these of the base's.
     """
 
     sites: Mapping[str, SiteState]
@@ -132,6 +133,7 @@ class AdapterState:
     config: Mapping[str, Any] | None = None
     fingerprint: Fingerprint | None = None
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         """Compare by content: specs, config, fingerprint, and tensors with their dtypes."""
@@ -253,6 +255,7 @@ class AdapterState:
             self,
             sites={name: site for name, site in self.sites.items() if name in kept},
             trained={name: tensor for name, tensor in self.trained.items() if name in kept},
+            rows={name: rows for name, rows in self.rows.items() if name in kept},
             config=None,
         )
 
@@ -289,6 +292,7 @@ class AdapterState:
             sites=distinct(sites),
             trained=distinct((place(name), tensor) for name, tensor in self.trained.items()),
             base_copies=distinct((place(name), t) for name, t in self.base_copies.items()),
+            rows={place(name): rows for name, rows in self.rows.items()},
             fingerprint=marks and marks.renamed(place),
             config=None,
         )
@@ -488,6 +492,9 @@ def with_sites(
 ) -> AdapterState:
     """Return one adapter of several: `make` gives each site, what travels along is put together."""
     check_one_base([state.fingerprint for state in states], asked)
+    if rows := [name for state in states for name in state.rows]:
+        found = f"single rows of '{rows[0]}' are trained, which replace the base's"
+        raise StateError(asked, found, "Merge the adapters into the base one after the other")
     marked = [*(s for s in states if s.fingerprint), *(s for s in states if not s.fingerprint)]
     sites = {}
     for name in dict.fromkeys(name for state in states for name in state.sites):

@@ -1,37 +1,28 @@
-"""Adapter files as adapters to merge, PEFT's variants that hold more than A and B included.
+"""Adapter files as adapters to merge.
 
 A PEFT file of stacked experts says neither which of a module's parameters a pair belongs to, which
-their order in the model does, nor which way round the model holds them, which its class does. What
-a bias on lora_B or trained rows add is taken out of the file's tensors and its config first;
-what is left is a plain LoRA file, which `formats` reads under all its checks.
+their order in the model does, nor which way round the model holds them, which its class does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
-from lora_inject.errors import CheckpointError, FormatError
+from lora_inject.errors import CheckpointError
 from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
 from lora_inject.formats.peft import PREFIX
-from lora_inject.formats.peft.adapter_config import read_claims
-from lora_inject.formats.peft.foreign import read_foreign
 from lora_inject.storage.strict_json import parse_json
-from lora_inject.storage.tensors import read_names, read_tensors
+from lora_inject.storage.tensors import read_names
 
 _STACKS = ("gate_up_proj", "down_proj")
-_VARIANTS = ("lora_bias", "trainable_token_indices")
-_BIAS = ".lora_B.bias"
-_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 Given = WeightedAdapter | AdapterState | str | os.PathLike[str]
@@ -73,9 +64,6 @@ def read_weighted(
                 told = BaseClass(base).reading_options()
                 options = taken_by(FORMATS["peft"].read, told) | options
         options.setdefault("tensor_names", _tensor_names(path, base.tensors))
-        if any(config.get(field) for field in _VARIANTS):
-            options.pop("prefer", None)  # there is no metadata of this package to prefer
-            return _read_variant(path, config, weight, **options)
     else:
         modules = tuple({name.rpartition(".")[0]: None for name in base.tensors})
         known = {"module_names": modules, "config": base.config or None}
@@ -94,71 +82,3 @@ def _tensor_names(path: Path, there: Iterable[str]) -> Sequence[str]:
         f"{m}.{stack}" for m in sorted(modules) if m.endswith("experts") for stack in _STACKS
     ]
     return [*experts, *(name for name in there if name not in set(experts))]
-
-
-def _read_variant(
-    path: Path,
-    config: Mapping[str, Any],
-    weight: float,
-    *,
-    allow: Sequence[str] = (),
-    on_disk: bool = False,
-    **options: Any,
-) -> WeightedAdapter:
-    """Read a PEFT folder of a variant; options as for `formats.peft.read`."""
-    asked = f"read adapter '{path}'"
-    tensors, _ = read_tensors(path / "adapter_model.safetensors", on_disk=on_disk)
-    plain: dict[str, Tensor] = {}
-    extras: dict[str, dict[str, Tensor]] = {_BIAS: {}, _ROWS: {}}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX).removesuffix(".default")
-        end = next((end for end in extras if name.endswith(end)), None)
-        if end is None:
-            plain[key] = tensor
-        else:
-            extras[end][name.removesuffix(end)] = tensor
-    biases = extras[_BIAS]
-    claims = read_claims({k: v for k, v in config.items() if k not in _VARIANTS}, asked, allow)
-    state = read_foreign(plain, claims, asked, **options)
-    _check(asked, config, "lora_bias", state.sites, biases)
-    return WeightedAdapter(
-        state,
-        weight,
-        str(path),
-        {f"{site}.bias": state.sites[site].scale * bias for site, bias in biases.items()},
-        {f"{m}.weight": (_indices(asked, config, m), rows) for m, rows in extras[_ROWS].items()},
-    )
-
-
-def _check(
-    asked: str,
-    config: Mapping[str, Any],
-    field: str,
-    sites: Mapping[str, Any],
-    found: Mapping[str, Tensor],
-) -> None:
-    """Refuse a file that lacks part of what its config says, or has what it does not say."""
-    strangers, missing = sorted(found.keys() - sites.keys()), sorted(sites.keys() - found.keys())
-    if not config.get(field) or (field == "lora_bias" and found):  # not every layer has a bias
-        missing = []
-    if strangers or missing or (found and not config.get(field)):
-        raise FormatError(
-            f"{asked}, site '{(strangers or missing or sorted(found))[0]}'",
-            f"its tensors and '{field}' in the config do not agree",
-            "The file is incomplete or was edited; fetch it again",
-        )
-
-
-def _indices(asked: str, config: Mapping[str, Any], module: str) -> tuple[int, ...]:
-    """Return which rows of an embedding an adapter replaces."""
-    said = config.get("trainable_token_indices")
-    if isinstance(said, dict):
-        found = [v for k, v in said.items() if module == k or module.endswith(f".{k}")]
-        said = found[0] if len(found) == 1 else None
-    if not isinstance(said, list) or not all(type(index) is int for index in said):
-        raise FormatError(
-            f"{asked}, '{module}'",
-            "the config does not say which rows it replaces",
-            "Restore 'trainable_token_indices' in adapter_config.json",
-        )
-    return tuple(said)

@@ -6,10 +6,11 @@ Nothing is ever left over: what finds no place is listed, with the reason and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import SiteState
@@ -23,6 +24,7 @@ from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError, nearest
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
+from lora_inject.storage.tensors import in_memory
 
 MAX_SHOWN = 8
 
@@ -50,9 +52,9 @@ def choose(
     """
     options = options or MergeOptions()
     of = of or BaseClass(checkpoint, options.tie)
-    if adapter.rows and adapter.weight != 1:
+    if adapter.state.rows and adapter.weight != 1:
         found = f"rows cannot be replaced with weight {adapter.weight}"
-        raise clash(next(iter(adapter.rows)), found)
+        raise clash(next(iter(adapter.state.rows)), found)
     label = "names as told" if options.rename else "names as they are"
     best, refusal = _try(_told(options.rename), label, adapter, of, options), None
     if best.left and not options.rename and of.known:
@@ -99,7 +101,7 @@ def _nothing_fits(best: Fit) -> CheckpointError:
     close = nearest(best.rule(best.left[0][0]), checkpoint.tensors)
     near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
     state = adapter.state
-    tables = (state.sites, state.trained, state.base_copies, adapter.added, adapter.rows)
+    tables = (state.sites, state.trained, state.base_copies)
     return CheckpointError(
         asked,
         f"{len(best.left)} of {sum(map(len, tables))} tensors have no place in it ({shown}{more})",
@@ -126,14 +128,16 @@ class Fit:
 
     def __post_init__(self) -> None:
         """Place every tensor."""
-        adapter, state = self.adapter, self.adapter.state
+        state = self.adapter.state
         for site in state.sites.values():
             self._place(weight_name(site.spec), self._site, site)
+        full = {name: t for name, t in state.trained.items() if name not in state.rows}
+        rows = {name: (at, state.trained[name]) for name, at in state.rows.items()}
         for tensors, put in (
-            (state.trained, self._trained),
+            (full, self._trained),
             (state.base_copies, self._copy),
-            (adapter.added, self._added),
-            (adapter.rows, self._rows),
+            (_biases(state.sites.values()), self._added),
+            (rows, self._rows),
         ):
             for name, value in tensors.items():
                 self._place(name, put, value)
@@ -190,7 +194,7 @@ class Fit:
         self.job(name, entry).added += ((vector, self.adapter.weight),)
 
     def _rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> None:
-        entry, (indices, rows) = self.way.of.checkpoint.tensors.get(name), given
+        entry, (indices, rows) = self._find(name), given
         if entry is None:
             raise NoPlace(self._absent(name))
         if len(entry.shape) != 2 or tuple(rows.shape) != (len(indices), entry.shape[1]):
@@ -198,7 +202,16 @@ class Fit:
             raise NoPlace(f"'{name}': the adapter's rows are {found}")
         if not all(0 <= index < entry.shape[0] for index in indices):
             raise NoPlace(f"'{name}' has only {entry.shape[0]} rows")
-        self.job(name, entry).rows += (given,)
+        if name in self.way.of.checkpoint.tensors:
+            self.job(name, entry).rows += (given,)
+        elif not self._has_rows(entry.name, given):  # a tied head follows its embedding
+            raise NoPlace(f"'{name}' is the same tensor as '{entry.name}', which gets other rows")
+
+    def _has_rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> bool:
+        """Whether the adapter gives a tensor these rows."""
+        job = self.jobs.get(name)
+        mine = [] if job is None else job.rows
+        return any(at == given[0] and torch.equal(t, given[1]) for at, t in mine)
 
     def _find(self, name: str) -> TensorEntry | None:
         """Return the tensor of a name, or the one that it is tied to."""
@@ -224,6 +237,16 @@ class Fit:
     @staticmethod
     def _absent(name: str) -> str:
         return f"'{name}' is not in the checkpoint"
+
+
+def _biases(sites: Iterable[SiteState]) -> dict[str, Tensor]:
+    """Return what each bias of B adds to the bias of its layer, by that one's name."""
+    return {
+        weight_name(site.spec).removesuffix("weight") + "bias": site.scale
+        * in_memory(site.further["b"].detach())
+        for site in sites
+        if site.spec.lora_bias
+    }
 
 
 def _grew(entry: TensorEntry, value: Tensor) -> bool:

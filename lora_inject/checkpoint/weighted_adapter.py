@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import torch
@@ -32,16 +32,11 @@ class WeightedAdapter:
         state: The adapter.
         weight: Mixing weight: the base gets `weight` times its delta.
         label: What to call it in messages, such as its path.
-        added: By tensor name, what is added to a vector of the base, scale included (lora_bias).
-        rows: By tensor name, indices of rows that are replaced, and their values
-            (trainable tokens).
     """
 
     state: AdapterState
     weight: float = 1.0
     label: str = "the adapter"
-    added: Mapping[str, Tensor] = field(default_factory=dict)
-    rows: Mapping[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
 
 
 def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
@@ -49,10 +44,8 @@ def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
     state = adapter.state
     for name, site in state.sites.items():
         yield from ((f"{name} {role}", tensor) for role, tensor in site.tensors.items())
-    yield from state.trained.items()
+    yield from ((f"{name}{state.rows.get(name, '')}", t) for name, t in state.trained.items())
     yield from state.base_copies.items()
-    yield from ((f"{name} added", t) for name, t in adapter.added.items())
-    yield from ((f"{name} rows {at}", t) for name, (at, t) in adapter.rows.items())
 
 
 def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
@@ -67,7 +60,7 @@ def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
                 "Give a finite weight other than zero",
             )
             raise CheckpointError(asked, found, remedy)
-        if not (adapter.state.sites or adapter.state.trained or adapter.rows):
+        if not (adapter.state.sites or adapter.state.trained):
             remedy = "It is not a trained adapter; check the path"
             raise CheckpointError(asked, "it holds no tensors", remedy)
         for name, tensor in tensors_of(adapter):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import SiteState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats.metadata import one_line
 
@@ -80,8 +80,14 @@ def check_no_clash(keys: Iterable[str], asked: str) -> None:
         )
 
 
-def check_trained(trained: Mapping[str, object], asked: str) -> None:
-    """Refuse what cannot be stored as a full tensor."""
+def check_trained(state: AdapterState, asked: str) -> None:
+    """Refuse what cannot be stored as a full tensor, or as rows of one."""
+    trained: Mapping[str, object] = state.trained
+    for name, rows in state.rows.items():
+        tensor = state.trained.get(name)
+        if tensor is None or tensor.dim() != 2 or len(tensor) != len(rows) or not rows:
+            found = f"it has {len(rows)} numbers of rows for other values"
+            raise FormatError(f"{asked}, trained tensor '{name}'", found, "Give one for each row")
     wrong = [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]
     if wrong:
         raise FormatError(asked, f"{one_line(wrong)} is not a tensor", "Pass tensors only")

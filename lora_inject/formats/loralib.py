@@ -129,7 +129,10 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
         raise FormatError(
             asked, "its name does not end in .safetensors, .pt, .bin or .pth", "Rename it"
         )
-    check_trained(state.trained, asked)
+    check_trained(state, asked)
+    if state.rows:
+        found = f"loralib has no single rows, as of {one_line(state.rows)}"
+        raise FormatError(asked, found, 'Use format="peft"')
     numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
     if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):
         raise FormatError(

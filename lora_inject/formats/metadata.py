@@ -39,7 +39,8 @@ class Described:
     """The metadata of a file that this package wrote: specs are in the order of the model.
 
     `derived` names the sites that carry A0 and B0, `turned` those whose pair has changed places in
-    the file (`peft.tensor_layout`), `trained` the tensors of the base that travel in full.
+    the file (`peft.tensor_layout`), `trained` the tensors of the base that travel in full, or of
+    which `rows` do.
     """
 
     specs: Mapping[str, SiteSpec]
@@ -48,6 +49,7 @@ class Described:
     trained: tuple[str, ...]
     config: Mapping[str, Any] | None
     fingerprint: Fingerprint | None
+    rows: Mapping[str, tuple[int, ...]]
 
 
 def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> dict[str, str]:
@@ -63,6 +65,7 @@ def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> 
         _PREFIX + "kinds": _to_json(kinds),
         _PREFIX + "sites": _to_json(sites),
         _PREFIX + "trained": _to_json(list(state.trained)),
+        _PREFIX + "rows": _to_json({name: list(rows) for name, rows in state.rows.items()}),
     }
 
 
@@ -90,6 +93,8 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
     specs, flags = _specs(kinds, sites, asked)
     trained = _part(metadata, "trained", _NAMES, asked)
     _require(len(set(trained)) == len(trained), asked, "it names a trained tensor twice")
+    rows = _part(metadata, "rows", _ROWS, asked)
+    _require(rows.keys() <= set(trained), asked, "it has rows of a tensor that does not travel")
     return Described(
         specs=specs,
         derived=flags["derived"],
@@ -97,6 +102,7 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
         trained=tuple(trained),
         config=_part(metadata, "config", _CONFIG, asked),
         fingerprint=_fingerprint(_part(metadata, "fingerprint", _FINGERPRINT, asked), asked),
+        rows=rows,
     )
 
 
@@ -165,6 +171,7 @@ class _Kind(_Strict):
     in_features: _Count
     init: str | tuple[str, _Number]
     kind: str
+    lora_bias: bool
     out_features: _Count
     rank: _Count
     scaling: Literal["standard", "rslora"]
@@ -201,6 +208,9 @@ _FLAGS = frozenset({"derived", "turned"})
 _SITES = TypeAdapter(list[tuple[str, str, int]], config=ConfigDict(strict=True))
 _KINDS = TypeAdapter(list[_Kind])
 _NAMES = TypeAdapter(list[str], config=ConfigDict(strict=True))
+_ROWS = TypeAdapter(
+    dict[str, Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]]
+)
 _CONFIG = TypeAdapter(dict[str, Any] | None, config=ConfigDict(strict=True))
 
 

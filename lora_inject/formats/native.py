@@ -45,7 +45,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     asked = f"write adapter to '{path}'"
     if Path(path).suffix != ".safetensors":
         raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
-    check_trained(state.trained, asked)
+    check_trained(state, asked)
     tensors: dict[str, Tensor] = {}
     for name, site in state.sites.items():
         check_site(site, asked)
@@ -85,4 +85,8 @@ def read(path: Path, *, on_disk: bool = False) -> AdapterState:
         sites[name] = SiteState.of(spec, {r: tensors[f"{r}/{name}"] for r in roles[name]})
         check_site(sites[name], asked)
     trained = {name: tensors[f"trained/{name}"] for name in described.trained}
-    return AdapterState(sites, trained, described.config, described.fingerprint)
+    found = AdapterState(
+        sites, trained, described.config, described.fingerprint, rows=described.rows
+    )
+    check_trained(found, asked)
+    return found

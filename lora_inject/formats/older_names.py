@@ -116,6 +116,7 @@ class _Renaming:
             state,
             sites=sites,
             trained=self._renamed(state.trained),
+            rows=self._renamed(state.rows),
             base_copies=self._renamed(state.base_copies),
             fingerprint=self._fingerprint(state.fingerprint),
         )
@@ -131,8 +132,8 @@ class _Renaming:
         found = self._find(name)
         return name if found is None or found.expert is not None else found.name
 
-    def _renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {self._name(name): tensor for name, tensor in tensors.items()}
+    def _renamed(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        return {self._name(name): each for name, each in found.items()}
 
     def _fingerprint(self, of: Fingerprint | None) -> Fingerprint | None:
         """A fingerprint under the new names; single experts' values are elsewhere in a stack."""

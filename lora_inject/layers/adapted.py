@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import lazy_weight
+from lora_inject.functional import lazy_weight, needs_plain_operations
 from lora_inject.layers import recurrent
 from lora_inject.layers.attached import (
     Attached,
@@ -347,7 +347,7 @@ class Adapted(nn.Module):
         for entry, weight in taking:
             spec = entry.spec
             if spec is None:
-                value = _replaced(value, raw, held[entry.names["T"]], weight)
+                value = _trained(entry, value, raw, held[entry.mark], weight)
                 continue
             # The weight of a layer keeps its dtype, which the layer's input has.
             float32 = float32 or (spec.compute == "float32" and spec.kind == "parameter")
@@ -374,7 +374,7 @@ class Adapted(nn.Module):
             return
         if entry.mark not in self._lora.took_part:
             self._lora.used((entry,))
-        self._lora_refuse_vain((entry.tensor(self, "T" if entry.spec is None else "A"),))
+        self._lora_refuse_vain((held_by(self)[entry.mark],))
         forward = self._lora.forward.get(entry.adapter) is entry
         if forward and self.training and entry.spec and entry.spec.dropout:
             raise LayerError(
@@ -409,6 +409,32 @@ def is_quantized(weight: Tensor) -> bool:
 
 # What W + delta can be formed of: neither packed nor sharded, and what stands for it in a trace.
 PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+
+def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
+    """Return a tensor with what an entry without a site makes of it: added, or put in its place."""
+    if entry.scale is not None:
+        return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)
+    if entry.rows is None:
+        return _replaced(value, raw, copy, weight)
+    index = _index(entry.rows, raw)
+    if weight == 1.0 and value is raw:
+        return value.index_copy(0, index, copy.to(raw.dtype))
+    rows = value[index].to(copy.dtype) + weight * (copy - raw[index].to(copy.dtype))
+    return value.index_copy(0, index, rows.to(raw.dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a backward may need it, whoever asks first
+        return torch.tensor(rows, device=device)
+
+
+def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return numbers of rows as a tensor, which on a device would be a transfer in each forward."""
+    if type(like) in (nn.Parameter, Tensor) and not needs_plain_operations():
+        return _kept_index(rows, like.device)
+    return torch.tensor(rows, device=like.device)
 
 
 def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:

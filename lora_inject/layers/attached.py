@@ -55,6 +55,8 @@ class Entry:
         param: Name of the parameter in the module that is adapted.
         names: Role to flat attribute name.
         shape: For a trained copy, its shape.
+        rows: For a copy of some rows of the tensor only, which.
+        scale: For what is added to the tensor and not put in its place, the factor on it.
     """
 
     adapter: str
@@ -62,6 +64,8 @@ class Entry:
     param: str
     names: Mapping[str, str]
     shape: tuple[int, ...] = ()
+    rows: tuple[int, ...] | None = None
+    scale: float | None = None
 
     @property
     def mark(self) -> str:

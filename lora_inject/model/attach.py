@@ -64,11 +64,15 @@ def survey_for(model: nn.Module, name: str) -> Survey:
 
 
 def places(
-    survey: Survey, name: str, sites: Iterable[SiteSpec], copies: Iterable[str]
+    survey: Survey,
+    name: str,
+    sites: Iterable[SiteSpec],
+    copies: Mapping[str, tuple[int, ...] | None],
 ) -> list[Place]:
     """Find the module of each site and of each name of a copied tensor; check that it can take it.
 
-    Sites and copies have the model's own names. Nothing is changed.
+    Sites and copies have the model's own names; of a copy the rows are given that it is of, None
+    for all. Nothing is changed.
     """
     modules = survey.by_name
     found = []
@@ -79,19 +83,50 @@ def places(
         read = None if forward else param
         names = flat.get((read, derived, spec.variant))
         if names is None:
-            roles = (*spec.shapes, *(("A0", "B0") if derived else ()))
+            roles = (*(r for r in spec.shapes if r != "b"), *(("A0", "B0") if derived else ()))
             names = {role: attribute(role, name, read) for role in roles}
             flat[read, derived, spec.variant] = names
         found.append(Place(spec.name, modules[owner], Entry(name, spec, param, names), forward))
-    for copy in copies:
+        if spec.lora_bias:
+            found.append(_bias_of(spec, name, modules[owner]))
+    for copy, rows in copies.items():
         owner, _, param = copy.rpartition(".")
         weight = modules[owner]._parameters[param]
         assert weight is not None
-        entry = Entry(name, None, param, {"T": attribute("T", name, param)}, tuple(weight.shape))
+        shape = tuple(weight.shape) if rows is None else (len(rows), *weight.shape[1:])
+        entry = Entry(name, None, param, {"T": attribute("T", name, param)}, shape, rows)
         found.append(Place(copy, modules[owner], entry, forward=False))
+    _check_once(found)
     for place in found:
         _check(place)
     return found
+
+
+def _bias_of(spec: SiteSpec, name: str, module: nn.Module) -> Place:
+    """Return the place of a bias of B: what is added to the layer's own bias."""
+    if module._parameters.get("bias") is None:
+        raise LayerError(
+            f"site {spec.name!r}",
+            "lora_bias is added to the layer's bias, and it has none: no merge could hold the sum",
+            "Leave lora_bias out there, or give the layer a bias of zeros",
+        )
+    names = {"b": attribute("b", name, "bias")}
+    entry = Entry(name, None, "bias", names, spec.shapes["b"], None, spec.scale)
+    return Place(spec.name, module, entry, forward=False)
+
+
+def _check_once(found: Iterable[Place]) -> None:
+    """Refuse two entries of one adapter on one tensor."""
+    seen: set[tuple[int, str]] = set()
+    for place in found:
+        key = id(place.module), place.entry.param
+        if key in seen:
+            raise LayerError(
+                f"site {place.name!r}",
+                f"its {place.entry.param!r} is adapted and trained, or gets a bias twice",
+                "Leave one of train, bias and lora_bias out",
+            )
+        seen.add(key)
 
 
 def _check(place: Place) -> None:

@@ -44,7 +44,7 @@ def fit(
         state, sites={key: _stack_of_one(site, names) for key, site in state.sites.items()}
     )
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
-    trained = _fit_trained(state.trained, survey, weights, asked)
+    trained, rows = _fit_trained(state, survey, weights, asked)
     if state.fingerprint is not None and base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
         if not state.sites:  # `save.witnesses`: other tensors of the base, under its names
@@ -55,7 +55,7 @@ def fit(
     sites = {
         spec.name: dataclasses.replace(state.sites[key], spec=spec) for key, spec in specs.items()
     }
-    return AdapterState(sites, trained, state.config)
+    return AdapterState(sites, trained, state.config, rows=rows)
 
 
 def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
@@ -76,6 +76,7 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
         state,
         sites={key: site for key, site in state.sites.items() if key not in gone},
         trained={key: t for key, t in state.trained.items() if key not in gone},
+        rows={key: rows for key, rows in state.rows.items() if key not in gone},
     )
 
 
@@ -150,18 +151,22 @@ def _base_tensor(survey: Survey, name: str) -> Tensor:
 
 
 def _fit_trained(
-    trained: Mapping[str, Tensor], survey: Survey, weights: Mapping[str, Tensor], asked: str
-) -> dict[str, Tensor]:
+    state: AdapterState, survey: Survey, weights: Mapping[str, Tensor], asked: str
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
     """Return the full copies by the model's names; equal copies of a tied tensor are one tensor.
 
     A tied tensor that the adapter names once, or with two values, is read as a copy under the names
-    that it gives and nowhere else, as PEFT does.
+    that it gives and nowhere else, as PEFT does. Rows, which PEFT gives to tied heads as well, are
+    read under all its names.
     """
+    rows_of: dict[str, tuple[int, ...]] = {}
     fitted: dict[str, Tensor] = {}
     first: dict[int, list[Tensor]] = {}
-    for key, tensor in trained.items():
-        weight = weights.get(key)
-        if weight is None or weight.shape != tensor.shape:
+    for key, tensor in state.trained.items():
+        weight, rows = weights.get(key), state.rows.get(key)
+        if rows is not None and weight is not None:
+            _check_rows(key, rows, tensor, weight, asked)
+        elif weight is None or weight.shape != tensor.shape:
             found_here = "the model has no such parameter"
             if weight is not None:
                 shapes = tuple(tensor.shape), tuple(weight.shape)
@@ -180,7 +185,25 @@ def _fit_trained(
         if held is None:
             same.append(tensor)
         fitted[name] = tensor if held is None else held
-    return fitted
+        if rows is not None:
+            further = [n for n in survey.names_of(name) if n not in state.trained]
+            fitted.update(dict.fromkeys(further, fitted[name]))
+            rows_of.update(dict.fromkeys((name, *further), rows))
+    return fitted, rows_of
+
+
+def _check_rows(
+    key: str, rows: tuple[int, ...], tensor: Tensor, weight: Tensor, asked: str
+) -> None:
+    """Check that a model's tensor has the rows that an adapter holds of it."""
+    if weight.dim() == 2 and max(rows) < len(weight) and weight.shape[1:] == tensor.shape[1:]:
+        return
+    raise FormatError(
+        f"{asked}, trained tensor {key!r}",
+        f"it holds rows up to {max(rows)}, of {tuple(tensor.shape[1:])} values, and the model's "
+        f"has the shape {tuple(weight.shape)}",
+        "Resize the vocabulary first: model.resize_token_embeddings(n)",
+    )
 
 
 def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) -> None:

@@ -82,16 +82,20 @@ def inject(
     survey = survey_for(model, name)
     refuse_dead_inputs(survey, f"inject {name!r}")
     planned = resolve(config, inventory(survey))
-    named = [key for trained in planned.trained for key in survey.names_of(trained.name)]
+    named = {
+        key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
+    }
     found = places(survey, name, planned.sites, named)
 
     def initial(place: Place) -> Mapping[str, Tensor]:
-        spec, weight = place.entry.spec, place.weight
+        entry, weight = place.entry, place.weight
+        spec, rows, dtype = entry.spec, entry.rows, master_dtype(weight.dtype)
+        if spec is None and entry.scale is not None:
+            return {"b": torch.zeros_like(weight, dtype=dtype)}
         if spec is None:
-            return {"T": weight.detach().to(master_dtype(weight.dtype), copy=True)}
-        return place.entry.variant.start(
-            spec, weight, master_dtype(weight.dtype), lambda: _norms(spec, weight)
-        )
+            held = weight.detach() if rows is None else weight.detach()[list(rows)]
+            return {"T": held.to(dtype, copy=True)}
+        return entry.variant.start(spec, weight, dtype, lambda: _norms(spec, weight))
 
     def tied(place: Place) -> Hashable:
         return memory_of(place.weight)

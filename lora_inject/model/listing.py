@@ -25,7 +25,7 @@ class AdapterInfo:
 
     Attributes:
         sites: Site name to its spec.
-        trained: Names of the base tensors of which the adapter has full copies.
+        trained: Names of the base tensors of which the adapter has copies, or copies of rows.
         n_parameters: Elements of all its trainable tensors.
         weight: Its mixing weight in the current selection, None where it is not active.
         trainable: Whether its tensors require gradients.
@@ -84,7 +84,7 @@ def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> Ad
     )
     return AdapterInfo(
         sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
-        trained=tuple(joined(path, e.param) for path, _, e in items if e.spec is None),
+        trained=tuple(joined(path, e.param) for path, _, e in items if "T" in e.names),
         n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
         weight=weight,
         trainable=any(t.requires_grad for t in tensors),

@@ -113,15 +113,17 @@ def _put_on(
     survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     """Put a fitted adapter on; it becomes active where none is."""
-    found = places(survey, name, [site.spec for site in state.sites.values()], state.trained)
+    copies = {key: state.rows.get(key) for key in state.trained}
+    found = places(survey, name, [site.spec for site in state.sites.values()], copies)
 
     def given(place: Place) -> Mapping[str, Tensor]:
-        site = state.sites.get(place.name) if place.entry.spec is not None else None
-        tensors = {"T": state.trained[place.name]} if site is None else site.tensors
-        return {role: taken(tensor, place.weight) for role, tensor in tensors.items()}
+        full = "T" in place.entry.names
+        tensors = {"T": state.trained[place.name]} if full else state.sites[place.name].tensors
+        return {role: taken(tensors[role], place.weight) for role in place.entry.names}
 
     def tied(place: Place) -> Hashable:
-        return id(state.trained[place.name])
+        full = "T" in place.entry.names
+        return id(state.trained[place.name] if full else state.sites[place.name])
 
     active = any(selection.state.active for selection in reach(survey.model, survey).selections)
     attach(survey, name, found, given, tied, state.config, activate=not active, train=False)

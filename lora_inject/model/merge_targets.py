@@ -55,7 +55,7 @@ class Target:
         holder: Where it stands.
         terms: Low-rank updates to fold in.
         gain: What multiplies the outputs of their sum with W, where there is one.
-        copies: Full trained copies, each with its weight.
+        copies: Trained copies, each with its weight and the rows that it is of, None for all.
         sharers: Who else holds the same memory, and must not see the merge.
         tally: What rounding left, where it was counted.
         into: For a quantized weight: what it becomes. None for a plain one.
@@ -64,7 +64,7 @@ class Target:
     holder: Holder
     terms: list[Term] = field(default_factory=list)
     gain: Gain | None = None
-    copies: list[tuple[Tensor, float]] = field(default_factory=list)
+    copies: list[tuple[Tensor, float, tuple[int, ...] | None]] = field(default_factory=list)
     sharers: list[Holder] = field(default_factory=list)
     tally: Tally | None = None
     into: Into = None
@@ -135,9 +135,17 @@ class Target:
         if not self.copies:
             return fold_rows(rows, start, self.delta, tally, out)
         stop, wide = start + rows.shape[0], self.delta.dtype
-        copies = [(t.reshape(self.matrix_shape)[start:stop], w) for t, w in self.copies]
+        shape = self.matrix_shape
+        copies = [(t.reshape(shape)[start:stop], w) for t, w, some in self.copies if some is None]
         before = rows.to(wide, copy=True)
         wanted = mix_copies(rows, copies, wide)
+        for t, w, some in self.copies:
+            for at, row in enumerate(some or ()):
+                if start <= row < stop:
+                    new = t.detach()[at].to(wide)
+                    whole = w == 1 and len(self.copies) == 1
+                    change = new - before[row - start]
+                    wanted[row - start] = new if whole else wanted[row - start] + w * change
         self.delta.add_(wanted, start)
         merged = wanted.to(rows.dtype) if out is None else out.copy_(wanted)
         if tally is not None:
@@ -229,7 +237,10 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
                 "The adapter is broken; merge another checkpoint of it",
             )
     if entry.spec is None:
-        target.copies.append((entry.tensor(module, "T"), weight))
+        copy = entry.tensor(module, next(iter(entry.names)))  # tied: the same under all names
+        if entry.scale is not None:
+            copy = target.weight.detach().to(copy.dtype) + entry.scale * copy.detach()
+        target.copies.append((copy, weight, entry.rows))
         return
     target.gain = target.gain or entry.gain(module._parameters)
     for A, B, sign in entry.pairs(module._parameters):
@@ -246,7 +257,9 @@ def _check_weight(target: Target, into: Into) -> None:
     if is_quantized(weight):
         _check_quantized(target, into, asked)
         return
-    shape = target.terms[0].spec.weight_shape if target.terms else target.copies[0][0].shape
+    shape = target.terms[0].spec.weight_shape if target.terms else weight.shape
+    if not target.terms and target.copies[0][2] is None:
+        shape = target.copies[0][0].shape
     if tuple(weight.shape) != tuple(shape):
         raise LayerError(
             asked,
@@ -283,7 +296,7 @@ def _once_if_tied(found: Mapping[Holder, Target]) -> list[Target]:
     """A tied tensor that gets the same trained copy under all its names is written once, tied."""
     # What goes into each: trained copies alone, else nothing that another could be equal to.
     contents = {
-        holder: None if target.terms else tuple((id(t), weight) for t, weight in target.copies)
+        holder: None if target.terms else tuple((id(t), weight) for t, weight, _ in target.copies)
         for holder, target in found.items()
     }
     kept: list[Target] = []

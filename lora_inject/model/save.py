@@ -25,6 +25,7 @@ from lora_inject.model.carried import entries, reach, refuse_merged, roots_of, w
 from lora_inject.model.peft_reading import refuse_misread
 from lora_inject.model.sharding import is_sharded, reshard, samples_of_shards, writes_here
 from lora_inject.spec.names import joined
+from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.disk import replace_file
 
 LATEST = "LATEST"
@@ -66,7 +67,9 @@ def read_off(
     items = whole_adapter(survey, name, "adapter_state of")
     # The fingerprint is to be that of the base, which merged weights are not.
     refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
-    sites: dict[str, SiteState] = {}
+    found: dict[str, tuple[SiteSpec, dict[str, Tensor]]] = {}  # by the name of the weight's module
+    biases: dict[str, Tensor] = {}
+    rows: dict[str, tuple[int, ...]] = {}
     trained: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
@@ -77,15 +80,25 @@ def read_off(
             if id(held) not in whole:
                 whole[id(held)] = _whole(gathered.get(joined(path, flat), held), entry, role)
             tensors[role] = whole[id(held)]
-        if entry.spec is None:
-            trained[joined(path, entry.param)] = tensors["T"]
-        else:
-            sites[entry.spec.name] = SiteState.of(entry.spec, tensors)
+        key = joined(path, entry.param)
+        if entry.spec is not None:
+            found[key] = entry.spec, tensors
             weights[entry.spec.weight] = base_tensor(module, entry.param)
+        elif "b" in tensors:
+            biases[path] = tensors["b"]
+        else:
+            trained[key] = tensors["T"]
+            if entry.rows is not None:
+                rows[key] = entry.rows
+    for spec, tensors in found.values():
+        if spec.lora_bias:
+            tensors["b"] = biases[spec.name]
+    sites = {spec.name: SiteState.of(spec, tensors) for spec, tensors in found.values()}
     configs = [root.configs[name] for root in roots_of(survey).values() if name in root.configs]
     if not sites:
         weights = witnesses(base_weights(survey), trained)
-    return AdapterState(sites, trained, next(iter(configs), None), fingerprint(weights))
+    config = next(iter(configs), None)
+    return AdapterState(sites, trained, config, fingerprint(weights), rows=rows)
 
 
 def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
-from lora_inject.layers.attached import Entry
+from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import reach, records_of, refuse_merged, whole_adapter
 from lora_inject.model.fit_state import Base, check_base, check_base_copies
@@ -110,12 +110,20 @@ def _paired(
     for path, module, entry in slot:
         spec, held = entry.spec, module._parameters
         if spec is None:
-            copies[joined(path, entry.param)] = held[entry.names["T"]]
+            if entry.scale is None:
+                key = joined(path, entry.param)
+                copies[key] = held[entry.mark]
+                if key in state.trained and state.rows.get(key) != entry.rows:
+                    found = "it holds other rows of it than the adapter on the model"
+                    raise FormatError(f"{asked}, trained tensor {key!r}", found, _BESIDE)
             continue
         known.update((spec.name, *spec.aliases))
         name = next((n for n in (spec.name, *spec.aliases) if n in state.sites), spec.name)
         site = _held_by(state.sites, "site", name, asked)
-        new = site.tensors
+        new = dict(site.tensors)
+        if spec.lora_bias and "b" in new:
+            bias = next(e for e in attached_to(module).entries(entry.adapter) if "b" in e.names)  # type: ignore[union-attr]
+            pairs.append((held[bias.mark], new.pop("b")))
         if site.spec.form != spec.form or new.keys() != entry.names.keys():
             _check_alike(site, spec, entry.names.keys(), asked)
         pairs += [(held[entry.names[role]], tensor) for role, tensor in new.items()]
@@ -158,8 +166,9 @@ def _check_none_left(what: str, left: Collection[str], known: Iterable[str], ask
 def _check_alike(site: SiteState, old: SiteSpec, roles: Collection[str], asked: str) -> None:
     """Check that a site is the slot's in all that values alone cannot change."""
     new = site.spec
-    if new.variant != old.variant:
-        found = f"its variant is {new.variant}, and {old.variant} on the model"
+    if (new.variant, new.lora_bias) != (old.variant, old.lora_bias):
+        kinds = [s.variant + " with lora_bias" * s.lora_bias for s in (new, old)]
+        found = f"its variant is {kinds[0]}, and {kinds[1]} on the model"
     elif site.tensors.keys() != roles:
         found = "one of the two adapters starts from W (pissa, olora), and the other does not"
     elif new.rank != old.rank:

@@ -63,7 +63,8 @@ def trainable_tensors(
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]
             if entry.trains(role) and parameter is not None:
-                key = joined(path, entry.param) if spec is None else f"{spec.name}.lora_{role}"
+                site = path if spec is None else spec.name
+                key = joined(path, entry.param) if role == "T" else f"{site}.lora_{role}"
                 yield key, entry, role, parameter
 
 

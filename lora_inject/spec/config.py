@@ -126,6 +126,13 @@ Parts = Annotated[
     PlainSerializer(lambda parts: dict(parts) if isinstance(parts[0], tuple) else parts),
 ]
 
+Tokens = Annotated[
+    dict[Pattern, Annotated[tuple[Count, ...], Field(min_length=1), _List, _Distinct]],
+    BeforeValidator(lambda value: dict(value) if isinstance(value, tuple) else value),
+    AfterValidator(lambda ids: tuple(ids.items())),  # hashable
+    PlainSerializer(dict),
+]
+
 # The hyper-parameters: fields of a config, with defaults, and of a rule, which may override them.
 
 Rank = Annotated[int, Field(ge=1, description="r: rows of A and columns of B.")]
@@ -149,6 +156,10 @@ Variant = Annotated[
     str,
     AfterValidator(_check_variant),
     Field(description="How A and B become an update of W: lora, or another variant's name."),
+]
+LoraBias = Annotated[
+    bool,
+    Field(description="B has a bias, which is added, scaled, to the layer's: PEFT's lora_bias."),
 ]
 
 
@@ -243,6 +254,7 @@ class Rule(_Strict):
     scaling: Scaling | None = None
     compute: Compute | None = None
     variant: Variant | None = None
+    lora_bias: LoraBias | None = None
     slices: Parts | None = None
     """Parts of a fused projection along its output, in order: widths by name, or a list of names
     for equal parts."""
@@ -332,6 +344,7 @@ class Hyper(NamedTuple):
     scaling: str
     compute: str
     variant: str
+    lora_bias: bool
 
 
 class Config(_Strict):
@@ -359,12 +372,15 @@ class Config(_Strict):
     scaling: Scaling = "standard"
     compute: Compute = "base"
     variant: Variant = "lora"
+    lora_bias: LoraBias = False
     targets: Annotated[tuple[Rule, ...], _List] = ()
     """What to adapt: rules in order, the first match wins. A string is a rule's match."""
     exclude: Patterns = ()
     """Names that no rule may take, with all that lies below them."""
     train: Patterns = ()
     """Further parameters, or modules, that train and travel with the adapter."""
+    tokens: Tokens = ()  # type: ignore[assignment]
+    """Rows of embeddings that train, tied heads included: a pattern of the module, and the ids."""
     bias: Literal["none", "adapted", "all"] = "none"
     """Which biases train too: none, those of adapted modules, or all."""
     expect: Expect | None = None
@@ -372,9 +388,9 @@ class Config(_Strict):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
-        if not self.targets and not self.train and self.bias == "none":
-            remedy = "Add targets: with patterns such as 'q_proj' (or train:, or bias:)"
-            raise ValueError("nothing is asked for: no targets, no train, no bias", remedy)
+        if not self.targets and not self.train and not self.tokens and self.bias == "none":
+            remedy = "Add targets: with patterns such as 'q_proj' (or train:, tokens: or bias:)"
+            raise ValueError("nothing is asked for: no targets, no train, tokens or bias", remedy)
         return self
 
     def hyper(self, rule: Rule) -> Hyper:
@@ -507,7 +523,8 @@ class Config(_Strict):
         """
         data = self.model_dump(mode="json", exclude_none=True, by_alias=True)
         data["targets"] = [r["match"] if len(r) == 1 else r for r in data["targets"]]
-        return {key: value for key, value in data.items() if value != [] or key == "targets"}
+        default = [key for key, value in data.items() if value in ([], {}) or value is False]
+        return {key: value for key, value in data.items() if key not in default or key == "targets"}
 
     def to_yaml(self, path: str | PathLike[str] | None = None) -> str:
         """Return the config as YAML, and write it to `path` if one is given.

@@ -13,6 +13,7 @@ from lora_inject.spec.names import counted
 from lora_inject.spec.roles import GAINED
 from lora_inject.spec.sites import SiteSpec, Slices
 
+BIASED_KINDS = ("linear", "conv1d", "conv")
 SLICED_KINDS = ("linear", "conv1d", "parameter")
 
 
@@ -44,6 +45,10 @@ def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> S
     if site.update == "weight" and site.dropout:
         found = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
         raise MatchError(asked, found, "Give the rule dropout: 0")
+    if site.lora_bias and (slices or site.variant != "lora" or site.kind not in BIASED_KINDS):
+        what = f"variant {site.variant}" if site.variant != "lora" else f"a {site.kind}"
+        found = f"lora_bias on {'slices' if slices else what}"
+        raise MatchError(asked, found, "Give the rule lora_bias: false")
     if site.variant in GAINED and site.why_no_gain:
         found = f"variant {site.variant} on {site.why_no_gain}"
         raise MatchError(asked, found, "Give the rule variant: lora")

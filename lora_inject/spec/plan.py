@@ -21,11 +21,15 @@ from lora_inject.spec.sites import SiteSpec
 
 
 class Trained(NamedTuple):
-    """A parameter of the base that trains with the adapter, as its own copy; `why` names it."""
+    """A parameter of the base that trains with the adapter, as its own copy; `why` names it.
+
+    Where `rows` is given, only these rows of it train, and `shape` is theirs.
+    """
 
     name: str
     shape: tuple[int, ...]
     why: str
+    rows: tuple[int, ...] | None = None
 
 
 class Skipped(NamedTuple):
@@ -140,7 +144,8 @@ def _lines(plan: Plan, width: int) -> Iterator[str]:
         yield from _filled(f"rule {i + 1} '{rule.match}': {_hyper(plan.config.hyper(rule))}", width)
         yield from _table([(site.name, _cells(site)) for site in sites], width)
     for why in dict.fromkeys(entry.why for entry in plan.trained):
-        yield f"{why}: trained in full"
+        rows = any(entry.rows for entry in plan.trained if entry.why == why)
+        yield f"{why}: {'rows that train' if rows else 'trained in full'}"
         mine = [(entry.name, _cells(entry)) for entry in plan.trained if entry.why == why]
         yield from _table(mine, width)
     for reason in dict.fromkeys(entry.reason for entry in plan.skipped):
@@ -167,6 +172,7 @@ def _hyper(hyper: Hyper) -> str:
     parts += [f"dropout {hyper.dropout:g}"] if hyper.dropout else []
     parts += ["compute float32"] if hyper.compute == "float32" else []
     parts += [hyper.variant] if hyper.variant != "lora" else []
+    parts += ["lora_bias"] if hyper.lora_bias else []
     return ", ".join(parts)
 
 

@@ -23,11 +23,12 @@ FROM_WEIGHT = ("pissa", "olora")
 """Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""
 
 
-def shapes_of(variant: str, a: Shape, b: Shape) -> dict[str, Shape]:
-    """Return the shapes of the trainable tensors of a site.
+def shapes_of(variant: str, a: Shape, b: Shape, lora_bias: bool = False) -> dict[str, Shape]:
+    """Return the shapes of the trainable tensors of a site; `lora_bias` is that of B.
 
     Examples:
         >>> shapes_of("lora", (2, 4), (6, 2))
         {'A': (2, 4), 'B': (6, 2)}
     """
-    return {"A": a, "B": b, **{role: shape(a, b) for role, shape in FURTHER[variant].items()}}
+    further = {role: shape(a, b) for role, shape in FURTHER[variant].items()}
+    return {"A": a, "B": b, **further, **({"b": b[:-1]} if lora_bias else {})}

@@ -71,6 +71,7 @@ class SiteSpec:
         init: How A and B start: a name of `config.Init`, or `("normal", std)`.
         compute: `base` or `float32`, the dtype of the low-rank arithmetic.
         variant: How its tensors become an update of W: a row of `adapter.variants`.
+        lora_bias: Whether B has a bias b: the layer's bias becomes `bias + scale * b`.
         slices: Parts of a fused projection, or None.
         rule: Index of the rule that matched, None for an adapter that came from a file.
         weight: Name of the adapted tensor in the state dict, `NAME.weight` for a module.
@@ -100,6 +101,7 @@ class SiteSpec:
     init: str | tuple[str, float] = "kaiming"
     compute: str = "base"
     variant: str = "lora"
+    lora_bias: bool = False
     slices: Slices | None = None
     rule: int | None = None
     weight: str = ""
@@ -122,7 +124,7 @@ class SiteSpec:
         b_shape = (*lead, sum(stop - start for start, stop in spans), self.rank)
         scale = self.alpha / divisor
         turned = self.kind == "parameter" and self.transposed
-        shapes = shapes_of(self.variant, a_shape, b_shape)
+        shapes = shapes_of(self.variant, a_shape, b_shape, self.lora_bias)
         self.__dict__.update(
             scale=scale,
             spans=spans,
@@ -130,7 +132,7 @@ class SiteSpec:
             b_shape=b_shape,
             shapes=shapes,
             n_parameters=sum(map(math.prod, shapes.values())),
-            form=(self.rank, scale, spans, self.experts, turned, self.variant),
+            form=(self.rank, scale, spans, self.experts, turned, self.variant, self.lora_bias),
         )
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:

@@ -1,4 +1,4 @@
-"""What trains besides the adapters: the parameters that a config's `train` and `bias` name."""
+"""What trains besides the adapters: what a config's `train`, `tokens` and `bias` name."""
 
 from __future__ import annotations
 
@@ -25,11 +25,43 @@ def trained_by(
         label = f"bias: {config.bias}"
         for name in _biases(config, inventory, found):
             why.setdefault(name, label)
+    shapes, rows = inventory.parameters, dict[str, tuple[int, ...]]()
+    for pattern, ids in dict(config.tokens).items():
+        label = f"tokens '{pattern}'"
+        for name in _tables(pattern, ids, label, inventory):
+            if name in why:
+                both = f"'{name}' is named by {why[name]} as well"
+                raise MatchError(label, both, "Narrow one of the two patterns")
+            why[name], rows[name] = label, ids
     if not why:
         return ()
     _check_not_both(why, inventory, sites)
+    return tuple(
+        Trained(
+            name,
+            (len(rows[name]), *shapes[name][1:]) if name in rows else shapes[name],
+            why[name],
+            rows.get(name),
+        )
+        for name in shapes
+        if name in why
+    )
+
+
+def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
+    """Return the matrices that a tokens entry names, which must have these rows."""
     shapes = inventory.parameters
-    return tuple(Trained(name, shapes[name], why[name]) for name in shapes if name in why)
+    found = [name for name in _matched(pattern, label, inventory) if len(shapes[name]) == 2]
+    if not found:
+        raise MatchError(label, "it names nothing that has rows", "Name an embedding")
+    for name in found:
+        if max(ids) >= shapes[name][0]:
+            raise MatchError(
+                label,
+                f"there is no row {max(ids)} in '{name}', which has {shapes[name][0]:,}",
+                "Resize the vocabulary first: model.resize_token_embeddings(n)",
+            )
+    return found
 
 
 def _check_not_both(

@@ -22,7 +22,6 @@ from lora_inject.formats.peft.number_patterns import common, pattern_keys, value
 PEFT_VERSION = "0.21.2"
 
 _MERGE = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
-MERGE_HERE = "Fold it into the base's files with `lora-inject merge`, and start from those"
 _AS_LORA = "Convert it with PEFT (peft.convert_to_lora, since 0.19)"
 _RESIDUAL = "Convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=...))"
 
@@ -31,11 +30,6 @@ _REFUSED = {
     "alora_invocation_tokens": ("an activated LoRA (aLoRA), active for some tokens only", _MERGE),
     "layer_replication": ("an adapter of a model with replicated layers", _MERGE),
     "use_qalora": ("a QALoRA adapter with pooled inputs", _MERGE),
-    "lora_bias": ("an adapter with a bias on lora_B", MERGE_HERE),
-    "trainable_token_indices": (
-        "an adapter that replaces single rows of an embedding",
-        MERGE_HERE,
-    ),
     "arrow_config": ("an Arrow router over several adapters", "Load the adapters one by one"),
     "kasa_config": ("a KaSA adapter, which changed the base", _MERGE),
     "monteclora_config": ("a MonteCLoRA adapter", _MERGE),
@@ -48,9 +42,10 @@ _KNOWN = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
+    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
+    "target_modules", "target_parameters", "task_type", "trainable_token_indices",
+    "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -70,6 +65,8 @@ def build(
     dora: bool,
     dropout: float,
     bias: str,
+    lora_bias: bool,
+    tokens: Mapping[str, list[int]],
     modules_to_save: Collection[str],
     target_modules: list[str] | str,
     base_model: str | None,
@@ -87,7 +84,7 @@ def build(
     rank, alpha = common(ranks.values()), common(alphas.values())
     kinds = {entry.kind for entry in entries}
     parameters = sorted(entry.name for entry in entries if entry.kind == "parameter")
-    config = {
+    config: dict[str, Any] = {
         "alpha_pattern": pattern_keys(alphas, alpha),
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
@@ -109,6 +106,10 @@ def build(
         "use_dora": dora,
         "use_rslora": rslora,
     }
+    if lora_bias:
+        config["lora_bias"] = True
+    if tokens:
+        config["trainable_token_indices"] = dict(tokens)
     if parameters:
         # Stacks of experts are laid out as this PEFT lays them out, which readers tell by version.
         config |= {"peft_version": PEFT_VERSION, "target_parameters": parameters}
@@ -124,8 +125,9 @@ def _whole(alpha: float) -> float:
 class Claims:
     """The claims of a foreign adapter_config.json that are needed to read the tensors.
 
-    `modules_to_save` are names or ends of names, targets full names or ends of names after a dot
-    (none for an expression), patterns in the file's order, `peft_version` is `(major, minor)`.
+    `modules_to_save` and the keys of `tokens` are names or ends of names, targets full names or
+    ends of names after a dot (none for an expression), patterns in the file's order,
+    `peft_version` is `(major, minor)`.
     """
 
     rank: int | None
@@ -135,6 +137,8 @@ class Claims:
     dropout: float
     fan_in_fan_out: bool
     bias: str
+    lora_bias: bool
+    tokens: Mapping[str, tuple[int, ...]]
     modules_to_save: tuple[str, ...]
     target_modules: tuple[str, ...]
     target_parameters: tuple[str, ...]
@@ -190,6 +194,8 @@ def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
         dropout=float(dropout),
         fan_in_fan_out=_flag(config, "fan_in_fan_out", asked),
         bias=_choice(config, "bias", ("none", "lora_only", "all"), asked),
+        lora_bias=_flag(config, "lora_bias", asked),
+        tokens=_tokens(config.get("trainable_token_indices"), asked),
         modules_to_save=_names(config, "modules_to_save", asked),
         target_modules=_target_modules(config),
         target_parameters=_names(config, "target_parameters", asked),
@@ -247,6 +253,18 @@ def _names(config: Mapping[str, Any], field: str, asked: str) -> tuple[str, ...]
     good = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
     _require(good, asked, f"'{field}' is not a list of names")
     return tuple(value)
+
+
+def _tokens(value: Any, asked: str) -> dict[str, tuple[int, ...]]:
+    """Which rows train, by the end of a module's name; `""` where the config names no module."""
+    tables = value if isinstance(value, dict) else {"": value} if value else {}
+    found = {}
+    for name, ids in tables.items():
+        good = isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
+        good = good and len(set(ids)) == len(ids)
+        _require(good, asked, "'trainable_token_indices' is not a list of rows, or one for a name")
+        found[name] = tuple(ids)
+    return found
 
 
 def _target_modules(config: Mapping[str, Any]) -> tuple[str, ...]:

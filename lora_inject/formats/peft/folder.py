@@ -178,13 +178,15 @@ def contents(
     task_type: str | None = None,
 ) -> Contents:
     """Return the tensors and the config of an adapter in PEFT's layout; options as for `write`."""
-    check_trained(state.trained, asked)
+    check_trained(state, asked)
+    state = _rows_once(state, asked)
     for site in state.sites.values():
         check_site(site, asked)
     state = dataclasses.replace(state, sites=_in_order(state.sites, tensor_names))
     specs = [site.spec for site in state.sites.values()]
     _check_expressible(specs, asked, tensor_names)
-    layout = plan(specs, state.trained)
+    layout = plan(specs, state.trained, state.rows)
+    full = [name for name in state.trained if name not in state.rows]
     check_no_clash(layout.keys, asked)
     turned = {spec.name for spec in specs if is_turned(spec, transposed_modules)}
 
@@ -200,15 +202,15 @@ def contents(
     entries = [_entry(site, expert_names, rslora=rslora) for site in state.sites.values()]
     modules = [entry.name for entry in entries if entry.kind != "parameter"]
     adapted = {wrapped(spec) for spec in specs}
-    whole = whole_modules(
-        state.trained, sites=adapted, tensor_names=tensor_names, module_names=module_names
-    )
+    whole = whole_modules(full, sites=adapted, tensor_names=tensor_names, module_names=module_names)
     config = build(
         entries,
         rslora=rslora,
         dora=any(spec.variant == "dora" for spec in specs),
         dropout=common(spec.dropout for spec in specs) or 0.0,
-        bias=bias_setting(state.trained, sites=adapted, whole=whole),
+        bias=bias_setting(full, sites=adapted, whole=whole),
+        lora_bias=any(spec.lora_bias for spec in specs),
+        tokens={owner(name): list(rows) for name, rows in state.rows.items()},
         modules_to_save=whole,
         target_modules=target_modules(
             modules, parameters=len(modules) < len(specs), module_names=module_names
@@ -293,7 +295,7 @@ def _read_native(
                 f"its metadata says what cannot be ({_odd(spec) or 'turned'})",
                 "The file was edited, or is of a newer version",
             )
-    layout = plan(described.specs.values(), described.trained)
+    layout = plan(described.specs.values(), described.trained, described.rows)
     check_no_clash(layout.keys, asked)
     check_keys(tensors, layout.keys, asked)
     sites = {}
@@ -313,7 +315,11 @@ def _read_native(
         sites[name] = with_further(unpack(spec, a, b, asked, packing), further, asked)
         check_site(sites[name], asked)
     trained = {name: tensors[key] for name, key in layout.trained.items()}
-    return AdapterState(sites, trained, described.config, described.fingerprint)
+    found = AdapterState(
+        sites, trained, described.config, described.fingerprint, rows=described.rows
+    )
+    check_trained(found, asked)
+    return found
 
 
 def _check_agreement(described: words.Described, claims: Claims, asked: str) -> None:
@@ -386,6 +392,24 @@ def _read_config(path: Path, asked: str) -> bytes:
     return (path / CONFIG).read_bytes()
 
 
+def _rows_once(state: AdapterState, asked: str) -> AdapterState:
+    """Leave out rows under the further names of a tied tensor: PEFT gives them to those itself."""
+    first: dict[int, str] = {}
+    for name in state.rows:
+        if not name.endswith(".weight"):
+            found = "PEFT trains rows of the weight of a module only"
+            raise FormatError(f"{asked}, trained tensor '{name}'", found, _OTHER)
+        first.setdefault(state.trained[name].data_ptr(), name)
+    further = state.rows.keys() - set(first.values())
+    if not further:
+        return state
+    return dataclasses.replace(
+        state,
+        trained={name: t for name, t in state.trained.items() if name not in further},
+        rows={name: rows for name, rows in state.rows.items() if name not in further},
+    )
+
+
 # What PEFT can say ------------------------------------------------------------------------------
 
 
@@ -432,8 +456,9 @@ def _check_expressible(
     modules = {spec.name for spec in specs if spec.kind != "parameter"}
     if parameters and any(spec.kind == "conv1d" for spec in specs):
         raise FormatError(asked, "PEFT cannot adapt parameters beside Conv1D layers", _OTHER)
-    if len(variants := {spec.variant for spec in specs}) > 1:
-        raise FormatError(asked, f"PEFT has one variant, and these are {sorted(variants)}", _OTHER)
+    if len({(spec.variant, spec.lora_bias) for spec in specs}) > 1:
+        found = "PEFT has one variant, with lora_bias or without, for all sites"
+        raise FormatError(asked, f"{found}, and these sites have several", _OTHER)
     known = set(tensor_names or ()) | parameters
     for spec in specs:
         reason = _inexpressible(spec, modules, known)

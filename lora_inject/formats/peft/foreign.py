@@ -21,8 +21,8 @@ from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_site
 from lora_inject.formats.metadata import one_line
-from lora_inject.formats.peft.adapter_config import MERGE_HERE, Claims
-from lora_inject.formats.peft.tensor_layout import PREFIX, further_shape, owner, unpack
+from lora_inject.formats.peft.adapter_config import Claims
+from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, further_shape, owner, unpack
 from lora_inject.formats.plain import check_shapes
 from lora_inject.spec.sites import SiteSpec
 
@@ -40,10 +40,8 @@ _ENDS = {
 _FURTHER = {
     f".lora_magnitude_vector{end}": "m" for end in ("", ".weight", ".default", ".default.weight")
 }
-_REFUSED = {
-    "trainable_tokens_delta": "single rows of an embedding",
-    "lora_B.bias": "a bias of lora_B",
-}
+_FURTHER |= {f".lora_B{end}": "b" for end in (".bias", ".default.bias")}
+_ROWS_ENDS = tuple(f".{ROWS}{end}" for end in ("", ".default"))
 
 
 @dataclass
@@ -104,13 +102,45 @@ def read_foreign(
             spec = _parameter(found, claims, transposed_modules)
             if expert_major and spec.experts:
                 found = found._replace(B=_rank_major(b, spec.experts))
-        if claims.dora != ("m" in pair.further):
-            has = "no magnitude, which 'use_dora' asks for" if claims.dora else "a DoRA magnitude"
-            raise FormatError(where, f"it has {has}", _REPAIR)
+        _check_further(pair, claims, where)
         sites[name] = with_further(unpack(spec, a, found.B, where), pair.further, where)
         check_site(sites[name], asked)
+    rows = _take_rows(rest, claims, asked)
     trained, copies = _full_tensors(rest, sites, claims, asked)
-    return AdapterState(sites, trained, base_copies=copies)
+    trained.update((name, tensor) for name, (_, tensor) in rows.items())
+    numbers_of_rows = {name: numbers for name, (numbers, _) in rows.items()}
+    return AdapterState(sites, trained, base_copies=copies, rows=numbers_of_rows)
+
+
+def _check_further(pair: _Pair, claims: Claims, where: str) -> None:
+    """Refuse a site that has not what the config says of all, or has what it does not say."""
+    for role, said, field_name, what in (
+        ("m", claims.dora, "use_dora", "DoRA magnitude"),
+        ("b", claims.lora_bias, "lora_bias", "bias of lora_B"),
+    ):
+        if said != (role in pair.further):
+            has = f"no {what}, which '{field_name}' asks for" if said else f"a {what}"
+            raise FormatError(where, f"it has {has}", _REPAIR)
+
+
+def _take_rows(
+    rest: dict[str, Tensor], claims: Claims, asked: str
+) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """Take single rows out of a file's other tensors: numbers and values by the weight's name."""
+    found = {}
+    for key in [key for key in rest if key.endswith(_ROWS_ENDS)]:
+        module, tensor = key.removesuffix(".default").removesuffix(f".{ROWS}"), rest.pop(key)
+        ends = [ids for n, ids in claims.tokens.items() if not n or f".{module}".endswith(f".{n}")]
+        if len(ends) != 1 or tensor.dim() != 2 or len(tensor) != len(ends[0]):
+            raise FormatError(
+                f"{asked}, '{key[:200]}'",
+                "the config does not say which rows it replaces",
+                "Restore 'trainable_token_indices' in adapter_config.json",
+            )
+        found[f"{module}.weight"] = ends[0], tensor
+    if claims.tokens and not found:
+        raise FormatError(asked, "it lacks the rows of 'trainable_token_indices'", _REPAIR)
+    return found
 
 
 def with_further(site: SiteState, further: Mapping[str, Tensor], where: str) -> SiteState:
@@ -153,7 +183,6 @@ def _split(tensors: Mapping[str, Tensor], asked: str) -> tuple[dict[str, _Pair],
             continue
         end = next((end for end in _ENDS if key.endswith(end)), None)
         if end is None:
-            _refuse_key(key, asked)
             rest[key] = tensor
             continue
         side, embedding = _ENDS[end]
@@ -174,12 +203,6 @@ def _split(tensors: Mapping[str, Tensor], asked: str) -> tuple[dict[str, _Pair],
 
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
-
-
-def _refuse_key(key: str, asked: str) -> None:
-    for part, what in _REFUSED.items():
-        if key.endswith((part, f"{part}.weight")):
-            raise FormatError(asked, f"'{key[:200]}' is {what}", MERGE_HERE)
 
 
 # Sites ------------------------------------------------------------------------------------------
@@ -275,6 +298,7 @@ def _module(found: _Found, claims: Claims) -> SiteSpec:
         scaling=claims.scaling,
         dropout=claims.dropout,
         variant="dora" if claims.dora else "lora",
+        lora_bias=claims.lora_bias,
         weight=f"{found.name}.weight",
     )
 

@@ -27,7 +27,8 @@ PREFIX = "base_model.model."
 KINDS = ("linear", "conv1d", "embedding", "conv", "parameter")
 
 
-FURTHER = {"m": "lora_magnitude_vector"}
+FURTHER = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
+ROWS = "token_adapter.trainable_tokens_delta"
 """What PEFT calls the tensors of a variant, by role."""
 
 
@@ -90,8 +91,10 @@ def wrapped(spec: SiteSpec) -> str:
     return owner(spec.name) if spec.kind == "parameter" else spec.name
 
 
-def plan(specs: Iterable[SiteSpec], trained: Iterable[str]) -> Layout:
+def plan(specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str] = ()) -> Layout:
     """Return the keys of an adapter's tensors in a PEFT file; specs in the order of the model.
+
+    `rows` are the names among `trained` of which only rows travel.
 
     PEFT wraps a module once for itself and once for each of its adapted parameters, the first of
     them innermost, and each wrapper adds `.base_layer` to the path of what is inside it.
@@ -118,7 +121,7 @@ def plan(specs: Iterable[SiteSpec], trained: Iterable[str]) -> Layout:
     keys = {}
     for name in trained:
         module, _, tensor = name.rpartition(".")
-        keys[name] = f"{paths.inside(module)}.{tensor}"
+        keys[name] = f"{paths.inside(module)}.{ROWS if name in rows else tensor}"
     return Layout(pairs, keys)
 
 
@@ -132,7 +135,8 @@ def _slot(path: str, spec: SiteSpec) -> Slot:
 def further_shape(spec: SiteSpec, role: str) -> tuple[int, ...]:
     """Return the shape in the file of what a variant adds: PEFT keeps magnitudes to broadcast."""
     shape = spec.shapes[role]
-    return (1, *shape, *(1 for _ in spec.weight_shape[2:])) if spec.kind == "conv" else shape
+    kernel = spec.weight_shape[2:] if spec.kind == "conv" else ()
+    return (1, *shape, *(1 for _ in kernel)) if role == "m" and kernel else shape
 
 
 class _Paths:
