@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from lora_inject.model.train import adapter_parameters, parameter_groups, train_only
     from lora_inject.spec.config import Config, Expect, Rule
     from lora_inject.spec.plan import Plan
+    from lora_inject.trials.advise import advise
+    from lora_inject.trials.batches import causal_loss
+    from lora_inject.trials.runs import Trials
+    from lora_inject.trials.trial import Trial
 
 __all__ = [
     "AdapterCheckpoint",
@@ -64,11 +68,15 @@ __all__ = [
     "Rule",
     "SiteState",
     "StateError",
+    "Trial",
+    "Trials",
     "__version__",
     "activate",
     "adapter_parameters",
     "adapter_state",
     "adapters",
+    "advise",
+    "causal_loss",
     "check_adapter",
     "combine",
     "convert",
@@ -128,6 +136,10 @@ _HOMES = {
     "model.train": "adapter_parameters parameter_groups train_only",
     "spec.config": "Config Expect Rule",
     "spec.plan": "Plan",
+    "trials.advise": "advise",
+    "trials.batches": "causal_loss",
+    "trials.trial": "Trial",
+    "trials.runs": "Trials",
 }
 """File to the public names that it has; the imports above say the same to type checkers."""
 

@@ -27,6 +27,7 @@ FOLDERS = (
     "formats",
     "layers",
     "model",
+    "trials",
     "checkpoint",
     "analysis",
     "integrations",

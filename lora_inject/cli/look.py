@@ -5,6 +5,7 @@ The package is imported inside the commands, so that `--help` does not wait for 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,32 @@ def plan(
         print_json(planned.to_dict())
     else:
         say(planned.text(width()))
+
+
+@app.command()
+def advise(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder or file, as for plan.")],
+    budget: Annotated[
+        str, typer.Option(metavar="N", help="Most parameters in A and B, such as 170k or 1.5M.")
+    ],
+) -> None:
+    """Print a config to start from: one rank on all linear layers, within a budget."""
+    from lora_inject.cli.models import source_of
+    from lora_inject.cli.show import note, say
+    from lora_inject.spec.advice import advised
+
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", budget)
+    if number is None:
+        raise typer.BadParameter(f"{budget!r} is not a number such as 170k", param_hint="--budget")
+    most = int(float(number[1]) * {"": 1, "k": 1000, "m": 1_000_000}[number[2].lower()])
+    inventory, about = source_of(model)
+    note(f"planned on {about}")
+    config = advised(inventory, most)
+    say(
+        "# One rank on all linear layers: at an equal number of parameters hard to beat.\n"
+        "# Tune the learning rate once, at a small rank: it matters more, and hardly moves with it."
+    )
+    say(config.to_yaml().rstrip())
 
 
 @app.command()

@@ -26,6 +26,7 @@ from lora_inject.version import __version__
 EXAMPLES = MappingProxyType(
     {
         "plan": "lora-inject plan lora.yaml gpt2/config.json",
+        "advise": "lora-inject advise gpt2 --budget 170k",
         "inspect": "lora-inject inspect sql-adapter",
         "analyze": "lora-inject analyze sql-adapter --base gpt2 --report report.html",
         "merge": "lora-inject merge gpt2 sql-adapter --output merged --verify",

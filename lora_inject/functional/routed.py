@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_inject.functional import cpu
 from lora_inject.functional.factors import (
     Factors,
     cast,
@@ -43,7 +44,8 @@ def routed_update(
     Args:
         y: `(batch, ..., out)`.
         x: `(batch, ..., in)`.
-        places: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
+        places: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter. Fewer
+            stand for as many equal runs of rows.
         adapters: The updates of each adapter.
         float32: Keep the arithmetic in float32 over a 16-bit base.
         in_place: Whether y may be modified where no gradient is needed: nobody else has it.
@@ -62,8 +64,8 @@ def routed_update(
     with without_autocast(y) or nullcontext():
         dtype = compute_dtype(y.dtype, float32)
         A_bank, B_bank = bank(adapters, y.shape[-1], dtype, base=True)
-        x3 = x.reshape(x.shape[0], -1, x.shape[-1])
-        y3 = y.reshape(y.shape[0], -1, y.shape[-1])
+        x3 = x.reshape(places.shape[0], -1, x.shape[-1])
+        y3 = y.reshape(places.shape[0], -1, y.shape[-1])
         x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
         plain = needs_plain_operations()
         if plain or not torch.is_grad_enabled():
@@ -164,6 +166,11 @@ def _one_pair(
         B if u.spans is None else spread(B, u.spans, out) for B, u in zip(Bs, updates, strict=True)
     ]
     return torch.cat(As), torch.cat(wide, dim=1), 1.0
+
+
+def dropped(x: Tensor, u: Factors) -> Tensor:
+    """Return `(..., in)` with the elements dropped that one adapter alone would drop."""
+    return cpu.drop(x.reshape(-1, x.shape[-1]), u.dropout)[0].view(x.shape)
 
 
 def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:

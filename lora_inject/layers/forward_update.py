@@ -89,13 +89,18 @@ class ForwardUpdate(Adapted):
         return found
 
     def _lora_routed(
-        self, y: Tensor, x: Tensor, routing: Routing, *, in_place: bool = False
+        self, y: Tensor, x: Tensor, routing: Routing, state: State, *, in_place: bool = False
     ) -> Tensor:
         """Add to each row of y `(batch, ..., out)` the update of its own adapter."""
         if not routing.entries:
             return y
         adapters, float32 = self._lora_routed_factors(routing), self._lora.float32
-        return routed_update(y, x, routing.places, adapters, float32=float32, in_place=in_place)
+        if state.draws is not None:
+            one = {e.adapter: us[0] for e, us in zip(routing.entries, adapters, strict=True)}
+            x = state.draws(x, one)
+            adapters = [[u._replace(dropout=0.0) for u in us] for us in adapters]
+        blocks = routing.places if routing.blocks is None else routing.blocks
+        return routed_update(y, x, blocks, adapters, float32=float32, in_place=in_place)
 
     def _lora_routed_factors(self, routing: Routing) -> list[list[Factors]]:
         """Return the updates of each adapter of the batch."""

@@ -103,7 +103,7 @@ class LoRALinear(ForwardUpdate):
             routing = self._lora_routing(x, state)
             y = self._lora_plain_forward(args, kwargs)
             fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
-            y = self._lora_routed(y, x, routing, in_place=fresh)
+            y = self._lora_routed(y, x, routing, state, in_place=fresh)
             return self._lora_gained_rows(y, routing) if attached.gains else y
         if attached.gains and (alone := attached.gained(state)) is not None:
             return self._lora_gained(alone, args, kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +23,14 @@ class Routing(NamedTuple):
         entries: Their entries.
         places: `(batch,)`, int64: 0 for the base, else 1 + the place in `entries`.
         recipes: Their updates.
+        blocks: `places` with one entry for each of several equal runs of rows of one adapter, or
+            as `places` where there are no such runs.
     """
 
     entries: Sequence[Entry]
     places: Tensor
     recipes: Sequence[Sequence[Recipe]] = ()
+    blocks: Tensor | None = None
 
     def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:
         """Return the updates of each adapter."""
@@ -74,17 +79,23 @@ def routing_of(
     if not entries:
         return NOTHING
     key = (*(e.adapter for e in entries), x.shape[0], x.device)
-    known: Tensor | None = state.kept.get(key)
+    known: tuple[Tensor, Tensor] | None = state.kept.get(key)
     if known is None:
         place = {e.adapter: i + 1 for i, e in enumerate(entries)}
         each = [place.get(n or "", 0) for n in names for _ in range(repeat)]
+        run = math.gcd(*(len(list(rows)) for _, rows in groupby(each)))
         with torch.inference_mode(False):  # a backward may need them, whoever asks first
-            known = state.kept[key] = torch.tensor(each, device=x.device)
-    return _routing(entries, known)
+            known = (
+                torch.tensor(each, device=x.device),
+                torch.tensor(each[::run], device=x.device),
+            )
+        state.kept[key] = known
+    return _routing(entries, *known)
 
 
-def _routing(entries: Sequence[Entry], places: Tensor) -> Routing:
-    return Routing(entries, places, [tuple(entry.recipes(1.0)) for entry in entries])
+def _routing(entries: Sequence[Entry], places: Tensor, blocks: Tensor | None = None) -> Routing:
+    recipes = [tuple(entry.recipes(1.0)) for entry in entries]
+    return Routing(entries, places, recipes, places if blocks is None else blocks)
 
 
 def eligible(

@@ -8,7 +8,7 @@ Every layer asks for the state in force, so switching costs the same for any num
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,8 @@ class State:
         choices: For compiled graphs, in which a name would be a constant: `(n, 2)` on each device
             of the model; the number of each active adapter, or of each row's (-1 for the base),
             and its weight.
+        draws: What drops elements of a layer's input, for trials whose random numbers are their
+            own: called with the input and the updates by adapter. None: torch's generator.
         kept: What layers keep for one context: rows as tensors.
     """
 
@@ -49,6 +51,7 @@ class State:
     parts: Mapping[str, None] = field(init=False, repr=False, compare=False)
     numbers: tuple[int, ...] = field(default=(), repr=False, compare=False)
     choices: Mapping[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    draws: Callable[..., Tensor] | None = field(default=None, repr=False, compare=False)
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
         >>> with disabled(net):
         ...     y = net(torch.ones(2, 4))
     """
-    with _within(model, BASE, "disabled"):
+    with within_state(model, BASE, "disabled"):
         yield
 
 
@@ -146,12 +146,13 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
             f"it reads {found.whole[name]!r} as a whole weight, which a batch shares",
             "Route only adapters on layers that are called, without train or bias entries",
         )
-    with _within(model, State(rows=rows, repeat=repeat), "routed"):
+    with within_state(model, State(rows=rows, repeat=repeat), "routed"):
         yield
 
 
 @contextmanager
-def _within(model: nn.Module, state: State, asked: str) -> Iterator[None]:
+def within_state(model: nn.Module, state: State, asked: str) -> Iterator[None]:
+    """Run the body under a selection, of the calling thread or task only."""
     selections = reach(model).selections
     if not selections:
         raise StateError(asked, "the model carries no adapter", "Inject or load one first")

@@ -1,0 +1,54 @@
+"""A config to start from, for a number of parameters: what evidence supports, and no more.
+
+Uniform rank on all linear layers but the head. At an equal number of parameters neither ranks
+allotted by gradient energy, nor pruning after brief training, nor q and v at a higher rank were
+better than that beyond noise, while a wrong learning rate costs several times what such choices
+differ by: find that one with a few short runs.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lora_inject.errors import MatchError
+from lora_inject.spec.config import ALL_LINEAR, Config
+from lora_inject.spec.inventory import Inventory
+from lora_inject.spec.matching import resolve
+
+ALPHA_OVER_RANK = 2.0
+"""The defaults' ratio (alpha 16, rank 8). With it the best learning rate hardly moves with the
+rank, so it can be found at a small one."""
+
+
+def advised(inventory: Inventory, budget: int) -> Config:
+    """Return the config of the largest uniform rank on all linear layers that fits a budget.
+
+    Args:
+        inventory: The names of a model.
+        budget: Most parameters in A and B.
+
+    Returns:
+        The config, with what it must come out as in `expect`.
+
+    Raises:
+        MatchError: Not even rank 1 fits; the message lists what would, without a recommendation.
+    """
+    config = Config.from_dict({"rank": 1, "alpha": ALPHA_OVER_RANK, "targets": [ALL_LINEAR]})
+    one = resolve(config, inventory)
+    rank = budget // one.n_lora
+    if rank < 1:
+        sizes: dict[str, int] = {}
+        for site in one.sites:
+            kind = re.sub(r"\b\d+\b", "*", site.name)
+            sizes[kind] = sizes.get(kind, 0) + site.n_parameters
+        fits = [f"{kind} ({n:,})" for kind, n in sizes.items() if n <= budget]
+        raise MatchError(
+            f"a config of at most {budget:,} parameters",
+            f"rank 1 on all linear layers takes {one.n_lora:,}; no rule is established for less",
+            f"At rank 1 these fit, one at a time: {', '.join(fits)}" if fits else "Allow more",
+        )
+    expect = {"sites": one.n_sites, "lora": rank * one.n_lora}
+    alpha = ALPHA_OVER_RANK * rank
+    return Config.from_dict(
+        {"rank": rank, "alpha": alpha, "targets": [ALL_LINEAR], "expect": expect}
+    )

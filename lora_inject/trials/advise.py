@@ -1,0 +1,33 @@
+"""The advice of `spec.advice` on a live model."""
+
+from torch import nn
+
+from lora_inject.layers.candidates import inventory
+from lora_inject.layers.survey import Survey
+from lora_inject.spec.advice import advised
+from lora_inject.spec.config import Config
+
+
+def advise(model: nn.Module, budget: int) -> Config:
+    """Return a config to start from: the largest uniform rank on all linear layers that fits.
+
+    No batch is needed, and the model may be on the meta device. It claims no more than that this is
+    hard to beat at an equal number of parameters; the learning rate matters more.
+
+    Args:
+        model: The model.
+        budget: Most parameters in A and B.
+
+    Returns:
+        The config, with its counts in `expect`.
+
+    Raises:
+        MatchError: Not even rank 1 fits, or there are no linear layers.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> config = advise(net, 70)
+        >>> config.rank, config.alpha, config.expect.lora
+        (3, 6.0, 66)
+    """
+    return advised(inventory(Survey(model)), budget)

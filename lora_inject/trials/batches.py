@@ -1,0 +1,117 @@
+"""Rows of several trials as one batch, and its outputs by trial again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lora_inject.errors import StateError
+
+Forward = Callable[[Any], Any]
+Loss = Callable[[Any, Any], Tensor]
+
+
+def n_rows(batch: Any, whose: str) -> int:
+    """Return the first dimension, on which all tensors of a batch must agree."""
+    sizes = {t.shape[0] for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()}
+    if len(sizes) != 1:
+        found = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
+        raise StateError(f"step, batch of {whose!r}", found, "Give tensors with one row an example")
+    return int(sizes.pop())
+
+
+def n_tokens(batch: Any) -> int:
+    """Return rows times positions of the batch's first tensor."""
+    first = next(t for t in tree_flatten(batch)[0] if isinstance(t, Tensor))
+    return int(first.shape[:2].numel())
+
+
+def joined(batches: Mapping[str, Any]) -> Any:
+    """Put the rows of all batches below each other.
+
+    Raises:
+        StateError: They are not built alike, or differ in another dimension than the first.
+    """
+    (first, one), *others = batches.items()
+    leaves, form = tree_flatten(one)
+    columns = [[leaf] for leaf in leaves]
+    for name, batch in others:
+        theirs, other = tree_flatten(batch)
+        if other != form:
+            raise StateError(
+                f"step, batches of {first!r} and {name!r}",
+                "they are not built alike",
+                "Give all trials batches with the same entries",
+            )
+        for column, leaf in zip(columns, theirs, strict=True):
+            alike = isinstance(leaf, Tensor) == isinstance(column[0], Tensor)
+            if not alike or (isinstance(leaf, Tensor) and leaf.shape[1:] != column[0].shape[1:]):
+                raise StateError(
+                    f"step, batches of {first!r} and {name!r}",
+                    f"their rows differ: {_shape(column[0])} and {_shape(leaf)}",
+                    "Pad the rows of one step to one length",
+                )
+            column.append(leaf)
+    rows = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
+    return tree_unflatten(rows, form)
+
+
+def parted(outputs: Any, rows: Mapping[str, int]) -> dict[str, Any]:
+    """Give each trial its rows of the outputs.
+
+    By `split`: the backward of a slice fills a tensor as large as the whole for each trial.
+
+    Raises:
+        StateError: A tensor does not have the batch's rows.
+    """
+    leaves, form = tree_flatten(outputs)
+    total, columns = sum(rows.values()), []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            columns.append([leaf] * len(rows))
+            continue
+        if not leaf.dim() or leaf.shape[0] != total:
+            raise StateError(
+                "step",
+                f"the forward returned {_shape(leaf)} for {total} rows: a mean over the batch "
+                "would mix the trials",
+                "Give forward=, which returns one row of outputs for each row, without a loss",
+            )
+        columns.append(list(torch.split(leaf, list(rows.values()))))
+    parts = zip(*columns, strict=True)
+    return {name: tree_unflatten(list(part), form) for name, part in zip(rows, parts, strict=True)}
+
+
+def _shape(leaf: Any) -> str:
+    shown = tuple(leaf.shape) if isinstance(leaf, Tensor) else ""
+    return f"{type(leaf).__name__}{shown}"
+
+
+def plain_forward(model: nn.Module) -> Forward:
+    """Return the call of a model with a batch: keywords without `labels`, or positions."""
+
+    def forward(batch: Any) -> Any:
+        if isinstance(batch, Mapping):
+            return model(**{key: value for key, value in batch.items() if key != "labels"})
+        if isinstance(batch, Sequence):
+            return model(*batch)
+        return model(batch)
+
+    return forward
+
+
+def causal_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean loss of the next token, as transformers' causal models compute it.
+
+    Args:
+        outputs: With `logits (rows, tokens, vocabulary)`.
+        batch: With `labels (rows, tokens)`; -100 is left out.
+    """
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    return F.cross_entropy(logits, labels)

@@ -1,0 +1,432 @@
+"""Many training runs at once: every step is one pass of the base for all of them.
+
+A batch is the trials' rows below each other, and each row meets the adapter of its own trial
+(`routed`), so each trial gets the gradient that it would get alone. All else is the trial's own:
+optimizer state, clipping, schedule, and the random numbers of its start and its dropout.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lora_inject.errors import FormatError, StateError
+from lora_inject.layers.selection import State
+from lora_inject.model.eject import eject
+from lora_inject.model.inject import inject
+from lora_inject.model.save import adapter_state
+from lora_inject.model.select import routed, within_state
+from lora_inject.model.train import adapter_parameters, train_only
+from lora_inject.storage.atomic import write_file
+from lora_inject.trials.batches import (
+    Forward,
+    Loss,
+    causal_loss,
+    joined,
+    n_rows,
+    n_tokens,
+    parted,
+    plain_forward,
+)
+from lora_inject.trials.draws import Draws, seeded
+from lora_inject.trials.flat import Flat
+from lora_inject.trials.trial import Trial
+
+RECENT = 10
+"""Steps over which the training loss in the table is averaged."""
+
+
+class Trials:
+    """Several adapters on one model that train side by side, as if each trained alone.
+
+    Args:
+        model: The model. Injected, not copied; without adapters of the trials' names.
+        trials: Name to trial.
+        max_tokens: Most tokens (rows times positions) of one pass; more go in groups of trials.
+
+    Raises:
+        ConfigError: A config is not valid.
+        MatchError: A config's pattern matches nothing.
+        LayerError: A site cannot be adapted.
+        StateError: There are no trials, a name is in use, or a site is read as a whole weight, as
+            stacked experts and `train` entries are: rows cannot differ there. Nothing is left.
+
+    Attributes:
+        model: The model.
+        trials: Name to trial, of those that were not dropped.
+        n_steps: Steps done.
+        stopped: Name to the reason, of trials whose loss or gradient was not finite.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> rules = {"rank": 2, "targets": ["all-linear"]}
+        >>> trials = Trials(model, {f"lr-{lr}": Trial(rules, lr=lr) for lr in (1e-3, 1e-2)})
+        >>> x, y = torch.ones(3, 4), torch.zeros(3, 2)
+        >>> losses = trials.step((x, y), forward=lambda b: model(b[0]),
+        ...     loss=lambda out, b: nn.functional.mse_loss(out, b[1]))
+        >>> sorted(losses)
+        ['lr-0.001', 'lr-0.01']
+    """
+
+    def __init__(
+        self, model: nn.Module, trials: Mapping[str, Trial], *, max_tokens: int | None = None
+    ) -> None:
+        if not trials:
+            raise StateError("Trials", "there are none", "Give a mapping of names to Trial")
+        self.model, self.trials = model, dict(trials)
+        self.max_tokens, self.n_steps = max_tokens, 0
+        self.stopped: dict[str, str] = {}
+        self._losses: dict[str, list[float]] = {name: [] for name in trials}
+        self._held_out: dict[str, float] = {}
+        self._flats: dict[str, Flat] = {}
+        self._apart = False
+        done = []
+        try:
+            for name, trial in self.trials.items():
+                with torch.random.fork_rng():
+                    torch.manual_seed(trial.seed)
+                    inject(model, trial.config, name)
+                done.append(name)
+            with routed(model, list(trials)):  # refuses what cannot differ by row
+                pass
+            _refuse_dropout(model, list(trials))
+            train_only(model, list(trials))
+        except BaseException:
+            for name in done:
+                eject(model, name)
+            raise
+        for name, trial in self.trials.items():
+            self._flats[name] = Flat(adapter_parameters(model, name), trial)
+        groups = [group for flat in self._flats.values() for group in flat.groups]
+        self._optimizer = torch.optim.AdamW(groups, fused=True)
+        device = groups[0]["params"][0].device
+        self._random = {name: seeded(trial.seed, device) for name, trial in self.trials.items()}
+
+    # ----------------------------------------------------------------------------------- a step
+
+    def step(
+        self, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None
+    ) -> dict[str, float]:
+        """Train every trial that still runs for one step.
+
+        Args:
+            batch: One batch for all, or a dict of one for each running trial by its name. A batch
+                is a tensor, or a dict or tuple of tensors, with one row for each example.
+            forward: Runs the model on a joined batch and returns outputs with its rows. By
+                default the model is called with the batch, without `labels`.
+            loss: From a trial's outputs and its batch to a scalar; by default the loss of the next
+                token of `logits` and `labels`.
+
+        Returns:
+            Name to loss. A trial whose loss or gradient is not finite is in `stopped` afterwards,
+            and was not stepped; the gradients of the others are what they would have been.
+
+        Raises:
+            StateError: A batch is missing, or does not fit; or trials would leak into each other:
+                the forward mixes rows, returns a mean over them, or draws random numbers.
+        """
+        forward, loss = forward or plain_forward(self.model), loss or causal_loss
+        batches = self._by_trial(batch)
+        if not self._apart:
+            self._check_apart(batches, forward)
+            self._apart = True
+        found: dict[str, float] = {}
+        for flat in self._flats.values():
+            flat.zero_grad()
+        for group in self._groups(batches):
+            losses = self._losses_of(group, forward, loss)
+            found |= self._backward(losses)
+        for name in found.keys() - self.stopped.keys():
+            norm = self._flats[name].clip(self.trials[name].clip)
+            if not math.isfinite(norm):
+                self._stop(name, f"its gradient has the norm {norm} at step {self.n_steps}")
+        for name in self.running:
+            self._flats[name].set_rate(self.trials[name].factor(self.n_steps))
+        self._optimizer.step()
+        for name, value in found.items():
+            self._losses[name].append(value)
+        self.n_steps += 1
+        return found
+
+    def _losses_of(
+        self, batches: Mapping[str, Any], forward: Forward, loss: Loss
+    ) -> dict[str, Tensor]:
+        outputs = self._forward(batches, forward, self._random)
+        return {name: loss(outputs[name], batch) for name, batch in batches.items()}
+
+    def _backward(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """Run the backward of the finite losses; stop the trials of the others."""
+        values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
+        found = dict(zip(losses, values, strict=True))
+        for name, value in found.items():
+            if not math.isfinite(value):
+                self._stop(name, f"its loss is {value} at step {self.n_steps}")
+        rest = [loss for name, loss in losses.items() if name not in self.stopped]
+        if rest:
+            torch.stack(rest).sum().backward()  # type: ignore[no-untyped-call]
+        return found
+
+    def _forward(
+        self, batches: Mapping[str, Any], forward: Forward, random: dict[str, Tensor] | None
+    ) -> dict[str, Any]:
+        """Run the base once; `random` None: without dropout."""
+        rows = {name: n_rows(batch, name) for name, batch in batches.items()}
+        each = tuple(name for name, n in rows.items() for _ in range(n))
+        draws = _undropped if random is None else Draws(list(rows.items()), random)
+        with within_state(self.model, State(rows=each, draws=draws), "Trials.step"):
+            outputs = forward(joined(batches))
+        return parted(outputs, rows)
+
+    def _by_trial(self, batch: Any) -> dict[str, Any]:
+        running = self.running
+        if not running:
+            raise StateError("step", "no trial runs any more", "See trials.stopped for the reasons")
+        if not isinstance(batch, Mapping) or not batch.keys() & self.trials.keys():
+            return dict.fromkeys(running, batch)
+        if missing := [name for name in running if name not in batch]:
+            raise StateError(
+                "step", f"there is no batch for {missing[0]!r}", "Give one for each running trial"
+            )
+        if unknown := [name for name in batch if name not in self.trials]:
+            raise StateError("step", f"there is no trial {unknown[0]!r}", f"Known are {running}")
+        return {name: batch[name] for name in running}
+
+    def _groups(self, batches: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the batches of as many trials as one pass may hold, one at least."""
+        group: dict[str, Any] = {}
+        tokens = 0
+        for name, batch in batches.items():
+            size = n_tokens(batch)
+            if group and self.max_tokens is not None and tokens + size > self.max_tokens:
+                yield group
+                group, tokens = {}, 0
+            group[name] = batch
+            tokens += size
+        yield group
+
+    def _check_apart(self, batches: Mapping[str, Any], forward: Forward) -> None:
+        """Check that no trial's rows reach another's outputs, nor random numbers of the base any.
+
+        With one trial's A set to NaN the outputs of the others must stay bit for bit.
+        """
+        name, *others = batches
+        before = torch.get_rng_state()
+        with torch.no_grad():
+            plain = self._forward(batches, forward, None)
+            if not torch.equal(torch.get_rng_state(), before):
+                torch.set_rng_state(before)
+                raise StateError(
+                    "step",
+                    "the forward of the base draws random numbers, one stream for all trials",
+                    "Set the base's own dropout to 0, or train in eval mode",
+                )
+            if not others:
+                return
+            with self._flats[name].broken():
+                broken = self._forward(batches, forward, None)
+        for other in others:
+            if not _same(plain[other], broken[other]):
+                raise StateError(
+                    "step",
+                    f"the rows of {name!r} change the outputs of {other!r}: the forward mixes rows "
+                    "(BatchNorm in training, negatives within the batch)",
+                    "Use a forward whose rows do not meet, or BatchNorm in eval mode",
+                )
+        if _same(plain[name], broken[name]):
+            raise StateError(
+                "step", f"the adapter of {name!r} takes no part in the forward", "See li.unreached"
+            )
+
+    def _stop(self, name: str, why: str) -> None:
+        self.stopped[name] = why
+        self._flats[name].freeze()
+
+    # -------------------------------------------------------------------------------- the runs
+
+    @property
+    def running(self) -> list[str]:
+        """The names of the trials that were neither stopped nor dropped."""
+        return [name for name in self.trials if name not in self.stopped]
+
+    @torch.no_grad()
+    def evaluate(
+        self, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None
+    ) -> dict[str, float]:
+        """Return each running trial's loss on held-out rows, without dropout, and keep it.
+
+        Args:
+            batch: As for `step`.
+            forward: As for `step`.
+            loss: As for `step`.
+
+        Returns:
+            Name to loss; `best` and `table` know it.
+        """
+        forward, loss = forward or plain_forward(self.model), loss or causal_loss
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            found: dict[str, float] = {}
+            for group in self._groups(self._by_trial(batch)):
+                outputs = self._forward(group, forward, None)
+                found |= {name: loss(outputs[name], one).item() for name, one in group.items()}
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        self._held_out |= found
+        return found
+
+    def best(self) -> str:
+        """Return the running trial with the least held-out loss.
+
+        Raises:
+            StateError: Nothing was evaluated.
+        """
+        known = {n: v for n, v in self._held_out.items() if n in self.running and v == v}
+        if not known:
+            raise StateError("best", "no running trial was evaluated", "Call evaluate first")
+        return min(known, key=known.__getitem__)
+
+    def drop(self, name: str) -> None:
+        """Take a trial's adapter off the model and forget the trial.
+
+        Raises:
+            StateError: There is no such trial.
+        """
+        if name not in self.trials:
+            raise StateError(f"drop {name!r}", "there is no such trial", f"Known: {self.running}")
+        eject(self.model, name)
+        flat = self._flats.pop(name)
+        self._optimizer.param_groups = [
+            group
+            for group in self._optimizer.param_groups
+            if all(group is not mine for mine in flat.groups)
+        ]
+        for vector in flat.vectors:
+            self._optimizer.state.pop(vector, None)
+        for mapping in (self.trials, self.stopped, self._losses, self._held_out, self._random):
+            mapping.pop(name, None)
+
+    def table(self) -> str:
+        """Return a table: each trial's learning rate, parameters, losses and state."""
+        rows = [("trial", "lr", "parameters", "loss", "held out", "")]
+        for name, trial in self.trials.items():
+            recent = self._losses[name][-RECENT:]
+            rows.append(
+                (
+                    name,
+                    f"{trial.lr:g}",
+                    f"{self._flats[name].n_parameters:,}",
+                    f"{sum(recent) / len(recent):.4f}" if recent else "",
+                    f"{self._held_out[name]:.4f}" if name in self._held_out else "",
+                    self.stopped.get(name, ""),
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    # ------------------------------------------------------------------------------ save, resume
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write everything that a resumed run needs into one file, atomically.
+
+        Args:
+            path: The file; one of an earlier save is replaced.
+
+        Returns:
+            The path.
+        """
+        about = {
+            "trials": {name: trial.to_dict() for name, trial in self.trials.items()},
+            "max_tokens": self.max_tokens,
+            "n_steps": self.n_steps,
+            "stopped": self.stopped,
+            "losses": self._losses,
+            "held_out": self._held_out,
+        }
+        states = {name: adapter_state(self.model, name) for name in self.trials}
+        held = {
+            "about": json.dumps(about),
+            "base": {name: _base_of(state) for name, state in states.items()},
+            "values": {name: flat.vectors for name, flat in self._flats.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "random": self._random,
+        }
+        content = io.BytesIO()
+        torch.save(held, content)
+        return write_file(path, content.getvalue(), overwrite=True)
+
+    @classmethod
+    def resume(cls, model: nn.Module, path: str | PathLike[str]) -> Self:
+        """Put saved trials onto a model, and go on bit for bit.
+
+        Args:
+            model: The base, as it was before the trials.
+            path: What `save` wrote.
+
+        Raises:
+            FormatError: It is not such a file, or was written with another base.
+        """
+        try:
+            held = torch.load(path, weights_only=True, map_location="cpu")
+            about = json.loads(held["about"])
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+            found = f"it cannot be read: {error}"
+            raise FormatError(f"resume {str(path)!r}", found, "Give what save wrote") from error
+        trials = {name: Trial(**kept) for name, kept in about["trials"].items()}
+        new = cls(model, trials, max_tokens=about["max_tokens"])
+        for name in trials:
+            if _base_of(adapter_state(model, name)) != held["base"][name]:
+                for one in trials:
+                    eject(model, one)
+                found = f"the base of trial {name!r} has other values"
+                raise FormatError(f"resume {str(path)!r}", found, "Give the model as it was before")
+        for name, vectors in held["values"].items():
+            new._flats[name].fill(vectors)
+        new._optimizer.load_state_dict(held["optimizer"])
+        groups = iter(new._optimizer.param_groups)  # others than before
+        for flat in new._flats.values():
+            flat.groups = [next(groups) for _ in flat.groups]
+        new._random = held["random"]
+        new.n_steps, new._losses = about["n_steps"], about["losses"]
+        new._held_out = about["held_out"]
+        for name, why in about["stopped"].items():
+            new._stop(name, why)
+        return new
+
+
+def _refuse_dropout(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse dropout where it is not drawn by trial: on embeddings and convolutions."""
+    for name in names:
+        for site, state in adapter_state(model, name).sites.items():
+            if state.spec.dropout and state.spec.kind not in {"linear", "conv1d"}:
+                raise StateError(
+                    f"Trials, {name!r}",
+                    f"site {site!r} ({state.spec.kind}) has dropout, which is not drawn by trial",
+                    "Give its rule dropout 0",
+                )
+
+
+def _undropped(x: Tensor, _: Any) -> Tensor:
+    return x
+
+
+def _same(first: Any, second: Any) -> bool:
+    pairs = zip(*(torch.utils._pytree.tree_leaves(tree) for tree in (first, second)), strict=True)
+    tensors = ((a, b) for a, b in pairs if isinstance(a, Tensor))
+    return all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in tensors)
+
+
+def _base_of(state: Any) -> dict[str, list[float]]:
+    """Return what is known of the base under an adapter, as plain data."""
+    samples: Mapping[str, tuple[float, ...]] = state.fingerprint.samples
+    return {name: list(values) for name, values in samples.items()}

@@ -1,0 +1,91 @@
+"""One run among many: what is adapted, and how it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from typing import Any, Literal
+
+from lora_inject.errors import ConfigError
+from lora_inject.spec.config import Config
+
+Schedule = Literal["constant", "linear", "cosine"]
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda _: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a config and the settings of its AdamW.
+
+    Attributes:
+        config: As for `inject`.
+        lr: Learning rate of A, the largest of the schedule.
+        b_lr_ratio: Learning rate of B over that of A (LoRA+, arXiv:2402.12354).
+        weight_decay: Decoupled, as in AdamW.
+        betas: Of AdamW.
+        clip: Largest norm of the trial's gradient; None: any.
+        schedule: `constant`, or `linear` or `cosine` down to 0 after `steps`.
+        steps: Steps of the schedule, warm-up included; not used by `constant`.
+        warmup: Steps in which the learning rate rises linearly.
+        seed: Of the start of A and of the adapter's dropout.
+
+    Raises:
+        ConfigError: A setting is out of its range, or the config is not valid.
+
+    Examples:
+        >>> trial = Trial({"rank": 4, "targets": ["q_proj"]}, lr=1e-3, schedule="cosine", steps=100)
+        >>> trial.factor(0), round(trial.factor(50), 3), trial.factor(100)
+        (1.0, 0.5, 0.0)
+    """
+
+    config: Config | Mapping[str, Any] | str | PathLike[str]
+    lr: float = field(kw_only=True)
+    b_lr_ratio: float = field(default=1.0, kw_only=True)
+    weight_decay: float = field(default=0.0, kw_only=True)
+    betas: tuple[float, float] = field(default=(0.9, 0.999), kw_only=True)
+    clip: float | None = field(default=None, kw_only=True)
+    schedule: Schedule = field(default="constant", kw_only=True)
+    steps: int | None = field(default=None, kw_only=True)
+    warmup: int = field(default=0, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", Config.coerce(self.config))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, fits, wanted in (
+            ("lr", 0 < self.lr < math.inf, "a positive number, such as 1e-3"),
+            ("b_lr_ratio", 0 < self.b_lr_ratio < math.inf, "a positive number, such as 4"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number from 0"),
+            ("clip", self.clip is None or 0 < self.clip < math.inf, "a positive number or None"),
+            ("schedule", self.schedule in _SHAPES, f"one of {', '.join(_SHAPES)}"),
+            ("warmup", self.warmup >= 0, "a number of steps from 0"),
+            (
+                "steps",
+                self.schedule == "constant" or (self.steps or 0) > self.warmup,
+                f"how many steps the {self.schedule} schedule takes, more than warmup",
+            ),
+        ):
+            if not fits:
+                found = f"it is {getattr(self, name)!r}"
+                raise ConfigError(f"Trial.{name}", found, f"Give {wanted}")
+
+    def factor(self, step: int) -> float:
+        """Return what the learning rate is multiplied by at a step, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.steps is None:
+            return 1.0
+        done = (step - self.warmup) / (self.steps - self.warmup)
+        return _SHAPES[self.schedule](min(done, 1.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trial as plain data, which `Trial(**data)` takes."""
+        assert isinstance(self.config, Config)
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "config"}
+        return {"config": self.config.to_dict(), **rest}

@@ -1,0 +1,265 @@
+"""Trials: many runs in one, each equal to the same run alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training_models import llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lora_inject as li
+from lora_inject import Trial, Trials
+
+COSINE = {"schedule": "cosine", "steps": 6}
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 31}
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **none))
+
+
+def of_llama() -> nn.Module:
+    return llama(vocab=31)
+
+
+GPT2_TRIALS = {
+    "slices": Trial(
+        {
+            "rank": 2,
+            "dropout": 0.3,
+            "targets": [{"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}],
+        },
+        lr=1e-2,
+        clip=0.05,
+    ),
+    "mlp": Trial(
+        {"rank": 3, "dropout": 0.1, "targets": ["c_fc"]}, lr=3e-3, weight_decay=0.1, seed=1
+    ),
+    "table": Trial({"rank": 1, "targets": ["wte", "c_proj"]}, lr=1e-2, b_lr_ratio=4, **COSINE),
+}
+LLAMA_TRIALS = {
+    "all": Trial({"rank": 2, "dropout": 0.05, "targets": ["all-linear"]}, lr=1e-2, **COSINE),
+    "qv": Trial({"rank": 4, "scaling": "rslora", "targets": ["[qv]_proj"]}, lr=2e-2, warmup=2),
+    "pissa": Trial({"rank": 2, "init": "pissa", "targets": ["q_proj", "down_proj"]}, lr=1e-3),
+}
+
+
+def batches(names: Any, step: int, rows: dict[str, int]) -> dict[str, Any]:
+    """Each trial's own rows, which depend on its name and the step alone."""
+    found = {}
+    for name in names:
+        generator = torch.Generator().manual_seed(step * 1000 + sum(map(ord, name)))
+        ids = torch.randint(0, 31, (rows.get(name, 2), 7), generator=generator)
+        found[name] = {"input_ids": ids, "labels": ids}
+    return found
+
+
+def values(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    return {k: p.detach().clone() for k, p in li.adapter_parameters(model, name).items()}
+
+
+def train(model: nn.Module, trials: dict[str, Trial], n: int, rows: dict[str, int]) -> Trials:
+    running = Trials(model, trials)
+    for step in range(n):
+        running.step(batches(trials, step, rows))
+    return running
+
+
+@pytest.mark.parametrize(
+    ("make", "trials"), [(gpt2, GPT2_TRIALS), (of_llama, LLAMA_TRIALS)], ids=["gpt2", "llama"]
+)
+@pytest.mark.parametrize("rows", [{}, {"mlp": 3, "qv": 1}], ids=["equal rows", "unequal rows"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_each_trial_equals_the_same_run_alone(make, trials, rows, checkpointing) -> None:
+    def model() -> Any:
+        found = make().double().train()
+        if checkpointing:
+            found.activation_checkpointing_enable({"use_reentrant": False})
+        return found
+
+    together = train(model(), trials, 4, rows)
+    for name, trial in trials.items():
+        alone = train(model(), {name: trial}, 4, rows)
+        for key, value in values(alone.model, name).items():
+            mine = values(together.model, name)[key]
+            error = (mine - value).norm() / value.norm()
+            assert error < 1e-12, (name, key, error)
+
+
+def test_a_trial_alone_equals_a_plain_loop_dropout_included() -> None:
+    trial = LLAMA_TRIALS["all"]
+    running = train(of_llama().double().train(), {"all": trial}, 4, {})
+    model = of_llama().double().train()
+    torch.manual_seed(trial.seed)
+    li.inject(model, trial.config, "all")
+    torch.manual_seed(trial.seed)
+    optimizer = torch.optim.AdamW(li.parameter_groups(model, trial.lr), weight_decay=0.0)
+    for step in range(4):
+        batch = batches(["all"], step, {})["all"]
+        for group in optimizer.param_groups:
+            group["lr"] = trial.lr * trial.factor(step)
+        optimizer.zero_grad()
+        li.causal_loss(model(batch["input_ids"]), batch).backward()
+        optimizer.step()
+    for key, value in values(model, "all").items():
+        torch.testing.assert_close(values(running.model, "all")[key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_trial_that_diverges_is_stopped_and_changes_no_other() -> None:
+    wild = dict(LLAMA_TRIALS, wild=Trial({"rank": 1, "targets": ["v_proj"]}, lr=1.0))
+    model = of_llama().double()
+    running = Trials(model, wild)
+    for name, parameter in li.adapter_parameters(model, "wild").items():
+        if "lora_B" in name:
+            parameter.data.fill_(float("inf"))
+    for step in range(3):
+        running.step(batches(wild, step, {}))
+    assert running.running == list(LLAMA_TRIALS)
+    assert "loss is nan at step 0" in running.stopped["wild"]
+    others = train(of_llama().double(), LLAMA_TRIALS, 3, {})
+    for name in LLAMA_TRIALS:
+        for key, value in values(others.model, name).items():
+            torch.testing.assert_close(values(model, name)[key], value, rtol=1e-12, atol=0.0)
+    assert "loss is nan" in running.table()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    running = train(gpt2().train(), GPT2_TRIALS, 2, {})
+    running.evaluate(batches(GPT2_TRIALS, 9, {}))
+    path = running.save(tmp_path / "run.pt")
+    again = Trials.resume(gpt2().train(), path)
+    assert again.n_steps == 2
+    assert again.table() == running.table()
+    for step in (2, 3):
+        assert again.step(batches(GPT2_TRIALS, step, {})) == running.step(
+            batches(GPT2_TRIALS, step, {})
+        )
+    for name in GPT2_TRIALS:
+        for key, value in values(running.model, name).items():
+            assert torch.equal(values(again.model, name)[key], value)
+    other = gpt2()
+    with torch.no_grad():
+        other.transformer.h[0].attn.c_attn.weight.add_(1.0)
+    with pytest.raises(li.FormatError, match="other values"):
+        Trials.resume(other, path)
+    assert not li.adapters(other)
+
+
+def test_groups_of_few_tokens_give_the_same_run() -> None:
+    whole = train(of_llama().double(), LLAMA_TRIALS, 2, {})
+    grouped = Trials(of_llama().double(), LLAMA_TRIALS, max_tokens=20)
+    for step in range(2):
+        grouped.step(batches(LLAMA_TRIALS, step, {}))
+    for name in LLAMA_TRIALS:
+        for key, value in values(whole.model, name).items():
+            torch.testing.assert_close(
+                values(grouped.model, name)[key], value, rtol=1e-12, atol=1e-15
+            )
+
+
+def test_the_best_is_the_least_held_out_loss_and_a_dropped_trial_leaves_nothing() -> None:
+    model = of_llama()
+    plain = {key: value.clone() for key, value in model.state_dict().items()}
+    running = train(model, LLAMA_TRIALS, 2, {})
+    with pytest.raises(li.StateError, match="evaluate"):
+        running.best()
+    losses = running.evaluate(batches(LLAMA_TRIALS, 5, {})["qv"])
+    assert running.best() == min(losses, key=losses.get)
+    running.drop("qv")
+    assert list(li.adapters(model)) == ["all", "pissa"]
+    running.step(batches(["all", "pissa"], 3, {}))
+    for name in ("all", "pissa"):
+        running.drop(name)
+    assert model.state_dict().keys() == plain.keys()
+    assert all(torch.equal(model.state_dict()[key], plain[key]) for key in plain)
+    with pytest.raises(li.StateError, match="no trial runs"):
+        running.step(batches(["all"], 3, {}))
+
+
+class Mixing(nn.Module):
+    """A forward whose rows meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.fc(x))
+
+
+FC = {"rank": 1, "targets": ["fc"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "message"),
+    [
+        (Mixing, torch.ones(2, 4), "the rows of 'a' change the outputs of 'b'"),
+        (
+            lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)),
+            torch.ones(2, 4),
+            "draws random numbers",
+        ),
+        (Mixing, {"a": torch.ones(2, 4)}, "there is no batch for 'b'"),
+        (Mixing, {n: torch.ones(2, w) for n, w in (("a", 4), ("b", 5))}, "their rows differ"),
+        (Mixing, (torch.ones(2, 4), torch.ones(3, 4)), r"its tensors have \[2, 3\] rows"),
+    ],
+)
+def test_what_would_leak_or_does_not_fit_is_refused_before_a_step(make, batch, message) -> None:
+    model = make().train()
+    running = Trials(model, {n: Trial(FC | {"targets": ["all-linear"]}, lr=1e-2) for n in "ab"})
+    before = {n: values(model, n) for n in "ab"}
+    with pytest.raises(li.StateError, match=message):
+        running.step(batch, loss=lambda out, _: out.sum())
+    assert running.n_steps == 0
+    for name in "ab":
+        for key, value in values(model, name).items():
+            assert torch.equal(value, before[name][key])
+
+
+def test_a_mean_over_the_batch_is_refused() -> None:
+    model = of_llama()
+    running = Trials(model, LLAMA_TRIALS)
+    with pytest.raises(li.StateError, match="a mean over the batch would mix the trials"):
+        running.step(batches(LLAMA_TRIALS, 0, {}), forward=lambda batch: model(**batch))
+
+
+@pytest.mark.parametrize(
+    ("trials", "error"),
+    [
+        ({}, "there are none"),
+        ({"a": Trial(FC, lr=1e-2), "b": Trial({"targets": ["fd"]}, lr=1e-2)}, "matched none"),
+        ({"a": Trial(FC, lr=1e-2), "b": Trial(FC | {"train": ["fc.bias"]}, lr=1)}, "whole weight"),
+    ],
+)
+def test_trials_that_cannot_run_leave_nothing_behind(trials, error) -> None:
+    model = Mixing()
+    with pytest.raises(li.LoraInjectError, match=error):
+        Trials(model, trials)
+    assert list(model.state_dict()) == list(Mixing().state_dict())
+    assert type(model.fc) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "settings", [{"lr": 0}, {"lr": 1, "clip": -1}, {"lr": 1, "schedule": "cosine"}]
+)
+def test_settings_out_of_range_are_refused(settings) -> None:
+    with pytest.raises(li.ConfigError, match="Trial"):
+        Trial(FC, **settings)
+
+
+def test_advice_is_the_largest_rank_that_fits_and_says_what_fits_below_one() -> None:
+    with torch.device("meta"):
+        model = of_llama()
+    one = li.plan(model, {"rank": 1, "targets": ["all-linear"]}).n_lora
+    config = li.advise(model, 3 * one + one // 2)
+    assert (config.rank, config.alpha) == (3, 6.0)
+    assert config.expect == li.Expect(sites=14, lora=3 * one)
+    assert li.plan(model, config).n_lora == 3 * one
+    with pytest.raises(li.MatchError, match=r"no rule is established.*layers\.\*\.self_attn"):
+        li.advise(model, one - 1)
