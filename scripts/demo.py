@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost other work much
@@ -48,16 +49,14 @@ def demo(args: argparse.Namespace) -> bool:
         print(f"perplexity {smollm2.save(smollm2.find(), base):.2f} on two sentences about Paris")
     title("Data: a function's code, and what its docstring says")
     split = pairs.collect()
-    n_train, n_held_out, shown = len(split.train), len(split.held_out), split.held_out[0]
-    print(f"{n_train:,} pairs to train on, {n_held_out:,} held out, no module in common")
-    print(f"{shown.code}\n  -> {shown.summary}")
-
+    print(f"{len(split.train):,} pairs to train on, {len(split.held_out):,} of other modules")
+    print(f"{split.held_out[0].code}\n  -> {split.held_out[0].summary}")
     title("Plan: what the config means for this model")
     command("lora-inject", "plan", args.config, base)
     title("Before: the base by plain transformers")
     before = in_a_process(base, out / "before.json", args.pairs)
     title("Train: inject, loss on the target's tokens only, save")
-    trained = train(args, base, adapter, split.train)
+    weights = train(args, base, adapter, split.train)
     title("Adapted: the adapter, loaded into a fresh model")
     adapted = measure(base, args.pairs, adapter)
     title("Merge: fold the adapter into the checkpoint, on disk")
@@ -65,20 +64,18 @@ def demo(args: argparse.Namespace) -> bool:
     command("lora-inject", "merge", base, adapter, "--output", merged)
     title("Merged: by plain transformers")
     after = in_a_process(merged, out / "merged.json", args.pairs)
-    return show(before, adapted, after, trained, changed(base, merged), out)
+    return show(before, adapted, after, weights, out)
 
 
-def train(
-    args: argparse.Namespace, base: Path, adapter: Path, training: Sequence[Pair]
-) -> dict[str, Any]:
-    """Fine-tune the base on `steps` batches and save the adapter."""
+def train(args: argparse.Namespace, base: Path, adapter: Path, rows: Sequence[Pair]) -> list[str]:
+    """Fine-tune the base, save the adapter, and return the names of the adapted weights."""
     import lora_inject as li
 
     torch.manual_seed(0)
     model, tokenizer = load(base)
     li.inject(model, args.config)
     print(li.summary(model))
-    examples = take(training, tokenizer, args.steps * BATCH, ended=True)
+    examples = take(rows, tokenizer, args.steps * BATCH, ended=True)
     optimizer = torch.optim.AdamW(li.parameter_groups(model, lr=args.lr), weight_decay=0.01)
     # the paper's: linear up over a tenth of the steps, then down to nothing
     schedule = get_linear_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
@@ -93,14 +90,10 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 8 == 0 or step == args.steps:
-            recent = sum(losses[-8:]) / len(losses[-8:])
-            print(f"step {step:3d}: loss {recent:.3f}, {time.perf_counter() - start:.0f} s")
+            seconds = time.perf_counter() - start
+            print(f"step {step:3d}: loss {fmean(losses[-8:]):.3f}, {seconds:.0f} s")
     li.save_adapter(model, adapter, overwrite=True)
-    weights = sorted(site.spec.weight for site in li.adapter_state(model).sites.values())
-    return {"losses": losses, "weights": weights}
-
-
-# ------------------------------------------------------------------------------------- measuring
+    return sorted(site.spec.weight for site in li.adapter_state(model).sites.values())
 
 
 def measure(folder: Path, n: int, adapter: Path | None = None) -> dict[str, Any]:
@@ -111,25 +104,21 @@ def measure(folder: Path, n: int, adapter: Path | None = None) -> dict[str, Any]
     found: dict[str, Any] = {}
     with torch.inference_mode():
         if adapter is not None:
-            found["disabled_is_base"] = attach(model, adapter, examples[0])
+            import lora_inject as li
+
+            tokens = torch.tensor([examples[0].tokens])
+            plain = model(tokens).logits
+            li.load_adapter(model, adapter)
+            with li.disabled(model):
+                found["disabled_is_base"] = torch.equal(model(tokens).logits, plain)
         scores = log_probs(model, tokenizer, examples)
         small = [pair for pair in split.held_out if len(pair.code) <= SHOWN_CHARS][:4]
         found["said"] = [(p.code, p.summary, say(model, tokenizer, p)) for p in small]
-    found |= {"perplexity": perplexity(scores), "log_probs": scores}
+    flat = torch.tensor([x for row in scores for x in row]).double()
+    found |= {"perplexity": float((-flat.mean()).exp()), "log_probs": scores}
     found["plain"] = "lora_inject" not in sys.modules
-    print(f"perplexity of {sum(map(len, scores)):,} target tokens: {found['perplexity']:.2f}")
+    print(f"perplexity of {len(flat):,} target tokens: {found['perplexity']:.2f}")
     return found
-
-
-def attach(model: Any, adapter: Path, example: Example) -> bool:
-    """Load an adapter; return whether `disabled` gives the base bit for bit."""
-    import lora_inject as li
-
-    tokens = torch.tensor([example.tokens])
-    before = model(tokens).logits
-    li.load_adapter(model, adapter)
-    with li.disabled(model):
-        return torch.equal(model(tokens).logits, before)
 
 
 def log_probs(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
@@ -139,11 +128,6 @@ def log_probs(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[l
         flat = pairs.target_log_probs(model, *pairs.collate(batch, tokenizer.pad_token_id))
         found += [row.tolist() for row in flat.split([len(e.tokens) - e.n_prompt for e in batch])]
     return found
-
-
-def perplexity(scores: Sequence[Sequence[float]]) -> float:
-    """Perplexity per token over all targets together."""
-    return float((-torch.tensor([x for row in scores for x in row]).double().mean()).exp())
 
 
 def say(model: Any, tokenizer: Any, pair: Pair) -> str:
@@ -175,29 +159,22 @@ def changed(one: Path, other: Path) -> list[str]:
     return sorted((a.keys() | b.keys()) - same)
 
 
-# --------------------------------------------------------------------------------------- results
-
-
-def show(before: Any, adapted: Any, merged: Any, trained: Any, moved: list[str], out: Path) -> bool:
+def show(before: Any, adapted: Any, merged: Any, weights: list[str], out: Path) -> bool:
     """Print what came out; return whether every check holds."""
     title("Results")
     for (code, human, base), (*_, tuned) in zip(before["said"], adapted["said"], strict=True):
         print(f"{code}\n  human:   {human}\n  base:    {base}\n  adapted: {tuned}\n")
-    rows = [
-        ("base", before["perplexity"], out / "base"),
-        ("base and adapter", adapted["perplexity"], out / "adapter"),
-        ("merged", merged["perplexity"], out / "merged"),
-    ]
-    for name, value, folder in rows:
-        n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        print(f"{name:18} perplexity {value:7.2f}  {n_bytes / 1e6:7.1f} MB")
+    for name, found in (("base", before), ("adapter", adapted), ("merged", merged)):
+        n_bytes = sum(file.stat().st_size for file in (out / name).glob("*.safetensors"))
+        print(f"{name:8} perplexity {found['perplexity']:7.2f}  {n_bytes / 1e6:7.1f} MB")
     both = zip(adapted["log_probs"], merged["log_probs"], strict=True)
     apart = max(abs(a - b) for one, two in both for a, b in zip(one, two, strict=True))
     ratio = adapted["perplexity"] / before["perplexity"]
+    moved = changed(out / "base", out / "merged")
     checks = [
         (ratio < ADAPTED_BOUND, f"adapted below {ADAPTED_BOUND} of before: {ratio:.3f}"),
         (apart < ROUNDING_BOUND, f"merged equals adapted within rounding: {apart:.0e} nats"),
-        (moved == trained["weights"], f"merging changed the {len(moved)} adapted weights only"),
+        (moved == weights, f"merging changed the {len(moved)} adapted weights only"),
         (adapted["disabled_is_base"], "disabled(model) is the base, bit for bit"),
         (before["plain"] and merged["plain"], "before and merged never imported lora_inject"),
     ]
@@ -225,19 +202,19 @@ def in_a_process(folder: Path, result: Path, n: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/demo.sh", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="20 steps, 32 held-out pairs")
-    parser.add_argument("--steps", type=int, help="training steps of 8 pairs (64)")
-    parser.add_argument("--pairs", type=int, help="held-out pairs to measure on (96)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="adapter config")
-    parser.add_argument("--out", type=Path, default=Path(".demo"), help="work folder (%(default)s)")
-    parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="20 steps, 32 held-out pairs")
+    add("--steps", type=int, help="training steps of 8 pairs (64)")
+    add("--pairs", type=int, help="held-out pairs to measure on (96)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
+    add("--config", type=Path, default=CONFIG, help="adapter config")
+    add("--out", type=Path, default=Path(".demo"), help="work folder (%(default)s)")
+    add("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.steps = args.steps or (20 if args.quick else 64)
     args.pairs = args.pairs or (32 if args.quick else 96)
     if args.measure:
-        folder, result = args.measure
-        write_json(result, measure(folder, args.pairs))
+        write_json(args.measure[1], measure(args.measure[0], args.pairs))
     elif not demo(args):
         raise SystemExit("error: a check failed; see above")
 

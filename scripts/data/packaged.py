@@ -79,3 +79,8 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def number_of(text: str) -> float:
+    """Return a number in [0, 1) that only `text` decides, in every process alike, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

@@ -11,7 +11,6 @@ asks for.
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import re
 import sysconfig
@@ -20,6 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from data.packaged import number_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -186,20 +187,15 @@ def split_by_module(pairs: Iterable[Pair], share: float = HELD_OUT_SHARE) -> Spl
     """
     split = Split([], [])
     seen: set[str] = set()
-    for pair in sorted(pairs, key=lambda pair: _number(f"{pair.module}:{pair.name}")):
+    for pair in sorted(pairs, key=lambda pair: number_of(f"{pair.module}:{pair.name}")):
         keys = {pair.code, pair.summary.lower()}
         if seen.isdisjoint(keys):
             seen |= keys
-            side = split.held_out if _number(pair.module) < share else split.train
+            side = split.held_out if number_of(pair.module) < share else split.train
             side.append(pair)
     names = {pair.name.rpartition(".")[2] for pair in split.train}
     kept = [pair for pair in split.held_out if pair.name.rpartition(".")[2] not in names]
     return Split(split.train, kept)
-
-
-def _number(text: str) -> float:
-    """A number in [0, 1) that only `text` decides, in every process alike (unlike `hash`)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
 # --------------------------------------------------------------------------------------- tensors
@@ -244,7 +240,7 @@ def batches(examples: Sequence[Example], size: int) -> list[list[Example]]:
     """
     by_length = sorted(examples, key=lambda example: len(example.tokens))
     cut = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-    return sorted(cut, key=lambda batch: _number(repr(batch[0].tokens)))
+    return sorted(cut, key=lambda batch: number_of(repr(batch[0].tokens)))
 
 
 def collate(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:

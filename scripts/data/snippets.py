@@ -9,7 +9,6 @@ the text alone, so that the same sentence lands on the same side wherever this r
 
 from __future__ import annotations
 
-import hashlib
 import io
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.packaged import new_folder, refusal, sha256
+from data.packaged import new_folder, number_of, refusal, sha256
 
 PACKAGE = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
@@ -152,13 +151,8 @@ def split(snippets: Sequence[Snippet]) -> Split:
     """
     parts: tuple[list[Snippet], list[Snippet], list[Snippet]] = ([], [], [])
     dev, test = HELD_OUT_SHARES
-    for snippet in sorted(snippets, key=lambda snippet: _number(snippet.text)):
+    for snippet in sorted(snippets, key=lambda snippet: number_of(snippet.text)):
         review, underscore, _ = snippet.id.partition("_")
-        place = _number(review if underscore else snippet.text)
+        place = number_of(review if underscore else snippet.text)
         parts[1 if place < dev else 2 if place < dev + test else 0].append(snippet)
     return Split(*parts)
-
-
-def _number(text: str) -> float:
-    """A number in [0, 1) that only `text` decides, in every process alike (unlike `hash`)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

@@ -19,25 +19,18 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import transformers
 from data import minilm, smollm2
-from data.packaged import new_folder, refusal, write_json
+from data.packaged import refusal, write_json
 from finetuning.rows import INSTALLED, Data, data
 from finetuning.tasks import Judgment, Words
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    EarlyStoppingCallback,
-    Trainer,
-    TrainingArguments,
-)
 from transformers.trainer_utils import get_last_checkpoint
 
 import lora_inject as li
@@ -45,11 +38,11 @@ import lora_inject as li
 TARGETS = {"smollm2": [r"self_attn\.[qv]_proj"], "minilm": [r"attention\.self\.(query|value)"]}
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 FIRST = os.environ.get("RANK", "0") == "0"
-# The paper's numbers, appendix D: GPT-2 on E2E, RoBERTa-base on GLUE. `full_lr` is ours.
-GPT2 = {"lr": 2e-4, "full_lr": 5e-5, "weight_decay": 0.01, "batch": 8, "epochs": 5, "warmup": 0.1}
-GPT2 |= {"label_smoothing": 0.1, "rank": 4, "alpha": 32, "dropout": 0.1}
-ROBERTA = {"lr": 5e-4, "full_lr": 5e-5, "weight_decay": 0.1, "batch": 16, "epochs": 30}
-ROBERTA |= {"warmup": 0.06, "label_smoothing": 0.0, "rank": 8, "alpha": 8, "dropout": 0.0}
+# The paper's numbers, appendix D: GPT-2 on E2E, and RoBERTa-base on GLUE
+PAPER = {"lr": (2e-4, 5e-4), "weight_decay": (0.01, 0.1), "batch": (8, 16), "epochs": (5, 30),
+         "warmup": (0.1, 0.06), "label_smoothing": (0.1, 0.0), "rank": (4, 8), "alpha": (32, 8),
+         "dropout": (0.1, 0.0)}  # fmt: skip
+FULL_LR = 5e-5  # ours
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,35 +56,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     adapt(args, model)
     task: Any = Judgment(tokenizer, args.max_tokens, names)
     if args.task == "pairs":
-        prompt = args.prompt or rows.prompt
-        task = Words(tokenizer, prompt, args.max_tokens, args.label_smoothing)
-    encoded = [task.encode(rows.train[: args.rows], train=True),
-               task.encode(rows.held_out[: args.eval_rows], train=False)]  # fmt: skip
-    trainer = build(args, model, task, *encoded)
+        words = (args.prompt or rows.prompt, args.max_tokens, args.label_smoothing)
+        task = Words(tokenizer, *words)
+    trainer = build(args, model, task, rows)
     if FIRST:
         args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / "arguments.json", noted(args))
-    last = get_last_checkpoint(str(trainer.args.output_dir)) if args.resume else None
-    # accelerate shards a model together with its optimizer, or not at all
-    before = {} if args.fsdp else measure(args, trainer, task, rows)
+    before = measure(args, trainer, task, rows)
     # accelerate marks a model that it evaluated as prepared, and would not wrap it for DDP then:
     # each process would train on its own, and nothing would say so.
     vars(trainer.model).pop("_is_accelerate_prepared", None)
     torch.manual_seed(args.seed)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - start
-    log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    after = measure(args, trainer, task, rows)
+    trainer.train(get_last_checkpoint(str(trainer.args.output_dir)) if args.resume else None)
+    found = {"seconds": time.perf_counter() - start, "before": before}
+    found["log"] = [e for e in trainer.state.log_history if "train_runtime" not in e]
+    found["after"] = measure(args, trainer, task, rows)
     if args.method == "full":
         trainer.save_model(str(args.output / "model"))
-    elif FIRST:
-        best = Path(trainer.state.best_model_checkpoint)
-        with new_folder(args.output / "adapter") as partial:
-            for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
-                (partial / name).write_bytes((best / name).read_bytes())
     if FIRST:
-        finish(args, trainer, {"seconds": seconds, "before": before, "after": after, "log": log})
+        if args.method != "full":
+            li.save_adapter(trainer.accelerator.unwrap_model(model), args.output / "adapter")
+        finish(args, trainer, found)
 
 
 def load(args: argparse.Namespace, n_labels: int) -> tuple[Any, Any]:
@@ -99,27 +85,23 @@ def load(args: argparse.Namespace, n_labels: int) -> tuple[Any, Any]:
     name: str | Path = args.model
     if name == "minilm":
         name = minilm.find()
-    elif name == "smollm2":
-        name = args.cache / "smollm2"
-        if not name.is_dir():
-            smollm2.save(smollm2.find(), name)
+    elif name == "smollm2" and not (name := args.cache / "smollm2").is_dir():
+        smollm2.save(smollm2.find(), name)
     options: dict[str, Any] = {"dtype": torch.bfloat16 if args.load_in else torch.float32}
     if args.load_in:
-        how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=args.load_in == "4bit", load_in_8bit=args.load_in == "8bit", **how
-        )
+        how = {f"load_in_{args.load_in}": True, "bnb_4bit_quant_type": "nf4"}
+        how |= {"bnb_4bit_compute_dtype": torch.bfloat16}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**how)
+    kind: Any = transformers.AutoModelForCausalLM
+    if args.task != "pairs":
+        kind, options["num_labels"] = transformers.AutoModelForSequenceClassification, n_labels
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if args.task == "pairs":
-            return AutoModelForCausalLM.from_pretrained(name, **options), tokenizer
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=n_labels, **options
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = kind.from_pretrained(name, **options)
     except (OSError, ImportError) as error:
         found, remedy = str(error).splitlines()[0].rstrip("."), f"Or one of: {', '.join(TARGETS)}"
         raise refusal(f"--model {args.model}", found, remedy) from None
-    if model.config.pad_token_id is None:  # a decoder judges the last token that is not padding
+    if model.config.pad_token_id is None:  # a decoder judges the last token that is no padding
         model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return model, tokenizer
 
@@ -129,81 +111,65 @@ def adapt(args: argparse.Namespace, model: Any) -> None:
     prefix = f"{model.base_model_prefix}."
     outside = [n.split(".")[0] for n, _ in model.named_parameters() if not n.startswith(prefix)]
     head = [rf"^{re.escape(n)}\..*" for n in dict.fromkeys(outside)] * (args.task != "pairs")
-    if args.method == "full":
-        return
+    if args.method == "head" and not head:
+        raise refusal("--method head", "a language model has none", "Use --method lora")
     if args.method == "head":
-        if not head:
-            raise refusal("--method head", "a language model has none", "Use --method lora")
         li.inject(model, {"targets": [], "train": head})
+    if args.method != "lora":
         return
-    config: Any = args.config and li.Config.from_yaml(args.config)
-    if config is None:
-        targets = args.targets or TARGETS.get(args.model)
-        if not targets:
-            raise refusal("which layers to adapt", "nothing", "Pass --targets or --config")
-        numbers = {"rank": args.rank, "alpha": args.alpha, "dropout": args.dropout}
-        config = {**numbers, "targets": targets, "train": head}
-    elif head and not config.train:
+    targets = args.targets or TARGETS.get(args.model)
+    if not args.config and not targets:
+        raise refusal("which layers to adapt", "nothing", "Pass --targets or --config")
+    numbers = {"rank": args.rank, "alpha": args.alpha, "dropout": args.dropout}
+    config: Any = {**numbers, "targets": targets, "train": head}
+    if args.config:
+        config = li.Config.from_yaml(args.config)
+    if args.config and head and not config.train:
         remedy = f"Add train: [{', '.join(head)}]"
         raise refusal(f"--config {args.config}", "it does not train the new head", remedy)
     li.inject(model, config)
-    if args.init_from is not None:
-        leave_out = head if args.leave_out is None else args.leave_out
-        li.load_adapter(model, args.init_from, "start", leave_out=leave_out)
-        source, target = (li.adapter_parameters(model, name) for name in ("start", "default"))
-        wrong = [k for k, t in source.items() if k not in target or t.shape != target[k].shape]
-        if wrong:
-            found = f"it has {wrong[0]} and {len(wrong) - 1} more that have no place here"
-            raise refusal(f"--init-from {args.init_from}", found, "Use its config, or --leave-out")
-        with torch.no_grad():
-            for key, tensor in source.items():
-                target[key].copy_(tensor)
-        li.eject(model, "start")
+    if args.init_from is not None:  # all but the head
+        mine, start = li.adapter_state(model), li.read_adapter(args.init_from)
+        li.swap_adapter(model, replace(start, trained=mine.trained), "default")
 
 
-def build(args: argparse.Namespace, model: Any, task: Any, rows: Any, held_out: Any) -> Trainer:
+def build(args: argparse.Namespace, model: Any, task: Any, rows: Data) -> transformers.Trainer:
     """Return Trainer as it is, with checkpoints of the adapter instead of the model."""
-    steps = (
-        args.max_steps if args.max_steps > 0 else math.ceil(len(rows) / args.batch * args.epochs)
-    )
+    train = task.encode(rows.train[: args.rows], train=True)
+    held_out = task.encode(rows.held_out[: args.eval_rows], train=False)
+    steps = max(args.max_steps, 0) or math.ceil(len(train) / args.batch * args.epochs)
     every = args.eval_every or max(1, steps // 10)
-    most = 500 if args.task == "pairs" else steps
-    on_cpu = not torch.accelerator.is_available()
-    part = args.batch // (WORLD * args.accumulate)
+    warmup = min(500 if args.task == "pairs" else steps, math.ceil(steps * args.warmup))
+    on_cpu, part = not torch.accelerator.is_available(), args.batch // (WORLD * args.accumulate)
     settings: dict[str, Any] = {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
-    if args.gradient_checkpointing:
-        known = TrainingArguments.__dataclass_fields__  # renamed within transformers 5
-        word = "activation" if "activation_checkpointing" in known else "gradient"
-        settings |= {f"{word}_checkpointing": True}
     if WORLD > 1:
-        settings |= {"ddp_find_unused_parameters": False}
-        settings |= {"ddp_backend": "gloo"} if on_cpu else {}
-    if args.fsdp:
-        settings |= {"fsdp": True, "fsdp_config": {"version": 2}}
-    training = TrainingArguments(
+        settings |= {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if on_cpu else None}
+    if args.gradient_checkpointing:
+        word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+        getattr(model, f"{word}_checkpointing_enable")()  # renamed within transformers 5
+    training = transformers.TrainingArguments(
         str(args.output / "checkpoints"), seed=args.seed, max_steps=args.max_steps,
         num_train_epochs=args.epochs, per_device_train_batch_size=part,
         per_device_eval_batch_size=max(part, 16), gradient_accumulation_steps=args.accumulate,
         learning_rate=args.lr, weight_decay=args.weight_decay, lr_scheduler_type="linear",
-        warmup_steps=args.warmup_steps if args.warmup_steps is not None
-        else min(most, math.ceil(steps * args.warmup)), bf16=args.bf16,
-        eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
-        save_total_limit=args.keep, load_best_model_at_end=True,
+        warmup_steps=warmup, bf16=args.bf16, eval_strategy="steps", eval_steps=every,
+        save_strategy="steps", save_steps=every, save_total_limit=args.keep,
+        load_best_model_at_end=True,
         metric_for_best_model=f"eval_{task.metric}", greater_is_better=task.higher,
         logging_steps=1, logging_nan_inf_filter=False, remove_unused_columns=False,
         label_names=["labels"], report_to=args.report_to, disable_tqdm=args.quiet, **settings,
     )  # fmt: skip
     callbacks: list[Any] = []
     how: dict[str, Any] = {}
-    if args.patience is not None:
-        callbacks.append(EarlyStoppingCallback(args.patience))
+    if args.patience:
+        callbacks.append(transformers.EarlyStoppingCallback(args.patience))
     if args.method != "full":
         callbacks.append(li.AdapterCheckpoint())
         groups = li.parameter_groups(model, args.lr, b_lr_ratio=args.b_lr_ratio)
         options = {"params": groups, "lr": args.lr, "weight_decay": args.weight_decay}
         how["optimizer_cls_and_kwargs"] = (torch.optim.AdamW, options)
-    return Trainer(
-        model, training, train_dataset=rows, eval_dataset=held_out, data_collator=task.collate,
+    return transformers.Trainer(
+        model, training, train_dataset=train, eval_dataset=held_out, data_collator=task.collate,
         compute_loss_func=task.loss, compute_metrics=task.metrics,
         preprocess_logits_for_metrics=task.thin, callbacks=callbacks, **how,
     )  # fmt: skip
@@ -211,37 +177,33 @@ def build(args: argparse.Namespace, model: Any, task: Any, rows: Any, held_out: 
 
 def measure(args: argparse.Namespace, trainer: Any, task: Any, rows: Data) -> dict[str, Any]:
     """Return the task's numbers on the held-out rows, and on those to report on."""
-
-    def numbers(metrics: dict[str, float]) -> dict[str, float]:
-        plain = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-        return {k: v for k, v in plain.items() if not re.search("runtime|second|epoch|time", k)}
-
-    found: dict[str, Any] = {"held_out": numbers(trainer.evaluate())}
+    found = {"held_out": trainer.evaluate()}
     if rows.test:
-        test = task.encode(rows.test[: 5 * args.eval_rows], train=False)
-        found["test"] = numbers(trainer.evaluate(test))
-    return found
+        found["test"] = trainer.evaluate(task.encode(rows.test[: 5 * args.eval_rows], train=False))
+    other = re.compile("runtime|second|epoch|time")
+    return {part: {key.removeprefix("eval_"): value for key, value in metrics.items()
+                   if not other.search(key)} for part, metrics in found.items()}  # fmt: skip
 
 
 def finish(args: argparse.Namespace, trainer: Any, result: dict[str, Any]) -> None:
     """Write the results and print them."""
-    counts = {"n_trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-              "n_all": sum(p.numel() for p in trainer.model.parameters())}  # fmt: skip
+    weights = list(trainer.model.parameters())
+    n_all, n_trained = (sum(p.numel() for p in weights if p.requires_grad or every)
+                        for every in (True, False))  # fmt: skip
     steps, best = trainer.state.global_step, trainer.state.best_global_step
-    result |= {"method": args.method, **counts, "steps": steps, "best_step": best}
+    result |= {"n_trained": n_trained, "n_all": n_all, "steps": steps, "best_step": best}
     write_json(args.output / "results.json", result)
-    for part in ("held_out", "test"):
-        for key, value in result["after"].get(part, {}).items():
-            old = result["before"].get(part, {}).get(key)
+    for part, numbers in result["after"].items():
+        for key, value in numbers.items():
             if isinstance(value, float):
-                print(f"{part.replace('_', '-')} {key}: {'-' if old is None else f'{old:.4g}'} "
-                      f"-> {value:.4g}")  # fmt: skip
+                old = result["before"][part][key]
+                print(f"{part.replace('_', '-')} {key}: {old:.4g} -> {value:.4g}")
     losses = [entry["loss"] for entry in result["log"] if "loss" in entry]
     n = max(1, min(10, len(losses) // 2))  # windows that do not overlap
     first, last = (sum(window) / n for window in (losses[:n], losses[-n:]))
     print(f"{args.method}, {steps} steps: loss {first:.3f} -> {last:.3f} (means of the first and "
-          f"last {n} steps), best at step {best}; {counts['n_trained']:,} of {counts['n_all']:,} "
-          f"parameters trained, {result['seconds']:.0f} s; see {args.output}")  # fmt: skip
+          f"last {n} steps), best at step {best}; {n_trained:,} of {n_all:,} parameters trained, "
+          f"{result['seconds']:.0f} s; see {args.output}")  # fmt: skip
 
 
 def noted(args: argparse.Namespace) -> dict[str, str]:
@@ -252,33 +214,31 @@ def noted(args: argparse.Namespace) -> dict[str, str]:
 
 def same_run(args: argparse.Namespace) -> None:
     """Refuse options that cannot be meant, and a folder that holds another run."""
-    if args.batch % (WORLD * args.accumulate):
-        parts = WORLD * args.accumulate
+    parts, path = WORLD * args.accumulate, args.output / "arguments.json"
+    if args.batch % parts:
         raise refusal(f"--batch {args.batch}", f"{parts} parts", f"Choose a multiple of {parts}")
     if args.method != "lora" and (args.config or args.targets or args.init_from):
         raise refusal(f"--method {args.method}", "it adapts no layer", "Use --method lora")
-    if args.fsdp and (WORLD == 1 or not torch.accelerator.is_available()):
-        raise refusal("--fsdp", "accelerate shards over several accelerators only", "Leave it away")
-    path = args.output / "arguments.json"
-    if path.is_file() and not args.resume:
+    if not path.is_file():
+        return
+    if not args.resume:
         remedy = "Pass --resume to go on, or choose another --output"
         raise refusal(f"--output {args.output}", "there is a run already", remedy)
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else noted(args)
-    differ = [k for k, value in noted(args).items() if old.get(k) != value]
-    if differ:
-        found = f"{differ[0]} was {old.get(differ[0])} and is now {noted(args)[differ[0]]}"
-        raise refusal("--resume", found, "Give the same options, or another --output")
+    old = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in noted(args).items():
+        if old.get(key) != value:
+            found = f"{key} was {old.get(key)} and is now {value}"
+            raise refusal("--resume", found, "Give the same options, or another --output")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line and fill in the paper's numbers."""
-    parser = argparse.ArgumentParser(prog="finetune.sh", description=__doc__, usage="%(prog)s "
-        "--model MODEL --train ROWS --output FOLDER [options]",
-        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    usage, raw = "%(prog)s --model MODEL --train ROWS [options]", argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser("finetune.sh", usage, __doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
     add("--task", choices=("pairs", "classify", "regress"), default="pairs", help="(pairs)")
-    add("--train", required=True, metavar="ROWS", help="a .jsonl, .parquet or .csv file, a text of "
-        f"context||target lines, or: {', '.join(INSTALLED)}")  # fmt: skip
+    files = ".jsonl, .parquet, .csv, or lines of context||target"
+    add("--train", required=True, metavar="ROWS", help=f"{files}; or: {', '.join(INSTALLED)}")
     add("--held-out", type=Path, metavar="FILE", help="rows to choose the best checkpoint by")
     add("--test", type=Path, metavar="FILE", help="rows to report on")
     add("--fields", metavar="A,B[,C]", help="columns of text, target and a second text")
@@ -288,8 +248,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompt", metavar="TEXT", help="how a context is put, with {text} in it")
     add("--max-tokens", type=int, default=256, metavar="N", help="of a row (256)")
     add = parser.add_argument_group("model and adapter").add_argument
-    add("--model", required=True, metavar="MODEL", help="a folder, a name on the hub, smollm2 or "
-        "minilm")  # fmt: skip
+    add("--model", required=True, help="a folder, a name on the hub, smollm2 or minilm")
     add("--load-in", choices=("4bit", "8bit"), help="quantize the base with bitsandbytes")
     add("--method", choices=("lora", "full", "head"), default="lora", help="what trains (lora)")
     add("--config", type=Path, metavar="YAML", help="what to adapt and how, or:")
@@ -297,11 +256,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, what in (("--rank", int), ("--alpha", float), ("--dropout", float)):
         add(name, type=what, metavar="X", help="of --targets")
     add("--init-from", type=Path, metavar="ADAPTER", help="start from another adapter")
-    add("--leave-out", nargs="*", metavar="PATTERN", help="of --init-from (the head)")
     add = parser.add_argument_group("training; as in the paper by default").add_argument
     for name in ("--lr", "--weight-decay", "--label-smoothing", "--epochs", "--warmup"):
         add(name, type=float, metavar="X", help="share of the steps" if "warm" in name else None)
-    add("--warmup-steps", type=int, metavar="N", help="instead of a share")
     add("--b-lr-ratio", type=float, default=1.0, metavar="X", help="LoRA+: B learns faster (1)")
     add("--batch", type=int, metavar="N", help="rows of an update, over all processes")
     add("--accumulate", type=int, default=1, metavar="N", help="parts of a batch (1)")
@@ -309,7 +266,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--patience", type=int, metavar="N", help="stop after N evaluations without a better one")
     add("--bf16", action="store_true", help="compute in bfloat16")
     add("--gradient-checkpointing", action="store_true")
-    add("--fsdp", action="store_true", help="shard the model with FSDP2")
     add("--seed", type=int, default=0, metavar="N")
     add = parser.add_argument_group("run").add_argument
     add("--output", type=Path, required=True, metavar="FOLDER")
@@ -320,11 +276,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cache", type=Path, default=Path(".finetune"), metavar="FOLDER", help="for downloads")
     add("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
-    numbers = GPT2 if args.task == "pairs" else ROBERTA
-    for name, value in numbers.items():
-        if getattr(args, name, value) is None:
+    for name, numbers in PAPER.items():
+        if getattr(args, name) is None:
             full = name == "lr" and args.method == "full"
-            setattr(args, name, numbers["full_lr"] if full else value)
+            setattr(args, name, FULL_LR if full else numbers[args.task != "pairs"])
     return args
 
 

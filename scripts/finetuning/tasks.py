@@ -16,16 +16,14 @@ from data.pairs import IGNORED
 from finetuning.rows import Row
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DataCollatorWithPadding
 
 
 class Words:
     """The target's words, given the context; or the assistant's, given the conversation.
 
-    Args:
-        tokenizer: The model's.
-        prompt: How a context is put, with `{text}` in it.
-        max_tokens: Of a row; longer rows are left out.
-        smoothing: Label smoothing in training.
+    A context is put into `prompt` for `{text}`; rows of more than `max_tokens` are left out.
     """
 
     metric, higher = "nll", False
@@ -47,12 +45,8 @@ class Words:
             raise refusal(asked, "all are longer", "Raise --max-tokens")
         return short
 
-    def context(self, row: Row) -> list[int]:
-        """The tokens that a model is shown."""
-        return list(self.tokenizer.encode(self.prompt.format(text=row.text)))
-
     def _pair(self, row: Row, train: bool) -> dict[str, list[int]]:
-        context = self.context(row)
+        context = list(self.tokenizer.encode(self.prompt.format(text=row.text)))
         target = self.tokenizer.encode(row.target, add_special_tokens=False)
         target += [self.tokenizer.eos_token_id] * train
         return {"input_ids": context + target, "labels": [IGNORED] * len(context) + target}
@@ -64,9 +58,8 @@ class Words:
         messages = [{"role": role, "content": content} for role, content in row.messages]
 
         def tokens(n: int, answer: bool = False) -> list[int]:
-            text = self.tokenizer.apply_chat_template(
-                messages[:n], tokenize=False, add_generation_prompt=answer
-            )
+            how = {"tokenize": False, "add_generation_prompt": answer}
+            text = self.tokenizer.apply_chat_template(messages[:n], **how)
             return list(self.tokenizer.encode(text, add_special_tokens=False))
 
         ids = tokens(len(messages))
@@ -82,12 +75,9 @@ class Words:
 
     def collate(self, batch: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
         """Padded on the right, where causal attention never looks."""
-        length = max(len(row["input_ids"]) for row in batch)
         pads = {"input_ids": self.tokenizer.eos_token_id, "labels": IGNORED}
-        return {
-            key: torch.tensor([row[key] + [pad] * (length - len(row[key])) for row in batch])
-            for key, pad in pads.items()
-        }
+        columns = {key: [torch.tensor(row[key]) for row in batch] for key in pads}
+        return {key: pad_sequence(columns[key], True, pad) for key, pad in pads.items()}
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The negative of eq. (2): the mean over the target's tokens of the whole update."""
@@ -99,11 +89,8 @@ class Words:
 
     def thin(self, logits: Any, labels: Tensor) -> Tensor:
         """-log p of each target token, (n, length - 1), instead of a number for each word."""
-        logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float()
-        wanted = labels[:, 1:]
-        return F.cross_entropy(
-            logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED
-        )
+        logits = (logits[0] if isinstance(logits, tuple) else logits)[:, :-1].float().mT
+        return F.cross_entropy(logits, labels[:, 1:], reduction="none", ignore_index=IGNORED)
 
     def metrics(self, found: Any) -> dict[str, float]:
         """Per token of all targets, without label smoothing."""
@@ -113,16 +100,14 @@ class Words:
 
 
 class Judgment:
-    """A class of several, or a number; of a text, or of two texts together.
+    """A class of `names`, or a number where there are none; of a text, or of two texts together.
 
-    Args:
-        tokenizer: The model's.
-        max_tokens: Of a text; what is longer is cut.
-        names: The classes as the rows write them; empty for numbers.
+    What is longer than `max_tokens` is cut.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int, names: Sequence[str]) -> None:
         self.tokenizer, self.max_tokens, self.names = tokenizer, max_tokens, list(names)
+        self.collate = DataCollatorWithPadding(tokenizer)
         self.metric, self.higher = ("accuracy", True) if names else ("mse", False)
         self.loss = None  # the model's own
 
@@ -132,27 +117,17 @@ class Judgment:
             return self.names.index(row.target) if self.names else float(row.target)
         except ValueError:
             there = f"a class of: {', '.join(self.names)}" if self.names else "a number"
-            raise refusal(f"the label of {row.text[:40]!r}", f"found {row.target!r}",
-                          f"Write {there}") from None  # fmt: skip
+            asked = f"the label of {row.text[:40]!r}"
+            raise refusal(asked, f"found {row.target!r}", f"Write {there}") from None
 
-    def encode(self, rows: Sequence[Row], *, train: bool) -> list[dict[str, Any]]:
-        """Return tokens and label of each row."""
-        del train
+    def encode(self, rows: Sequence[Row], *, train: bool) -> list[dict[str, Any]]:  # noqa: ARG002
+        """Return tokens and label of each row, whatever it is for."""
         cut = {"truncation": True, "max_length": self.max_tokens}
-        return [
-            {**self.tokenizer(row.text, row.second, **cut), "labels": self.label(row)}
-            for row in rows
-        ]
+        found = [self.tokenizer(row.text, row.second, **cut) for row in rows]
+        return [{**one, "labels": self.label(row)} for one, row in zip(found, rows, strict=True)]
 
-    def collate(self, batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return a padded batch."""
-        inputs = [{k: v for k, v in row.items() if k != "labels"} for row in batch]
-        padded = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
-        return {**padded, "labels": torch.tensor([row["labels"] for row in batch])}
-
-    def thin(self, logits: Any, labels: Tensor) -> Tensor:
+    def thin(self, logits: Any, labels: Tensor) -> Tensor:  # noqa: ARG002
         """Return what the metrics need of the outputs."""
-        del labels
         return logits[0] if isinstance(logits, tuple) else logits
 
     def metrics(self, found: Any) -> dict[str, float]:
