@@ -7,20 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_inject.cli.given import AdapterPath, All, Json, Reading
-from lora_inject.cli.on_disk import Dtype
+from lora_inject.cli.given import AdapterPath, All, Dtype, Json, Keeping, Reading, Writing
 from lora_inject.cli.program import app
 from lora_inject.spec.columns import Rows
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write the adapter.")]
-Format = Annotated[str, typer.Option("--format", help="Format to write.")]
 WriteDtype = Annotated[
     Dtype | None, typer.Option("--dtype", help="Dtype to write. (default: the adapters')")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")]
 
 
 @app.command()
@@ -28,8 +24,8 @@ def combine(
     adapters: Annotated[
         list[Path], typer.Argument(metavar="ADAPTER", help="PEFT folders, or adapters' files.")
     ],
-    output: Output,
-    reading: Reading,
+    *,
+    writing: Writing,
     weight: Annotated[
         list[float] | None,
         typer.Option(
@@ -53,9 +49,8 @@ def combine(
     ] = None,
     majority_sign: Annotated[str, typer.Option(help="ties: total, or frequency.")] = "total",
     seed: Annotated[int, typer.Option(help="Of dare's masks.")] = 0,
-    adapter_format: Format = "peft",
     dtype: WriteDtype = None,
-    overwrite: Overwrite = False,
+    reading: Reading,
     as_json: Json = False,
 ) -> None:
     """Combine each ADAPTER, of one base, into one adapter."""
@@ -70,22 +65,17 @@ def combine(
         majority_sign=majority_sign,  # type: ignore[arg-type]
         seed=seed,
     )
-    _write(made, output, adapter_format, dtype, overwrite, as_json)
+    _write(made, writing, as_json, dtype)
 
 
 @app.command()
 def truncate(
     adapter: AdapterPath,
-    output: Output,
-    reading: Reading,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every site, at most.")] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Share of each delta's squares to keep; the rank follows."),
-    ] = None,
-    adapter_format: Format = "peft",
+    *,
+    writing: Writing,
+    keeping: Keeping,
     dtype: WriteDtype = None,
-    overwrite: Overwrite = False,
+    reading: Reading,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
@@ -96,16 +86,14 @@ def truncate(
     from lora_inject.adapter.state import truncation
     from lora_inject.cli.show import print_rows
 
-    if rank is None and energy is None:
-        raise typer.BadParameter("say how much to keep: --rank, --energy, or both")
     [state] = reading.read([adapter], on_disk=True)
-    made, cuts = truncation(state, rank, energy)
+    made, cuts = truncation(state, keeping.rank, keeping.energy)
     if not as_json and cuts:
         cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
         rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
         print_rows(rows, everything=everything)
     sites = {name: cut._asdict() for name, cut in cuts.items()}
-    _write(made, output, adapter_format, dtype, overwrite, as_json, sites=sites)
+    _write(made, writing, as_json, dtype, sites=sites)
 
 
 @app.command()
@@ -149,10 +137,8 @@ def rename(
             help="A regex of whole segments of names, and what takes their place.",
         ),
     ],
-    output: Output,
+    writing: Writing,
     reading: Reading,
-    adapter_format: Format = "peft",
-    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write ADAPTER under other names of its layers."""
@@ -165,17 +151,11 @@ def rename(
     [state] = reading.read([adapter], on_disk=True)
     made = state.rename(pairs)
     new_names = dict(zip(state.sites, made.sites, strict=True))
-    _write(made, output, adapter_format, None, overwrite, as_json, names=new_names)
+    _write(made, writing, as_json, names=new_names)
 
 
 def _write(
-    state: AdapterState,
-    output: Path,
-    adapter_format: str,
-    dtype: Dtype | None,
-    overwrite: bool,
-    as_json: bool,
-    **found: Any,
+    state: AdapterState, writing: Writing, as_json: bool, dtype: Dtype | None = None, **found: Any
 ) -> None:
     """Write what was made, in one step, and say so."""
     import torch
@@ -185,7 +165,7 @@ def _write(
 
     if dtype is not None:
         state = state.to(getattr(torch, dtype))
-    path = write_adapter(state, output, adapter_format, overwrite=overwrite)
+    path = write_adapter(state, writing.output, writing.adapter_format, overwrite=writing.overwrite)
     ranks = {name: site.spec.rank for name, site in state.sites.items()}
     if as_json:
         print_json({"output": str(path), "ranks": ranks, **found})

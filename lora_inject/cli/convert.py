@@ -24,8 +24,8 @@ Base = Annotated[
 def convert(
     adapter: AdapterPath,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write.")],
+    *,
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="Format to write.")],
-    reading: Reading,
     base: Base = None,
     dtype: Annotated[
         str | None, typer.Option(help="Dtype to write, such as float16. (default: as it is)")
@@ -44,6 +44,7 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
     ] = False,
+    reading: Reading,
     as_json: Json = False,
 ) -> None:
     """Write ADAPTER in the format of another program.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,41 @@ All = Annotated[bool, typer.Option("--all", help="List each site instead of each
 AdapterPath = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
 ]
+
+
+class Dtype(StrEnum):
+    """Dtypes that checkpoints and adapters can be written in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Where and how to write an adapter: a parameter of a command, as `Reading`."""
+
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the adapter.")]
+    adapter_format: Annotated[str, typer.Option("--format", help="Format to write.")] = "peft"
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How much of each delta to keep."""
+
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every site, at most.")] = None
+    energy: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of each delta's squares to keep; the rank follows."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse neither."""
+        if self.rank is None and self.energy is None:
+            raise typer.BadParameter("say how much to keep: --rank, --energy, or both")
 
 
 class Believe(StrEnum):
@@ -49,7 +84,7 @@ class Reading:
     ] = None
     allow_pickle: Annotated[
         bool,
-        typer.Option("--allow-pickle", help="loralib files: read a pickle, as tensors only."),
+        typer.Option("--allow-pickle", help="Read a file that is a pickle, as tensors only."),
     ] = False
     fan_in_fan_out: Annotated[
         list[str] | None,
@@ -58,6 +93,13 @@ class Reading:
             help="loralib files: a layer, or the end of its name, whose weight is (in, out).",
         ),
     ] = None
+    expert_major: Annotated[
+        bool,
+        typer.Option(
+            "--expert-major",
+            help="PEFT folders: columns of a stacked B go by expert first, as unsloth writes them.",
+        ),
+    ] = False
     enable_lora: Annotated[
         str | None,
         typer.Option(
@@ -68,30 +110,28 @@ class Reading:
 
     def options(self, paths: Sequence[Path]) -> list[dict[str, Any]]:
         """Return for each of some adapters what was given of the options of its format."""
-        from lora_inject.formats import FORMATS
+        from lora_inject.errors import FormatError
+        from lora_inject.formats import FORMATS, detected, taken_by
 
-        of_peft, of_loralib = (
-            self._given("prefer", "allow"),
-            self._given("alpha", "allow_pickle", "fan_in_fan_out"),
-        )
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {k: v for k, v in values.items() if v is not None and v is not False and v != []}
         if self.enable_lora is not None:
             flags = self.enable_lora.split(",")
             if set(flags) - {"0", "1"}:
                 found = f"{self.enable_lora!r} is not a list of 0 and 1, such as 1,0,1"
                 raise typer.BadParameter(found, param_hint="--enable-lora")
-            of_loralib["enable_lora"] = [flag == "1" for flag in flags]
-        is_loralib = [FORMATS["loralib"].detects(path) for path in paths]
-        if of_loralib and not any(is_loralib):
-            name = next(iter(of_loralib)).replace("_", "-")
-            raise typer.BadParameter("no adapter is a loralib file", param_hint=f"--{name}")
-        if of_peft and (others := [p for p in paths if not (p / "adapter_config.json").is_file()]):
-            found = f"'{others[0]}' is not a PEFT folder"
-            raise typer.BadParameter(found, param_hint=f"--{next(iter(of_peft))}")
-        return [{**of_peft, **(of_loralib if own else {})} for own in is_loralib]
-
-    def _given(self, *names: str) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in names}
-        return {name: v for name, v in found.items() if v not in (None, False, [])}
+            given["enable_lora"] = [flag == "1" for flag in flags]
+        taken: list[dict[str, Any]] = []
+        for path in paths:
+            try:
+                taken.append(taken_by(FORMATS[detected(path)].read, given))
+            except FormatError:  # whoever reads it says why
+                taken.append({})
+        for name in given:
+            if not any(name in options for options in taken):
+                hint = f"--{name.replace('_', '-')}"
+                raise typer.BadParameter("no adapter is of a format that has it", param_hint=hint)
+        return taken
 
     def read(
         self, paths: Sequence[Path], base: Checkpoint | None = None, **more: Any

@@ -76,7 +76,7 @@ def advise(
 @app.command()
 def inspect(
     adapter: AdapterPath,
-    reading: Reading,
+    *,
     base: Annotated[
         Path | None,
         typer.Option(help="The base, where a file of stacked experts does not name its weights."),
@@ -85,6 +85,7 @@ def inspect(
         str | None,
         typer.Option("--format", help="Format of the adapter. (default: detected from the files)"),
     ] = None,
+    reading: Reading,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
@@ -105,11 +106,11 @@ def inspect(
 @app.command()
 def analyze(
     adapter: AdapterPath,
-    reading: Reading,
     other: Annotated[
         Path | None,
         typer.Argument(metavar="OTHER", help="Another adapter of the same base, to compare."),
     ] = None,
+    *,
     base: Annotated[
         Path | None,
         typer.Option(help="Folder or file of the base: compare the updates with its weights."),
@@ -125,6 +126,7 @@ def analyze(
         bool,
         typer.Option("--any-base", help="Compare although the adapter was made on another base."),
     ] = False,
+    reading: Reading,
     everything: All = False,
     as_json: Json = False,
 ) -> None:

@@ -11,19 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_inject.cli.given import All, Json, Reading
+from lora_inject.cli.given import All, Dtype, Json, Keeping, Reading, Writing
 from lora_inject.cli.program import app
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
-
-
-class Dtype(StrEnum):
-    """Dtypes that a merged checkpoint can be written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class OnLost(StrEnum):
@@ -86,13 +78,6 @@ class Merging:
             "the base's class)",
         ),
     ] = None
-    expert_major: Annotated[
-        bool,
-        typer.Option(
-            "--expert-major",
-            help="PEFT folders: columns of a stacked B go by expert first, as unsloth writes them.",
-        ),
-    ] = False
 
     def options(self, **more: Any) -> MergeOptions:
         """Return them, and others, as options of the package."""
@@ -117,8 +102,6 @@ class Merging:
         weights = _weights(self.weight, len(adapters))
         checkpoint, weighted = Checkpoint.open(base), []
         for path, weight, options in zip(adapters, weights, reading.options(adapters), strict=True):
-            if self.expert_major and (path / "adapter_config.json").is_file():
-                options["expert_major"] = True
             weighted.append(read_weighted(path, checkpoint, weight, **options))
         return checkpoint, weighted
 
@@ -127,11 +110,17 @@ class Merging:
 def merge(
     base: BasePath,
     adapters: AdapterPaths,
-    merging: Merging,
-    reading: Reading,
+    *,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to make. Not with --dry-run.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compute everything again before publishing.")
+    ] = False,
+    merging: Merging,
     min_kept: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="Least share of each delta that must survive rounding."),
@@ -139,16 +128,11 @@ def merge(
     on_lost: Annotated[
         OnLost, typer.Option(help="Where less survives: refuse, or write and list it.")
     ] = OnLost.fail,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")
-    ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compute everything again before publishing.")
-    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Threads that compute. (default: one a core, at most four)"),
     ] = None,
+    reading: Reading,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
@@ -218,20 +202,10 @@ def extract(
     tuned: Annotated[
         Path, typer.Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the adapter.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every site, at most.")] = None,
-    energy: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Share of each delta to keep; the rank follows."),
-    ] = None,
+    writing: Writing,
+    keeping: Keeping,
     full: Annotated[
         bool, typer.Option("--full", help="Store in full what is no matrix: norms, biases.")
-    ] = False,
-    adapter_format: Annotated[
-        str, typer.Option("--format", help="Format to write the adapter in.")
-    ] = "peft",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
     ] = False,
     everything: All = False,
     as_json: Json = False,
@@ -240,24 +214,22 @@ def extract(
     from lora_inject.checkpoint import extract_adapter
     from lora_inject.cli.show import print_extraction, print_json, progress_bar
 
-    if rank is None and energy is None:
-        raise typer.BadParameter("say how much to keep: --rank, --energy, or both")
     with progress_bar("extracting") as progress:
         report = extract_adapter(
             base,
             tuned,
-            output,
-            rank=rank,
-            energy=energy,
+            writing.output,
+            rank=keeping.rank,
+            energy=keeping.energy,
             full=full,
-            format=adapter_format,
-            overwrite=overwrite,
+            format=writing.adapter_format,
+            overwrite=writing.overwrite,
             progress=progress,
         )
     if as_json:
-        print_json({"output": str(output), **report.to_dict()})
+        print_json({"output": str(writing.output), **report.to_dict()})
     else:
-        print_extraction(report, output, everything=everything)
+        print_extraction(report, writing.output, everything=everything)
 
 
 def _pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:

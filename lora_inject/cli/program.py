@@ -173,16 +173,14 @@ def _with_fields(run: Callable[..., Any]) -> Callable[..., Any]:
     shared, taken = dict[str, Any](), list[inspect.Parameter]()
     for parameter in inspect.signature(run, eval_str=True).parameters.values():
         group = parameter.annotation
-        if not is_dataclass(group):
+        if not (isinstance(group, type) and is_dataclass(group)):
             taken.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
             continue
         shared[parameter.name] = group
         types = get_type_hints(group, include_extras=True)
         taken += [
-            inspect.Parameter(
-                f.name, parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name]
-            )
-            for f in fields(group)
+            option.replace(annotation=types[name], kind=parameter.KEYWORD_ONLY)
+            for name, option in inspect.signature(group).parameters.items()
         ]
 
     def command(**given: Any) -> Any:
