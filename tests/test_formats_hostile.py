@@ -650,3 +650,49 @@ def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
             make_state(linear, trained={"x": torch.ones(1, device="meta")}), tmp_path / "a"
         )
     assert not list(tmp_path.iterdir())
+
+
+# Files of other trainers ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module"])
+def test_wrappers_of_training_are_not_part_of_a_name(wrapper: str, foreign: Path) -> None:
+    tensors = {f"{wrapper}.{k}": t for k, t in pair(f"h.{wrapper}.fc").items()}
+    write_foreign(foreign, tensors)
+    assert list(read_adapter(foreign).sites) == ["h.fc"]
+    write_foreign(foreign, tensors | {k: t + 1 for k, t in pair("h.fc").items()})
+    with pytest.raises(FormatError, match=r"holds 'h\.fc\.lora_A\.weight' twice"):
+        read_adapter(foreign)
+
+
+def test_tensors_in_several_files(foreign: Path) -> None:
+    tensors = {**pair("a"), **pair("b")}
+    shards = {key: f"{MODEL[:-12]}-{n % 2}.safetensors" for n, key in enumerate(sorted(tensors))}
+    for name in set(shards.values()):
+        save_file({k: t for k, t in tensors.items() if shards[k] == name}, foreign / name)
+    (foreign / MODEL).unlink()
+    index = foreign / f"{MODEL}.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert list(read_adapter(foreign).sites) == ["a", "b"]
+    first = next(iter(shards))
+    for table, words in [
+        ({**shards, "x": shards[first]}, "its files lack 'x'"),
+        ({k: n for k, n in shards.items() if k != first}, "which it does not say"),
+        ({**shards, first: "../other.safetensors"}, "no table of file names"),
+        ({first: 1}, "no table of file names"),
+    ]:
+        index.write_text(json.dumps({"weight_map": table}))
+        with pytest.raises(FormatError, match=words):
+            read_adapter(foreign)
+
+
+def test_a_checkpoint_with_an_adapter_among_its_tensors_is_refused(tmp_path: Path) -> None:
+    tensors = {**pair("fc"), "fc.base_layer.weight": torch.ones(6, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"base and an adapter's tensors together.*adapter alone"):
+        read_adapter(tmp_path)
+
+
+def test_biases_are_asked_of_no_layer_that_has_none(foreign: Path) -> None:
+    write_foreign(foreign, pair("fc"), bias="all")
+    assert not read_adapter(foreign).trained

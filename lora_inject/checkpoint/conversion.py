@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.checkpoint.base_class import meta_model
+from lora_inject.checkpoint.base_class import BaseClass, meta_model
 from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import FORMATS, detected, losses_of, read_adapter, taken_by, write_adapter
@@ -82,7 +82,10 @@ def facts_of(base: Path) -> dict[str, Any]:
         with contextlib.suppress(CheckpointError):  # of a class that cannot be built the files say
             model = meta_model(config, asked, "give a base of a known class")
             modules = dict(model.named_modules(remove_duplicate=False))
-            return options_for_writing(model, modules, model.state_dict())  # its defaults filled in
+            found = options_for_writing(model, modules, model.state_dict())  # defaults filled in
+            with contextlib.suppress(CheckpointError):  # a config alone names no tensors
+                found["separate"] = BaseClass(Checkpoint.open(base)).separate
+            return found
     names = list(Checkpoint.open(base).tensors)
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
     return {"tensor_names": names, "module_names": tuple(modules), "config": dict(config) or None}

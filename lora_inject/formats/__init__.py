@@ -27,6 +27,7 @@ from lora_inject.formats import (
     peft,
     portable,
     torchtune,
+    vllm,
 )
 from lora_inject.formats.losses import EVERYTHING, NUMBERS, losses
 
@@ -71,6 +72,8 @@ FORMATS = {
     "portable": Format(portable.write, peft.read, portable.detects, frozenset()),
     # A file of llama.cpp.
     "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, frozenset()),
+    # The same with a pair for each expert.
+    "vllm": Format(vllm.write, peft.read, portable.detects, frozenset()),
     # One safetensors file of this package.
     "native": Format(native.write, native.read, native.detects),
     # One file of sd-scripts, LyCORIS, ComfyUI.

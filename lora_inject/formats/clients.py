@@ -24,7 +24,7 @@ from lora_inject.formats import detected, mlx
 from lora_inject.formats.base_config import text_config
 from lora_inject.formats.gguf_file import FAMILIES
 from lora_inject.formats.metadata import one_line
-from lora_inject.formats.peft.folder import CONFIG, MODEL
+from lora_inject.formats.peft.files import CONFIG, MODEL
 from lora_inject.formats.peft.number_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.storage.safetensors_file import read_header
@@ -270,6 +270,17 @@ def _vllm(files: Files) -> Iterator[Finding]:
     init = str(files.config.get("init_lora_weights", "")).lower()
     if init.startswith(("pissa", "olora", "corda", "loftq")):
         yield Finding(f"vLLM refuses init_lora_weights {init!r}", PORTABLE)
+    modules = {name.removesuffix(".base_layer") for name in files.pairs}
+    stacks = {name for name in modules if name.endswith(".experts")}
+    half = [n for n in sorted(stacks) if not {n, f"{n}.base_layer"} <= files.pairs.keys()]
+    if half:
+        yield Finding(f"vLLM wants both stacks of experts adapted: {one_line(half)}", MERGE)
+    elif stacks:
+        yield Finding(
+            "vLLM reads stacks of experts right only for models whose files hold stacks",
+            "For others write it with `lora-inject convert --to vllm --base BASE`",
+            stops=False,
+        )
     yield from _names(files)
     largest = max([*files.ranks.values(), 0])
     if largest > VLLM_RANKS[-1]:

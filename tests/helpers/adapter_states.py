@@ -129,4 +129,5 @@ def effect(site: SiteState) -> Tensor:
     """The dense delta as `(out, in)`, whichever way round the weight is held; float64."""
     delta = dense(site)
     delta = delta.mT if site.spec.transposed else delta
-    return delta.reshape(*(() if site.spec.experts is None else (-1,)), site.spec.out_features, -1)
+    lead = () if site.spec.experts is None else (site.spec.experts,)
+    return delta.reshape(*lead, site.spec.out_features, -1)

@@ -1,6 +1,7 @@
 """PEFT's folder: `adapter_model.safetensors` and `adapter_config.json`."""
 
-from lora_inject.formats.peft.folder import detects, read, write
+from lora_inject.formats.peft.files import detects
+from lora_inject.formats.peft.folder import read, write
 from lora_inject.formats.peft.live_model import (
     options_for_reading,
     options_for_writing,

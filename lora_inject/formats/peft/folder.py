@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +32,15 @@ from lora_inject.formats import metadata as words
 from lora_inject.formats.card import model_card
 from lora_inject.formats.checks import check_keys, check_no_clash, check_site, check_trained
 from lora_inject.formats.peft.adapter_config import Claims, Entry, build, read_claims
+from lora_inject.formats.peft.files import (
+    CARD,
+    CONFIG,
+    MODEL,
+    PICKLE,
+    check_files,
+    read_all,
+    read_config,
+)
 from lora_inject.formats.peft.foreign import read_foreign, with_further
 from lora_inject.formats.peft.module_fields import (
     allowed_task,
@@ -57,24 +66,9 @@ from lora_inject.formats.peft.tensor_layout import (
 )
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.atomic import write_directory
-from lora_inject.storage.strict_json import parse_json
-from lora_inject.storage.tensors import read_tensors, serialize
+from lora_inject.storage.tensors import serialize
 
-CONFIG, MODEL, CARD, PICKLE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "README.md",
-    "adapter_model.bin",
-)
 _OTHER = 'Write it with format="native"'
-
-
-def detects(path: Path) -> bool:
-    """Whether a path looks like a PEFT adapter, a part of one, or the parent of one."""
-    if not path.is_dir():
-        return False
-    parts = any((path / name).is_file() for name in (CONFIG, MODEL, PICKLE))
-    return parts or any(_holds_adapter(child) for child in _children(path))
 
 
 def write(
@@ -259,12 +253,12 @@ def read(
     asked = f"read adapter '{path}'"
     if prefer not in {None, "metadata", "config"}:
         raise FormatError(asked, f"prefer is {prefer!r}", "Give 'metadata', 'config' or None")
-    _check_files(path, asked)
+    check_files(path, asked)
     where = f"{asked}, {CONFIG}"
     claims = None
     if prefer != "metadata":
-        claims = read_claims(parse_json(_read_config(path, where), where), where, allow)
-    tensors, text = read_tensors(path / MODEL, on_disk=on_disk)
+        claims = read_claims(read_config(path, where), where, allow)
+    tensors, text = read_all(path, asked, on_disk=on_disk)
     if claims is None and not words.is_native(text, "peft"):
         raise FormatError(
             asked, f"its {MODEL} holds no metadata of this package", "Leave prefer out"
@@ -349,47 +343,6 @@ def _contradiction(asked: str, name: str, config: str, metadata: str) -> FormatE
         'Decide which is right: prefer="metadata" is what was saved, prefer="config" what was '
         "edited since",
     )
-
-
-# Files ------------------------------------------------------------------------------------------
-
-
-def _holds_adapter(path: Path) -> bool:
-    return (path / CONFIG).is_file()
-
-
-def _children(path: Path) -> Iterable[Path]:
-    return sorted(child for child in path.iterdir() if child.is_dir())
-
-
-def _check_files(path: Path, asked: str) -> None:
-    if not path.is_dir():
-        found = "it is a file" if path.exists() else "there is no such directory"
-        raise FormatError(asked, found, f"Give the directory that holds {CONFIG}")
-    if not _holds_adapter(path):
-        inside = [child.name for child in _children(path) if _holds_adapter(child)]
-        if inside:
-            raise FormatError(
-                asked,
-                f"there is no {CONFIG} in it, but in its subfolders {words.one_line(inside)}",
-                f"Give the subfolder: '{path / inside[0]}'",
-            )
-        raise FormatError(asked, f"there is no {CONFIG} in it", "Check the path")
-    if not (path / MODEL).is_file():
-        if (path / PICKLE).is_file():
-            raise FormatError(
-                asked,
-                f"its tensors are in {PICKLE}, a pickle, which can run code when it is read",
-                "Load it with PEFT where you trust it and save it again: save_pretrained writes "
-                "safetensors",
-            )
-        raise FormatError(asked, f"there is no {MODEL} in it", "Copy the whole directory")
-
-
-def _read_config(path: Path, asked: str) -> bytes:
-    if (path / CONFIG).stat().st_size > 32_000_000:
-        raise FormatError(asked, "it has more than 32 MB", "No real config is so long")
-    return (path / CONFIG).read_bytes()
 
 
 def _rows_once(state: AdapterState, asked: str) -> AdapterState:

@@ -10,6 +10,7 @@ Source: peft 0.12 to 0.21, utils/save_and_load.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -158,17 +159,28 @@ def with_further(site: SiteState, further: Mapping[str, Tensor], where: str) -> 
 # Keys -------------------------------------------------------------------------------------------
 
 
+_WRAPPER = re.compile(r"(?<![^.])_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+"""Modules that torch.compile, FSDP and activation checkpointing put around others."""
+
+
 def _without_prefix(tensors: Mapping[str, Tensor], asked: str) -> dict[str, Tensor]:
     """All keys have PEFT's prefix, or none has (transformers and diffusers leave it out)."""
-    with_prefix = [key for key in tensors if key.startswith(PREFIX)]
+    bare = {key: _WRAPPER.sub("", key) for key in tensors}
+    with_prefix = [key for key in bare.values() if key.startswith(PREFIX)]
     if with_prefix and len(with_prefix) < len(tensors):
-        without = next(key for key in tensors if not key.startswith(PREFIX))
+        without = next(key for key in bare.values() if not key.startswith(PREFIX))
         raise FormatError(
             asked,
             f"'{without[:200]}' does not begin with '{PREFIX}' as other tensors do",
             "The file was put together by hand; give all tensors the prefix",
         )
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = bare[key].removeprefix(PREFIX)
+        if name in found:
+            raise FormatError(asked, f"the file holds '{name[:200]}' twice", _REPAIR)
+        found[name] = tensor
+    return found
 
 
 def _split(tensors: Mapping[str, Tensor], asked: str) -> tuple[dict[str, _Pair], dict[str, Tensor]]:

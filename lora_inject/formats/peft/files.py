@@ -1,0 +1,111 @@
+"""The files of a PEFT directory: which there have to be, and tensors in one file or in several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_inject.errors import FormatError
+from lora_inject.formats.metadata import one_line
+from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.tensors import read_names, read_tensors
+
+CONFIG, MODEL, CARD, PICKLE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "adapter_model.bin",
+)
+_INDEX = f"{MODEL}.index.json"
+_WHOLE = "model.safetensors"
+
+
+def detects(path: Path) -> bool:
+    """Whether a path looks like a PEFT adapter, a part of one, or the parent of one."""
+    if not path.is_dir():
+        return False
+    parts = any((path / name).is_file() for name in (CONFIG, MODEL, PICKLE, _INDEX))
+    return parts or any(_holds_adapter(child) for child in _children(path)) or _in_base(path)
+
+
+def check_files(path: Path, asked: str) -> None:
+    """Refuse what is not a directory with a config and tensors."""
+    if not path.is_dir():
+        found = "it is a file" if path.exists() else "there is no such directory"
+        raise FormatError(asked, found, f"Give the directory that holds {CONFIG}")
+    there = any((path / name).is_file() for name in (MODEL, _INDEX))
+    if not there and _in_base(path):
+        raise FormatError(
+            asked,
+            f"its {_WHOLE} holds the base and an adapter's tensors together",
+            "Load it with the program that saved it and save the adapter alone (in PEFT: "
+            "save_pretrained of the PeftModel, not of the model inside)",
+        )
+    if not _holds_adapter(path):
+        inside = [child.name for child in _children(path) if _holds_adapter(child)]
+        if inside:
+            raise FormatError(
+                asked,
+                f"there is no {CONFIG} in it, but in its subfolders {one_line(inside)}",
+                f"Give the subfolder: '{path / inside[0]}'",
+            )
+        raise FormatError(asked, f"there is no {CONFIG} in it", "Check the path")
+    if not there:
+        if (path / PICKLE).is_file():
+            raise FormatError(
+                asked,
+                f"its tensors are in {PICKLE}, a pickle, which can run code when it is read",
+                "Load it with PEFT where you trust it and save it again: save_pretrained writes "
+                "safetensors",
+            )
+        raise FormatError(asked, f"there is no {MODEL} in it", "Copy the whole directory")
+
+
+def read_config(path: Path, asked: str) -> Any:
+    """Return adapter_config.json as parsed."""
+    if (path / CONFIG).stat().st_size > 32_000_000:
+        raise FormatError(asked, "it has more than 32 MB", "No real config is so long")
+    return parse_json((path / CONFIG).read_bytes(), asked)
+
+
+def read_all(path: Path, asked: str, *, on_disk: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors, of one file or of all that the index names, and the metadata."""
+    if (path / MODEL).is_file():
+        return read_tensors(path / MODEL, on_disk=on_disk)
+    where = f"{asked}, {_INDEX}"
+    index: Any = parse_json((path / _INDEX).read_bytes(), where)
+    said = index.get("weight_map") if isinstance(index, dict) else None
+    table: dict[str, Any] = said if isinstance(said, dict) else {"": None}
+    names = table.values()
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
+        raise FormatError(where, "its weight_map is no table of file names", "Fetch it again")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(names)):
+        found, _ = read_tensors(path / name, on_disk=on_disk)
+        strangers = [key for key in found if table.get(key) != name]
+        if strangers:
+            known = f"'{name}' holds {one_line(strangers)}, which it does not say"
+            raise FormatError(where, known, "The files do not belong together")
+        tensors |= found
+    if missing := table.keys() - tensors.keys():
+        found_not = f"its files lack {one_line(sorted(missing))}"
+        raise FormatError(where, found_not, "The files do not belong together")
+    return tensors, {}
+
+
+def _holds_adapter(path: Path) -> bool:
+    return (path / CONFIG).is_file()
+
+
+def _in_base(path: Path) -> bool:
+    """Whether a checkpoint's one file has an adapter's tensors among the base's."""
+    file = path / _WHOLE
+    return file.is_file() and any(".lora_A." in key for key in read_names(file)[0])
+
+
+def _children(path: Path) -> Iterable[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir())
