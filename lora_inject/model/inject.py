@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from os import PathLike
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_inject.formats.peft import expert_names
 from lora_inject.functional import master_dtype, norms_of
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.attach import Place, attach, places, survey_for
 from lora_inject.model.quantized_activations import refuse_dead_inputs
-from lora_inject.spec.config import Config
+from lora_inject.spec.config import Config, ConfigLike
 from lora_inject.spec.matching import resolve
 from lora_inject.spec.plan import Plan
 from lora_inject.spec.sites import SiteSpec
@@ -22,12 +22,12 @@ from lora_inject.spec.sites import SiteSpec
 M = TypeVar("M", bound=nn.Module)
 
 
-def plan(model: nn.Module, config: Config | Mapping[str, Any] | str | PathLike[str]) -> Plan:
+def plan(model: nn.Module, config: ConfigLike) -> Plan:
     r"""Say what `inject` would do, and change nothing.
 
     Args:
         model: Any module, also on the meta device.
-        config: A `Config`, a dict, or the path of a YAML file.
+        config: A `Config`, a dict, the path of a YAML file, or a LoraConfig of PEFT.
 
     Returns:
         The plan; `print(plan)` shows it as a table.
@@ -42,12 +42,13 @@ def plan(model: nn.Module, config: Config | Mapping[str, Any] | str | PathLike[s
         >>> plan(net, {"rank": 2, "targets": [r"\d"]}).n_lora
         44
     """
-    return resolve(Config.coerce(config), inventory(Survey(model)))
+    found = inventory(Survey(model))
+    return resolve(Config.coerce(config, found, expert_names(model)), found)
 
 
 def inject(
     model: M,
-    config: Config | Mapping[str, Any] | str | PathLike[str],
+    config: ConfigLike,
     name: str = "default",
     *,
     probe: Callable[[], Any] | None = None,
@@ -58,7 +59,7 @@ def inject(
 
     Args:
         model: Any module; stays the same object.
-        config: A `Config`, a dict, or the path of a YAML file.
+        config: A `Config`, a dict, the path of a YAML file, or a LoraConfig of PEFT.
         name: Name of the adapter.
         probe: Runs the model once, for instance `lambda: model(**batch)`. With it a site that the
             run does not reach, whose adapter would be inert, is an error.
@@ -78,10 +79,10 @@ def inject(
         >>> sorted(n for n, p in net.named_parameters() if p.requires_grad)
         ['0.lora_A__default', '0.lora_B__default']
     """
-    config = Config.coerce(config)
     survey = survey_for(model, name)
     refuse_dead_inputs(survey, f"inject {name!r}")
-    planned = resolve(config, inventory(survey))
+    present = inventory(survey)
+    planned = resolve(Config.coerce(config, present, expert_names(model)), present)
     named = {
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }
@@ -100,7 +101,7 @@ def inject(
     def tied(place: Place) -> Hashable:
         return memory_of(place.weight)
 
-    attach(survey, name, found, initial, tied, config.to_dict(), probe=probe)
+    attach(survey, name, found, initial, tied, planned.config.to_dict(), probe=probe)
     return model
 
 

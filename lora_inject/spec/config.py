@@ -6,12 +6,13 @@ errors is reported at its line and column, with the nearest valid spelling.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, cast
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, cast
 
 import yaml
 from pydantic import (
@@ -34,6 +35,8 @@ from pydantic_core import core_schema
 
 from lora_inject.errors import ConfigError, nearest
 from lora_inject.spec.config_errors import config_error
+from lora_inject.spec.from_peft import translated
+from lora_inject.spec.inventory import Inventory
 from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.yaml import MAX_TEXT_BYTES, Document, Dumper, show
 
@@ -317,6 +320,12 @@ def _names(slices: Any) -> tuple[str, ...]:
     return tuple(part if isinstance(part, str) else part[0] for part in slices or ())
 
 
+class HasFields(Protocol):
+    """A LoraConfig of PEFT, to a type checker."""
+
+    def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
+
+
 class Expect(_Strict):
     """Counts that must come out, or inject fails before it changes anything."""
 
@@ -486,11 +495,69 @@ class Config(_Strict):
             raise config_error(error, _models(cls), data) from None
 
     @classmethod
-    def coerce(cls, config: Config | Mapping[str, Any] | str | PathLike[str]) -> Config:
+    def from_peft(
+        cls, config: Any, *, inventory: Inventory | None = None, expert_names: Sequence[str] = ()
+    ) -> Config:
+        r"""Translate a LoraConfig of PEFT, field by field; PEFT itself is not imported.
+
+        A field that means something here becomes a key; one that cannot be translated is named. A
+        name in `target_modules` that the model does not have is an error when the config is used.
+
+        Args:
+            config: A `LoraConfig`, its plain data, or the path of an adapter_config.json or of the
+                folder that holds it.
+            inventory: The names of the model (`inject` gives them): rules of `rank_pattern` and
+                `alpha_pattern` that would match nothing are left out then.
+            expert_names: What PEFT takes for experts of the model (`inject` gives them): such
+                targets are refused, as PEFT would adapt more than they name.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: A field cannot be translated, or the file cannot be read.
+
+        Examples:
+            >>> lora = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"],
+            ...         "modules_to_save": ["lm_head"], "use_rslora": True}
+            >>> print(Config.from_peft(lora).to_yaml())
+            version: 1
+            rank: 16
+            alpha: 32
+            dropout: 0
+            init: kaiming
+            scaling: rslora
+            compute: base
+            variant: lora
+            targets:
+            - q_proj
+            - v_proj
+            train:
+            - lm_head
+            bias: none
+            <BLANKLINE>
+        """
+        if isinstance(config, str | PathLike):
+            asked, fields = f"from_peft '{config}'", _read_json(Path(config))
+        elif isinstance(config, Mapping):
+            asked, fields = "from_peft", dict(config)
+        elif _is_of_peft(config):
+            asked, fields = f"from_peft({type(config).__name__})", _fields_of(config)
+        else:
+            found = f"a value of type {type(config).__name__}"
+            raise ConfigError("from_peft", found, "Give a LoraConfig, a dict, or a path")
+        return cls.from_dict(translated(fields, inventory, asked, expert_names))
+
+    @classmethod
+    def coerce(
+        cls, config: Any, inventory: Inventory | None = None, expert_names: Sequence[str] = ()
+    ) -> Config:
         """Return `config` as a `Config`, whatever it came as.
 
         Args:
-            config: A `Config`, a dict, or the path of a YAML file.
+            config: A `Config`, a dict, the path of a YAML file, or a LoraConfig of PEFT.
+            inventory: The names of the model, for a LoraConfig.
+            expert_names: As in `from_peft`.
 
         Returns:
             The config.
@@ -507,8 +574,11 @@ class Config(_Strict):
             raise ConfigError("config", "YAML text where a path is meant", remedy)
         if isinstance(config, (str, PathLike)):
             return cls.from_yaml(config)
+        if _is_of_peft(config):
+            return cls.from_peft(config, inventory=inventory, expert_names=expert_names)
         found = f"a value of type {type(config).__name__}"
-        raise ConfigError("config", found, "Give a Config, a dict, or the path of a YAML file")
+        remedy = "Give a Config, a dict, the path of a YAML file, or a LoraConfig of PEFT"
+        raise ConfigError("config", found, remedy)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data for JSON and YAML.
@@ -569,10 +639,46 @@ class Config(_Strict):
         return {**head, "description": description, **schema}
 
 
+ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
+"""What a config may be given as; see `Config.coerce`."""
+
+
 def _models(outer: type[BaseModel]) -> dict[str, type[BaseModel]]:
     """Return a model and those inside it, by the key that they stand under."""
     inner: dict[str, type[BaseModel]] = {"targets": Rule, "expect": Expect}
     return {"": outer, **inner, "init": Normal, "layout": Axes}
+
+
+def _is_of_peft(config: object) -> bool:
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__)
+
+
+def _fields_of(config: Any) -> dict[str, Any]:
+    """The fields of a LoraConfig as plain data."""
+    if getattr(config, "_custom_modules", None):
+        found = "layers of its own are registered"
+        raise ConfigError("from_peft", found, "Register a kind of layer: register_kind")
+    fields: dict[str, Any] = config.to_dict()
+    kind = fields.get("peft_type")
+    return {**fields, "peft_type": getattr(kind, "value", kind), "task_type": _text(fields)}
+
+
+def _text(fields: Mapping[str, Any]) -> str | None:
+    task = fields.get("task_type")
+    return getattr(task, "value", task)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    path = path / "adapter_config.json" if path.is_dir() else path
+    try:
+        with path.open("rb") as file:
+            data = json.loads(file.read(MAX_TEXT_BYTES + 1))
+    except (OSError, ValueError, RecursionError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"from_peft '{path}'", found, "Give an adapter_config.json") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"from_peft '{path}'", "it is not a table of fields", "Check the path")
+    return data
 
 
 class _FileSchema(GenerateJsonSchema):

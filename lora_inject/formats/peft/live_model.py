@@ -29,7 +29,7 @@ def options_for_writing(
     model_type = getattr(config, "model_type", None)
     return options_for_reading(modules, tensor_names) | {
         "config": plain_config(model),
-        "expert_names": _expert_names(model_type),
+        "expert_names": expert_names(model),
         "base_model": getattr(config, "_name_or_path", None) or None,
         "task_type": _task_type(model, model_type),
     }
@@ -59,12 +59,13 @@ _EXPERT_NAMES: dict[str | None, tuple[str, ...]] = {
 }
 
 
-def _expert_names(model_type: str | None) -> tuple[str, ...]:
+def expert_names(model: nn.Module) -> tuple[str, ...]:
     """Return what PEFT on transformers 5 takes for experts in any `target_modules` of a model.
 
     It renames the targets of adapters from before transformers 5, where experts were modules, by
     the model's type alone. Dense layers of the same names get no adapter then.
     """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None or "transformers" not in sys.modules:
         return ()
     try:

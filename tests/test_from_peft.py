@@ -1,0 +1,269 @@
+"""A LoraConfig of PEFT: the same sites, ranks, scales and trained tensors as PEFT makes of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+import lora_inject as li
+from lora_inject.spec.from_peft import FIELDS
+
+SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 20}
+LAYERS = {"num_hidden_layers": 3, "num_key_value_heads": 1, "max_position_embeddings": 8}
+
+
+class Nested(nn.Module):
+    """Numbers that are not those of layers, and names that end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.ModuleDict({"q": nn.Linear(4, 4), "my_q": nn.Linear(4, 4)})
+        towers = [
+            nn.ModuleDict({"layers": nn.ModuleList([copy.deepcopy(block) for _ in range(2)])})
+        ]
+        self.enc = nn.ModuleDict({"towers": nn.ModuleList(towers)})
+        self.enc["layers"] = nn.ModuleList([copy.deepcopy(block) for _ in range(3)])
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    gpt2 = GPT2Config(n_layer=3, n_embd=8, n_head=2, n_positions=8, vocab_size=20)
+    bert = BertConfig(**SMALL, num_hidden_layers=2, max_position_embeddings=8)
+    moe = MixtralConfig(**SMALL, **LAYERS, num_local_experts=2)
+    return {
+        "llama": LlamaForCausalLM(LlamaConfig(**SMALL, **LAYERS)),
+        "gpt2": GPT2LMHeadModel(gpt2),
+        "bert": BertForSequenceClassification(bert),
+        "mixtral": MixtralForCausalLM(moe),
+        "nested": Nested(),
+    }
+
+
+def of_peft(model: nn.Module, config: LoraConfig):
+    """Name to (rank, alpha, scale) of each adapted layer, and the names of what else trains."""
+    wrapped = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+    sites = {}
+    for path, module in wrapped.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            name = path.replace(".base_layer", "")
+            if isinstance(module, ParamWrapper):
+                name += f".{module.parameter_name}"
+            numbers = module.r, module.lora_alpha, module.scaling
+            sites[name] = tuple(float(each["default"]) for each in numbers)
+    trained = {
+        re.sub(r"\.(modules_to_save\.default|base_layer)", "", name)
+        for name, p in wrapped.base_model.model.named_parameters()
+        if p.requires_grad and "lora_" not in name
+    }
+    return sites, trained
+
+
+def of_ours(plan: li.Plan):
+    sites = {s.name: (float(s.rank), float(s.alpha), float(s.scale)) for s in plan.sites}
+    return sites, {entry.name for entry in plan.trained}
+
+
+QV = ["q_proj", "v_proj"]
+CASES = {
+    "a list": ("llama", {"target_modules": QV}),
+    "numbers": ("llama", {"target_modules": QV, "r": 4, "lora_alpha": 6, "use_rslora": True}),
+    "one ends in another": ("llama", {"target_modules": ["q_proj", "self_attn.q_proj", "lm_head"]}),
+    "a regex": ("llama", {"target_modules": r".*layers\.[02]\..*(q|up)_proj"}),
+    "a regex of alternatives": (
+        "llama",
+        {"target_modules": r".*q_proj|model\.layers\.1\..*v_proj"},
+    ),
+    "all-linear": ("llama", {"target_modules": "all-linear"}),
+    "all-linear of Conv1D": ("gpt2", {"target_modules": "all-linear", "rank_pattern": {"c_fc": 2}}),
+    "all-linear, ranks": (
+        "llama",
+        {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, r"layers\.1\..*": 3}},
+    ),
+    "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "exclude a list": ("llama", {"target_modules": QV, "exclude_modules": ["0.self_attn.q_proj"]}),
+    "exclude a regex": (
+        "llama",
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.1\..*|lm_head"},
+    ),
+    "layers": ("llama", {"target_modules": QV, "layers_to_transform": [0, 2]}),
+    "one layer": ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": 1}),
+    "layers of a list": (
+        "nested",
+        {"target_modules": ["q"], "layers_to_transform": [1, 2], "layers_pattern": "layers"},
+    ),
+    "layers of two lists": (
+        "nested",
+        {"target_modules": ["q"], "layers_to_transform": 0, "layers_pattern": ["layers", "towers"]},
+    ),
+    "ranks and alphas of the same keys": (
+        "llama",
+        {
+            "target_modules": QV,
+            "rank_pattern": {"q_proj": 2, "v_proj": 4},
+            "alpha_pattern": {"q_proj": 1, "v_proj": 3},
+        },
+    ),
+    "ranks and alphas of other keys": (
+        "llama",
+        {
+            "target_modules": [*QV, "up_proj"],
+            "rank_pattern": {r"layers\.0\..*": 2, "v_proj": 4},
+            "alpha_pattern": {"q_proj": 1, r"^model.layers.[01].*": 3},
+        },
+    ),
+    "full names": (
+        "llama",
+        {
+            "target_modules": QV,
+            "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "self_attn.q_proj": 3},
+            "alpha_pattern": {"self_attn.q_proj": 5},
+        },
+    ),
+    "the first key wins": (
+        "llama",
+        {"target_modules": QV, "rank_pattern": {".*": 2, "q_proj": 3}, "alpha_pattern": {"q.*": 9}},
+    ),
+    "saved modules": (
+        "llama",
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head", "1.mlp"]},
+    ),
+    "biases of adapted": ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}),
+    "all biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+    "a classifier": ("bert", {"target_modules": ["query"], "task_type": "SEQ_CLS"}),
+    "a classifier beside all-linear": (
+        "bert",
+        {"target_modules": "all-linear", "task_type": "SEQ_CLS"},
+    ),
+    "parameters beside modules": (
+        "mixtral",
+        {
+            "target_modules": r".*(q|k)_proj",
+            "target_parameters": ["experts.down_proj"],
+            "rank_pattern": {"down_proj": 2, "q_proj": 3},
+        },
+    ),
+    "parameters": (
+        "mixtral",
+        {
+            "target_modules": [],
+            "target_parameters": ["experts.down_proj", "gate.weight"],
+            "rank_pattern": {"experts.down_proj": 2},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_sites_ranks_scales_and_trained_tensors_are_those_of_peft(models, case):
+    which, options = CASES[case]
+    config = LoraConfig(**options)
+    due = of_peft(models[which], config)
+    assert due[0]
+    found = of_ours(li.plan(models[which], config))
+    assert found == due
+    plain = json.loads(json.dumps(config.to_dict(), default=list))
+    assert li.Config.from_peft(config).init == li.Config.from_peft(plain).init
+
+
+def test_inject_takes_a_lora_config_and_the_folder_of_an_adapter(models, tmp_path):
+    config = LoraConfig(target_modules=QV, r=2, init_lora_weights="gaussian", lora_dropout=0.1)
+    model = copy.deepcopy(models["llama"])
+    li.inject(model, config)
+    site = li.adapter_state(model).sites["model.layers.0.self_attn.q_proj"].spec
+    assert (site.init, site.dropout, site.rank, site.alpha) == ("gaussian", 0.1, 2, 8)
+    config.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "adapter_config.json"):
+        assert li.Config.from_peft(path) == li.Config.from_peft(config)
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(li.ConfigError, match="from_peft"):
+        li.Config.from_peft(tmp_path)
+
+
+def test_variants_biases_of_b_and_token_rows_are_translated(models):
+    model = models["llama"]
+    dora = li.plan(model, LoraConfig(target_modules=QV, use_dora=True))
+    assert {site.variant for site in dora.sites} == {"dora"}
+    biased = li.plan(model, LoraConfig(target_modules=QV, lora_bias=True))
+    assert all(site.lora_bias for site in biased.sites)
+    for given in ([3, 5], {"embed_tokens": [3, 5]}):
+        plan = li.plan(model, LoraConfig(target_modules=QV, trainable_token_indices=given))
+        rows = {entry.name: entry.rows for entry in plan.trained}
+        assert rows == {"model.embed_tokens.weight": (3, 5)}
+    with pytest.raises(li.ConfigError, match=r"which embedding is meant is not said"):
+        li.Config.from_peft({"target_modules": QV, "trainable_token_indices": [3]})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rules_without_a_model_leave_out_pairs_that_have_no_name_in_common():
+    config = {"target_modules": QV, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 9}}
+    targets = li.Config.from_peft(config).to_dict()["targets"]
+    assert targets == [{"match": "q_proj", "rank": 4}, {"match": "v_proj", "alpha": 9}]
+
+
+def test_every_field_of_this_peft_is_known():
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= FIELDS
+
+
+REFUSED = {
+    "peft_type": "IA3",
+    "alora_invocation_tokens": [1],
+    "layer_replication": [(0, 2)],
+    "use_qalora": True,
+    "megatron_config": {"a": 1},
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 2.0},
+    "init_lora_weights": "corda",
+    "target_modules": None,
+    "bias": "some",
+    "runtime_config": {"ephemeral_gpu_offload": True},
+    "new_in_peft_9": True,
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_cannot_be_translated_is_named(field):
+    with pytest.raises(li.ConfigError, match=rf"from_peft, '{field}'"):
+        li.Config.from_peft({"target_modules": QV} | {field: REFUSED[field]})
+
+
+def test_what_would_mean_something_else_is_refused(models):
+    refused = [
+        ("llama", {"exclude_modules": ["0.self_attn"]}, "PEFT adapts 'model.layers.0.self_attn"),
+        ("llama", {"rank_pattern": {"k_proj": 3}}, "'rank_pattern'.* 'k_proj' matches none"),
+        ("llama", {"init_lora_weights": False}, "does not start at zero"),
+    ]
+    for which, options, message in refused:
+        with pytest.raises(li.ConfigError, match=message):
+            li.plan(models[which], LoraConfig(target_modules=QV, **options))
+    for target in ("all-linear", ["w1", "w2", "w3"], r".*\.(gate|q_proj)"):
+        with pytest.raises(li.ConfigError, match=r"'target_modules': PEFT takes .* for experts"):
+            li.plan(models["mixtral"], LoraConfig(target_modules=target))
+    tied = copy.deepcopy(models["llama"])
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    with pytest.raises(li.ConfigError, match=r"'ensure_weight_tying': 'lm_head' is tied"):
+        li.plan(tied, LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True))
+    config = LoraConfig(target_modules=["q"], layers_to_transform=[1])
+    with pytest.raises(li.ConfigError, match=r"PEFT takes . for the layer of 'towers"):
+        li.plan(models["nested"].enc, config)
+    with pytest.raises(li.MatchError, match=r"Nearest: 'model.layers.0.self_attn.q_proj'"):
+        li.plan(models["llama"], LoraConfig(target_modules=["q_prj"]))
