@@ -13,7 +13,7 @@ ever finds the raw weight.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError
 from lora_inject.functional.factors import needs_plain_operations
 from lora_inject.functional.gain import Gain
+from lora_inject.functional.linear import differentiate
 from lora_inject.functional.products import (
     grouped_product,
     looked_up,
     product_from_left,
     product_from_right,
-    summed,
 )
 from lora_inject.functional.weight import LowRank, Update, effective_weight, low_rank
 
@@ -70,14 +70,7 @@ def lazy_weight(
     if not _can_wait(weight, stacked, float32):
         used()
         return effective_weight(weight, updates, float32=float32, gain=gain)
-
-    def make() -> LowRank:
-        return low_rank(weight, updates, gain) if updates else LowRank(weight, ())
-
-    if torch.is_grad_enabled() and gain is None:
-        return LazyWeight.over(make(), used=used)
-    watched = () if gain is None else gain.tensors.values()
-    return LazyWeight.without_graph(weight, updates, make, used, watched)
+    return LazyWeight.of(_Read(weight, updates, gain, used))
 
 
 def _can_wait(weight: Tensor, stacked: bool, float32: bool) -> bool:
@@ -90,117 +83,158 @@ def _can_wait(weight: Tensor, stacked: bool, float32: bool) -> bool:
     )
 
 
-class LazyWeight(Tensor):
-    """Stands for a weight with its updates; what it cannot answer thinly it forms first."""
+class _Read:
+    """One reading of a weight, which all views of it share.
 
-    _value: LowRank | Callable[[], LowRank]
-    # What it is a view of, and how; None for a weight as it was read, or a copy of some of it.
-    _origin: tuple[LazyWeight, Callable[[Tensor], Tensor]] | None
-    _formed: Tensor | None
-    _matrices: list[LowRank] | None
-    _grad_mode: bool
-    _watched: list[Tensor]
-    _versions: list[int]
-    _used: Callable[[], None] | None
-    _gained: bool
+    Attributes:
+        leaves: The weight, and every tensor of its updates and of its gain.
+        formed: The effective weight, once somebody needed it.
+    """
 
-    @staticmethod
-    def over(
-        value: LowRank,
-        origin: tuple[LazyWeight, Callable[[Tensor], Tensor]] | None = None,
-        used: Callable[[], None] | None = None,
-    ) -> LazyWeight:
-        """Make one that stands for `value`, with a graph to all of its factors."""
-        factors = [t for left, right, _ in value.terms for t in (left, right)]
-        made: LazyWeight = _Deferred.apply(value, value.base, *factors)  # type: ignore[no-untyped-call]
-        made._start(value, [] if origin else [value.base, *factors], origin, used)
-        return made
-
-    @staticmethod
-    def without_graph(
+    def __init__(
+        self,
         weight: Tensor,
         updates: Sequence[Update],
-        make: Callable[[], LowRank],
+        gain: Gain | None,
         used: Callable[[], None],
-        further: Collection[Tensor] = (),
-    ) -> LazyWeight:
-        """Make one that has no graph before it is formed, and costs little until it is used."""
-        made: LazyWeight = _empty(weight)
-        watched = [weight, *(t for _, A, B, _ in updates for t in (A, B)), *further]
-        made._start(make, watched, None, used)
-        made._gained = bool(further)
-        return made
-
-    def _start(
-        self,
-        value: LowRank | Callable[[], LowRank],
-        watched: list[Tensor],
-        origin: tuple[LazyWeight, Callable[[Tensor], Tensor]] | None,
-        used: Callable[[], None] | None,
     ) -> None:
-        self._value, self._origin, self._used = value, origin, used
-        self._formed = self._matrices = None
-        self._gained = False
-        self._grad_mode = torch.is_grad_enabled()
-        self._watched, self._versions = watched, _versions(watched)
+        self.weight, self.updates, self.gain = weight, updates, gain
+        factors = [t for _, A, B, _ in updates for t in (A, B)]
+        self.leaves = [weight, *factors, *(gain.tensors.values() if gain is not None else ())]
+        self.formed: Tensor | None = None
+        self._versions = self._versions_now()
+        self._used: Callable[[], None] | None = used
+        self._grad = torch.is_grad_enabled()
+        self._value: LowRank | None = None
+        self._matrices: dict[torch.dtype | None, list[LowRank]] = {}
+
+    def _versions_now(self) -> list[int]:
+        return [0 if t.is_inference() else t._version for t in self.leaves]
+
+    def mode(self) -> Any:
+        """Return the context in which everything of the reading is computed."""
+        return torch.set_grad_enabled(self._grad)
+
+    def anew(self) -> LowRank:
+        """Return the sum, of nothing that was computed before."""
+        if not self.updates:
+            return LowRank(self.weight, ())
+        return low_rank(self.weight, self.updates, self.gain)
 
     def value(self) -> LowRank:
-        """Return the sum that it stands for.
+        """Return the sum that the weight stands for.
 
         Raises:
             LayerError: The weight or its adapter has changed since it was read.
         """
-        if self._origin is not None:
-            self._origin[0].value()
-        elif _versions(self._watched) != self._versions:
+        if self._versions_now() != self._versions:
             raise LayerError(
                 "using a weight that was read in an earlier forward",
                 "its adapter, or the weight itself, was changed since",
                 "Read the weight again from its module, or keep a .clone() of it",
             )
-        elif self._used is not None:
+        if self._used is not None:
             self._used()
             self._used = None
-        if not isinstance(self._value, LowRank):
-            with torch.set_grad_enabled(self._grad_mode):
-                self._value = self._value()
+        if self._value is None:
+            with self.mode():
+                self._value = self.anew()
         return self._value
 
-    def formed(self, *, to_change: bool = False) -> Tensor:
-        """Return the effective weight as a plain tensor: the one that reading it would have formed.
+    def matrix(self, index: int, *, to_multiply: bool) -> LowRank:
+        """Return one matrix of a stack, its factors in the dtype that they are multiplied in.
 
-        Args:
-            to_change: What is returned will be changed in place: let it share memory, as a view
-                does, with that of the weight that this is a view of.
-        """
-        if self._formed is None:
-            parent, view = self._origin or (None, None)
-            if parent is not None and view is not None and (to_change or parent._is_formed()):
-                return view(parent.formed(to_change=to_change))
-            with torch.set_grad_enabled(self._grad_mode):
-                self._formed = self.value().formed(self.dtype)
-        return self._formed
-
-    def _is_formed(self) -> bool:
-        origin = self._origin
-        return self._formed is not None or (origin is not None and origin[0]._is_formed())
-
-    def matrix(self, index: int) -> LowRank:
-        """Return one matrix of a stack.
-
-        All are cut at once: the gradient of A is then put together once, and not once for each.
+        All are cast and cut at once: the gradient of A is then put together and cast once, and not
+        once for each. In inference few of many experts may be asked for, which are cast alone.
         """
         base, terms, float32, _ = self.value()
-        if self._matrices is None:
-            with torch.set_grad_enabled(self._grad_mode):
-                cut = [(_cut(left), _cut(right), scale) for left, right, scale in terms]
-            self._matrices = [
+        narrow = to_multiply and self._grad and not float32 and not _is_autocast(base)
+        dtype = base.dtype if narrow else None
+        if dtype not in self._matrices:
+            with self.mode():
+                cut = [
+                    (_cut(left.to(dtype)), _cut(right.to(dtype)), scale)
+                    for left, right, scale in terms
+                ]
+            self._matrices[dtype] = [
                 LowRank(
                     one, tuple((left[i], right[i], scale) for left, right, scale in cut), float32
                 )
                 for i, one in enumerate(base.unbind())
             ]
-        return self._matrices[index]
+        return self._matrices[dtype][index]
+
+
+class LazyWeight(Tensor):
+    """Stands for a weight with its updates; what it cannot answer thinly it forms first.
+
+    It is the whole of what was read, or one matrix of it, or some: `index`, maybe turned.
+    """
+
+    _read: _Read
+    _index: int | Tensor | None
+    _is_turned: bool
+    _formed: Tensor | None
+    _gathered: LowRank | None
+
+    @staticmethod
+    def of(read: _Read, index: int | Tensor | None = None, turned: bool = False) -> LazyWeight:
+        """Make one, with a graph to every tensor of the reading."""
+        gathered = None
+        if isinstance(index, Tensor):
+            whole = read.value()
+            terms = tuple((left[index], right[index], scale) for left, right, scale in whole.terms)
+            gathered = LowRank(whole.base[index], terms, whole.float32)
+        base = read.weight
+        like = gathered.base if gathered is not None else base if index is None else base[index]
+        like = like.mT if turned else like
+        made: LazyWeight
+        if torch.is_grad_enabled():
+            made = _Deferred.apply(read, index, turned, like, *read.leaves)  # type: ignore[no-untyped-call]
+        else:
+            made = _empty(like)
+        made._read, made._index, made._is_turned = read, index, turned
+        made._formed, made._gathered = None, gathered
+        return made
+
+    def some(self, index: int | Tensor | None, *, turn: bool = False) -> LazyWeight:
+        """Return one matrix of a stack, some of them, or the same, maybe turned."""
+        index = self._index if index is None else index
+        return LazyWeight.of(self._read, index, self._is_turned != turn)
+
+    def value(self, *, to_multiply: bool = True, turn: bool = False) -> LowRank:
+        """Return the sum that it stands for; raises where a tensor of it has changed."""
+        found = self._read.value()
+        if isinstance(self._index, int):
+            found = self._read.matrix(self._index, to_multiply=to_multiply)
+        elif self._gathered is not None:
+            found = self._gathered
+        if self._is_turned == turn:
+            return found
+        turned = tuple((right.mT, left.mT, scale) for left, right, scale in found.terms)
+        return LowRank(found.base.mT, turned, found.float32)
+
+    def is_thin(self) -> bool:
+        """Whether products may be taken through it.
+
+        One that was formed may carry a hook or a gradient of its own: it stays the one. A gain
+        multiplies a sum, not its terms.
+        """
+        return self._formed is None and self._read.formed is None and self._read.gain is None
+
+    def formed(self) -> Tensor:
+        """Return the effective weight as a plain tensor, formed once."""
+        if self._formed is None:
+            read, value = self._read, self.value(to_multiply=False)
+            whole = self._index is None or read.gain is not None
+            with read.mode():
+                if whole and read.formed is None:
+                    read.formed = read.value().formed(self.dtype)
+                if read.formed is None:
+                    self._formed = value.formed(self.dtype)
+                else:
+                    self._formed = _of(read.formed, self._index, self._is_turned)
+        return self._formed
 
     @classmethod
     def __torch_function__(
@@ -216,18 +250,13 @@ class LazyWeight(Tensor):
             found = answer(*args, **kwargs)
             if found is not NotImplemented:
                 return found
-        if func is Tensor.data.__set__:  # type: ignore[attr-defined]
+        if _changes(func, args, kwargs):
             raise LayerError(
-                "setting .data of a weight with an adapter inside a forward",
+                f"{func.__name__} on a weight with an adapter inside a forward",
                 "what a forward reads is W + delta, which is nowhere stored",
-                "Set it outside of the forward, or merge the adapter first",
+                "Change a .clone() of it, change it outside of the forward, or merge first",
             )
-        to_change = _changes(func, kwargs)
-
-        def form(t: LazyWeight) -> Tensor:
-            return t.formed(to_change=to_change)
-
-        return func(*_replaced(args, form), **_replaced(kwargs, form))
+        return func(*_replaced(args, LazyWeight.formed), **_replaced(kwargs, LazyWeight.formed))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -250,16 +279,9 @@ def formed(weight: Any) -> Any:
 
 def _beneath(lazy: LazyWeight) -> Tensor:
     """Return the effective weight without a graph: autograd has done its part, and keeps none."""
-    if lazy._is_formed():
-        return lazy.formed().detach()
-    value = lazy.value()
-    if value.gain is not None and lazy._grad_mode:
-        raise LayerError(
-            "a weight with a gain (DoRA) in code that torch cannot look into",
-            "no gradient would reach the adapter from there",
-            "Run it under torch.no_grad(), or merge the adapter first",
-        )
-    return value.formed(lazy.dtype).detach()
+    if lazy.is_thin():
+        return lazy.value(to_multiply=False).formed(lazy.dtype).detach()
+    return lazy.formed().detach()
 
 
 def _replaced(found: Any, form: Callable[[LazyWeight], Tensor]) -> Any:
@@ -284,25 +306,23 @@ def _may_answer(answer: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> boo
 def _is_thin(argument: Any) -> bool:
     """Whether an argument allows a thin answer.
 
-    A weight that was formed may have been changed since, or carry a hook: it stays the one. Tensors
-    of other classes have an arithmetic of their own.
+    Tensors of other classes have an arithmetic of their own.
     """
     if isinstance(argument, LazyWeight):
-        return not argument._is_formed() and not argument._gained
+        return argument.is_thin()
     if isinstance(argument, list | tuple):
         return all(map(_is_thin, argument))
     return not isinstance(argument, Tensor) or type(argument) in PLAIN
 
 
-def _changes(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a function changes what it is given."""
+def _changes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes a lazy weight."""
     name: str = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in _CHANGING or "out" in kwargs or bool(kwargs.get("inplace"))
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    return [0 if t.is_inference() else t._version for t in tensors]
+    in_place = in_place or (name[:3] == "__i" and hasattr(Tensor, "__" + name[3:]))  # __iadd__
+    first = bool(args) and isinstance(args[0], LazyWeight)
+    changes = in_place or name in ("__setitem__", "__set__") or bool(kwargs.get("inplace"))
+    return (first and changes) or isinstance(kwargs.get("out"), LazyWeight)
 
 
 def _empty(like: Tensor) -> LazyWeight:
@@ -317,21 +337,21 @@ class _Deferred(torch.autograd.Function):
     """The node of a lazy weight, for who differentiates by it as if it had been formed."""
 
     @staticmethod
-    def forward(ctx: Any, value: LowRank, base: Tensor, *factors: Tensor) -> LazyWeight:
-        ctx.scales = [scale for _, _, scale in value.terms]
-        ctx.save_for_backward(*factors)
-        return _empty(base)
+    def forward(
+        ctx: Any, read: _Read, index: Any, turned: bool, like: Tensor, *_: Tensor
+    ) -> LazyWeight:
+        ctx.how = read, index, turned
+        return _empty(like)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        factors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        grads: list[Tensor | None] = []
-        for i, scale in enumerate(ctx.scales):
-            left, right = factors[2 * i : 2 * i + 2]
-            wide = g.to(left.dtype)
-            grads.append(scale * (wide @ right.mT) if needs[2 * i] else None)
-            grads.append(scale * (left.mT @ wide) if needs[2 * i + 1] else None)
-        return None, g if ctx.needs_input_grad[1] else None, *grads
+        read, index, turned = ctx.how
+        read.value()  # or it has changed
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            out = _of(read.anew().formed(read.weight.dtype), index, turned)
+        needs = ctx.needs_input_grad[4:]
+        return (*[None] * 4, *differentiate(out, read.leaves, needs, g, again=again))
 
 
 def _cut(stack: Tensor) -> tuple[Tensor, ...]:
@@ -357,15 +377,14 @@ class _Cut(torch.autograd.Function):
 # ------------------------------------------------------------------------- questions and answers
 
 
-def _view(lazy: LazyWeight, value: LowRank, view: Callable[[Tensor], Tensor]) -> LazyWeight:
-    return LazyWeight.over(value, (lazy, view))
+def _of(whole: Tensor, index: int | Tensor | None, turned: bool) -> Tensor:
+    """Return what a lazy weight is of the whole."""
+    found = whole if index is None else whole[index]
+    return found.mT if turned else found
 
 
 def _turned(lazy: LazyWeight) -> LazyWeight:
-    base, terms, float32, _ = lazy.value()
-    turned = tuple((right.mT, left.mT, scale) for left, right, scale in terms)
-    value = LowRank(base.mT, turned, float32)
-    return _view(lazy, value, lambda t: t.mT)
+    return lazy.some(None, turn=True)
 
 
 def _t(lazy: LazyWeight) -> Any:
@@ -379,29 +398,19 @@ def _transpose(lazy: LazyWeight, dim0: int, dim1: int) -> Any:
 
 def _item(lazy: LazyWeight, index: Any) -> Any:
     """Return `lazy[index]`, where the index picks matrices of a stack."""
-    if lazy.dim() != 3 or isinstance(index, bool):
+    if lazy.dim() != 3 or lazy._index is not None or isinstance(index, bool):
         return NotImplemented
     if isinstance(index, Tensor):
         if index.dtype in (torch.bool, torch.uint8) or index.dim() > 1:
             return NotImplemented
-        return _picked(lazy, index) if index.dim() else _matrix(lazy, int(index))
-    return _matrix(lazy, index) if isinstance(index, int) else NotImplemented
-
-
-def _matrix(lazy: LazyWeight, index: int) -> LazyWeight:
-    return _view(lazy, lazy.matrix(index), lambda t: t[index])
-
-
-def _picked(lazy: LazyWeight, index: Tensor) -> LazyWeight:
-    base, terms, float32, _ = lazy.value()
-    chosen = tuple((left[index], right[index], scale) for left, right, scale in terms)
-    return LazyWeight.over(LowRank(base[index], chosen, float32))
+        return lazy.some(index if index.dim() else int(index))
+    return lazy.some(index) if isinstance(index, int) else NotImplemented
 
 
 def _matrices(lazy: LazyWeight, dim: int = 0) -> Any:
-    if lazy.dim() != 3 or dim not in (0, -3):
+    if lazy.dim() != 3 or lazy._index is not None or dim not in (0, -3):
         return NotImplemented
-    return tuple(_matrix(lazy, i) for i in range(lazy.shape[0]))
+    return tuple(map(lazy.some, range(lazy.shape[0])))
 
 
 def _iterate(lazy: LazyWeight) -> Any:
@@ -416,7 +425,7 @@ def _to(lazy: LazyWeight, what: Any) -> Any:
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
     if isinstance(x, LazyWeight) or not _fit(x, weight) or weight.dim() != 2:
         return NotImplemented
-    return product_from_right(x, _turned(weight).value(), bias)
+    return product_from_right(x, weight.value(turn=True), bias)
 
 
 def _matmul(left: Any, right: Any) -> Any:
@@ -436,29 +445,12 @@ def _bmm(left: Any, right: Any) -> Any:
     return _matmul(left, right) if left.dim() == right.dim() == 3 else NotImplemented
 
 
-def _matmul_reversed(right: Any, left: Any) -> Any:
-    return _matmul(left, right)
-
-
 def _addmm(bias: Tensor, x: Tensor, weight: Any) -> Any:
     """`torch.addmm` as transformers' Conv1D uses it."""
     plain = not isinstance(bias, LazyWeight) and bias.dim() == 1 and isinstance(weight, LazyWeight)
     if not plain or isinstance(x, LazyWeight) or not _fit(x, weight) or bias.dtype != x.dtype:
         return NotImplemented
     return product_from_right(x, weight.value(), bias)
-
-
-def _einsum(equation: Any, *operands: Any) -> Any:
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
-    where = [i for i, t in enumerate(operands) if isinstance(t, LazyWeight)]
-    if not isinstance(equation, str) or len(where) != 1:
-        return NotImplemented
-    weight = operands[where[0]]
-    before, after = list(operands[: where[0]]), list(operands[where[0] + 1 :])
-    if not all(_fit(t, weight) for t in (*before, *after)):
-        return NotImplemented
-    return summed(equation, before, weight.value(), after)
 
 
 def _embedding(
@@ -505,9 +497,12 @@ def _grouped(
 
 def _fit(x: Tensor, weight: LazyWeight) -> bool:
     """Whether torch would multiply these two as they are; if not, its own message is best."""
-    kind = x.device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    return x.device == weight.device and (autocast or x.dtype == weight.dtype)
+    return x.device == weight.device and (x.dtype == weight.dtype or _is_autocast(x))
+
+
+def _is_autocast(t: Tensor) -> bool:
+    kind = t.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def _getter(name: str) -> Any:
@@ -527,25 +522,21 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _getter("mT"): _turned,
     Tensor.t: _t,
     Tensor.transpose: _transpose,
-    Tensor.swapaxes: _transpose,
     Tensor.__getitem__: _item,
     Tensor.__iter__: _iterate,
     Tensor.unbind: _matrices,
     Tensor.to: _to,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
-    Tensor.__rmatmul__: _matmul_reversed,
     Tensor.mm: _mm,
     Tensor.bmm: _bmm,
     torch.t: _t,
     torch.transpose: _transpose,
-    torch.swapaxes: _transpose,
     torch.unbind: _matrices,
     torch.matmul: _matmul,
     torch.mm: _mm,
     torch.bmm: _bmm,
     torch.addmm: _addmm,
-    torch.einsum: _einsum,
     F.embedding: _embedding,
     F.linear: _linear,
     torch._grouped_mm: _grouped_mm,
@@ -553,5 +544,3 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
 
 # Custom operations, which exist once their library is imported.
 _ANSWERS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
-
-_CHANGING = ("__setitem__", "__set__")

@@ -174,15 +174,20 @@ def _plain(
     return out.reshape(y.shape)
 
 
-def differentiate_again(
-    out: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool], g: Tensor
+def differentiate(
+    out: Tensor,
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    g: Tensor,
+    *,
+    again: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Differentiate plain operations, for a backward that is itself differentiated.
+    """Differentiate plain operations, for a backward that may itself be differentiated `again`.
 
-    `out` is their value, `g` its gradient; each input that needs one gets a gradient with a graph.
+    `out` is their value, `g` its gradient; each input that needs one gets a gradient.
     """
     wanted = [t for t, need in zip(inputs, needs, strict=True) if t is not None and need]
-    found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
+    found = iter(torch.autograd.grad(out, wanted, g, create_graph=again))
     return tuple(
         next(found) if t is not None and need else None
         for t, need in zip(inputs, needs, strict=True)
@@ -425,5 +430,5 @@ def _backward_with_graph(
     masks = [cpu.mask(one.dropped, _matrix(x)) for one in kept]
     out = _plain(y, x, how.updates(factors), masks, how.float32)
     inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
-    gx, _, *others = differentiate_again(out, inputs, wanted, g)
+    gx, _, *others = differentiate(out, inputs, wanted, g)
     return gx, g if needs[1] else None, *others

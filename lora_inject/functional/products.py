@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,33 +80,4 @@ def grouped_product(multiply: Grouped, x: Tensor, value: LowRank, offs: Tensor) 
         h = multiply(x, F.pad(left, (0, missing)).to(x.dtype), offs=offs)
         update = multiply(h, F.pad(right, (0, 0, 0, missing)).to(h.dtype), offs=offs)
         y = torch.add(y, update, alpha=scale)
-    return y
-
-
-def summed(equation: str, before: list[Tensor], value: LowRank, after: list[Tensor]) -> Any:
-    """Return `torch.einsum(equation, *before, value, *after)`.
-
-    The last two letters of the weight are its rows and columns: `NotImplemented` where neither is
-    summed over, or both are.
-    """
-    if "." in equation or "->" not in equation:
-        return NotImplemented
-    inputs, out = equation.replace(" ", "").split("->")
-    letters = inputs.split(",")
-    mine = letters.pop(len(before))
-    row_stays, column_stays = (c in out for c in mine[-2:])
-    if row_stays == column_stays or len(set(mine)) < len(mine):
-        return NotImplemented
-    others = [*before, *after]
-    y = torch.einsum(equation, *before, value.base, *after)
-    rank = next(c for c in "rqzRQZ" if c not in equation)
-    thin = [mine[:-1] + rank, mine[:-2] + rank + mine[-1]]
-    with without_autocast(y) or nullcontext():
-        others = [t.to(y.dtype) for t in others]
-        for left, right, scale in value.terms:
-            # Without a better plan einsum goes from the left: what makes the rank comes first.
-            order = list(zip(thin, (left.to(y.dtype), right.to(y.dtype)), strict=True))
-            names, factors = zip(*(order[::-1] if row_stays else order), strict=True)
-            terms = ",".join([*letters, *names])
-            y = torch.add(y, torch.einsum(f"{terms}->{out}", *others, *factors), alpha=scale)
     return y

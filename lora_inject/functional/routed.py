@@ -25,7 +25,7 @@ from lora_inject.functional.factors import (
     spread,
     without_autocast,
 )
-from lora_inject.functional.linear import differentiate_again
+from lora_inject.functional.linear import differentiate
 
 
 def routed_update(
@@ -132,7 +132,7 @@ class _RoutedFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             out, _ = _routed(g.new_zeros(g.shape), x3, places, A_bank, B_bank)
-            return (g, *differentiate_again(out, (x3, None, A_bank, B_bank), needs[1:], g))
+            return (g, *differentiate(out, (x3, None, A_bank, B_bank), needs[1:], g))
         gw = g.to(h.dtype)
         gh = torch.bmm(B_bank.index_select(0, places).mT, gw.mT)
         gx = gA = gB = None

@@ -233,8 +233,8 @@ def saved(options: Options) -> Result:
             _saved(result, f"{name} {label}", make(dtype), ids, options)
     result.notes.append(
         "Distinct storages that autograd's hooks see, without parameters. The targets are for the "
-        "Llama in bf16: x once, and h; that of dropout allows one bit more for each element of x. "
-        "On a GPU the factors in bf16 are kept too, 2.7 MiB here, to start two launches less."
+        "Llama in bf16: x once, h, and the factors in bf16, which are kept to start two launches "
+        "less; that of dropout allows one bit more for each element of x."
     )
     return result
 
@@ -252,7 +252,7 @@ def _saved(result: Result, case: str, base: Any, ids: Tensor, options: Options) 
     floor = _kept(frozen(copy.deepcopy(base)), ids)
     result.add(case, "floor", "MiB", floor / MIB)
     judged = not options.quick and case.startswith("Llama") and "bf16" in case
-    targets = {OURS: 42.0, GENERAL: 42.0, "lora_inject, dropout 0.05": 46.9}
+    targets = {OURS: 44.7, GENERAL: 44.7, "lora_inject, dropout 0.05": 49.6}
     for name, make in made.items():
         over = _kept(make(copy.deepcopy(base)), ids) - floor
         result.add(case, name, "MiB over floor", over / MIB, targets.get(name) if judged else None)
