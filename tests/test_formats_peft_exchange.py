@@ -6,6 +6,7 @@ PEFT is the reference: what it computes from a file is what the file means.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import warnings
 from pathlib import Path
@@ -428,10 +429,11 @@ def test_a_parameter_of_multihead_attention_reaches_peft_or_is_refused(tmp_path:
     assert list(read_adapter(native).sites) == list(both.sites)
 
 
-def test_multihead_attention_of_peft_is_refused(tmp_path: Path) -> None:
+def test_multihead_attention_of_an_unknown_peft_is_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
-    wrapped = with_random_adapter(model, target_modules=["attn"], r=2)
-    wrapped.save_pretrained(tmp_path)
+    with_random_adapter(model, target_modules=["attn"], r=2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_version": None}))
     with pytest.raises(FormatError, match="twice"):
         read_adapter(tmp_path)
 

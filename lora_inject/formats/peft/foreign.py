@@ -88,10 +88,19 @@ def read_foreign(
             module, depth = module.removesuffix(".base_layer"), depth + 1
         levels.setdefault(module, {})[depth] = path
     owners: dict[str, tuple[str, _Pair]] = {}
+    called: dict[str, str] = {}  # what the config's patterns call a site, where it is not its name
     for module, paths in levels.items():
+        if module.endswith(_OUT) and module.removesuffix(_OUT) in levels:
+            attention = module.removesuffix(_OUT)
+            owners |= _attention(attention, paths[0], pairs, claims, asked)
+            called |= {name: attention for name in owners if name.startswith(f"{attention}.")}
+            continue
+        if f"{module}{_OUT}" in levels:
+            continue
         for name, path in _named(module, paths, claims, asked, tensor_names):
             owners[name] = module, pairs[path]
-    numbers = claims.numbers(owners)
+    known = claims.numbers({called.get(name, name): None for name in owners})
+    numbers = {name: known[called.get(name, name)] for name in owners}
     sites = {}
     for name, (module, pair) in owners.items():
         a, b, where = pair.tensors["a"], pair.tensors["b"], f"{asked}, site '{name}'"
@@ -111,6 +120,32 @@ def read_foreign(
     trained.update((name, tensor) for name, (_, tensor) in rows.items())
     numbers_of_rows = {name: numbers for name, (numbers, _) in rows.items()}
     return AdapterState(sites, trained, base_copies=copies, rows=numbers_of_rows)
+
+
+_OUT = ".base_layer.out_proj"
+
+
+def _attention(
+    module: str, out: str, pairs: Mapping[str, _Pair], claims: Claims, asked: str
+) -> dict[str, tuple[str, _Pair]]:
+    """Return the two sites of a MultiheadAttention, in the numbers that PEFT computes with.
+
+    PEFT 0.21 adds the update of the output projection twice in every forward
+    (tuners/lora/layer.py, `MultiheadAttention.merge`): here it is so large once.
+    """
+    if claims.peft_version != (0, 21):
+        raise FormatError(
+            f"{asked}, module '{module}'",
+            "PEFT 0.21 applies the update of an attention's output projection twice, and the file "
+            "does not say that it was trained so ('peft_version')",
+            "Save it again with PEFT 0.21.2, where its outputs there are right",
+        )
+    inner, projection = pairs[module], pairs[out]
+    twice = {**projection.tensors, "b": 2 * projection.tensors["b"]}
+    return {
+        f"{module}.in_proj_weight": (module, inner),
+        f"{module}.out_proj": (f"{module}.out_proj", replace(projection, tensors=twice)),
+    }
 
 
 def _check_further(pair: _Pair, claims: Claims, where: str) -> None:
@@ -232,9 +267,8 @@ def _named(
     if ".base_layer." in f"{module}.":
         raise FormatError(
             where,
-            "it lies inside another adapted module, as in PEFT's MultiheadAttention, which applies "
-            "the update of its output projection twice",
-            "Train it again with this package; its numbers would not mean the same",
+            "it lies inside another adapted module, and is no output projection of an attention",
+            "Train it again with this package",
         )
     parameters = _parameters_of(module, claims, tensor_names)
     if not parameters:
