@@ -92,3 +92,15 @@ def test_half_done() -> None:
         assert [(n, id(m), type(m), sorted(m.__dict__)) for n, m in model.named_modules()] == before
         assert list(model.state_dict()) == keys
         assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_a_layer_without_elements_is_left_out() -> None:
+    """torch's adaptive softmax makes clusters of width 0 where there are many."""
+    model = nn.AdaptiveLogSoftmaxWithLoss(8, 20, [5, 10])
+    assert model.tail[1][0].weight.shape == (0, 8)
+    li.inject(model, {"rank": 2, "targets": ["all-linear"]})
+    assert "tail.1.0" not in li.adapters(model)["default"].sites
+    for name in (r"tail\.1\.0", r"tail\.1\.1\.weight"):
+        with pytest.raises(li.MatchError, match=r"empty Linear|2-d parameter"):
+            li.plan(model, {"rank": 2, "targets": [name]})

@@ -620,6 +620,10 @@ class Machine(RuleBasedStateMachine):
             lambda: self.model.load_state_dict(values, assign=assign), must=bool(self.truth.merged)
         ):
             self.load_into_truth(values, assign)
+            for name, adapter in self.truth.adapters.items():
+                for key, due in adapter.tensors().items():
+                    assert_close(self.parameters(name)[key], due, torch.float32)
+                self.adopt(name)  # `assign` cuts the ties among copies, as it does with the base's
 
     @rule(seed=st.integers(0, 3), assign=st.booleans())
     def load_another_base(self, seed: int, assign: bool) -> None:

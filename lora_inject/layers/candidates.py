@@ -84,13 +84,14 @@ class _Listing:
             self.heads.append(self.survey.paths[id(head)])
         self.buffers += [joined(name, key) for key, _ in module._buffers.items()]
         row = kind_of(module)
-        if row is not None:
+        empty = row is not None and 0 in _shape(own.get(row.weight_of(module)))
+        if row is not None and not empty:
             self.candidates.append(self._candidate(name, module, row, own))
         elif name and (members := _members(module, own)):
             self.candidates.append(self._whole(name, module, members))
         else:
-            container = bool(module._modules)
-            self.others[name] = "container" if container else plain_class(type(module)).__name__
+            kind = "empty " * empty + plain_class(type(module)).__name__
+            self.others[name] = "container" if module._modules else kind
         for key, parameter in own.items():
             full = joined(name, key)
             if full not in self.further:
@@ -139,7 +140,8 @@ class _Listing:
 
     def _parameter(self, full: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
         n_dims = len(_shape(parameter))
-        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key):
+        empty = 0 in _shape(parameter)
+        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key) or empty:
             self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
         known = _experts_transposed(module) if n_dims == 3 else None
@@ -258,8 +260,10 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape)
+def _shape(parameter: nn.Parameter | None) -> tuple[int, ...]:
+    """Return a parameter's shape; `()` where there is none, yet or at all."""
+    known = parameter is not None and not nn.parameter.is_lazy(parameter)
+    return tuple(parameter.shape) if known else ()  # type: ignore[union-attr]
 
 
 def _raw_geometry(parameter: nn.Parameter, *, transposed: bool = False) -> Geometry:
