@@ -11,10 +11,12 @@ import torch
 from conftest import error, fill, same_bits
 from helpers.checkpoints import LLAMA, adapter, load_checkpoint, save_checkpoint, site
 from torch import nn
+from typer.testing import CliRunner
 
 import lora_inject as li
 from lora_inject.checkpoint import MergeOptions, merge_checkpoint, verify_checkpoint
 from lora_inject.checkpoint import read as reading
+from lora_inject.cli import app
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import dense_delta
 
@@ -127,6 +129,18 @@ DAMAGE = {
     "no absmax": lambda tensors: tensors.pop("0.weight.absmax"),
     "short absmax": lambda t: t.update({"0.weight.absmax": t["0.weight.absmax"][:3].clone()}),
 }
+
+
+@quiet
+def test_the_command_dequantizes(tmp_path: Path) -> None:
+    net = bitsandbytes("nf4")
+    base = stored(net, tmp_path / "base")
+    fill(li.inject(net, {"rank": 2, "targets": ["0"]}))
+    path, out = li.save_adapter(net, tmp_path / "adapter"), tmp_path / "out"
+    arguments = [str(base), str(path), "--output", str(out), "--dequantize", "bfloat16"]
+    result = CliRunner().invoke(app, ["merge", *arguments, "--verify"])
+    assert result.exit_code == 0, result.output
+    assert {t.dtype for k, t in load_checkpoint(out).items() if "weight" in k} == {torch.bfloat16}
 
 
 @quiet

@@ -174,8 +174,10 @@ FORMATS: dict[str, Callable[..., nn.Module]] = {
     ),
 }
 
+every = pytest.mark.parametrize("form", FORMATS)
+DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes"))]
+some = pytest.mark.parametrize("form", DENSE)
 pytestmark = [
-    pytest.mark.parametrize("form", FORMATS),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # the quantizers' own, about casts
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -188,6 +190,7 @@ def build(form: str) -> tuple[Any, Tensor]:
     return net, torch.randn(3, N).to(dtype)
 
 
+@every
 def test_the_start_is_the_quantized_model_bit_for_bit(form: str) -> None:
     net, x = build(form)
     before = net(x)
@@ -209,6 +212,7 @@ def objects(net: nn.Module) -> dict[str, tuple[int, type]]:
     return {k: (id(p), type(p)) for k, p in net.named_parameters()}
 
 
+@every
 def test_the_update_is_the_dense_one_beside_the_layer(form: str) -> None:
     net, x = build(form)
     bare = net[0](x)
@@ -219,6 +223,7 @@ def test_the_update_is_the_dense_one_beside_the_layer(form: str) -> None:
     assert error(net[0](x), wanted) < tolerance
 
 
+@every
 def test_adapters_train_and_the_base_does_not(form: str) -> None:
     net, x = build(form)
     li.inject(net, config("0", "2"))
@@ -239,6 +244,7 @@ def test_adapters_train_and_the_base_does_not(form: str) -> None:
         assert same_bits(net(x), base)
 
 
+@every
 def test_gradients_are_those_of_the_update(form: str) -> None:
     net, x = build(form)
     fill(li.inject(net, config("2")))
@@ -254,9 +260,7 @@ def test_gradients_are_those_of_the_update(form: str) -> None:
     assert error(parameters["2.lora_B"].grad, SCALE * G @ site.A.double().t()) < tolerance
 
 
-DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes"))]
-
-
+@every
 def test_merging_is_refused_and_the_way_out_named(form: str) -> None:
     net, x = build(form)
     fill(li.inject(net, config("0", "2")))
@@ -287,9 +291,8 @@ def layer_state(net: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@some
 def test_merged_into_plain_floats_on_request_and_restored(form: str, dtype: torch.dtype) -> None:
-    if form not in DENSE:
-        pytest.skip("refused")
     net, x = build(form)
     fill(li.inject(net, config("0"))).train()
     with li.disabled(net):
@@ -320,9 +323,8 @@ def test_merged_into_plain_floats_on_request_and_restored(form: str, dtype: torc
     assert same_bits(net(x.to(dtype)), merged)
 
 
+@pytest.mark.parametrize("form", [form for form in DENSE if "bitsandbytes" in form])
 def test_requantized_on_request_and_restored(form: str) -> None:
-    if not form.startswith("bitsandbytes"):
-        pytest.skip("refused")
     net, x = build(form)
     fill(li.inject(net, config("0")), std=0.1).train()
     with li.disabled(net):
@@ -347,9 +349,8 @@ def test_requantized_on_request_and_restored(form: str) -> None:
     assert layer_state(net) == held
 
 
+@some
 def test_weights_for_a_server_are_those_that_a_merge_would_leave(form: str) -> None:
-    if form not in DENSE:
-        pytest.skip("refused")
     net, x = build(form)
     fill(li.inject(net, config("0")))
     net.eval()(x)  # which has bitsandbytes rearrange its codes
@@ -360,6 +361,7 @@ def test_weights_for_a_server_are_those_that_a_merge_would_leave(form: str) -> N
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
+@every
 def test_a_load_onto_the_same_quantized_base_needs_no_word(
     form: str, layout: str, tmp_path: Path
 ) -> None:
@@ -374,6 +376,7 @@ def test_a_load_onto_the_same_quantized_base_needs_no_word(
     assert all(same_bits(again.sites[k].B, site.B) for k, site in state.sites.items())
 
 
+@every
 def test_another_quantized_base_is_refused_in_values_in_format_and_plain(
     form: str, tmp_path: Path
 ) -> None:
@@ -394,6 +397,7 @@ def test_another_quantized_base_is_refused_in_values_in_format_and_plain(
         assert objects(base) == held
 
 
+@every
 def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(
     form: str, tmp_path: Path
 ) -> None:
@@ -412,6 +416,7 @@ def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(
     assert error(base(x), wide(x.double())) < 1e-5
 
 
+@every
 def test_a_quantized_weight_cannot_be_read_as_a_whole(form: str) -> None:
     net, _ = build(form)
     held = objects(net)
@@ -421,6 +426,7 @@ def test_a_quantized_weight_cannot_be_read_as_a_whole(form: str) -> None:
     assert objects(net) == held
 
 
+@every
 def test_no_start_comes_from_a_quantized_weight(form: str) -> None:
     net, _ = build(form)
     held = objects(net)
