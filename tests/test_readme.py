@@ -32,7 +32,8 @@ README = REPO / "README.md"
 PAGES = sorted(
     str(p.relative_to(REPO))
     for p in (REPO / "docs").rglob("*.md")
-    if p.parent.name in ("guide", "reference") or p.stem in ("index", "from-peft", "how-it-works")
+    if p.parent.name in ("guide", "reference")
+    or p.stem in ("index", "from-peft", "from-others", "how-it-works")
 )
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES)
 LANGUAGES = {"python", "yaml", "console", "text"}

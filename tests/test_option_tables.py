@@ -1,0 +1,76 @@
+"""The tables of options of other programs: each line is what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lora_inject as li
+
+DOCS = Path(__file__).parents[1] / "docs"
+BASE = {"target_modules": ["q_proj"], "r": 8, "lora_alpha": 8}
+OURS = {"rank": 8, "alpha": 8, "targets": ["q_proj"]}
+
+
+def rows(page: str, head: str) -> list[tuple[str, str]]:
+    """The two cells of each row of the tables with a head like this."""
+    found, inside = [], False
+    for line in (DOCS / page).read_text().splitlines():
+        cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 2 and re.fullmatch(head, cells[0]) and cells[1] == "YAML":
+            inside = True
+        elif not cells:
+            inside = False
+        elif inside and cells[0] != "---":
+            found.append((cells[0], cells[1]))
+    return found
+
+
+OPTIONS = rows("from-peft.md", "`LoraConfig`")
+OTHERS = rows("from-others.md", r"unsloth|axolotl|LLaMA-Factory|torchtune")
+
+
+@pytest.mark.parametrize(("left", "right"), OPTIONS)
+def test_a_lora_config_becomes_the_line_beside_it(left, right):
+    given = eval(f"dict({left.strip('`')})")
+    if right.startswith("refused"):
+        with pytest.raises(li.ConfigError, match=f"'{next(iter(given))}'"):
+            li.Config.from_peft(BASE | given)
+        return
+    line = {} if right.startswith("nothing") else yaml.safe_load(right.strip("`"))
+    due = li.Config.from_dict({**OURS, **line})
+    assert li.Config.from_peft(BASE | given) == due
+
+
+def test_the_table_has_every_field_of_this_peft():
+    text = " ".join(left + right for left, right in OPTIONS)
+    known = {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size"}
+    for field in dataclasses.fields(LoraConfig):
+        assert field.name in known or re.search(rf"\b{field.name}\b", text), field.name
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    small = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 20}
+    return LlamaForCausalLM(LlamaConfig(**small, num_hidden_layers=2, num_key_value_heads=1))
+
+
+@pytest.mark.parametrize("right", sorted({right for _, right in OTHERS}))
+def test_a_line_for_another_program_can_be_planned(llama, right):
+    line = yaml.safe_load(right.strip("`"))
+    (key,) = line
+    plan = li.plan(llama, li.Config.from_dict({"targets": ["q_proj"], **line}))
+    assert plan.sites
+    assert getattr(plan.config, key) == getattr(li.Config.from_dict({**OURS, **line}), key)
+
+
+def test_all_tables_are_found():
+    assert (len(OPTIONS), len(OTHERS)) > (40, 35)
