@@ -24,8 +24,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_inject as li
 from lora_inject import formats
+from lora_inject.adapter.variants import VARIANTS
 from lora_inject.cli import app
 from lora_inject.layers import KINDS
+from lora_inject.spec.roles import FURTHER, GAINED
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
@@ -141,16 +143,21 @@ def test_every_block_of_a_page_runs(session, capsys, page):
     run_document((REPO / page).read_text(), page, capsys)
 
 
-def test_every_step_of_the_architecture_runs(session, capsys, monkeypatch):
-    """How to add a layer kind and a format, as it is written there."""
-    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
-    before = list(KINDS)
+def test_every_step_of_the_architecture_runs(session, capsys):
+    """How to add a layer kind, a variant and a format, as it is written there."""
+    before, readers = list(KINDS), dict(formats.FORMATS)
     try:
         names = run_document((REPO / "ARCHITECTURE.md").read_text(), "ARCHITECTURE.md", capsys)
         assert KINDS[0] is names["LoRAPerHead"]
+        assert {*formats.FORMATS} - {*readers} == {"text"}
+        assert type(VARIANTS["gated"]) is names["Gated"]
     finally:
         KINDS[:] = before
-    assert "text" in formats.FORMATS
+        formats.FORMATS.clear()
+        formats.FORMATS.update(readers)
+        VARIANTS.pop("gated", None)
+        FURTHER.pop("gated", None)
+        GAINED.discard("gated")
 
 
 def test_the_architecture_names_every_folder():
