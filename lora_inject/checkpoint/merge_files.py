@@ -17,7 +17,7 @@ from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.processes import Processes, deal
 from lora_inject.checkpoint.staging import Staging, check_output, check_space
-from lora_inject.checkpoint.threads import Told, check_unchanged
+from lora_inject.checkpoint.threads import BytesDone, check_unchanged
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.weighted_adapter import digest
 from lora_inject.checkpoint.write import write_shard
@@ -106,7 +106,7 @@ class _Run:
         dealt = deal([shard.n_bytes for shard in plan.shards], self.processes.world)
         rows = zip(plan.shards, dealt, strict=True)
         self.mine = [shard for shard, rank in rows if rank == self.processes.rank]
-        self.counted = Told(sum(s.data_bytes for s in self.mine), progress)
+        self.counted = BytesDone(sum(s.data_bytes for s in self.mine), progress)
         self.fsync_seconds = 0.0
         self.records: dict[str, list[TensorReport]] = {}
 

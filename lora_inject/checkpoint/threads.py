@@ -42,7 +42,7 @@ class Sink(Protocol):
         """Take a range of bytes of the base's file that is open as `source`."""
 
 
-class Told:
+class BytesDone:
     """Adds up bytes over threads, and tells whoever asked the bytes done and the bytes in all."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:

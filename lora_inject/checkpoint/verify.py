@@ -23,7 +23,7 @@ from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import FLOATS, Copy, OutputShard
-from lora_inject.checkpoint.threads import Told, work_through
+from lora_inject.checkpoint.threads import BytesDone, work_through
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import open_read, read_at
 from lora_inject.storage.safetensors_file import TensorEntry, read_header
@@ -139,14 +139,16 @@ def verify_shards(
 ) -> VerifyReport:
     """Check output shards wherever they lie; those without a place are passed over."""
     shards = [shard for shard in plan.shards if shard.name in places]
-    counter = Told(sum(shard.data_bytes for shard in shards), progress)
+    counter = BytesDone(sum(shard.data_bytes for shard in shards), progress)
     report = VerifyReport()
     for shard in shards:
         report += _verify_shard(plan, shard, places[shard.name], counter)
     return report
 
 
-def _verify_shard(plan: MergePlan, shard: OutputShard, path: Path, counter: Told) -> VerifyReport:
+def _verify_shard(
+    plan: MergePlan, shard: OutputShard, path: Path, counter: BytesDone
+) -> VerifyReport:
     try:
         same, found = (
             read_header(path).raw == shard.header.raw,
