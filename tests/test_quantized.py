@@ -433,3 +433,39 @@ def test_no_start_comes_from_a_quantized_weight(form: str) -> None:
     with pytest.raises(li.LayerError, match=r"'0'.*pissa"):
         li.inject(net, config("0", init="pissa"))
     assert objects(net) == held
+
+
+@pytest.mark.parametrize("block", [None, (32, 16)])
+def test_float8_layers_of_transformers_merge_into_plain_floats(block: Any) -> None:
+    """Their kernels are for GPUs; the values are known."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    torch.manual_seed(0)
+    net = nn.Sequential(*[fp8.FP8Linear(N, N, block_size=block, has_bias=True) for _ in range(2)])
+    wanted = []
+    for layer in net:
+        scales = torch.rand(()) if block is None else torch.rand(N // 32, N // 16)
+        layer.weight.data = torch.randn(N, N).to(torch.float8_e4m3fn)
+        layer.weight_scale_inv.data = scales
+        layer.bias.data = torch.randn(N)
+        spread = scales if block is None else scales.repeat_interleave(32, 0)
+        spread = spread if block is None else spread.repeat_interleave(16, 1)
+        wanted.append(layer.weight.double() * spread.double())
+    net.requires_grad_(False)
+    fill(li.inject(net, config("0")))
+    held, keys = layer_state(net), list(net.state_dict())
+    site = li.adapter_state(net).sites["0"]
+    wanted[0] += SCALE * site.B.double() @ site.A.double()
+    with pytest.raises(li.LayerError, match="only bitsandbytes' formats are quantized again"):
+        li.merge(net, requantize=True)
+    li.merge(net, dequantize="float32")
+    for layer, W in zip(net, wanted, strict=True):
+        assert error(layer.weight, W) < 1e-6
+    li.unmerge(net)
+    assert layer_state(net) == held
+    assert list(net.state_dict()) == keys
+    li.merge(net, dequantize="float32", eject=True)
+    assert [sorted(m.__dict__) for m in net] == [sorted(nn.Linear(1, 1).__dict__)] * 2
+    assert list(net.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    x = torch.randn(3, N)
+    y = (x.double() @ wanted[0].t() + net[0].bias) @ wanted[1].t() + net[1].bias
+    assert error(net(x), y) < 1e-5

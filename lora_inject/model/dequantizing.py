@@ -22,6 +22,7 @@ from lora_inject.layers.survey import Survey
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITSANDBYTES = "bitsandbytes.nn.modules"
+_FP8 = ("transformers.integrations.finegrained_fp8", "FP8Linear")
 # What transformers leaves on a quantized model and on its config.
 _ON_MODEL = ("hf_quantizer", "is_quantized", "quantization_method")
 _ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
@@ -41,18 +42,20 @@ def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
 
 def why_not_dense(module: nn.Module, weight: Tensor, *, again: bool) -> str | None:
     """Return why a quantized weight cannot be dequantized, or `again` quantized; None if it can."""
-    kind, plain = _kind(weight), plain_class(type(module))
-    if kind is None or (kind != "torchao" and plain.__module__ != _BITSANDBYTES):
+    kind, plain = _kind(module, weight), plain_class(type(module))
+    if kind is None or (kind in ("4-bit", "int8") and plain.__module__ != _BITSANDBYTES):
         return f"nothing here knows the values of a {plain.__name__} of {plain.__module__}"
     if kind == "int8" and (weight.dtype != torch.int8 or _row_scales(module, weight) is None):
         return "bitsandbytes has not quantized it yet"
-    if again and kind == "torchao":
-        return "torchao's tensors do not say how they were quantized"
+    if again and kind in ("torchao", "float8"):
+        return "only bitsandbytes' formats are quantized again here"
     return None
 
 
-def _kind(weight: Tensor) -> str | None:
-    cls = type(weight)
+def _kind(module: nn.Module, weight: Tensor) -> str | None:
+    plain, cls = plain_class(type(module)), type(weight)
+    if (plain.__module__, plain.__qualname__) == _FP8 and weight.element_size() == 1:
+        return "float8"
     if cls.__module__.startswith("torchao."):
         return "torchao"
     if cls.__module__ == _BITSANDBYTES:
@@ -70,15 +73,21 @@ def _row_scales(module: nn.Module, weight: Any) -> Tensor | None:
 def dense(module: nn.Module, weight: Tensor) -> Tensor:
     """Return what a quantized weight stands for, as its layer computes with it: a new float32."""
     held: Any = weight
-    kind = _kind(weight)
+    kind = _kind(module, weight)
     if kind == "torchao":
         values: Tensor = held.dequantize()
     elif kind == "4-bit":
         values = _dense_4bit(held)
+    elif kind == "float8":
+        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+        layer: Any = module
+        scales, block = layer.weight_scale_inv, layer.block_size
+        values = _dequantize_fp8_weight(held, scales, block, torch.float32)
     else:
-        scales = _row_scales(module, weight)
-        assert scales is not None
-        values = held.data.float() * (scales.float() / 127)[:, None]
+        rows = _row_scales(module, weight)
+        assert rows is not None
+        values = held.data.float() * (rows.float() / 127)[:, None]
     return values.to(torch.float32)
 
 
@@ -100,7 +109,7 @@ def quantized_again(module: nn.Module, weight: Tensor, values: Tensor) -> nn.Par
 
     held: Any = weight
     layer: Any = module
-    if _kind(weight) == "int8":
+    if _kind(module, weight) == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(values.to(torch.float16))
         return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     how = {key: getattr(held, key) for key in ("blocksize", "compress_statistics", "quant_type")}
@@ -117,13 +126,14 @@ def quantized_weights(survey: Survey) -> Iterable[tuple[nn.Module, str]]:
     """Yield every layer that holds a quantized weight of a library, and the weight's name."""
     for _, module in survey.modules:
         for key, weight in survey.own[id(module)].items():
-            if type(weight) is not nn.Parameter and is_quantized(weight):
+            packed = type(weight) is not nn.Parameter or _kind(module, weight) is not None
+            if packed and is_quantized(weight):
                 yield module, key
 
 
 @dataclass
 class Layer:
-    """What a layer was before its quantized weight was replaced."""
+    """What a layer was before its quantized weight was replaced; all its Parameters in order."""
 
     module: nn.Module
     plain: type[nn.Module]
@@ -134,14 +144,14 @@ class Layer:
         """Give the layer its own class, attributes and Parameters back."""
         change_plain_class(self.module, self.plain)
         self.module.__dict__.update(self.attributes)
+        self.module._parameters.clear()
         self.module._parameters.update(self.parameters)
 
 
 def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
     """Put another weight into a quantized layer, which becomes an `nn.Linear` for a plain one."""
     plain, own = plain_class(type(module)), module.__dict__
-    biased = {name: module._parameters[name] for name in ("bias",) if name in module._parameters}
-    before = Layer(module, plain, {}, {key: module._parameters[key], **biased})
+    before = Layer(module, plain, {}, dict(module._parameters))
     if type(weight) is not nn.Parameter:  # in the same format
         if (state := own.get("state")) is not None:
             before.attributes["state"] = state
@@ -152,8 +162,12 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
         module._parameters[key] = weight
         return before
     alone = {"extra_repr"}  # torchao's
-    if plain.__module__ == _BITSANDBYTES:
-        alone = plain(1, 1, device="meta").__dict__.keys() - nn.Linear(1, 1, device="meta").__dict__
+    if plain.__module__ == _BITSANDBYTES or (plain.__module__, plain.__qualname__) == _FP8:
+        with torch.device("meta"):
+            theirs, common = plain(1, 1), nn.Linear(1, 1)
+        alone = theirs.__dict__.keys() - common.__dict__.keys()
+        for name in theirs._parameters.keys() - common._parameters.keys():  # scales
+            module._parameters.pop(name, None)
         change_plain_class(module, nn.Linear)
     before.attributes = {name: own.pop(name) for name in sorted(alone & own.keys())}
     if (bias := module._parameters.get("bias")) is not None and bias.dtype != weight.dtype:

@@ -117,7 +117,7 @@ def merge(
     """Fold `scale * B @ A` of the active adapters into the frozen weights, rounding once.
 
     A quantized weight is merged into on request only: bitsandbytes' NF4, FP4 and int8, and to plain
-    floats torchao's.
+    floats those of torchao and transformers' `FP8Linear`.
 
     Args:
         model: The injected root.
