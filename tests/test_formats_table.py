@@ -5,6 +5,7 @@ A format that is added needs one row here too.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +17,14 @@ import torch
 from helpers.adapter_states import KIND_SPECS, effect, make_site, make_state
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import FORMATS, losses_of, read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.storage.tensors import read_names
 
 HIDDEN, HEADS, KV, HEAD, INNER, VOCAB, LAYERS = 8, 4, 2, 2, 12, 13, 2
 LLAMA = {
@@ -222,6 +226,116 @@ def test_bytes_that_were_changed_are_an_error_or_harmless(name: str, tmp_path: P
             read_adapter(path, format=name, **CASES[name].read)
         except FormatError as error:
             assert error.remedy  # noqa: PT017
+
+
+# Damage that is well formed ---------------------------------------------------------------------
+
+
+def load(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    if file.suffix == ".gguf":
+        return gguf_tensors(file)
+    found = torch.load(file, weights_only=True)
+    return dict(found.get("model", found))
+
+
+def store(file: Path, tensors: dict[str, Tensor]) -> None:
+    if file.suffix == ".safetensors":
+        said = read_names(file)[1]
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, said)
+    elif file.suffix == ".gguf":
+        write_gguf(file, tensors)
+    else:
+        torch.save({"model": tensors} if file.suffix == ".lora" else tensors, file)
+
+
+def gguf_tensors(file: Path) -> dict[str, Tensor]:
+    from gguf import GGUFReader
+
+    return {t.name: torch.tensor(t.data) for t in GGUFReader(file).tensors}
+
+
+def write_gguf(file: Path, tensors: dict[str, Tensor]) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 5.0)
+    for key, tensor in tensors.items():
+        writer.add_tensor(key, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+DAMAGE: Mapping[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
+    "mis-shaped": lambda tensors, key: {**tensors, key: torch.ones(3, 5, 2)},
+    "cut short": lambda tensors, key: {**tensors, key: tensors[key][:-1, :-1].clone()},
+    "a half is missing": lambda tensors, key: {k: t for k, t in tensors.items() if k != key},
+    "integers": lambda tensors, key: {**tensors, key: tensors[key].int()},
+    "mixed": lambda tensors, key: {**tensors, "model.layers.0.hada_w1_a": torch.ones(2, 2)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", FORMATS)
+def test_tensors_that_do_not_fit_are_an_error(name: str, damage: str, tmp_path: Path) -> None:
+    if (name, damage) == ("loralib", "mixed"):
+        pytest.skip("whatever is no pair is a trained tensor there")
+    path = written(name, tmp_path)
+    file = tensors_file(name, path)
+    tensors = load(file)
+    key = next(k for k in sorted(tensors) if tensors[k].ndim == 2)
+    store(file, DAMAGE[damage](tensors, key))
+    with pytest.raises(FormatError) as caught:
+        read_adapter(path, format=name, **CASES[name].read)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nan_is_read_and_not_handed_on(name: str, tmp_path: Path) -> None:
+    """`inspect` has to see it; whoever converts is told where it is."""
+    path = written(name, tmp_path)
+    file = tensors_file(name, path)
+    tensors = load(file)
+    key = next(k for k in sorted(tensors) if tensors[k].ndim == 2)
+    tensors[key] = tensors[key].clone()
+    tensors[key][0, 0] = torch.nan
+    store(file, tensors)
+    state = read_adapter(path, format=name, **CASES[name].read)
+    with pytest.raises(FormatError, match=r"site '.*' *: [AB] has values that are not finite"):
+        write_adapter(state, tmp_path / "portable", "portable")
+
+
+SAFE = [name for name, case in CASES.items() if (case.damaged or case.file).endswith("safetensors")]
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_headers_that_lie_are_an_error(name: str, tmp_path: Path) -> None:
+    """Nothing is allocated by a number before it is checked against the size of the file."""
+    path = written(name, tmp_path)
+    file = tensors_file(name, path)
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, body = whole[8 : 8 + length].decode(), whole[8 + length :]
+    key, entry = next((k, e) for k, e in json.loads(header).items() if k != "__metadata__")
+    shape = json.dumps(entry["shape"], separators=(",", ":"))
+    file.write_bytes((2**62).to_bytes(8, "little") + whole[8:])
+    with pytest.raises(FormatError, match="cut off"):
+        read_adapter(path, format=name, **CASES[name].read)
+    for text in (
+        header.replace(f'"shape":{shape}', f'"shape":[{2**60},{2**60}]', 1),
+        header.replace(f'"shape":{shape}', f'"shape":[0,{2**62}]', 1),
+        header.replace(f'"{key}":', f'"{key}":{json.dumps(entry)},"{key}":', 1),
+    ):
+        assert text != header
+        file.write_bytes(len(text.encode()).to_bytes(8, "little") + text.encode() + body)
+        with pytest.raises(FormatError) as caught:
+            read_adapter(path, format=name, **CASES[name].read)
+        assert caught.value.remedy
 
 
 def test_losses_are_said() -> None:
