@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,12 @@ def test_fused_projections_of_phi3(tmp_path: Path) -> None:
     path = write_adapter(at(name), tmp_path / "a.gguf", "gguf", config={"model_type": "phi3"})
     assert set(content(path)[1]) == {"blk.0.ffn_up.weight.lora_a", "blk.0.ffn_up.weight.lora_b"}
     assert list(read_adapter(path).sites) == [name]
+
+
+def test_the_config_of_a_base_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps({**CONFIG, "model_type": "mistral"}))
+    state = at("model.layers.0.mlp.gate_proj")
+    path = li.convert(state, tmp_path / "a.gguf", "gguf", base=tmp_path / "base")
+    (name,) = read_adapter(path).sites
+    assert name == "model.layers.0.mlp.gate_proj"

@@ -86,7 +86,12 @@ def facts_of(base: Path) -> dict[str, Any]:
             with contextlib.suppress(CheckpointError):  # a config alone names no tensors
                 found["separate"] = BaseClass(Checkpoint.open(base)).separate
             return found
-    names = list(Checkpoint.open(base).tensors)
+    try:
+        names = list(Checkpoint.open(base).tensors)
+    except CheckpointError:
+        if not config:
+            raise
+        return {"config": dict(config)}  # which is all that some formats ask for
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
     return {"tensor_names": names, "module_names": tuple(modules), "config": dict(config) or None}
 

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.metadata import one_line
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
     alpha_of,
+    check_component,
     check_finite,
     dtype_named,
+    one_component,
     pairs_of,
     plain_site,
     plain_sites,
@@ -85,14 +86,7 @@ def write(
         FormatError: The component is not named, or something has no place in such a file.
     """
     asked = f"write diffusers adapter to '{path}'"
-    if component not in COMPONENTS:
-        raise FormatError(
-            asked,
-            "the file has to say which part of a pipeline the adapted model is"
-            if component is None
-            else f"component is {component!r}",
-            f'Pass component="unet" (--component unet), or one of {", ".join(COMPONENTS)}',
-        )
+    check_component(component, COMPONENTS, asked)
     sites = plain_sites(state, asked, kinds=("linear", "conv"), client="a pipeline of diffusers")
     sites = with_scale_one(sites, dtype=dtype_named(dtype, asked))
     check_finite(sites, asked)
@@ -139,16 +133,9 @@ def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> 
                 f"{asked}, '{key[:200]}'", "its site has this twice", "Fetch it again"
             )
         place[role] = tensor
-    if component is None and len(found) == 1:
-        component = next(iter(found))
-    if component not in found:
-        raise FormatError(
-            asked,
-            f"it holds {one_line(found)}" + (f", not '{component}'" if component else ""),
-            "Say which to read, each onto its own model: "
-            f'component="{next(iter(found), "unet")}" (--component)',
-        )
-    pairs, others = pairs_of(found[component], "A", "B", asked)
+    chosen = one_component(found, component, asked)
+    component = next(name for name, of in found.items() if of is chosen)
+    pairs, others = pairs_of(chosen, "A", "B", asked)
     claims = _claims(said, f"{component}." if component else "", asked)
     scales = _scales(claims, pairs)
     sites = {}

@@ -33,7 +33,7 @@ from lora_inject.formats.decoder_names import (
 from lora_inject.formats.plain import (
     check_finite,
     in_dtype,
-    pairs_of,
+    matrices,
     plain_site,
     plain_sites,
     with_one_alpha,
@@ -182,15 +182,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None) -> AdapterState
         raise FormatError(asked, f"its architecture is '{architecture}'", "Name its own base")
     if not isinstance(alpha, float):
         raise FormatError(asked, f"its 'adapter.lora.alpha' is {alpha!r}", "Fetch it again")
-    family, parts = families[0], dict[str, dict[str, Tensor]]()
-    for key, tensor in tensors.items():
-        name, _, role = key.rpartition(".weight.")
-        if role not in ("lora_a", "lora_b") or tensor.ndim != 2:
-            found_key = f"'{key[:200]}' of shape {tuple(tensor.shape)} is no matrix of a pair"
-            raise FormatError(asked, found_key, "Norms and experts of GGUF adapters are not read")
-        parts.setdefault(name, {})[role] = tensor
+    family, ends = families[0], (".weight.lora_a", ".weight.lora_b")
+    remedy = "Norms and experts of GGUF adapters are not read"
     sites = {}
-    for key, (a, b) in pairs_of(parts, "lora_a", "lora_b", asked)[0].items():
+    for key, (a, b) in matrices(tensors, ends, asked, remedy).items():
         where = f"{asked}, '{key[:200]}'"
         name = ours(key, family.names, _LAYER, where)
         embedding = name == _EMBEDDING

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from lora_inject.formats.metadata import one_line
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
     alpha_of,
+    check_component,
     check_finite,
     dtype_named,
     in_dtype,
+    one_component,
     pairs_of,
     plain_site,
     plain_sites,
@@ -90,14 +92,7 @@ def write(
     asked = f"write kohya adapter to '{path}'"
     if path.suffix != ".safetensors":
         raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
-    if component not in COMPONENTS:
-        raise FormatError(
-            asked,
-            "the file has to say which part of a pipeline the adapted model is"
-            if component is None
-            else f"component is {component!r}",
-            f'Pass component="unet" (--component unet), or one of {", ".join(COMPONENTS)}',
-        )
+    check_component(component, COMPONENTS, asked)
     sites = plain_sites(state, asked, kinds=("linear", "conv"), client="a file of kohya's")
     sites = in_dtype(sites, dtype_named(dtype, asked))
     check_finite(sites, asked)
@@ -152,10 +147,14 @@ def read(
         parts.setdefault(found[1], {})[found[2]] = tensor
     of_component = _component(parts, component, asked)
     names = _names_in(said, asked) or {}
+    known: dict[str, list[str]] = {}
+    for module in module_names or ():
+        known.setdefault(module.replace(".", "_"), []).append(module)
+    by_flat = None if module_names is None else known
     sites = {}
     pairs, alphas = pairs_of(of_component, "lora_down.weight", "lora_up.weight", asked)
     for flat, (down, up) in pairs.items():
-        name = names.get(flat) or _unflattened(flat, module_names, asked)
+        name = names.get(flat) or _unflattened(flat, by_flat, asked)
         where = f"{asked}, site '{flat[:200]}'"
         alpha = alpha_of(alphas[flat].get("alpha"), len(down), where)
         if name in sites:
@@ -189,16 +188,7 @@ def _component(
                 f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris",
             )
         found.setdefault(prefix[1] or prefix[2], {})[flat] = of
-    if component is None and len(found) == 1:
-        return next(iter(found.values()))
-    if component not in found:
-        raise FormatError(
-            asked,
-            f"it holds {one_line(found)}" + (f", not '{component}'" if component else ""),
-            "Say which to read, each onto its own model: "
-            f'component="{next(iter(found), "unet")}" (--component)',
-        )
-    return found[component]
+    return one_component(found, component, asked)
 
 
 def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str] | None:
@@ -216,25 +206,24 @@ def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str] | None:
     return dict(names)
 
 
-def _unflattened(flat: str, module_names: Collection[str] | None, asked: str) -> str:
-    """Return the one module whose name is this with `_` for dots."""
+def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None, asked: str) -> str:
+    """Return the one module whose name is this with `_` for dots; `known` are names by that."""
     where, prefix = f"{asked}, '{flat[:200]}'", _PREFIX.fullmatch(flat)
     assert prefix is not None
-    if module_names is None:
+    if known is None:
         raise FormatError(
             where,
             "dots of names are written as '_', so that the file alone does not say them",
             "Load it onto the model, pass module_names, or name the base: --base BASE",
         )
-    found = [name for name in module_names if name.replace(".", "_") == prefix[3]]
-    if len(found) != 1:
-        near = nearest(prefix[3], [name.replace(".", "_") for name in module_names])
+    found = known.get(prefix[3], ())
+    if len(found) > 1:
+        raise FormatError(where, f"it may be any of {one_line(found)}", "Rename one of them")
+    if not found:
         raise FormatError(
             where,
-            f"it may be any of {one_line(found)}" if found else "the model has no such module",
-            "Rename one of them"
-            if found
-            else f"Nearest: {one_line(near) or 'none'}. Files for SDXL and for other programs name "
-            "modules in their own way",
+            "the model has no such module",
+            f"Nearest: {one_line(nearest(prefix[3], known)) or 'none'}. Files for SDXL and for "
+            "other programs name modules in their own way",
         )
     return found[0]

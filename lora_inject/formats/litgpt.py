@@ -27,8 +27,8 @@ from lora_inject.formats.plain import (
     check_finite,
     dtype_named,
     in_dtype,
+    matrices,
     one_rank_and_scale,
-    pairs_of,
     plain_site,
     plain_sites,
 )
@@ -139,15 +139,9 @@ def read(
     asked = f"read litgpt adapter '{path}'"
     tensors = read_pickle(path / FILE, asked, allow=allow_pickle, inside="model")
     said, sizes = _hyperparameters(path, asked), _base(config, asked)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, role = key.rpartition(".")
-        if role not in ("lora_A", "lora_B") or tensor.ndim != 2:
-            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is no matrix of a pair"
-            raise FormatError(asked, found, "Give a LoRA of litgpt")
-        parts.setdefault(name, {})[role] = tensor
+    ends = (".lora_A", ".lora_B")
     sites = {}
-    for key, (a, b) in pairs_of(parts, "lora_A", "lora_B", asked)[0].items():
+    for key, (a, b) in matrices(tensors, ends, asked, "Give a LoRA of litgpt").items():
         where = f"{asked}, '{key[:200]}'"
         for name, one_a, one_b in _split(key, a, b, said, sizes, where):
             sites[name] = plain_site(name, one_a, one_b, said["lora_alpha"], where)

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import refuse_tied
@@ -25,8 +23,8 @@ from lora_inject.formats.plain import (
     check_finite,
     dtype_named,
     in_dtype,
+    matrices,
     one_rank_and_scale,
-    pairs_of,
     plain_site,
     plain_sites,
 )
@@ -107,17 +105,9 @@ def read(path: Path, *, on_disk: bool = False) -> AdapterState:
     asked = f"read MLX adapter '{path}'"
     rank, scale = _numbers(path, asked)
     tensors, _ = read_tensors(path / FILE, on_disk=on_disk)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, role = key.rpartition(".")
-        if role not in ("lora_a", "lora_b") or tensor.ndim != 2:
-            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is no matrix of a plain pair"
-            raise FormatError(
-                asked, found, "Fuse it with mlx_lm.fuse; experts and DoRA are not read"
-            )
-        parts.setdefault(name, {})[role] = tensor
     sites = {}
-    for name, (a, b) in pairs_of(parts, "lora_a", "lora_b", asked)[0].items():
+    remedy = "Fuse it with mlx_lm.fuse; experts and DoRA are not read"
+    for name, (a, b) in matrices(tensors, (".lora_a", ".lora_b"), asked, remedy).items():
         where = f"{asked}, site '{name[:200]}'"
         if a.shape[1] != rank:
             found = f"its tensors have rank {a.shape[1]}, {CONFIG} says {rank}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from lora_inject.formats.metadata import one_line
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
 from lora_inject.functional import all_finite
 from lora_inject.spec.sites import SiteSpec
+
+T = TypeVar("T")
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 """Dtypes that a writer can be asked for, by name."""
@@ -207,6 +210,48 @@ def pairs_of(
     if not pairs:
         raise FormatError(asked, "it holds no pair of matrices", "Check the path")
     return pairs, others
+
+
+def matrices(
+    tensors: Mapping[str, Tensor], ends: tuple[str, str], asked: str, remedy: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the pairs of a file that holds nothing else, by what is before the ends of its keys.
+
+    `remedy` is what to do about another tensor.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        end = next((end for end in ends if key.endswith(end)), None)
+        if end is None or tensor.ndim != 2:
+            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is no matrix of a pair"
+            raise FormatError(asked, found, remedy)
+        parts.setdefault(key.removesuffix(end), {})[end.strip(".")] = tensor
+    return pairs_of(parts, ends[0].strip("."), ends[1].strip("."), asked)[0]
+
+
+def check_component(component: str | None, known: Collection[str], asked: str) -> None:
+    """Refuse to write a file that would not say which part of a pipeline it is for."""
+    if component not in known:
+        found = "the file has to say which part of a pipeline the adapted model is"
+        raise FormatError(
+            asked,
+            found if component is None else f"component is {component!r}",
+            f'Pass component="unet" (--component unet), or one of {", ".join(known)}',
+        )
+
+
+def one_component(found: Mapping[str, T], component: str | None, asked: str) -> T:
+    """Return the component that is asked for, or the only one that a file holds."""
+    if component is None and len(found) == 1:
+        return next(iter(found.values()))
+    if component is None or component not in found:
+        raise FormatError(
+            asked,
+            f"it holds {one_line(found)}" + (f", not '{component}'" if component else ""),
+            "Say which to read, each onto its own model: "
+            f'component="{next(iter(found), "unet")}" (--component)',
+        )
+    return found[component]
 
 
 def alpha_of(alpha: Tensor | None, rank: int, where: str) -> float:

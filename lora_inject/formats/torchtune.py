@@ -35,8 +35,8 @@ from lora_inject.formats.plain import (
     check_finite,
     dtype_named,
     in_dtype,
+    matrices,
     one_rank_and_scale,
-    pairs_of,
     plain_site,
     plain_sites,
 )
@@ -149,15 +149,10 @@ def read(
     tensors = read_pickle(file, asked, allow=allow_pickle)
     alpha = _alpha(path, alpha, asked)
     paired, sizes = _base(config, asked)
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, role = key.removesuffix(".weight").rpartition(".")
-        if role not in ("lora_a", "lora_b") or tensor.ndim != 2:
-            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is no matrix of a pair"
-            raise FormatError(asked, found, "DoRA and modules of several parts are not read")
-        parts.setdefault(name, {})[role] = tensor
+    ends = (".lora_a.weight", ".lora_b.weight")
+    remedy = "DoRA and modules of several parts are not read"
     sites = {}
-    for key, (a, b) in pairs_of(parts, "lora_a", "lora_b", asked)[0].items():
+    for key, (a, b) in matrices(tensors, ends, asked, remedy).items():
         where = f"{asked}, '{key[:200]}'"
         name = ours(key, _NAMES, _LAYER, where)
         n_heads = heads_of(name, sizes, len(b), where)
