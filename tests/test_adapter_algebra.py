@@ -117,6 +117,8 @@ def test_sites_of_one_of_them_are_kept_and_bases_that_differ_are_refused():
         a + b
     with pytest.raises(StateError, match=r"different bases"):
         a.cosine(b)
+    packed = replace(b, fingerprint=Fingerprint({"w": (1, 1)}, {}, {"w": "Params4bit, nf4"}))
+    assert len((a + packed).sites) == 1  # one was trained on a quantized base: nothing to compare
     other = Fingerprint({"v": (1,)}, {"v": (5.0,)})
     assert (a + replace(b, fingerprint=other)).fingerprint == Fingerprint(
         {"w": (2,), "v": (1,)}, {"w": (1.0, 2.0), "v": (5.0,)}

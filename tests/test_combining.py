@@ -94,6 +94,25 @@ def test_methods_on_the_delta_hold_for_every_kind(kind):
     assert (dense(found.sites[spec.name]) - due).norm() <= 1e-5 * due.norm()
 
 
+def test_a_combination_computes_what_the_mix_of_both_does():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    li.inject(net, {"rank": 2, "init": "pissa", "targets": ["0", "2"]}, "one")
+    fused = {"match": "0", "slices": {"q": 6, "k": 2}, "adapt": ["q"], "scaling": "rslora"}
+    li.inject(net, {"rank": 1, "targets": [fused]}, "two")
+    for name in ("one", "two"):
+        for parameter in li.adapter_parameters(net, name).values():
+            nn.init.normal_(parameter)
+    x = torch.randn(5, 6)
+    weights = {"one": 0.7, "two": -0.4}
+    due = li.activate(net, weights)(x)
+    states = [li.adapter_state(net, name) for name in weights]
+    for method, rank in (("cat", None), ("svd", 8)):
+        made = li.combine(states, list(weights.values()), method=method, rank=rank)
+        found = li.activate(li.install(net, made, method), method)(x)
+        torch.testing.assert_close(found, due, rtol=1e-5, atol=1e-5)
+
+
 def test_masks_depend_on_seed_site_and_place_and_on_nothing_else():
     a, b = make_state(KIND_SPECS["linear"]), make_state(KIND_SPECS["linear"], KIND_SPECS["conv"])
     options = {"method": "dare_linear", "density": 0.5}
