@@ -387,17 +387,6 @@ def test_merge_adds_the_dense_deltas(run, files, tmp_path, base, adapters, weigh
     assert f"merged {n} of {len(wanted)} tensors into {out}" in unwrapped(found.out)
 
 
-def test_merge_gives_a_checkpoint_that_plain_transformers_loads(run, files, tmp_path):
-    assert run("merge", files.base, files.one, "--output", tmp_path / "out").code == 0
-    ids = torch.arange(8)[None]
-    adapted = li.load_adapter(tiny_gpt2(), files.one)
-    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
-    with torch.no_grad():
-        difference = adapted(ids).logits - merged(ids).logits
-        assert difference.abs().max() < 1e-5
-        assert (adapted(ids).logits - tiny_gpt2()(ids).logits).abs().max() > 1e-2
-
-
 def test_merge_json_is_the_report(run, files, tmp_path):
     args = ("merge", files.bf16, files.one, "-w", 1e-3, "-o", tmp_path / "out")
     found = run(*args, "--json", "--verify")
@@ -466,13 +455,6 @@ def test_merge_that_keeps_nothing_says_so_at_the_end_and_on_stderr(run, files, t
     assert "has no effect" in data["warning"]
 
 
-@pytest.mark.parametrize("least", ["nan", "inf"])
-def test_merge_refuses_a_least_share_that_is_none(run, files, tmp_path, least):
-    found = run("merge", files.bf16, files.one, "--min-kept", least, "-o", tmp_path / "out")
-    assert found.code in {1, 2}
-    assert not (tmp_path / "out").exists()
-
-
 def test_merge_renames_as_told(run, files, tmp_path):
     """The base without a config, under another prefix."""
     base = load_file(files.base / "model.safetensors")
@@ -489,16 +471,6 @@ def test_merge_renames_as_told(run, files, tmp_path):
     for name, delta in dense(files.one).items():
         wanted = base[name].double() + delta
         assert torch.allclose(merged[f"inner.{name}"].double(), wanted, atol=1e-6)
-
-
-def test_merge_refuses_an_adapter_of_another_model(run, files, tmp_path):
-    net = torch.nn.Sequential(torch.nn.Linear(6, 5))
-    li.save_adapter(li.inject(net, {"rank": 2, "targets": ["0"]}), tmp_path / "other")
-    found = run("merge", files.base, tmp_path / "other", "-o", tmp_path / "out")
-    assert (found.code, found.out) == (1, "")
-    assert found.err.startswith("CheckpointError: ")
-    assert "have no place in it" in found.err
-    assert not (tmp_path / "out").exists()
 
 
 def test_verify_finds_one_flipped_bit(run, files, tmp_path):
@@ -519,25 +491,6 @@ def test_verify_finds_one_flipped_bit(run, files, tmp_path):
     assert found.code == 1
     assert any("transformer.h.1.ln_1.weight" in p or "model.safetensors" in p
                for p in json.loads(found.out)["problems"])  # fmt: skip
-
-
-def test_verify_with_other_weights_fails(run, files, tmp_path):
-    run("merge", files.base, files.one, "-o", tmp_path / "out")
-    assert run("verify", files.base, files.one, tmp_path / "out", "-w", "1.01").code == 1
-    assert run("verify", files.base, files.one, tmp_path / "out").code == 0
-
-
-def test_merge_onto_another_base_of_the_same_shape_is_refused(run, files, tmp_path):
-    tensors = load_file(files.base / "model.safetensors")
-    other = shutil.copytree(files.base, tmp_path / "other")
-    save_file({k: v + 0.01 for k, v in tensors.items()}, other / "model.safetensors")
-    args = ("merge", other, files.one, "-o", tmp_path / "out")
-    found = run(*args)
-    assert found.code == 1
-    assert "it was made on another base: 4 of 4 weights differ" in found.err
-    assert not (tmp_path / "out").exists()
-    assert run(*args, "--any-base").code == 0
-    assert run("verify", other, files.one, tmp_path / "out", "--any-base").code == 0
 
 
 def test_extract_is_the_reverse_of_merge(run, files, tmp_path):

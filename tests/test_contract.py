@@ -19,7 +19,6 @@ from conftest import (
     TOLERANCE,
     Host,
     Kind,
-    conv1d,
     dense_output,
     dense_weight,
     error,
@@ -29,6 +28,7 @@ from conftest import (
     same_bits,
     snapshot,
 )
+from helpers.models import Several
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -168,42 +168,6 @@ def fill_base(model: nn.Module) -> None:
 # -------------------------------------------------------------------------------- 4. all or nothing
 
 
-class Several(nn.Module):
-    """Every way to carry: forward update, weight updates, a trained head, biases, a tied tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.fc = nn.Linear(4, 6)
-        self.c = conv1d(4, 6)
-        self.conv = nn.Conv1d(4, 4, 1)
-        self.mix = nn.Parameter(torch.randn(4, 4))
-        self.lm_head = nn.Linear(4, 7, bias=False)
-        self.lm_head.weight = self.embed.weight
-        self.head = nn.Linear(4, 2)
-        self.fc.weight.requires_grad_(False)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def resize_token_embeddings(self) -> None:
-        raise NotImplementedError
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.c(self.fc(self.embed(ids)))
-        x = self.conv(x.transpose(1, 2)).transpose(1, 2) @ self.mix
-        return self.lm_head(x), self.head(x)
-
-
-SEVERAL = {
-    "rank": 2,
-    "targets": ["embed", "fc", {"match": "c", "slices": ["a", "b"], "adapt": ["b"]}, "conv", "mix"],
-    "train": ["head"],
-    "bias": "all",
-}
-OTHER = {"rank": 1, "targets": ["fc", "lm_head"], "train": ["head.bias"], "init": "pissa"}
-
-
 @pytest.mark.parametrize(
     ("config", "error_class"),
     [
@@ -243,28 +207,6 @@ def test_eject_is_exact(kind: Kind, dtype: torch.dtype) -> None:
     assert snapshot(model) != before
     li.eject(model, "default")
     assert li.eject(model) is model
-    assert snapshot(model) == before
-
-
-def test_eject_of_everything_at_once_is_exact() -> None:
-    model = Several()
-    before, ids = snapshot(model), torch.randint(0, 7, (2, 3))
-    outputs = model(ids)
-    fill(li.inject(model, SEVERAL, "a"), "a")
-    fill(li.inject(model, OTHER, "b"), "b")
-    assert not same_bits(model(ids)[0], outputs[0])
-    li.eject(model)
-    assert snapshot(model) == before
-    assert all(map(same_bits, model(ids), outputs))
-
-
-def test_eject_of_the_newest_leaves_the_others_as_they_were() -> None:
-    model = Several()
-    fill(li.inject(model, OTHER, "a"), "a")
-    before = snapshot(model)
-    fill(li.inject(model, SEVERAL, "b"), "b")
-    li.train_only(model, "a")
-    li.eject(model, "b")
     assert snapshot(model) == before
 
 

@@ -56,8 +56,6 @@ def test_a_wrong_example_is_found():
 def test_a_module_says_what_it_is_for(name):
     text = importlib.import_module(name).__doc__ or ""
     assert text.splitlines()[0].endswith((".", "?", "`.")), "the first line is a sentence"
-    private = name in {"lora_inject.version", "lora_inject.layers", "lora_inject"}
-    assert private or "" in text
 
 
 def public() -> dict[str, object]:

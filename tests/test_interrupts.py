@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import conv1d, fill, snapshot
-from torch import Tensor, nn
+from conftest import fill, snapshot
+from helpers.models import IDS, OTHER, SEVERAL, Several
+from torch import nn
 
 import lora_inject as li
 
@@ -25,43 +26,6 @@ CHANGING = {
     for path in (PACKAGE / folder).glob("*.py")
     if path.stem not in LOOKING
 }
-
-
-class Several(nn.Module):
-    """Every way to carry: forward update, weight updates, a trained head, biases, a tied tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.fc = nn.Linear(4, 6)
-        self.c = conv1d(4, 6)
-        self.conv = nn.Conv1d(4, 4, 1)
-        self.mix = nn.Parameter(torch.randn(4, 4))
-        self.lm_head = nn.Linear(4, 7, bias=False)
-        self.lm_head.weight = self.embed.weight
-        self.head = nn.Linear(4, 2)
-        self.fc.weight.requires_grad_(False)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def resize_token_embeddings(self) -> None:
-        raise NotImplementedError
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.c(self.fc(self.embed(ids)))
-        x = self.conv(x.transpose(1, 2)).transpose(1, 2) @ self.mix
-        return self.lm_head(x), self.head(x)
-
-
-SEVERAL = {
-    "rank": 2,
-    "targets": ["embed", "fc", {"match": "c", "slices": ["a", "b"], "adapt": ["b"]}, "conv", "mix"],
-    "train": ["head"],
-    "bias": "all",
-}
-OTHER = {"rank": 1, "targets": ["fc", "lm_head"], "train": ["head.bias"], "init": "pissa"}
-IDS = torch.tensor([[0, 3, 6], [1, 1, 2]])
 
 
 class Interrupted(BaseException):

@@ -1005,16 +1005,3 @@ def test_keys_with_wrapper_segments_keep_their_tensor_names() -> None:
     assert [t.name for t in plan.trained] == ["h.q.bias"]
     with pytest.raises(MatchError, match="adapted and trained both"):
         resolve(Config(targets=["q"], train=["h"]), names)
-
-
-def test_a_plan_of_a_175b_model_is_exact() -> None:
-    width, depth = 12288, 96
-    keys: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (50257, width)}
-    for i in range(depth):
-        keys[f"transformer.h.{i}.attn.c_attn.weight"] = (width, 3 * width)
-        keys[f"transformer.h.{i}.attn.c_attn.bias"] = (3 * width,)
-    rule = Rule(match=r"h\.\d+\.attn\.c_attn", slices=["q", "k", "v"], adapt=["q", "v"])
-    for rank, count in ((1, 4_718_592), (4, 18_874_368), (8, 37_748_736)):
-        config = Config(rank=rank, targets=[rule], expect=Expect(sites=96, lora=count))
-        plan = resolve(config, Inventory.from_keys(keys))
-        assert all(site.spans == ((0, width), (2 * width, 3 * width)) for site in plan.sites)

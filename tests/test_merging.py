@@ -21,6 +21,7 @@ from conftest import (
     same_bits,
     snapshot,
 )
+from helpers.models import Tied
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -228,21 +229,8 @@ def test_three_holders_of_one_tensor_are_untied_and_tied_again() -> None:
     assert snapshot(model) == before
 
 
-class TiedInForward(nn.Module):
-    """Its state dict has two keys, and its forward reads one tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(7, 5), nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.head(self.embed(ids))
-        return out
-
-
 def test_a_tie_that_was_cut_is_in_the_report_and_stops_an_eject_in_the_same_call() -> None:
-    model = fill(li.inject(TiedInForward(), {**RANK2, "targets": ["head"]}))
+    model = fill(li.inject(Tied(), {**RANK2, "targets": ["head"]}))
     before = snapshot(model)
     with pytest.raises(li.LayerError, match=r"also that of 'embed\.weight' and would be untied"):
         li.merge(model, eject=True)
@@ -254,7 +242,7 @@ def test_a_tie_that_was_cut_is_in_the_report_and_stops_an_eject_in_the_same_call
 
 
 def test_a_class_that_ties_whatever_its_config_says_is_refused() -> None:
-    class Always(TiedInForward):
+    class Always(Tied):
         def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
             return {"head.weight": "embed.weight"}
 
@@ -267,7 +255,7 @@ def test_a_class_that_ties_whatever_its_config_says_is_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_a_script_module_beside_a_tie_is_no_obstacle() -> None:
-    model = TiedInForward()
+    model = Tied()
     model.scripted = torch.jit.script(nn.Linear(3, 3))
     fill(li.inject(model, {**RANK2, "targets": ["head"]}))
     ids = torch.tensor([[1, 2]])

@@ -24,6 +24,7 @@ from conftest import (
     same_bits,
     snapshot,
 )
+from helpers.models import IDS, Net
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -84,20 +85,6 @@ def test_every_kind_comes_back_bit_for_bit(
     assert snapshot(loaded) == before
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 5)
-        self.fc = nn.Linear(5, 6)
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.head(self.norm(torch.tanh(self.fc(self.embed(ids)))))
-        return found
-
-
-IDS = torch.arange(6).view(2, 3)
 RICH = {
     "targets": [{"match": "embed", "rank": 1, "scaling": "rslora", "alpha": 7}, "fc"],
     "train": ["head"],

@@ -503,21 +503,6 @@ def test_an_eject_between_forward_and_backward_is_no_silent_loss(mode: bool) -> 
 # ----------------------------------------------------------------------------------------- activate
 
 
-def test_activate_leaves_requires_grad_alone() -> None:
-    model = net()
-    li.train_only(model, "b")
-    flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    for which in ("a", {"b": 0.5, "c": 2}, None, "b"):
-        assert li.activate(model, which) is model
-        assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
-    info = li.adapters(model)
-    assert {n: (i.active, i.trainable) for n, i in info.items()} == {
-        "a": (False, False),
-        "b": (True, True),
-        "c": (False, False),
-    }
-
-
 def test_activate_does_not_walk_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     li.activate(model, "a")
@@ -531,28 +516,6 @@ def test_activate_does_not_walk_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     assert walks == []
     li.eject(model, "c")
     assert walks
-
-
-@pytest.mark.parametrize("which", [{"a": 0.7, "b": 0.3}, {"a": -1.5}, {"c": 0.0}, {"a": 1, "c": 2}])
-def test_a_mix_is_the_weighted_sum_of_deltas(which: dict[str, float]) -> None:
-    model = net().eval()
-    plain = copy.deepcopy(model)
-    li.eject(plain)
-    with torch.no_grad():
-        for name, weight in which.items():
-            state = li.adapter_state(model, name)
-            for site, values in state.sites.items():
-                A, B = values.A, values.B
-                W = plain.get_parameter(f"{site}.weight")
-                if values.spec.slices:
-                    q, v = B[:2] @ A[:1], B[2:] @ A[1:]
-                    delta = torch.cat([q, torch.zeros_like(q), v]).t()
-                else:
-                    delta = B @ A
-                W += weight * 2 / values.spec.rank * delta
-    x = torch.randn(4, 3, 4, dtype=torch.float64)
-    li.activate(model, which)
-    assert error(model(x), plain(x)) < 1e-12
 
 
 def test_no_adapter_is_the_base_bit_for_bit() -> None:

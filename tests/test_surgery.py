@@ -25,6 +25,7 @@ from conftest import (
     snapshot,
 )
 from helpers.calls import python_calls
+from helpers.models import IDS, Net, Tied
 from helpers.reference import gpt2_of_two_layers
 from torch import Tensor, nn
 
@@ -32,22 +33,6 @@ import lora_inject as li
 from lora_inject.layers import linear_kinds
 
 RANK2 = {"rank": 2, "alpha": 3}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 5)
-        self.fc = nn.Linear(5, 6)
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.head(self.norm(torch.tanh(self.fc(self.embed(ids)))))
-        return found
-
-
-IDS = torch.arange(6).view(2, 3)
 
 
 def flags(model: nn.Module) -> dict[str, bool]:
@@ -183,22 +168,6 @@ def test_eject_forgets_the_adapter_entirely() -> None:
     assert li.summary(model).count("\n") == 1
     with pytest.raises(li.StateError, match="eject 'default': the model's adapters are: none"):
         li.eject(model, "default")
-
-
-def test_eject_of_one_leaves_the_mix_of_the_others() -> None:
-    model = Net()
-    for name in "abc":
-        fill(li.inject(model, {**RANK2, "targets": ["fc", "embed"]}, name), name)
-    li.activate(model, {"a": 0.5, "c": 2.0})
-    wanted = model(IDS)
-    li.eject(model, "b")
-    assert same_bits(model(IDS), wanted)
-    li.activate(model, {"a": 0.5})
-    alone = model(IDS)
-    li.activate(model, {"a": 0.5, "c": 2.0})
-    li.eject(model, "c")
-    assert same_bits(model(IDS), alone)
-    assert {n: i.weight for n, i in li.adapters(model).items()} == {"a": 0.5}
 
 
 def test_other_references_to_the_layer_see_the_adapter() -> None:
@@ -433,77 +402,6 @@ def test_bias_names_the_biases(bias: str, wanted: set[str]) -> None:
     assert set(li.adapters(model)["default"].trained) == wanted
 
 
-def test_base_tensors_are_never_written_by_training() -> None:
-    model = Net()
-    bits = base_bits(model)
-    plain = copy.deepcopy(model)
-    li.inject(model, {**RANK2, "targets": ["fc", "embed"], "train": ["head"], "bias": "all"})
-    train(model)
-    assert_base_is(model, bits)
-    assert not same_bits(model(IDS), plain(IDS))
-    with li.disabled(model):
-        assert same_bits(model(IDS), plain(IDS))
-    li.eject(model)
-    assert same_bits(model(IDS), plain(IDS))
-
-
-def test_two_adapters_hold_two_heads_and_train_as_alone() -> None:
-    heads = {}
-    both = Net()
-    for name, site in (("a", "fc"), ("b", "embed")):
-        config = {**RANK2, "targets": [site], "train": ["head"]}
-        alone = copy.deepcopy(both)
-        if li.adapters(alone):
-            li.eject(alone)
-        torch.manual_seed(3)
-        li.inject(alone, config, name)
-        train(alone)
-        heads[name] = alone(IDS)
-        torch.manual_seed(3)
-        li.inject(both, config, name)
-        train(both)
-    for name, wanted in heads.items():
-        li.activate(both, name)
-        assert same_bits(both(IDS), wanted)
-    assert not same_bits(heads["a"], heads["b"])
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [{"a": 0.7, "b": 0.3}, {"a": 1.0, "b": 1.0}, {"a": -0.5}, {"b": 2.0, "a": 0.0}, {"a": 1.0}],
-    ids=str,
-)
-def test_a_mix_reads_the_weighted_differences(weights: dict[str, float]) -> None:
-    model = Net().double()
-    plain = copy.deepcopy(model)
-    for name in "ab":
-        config = {**RANK2, "targets": ["embed"], "train": ["head"], "bias": "all"}
-        fill(li.inject(model, config, name), name)
-    li.activate(model, weights)
-    wanted = copy.deepcopy(plain)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            state = li.adapter_state(model, name)
-            site = state.sites["embed"]
-            wanted.embed.weight += weight * SCALE * (site.B @ site.A).t()
-            for key, copied in state.trained.items():
-                base = dict(plain.named_parameters())[key]
-                wanted.get_parameter(key).add_(copied - base, alpha=weight)
-    assert error(model(IDS), wanted(IDS)) < 1e-12
-    li.merge(model)
-    assert error(model(IDS), wanted(IDS)) < 1e-12
-
-
-def test_gradients_of_copies_are_those_of_plain_training() -> None:
-    model = Net().double()
-    plain = copy.deepcopy(model)
-    li.inject(model, {"train": ["head", "norm"], "bias": "all"})
-    model(IDS).square().sum().backward()
-    plain(IDS).square().sum().backward()
-    for name, parameter in li.adapter_parameters(model).items():
-        assert error(parameter.grad, plain.get_parameter(name).grad) < 1e-12
-
-
 def test_bitfit_is_bias_without_targets() -> None:
     model = Net()
     plain = copy.deepcopy(model)
@@ -521,18 +419,6 @@ def test_bitfit_is_bias_without_targets() -> None:
     assert same_bits(model(IDS), plain(IDS))
     li.unmerge(model)
     assert_base_is(model, before)
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 5)
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.head(torch.tanh(self.embed(ids)))
-        return found
 
 
 @pytest.mark.parametrize("entry", ["embed", "head", r"head\.weight"])
@@ -558,20 +444,6 @@ def test_a_tied_tensor_in_train_is_one_copy_read_under_both_names(entry: str) ->
     assert merged.head.weight is merged.embed.weight
     li.eject(model)
     assert snapshot(model) == before
-
-
-def test_float32_copies_over_a_16_bit_base_keep_small_steps() -> None:
-    """A step of 1e-4 of a weight of 1 is lost in bf16, and kept by the copy."""
-    model = Net().bfloat16()
-    li.inject(model, {"train": ["head"]})
-    copied = li.adapter_parameters(model)["head.weight"]
-    start = copied.detach().clone()
-    for _ in range(100):
-        with torch.no_grad():
-            copied.add_(1e-4)
-    assert torch.allclose(copied, start + 1e-2, atol=1e-5)
-    assert model.head.weight.dtype == torch.bfloat16
-    assert model(IDS).dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------- pissa, olora
@@ -706,20 +578,6 @@ def test_float32_masters_stay_under_narrowing_casts(cast: str) -> None:
     assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
 
 
-def test_double_widens_everything_and_float_comes_back() -> None:
-    model = Net()
-    fill(li.inject(model, {**RANK2, "targets": ["fc"], "train": ["head"]}))
-    wanted = model(IDS)
-    model.double()
-    assert {p.dtype for p in model.parameters()} == {torch.float64}
-    assert error(model(IDS), wanted) < TOLERANCE[torch.float32]
-    model.float()
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert same_bits(model(IDS), wanted)
-    model.double().bfloat16()
-    assert {p.dtype for p in li.adapter_parameters(model).values()} == {torch.float32}
-
-
 def test_a_frozen_part_on_the_meta_device_moves_with_to_empty() -> None:
     model = Host(nn.Linear(5, 6)).to("meta")
     li.inject(model, {**RANK2, "targets": ["layer"]})
@@ -733,18 +591,6 @@ def test_a_frozen_part_on_the_meta_device_moves_with_to_empty() -> None:
 
 
 # ------------------------------------------------------------------------------------- strict loads
-
-
-def test_a_plain_base_checkpoint_loads_strictly() -> None:
-    model = Net()
-    state = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
-    config = {**RANK2, "targets": ["fc", r"embed\.weight"], "train": ["head"], "init": "pissa"}
-    fill(li.inject(model, config))
-    adapters = {n: p.detach().clone() for n, p in li.adapter_parameters(model).items()}
-    result = model.load_state_dict(state, strict=True)
-    assert (result.missing_keys, result.unexpected_keys) == ([], [])
-    assert_base_is(model, state)
-    assert all(same_bits(p, adapters[n]) for n, p in li.adapter_parameters(model).items())
 
 
 def _without(state: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
@@ -832,16 +678,6 @@ def test_a_live_state_dict_holds_base_and_adapters() -> None:
     assert same_bits(model(IDS), wanted)
 
 
-def test_loading_by_assignment_works() -> None:
-    model = Net()
-    fill(li.inject(model, {**RANK2, "targets": ["fc", r"embed\.weight"]}))
-    wanted = model(IDS)
-    state = copy.deepcopy(model.state_dict())
-    fill(model)
-    model.load_state_dict(state, assign=True)
-    assert same_bits(model(IDS), wanted)
-
-
 # ----------------------------------------------------------------------------------------- the root
 
 
@@ -873,38 +709,6 @@ def test_the_root_itself_may_carry() -> None:
     assert len(li.adapter_parameters(single)) == 2
     li.eject(single)
     assert snapshot(single) == before
-
-
-def nested() -> nn.Sequential:
-    model = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), nn.Linear(3, 3))
-    model[0][0].bias.requires_grad_(False)
-    return model
-
-
-@pytest.mark.parametrize("undone", ["all", "outer first", "inner first", "by the part"])
-@pytest.mark.parametrize("first", ["inner", "outer"])
-def test_roots_inside_roots_are_undone_exactly(first: str, undone: str) -> None:
-    model = nested()
-    before, x = snapshot(model), torch.randn(2, 3)
-    wanted = model(x)
-    for which in (first, "outer" if first == "inner" else "inner"):
-        if which == "inner":
-            fill(li.inject(model[0], {"rank": 1, "targets": ["^0"]}, "inner"), "inner")
-        else:
-            fill(li.inject(model, {"rank": 1, "targets": ["^1"]}, "outer"), "outer")
-    assert set(li.adapters(model)) == {"inner", "outer"}
-    assert not same_bits(model(x), wanted)
-    with li.disabled(model):
-        assert same_bits(model(x), wanted)
-    li.activate(model, {"inner": 0.5, "outer": 2.0})
-    assert {n: i.weight for n, i in li.adapters(model).items()} == {"inner": 0.5, "outer": 2.0}
-    if undone == "by the part":
-        li.eject(model[0], "inner")
-    elif undone != "all":
-        li.eject(model, undone.split(maxsplit=1)[0])
-    li.eject(model)
-    assert snapshot(model) == before
-    assert same_bits(model(x), wanted)
 
 
 # ----------------------------------------------------------------------------------- what is listed

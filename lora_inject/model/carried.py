@@ -172,7 +172,8 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         assert attached is not None
         selections.setdefault(id(attached.selection), attached.selection)
         names.update(attached.forward, *attached.reads.values())
-        gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
+        if attached.gains or attached.reads:  # else each adapter would cost every later verb
+            gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
         reads += [(path, module, e) for table in attached.reads.values() for e in table.values()]
     every = frozenset(names), _whole(reads), frozenset(gained)
     found = Reach(tuple(selections.values()), *every)
