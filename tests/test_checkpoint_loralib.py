@@ -1,5 +1,6 @@
 """A state dict of the paper's library, from training layers to a merged checkpoint."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,5 @@ def test_inspect_and_analyze_read_what_merge_reads(case, capsys):
         assert run(command, folder / "lora.safetensors", *OPTIONS) == 0
         assert "2 sites" in capsys.readouterr().out
     assert run("inspect", folder / "lora.safetensors", *OPTIONS, "--base", folder / "base") == 0
+    shutil.copy(folder / "lora.safetensors", folder / "without-ending")
+    assert run("inspect", folder / "without-ending", *OPTIONS, "--format", "loralib") == 0

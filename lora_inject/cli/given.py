@@ -108,8 +108,11 @@ class Reading:
         ),
     ] = None
 
-    def options(self, paths: Sequence[Path]) -> list[dict[str, Any]]:
-        """Return for each of some adapters what was given of the options of its format."""
+    def options(self, paths: Sequence[Path], known: str | None = None) -> list[dict[str, Any]]:
+        """Return for each of some adapters what was given of the options of its format.
+
+        `known` names the format where it is not to be detected.
+        """
         from lora_inject.errors import FormatError
         from lora_inject.formats import FORMATS, detected, taken_by
 
@@ -124,8 +127,8 @@ class Reading:
         taken: list[dict[str, Any]] = []
         for path in paths:
             try:
-                taken.append(taken_by(FORMATS[detected(path)].read, given))
-            except FormatError:  # whoever reads it says why
+                taken.append(taken_by(FORMATS[known or detected(path)].read, given))
+            except (FormatError, KeyError):  # whoever reads it says why
                 taken.append({})
         for name in given:
             if not any(name in options for options in taken):
@@ -141,7 +144,7 @@ class Reading:
         from lora_inject.formats import read_adapter
 
         states = []
-        for path, options in zip(paths, self.options(paths), strict=True):
+        for path, options in zip(paths, self.options(paths, more.get("format")), strict=True):
             options |= {name: value for name, value in more.items() if value is not None}
             states.append(
                 read_adapter(path, **options)
