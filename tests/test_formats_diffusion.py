@@ -100,6 +100,47 @@ def test_diffusers_computes_the_same_from_a_file_of_kohya(
     torch.testing.assert_close(run(ours), due, rtol=1e-4, atol=1e-5)
 
 
+def flux() -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import FluxTransformer2DModel
+
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16}
+    model = FluxTransformer2DModel(patch_size=1, in_channels=4, axes_dims_rope=[4, 4, 8], **sizes)
+    ids = {"img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(5, 3)}
+    texts = {"encoder_hidden_states": torch.ones(1, 5, 16), "pooled_projections": torch.ones(1, 16)}
+    return model, {"hidden_states": torch.ones(1, 6, 4), "timestep": torch.ones(1), **ids, **texts}
+
+
+def sd3() -> tuple[nn.Module, dict[str, Any]]:
+    from diffusers import SD3Transformer2DModel
+
+    sizes = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "sample_size": 8}
+    sizes |= {"joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 16}
+    model = SD3Transformer2DModel(patch_size=1, in_channels=4, out_channels=4, **sizes)
+    texts = {"encoder_hidden_states": torch.ones(1, 5, 16), "pooled_projections": torch.ones(1, 16)}
+    return model, {"hidden_states": torch.ones(1, 4, 8, 8), "timestep": torch.ones(1), **texts}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("build", [flux, sd3])
+def test_diffusers_computes_the_same_for_its_transformers(build: Any, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="pip install diffusers")
+    torch.manual_seed(0)
+    plain, inputs = build()
+    plain.eval()
+    rules = [{"match": r"attn\.(to|add)_(q|v)(_proj)?", "rank": 2, "alpha": 3}, "ff.net.2"]
+    model = fill(li.inject(copy.deepcopy(plain), {"rank": 3, "targets": rules}))
+    li.save_adapter(model, tmp_path / "a.safetensors", format="diffusers", component="transformer")
+    theirs = copy.deepcopy(plain)
+    theirs.load_lora_adapter(load_file(tmp_path / "a.safetensors"), prefix="transformer")
+    ours = li.load_adapter(copy.deepcopy(plain), tmp_path / "a.safetensors")
+    with torch.no_grad():
+        due, base = model(**inputs).sample, plain(**inputs).sample
+        assert (due - base).abs().max() > 0.01
+        for found in (theirs, ours):
+            torch.testing.assert_close(found(**inputs).sample, due, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_diffusers_wrote_is_read_right(unet: Any, tmp_path: Path) -> None:
     from peft import LoraConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,16 @@ def test_peft_reads_it_with_the_same_outputs(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(IDS).logits, logits(model), rtol=0, atol=1e-9)
 
 
+def of_dora() -> AdapterState:
+    spec = dataclasses.replace(KIND_SPECS["linear"], variant="dora")
+    plain = make_site(spec)
+    return AdapterState({spec.name: dataclasses.replace(plain, further={"m": torch.ones(7)})})
+
+
 @pytest.mark.parametrize(
     ("state", "options", "words"),
     [
+        (of_dora(), {}, "no place for 'm' of the variant 'dora'.*lora-inject merge"),
         (make_state(KIND_SPECS["experts"]), {}, "no place for a site of kind 'parameter'"),
         (
             make_state(KIND_SPECS["linear"], trained={"n": torch.ones(1)}),
