@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lora_inject.layers.adapted import Adapted, Geometry, is_quantized, plain_class
+from lora_inject.layers.adapted import Adapted, Geometry, plain_class
 from lora_inject.layers.kinds import kind_of
+from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.spec.inventory import Candidate, Inventory
 from lora_inject.spec.names import is_bias, joined

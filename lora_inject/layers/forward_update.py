@@ -17,8 +17,9 @@ from torch import Tensor
 from lora_inject.errors import LayerError
 from lora_inject.functional import Factors, chosen_factors, routed_update, updated_norms
 from lora_inject.functional.factors import compute_dtype
-from lora_inject.layers.adapted import PLAIN, Adapted
+from lora_inject.layers.adapted import Adapted
 from lora_inject.layers.attached import Entry, Recipe, held_by
+from lora_inject.layers.reading import PLAIN
 from lora_inject.layers.routing import Routing, eligible, routing_of
 from lora_inject.layers.selection import State
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError
 from lora_inject.functional import add_updates, gained, linear
 from lora_inject.functional.factors import spread
-from lora_inject.layers.adapted import PLAIN, Geometry, plain_class
+from lora_inject.layers.adapted import Geometry, plain_class
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.forward_update import ForwardUpdate
+from lora_inject.layers.reading import PLAIN
 from lora_inject.layers.routing import Routing
 from lora_inject.layers.selection import State
 

@@ -1,69 +1,310 @@
-"""Who reads a weight: a forward, which is to find W + delta, or anybody else, who gets W itself.
+"""What a forward finds where it reads a weight: W + delta; and where it cannot, an error.
 
-Initialization, ties, optimizers, FSDP2 and a user's own code read and write the raw Parameter. The
-caller is known from the stack, which costs a forward that reads no weight nothing, holds in every
-thread, and for a submodule that is called directly as for the whole model.
+`layers.readers` says who reads. What is read is formed as late as it can be: a question about a
+weight's dtype costs nothing, and is never refused.
 """
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from torch.nn.utils import fusion
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from lora_inject.errors import LayerError
+from lora_inject.functional import lazy_weight, needs_plain_operations
+from lora_inject.layers.attached import (
+    Attached,
+    Entry,
+    attached_to,
+    held_by,
+    refuse_mixed,
+    saving_hooks,
+)
+from lora_inject.layers.checkpointing import refuse_dead_checkpoint
+from lora_inject.layers.readers import computes, running_module
+from lora_inject.layers.routed_forward import adds_rows
+from lora_inject.layers.selection import State
 
-_CALL = nn.Module._call_impl.__code__
-_FUSING = {f.__code__ for f in (fusion.fuse_conv_bn_eval, fusion.fuse_linear_bn_eval)}
-
-# Stands for a forward whose module is not known: a compiled or a recomputed one.
-SOME_FORWARD = object()
+# What W + delta can be formed of: neither packed nor sharded, and what stands for it in a trace.
+PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
-def running_module() -> Any:
-    """Return the innermost module whose forward the caller of a property runs in.
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is packed, so that its values are not those of its elements."""
+    plain = weight.is_floating_point() and weight.element_size() >= 2
+    return not plain or type(weight) not in PLAIN
 
-    Returns:
-        The module; `SOME_FORWARD` where it cannot be told, as in a compiled graph and in a backward
-        pass, which recomputes checkpointed forwards; None outside of forwards.
+
+def refuse_offloaded(module: nn.Module) -> None:
+    """Raise where accelerate offloads a module: its hook trains copies and throws them away.
+
+    Raises:
+        LayerError: The module's hook offloads.
     """
-    if torch.compiler.is_compiling():
-        return SOME_FORWARD
-    frame = sys._getframe(2)
-    while frame is not None:
-        code = frame.f_code
-        if code is _CALL:
-            return frame.f_locals["self"]
-        if (found := _forward_of(frame)) is not None:
-            return found
-        if code in _FUSING:
+    hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))  # accelerate.hooks.SequentialHook, or one hook
+    if any(getattr(h, "offload", False) for h in hooks):
+        raise LayerError(
+            f"training an adapter on a {type(module).__name__} that accelerate offloads",
+            "its hook hands the forward copies of all parameters, whose gradients are lost",
+            "Train without offload; for inference call model.eval()",
+        )
+
+
+class Reading(nn.Module):
+    """The part of a swapped class by which its parameters are read."""
+
+    # Name of the layer's weight among its parameters.
+    weight_name: ClassVar[str] = "weight"
+    # Set on each swapped class by `adapted_class`.
+    _lora_plain: ClassVar[type[nn.Module]]
+    # Set on each module by `swap`.
+    _lora: Attached
+
+    def _lora_refuse_vain(self, tensors: Iterable[Tensor]) -> None:
+        """Raise where adapters take part and are to train, and no gradient would reach them."""
+        if not self.training or torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled():
+            if "_hf_hook" in self.__dict__:
+                refuse_offloaded(self)
+        elif any(t.requires_grad for t in tensors):
+            refuse_dead_checkpoint()
+
+    def _lora_raw(self, param: str) -> Any:
+        """Return what the plain class would: a parameter, or a tensor that stands in its place."""
+        computed = getattr(self._lora_plain, param, None)
+        if isinstance(computed, property):
+            return computed.__get__(self)
+        if param in self._parameters:
+            return self._parameters[param]
+        if param in self.__dict__:
+            return self.__dict__[param]
+        return super().__getattr__(param)  # raises
+
+    def _lora_read(self, param: str, raw: Any) -> Any:
+        """Return the effective value of a parameter to a forward, and the raw one else."""
+        reader = running_module()
+        if reader is None:
+            return raw
+        attached = self._lora
+        entries = attached.reads.get(param, {})
+        if attached.forward and reader is not self and param == self.weight_name:
+            entries = {**attached.forward, **entries}
+        by_rows = reader is self and adds_rows(self._lora_plain, param)
+        if by_rows and attached.selection.current().routed:
+            return raw
+        outside = reader is not self and not attached.running and isinstance(reader, nn.Module)
+        return self._lora_value(param, raw, entries, outside=outside)
+
+    def _lora_value(
+        self, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
+    ) -> Any:
+        """Return W + delta of those of the entries that take part under the current selection."""
+        if not entries:
+            return raw
+        if raw is None:
+            self._lora_refuse_replaced(param)
+        attached = self._lora
+        state = attached.selection.current()
+        if state.routed:
+            return self._lora_refuse_routed(param, raw, entries, state)
+        taking = [(entries[name], weight) for name, weight in state.active if name in entries]
+        if not taking:
+            return raw
+        if type(raw) not in PLAIN:
+            return self._lora_other(raw, taking, outside)
+        # A value read under no_grad would cut the gradient of a later read in the same forward.
+        key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()
+        if cache is None:
+            return self._lora_effective(raw, taking, outside)
+        if key not in cache:
+            cache[key] = self._lora_effective(raw, taking, outside)
+        return cache[key]
+
+    def _lora_other(self, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
+        """Return what a sharded weight, or a quantized one, reads as.
+
+        Tensor parallelism computes with shards; FSDP2 reads them in hooks, to gather them. What
+        replaced a weight after inject, or is read by a parent, has no W to add to: its shape and
+        dtype may be asked for.
+        """
+        if torch.compiler.is_compiling():
+            return raw
+        if hasattr(raw, "full_tensor"):
+            return self._lora_effective(raw, taking, outside) if computes() else raw
+        entry = taking[0][0]
+        if self._lora.forward.get(entry.adapter) is entry and not outside:
+            return raw  # the layer's own forward, to whose output the update is added
+
+        def used() -> None:
             raise LayerError(
-                f"torch.nn.utils.{code.co_name}",
-                "the layer carries an adapter, whose update would be left as it is",
-                "Call merge(model, eject=True) first, then fuse",
+                f"reading {entry.param!r} of a {type(self).__name__} in a forward",
+                f"it is a {type(raw).__name__}, to which adapter {entry.adapter!r} cannot be added",
+                "Leave this layer out of the adapter, or quantize it before inject",
             )
-        frame = frame.f_back  # type: ignore[assignment]
-    return SOME_FORWARD if torch._C._current_graph_task_id() != -1 else None
+
+        stand_in = torch.empty((), dtype=raw.dtype, device=raw.device).expand(raw.shape)
+        return lazy_weight(stand_in, (), float32=False, used=used)
+
+    def _lora_effective(
+        self, raw: Tensor, taking: list[tuple[Entry, float]], outside: bool
+    ) -> Tensor:
+        """Return `W + sum of weight * (copy - W) + sum of weight * scale * B @ A`."""
+        held, value = held_by(self), raw
+        low_rank, float32, gain = [], False, None
+        for entry, weight in taking:
+            spec = entry.spec
+            if spec is None:
+                value = _trained(entry, value, raw, held[entry.mark], weight)
+                continue
+            # The weight of a layer keeps its dtype, which the layer's input has.
+            float32 = float32 or (spec.compute == "float32" and spec.kind == "parameter")
+            gain = gain or entry.gain(held)
+            for A, B, sign in entry.pairs(held):
+                low_rank.append((spec, A, B, spec.scale * weight * sign))
+        if gain is not None:
+            refuse_mixed(taking)
+
+        def used() -> None:
+            for entry, _ in taking:
+                self._lora_is_read(entry)
+                if outside and entry.mark not in self._lora.read_from_outside:
+                    self._lora.read_from_outside |= {entry.mark}
+
+        if low_rank:
+            return lazy_weight(value, low_rank, float32=float32, used=used, gain=gain)
+        used()
+        return value
+
+    def _lora_is_read(self, entry: Entry) -> None:
+        """Note that an entry takes part, and refuse what a weight cannot express."""
+        if torch.compiler.is_compiling():
+            return
+        if entry.mark not in self._lora.took_part:
+            self._lora.used((entry,))
+        self._lora_refuse_vain((held_by(self)[entry.mark],))
+        forward = self._lora.forward.get(entry.adapter) is entry
+        if forward and self.training and entry.spec and entry.spec.dropout:
+            raise LayerError(
+                f"reading the weight of site {entry.spec.name!r} in a forward",
+                f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "
+                "input, which the reader of a weight does not see",
+                "Give the site dropout: 0",
+            )
+
+    def _lora_refuse_routed(
+        self, param: str, raw: Tensor, entries: Mapping[str, Entry], state: State
+    ) -> Tensor:
+        """Return W for a question about its shape or dtype; raise where it is used."""
+        if not state.names & entries.keys():
+            return raw
+
+        def used() -> None:
+            raise LayerError(
+                f"routed(), reading {param!r} of a {type(self).__name__} in a forward",
+                "one weight is read for the whole batch, and its rows have adapters of their own",
+                "Leave this layer out of adapters that are routed",
+            )
+
+        return lazy_weight(raw, (), float32=False, used=used)
+
+    def _lora_refuse_replaced(self, name: str) -> None:
+        """Raise where a parameter is to be computed, as parametrize, prune and weight_norm do.
+
+        FSDP1 and DataParallel put plain tensors in the place of parameters, too, of the same value.
+        """
+        if not self.__dict__.keys() & {"_is_fsdp_managed_module", "_is_replica"}:
+            raise LayerError(
+                f"replacing parameter {name!r} of a {type(self).__name__}",
+                "it carries an adapter, which a parametrized, pruned or normalized weight would "
+                "leave behind",
+                "Eject the adapter first, then inject again",
+            )
 
 
-def computes() -> bool:
-    """Whether the caller of a property runs in a `forward`, and not in a hook around one."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code is not _CALL:
-        if _forward_of(frame) is not None:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
+    """Return a tensor with what an entry without a site makes of it: added, or put in its place."""
+    if entry.scale is not None:
+        return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)
+    if entry.rows is None:
+        return _replaced(value, raw, copy, weight)
+    index = _index(entry.rows, raw)
+    if weight == 1.0 and value is raw:
+        return value.index_copy(0, index, copy.to(raw.dtype))
+    rows = value[index].to(copy.dtype) + weight * (copy - raw[index].to(copy.dtype))
+    return value.index_copy(0, index, rows.to(raw.dtype))
 
 
-def _forward_of(frame: FrameType) -> nn.Module | None:
-    """Return the module whose method `forward` a frame runs."""
-    code = frame.f_code
-    if code.co_name != "forward" or not code.co_argcount:
-        return None
-    found = frame.f_locals.get(code.co_varnames[0])
-    return found if isinstance(found, nn.Module) else None
+@functools.lru_cache(maxsize=64)
+def _kept_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a backward may need it, whoever asks first
+        return torch.tensor(rows, device=device)
+
+
+def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return numbers of rows as a tensor, which on a device would be a transfer in each forward."""
+    if type(like) in (nn.Parameter, Tensor) and not needs_plain_operations():
+        return _kept_index(rows, like.device)
+    return torch.tensor(rows, device=like.device)
+
+
+def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
+    """Return `value + weight * (copy - raw)`, or the copy itself where that is all there is."""
+    if weight == 1.0 and value is raw:
+        return copy.to(raw.dtype)
+    return (value.to(copy.dtype) + weight * (copy - raw.to(copy.dtype))).to(raw.dtype)
+
+
+def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
+    """Return the plain forward, during which each effective weight is formed once."""
+
+    @functools.wraps(plain.forward)
+    def forward(self: Reading, *args: Any, **kwargs: Any) -> Any:
+        attached = attached_to(self)
+        # Without: somebody has kept this method, and the adapter was ejected.
+        if attached is None or torch.compiler.is_compiling():
+            return plain.forward(self, *args, **kwargs)
+        thread, running = threading.get_ident(), attached.running
+        outer, running[thread] = running.get(thread), ({}, saving_hooks())
+        try:
+            return plain.forward(self, *args, **kwargs)
+        finally:
+            if outer is None:
+                del running[thread]
+            else:
+                running[thread] = outer
+
+    return forward
+
+
+def weight_property(param: str) -> property:
+    """Return the property that stands for a parameter of a swapped class."""
+
+    def read(self: Reading) -> Any:
+        raw = self._lora_raw(param)
+        try:
+            return self._lora_read(param, raw)
+        except AttributeError as error:
+            # nn.Module would answer an AttributeError with the raw weight: an inert adapter.
+            raise LayerError(
+                f"reading {param!r} of {type(self).__name__}",
+                f"its effective value could not be formed ({error})",
+                "This is a defect of the adapter's arithmetic; please report it",
+            ) from error
+
+    def write(self: Reading, value: Any) -> None:
+        # nn.Module.__setattr__ has put Parameters into `_parameters` and does not come here.
+        self._lora_refuse_replaced(param)
+        self.__dict__[param] = value
+
+    def delete(self: Reading) -> None:
+        del self.__dict__[param]
+
+    return property(read, write, delete)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lora_inject.functional.lazy import formed
-from lora_inject.layers.reading import running_module
+from lora_inject.layers.readers import running_module
 
 _FLATTENING = nn.RNNBase.flatten_parameters.__code__
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.layers.adapted import WeightUpdate, is_quantized
+from lora_inject.layers.adapted import WeightUpdate
 from lora_inject.layers.attached import Entry, attached_to, attribute
 from lora_inject.layers.class_swap import check_swappable, swap
 from lora_inject.layers.kinds import mixin_for
+from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey, base_tensor

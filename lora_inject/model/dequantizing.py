@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lora_inject.adapter.fingerprint import codes_of
 from lora_inject.errors import LayerError
-from lora_inject.layers.adapted import is_quantized, plain_class
+from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.class_swap import change_plain_class
+from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Survey
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -21,8 +21,8 @@ from lora_inject.functional import (
     fold_rows,
     mix_copies,
 )
-from lora_inject.layers.adapted import is_quantized
 from lora_inject.layers.attached import Entry, refuse_mixed
+from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Survey, base_tensor, memory_of
 from lora_inject.model.carried import whole_adapter
 from lora_inject.model.dequantizing import dense, quantized_again, quantized_weights, why_not_dense
