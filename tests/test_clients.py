@@ -121,11 +121,12 @@ def test_the_command_says_it_and_exits_by_it(tmp_path: Path) -> None:
         li.check_adapter(path, "ollama")
 
 
-@pytest.mark.parametrize("value", [None, "x", -1, {"a": "b"}])
+@pytest.mark.parametrize("value", [None, "x", -1, {"a": "b"}, [5]])
 def test_configs_without_numbers_are_refused(value: Any, tmp_path: Path) -> None:
     path = write_adapter(STATES["plain"], tmp_path / "a")
     said = json.loads((path / "adapter_config.json").read_text())
     field = "alpha_pattern" if isinstance(value, dict) else "lora_alpha"
+    field = "modules_to_save" if isinstance(value, list) else field
     (path / "adapter_config.json").write_text(json.dumps({**said, field: value}))
-    with pytest.raises(FormatError, match="is no number above 0"):
+    with pytest.raises(FormatError, match=r"is no (number above 0|list of names)"):
         li.check_adapter(path, "vllm")

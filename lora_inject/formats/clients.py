@@ -169,16 +169,36 @@ def _check_numbers(config: Mapping[str, Any], asked: str) -> None:
         table = config.get(name) or {}
         for value in table.values() if isinstance(table, dict) else [table]:
             _positive(value, name, asked)
+    saved = config.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        found = "'modules_to_save' is no list of names"
+        raise FormatError(f"{asked}, {CONFIG}", found, "Correct the file")
 
 
 # What several programs have in common -------------------------------------------------------------
 
 
-def _peft_only(files: Files, client: str) -> Iterator[Finding]:
-    if files.layout != "peft":
-        yield Finding(
-            f"{client} reads PEFT folders, and this is of the format '{files.layout}'", PORTABLE
-        )
+def _of_peft(
+    client: str, methods: Mapping[str, str], own: Callable[[Files], Iterator[Finding]]
+) -> Callable[[Files], Iterator[Finding]]:
+    """Return the rules of a program that reads PEFT folders, `own` being what others do not have.
+
+    `methods` are the fields of the config that it refuses, and what they are.
+    """
+
+    def rules(files: Files) -> Iterator[Finding]:
+        if files.layout != "peft":
+            found = f"{client} reads PEFT folders, and this is of the format '{files.layout}'"
+            yield Finding(found, PORTABLE)
+            return
+        yield from _halves(files)
+        for name, what in methods.items():
+            if files.config.get(name) not in (None, False, [], {}, "none"):
+                yield Finding(f"{client} does not know {what} ('{name}' is set)", MERGE)
+        yield from own(files)
+        yield from _names(files)
+
+    return rules
 
 
 def _halves(files: Files) -> Iterator[Finding]:
@@ -218,12 +238,6 @@ def _scaled(
         yield Finding(f"{client} would apply another scale to {one_line(wrong, 2)}", fix)
 
 
-def _variants(files: Files, client: str, fields: Mapping[str, str]) -> Iterator[Finding]:
-    for name, what in fields.items():
-        if files.config.get(name) not in (None, False, [], {}, "none"):
-            yield Finding(f"{client} does not know {what} ('{name}' is set)", MERGE)
-
-
 def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ()) -> Iterator[Finding]:
     stray = [key for key in files.others if not key.endswith(allowed or ("\0",))]
     if stray:
@@ -250,17 +264,14 @@ _METHODS = {
     "use_qalora": "QALoRA",
     "trainable_token_indices": "single rows of an embedding",
 }
+_ALL = {**_METHODS, "bias": "trained biases"}
+_FOR_GGUF = {name: what for name, what in _METHODS.items() if name != "alora_invocation_tokens"}
 
 
 # One function for each program --------------------------------------------------------------------
 
 
 def _vllm(files: Files) -> Iterator[Finding]:
-    yield from _peft_only(files, "vLLM")
-    if files.layout != "peft":
-        return
-    yield from _halves(files)
-    yield from _variants(files, "vLLM", {**_METHODS, "bias": "trained biases"})
     saved = set(files.config.get("modules_to_save") or ()) - {"classifier", "score"}
     if saved:
         yield Finding(f"vLLM refuses 'modules_to_save' {one_line(sorted(saved))}", MERGE)
@@ -269,7 +280,8 @@ def _vllm(files: Files) -> Iterator[Finding]:
     yield from _full(files, "vLLM", "refuses", (*heads, *copies))
     init = str(files.config.get("init_lora_weights", "")).lower()
     if init.startswith(("pissa", "olora", "corda", "loftq")):
-        yield Finding(f"vLLM refuses init_lora_weights {init!r}", PORTABLE)
+        fix = "Save it with PEFT's path_initial_model_for_weight_conversion"
+        yield Finding(f"vLLM refuses init_lora_weights {init!r}", fix)
     modules = {name.removesuffix(".base_layer") for name in files.pairs}
     stacks = {name for name in modules if name.endswith(".experts")}
     half = [n for n in sorted(stacks) if not {n, f"{n}.base_layer"} <= files.pairs.keys()]
@@ -281,7 +293,6 @@ def _vllm(files: Files) -> Iterator[Finding]:
             "For others write it with `lora-inject convert --to vllm --base BASE`",
             stops=False,
         )
-    yield from _names(files)
     largest = max([*files.ranks.values(), 0])
     if largest > VLLM_RANKS[-1]:
         yield Finding(
@@ -297,11 +308,6 @@ def _vllm(files: Files) -> Iterator[Finding]:
 
 
 def _sglang(files: Files) -> Iterator[Finding]:
-    yield from _peft_only(files, "SGLang")
-    if files.layout != "peft":
-        return
-    yield from _halves(files)
-    yield from _variants(files, "SGLang", {**_METHODS, "bias": "trained biases"})
     yield from _full(files, "SGLang", "ignores")
     scale = _number(files, "lora_alpha") / _number(files, "r")
     yield from _scaled(files, "SGLang", lambda _: scale)
@@ -314,20 +320,10 @@ def _sglang(files: Files) -> Iterator[Finding]:
             "SGLang packs q, k and v, and fills up k only: v_proj has no update",
             "Train v_proj too, or fold it into the base (lora-inject merge)",
         )
-    yield from _names(files)
 
 
 def _llama_cpp(files: Files) -> Iterator[Finding]:
-    if files.layout == "gguf":
-        return
-    yield from _peft_only(files, "llama.cpp's converter")
-    if files.layout != "peft":
-        return
     to_gguf = "Write it with `lora-inject convert --to gguf --base BASE`"
-    yield from _halves(files)
-    yield from _variants(
-        files, "llama.cpp", {k: v for k, v in _METHODS.items() if k != "alora_invocation_tokens"}
-    )
     norms = [key for key in files.others if re.search(r"_layernorm|\.norm", key)]
     if norms:
         yield Finding(f"llama.cpp ignores trained norms: {one_line(norms)}", MERGE)
@@ -348,15 +344,9 @@ def _llama_cpp(files: Files) -> Iterator[Finding]:
                 "Run its convert_lora_to_gguf.py on a portable folder",
                 stops=False,
             )
-    yield from _names(files)
 
 
 def _lorax(files: Files) -> Iterator[Finding]:
-    yield from _peft_only(files, "LoRAX")
-    if files.layout != "peft":
-        return
-    yield from _halves(files)
-    yield from _variants(files, "LoRAX", {**_METHODS, "bias": "trained biases"})
     yield from _full(files, "LoRAX", "ignores")
     if files.unprefixed:
         yield Finding(
@@ -368,7 +358,6 @@ def _lorax(files: Files) -> Iterator[Finding]:
     if len(set(files.ranks.values())) > 1:
         yield Finding("LoRAX stacks the layers, which have unequal ranks", PORTABLE)
     yield from _layers(files)
-    yield from _names(files)
 
 
 def _layers(files: Files) -> Iterator[Finding]:
@@ -431,13 +420,9 @@ def _mlx(files: Files) -> Iterator[Finding]:
 
 
 def _peft(files: Files) -> Iterator[Finding]:
-    yield from _peft_only(files, "PEFT")
-    if files.layout != "peft":
-        return
     if files.config.get("peft_type") is None:
         yield Finding("'peft_type' is missing, without which PEFT refuses it", "Fetch it again")
         return
-    yield from _halves(files)
     if files.config["peft_type"] != "LORA":
         return
     if files.unprefixed:
@@ -449,17 +434,23 @@ def _peft(files: Files) -> Iterator[Finding]:
         wrong = [f"{n} ({r} for {due[n]})" for n, r in files.ranks.items() if r != due[n]]
         if wrong:
             yield Finding(f"the ranks of tensors and config differ: {one_line(wrong)}", PORTABLE)
-        yield from _names(files)
+
+
+def _gguf_or(
+    rules: Callable[[Files], Iterator[Finding]],
+) -> Callable[[Files], Iterator[Finding]]:
+    """Return the rules of a program that reads GGUF files, and folders by its converter."""
+    return lambda files: iter(()) if files.layout == "gguf" else rules(files)
 
 
 CLIENTS: Mapping[str, Callable[[Files], Iterator[Finding]]] = {
-    "vllm": _vllm,
-    "sglang": _sglang,
-    "llama.cpp": _llama_cpp,
-    "lorax": _lorax,
+    "vllm": _of_peft("vLLM", _ALL, _vllm),
+    "sglang": _of_peft("SGLang", _ALL, _sglang),
+    "llama.cpp": _gguf_or(_of_peft("llama.cpp", _FOR_GGUF, _llama_cpp)),
+    "lorax": _of_peft("LoRAX", _ALL, _lorax),
     "diffusers": _diffusers,
     "mlx": _mlx,
     "comfyui": _comfyui,
-    "peft": _peft,
+    "peft": _of_peft("PEFT", {}, _peft),
 }
 """Programs by the names that `lora-inject check --for` knows."""
