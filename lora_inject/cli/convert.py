@@ -88,7 +88,7 @@ def check(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a program that loads adapters would not do as ADAPTER means it.
+    """Say what a program would do otherwise than ADAPTER means.
 
     No values are read. The exit code is 1 where the program refuses the adapter, ignores a part of
     it or scales it in another way.

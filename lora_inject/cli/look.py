@@ -54,7 +54,10 @@ def advise(
         str, typer.Option(metavar="N", help="Most parameters in A and B, such as 170k or 1.5M.")
     ],
 ) -> None:
-    """Print a config to start from: one rank on all linear layers, within a budget."""
+    """Print a config to start from, within a budget.
+
+    One rank on all linear layers of MODEL.
+    """
     from lora_inject.cli.models import source_of
     from lora_inject.cli.show import note, say
     from lora_inject.spec.advice import advised
