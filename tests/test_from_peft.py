@@ -161,6 +161,18 @@ CASES = {
             "rank_pattern": {"down_proj": 2, "q_proj": 3},
         },
     ),
+    "names of experts before transformers 5": (
+        "mixtral",
+        {"target_modules": ["q_proj", "w1", "w2", "w3", "gate"], "rank_pattern": {"q_proj": 2}},
+    ),
+    "layers of modules, not of parameters": (
+        "mixtral",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.down_proj"],
+            "layers_to_transform": [1],
+        },
+    ),
     "parameters": (
         "mixtral",
         {
@@ -255,9 +267,16 @@ def test_what_would_mean_something_else_is_refused(models):
     for which, options, message in refused:
         with pytest.raises(li.ConfigError, match=message):
             li.plan(models[which], LoraConfig(target_modules=QV, **options))
-    for target in ("all-linear", ["w1", "w2", "w3"], r".*\.(gate|q_proj)"):
+    for target in ("all-linear", r".*\.(gate|q_proj)"):
         with pytest.raises(li.ConfigError, match=r"'target_modules': PEFT takes .* for experts"):
             li.plan(models["mixtral"], LoraConfig(target_modules=target))
+    with pytest.raises(li.ConfigError, match=r"'w3' is missing, which is one tensor with 'w1'"):
+        li.plan(models["mixtral"], LoraConfig(target_modules=["w1", "w2"]))
+    config = LoraConfig(
+        target_modules=[], target_parameters=["experts.down_proj"], exclude_modules=["1.mlp"]
+    )
+    with pytest.raises(li.ConfigError, match=r"PEFT adapts 'model.layers.1.mlp.experts.down_proj'"):
+        li.plan(models["mixtral"], config)
     tied = copy.deepcopy(models["llama"])
     tied.lm_head.weight = tied.model.embed_tokens.weight
     with pytest.raises(li.ConfigError, match=r"'ensure_weight_tying': 'lm_head' is tied"):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, cast
 
 import yaml
@@ -496,7 +497,11 @@ class Config(_Strict):
 
     @classmethod
     def from_peft(
-        cls, config: Any, *, inventory: Inventory | None = None, expert_names: Sequence[str] = ()
+        cls,
+        config: Any,
+        *,
+        inventory: Inventory | None = None,
+        expert_names: Mapping[str, str] = MappingProxyType({}),
     ) -> Config:
         r"""Translate a LoraConfig of PEFT, field by field; PEFT itself is not imported.
 
@@ -508,8 +513,8 @@ class Config(_Strict):
                 folder that holds it.
             inventory: The names of the model (`inject` gives them): rules of `rank_pattern` and
                 `alpha_pattern` that would match nothing are left out then.
-            expert_names: What PEFT takes for experts of the model (`inject` gives them): such
-                targets are refused, as PEFT would adapt more than they name.
+            expert_names: What PEFT takes for experts of the model, and the parameter that it means
+                (`inject` gives them).
 
         Returns:
             The config.
@@ -550,7 +555,10 @@ class Config(_Strict):
 
     @classmethod
     def coerce(
-        cls, config: Any, inventory: Inventory | None = None, expert_names: Sequence[str] = ()
+        cls,
+        config: Any,
+        inventory: Inventory | None = None,
+        expert_names: Mapping[str, str] = MappingProxyType({}),
     ) -> Config:
         """Return `config` as a `Config`, whatever it came as.
 

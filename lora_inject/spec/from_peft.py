@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lora_inject.errors import ConfigError
@@ -64,7 +65,7 @@ def translated(
     fields: Mapping[str, Any],
     inventory: Inventory | None = None,
     asked: str = "from_peft",
-    expert_names: Iterable[str] = (),
+    expert_names: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     r"""Return the fields of a LoraConfig as a config of this package, plain data.
 
@@ -72,7 +73,8 @@ def translated(
         fields: Plain data, as in adapter_config.json.
         inventory: The names of the model; rules that would match nothing are left out.
         asked: What messages call it.
-        expert_names: What PEFT takes for experts of this model among the ends of target names.
+        expert_names: What PEFT takes for experts of this model among the ends of target names,
+            and the parameter that it means.
 
     Raises:
         ConfigError: A field cannot be translated.
@@ -83,7 +85,7 @@ def translated(
         [{'match': 'v', 'rank': 2}, {'match': 'q'}]
     """
     _refuse(fields, asked)
-    _refuse_experts(fields, inventory, tuple(expert_names), asked)
+    fields = _with_experts(fields, inventory, expert_names, asked)
     found: dict[str, Any] = {
         "rank": fields.get("r", 8),
         "alpha": fields.get("lora_alpha", 8),
@@ -134,27 +136,47 @@ def _refuse(fields: Mapping[str, Any], asked: str) -> None:
         raise _error(asked, "runtime_config", "ephemeral_gpu_offload is not here", "Leave it out")
 
 
-def _refuse_experts(
-    fields: Mapping[str, Any], inventory: Inventory | None, names: tuple[str, ...], asked: str
-) -> None:
-    """Refuse targets that PEFT, on transformers 5, takes for the experts of such a model too."""
+def _with_experts(
+    fields: Mapping[str, Any],
+    inventory: Inventory | None,
+    new_names: Mapping[str, str],
+    asked: str,
+) -> Mapping[str, Any]:
+    """Put parameters in the place of targets that PEFT, on transformers 5, takes for experts.
+
+    Source: peft/utils/transformers_weight_conversion.py, `_convert_peft_config_moe`.
+    """
     given = fields.get("target_modules") or ()
     stacks = {c.owner for c in inventory.candidates if c.experts} if inventory else set()
-    if not names or not stacks:
-        return
+    if not new_names or not stacks:
+        return fields
     if isinstance(given, str):
-        inside = [f"{o}.{name}" for s in stacks for o in (s, f"{s}.0", parent(s)) for name in names]
-        whole = given.lower() == "all-linear"
-        wrong = [given] if whole or matching(f"^(?:{given})", inside, asked=asked) else []
-    else:
-        wrong = [target for target in given if target.rpartition(".")[2] in names]
-    if wrong:
-        raise _error(
-            asked,
-            "target_modules",
-            f"PEFT takes {wrong[0]!r} for experts of this model as well, with ranks of its own",
-            "Name what is meant: target_modules for modules, target_parameters for experts",
-        )
+        owners = [o for s in stacks for o in (s, f"{s}.0", parent(s))]
+        inside = [f"{owner}.{name}" for owner in owners for name in new_names]
+        if given.lower() != "all-linear" and not matching(f"^(?:{given})", inside, asked=asked):
+            return fields
+        found = f"PEFT takes {given!r} for experts of this model as well, with ranks of its own"
+        remedy = "Give target_modules as a list, and experts in target_parameters"
+        raise _error(asked, "target_modules", found, remedy)
+    old = {name.rpartition(".")[2] for name in given} & new_names.keys()
+    made = dict(fields)
+    for key in ("rank_pattern", "alpha_pattern"):
+        made[key] = dict(fields.get(key) or {})
+    for new in {new_names[name] for name in old}:
+        parts = {name for name, other in new_names.items() if other == new}
+        if parts - old:
+            found = (
+                f"{min(parts - old)!r} is missing, which is one tensor with {min(parts & old)!r}"
+            )
+            raise _error(asked, "target_modules", found, "Name both, or neither")
+        if len(parts) > 1:
+            regex = rf".*\.{re.escape(new)}"
+            made["rank_pattern"][regex] = fields.get("r", 8) * len(parts)
+            made["alpha_pattern"][regex] = fields.get("lora_alpha", 8) * len(parts)
+    made["target_modules"] = [n for n in given if n.rpartition(".")[2] not in old]
+    parameters = {*(fields.get("target_parameters") or ()), *(new_names[name] for name in old)}
+    made["target_parameters"] = sorted(parameters)
+    return made
 
 
 def _init(init: Any, asked: str) -> str:
@@ -204,6 +226,7 @@ class _Pattern(NamedTuple):
     regex: str
     literal: str | None = None
     whole: bool = False
+    parameter: bool = False
 
     @classmethod
     def of_key(cls, key: str) -> _Pattern:
@@ -287,7 +310,7 @@ class _Rules:
         names = {*(given or ()), *parameters}
         for name in sorted(names):
             if not any(name != other and name.endswith(f".{other}") for other in names):
-                yield _Pattern(re.escape(name), name)
+                yield _Pattern(re.escape(name), name, parameter=name in parameters)
 
     def _combinations(self) -> Iterator[dict[str, str]]:
         """Yield the keys of the tables that a rule takes its numbers from, those of each first."""
@@ -310,7 +333,7 @@ class _Rules:
     ) -> Iterator[dict[str, Any]]:
         """Yield a rule, or more where `all-linear` has several kinds; none that takes nothing."""
         rule = {"match": pattern.regex, **values}
-        if self.layers is not None:
+        if self.layers is not None and not target.parameter:  # as PEFT, which asks modules only
             if names := self.fields.get("layers_pattern"):
                 rule["match"] = _in_layers(pattern.regex, names, self.layers)
             else:
@@ -346,8 +369,10 @@ class _Rules:
         gone = {n for p in exclude for n in matching(p, others, asked=self.asked)}
         saved = Below(n for p in train for n in matching(p, others, asked=self.asked))
         below = Below(gone)
+        asked_for = [t.regex for t in self._targets() if t.parameter]
+        parameters = {n for r in asked_for for n in matching(r, self.kinds, asked=self.asked)}
         for name in self._targeted():
-            if name in saved or name in gone:
+            if name not in parameters and (name in saved or name in gone):
                 continue
             if name in below:
                 found = f"PEFT adapts '{name}', below a module that is excluded; here it would not"

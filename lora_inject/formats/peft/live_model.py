@@ -53,27 +53,38 @@ def transposed_modules(modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, .
 
 
 # peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).
-_EXPERT_NAMES: dict[str | None, tuple[str, ...]] = {
-    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
-    "mixtral": ("gate", "w1", "w2", "w3"),
+_EXPERT_NAMES: dict[str | None, dict[str, str]] = {
+    "qwen2_moe": {
+        "gate": "gate.weight",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+    },
+    "mixtral": {
+        "gate": "gate.weight",
+        "w1": "gate_up_proj",
+        "w2": "down_proj",
+        "w3": "gate_up_proj",
+    },
 }
 
 
-def expert_names(model: nn.Module) -> tuple[str, ...]:
+def expert_names(model: nn.Module) -> dict[str, str]:
     """Return what PEFT on transformers 5 takes for experts in any `target_modules` of a model.
 
     It renames the targets of adapters from before transformers 5, where experts were modules, by
-    the model's type alone. Dense layers of the same names get no adapter then.
+    the model's type alone. Dense layers of the same names get no adapter then. The new name of each
+    is that of a parameter.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None or "transformers" not in sys.modules:
-        return ()
+        return {}
     try:
         table = import_module("transformers.conversion_mapping")._MODEL_TO_CONVERSION_PATTERN
     except (ImportError, AttributeError):
-        return ()  # transformers 4 has no stacked experts, and PEFT renames nothing
+        return {}  # transformers 4 has no stacked experts, and PEFT renames nothing
     family = "mixtral" if model_type == "mixtral" else table.get(model_type)
-    return _EXPERT_NAMES.get(family, ())
+    return _EXPERT_NAMES.get(family, {})
 
 
 _TASKS = {
