@@ -435,6 +435,27 @@ def test_no_start_comes_from_a_quantized_weight(form: str) -> None:
     assert objects(net) == held
 
 
+@pytest.mark.parametrize("form", ["bitsandbytes 8-bit", "bitsandbytes nf4"])
+def test_copies_and_hooks_follow_a_layer_that_becomes_a_plain_one(form: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    net, x = build(form)
+    hooks.add_hook_to_module(net[0], hooks.ModelHook())
+    fill(li.inject(net, config("0"))).train()
+    hooks.add_hook_to_module(net[2], hooks.ModelHook())
+    before = net(x)
+    li.merge(net, dequantize="float32")
+    merged = net(x)
+    assert error(merged, before) < 1e-5
+    copied = copy.deepcopy(net)
+    assert same_bits(li.unmerge(copied)(x), before)
+    assert type(copied[0].weight) is not nn.Parameter
+    assert same_bits(net(x), merged), "the copy's undo is its own"
+    li.eject(net)
+    for layer in (net[0], net[2]):
+        hooks.remove_hook_from_module(layer)
+    assert same_bits(net(x), merged)
+
+
 @pytest.mark.parametrize("block", [None, (32, 16)])
 def test_float8_layers_of_transformers_merge_into_plain_floats(block: Any) -> None:
     """Their kernels are for GPUs; the values are known."""
