@@ -112,12 +112,12 @@ def test_plain_names_are_written_plainly() -> None:
 def test_many_experts_take_no_time() -> None:
     names = [f"model.layers.{n}.mlp.experts.{e}.up_proj" for n in range(60) for e in range(128)]
     values = {name: n % 3 for n, name in enumerate(names)}
-    start = time.perf_counter()
+    start = time.process_time()
     keys = pattern_keys(values, 0)
     assert len(keys) == 2 * len(names) // 3
     assert values_of(keys, names, 0, "a test") == values
     assert values_of({f"^{re.escape(k)}": v for k, v in keys.items()}, names, 0, "") == values
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_target_names() -> None:

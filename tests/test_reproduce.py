@@ -79,15 +79,15 @@ def test_all_stages_run_survive_ctrl_c_and_a_kill_and_write_the_document(tmp_pat
     code = "from reproduction.__main__ import main\ndef run(*argv): return main(argv)"
     with contextlib.closing(Forks(code, tmp_path)) as forks:
 
-        def stop(number: signal.Signals, after: int, *options: str) -> tuple[int, str]:
+        def stop(number: signal.Signals, after: int) -> tuple[int, str]:
             """Run until there are some more records, and send a signal."""
-            fork, wanted = forks.start(*words(folder, *options)), len(finished(folder)) + after
+            fork, wanted = forks.start(*words(folder)), len(finished(folder)) + after
             while len(finished(folder)) < wanted:
                 time.sleep(0.01)
             os.kill(fork.pid, number)
             return fork.wait(), fork.said()
 
-        code, said = stop(signal.SIGINT, 1, "--stages", "quality")
+        code, said = stop(signal.SIGINT, 1)
         assert code == 130
         assert "goes on from there" in said
         for name in finished(folder):
