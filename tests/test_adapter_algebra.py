@@ -318,6 +318,35 @@ def test_what_the_variant_adds_is_refused_by_name():
             use()
 
 
+def test_a_bias_of_b_is_scaled_added_and_kept_by_truncation():
+    """The layer's bias becomes `bias + scale * b`."""
+    specs = [
+        replace(KIND_SPECS["linear"], alpha=alpha, lora_bias=alpha != 5) for alpha in (4, 3, 5)
+    ]
+    a, b, c = (
+        AdapterState(
+            {s.name: SiteState.of(s, {**make_site(s, seed=n).tensors, "b": torch.randn(7)})}
+        )
+        if s.lora_bias
+        else one_site(s, seed=n)
+        for n, s in enumerate(specs)
+    )
+
+    def bias(state: AdapterState) -> Tensor:
+        (site,) = state.sites.values()
+        return site.scale * site.further["b"].double()
+
+    due = -0.5 * bias(a) + bias(b)
+    found = a * -0.5 + b + c
+    assert_close(bias(found), due, 1e-6)
+    assert_close(delta(found), -0.5 * delta(a) + delta(b) + delta(c), 1e-6)
+    assert_close(bias(c - a), -bias(a), 1e-6)
+    assert_close(bias(found.truncate(rank=1)), due, 1e-6)
+    assert_close(bias(li.combine([a, b, c], [-0.5, 1, 1], method="svd")), due, 1e-6)
+    with pytest.raises(StateError, match=r"with \['b'\]"):
+        a.cosine(b)
+
+
 # Comparison -------------------------------------------------------------------------------------
 
 

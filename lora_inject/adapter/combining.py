@@ -16,8 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.algebra import check_finite, gathered, truncated
-from lora_inject.adapter.state import AdapterState, SiteState, plain, weighted_sum, with_sites
+from lora_inject.adapter.algebra import check_finite, gathered
+from lora_inject.adapter.state import (
+    AdapterState,
+    SiteState,
+    cut_down,
+    plain,
+    weighted_sum,
+    with_sites,
+)
 from lora_inject.adapter.svd import decompose
 from lora_inject.errors import StateError
 from lora_inject.spec.sites import SiteSpec
@@ -51,8 +58,7 @@ def combined(
         sites = {}
         for name, site in found.sites.items():
             there = [state.sites[name].spec.rank for state in states if name in state.sites]
-            spec, A, B, _ = truncated(site, rank or max(there), None, asked)
-            sites[name] = SiteState(spec, A, B)
+            sites[name] = cut_down(site, rank or max(there), None, asked)[0]
         return replace(found, sites=sites)
     rule = partial(_rule, method.removesuffix("_svd"), density, majority_sign, seed)
     make = partial(_on_delta, rank=rank) if method.endswith("_svd") else _on_factors

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter import reshape
-from lora_inject.adapter.algebra import check_alike, check_finite, norm, product, total, truncated
+from lora_inject.adapter.algebra import (
+    Cut,
+    check_alike,
+    check_finite,
+    norm,
+    product,
+    total,
+    truncated,
+)
 from lora_inject.adapter.fingerprint import Fingerprint, check_one_base
 from lora_inject.adapter.mixing import common_copies, mixed
 from lora_inject.adapter.renaming import distinct, named, some_of, substitution
@@ -427,9 +435,13 @@ Paired = Mapping[str, tuple[SiteState | None, SiteState | None]]
 _ROLES = {"A", "B", "A0", "B0"}
 
 
-def plain(site: SiteState, asked: str) -> SiteState:
-    """Refuse a site whose update is not a product of A and B alone, as DoRA's is not."""
-    further = sorted(set(site.tensors) - _ROLES)
+def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:
+    """Refuse a site whose update is not a product of A and B alone, as DoRA's is not.
+
+    A bias of B is let through where it is asked for, if the site has no slices.
+    """
+    allowed = _ROLES | ({"b"} if bias and site.spec.slices is None else set())
+    further = sorted(set(site.tensors) - allowed)
     if further or site.spec.variant != "lora":
         raise StateError(
             f"{asked}, site '{site.spec.name}'",
@@ -471,17 +483,43 @@ def weighted_sum(
 
 
 def _summed(sites: Sequence[tuple[SiteState, float]], like: SiteSpec, *, asked: str) -> SiteState:
+    if len(sites) == 1 and sites[0][1] == 1:
+        return sites[0][0]
     for site, _ in sites:
-        plain(site, asked)
+        plain(site, asked, bias=True)
     if len(sites) > 1:
-        return SiteState(*total(sites, like))
+        spec, A, B = total(sites, like)
+        return biased(spec, A, B, sites)
     ((site, weight),) = sites
-    if weight == 1:
-        return site
     spec = replace(site.spec, alpha=site.spec.alpha * abs(weight))
-    if weight < 0:
-        site = replace(site, B=-site.B, B0=None if site.B0 is None else -site.B0)
-    return replace(site, spec=spec)
+    if weight > 0:
+        return replace(site, spec=spec)
+    turned = {role: t if role[0] == "A" else -t for role, t in site.tensors.items()}
+    return SiteState.of(spec, turned)
+
+
+def biased(
+    spec: SiteSpec, A: Tensor, B: Tensor, sites: Sequence[tuple[SiteState, float]]
+) -> SiteState:
+    """A site made of others, with the biases of their B (lora_bias) added for its scale."""
+    terms = [
+        weight * site.scale * site.further["b"].detach().double()
+        for site, weight in sites
+        if "b" in site.further
+    ]
+    spec = replace(spec, lora_bias=bool(terms))
+    tensors = {"A": A, "B": B}
+    if terms:
+        tensors["b"] = (torch.stack(terms).sum(0) / spec.scale).to(B.dtype)
+    return SiteState.of(spec, tensors)
+
+
+def cut_down(
+    site: SiteState, rank: int | None, energy: float | None, asked: str
+) -> tuple[SiteState, Cut]:
+    """Return the best site of a lower rank, and what was done to it."""
+    spec, A, B, cut = truncated(plain(site, asked, bias=True), rank, energy, asked)
+    return biased(spec, A, B, [(site, 1.0)]), cut
 
 
 def with_sites(
@@ -516,7 +554,7 @@ def with_sites(
 
 def truncation(
     state: AdapterState, rank: int | None, energy: float | None
-) -> tuple[AdapterState, dict[str, Any]]:
+) -> tuple[AdapterState, dict[str, Cut]]:
     """Return the truncated adapter, and what was done to each site; see `truncate`."""
     asked = "truncate"
     if rank is None and energy is None:
@@ -525,10 +563,10 @@ def truncation(
         raise StateError(asked, f"rank is {rank}", "Give 1 or more")
     if energy is not None and not 0 < energy <= 1:
         raise StateError(asked, f"energy is {energy}", "Give a share of the squares, in (0, 1]")
-    sites, cuts = {}, {}
+    sites: dict[str, SiteState] = {}
+    cuts: dict[str, Cut] = {}
     for name, site in state.sites.items():
-        spec, A, B, cuts[name] = truncated(plain(site, asked), rank, energy, asked)
-        sites[name] = SiteState(spec, A, B)
+        sites[name], cuts[name] = cut_down(site, rank, energy, asked)
     return replace(state, sites=sites, config=None), cuts
 
 
