@@ -29,7 +29,7 @@ from lora_inject.formats import (
     torchtune,
     vllm,
 )
-from lora_inject.formats.losses import EVERYTHING, NUMBERS, losses
+from lora_inject.formats.losses import EVERYTHING, NUMBERS, ONE, losses
 
 __all__ = [
     "FORMATS",
@@ -62,10 +62,10 @@ class Format:
 
 FORMATS = {
     # The folder of mlx-lm, which has a file of PEFT's name in it.
-    "mlx": Format(mlx.write, mlx.read, mlx.detects, frozenset({NUMBERS})),
+    "mlx": Format(mlx.write, mlx.read, mlx.detects, frozenset({ONE})),
     # Folders of torchtune and of litgpt, which hold pickles.
-    "torchtune": Format(torchtune.write, torchtune.read, torchtune.detects, frozenset({NUMBERS})),
-    "litgpt": Format(litgpt.write, litgpt.read, litgpt.detects, frozenset({NUMBERS})),
+    "torchtune": Format(torchtune.write, torchtune.read, torchtune.detects, frozenset({ONE})),
+    "litgpt": Format(litgpt.write, litgpt.read, litgpt.detects, frozenset({ONE})),
     # A directory of Hugging Face PEFT.
     "peft": Format(peft.write, peft.read, peft.detects),
     # The same with one rank and scale 1, for servers that read little of the config.

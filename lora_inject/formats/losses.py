@@ -9,17 +9,18 @@ from collections.abc import Collection
 
 from lora_inject.adapter.state import AdapterState
 
-NUMBERS = "numbers"
+NUMBERS, ONE = "numbers", "one"
 EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
 """`config` and `fingerprint` of the state; `training`: dropout, init and compute of each site;
 `slices` of fused projections; `start`: the frozen start of pissa and olora; `numbers`: rank, alpha
-and scaling of each site as they are."""
+and scaling of each site as they are; `one`, in its place: those of all sites where they agree."""
 
 
 def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
     """Return what a format that keeps only `keeps` changes in an adapter, as sentences."""
     specs = [site.spec for site in state.sites.values()]
-    scales = {spec.scale for spec in specs}
+    numbers = {(spec.rank, spec.scale) for spec in specs}
+    plain = len(numbers) < 2 and (ONE in keeps or all(scale == 1 for _, scale in numbers))
     there = {
         "config": (state.config is not None, "the config is left out"),
         "fingerprint": (
@@ -39,7 +40,7 @@ def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
             "frozen starts become further ranks: what trains on has no start to keep to",
         ),
         NUMBERS: (
-            len({spec.rank for spec in specs}) > 1 or scales - {1.0},
+            not plain,
             "scales are folded into B and ranks are filled up with zeros",
         ),
     }
