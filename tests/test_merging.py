@@ -365,7 +365,7 @@ def test_a_checkpoint_is_refused_before_any_module_is_written(through: str) -> N
     }[through]
     before = snapshot(loading)
     other = {key: torch.randn_like(t) for key, t in loading.state_dict().items()}
-    with pytest.raises(li.StateError, match=r"Call unmerge\(model\) first\.$"):
+    with pytest.raises(li.StateError, match=r"Call unmerge\(model\) first, or eject"):
         loading.load_state_dict(other)
     assert snapshot(loading) == before
     li.unmerge(loading[1] if through == "a copy" else root)
@@ -381,17 +381,24 @@ def test_unmerge_follows_a_cast() -> None:
     assert same_bits(model.layer.weight, W.bfloat16())
 
 
-def test_without_undo_nothing_is_kept_and_unmerge_refuses() -> None:
+def test_without_undo_nothing_is_kept_and_the_errors_name_the_way_back() -> None:
     model = injected(KINDS["linear"])
     x = torch.randn(2, 5)
-    wanted = model(x)
+    wanted, base = model(x), copy.deepcopy(li.eject(copy.deepcopy(model)).state_dict())
+    adapter = copy.deepcopy(li.adapter_state(model))
     li.merge(model, undo=False)
     assert model.__dict__["_lora_root"].undo.undos is None
     before = snapshot(model)
-    with pytest.raises(li.StateError, match=r"undo=False\)\. Load the base weights again"):
+    with pytest.raises(li.StateError, match=r"undo=False\)\. Eject the adapters, load the base"):
         li.unmerge(model)
+    with pytest.raises(
+        li.StateError, match=r"load_state_dict.*eject\(model\) where the merge kept"
+    ):
+        model.load_state_dict(base)
     assert snapshot(model) == before
     assert error(model(x), wanted) < TOLERANCE[torch.float32]
+    li.eject(model).load_state_dict(base)
+    assert same_bits(li.install(model, adapter)(x), wanted)
 
 
 def test_with_undo_the_merged_weights_are_kept_once() -> None:

@@ -177,7 +177,8 @@ def merging_twice(tmp_path):
 
 @says(
     li.StateError,
-    "unmerge: the merge kept nothing to restore (undo=False). Load the base weights again.",
+    "unmerge: the merge kept nothing to restore (undo=False). Eject the adapters, load the base "
+    "weights, then load the adapters again.",
 )
 def unmerging_what_was_not_kept(tmp_path):
     model = injected()

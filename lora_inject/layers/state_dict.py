@@ -60,5 +60,5 @@ def refuse_loading(module: nn.Module) -> None:
         raise StateError(
             "load_state_dict",
             "the weights hold a merged adapter, and unmerge would write over what is loaded",
-            "Call unmerge(model) first",
+            "Call unmerge(model) first, or eject(model) where the merge kept nothing (undo=False)",
         )

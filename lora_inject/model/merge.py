@@ -353,7 +353,7 @@ def unmerge(model: M) -> M:
         raise StateError(
             "unmerge",
             "the merge kept nothing to restore (undo=False)",
-            "Load the base weights again",
+            "Eject the adapters, load the base weights, then load the adapters again",
         )
     _check_in_place(survey, kept.undos)
     with _held_back_interrupts():
