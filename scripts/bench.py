@@ -1,6 +1,6 @@
 """How fast lora_inject is, beside the frozen floor, PEFT and loralib: one row for each promise.
 
-    python scripts/bench.py                                   every row, half an hour
+    python scripts/bench.py                                   every row, ten minutes
     python scripts/bench.py decode merge --rounds 15          some rows
     python scripts/bench.py --quick                           tiny sizes: does it work at all
     python scripts/bench.py --device cuda                     every row on a GPU, with peak memory

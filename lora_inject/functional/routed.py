@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.functional import cpu
@@ -88,23 +89,16 @@ def bank(
         A `(n, R, in)` and B `(n, out, R)`; smaller ranks are padded with zeros.
     """
     pairs = [_one_pair(updates, out, dtype) for updates in adapters]
-    As, Bs, scales = (list(each) for each in zip(*pairs, strict=True))
-    scale = scales[0]
-    if len(set(scales)) > 1:
-        Bs, scale = list(torch._foreach_mul(Bs, scales)), 1.0
+    rank = max(A.shape[0] for A, _, _ in pairs)
+    even = len({scale for _, _, scale in pairs}) == 1
+    scale = pairs[0][2] if even else 1.0
+    padded = [_padded(A, B if even else B * own, rank) for A, B, own in pairs]
     if base:
-        As.insert(0, torch.zeros_like(As[0]))
-        Bs.insert(0, torch.zeros_like(Bs[0]))
-    ranks = [A.shape[0] for A in As]
-    if len(set(ranks)) == 1:
-        A, B = torch.stack(As), torch.stack(Bs)
-    else:  # in one operation each, which puts the zeros between them
-        n, rank = len(ranks), max(ranks)
-        rows, columns = As[0].new_zeros(rank, As[0].shape[1]), Bs[0].new_zeros(out, rank)
-        A = torch.cat([t for A in As for t in (A, rows[len(A) :])]).view(n, rank, -1)
-        B = torch.cat([t for B in Bs for t in (B, columns[:, B.shape[1] :])], dim=1)
-        B = B.view(out, n, rank).transpose(0, 1)
-    return A, B if scale == 1.0 else B * scale
+        A, B = padded[0]
+        padded.insert(0, (torch.zeros_like(A), torch.zeros_like(B)))
+    As, Bs = zip(*padded, strict=True)
+    B = torch.stack(Bs)
+    return torch.stack(As), B if scale == 1.0 else B * scale
 
 
 def _routed(
@@ -151,6 +145,12 @@ class _RoutedFunction(torch.autograd.Function):
             each = torch.bmm(h, gw).mT
             gB = torch.zeros_like(B_bank).index_add_(0, places, each)
         return g, gx, None, gA, gB
+
+
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return a pair that is filled up with zeros to a rank."""
+    missing = rank - A.shape[0]
+    return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing else (A, B)
 
 
 def _one_pair(

@@ -78,7 +78,7 @@ def _steps(result: Result, options: Options, label: str, base: nn.Sequential, hi
         name: _step(torch.compile(model, fullgraph=True), model, x) for name, model in made.items()
     }
     runs |= {name: _step(model, model, x) for name, model in eager.items()}
-    times = interleave(runs, options.n_rounds(9), warm_up=2)
+    times = interleave(runs, options.n_rounds(5), warm_up=2)
     case = f"{len(base)} blocks of width {hidden} {label}, compiled"
     result.ratios(case, times, "time / compiled floor")
     ratio = [a / b for a, b in zip(times[f"{OURS}, eager"], times["floor, eager"], strict=True)]

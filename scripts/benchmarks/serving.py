@@ -51,11 +51,11 @@ DECODE, ROUTED = 1.1, 1.3
 def decode(options: Options) -> Result:
     """Time one token through a stack of linear layers: what an adapter adds to each of them."""
     result = Result()
-    sizes = [(64, torch.float32, 400), (768, torch.float32, 20), (768, torch.bfloat16, 20)]
+    sizes = [(64, torch.float32, 100), (768, torch.float32, 5), (768, torch.bfloat16, 5)]
     if options.quick:
         sizes = [(64, torch.float32, 20)]
     else:
-        sizes.append((2048, torch.bfloat16, 5))
+        sizes.append((2048, torch.bfloat16, 1))
     for width, dtype, calls in sizes:
         _decode(result, options, width, dtype, calls)
     return result
@@ -153,7 +153,7 @@ def switch(options: Options) -> Result:
                 peft.add_adapter("two", peft.peft_config["default"])
             turns = _turns(peft.set_adapter, ("default", "two"))
             runs["PEFT"] = many(turns, 5)
-        times = interleave(runs, options.n_rounds(25))
+        times = interleave(runs, options.n_rounds(9))
         case = f"{7 * n_layers} sites"
         result.add(case, OURS, "ms", [10 * t for t in times[OURS]], 0.01)
         result.add(
@@ -215,7 +215,7 @@ def hot_swap(options: Options) -> Result:
             "adapter_parameters, then copied": values,
             "load_state_dict": lambda: tree.load_state_dict(state, strict=False),
         }
-        times = interleave(runs, options.n_rounds(15))
+        times = interleave(runs, options.n_rounds(9))
     for name in runs:
         result.add(case, name, "ms", [1e3 * t for t in times[name]], 4.0 if name == OURS else None)
     moved = sum(p is not q for p, q in zip(slot, adapter_parameters(tree).values(), strict=True))
@@ -275,7 +275,7 @@ def routed_batch(options: Options) -> Result:
             name: _inference(run, calls, contexts.get(name, nullcontext))
             for name, run in runs.items()
         }
-        times = interleave(loops, options.n_rounds(15))
+        times = interleave(loops, options.n_rounds(5))
         case, goal = f"16 rows, {label}", None if options.quick else ROUTED
         result.ratios(case, times, "time / no adapter", "no adapter")
         result.over_bare(case, times, dict.fromkeys(contexts, goal))

@@ -57,7 +57,7 @@ def _experts(
     for model in made.values():
         randomise(p for p in model.parameters() if p.requires_grad)
     steps = {name: _block_step(model, x) for name, model in made.items()}
-    times = interleave(steps, options.n_rounds(7))
+    times = interleave(steps, options.n_rounds(3))
     case = f"8 experts, {hidden} to {inner}, {n_tokens} tokens, {label}"
     result.ratios(case, times)
     judged = not options.quick
@@ -170,7 +170,7 @@ def _train_many(
         "in turn again": with_optimizer(in_turn),
         "at once": with_optimizer(at_once),
     }
-    times = interleave(runs, options.n_rounds(5))
+    times = interleave(runs, options.n_rounds(3))
     result.ratios(case, times, "time / in turn", "in turn", {"at once": target} if target else None)
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     fine = 1e-5 if model.dtype == torch.float32 else None

@@ -66,7 +66,7 @@ def step_fp32(options: Options) -> Result:
     """Time a training step in float32."""
     result = Result()
     for name, make in _models(options).items():
-        _steps(result, options, f"{name} fp32", make, torch.float32, rounds=5)
+        _steps(result, options, f"{name} fp32", make, torch.float32, rounds=3)
     return result
 
 
@@ -83,7 +83,7 @@ def step_bf16(options: Options) -> Result:
         with threads(n):
             for name, make in _models(options).items():
                 case = f"{name} bf16, {n} thread{'s' * (n > 1)}"
-                _steps(result, options, case, make, torch.bfloat16, rounds=7)
+                _steps(result, options, case, make, torch.bfloat16, rounds=3 if n == 1 else 2)
     return result
 
 
@@ -183,7 +183,7 @@ def _layer(
         return run
 
     runs = {name: _repeat(step(model), 20) for name, model in made.items()}
-    times = interleave(runs, options.n_rounds(15))
+    times = interleave(runs, options.n_rounds(7))
     result.ratios(case, times, targets={FLOAT32: target})
 
 
@@ -281,7 +281,7 @@ def dropout(options: Options) -> Result:
             "PEFT, dropout 0.05": with_peft(copy.deepcopy(base), lora_dropout=0.05),
         }
         runs = {name: training_step(model, ids) for name, model in made.items()}
-        times = interleave(runs, options.n_rounds(9))
+        times = interleave(runs, options.n_rounds(5))
         case = f"Llama of {sizes['num_hidden_layers']} layers {label}"
         result.ratios(case, times)
         for who, goal in ((OURS, 8.0), ("PEFT", None)):

@@ -42,7 +42,7 @@ def injection(options: Options) -> Result:
             OURS: Variant(lambda: with_lora(model), after=lambda: eject(model)),
             "PEFT": _peft_injection(peft_base, {}),
         },
-        options.n_rounds(7),
+        options.n_rounds(5),
     )
     result.add(case, OURS, "s", times[OURS], None if options.quick else 0.03)
     result.add(case, "PEFT", "s", times["PEFT"])
@@ -59,7 +59,7 @@ def _grove(result: Result, options: Options, n_sites: int, *, peft: bool) -> Non
     if peft:
         only = {"target_modules": f".*{GROVE}", "fan_in_fan_out": False}
         runs["PEFT"] = _peft_injection(Grove(n_sites), only)
-    times = interleave(runs, options.n_rounds(5 if n_sites <= 5000 else 7))
+    times = interleave(runs, options.n_rounds(3))
     case = f"{n_sites:,} sites of width 32"
     for name in runs:
         result.add(case, name, "s", times[name])
@@ -109,7 +109,7 @@ def _load(result: Result, options: Options, n_sites: int, goal: float | None, pa
     second = Variant(
         lambda: load_adapter(grove, path, "second"), after=lambda: eject(grove, "second")
     )
-    times = interleave({OURS: second}, options.n_rounds(5))
+    times = interleave({OURS: second}, options.n_rounds(3))
     result.add(case, OURS, "s", times[OURS], goal)
     result.add(case, OURS, "ms a site", [1e3 * t / n_sites for t in times[OURS]])
     if options.full or n_sites <= 5000:
@@ -194,8 +194,8 @@ def _merge(result: Result, options: Options, label: str, base: nn.Module) -> Non
             "lora_inject, undo=True": Variant(lambda: merge(kept), after=lambda: unmerged(kept)),
             "PEFT": Variant(peft.merge_adapter, after=peft.unmerge_adapter),
         },
-        options.n_rounds(9),
-        warm_up=2,
+        options.n_rounds(5),
+        warm_up=1,
     )
     n = sum(p.numel() for p in source)
     case = f"{n / 1e6:.0f}M weights, r = 16, {label}"
