@@ -107,7 +107,7 @@ def _hub(asked: str) -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        found = "huggingface_hub is not installed"
+        found = "there is no such folder here, and huggingface_hub is not installed"
         raise FormatError(asked, found, "pip install huggingface_hub") from error
     return huggingface_hub
 
