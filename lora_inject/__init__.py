@@ -13,6 +13,7 @@ from lora_inject.version import __version__
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
     from lora_inject.adapter.state import AdapterState, SiteState
+    from lora_inject.adapter.variants import Variant, register_variant
     from lora_inject.checkpoint.conversion import check_adapter, convert
     from lora_inject.checkpoint.extract import extract_adapter
     from lora_inject.checkpoint.merge_files import merge_checkpoint
@@ -70,6 +71,7 @@ __all__ = [
     "StateError",
     "Trial",
     "Trials",
+    "Variant",
     "__version__",
     "activate",
     "adapter_parameters",
@@ -97,6 +99,7 @@ __all__ = [
     "reference",
     "register_format",
     "register_kind",
+    "register_variant",
     "routed",
     "save_adapter",
     "summary",
@@ -111,6 +114,7 @@ __all__ = [
 _HOMES = {
     "adapter.state": "AdapterState SiteState",
     "checkpoint.conversion": "check_adapter convert",
+    "adapter.variants": "Variant register_variant",
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",
     "checkpoint.options": "MergeOptions",

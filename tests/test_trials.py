@@ -71,8 +71,12 @@ def train(model: nn.Module, trials: dict[str, Trial], n: int, rows: dict[str, in
     return running
 
 
+DORA = Trial({"rank": 2, "variant": "dora", "targets": ["o_proj", "q_proj"]}, lr=1e-2)
+FOUR = {**LLAMA_TRIALS, "dora": DORA}
+
+
 @pytest.mark.parametrize(
-    ("make", "trials"), [(gpt2, GPT2_TRIALS), (of_llama, LLAMA_TRIALS)], ids=["gpt2", "llama"]
+    ("make", "trials"), [(gpt2, GPT2_TRIALS), (of_llama, FOUR)], ids=["gpt2", "llama"]
 )
 @pytest.mark.parametrize("rows", [{}, {"mlp": 3, "qv": 1}], ids=["equal rows", "unequal rows"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])

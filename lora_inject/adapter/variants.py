@@ -87,7 +87,7 @@ class Dora(Variant):
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
         """Return `m / norms`; an output of zeros stays what it is."""
-        return tensors["m"] / torch.where(norms > 0, norms, 1)
+        return tensors["m"] / norms.clamp(min=1e-30)
 
 
 VARIANTS: dict[str, Variant] = {"lora": Variant(), "dora": Dora()}

@@ -42,13 +42,12 @@ class Gain:
             if a < b:
                 rows = slice(row + a - start, row + b - start)
                 mine = {role: tensor[rows] for role, tensor in self.tensors.items()}
-                pieces.append(norms.new_ones(a - end))
+                pieces += [norms.new_ones(a - end)] if a > end else []
                 pieces.append(self.formula(mine, norms[a - first : b - first]))
                 end = b
             row += stop - start
-        pieces.append(norms.new_ones(last - end))
-        found = [piece for piece in pieces if piece.shape[0]]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        pieces += [norms.new_ones(last - end)] if last > end else []
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def to(self, dtype: torch.dtype) -> Gain:
         """Return the same gain, frozen, of tensors of a dtype."""
@@ -95,15 +94,16 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
     with without_autocast(weight) or nullcontext():
         norms = norms_of(weight, transposed)
         wide = norms.dtype
-        A = torch.cat([u.A for u in updates]).to(wide)
+        right = [u.A.to(wide) for u in updates]
         left = [
             u.scale * (u.B if u.spans is None else spread(u.B, u.spans, norms.shape[0])).to(wide)
             for u in updates
         ]
-        B, narrow = torch.cat(left, dim=1), A.to(weight.dtype)
+        A, B = (t[0] if len(t) == 1 else torch.cat(t, dim) for dim, t in enumerate((right, left)))
+        narrow = A.to(weight.dtype)
         WA = (narrow @ weight).t() if transposed else weight @ narrow.t()
-        change = (B * (2 * WA.to(wide) + B @ (A @ A.t()))).sum(1)
-        return (norms.square() + change).clamp_(min=0).sqrt_()
+        change = torch.addmm(WA.to(wide), B, A @ A.t(), beta=2).mul_(B).sum(1)
+        return norms.square().add_(change).clamp_(min=0).sqrt_()
 
 
 def gained(y: Tensor, base: Tensor, gain: Tensor) -> Tensor:

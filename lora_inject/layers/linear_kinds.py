@@ -158,13 +158,15 @@ class LoRALinear(ForwardUpdate):
 
     def _lora_gained_rows(self, y: Tensor, routing: Routing) -> Tensor:
         """Multiply each row of y `(batch, ..., out)` by the gain of its own adapter."""
-        if not any(entry.variant.gained for entry in routing.entries):
+        both = zip(routing.entries, routing.recipes, strict=True)
+        mine = [recipes for entry, recipes in both if entry.variant.gained]
+        if not mine:
             return y
-        if self.training and any(r.dropout for each in routing.recipes for r in each):
+        if self.training and any(recipe.dropout for recipes in mine for recipe in recipes):
             raise LayerError(
                 "routed() in training",
-                f"a {type(self).__name__} has adapters with a gain and with dropout in one batch",
-                "Give the adapters dropout: 0, or train them one at a time",
+                f"a {type(self).__name__} has an adapter with a gain and dropout",
+                "Give it dropout: 0, or train it by itself",
             )
         weight, bias = self._lora_weight_and_bias()
         gains = self._lora_gains(routing, weight)
