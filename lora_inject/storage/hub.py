@@ -107,7 +107,8 @@ def _hub(asked: str) -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        found = "there is no such folder here, and huggingface_hub is not installed"
+        absent = "there is no such folder here, and " if asked.startswith("load") else ""
+        found = f"{absent}huggingface_hub is not installed"
         raise FormatError(asked, found, "pip install huggingface_hub") from error
     return huggingface_hub
 
