@@ -118,6 +118,8 @@ class Truth:
         for at in filter(gone, self.active):
             self.active[at].pop(name, None)
             self.trainable[at].discard(name)
+            if not self.on(at):  # a mix may name adapters of the other tower
+                self.active[at] = {}
 
     def weights(self, mix: Mix | None = None) -> dict[str, Tensor]:
         """Every weight that is not the base's, under a mix or what is active."""
