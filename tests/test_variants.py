@@ -157,6 +157,22 @@ def test_rows_of_a_batch_have_gains_of_their_own() -> None:
             assert error(found[i], alone[name][i]) <= 1e-6
 
 
+def test_dora_is_compiled_as_a_whole_with_its_gradients() -> None:
+    kind = KINDS["linear"]
+    model = moved(li.inject(dora(kind, host(kind), "a"), kind.config, "b"), "b")
+    compiled, inputs = (
+        torch.compile(model, backend="aot_eager", fullgraph=True),
+        kind.inputs(torch.float32),
+    )
+    for name in ("a", "b", "a"):
+        li.activate(model, name)
+        assert error(compiled(*inputs), model(*inputs)) <= 1e-6
+    found = tensors(model, kind, "a")
+    li.train_only(model, "a")
+    grads = [torch.autograd.grad(run(*inputs).sum(), found) for run in (compiled, model)]
+    assert all(error(one, two) <= 1e-5 for one, two in zip(*grads, strict=True))
+
+
 def test_convolutions_with_dora_are_not_routed() -> None:
     kind = KINDS["conv 2d"]
     model = dora(kind, host(kind))

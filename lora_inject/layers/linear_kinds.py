@@ -148,7 +148,7 @@ class LoRALinear(ForwardUpdate):
             y = add_updates(self._lora_plain_forward(args, kwargs), kept, updates, float32=float32)
             base = self._lora_plain_forward((kept,), {})
             base = add_updates(base, kept, updates, float32=float32)
-        elif self._lora_stock:
+        elif self._lora_stock and not compiling:
             y = base = linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
         else:
             y = base = add_updates(
