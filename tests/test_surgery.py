@@ -335,7 +335,7 @@ def test_one_delta_a_forward_and_none_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_inject.layers import adapted as base
+    from lora_inject.layers import reading
 
     model = injected(KINDS["parameter"])
     (x,) = KINDS["parameter"].inputs(torch.float32)
@@ -343,7 +343,7 @@ def test_the_getter_never_hands_out_the_raw_weight(monkeypatch: pytest.MonkeyPat
     def broken(*args: Any, **kwargs: Any) -> Tensor:
         raise AttributeError("inside")
 
-    monkeypatch.setattr(base, "lazy_weight", broken)
+    monkeypatch.setattr(reading, "lazy_weight", broken)
     with pytest.raises(li.LayerError, match="inside"):
         model(x)
 

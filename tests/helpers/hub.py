@@ -126,12 +126,13 @@ class _Handler(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def stand_in_hub(monkeypatch: pytest.MonkeyPatch, cache: Any) -> Iterator[Hub]:
     """Serve a hub on this machine, and let `huggingface_hub` take it for the real one."""
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import constants
+    from transformers.utils import hf_api
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     hub = _Handler.hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # functions bound to it at import
+    monkeypatch.setattr(hf_api(), "endpoint", hub.url)  # one client, which may be older than this
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
