@@ -1,7 +1,8 @@
 """All verbs in any order on random models, against a dense float64 model that is kept beside them.
 
-`Truth` knows W and, for each adapter, A, B and full copies T, and nothing of the package: a weight
-is `W + sum of weight * (T - W) + sum of weight * scale * B @ A`. After every rule the model must
+`Truth` knows W and, for each adapter, A, B and copies T of a tensor or of rows, and nothing of the
+package: a weight is `W + sum of weight * (T - W) + sum of weight * scale * B @ A`, and with DoRA
+that with the norms m; a bias is `bias + sum of weight * scale * b`. After every rule the model must
 compute what the dense model does and hold its base bit for bit, also where a verb was refused; only
 rules that say so may be. The examples are the same each time; LORA_MACHINE_EXAMPLES and
 LORA_MACHINE_STEPS make a longer search among others.
@@ -34,6 +35,8 @@ import lora_inject as li
 N_EXAMPLES = int(os.environ.get("LORA_MACHINE_EXAMPLES", "80"))
 N_STEPS = int(os.environ.get("LORA_MACHINE_STEPS", "15"))
 ROWS = 3
+FURTHER: list[dict[str, Any]] = [{}, {"variant": "dora"}, {"lora_bias": True}]
+TOKENS = (3, 1)
 NAMES = ("a", "b.c", "weight")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
 Mix = dict[str, float]
@@ -44,16 +47,27 @@ Mix = dict[str, float]
 
 @dataclass
 class Site:
-    """A, B and scale at one weight, in float64, and what A and B started from with pissa."""
+    """A, B and scale at one weight, in float64, and what A and B started from with pissa.
+
+    With DoRA also the magnitudes m, with `lora_bias` the bias b of B.
+    """
 
     of: trees.SiteOf
     weight: str
     scale: float
-    A: Tensor
-    B: Tensor
+    A: Tensor | None = None
+    B: Tensor | None = None
+    m: Tensor | None = None
+    b: Tensor | None = None
     start: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def bias(self) -> str:
+        return self.weight.removesuffix(self.of.weight) + self.of.bias
+
     def delta(self, W: Tensor) -> Tensor:
+        assert self.A is not None
+        assert self.B is not None
         found = self.of.delta(self.A, self.B)
         if self.start is not None:
             found = found - self.of.delta(*self.start)
@@ -62,15 +76,17 @@ class Site:
 
 @dataclass
 class Adapter:
-    """Sites and full copies by the names that they have in the whole model."""
+    """Sites, copies, and the rows that a copy is of, by the names that the whole model has."""
 
     sites: dict[str, Site] = field(default_factory=dict)
     copies: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by the names of `adapter_parameters`."""
-        pairs = ((name, role) for name in self.sites for role in "AB")
-        return {f"{n}.lora_{r}": getattr(self.sites[n], r) for n, r in pairs} | self.copies
+        pairs = ((name, role) for name in self.sites for role in "ABmb")
+        found = {f"{n}.lora_{r}": getattr(self.sites[n], r) for n, r in pairs}
+        return {key: value for key, value in found.items() if value is not None} | self.copies
 
     def put(self, key: str, value: Tensor) -> None:
         name, _, role = key.rpartition(".lora_")
@@ -79,8 +95,30 @@ class Adapter:
         else:
             self.copies[key] = value
 
+    def part(self, keep: Callable[[str], bool]) -> Adapter:
+        """What of it has such names."""
+        tables = (self.sites, self.copies, self.rows)
+        return Adapter(*({n: v for n, v in table.items() if keep(n)} for table in tables))  # type: ignore[attr-defined]
+
+    def take(self, other: Adapter) -> None:
+        self.sites.update(other.sites)
+        self.copies.update(other.copies)
+        self.rows.update(other.rows)
+
+    def reads(self) -> dict[str, bool]:
+        """The tensors that are not the base's with it, and whether DoRA scales what there is."""
+        of_sites = {site.weight: site.m is not None for site in self.sites.values()}
+        biases = {site.bias: False for site in self.sites.values() if site.b is not None}
+        return {**dict.fromkeys(self.copies, False), **biases, **of_sites}
+
     def routes(self) -> bool:
-        return not self.copies and all(site.of.routed for site in self.sites.values())
+        """Whether each row of a batch can have its own."""
+        whole = (
+            s.b is not None or (s.m is not None and s.of.name == "conv")
+            for s in self.sites.values()
+        )
+        routed = all(site.of.routed for site in self.sites.values())
+        return not self.copies and routed and not any(whole)
 
 
 class Truth:
@@ -111,9 +149,8 @@ class Truth:
 
     def drop(self, name: str, root: str) -> None:
         adapter, gone = self.adapters[name], under(root)
-        adapter.sites = {n: s for n, s in adapter.sites.items() if not gone(n)}
-        adapter.copies = {n: t for n, t in adapter.copies.items() if not gone(n)}
-        if not adapter.tensors():
+        left = self.adapters[name] = adapter.part(lambda n: not gone(n))
+        if not left.tensors():
             del self.adapters[name]
         for at in filter(gone, self.active):
             self.active[at].pop(name, None)
@@ -125,14 +162,35 @@ class Truth:
         """Every weight that is not the base's, under a mix or what is active."""
         base = {n: p.detach().double() for n, p in named(self.plain).items()}
         found: dict[str, Tensor] = {}
+
+        def add(key: str, change: Tensor) -> None:
+            found[key] = found.get(key, base[key]) + change
+
         for name, adapter in self.adapters.items():
             for key, T in adapter.copies.items():
-                change = self.weight(name, key, mix) * (T - base[key])
-                found[key] = found.get(key, base[key]) + change
+                rows = torch.tensor(adapter.rows.get(key, range(len(base[key]))))
+                change = self.weight(name, key, mix) * (T - base[key][rows])
+                add(key, torch.zeros_like(base[key]).index_copy(0, rows, change))
             for site in adapter.sites.values():
-                change = self.weight(name, site.weight, mix) * site.delta(base[site.weight])
-                found[site.weight] = found.get(site.weight, base[site.weight]) + change
+                weight = self.weight(name, site.weight, mix)
+                add(site.weight, weight * site.delta(base[site.weight]))
+                if site.b is not None:
+                    add(site.bias, weight * site.scale * site.b)
+        for name, adapter in self.adapters.items():
+            for site in adapter.sites.values():  # with a gain they are alone at their weight
+                if site.m is not None and self.weight(name, site.weight, mix):
+                    found[site.weight] = site.of.gained(found[site.weight], site.m)
         return found
+
+    def may_mix(self, mix: Mix, root: str = "") -> bool:
+        """Whether each weight that DoRA scales has one adapter, with weight 1."""
+        taking: dict[str, list[tuple[float, bool]]] = {}
+        for name in mix.keys() & self.adapters.keys():
+            for key, gained in self.adapters[name].reads().items():
+                if key.startswith(root):
+                    taking.setdefault(key, []).append((mix[name], gained))
+        found = [each for each in taking.values() if any(gained for _, gained in each)]
+        return all(len(each) == 1 and each[0][0] == 1.0 for each in found)
 
     def weight(self, adapter: str, key: str, mix: Mix | None) -> float:
         root = next(root for root in self.active if key.startswith(root))
@@ -154,6 +212,24 @@ def under(root: str) -> Callable[[str], bool]:
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by all their names, as everybody but a forward reads them."""
     return dict(model.named_parameters(remove_duplicate=False))
+
+
+def allowed(further: dict[str, Any], of: trees.SiteOf) -> dict[str, Any]:
+    """What of the further settings a site can have."""
+    if "variant" in further:
+        return {} if of.delta is trees.stack else further
+    return further if of.bias else {}
+
+
+def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool]:
+    """Whether a value cannot be computed of adapters, and whether it could not be installed."""
+    one, two, reads = parts[0], parts[-1], [part.reads() for part in parts]
+    gained = {key for read in reads for key, is_gained in read.items() if is_gained}
+    if how != "add":
+        return bool(gained or (how == "scale" and one.copies)), False
+    shared, copies = reads[0].keys() & reads[1].keys(), one.copies.keys() & two.copies.keys()
+    overlap = shared & {*one.copies, *two.copies}
+    return bool(one.rows or two.rows or gained & shared or copies), bool(overlap)
 
 
 def exactly(name: str) -> str:
@@ -218,7 +294,7 @@ class Machine(RuleBasedStateMachine):
         self.x = torch.randn(ROWS, trees.LENGTH, trees.WIDTH, dtype=torch.float64)
         self.ids = torch.randint(0, trees.VOCABULARY, (ROWS, trees.LENGTH))
         self.undo: dict[str, bool] = {}  # of what is merged
-        self.inject(data, 1, 3.0, "kaiming")
+        self.inject(data, 1, 3.0, "kaiming", data.draw(st.sampled_from(FURTHER), "further"), False)
 
     # What rules use ------------------------------------------------------------------------------
 
@@ -292,8 +368,12 @@ class Machine(RuleBasedStateMachine):
         rank=st.integers(1, 2),
         alpha=st.sampled_from([1.0, 3.0]),
         init=st.sampled_from(["kaiming", "kaiming", "pissa"]),
+        further=st.sampled_from([{}, *FURTHER]),
+        rows=st.booleans(),
     )
-    def inject(self, data: Any, rank: int, alpha: float, init: str) -> None:
+    def inject(
+        self, data: Any, rank: int, alpha: float, init: str, further: dict[str, Any], rows: bool
+    ) -> None:
         root = data.draw(st.sampled_from(sorted({"", *self.truth.active})), "root")
         name = data.draw(st.sampled_from(NAMES), "name")
         sites = {n: of for n, of in self.truth.sites().items() if n.startswith(root)}
@@ -303,21 +383,25 @@ class Machine(RuleBasedStateMachine):
         taken = {weights[n] for n in chosen if n in sites}
         train = {n for n in chosen if n not in sites and not taken.intersection(self.tied(n))}
         rules = [
-            {"match": exactly(n.removeprefix(root)), **sites[n].rule} for n in chosen if n in sites
+            {"match": exactly(n.removeprefix(root)), **sites[n].rule, **allowed(further, sites[n])}
+            for n in chosen & sites.keys()
         ]
-        train_rules = [exactly(n.removeprefix(root)) for n in train]
+        tables = {n for n in train if rows and n.endswith("emb.weight")}
         config = {
             "rank": rank,
             "alpha": alpha,
             "init": init,
             "targets": rules,
-            "train": train_rules,
+            "train": [exactly(n.removeprefix(root)) for n in train - tables],
+            "tokens": {exactly(n.removeprefix(root)): TOKENS for n in tables},
         }
         if not chosen or (not taken and not train):
             return
+        biased = [n for n in chosen & sites.keys() if "lora_bias" in allowed(further, sites[n])]
+        twice = any(n.removesuffix(sites[n].name) + sites[n].bias in train for n in biased)
         in_use = name in self.truth.on(root) or any(r.startswith(root) for r in self.truth.merged)
         li.plan(self.at(root), config)
-        if self.refused(lambda: li.inject(self.at(root), config, name), must=in_use):
+        if self.refused(lambda: li.inject(self.at(root), config, name), must=in_use or twice):
             return
         if root not in self.truth.active:  # the towers are parts of one root from now on
             self.truth.active, self.truth.trainable = {root: {}}, {root: set()}
@@ -328,8 +412,8 @@ class Machine(RuleBasedStateMachine):
         self.truth.trainable[root] = {name}
         adapter = self.truth.adapters.setdefault(name, Adapter())
         for n in chosen & sites.keys():
-            empty = torch.empty(0)
-            adapter.sites[n] = Site(sites[n], weights[n], alpha / rank, empty, empty)
+            adapter.sites[n] = Site(sites[n], weights[n], alpha / rank)
+        adapter.rows.update({same: TOKENS for n in tables for same in self.tied(n)})
         self.fill(name, data)
 
     @has_adapters
@@ -360,8 +444,7 @@ class Machine(RuleBasedStateMachine):
         if not self.truth.on(root):
             return
         name, model = self.some_adapter(data, root), self.at(root)
-        free = sorted({name, *NAMES} - {*self.truth.on("")} | {name})
-        new, due = data.draw(st.sampled_from(free), "new name"), self.parameters(name)
+        new, due = self.some_free_name(data, name), self.parameters(name)
         state: Any = None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.safetensors"
@@ -373,23 +456,91 @@ class Machine(RuleBasedStateMachine):
                 else:
                     li.save_adapter(model, path, name, format=how)
 
+            def load() -> None:
+                if how == "value":
+                    li.install(model, state, new)
+                else:
+                    li.load_adapter(model, path, new)
+
             if self.refused(save, must=root in self.truth.merged, may=how == "peft"):
                 return
-            li.eject(model, name)
-            if how == "value":
-                li.install(model, state, new)
-            else:
-                li.load_adapter(model, path, new)
-        moved = copy.deepcopy(self.truth.adapters[name])
-        moved.sites = {n: s for n, s in moved.sites.items() if n.startswith(root)}
-        moved.copies = {n: t for n, t in moved.copies.items() if n.startswith(root)}
+            moved = copy.deepcopy(self.truth.adapters[name]).part(under(root))
+            if self.replaced(root, name, new, moved, load):
+                for key in moved.tensors():
+                    assert same_bits(self.parameters(new)[key], due[key])
+
+    def some_free_name(self, data: Any, name: str) -> str:
+        """A name that no adapter has, or that of one which is to be ejected."""
+        return data.draw(st.sampled_from(sorted({name, *NAMES} - {*self.truth.on("")} | {name})))
+
+    def replaced(
+        self,
+        root: str,
+        name: str,
+        new: str,
+        adapter: Adapter,
+        load: Callable[[], Any],
+        must: bool = False,
+    ) -> bool:
+        """Eject an adapter and load another; whether it was, and not refused."""
+        li.eject(self.at(root), name)
         self.truth.drop(name, root)
-        known = self.truth.adapters.setdefault(new, Adapter())
-        known.sites.update(moved.sites)
-        known.copies.update(moved.copies)
+        before = copy.deepcopy(self.truth.adapters), copy.copy(self.truth.active)
+        self.truth.adapters.setdefault(new, Adapter()).take(adapter)
         self.truth.active[root] = self.truth.active[root] or {new: 1.0}
-        for key in moved.tensors():
-            assert same_bits(self.parameters(new)[key], due[key])
+        # A mix that names adapters of the other tower may name this one.
+        if self.refused(load, must=must or not self.truth.may_mix(self.truth.active[root], root)):
+            self.truth.adapters, self.truth.active = before
+            return False
+        return True
+
+    @is_unmerged
+    @has_adapters
+    @rule(data=st.data(), how=st.sampled_from(["scale", "add", "truncate"]))
+    def compute_a_value(self, data: Any, how: str) -> None:
+        """Compute with adapters as values, and put the result in the place of one."""
+        root = self.some_root(data)
+        if not self.truth.on(root):
+            return
+        name, other = self.some_adapter(data, root), self.some_adapter(data, root)
+        factor, new = data.draw(st.sampled_from([0.5, -1.0])), self.some_free_name(data, name)
+        names = [name, other] if how == "add" else [name]
+        parts = [copy.deepcopy(self.truth.adapters[n]).part(under(root)) for n in names]
+        values = [copy.deepcopy(li.adapter_state(self.at(root), n)) for n in names]
+        if sum(site.spec.rank for value in values for site in value.sites.values()) > 20:
+            return
+        must, overlap = refused_value(how, parts)
+        compute = {
+            "scale": lambda: values[0] * factor,
+            "add": lambda: values[0] + values[-1],
+            "truncate": lambda: values[0].truncate(energy=1.0),
+        }[how]
+        made: Any = None
+
+        def make() -> None:
+            nonlocal made
+            made = compute()
+
+        if self.refused(make, must=must):
+            return
+        weights = {"scale": {name: factor}, "add": dict.fromkeys(names, 1.0 + (name == other))}
+        due = self.truth.weights(weights.get(how, {name: 1.0}))
+        result = Adapter()
+        for part in parts:
+            result.take(part)
+        for key, site in result.sites.items():
+            scale = made.sites[key.removeprefix(root)].scale
+            result.sites[key] = Site(site.of, site.weight, scale)
+        model = self.at(root)
+        if self.replaced(
+            root, name, new, result, lambda: li.install(model, made, new), must=overlap
+        ):
+            self.adopt(new)
+            found, base = self.truth.weights({new: 1.0}), named(self.truth.plain)
+            exact = self.truth.dtype == torch.float64
+            for key in filter(under(root), {**found, **due}):
+                pair = (w.get(key, base[key].double()) for w in (found, due))
+                assert_close(*pair, torch.float64 if exact else torch.float32)
 
     @has_adapters
     @rule(data=st.data())
@@ -402,8 +553,9 @@ class Machine(RuleBasedStateMachine):
             assert self.refused(lambda: li.adapter_state(model, name), must=True)
             return
         state = copy.deepcopy(li.adapter_state(model, name))
-        for tensor in [t for s in state.sites.values() for t in (s.A, s.B)]:
-            tensor.mul_(-0.5)
+        for site in state.sites.values():
+            for role in set(site.tensors) - {"A0", "B0"}:
+                site.tensors[role].mul_(-0.5)
         li.swap_adapter(model, state, name)
         for key, value in filter(
             lambda item: item[0].startswith(root), self.parameters(name).items()
@@ -418,7 +570,8 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def activate(self, data: Any) -> None:
         mix = self.some_mix(data)
-        if not self.refused(lambda: li.activate(self.model, mix), must=bool(self.truth.merged)):
+        must = bool(self.truth.merged) or not self.truth.may_mix(mix)
+        if not self.refused(lambda: li.activate(self.model, mix), must=must):
             self.truth.active = {root: dict(mix) for root in self.truth.active}
 
     @has_adapters
@@ -504,6 +657,7 @@ class Machine(RuleBasedStateMachine):
         mix = self.some_mix(data, root) if named_mix and self.truth.on(root) else None
         folded = self.truth.active[root] if mix is None else mix
         must = root in self.truth.merged or not {*folded}.intersection(self.truth.on(root))
+        must = must or not self.truth.may_mix(folded, root)
         weights = self.changed_by(root, folded)
         is_tied = any(len(self.tied(key)) > 1 for key in weights)
         partial = not set(folded) <= set(self.truth.on(root))
@@ -543,9 +697,7 @@ class Machine(RuleBasedStateMachine):
     def changed_by(self, root: str, mix: Mix) -> set[str]:
         """The weights under a root that a mix changes."""
         adapters = [self.truth.adapters[name] for name in mix if name in self.truth.adapters]
-        keys = {key for a in adapters for key in a.copies}
-        keys |= {site.weight for a in adapters for site in a.sites.values()}
-        return set(filter(under(root), keys))
+        return {key for a in adapters for key in a.reads() if key.startswith(root)}
 
     @is_unmerged
     @has_adapters
@@ -556,8 +708,11 @@ class Machine(RuleBasedStateMachine):
         if not self.truth.on(root):
             return
         mix = self.some_mix(data, root) or {self.truth.on(root)[0]: 1.0}
+        if self.refused(
+            lambda: li.merge(self.at(root), name=mix), must=not self.truth.may_mix(mix, root)
+        ):
+            return
         before, self.truth.active[root] = self.truth.active[root], mix
-        li.merge(self.at(root), name=mix)
         self.computes_the_dense_model()
         self.model = COPIES[how](self.model)
         self.computes_the_dense_model()

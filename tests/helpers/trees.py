@@ -48,6 +48,7 @@ class SiteOf:
         delta: `B @ A` as the weight lies, but for its shape.
         rule: What its rule says beside the match.
         routed: Whether it can have another adapter for each row.
+        bias: Name of the layer's bias in the branch, to which a bias of B can be added.
     """
 
     name: str
@@ -55,6 +56,17 @@ class SiteOf:
     delta: Callable[[Tensor, Tensor], Tensor] = matrix
     rule: Mapping[str, Any] = field(default_factory=dict)
     routed: bool = True
+    bias: str = ""
+
+    def gained(self, W: Tensor, m: Tensor) -> Tensor:
+        """Return DoRA's weight `m W / |W|`, by the norm of each output, which has no gradient."""
+        turn = self.delta is turned
+        rows = W.t() if turn else W
+        norms = rows.detach().flatten(1).norm(dim=1)
+        n = len(m) // 2
+        m = m if len(m) == len(norms) else torch.cat([m[:n], norms[n:-n], m[n:]])
+        found = rows * (m / norms).view(-1, *[1] * (W.dim() - 1))
+        return found.t() if turn else found
 
 
 class Branch(nn.Module):
@@ -63,7 +75,7 @@ class Branch(nn.Module):
 
 
 class Plain(Branch):
-    sites = (SiteOf("fc", "fc.weight"),)
+    sites = (SiteOf("fc", "fc.weight", bias="fc.bias"),)
     copied = ("fc.bias",)
 
     def __init__(self) -> None:
@@ -77,7 +89,7 @@ class Plain(Branch):
 class Read(Branch):
     """Computes with its child's weight, and calls the child as well."""
 
-    sites = (SiteOf("fc", "fc.weight", routed=False),)
+    sites = (SiteOf("fc", "fc.weight", routed=False, bias="fc.bias"),)
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +119,7 @@ class Fused(Branch):
 
 
 class Transposed(Branch):
-    sites = (SiteOf("c_fc", "c_fc.weight", turned),)
+    sites = (SiteOf("c_fc", "c_fc.weight", turned, bias="c_fc.bias"),)
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +148,7 @@ class Tied(Branch):
 
 
 class Convolved(Branch):
-    sites = (SiteOf("conv", "conv.weight"),)
+    sites = (SiteOf("conv", "conv.weight", bias="conv.bias"),)
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +185,7 @@ class Attention(Branch):
 
     sites = (
         SiteOf("attn.in_proj_weight", "attn.in_proj_weight", routed=False),
-        SiteOf("attn.out_proj", "attn.out_proj.weight", routed=False),
+        SiteOf("attn.out_proj", "attn.out_proj.weight", routed=False, bias="attn.out_proj.bias"),
     )
 
     def __init__(self) -> None:
