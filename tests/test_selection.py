@@ -420,7 +420,7 @@ def test_a_foreign_checkpoint_is_right_or_refused(change: bool) -> None:
     model.mode = model.training = True
     model.call = lambda f, *args, mode: f(*args)  # type: ignore[method-assign]
     if change:
-        with pytest.raises(li.StateError, match="the selection changed since the forward"):
+        with pytest.raises(li.StateError, match="changed since the forward"):
             run(scenario, model)
     else:
         assert_same(run(scenario, model), run(scenario, plain))
@@ -498,6 +498,21 @@ def test_an_eject_between_forward_and_backward_is_no_silent_loss(mode: bool) -> 
     li.eject(model, "b")
     with pytest.raises((li.StateError, RuntimeError)):
         backward(y)
+
+
+@modes
+def test_values_that_were_swapped_since_the_forward_are_not_recomputed_with(mode: bool) -> None:
+    model = net()
+    model.mode = mode
+    x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
+    other = li.adapter_state(model, "b")
+    y = model(x)
+    li.swap_adapter(model, other, "a")
+    with pytest.raises(li.StateError, match="'a' got other values since its forward"):
+        backward(y)
+    y = model(x)
+    li.swap_adapter(model, other, "b")
+    backward(y)
 
 
 # ----------------------------------------------------------------------------------------- activate

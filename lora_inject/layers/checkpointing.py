@@ -28,16 +28,18 @@ class Recomputed:
 
     Attributes:
         states: The state of each selection when the checkpoint began.
+        values: For each selection what `Selection.values` was then.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
         self.states: dict[Any, Any] = {}
+        self.values: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function."""
         for selection, state in self.states.items():
-            selection.check_recomputable(state)
+            selection.check_recomputable(state, self.values[selection])
         with within(self.states, recomputes=True):
             return self.function(*args, **kwargs)
 
@@ -80,7 +82,8 @@ def refuse_dead_checkpoint() -> None:
 
 def _wrapped(function: Any, selection: Any, state: Any) -> Recomputed:
     wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
-    wrapped.states.setdefault(selection, state)
+    if selection not in wrapped.states:
+        wrapped.states[selection], wrapped.values[selection] = state, selection.values
     return wrapped
 
 

@@ -87,6 +87,7 @@ class Selection:
         devices: Where adapters are, or were.
         contexts: The contexts of this selection that are open anywhere.
         may_wait: Whether a generator or coroutine holds one of them.
+        values: How often the values of each adapter were swapped; a new mapping each time.
     """
 
     def __init__(self, state: State = BASE, merged: State | None = None) -> None:
@@ -95,6 +96,7 @@ class Selection:
         self.devices: frozenset[torch.device] = frozenset()
         self.contexts: set[Context] = set()
         self.may_wait = False
+        self.values: Mapping[str, int] = {}
         self._numbers: dict[str, int] = {}
         self._n_numbered = 0
         self._loading: Loading | None = None
@@ -183,6 +185,11 @@ class Selection:
                 "Call it outside, or use disabled() or routed() inside",
             )
 
+    def note_swap(self, adapter: str) -> None:
+        """Note that an adapter gets other values."""
+        self._note_change()
+        self.values = {**self.values, adapter: self.values.get(adapter, 0) + 1}
+
     # ------------------------------------------------------------------------------- contexts
 
     def entered(self, context: Context, state: State) -> None:
@@ -206,8 +213,8 @@ class Selection:
 
     # -------------------------------------------------------------------------- recomputation
 
-    def check_recomputable(self, state: State) -> None:
-        """Check that the adapters of a checkpointed forward are still there."""
+    def check_recomputable(self, state: State, values: Mapping[str, int]) -> None:
+        """Check that the adapters of a checkpointed forward are still there, with their values."""
         asked = "backward through a checkpoint"
         if state.merged != self.state.merged:
             raise StateError(
@@ -222,6 +229,13 @@ class Selection:
                     f"adapter {name!r} was ejected since its forward, which is to be recomputed",
                     "Run the backward before eject()",
                 )
+            if self.values.get(name) != values.get(name):
+                raise StateError(
+                    asked,
+                    f"adapter {name!r} got other values since its forward, which is to be "
+                    "recomputed",
+                    "Run the backward before swap_adapter()",
+                )
 
     def _check_known(self) -> None:
         """Check a forward in a backward that no checkpoint of torch's recomputes."""
@@ -231,8 +245,9 @@ class Selection:
         if node is not None and node._sequence_nr() < self._changed:
             raise StateError(
                 "a forward inside a backward pass",
-                "the selection changed since the forward that it may recompute",
-                "Use torch.utils.checkpoint, or keep one selection from forward to backward",
+                "the selection or an adapter's values changed since the forward that it may "
+                "recompute",
+                "Use torch.utils.checkpoint, or change neither from forward to backward",
             )
 
     def _note_change(self) -> None:

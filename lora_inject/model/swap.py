@@ -49,6 +49,8 @@ def swap_adapter(
     Parameters stay the objects they are, so optimizers keep hold of them and a compiled model
     is not compiled again. What the slot is stays, too: whether it is active and trainable, its
     dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
+    A backward through a checkpoint whose forward ran before is a StateError, as it would compute
+    with the new values.
 
     Args:
         model: The root, or any module that holds roots.
@@ -83,13 +85,16 @@ def swap_adapter(
     survey = Survey(model)
     reshard(survey)
     slot = whole_adapter(survey, name, "swap_adapter of")
-    refuse_merged(asked, *reach(model, survey).selections)
+    selections = reach(model, survey).selections
+    refuse_merged(asked, *selections)
     state = source if isinstance(source, AdapterState) else read_adapter(source, format, **options)
     into, values, weights = _paired(slot, state, asked)
     if state.fingerprint is not None and base != "any":
         check_base(state.fingerprint, fingerprint(weights), base, asked)
     if state.base_copies:
         check_base_copies(state, base_weights(survey), asked)
+    for selection in selections:
+        selection.note_swap(name)
     copy_into(into, values)
     for _, root in records_of(survey, name):
         root.configs[name] = state.config
