@@ -231,7 +231,7 @@ def test_dtype_selection_and_names():
     assert {t.dtype for s in cast.sites.values() for t in s.tensors.values()} == {torch.bfloat16}
     assert cast.trained["0.bias"].dtype == torch.bfloat16
     assert cast.config == state.config
-    with pytest.raises(StateError, match=r"no floating point dtype"):
+    with pytest.raises(StateError, match=r"not a floating point dtype"):
         state.to(torch.int8)
     assert (list(state.select("2").sites), list(state.select("2").trained)) == (["2"], [])
     assert list(state.select("0").trained) == ["0.bias"]

@@ -94,7 +94,7 @@ def test_options_of_loralib_without_a_file_of_it_are_wrong_usage(tmp_path, capsy
     (tmp_path / "folder").mkdir()
     arguments = (tmp_path / "model.safetensors", tmp_path / "folder", "-o", tmp_path / "out")
     assert run("merge", *arguments, "--alpha", "6") == 2
-    assert "no adapter is of a format that has it" in capsys.readouterr().err
+    assert "no adapter has a format with this option" in capsys.readouterr().err
 
 
 def test_inspect_and_analyze_read_what_merge_reads(case, capsys):

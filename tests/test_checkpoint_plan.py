@@ -120,7 +120,7 @@ def test_square_matrix_of_an_adapter_that_is_wrong_elsewhere_is_refused(tmp_path
     tensors = {"a.weight": torch.randn(8, 24), "b.weight": torch.randn(8, 8)}
     base = save_checkpoint(tmp_path / "base", tensors)
     sites = [site("a", (24, 8)), site("b", (8, 8))][::order]
-    with pytest.raises(CheckpointError, match=r"square.*orientation of 'a'"):
+    with pytest.raises(CheckpointError, match=r"square.*orientation for 'a'"):
         plan_merge(base, [adapter(*sites)])
 
 

@@ -128,5 +128,5 @@ def test_configs_without_numbers_are_refused(value: Any, tmp_path: Path) -> None
     field = "alpha_pattern" if isinstance(value, dict) else "lora_alpha"
     field = "modules_to_save" if isinstance(value, list) else field
     (path / "adapter_config.json").write_text(json.dumps({**said, field: value}))
-    with pytest.raises(FormatError, match=r"is no (number above 0|list of names)"):
+    with pytest.raises(FormatError, match=r"is not a (number above 0|list of names)"):
         li.check_adapter(path, "vllm")

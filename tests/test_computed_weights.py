@@ -95,6 +95,6 @@ def test_a_layer_that_was_given_another_class_is_an_error_and_can_be_ejected() -
     model = li.inject(nn.Sequential(nn.Linear(6, 6)), config("0"))
     model[0].__class__ = Other
     for verb in (li.merge, li.adapter_state, lambda m: li.inject(m, config("0"), "second")):
-        refused(model, lambda v=verb: v(model), li.LayerError, "given the class Other since")
+        refused(model, lambda v=verb: v(model), li.LayerError, "later given the class Other")
     li.eject(model)
     assert (type(model[0]), list(model.state_dict())) == (Other, ["0.weight", "0.bias"])

@@ -296,7 +296,7 @@ expect: {}
 => lora.yaml:2:9 (expect): nothing is expected. Give sites, lora or trainable.
 
 rank: 3
-=> lora.yaml:1:1: nothing is asked for: no targets, no train, tokens or bias. Add targets:
+=> lora.yaml:1:1: it selects nothing: no targets, no train, tokens or bias. Add targets:
    with patterns such as 'q_proj' (or train:, tokens: or bias:).
 
 targets: [q]
@@ -419,7 +419,7 @@ AS_VALUE: list[tuple[Callable[[], Any], str]] = [
         lambda: Config(targets=[{"match": "a", "adapt": ["q"]}]),
         "config (targets[0].adapt): there is no slice 'q'. ",
     ),
-    (lambda: Config(rank=3), "config: nothing is asked for: "),
+    (lambda: Config(rank=3), "config: it selects nothing: "),
     (lambda: Normal(normal=0), "Normal (normal): 0 is not accepted. "),
     (lambda: Expect(), "Expect: nothing is expected. "),
     (lambda: Config(targets={"q"}), "config (targets): {'q'} is not accepted. "),

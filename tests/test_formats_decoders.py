@@ -114,7 +114,7 @@ def at(*parts: str) -> AdapterState:
         (at("self_attn.o_proj"), {**CONFIG, "num_hidden_layers": 3}, "'model.layers.2.self_attn.o"),
         (at("mlp.up_proj"), CONFIG, "adapts gate, up and down of an MLP together"),
         (at("mlp.fc"), CONFIG, "adapts gate, up and down|no name for this module"),
-        (make_state(KIND_SPECS["embedding"]), CONFIG, "no place for a site of kind 'embedding'"),
+        (make_state(KIND_SPECS["embedding"]), CONFIG, "cannot hold a site of kind 'embedding'"),
     ],
 )
 def test_what_they_would_miss_is_refused(
@@ -171,5 +171,5 @@ def test_rows_of_other_heads_are_refused(tmp_path: Path) -> None:
     state = AdapterState(
         {n: dataclasses.replace(site, spec=spec.at(n, f"{n}.weight")) for n in names}
     )
-    with pytest.raises(FormatError, match="7 rows, and the base 1 heads of 4"):
+    with pytest.raises(FormatError, match="7 rows, and the base has 1 heads of 4"):
         write_adapter(state, tmp_path / "a", "torchtune", config=CONFIG)

@@ -85,10 +85,10 @@ def at(name: str, kind: str = "linear") -> Any:
         (at("model.layers.0.mlp.up_proj"), None, r"depends on the base.*--base BASE"),
         (at("model.layers.0.mlp.up_proj"), {"model_type": "gpt2"}, "model_type is 'gpt2'"),
         (at("model.layers.0.mlp.fc"), CONFIG, "no name for this module"),
-        (at("model.layers.0.self_attn.q_proj"), CONFIG, "7 rows, and the base 1 heads of 4"),
+        (at("model.layers.0.self_attn.q_proj"), CONFIG, "7 rows, and the base has 1 heads of 4"),
         (at("model.embed_tokens", "embedding"), CONFIG, "as one tensor"),
         (at("lm_head"), CONFIG, "as one tensor"),
-        (make_state(KIND_SPECS["conv"]), CONFIG, "no place for a site of kind 'conv'"),
+        (make_state(KIND_SPECS["conv"]), CONFIG, "cannot hold a site of kind 'conv'"),
         (at("model.layers.0.self_attn.q_proj"), {"model_type": "llama"}, "'num_attention_heads'"),
     ],
 )

@@ -630,9 +630,9 @@ def test_tensors_in_several_files(foreign: Path) -> None:
     first = next(iter(shards))
     for table, words in [
         ({**shards, "x": shards[first]}, "its files lack 'x'"),
-        ({k: n for k, n in shards.items() if k != first}, "which it does not say"),
-        ({**shards, first: "../other.safetensors"}, "no table of file names"),
-        ({first: 1}, "no table of file names"),
+        ({k: n for k, n in shards.items() if k != first}, "which it does not list"),
+        ({**shards, first: "../other.safetensors"}, "not a table of file names"),
+        ({first: 1}, "not a table of file names"),
     ]:
         index.write_text(json.dumps({"weight_map": table}))
         with pytest.raises(FormatError, match=words):

@@ -64,8 +64,8 @@ def of_dora() -> AdapterState:
 @pytest.mark.parametrize(
     ("state", "options", "words"),
     [
-        (of_dora(), {}, "no place for 'm' of the variant 'dora'.*lora-inject merge"),
-        (make_state(KIND_SPECS["experts"]), {}, "no place for a site of kind 'parameter'"),
+        (of_dora(), {}, "cannot hold 'm' of the variant 'dora'.*lora-inject merge"),
+        (make_state(KIND_SPECS["experts"]), {}, "cannot hold a site of kind 'parameter'"),
         (
             make_state(KIND_SPECS["linear"], trained={"n": torch.ones(1)}),
             {},

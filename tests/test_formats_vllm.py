@@ -51,9 +51,9 @@ def test_experts_become_the_matrices_that_the_base_has(tmp_path: Path) -> None:
 
 def test_stacks_without_a_base_or_half_of_them_are_refused(tmp_path: Path) -> None:
     state = make_state(KIND_SPECS["experts"])
-    with pytest.raises(FormatError, match=r"are those of the base's files.*--base"):
+    with pytest.raises(FormatError, match=r"depend on the base's files.*--base"):
         write_adapter(state, tmp_path / "a", "vllm")
-    with pytest.raises(FormatError, match=r'0 of its 3 experts apart.*format="peft"'):
+    with pytest.raises(FormatError, match=r'0 of its 3 experts separately.*format="peft"'):
         write_adapter(state, tmp_path / "a", "vllm", separate=lambda _: [])
     spec = KIND_SPECS["experts"].at("mlp.experts.up", "mlp.experts.up")
     path = write_adapter(make_state(spec), tmp_path / "b")

@@ -221,7 +221,7 @@ def test_variants_biases_of_b_and_token_rows_are_translated(models):
         plan = li.plan(model, LoraConfig(target_modules=QV, trainable_token_indices=given))
         rows = {entry.name: entry.rows for entry in plan.trained}
         assert rows == {"model.embed_tokens.weight": (3, 5)}
-    with pytest.raises(li.ConfigError, match=r"which embedding is meant is not said"):
+    with pytest.raises(li.ConfigError, match=r"it does not name an embedding"):
         li.Config.from_peft({"target_modules": QV, "trainable_token_indices": [3]})
 
 
@@ -262,7 +262,7 @@ def test_what_would_mean_something_else_is_refused(models):
     refused = [
         ("llama", {"exclude_modules": ["0.self_attn"]}, "PEFT adapts 'model.layers.0.self_attn"),
         ("llama", {"rank_pattern": {"k_proj": 3}}, "'rank_pattern'.* 'k_proj' matches none"),
-        ("llama", {"init_lora_weights": False}, "does not start at zero"),
+        ("llama", {"init_lora_weights": False}, "would not start at zero"),
     ]
     for which, options, message in refused:
         with pytest.raises(li.ConfigError, match=message):
@@ -270,7 +270,7 @@ def test_what_would_mean_something_else_is_refused(models):
     for target in ("all-linear", r".*\.(gate|q_proj)"):
         with pytest.raises(li.ConfigError, match=r"'target_modules': PEFT takes .* for experts"):
             li.plan(models["mixtral"], LoraConfig(target_modules=target))
-    with pytest.raises(li.ConfigError, match=r"'w3' is missing, which is one tensor with 'w1'"):
+    with pytest.raises(li.ConfigError, match=r"'w3' is missing, and is one tensor with 'w1'"):
         li.plan(models["mixtral"], LoraConfig(target_modules=["w1", "w2"]))
     config = LoraConfig(
         target_modules=[], target_parameters=["experts.down_proj"], exclude_modules=["1.mlp"]
@@ -282,7 +282,7 @@ def test_what_would_mean_something_else_is_refused(models):
     with pytest.raises(li.ConfigError, match=r"'ensure_weight_tying': 'lm_head' is tied"):
         li.plan(tied, LoraConfig(target_modules=["lm_head"], ensure_weight_tying=True))
     config = LoraConfig(target_modules=["q"], layers_to_transform=[1])
-    with pytest.raises(li.ConfigError, match=r"PEFT takes . for the layer of 'towers"):
+    with pytest.raises(li.ConfigError, match=r"for PEFT the layer of 'towers"):
         li.plan(models["nested"].enc, config)
     with pytest.raises(li.MatchError, match=r"Nearest: 'model.layers.0.self_attn.q_proj'"):
         li.plan(models["llama"], LoraConfig(target_modules=["q_prj"]))

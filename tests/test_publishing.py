@@ -96,7 +96,7 @@ def test_only_safetensors_and_a_config_are_fetched(hub: Hub) -> None:
     files["adapter_model.bin"] = b"?"
     for name in ("adapter_model.safetensors", "model.safetensors"):
         del files[name]
-    with pytest.raises(li.FormatError, match="it holds a pickle only"):
+    with pytest.raises(li.FormatError, match="it holds only a pickle"):
         li.load_adapter(base(), "user/sql")
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_had_is_said_in_plain_words(
 
     with pytest.raises(li.FormatError, match="no such folder here, and no such repository"):
         li.load_adapter(base(), "user/none")
-    with pytest.raises(li.FormatError, match="a revision is of a repository"):
+    with pytest.raises(li.FormatError, match="a revision is for repositories"):
         li.load_adapter(base(), str(tmp_path), revision="main")
     model = adapted()
     li.push(model, "user/sql")

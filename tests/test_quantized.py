@@ -268,7 +268,7 @@ def test_merging_is_refused_and_the_way_out_named(form: str) -> None:
     way_out = r"dequantize=\"bfloat16\"" if form in DENSE else "in 16 bits"
     refusals: list[tuple[dict[str, Any], str]] = [({}, way_out), ({"undo": False}, way_out)]
     if form not in DENSE:
-        refusals.append(({"dequantize": "float32"}, "nothing here knows the values"))
+        refusals.append(({"dequantize": "float32"}, "is not supported"))
     if not form.startswith("bitsandbytes"):
         refusals.append(({"requantize": True}, "in 16 bits"))
     for options, words in refusals:
@@ -476,7 +476,7 @@ def test_float8_layers_of_transformers_merge_into_plain_floats(block: Any) -> No
     held, keys = layer_state(net), list(net.state_dict())
     site = li.adapter_state(net).sites["0"]
     wanted[0] += SCALE * site.B.double() @ site.A.double()
-    with pytest.raises(li.LayerError, match="only bitsandbytes' formats are quantized again"):
+    with pytest.raises(li.LayerError, match="only bitsandbytes' formats can be quantized again"):
         li.merge(net, requantize=True)
     li.merge(net, dequantize="float32")
     for layer, W in zip(net, wanted, strict=True):

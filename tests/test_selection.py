@@ -622,7 +622,7 @@ def test_activate_refuses(which: Any, words: str) -> None:
     ids=["activate", "disabled", "routed"],
 )
 def test_a_model_without_adapters_has_nothing_to_choose(verb: Any, asked: str) -> None:
-    with pytest.raises(li.StateError, match=f"{asked}: the model carries no adapter"):
+    with pytest.raises(li.StateError, match=f"{asked}: the model has no adapter"):
         verb(nn.Linear(2, 2))
 
 

@@ -182,7 +182,7 @@ def test_the_best_is_the_least_held_out_loss_and_a_dropped_trial_leaves_nothing(
         running.drop(name)
     assert model.state_dict().keys() == plain.keys()
     assert all(torch.equal(model.state_dict()[key], plain[key]) for key in plain)
-    with pytest.raises(li.StateError, match="no trial runs"):
+    with pytest.raises(li.StateError, match="no trial is running"):
         running.step(batches(["all"], 3, {}))
 
 
@@ -236,7 +236,7 @@ def test_a_mean_over_the_batch_is_refused() -> None:
 @pytest.mark.parametrize(
     ("trials", "error"),
     [
-        ({}, "there are none"),
+        ({}, "no trial is given"),
         ({"a": Trial(FC, lr=1e-2), "b": Trial({"targets": ["fd"]}, lr=1e-2)}, "matched none"),
         ({"a": Trial(FC, lr=1e-2), "b": Trial(FC | {"train": ["fc.bias"]}, lr=1)}, "whole weight"),
     ],
@@ -265,5 +265,5 @@ def test_advice_is_the_largest_rank_that_fits_and_says_what_fits_below_one() -> 
     assert (config.rank, config.alpha) == (3, 6.0)
     assert config.expect == li.Expect(sites=14, lora=3 * one)
     assert li.plan(model, config).n_lora == 3 * one
-    with pytest.raises(li.MatchError, match=r"no rule is established.*layers\.\*\.self_attn"):
+    with pytest.raises(li.MatchError, match=r"there is no rule for less.*layers\.\*\.self_attn"):
         li.advise(model, one - 1)

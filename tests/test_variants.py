@@ -185,8 +185,8 @@ def test_dora_takes_part_alone_or_not_at_all(name: str) -> None:
     kind = KINDS[name]
     model = moved(li.inject(dora(kind, host(kind), "a"), kind.config, "b"), "b")
     for mix in ({"a": 1.0, "b": 1.0}, {"a": 0.5}):
-        refused(model, lambda mix=mix: li.activate(model, mix), li.LayerError, "by itself")
-        refused(model, lambda mix=mix: li.merge(model, name=mix), li.LayerError, "by itself")
+        refused(model, lambda mix=mix: li.activate(model, mix), li.LayerError, "alone")
+        refused(model, lambda mix=mix: li.merge(model, name=mix), li.LayerError, "alone")
     li.activate(model, {"b": 0.5})
 
 
@@ -354,7 +354,7 @@ def test_files_hold_the_bias_of_b(layout: str, tmp_path: Path) -> None:
 def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
     bare = nn.Sequential(nn.Linear(4, 6, bias=False))
     config = {"rank": 1, "targets": ["0"], "lora_bias": True}
-    refused(bare, lambda: li.inject(bare, config), li.LayerError, "it has none")
+    refused(bare, lambda: li.inject(bare, config), li.LayerError, "which is None")
     net = nn.Sequential(nn.Linear(4, 6))
     twice = {**config, "bias": "adapted"}
     refused(net, lambda: li.inject(net, twice), li.LayerError, "gets a bias twice")
@@ -455,10 +455,10 @@ def test_files_hold_rows(layout: str, tmp_path: Path) -> None:
 
 def test_tokens_are_refused_where_they_cannot_train() -> None:
     for config, words in (
-        ({"tokens": {"embed": [9]}}, "there is no row 9 in 'embed.weight', which has 9"),
+        ({"tokens": {"embed": [9]}}, "'embed.weight' has no row 9: it has 9 rows"),
         ({"tokens": {"nowhere": [1]}}, "matched none of"),
         ({"tokens": {"embed": [1]}, "targets": ["embed"]}, "adapted and trained both"),
-        ({"tokens": {"embed": [1]}, "train": ["embed"]}, "is named by train 1"),
+        ({"tokens": {"embed": [1]}, "train": ["embed"]}, "is also named by train 1"),
     ):
         model = Tied()
         refused(model, lambda m=model, c=config: li.inject(m, c), li.MatchError, words)

@@ -1,8 +1,8 @@
-"""Arithmetic on the updates of one site, by their thin factors: no dense delta is formed.
+"""Arithmetic on the updates of one site, on their thin factors: no dense delta is formed.
 
-An update is seen as parts, one for each adapted span of the output: `left @ right`, of
-`(experts, width, k)` and `(experts, k, in)`, the scale in `left`. Sites that adapt different slices
-are added slice by slice, or over the whole output where they cut it in different ways.
+An update has one part for each adapted span of the output: `left @ right`, of shapes
+`(experts, width, k)` and `(experts, k, in)`, with the scale in `left`. Sites with the same slices
+are added slice by slice, other sites over the whole output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_inject.spec.sites import SiteSpec, Slices
 
 
 class Update(Protocol):
-    """What the arithmetic needs of a site: its numbers, and `(A, B, sign)` of each term."""
+    """What the arithmetic needs of a site: its spec, and `(A, B, sign)` of each term."""
 
     @property
     def spec(self) -> SiteSpec: ...  # noqa: D102
@@ -31,7 +31,7 @@ class Update(Protocol):
     def pairs(self) -> tuple[tuple[Tensor, Tensor, float], ...]: ...  # noqa: D102
 
 
-_SAME = 1e-12  # scales that alpha / rank has rounded in two ways are one
+_SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
 
 Term = tuple[Update, float]
 Parts = list[tuple[tuple[int, int], Tensor, Tensor]]
@@ -52,7 +52,7 @@ class Cut(NamedTuple):
 
 
 def check_alike(specs: Sequence[SiteSpec], asked: str) -> None:
-    """Refuse sites that do not map the same features to the same, under one name."""
+    """Refuse sites of one name that differ in features, experts or orientation."""
     one = specs[0]
     for two in specs[1:]:
         maps = [
@@ -70,7 +70,7 @@ def check_alike(specs: Sequence[SiteSpec], asked: str) -> None:
 def _contributions(
     term: Term, unit: float
 ) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, float]]:
-    """Yield span, A `(experts, r, in)`, B `(experts, width, r)`, factor of each part and pair."""
+    """Yield `(span, A (experts, r, in), B (experts, width, r), factor)` of each part and pair."""
     site, weight = term
     spec = site.spec
     for A, B, sign in site.pairs:
@@ -87,7 +87,7 @@ def _contributions(
 
 
 def _common(specs: Sequence[SiteSpec]) -> Slices | None:
-    """The slices that hold all of what several sites adapt, None for the whole output."""
+    """Return the slices that cover what several sites adapt; None for the whole output."""
     sizes = {spec.slices.sizes if spec.slices else None for spec in specs}
     if len(sizes) > 1 or None in sizes:
         return None
@@ -117,8 +117,8 @@ def gathered(terms: Sequence[Term], dtype: torch.dtype = torch.float64, unit: fl
 def total(terms: Sequence[Term], like: SiteSpec) -> tuple[SiteSpec, Tensor, Tensor]:
     """Return `sum of weight * delta` as one site: spec, A and B, with all ranks side by side.
 
-    The scale is that of the first term; where another has a different one, its B takes the ratio,
-    in float32 at least. A frozen start becomes further ranks with the opposite sign.
+    The scale is that of the first term. The B of a term with another scale is multiplied by the
+    ratio, in float32 at least. A frozen start becomes further ranks with the opposite sign.
     """
     specs = [site.spec for site, _ in terms]
     unit = abs(terms[0][1]) * specs[0].scale
@@ -137,7 +137,7 @@ def _scaling(specs: Sequence[SiteSpec]) -> str:
 def _site(
     like: SiteSpec, parts: Parts, slices: Slices | None, scale: float, scaling: str
 ) -> tuple[SiteSpec, Tensor, Tensor]:
-    """A site of parts, padded with zeros to one rank."""
+    """Build a site from parts, padded with zeros to one rank."""
     rank = max(left.shape[2] for _, left, _ in parts)
     A = torch.cat([F.pad(right, (0, 0, 0, rank - right.shape[1])) for _, _, right in parts], 1)
     B = torch.cat([F.pad(left, (0, rank - left.shape[2])) for _, left, _ in parts], 1)
@@ -152,8 +152,8 @@ def truncated(
 ) -> tuple[SiteSpec, Tensor, Tensor, Cut]:
     """Return the best site of a lower rank, by a QR of the thin factors and an SVD of k by k.
 
-    All parts of a site have one rank: the smallest for which they hold `energy` of the site's sum
-    of squares together, at most `rank`, and no more than there is.
+    All parts of a site get one rank: the smallest that keeps `energy` of the site's sum of squares,
+    at most `rank`, and at most the rank of the update.
     """
     check_finite(site, asked)
     spec, parts = site.spec, gathered([(site, 1.0)])
@@ -181,7 +181,7 @@ def truncated(
 
 
 def check_finite(site: Update, asked: str) -> None:
-    """Refuse NaN and Inf, of which there is no decomposition."""
+    """Refuse NaN and Inf, which cannot be decomposed."""
     for A, B, _ in site.pairs:
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             found = "its A or B holds NaN or Inf"

@@ -1,4 +1,4 @@
-"""Several adapters as one: exact sums, and the published methods that let parts of them give way.
+"""Combine several adapters into one: exact sums, and the published lossy methods.
 
 Source of the methods on A and B and of their variants with `_svd`: peft 0.21.2,
 `LoraModel.add_weighted_adapter` and utils/merge_utils.py.
@@ -75,7 +75,7 @@ def _check(
     asked: str,
 ) -> None:
     if method not in METHODS:
-        raise StateError(asked, "there is no such method", f"Choose of {', '.join(METHODS)}")
+        raise StateError(asked, "there is no such method", f"Choose one of {', '.join(METHODS)}")
     if not states:
         raise StateError(asked, "no adapter is given", "Give at least one")
     if len(weights) != len(states):
@@ -85,14 +85,15 @@ def _check(
         if not math.isfinite(weight) or weight == 0:
             raise StateError(asked, f"a weight is {weight}", "Give finite numbers other than 0")
     if rank is not None and (rank < 1 or not method.endswith("svd")):
-        found = f"rank is {rank}" if rank < 1 else "it leaves ranks as they are, and rank is given"
+        found = f"rank is {rank}" if rank < 1 else "the method keeps all ranks, and rank is given"
         raise StateError(asked, found, "Give rank=1 or more to svd, or to a method with _svd")
     wants = method not in ("cat", "svd", "linear")
     if wants and (density is None or not 0 < density <= 1):
         found = "density is missing" if density is None else f"density is {density}"
         raise StateError(asked, found, "Give the share of values to keep, in (0, 1]")
     if density is not None and not wants:
-        raise StateError(asked, "it keeps all values, and density is given", "Leave density out")
+        found = "the method keeps all values, and density is given"
+        raise StateError(asked, found, "Leave density out")
     if majority_sign not in ("total", "frequency"):
         raise StateError(asked, f"majority_sign is {majority_sign!r}", "Give total or frequency")
 
@@ -109,7 +110,7 @@ def _rule(
     weights: Sequence[float],
     what: str,
 ) -> Tensor:
-    """Mix tensors of one shape: thin them out, let a sign win, add."""
+    """Mix tensors of one shape: drop values, elect signs, add."""
     if method in ("ties", "magnitude_prune"):
         tensors = [_largest(tensor, density or 1) for tensor in tensors]
     elif method.startswith("dare"):
@@ -135,7 +136,7 @@ def _largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def kept(shape: Sequence[int], density: float, what: str) -> Tensor:
-    """Return DARE's mask of 1 and 0 (arXiv:2311.03099): random, the same for the same text."""
+    """Return DARE's mask of 1 and 0 (arXiv:2311.03099), random with the text as its seed."""
     digest = hashlib.blake2b(what.encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
     return torch.rand(tuple(shape), generator=generator, dtype=torch.float64).lt(density).double()
@@ -144,7 +145,7 @@ def kept(shape: Sequence[int], density: float, what: str) -> Tensor:
 def _on_factors(
     there: Weighted, like: SiteSpec, *, rule: Callable[..., Tensor], asked: str
 ) -> SiteState:
-    """Mix A with A and B with B, each with the root of its weight and scale."""
+    """Mix the A and mix the B, each weighted by the root of weight times scale."""
     asked = f"{asked}, site '{like.name}'"
     first = there[0][0].spec
     for site, _ in there:
@@ -153,7 +154,7 @@ def _on_factors(
         if (spec.rank, spec.slices) != (first.rank, first.slices) or len(site.pairs) > 1:
             found = f"its ranks are {first.rank} and {spec.rank}"
             if spec.rank == first.rank:
-                found = "one has other slices, or a frozen start"
+                found = "they have different slices, or one has a frozen start"
             raise StateError(asked, found, "Use cat, svd, or a method with _svd")
     factors = [weight * site.spec.scale for site, weight in there]
     roots = [math.sqrt(abs(factor)) for factor in factors]
@@ -173,7 +174,7 @@ def _on_delta(
     asked: str,
     rank: int | None,
 ) -> SiteState:
-    """Mix the dense deltas of one site, as published, and take the best low rank."""
+    """Mix the dense deltas of one site, and return the best approximation of low rank."""
     for site, _ in there:
         check_finite(plain(site, asked), f"{asked}, site '{like.name}'")
     most = rank or max(site.spec.rank for site, _ in there)

@@ -14,7 +14,7 @@ from lora_inject.adapter.state import AdapterState, SiteState, apart, paired
 
 @dataclass(frozen=True)
 class SiteDifference:
-    """One site in two adapters; numbers of an adapter that lacks it are 0.
+    """One site in two adapters. Where an adapter lacks it, its rank and norm are 0.
 
     Attributes:
         ranks: Its rank in each.

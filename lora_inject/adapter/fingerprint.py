@@ -30,14 +30,14 @@ _ABSOLUTE = 2.0**-24
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the base looked like at the adapted sites, to tell another base of the same shape.
+    """What the base looked like at the adapted sites, to recognize another base of the same shape.
 
     Attributes:
         shapes: Shape of each adapted weight, by its name in the state dict.
         samples: A few values of each, float32, taken at evenly spaced flat positions.
-        quantized: What is known of each weight that is not a plain floating point tensor, and so
-            has no samples: class, format, block size and a few packed bytes, as a text; empty for
-            sharded tensors and those on the meta device.
+        quantized: A description of each weight that is not a plain floating point tensor and so has
+            no samples: class, format, block size and a few packed bytes; empty for sharded tensors
+            and those on the meta device.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -45,17 +45,17 @@ class Fingerprint:
     quantized: Mapping[str, str] = field(default_factory=dict)
 
     def renamed(self, change: Callable[[str], str]) -> Fingerprint:
-        """Return the same of weights with other names."""
+        """Return the fingerprint with other names of the weights."""
         return Fingerprint(*({change(k): v for k, v in each.items()} for each in self._parts))
 
     def without(self, names: Collection[str]) -> Fingerprint | None:
-        """Return what is known of other weights, None where there are none."""
+        """Return the fingerprint without some weights, None if no weight is left."""
         kept = [{k: v for k, v in each.items() if k not in names} for each in self._parts]
         return Fingerprint(*kept) if kept[0] else None
 
     @staticmethod
     def union(several: Iterable[Fingerprint]) -> Fingerprint:
-        """Return what is known together of one base."""
+        """Return the union of two fingerprints of one base."""
         known = [mark._parts for mark in several]
         return Fingerprint(*(_united(each) for each in zip(*known, strict=True)))
 
@@ -144,7 +144,7 @@ def _parts(weight: Tensor) -> Iterator[str]:
 
 
 def codes_of(data: Tensor, state: Any) -> Tensor:
-    """Return bitsandbytes' 4-bit codes as stored; inference on some CPUs has them rearranged."""
+    """Return bitsandbytes' 4-bit codes as stored; inference on some CPUs rearranges them."""
     if not getattr(state, "packing_format_for_cpu", False):
         return data
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
@@ -210,7 +210,7 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
 
 
 def check_one_base(several: Iterable[Fingerprint | None], asked: str) -> None:
-    """Refuse adapters of different bases, as far as the weights tell that two of them know.
+    """Refuse adapters of different bases, by the weights that two fingerprints have in common.
 
     Examples:
         >>> a, b = Fingerprint({"w": (1,)}, {"w": (1.0,)}), Fingerprint({"v": (1,)}, {"v": (2.0,)})

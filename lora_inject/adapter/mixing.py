@@ -1,4 +1,4 @@
-"""What travels beside the sites where adapters are added: trained tensors, copies of the base."""
+"""Trained tensors and copies of base tensors of several adapters that become one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_inject.errors import StateError
 def mixed(several: Sequence[tuple[Mapping[str, Tensor], float]], asked: str) -> dict[str, Tensor]:
     """Return trained tensors T mixed by their weights, `W + sum of w (T - W)`.
 
-    W is not known here, so the weights of a tensor must add up to 1, for which it cancels out.
+    W is not known here, so the weights of a tensor must add up to 1: then W cancels out.
     """
     found = {}
     for name in dict.fromkeys(name for trained, _ in several for name in trained):
@@ -49,6 +49,6 @@ def common_copies(several: Sequence[Mapping[str, Tensor]], asked: str) -> dict[s
         for name, tensor in copies.items():
             held = found.setdefault(name, tensor)
             if held.shape != tensor.shape or not torch.equal(held, tensor):
-                different = "the adapters carry copies of this base tensor that differ"
+                different = "the adapters hold different copies of this base tensor"
                 raise StateError(f"{asked}, '{name}'", different, "Give adapters of one base")
     return found

@@ -1,4 +1,4 @@
-"""Names in an adapter: those that a pattern means, and new ones in their place."""
+"""Names in an adapter: matching by patterns, and renaming."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def named(names: Iterable[str], patterns: Iterable[str], asked: str) -> dict[str, None]:
-    """Names that patterns match, themselves or by a module around them; each must match some."""
+    """Return the names that patterns match, directly or by a parent; each pattern must match."""
     names = list(names)
     chosen: dict[str, None] = {}
     modules = dict.fromkeys(names)
@@ -31,13 +31,13 @@ def named(names: Iterable[str], patterns: Iterable[str], asked: str) -> dict[str
 
 
 def substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str], str]:
-    """Return what replaces segments of a name, checked on all names."""
+    """Return the function that replaces segments of a name, checked on all names."""
     rules = []
     for old, text in new.items():
         try:
             rules.append((old, re.compile(rf"(?<![^.])(?:{old})(?![^.])"), text))
         except re.error as error:
-            remedy = "Escape what is meant literally"
+            remedy = "Escape literal characters with a backslash"
             raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
     used = set()
 
@@ -59,7 +59,7 @@ def substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str]
         change(name)
     for old in new:
         if old not in used:
-            remedy = f"They are such as {some_of(names)}; give whole segments"
+            remedy = f"Give whole segments of names such as {some_of(names)}"
             raise StateError(f"rename {old!r}", "it occurs in no name of the adapter", remedy)
     return change
 
@@ -70,7 +70,7 @@ def some_of(names: Iterable[str]) -> str:
 
 
 def distinct(items: Iterable[tuple[str, T]]) -> dict[str, T]:
-    """A mapping; two values under one name are an error."""
+    """Return a mapping; two values under one name are an error."""
     found: dict[str, T] = {}
     for name, value in items:
         if name in found:

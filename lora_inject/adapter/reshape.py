@@ -1,7 +1,7 @@
-"""One site as several and several as one: fused projections, stacked experts.
+"""Split sites and join sites: fused projections, stacked experts.
 
-No value changes but where ranks or scales differ: then A and B are padded with zeros, and B takes
-the ratio of the scales.
+Values change only where ranks or scales differ: then A and B are padded with zeros, and B is
+multiplied by the ratio of the scales.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Site(NamedTuple):
 
 
 def _axis(spec: SiteSpec) -> int:
-    """The axis of the weight along which the output lies."""
+    """Return the weight's axis of outputs."""
     axis = -1 if spec.transposed else 0 if spec.kind == "conv" else -2
     if spec.weight_shape[axis] != spec.out_features:
         found = f"its weight {list(spec.weight_shape)} has no axis for its outputs"
@@ -44,12 +44,12 @@ def _shape(spec: SiteSpec, width: int) -> tuple[int, ...]:
 
 
 def renamed(spec: SiteSpec, name: str) -> SiteSpec:
-    """The same site under another name, its weight renamed along."""
+    """Return the site under another name, with its weight's name changed likewise."""
     return replace(spec, name=name, weight=name + spec.weight.removeprefix(spec.name), aliases=())
 
 
 def split(site: Update, sizes: Mapping[str, int], asked: str) -> dict[str, Site]:
-    """Return the adapted parts of a fused projection as sites of their own, beside it."""
+    """Return the adapted parts of a fused projection as separate sites with the same parent."""
     spec = site.spec
     asked = f"{asked}, site '{spec.name}'"
     if spec.slices is not None and (not sizes or tuple(sizes.items()) == spec.slices.sizes):
@@ -134,7 +134,7 @@ def split_experts(site: Update) -> dict[str, Site]:
 
 
 def join_experts(name: str, members: Mapping[int, Update], n: int, asked: str) -> Site:
-    """Return one site on a stack of experts from the sites on them; who has none has zeros."""
+    """Return one site on a stack of experts from the sites on them, zeros for missing ones."""
     asked = f"{asked}, site '{name}'"
     specs = [site.spec for site in members.values()]
     check_alike(specs, asked)
@@ -176,7 +176,7 @@ def join_experts(name: str, members: Mapping[int, Update], n: int, asked: str) -
 
 
 def _plain(site: Update) -> tuple[Tensor, Tensor]:
-    """A and B, with a frozen start as further ranks."""
+    """Return A and B, with a frozen start as further ranks."""
     if len(site.pairs) == 1:
         return site.pairs[0][:2]
     return total([(site, 1.0)], site.spec)[1:]

@@ -62,7 +62,7 @@ class SiteState:
         B: `spec.b_shape`.
         A0: Frozen start of A for the inits that are derived from W, else None.
         B0: Frozen start of B likewise. The site computes `W + scale * (B @ A - B0 @ A0)`.
-        further: What the variant adds to these, by role.
+        further: Further tensors of the variant, by role.
     """
 
     spec: SiteSpec
@@ -91,7 +91,7 @@ class SiteState:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their roles: A, B, a frozen start A0 and B0, and what the variant adds."""
+        """The tensors by role: A, B, a frozen start A0 and B0, and those of the variant."""
         roles = ("A", "B") if self.A0 is None or self.B0 is None else ("A", "B", "A0", "B0")
         return {**{role: getattr(self, role) for role in roles}, **self.further}
 
@@ -114,8 +114,8 @@ class AdapterState:
 
     `a * 0.5`, `-a`, `a + b` and `a - b` scale and add updates of W exactly: ranks are concatenated,
     and a frozen start (pissa, olora) becomes further ranks where sites are added. Results are new
-    values that share tensors with the old ones; a config is not kept, as no config would make them.
-    Values are equal where their contents are. They have no hash, since tensors can be written to.
+    values that share tensors with the old ones, without a config. Values are equal if their
+    contents are. They cannot be hashed, since tensors are mutable.
 
     Examples:
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
@@ -133,7 +133,7 @@ class AdapterState:
         base_copies: Tensors of the base that the file carries beside the adapter, by the base's
             name: PEFT stores a whole embedding that way. They are not part of the adapter; whoever
             loads it compares them with the base (equal: dropped, else: refused).
-        rows: Of these trained tensors only some rows are held, which are these of the base's.
+        rows: For a trained tensor of which only some rows are held: their indices in the base.
     """
 
     sites: Mapping[str, SiteState]
@@ -152,12 +152,12 @@ class AdapterState:
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle read-only mappings, which Python can do neither with, as dicts."""
+        """Copy and pickle read-only mappings as dicts, since Python cannot do either."""
         values = (getattr(self, f.name) for f in fields(self))
         return AdapterState, tuple(dict(v) if isinstance(v, Mapping) else v for v in values)
 
     def __repr__(self) -> str:
-        """Say how large it is, and not what it holds."""
+        """Show the size, not the contents."""
         ranks = ", ".join(map(str, sorted({site.spec.rank for site in self.sites.values()})))
         n_parameters = sum(site.spec.n_parameters for site in self.sites.values())
         n_parameters += sum(t.numel() for t in self.trained.values())
@@ -169,7 +169,7 @@ class AdapterState:
     # Arithmetic ---------------------------------------------------------------------------------
 
     def __mul__(self, weight: float) -> AdapterState:
-        """Scale the update; A and B keep their bits, but for the sign of B."""
+        """Scale the update; of A and B only the sign of B can change."""
         if not isinstance(weight, int | float):
             return NotImplemented
         return weighted_sum([self], [weight], f"{weight} * an adapter")
@@ -177,7 +177,7 @@ class AdapterState:
     __rmul__ = __mul__
 
     def __neg__(self) -> AdapterState:
-        """Turn the update around."""
+        """Return the update with the opposite sign."""
         return self * -1.0
 
     def __add__(self, other: AdapterState) -> AdapterState:
@@ -187,7 +187,7 @@ class AdapterState:
         return weighted_sum([self, other], [1.0, 1.0], "add adapters")
 
     def __sub__(self, other: AdapterState) -> AdapterState:
-        """Take the update of another adapter of one base away."""
+        """Subtract the update of another adapter of the same base."""
         if not isinstance(other, AdapterState):
             return NotImplemented
         return weighted_sum([self, other], [1.0, -1.0], "subtract adapters")
@@ -230,10 +230,11 @@ class AdapterState:
             dtype: A floating point dtype.
 
         Raises:
-            StateError: It is not one.
+            StateError: `dtype` is not one.
         """
         if not dtype.is_floating_point:
-            raise StateError(f"to({dtype})", "it is no floating point dtype", "Give torch.bfloat16")
+            found = "it is not a floating point dtype"
+            raise StateError(f"to({dtype})", found, "Give torch.bfloat16")
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -243,13 +244,13 @@ class AdapterState:
         return replace(self, sites=sites, trained=trained)
 
     def select(self, *patterns: str) -> AdapterState:
-        r"""Return the sites and trained tensors that patterns name.
+        r"""Return the sites and trained tensors that patterns match.
 
         Args:
-            *patterns: As in a config: a regex for the end of a name, or of a module around it.
+            *patterns: As in a config: a regex for the end of a name, or of a parent module's name.
 
         Raises:
-            StateError: One names nothing.
+            StateError: A pattern matches nothing.
 
         Examples:
             >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
@@ -268,14 +269,14 @@ class AdapterState:
         )
 
     def rename(self, new: Mapping[str, str] | Callable[[str], str]) -> AdapterState:
-        r"""Return the adapter under other names: of sites, trained tensors and the fingerprint.
+        r"""Return the adapter with other names of sites, trained tensors and the fingerprint.
 
         Args:
-            new: Regexes of whole segments and what takes their place (`\1` for a group, nothing to
-                remove it), tried in order on every name; or a function of a name.
+            new: Regexes of whole segments and their replacements (`\1` for a group, empty to
+                remove them), applied in order to every name; or a function of a name.
 
         Raises:
-            StateError: A regex occurs in no name or is not valid, or two names would be one.
+            StateError: A regex is not valid or matches no name, or two names would become one.
 
         Examples:
             >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), 2, 4.0, weight="h.0.q.weight")
@@ -306,24 +307,24 @@ class AdapterState:
         )
 
     def split(self, pattern: str, sizes: Mapping[str, int] | None = None) -> AdapterState:
-        """Take fused projections apart: `attn.qkv` becomes `attn.q`, `attn.k` and `attn.v`.
+        """Split fused projections: `attn.qkv` becomes `attn.q`, `attn.k` and `attn.v`.
 
         Args:
             pattern: Which sites, as in a config.
             sizes: Width of each part along the output, in order; those of its slices by default.
 
         Returns:
-            A site for each adapted part, named after it, beside where the fused one was.
+            A site for each adapted part, under the parent of the fused one.
 
         Raises:
-            StateError: The pattern names nothing, or the widths are not those of the site.
+            StateError: The pattern matches nothing, or the widths do not fit the site.
         """
         asked = f"split {pattern!r}"
         apart = partial(reshape.split, sizes=dict(sizes or {}), asked=asked)
         return self._taken_apart(pattern, apart, asked)
 
     def join(self, name: str, sizes: Mapping[str, int]) -> AdapterState:
-        """Put the sites on parts of fused projections together, wherever they lie side by side.
+        """Join sites of one parent to sites on fused projections.
 
         Args:
             name: Name of the fused layer, such as `qkv_proj`.
@@ -334,7 +335,7 @@ class AdapterState:
             zeros to the largest.
 
         Raises:
-            StateError: There are no such parts, or their widths are others.
+            StateError: No site is such a part, or a width does not fit.
         """
         asked = f"join {name!r}"
         groups: dict[str, dict[str, str]] = {}
@@ -349,7 +350,7 @@ class AdapterState:
         return self._put_together(made, put, asked, f"no site ends in {' or '.join(sizes)}")
 
     def split_experts(self, pattern: str) -> AdapterState:
-        """Take stacks of experts apart: `experts.up` becomes `experts.0.up`, `experts.1.up`, ...
+        """Split stacks of experts: `experts.up` becomes `experts.0.up`, `experts.1.up`, ...
 
         Args:
             pattern: Which sites, as in a config.
@@ -358,26 +359,26 @@ class AdapterState:
             A linear site for each expert.
 
         Raises:
-            StateError: The pattern names nothing, or a site that is not a stack.
+            StateError: The pattern matches nothing, or a site that is not a stack.
         """
         asked = f"split_experts {pattern!r}"
         for name in named(self.sites, [pattern], asked):
             if self.sites[name].spec.experts is None:
-                raise StateError(asked, f"'{name}' is not a stack of experts", "Name stacks only")
+                raise StateError(asked, f"'{name}' is not a stack of experts", "Match stacks only")
         return self._taken_apart(pattern, reshape.split_experts, asked)
 
     def join_experts(self, pattern: str, n: int) -> AdapterState:
-        """Put the sites of single experts onto stacks: `experts.0.up`, ... become `experts.up`.
+        """Join the sites of single experts to stacks: `experts.0.up`, ... become `experts.up`.
 
         Args:
-            pattern: Name of the module that holds the experts under their numbers, as in a config.
+            pattern: Which modules hold numbered experts, as in a config.
             n: How many experts there are; one without a site gets zeros.
 
         Returns:
             A site on a stacked parameter `(n, out, in)` for each kind of layer.
 
         Raises:
-            StateError: There are no such sites, or they do not fit on one stack.
+            StateError: No site is such an expert, or they do not fit on one stack.
         """
         asked = f"join_experts {pattern!r}"
         stacks: dict[str, dict[int, str]] = {}
@@ -425,7 +426,7 @@ class AdapterState:
     def _reshaped(
         self, sites: Iterable[tuple[str, SiteState]], gone: Iterable[str]
     ) -> AdapterState:
-        """With other sites; what the fingerprint says of the weights that are gone goes too."""
+        """Return the adapter with other sites, without the fingerprints of removed weights."""
         weights = {self.sites[name].spec.weight for name in gone}
         marks = self.fingerprint and self.fingerprint.without(weights)
         return replace(self, sites=distinct(sites), fingerprint=marks, config=None)
@@ -438,7 +439,7 @@ _ROLES = {"A", "B", "A0", "B0"}
 def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:
     """Refuse a site whose update is not a product of A and B alone, as DoRA's is not.
 
-    A bias of B is let through where it is asked for, if the site has no slices.
+    A bias of B is accepted where the caller asks for it, if the site has no slices.
     """
     allowed = _ROLES | ({"b"} if bias and site.spec.slices is None else set())
     further = sorted(set(site.tensors) - allowed)
@@ -452,14 +453,14 @@ def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:
 
 
 def apart(one: SiteState | None, two: SiteState | None) -> float:
-    """The Frobenius norm of the difference of two sites, of which one may be lacking."""
+    """Return the Frobenius norm of the difference of two sites, of which one may be None."""
     if one == two:
         return 0.0
     return norm([(site, sign) for site, sign in ((one, 1.0), (two, -1.0)) if site is not None])
 
 
 def paired(one: AdapterState, two: AdapterState, asked: str) -> Paired:
-    """Return the sites of two adapters by name, checked: of one base, comparable, finite."""
+    """Return the sites of two adapters by name; check base, shapes and finite values."""
     check_one_base([one.fingerprint, two.fingerprint], asked)
     found = {}
     for name in {**one.sites, **two.sites}:
@@ -501,7 +502,7 @@ def _summed(sites: Sequence[tuple[SiteState, float]], like: SiteSpec, *, asked: 
 def biased(
     spec: SiteSpec, A: Tensor, B: Tensor, sites: Sequence[tuple[SiteState, float]]
 ) -> SiteState:
-    """A site made of others, with the biases of their B (lora_bias) added for its scale."""
+    """Return the sum of sites, with the biases of their B (lora_bias) added for its scale."""
     terms = [
         weight * site.scale * site.further["b"].detach().double()
         for site, weight in sites
@@ -517,7 +518,7 @@ def biased(
 def cut_down(
     site: SiteState, rank: int | None, energy: float | None, asked: str
 ) -> tuple[SiteState, Cut]:
-    """Return the best site of a lower rank, and what was done to it."""
+    """Return the best site of a lower rank, with its rank and error."""
     spec, A, B, cut = truncated(plain(site, asked, bias=True), rank, energy, asked)
     return biased(spec, A, B, [(site, 1.0)]), cut
 
@@ -528,10 +529,10 @@ def with_sites(
     make: Callable[[Sequence[tuple[SiteState, float]], SiteSpec], SiteState],
     asked: str,
 ) -> AdapterState:
-    """Return one adapter of several: `make` gives each site, what travels along is put together."""
+    """Return one adapter of several: `make` makes each site; trained tensors are mixed."""
     check_one_base([state.fingerprint for state in states], asked)
     if rows := [name for state in states for name in state.rows]:
-        found = f"single rows of '{rows[0]}' are trained, which replace the base's"
+        found = f"it trains single rows of '{rows[0]}', which replace the base's"
         raise StateError(asked, found, "Merge the adapters into the base one after the other")
     marked = [*(s for s in states if s.fingerprint), *(s for s in states if not s.fingerprint)]
     sites = {}
@@ -539,7 +540,7 @@ def with_sites(
         pairs = zip(states, weights, strict=True)
         there = [(state.sites[name], w) for state, w in pairs if name in state.sites]
         check_alike([site.spec for site, _ in there], asked)
-        # Who knows the base knows the kinds of its layers; a foreign file lets them be assumed.
+        # With the base known, kinds of layers are known; for a foreign file they are assumed.
         like = next(state.sites[name].spec for state in marked if name in state.sites)
         sites[name] = make(there, like)
     marks = [state.fingerprint for state in states if state.fingerprint is not None]
@@ -555,10 +556,10 @@ def with_sites(
 def truncation(
     state: AdapterState, rank: int | None, energy: float | None
 ) -> tuple[AdapterState, dict[str, Cut]]:
-    """Return the truncated adapter, and what was done to each site; see `truncate`."""
+    """Return the truncated adapter, with rank and error of each site; see `truncate`."""
     asked = "truncate"
     if rank is None and energy is None:
-        raise StateError(asked, "neither rank nor energy is given", "Say how much to keep")
+        raise StateError(asked, "neither rank nor energy is given", "Give one of them")
     if rank is not None and rank < 1:
         raise StateError(asked, f"rank is {rank}", "Give 1 or more")
     if energy is not None and not 0 < energy <= 1:

@@ -23,16 +23,16 @@ def inner(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> float:
 
 
 def thin_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decompose `left @ right`, `(..., out, k)` by `(..., k, in)`, by way of the thin factors.
+    """Decompose `left @ right`, `(..., out, k)` by `(..., k, in)`, from the thin factors.
 
-    `left = Q_l R_l` and `right^T = Q_r R_r` leave the SVD of `R_l R_r^T`, of k by k. Returned are U
-    `(..., out, n)`, S `(..., n)`, decreasing, and V `(..., in, n)`, n at most k; values that are
-    zero to the dtype are zero.
+    With `left = Q_l R_l` and `right^T = Q_r R_r` only the SVD of `R_l R_r^T`, k by k, remains.
+    Returns U `(..., out, n)`, S `(..., n)`, decreasing, and V `(..., in, n)`, n at most k; singular
+    values within rounding of zero are zero.
     """
     Q_l, R_l = torch.linalg.qr(left)
     Q_r, R_r = torch.linalg.qr(right.mT)
     U, S, Vh = torch.linalg.svd(R_l @ R_r.mT, full_matrices=False)
-    # Rounding is relative to the factors: a frozen start that cancels leaves 1e-16 of them.
+    # Rounding is relative to the factors: where a frozen start cancels, 1e-16 of them remains.
     size = torch.linalg.matrix_norm(R_l, 2) * torch.linalg.matrix_norm(R_r, 2)
     noise = size * max(left.shape[-2], right.shape[-1]) * torch.finfo(S.dtype).eps
     S = S.where(noise.unsqueeze(-1) < S, torch.zeros_like(S))
@@ -73,17 +73,16 @@ class ThinProduct:
 
     def square(self) -> float:
         """Return the sum of squares, by products of k by k; NaN where a value is not finite."""
-        found = inner((self.left, self.right), (self.left, self.right))
-        return (
-            found if math.isnan(found) else max(found, 0.0)
-        )  # -1e-17 where a frozen start cancels
+        square = inner((self.left, self.right), (self.left, self.right))
+        # -1e-17 where a frozen start cancels
+        return square if math.isnan(square) else max(square, 0.0)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Decompose it by way of the thin factors.
+        """Decompose it from the thin factors.
 
         Returns:
-            U `(out, n)`, S `(n,)` decreasing, V `(in, n)`, float64, with n the number of values
-            that are not zero to float64, at most k.
+            U `(out, n)`, S `(n,)` decreasing, V `(in, n)`, float64, with n the number of
+            singular values above rounding, at most k.
         """
         U, S, V = thin_svd(self.left, self.right)
         n = int(S.count_nonzero())

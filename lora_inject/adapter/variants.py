@@ -3,9 +3,9 @@
 `W' = gain * (W + scale * (B A - B0 A0))`. A variant is a class and a row in `VARIANTS`; forward,
 merging, files and counting follow from it. LoRA, the first row, has no gain.
 
-One factor starts at zero, so that the adapted layer starts as the plain one, and the
-other is random. For a linear layer B is zero (paper, section 4.1); for an embedding A is, so that
-tokens which training never sees keep their rows (loralib `layers.Embedding`).
+One factor starts at zero, so that the adapted layer starts equal to the plain one; the other is
+random. For a linear layer B is zero (paper, section 4.1). For an embedding A is zero, so that
+tokens that do not occur in training keep their rows (loralib `layers.Embedding`).
 
 pissa (arXiv:2404.02948) and olora (arXiv:2406.01775) start from factors of W instead. They do not
 write W here: a frozen copy A0, B0 of the start is kept, and the site computes
@@ -31,9 +31,9 @@ class Variant:
 
     Attributes:
         name: What a config calls it.
-        roles: The tensors that it trains beside A and B: role to its shape, by those of A and B.
-        gained: Whether `gain` returns something. The first axis of each of `roles` is then that of
-            the adapted outputs, and at a site no other adapter can be active beside it.
+        roles: Tensors that it trains besides A and B: role to a function of the shapes of A and B.
+        gained: Whether the variant has a gain. The first axis of each of `roles` is then that of
+            the adapted outputs, and no other adapter can be active at the same site.
     """
 
     name: ClassVar[str] = "lora"
@@ -49,13 +49,13 @@ class Variant:
             spec: The site.
             weight: W.
             dtype: Dtype of the tensors.
-            norms: Gives the norm of each adapted output of W over its inputs, `(adapted out,)`.
+            norms: Returns the norm of each adapted output of W over its inputs, `(adapted out,)`.
         """
         del norms
         return initial_tensors(spec, weight, dtype)
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
-        """Return the gain of some outputs, where the variant is `gained`.
+        """Return the gain of some outputs; called only for variants that are `gained`.
 
         Args:
             tensors: By role, the rows of those outputs.
@@ -82,11 +82,11 @@ class Dora(Variant):
     def start(
         self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
     ) -> dict[str, Tensor]:
-        """Return A, B and the magnitude, with which the layer starts as the plain one."""
+        """Return A, B and the magnitude; the layer starts equal to the plain one."""
         return {**initial_tensors(spec, weight, dtype), "m": norms().to(dtype)}
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
-        """Return `m / norms`; an output of zeros stays what it is."""
+        """Return `m / norms`; an output of zeros stays zero."""
         return tensors["m"] / norms.clamp(min=1e-30)
 
 
@@ -97,10 +97,10 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
     """Add a variant from outside the package.
 
     Args:
-        cls: A class with a `name` of its own, which configs and saved adapters then know.
+        cls: A class with a `name` of its own, which configs and saved adapters can then use.
 
     Returns:
-        The class, so that this can stand as a decorator.
+        The class, so that this can be used as a decorator.
 
     Raises:
         LayerError: The class has no name of its own, or its name is taken by another class.
@@ -129,7 +129,7 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
 
 
 def initial_tensors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make the tensors of a new site that every variant has.
+    """Return the tensors of a new site that every variant has.
 
     Returns:
         Role to tensor: `A` of `spec.a_shape`, `B` of `spec.b_shape`, and for pissa and olora the
@@ -146,14 +146,14 @@ def initial_tensors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[
     device = weight.device
     A = torch.empty(spec.a_shape, dtype=dtype, device=device)
     B = torch.empty(spec.b_shape, dtype=dtype, device=device)
-    if device.type != "meta":  # else there are no values, and torch would take long to say so
+    if device.type != "meta":  # there are no values, and torch would be slow
         zero, random = (A, B) if spec.kind == "embedding" else (B, A)
         zero.zero_()
-        _randomise(random, spec)
+        _randomize(random, spec)
     return {"A": A, "B": B}
 
 
-def _randomise(tensor: Tensor, spec: SiteSpec) -> None:
+def _randomize(tensor: Tensor, spec: SiteSpec) -> None:
     if spec.init == "kaiming":
         if spec.kind == "embedding":
             tensor.normal_()

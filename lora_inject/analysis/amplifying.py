@@ -80,11 +80,11 @@ def amplification(
     """Say how much a delta amplifies directions of W.
 
     Args:
-        weight: W, `(out, in)`, any floating dtype; or what gives blocks of its rows, which are read
-            once, and again, several times for a large W, for its own directions.
+        weight: W, `(out, in)`, any floating dtype; or a source of blocks of its rows, which is read
+            once, and for the directions of a large W several times more.
         delta: Of the same shape: `ThinProduct.of(A, B, scale)`, or the `delta` of a block.
         rank: How many directions; the delta's rank by default and at most.
-        transposed: Whether W is `(in, out)`, as that of a Conv1D or an embedding.
+        transposed: Whether W is `(in, out)`, as in a Conv1D or an embedding.
         own: Whether to compare with W's own directions, which takes an SVD of W.
         seed: Of the random directions.
 
@@ -106,7 +106,7 @@ def amplification(
             raise StateError(
                 "compare a delta with W",
                 f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
-                "Give W as (out, in), or transposed=True for that of a Conv1D or an embedding",
+                "Give W as (out, in), or transposed=True for a Conv1D or an embedding",
             )
         W = weight.detach()
         steps = [(start, W[start : start + STEP_ROWS]) for start in range(0, len(W), STEP_ROWS)]

@@ -44,10 +44,10 @@ class BlockOnWeight(Place):
 class SiteOnWeight(Figures):
     """One site compared with its weight."""
 
-    # its blocks; more than the site itself has where the checkpoint cuts them
+    # its blocks; more than those of the site where the checkpoint splits them
     blocks: tuple[BlockOnWeight, ...]
     stored: str  # dtype of W in the checkpoint, such as `bfloat16`
-    rounded: dict[str, Rounded]  # format to what it leaves of the delta after merging
+    rounded: dict[str, Rounded]  # format to the part of the delta that it keeps in a merge
 
     @property
     def changed(self) -> bool:

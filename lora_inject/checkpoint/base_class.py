@@ -26,7 +26,7 @@ UNTIED = {"tie_word_embeddings": False}
 """What `config.json` has to say so that a class loads tied tensors apart."""
 MAX_SAID = 300  # characters of another library's message
 
-# Whatever a wrong or unknown config can make a constructor of transformers raise, beside its own.
+# What a wrong or unknown config can make a constructor of transformers raise.
 _BUILD_ERRORS = (
     *(ArithmeticError, AttributeError, ImportError, LookupError, NotImplementedError),
     *(OSError, RuntimeError, TypeError, ValueError),
@@ -36,11 +36,11 @@ _REMEDY = "say which tensors are one and the same: --tie ABSENT=STORED, or --tie
 
 @dataclass
 class BaseClass:
-    """The class of a checkpoint, built when it is first asked."""
+    """The class of a checkpoint, built on first use."""
 
     checkpoint: Checkpoint
-    # ties as the user told them: name of a tensor that the file lacks to the stored one that it
-    # equals; None to ask the class
+    # ties that the user gives: name of a tensor that the file lacks to the stored one that it
+    # equals; None to take those of the class
     told: Mapping[str, str] | None = None
 
     @property
@@ -208,8 +208,8 @@ def _beginnings(mine: str, theirs: str) -> tuple[str, str]:
 def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
     """Build a model of transformers without its weights, of a `config.json` as parsed.
 
-    The class that the config names, else the one that belongs to its `model_type`. The error where
-    it cannot be built says what it was needed for (`asked`) and what to do (`remedy`).
+    The class is the one that the config names, else the one for its `model_type`. The error says
+    what the class was needed for (`asked`) and what to do (`remedy`).
     """
     try:
         import transformers as library
@@ -220,7 +220,7 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
     transformers: Any = library
     refused: Any = errors.StrictDataclassError
     transformers.logging.set_verbosity_error()
-    # Private keys of a downloaded config have made older versions fetch and run code.
+    # Private keys of a downloaded config made older versions fetch and run code.
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     plain.pop("quantization_config", None)
     try:
@@ -244,7 +244,7 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
 
 
 def _architecture(transformers: Any, config: Any) -> Any:
-    """Return the first class of transformers that the config names, None where it names none."""
+    """Return the first class of transformers that the config names, else None."""
     for name in config.architectures or ():
         known = getattr(transformers, str(name), None)
         if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):

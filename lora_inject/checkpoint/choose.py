@@ -83,7 +83,7 @@ def _try(
 ) -> Fit:
     way = Orientation(of)
     fit = Fit(rule, label, adapter, way, options.allow_new)
-    if way.contradicted is not None:  # square sites that came before it were judged without it
+    if way.contradicted is not None:  # earlier square sites were judged without it
         fit = Fit(rule, label, adapter, way, options.allow_new)
     return fit
 
@@ -112,18 +112,18 @@ def _nothing_fits(best: Fit) -> CheckpointError:
 
 @dataclass
 class Fit:
-    """How one adapter lies on a checkpoint under one way to read its names."""
+    """The placement of one adapter on a checkpoint, for one rule to read names."""
 
     rule: Rule  # how names are read
-    label: str  # the same in words
+    label: str  # the rule, for messages
     adapter: WeightedAdapter
     way: Orientation  # what is known of orientations, and of the base's class
-    allow_new: bool  # whether trained tensors may be such as the base lacks
-    # what the adapter does to each output tensor, by name
+    allow_new: bool  # whether trained tensors may be new to the base
+    # job of each output tensor that the adapter changes, by name
     jobs: dict[str, TensorJob] = field(default_factory=dict)
     # output tensor name to the base's tensor and the adapter's copy of it
     copies: dict[str, tuple[TensorEntry, Tensor]] = field(default_factory=dict)
-    # what found no place, with the reason
+    # reasons why tensors have no place
     left: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -143,20 +143,20 @@ class Fit:
                 self._place(name, put, value)
 
     def _place(self, original: str, put: Callable[[str, Any], None], value: Any) -> None:
-        """Place one tensor of the adapter under the file's name of it."""
+        """Place one tensor of the adapter under its name in the files."""
         try:
             put(self.rule(original), value)
         except NoPlace as reason:
             self.left.append((original, str(reason)))
 
     def job(self, name: str, entry: TensorEntry | None) -> TensorJob:
-        """Return the job of an output tensor, made of one of the base's where it is new."""
+        """Return the job of an output tensor; make it if there is none yet."""
         if name not in self.jobs:
             self.jobs[name] = TensorJob.of(self.way.of.checkpoint, name, entry)
         return self.jobs[name]
 
     def places(self, site: str) -> list[Placed]:
-        """Return where the update of a site goes, in the order of its experts."""
+        """Return the places of a site's update, in the order of its experts."""
         return [p for job in self.jobs.values() for p in job.placed if p.site == site]
 
     def _site(self, name: str, state: SiteState) -> None:
@@ -208,13 +208,13 @@ class Fit:
             raise NoPlace(f"'{name}' is the same tensor as '{entry.name}', which gets other rows")
 
     def _has_rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> bool:
-        """Whether the adapter gives a tensor these rows."""
+        """Whether the adapter replaces these rows of a tensor with the same values."""
         job = self.jobs.get(name)
         mine = [] if job is None else job.rows
         return any(at == given[0] and torch.equal(t, given[1]) for at, t in mine)
 
     def _find(self, name: str) -> TensorEntry | None:
-        """Return the tensor of a name, or the one that it is tied to."""
+        """Return the tensor of a name, or the tensor that it is tied to."""
         tensors = self.way.of.checkpoint.tensors
         if name in tensors:
             return tensors[name]
@@ -226,7 +226,7 @@ class Fit:
         return None if source is None else tensors[source]
 
     def _fitting(self, name: str, value: Tensor, entry: TensorEntry | None) -> TensorEntry:
-        """Refuse a full tensor that has another shape than the base's, or is not in it."""
+        """Refuse a full tensor that the base lacks or has in another shape."""
         if entry is None:
             raise NoPlace(self._absent(name))
         if tuple(value.shape) == entry.shape or _grew(entry, value):
@@ -240,7 +240,7 @@ class Fit:
 
 
 def _biases(sites: Iterable[SiteState]) -> dict[str, Tensor]:
-    """Return what each bias of B adds to the bias of its layer, by that one's name."""
+    """Return what each bias of B adds, by the name of the layer's bias."""
     return {
         weight_name(site.spec).removesuffix("weight") + "bias": site.scale
         * in_memory(site.further["b"].detach())
@@ -250,7 +250,7 @@ def _biases(sites: Iterable[SiteState]) -> dict[str, Tensor]:
 
 
 def _grew(entry: TensorEntry, value: Tensor) -> bool:
-    """Whether a tensor is the base's matrix with more rows: of a vocabulary that grew."""
+    """Whether a tensor is the base's matrix with more rows, for a larger vocabulary."""
     if value.dim() != 2 or len(entry.shape) != 2:
         return False
     return value.shape[1] == entry.shape[1] and value.shape[0] > entry.shape[0]

@@ -1,4 +1,4 @@
-"""Adapter files for other programs: converted and checked, with what the base's files say."""
+"""Convert adapter files for other programs, and check them, with the help of the base's files."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def convert(
     tell: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Path:
-    """Write an adapter in another format; its deltas stay what they are, to float precision.
+    """Write an adapter in another format, with the same deltas to float precision.
 
     Args:
-        adapter: Its files, in any format that is read, or the adapter as a value.
+        adapter: Files in any format that can be read, or an `AdapterState`.
         output: Where to write.
         to: Name of the format, a row of `formats.FORMATS`.
-        base: Folder of the base, of which its config.json is enough for models of transformers:
-            names, heads and ties that one of the two formats depends on are read there.
+        base: Folder of the base, for the names, heads and ties that some formats depend on. For
+            models of transformers its config.json is enough.
         reading: Options for reading the adapter.
-        tell: Called, before anything is written, with each thing that the target cannot carry.
-        **options: For writing: those of the format, and `overwrite=True`.
+        tell: Called before writing, with a sentence for each thing that the target cannot express.
+        **options: Options for writing: those of the format, and `overwrite=True`.
 
     Returns:
-        What was written.
+        The path that was written.
 
     Raises:
-        FormatError: The adapter cannot be read right, or the format cannot express it.
+        FormatError: The adapter cannot be read, or the format cannot express it.
         CheckpointError: The base cannot be read.
 
     Examples:
@@ -75,11 +75,11 @@ def convert(
 
 
 def facts_of(base: Path) -> dict[str, Any]:
-    """Return what a base's files tell of it, as options for formats; see `formats.taken_by`."""
+    """Return facts from a base's files, as options for formats; see `formats.taken_by`."""
     config = read_config(base)
     if config.get("model_type"):
         asked = f"read the names of '{base}'"
-        with contextlib.suppress(CheckpointError):  # of a class that cannot be built the files say
+        with contextlib.suppress(CheckpointError):  # no class: read the files
             model = meta_model(config, asked, "give a base of a known class")
             modules = dict(model.named_modules(remove_duplicate=False))
             found = options_for_writing(model, modules, model.state_dict())  # defaults filled in
@@ -91,13 +91,13 @@ def facts_of(base: Path) -> dict[str, Any]:
     except CheckpointError:
         if not config:
             raise
-        return {"config": dict(config)}  # which is all that some formats ask for
+        return {"config": dict(config)}  # enough for some formats
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
     return {"tensor_names": names, "module_names": tuple(modules), "config": dict(config) or None}
 
 
 def _said(path: Path) -> dict[str, Any]:
-    """What a PEFT folder says of its base and task, to be said again."""
+    """Return the base and the task that a PEFT folder states, for the new files."""
     file = path / "adapter_config.json"
     if not file.is_file():
         return {}
@@ -112,18 +112,18 @@ def check_adapter(
     *,
     base: str | os.PathLike[str] | None = None,
 ) -> list[Finding]:
-    """Return what a program that loads adapters does not do as this one means it.
+    """Return where a program that loads adapters would refuse or misread one.
 
     Args:
         adapter: The adapter's files.
         client: `vllm`, `sglang`, `llama.cpp`, `lorax`, `diffusers`, `mlx`, `comfyui` or `peft`.
-        base: Folder of the base; with it names, ties and layers are compared too.
+        base: Folder of the base, to compare names, ties and layers too.
 
     Returns:
-        Findings, each with its remedy; where none of them `stops`, the program takes the adapter.
+        Findings, each with a remedy. If no finding `stops`, the program takes the adapter.
 
     Raises:
-        FormatError: There is no such program, or the files are damaged.
+        FormatError: The program is unknown, or the files are damaged.
 
     Examples:
         >>> import tempfile

@@ -1,8 +1,8 @@
 """The values of quantized tensors of a checkpoint, row by row, as their libraries dequantize them.
 
-A `Packed` tensor stands for some stored ones. `Dequantized` checkpoints (`dequantized`) show it as
-one float tensor of its plain name and shape, so that an adapter finds its place as in any base.
-Known are bitsandbytes' 4 and 8 bits, float8 with block scales, and the MXFP4 experts of GPT-OSS.
+A `Packed` tensor is stored as several tensors. A checkpoint from `dequantized` shows it as one
+float tensor with its plain name and shape, so that adapters are placed as on any base. Supported
+are bitsandbytes' 4 and 8 bits, float8 with block scales, and the MXFP4 experts of GPT-OSS.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lora_inject.storage.safetensors_file import TensorEntry
 from lora_inject.storage.strict_json import parse_json
 
 Rows = Callable[[int, int], Tensor]
-"""Gives float32 rows `(stop - start, cols)` of a tensor's matrix."""
+"""Function of `(start, stop)` to float32 rows `(stop - start, cols)` of a tensor's matrix."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Packed(ABC):
 
     base: Checkpoint  # the checkpoint as it is stored
     shape: tuple[int, ...]  # its dimensions when dequantized
-    parts: Mapping[str, TensorEntry]  # what it is stored as, by role; `codes` holds most of it
+    parts: Mapping[str, TensorEntry]  # the stored tensors by role; `codes` is the largest
 
     @abstractmethod
     def rows(self) -> Rows:
-        """Read its scales, and return what reads its values; for one thread."""
+        """Read the scales, and return the function that reads values; for one thread."""
 
     def packing(self) -> str:
-        """Say how it is packed, as `adapter.fingerprint.packing` of a live model; or nothing."""
+        """Describe the format as `adapter.fingerprint.packing` does for a live model, or as ""."""
         return ""
 
     def _table(self, role: str) -> Tensor:
-        """Return a small part, as float32 of its own shape."""
+        """Return a small part in float32 and its own shape."""
         entry = self.parts[role]
         with self._reader(role) as reader:
             return reader.rows(entry, 1, 0, entry.n_elements).float().reshape(entry.shape)
@@ -62,7 +62,7 @@ class Packed(ABC):
         return RowReader(self.base.path_of(self.parts[role].name))
 
     def _bytes(self, role: str = "codes") -> Callable[[int, int], Tensor]:
-        """Return what reads bytes of a part; the tensor holds until the next call."""
+        """Return the function that reads bytes of a part, each result valid until the next call."""
         entry, reader = replace(self.parts[role], dtype="U8"), self._reader(role)
         return lambda start, stop: reader.rows(entry, 1, start, stop).flatten()
 
@@ -105,7 +105,7 @@ class Int8(Packed):
 
 @dataclass(frozen=True)
 class FourBit(Packed):
-    """4 bits of bitsandbytes: a table's value times the scale of its block, scales maybe packed.
+    """4 bits of bitsandbytes: a table's value times the scale of its block; scales may be packed.
 
     Source: `bitsandbytes/functional.py`, QuantState and dequantize_4bit.
     """
@@ -142,7 +142,7 @@ class FourBit(Packed):
 
 @dataclass(frozen=True)
 class Mxfp4(Packed):
-    """MXFP4 experts: 32 values of 4 bits and a power of two; dequantized they are transposed.
+    """MXFP4 experts: blocks of 32 4-bit values and a power of two; transposed when dequantized.
 
     Source: `transformers/integrations/mxfp4.py`, convert_moe_packed_tensors.
     """
@@ -179,14 +179,14 @@ def dequantized(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """Return a checkpoint that shows quantized tensors as float tensors of a dtype.
 
     Raises:
-        CheckpointError: A tensor is quantized in a way whose values nothing here knows.
+        CheckpointError: A tensor has an unsupported quantization.
     """
     packed = dict(_find(checkpoint))
     parts = {part.name for each in packed.values() for part in each.parts.values()}
     for entry in checkpoint:
         if entry.name not in parts and len(entry.shape) > 1:
             method = method_of(checkpoint, entry.name)
-            _check(entry, method is None, f"nothing here knows the values of {method}")
+            _check(entry, method is None, f"its quantization, {method}, is not supported")
     shown = {
         name: TensorEntry(name, FORMAT_DTYPES[dtype], each.shape, 0, 0)
         for name, each in packed.items()
@@ -289,6 +289,6 @@ def _check(entry: TensorEntry, fits: bool, found: str) -> None:
         raise CheckpointError(
             f"dequantize '{entry.name}'",
             found,
-            "Known are 4 and 8 bits of bitsandbytes, float8 (e4m3) with block scales, and MXFP4; "
+            "Supported: 4 and 8 bits of bitsandbytes, float8 (e4m3) with block scales, and MXFP4; "
             "merge into the 16-bit checkpoint that it was made from",
         )

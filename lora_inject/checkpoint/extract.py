@@ -35,10 +35,10 @@ from lora_inject.storage.safetensors_file import TensorEntry
 
 @dataclass(frozen=True)
 class Extracted:
-    """What became of one tensor that differs."""
+    """The result for one tensor that differs."""
 
     name: str  # the tensor
-    kept: str  # `low rank`, `in full`, or `left` where neither was possible or asked
+    kept: str  # `low rank`, `in full`, or `left` if neither was possible or asked for
     relative: float | None = None  # `|delta| / |W|`
     rank: int | None = None  # rank of its site, None otherwise
     # share of the delta's sum of squares that the site holds, None otherwise
@@ -196,7 +196,7 @@ class _Taking:
         return BaseClass(self.base)
 
     def take(self, after: TensorEntry) -> Iterator[Extracted]:
-        """Put one tensor's difference into the adapter, and yield what became of it, if any."""
+        """Add one tensor's difference to the adapter, and yield its result if it differs."""
         name, before = after.name, self.base.tensors[after.name]
         if not {after.dtype, before.dtype} <= FLOATS.keys() or not after.n_elements:
             if after.shape != before.shape:

@@ -45,7 +45,7 @@ class Checkpoint:
         index: The index as parsed, None for a single file.
         config: `config.json` as parsed, empty where there is none.
         packed: Quantized tensors that are shown dequantized, by name; see `dequantized`.
-        shown: What they are shown as; no bytes lie there.
+        shown: Their entries as they are shown, without bytes in any file.
     """
 
     folder: Path

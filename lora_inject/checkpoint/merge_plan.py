@@ -171,7 +171,7 @@ def plan_merge(
 
 
 def _joined(fits: Sequence[Fit], options: MergeOptions) -> dict[str, TensorJob]:
-    """Return what all adapters do to each output tensor."""
+    """Return the jobs of all adapters, by output tensor."""
     jobs: dict[str, TensorJob] = {}
     for fit in fits:
         checkpoint = fit.way.of.checkpoint
@@ -186,7 +186,7 @@ def _joined(fits: Sequence[Fit], options: MergeOptions) -> dict[str, TensorJob]:
 
 
 def _lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[OutputShard, ...]:
-    """Lay out the output's files; what the base lacks goes behind it, in a file of its own."""
+    """Lay out the output's files; tensors that the base lacks go into a file of their own."""
     alone, dropped = checkpoint.index_name is None, checkpoint.hidden - jobs.keys()
     added = [job for job in jobs.values() if not job.stored]
     shards = []

@@ -41,7 +41,7 @@ READABLE: Mapping[str, torch.dtype] = {
 
 @dataclass
 class TensorJob:
-    """One output tensor whose bytes are not those of the base; settled once the plan is made."""
+    """One output tensor whose bytes differ from the base's."""
 
     name: str  # its name in the output
     # the base's tensor it is made from; None for one that only the adapter has
@@ -50,13 +50,13 @@ class TensorJob:
     dtype: str  # the format's name of its dtype in the output
     shape: tuple[int, ...]  # its dimensions in the output
     stored: bool = True  # whether the base's files have it under its name
-    reason: str = ""  # why it is written anew where no update is on it: `cast` or `dequantized`
+    reason: str = ""  # why it is written without an update: `cast` or `dequantized`
     placed: tuple[Placed, ...] = ()  # low-rank terms, on disjoint ranges of rows or on the same one
     # full tensors of adapters with their weights: `W + sum of w (T - W)`
     trained: tuple[tuple[Tensor, float], ...] = ()
     # the base's values where the adapter carries them (a grown vocabulary), else None
     base_copy: Tensor | None = None
-    # what reads the values of a quantized source (`dequantized.Packed`), else None
+    # reader of a quantized source (`dequantized.Packed`), else None
     packed: Any = None
     added: tuple[tuple[Tensor, float], ...] = ()  # vectors to add, with their weights
     rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()  # rows to replace: `(indices, values)`
@@ -65,7 +65,7 @@ class TensorJob:
     def of(
         cls, checkpoint: Checkpoint, name: str, source: TensorEntry | None, reason: str = ""
     ) -> TensorJob:
-        """Return the job of a tensor that is made of one of the base's, or of none."""
+        """Return the job of a tensor with this source in the base, or with None."""
         if source is None:  # of the dtype that most of the base's values have
             sizes = dict.fromkeys(FLOATS, 0)
             for other in checkpoint:
@@ -78,7 +78,7 @@ class TensorJob:
 
     @property
     def action(self) -> str:
-        """What is done: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`."""
+        """The kind of change: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`."""
         if self.trained:
             return "replaced" if self.stored else "added"
         if self.rows and not self.placed:
@@ -87,12 +87,12 @@ class TensorJob:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the adapters' sites and tensors that go into it."""
+        """Names of the adapters' sites and tensors that change it."""
         whole = (self.name,) if self.trained or self.added or self.rows else ()
         return tuple(dict.fromkeys([*(place.site for place in self.placed), *whole]))
 
     def joined(self, other: TensorJob) -> TensorJob:
-        """Return the job of what this one and a later adapter's do to one tensor."""
+        """Return this job combined with a later adapter's job on the same tensor."""
         if self.base_copy is not None and other.base_copy is not None:
             raise clash(self.name, "two adapters bring their own copy of it")
         reshapes = other.trained or other.base_copy is not None
@@ -121,7 +121,7 @@ class TensorJob:
 
 
 def clash(name: str, found: str) -> CheckpointError:
-    """Return the error for updates that cannot be on one tensor together."""
+    """Return the error for updates of one tensor that exclude each other."""
     remedy = "Merge one adapter after the other, or leave one out"
     return CheckpointError(f"merge into '{name}'", found, remedy)
 

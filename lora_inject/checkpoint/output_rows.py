@@ -27,7 +27,7 @@ SPAN_ELEMENTS = 1 << 24
 
 
 class Span(NamedTuple):
-    """Some rows of one output tensor, and the terms and the gain that fall on them.
+    """Some rows of one output tensor, with the terms and the gain that apply to them.
 
     `offset` is the row that the terms' matrix begins at.
     """
@@ -44,7 +44,7 @@ class Span(NamedTuple):
 def spans_of(job: TensorJob) -> Iterator[Span]:
     """Cut a tensor into spans: at the limits of its terms, and at `SPAN_ELEMENTS`."""
     n_rows, n_cols = job.matrix
-    if not (job.placed or job.rows or job.packed):  # its values are worked on one by one
+    if not (job.placed or job.rows or job.packed):  # it is computed elementwise
         n_rows, n_cols = n_rows * n_cols, 1
     limits = sorted({0, n_rows, *(r for p in job.placed for r in (p.start, p.stop))})
     for first, last in itertools.pairwise(limits):
@@ -61,9 +61,9 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
 class Folding:
     """Computes the rows of a span block by block.
 
-    `reader` is of the base's shard that holds the source, None where there is no source. Computed
-    rows take the place of those that were read where they can: half of the memory. Else they lie in
-    `room`. `tally` counts what rounding left of the delta.
+    `reader` reads the base's shard of the source, None without a source. Computed rows overwrite
+    the rows that were read where possible, which halves the memory; otherwise they are in `room`.
+    `tally` counts the part of the delta that rounding keeps.
     """
 
     def __init__(self, span: Span, reader: RowReader | None, room: Room, tally: Tally) -> None:
@@ -84,7 +84,7 @@ class Folding:
             self.delta.norms_of(self._blocks())
 
     def blocks(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield `(first row, bytes)` of computed rows; the bytes hold until the next."""
+        """Yield `(first row, bytes)` of computed rows; the bytes are valid until the next block."""
         step = rows_per_block(self.span.n_cols, 2 if self.in_place else 1)
         for start in range(self.span.start, self.span.stop, step):
             yield start, self.block(start, min(self.span.stop, start + step))
@@ -147,7 +147,7 @@ class Folding:
             merged.copy_(rows)
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(row, rows)` of W, counted as the terms do."""
+        """Yield `(row, rows)` of W, with rows numbered as in the terms."""
         step = rows_per_block(self.span.n_cols)
         for start in range(self.span.start, self.span.stop, step):
             yield start - self.span.offset, self.stored(start, min(self.span.stop, start + step))

@@ -1,4 +1,4 @@
-"""Where the update of one site lands: tensors, rows, and the way round.
+"""The place of one site's update in a checkpoint: tensors, rows and orientation.
 
 Whatever the adapter and the file each call a weight, and however they stack it, an update ends as
 low-rank terms on a range of rows of one tensor seen as a matrix. A plain site is one such range;
@@ -19,8 +19,8 @@ from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
 
 
-class NoPlace(Exception):  # noqa: N818  (collected and told together, not an error of its own)
-    """Why a tensor of an adapter has no place in a checkpoint."""
+class NoPlace(Exception):  # noqa: N818  (collected into one error)
+    """A tensor of an adapter has no place in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Placed:
     """Low-rank terms on some rows of one tensor."""
 
     tensor: str  # name of the tensor in the output
-    # the base's tensor that the rows come from; another name where a tie is undone
+    # the base's tensor with the rows; differs from `tensor` where a tie is undone
     source: TensorEntry
     start: int  # first row of the tensor's matrix
     stop: int  # first row after
     n_cols: int  # columns of the tensor's matrix
     terms: tuple[Term, ...]  # the updates, on a matrix of `stop - start` rows
-    gain: Gain | None = None  # what multiplies the outputs of their sum with W, of DoRA
+    gain: Gain | None = None  # factor on the outputs of W + the terms (DoRA)
 
     @property
     def site(self) -> str:
@@ -54,10 +54,10 @@ def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass
 class Orientation:
-    """What is known about the way round of square matrices."""
+    """What is known about the orientation of square matrices."""
 
     of: BaseClass  # the class of the base
-    # name of a site whose shape says the opposite of what its adapter says
+    # name of a site whose shape contradicts the orientation that its adapter states
     contradicted: str | None = None
 
     def transposed(self, spec: SiteSpec, name: str, matrix: tuple[int, int]) -> bool:
@@ -81,14 +81,14 @@ class Orientation:
         if said is None:
             of = self.contradicted
             raise NoPlace(
-                f"'{name}': it is square, and the adapter has the orientation of '{of}' wrong"
+                f"'{name}': it is square, and the adapter states a wrong orientation for '{of}'"
             )
         return said
 
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one site, to be placed under the file's name of its weight.
+    """The update of one site, to be placed under its weight's name in the files.
 
     `weight` is the mixing weight of the adapter, `way` what is known of orientations.
     """
@@ -99,7 +99,7 @@ class Update:
     way: Orientation
 
     def places(self, entry: TensorEntry | None) -> list[Placed]:
-        """Return where the terms go; empty: the weight is absent.
+        """Return the places of the terms; empty if the weight is absent.
 
         `entry` is the base's tensor of that name, or the one that it is tied to, with the rows that
         the adapter adds to it.
@@ -123,7 +123,7 @@ class Update:
     ) -> Placed:
         """Put the update of one matrix, or some of its rows, on the rows of a tensor from `start`.
 
-        With the subtraction of its frozen start, where it has one.
+        This includes the subtraction of a frozen start.
         """
         spec = replace(self.state.spec, experts=None, weight_shape=matrix, transposed=transposed)
         if rows is not None and transposed:
@@ -138,12 +138,12 @@ class Update:
                 a, b = (a[:, rows], b) if transposed else (a, b[rows])
             terms.append(Term(spec, a, b, sign * self.weight))
         variant, gain = VARIANTS[spec.variant], None
-        if variant.gained:  # of one matrix, as what cannot have a gain was refused before
+        if variant.gained:  # one matrix: sites that cannot have a gain were refused before
             gain = Gain(variant.gain, self.state.further, spec.spans)
         return Placed(name, entry, start, start + matrix[0], matrix[1], tuple(terms), gain)
 
     def _in_one(self, entry: TensorEntry) -> list[Placed]:
-        """Place it on one tensor, which may be a stack of experts as the site is."""
+        """Place it on one tensor, or on one stack of experts."""
         spec, shape, name = self.state.spec, entry.shape, self.name
         stacked = spec.experts is not None
         if spec.kind == "parameter" and len(spec.weight_shape) > 2 + stacked:  # of many axes
@@ -167,7 +167,7 @@ class Update:
         ]
 
     def _in_separate(self) -> list[Placed]:
-        """Cut an update of stacked experts into the per-expert tensors of the file."""
+        """Split an update of stacked experts over the per-expert tensors of the file."""
         spec, of = self.state.spec, self.way.of
         names, tensors = of.separate(self.name), of.checkpoint.tensors
         if not names:

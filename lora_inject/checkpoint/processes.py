@@ -34,7 +34,7 @@ class Processes:
             self._group = distributed.new_group(backend="gloo")
 
     def close(self) -> None:
-        """Destroy what this merge alone used; the process group stays."""
+        """Destroy the resources of this merge; the process group stays."""
         if self._group is not None:
             distributed.destroy_process_group(self._group)
 

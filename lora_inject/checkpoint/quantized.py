@@ -1,4 +1,4 @@
-"""Quantized weights of a checkpoint: recognized, and refused with a way out.
+"""Recognize quantized weights of a checkpoint, and refuse them with a remedy.
 
 A quantized weight gives itself away by its neighbors (`qweight`, `weight.absmax`,
 `weight_scale_inv`, `_blocks`) or by its dtype, so the answer is about the tensors that the adapter
@@ -66,6 +66,6 @@ def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> Quantized | None:
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a config says of how its checkpoint is quantized, empty where it says nothing."""
+    """Return the quantization that a config states, empty if it states none."""
     said = config.get("quantization_config")
     return said if isinstance(said, dict) else {}

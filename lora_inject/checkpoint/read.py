@@ -37,7 +37,7 @@ class Room:
     def __init__(self) -> None:
         self._buffer = bytearray()
         self.data = memoryview(self._buffer)
-        """The bytes of what `rows` gave out last."""
+        """The bytes of the last result of `rows`."""
 
     def rows(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
         """Return the memory as `(n_rows, n_cols)`; it holds what it held before."""

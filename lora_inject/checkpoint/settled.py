@@ -1,4 +1,4 @@
-"""What the updates of a merge imply for the rest of the checkpoint, and what no writer could do.
+"""Changes that follow from the updates of a merge, and updates that cannot be carried out.
 
 Ties are cut, tensors are dequantized or cast, a vocabulary grows; each may change `config.json`.
 """
@@ -22,7 +22,7 @@ from lora_inject.errors import CheckpointError
 
 @dataclass
 class Settled:
-    """The jobs of a merge with all that follows from them.
+    """The jobs of a merge, with further jobs that follow from them.
 
     Raises:
         CheckpointError: The updates cannot be carried out, or contradict each other.
@@ -30,13 +30,13 @@ class Settled:
 
     of: BaseClass  # the class of the base
     options: MergeOptions  # how to merge
-    jobs: dict[str, TensorJob]  # by the name of the output tensor; those that follow are added
+    jobs: dict[str, TensorJob]  # by the name of the output tensor; extended in place
     # keys of `config.json` that change
     config_changes: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)  # what a reader should know
+    notes: list[str] = field(default_factory=list)  # for the user
 
     def __post_init__(self) -> None:
-        """Settle one thing after the other: later ones see the jobs of earlier ones."""
+        """Run the steps in order: later steps see the jobs of earlier ones."""
         self._dequantize()
         self._untie()
         self._change_dtype()
@@ -65,7 +65,7 @@ class Settled:
             self.config_changes["quantization_config"] = None
 
     def _untie(self) -> None:
-        """Give every tensor of a tie that is cut a place of its own in the files."""
+        """Write every tensor of a cut tie separately."""
         # Replaced rows are the exception: PEFT gives them to the tied head as well.
         touched = {name for name, job in self.jobs.items() if job.placed or not job.rows}
         if not any(self._may_be_tied(self.jobs[name]) for name in touched):
@@ -90,17 +90,17 @@ class Settled:
             self.config_changes |= UNTIED
 
     def _may_be_tied(self, job: TensorJob) -> bool:
-        """Whether an update is of a kind that ties concern: only then the class is asked.
+        """Whether an update may concern a tie: only then the class is built.
 
-        Ties join embeddings, heads and whole stacks of layers: what the adapter says is an
-        embedding, what the files lack, and weights outside of any numbered list of layers.
+        Ties join embeddings, heads and whole stacks of layers. So an update counts if its site is
+        an embedding, its tensor is not in the files, or its name has no layer number.
         """
         numbered = any(map(str.isdigit, job.name.split(".")))
         is_embedding = any(t.spec.kind == "embedding" for p in job.placed for t in p.terms)
         return not job.stored or is_embedding or (len(job.shape) > 1 and not numbered)
 
     def _stays(self, group: frozenset[str]) -> bool:
-        """Whether a tie holds after the merge; then what the files lack stays left out."""
+        """Whether a tie holds after the merge; then its other names stay out of the files."""
         mine = [self.jobs[name] for name in sorted(group) if name in self.jobs]
         if not mine:
             return True
@@ -116,7 +116,7 @@ class Settled:
         return True
 
     def _store_apart(self) -> None:
-        """Add what the files lack: one setting of the config speaks for all ties of a class."""
+        """Add tensors that the files lack: one setting of the config covers all ties of a class."""
         for group in self.of.ties:
             for name in sorted(group - self.jobs.keys() - self.checkpoint.tensors.keys()):
                 source = self.of.source_of(name)
@@ -127,7 +127,7 @@ class Settled:
                     job.base_copy, job.shape = changed.base_copy, tuple(changed.base_copy.shape)
 
     def _change_dtype(self) -> None:
-        """Cast every float tensor, where another dtype was asked for."""
+        """Cast every float tensor if another dtype was asked for."""
         dtype = self.options.format_dtype
         if dtype is None:
             return
@@ -159,14 +159,14 @@ class Settled:
             self.notes.append(f"'{name}' grows from {old} to {rows} rows")
 
     def _config_tables(self) -> Iterator[dict[str, Any]]:
-        """Yield the config, and those inside it."""
+        """Yield the config and its nested configs."""
         config = dict(self.checkpoint.config)
         yield config
         yield from (value for value in config.values() if isinstance(value, dict))
 
 
 def _check(checkpoint: Checkpoint, job: TensorJob) -> None:
-    """Refuse updates that are on top of each other, or on what is not made of floats."""
+    """Refuse updates that overlap, or whose tensor is not of floats."""
     if job.packed is None and job.reason != "cast":
         _check_plain(checkpoint, job)
     places = [(p.start, p.stop) for p in job.placed]
@@ -182,9 +182,9 @@ def _check(checkpoint: Checkpoint, job: TensorJob) -> None:
         "DoRA's update cannot be mixed with others or weighted": scaled or mixed,
         "one adapter replaces it and another updates it": sum(map(bool, kinds)) > 1,
         "the adapters' values have different shapes": len(shapes) > 1,
-        "the base lacks it and several adapters bring it": not job.source and copies > 1,
-        "two adapters want different shapes of it": shapes - {job.shape},
-        "two sites want rows of it that overlap": overlap
+        "the base lacks it and several adapters add it": not job.source and copies > 1,
+        "two adapters need different shapes of it": shapes - {job.shape},
+        "two sites adapt rows of it that overlap": overlap
         or len({p.n_cols for p in job.placed}) > 1,
         "the same row is replaced twice": len(set(rows)) < len(rows) or bool(rows and copies),
     }

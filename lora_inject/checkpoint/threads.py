@@ -26,7 +26,7 @@ from lora_inject.storage.disk import open_read
 from lora_inject.storage.safetensors_file import TensorEntry
 
 COPY_BYTES = 8 << 20
-"""Longest single copy: bounds the time until progress is told and Ctrl-C is noticed."""
+"""Longest single copy: limits the delay of progress reports and of Ctrl-C."""
 
 Counted = Callable[[int], None]
 """Called from any thread with a number of bytes done."""
@@ -89,7 +89,7 @@ def _open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, in
 def work_through(
     shard: OutputShard, plan: MergePlan, copies: Sequence[Copy], sink: Sink, counted: Counted
 ) -> list[TensorReport]:
-    """Deal spans and copies to threads; stop all of them at the first failure or Ctrl-C.
+    """Distribute spans and copies over threads; stop all at the first failure or Ctrl-C.
 
     Returns the reports of the computed tensors, in their order: what was counted in a tensor's
     spans is summed in the order of the spans.
@@ -102,7 +102,7 @@ def work_through(
     ]
     tasks: deque[tuple[Span, Tally] | Copy] = deque([*spans, *pieces])
 
-    @torch.inference_mode()  # the rows are views: autograd would keep account of each
+    @torch.inference_mode()  # the rows are views, which autograd would track
     def work(sources: dict[str, int]) -> None:
         room, readers = Room(), {name: RowReader(fd) for name, fd in sources.items()}
         while True:

@@ -22,7 +22,7 @@ WriteDtype = Annotated[
 @app.command()
 def combine(
     adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER", help="PEFT folders, or adapters' files.")
+        list[Path], typer.Argument(metavar="ADAPTER", help="PEFT folders or adapter files.")
     ],
     *,
     writing: Writing,
@@ -31,13 +31,13 @@ def combine(
         typer.Option(
             "--weight",
             "-w",
-            help="Weight of an adapter; once for each, in their order. (default: 1)",
+            help="Weight of an adapter; once for each, in order. (default: 1)",
         ),
     ] = None,
     method: Annotated[
         str,
         typer.Option(
-            help="cat: the exact sum, ranks add up. svd: cut to --rank. Or linear, ties, "
+            help="cat: the exact sum, ranks add up. svd: the sum cut to --rank. Or linear, ties, "
             "dare_linear, dare_ties, magnitude_prune on A and B, with _svd on the deltas."
         ),
     ] = "cat",
@@ -45,15 +45,15 @@ def combine(
         int | None, typer.Option(min=1, help="svd, _svd: rank of each site. (default: the largest)")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the values that is kept.")
+        float | None, typer.Option(min=0, max=1, help="Share of the values to keep.")
     ] = None,
-    majority_sign: Annotated[str, typer.Option(help="ties: total, or frequency.")] = "total",
-    seed: Annotated[int, typer.Option(help="Of dare's masks.")] = 0,
+    majority_sign: Annotated[str, typer.Option(help="ties: total or frequency.")] = "total",
+    seed: Annotated[int, typer.Option(help="Seed of dare's masks.")] = 0,
     dtype: WriteDtype = None,
     reading: Reading,
     as_json: Json = False,
 ) -> None:
-    """Combine each ADAPTER, of one base, into one adapter."""
+    """Combine several adapters of one base into one."""
     from lora_inject.adapter.combining import combined
 
     made = combined(
@@ -79,7 +79,7 @@ def truncate(
     everything: All = False,
     as_json: Json = False,
 ) -> None:
-    """Cut ADAPTER to a lower rank, the best one there is.
+    """Cut ADAPTER to its best approximation of a lower rank.
 
     The error of a site is |D - D_cut| / |D|, in Frobenius norm.
     """
@@ -98,7 +98,7 @@ def truncate(
 
 @app.command()
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="ONE", help="A PEFT folder, or a file.")],
+    one: Annotated[Path, typer.Argument(metavar="ONE", help="A PEFT folder or an adapter file.")],
     two: Annotated[Path, typer.Argument(metavar="TWO", help="Another adapter of the same base.")],
     reading: Reading,
     everything: All = False,
@@ -120,7 +120,7 @@ def diff(
         )
         print_rows(Rows(heads, cells), everything=everything)
     for name, distance in found.trained.items():
-        where = "in one of them only" if distance is None else f"|one - two| = {distance:.3g}"
+        where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
         say(f"trained {name}: {where}")
     cosine = "-" if found.cosine is None else f"{found.cosine:.6f}"
     same = "equal in every bit" if found.equal else "not equal"
@@ -134,14 +134,14 @@ def rename(
         list[str],
         typer.Argument(
             metavar="OLD=NEW",
-            help="A regex of whole segments of names, and what takes their place.",
+            help="A regex of whole segments of names, and their replacement.",
         ),
     ],
     writing: Writing,
     reading: Reading,
     as_json: Json = False,
 ) -> None:
-    """Write ADAPTER under other names of its layers."""
+    """Write ADAPTER with other names of its layers."""
     pairs = {}
     for text in names:
         old, equals, new = text.partition("=")
@@ -157,7 +157,7 @@ def rename(
 def _write(
     state: AdapterState, writing: Writing, as_json: bool, dtype: Dtype | None = None, **found: Any
 ) -> None:
-    """Write what was made, in one step, and say so."""
+    """Write the new adapter atomically, and print its path and size."""
     import torch
 
     from lora_inject.cli.show import print_json, say

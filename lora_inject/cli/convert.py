@@ -1,4 +1,4 @@
-"""Commands on adapter files for other programs: `convert`, `check`."""
+"""Commands for adapter files of other programs: `convert`, `check`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Base = Annotated[
     typer.Option(
         "--base",
         metavar="BASE",
-        help="Folder of the base, for names, heads and ties; its config.json may be enough.",
+        help="Folder of the base, for names, heads and ties; config.json may be enough.",
     ),
 ]
 
@@ -39,18 +39,17 @@ def convert(
     ] = None,
     from_component: Annotated[
         str | None,
-        typer.Option(help="The part of a pipeline to read, of a file that holds several."),
+        typer.Option(help="The part of a pipeline to read from a file with several."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing adapter.")
     ] = False,
     reading: Reading,
     as_json: Json = False,
 ) -> None:
     """Write ADAPTER in the format of another program.
 
-    What the format cannot carry is said before anything is written; what would change the outputs
-    is refused.
+    Prints what the format cannot express before writing; refuses what would change the outputs.
     """
     from lora_inject.checkpoint.conversion import convert as converted
     from lora_inject.cli.show import note, print_json, say
@@ -88,10 +87,10 @@ def check(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a program would do otherwise than ADAPTER means.
+    """List what a program would refuse, ignore or compute differently in ADAPTER.
 
-    No values are read. The exit code is 1 where the program refuses the adapter, ignores a part of
-    it or scales it in another way.
+    Reads no values. The exit code is 1 if the program refuses the adapter, ignores a part of it or
+    applies another scale.
     """
     from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""What several commands take: adapters, how to read them, and how to print results."""
+"""Arguments and options of several commands: adapters, reading, printing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
     from lora_inject.checkpoint import Checkpoint
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 All = Annotated[bool, typer.Option("--all", help="List each site instead of each kind of site.")]
 AdapterPath = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder, or an adapter's file.")
+    Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder or an adapter file.")
 ]
 
 
@@ -31,13 +31,13 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Writing:
-    """Where and how to write an adapter: a parameter of a command, as `Reading`."""
+    """Where and how to write an adapter: options of a command, as `Reading`."""
 
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the adapter.")]
     adapter_format: Annotated[str, typer.Option("--format", help="Format to write.")] = "peft"
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an adapter that is there.")
-    ] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing adapter.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Keeping:
     ] = None
 
     def __post_init__(self) -> None:
-        """Refuse neither."""
+        """Require one of the two."""
         if self.rank is None and self.energy is None:
             raise typer.BadParameter("say how much to keep: --rank, --energy, or both")
 
 
 class Believe(StrEnum):
-    """Where the metadata of a PEFT folder's tensors and its adapter_config.json disagree."""
+    """What to believe where a PEFT folder's metadata and adapter_config.json disagree."""
 
     metadata = "metadata"
     config = "config"
@@ -65,7 +65,7 @@ class Believe(StrEnum):
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read adapters: a parameter of a command that gives it all these options."""
+    """How to read adapters: options of a command."""
 
     prefer: Annotated[
         Believe | None,
@@ -84,7 +84,7 @@ class Reading:
     ] = None
     allow_pickle: Annotated[
         bool,
-        typer.Option("--allow-pickle", help="Read a file that is a pickle, as tensors only."),
+        typer.Option("--allow-pickle", help="Read a pickle, as tensors only."),
     ] = False
     fan_in_fan_out: Annotated[
         list[str] | None,
@@ -97,7 +97,7 @@ class Reading:
         bool,
         typer.Option(
             "--expert-major",
-            help="PEFT folders: columns of a stacked B go by expert first, as unsloth writes them.",
+            help="PEFT folders: a stacked B has its columns by expert, as unsloth writes them.",
         ),
     ] = False
     enable_lora: Annotated[
@@ -109,9 +109,9 @@ class Reading:
     ] = None
 
     def options(self, paths: Sequence[Path], known: str | None = None) -> list[dict[str, Any]]:
-        """Return for each of some adapters what was given of the options of its format.
+        """Return for each adapter the given options that its format takes.
 
-        `known` names the format where it is not to be detected.
+        `known` is the format; by default it is detected.
         """
         from lora_inject.errors import FormatError
         from lora_inject.formats import FORMATS, detected, taken_by
@@ -128,18 +128,19 @@ class Reading:
         for path in paths:
             try:
                 taken.append(taken_by(FORMATS[known or detected(path)].read, given))
-            except (FormatError, KeyError):  # whoever reads it says why
+            except (FormatError, KeyError):  # reading it will report the error
                 taken.append({})
         for name in given:
             if not any(name in options for options in taken):
                 hint = f"--{name.replace('_', '-')}"
-                raise typer.BadParameter("no adapter is of a format that has it", param_hint=hint)
+                found = "no adapter has a format with this option"
+                raise typer.BadParameter(found, param_hint=hint)
         return taken
 
     def read(
         self, paths: Sequence[Path], base: Checkpoint | None = None, **more: Any
     ) -> list[AdapterState]:
-        """Read adapters; a base tells which weights a file of stacked experts means."""
+        """Read adapters; a base resolves the weights of stacked experts."""
         from lora_inject.checkpoint import read_weighted
         from lora_inject.formats import read_adapter
 

@@ -1,4 +1,4 @@
-"""Commands that look: `plan`, `inspect`, `analyze`, `schema`.
+"""Commands that change nothing: `plan`, `advise`, `inspect`, `analyze`, `schema`.
 
 The package is imported inside the commands, so that `--help` does not wait for torch.
 """
@@ -71,7 +71,7 @@ def advise(
     config = advised(inventory, most)
     say(
         "# One rank on all linear layers: at an equal number of parameters hard to beat.\n"
-        "# Tune the learning rate once, at a small rank: it matters more, and hardly moves with it."
+        "# Tune the learning rate at a small rank: it matters more, and hardly depends on the rank."
     )
     say(config.to_yaml().rstrip())
 
@@ -82,7 +82,7 @@ def inspect(
     *,
     base: Annotated[
         Path | None,
-        typer.Option(help="The base, where a file of stacked experts does not name its weights."),
+        typer.Option(help="The base, if a file of stacked experts does not name its weights."),
     ] = None,
     adapter_format: Annotated[
         str | None,
@@ -135,8 +135,8 @@ def analyze(
 ) -> None:
     """Show what ADAPTER has learned: needed rank, spectra, subspaces.
 
-    With --base also how large the update is compared with W, what it amplifies, and what merging
-    keeps of it in 16, 8 and 4 bits. With OTHER how far the subspaces of both agree.
+    With --base also the size of the update compared with W, the directions that it amplifies, and
+    the part that a merge in 16, 8 and 4 bits keeps. With OTHER also the overlap of the subspaces.
     """
     from lora_inject import analysis as figures
     from lora_inject.checkpoint import Checkpoint

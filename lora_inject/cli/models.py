@@ -23,7 +23,7 @@ KEYS_HELP = "pass --keys to plan on the names in the checkpoint"
 
 
 def source_of(path: Path, *, keys: bool = False) -> tuple[Inventory, str]:
-    """Return the names and shapes of a model, and in words where they come from.
+    """Return the names and shapes of a model, and a description of their source.
 
     `path` is a folder with `config.json` or with safetensors files, or one of those files. `keys`
     takes the checkpoint's key list, even where there is a `config.json`.

@@ -35,23 +35,23 @@ AdapterPaths = Annotated[
 
 @dataclass(frozen=True)
 class Merging:
-    """What decides the bytes of a merged checkpoint: options of `merge`, and of `verify` again."""
+    """The options that decide the bytes of a merged checkpoint, of `merge` and `verify`."""
 
     weight: Annotated[
         list[float] | None,
         typer.Option(
             "--weight",
             "-w",
-            help="Mixing weight of an adapter; once for each, in their order. (default: 1 each)",
+            help="Mixing weight of an adapter; once for each, in order. (default: 1 each)",
         ),
     ] = None
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Write every float tensor so. (default: as each tensor is)"),
+        typer.Option(help="Dtype of every float tensor. (default: as each tensor is)"),
     ] = None
-    copy_code: Annotated[
-        bool, typer.Option("--copy-code", help="Take the base's *.py files along.")
-    ] = False
+    copy_code: Annotated[bool, typer.Option("--copy-code", help="Copy the base's *.py files.")] = (
+        False
+    )
     allow_new: Annotated[
         bool, typer.Option("--allow-new", help="Add trained tensors that the base lacks.")
     ] = False
@@ -67,7 +67,7 @@ class Merging:
         list[str] | None,
         typer.Option(
             metavar="OLD=NEW",
-            help="How names of the adapters begin, and how the base's do. (default: by its class)",
+            help="Prefix of the adapters' names, and of the base's. (default: by its class)",
         ),
     ] = None
     tie: Annotated[
@@ -80,11 +80,11 @@ class Merging:
     ] = None
 
     def options(self, **more: Any) -> MergeOptions:
-        """Return them, and others, as options of the package."""
+        """Return these and other options as keywords of the package."""
         from lora_inject.checkpoint import MergeOptions
 
         names = ("dtype", "copy_code", "allow_new", "dequantize", "any_base")
-        # No tie at all asks the base's class; an empty table says that nothing is tied.
+        # Without ties the base's class decides; an empty table means that nothing is tied.
         tie = {} if self.tie == ["none"] else _pairs(self.tie, "--tie") if self.tie else None
         return MergeOptions(
             **{name: getattr(self, name) for name in names},
@@ -115,7 +115,7 @@ def merge(
         Path | None, typer.Option("--output", "-o", help="Folder to make. Not with --dry-run.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be done, stop.")
+        bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compute everything again before publishing.")
@@ -130,7 +130,7 @@ def merge(
     ] = OnLost.fail,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads that compute. (default: one a core, at most four)"),
+        typer.Option(min=1, help="Threads. (default: one per core, at most four)"),
     ] = None,
     reading: Reading,
     everything: All = False,

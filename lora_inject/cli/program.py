@@ -155,10 +155,10 @@ def in_options(message: str, options: Iterable[str]) -> str:
 
 
 class _Program(typer.Typer):
-    """The program; its commands have our help, and may share options."""
+    """The program: commands with the help above, which may share options."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[F], F]:
-        """Register a command; a parameter that is a dataclass stands for its fields."""
+        """Register a command; the fields of a dataclass parameter become options."""
         register = super().command
 
         def registered(run: F) -> F:
@@ -169,7 +169,7 @@ class _Program(typer.Typer):
 
 
 def _with_fields(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a command that takes the fields of its dataclasses as options of its own."""
+    """Return a command with one option for each field of its dataclass parameters."""
     shared, taken = dict[str, Any](), list[inspect.Parameter]()
     for parameter in inspect.signature(run, eval_str=True).parameters.values():
         group = parameter.annotation

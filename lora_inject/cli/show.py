@@ -130,9 +130,9 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_rows(rows: Rows, *, everything: bool = False, joined: str = "") -> None:
-    """Print a table of sites, by their kind unless everything is asked for.
+    """Print a table of sites, grouped by kind unless `everything`.
 
-    `joined` says what the figures of several sites are, where there are such rows.
+    `joined` is the note on how figures of several sites are summarized.
     """
     found = rows if everything else rows.by_kind()
     n_left = 1 + sum(isinstance(cell, str) for cell in found.cells[0][1:])
@@ -226,7 +226,7 @@ def _inspection_totals(found: Inspection) -> str:
 def print_analysis(
     found: Analysis, compared: Comparison | None, *, everything: bool = False
 ) -> None:
-    """Print the figures of an adapter, by kind of site unless everything is asked for."""
+    """Print the figures of an adapter, grouped by kind of site unless `everything`."""
     from lora_inject.analysis import findings, tables
 
     shown = [tables.block_rows(found)]

@@ -51,7 +51,7 @@ class Format:
         write: `write(state, path, *, overwrite=False, **options) -> Path`.
         read: `read(path, **options) -> AdapterState`, of tensors that nobody else holds.
         detects: `detects(path) -> bool`, by content; the first row that says yes reads.
-        keeps: What of an adapter its files can say beyond the deltas; see `formats.losses`.
+        keeps: What its files can express besides the deltas; see `formats.losses`.
     """
 
     write: Callable[..., Path]
@@ -61,7 +61,7 @@ class Format:
 
 
 FORMATS = {
-    # The folder of mlx-lm, which has a file of PEFT's name in it.
+    # The folder of mlx-lm, which also has an adapter_config.json.
     "mlx": Format(mlx.write, mlx.read, mlx.detects, frozenset({ONE})),
     # Folders of torchtune and of litgpt, which hold pickles.
     "torchtune": Format(torchtune.write, torchtune.read, torchtune.detects, frozenset({ONE})),
@@ -86,7 +86,7 @@ FORMATS = {
 
 
 def register_format(name: str, row: Format) -> Format:
-    """Add a format from outside the package; it is asked for files before the built-in ones.
+    """Add a format from outside the package; detection tries it before the built-in ones.
 
     Args:
         name: What `format=` calls it.
@@ -185,7 +185,7 @@ def read_adapter(
 
 
 def detected(path: Path) -> str:
-    """Return the first format whose files a path looks like; an error where there is none."""
+    """Return the first format that a path looks like; raise if there is none."""
     asked = f"read adapter '{path}'"
     if not path.exists():
         raise FormatError(asked, "there is no such file or directory", "Check the path")
@@ -200,9 +200,9 @@ def detected(path: Path) -> str:
 
 
 def taken_by(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those options that a format's `read` or `write` takes.
+    """Return the options that a format's `read` or `write` takes.
 
-    What a live model or the base's files can tell is offered to every format so.
+    So facts about a live model or the base can be offered to every format.
 
     Examples:
         >>> taken_by(loralib.read, {"alpha": 8, "tensor_names": ()})
@@ -213,7 +213,7 @@ def taken_by(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[s
 
 
 def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
-    """Return what an adapter loses in a format: sentences; none where it comes back as it was.
+    """Return what an adapter loses in a format, as sentences; empty if nothing.
 
     Examples:
         >>> losses_of(AdapterState({}, config={"rank": 8}), "portable")
@@ -223,7 +223,7 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
 
 
 def _options_of(function: Callable[..., Any]) -> list[str] | None:
-    """Names of a format's own options; None where it takes any."""
+    """Return the names of a format's own options; None if it takes any."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None

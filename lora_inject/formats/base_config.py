@@ -1,4 +1,4 @@
-"""What some formats have to know of the base: its config.json, as transformers writes it."""
+"""Facts from the base's config.json, as transformers writes it, that some formats need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _REMEDY = "Pass config, the base's config.json as plain data, or name the base: 
 
 
 class Heads(NamedTuple):
-    """Sizes of a decoder: rows of q and k are those of `n_heads` and `n_kv_heads` heads."""
+    """Sizes of a decoder: q has the rows of `n_heads` heads, k of `n_kv_heads`."""
 
     n_layers: int
     n_heads: int
@@ -20,7 +20,7 @@ class Heads(NamedTuple):
 
 
 def text_config(config: Mapping[str, Any] | None, asked: str, why: str) -> Mapping[str, Any]:
-    """Return the config of the language model, of a model of several parts too."""
+    """Return the config of the language model, which may be nested."""
     if not config:
         raise FormatError(asked, f"it depends on the base {why}", _REMEDY)
     inner = config.get("text_config")
@@ -52,9 +52,9 @@ def _count(config: Mapping[str, Any], field: str, asked: str) -> int:
 
 
 def refuse_tied(config: Mapping[str, Any] | None, name: str, asked: str, client: str) -> None:
-    """Refuse an embedding's or a head's site where the client holds both as one tensor.
+    """Refuse a site on an embedding or a head that the client holds as one tensor.
 
-    There the update of the one would be applied to the other as well.
+    There the update of one would be applied to the other as well.
     """
     tied = text_config(config, asked, "whether the embedding and the head are tied").get(
         "tie_word_embeddings"

@@ -1,7 +1,7 @@
 """The model card of an adapter: README.md with the front matter that model hubs read.
 
-Whoever finds the directory learns from it what it is, for which base and task, and how to load it
-with this package, PEFT and vLLM. Nothing is claimed that the adapter or its author does not say.
+It says what the adapter is, for which base and task, and how to load it with this package, PEFT and
+vLLM. It states only what the adapter or its author states.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lora_inject.version import __version__
 
 
 def joined_cards(theirs: str, ours: str) -> str:
-    r"""Return one card of two, with the front matter of both; where they differ, that of `ours`.
+    r"""Merge two cards; where fields of the front matter differ, `ours` wins.
 
     Examples:
         >>> joined_cards("---\na: 1\nb: 1\n---\nhis", "---\nb: 2\n---\nhers")
@@ -59,8 +59,8 @@ def model_card(
         state: The adapter.
         base_model: Name or path of the base.
         task_type: PEFT's, such as `CAUSAL_LM`.
-        trained_on: The data: a data set of the hub, or words.
-        published_as: Where readers find it; by default a path that they fill in.
+        trained_on: The data: a data set of the hub, or a description.
+        published_as: Where readers find it; by default a placeholder path.
 
     Examples:
         >>> print(model_card(AdapterState({}), base_model="org/base").splitlines()[1])
@@ -100,7 +100,7 @@ def model_card(
 
 
 def _commands(state: AdapterState, base_model: str | None, cls: str | None, path: str) -> list[str]:
-    """Say how to load it here, with PEFT, and where vLLM takes it with vLLM."""
+    """Return code that loads it here, with PEFT, and with vLLM if vLLM accepts it."""
     base, there = json.dumps(base_model or "path/to/the/base"), json.dumps(path)
     load = [f"model = ...  # {base}"]
     if cls:

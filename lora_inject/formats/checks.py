@@ -24,7 +24,7 @@ def check_site(site: SiteState, asked: str) -> None:
     check_pair(site.A, site.B, spec.a_shape, spec.b_shape, where)
     for role, tensor in site.further.items():
         if tensor.shape != spec.shapes[role] or tensor.dtype not in FLOATS:
-            found = f"{role} is {tensor.dtype} {tuple(tensor.shape)}, due are {spec.shapes[role]}"
+            found = f"{role} is {tensor.dtype} {tuple(tensor.shape)}, not {spec.shapes[role]}"
             remedy = "The tensors and what is said about them do not belong together"
             raise FormatError(where, found, remedy)
     if site.A0 is None and site.B0 is None:
@@ -81,12 +81,12 @@ def check_no_clash(keys: Iterable[str], asked: str) -> None:
 
 
 def check_trained(state: AdapterState, asked: str) -> None:
-    """Refuse what cannot be stored as a full tensor, or as rows of one."""
+    """Refuse a value that cannot be stored as a full tensor, or as rows of one."""
     trained: Mapping[str, object] = state.trained
     for name, rows in state.rows.items():
         tensor = state.trained.get(name)
         if tensor is None or tensor.dim() != 2 or len(tensor) != len(rows) or not rows:
-            found = f"it has {len(rows)} numbers of rows for other values"
+            found = f"it has {len(rows)} row numbers for a tensor of other rows"
             raise FormatError(f"{asked}, trained tensor '{name}'", found, "Give one for each row")
     wrong = [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]
     if wrong:

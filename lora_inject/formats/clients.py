@@ -1,8 +1,7 @@
-"""What programs that load adapters accept, and where they would compute something else in silence.
+"""Checks of adapter files for programs that load them.
 
-Each program is one function over the files as that program sees them: the config, and the names and
-shapes of the tensors; no values are read. What it would refuse, ignore or scale in another way is a
-finding with its remedy.
+Each program is one function of the config and of the names and shapes of the tensors; no values are
+read. What the program would refuse, ignore or scale differently is a finding with a remedy.
 
 Sources: vLLM 0.33, lora/peft_helper.py, lora/lora_model.py, lora/utils.py; SGLang 0.5.23,
 srt/lora/lora_config.py, lora.py, utils.py; llama.cpp, convert_lora_to_gguf.py,
@@ -38,12 +37,12 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a program does not do as the adapter means it.
+    """One thing that a program would refuse, ignore or compute differently.
 
     Attributes:
-        problem: What it would do, and where.
-        fix: What to do about it.
-        stops: Whether the adapter cannot be used there as it is; else it is something to know.
+        problem: What the program would do, and where.
+        fix: The remedy.
+        stops: Whether the adapter cannot be used there as it is; else it is a note.
     """
 
     problem: str
@@ -55,8 +54,8 @@ class Finding:
 class Files:
     """An adapter as a program that reads PEFT's folder sees it.
 
-    `pairs` are shapes of A and B by the name of the module, None where one is missing; `others` the
-    names of all other tensors; `modules` and `base` what is known of the base.
+    `pairs` are the shapes of A and B by module, None for a missing one; `others` the names of all
+    other tensors; `modules` and `base` the names and the config of the base, if known.
     """
 
     layout: str
@@ -72,7 +71,7 @@ class Files:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Rank of each complete pair as its tensors have it; of a stack that of one expert."""
+        """Rank of each complete pair by its tensors; for a stack that of one expert."""
         found = {name: a[0] for name, (a, b) in self.pairs.items() if a and b}
         if not self.config.get("target_parameters"):
             return found
@@ -83,7 +82,7 @@ class Files:
         }
 
     def numbers(self, table: str, default: str, names: Collection[str]) -> dict[str, Any]:
-        """Return what the config says of each module."""
+        """Return the config's value for each module."""
         return values_of(
             self.config.get(table) or {}, names, self.config.get(default), f"check {CONFIG}"
         )
@@ -105,7 +104,7 @@ def findings(
     module_names: Collection[str] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
-    """Return what a program does not do as an adapter means it; empty where it takes it.
+    """Return what a program would refuse, ignore or compute differently in an adapter.
 
     Args:
         path: The adapter's files.
@@ -117,7 +116,7 @@ def findings(
         The findings, those that stop first.
 
     Raises:
-        FormatError: There is no such program, or the files are damaged.
+        FormatError: The program is unknown, or the files are damaged.
     """
     if client not in CLIENTS:
         found = f"there is no client '{client}'"
@@ -171,7 +170,7 @@ def _check_numbers(config: Mapping[str, Any], asked: str) -> None:
             _positive(value, name, asked)
     saved = config.get("modules_to_save") or []
     if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        found = "'modules_to_save' is no list of names"
+        found = "'modules_to_save' is not a list of names"
         raise FormatError(f"{asked}, {CONFIG}", found, "Correct the file")
 
 
@@ -181,14 +180,14 @@ def _check_numbers(config: Mapping[str, Any], asked: str) -> None:
 def _of_peft(
     client: str, methods: Mapping[str, str], own: Callable[[Files], Iterator[Finding]]
 ) -> Callable[[Files], Iterator[Finding]]:
-    """Return the rules of a program that reads PEFT folders, `own` being what others do not have.
+    """Return the rules of a program that reads PEFT folders; `own` are rules of its own.
 
-    `methods` are the fields of the config that it refuses, and what they are.
+    `methods` are the fields of the config that it refuses, with what they mean.
     """
 
     def rules(files: Files) -> Iterator[Finding]:
         if files.layout != "peft":
-            found = f"{client} reads PEFT folders, and this is of the format '{files.layout}'"
+            found = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
             yield Finding(found, PORTABLE)
             return
         yield from _halves(files)
@@ -208,7 +207,7 @@ def _halves(files: Files) -> Iterator[Finding]:
 
 
 def _names(files: Files) -> Iterator[Finding]:
-    """Names are matched by their ends only, or not at all: nothing would happen, in silence."""
+    """Find modules that the base lacks: their updates would be ignored silently."""
     if files.modules is None:
         return
     known = set(files.modules)
@@ -228,7 +227,7 @@ def _names(files: Files) -> Iterator[Finding]:
 def _scaled(
     files: Files, client: str, scale: Callable[[int], float], fix: str = PORTABLE
 ) -> Iterator[Finding]:
-    """What a program makes of rank and alpha, against what PEFT does."""
+    """Compare the scale that a program applies with PEFT's."""
     wrong = [
         f"{name} ({scale(files.ranks[name]):.4g} for {due:.4g})"
         for name, due in files.scales().items()
@@ -241,12 +240,12 @@ def _scaled(
 def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ()) -> Iterator[Finding]:
     stray = [key for key in files.others if not key.endswith(allowed or ("\0",))]
     if stray:
-        yield Finding(f"{client} {does} tensors that are no pair: {one_line(stray)}", MERGE)
+        yield Finding(f"{client} {does} tensors that are not A or B: {one_line(stray)}", MERGE)
 
 
 def _positive(value: Any, name: str, asked: str) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e300:
-        found = f"{str(value)[:40]!r} in '{name}' is no number above 0"
+        found = f"{str(value)[:40]!r} in '{name}' is not a number above 0"
         raise FormatError(f"{asked}, {CONFIG}", found, "Correct the file")
     return float(value)
 
@@ -313,11 +312,11 @@ def _sglang(files: Files) -> Iterator[Finding]:
     yield from _scaled(files, "SGLang", lambda _: scale)
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
-        yield Finding("SGLang reads 'target_modules' as a list, and it is an expression", PORTABLE)
+        yield Finding("SGLang reads 'target_modules' as a list, and it is a regex", PORTABLE)
     parts = {name.rpartition(".")[2] for name in files.pairs}
     if parts & {"q_proj", "k_proj"} and "v_proj" not in parts:
         yield Finding(
-            "SGLang packs q, k and v, and fills up k only: v_proj has no update",
+            "SGLang packs q, k and v, and can fill in k only: v_proj has no update",
             "Train v_proj too, or fold it into the base (lora-inject merge)",
         )
 
@@ -340,7 +339,7 @@ def _llama_cpp(files: Files) -> Iterator[Finding]:
             yield Finding("llama.cpp holds a tied head and embedding as one tensor", MERGE)
         if config.get("model_type") not in FAMILIES:
             yield Finding(
-                f"whether llama.cpp knows {config.get('model_type')!r} is not known here",
+                f"llama.cpp may not support the model_type {config.get('model_type')!r}",
                 "Run its convert_lora_to_gguf.py on a portable folder",
                 stops=False,
             )
@@ -361,7 +360,7 @@ def _lorax(files: Files) -> Iterator[Finding]:
 
 
 def _layers(files: Files) -> Iterator[Finding]:
-    """A module that some layers lack is dropped from all of them."""
+    """LoRAX drops a module that some layers lack from all layers."""
     layers: dict[str, set[int]] = {}
     for name in files.pairs:
         if found := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name):
@@ -410,13 +409,13 @@ def _comfyui(files: Files) -> Iterator[Finding]:
             stops=False,
         )
         return
-    yield Finding(f"ComfyUI reads one file, and this is of the format '{files.layout}'", fix)
+    yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
 
 
 def _mlx(files: Files) -> Iterator[Finding]:
     if files.layout != "mlx":
         fix = "Write it with `lora-inject convert --to mlx`"
-        yield Finding(f"mlx-lm reads {mlx.FILE}, and this is of the format '{files.layout}'", fix)
+        yield Finding(f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'", fix)
 
 
 def _peft(files: Files) -> Iterator[Finding]:
@@ -439,7 +438,7 @@ def _peft(files: Files) -> Iterator[Finding]:
 def _gguf_or(
     rules: Callable[[Files], Iterator[Finding]],
 ) -> Callable[[Files], Iterator[Finding]]:
-    """Return the rules of a program that reads GGUF files, and folders by its converter."""
+    """Return the rules of a program that reads GGUF files, and folders after conversion."""
     return lambda files: iter(()) if files.layout == "gguf" else rules(files)
 
 

@@ -1,4 +1,4 @@
-"""The functions on adapters as values that take files as well: combine, truncate, compare."""
+"""Combine, truncate and compare adapters, given as values or as files."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def combine(
     |---|---|
     | `cat` | the exact sum of weight times update; ranks add up |
     | `svd` | the exact sum, cut to the best `rank` (default: the largest of them) |
-    | `linear` | adds A to A and B to B, with the roots of the weights: a rough approximation |
-    | `ties`, `magnitude_prune` | the same with the largest values only; ties: of the winning sign |
-    | `dare_linear`, `dare_ties` | the same with a random share of the values, scaled up |
+    | `linear` | adds the A and adds the B, with roots of the weights: a rough approximation |
+    | `ties`, `magnitude_prune` | `linear` of the largest values; ties: of the elected sign |
+    | `dare_linear`, `dare_ties` | `linear` or `ties` of a random share of the values, scaled up |
     | those with `_svd` | the same on the dense delta of one site at a time, cut to `rank` |
 
-    All but the first two need `density`, except `linear`. The methods and their names are those of
+    All but `cat`, `svd` and `linear` need `density`. The methods and their names are those of
     PEFT's `add_weighted_adapter`, with the same results (DARE: with other random numbers).
 
     Args:
@@ -46,12 +46,12 @@ def combine(
         rank: Of the result, for `svd` and the methods with `_svd`.
         density: Share of the values to keep, in (0, 1].
         majority_sign: How ties elects a sign: by the sum (`total`) or the count (`frequency`).
-        seed: Of DARE. The mask of a tensor depends on it, on the site and on the adapter's place,
-            not on what else is combined.
+        seed: Seed of DARE. The mask of a tensor also depends on the site and on the adapter's
+            position, but not on the other adapters.
 
     Returns:
-        The adapter, computed in float32 or float64 and rounded once to the adapters' dtype. With
-        `cat` tensors keep their bits; where scales differ, 16 bits become float32.
+        The adapter, computed in float32 or float64 and rounded once to the adapters' dtype. `cat`
+        keeps the bits of tensors; where scales differ, 16 bits become float32.
 
     Raises:
         StateError: Adapters of different bases, sites of different shapes, an update that depends
@@ -83,11 +83,11 @@ def combine(
 
 
 class Truncated(NamedTuple):
-    """What `truncate` made.
+    """The result of `truncate`.
 
     Attributes:
         state: The adapter.
-        sites: What became of each site: its rank before and now, and the relative error.
+        sites: For each site its rank before and now, and the relative error.
     """
 
     state: AdapterState
@@ -97,10 +97,10 @@ class Truncated(NamedTuple):
 def truncate(
     adapter: Adapter, *, rank: int | None = None, energy: float | None = None
 ) -> Truncated:
-    """Cut an adapter to a lower rank: the best one there is in Frobenius norm, site by site.
+    """Cut an adapter to its best approximation of a lower rank, in Frobenius norm, site by site.
 
-    By a QR of the thin factors and an SVD of r by r in float64, without forming a delta. A frozen
-    start (pissa, olora) is a part of the update. Each site has the scale 1 then, `alpha = rank`.
+    Uses a QR of the thin factors and an SVD of r by r in float64, without forming a delta. A frozen
+    start (pissa, olora) is a part of the update. The new sites have scale 1, `alpha = rank`.
 
     Args:
         adapter: A value, or the path of its files.
@@ -156,7 +156,7 @@ def diff(one: Adapter, two: Adapter) -> Difference:
 
 
 def _state(adapter: Adapter) -> AdapterState:
-    """A value as it is, that of a file with its tensors left there until they are used."""
+    """Return a value as it is, or that of a file; its tensors are read when they are used."""
     if isinstance(adapter, AdapterState):
         return adapter
     return read_adapter(adapter, on_disk=True)

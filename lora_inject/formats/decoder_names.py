@@ -1,8 +1,8 @@
-"""Modules of Llama-like decoders, as transformers names them and as others do; rows of q and k.
+"""Names of modules of Llama-like decoders in other programs, and the order of rows of q and k.
 
-Llama's rotary embedding turns pairs of values. Transformers holds the first values of all pairs of
-a head, then the second ones; Meta's code, and those that follow it, hold each pair side by side, so
-that rows of q and k, and of their B, stand in another order there.
+Llama's rotary embedding rotates pairs of values. Transformers stores the first values of all pairs
+of a head, then the second ones; Meta's code, and programs that follow it, store each pair side by
+side. So the rows of q and k, and of their B, have another order there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Q, K = "self_attn.q_proj", "self_attn.k_proj"
 
 
 def to_pairs(rows: Tensor, n_heads: int) -> Tensor:
-    """Return rows `(n, r)` in the order of Meta's code, of rows as transformers has them.
+    """Return rows `(n, r)` of transformers in the order of Meta's code.
 
     Examples:
         >>> import torch
@@ -41,8 +41,8 @@ def from_pairs(rows: Tensor, n_heads: int) -> Tensor:
 def theirs(name: str, table: Mapping[str, str], layer: str, asked: str) -> str:
     """Return another program's name of a module.
 
-    `table` has the names of modules within a layer, and in full of those outside; `layer` is how
-    the program begins a layer's names, such as `blk.{}.`.
+    `table` maps names within a layer, and full names of modules outside of layers; `layer` is the
+    program's prefix of a layer, such as `blk.{}.`.
     """
     found = _LAYER.fullmatch(name)
     if name in table and found is None:
@@ -57,7 +57,7 @@ def theirs(name: str, table: Mapping[str, str], layer: str, asked: str) -> str:
 
 
 def ours(name: str, table: Mapping[str, str], layer: str, where: str) -> str:
-    """Return transformers' name of a module that another program names; see `theirs`."""
+    """Return transformers' name of another program's module; see `theirs`."""
     names = {theirs: mine for mine, theirs in table.items()}
     pattern = re.escape(layer).replace(re.escape("{}"), r"(\d{1,4})") + r"(.+)"
     found = re.fullmatch(pattern, name)
@@ -66,7 +66,7 @@ def ours(name: str, table: Mapping[str, str], layer: str, where: str) -> str:
     if found is None and name in names:
         return names[name]
     raise FormatError(
-        where, f"'{name[:200]}' is no module that is known here", "Give an adapter of such a model"
+        where, f"the module '{name[:200]}' is not known", "Give an adapter of such a model"
     )
 
 
@@ -82,21 +82,21 @@ def part_of(name: str) -> str:
 
 
 def heads_of(name: str, sizes: Heads, n_rows: int, asked: str) -> int:
-    """Return how many heads the rows of q or k are of, 0 for other modules."""
+    """Return the number of heads of q or k, 0 for other modules."""
     if part_of(name) not in (Q, K):
         return 0
     n_heads = sizes.n_heads if part_of(name) == Q else sizes.n_kv_heads
     if n_rows != n_heads * sizes.head_dim or sizes.head_dim % 2:
         raise FormatError(
             f"{asked}, '{name}'",
-            f"B has {n_rows} rows, and the base {n_heads} heads of {sizes.head_dim}",
+            f"B has {n_rows} rows, and the base has {n_heads} heads of {sizes.head_dim}",
             "Name the base that the adapter was made for",
         )
     return n_heads
 
 
 def check_every_layer(names: Collection[str], n_layers: int, asked: str, client: str) -> None:
-    """Refuse an adapter without a module in some layers, where a client adapts it in all."""
+    """Refuse an adapter that lacks a module in some layers, for a client that needs it in all."""
     parts = {part_of(name) for name in names if _LAYER.fullmatch(name)}
     due = [f"model.layers.{i}.{part}" for i in range(n_layers) for part in sorted(parts)]
     missing = [name for name in due if name not in names]
@@ -109,7 +109,7 @@ def check_every_layer(names: Collection[str], n_layers: int, asked: str, client:
 
 
 def check_whole_mlp(names: Collection[str], asked: str, client: str) -> None:
-    """Refuse an adapter of some matrices of an MLP, where a client adapts all three or none."""
+    """Refuse an adapter of a part of an MLP, for a client that adapts all matrices or none."""
     parts = {part for name in names if (part := part_of(name)).startswith("mlp.")}
     if len(parts) in (1, 2):
         raise FormatError(

@@ -1,11 +1,10 @@
 """The files of diffusers' pipelines: `pytorch_lora_weights.safetensors`.
 
-Keys are PEFT's under the name of a component: `unet.NAME.lora_A.weight`. A scale is not among the
-tensors: diffusers reads it from the header's `lora_adapter_metadata`, and takes 1 without it, as
-ComfyUI always does. So scales are folded into B on writing. Older names are read as diffusers
-itself reads them: `.lora.down.weight`, `.lora_linear_layer.down.weight`, and the attention
-processors' `.processor.to_q_lora.down.weight`. What a single model wrote (`save_lora_adapter`)
-names no component.
+Keys are PEFT's under the name of a component: `unet.NAME.lora_A.weight`. Scales are not
+tensors: diffusers reads them from the header's `lora_adapter_metadata`, with default 1; ComfyUI
+always takes 1. So scales are folded into B on writing. Older names are read as in diffusers:
+`.lora.down.weight`, `.lora_linear_layer.down.weight`, and `.processor.to_q_lora.down.weight` of
+attention processors. Files of a single model (`save_lora_adapter`) name no component.
 
 Source: diffusers 0.42.1, loaders/peft.py (`load_lora_adapter`), loaders/lora_base.py
 (`pack_weights`), utils/state_dict_utils.py; ComfyUI, comfy/lora.py (generic names under
@@ -83,7 +82,7 @@ def write(
         What was written.
 
     Raises:
-        FormatError: The component is not named, or something has no place in such a file.
+        FormatError: The component is not named, or such a file cannot express something.
     """
     asked = f"write diffusers adapter to '{path}'"
     check_component(component, COMPONENTS, asked)
@@ -112,7 +111,8 @@ def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> 
         The adapter.
 
     Raises:
-        FormatError: Several components and none is named, or tensors are missing or do not fit.
+        FormatError: No component is named and there are several, or tensors are missing or do not
+            fit.
     """
     asked = f"read diffusers adapter '{path}'"
     tensors, said = read_tensors(path / FILE if path.is_dir() else path, on_disk=on_disk)
@@ -122,7 +122,7 @@ def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> 
         if match is None:
             raise FormatError(
                 asked,
-                f"the tensor '{key[:200]}' is of no known kind",
+                f"the tensor '{key[:200]}' is not known",
                 "Give a LoRA of a pipeline; other variants are merged by diffusers (fuse_lora)",
             )
         side = next(filter(None, (match[3], match[4], match[6], match[7])))
@@ -130,7 +130,7 @@ def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> 
         place = found.setdefault(match[1], {}).setdefault(_module(match[2], bool(match[5])), {})
         if role in place:
             raise FormatError(
-                f"{asked}, '{key[:200]}'", "its site has this twice", "Fetch it again"
+                f"{asked}, '{key[:200]}'", "its site has this tensor twice", "Fetch it again"
             )
         place[role] = tensor
     chosen = one_component(found, component, asked)
@@ -149,13 +149,13 @@ def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> 
 
 
 def _module(path: str, old: bool) -> str:
-    """Return the module's name of a path; processors of attention held its layers' LoRA once."""
+    """Return the module of a path; attention processors formerly held the LoRA of their layers."""
     name = path.replace(".processor.", ".") if old else path
     return f"{name}.0" if old and name.endswith(".to_out") else name
 
 
 def _claims(said: Mapping[str, str], prefix: str, asked: str) -> Claims | None:
-    """Return what the header's config says of a component, None where it says nothing."""
+    """Return the header's config of a component, None if there is none."""
     if _METADATA not in said:
         return None
     where = f"{asked}, metadata '{_METADATA}'"

@@ -1,8 +1,8 @@
 """GGUF files of llama.cpp: `blk.0.attn_q.weight.lora_a` (A), `.lora_b` (B) and one alpha for all.
 
-The scale is alpha over the rank of each pair, so that ranks may differ; where scales would need
-several alphas they are folded into B. For the architecture `llama` the rows of q and k are in the
-order of Meta's code. An embedding's A is transposed. Needs the package `gguf`.
+The scale is alpha over the rank of each pair, so ranks may differ; if scales would need several
+alphas, they are folded into B. For the architecture `llama` the rows of q and k are in the
+order of Meta's code. The A of an embedding is transposed. Needs the package `gguf`.
 
 Source: llama.cpp, convert_lora_to_gguf.py, conversion/llama.py (`permute`), src/llama-adapter.cpp.
 """
@@ -31,7 +31,6 @@ from lora_inject.formats.decoder_names import (
     to_pairs,
 )
 from lora_inject.formats.plain import (
-    check_finite,
     in_dtype,
     matrices,
     plain_site,
@@ -62,7 +61,7 @@ _EMBEDDING, _LAYER = "model.embed_tokens", "blk.{}."
 
 
 class Family(NamedTuple):
-    """How llama.cpp holds the models of one `model_type` of transformers."""
+    """How llama.cpp stores the models of one `model_type` of transformers."""
 
     architecture: str
     names: Mapping[str, str] = _NAMES
@@ -79,7 +78,7 @@ FAMILIES = {
     "gemma3_text": Family("gemma3"),
     "phi3": Family("phi3", _FUSED),
 }
-"""By `model_type`: those whose matrices llama.cpp changes in no other way."""
+"""Families by `model_type`: those whose other matrices llama.cpp does not change."""
 
 
 def detects(path: Path) -> bool:
@@ -112,7 +111,7 @@ def write(
         The file that was written.
 
     Raises:
-        FormatError: The base is of another family, something has no place in such a file, or the
+        FormatError: The base is of another family, such a file cannot express something, or the
             package gguf is missing.
     """
     asked = f"write GGUF adapter to '{path}'"
@@ -123,9 +122,7 @@ def write(
         raise FormatError(asked, f"dtype is {dtype!r}", "Give float32 or float16")
     family = _family(config, asked)
     sites = plain_sites(state, asked, kinds=("linear", "embedding"), client="llama.cpp")
-    wanted = torch.float16 if dtype == "float16" else torch.float32
-    sites = in_dtype(with_one_alpha(sites), wanted)
-    check_finite(sites, asked)
+    sites = in_dtype(with_one_alpha(sites), dtype or "float32", asked)
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         if name in (_EMBEDDING, "lm_head"):
@@ -176,7 +173,7 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None) -> AdapterState
         raise FormatError(
             asked,
             f"its architecture is {str(architecture)[:40]!r}",
-            f"Read are those of {', '.join(FAMILIES)}",
+            f"Supported are {', '.join(FAMILIES)}",
         )
     if config is not None and _family(config, asked).architecture != architecture:
         raise FormatError(asked, f"its architecture is '{architecture}'", "Name its own base")
@@ -198,10 +195,10 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None) -> AdapterState
 def _n_heads(
     family: Family, name: str, config: Mapping[str, Any] | None, n_rows: int, asked: str
 ) -> int:
-    """Return the heads of q or k where their rows stand in pairs, else 0."""
+    """Return the number of heads of q or k if their rows are in pairs, else 0."""
     if not family.in_pairs or part_of(name) not in (Q, K):
         return 0
-    sizes = heads(config, asked, "how many heads the rows of q and k are of")
+    sizes = heads(config, asked, "how many heads q and k have")
     return heads_of(name, sizes, n_rows, asked)
 
 
@@ -211,7 +208,7 @@ def _family(config: Mapping[str, Any] | None, asked: str) -> Family:
         raise FormatError(
             asked,
             f"the base's model_type is {str(kind)[:40]!r}",
-            f"Written are those of {', '.join(FAMILIES)}; else write it with --to portable and use "
+            f"Supported are {', '.join(FAMILIES)}; for others write it with --to portable and use "
             "llama.cpp's convert_lora_to_gguf.py",
         )
     return FAMILIES[kind]

@@ -1,9 +1,9 @@
-"""One file of kohya's sd-scripts, as LyCORIS (LoCon) and ComfyUI read and write it too.
+"""One file of kohya's sd-scripts, which LyCORIS (LoCon) and ComfyUI also read and write.
 
-For each module `lora_unet_NAME.lora_down.weight` (A), `.lora_up.weight` (B) and the scalar
-`.alpha`, the scale being alpha over the rank of the tensors; without it the scale is 1. NAME is the
-module's with `_` for each dot, which cannot be undone by itself: it is looked up among the names of
-the model, or of the base's files. A file written here also says the names in its metadata.
+Each module has `lora_unet_NAME.lora_down.weight` (A), `.lora_up.weight` (B) and the scalar
+`.alpha`. The scale is alpha over the rank of the tensors; without alpha it is 1. NAME is the
+module's name with `_` for each dot, which is ambiguous: it is looked up among the names of the
+model, or of the base's files. A file written here also has the names in its metadata.
 
 Source: kohya-ss/sd-scripts, networks/lora.py (`LoRAModule`, `create_network_from_weights`);
 ComfyUI, comfy/lora.py and comfy/weight_adapter/lora.py.
@@ -28,8 +28,6 @@ from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
     alpha_of,
     check_component,
-    check_finite,
-    dtype_named,
     in_dtype,
     one_component,
     pairs_of,
@@ -87,15 +85,14 @@ def write(
         The file that was written.
 
     Raises:
-        FormatError: The component is not named, or something has no place in such a file.
+        FormatError: The component is not named, or such a file cannot express something.
     """
     asked = f"write kohya adapter to '{path}'"
     if path.suffix != ".safetensors":
         raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
     check_component(component, COMPONENTS, asked)
     sites = plain_sites(state, asked, kinds=("linear", "conv"), client="a file of kohya's")
-    sites = in_dtype(sites, dtype_named(dtype, asked))
-    check_finite(sites, asked)
+    sites = in_dtype(sites, dtype, asked)
     flat = {name: f"lora_{component}_{name.replace('.', '_')}" for name in sites}
     check_no_clash(flat.values(), asked)
     tensors: dict[str, Tensor] = {}
@@ -142,7 +139,7 @@ def read(
         found = _KEY.fullmatch(key)
         if found is None:
             raise FormatError(
-                asked, f"the tensor '{key[:200]}' is of no known kind", "Give a LoRA of sd-scripts"
+                asked, f"the tensor '{key[:200]}' is not known", "Give a LoRA of sd-scripts"
             )
         parts.setdefault(found[1], {})[found[2]] = tensor
     of_component = _component(parts, component, asked)
@@ -168,7 +165,7 @@ def _refuse_variant(key: str, asked: str) -> None:
         if key.endswith(f".{end}"):
             raise FormatError(
                 asked,
-                f"'{key[:200]}' is of {what}, not of LoRA",
+                f"'{key[:200]}' belongs to {what}, not to a LoRA",
                 "Merge it into the base with the program that made it, and extract a LoRA "
                 "(lora-inject extract)",
             )
@@ -177,14 +174,14 @@ def _refuse_variant(key: str, asked: str) -> None:
 def _component(
     parts: Mapping[str, dict[str, Tensor]], component: str | None, asked: str
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the modules of the component that is asked for, or of the only one."""
+    """Return the modules of the given component, or of the only one."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for flat, of in parts.items():
         prefix = _PREFIX.fullmatch(flat)
         if prefix is None:
             raise FormatError(
                 asked,
-                f"'{flat[:200]}' does not begin as a component does",
+                f"'{flat[:200]}' does not begin with a component",
                 f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris",
             )
         found.setdefault(prefix[1] or prefix[2], {})[flat] = of
@@ -192,7 +189,7 @@ def _component(
 
 
 def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str] | None:
-    """Return names by what the file calls them, as the metadata says."""
+    """Return names by their form in the file, from the metadata."""
     if _NAMES not in said:
         return None
     where = f"{asked}, metadata '{_NAMES}'"
@@ -207,18 +204,18 @@ def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str] | None:
 
 
 def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None, asked: str) -> str:
-    """Return the one module whose name is this with `_` for dots; `known` are names by that."""
+    """Return the one module of `known`, by names with `_` for dots, that a name stands for."""
     where, prefix = f"{asked}, '{flat[:200]}'", _PREFIX.fullmatch(flat)
     assert prefix is not None
     if known is None:
         raise FormatError(
             where,
-            "dots of names are written as '_', so that the file alone does not say them",
+            "dots of names are written as '_', so the file alone does not give the names",
             "Load it onto the model, pass module_names, or name the base: --base BASE",
         )
     found = known.get(prefix[3], ())
     if len(found) > 1:
-        raise FormatError(where, f"it may be any of {one_line(found)}", "Rename one of them")
+        raise FormatError(where, f"it can mean any of {one_line(found)}", "Rename one of them")
     if not found:
         raise FormatError(
             where,

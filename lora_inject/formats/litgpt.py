@@ -1,9 +1,9 @@
 """The folder of litgpt's `finetune lora`: `lit_model.pth.lora` and `hyperparameters.yaml`.
 
-q, k and v are one layer there, `transformer.h.0.attn.qkv`: A of the adapted ones lie one above the
-other, and so do their B, as in a site with slices. One rank and one alpha hold for all, and a
-module is adapted in all layers; those of an MLP go together. `litgpt merge_lora` needs the files of
-the base's folder (model_config.yaml, tokenizer) beside them.
+q, k and v are one layer there, `transformer.h.0.attn.qkv`, with the A and the B of the adapted ones
+stacked, as in a site with slices. All sites have one rank and one alpha, a module is adapted in all
+layers, and all matrices of an MLP or none. `litgpt merge_lora` needs the files of the base's folder
+(model_config.yaml, tokenizer) in the same folder.
 
 Source: litgpt 0.5.13, lora.py (`LoRAQKVLinear`), scripts/merge_lora.py,
 scripts/convert_hf_checkpoint.py.
@@ -24,8 +24,6 @@ from lora_inject.formats.base_config import Heads, heads, text_config
 from lora_inject.formats.decoder_names import check_every_layer, check_whole_mlp, ours, theirs
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import (
-    check_finite,
-    dtype_named,
     in_dtype,
     matrices,
     one_rank_and_scale,
@@ -45,7 +43,7 @@ _NAMES = {
 _LAYER, _QKV = "transformer.h.{}.", "attn.qkv"
 _PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
 MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2")
-"""Those whose MLP and attention litgpt converts so."""
+"""Models whose MLP and attention litgpt converts so."""
 
 
 def detects(path: Path) -> bool:
@@ -68,7 +66,7 @@ def write(
         state: The adapter: the same linear layers in every layer of a Llama-like model.
         path: The folder.
         overwrite: Replace an adapter that is there already.
-        config: The base's config as plain data, for its kind and heads.
+        config: The base's config as plain data, for its model_type and heads.
         base_model: litgpt's folder of the base (`checkpoint_dir`).
         dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
 
@@ -76,12 +74,11 @@ def write(
         The folder that was written.
 
     Raises:
-        FormatError: The base is of another kind, or litgpt would miss tensors.
+        FormatError: The base is not supported, or litgpt would miss tensors.
     """
     asked = f"write litgpt adapter to '{path}'"
     sites = plain_sites(state, asked, kinds=("linear",), client="litgpt")
-    sites = in_dtype(one_rank_and_scale(sites, asked), dtype_named(dtype, asked))
-    check_finite(sites, asked)
+    sites = in_dtype(one_rank_and_scale(sites, asked), dtype, asked)
     sizes = _base(config, asked)
     check_every_layer(sites, sizes.n_layers, asked, "litgpt")
     check_whole_mlp(sites, asked, "litgpt")
@@ -133,7 +130,7 @@ def read(
         The adapter, under transformers' names.
 
     Raises:
-        FormatError: The base is of another kind, pickles are not allowed, or tensors are missing or
+        FormatError: The base is not supported, pickles are not allowed, or tensors are missing or
             do not fit.
     """
     asked = f"read litgpt adapter '{path}'"
@@ -154,7 +151,7 @@ def read(
 def _split(
     key: str, a: Tensor, b: Tensor, said: Mapping[str, Any], sizes: Heads, where: str
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield the pairs of transformers' modules that one layer of litgpt is."""
+    """Yield the pairs of the transformers modules in one layer of litgpt."""
     if not key.endswith(f".{_QKV}"):
         yield ours(key, _NAMES, _LAYER, where), a, b
         return
@@ -175,14 +172,12 @@ def _split(
 
 
 def _hyperparameters(path: Path, asked: str) -> Mapping[str, Any]:
-    """Return what `hyperparameters.yaml` says of the adapter, as plain data."""
+    """Return the contents of `hyperparameters.yaml`, as plain data."""
     import yaml
 
     where = f"{asked}, {CONFIG}"
     if not (path / CONFIG).is_file() or (path / CONFIG).stat().st_size > 1_000_000:
-        raise FormatError(
-            where, "there is no such file, or it is too long", "Copy the whole folder"
-        )
+        raise FormatError(where, "the file is missing or too long", "Copy the whole folder")
     try:
         said: Any = yaml.safe_load((path / CONFIG).read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:

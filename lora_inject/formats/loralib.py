@@ -131,7 +131,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
         )
     check_trained(state, asked)
     if state.rows:
-        found = f"loralib has no single rows, as of {one_line(state.rows)}"
+        found = f"loralib cannot train single rows, as of {one_line(state.rows)}"
         raise FormatError(asked, found, 'Use format="peft"')
     numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
     if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):

@@ -1,6 +1,6 @@
-"""What of an adapter a format's files cannot say, though its deltas come back.
+"""What a format's files lose of an adapter although its deltas are kept.
 
-A row of the table states what it keeps; what is left out or changed of an adapter at hand follows.
+A row of the table of formats states what it keeps; the losses of a given adapter follow from it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ NUMBERS, ONE = "numbers", "one"
 EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
 """`config` and `fingerprint` of the state; `training`: dropout, init and compute of each site;
 `slices` of fused projections; `start`: the frozen start of pissa and olora; `numbers`: rank, alpha
-and scaling of each site as they are; `one`, in its place: those of all sites where they agree."""
+and scaling of each site; or `one`: those numbers only if all sites agree."""
 
 
 def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
@@ -25,7 +25,7 @@ def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
         "config": (state.config is not None, "the config is left out"),
         "fingerprint": (
             state.fingerprint is not None,
-            "the fingerprint of the base is left out: another base of the same shape is not told",
+            "the base's fingerprint is left out: another base of the same shape is not noticed",
         ),
         "training": (
             any(spec.dropout or spec.compute != "base" for spec in specs),
@@ -37,11 +37,11 @@ def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
         ),
         "start": (
             any(site.A0 is not None for site in state.sites.values()),
-            "frozen starts become further ranks: what trains on has no start to keep to",
+            "frozen starts become further ranks, which train on like all others",
         ),
         NUMBERS: (
             not plain,
-            "scales are folded into B and ranks are filled up with zeros",
+            "scales are folded into B and ranks are padded with zeros",
         ),
     }
     return [words for part, (holds, words) in there.items() if holds and part not in keeps]

@@ -94,7 +94,7 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
     trained = _part(metadata, "trained", _NAMES, asked)
     _require(len(set(trained)) == len(trained), asked, "it names a trained tensor twice")
     rows = _part(metadata, "rows", _ROWS, asked)
-    _require(rows.keys() <= set(trained), asked, "it has rows of a tensor that does not travel")
+    _require(rows.keys() <= set(trained), asked, "it has rows of a tensor that is not in the file")
     return Described(
         specs=specs,
         derived=flags["derived"],

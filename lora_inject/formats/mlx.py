@@ -1,10 +1,10 @@
 """The folder of mlx-lm: `adapters.safetensors` and `adapter_config.json`.
 
-A pair is the transpose of everybody else's: `NAME.lora_a` is `(in, r)` and `NAME.lora_b` is
-`(r, out)`, of an embedding `(tokens, r)` and `(r, width)`. The config says one rank and one scale
-(not alpha) for all of them. Names are those of transformers for the models that mlx-lm loads from
-it unchanged; one that its model does not have is an error there. With full names as keys just these
-layers are adapted, whatever the number of layers.
+Pairs are transposed: `NAME.lora_a` is `(in, r)` and `NAME.lora_b` is `(r, out)`, for an embedding
+`(tokens, r)` and `(r, width)`. The config has one rank and one scale (not alpha) for all of them.
+Names are those of transformers for the models that mlx-lm loads unchanged; a name that its model
+lacks is an error there. With full names as keys exactly these layers are adapted, whatever the
+number of layers.
 
 Source: mlx-lm 0.32.2, tuner/utils.py (`load_adapters`, `linear_to_lora_layers`), tuner/lora.py.
 """
@@ -20,8 +20,6 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import refuse_tied
 from lora_inject.formats.plain import (
-    check_finite,
-    dtype_named,
     in_dtype,
     matrices,
     one_rank_and_scale,
@@ -50,7 +48,7 @@ def write(
 ) -> Path:
     """Write an adapter as a folder of mlx-lm.
 
-    Where sites differ in rank or scale, ranks are filled up with zeros and scales folded into B.
+    Where sites differ in rank or scale, ranks are padded with zeros and scales folded into B.
 
     Args:
         state: The adapter: linear layers and embeddings, nothing trained in full.
@@ -64,15 +62,14 @@ def write(
         The folder that was written.
 
     Raises:
-        FormatError: Something has no place in such a file, or the target must not be replaced.
+        FormatError: Such a file cannot express something, or the target must not be replaced.
     """
     asked = f"write MLX adapter to '{path}'"
     sites = plain_sites(state, asked, kinds=("linear", "embedding"), client="mlx-lm")
     for name, site in sites.items():
         if site.spec.kind == "embedding":
             refuse_tied(config, name, asked, "mlx-lm")
-    sites = in_dtype(one_rank_and_scale(sites, asked), dtype_named(dtype, asked))
-    check_finite(sites, asked)
+    sites = in_dtype(one_rank_and_scale(sites, asked), dtype, asked)
     tensors = {f"{n}.lora_a": s.A.T for n, s in sites.items()}
     tensors |= {f"{n}.lora_b": s.B.T for n, s in sites.items()}
     first = next(iter(sites.values()))
@@ -97,7 +94,7 @@ def read(path: Path, *, on_disk: bool = False) -> AdapterState:
         on_disk: Leave the values in the file until they are used.
 
     Returns:
-        The adapter; an embedding is known as one when it is loaded onto a model.
+        The adapter; embeddings are recognized when it is loaded onto a model.
 
     Raises:
         FormatError: It is not LoRA, holds stacks of experts, or tensors are missing or do not fit.

@@ -1,4 +1,4 @@
-"""Pickled state dicts: read as tensors only, and only where the caller trusts the file."""
+"""Pickled state dicts: read as tensors only, and only if the caller allows it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_pickle(
 ) -> dict[str, Tensor]:
     """Return a pickled table of tensors by name, by torch.load(weights_only=True).
 
-    `allow` is whether pickles may be read at all, `inside` the key that the table may be under.
+    `allow` says whether pickles may be read, `inside` is a key that may hold the table.
     """
     if not path.is_file():
         raise FormatError(asked, f"there is no file '{path.name}'", "Check the path")

@@ -1,7 +1,7 @@
-"""Adapters as most programs hold them: for each module a plain pair of matrices and a scale.
+"""Adapters in the form of most programs: for each module a plain pair of matrices and a scale.
 
-Slices become block-diagonal, frozen starts further ranks, and where a program knows one rank and
-one scale only, scales are folded into B and ranks filled up with zeros. Deltas stay what they are.
+Slices become block-diagonal, frozen starts further ranks. For programs with one rank and one scale,
+scales are folded into B and ranks padded with zeros. Deltas do not change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_inject.spec.sites import SiteSpec
 T = TypeVar("T")
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-"""Dtypes that a writer can be asked for, by name."""
+"""Dtypes that writers accept, by name."""
 _DAMAGED = "The file is damaged or was edited; fetch it again"
 
 
@@ -34,12 +34,12 @@ def plain_sites(
 ) -> dict[str, SiteState]:
     """Return an adapter's sites without slices and frozen starts, with the same deltas.
 
-    What cannot be a plain pair there is refused: other kinds than `kinds`, trained tensors.
+    Other kinds than `kinds`, trained tensors and further tensors of variants are refused.
     """
     if state.trained:
         raise FormatError(
             asked,
-            f"{client} has no place for trained tensors, and there are {one_line(state.trained)}",
+            f"{client} cannot hold trained tensors, such as {one_line(state.trained)}",
             "Merge the adapter into its base (lora-inject merge), or train without `train`",
         )
     sites = {}
@@ -48,19 +48,19 @@ def plain_sites(
         if site.spec.kind not in kinds:
             raise FormatError(
                 f"{asked}, site '{name}'",
-                f"{client} has no place for a site of kind '{site.spec.kind}'",
+                f"{client} cannot hold a site of kind '{site.spec.kind}'",
                 f"Merge the adapter into its base (lora-inject merge); kinds: {', '.join(kinds)}",
             )
         if site.further:
             raise FormatError(
                 f"{asked}, site '{name}'",
-                f"{client} has no place for {one_line(site.further)} of the variant "
+                f"{client} cannot hold {one_line(site.further)} of the variant "
                 f"'{site.spec.variant}'",
                 "Merge the adapter into its base (lora-inject merge)",
             )
         sites[name] = _plain(site)
     if not sites:
-        raise FormatError(asked, "it has no sites", f"{client} reads pairs of matrices only")
+        raise FormatError(asked, "it has no sites", f"Give sites: {client} holds nothing else")
     return sites
 
 
@@ -84,7 +84,7 @@ def uniform(
 ) -> dict[str, SiteState]:
     """Return plain sites with one rank and scale 1: scales go into B, missing ranks are zeros.
 
-    B is multiplied in float32 at least and rounded once. `rank` is the largest there is by default.
+    B is multiplied in float32 at least and rounded once. `rank` defaults to the largest.
     """
     largest = max(site.spec.rank for site in sites.values())
     if rank is not None and rank < largest:
@@ -95,7 +95,7 @@ def uniform(
 
 
 def one_rank_and_scale(sites: Mapping[str, SiteState], asked: str) -> dict[str, SiteState]:
-    """Return plain sites for who knows one rank and one scale, as they are where they have them."""
+    """Return plain sites with one rank and one scale, unchanged if they already agree."""
     same = len({(site.spec.rank, site.scale) for site in sites.values()}) == 1
     return dict(sites) if same else uniform(sites, asked)
 
@@ -103,12 +103,12 @@ def one_rank_and_scale(sites: Mapping[str, SiteState], asked: str) -> dict[str, 
 def with_scale_one(
     sites: Mapping[str, SiteState], *, dtype: torch.dtype | None = None
 ) -> dict[str, SiteState]:
-    """Return plain sites with their own ranks and scale 1, scales being folded into B."""
+    """Return plain sites with their own ranks and scale 1; scales are folded into B."""
     return {n: _changed(s, s.spec.rank, s.spec.rank, dtype) for n, s in sites.items()}
 
 
 def with_one_alpha(sites: Mapping[str, SiteState]) -> dict[str, SiteState]:
-    """Return plain sites with their own ranks and one alpha, as they are where they have one."""
+    """Return plain sites with their own ranks and one alpha, unchanged if they already agree."""
     alphas = {site.scale * site.spec.rank for site in sites.values()}
     if len(alphas) == 1:
         return dict(sites)
@@ -129,11 +129,15 @@ def _changed(site: SiteState, rank: int, alpha: float, dtype: torch.dtype | None
     return SiteState(spec, a, b)
 
 
-def in_dtype(sites: Mapping[str, SiteState], dtype: torch.dtype | None) -> dict[str, SiteState]:
-    """Return sites in another dtype, as they are where none is given."""
-    if dtype is None:
-        return dict(sites)
-    return {n: SiteState(s.spec, s.A.to(dtype), s.B.to(dtype)) for n, s in sites.items()}
+def in_dtype(sites: Mapping[str, SiteState], dtype: str | None, asked: str) -> dict[str, SiteState]:
+    """Return sites in a named dtype, by default each tensor's own, checked to be finite."""
+    named = dtype_named(dtype, asked)
+    cast = {
+        name: SiteState(s.spec, s.A.to(named or s.A.dtype), s.B.to(named or s.B.dtype))
+        for name, s in sites.items()
+    }
+    check_finite(cast, asked)
+    return cast
 
 
 def dtype_named(name: str | None, asked: str) -> torch.dtype | None:
@@ -144,14 +148,14 @@ def dtype_named(name: str | None, asked: str) -> torch.dtype | None:
 
 
 def check_finite(sites: Mapping[str, SiteState], asked: str) -> None:
-    """Refuse to hand NaN, infinity or what a narrower dtype made of large values to others."""
+    """Refuse to write NaN and infinity, also those from a cast to a narrower dtype."""
     for name, site in sites.items():
         for role, tensor in site.tensors.items():
             if not all_finite(tensor):
                 raise FormatError(
                     f"{asked}, site '{name}'",
                     f"{role} has values that are not finite in {tensor.dtype}",
-                    "Look at it with `lora-inject inspect`; write it in a wider dtype if it is "
+                    "Look at it with `lora-inject inspect`; use a wider dtype if it is "
                     "finite there",
                 )
 
@@ -159,10 +163,10 @@ def check_finite(sites: Mapping[str, SiteState], asked: str) -> None:
 def plain_site(
     name: str, a: Tensor, b: Tensor, alpha: float, where: str, *, embedding: bool = False
 ) -> SiteState:
-    """Return the site of a pair that others wrote: A `(r, in)` or `(r, in, k, ...)`, B `(out, r)`.
+    """Return the site of a foreign pair: A `(r, in)` or `(r, in, k, ...)`, B `(out, r)`.
 
-    Where nothing says that it is an embedding's, a linear layer is assumed, a convolution where A
-    has a kernel; loading onto a model replaces the assumption by what the model has.
+    Unless the kind is given, a linear layer is assumed, or a convolution if A has a kernel; loading
+    onto a model replaces the assumption by the kind of the model's layer.
     """
     check_shapes(a, b, where)
     if not 0 < alpha < math.inf:
@@ -186,7 +190,7 @@ def check_shapes(a: Tensor, b: Tensor, where: str) -> None:
     if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
         raise FormatError(where, f"{found}, which is not a low-rank pair", _DAMAGED)
     if any(size != 1 for size in b.shape[2:]):
-        raise FormatError(where, f"{found}, and a kernel in B is another layout", _DAMAGED)
+        raise FormatError(where, f"{found}, and a kernel in B is not supported", _DAMAGED)
     if a.shape[0] != b.shape[1]:
         groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
         remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
@@ -215,24 +219,24 @@ def pairs_of(
 def matrices(
     tensors: Mapping[str, Tensor], ends: tuple[str, str], asked: str, remedy: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the pairs of a file that holds nothing else, by what is before the ends of its keys.
+    """Return the pairs of a file that may hold nothing else, by the keys without their ends.
 
-    `remedy` is what to do about another tensor.
+    `remedy` is the one for another tensor.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         end = next((end for end in ends if key.endswith(end)), None)
         if end is None or tensor.ndim != 2:
-            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is no matrix of a pair"
+            found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is not a matrix of a pair"
             raise FormatError(asked, found, remedy)
         parts.setdefault(key.removesuffix(end), {})[end.strip(".")] = tensor
     return pairs_of(parts, ends[0].strip("."), ends[1].strip("."), asked)[0]
 
 
 def check_component(component: str | None, known: Collection[str], asked: str) -> None:
-    """Refuse to write a file that would not say which part of a pipeline it is for."""
+    """Refuse to write a file that does not name a part of a pipeline."""
     if component not in known:
-        found = "the file has to say which part of a pipeline the adapted model is"
+        found = "the file has to name the part of a pipeline that the adapted model is"
         raise FormatError(
             asked,
             found if component is None else f"component is {component!r}",
@@ -241,21 +245,21 @@ def check_component(component: str | None, known: Collection[str], asked: str) -
 
 
 def one_component(found: Mapping[str, T], component: str | None, asked: str) -> T:
-    """Return the component that is asked for, or the only one that a file holds."""
+    """Return the given component, or the only one in a file."""
     if component is None and len(found) == 1:
         return next(iter(found.values()))
     if component is None or component not in found:
         raise FormatError(
             asked,
             f"it holds {one_line(found)}" + (f", not '{component}'" if component else ""),
-            "Say which to read, each onto its own model: "
+            "Name the one to read, each onto its own model: "
             f'component="{next(iter(found), "unet")}" (--component)',
         )
     return found[component]
 
 
 def alpha_of(alpha: Tensor | None, rank: int, where: str) -> float:
-    """Return the alpha of a scalar tensor; the rank, and so a scale of 1, where there is none."""
+    """Return the alpha in a scalar tensor; without one the rank, for a scale of 1."""
     if alpha is None:
         return float(rank)
     if alpha.numel() != 1 or alpha.ndim > 1:

@@ -1,8 +1,8 @@
 """PEFT's directory for programs that read little of its config: servers, converters.
 
-Every site has the same rank (ranks are filled up with zeros) and scale 1 (`lora_alpha = r`, scales
-are folded into B), so that whoever reads one rank and one alpha, or neither, computes the same. No
-patterns, no rsLoRA, no regular expression, no metadata of this package.
+Every site has the same rank (padded with zeros) and scale 1 (`lora_alpha = r`, scales are folded
+into B), so programs that read one rank and one alpha, or neither, compute the same. There are no
+patterns, no rsLoRA, no regular expression and no metadata of this package.
 
 Source: the readers of vLLM 0.33 (lora/peft_helper.py), SGLang 0.5.23 (srt/lora/lora_config.py),
 LoRAX (adapters/lora.py) and llama.cpp (convert_lora_to_gguf.py).
@@ -22,7 +22,7 @@ KINDS = ("linear", "conv1d", "embedding", "conv")
 
 
 def detects(path: Path) -> bool:
-    """False: what this writes is read as any PEFT directory."""
+    """Return False: these files are read as any PEFT directory."""
     del path
     return False
 
@@ -46,7 +46,7 @@ def write(
         path: The directory.
         overwrite: Replace an adapter that is there already.
         dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
-        rank: The rank of every site, such as one that a server has; the largest by default.
+        rank: The rank of every site, such as one that a server supports; the largest by default.
         tensor_names: All names of the model's state dict; see `formats.peft.write`.
         expert_names: Last parts of names that PEFT takes for experts; see there.
         base_model: Name or path of the base, for the config and the model card.
@@ -56,8 +56,8 @@ def write(
         The directory that was written.
 
     Raises:
-        FormatError: Something has no place in such a file, is not finite in that dtype, or has a
-            higher rank; or the target must not be replaced.
+        FormatError: A tensor cannot be expressed, is not finite in that dtype or has a higher rank,
+            or the target must not be replaced.
     """
     asked = f"write portable adapter to '{path}'"
     sites = plain_sites(state, asked, kinds=KINDS, client="a portable PEFT file")

@@ -1,9 +1,9 @@
 """The folder of torchtune's adapter checkpoints: `adapter_model.pt` and `adapter_config.json`.
 
-Names are torchtune's (`layers.0.attn.q_proj.lora_a.weight`), and the rows of B of q and k stand in
-the order of Meta's code where torchtune permutes them. One rank and one alpha hold for all, and a
-module is adapted in all layers; the three of an MLP go together. A folder that has
-`adapter_model.safetensors` too, as torchtune writes for models of transformers, is PEFT's.
+Names are torchtune's (`layers.0.attn.q_proj.lora_a.weight`), and the rows of B of q and k have the
+order of Meta's code if torchtune permutes them. All sites have one rank and one alpha, a module is
+adapted in all layers, and all matrices of an MLP or none. A folder that also has
+`adapter_model.safetensors`, as torchtune writes for models of transformers, is PEFT's.
 
 Source: torchtune 0.6.1, models/convert_weights.py (`tune_to_peft_adapter_weights`, `_FROM_HF`),
 training/checkpointing/_checkpointer.py, modules/peft/_utils.py.
@@ -32,8 +32,6 @@ from lora_inject.formats.decoder_names import (
 )
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import (
-    check_finite,
-    dtype_named,
     in_dtype,
     matrices,
     one_rank_and_scale,
@@ -56,7 +54,7 @@ _NAMES = {
 }
 _LAYER = "layers.{}."
 IN_PAIRS = {"llama": True, "mistral": True, "qwen2": False}
-"""By `model_type`: whether torchtune's rows of q and k stand in pairs."""
+"""By `model_type`: whether torchtune's rows of q and k are in pairs."""
 
 
 def detects(path: Path) -> bool:
@@ -86,29 +84,24 @@ def write(
         dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
 
     Returns:
-        The folder that was written. Its adapter_config.json says the rank and the alpha that the
-        recipe's config has to give.
+        The folder that was written. Its adapter_config.json states the rank and the alpha to set in
+        the recipe's config.
 
     Raises:
-        FormatError: The base is of another kind, or torchtune would miss tensors.
+        FormatError: The base is not supported, or torchtune would miss tensors.
     """
     asked = f"write torchtune adapter to '{path}'"
     sites = plain_sites(state, asked, kinds=("linear",), client="torchtune")
-    sites = in_dtype(one_rank_and_scale(sites, asked), dtype_named(dtype, asked))
-    check_finite(sites, asked)
+    sites = in_dtype(one_rank_and_scale(sites, asked), dtype, asked)
     paired, sizes = _base(config, asked)
     check_every_layer(sites, sizes.n_layers, asked, "torchtune")
     check_whole_mlp(sites, asked, "torchtune")
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
-        key, n_heads = (
-            theirs(name, _NAMES, _LAYER, asked),
-            heads_of(name, sizes, len(site.B), asked),
-        )
-        tensors[f"{key}.lora_a.weight"] = site.A
-        tensors[f"{key}.lora_b.weight"] = (
-            to_pairs(site.B, n_heads) if paired and n_heads else site.B
-        )
+        key = theirs(name, _NAMES, _LAYER, asked)
+        n_heads = heads_of(name, sizes, len(site.B), asked)
+        rows = to_pairs(site.B, n_heads) if paired and n_heads else site.B
+        tensors |= {f"{key}.lora_a.weight": site.A, f"{key}.lora_b.weight": rows}
     first = next(iter(sites.values()))
     said = {
         "r": first.spec.rank,
@@ -132,14 +125,14 @@ def read(
     Args:
         path: The folder.
         config: The base's config as plain data, for its kind and heads.
-        alpha: The recipe's `lora_alpha`, where there is no adapter_config.json.
+        alpha: The recipe's `lora_alpha`, needed without an adapter_config.json.
         allow_pickle: Read the pickle, by torch.load(weights_only=True), which builds tensors only.
 
     Returns:
         The adapter, under transformers' names.
 
     Raises:
-        FormatError: The base is of another kind, alpha is not known, pickles are not allowed, or
+        FormatError: The base is not supported, alpha is not known, pickles are not allowed, or
             tensors are missing or do not fit.
     """
     asked = f"read torchtune adapter '{path}'"
@@ -162,7 +155,7 @@ def read(
 
 
 def _alpha(path: Path, given: float | None, asked: str) -> float:
-    """Return the one alpha: what the caller says, or the config beside the tensors."""
+    """Return the one alpha: the caller's, or that of adapter_config.json."""
     if given is None and (path / CONFIG).is_file():
         said: Any = parse_json((path / CONFIG).read_bytes(), f"{asked}, {CONFIG}")
         given = said.get("lora_alpha") if isinstance(said, dict) else None
@@ -173,11 +166,11 @@ def _alpha(path: Path, given: float | None, asked: str) -> float:
 
 
 def _base(config: Mapping[str, Any] | None, asked: str) -> tuple[bool, Heads]:
-    kind = text_config(config, asked, "in which order rows of q and k stand").get("model_type")
+    kind = text_config(config, asked, "the order of the rows of q and k").get("model_type")
     if kind not in IN_PAIRS:
         raise FormatError(
             asked,
             f"the base's model_type is {str(kind)[:40]!r}",
-            f"Known are {', '.join(IN_PAIRS)}; PEFT folders are what torchtune writes for others",
+            f"Known are {', '.join(IN_PAIRS)}; for others torchtune writes PEFT folders",
         )
     return IN_PAIRS[kind], heads(config, asked, "")

@@ -1,9 +1,8 @@
 """A portable PEFT folder whose stacked experts are single matrices, as vLLM wants most models'.
 
-vLLM names experts as the base's files do (`experts.0.gate_proj`), and takes A and B of each. Stacks
-as PEFT writes them it reads right only for models whose files hold stacks too (`is_3d_moe_weight`):
-of others it takes every second row of `gate_up_proj` for the gate. Those stacks are what
-`format="peft"` writes.
+vLLM names experts as the base's files do (`experts.0.gate_proj`), and takes A and B of each. It
+reads PEFT's stacks correctly only for models whose files hold stacks (`is_3d_moe_weight`); for
+others it takes every second row of `gate_up_proj` for the gate. `format="peft"` writes stacks.
 
 Source: vLLM 0.33, lora/model_manager.py (`_create_merged_loras_inplace`,
 `_stack_moe_lora_weights`), lora/utils.py (`process_packed_modules_mapping`).
@@ -21,7 +20,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats import portable
 
 Separate = Callable[[str], Sequence[Sequence[str]]]
-"""Names in the base's files of the matrices of a stack, for each expert."""
+"""For each expert the names of its matrices in the base's files."""
 
 
 def write(
@@ -42,8 +41,8 @@ def write(
         state: The adapter: sites on modules and on stacks of experts, nothing trained in full.
         path: The directory.
         overwrite: Replace an adapter that is there already.
-        separate: What the base's files call the matrices of a stack; `li.convert(base=...)` and
-            `--base` say it.
+        separate: Names of a stack's matrices in the base's files, from `li.convert(base=...)` or
+            `--base`.
         dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
         rank: The rank of every site; the largest by default.
         tensor_names: All names of the model's state dict; see `formats.peft.write`.
@@ -54,8 +53,8 @@ def write(
         The directory that was written.
 
     Raises:
-        FormatError: The base is not known or holds stacks, or something else has no place in such a
-            folder.
+        FormatError: The base is not known or holds stacks, or such a folder cannot express
+            something else.
     """
     asked = f"write vLLM adapter to '{path}'"
     sites: dict[str, SiteState] = {}
@@ -79,14 +78,14 @@ def write(
 def _matrices(
     name: str, site: SiteState, separate: Separate | None, asked: str
 ) -> dict[str, SiteState]:
-    """Return the sites of single experts' matrices under the names of the base's files."""
+    """Return sites on single experts' matrices with their names in the base's files."""
     where = f"{asked}, site '{name}'"
     if separate is None:
-        found = "the names of single experts are those of the base's files"
+        found = "the names of single experts depend on the base's files"
         raise FormatError(where, found, "Name the base: --base BASE, li.convert(base=...)")
     names = separate(name)
     if len(names) != site.spec.experts:
-        found = f"the base's files hold {len(names)} of its {site.spec.experts} experts apart"
+        found = f"the base's files hold {len(names)} of its {site.spec.experts} experts separately"
         raise FormatError(where, found, 'Write stacks as they are: format="peft"')
     return dict(_named(split_experts(site), names, where))
 

@@ -110,7 +110,7 @@ class Delta:
     Args:
         terms: The updates.
         dtype: Dtype of the arithmetic.
-        gain: What multiplies the outputs of `W + delta`; else None.
+        gain: The factor on the outputs of `W + delta`, or None.
 
     Examples:
         >>> spec = SiteSpec("q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
@@ -155,7 +155,7 @@ class Delta:
         return rows
 
     def norms_of(self, blocks: Iterable[tuple[int, Tensor]]) -> None:
-        """Learn the norms of outputs that are columns, which need all rows, before `gain_`.
+        """Compute the norms of outputs that are columns, which need all rows, before `gain_`.
 
         `blocks` are `(first row, rows)` of W. Outputs that are rows need no such pass.
         """
@@ -280,7 +280,7 @@ def fold_rows(
     out = torch.empty_like(rows) if out is None else out
     step = min(block_rows(rows), rows.shape[0])
     with torch.inference_mode():  # autograd's bookkeeping would be a tenth of the arithmetic
-        # Few calls of torch for each block: two threads that merge wait for Python's lock at each.
+        # Few torch calls for each block: threads wait for the GIL at each call.
         room = torch.empty(3, step, rows.shape[1], dtype=delta.dtype, device=rows.device)
         for first in range(0, rows.shape[0], max(1, step)):
             piece, merged = rows[first : first + step], out[first : first + step]

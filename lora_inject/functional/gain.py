@@ -1,8 +1,8 @@
-"""Weights whose outputs have a gain: `W' = g (W + delta)`, with g by the norms of `W + delta`.
+"""Weights whose outputs have a gain: `W' = g (W + delta)`, with g from the norms of `W + delta`.
 
 DoRA's is `m / |W + delta|` (arXiv:2402.09353, eq. 5), for each output over its inputs, and no
-gradient flows through the norm (section 4.3). A forward update never forms `W + delta`: it
-multiplies its output, and the norms are those of W plus what thin products say.
+gradient flows through the norm (section 4.3). A forward update does not form `W + delta`:
+it multiplies the output, and computes the norms from W and thin products.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Gain:
     """The gain of one weight's outputs.
 
     Attributes:
-        formula: Gives the gains of some outputs by their rows of the tensors and their norms.
+        formula: Function of some outputs' rows of the tensors and norms to their gains.
         tensors: By role, each with one row for each adapted output.
-        spans: `(start, stop)` along the output of each adapted part; others have the gain 1.
+        spans: `(start, stop)` along the output of each adapted part; other outputs have gain 1.
     """
 
     formula: Formula
@@ -35,7 +35,7 @@ class Gain:
     spans: Spans
 
     def of(self, norms: Tensor, first: int = 0) -> Tensor:
-        """Return the gains `(n,)` of outputs from `first` on, by their norms `(n,)`."""
+        """Return the gains `(n,)` of outputs from `first` on, from their norms `(n,)`."""
         pieces, end, last, row = [], first, first + norms.shape[0], 0
         for start, stop in self.spans:
             a, b = max(start, first), min(stop, last)
@@ -50,7 +50,7 @@ class Gain:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def to(self, dtype: torch.dtype) -> Gain:
-        """Return the same gain, frozen, of tensors of a dtype."""
+        """Return the same gain without gradients, in a dtype."""
         tensors = {
             role: in_memory(tensor.detach()).to(dtype) for role, tensor in self.tensors.items()
         }
@@ -73,13 +73,13 @@ def norms_of(weight: Tensor, transposed: bool) -> Tensor:
 def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) -> Tensor:
     """Return the norms of `W + sum of scale * B @ A` by thin products, without forming it.
 
-    `|w + d|^2 = |w|^2 + 2 w d + d^2` for each output w, whose update is `d = b A`. Exactly the
-    norms of W where B is zero. Of an output that its update nearly cancels, the norm is as exact as
-    float32 leaves it of `|w|^2`.
+    `|w + d|^2 = |w|^2 + 2 w d + d^2` for each output w with update `d = b A`. Where B is zero,
+    these are exactly the norms of W. Where the update nearly cancels w, the error of the square
+    is that of rounding `|w|^2` to float32.
 
     Args:
         weight: `(out, in)`, or `(in, out)` where `transposed`.
-        updates: What is added to it.
+        updates: The updates of it.
         transposed: Whether the outputs are the last axis.
 
     Returns:
@@ -111,7 +111,7 @@ def gained(y: Tensor, base: Tensor, gain: Tensor) -> Tensor:
 
     Args:
         y: `(..., out)`, with every update.
-        base: `(..., out)`, the part of it that the gain multiplies: all but the bias.
+        base: `(..., out)`, the part of y that the gain multiplies: all but the bias.
         gain: `(..., out)`, float32 or wider.
     """
     return torch.addcmul(y, base, (gain - 1).to(y.dtype))

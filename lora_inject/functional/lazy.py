@@ -51,7 +51,7 @@ def lazy_weight(
         float32: Return float32 instead of rounding to the weight's dtype.
         used: Called when the value is first used, before it is; it may raise. A question about
             shape, dtype or device is no use, where the weight can wait.
-        gain: What multiplies the outputs of the sum, which no product is taken through.
+        gain: The factor on the outputs of the sum; with one, no product is taken thinly.
 
     Returns:
         A tensor of the weight's shape: a `LazyWeight` where the weight is a plain matrix or a stack
@@ -88,7 +88,7 @@ class _Read:
 
     Attributes:
         leaves: The weight, and every tensor of its updates and of its gain.
-        formed: The effective weight, once somebody needed it.
+        formed: The effective weight, once it was needed.
     """
 
     def __init__(
@@ -112,17 +112,17 @@ class _Read:
         return [0 if t.is_inference() else t._version for t in self.leaves]
 
     def mode(self) -> Any:
-        """Return the context in which everything of the reading is computed."""
+        """Return the context in which the reading is computed."""
         return torch.set_grad_enabled(self._grad)
 
     def anew(self) -> LowRank:
-        """Return the sum, of nothing that was computed before."""
+        """Return the sum, computed anew."""
         if not self.updates:
             return LowRank(self.weight, ())
         return low_rank(self.weight, self.updates, self.gain)
 
     def value(self) -> LowRank:
-        """Return the sum that the weight stands for.
+        """Return the sum that the weight represents.
 
         Raises:
             LayerError: The weight or its adapter has changed since it was read.
@@ -142,10 +142,10 @@ class _Read:
         return self._value
 
     def matrix(self, index: int, *, to_multiply: bool) -> LowRank:
-        """Return one matrix of a stack, its factors in the dtype that they are multiplied in.
+        """Return one matrix of a stack, with factors in the dtype of their products.
 
-        All are cast and cut at once: the gradient of A is then put together and cast once, and not
-        once for each. In inference few of many experts may be asked for, which are cast alone.
+        In training all are cast and cut at once, so the gradient of A is joined and cast once. In
+        inference few of many experts may be used, so each is cast alone.
         """
         base, terms, float32, _ = self.value()
         narrow = to_multiply and self._grad and not float32 and not _is_autocast(base)
@@ -166,9 +166,9 @@ class _Read:
 
 
 class LazyWeight(Tensor):
-    """Stands for a weight with its updates; what it cannot answer thinly it forms first.
+    """Stands for a weight with its updates; operations without a thin form use the formed sum.
 
-    It is the whole of what was read, or one matrix of it, or some: `index`, maybe turned.
+    It is the whole weight that was read, one matrix of it, or some (`index`), maybe transposed.
     """
 
     _read: _Read
@@ -198,12 +198,12 @@ class LazyWeight(Tensor):
         return made
 
     def some(self, index: int | Tensor | None, *, turn: bool = False) -> LazyWeight:
-        """Return one matrix of a stack, some of them, or the same, maybe turned."""
+        """Return one matrix of a stack, some of them, or all, maybe transposed."""
         index = self._index if index is None else index
         return LazyWeight.of(self._read, index, self._is_turned != turn)
 
     def value(self, *, to_multiply: bool = True, turn: bool = False) -> LowRank:
-        """Return the sum that it stands for; raises where a tensor of it has changed."""
+        """Return the sum that it represents; raise if a tensor of it has changed."""
         found = self._read.value()
         if isinstance(self._index, int):
             found = self._read.matrix(self._index, to_multiply=to_multiply)
@@ -215,10 +215,10 @@ class LazyWeight(Tensor):
         return LowRank(found.base.mT, turned, found.float32)
 
     def is_thin(self) -> bool:
-        """Whether products may be taken through it.
+        """Whether products may be computed thinly.
 
-        One that was formed may carry a hook or a gradient of its own: it stays the one. A gain
-        multiplies a sum, not its terms.
+        A formed weight may have a hook or a gradient of its own, so it is used. A gain applies to
+        the sum, not to its terms.
         """
         return self._formed is None and self._read.formed is None and self._read.gain is None
 
@@ -306,7 +306,7 @@ def _may_answer(answer: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> boo
 def _is_thin(argument: Any) -> bool:
     """Whether an argument allows a thin answer.
 
-    Tensors of other classes have an arithmetic of their own.
+    Tensors of other classes have their own arithmetic.
     """
     if isinstance(argument, LazyWeight):
         return argument.is_thin()
@@ -346,7 +346,7 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         read, index, turned = ctx.how
-        read.value()  # or it has changed
+        read.value()  # raises if it has changed
         again = torch.is_grad_enabled()
         with torch.enable_grad():
             out = _of(read.anew().formed(read.weight.dtype), index, turned)

@@ -198,14 +198,14 @@ def differentiate(
 
 
 class Kept(NamedTuple):
-    """What the backward of one update needs beside x.
+    """What the backward of one update needs besides x.
 
     Attributes:
         h: `drop(x) A^T`, `(n, rank * parts)`.
-        A: As it was multiplied with.
-        B: Likewise.
-        dropped: Without dropout None. Else which elements of x were kept, bool `(n, in)`; or on a
-            CPU the gaps between those that were dropped, `(m,)`, integers.
+        A: The factor A in the dtype of the product.
+        B: The factor B likewise.
+        dropped: None without dropout. Else the kept elements of x, bool `(n, in)`; on a CPU the
+            gaps between dropped elements, `(m,)`, integers.
     """
 
     h: Tensor

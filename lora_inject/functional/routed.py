@@ -169,7 +169,7 @@ def _one_pair(
 
 
 def dropped(x: Tensor, u: Factors) -> Tensor:
-    """Return `(..., in)` with the elements dropped that one adapter alone would drop."""
+    """Return `(..., in)` with the same elements dropped as for the adapter alone."""
     return cpu.drop(x.reshape(-1, x.shape[-1]), u.dropout)[0].view(x.shape)
 
 

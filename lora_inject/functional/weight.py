@@ -30,7 +30,7 @@ class LowRank(NamedTuple):
         terms: `(left, right, scale)` of each update, `(..., m, R)` and `(..., R, n)`, in float32 or
             wider.
         float32: Whether a product is to keep its low-rank arithmetic in float32 over a 16-bit base.
-        gain: What multiplies the outputs of the sum, and whether these are its last axis; else None
+        gain: The factor on the outputs of the sum, and whether these are its last axis; or None
     """
 
     base: Tensor
@@ -74,13 +74,13 @@ def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None
 def effective_weight(
     weight: Tensor, updates: Sequence[Update], *, float32: bool, gain: Gain | None = None
 ) -> Tensor:
-    """Form `W + sum of scale * B @ A`, times its gain, for a weight that is read, differentiably.
+    """Form `W + sum of scale * B @ A`, times its gain, differentiably.
 
     Args:
         weight: The frozen tensor, any shape that `spec.weight_shape` states.
         updates: `(spec, A, B, scale)` for each update.
         float32: Return float32 instead of rounding to the weight's dtype.
-        gain: What multiplies the outputs of the sum.
+        gain: The factor on the outputs of the sum.
 
     Returns:
         A new tensor of the weight's shape. Over a 16-bit weight the sum is formed in float32 and

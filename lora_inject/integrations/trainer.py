@@ -1,8 +1,8 @@
-"""What transformers' Trainer cannot do by itself for a run of adapters that is killed and resumed.
+"""A callback that makes runs of transformers' Trainer safe to kill and resume.
 
 Trainer writes its checkpoints through `save_pretrained`, which writes the adapters (`model.
-stand_ins`), and resumes from them. This callback sees to the rest: nothing is lost between a log
-and a save, a half-written checkpoint is not resumed from, and what would not be saved is refused.
+stand_ins`), and resumes from them. The callback also logs at each save, keeps half-written
+checkpoints from being resumed, and refuses parameters that would not be saved.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 class AdapterCheckpoint:
-    """A callback for transformers' Trainer: a run that was killed goes on as if it had not been.
+    """A callback for transformers' Trainer: a killed run resumes with the same results.
 
-    - A step that is saved is also logged, so that the losses of a run that was killed and resumed
-      are those of one that was not, and a run that is stopped early is saved.
-    - When the Trainer is made, checkpoints in `args.output_dir` that a kill left half-written are
-      renamed to `checkpoint-N.incomplete`, and not resumed from.
-    - Resuming does not warn of the base that a checkpoint of adapters lacks.
+    - Every saved step is also logged, so a resumed run logs the same losses. A run that is stopped
+      early is saved.
+    - When the Trainer is made, half-written checkpoints in `args.output_dir` are renamed to
+      `checkpoint-N.incomplete`.
+    - Resuming does not warn that checkpoints of adapters lack the base.
 
-    Schedules, file names, rotation, best model and resuming are Trainer's own. Each `checkpoint-N`
-    is also what PEFT and `load_adapter` read.
+    Schedules, file names, rotation, best model and resuming are left to Trainer. PEFT and
+    `load_adapter` can read each `checkpoint-N`.
 
     Args:
-        format: `peft`, or `native` for adapters that PEFT's files cannot express: of the copy that
-            `load_adapter` reads.
+        format: Format of the copy that `load_adapter` reads: `peft`, or `native` for adapters that
+            PEFT's files cannot express.
 
     Raises:
-        StateError: At the start of training: the model carries no adapter, or parameters train that
-            are no part of one and would not be saved.
+        StateError: At the start of training: the model has no adapter, or parameters outside of
+            adapters train, which would not be saved.
 
     Examples:
         >>> import tempfile, torch, lora_inject as li
@@ -73,7 +73,7 @@ class AdapterCheckpoint:
         raise AttributeError(event)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        """Put half-written checkpoints aside, and let one of adapters load quietly."""
+        """Rename half-written checkpoints, and silence the warning on loading adapters only."""
         del state, control
         model = unwrapped(model)
         if (saves := model.__dict__.get(SAVE)) is not None:
@@ -91,20 +91,20 @@ class AdapterCheckpoint:
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
     ) -> None:
-        """Refuse what could not be resumed."""
+        """Refuse a run that could not be resumed."""
         del args, state, control
         ours = {id(parameter) for parameter in adapter_parameters(model).values()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
         if not ours or others:
-            found = "the model carries no adapter"
+            found = "the model has no adapter"
             if ours:
-                found = f"{len(others)} parameters train that are no part of an adapter, of which "
+                found = f"{len(others)} parameters outside of adapters train, of which "
                 found += repr(others[0])
-            remedy = "Inject first, and name what else trains under `train` in the config"
+            remedy = "Inject first, and list other trained parameters under `train` in the config"
             raise StateError("AdapterCheckpoint", found, remedy)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log what is saved, without which the losses since the last log would be lost."""
+        """Log at each save, so that the losses since the last log are not lost."""
         del state
         control.should_save = control.should_save or control.should_training_stop
         may_be_best = control.should_evaluate and args.save_strategy == "best"
@@ -113,7 +113,7 @@ class AdapterCheckpoint:
     on_epoch_end = on_step_end
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save where the evaluation ends the run."""
+        """Save if the evaluation ends the run."""
         del args, state
         control.should_save = control.should_save or control.should_training_stop
 

@@ -31,7 +31,7 @@ def reference(model: nn.Module) -> nn.Module:
         the model's. A call runs under `disabled(model)`, in its own mode, which is evaluation.
 
     Raises:
-        StateError: The model carries no adapter; in a call: it is merged.
+        StateError: The model has no adapter; in a call: it is merged.
 
     Examples:
         >>> import torch
@@ -44,7 +44,7 @@ def reference(model: nn.Module) -> nn.Module:
         True
     """
     if not reach(model, Survey(model)).names:
-        found = "the model carries no adapter"
+        found = "the model has no adapter"
         raise StateError("reference", found, "Inject or load one first")
     return _Reference(model).eval()
 

@@ -7,7 +7,7 @@ other references to the layer. (PyTorch's FSDP2 and parametrize work the same wa
 A module carries adapters in up to two ways. A *forward update* overrides `forward` and adds to the
 output. A *weight update* is a property of the class with the name of a parameter: a forward that
 reads `module.weight` gets the effective value, while the raw parameter stays where it was in
-`_parameters`, under the same key, and is what everybody else reads and writes (`layers.readers`).
+`_parameters`, under the same key, and is what all other code reads and writes (`layers.readers`).
 The weight of a layer with a forward update is such a property, too, for a parent that reads it.
 """
 

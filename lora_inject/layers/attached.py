@@ -55,8 +55,8 @@ class Entry:
         param: Name of the parameter in the module that is adapted.
         names: Role to flat attribute name.
         shape: For a trained copy, its shape.
-        rows: For a copy of some rows of the tensor only, which.
-        scale: For what is added to the tensor and not put in its place, the factor on it.
+        rows: For a copy of some rows of the tensor, their indices.
+        scale: The factor on values that are added to the tensor; None if they replace it.
     """
 
     adapter: str
@@ -82,16 +82,16 @@ class Entry:
         return self.shape if self.spec is None else self.spec.shapes[role.removesuffix("0")]
 
     def trains(self, role: str) -> bool:
-        """Return whether the tensor of a role trains: all do but a frozen start."""
+        """Return whether the tensor of a role trains: all but a frozen start."""
         return self.spec is None or role in self.spec.shapes
 
     @property
     def variant(self) -> Variant:
-        """How the tensors of a site become an update."""
+        """The variant of the site."""
         return VARIANTS["lora" if self.spec is None else self.spec.variant]
 
     def gain(self, held: Mapping[str, Any]) -> Gain | None:
-        """Return what multiplies the outputs, where the variant does so."""
+        """Return the gain of the outputs, None if the variant has none."""
         spec, variant = self.spec, self.variant
         if spec is None or not variant.gained:
             return None
@@ -138,7 +138,7 @@ class Attached:
         float32: Whether an adapter on the output asks for float32 arithmetic.
         gains: Whether an adapter on the output has a gain.
         took_part: Marks of the entries that a forward has used so far; see `Entry.mark`.
-        read_from_outside: Marks of those that another module has read while this one did not run.
+        read_from_outside: Marks of entries that another module read while this one did not run.
         running: For each thread that runs a forward of the module: the effective weights read in
             it, and the hooks on saved tensors that it was entered with.
     """
@@ -235,7 +235,7 @@ class Attached:
         return alone
 
     def forget_use(self) -> None:
-        """Let the next forward note anew what takes part in it."""
+        """Reset the notes of which entries take part in a forward."""
         self.took_part, self.last_chosen = frozenset(), (None, ())
 
     def used(self, entries: Iterable[Entry]) -> None:
@@ -273,7 +273,7 @@ class Attached:
 
 
 def refuse_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
-    """Raise where an adapter with a gain is not the only one on a tensor, or not with weight 1."""
+    """Raise if an adapter with a gain is not alone on a tensor, or not with weight 1."""
     alone = next((entry for entry, _ in taking if entry.variant.gained), None)
     if alone is None or (len(taking) == 1 and taking[0][1] == 1.0):
         return
@@ -283,7 +283,7 @@ def refuse_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
         f"site {alone.spec.name!r} with {mix}",
         f"the {alone.spec.variant} of {alone.adapter!r} scales what W and all updates give "
         "together: it is not defined beside another adapter, or in part",
-        f"Activate {alone.adapter!r} by itself, with weight 1",
+        f"Activate {alone.adapter!r} alone, with weight 1",
     )
 
 

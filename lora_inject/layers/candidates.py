@@ -262,7 +262,7 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def _shape(parameter: nn.Parameter | None) -> tuple[int, ...]:
-    """Return a parameter's shape; `()` where there is none, yet or at all."""
+    """Return a parameter's shape; `()` if it is missing or not initialized."""
     known = parameter is not None and not nn.parameter.is_lazy(parameter)
     return tuple(parameter.shape) if known else ()  # type: ignore[union-attr]
 

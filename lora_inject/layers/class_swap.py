@@ -66,7 +66,7 @@ def unswap(module: nn.Module) -> None:
     """Give a module its own class back and forget its attached."""
     attached = module.__dict__.pop("_lora")
     if not isinstance(module, Adapted):
-        return  # somebody gave it another class
+        return  # its class was replaced
     plain = plain_class(type(module))
     if _is_ours(module.__dict__.get("_old_forward"), module):  # of a hook that came later
         bound = types.MethodType(plain.forward, module)  # type: ignore[attr-defined]
@@ -78,7 +78,7 @@ def unswap(module: nn.Module) -> None:
 
 
 def change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
-    """Let a module, with adapters or without, stand on another class of the same layout."""
+    """Give a module, with or without adapters, another class of the same layout."""
     before: Any = plain_class(type(module))
     attached = attached_to(module)
     own, bound = module.__dict__, types.MethodType(plain.forward, module)
@@ -148,11 +148,11 @@ def check_swappable(module: nn.Module, asked: str) -> None:
 
 
 def refuse_replaced_class(module: nn.Module, asked: str) -> None:
-    """Raise where somebody gave a module with adapters a class that does not know of them."""
+    """Raise if a module with adapters was given a class without support for them."""
     if attached_to(module) is not None and not isinstance(module, Adapted):
         raise LayerError(
             asked,
-            f"its layer carries adapters and was given the class {type(module).__name__} since, "
+            f"its layer has adapters and was later given the class {type(module).__name__}, "
             "which leaves them inert",
             "Eject them, then inject again",
         )

@@ -75,7 +75,7 @@ class LoRAEmbedding(ForwardUpdate):
         ids = self._lora_input(args, kwargs)
         weight = self._lora_own("weight")
         state = attached.selection.current()
-        if hasattr(weight, "full_tensor"):  # rows of a DTensor are not added to one by one
+        if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
             return self._lora_rows(ids, self._lora_formed(), self.max_norm)
         if state.routed:
             routing = self._lora_routing(ids, state)
@@ -109,7 +109,7 @@ class LoRAEmbedding(ForwardUpdate):
         return self._lora_renorm(found)
 
     def _lora_gained(self, rows: Tensor, ids: Tensor, gain: Tensor) -> Tensor:
-        """Multiply looked-up rows by a gain, to which the padding row teaches nothing."""
+        """Multiply looked-up rows by a gain, without a gradient from the padding row."""
         if self.padding_idx is not None:
             padding = (ids == self.padding_idx).unsqueeze(-1)
             gain = torch.where(padding, gain.detach(), gain)

@@ -44,7 +44,7 @@ class ForwardUpdate(Adapted):
         return self._lora_value(param, raw, reads) if reads else raw
 
     def _lora_formed(self) -> Any:
-        """Return the weight with all that takes part: for DTensors that cannot be added to."""
+        """Return the weight with all updates: for DTensors without in-place addition."""
         attached = self._lora
         entries = {**attached.forward, **attached.reads.get(self.weight_name, {})}
         return self._lora_value(self.weight_name, self._lora_raw(self.weight_name), entries)

@@ -134,7 +134,7 @@ class LoRALinear(ForwardUpdate):
         """Compute the layer with the one adapter that has a gain.
 
         `g (W x + u) + b = (W x + b + u) + (g - 1) (W x + u)`, which is the plain output to the bit
-        where g is 1 and u is 0. With dropout the second W x is of what x keeps, as in PEFT.
+        where g is 1 and u is 0. With dropout the second W x uses the dropped x, as in PEFT.
         """
         x, float32 = self._lora_input(args, kwargs), self._lora.float32
         state, compiling = self._lora.selection.current(), torch.compiler.is_compiling()
@@ -166,7 +166,7 @@ class LoRALinear(ForwardUpdate):
             raise LayerError(
                 "routed() in training",
                 f"a {type(self).__name__} has an adapter with a gain and dropout",
-                "Give it dropout: 0, or train it by itself",
+                "Give it dropout: 0, or train it alone",
             )
         weight, bias = self._lora_weight_and_bias()
         gains = self._lora_gains(routing, weight)
@@ -177,7 +177,7 @@ class LoRALinear(ForwardUpdate):
         """Compute a nested tensor's rows, with the few operations that torch has for them.
 
         Raises:
-            LayerError: Under `routed`, whose rows are those of a plain batch, or with a gain.
+            LayerError: Under `routed`, which needs rows of a plain batch, or with a gain.
         """
         if state.routed or (self._lora.gains and self._lora.gained(state) is not None):
             raise LayerError(

@@ -1,8 +1,8 @@
-"""Who reads a weight: a forward, which is to find W + delta, or anybody else, who gets W itself.
+"""Detect who reads a weight: a forward gets W + delta, all other code gets W itself.
 
-Initialization, ties, optimizers, FSDP2 and a user's own code read and write the raw Parameter. The
-caller is known from the stack, which costs a forward that reads no weight nothing, holds in every
-thread, and for a submodule that is called directly as for the whole model.
+Initialization, ties, optimizers, FSDP2 and user code read and write the raw Parameter. The caller
+is found on the stack. This costs nothing in forwards that read no weight, and works in every
+thread and for submodules that are called directly.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from lora_inject.errors import LayerError
 _CALL = nn.Module._call_impl.__code__
 _FUSING = {f.__code__ for f in (fusion.fuse_conv_bn_eval, fusion.fuse_linear_bn_eval)}
 
-# Stands for a forward whose module is not known: a compiled or a recomputed one.
+# A forward whose module is not known: compiled or recomputed.
 SOME_FORWARD = object()
 
 
 def running_module() -> Any:
-    """Return the innermost module whose forward the caller of a property runs in.
+    """Return the innermost module whose forward calls a property.
 
     Returns:
-        The module; `SOME_FORWARD` where it cannot be told, as in a compiled graph and in a backward
+        The module; `SOME_FORWARD` if it is not known, as in a compiled graph and in a backward
         pass, which recomputes checkpointed forwards; None outside of forwards.
     """
     if torch.compiler.is_compiling():
@@ -43,7 +43,7 @@ def running_module() -> Any:
         if code in _FUSING:
             raise LayerError(
                 f"torch.nn.utils.{code.co_name}",
-                "the layer carries an adapter, whose update would be left as it is",
+                "the layer has an adapter, whose update would not be fused",
                 "Call merge(model, eject=True) first, then fuse",
             )
         frame = frame.f_back  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def running_module() -> Any:
 
 
 def computes() -> bool:
-    """Whether the caller of a property runs in a `forward`, and not in a hook around one."""
+    """Whether a property is called in a `forward`, and not in a hook around one."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_code is not _CALL:
         if _forward_of(frame) is not None:

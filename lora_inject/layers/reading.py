@@ -1,7 +1,7 @@
-"""What a forward finds where it reads a weight: W + delta; and where it cannot, an error.
+"""The value of a weight that a forward reads: W + delta, or an error where it cannot be formed.
 
-`layers.readers` says who reads. What is read is formed as late as it can be: a question about a
-weight's dtype costs nothing, and is never refused.
+`layers.readers` detects who reads. The sum is formed as late as possible: reading a weight's dtype
+or shape costs nothing and is never refused.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from lora_inject.layers.readers import computes, running_module
 from lora_inject.layers.routed_forward import adds_rows
 from lora_inject.layers.selection import State
 
-# What W + delta can be formed of: neither packed nor sharded, and what stands for it in a trace.
+# Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
 PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is packed, so that its values are not those of its elements."""
+    """Whether a weight is packed, so that its elements are not its values."""
     plain = weight.is_floating_point() and weight.element_size() >= 2
     return not plain or type(weight) not in PLAIN
 
 
 def refuse_offloaded(module: nn.Module) -> None:
-    """Raise where accelerate offloads a module: its hook trains copies and throws them away.
+    """Raise if accelerate offloads a module: its hook discards the gradients of copies.
 
     Raises:
         LayerError: The module's hook offloads.
@@ -52,13 +52,13 @@ def refuse_offloaded(module: nn.Module) -> None:
     if any(getattr(h, "offload", False) for h in hooks):
         raise LayerError(
             f"training an adapter on a {type(module).__name__} that accelerate offloads",
-            "its hook hands the forward copies of all parameters, whose gradients are lost",
+            "its hook gives the forward copies of all parameters, whose gradients are lost",
             "Train without offload; for inference call model.eval()",
         )
 
 
 class Reading(nn.Module):
-    """The part of a swapped class by which its parameters are read."""
+    """The part of a swapped class that reads its parameters."""
 
     # Name of the layer's weight among its parameters.
     weight_name: ClassVar[str] = "weight"
@@ -68,7 +68,7 @@ class Reading(nn.Module):
     _lora: Attached
 
     def _lora_refuse_vain(self, tensors: Iterable[Tensor]) -> None:
-        """Raise where adapters take part and are to train, and no gradient would reach them."""
+        """Raise if adapters are to train and no gradient would reach them."""
         if not self.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():
@@ -78,7 +78,7 @@ class Reading(nn.Module):
             refuse_dead_checkpoint()
 
     def _lora_raw(self, param: str) -> Any:
-        """Return what the plain class would: a parameter, or a tensor that stands in its place."""
+        """Return the plain class's attribute: a parameter, or a tensor in its place."""
         computed = getattr(self._lora_plain, param, None)
         if isinstance(computed, property):
             return computed.__get__(self)
@@ -89,7 +89,7 @@ class Reading(nn.Module):
         return super().__getattr__(param)  # raises
 
     def _lora_read(self, param: str, raw: Any) -> Any:
-        """Return the effective value of a parameter to a forward, and the raw one else."""
+        """Return a parameter's effective value in a forward, the raw one elsewhere."""
         reader = running_module()
         if reader is None:
             return raw
@@ -106,7 +106,7 @@ class Reading(nn.Module):
     def _lora_value(
         self, param: str, raw: Any, entries: Mapping[str, Entry], *, outside: bool = False
     ) -> Any:
-        """Return W + delta of those of the entries that take part under the current selection."""
+        """Return W + delta, with the entries of the current selection."""
         if not entries:
             return raw
         if raw is None:
@@ -129,11 +129,11 @@ class Reading(nn.Module):
         return cache[key]
 
     def _lora_other(self, raw: Any, taking: list[tuple[Entry, float]], outside: bool) -> Any:
-        """Return what a sharded weight, or a quantized one, reads as.
+        """Return the value of a sharded or a quantized weight.
 
-        Tensor parallelism computes with shards; FSDP2 reads them in hooks, to gather them. What
-        replaced a weight after inject, or is read by a parent, has no W to add to: its shape and
-        dtype may be asked for.
+        Tensor parallelism computes with shards; FSDP2 reads them in hooks, to gather them. If the
+        weight was replaced after inject, or is read by a parent, there is no W to add to: only its
+        shape and dtype can be read.
         """
         if torch.compiler.is_compiling():
             return raw
@@ -184,7 +184,7 @@ class Reading(nn.Module):
         return value
 
     def _lora_is_read(self, entry: Entry) -> None:
-        """Note that an entry takes part, and refuse what a weight cannot express."""
+        """Note that an entry takes part, and refuse dropout, which a weight cannot express."""
         if torch.compiler.is_compiling():
             return
         if entry.mark not in self._lora.took_part:
@@ -202,7 +202,7 @@ class Reading(nn.Module):
     def _lora_refuse_routed(
         self, param: str, raw: Tensor, entries: Mapping[str, Entry], state: State
     ) -> Tensor:
-        """Return W for a question about its shape or dtype; raise where it is used."""
+        """Return W if its shape or dtype is read; raise if its values are used."""
         if not state.names & entries.keys():
             return raw
 
@@ -216,9 +216,9 @@ class Reading(nn.Module):
         return lazy_weight(raw, (), float32=False, used=used)
 
     def _lora_refuse_replaced(self, name: str) -> None:
-        """Raise where a parameter is to be computed, as parametrize, prune and weight_norm do.
+        """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
 
-        FSDP1 and DataParallel put plain tensors in the place of parameters, too, of the same value.
+        FSDP1 and DataParallel also replace parameters by plain tensors, of the same value.
         """
         if not self.__dict__.keys() & {"_is_fsdp_managed_module", "_is_replica"}:
             raise LayerError(
@@ -230,7 +230,7 @@ class Reading(nn.Module):
 
 
 def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
-    """Return a tensor with what an entry without a site makes of it: added, or put in its place."""
+    """Return a tensor with the values of an entry without a site added or put in its place."""
     if entry.scale is not None:
         return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)
     if entry.rows is None:
@@ -244,31 +244,31 @@ def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: flo
 
 @functools.lru_cache(maxsize=64)
 def _kept_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a backward may need it, whoever asks first
+    with torch.inference_mode(False):  # a later backward may need it
         return torch.tensor(rows, device=device)
 
 
 def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return numbers of rows as a tensor, which on a device would be a transfer in each forward."""
+    """Return row indices as a cached tensor, to save a transfer in each forward."""
     if type(like) in (nn.Parameter, Tensor) and not needs_plain_operations():
         return _kept_index(rows, like.device)
     return torch.tensor(rows, device=like.device)
 
 
 def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
-    """Return `value + weight * (copy - raw)`, or the copy itself where that is all there is."""
+    """Return `value + weight * (copy - raw)`, or the copy itself if nothing else was added."""
     if weight == 1.0 and value is raw:
         return copy.to(raw.dtype)
     return (value.to(copy.dtype) + weight * (copy - raw.to(copy.dtype))).to(raw.dtype)
 
 
 def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
-    """Return the plain forward, during which each effective weight is formed once."""
+    """Return the plain forward, in which each effective weight is formed once."""
 
     @functools.wraps(plain.forward)
     def forward(self: Reading, *args: Any, **kwargs: Any) -> Any:
         attached = attached_to(self)
-        # Without: somebody has kept this method, and the adapter was ejected.
+        # Without one this bound method was kept and the adapter ejected.
         if attached is None or torch.compiler.is_compiling():
             return plain.forward(self, *args, **kwargs)
         thread, running = threading.get_ident(), attached.running
@@ -285,7 +285,7 @@ def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
 
 
 def weight_property(param: str) -> property:
-    """Return the property that stands for a parameter of a swapped class."""
+    """Return the property of a swapped class that replaces a parameter."""
 
     def read(self: Reading) -> Any:
         raw = self._lora_raw(param)
@@ -300,7 +300,7 @@ def weight_property(param: str) -> property:
             ) from error
 
     def write(self: Reading, value: Any) -> None:
-        # nn.Module.__setattr__ has put Parameters into `_parameters` and does not come here.
+        # Parameters do not come here: nn.Module.__setattr__ puts them into `_parameters`.
         self._lora_refuse_replaced(param)
         self.__dict__[param] = value
 

@@ -23,8 +23,8 @@ class Routing(NamedTuple):
         entries: Their entries.
         places: `(batch,)`, int64: 0 for the base, else 1 + the place in `entries`.
         recipes: Their updates.
-        blocks: `places` with one entry for each of several equal runs of rows of one adapter, or
-            as `places` where there are no such runs.
+        blocks: `places` with one entry for each run of rows of one adapter, if these runs are
+            equally long; else `places`.
     """
 
     entries: Sequence[Entry]

@@ -38,8 +38,8 @@ class State:
         choices: For compiled graphs, in which a name would be a constant: `(n, 2)` on each device
             of the model; the number of each active adapter, or of each row's (-1 for the base),
             and its weight.
-        draws: What drops elements of a layer's input, for trials whose random numbers are their
-            own: called with the input and the updates by adapter. None: torch's generator.
+        draws: Dropout for trials with random numbers of their own: a function of the layer's input
+            and the updates by adapter. None: torch's generator.
         kept: What layers keep for one context: rows as tensors.
     """
 
@@ -140,7 +140,7 @@ class Selection:
 
     def current(self) -> State:
         """Return the state that the running forward belongs to."""
-        if torch.compiler.is_compiling():  # whoever calls: dynamo may compile this alone
+        if torch.compiler.is_compiling():  # dynamo may compile this function alone
             return self._of_compiled()
         context = innermost(self)
         state = self.state if context is None else context.states[self]

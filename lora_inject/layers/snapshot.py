@@ -1,9 +1,9 @@
 """All or nothing: what a verb may change on a model, and how to put it back.
 
-A verb that changes a model snapshots, first, what it is about to touch: classes, tables of
-parameters and adapters, flags and selections, all of them references and no tensor. Whatever
-raises, Ctrl-C included, the snapshot is put back. Of tables that will only grow the length is
-enough, so that the thousandth adapter costs what the first one does.
+A verb that changes a model first takes a snapshot of the state that it may change: classes, tables
+of parameters and adapters, flags and selections; references only, no tensors. On any exception,
+Ctrl-C included, the snapshot is restored. For tables that only grow, the length is enough, so the
+thousandth adapter costs no more than the first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def all_or_nothing(
         modules: The modules that may change.
         values: Further objects whose attributes may change: selections, records.
         parameters: Those whose `requires_grad` may change; by default all of the modules'.
-        grows: Whether modules get adapters and nothing of theirs goes or is replaced.
+        grows: Whether modules only get adapters, and nothing is removed or replaced.
 
     Yields:
         Those of the parameters that require a gradient.
@@ -102,7 +102,7 @@ def _restore(module: nn.Module, cls: type, extras: Any, parameters: Any, held: A
 
 
 def _noted(table: dict[str, Any], grows: bool) -> int | dict[str, Any]:
-    """Return what `_put_back` needs of a table: its length, where it will only grow."""
+    """Return what `_put_back` needs of a table: only its length if the table grows."""
     return len(table) if grows or not table else dict(table)
 
 

@@ -36,11 +36,10 @@ class Loading:
 
 @functools.cache
 def watch_loading() -> None:
-    """Refuse, from now on, `load_state_dict` of whatever holds merged weights.
+    """Refuse, from now on, `load_state_dict` of modules with merged weights.
 
-    torch asks a module only when it comes to it, when all that stands before it in a parent is
-    written, and no module knows its parents. So the question is put before torch's own function,
-    once a process has merged for the first time.
+    A module's own hook is called too late, after its predecessors in the parent were written, and
+    no module knows its parents. So torch's function is wrapped at the first merge of a process.
     """
     load = nn.Module.load_state_dict
 
@@ -54,7 +53,7 @@ def watch_loading() -> None:
 
 
 def refuse_loading(module: nn.Module) -> None:
-    """Raise where the weights of a module hold a merged adapter."""
+    """Raise if the weights of a module hold a merged adapter."""
     attached = module.__dict__.get("_lora")
     if attached is not None and attached.selection.merged is not None:
         raise StateError(

@@ -101,7 +101,7 @@ class Survey:
 
     @cached_property
     def tied(self) -> dict[Hashable, list[str]]:
-        """All names of each base tensor that several modules hold, by its memory."""
+        """All names of each base tensor in several modules, by its memory."""
         return {
             memory: [joined(self.paths[id(module)], key) for module, key in holders]
             for memory, holders in self._holders.items()

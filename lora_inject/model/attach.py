@@ -72,8 +72,8 @@ def places(
 ) -> list[Place]:
     """Find the module of each site and of each name of a copied tensor; check that it can take it.
 
-    Sites and copies have the model's own names; of a copy the rows are given that it is of, None
-    for all. Nothing is changed.
+    Sites and copies have the model's own names; copies come with their rows, None for all. Nothing
+    is changed.
     """
     modules = survey.by_name
     found = []
@@ -104,11 +104,11 @@ def places(
 
 
 def _bias_of(spec: SiteSpec, name: str, module: nn.Module) -> Place:
-    """Return the place of a bias of B: what is added to the layer's own bias."""
+    """Return the place of a bias of B, which is added to the layer's own bias."""
     if module._parameters.get("bias") is None:
         raise LayerError(
             f"site {spec.name!r}",
-            "lora_bias is added to the layer's bias, and it has none: no merge could hold the sum",
+            "lora_bias is added to the layer's bias, which is None: no merge could hold the sum",
             "Leave lora_bias out there, or give the layer a bias of zeros",
         )
     names = {"b": attribute("b", name, "bias")}
@@ -156,7 +156,7 @@ def _check(place: Place) -> None:
         raise LayerError(
             target,
             f"{reader} reads its values, and they are quantized ({type(place.weight).__name__})",
-            "Name the layer rather than its weight, with variant: lora and an init that does not "
+            "Target the layer rather than its weight, with variant: lora and an init that does not "
             "start from W",
         )
     if spec is None and isinstance(module, _NormBase) and module.running_mean is not None:
@@ -253,9 +253,9 @@ def _attach(place: Place, parameters: Mapping[str, nn.Parameter], selection: Sel
 def _check_joinable(
     survey: Survey, name: str, selections: Sequence[Selection], activate: bool
 ) -> None:
-    """Check that parts with selections of their own compute the same under one.
+    """Check that parts with separate selections compute the same with a common one.
 
-    An adapter that is added active takes the place of all others, so that no choice is lost.
+    An adapter that is added as active replaces all others, so no selection is lost.
     """
     if len(selections) < 2:
         return
@@ -272,7 +272,7 @@ def _check_joinable(
                     f"adding adapter {name!r}",
                     f"parts of the model were injected apart, and {entry.adapter!r} is active in "
                     f"one with another weight than in {path!r}",
-                    "Call activate(model, ...) first, which chooses for all parts",
+                    "Call activate(model, ...) first, which sets the selection of all parts",
                 )
 
 

@@ -37,8 +37,8 @@ class Root:
         configs: Adapter name to the config it was injected with, as plain data, or None.
         carrying: Adapter name to the modules that it was put on.
         trainable: The adapters that may require gradients: injecting or `train_only` named them.
-        required_grad: Base parameters that required a gradient before the first inject: their
-            names then, with the module and the key.
+        required_grad: Base parameters that required a gradient before the first inject: their name
+            at that time to module and key.
         undo: What `unmerge` restores while the model is merged; see `model.merge`.
         kept: A walk of the model and the generation that it belongs to; see `reach`.
     """
@@ -133,8 +133,8 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.M
 class Reach:
     """What a verb on a model reaches: the distinct selections inside, and the adapters.
 
-    `whole` is adapter name to the name of a parameter that it reads as a whole weight, `gained` are
-    the adapters that have a gain somewhere.
+    `whole` maps an adapter to a parameter that it reads as a whole weight; `gained` are the
+    adapters with a gain at any site.
     """
 
     selections: tuple[Selection, ...]
@@ -172,7 +172,7 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         assert attached is not None
         selections.setdefault(id(attached.selection), attached.selection)
         names.update(attached.forward, *attached.reads.values())
-        if attached.gains or attached.reads:  # else each adapter would cost every later verb
+        if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
             gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
         reads += [(path, module, e) for table in attached.reads.values() for e in table.values()]
     every = frozenset(names), _whole(reads), frozenset(gained)
@@ -209,7 +209,7 @@ def keep_with(
 
 
 def refuse_mixes(model: nn.Module, found: Reach, weights: Mapping[str, float]) -> None:
-    """Raise where an adapter with a gain would not be the only one at a site, with weight 1."""
+    """Raise if an adapter with a gain would not be alone at a site, with weight 1."""
     if not found.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
         return
     taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}

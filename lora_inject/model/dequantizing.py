@@ -1,7 +1,7 @@
-"""Quantized weights of a live model: their values, and layers that hold them in another way.
+"""Quantized weights of a live model: their values, and replacing them in their layers.
 
-A layer stays the object that it is. Its weight, and where it is bitsandbytes' its class, are
-replaced, and `Layer` puts back the very ones that were there.
+The layer stays the same object. Its weight, and the class of a bitsandbytes layer, are replaced;
+`Layer` restores the original objects.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ _ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
 
 
 def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
-    """Return the dtype that a caller names.
+    """Return the dtype of a name.
 
     Raises:
-        LayerError: It is none of `DTYPES`.
+        LayerError: The name is not in `DTYPES`.
     """
     name = str(dequantize).removeprefix("torch.")
     if name not in DTYPES:
-        raise LayerError(f"dequantize={name!r}", "it is not known", f"Use one of {list(DTYPES)}")
+        raise LayerError(
+            f"dequantize={name!r}", "the dtype is not known", f"Use one of {list(DTYPES)}"
+        )
     return DTYPES[name]
 
 
@@ -45,11 +47,11 @@ def why_not_dense(module: nn.Module, weight: Tensor, *, again: bool) -> str | No
     """Return why a quantized weight cannot be dequantized, or `again` quantized; None if it can."""
     kind, plain = _kind(module, weight), plain_class(type(module))
     if kind is None or (kind in ("4-bit", "int8") and plain.__module__ != _BITSANDBYTES):
-        return f"nothing here knows the values of a {plain.__name__} of {plain.__module__}"
+        return f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
     if kind == "int8" and (weight.dtype != torch.int8 or _row_scales(module, weight) is None):
         return "bitsandbytes has not quantized it yet"
     if again and kind in ("torchao", "float8"):
-        return "only bitsandbytes' formats are quantized again here"
+        return "only bitsandbytes' formats can be quantized again"
     return None
 
 
@@ -72,7 +74,7 @@ def _row_scales(module: nn.Module, weight: Any) -> Tensor | None:
 
 @torch.no_grad()
 def dense(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return what a quantized weight stands for, as its layer computes with it: a new float32."""
+    """Return the values of a quantized weight that its layer computes with: a new float32."""
     held: Any = weight
     kind = _kind(module, weight)
     if kind == "torchao":
@@ -134,7 +136,7 @@ def quantized_weights(survey: Survey) -> Iterable[tuple[nn.Module, str]]:
 
 @dataclass
 class Layer:
-    """What a layer was before its quantized weight was replaced; all its Parameters in order."""
+    """The state of a layer before its quantized weight was replaced."""
 
     module: nn.Module
     plain: type[nn.Module]
@@ -150,7 +152,7 @@ class Layer:
 
 
 def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
-    """Put another weight into a quantized layer, which becomes an `nn.Linear` for a plain one."""
+    """Replace the weight of a quantized layer; with a plain one it becomes an `nn.Linear`."""
     plain, own = plain_class(type(module)), module.__dict__
     before = Layer(module, plain, {}, dict(module._parameters))
     if type(weight) is not nn.Parameter:  # in the same format
@@ -179,14 +181,14 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
 
 
 def _without_codes(state: Any) -> Any:
-    """Return bitsandbytes' record of an int8 layer as it is before the first forward."""
+    """Return bitsandbytes' state of an int8 layer before its first forward."""
     fresh = copy.copy(state)
     fresh.CB = fresh.SCB = None
     return fresh
 
 
 def say_plain(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
-    """Have models and configs not say that they are quantized; return what `say_again` takes."""
+    """Remove the quantization from models and configs; return the argument of `say_again`."""
     said = []
     for _, module in survey.modules:
         if "hf_quantizer" in module.__dict__:

@@ -110,9 +110,9 @@ def _detach(module: nn.Module, name: str) -> None:
 
 
 def _unfreeze(survey: Survey, record: Root) -> None:
-    """Give base parameters their flags back; another root that holds one is to do so instead.
+    """Restore the flags of base parameters; another root that holds one restores it instead.
 
-    Layers that have moved keep theirs; what stands in the place of one that is gone gets its flag.
+    Layers that were moved keep theirs; a layer that replaced another gets its flag.
     """
     others = [m for m in ROOT_MODULES if ROOT in m.__dict__]
     held = {

@@ -81,7 +81,7 @@ def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> Adapte
 
 
 def _found(spec: SiteSpec, names: Inventory) -> Candidate | None:
-    """Return what the model has under the name of a site."""
+    """Return the model's candidate of a site's name."""
     if (place := names.sites.get(spec.name)) is not None:
         return names.candidates[place]
     place = names.weights.get(spec.name) if spec.kind == "parameter" else None
@@ -122,7 +122,7 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     fits = (candidate.in_features, candidate.out_features)
     if spec.kind == "parameter" and spec.transposed != candidate.transposed:
         fits = fits[::-1]
-    # The layout of a parameter may group its axes in another way.
+    # The layout of a parameter may group its axes differently.
     same = spec.kind == "parameter" and spec.weight_shape == candidate.weight_shape
     if (maps, spec.experts) != (fits, candidate.experts) and not same:
         raise FormatError(

@@ -106,7 +106,7 @@ def inject(
 
 
 def _norms(spec: SiteSpec, weight: Tensor) -> Tensor:
-    """Return the norms of the adapted outputs of W, to the bit as the first forward finds them."""
+    """Return the norms of the adapted outputs of W, equal in every bit to the first forward's."""
     matrix = weight.detach().reshape(spec.matrix_shape)
     if spec.update == "weight":
         matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))

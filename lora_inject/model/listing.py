@@ -25,7 +25,7 @@ class AdapterInfo:
 
     Attributes:
         sites: Site name to its spec.
-        trained: Names of the base tensors of which the adapter has copies, or copies of rows.
+        trained: Names of the base tensors that the adapter has copies of, or copies of rows.
         n_parameters: Elements of all its trainable tensors.
         weight: Its mixing weight in the current selection, None where it is not active.
         trainable: Whether its tensors require gradients.

@@ -35,15 +35,15 @@ def load_adapter(
     revision: str | None = None,
     **options: Any,
 ) -> M:
-    """Read an adapter from files, or from the hub, and put it onto a model, all of it or nothing.
+    """Read an adapter from files or from the hub, and put it onto a model, all of it or nothing.
 
     It becomes active only where no adapter is active, and it is not trainable until
     `train_only(model, name)` says so.
 
     Args:
         model: The model that it was made for.
-        path: What `save_adapter` or PEFT wrote, or `user/name` on the Hugging Face hub where there
-            is no such path here. Of a repository only safetensors and its config are fetched.
+        path: What `save_adapter` or PEFT wrote, or `user/name` on the Hugging Face hub if there
+            is no such path. Only safetensors and the config are downloaded.
         name: Its name on this model.
         leave_out: Patterns (as in a config) of trained tensors and sites to let go, for instance a
             head of another task. Each must match something.
@@ -52,7 +52,7 @@ def load_adapter(
             cannot be compared is let through, as of a base that is quantized only here, or was only
             where the adapter was made. `any`: no comparison.
         format: A row of `formats.FORMATS`; by default it is detected from the files.
-        revision: Branch, tag or commit of a repository; the head of its main branch where None.
+        revision: Branch, tag or commit of a repository; by default the head of its main branch.
         **options: For the format.
 
     Returns:
@@ -67,7 +67,7 @@ def load_adapter(
     if is_repo(path):
         path = download(str(path), revision)
     elif revision is not None:
-        found = "a revision is of a repository, and this is a path"
+        found = "a revision is for repositories, and this is a path"
         raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
     format = format or detected(Path(path))  # noqa: A001
     if format in FORMATS:

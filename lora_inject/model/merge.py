@@ -57,7 +57,7 @@ class _Undo:
         original: The values before as a matrix; None where `before` still has them or nothing is
             kept.
         partner: For an untied tensor: who else held its memory, and still does.
-        layer: For a quantized weight that was replaced: what the layer was.
+        layer: For a quantized weight that was replaced: the former state of the layer.
         n_kept: How many rows `original` holds.
         lost: Whether values were written over that nobody kept.
     """
@@ -116,8 +116,8 @@ def merge(
 ) -> MergeReport:
     """Fold `scale * B @ A` of the active adapters into the frozen weights, rounding once.
 
-    A quantized weight is merged into on request only: bitsandbytes' NF4, FP4 and int8, and to plain
-    floats those of torchao and transformers' `FP8Linear`.
+    Quantized weights are merged into on request only: bitsandbytes' NF4, FP4 and int8, and, to
+    plain floats only, those of torchao and transformers' `FP8Linear`.
 
     Args:
         model: The injected root.
@@ -128,19 +128,19 @@ def merge(
             the rounding to a 16-bit weight.
         eject: Take all adapters off afterwards, which leaves a plain model with merged weights.
         dequantize: `bfloat16`, `float16` or `float32`: make every quantized layer of the model a
-            plain one of this dtype, which is to be the one that the rest of the model computes in.
+            plain one of this dtype. Give the dtype that the rest of the model computes in.
         requantize: Quantize merged weights again, in their own format.
 
     Returns:
-        What rounding, or quantizing again, left of each delta, and in its notes which ties were
-        cut.
+        The part of each delta that rounding or quantizing again kept, and in its notes the ties
+        that were cut.
 
     Raises:
         StateError: Both `dequantize` and `requantize` are asked for, nothing is active,
             the model is merged already, or an adapter holds NaN or Inf or is not whole in this
             model.
-        LayerError: A weight is quantized and nothing was said, or nothing here knows its values; or
-            it is on the meta device, sharded, of inference mode or shares
+        LayerError: A weight is quantized and neither option is given, or it cannot be dequantized;
+            or it is on the meta device, sharded, of inference mode or shares
             a part of its memory, the merged weight would not be finite, `min_kept` is missed, or
             the model's class would tie again what has to be untied. Nothing was changed.
     """
@@ -165,7 +165,7 @@ def merge(
 
 
 def _into(dequantize: str | torch.dtype | None, requantize: bool) -> Into:
-    """Return what quantized weights become."""
+    """Return the target of quantized weights."""
     if dequantize is not None and requantize:
         raise StateError("merge", "both dequantize and requantize are given", "Choose one of them")
     return "same" if requantize else None if dequantize is None else dtype_of(dequantize)

@@ -31,7 +31,7 @@ from lora_inject.model.untying import refuse_overlaps
 from lora_inject.spec.names import joined
 
 Into = torch.dtype | Literal["same"] | None
-"""What a quantized weight is merged into: plain floats, its own format, or nothing, an error."""
+"""Target of a quantized weight: a plain dtype, its own format, or None for an error."""
 
 
 class Holder(NamedTuple):
@@ -95,7 +95,7 @@ class Target:
 
     @property
     def narrow(self) -> bool:
-        """Whether the result is stored in 16 bits or less, which may lose part of a delta."""
+        """Whether the result has 16 bits or less, which may lose a part of a delta."""
         return self.into == "same" or self.dtype.itemsize <= 2
 
     @cached_property
@@ -118,7 +118,7 @@ class Target:
         return not bound <= 1e-6 * torch.finfo(self.dtype).max
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(first row, rows)` of the weight matrix; of a plain one views in its storage."""
+        """Yield `(first row, rows)` of the weight matrix, views in the storage of a plain one."""
         matrix = self._values().view(self.matrix_shape)
         step = block_rows(matrix)
         for i, rows in enumerate(matrix.split(step)):  # type: ignore[no-untyped-call]
@@ -163,7 +163,7 @@ class Target:
 
     @torch.no_grad()
     def formed(self, tally: Tally | None = None) -> Tensor:
-        """Return all merged values, a new tensor of the shape that the layer states."""
+        """Return all merged values, a new tensor in the shape that the layer states."""
         values = self._values()
         formed = torch.empty(values.shape, dtype=self.dtype, device=values.device)
         out, matrix = formed.view(self.matrix_shape), values.view(self.matrix_shape)
@@ -173,7 +173,7 @@ class Target:
         return formed
 
     def replacement(self, tally: Tally | None) -> nn.Parameter:
-        """Return what a quantized weight becomes, checked to be finite."""
+        """Return the replacement of a quantized weight, checked to be finite."""
         if self.into != "same":
             weight = nn.Parameter(self.formed(tally), requires_grad=False)
             values: Tensor = weight
@@ -193,9 +193,9 @@ class Target:
 def merge_targets(
     survey: Survey, active: Iterable[tuple[str, float]], into: Into = None
 ) -> list[Target]:
-    """Return what is to be written to fold `(adapter, weight)` pairs in; check that it can be.
+    """Return the targets to write to fold `(adapter, weight)` pairs in, checked.
 
-    `into` is for quantized weights; with a dtype those without an adapter are written as well.
+    `into` is for quantized weights; with a dtype those without an adapter are targets as well.
     """
     reshard(survey)
     found: dict[Holder, Target] = {}

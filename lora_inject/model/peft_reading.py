@@ -1,7 +1,7 @@
-"""What PEFT computes from a file of an adapter, where that is something else than here.
+"""Refuse files from which PEFT would compute another model.
 
-PEFT adds to the output of the layers that it finds by name, and swaps a weight while its owner
-runs. Whether that is W + delta is a question to the live model, which no file answers.
+PEFT adds to the output of layers that it finds by name, and swaps a weight while its owner runs.
+Whether that equals W + delta depends on the live model, not on the file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lora_inject.model.carried import entries
 
 
 def refuse_misread(survey: Survey, name: str) -> None:
-    """Raise where PEFT, which loads the file of an adapter without a word, computes another model.
+    """Raise if PEFT would load the adapter's file without an error and compute another model.
 
     Raises:
         FormatError: A site is read by another module than its own, its layer's forward is not
-            linear in the weight as PEFT takes it to be, or PEFT would look for it elsewhere.
+            linear in the weight as PEFT assumes, or PEFT would look for it under another name.
     """
     renamed = _renaming(survey.model)
     for path, module, entry in entries(survey, name):
@@ -46,7 +46,7 @@ def refuse_misread(survey: Survey, name: str) -> None:
 
 
 def _misread(module: nn.Module, entry: Entry) -> str:
-    """Return why PEFT's layer would compute something else, or an empty text."""
+    """Return why PEFT's layer would compute something else, or ""."""
     attached, plain = attached_to(module), plain_class(type(module))
     assert attached is not None
     if entry.mark in attached.read_from_outside:
@@ -58,11 +58,11 @@ def _misread(module: nn.Module, entry: Entry) -> str:
         known = mixin_for(kind).stock(plain) or hasattr(module, "embed_scale")
     else:
         return ""
-    return "" if known else f"the forward of {plain.__name__} is its own, and not linear in W"
+    return "" if known else f"{plain.__name__} has a forward of its own, which is not linear in W"
 
 
 def _renaming(model: nn.Module) -> Callable[[str], str]:
-    """Return what PEFT makes of a key: what transformers 5 makes of those of old checkpoints."""
+    """Return PEFT's name of a key: that of transformers 5 for keys of old checkpoints."""
     if not hasattr(model, "config") or "transformers" not in sys.modules:
         return str
     try:

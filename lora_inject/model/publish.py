@@ -30,16 +30,16 @@ def push(
 
     Args:
         model: The root, or any module that holds roots.
-        repo: `user/name`; made where there is none.
+        repo: `user/name`; created if missing.
         name: The adapter.
-        revision: A branch; made where there is none.
+        revision: A branch; created if missing.
         private: Whether a new repository is private.
-        message: Of the commit.
-        token: By default the one that you are logged in with.
-        **options: Of `save_adapter` for PEFT's format, such as `trained_on`.
+        message: The message of the commit.
+        token: The token; by default that of the login.
+        **options: Options of `save_adapter` for PEFT's format, such as `trained_on`.
 
     Returns:
-        The URL of the commit; None in processes that do not upload, of several that hold shards.
+        The URL of the commit. Of several processes with shards one uploads; the others return None.
 
     Raises:
         StateError: There is no such adapter.
@@ -51,7 +51,7 @@ def push(
         >>> push(net, "adapter")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        lora_inject.errors.FormatError: push to 'adapter': it is not a repository's id. ...
+        lora_inject.errors.FormatError: push to 'adapter': it is not the id of a repository. ...
     """
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "adapter")

@@ -1,6 +1,6 @@
 """Which adapters take part when a model runs: an adapter that no forward reaches is inert.
 
-Layers note which of their adapters have taken part; here the notes of one run are looked at.
+Layers note which of their adapters took part; this module compares the notes of one run.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     for state in states:
         state.kept.clear()
     try:
-        with torch.compiler.set_stance("force_eager"):  # compiled graphs leave no trace
+        with torch.compiler.set_stance("force_eager"):  # compiled graphs do not note anything
             run()
         return [
             entry.spec.name if entry.spec is not None else joined(path, entry.param)

@@ -29,7 +29,7 @@ from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.disk import replace_file
 
 LATEST = "LATEST"
-"""Name of the file that names the newest of an adapter's versions."""
+"""File with the name of an adapter's newest version."""
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
@@ -136,8 +136,7 @@ def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[s
 def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
     """Sample weights by name, so that another base of the same shape can be told.
 
-    Quantized tensors are described (`adapter.fingerprint.packing`). Of meta tensors nothing is
-    known.
+    Quantized tensors are described (`adapter.fingerprint.packing`), meta tensors left out.
     """
     plain = {
         name: weight
@@ -169,16 +168,16 @@ def save_adapter(
 ) -> Path:
     """Write an adapter to files, atomically.
 
-    Of several processes that hold shards all call it, and the first writes.
+    Of several processes with shards all must call it, and the first writes.
 
     Args:
         model: The root, or any module that holds roots.
         path: Where to; a directory for PEFT's format.
         name: The adapter.
         format: A row of `formats.FORMATS`.
-        version: Write to `path/VERSION` and name that in the file `path/LATEST`, which is replaced
-            once the version is whole: for a server that follows a training run.
-        keep: With `version`: how many versions stay, the newest; by default all.
+        version: Write to `path/VERSION`, then replace the file `path/LATEST`, which has the name of
+            the newest version: for servers that follow a training run.
+        keep: With `version`: the number of newest versions to keep; by default all.
         **options: For the format.
 
     Returns:
@@ -204,7 +203,7 @@ def save_adapter(
 
 
 def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
-    """Remove the oldest versions of an adapter, each under another name first."""
+    """Remove the oldest versions of an adapter; each is renamed first."""
     if keep is None:
         return
     versions = sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
@@ -215,7 +214,7 @@ def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
 
 
 def format_options(survey: Survey, format: str, name: str) -> dict[str, Any]:  # noqa: A002
-    """Return the options of a format's `write` that a live model answers for an adapter."""
+    """Return the options of a format's `write` that the live model determines."""
     if format == "peft":
         refuse_misread(survey, name)
     if format not in FORMATS:
@@ -227,7 +226,7 @@ def format_options(survey: Survey, format: str, name: str) -> dict[str, Any]:  #
 def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
     """Return the tensors of all adapters, frozen starts included, by their keys in the state dict.
 
-    The keys are those of the model itself, with the names of wrappers inside it.
+    The keys include the names of wrappers inside the model.
     """
     reshard(survey)
     ours = {

@@ -47,7 +47,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     weights = _weights(which)
     found = reach(model)
     if not found.selections:
-        raise StateError("activate", "the model carries no adapter", "Inject or load one first")
+        raise StateError("activate", "the model has no adapter", "Inject or load one first")
     check_names(found.names, weights, "activate")
     refuse_merged("activate", *found.selections)
     refuse_mixes(model, found, weights)
@@ -155,7 +155,7 @@ def within_state(model: nn.Module, state: State, asked: str) -> Iterator[None]:
     """Run the body under a selection, of the calling thread or task only."""
     selections = reach(model).selections
     if not selections:
-        raise StateError(asked, "the model carries no adapter", "Inject or load one first")
+        raise StateError(asked, "the model has no adapter", "Inject or load one first")
     refuse_merged(asked, *selections)
     with within({selection: selection.prepared(state) for selection in selections}):
         yield

@@ -54,17 +54,17 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
 
 
 def is_sharded(survey: Survey) -> bool:
-    """Return whether every process holds only its part of a tensor of the model."""
+    """Return whether each process holds only a part of any tensor of the model."""
     return any(hasattr(p, "full_tensor") for _, m in survey.modules for p in m._parameters.values())
 
 
 def writes_here(model: nn.Module) -> bool:
-    """Return whether this process writes files of a model: of several that hold shards, one."""
+    """Return whether this process writes a model's files: one of several with shards."""
     return not is_sharded(Survey(model)) or torch.distributed.get_rank() == 0
 
 
 def reshard(survey: Survey) -> None:
-    """Let FSDP2 hold shards everywhere: what a forward left gathered is a copy."""
+    """Reshard FSDP2 modules: parameters that a forward left gathered are copies."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for _, module in survey.modules:
         if isinstance(module, fsdp):
@@ -73,7 +73,7 @@ def reshard(survey: Survey) -> None:
 
 @torch.no_grad()
 def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Write values into Parameters, each process its part into those that are sharded.
+    """Write values into Parameters; of sharded ones each process writes its part.
 
     Every process has all the values, so nothing is sent.
     """
@@ -95,7 +95,7 @@ def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """Sample DTensors as `adapter.fingerprint.samples` does whole ones; all processes take part."""
+    """Sample DTensors as `adapter.fingerprint.samples` does tensors; a collective operation."""
     alike: dict[Any, list[str]] = {}
     for name, weight in weights.items():
         alike.setdefault((weight.device_mesh, weight.placements), []).append(name)
@@ -118,7 +118,7 @@ def samples_of_shards(weights: Mapping[str, Any]) -> dict[str, tuple[float, ...]
 
 
 def _local_samples(weight: Any) -> Tensor:
-    """Return the sampled values of which this process holds the place, 0 for the others."""
+    """Return the sampled values that this process holds, 0 for the others."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements, whole = weight.device_mesh, weight.placements, tuple(weight.shape)

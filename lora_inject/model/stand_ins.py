@@ -39,7 +39,7 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX
 
 
 class _SaveAdapters:
-    """Stands in for `save_pretrained`.
+    """The replacement of `save_pretrained`.
 
     Attributes:
         format: A row of `formats.FORMATS`.
@@ -69,8 +69,8 @@ class _SaveAdapters:
         other into a folder of its name inside, as with PEFT. The tensors of `state_dict` stand in
         for those of which this process holds a shard.
 
-        In a folder named `checkpoint-N` they are also written as Trainer resumes from them, which
-        would load nothing else and not say so (`Trainer._load_from_checkpoint`).
+        In a folder named `checkpoint-N` they are also written in the form that Trainer resumes
+        from; it would silently ignore others (`Trainer._load_from_checkpoint`).
         """
         model = self._model()
         assert model is not None
@@ -108,9 +108,9 @@ class _SaveAdapters:
             replace_file(Path(save_directory, "model.safetensors"), data)
 
     def card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Add to the card that Trainer wrote over ours what ours says, as PEFT's models do.
+        """Merge our card into the one that Trainer wrote over it, as PEFT's models do.
 
-        Trainer asks for it by this name where a folder says that its library is PEFT
+        Trainer calls it by this name if the card of a folder names PEFT as its library
         (`Trainer.create_model_card`).
         """
         model = self._model()

@@ -45,7 +45,7 @@ def swap_adapter(
 ) -> M:
     """Write another adapter's values into one that is on the model, all of them or none.
 
-    Under FSDP2 every process calls it with the same values, and writes its part of them. The
+    Under FSDP2 every process must call it with the same values, and writes its part. The
     Parameters stay the objects they are, so optimizers keep hold of them and a compiled model
     is not compiled again. What the slot is stays, too: whether it is active and trainable, its
     dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
@@ -119,7 +119,7 @@ def _paired(
                 key = joined(path, entry.param)
                 copies[key] = held[entry.mark]
                 if key in state.trained and state.rows.get(key) != entry.rows:
-                    found = "it holds other rows of it than the adapter on the model"
+                    found = "it holds other rows than the adapter on the model"
                     raise FormatError(f"{asked}, trained tensor {key!r}", found, _BESIDE)
             continue
         known.update((spec.name, *spec.aliases))
@@ -196,7 +196,7 @@ def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
     if set(map(type, plain)) - {nn.Parameter} or any(parameter.is_meta for parameter in into):
         raise LayerError(
             asked,
-            "the adapter on the model is on the meta device, or its tensors are of a strange class",
+            "the adapter on the model is on the meta device, or its tensors have an unknown class",
             "Swap after the model has values",
         )
     there, here = [value.shape for value in values], [parameter.shape for parameter in into]

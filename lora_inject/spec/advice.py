@@ -1,9 +1,8 @@
-"""A config to start from, for a number of parameters: what evidence supports, and no more.
+"""A config to start from, for a number of parameters.
 
-Uniform rank on all linear layers but the head. At an equal number of parameters neither ranks
-allotted by gradient energy, nor pruning after brief training, nor q and v at a higher rank were
-better than that beyond noise, while a wrong learning rate costs several times what such choices
-differ by: find that one with a few short runs.
+It is a uniform rank on all linear layers but the head. At an equal number of parameters neither
+ranks by gradient energy, nor pruning after brief training, nor q and v at a higher rank were better
+beyond noise. A wrong learning rate costs several times more: find it with a few short runs.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from lora_inject.spec.inventory import Inventory
 from lora_inject.spec.matching import resolve
 
 ALPHA_OVER_RANK = 2.0
-"""The defaults' ratio (alpha 16, rank 8). With it the best learning rate hardly moves with the
+"""The defaults' ratio (alpha 16, rank 8). With it the best learning rate hardly depends on the
 rank, so it can be found at a small one."""
 
 
@@ -25,13 +24,13 @@ def advised(inventory: Inventory, budget: int) -> Config:
 
     Args:
         inventory: The names of a model.
-        budget: Most parameters in A and B.
+        budget: Largest number of parameters in A and B.
 
     Returns:
-        The config, with what it must come out as in `expect`.
+        The config, with its counts in `expect`.
 
     Raises:
-        MatchError: Not even rank 1 fits; the message lists what would, without a recommendation.
+        MatchError: Not even rank 1 fits; the message lists kinds of layers that do.
     """
     config = Config.from_dict({"rank": 1, "alpha": ALPHA_OVER_RANK, "targets": [ALL_LINEAR]})
     one = resolve(config, inventory)
@@ -44,8 +43,10 @@ def advised(inventory: Inventory, budget: int) -> Config:
         fits = [f"{kind} ({n:,})" for kind, n in sizes.items() if n <= budget]
         raise MatchError(
             f"a config of at most {budget:,} parameters",
-            f"rank 1 on all linear layers takes {one.n_lora:,}; no rule is established for less",
-            f"At rank 1 these fit, one at a time: {', '.join(fits)}" if fits else "Allow more",
+            f"rank 1 on all linear layers takes {one.n_lora:,}, and there is no rule for less",
+            f"At rank 1 these fit, one at a time: {', '.join(fits)}"
+            if fits
+            else "Give a larger budget",
         )
     expect = {"sites": one.n_sites, "lora": rank * one.n_lora}
     alpha = ALPHA_OVER_RANK * rank

@@ -1,4 +1,4 @@
-"""Tables of names and figures: rows of one kind joined, and columns of text that fit a width."""
+"""Tables of names and figures: joining rows of one kind, and columns that fit a width."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Rows:
         heads: Titles of the columns; the first column holds names.
         cells: The rows. Text and integers describe a site; floats, None and pairs of floats, a
             value and its error, are figures.
-        choose: How some columns, by their titles, stand for many sites; others by the median.
+        choose: Functions that summarize many sites, by column title; others use the median.
     """
 
     heads: tuple[str, ...]
@@ -52,7 +52,7 @@ class Rows:
     choose: dict[str, Callable[[Iterable[float]], float]] = field(default_factory=dict)
 
     def text(self) -> list[tuple[str, ...]]:
-        """Return the rows as they are shown."""
+        """Return the rows as text."""
         return [tuple(map(_shown, row)) for row in self.cells]
 
     def by_kind(self) -> Rows:
@@ -95,7 +95,7 @@ def _kind(name: str) -> str:
 
 
 def _one(column: tuple[Any, ...], choose: Callable[[Iterable[float]], float]) -> Any:
-    """Return what stands for a column of one kind."""
+    """Return the summary of a column of one kind."""
     if isinstance(column[0], str | int):
         return column[0]
     if isinstance(column[0], tuple):

@@ -400,7 +400,7 @@ class Config(_Strict):
     def _asks_for_something(self) -> Self:
         if not self.targets and not self.train and not self.tokens and self.bias == "none":
             remedy = "Add targets: with patterns such as 'q_proj' (or train:, tokens: or bias:)"
-            raise ValueError("nothing is asked for: no targets, no train, tokens or bias", remedy)
+            raise ValueError("it selects nothing: no targets, no train, tokens or bias", remedy)
         return self
 
     def hyper(self, rule: Rule) -> Hyper:
@@ -505,15 +505,15 @@ class Config(_Strict):
     ) -> Config:
         r"""Translate a LoraConfig of PEFT, field by field; PEFT itself is not imported.
 
-        A field that means something here becomes a key; one that cannot be translated is named. A
-        name in `target_modules` that the model does not have is an error when the config is used.
+        Fields about training or files are ignored. A name in `target_modules` that the model does
+        not have is an error when the config is used.
 
         Args:
             config: A `LoraConfig`, its plain data, or the path of an adapter_config.json or of the
                 folder that holds it.
             inventory: The names of the model (`inject` gives them): rules of `rank_pattern` and
                 `alpha_pattern` that would match nothing are left out then.
-            expert_names: What PEFT takes for experts of the model, and the parameter that it means
+            expert_names: Names that PEFT takes for experts of the model, to parameters
                 (`inject` gives them).
 
         Returns:
@@ -648,7 +648,7 @@ class Config(_Strict):
 
 
 ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
-"""What a config may be given as; see `Config.coerce`."""
+"""Accepted forms of a config; see `Config.coerce`."""
 
 
 def _models(outer: type[BaseModel]) -> dict[str, type[BaseModel]]:
@@ -664,7 +664,7 @@ def _is_of_peft(config: object) -> bool:
 def _fields_of(config: Any) -> dict[str, Any]:
     """The fields of a LoraConfig as plain data."""
     if getattr(config, "_custom_modules", None):
-        found = "layers of its own are registered"
+        found = "custom layers are registered in it"
         raise ConfigError("from_peft", found, "Register a kind of layer: register_kind")
     fields: dict[str, Any] = config.to_dict()
     kind = fields.get("peft_type")

@@ -1,8 +1,8 @@
-"""PEFT's LoraConfig as a config of this package: every field translated, or refused by its name.
+"""Translate PEFT's LoraConfig to a config of this package; refuse other fields by name.
 
-PEFT looks numbers up in tables of patterns, and takes names that end in a target; here the first
-rule that matches decides. Each pair of a target and a key of a table becomes a rule, those that can
-have no names in common left out. With the names of the model at hand, so are those that have none.
+PEFT looks numbers up in tables of patterns, and selects names that end in a target; here the first
+rule that matches decides. Each pair of a target and a key of a table becomes a rule, unless they
+cannot match a common name, or, with the names of the model given, match none.
 
 Source: peft 0.21.2, tuners/lora/config.py; tuners/tuners_utils.py, `check_target_module_exists`;
 utils/other.py, `get_pattern_key`.
@@ -35,13 +35,13 @@ _REFUSED = {
     "use_qalora": ("QALoRA, with pooled inputs", _MERGE),
     "velora_config": ("VeLoRA, a backward pass of its own", "Leave it out"),
 }
-"""Field to what it asks for, and the way out. An empty value asks for nothing."""
+"""Refused fields: what they ask for, and the remedy. Empty values are accepted."""
 
 _NO_MEANING = {
-    *("auto_mapping", "base_model_name_or_path", "peft_version", "revision"),  # of the file
-    *("fan_in_fan_out", "inference_mode"),  # known from the layer; said by train_only
-    *("megatron_core", "qalora_group_size"),  # of what is refused above
-    "ensure_weight_tying",  # what trains follows its ties, always
+    *("auto_mapping", "base_model_name_or_path", "peft_version", "revision"),  # about the file
+    *("fan_in_fan_out", "inference_mode"),  # known from the layer; see train_only
+    *("megatron_core", "qalora_group_size"),  # parts of what is refused above
+    "ensure_weight_tying",  # ties always hold here
 }
 _TRANSLATED = {
     *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
@@ -50,7 +50,7 @@ _TRANSLATED = {
     *("task_type", "trainable_token_indices", "use_dora", "use_rslora"),
 }
 FIELDS = frozenset(_REFUSED) | _NO_MEANING | _TRANSLATED
-"""Every field of PEFT's LoraConfig that is known here."""
+"""All known fields of PEFT's LoraConfig."""
 
 _INITS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 _HEADS = {
@@ -58,7 +58,7 @@ _HEADS = {
     "TOKEN_CLS": r"(classifier|score)",
     "QUESTION_ANS": "qa_outputs",
 }
-"""Task to the head that PEFT trains with it (peft_model.py)."""
+"""Task to the head that PEFT trains (peft_model.py)."""
 
 
 def translated(
@@ -72,9 +72,8 @@ def translated(
     Args:
         fields: Plain data, as in adapter_config.json.
         inventory: The names of the model; rules that would match nothing are left out.
-        asked: What messages call it.
-        expert_names: What PEFT takes for experts of this model among the ends of target names,
-            and the parameter that it means.
+        asked: Name of the action in messages.
+        expert_names: Ends of target names that PEFT takes for experts of this model, to parameters.
 
     Raises:
         ConfigError: A field cannot be translated.
@@ -124,7 +123,9 @@ def _error(asked: str, field: str, found: str, remedy: str) -> ConfigError:
 def _refuse(fields: Mapping[str, Any], asked: str) -> None:
     kind = fields.get("peft_type") or "LORA"
     if kind != "LORA":
-        raise _error(asked, "peft_type", f"it is {kind!r}", "Only LoRA and its variants are here")
+        raise _error(
+            asked, "peft_type", f"it is {kind!r}", "Only LoRA and its variants are supported"
+        )
     for name, (what, remedy) in _REFUSED.items():
         if fields.get(name):
             raise _error(asked, name, f"it is not supported: {what}", remedy)
@@ -133,7 +134,9 @@ def _refuse(fields: Mapping[str, Any], asked: str) -> None:
             remedy = "Leave it out if it changes nothing"
             raise _error(asked, str(name), "this field of PEFT is not known here", remedy)
     if (fields.get("runtime_config") or {}).get("ephemeral_gpu_offload"):
-        raise _error(asked, "runtime_config", "ephemeral_gpu_offload is not here", "Leave it out")
+        raise _error(
+            asked, "runtime_config", "ephemeral_gpu_offload is not supported", "Leave it out"
+        )
 
 
 def _with_experts(
@@ -142,7 +145,7 @@ def _with_experts(
     new_names: Mapping[str, str],
     asked: str,
 ) -> Mapping[str, Any]:
-    """Put parameters in the place of targets that PEFT, on transformers 5, takes for experts.
+    """Replace targets that PEFT, on transformers 5, takes for experts by parameters.
 
     Source: peft/utils/transformers_weight_conversion.py, `_convert_peft_config_moe`.
     """
@@ -155,7 +158,7 @@ def _with_experts(
         inside = [f"{owner}.{name}" for owner in owners for name in new_names]
         if given.lower() != "all-linear" and not matching(f"^(?:{given})", inside, asked=asked):
             return fields
-        found = f"PEFT takes {given!r} for experts of this model as well, with ranks of its own"
+        found = f"PEFT takes {given!r} for experts of this model as well, with other ranks"
         remedy = "Give target_modules as a list, and experts in target_parameters"
         raise _error(asked, "target_modules", found, remedy)
     old = {name.rpartition(".")[2] for name in given} & new_names.keys()
@@ -165,9 +168,7 @@ def _with_experts(
     for new in {new_names[name] for name in old}:
         parts = {name for name, other in new_names.items() if other == new}
         if parts - old:
-            found = (
-                f"{min(parts - old)!r} is missing, which is one tensor with {min(parts & old)!r}"
-            )
+            found = f"{min(parts - old)!r} is missing, and is one tensor with {min(parts & old)!r}"
             raise _error(asked, "target_modules", found, "Name both, or neither")
         if len(parts) > 1:
             regex = rf".*\.{re.escape(new)}"
@@ -184,7 +185,7 @@ def _init(init: Any, asked: str) -> str:
     if name not in _INITS:
         found = f"there is no init {init!r}"
         if name == "false":
-            found = "a random B, with which an adapter does not start at zero"
+            found = "it makes B random, so the adapter would not start at zero"
         raise _error(asked, "init_lora_weights", found, "Choose True, gaussian, pissa or olora")
     return _INITS[name]
 
@@ -207,9 +208,9 @@ def _tokens(given: Any, inventory: Inventory | None, asked: str) -> dict[str, li
         return {re.escape(name): list(ids) for name, ids in given.items()}
     here = [c.name for c in inventory.candidates if c.kind == "embedding"] if inventory else []
     if len(here) != 1:
-        found = f"which embedding is meant is not said, and there are {len(here)}"
+        found = f"it does not name an embedding, and there are {len(here)}"
         if inventory is None:
-            found = "which embedding is meant is not said"
+            found = "it does not name an embedding"
         remedy = "Give a dict, such as {'embed_tokens': [32000, 32001]}"
         raise _error(asked, "trainable_token_indices", found, remedy)
     return {re.escape(here[0]): list(given)}
@@ -221,7 +222,7 @@ _LITERAL = re.compile(r"\^?(?:[\w-]|\\?\.)+")
 
 
 class _Pattern(NamedTuple):
-    """What must match the end of a name; `literal` is the name that it spells, if it spells one."""
+    """A regex for the end of a name; `literal` is the name that it spells, or None."""
 
     regex: str
     literal: str | None = None
@@ -237,7 +238,7 @@ class _Pattern(NamedTuple):
 
 
 def _both(one: _Pattern, two: _Pattern) -> _Pattern | None:
-    """What both match, None for nothing."""
+    """Return a pattern for names that both match, None if there are none."""
     if one.regex == two.regex:
         return one
     if one.literal is None or two.literal is None:
@@ -273,7 +274,7 @@ class _Rules:
             self._look(inventory, exclude, train)
 
     def rules(self) -> Iterator[dict[str, Any]]:
-        """Yield them in order."""
+        """Yield the rules in order."""
         targets = list(self._targets())
         for keys in self._combinations():
             values = {name: self.tables[name][key] for name, key in keys.items()}
@@ -285,7 +286,7 @@ class _Rules:
                     yield from self._rule(pattern, target, values)
 
     def _covered(self, keys: Mapping[str, str], target: _Pattern) -> bool:
-        """Whether every name that a target means takes its number from an earlier key."""
+        """Whether an earlier key gives the number of every name that a target matches."""
         for name, table in self.tables.items():
             for key in table:
                 if key == keys.get(name):
@@ -301,7 +302,7 @@ class _Rules:
         parameters = self.fields.get("target_parameters") or ()
         if given is None and not parameters:
             found = "it is missing: PEFT has a list of names for each type of model"
-            remedy = "Name them, or give 'all-linear'"
+            remedy = "Give target_modules, such as 'all-linear'"
             raise _error(self.asked, "target_modules", found, remedy)
         if isinstance(given, str):
             everything = given.lower() == "all-linear"
@@ -313,7 +314,7 @@ class _Rules:
                 yield _Pattern(re.escape(name), name, parameter=name in parameters)
 
     def _combinations(self) -> Iterator[dict[str, str]]:
-        """Yield the keys of the tables that a rule takes its numbers from, those of each first."""
+        """Yield the keys that a rule takes its numbers from, in the order of each table."""
         ranks, alphas = self.tables["rank"], self.tables["alpha"]
         if list(ranks) == list(alphas):
             for key in ranks:
@@ -331,9 +332,9 @@ class _Rules:
     def _rule(
         self, pattern: _Pattern, target: _Pattern, values: Mapping[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        """Yield a rule, or more where `all-linear` has several kinds; none that takes nothing."""
+        """Yield one rule, or one per kind for `all-linear`; none that matches nothing."""
         rule = {"match": pattern.regex, **values}
-        if self.layers is not None and not target.parameter:  # as PEFT, which asks modules only
+        if self.layers is not None and not target.parameter:  # PEFT looks at modules only
             if names := self.fields.get("layers_pattern"):
                 rule["match"] = _in_layers(pattern.regex, names, self.layers)
             else:
@@ -354,12 +355,12 @@ class _Rules:
         if hits and narrowed:
             yield from (rule | {"kind": kind} for kind in {self.kinds[name]: 0 for name in hits})
         elif hits or not (values or whole or matching(pattern.regex, self.kinds, asked=asked)):
-            yield rule  # of a name that is nowhere, so that matching says what is near
+            yield rule  # matches no name: matching raises, with the nearest names
 
     # With the names of the model
 
     def _look(self, inventory: Inventory, exclude: Iterable[str], train: Iterable[str]) -> None:
-        """Find the names that may be targeted, and refuse what PEFT would see otherwise."""
+        """Find the names that may be targeted, and refuse those that PEFT treats differently."""
         self.kinds = self._known(inventory)
         tied = {name for c in inventory.candidates if c.tied for name in (c.name, *c.aliases)}
         if self.fields.get("ensure_weight_tying") and (both := tied.intersection(self._targeted())):
@@ -376,7 +377,7 @@ class _Rules:
                 continue
             if name in below:
                 found = f"PEFT adapts '{name}', below a module that is excluded; here it would not"
-                remedy = "Write a regex for all that is meant, such as '.*vision_tower.*'"
+                remedy = "Exclude by a regex for full names, such as '.*vision_tower.*'"
                 raise _error(self.asked, "exclude_modules", found, remedy)
             self.left[name] = None
         for table, keys in self.tables.items():
@@ -412,13 +413,13 @@ class _Rules:
         return list(found)
 
     def _check_layers(self) -> None:
-        """Refuse names of which PEFT takes another number for the layer than a rule here does."""
+        """Refuse names in which PEFT finds another layer number than a rule here does."""
         for name in self.left:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
             theirs = int(found[1]) if found else None
             ours = first_number(name)
             if theirs != ours and {theirs, ours} & set(self.layers or ()):
-                text = f"PEFT takes {theirs} for the layer of '{name}', and a rule here {ours}"
+                text = f"for PEFT the layer of '{name}' is {theirs}, for a rule here {ours}"
                 remedy = "Give layers_pattern, such as 'layers'"
                 raise _error(self.asked, "layers_to_transform", text, remedy)
 
@@ -445,8 +446,8 @@ def _in_layers(regex: str, names: str | Iterable[str], layers: Iterable[int]) ->
     """A pattern for names whose first number after one of some names is one of `layers`."""
     several = [names] if isinstance(names, str) else list(names)
     numbers = "|".join(map(str, layers))
-    # As PEFT: the first of the names that occurs decides, and of it the first number; the group is
-    # atomic so that no other is tried.
+    # As in PEFT the first number after the first of the names decides; the group is atomic so that
+    # no other is tried.
     found, before = [], ""
     for name in several:
         place = rf"(?:.*?\.)??{name}\.(?=\d+\.)"

@@ -1,4 +1,4 @@
-"""All names of a model or a checkpoint: what each means, and what to say where none is meant.
+"""All names of a model or a checkpoint, with what matching and its messages need to know.
 
 A live model, a model on the meta device and a checkpoint's key list all become one
 `Inventory`, so the same code plans them all. Of a key list the kinds are guessed, and it says so.
@@ -47,8 +47,8 @@ class Candidate(NamedTuple):
     # `forward`, or `weight` where the weight is read rather than the module called
     update: Literal["forward", "weight"] = "forward"
     dtype: str = ""  # the weight's dtype, such as `bfloat16`, or empty where it is not known
-    # names of the candidates for which this one stands: whoever names an attention module means its
-    # projections. Such a name is not a site itself
+    # names of the candidates that this one stands for: an attention module for its projections.
+    # Such a name is not a site itself
     members: tuple[str, ...] = ()
 
     @property
@@ -75,7 +75,7 @@ class Inventory:
     """All names of a model or a checkpoint, with what matching needs to know of each."""
 
     candidates: tuple[Candidate, ...]  # what may become a site, in model order
-    # every other name of a module or a parameter, with the short reason why it may not:
+    # every other name of a module or a parameter, with the short reason why it is not one:
     # `container`, `LayerNorm`, `Dropout`, ...
     others: Mapping[str, str]
     # shape of every parameter, by canonical name, a tied one under its first name
@@ -83,8 +83,8 @@ class Inventory:
     assumed: bool = False  # whether kinds were assumed from names and shapes
     # further names of parameters, with the one under which `parameters` has them
     aliases: Mapping[str, str] = field(default_factory=dict)
-    heads: tuple[str, ...] = ()  # names of the output head, as the model itself states it
-    buffers: tuple[str, ...] = ()  # names of buffers, which no pattern may mean
+    heads: tuple[str, ...] = ()  # names of the output head, as the model states
+    buffers: tuple[str, ...] = ()  # names of buffers, which cannot be targeted
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, tuple[int, ...]]) -> Inventory:
@@ -137,7 +137,7 @@ class Inventory:
 
     @cached_property
     def listed(self) -> dict[str, str]:
-        """Every name of a parameter with the one under which `parameters` has it."""
+        """Every name of a parameter, with its key in `parameters`."""
         return {**{name: name for name in self.parameters}, **self.aliases}
 
     @cached_property

@@ -23,7 +23,7 @@ from lora_inject.spec.sites import SiteSpec
 class Trained(NamedTuple):
     """A parameter of the base that trains with the adapter, as its own copy; `why` names it.
 
-    Where `rows` is given, only these rows of it train, and `shape` is theirs.
+    With `rows` only these rows train, and `shape` is theirs.
     """
 
     name: str
@@ -177,7 +177,7 @@ def _hyper(hyper: Hyper) -> str:
 
 
 def _table(entries: Iterable[tuple[str, tuple[str, str, int]]], width: int) -> Iterator[str]:
-    """Rows of a kind, a shape and a size; names of which all three agree are one row."""
+    """Return rows of kind, shape and size; names with equal values are joined."""
     groups: dict[tuple[str, str, int], list[str]] = {}
     for name, alike in entries:
         groups.setdefault(alike, []).append(name)

@@ -1,7 +1,7 @@
-"""The names of the variants, and the tensors that each trains beside A and B, by role and shape.
+"""The names of the variants, and the tensors that each trains besides A and B, by role and shape.
 
-What a variant computes with them is in `adapter.variants`, where `register_variant` adds a row here
-as well: planning, counting and the checks of a config need no more than this.
+Planning, counting and the checks of a config need only these. The computations are in
+`adapter.variants`, whose `register_variant` also adds a row here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FURTHER: dict[str, Mapping[str, Callable[[Shape, Shape], Shape]]] = {
 """Variant to role to its shape, by the shapes of A `(..., rank, in)` and B `(..., out, rank)`."""
 
 GAINED = {"dora"}
-"""Variants whose outputs have a gain beside what is added to W."""
+"""Variants whose outputs have a gain besides the update of W."""
 
 FROM_WEIGHT = ("pissa", "olora")
 """Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""

@@ -153,7 +153,7 @@ class SiteSpec:
 
     @property
     def why_no_gain(self) -> str:
-        """Why the outputs of this site cannot have a gain, or an empty text."""
+        """Why the outputs of this site cannot have a gain, or ""."""
         if self.experts is not None:
             return f"a stack of {self.experts:,} matrices"
         if self.kind == "conv_transpose":

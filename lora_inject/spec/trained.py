@@ -30,7 +30,7 @@ def trained_by(
         label = f"tokens '{pattern}'"
         for name in _tables(pattern, ids, label, inventory):
             if name in why:
-                both = f"'{name}' is named by {why[name]} as well"
+                both = f"'{name}' is also named by {why[name]}"
                 raise MatchError(label, both, "Narrow one of the two patterns")
             why[name], rows[name] = label, ids
     if not why:
@@ -58,7 +58,7 @@ def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory
         if max(ids) >= shapes[name][0]:
             raise MatchError(
                 label,
-                f"there is no row {max(ids)} in '{name}', which has {shapes[name][0]:,}",
+                f"'{name}' has no row {max(ids)}: it has {shapes[name][0]:,} rows",
                 "Resize the vocabulary first: model.resize_token_embeddings(n)",
             )
     return found

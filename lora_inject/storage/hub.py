@@ -17,7 +17,7 @@ _PEFT = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.js
 
 
 def is_repo(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path names a repository of the hub, and nothing that is here.
+    """Return whether a path names a repository of the hub, and no existing file.
 
     Examples:
         >>> is_repo("user/name"), is_repo("./user/name"), is_repo("name")
@@ -30,8 +30,8 @@ def download(repo: str, revision: str | None) -> Path:
     """Fetch an adapter from the hub, or from its cache, and return its folder or file.
 
     Raises:
-        FormatError: It cannot be reached, there is no such repository or revision, or it holds no
-            adapter in safetensors.
+        FormatError: The hub cannot be reached, the repository or revision does not exist, or it
+            holds no adapter in safetensors.
     """
     asked = f"load {repo!r}" + (f" at {revision!r}" if revision is not None else "")
     hub = _hub(asked)
@@ -48,7 +48,7 @@ def download(repo: str, revision: str | None) -> Path:
 
 
 def _kept(hub: Any, repo: str, revision: str | None) -> tuple[Path, list[str]]:
-    """Return the folder of the cache that holds an adapter, and the names of its files."""
+    """Return an adapter's folder in the cache, and the names of its files."""
     failure: Exception = FileNotFoundError(repo)
     for patterns in (list(_PEFT), ["*.safetensors"]):
         how = {"revision": revision, "local_files_only": True, "allow_patterns": patterns}
@@ -63,10 +63,10 @@ def _kept(hub: Any, repo: str, revision: str | None) -> tuple[Path, list[str]]:
 
 
 def _adapter_among(files: list[str], asked: str) -> list[str]:
-    """Return patterns of the files to fetch: PEFT's, or the one safetensors file there is."""
+    """Return patterns of the files to fetch: PEFT's, or the only safetensors file."""
     if "adapter_config.json" in files:
         if "adapter_model.bin" in files and not any(f.endswith(".safetensors") for f in files):
-            found = "it holds a pickle only (adapter_model.bin), which is code and is not run"
+            found = "it holds only a pickle (adapter_model.bin), which can run code and is not read"
             raise FormatError(asked, found, "Ask its author for safetensors")
         return list(_PEFT)
     tensors = [file for file in files if file.endswith(".safetensors")]
@@ -76,7 +76,7 @@ def _adapter_among(files: list[str], asked: str) -> list[str]:
             asked,
             f"it holds no adapter_config.json and {len(tensors)} safetensors files, not one: "
             f"{shown}",
-            "Download the file that is meant and give its path",
+            "Download one of the files and give its path",
         )
     return tensors
 
@@ -84,10 +84,10 @@ def _adapter_among(files: list[str], asked: str) -> list[str]:
 def upload(
     folder: Path, repo: str, *, revision: str | None, private: bool | None, message: str, token: Any
 ) -> str:
-    """Upload a folder in one commit, making the repository where there is none; return its URL."""
+    """Upload a folder in one commit, create a missing repository; return the commit's URL."""
     asked = f"push to {repo!r}"
     if not _REPO.fullmatch(repo):
-        raise FormatError(asked, "it is not a repository's id", "Give 'user/name'")
+        raise FormatError(asked, "it is not the id of a repository", "Give 'user/name'")
     api = _hub(asked).HfApi(token=token)
     with _in_plain_words(asked):
         api.create_repo(repo, private=private, exist_ok=True)
@@ -109,7 +109,7 @@ def _hub(asked: str) -> Any:
     except ImportError as error:
         absent = "there is no such folder here, and " if asked.startswith("load") else ""
         found = f"{absent}huggingface_hub is not installed"
-        raise FormatError(asked, found, "pip install huggingface_hub") from error
+        raise FormatError(asked, found, "Run pip install huggingface_hub") from error
     return huggingface_hub
 
 
@@ -122,7 +122,7 @@ def _unreachable() -> tuple[type[Exception], ...]:
 
 @contextlib.contextmanager
 def _in_plain_words(asked: str) -> Iterator[None]:
-    """Say in one sentence what the hub refused."""
+    """Raise the hub's refusal as a `FormatError`."""
     from huggingface_hub import errors
 
     try:
@@ -130,7 +130,9 @@ def _in_plain_words(asked: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise FormatError(asked, "its author has to grant access", "Ask on its page") from error
     except errors.RepositoryNotFoundError as error:
-        found = "there is no such folder here, and no such repository that you may see on the hub"
+        found = (
+            "there is no such folder here, and no such repository on the hub that you can access"
+        )
         raise FormatError(asked, found, "Check the name, or log in: hf auth login") from error
     except errors.RevisionNotFoundError as error:
         raise FormatError(asked, "there is no such revision", "Check its name") from error

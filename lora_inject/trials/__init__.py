@@ -1,1 +1,1 @@
-"""Many training runs on one base: each its own adapter, optimizer, schedule and random numbers."""
+"""Many training runs on one base, each with its own adapter, optimizer, schedule and seed."""

@@ -11,12 +11,12 @@ from lora_inject.spec.config import Config
 def advise(model: nn.Module, budget: int) -> Config:
     """Return a config to start from: the largest uniform rank on all linear layers that fits.
 
-    No batch is needed, and the model may be on the meta device. It claims no more than that this is
-    hard to beat at an equal number of parameters; the learning rate matters more.
+    No batch is needed, and the model may be on the meta device. At an equal number of parameters
+    this config is hard to beat; the learning rate matters more.
 
     Args:
         model: The model.
-        budget: Most parameters in A and B.
+        budget: Largest number of parameters in A and B.
 
     Returns:
         The config, with its counts in `expect`.

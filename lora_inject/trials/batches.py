@@ -1,4 +1,4 @@
-"""Rows of several trials as one batch, and its outputs by trial again."""
+"""Join the batches of several trials, and split the outputs by trial."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 def n_rows(batch: Any, whose: str) -> int:
-    """Return the first dimension, on which all tensors of a batch must agree."""
+    """Return the number of rows, which must be equal in all tensors of a batch."""
     sizes = {t.shape[0] for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()}
     if len(sizes) != 1:
         found = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
@@ -32,10 +32,10 @@ def n_tokens(batch: Any) -> int:
 
 
 def joined(batches: Mapping[str, Any]) -> Any:
-    """Put the rows of all batches below each other.
+    """Concatenate the rows of all batches.
 
     Raises:
-        StateError: They are not built alike, or differ in another dimension than the first.
+        StateError: Their structures differ, or dimensions other than the first.
     """
     (first, one), *others = batches.items()
     leaves, form = tree_flatten(one)
@@ -45,7 +45,7 @@ def joined(batches: Mapping[str, Any]) -> Any:
         if other != form:
             raise StateError(
                 f"step, batches of {first!r} and {name!r}",
-                "they are not built alike",
+                "their structures differ",
                 "Give all trials batches with the same entries",
             )
         for column, leaf in zip(columns, theirs, strict=True):
@@ -62,9 +62,9 @@ def joined(batches: Mapping[str, Any]) -> Any:
 
 
 def parted(outputs: Any, rows: Mapping[str, int]) -> dict[str, Any]:
-    """Give each trial its rows of the outputs.
+    """Return each trial's rows of the outputs.
 
-    By `split`: the backward of a slice fills a tensor as large as the whole for each trial.
+    Uses `split`, since the backward of a slice fills a tensor of full size for each trial.
 
     Raises:
         StateError: A tensor does not have the batch's rows.
@@ -80,7 +80,7 @@ def parted(outputs: Any, rows: Mapping[str, int]) -> dict[str, Any]:
                 "step",
                 f"the forward returned {_shape(leaf)} for {total} rows: a mean over the batch "
                 "would mix the trials",
-                "Give forward=, which returns one row of outputs for each row, without a loss",
+                "Give a forward that returns one row of outputs for each row, without a loss",
             )
         columns.append(list(torch.split(leaf, list(rows.values()))))
     parts = zip(*columns, strict=True)
@@ -110,7 +110,7 @@ def causal_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         outputs: With `logits (rows, tokens, vocabulary)`.
-        batch: With `labels (rows, tokens)`; -100 is left out.
+        batch: With `labels (rows, tokens)`; -100 is ignored.
     """
     logits, labels = outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     logits = logits.float() if logits.dtype.itemsize < 4 else logits

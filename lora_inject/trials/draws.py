@@ -1,8 +1,8 @@
-"""Dropout of trials: each draws from a generator of its own, over its own rows alone.
+"""Dropout of trials: each draws from its own generator, for its own rows only.
 
-So a trial drops the same elements whoever trains beside it. A checkpoint that recomputes a layer
-restores torch's global generator and no other; a number that is drawn from that one is therefore
-the key under which the state of the trials' generators is found again.
+So a trial drops the same elements whatever other trials run. A checkpoint that recomputes a layer
+restores only torch's global generator. So a number drawn from it is the key under which the states
+of the trials' generators are stored for the recomputation.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Draws:
 
 @contextmanager
 def _generator(device: torch.device, state: Tensor) -> Iterator[list[Tensor]]:
-    """Draw from a state of one's own; the list gets the state that is left."""
+    """Draw with a given generator state; the new state is put into the list."""
     source: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
     before, left = source.get_rng_state(), [state]
     source.set_rng_state(state)

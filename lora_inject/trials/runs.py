@@ -1,8 +1,8 @@
 """Many training runs at once: every step is one pass of the base for all of them.
 
-A batch is the trials' rows below each other, and each row meets the adapter of its own trial
-(`routed`), so each trial gets the gradient that it would get alone. All else is the trial's own:
-optimizer state, clipping, schedule, and the random numbers of its start and its dropout.
+A batch is the concatenation of the trials' rows, and each row uses the adapter of its own trial
+(`routed`), so each trial gets the same gradient as alone. Each trial has its own optimizer state,
+clipping, schedule, and random numbers for its start and its dropout.
 """
 
 from __future__ import annotations
@@ -45,19 +45,21 @@ RECENT = 10
 
 
 class Trials:
-    """Several adapters on one model that train side by side, as if each trained alone.
+    """Several adapters on one model that train together, with the same results as each alone.
 
     Args:
         model: The model. Injected, not copied; without adapters of the trials' names.
         trials: Name to trial.
-        max_tokens: Most tokens (rows times positions) of one pass; more go in groups of trials.
+        max_tokens: Largest number of tokens (rows times positions) of one pass; beyond it the
+            trials run in groups.
 
     Raises:
         ConfigError: A config is not valid.
         MatchError: A config's pattern matches nothing.
         LayerError: A site cannot be adapted.
         StateError: There are no trials, a name is in use, or a site is read as a whole weight, as
-            stacked experts and `train` entries are: rows cannot differ there. Nothing is left.
+            stacked experts and `train` entries are: rows cannot differ there. The model is then
+            unchanged.
 
     Attributes:
         model: The model.
@@ -80,7 +82,7 @@ class Trials:
         self, model: nn.Module, trials: Mapping[str, Trial], *, max_tokens: int | None = None
     ) -> None:
         if not trials:
-            raise StateError("Trials", "there are none", "Give a mapping of names to Trial")
+            raise StateError("Trials", "no trial is given", "Give a mapping of names to Trial")
         self.model, self.trials = model, dict(trials)
         self.max_tokens, self.n_steps = max_tokens, 0
         self.stopped: dict[str, str] = {}
@@ -177,7 +179,7 @@ class Trials:
     def _forward(
         self, batches: Mapping[str, Any], forward: Forward, random: dict[str, Tensor] | None
     ) -> dict[str, Any]:
-        """Run the base once; `random` None: without dropout."""
+        """Run the base once; without dropout if `random` is None."""
         rows = {name: n_rows(batch, name) for name, batch in batches.items()}
         each = tuple(name for name, n in rows.items() for _ in range(n))
         draws = _undropped if random is None else Draws(list(rows.items()), random)
@@ -188,7 +190,7 @@ class Trials:
     def _by_trial(self, batch: Any) -> dict[str, Any]:
         running = self.running
         if not running:
-            raise StateError("step", "no trial runs any more", "See trials.stopped for the reasons")
+            raise StateError("step", "no trial is running", "See trials.stopped for the reasons")
         if not isinstance(batch, Mapping) or not batch.keys() & self.trials.keys():
             return dict.fromkeys(running, batch)
         if missing := [name for name in running if name not in batch]:
@@ -200,7 +202,7 @@ class Trials:
         return {name: batch[name] for name in running}
 
     def _groups(self, batches: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the batches of as many trials as one pass may hold, one at least."""
+        """Yield groups of batches with at most `max_tokens`, of one trial at least."""
         group: dict[str, Any] = {}
         tokens = 0
         for name, batch in batches.items():
@@ -213,9 +215,9 @@ class Trials:
         yield group
 
     def _check_apart(self, batches: Mapping[str, Any], forward: Forward) -> None:
-        """Check that no trial's rows reach another's outputs, nor random numbers of the base any.
+        """Check that no trial's rows change another's outputs, and that the base draws no numbers.
 
-        With one trial's A set to NaN the outputs of the others must stay bit for bit.
+        With one trial's A set to NaN the outputs of the others must keep their bits.
         """
         name, *others = batches
         before = torch.get_rng_state()
@@ -238,7 +240,7 @@ class Trials:
                     "step",
                     f"the rows of {name!r} change the outputs of {other!r}: the forward mixes rows "
                     "(BatchNorm in training, negatives within the batch)",
-                    "Use a forward whose rows do not meet, or BatchNorm in eval mode",
+                    "Use a forward that treats rows independently, or BatchNorm in eval mode",
                 )
         if _same(plain[name], broken[name]):
             raise StateError(
@@ -253,7 +255,7 @@ class Trials:
 
     @property
     def running(self) -> list[str]:
-        """The names of the trials that were neither stopped nor dropped."""
+        """Names of the trials that were neither stopped nor dropped."""
         return [name for name in self.trials if name not in self.stopped]
 
     @torch.no_grad()
@@ -268,7 +270,7 @@ class Trials:
             loss: As for `step`.
 
         Returns:
-            Name to loss; `best` and `table` know it.
+            Name to loss, which `best` and `table` also use.
         """
         forward, loss = forward or plain_forward(self.model), loss or causal_loss
         modes = {module: module.training for module in self.model.modules()}
@@ -367,7 +369,7 @@ class Trials:
 
     @classmethod
     def resume(cls, model: nn.Module, path: str | PathLike[str]) -> Self:
-        """Put saved trials onto a model, and go on bit for bit.
+        """Put saved trials onto a model, and continue with the same bits.
 
         Args:
             model: The base, as it was before the trials.
@@ -405,7 +407,7 @@ class Trials:
 
 
 def _refuse_dropout(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse dropout where it is not drawn by trial: on embeddings and convolutions."""
+    """Refuse dropout on embeddings and convolutions, where it is not drawn by trial."""
     for name in names:
         for site, state in adapter_state(model, name).sites.items():
             if state.spec.dropout and state.spec.kind not in {"linear", "conv1d"}:
@@ -427,6 +429,6 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _base_of(state: Any) -> dict[str, list[float]]:
-    """Return what is known of the base under an adapter, as plain data."""
+    """Return the fingerprint's samples of an adapter's base, as plain data."""
     samples: Mapping[str, tuple[float, ...]] = state.fingerprint.samples
     return {name: list(values) for name, values in samples.items()}

@@ -1,4 +1,4 @@
-"""One run among many: what is adapted, and how it is trained."""
+"""One of many training runs: its config and the settings of its optimizer."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Trial:
 
     Attributes:
         config: As for `inject`.
-        lr: Learning rate of A, the largest of the schedule.
+        lr: Largest learning rate of A in the schedule.
         b_lr_ratio: Learning rate of B over that of A (LoRA+, arXiv:2402.12354).
-        weight_decay: Decoupled, as in AdamW.
-        betas: Of AdamW.
-        clip: Largest norm of the trial's gradient; None: any.
+        weight_decay: Decoupled weight decay of AdamW.
+        betas: The betas of AdamW.
+        clip: Largest norm of the trial's gradient; None for no clipping.
         schedule: `constant`, or `linear` or `cosine` down to 0 after `steps`.
         steps: Steps of the schedule, warm-up included; not used by `constant`.
         warmup: Steps in which the learning rate rises linearly.
-        seed: Of the start of A and of the adapter's dropout.
+        seed: Seed of the start of A and of the adapter's dropout.
 
     Raises:
         ConfigError: A setting is out of its range, or the config is not valid.

@@ -256,7 +256,7 @@ def _names(config: Mapping[str, Any], field: str, asked: str) -> tuple[str, ...]
 
 
 def _tokens(value: Any, asked: str) -> dict[str, tuple[int, ...]]:
-    """Which rows train, by the end of a module's name; `""` where the config names no module."""
+    """Return the rows that train, by the end of a module's name; `""` if none is named."""
     tables = value if isinstance(value, dict) else {"": value} if value else {}
     found = {}
     for name, ids in tables.items():

@@ -1,4 +1,4 @@
-"""The files of a PEFT directory: which there have to be, and tensors in one file or in several."""
+"""The files of a PEFT directory: required files, and tensors in one file or in several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def detects(path: Path) -> bool:
 
 
 def check_files(path: Path, asked: str) -> None:
-    """Refuse what is not a directory with a config and tensors."""
+    """Refuse a path that is not a directory with a config and tensors."""
     if not path.is_dir():
         found = "it is a file" if path.exists() else "there is no such directory"
         raise FormatError(asked, found, f"Give the directory that holds {CONFIG}")
@@ -68,7 +68,7 @@ def check_files(path: Path, asked: str) -> None:
 def read_config(path: Path, asked: str) -> Any:
     """Return adapter_config.json as parsed."""
     if (path / CONFIG).stat().st_size > 32_000_000:
-        raise FormatError(asked, "it has more than 32 MB", "No real config is so long")
+        raise FormatError(asked, "it has more than 32 MB", "Check the file: no config is that long")
     return parse_json((path / CONFIG).read_bytes(), asked)
 
 
@@ -82,13 +82,13 @@ def read_all(path: Path, asked: str, *, on_disk: bool) -> tuple[dict[str, Tensor
     table: dict[str, Any] = said if isinstance(said, dict) else {"": None}
     names = table.values()
     if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
-        raise FormatError(where, "its weight_map is no table of file names", "Fetch it again")
+        raise FormatError(where, "its weight_map is not a table of file names", "Fetch it again")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(names)):
         found, _ = read_tensors(path / name, on_disk=on_disk)
         strangers = [key for key in found if table.get(key) != name]
         if strangers:
-            known = f"'{name}' holds {one_line(strangers)}, which it does not say"
+            known = f"'{name}' holds {one_line(strangers)}, which it does not list"
             raise FormatError(where, known, "The files do not belong together")
         tensors |= found
     if missing := table.keys() - tensors.keys():

@@ -104,7 +104,7 @@ def write(
         base_model: Name or path of the base, for the config and the model card.
         task_type: PEFT's task type, such as `CAUSAL_LM`. Left out where PEFT would look for the
             task's head and the adapter does not hold it.
-        trained_on: For the card: a data set of the hub, or words.
+        trained_on: For the card: a data set of the hub, or a description.
         published_as: For the card: where readers find the adapter, such as `user/name`.
 
     Returns:
@@ -135,7 +135,7 @@ def write(
 
 
 class Contents(NamedTuple):
-    """What a PEFT directory holds of a state, with its sites in the order of the file."""
+    """The contents of a PEFT directory, with sites in the order of the file."""
 
     state: AdapterState
     tensors: Mapping[str, Tensor]
@@ -151,7 +151,7 @@ def write_folder(
     *,
     overwrite: bool,
 ) -> Path:
-    """Write a directory of PEFT with `said` as the metadata of its tensors, and its card."""
+    """Write a directory of PEFT, with `said` as the metadata of its tensors, and the card."""
     files = {
         CONFIG: (json.dumps(found.config, indent=2, sort_keys=True) + "\n").encode(),
         MODEL: serialize(found.tensors, {**said, **for_diffusers(found.config, PREFIX)}),
@@ -346,7 +346,7 @@ def _contradiction(asked: str, name: str, config: str, metadata: str) -> FormatE
 
 
 def _rows_once(state: AdapterState, asked: str) -> AdapterState:
-    """Leave out rows under the further names of a tied tensor: PEFT gives them to those itself."""
+    """Leave out rows under further names of a tied tensor: PEFT copies them itself."""
     first: dict[int, str] = {}
     for name in state.rows:
         if not name.endswith(".weight"):

@@ -37,7 +37,7 @@ _ENDS = {
     ".lora_embedding_A.default": ("a", True),
     ".lora_embedding_B.default": ("b", True),
 }
-# Until 0.12 the magnitude was a Parameter by itself; PEFT still leaves `.weight` out of the file.
+# Until 0.12 the magnitude was a plain Parameter; PEFT still omits `.weight` in the file.
 _FURTHER = {
     f".lora_magnitude_vector{end}": "m" for end in ("", ".weight", ".default", ".default.weight")
 }
@@ -88,7 +88,7 @@ def read_foreign(
             module, depth = module.removesuffix(".base_layer"), depth + 1
         levels.setdefault(module, {})[depth] = path
     owners: dict[str, tuple[str, _Pair]] = {}
-    called: dict[str, str] = {}  # what the config's patterns call a site, where it is not its name
+    called: dict[str, str] = {}  # name of a site in the config's patterns, if another
     for module, paths in levels.items():
         if module.endswith(_OUT) and module.removesuffix(_OUT) in levels:
             attention = module.removesuffix(_OUT)
@@ -128,17 +128,17 @@ _OUT = ".base_layer.out_proj"
 def _attention(
     module: str, out: str, pairs: Mapping[str, _Pair], claims: Claims, asked: str
 ) -> dict[str, tuple[str, _Pair]]:
-    """Return the two sites of a MultiheadAttention, in the numbers that PEFT computes with.
+    """Return the two sites of a MultiheadAttention, with the scale that PEFT applies.
 
     PEFT 0.21 adds the update of the output projection twice in every forward
-    (tuners/lora/layer.py, `MultiheadAttention.merge`): here it is so large once.
+    (tuners/lora/layer.py, `MultiheadAttention.merge`): here it is added once, at double scale.
     """
     if claims.peft_version != (0, 21):
         raise FormatError(
             f"{asked}, module '{module}'",
             "PEFT 0.21 applies the update of an attention's output projection twice, and the file "
             "does not say that it was trained so ('peft_version')",
-            "Save it again with PEFT 0.21.2, where its outputs there are right",
+            "Save it again with PEFT 0.21.2, if its outputs there are right",
         )
     inner, projection = pairs[module], pairs[out]
     twice = {**projection.tensors, "b": 2 * projection.tensors["b"]}
@@ -149,7 +149,7 @@ def _attention(
 
 
 def _check_further(pair: _Pair, claims: Claims, where: str) -> None:
-    """Refuse a site that has not what the config says of all, or has what it does not say."""
+    """Refuse a site whose further tensors differ from what the config states."""
     for role, said, field_name, what in (
         ("m", claims.dora, "use_dora", "DoRA magnitude"),
         ("b", claims.lora_bias, "lora_bias", "bias of lora_B"),
@@ -162,7 +162,7 @@ def _check_further(pair: _Pair, claims: Claims, where: str) -> None:
 def _take_rows(
     rest: dict[str, Tensor], claims: Claims, asked: str
 ) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-    """Take single rows out of a file's other tensors: numbers and values by the weight's name."""
+    """Remove single rows from a file's other tensors; return indices and values by weight."""
     found = {}
     for key in [key for key in rest if key.endswith(_ROWS_ENDS)]:
         module, tensor = key.removesuffix(".default").removesuffix(f".{ROWS}"), rest.pop(key)
@@ -180,7 +180,7 @@ def _take_rows(
 
 
 def with_further(site: SiteState, further: Mapping[str, Tensor], where: str) -> SiteState:
-    """Return a site with what its variant adds, in the shapes of its spec."""
+    """Return a site with the further tensors of its variant, in the shapes of its spec."""
     if not further:
         return site
     spec, found = site.spec, {}
@@ -267,7 +267,7 @@ def _named(
     if ".base_layer." in f"{module}.":
         raise FormatError(
             where,
-            "it lies inside another adapted module, and is no output projection of an attention",
+            "it is inside another adapted module, and is not the output projection of an attention",
             "Train it again with this package",
         )
     parameters = _parameters_of(module, claims, tensor_names)

@@ -1,4 +1,4 @@
-"""What files depend on of a live model: its names, its config, and what PEFT sees of it."""
+"""Facts about a live model that files depend on: names, config, and PEFT's view of it."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ KINDS = ("linear", "conv1d", "embedding", "conv", "parameter")
 
 FURTHER = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 ROWS = "token_adapter.trainable_tokens_delta"
-"""What PEFT calls the tensors of a variant, by role."""
+"""PEFT's names of the tensors of a variant, by role."""
 
 
 class Slot(NamedTuple):
-    """The keys of one site's pair, and of what its variant adds by role."""
+    """The keys of one site's pair, and of further tensors by role."""
 
     a: str
     b: str
@@ -94,7 +94,7 @@ def wrapped(spec: SiteSpec) -> str:
 def plan(specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str] = ()) -> Layout:
     """Return the keys of an adapter's tensors in a PEFT file; specs in the order of the model.
 
-    `rows` are the names among `trained` of which only rows travel.
+    `rows` are the names among `trained` of which only rows are stored.
 
     PEFT wraps a module once for itself and once for each of its adapted parameters, the first of
     them innermost, and each wrapper adds `.base_layer` to the path of what is inside it.
@@ -133,7 +133,7 @@ def _slot(path: str, spec: SiteSpec) -> Slot:
 
 
 def further_shape(spec: SiteSpec, role: str) -> tuple[int, ...]:
-    """Return the shape in the file of what a variant adds: PEFT keeps magnitudes to broadcast."""
+    """Return the shape in the file of a further tensor: PEFT stores magnitudes broadcastable."""
     shape = spec.shapes[role]
     kernel = spec.weight_shape[2:] if spec.kind == "conv" else ()
     return (1, *shape, *(1 for _ in kernel)) if role == "m" and kernel else shape
