@@ -35,7 +35,7 @@ import lora_inject as li
 N_EXAMPLES = int(os.environ.get("LORA_MACHINE_EXAMPLES", "80"))
 N_STEPS = int(os.environ.get("LORA_MACHINE_STEPS", "15"))
 ROWS = 3
-FURTHER: list[dict[str, Any]] = [{}, {"variant": "dora"}, {"lora_bias": True}]
+FURTHER: list[set[str]] = [set(), set(), {"dora"}, {"lora_bias"}, {"lora_bias", "dora"}]
 TOKENS = (3, 1)
 NAMES = ("a", "b.c", "weight")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -149,10 +149,11 @@ class Truth:
 
     def drop(self, name: str, root: str) -> None:
         adapter, gone = self.adapters[name], under(root)
+        holders = [at for at in self.active if gone(at) and name in self.on(at)]
         left = self.adapters[name] = adapter.part(lambda n: not gone(n))
         if not left.tensors():
             del self.adapters[name]
-        for at in filter(gone, self.active):
+        for at in holders:
             self.active[at].pop(name, None)
             self.trainable[at].discard(name)
             if not self.on(at):  # a mix may name adapters of the other tower
@@ -214,11 +215,11 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def allowed(further: dict[str, Any], of: trees.SiteOf) -> dict[str, Any]:
+def allowed(further: set[str], of: trees.SiteOf) -> dict[str, Any]:
     """What of the further settings a site can have."""
-    if "variant" in further:
-        return {} if of.delta is trees.stack else further
-    return further if of.bias else {}
+    if "lora_bias" in further and of.bias:
+        return {"lora_bias": True}
+    return {"variant": "dora"} if "dora" in further and of.delta is not trees.stack else {}
 
 
 def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool]:
@@ -294,7 +295,9 @@ class Machine(RuleBasedStateMachine):
         self.x = torch.randn(ROWS, trees.LENGTH, trees.WIDTH, dtype=torch.float64)
         self.ids = torch.randint(0, trees.VOCABULARY, (ROWS, trees.LENGTH))
         self.undo: dict[str, bool] = {}  # of what is merged
-        self.inject(data, 1, 3.0, "kaiming", data.draw(st.sampled_from(FURTHER), "further"), False)
+        for _ in range(2):
+            further = data.draw(st.sampled_from(FURTHER), "further")
+            self.inject(data, 1, 3.0, "kaiming", further, True)
 
     # What rules use ------------------------------------------------------------------------------
 
@@ -317,6 +320,9 @@ class Machine(RuleBasedStateMachine):
 
     def some_root(self, data: Any) -> str:
         return data.draw(st.sampled_from(sorted(self.truth.active)), "root")
+
+    def some_adapted_root(self, data: Any) -> str:
+        return data.draw(st.sampled_from(sorted(filter(self.truth.on, self.truth.active))), "root")
 
     def some_adapter(self, data: Any, root: str = "") -> str:
         return data.draw(st.sampled_from(self.truth.on(root)), "name")
@@ -368,11 +374,11 @@ class Machine(RuleBasedStateMachine):
         rank=st.integers(1, 2),
         alpha=st.sampled_from([1.0, 3.0]),
         init=st.sampled_from(["kaiming", "kaiming", "pissa"]),
-        further=st.sampled_from([{}, *FURTHER]),
-        rows=st.booleans(),
+        further=st.sampled_from(FURTHER),
+        rows=st.sampled_from([True, True, False]),
     )
     def inject(
-        self, data: Any, rank: int, alpha: float, init: str, further: dict[str, Any], rows: bool
+        self, data: Any, rank: int, alpha: float, init: str, further: set[str], rows: bool
     ) -> None:
         root = data.draw(st.sampled_from(sorted({"", *self.truth.active})), "root")
         name = data.draw(st.sampled_from(NAMES), "name")
@@ -425,11 +431,10 @@ class Machine(RuleBasedStateMachine):
         name = None if all_of_it else self.some_adapter(data, where)
         merged = [root for root in self.truth.merged if root.startswith(where)]
         weights = self.truth.weights()
-        if self.refused(
-            lambda: li.eject(self.at(where), name), must=bool(merged and name is not None)
-        ):
+        must = any(name in self.truth.on(root) for root in merged)
+        if self.refused(lambda: li.eject(self.at(where), name), must=must):
             return
-        for root in merged:  # leaves the merged weights
+        for root in merged if name is None else ():  # leaves the merged weights
             del self.truth.merged[root]
             for key in filter(under(root), weights):
                 self.adopt_base(key)
@@ -440,9 +445,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), how=st.sampled_from(["peft", "native", "value"]))
     def leave_and_return(self, data: Any, how: str) -> None:
         """Save, eject, and load under another name."""
-        root = self.some_root(data)
-        if not self.truth.on(root):
-            return
+        root = self.some_adapted_root(data)
         name, model = self.some_adapter(data, root), self.at(root)
         new, due = self.some_free_name(data, name), self.parameters(name)
         state: Any = None
@@ -496,19 +499,23 @@ class Machine(RuleBasedStateMachine):
 
     @is_unmerged
     @has_adapters
-    @rule(data=st.data(), how=st.sampled_from(["scale", "add", "truncate"]))
-    def compute_a_value(self, data: Any, how: str) -> None:
+    @rule(data=st.data(), hows=st.permutations(["scale", "add", "truncate"]))
+    def compute_a_value(self, data: Any, hows: list[str]) -> None:
         """Compute with adapters as values, and put the result in the place of one."""
-        root = self.some_root(data)
-        if not self.truth.on(root):
-            return
+        root = self.some_adapted_root(data)
+        for how in hows:
+            if self.computed(data, root, how):
+                return
+
+    def computed(self, data: Any, root: str, how: str) -> bool:
+        """Do one of these, if it is not refused."""
         name, other = self.some_adapter(data, root), self.some_adapter(data, root)
         factor, new = data.draw(st.sampled_from([0.5, -1.0])), self.some_free_name(data, name)
         names = [name, other] if how == "add" else [name]
         parts = [copy.deepcopy(self.truth.adapters[n]).part(under(root)) for n in names]
         values = [copy.deepcopy(li.adapter_state(self.at(root), n)) for n in names]
         if sum(site.spec.rank for value in values for site in value.sites.values()) > 20:
-            return
+            return False
         must, overlap = refused_value(how, parts)
         compute = {
             "scale": lambda: values[0] * factor,
@@ -522,7 +529,7 @@ class Machine(RuleBasedStateMachine):
             made = compute()
 
         if self.refused(make, must=must):
-            return
+            return False
         weights = {"scale": {name: factor}, "add": dict.fromkeys(names, 1.0 + (name == other))}
         due = self.truth.weights(weights.get(how, {name: 1.0}))
         result = Adapter()
@@ -532,22 +539,19 @@ class Machine(RuleBasedStateMachine):
             scale = made.sites[key.removeprefix(root)].scale
             result.sites[key] = Site(site.of, site.weight, scale)
         model = self.at(root)
-        if self.replaced(
-            root, name, new, result, lambda: li.install(model, made, new), must=overlap
-        ):
+        if self.replaced(root, name, new, result, lambda: li.install(model, made, new), overlap):
             self.adopt(new)
             found, base = self.truth.weights({new: 1.0}), named(self.truth.plain)
             exact = self.truth.dtype == torch.float64
             for key in filter(under(root), {**found, **due}):
                 pair = (w.get(key, base[key].double()) for w in (found, due))
                 assert_close(*pair, torch.float64 if exact else torch.float32)
+        return True
 
     @has_adapters
     @rule(data=st.data())
     def swap(self, data: Any) -> None:
-        root = self.some_root(data)
-        if not self.truth.on(root):
-            return
+        root = self.some_adapted_root(data)
         name, model = self.some_adapter(data, root), self.at(root)
         if root in self.truth.merged:
             assert self.refused(lambda: li.adapter_state(model, name), must=True)
@@ -704,9 +708,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), how=st.sampled_from(sorted(COPIES)))
     def merge_and_unmerge(self, data: Any, how: str) -> None:
         """There and back, of a copy that was made in between."""
-        root = self.some_root(data)
-        if not self.truth.on(root):
-            return
+        root = self.some_adapted_root(data)
         mix = self.some_mix(data, root) or {self.truth.on(root)[0]: 1.0}
         if self.refused(
             lambda: li.merge(self.at(root), name=mix), must=not self.truth.may_mix(mix, root)
