@@ -5,6 +5,7 @@ PEFT is the reference: what it computes from a file is what the file means.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -174,6 +175,7 @@ def test_what_peft_writes_is_read_right(family: str, option: str, tmp_path: Path
 
 def test_peft_base_embeddings_are_recognized_as_copies(tmp_path: Path) -> None:
     model = llama()
+    half, other = (copy.deepcopy(model).to(torch.bfloat16) for _ in range(2))
     wrapped = with_random_adapter(model, target_modules=["embed_tokens"], r=2)
     wrapped.save_pretrained(tmp_path)
     state = read_adapter(tmp_path)
@@ -183,6 +185,12 @@ def test_peft_base_embeddings_are_recognized_as_copies(tmp_path: Path) -> None:
     torch.testing.assert_close(
         state.base_copies["model.embed_tokens.weight"], embedding, rtol=0, atol=0
     )
+    with torch.no_grad():
+        other.model.embed_tokens.weight[3] *= 1.01
+    with pytest.raises(FormatError, match="a copy of this base tensor that is not the model's"):
+        li.load_adapter(other, tmp_path)
+    li.load_adapter(half, tmp_path)  # the copy in float32 is rounded as the base was
+    li.swap_adapter(half, tmp_path, "default")
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])

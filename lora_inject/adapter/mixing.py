@@ -42,13 +42,19 @@ def mixed(several: Sequence[tuple[Mapping[str, Tensor], float]], asked: str) -> 
     return found
 
 
+def same_values(one: Tensor, two: Tensor) -> bool:
+    """Compare two copies of a tensor in the narrower of their dtypes: one may have been rounded."""
+    narrow = min(one.dtype, two.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.to(narrow), two.to(narrow))
+
+
 def common_copies(several: Sequence[Mapping[str, Tensor]], asked: str) -> dict[str, Tensor]:
     """Return the copies of the base's tensors that any of several adapters carries."""
     found: dict[str, Tensor] = {}
     for copies in several:
         for name, tensor in copies.items():
             held = found.setdefault(name, tensor)
-            if held.shape != tensor.shape or not torch.equal(held, tensor):
+            if not same_values(held, tensor):
                 different = "the adapters hold different copies of this base tensor"
                 raise StateError(f"{asked}, '{name}'", different, "Give adapters of one base")
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.fingerprint import Fingerprint, compare, sample_positions
+from lora_inject.adapter.mixing import same_values
 from lora_inject.checkpoint.choose import Fit
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.output_files import FLOATS
@@ -101,11 +102,8 @@ def grown_copies(
 
 
 def _equal(checkpoint: Checkpoint, entry: TensorEntry, copy: Tensor) -> bool:
-    """Compare in whichever of the two dtypes is the narrower."""
     with RowReader(checkpoint.path_of(entry.name)) as reader:
         for start, rows in reader.blocks(entry, entry.shape[1]):
-            mine = copy[start : start + rows.shape[0]]
-            narrow = min(rows.dtype, mine.dtype, key=lambda dtype: dtype.itemsize)
-            if not torch.equal(rows.to(narrow), mine.to(narrow)):
+            if not same_values(rows, copy[start : start + rows.shape[0]]):
                 return False
     return True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.fingerprint import Fingerprint, compare, unverifiable
+from lora_inject.adapter.mixing import same_values
 from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats.older_names import in_names_of
@@ -236,8 +237,7 @@ def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked:
     """PEFT stores whole base embeddings beside an adapter; one that differs would be lost."""
     for key, copy in state.base_copies.items():
         weight = weights.get(key)
-        same = weight is not None and weight.shape == copy.shape
-        if not same or not torch.equal(weight.detach().cpu().to(copy.dtype), copy):  # type: ignore[union-attr]
+        if weight is None or not same_values(weight.detach().cpu(), copy):
             raise FormatError(
                 f"{asked}, {key!r}",
                 "the file carries a copy of this base tensor that is not the model's",
