@@ -87,7 +87,7 @@ def check(
     base: Base = None,
     as_json: Json = False,
 ) -> None:
-    """List what a program would refuse, ignore or compute differently in ADAPTER.
+    """List what a program would refuse or misread in ADAPTER.
 
     Reads no values. The exit code is 1 if the program refuses the adapter, ignores a part of it or
     applies another scale.
