@@ -366,6 +366,44 @@ def test_trained_tensors_of_several_adapters_mix(tmp_path):
     assert torch.allclose(load_checkpoint(tmp_path / "out")["norm"], wanted, atol=1e-6)
 
 
+def rows_of(name, indices, values):
+    return AdapterState({}, {name: values}, rows={name: indices})
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows_first", [True, False])
+def test_a_delta_comes_on_top_of_replaced_rows(tmp_path, rows_first, base_dtype):
+    tensors = {"e.weight": torch.randn(6, 4, dtype=base_dtype)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    low = adapter(site("e", (6, 4), kind="embedding", transposed=True))
+    values = torch.randn(2, 4)
+    parts = [rows_of("e.weight", (1, 4), values), low]
+    merge(base, parts if rows_first else parts[::-1], tmp_path / "out", dtype="float32")
+    replaced = tensors["e.weight"].float()
+    replaced[[1, 4]] = values
+    wanted = dense({"e.weight": replaced}, (low, 1.0))["e.weight"]
+    found = load_checkpoint(tmp_path / "out")["e.weight"]
+    assert torch.allclose(found, wanted.float(), atol=1e-6)
+
+
+def test_replaced_rows_under_dora_are_refused(tmp_path):
+    base = save_checkpoint(tmp_path / "base", {"e.weight": torch.randn(6, 4)})
+    dora = site("e", (6, 4), kind="embedding", transposed=True, variant="dora")
+    parts = [rows_of("e.weight", (1,), torch.randn(1, 4)), adapter(dora)]
+    with pytest.raises(CheckpointError, match="DoRA's update cannot be mixed"):
+        merge(base, parts, tmp_path / "out")
+
+
+def test_replaced_rows_of_a_table_that_is_parted_from_its_head_are_refused(tmp_path):
+    """The head has had the rows too, by the tie; whether it should then is not said."""
+    tensors = llama_tensors(head=False)
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA | {"tie_word_embeddings": True})
+    emb = site("model.embed_tokens", (32, 16), kind="embedding", transposed=True)
+    rows = rows_of("model.embed_tokens.weight", (3,), torch.randn(1, 16))
+    with pytest.raises(CheckpointError, match=r"parted from 'lm_head\.weight', its tied head"):
+        merge(base, [rows, adapter(emb)], tmp_path / "out")
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_new_classifier_is_added_only_on_request(tmp_path, shards):
     tensors = llama_tensors()

@@ -91,20 +91,17 @@ class Folding:
 
     def block(self, start: int, stop: int) -> memoryview:
         """Compute rows `start` to `stop`, and return their bytes."""
-        rows, job = self.base(start, stop), self.job
+        stored, job = self.base(start, stop), self.job
+        rows = self._with_rows(stored, start)
         if self.in_place and self.reader is not None:
-            room, merged = self.reader.room, rows
+            room, merged = self.reader.room, stored
         else:
             room = self.room
             merged = room.rows(FLOATS[job.dtype], stop - start, self.span.n_cols)
         self.fold(rows, start - self.span.offset, merged)
-        for indices, values in job.rows:
-            for at, index in enumerate(indices):
-                if start <= index < stop:
-                    merged[index - start] = values[at].detach().to(merged.dtype)
         if not (self.tally.finite if self.span.terms else _kept_finite(rows, merged)):
             found = merged.clone()
-            _check_finite(job, self.base(start, stop), found)
+            _check_finite(job, self._with_rows(self.base(start, stop), start), found)
             merged.copy_(found)  # the base's rows may have been read into its place
         return room.data
 
@@ -124,6 +121,20 @@ class Folding:
         for tensor, weight in job.added:
             total += weight * _rows_of(tensor, n_cols, start, stop).to(wide)
         return total
+
+    def _with_rows(self, rows: Tensor, start: int) -> Tensor:
+        """Return rows from `start` on with those that adapters replace; deltas come on top."""
+        inside = [
+            (index - start, values[at])
+            for indices, values in self.job.rows
+            for at, index in enumerate(indices)
+            if start <= index < start + len(rows)
+        ]
+        if inside:
+            rows = rows.to(self.wide, copy=True)
+        for row, value in inside:
+            rows[row] = value.detach()
+        return rows
 
     def stored(self, start: int, stop: int) -> Tensor:
         """Return W, which an adapter may carry, or be the only one to have."""

@@ -123,6 +123,9 @@ class Settled:
                 if source is None or name in self.of.inseparable:
                     continue
                 job, changed = self._add(name, source), self.jobs.get(source)
+                if changed is not None and changed.rows:
+                    found = f"its rows are replaced, and it is parted from '{name}', its tied head"
+                    raise clash(source, found)
                 if changed is not None and changed.base_copy is not None:
                     job.base_copy, job.shape = changed.base_copy, tuple(changed.base_copy.shape)
 
@@ -172,7 +175,7 @@ def _check(checkpoint: Checkpoint, job: TensorJob) -> None:
     places = [(p.start, p.stop) for p in job.placed]
     gained = [p for p in job.placed if p.gain is not None]
     scaled = any(abs(term.weight) != 1 for p in gained for term in p.terms)
-    mixed = any(places.count((p.start, p.stop)) > 1 for p in gained)
+    mixed = any(job.rows or places.count((p.start, p.stop)) > 1 for p in gained)
     ranges = sorted(set(places))
     overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
     rows = [index for indices, _ in job.rows for index in indices]
