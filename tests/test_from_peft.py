@@ -15,6 +15,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -48,11 +50,13 @@ def models():
     torch.manual_seed(0)
     gpt2 = GPT2Config(n_layer=3, n_embd=8, n_head=2, n_positions=8, vocab_size=20)
     bert = BertConfig(**SMALL, num_hidden_layers=2, max_position_embeddings=8)
+    distil = DistilBertConfig(vocab_size=20, dim=8, hidden_dim=12, n_layers=2, n_heads=2)
     moe = MixtralConfig(**SMALL, **LAYERS, num_local_experts=2)
     return {
         "llama": LlamaForCausalLM(LlamaConfig(**SMALL, **LAYERS)),
         "gpt2": GPT2LMHeadModel(gpt2),
         "bert": BertForSequenceClassification(bert),
+        "distilbert": DistilBertForSequenceClassification(distil),
         "mixtral": MixtralForCausalLM(moe),
         "nested": Nested(),
     }
@@ -141,6 +145,14 @@ CASES = {
     "the first key wins": (
         "llama",
         {"target_modules": QV, "rank_pattern": {".*": 2, "q_proj": 3}, "alpha_pattern": {"q.*": 9}},
+    ),
+    "saved modules, by the ends of their names": (
+        "llama",
+        {"target_modules": QV, "modules_to_save": ["norm", "down_proj"]},
+    ),
+    "a head with a layer before it": (
+        "distilbert",
+        {"target_modules": ["q_lin"], "task_type": "SEQ_CLS", "modules_to_save": ["score"]},
     ),
     "saved modules": (
         "llama",
@@ -236,6 +248,32 @@ def test_every_field_of_this_peft_is_known():
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= FIELDS
 
 
+WRONG = {
+    "r": 0,
+    "lora_alpha": 0,
+    "rank_pattern": [1],
+    "alpha_pattern": {"(": 3},
+    "target_modules": [3],
+    "target_parameters": 3,
+    "modules_to_save": "lm_head",
+    "exclude_modules": "*",
+    "layers_pattern": 3,
+    "trainable_token_indices": {"a": 3},
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_value_of_the_wrong_type_is_named_with_its_field(models, field):
+    with pytest.raises(li.ConfigError, match=rf"from_peft, '{field}': .* is not a"):
+        li.Config.from_peft({"target_modules": QV} | {field: WRONG[field]})
+
+
+@pytest.mark.parametrize("options", [{"r": 0}, {"lora_alpha": 0}, {"rank_pattern": {"[": 3}}])
+def test_a_wrong_value_in_a_lora_config_is_named_with_its_field(models, options):
+    with pytest.raises(li.ConfigError, match=rf"'{next(iter(options))}'"):
+        li.plan(models["llama"], LoraConfig(target_modules=QV, **options))
+
+
 REFUSED = {
     "peft_type": "IA3",
     "alora_invocation_tokens": [1],
@@ -262,11 +300,14 @@ def test_what_would_mean_something_else_is_refused(models):
     refused = [
         ("llama", {"exclude_modules": ["0.self_attn"]}, "PEFT adapts 'model.layers.0.self_attn"),
         ("llama", {"rank_pattern": {"k_proj": 3}}, "'rank_pattern'.* 'k_proj' matches none"),
+        ("llama", {"layers_to_transform": [7]}, "no targeted module lies in a layer of .7."),
+        ("gpt2", {"modules_to_save": ["bias"]}, "'transformer.h.0.ln_1.bias' is a parameter"),
         ("llama", {"init_lora_weights": False}, "would not start at zero"),
     ]
     for which, options, message in refused:
+        targets = QV if which == "llama" else ["c_fc"]
         with pytest.raises(li.ConfigError, match=message):
-            li.plan(models[which], LoraConfig(target_modules=QV, **options))
+            li.plan(models[which], LoraConfig(target_modules=targets, **options))
     for target in ("all-linear", r".*\.(gate|q_proj)"):
         with pytest.raises(li.ConfigError, match=r"'target_modules': PEFT takes .* for experts"):
             li.plan(models["mixtral"], LoraConfig(target_modules=target))

@@ -538,7 +538,7 @@ class Config(_Strict):
             - q_proj
             - v_proj
             train:
-            - lm_head
+            - '[^.]*lm_head'
             bias: none
             <BLANKLINE>
         """

@@ -11,13 +11,13 @@ utils/other.py, `get_pattern_key`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lora_inject.errors import ConfigError
 from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.names import Below, canonical, first_number, matching, parent
+from lora_inject.spec.names import Below, canonical, first_number, matching, parent, regex_problem
 
 _MERGE = "Train it with PEFT, merge it there and start from that model"
 _REFUSED = {
@@ -54,11 +54,58 @@ FIELDS = frozenset(_REFUSED) | _NO_MEANING | _TRANSLATED
 
 _INITS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 _HEADS = {
-    "SEQ_CLS": r"(classifier|score)",
-    "TOKEN_CLS": r"(classifier|score)",
-    "QUESTION_ANS": "qa_outputs",
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
-"""Task to the head that PEFT trains (peft_model.py)."""
+"""Task to the names that PEFT adds to modules_to_save (peft_model.py)."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list | tuple | set | frozenset) and all(map(check, v))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _names_or_regex(value: Any) -> bool:
+    return _is_text(value) or _all(_is_text)(value)
+
+
+def _table(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: (
+        isinstance(v, Mapping) and all(map(_is_text, v)) and all(map(check, v.values()))
+    )
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda v: _is_whole(v) and v >= 1, "a whole number from 1"),
+    "lora_alpha": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "lora_dropout": (_is_number, "a number"),
+    "target_modules": (_names_or_regex, "a list of names, or a regex"),
+    "target_parameters": (_all(_is_text), "a list of names"),
+    "exclude_modules": (_names_or_regex, "a list of names, or a regex"),
+    "modules_to_save": (_all(_is_text), "a list of names"),
+    "layers_pattern": (_names_or_regex, "a name, or a list of names"),
+    "layers_to_transform": (lambda v: _is_whole(v) or _all(_is_whole)(v), "a list of numbers"),
+    "rank_pattern": (_table(lambda v: _is_whole(v) and v >= 1), "a dict from names to ranks"),
+    "alpha_pattern": (_table(_is_number), "a dict from names to alphas"),
+    "trainable_token_indices": (
+        lambda v: _all(_is_whole)(v) or _table(_all(_is_whole))(v),
+        "a list of rows, or a dict from names to such lists",
+    ),
+    "runtime_config": (lambda v: isinstance(v, Mapping), "a dict"),
+}
+"""Field to what its value must be, where there is one."""
 
 
 def translated(
@@ -102,17 +149,22 @@ def translated(
         raise _error(asked, "bias", f"it is {fields['bias']!r}", "Give none, all or lora_only")
     if bias != "none":
         found["bias"] = bias
-    saved = list(fields.get("modules_to_save") or ())
-    train = [re.escape(name) for name in saved]
-    head = _HEADS.get(str(fields.get("task_type")))
-    if head and not any(re.fullmatch(head, name) for name in saved):
-        train.append(head)
+    heads = _HEADS.get(str(fields.get("task_type")), ())
+    saved = [re.escape(n) for n in fields.get("modules_to_save") or () if n not in heads]
+    saved += [f"({'|'.join(heads)})"] if len(heads) > 1 else heads
+    train = [f"[^.]*{name}" for name in saved]  # PEFT asks for the end of a name, without a dot
+    if inventory is not None:
+        _check_saved(train, inventory, asked)
     exclude = _exclude(fields)
     if _takes_all(fields):
-        exclude += train  # PEFT never adapts what it saves
+        exclude += saved  # not adapted, and here PEFT asks for whole segments
     tokens = _tokens(fields.get("trainable_token_indices"), inventory, asked)
     found |= {"train": train, "exclude": exclude, "tokens": tokens}
-    found["targets"] = list(_Rules(fields, inventory, asked, exclude, train).rules())
+    rules = _Rules(fields, inventory, asked, exclude, saved)
+    found["targets"] = list(rules.rules())
+    if rules.left and rules.layers is not None and not found["targets"]:
+        none = f"no targeted module lies in a layer of {rules.layers}, such as '{min(rules.left)}'"
+        raise _error(asked, "layers_to_transform", none, "Layers are counted from 0")
     return {key: value for key, value in found.items() if value or key in ("dropout", "targets")}
 
 
@@ -126,6 +178,7 @@ def _refuse(fields: Mapping[str, Any], asked: str) -> None:
         raise _error(
             asked, "peft_type", f"it is {kind!r}", "Only LoRA and its variants are supported"
         )
+    _check_types(fields, asked)
     for name, (what, remedy) in _REFUSED.items():
         if fields.get(name):
             raise _error(asked, name, f"it is not supported: {what}", remedy)
@@ -137,6 +190,18 @@ def _refuse(fields: Mapping[str, Any], asked: str) -> None:
         raise _error(
             asked, "runtime_config", "ephemeral_gpu_offload is not supported", "Leave it out"
         )
+
+
+def _check_types(fields: Mapping[str, Any], asked: str) -> None:
+    for name, (is_one, wanted) in _TYPES.items():
+        value = fields.get(name)
+        if value is not None and not is_one(value):
+            raise _error(asked, name, f"{value!r} is not {wanted}", f"Give {wanted}")
+        keys = [value] if isinstance(value, str) else value if isinstance(value, Mapping) else ()
+        for key in keys:
+            if problem := name != "trainable_token_indices" and regex_problem(key):
+                found = f"{key!r} is not a regex: {problem}"
+                raise _error(asked, name, found, "Escape its brackets; a literal dot is '\\.'")
 
 
 def _with_experts(
@@ -188,6 +253,16 @@ def _init(init: Any, asked: str) -> str:
             found = "it makes B random, so the adapter would not start at zero"
         raise _error(asked, "init_lora_weights", found, "Choose True, gaussian, pissa or olora")
     return _INITS[name]
+
+
+def _check_saved(train: Iterable[str], inventory: Inventory, asked: str) -> None:
+    """Refuse what names a parameter, which trains here and which PEFT passes over."""
+    for pattern in train:
+        below = Below(matching(pattern, inventory.modules, asked=asked))
+        for name in matching(pattern, inventory.listed, asked=asked):
+            if name not in below:
+                found = f"'{name}' is a parameter, and PEFT saves modules only"
+                raise _error(asked, "modules_to_save", found, "Name the module that it is in")
 
 
 def _takes_all(fields: Mapping[str, Any]) -> bool:
@@ -260,7 +335,7 @@ class _Rules:
         inventory: Inventory | None,
         asked: str,
         exclude: Iterable[str],
-        train: Iterable[str],
+        saved: Iterable[str],
     ) -> None:
         self.fields, self.inventory, self.asked = fields, inventory, asked
         self.tables = {
@@ -271,7 +346,7 @@ class _Rules:
         self.kinds: dict[str, str] = {}
         self.left: dict[str, None] = {}
         if inventory is not None:
-            self._look(inventory, exclude, train)
+            self._look(inventory, exclude, saved)
 
     def rules(self) -> Iterator[dict[str, Any]]:
         """Yield the rules in order."""
@@ -359,7 +434,7 @@ class _Rules:
 
     # With the names of the model
 
-    def _look(self, inventory: Inventory, exclude: Iterable[str], train: Iterable[str]) -> None:
+    def _look(self, inventory: Inventory, exclude: Iterable[str], saved: Iterable[str]) -> None:
         """Find the names that may be targeted, and refuse those that PEFT treats differently."""
         self.kinds = self._known(inventory)
         tied = {name for c in inventory.candidates if c.tied for name in (c.name, *c.aliases)}
@@ -368,12 +443,12 @@ class _Rules:
             raise _error(self.asked, "ensure_weight_tying", found, "Leave it out of the targets")
         others = [*self.kinds, *inventory.others]
         gone = {n for p in exclude for n in matching(p, others, asked=self.asked)}
-        saved = Below(n for p in train for n in matching(p, others, asked=self.asked))
+        kept = Below(n for p in saved for n in matching(p, others, asked=self.asked))
         below = Below(gone)
         asked_for = [t.regex for t in self._targets() if t.parameter]
         parameters = {n for r in asked_for for n in matching(r, self.kinds, asked=self.asked)}
         for name in self._targeted():
-            if name not in parameters and (name in saved or name in gone):
+            if name not in parameters and (name in kept or name in gone):
                 continue
             if name in below:
                 found = f"PEFT adapts '{name}', below a module that is excluded; here it would not"

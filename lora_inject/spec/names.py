@@ -72,7 +72,7 @@ def matching(
     """
     try:
         compiled = _compiled(pattern, whole=whole)
-    except regex.error as problem:  # such as [a[:b], which only `re` reads
+    except (*_NOT_A_REGEX, regex.error) as problem:  # such as [a[:b], which only `re` reads
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
     end = time.process_time() + seconds  # the clock that `timeout` is counted on
     matched = []
@@ -86,6 +86,18 @@ def matching(
         if found:
             matched.append(name)
     return matched
+
+
+_NOT_A_REGEX = (re.error, OverflowError, RecursionError)
+
+
+def regex_problem(pattern: str) -> str | None:
+    """Return why `re` cannot read a pattern, None where it can."""
+    try:
+        re.compile(pattern)
+    except _NOT_A_REGEX as problem:
+        return str(problem)
+    return None
 
 
 @lru_cache(maxsize=1024)
