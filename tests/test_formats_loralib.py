@@ -164,7 +164,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "one part, unnamed": (
         PAIR,
         {"alpha": 1, "enable_lora": [True, False]},
-        "cannot be told from a plain layer",
+        "cannot be distinguished from a plain layer",
     ),
     "ranks": (
         {"fc.lora_A": torch.ones(3, 4), "fc.lora_B": PAIR["fc.lora_B"]},

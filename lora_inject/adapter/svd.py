@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SPARE = 16
-"""Directions computed beside those that are kept (Halko et al., arXiv:0909.4061, section 4.2)."""
+"""Directions computed besides those that are kept (Halko et al., arXiv:0909.4061, section 4.2)."""
 POWER_STEPS = 8
 """Of `torch.svd_lowrank`: on pure noise it then finds the energy of 12 directions within 2 %."""
 
@@ -50,7 +50,7 @@ def decompose(matrix: Tensor, rank: int | None, energy: float | None = None) -> 
 
     `matrix` is `(rows, cols)`, float32 or float64; `rank` is the most to keep, and of it no more
     than what holds `energy`, a share of the sum of squares in (0, 1]. The result is the same at
-    every call, and exact where the rank is not small beside the matrix.
+    every call, and exact where the rank is not small compared with the matrix.
 
     Examples:
         >>> D = torch.outer(torch.arange(4.0), torch.arange(3.0))

@@ -30,7 +30,7 @@ Given = WeightedAdapter | AdapterState | str | os.PathLike[str]
 
 
 def weighted_adapter(given: Given, base: Checkpoint) -> WeightedAdapter:
-    """Return an adapter with its weight, 1 where none is said."""
+    """Return an adapter with its weight, 1 by default."""
     if isinstance(given, WeightedAdapter):
         return given
     return WeightedAdapter(given) if isinstance(given, AdapterState) else read_weighted(given, base)

@@ -147,7 +147,7 @@ class _Run:
         )
 
     def _find_finished(self) -> None:
-        """Read the records of finished files, whoever finished them."""
+        """Read the records of finished files, of all processes."""
         for shard in self.plan.shards:
             record = self.staging.record(shard)
             if record is not None:

@@ -94,7 +94,7 @@ class TensorJob:
     def joined(self, other: TensorJob) -> TensorJob:
         """Return this job combined with a later adapter's job on the same tensor."""
         if self.base_copy is not None and other.base_copy is not None:
-            raise clash(self.name, "two adapters bring their own copy of it")
+            raise clash(self.name, "two adapters hold a copy of it")
         reshapes = other.trained or other.base_copy is not None
         return replace(
             self,

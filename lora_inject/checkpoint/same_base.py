@@ -2,7 +2,7 @@
 
 The adapter's fingerprint holds sixteen values of every adapted weight; the same places are read
 from the checkpoint and compared as loading onto a model does it (`adapter.fingerprint`). PEFT
-stores a whole embedding beside an adapter on it, which must equal the base; where the vocabulary
+stores a whole embedding with an adapter on it, which must equal the base; where the vocabulary
 grew, the copy is the only place that has the new rows, and is used as the base.
 """
 

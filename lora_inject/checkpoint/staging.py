@@ -1,4 +1,4 @@
-"""The folder that an unfinished merge grows in, beside its output.
+"""The folder of an unfinished merge, next to its output.
 
 Weight files and side files are written to `files` inside it, which gets the output's name in one
 rename when all of them are there. So a process that dies leaves no output, and what it finished can

@@ -43,7 +43,7 @@ class Sink(Protocol):
 
 
 class BytesDone:
-    """Adds up bytes over threads, and tells whoever asked the bytes done and the bytes in all."""
+    """Adds up bytes over threads, and reports the bytes done and the bytes in all."""
 
     def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
         self.done, self.total, self.progress = 0, total, progress
@@ -91,16 +91,10 @@ def work_through(
 ) -> list[TensorReport]:
     """Distribute spans and copies over threads; stop all at the first failure or Ctrl-C.
 
-    Returns the reports of the computed tensors, in their order: what was counted in a tensor's
-    spans is summed in the order of the spans.
+    Returns the reports of the computed tensors, in their order.
     """
     spans = [(span, Tally()) for job in shard.jobs for span in spans_of(job)]
-    pieces = [
-        Copy(source + done, target + done, min(COPY_BYTES, n_bytes - done))
-        for source, target, n_bytes in copies
-        for done in range(0, n_bytes, COPY_BYTES)
-    ]
-    tasks: deque[tuple[Span, Tally] | Copy] = deque([*spans, *pieces])
+    tasks: deque[tuple[Span, Tally] | Copy] = deque([*spans, *_pieces(copies)])
 
     @torch.inference_mode()  # the rows are views, which autograd would track
     def work(sources: dict[str, int]) -> None:
@@ -118,10 +112,8 @@ def work_through(
                 fold(*task, readers, room)
 
     def fold(span: Span, tally: Tally, readers: dict[str, RowReader], room: Room) -> None:
-        entry, reader = (
-            shard.header.tensors[span.job.name],
-            readers.get(span.job.source_shard or ""),
-        )
+        entry = shard.header.tensors[span.job.name]
+        reader = readers.get(span.job.source_shard or "")
         row_bytes = span.n_cols * FLOATS[span.job.dtype].itemsize
         for start, data in Folding(span, reader, room, tally).blocks():
             sink.computed(entry, entry.start + start * row_bytes, data)
@@ -141,6 +133,20 @@ def work_through(
                 pool.shutdown(wait=True)
     finally:
         torch.set_num_threads(before)
+    return _reports(shard, spans)
+
+
+def _pieces(copies: Sequence[Copy]) -> list[Copy]:
+    """Cut copies into pieces of at most `COPY_BYTES`."""
+    return [
+        Copy(source + done, target + done, min(COPY_BYTES, n_bytes - done))
+        for source, target, n_bytes in copies
+        for done in range(0, n_bytes, COPY_BYTES)
+    ]
+
+
+def _reports(shard: OutputShard, spans: Sequence[tuple[Span, Tally]]) -> list[TensorReport]:
+    """Return a report for each tensor, with the sum of its spans' tallies in their order."""
     tallies = {job.name: Tally() for job in shard.jobs}
     for span, tally in spans:
         tallies[span.job.name] += tally

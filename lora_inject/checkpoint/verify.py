@@ -97,7 +97,7 @@ def verify_checkpoint(
         What was found; `check()` raises it.
 
     Raises:
-        CheckpointError: The merge could not be planned, or `merged` is no folder.
+        CheckpointError: The merge could not be planned, or `merged` is not a folder.
     """
     plan = plan_merge(base, adapters, options)
     folder = Path(merged).resolve()

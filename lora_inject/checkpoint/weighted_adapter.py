@@ -21,7 +21,7 @@ _FACTS = attrgetter(
     *("weight", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "transposed"),
     *("experts", "spans", "variant"),
 )
-"""What of a site decides its update, beside its name and tensors."""
+"""Fields of a site that affect its update, besides name and tensors."""
 
 
 @dataclass(frozen=True)

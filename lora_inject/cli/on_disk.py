@@ -205,7 +205,7 @@ def extract(
     writing: Writing,
     keeping: Keeping,
     full: Annotated[
-        bool, typer.Option("--full", help="Store in full what is no matrix: norms, biases.")
+        bool, typer.Option("--full", help="Store other tensors in full: norms, biases.")
     ] = False,
     everything: All = False,
     as_json: Json = False,
@@ -251,5 +251,5 @@ def _weights(weights: list[float] | None, n_adapters: int) -> list[float]:
         found = f"{len(weights)} weights for {n_adapters} adapters"
         raise typer.BadParameter(f"{found}; give --weight once for each", param_hint="--weight")
     if bad := [w for w in weights if not math.isfinite(w) or w == 0]:
-        raise typer.BadParameter(f"{bad[0]} is no weight", param_hint="--weight")
+        raise typer.BadParameter(f"{bad[0]} is not a weight", param_hint="--weight")
     return weights

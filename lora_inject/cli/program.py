@@ -240,9 +240,9 @@ def _leave(code: int) -> NoReturn:
     """Exit without taking torch apart object by object, which costs 0.3 s for every command."""
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:  # closed by whoever started us
+            if stream is not None:  # closed by the parent process
                 stream.flush()
-        except BrokenPipeError:  # whoever read our output has seen enough
+        except BrokenPipeError:  # the reader of our output has closed it
             pass
         except OSError:
             code = code or 1

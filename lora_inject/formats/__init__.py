@@ -172,7 +172,7 @@ def read_adapter(
         The adapter.
 
     Raises:
-        FormatError: There is no adapter, or it cannot be read right.
+        FormatError: There is no adapter, or it cannot be read.
     """
     place, asked = Path(path), f"read adapter '{path}'"
     if format is None:

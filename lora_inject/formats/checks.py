@@ -1,6 +1,6 @@
 """Checks that every format makes before it writes, and after it read.
 
-A site's tensors must have the shapes and dtypes that its spec states, whoever made them.
+A site's tensors must have the shapes and dtypes that its spec states.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
         overwrite: Replace a file that is there already.
 
     Returns:
-        The file that was written. It does not hold alpha: tell whoever reads it.
+        The file that was written. It does not hold alpha, which readers must know.
 
     Raises:
         FormatError: loralib cannot express the adapter.
@@ -180,7 +180,7 @@ def _flags(
     elif enable_lora is not None and sum(enable_lora) == 1:
         raise FormatError(
             where,
-            "a fused layer with one part enabled cannot be told from a plain layer",
+            "a fused layer with one part enabled cannot be distinguished from a plain layer",
             "Say which are fused: enable_lora={'c_attn': [...]}",
         )
     else:

@@ -1,7 +1,7 @@
 """One safetensors file with the tensors as this package holds them.
 
 No other program has to understand it, so nothing is re-arranged and everything can be
-said: sites that PEFT has no words for (a MultiheadAttention's output projection, convolutions in
+said: sites that PEFT cannot express (a MultiheadAttention's output projection, convolutions in
 groups, parameters of the root) are saved by the same call.
 
 Keys: `ROLE/SITE` (`A/SITE`, `B/SITE`, ...), `trained/NAME`. The numbers are in the metadata.

@@ -43,7 +43,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def compute_dtype(dtype: torch.dtype, float32: bool) -> torch.dtype:
-    """Return the dtype of the low-rank arithmetic beside an output of `dtype`."""
+    """Return the dtype of the low-rank arithmetic for an output of `dtype`."""
     return torch.float32 if float32 and dtype != torch.float64 else dtype
 
 

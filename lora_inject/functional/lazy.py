@@ -334,7 +334,7 @@ def _empty(like: Tensor) -> LazyWeight:
 
 
 class _Deferred(torch.autograd.Function):
-    """The node of a lazy weight, for who differentiates by it as if it had been formed."""
+    """The autograd node of a lazy weight, for gradients with respect to the formed weight."""
 
     @staticmethod
     def forward(

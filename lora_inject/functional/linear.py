@@ -286,7 +286,7 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | Non
 
 
 class _How(NamedTuple):
-    """What the Function needs beside tensors.
+    """What the Function needs besides tensors.
 
     Attributes:
         transposed: Whether the layer is a Conv1D.

@@ -1,7 +1,7 @@
 """One adapter for each row of a batch that a convolution gets.
 
 The update of a convolution is a convolution with A, which has a few channels, and then a product
-with B. Rows stand beside each other as groups of one convolution, each with the A of its adapter.
+with B. The rows are groups of one convolution, each with the A of its adapter.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def adapted_class(
     Args:
         plain: The module's own class.
         mixin: The kind of layer, or `WeightUpdate`.
-        reads: Parameters whose effective value is read, beside the weight of a stock layer.
+        reads: Parameters whose effective value is read, besides the weight of a stock layer.
 
     Returns:
         A subclass of both, with the plain class's name.

@@ -282,7 +282,7 @@ def refuse_mixed(taking: Sequence[tuple[Entry, float]]) -> None:
     raise LayerError(
         f"site {alone.spec.name!r} with {mix}",
         f"the {alone.spec.variant} of {alone.adapter!r} scales what W and all updates give "
-        "together: it is not defined beside another adapter, or in part",
+        "together: it is not defined with another adapter, or with another weight",
         f"Activate {alone.adapter!r} alone, with weight 1",
     )
 

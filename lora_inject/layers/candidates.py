@@ -128,7 +128,7 @@ class _Listing:
         )
 
     def _whole(self, name: str, module: nn.Module, members: list[str]) -> Candidate:
-        """Whoever names an attention or a recurrent module means all of the weights in it."""
+        """The name of an attention or a recurrent module stands for all weights in it."""
         computed = _computed(module)
         return Candidate(
             name,

@@ -3,7 +3,7 @@
 Both modes of `torch.utils.checkpoint` keep the function that they will run again in an object of
 their own. While a layer runs inside, that object can be found: the non-reentrant mode's in its hook
 on saved tensors, the reentrant mode's on the call stack, as it is an autograd Function. The kept
-function is wrapped, so that whoever runs it, in whatever thread, enters the selection first.
+function is wrapped, so that it enters the selection first in any thread.
 """
 
 from __future__ import annotations

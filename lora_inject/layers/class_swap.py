@@ -28,7 +28,7 @@ def swap(
         module: The module; stays the same object.
         selection: The cell of its root.
         mixin: The kind of layer, or `WeightUpdate` where only parameters are read.
-        reads: Parameters to be read, beside those that already are.
+        reads: Parameters to be read, besides those that already are.
     """
     cls = type(module)
     attached = attached_to(module)

@@ -135,7 +135,7 @@ class ForwardUpdate(Adapted):
     # ---------------------------------------------------------------------------- compiled graphs
 
     def _lora_compiled(self, y: Tensor, state: State) -> list[Factors]:
-        """Return updates chosen by the selection's tensor, which is no constant of a graph.
+        """Return updates chosen by the selection's tensor, which is not a constant of a graph.
 
         Names are constants where there is one adapter only, one has a gain, or dropouts differ.
 

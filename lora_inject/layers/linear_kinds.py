@@ -26,7 +26,7 @@ from lora_inject.layers.selection import State
 # Classes of other libraries are known by where they are defined, so that none need be imported.
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
 # Their forward multiplies x by the weight, or by what a packed one stands for, and nothing else. A
-# packed weight cannot be read as W + delta, so there is no other way than to add to the output.
+# packed weight cannot be read as W + delta, so the update must be added to the output.
 MULTIPLY = {
     ("bitsandbytes.nn.modules", "Linear4bit"),
     ("bitsandbytes.nn.modules", "Linear8bitLt"),
@@ -127,7 +127,7 @@ class LoRALinear(ForwardUpdate):
         """Compute the layer without its forward updates."""
         if not self._lora_stock:
             return super().forward(*args, **kwargs)
-        # Its own forward would read the weight as whoever computes with it is to find it.
+        # The plain forward would read the effective weight.
         return self._lora_formula(self._lora_input(args, kwargs), *self._lora_weight_and_bias())
 
     def _lora_gained(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -84,7 +84,7 @@ def routing_of(
         place = {e.adapter: i + 1 for i, e in enumerate(entries)}
         each = [place.get(n or "", 0) for n in names for _ in range(repeat)]
         run = math.gcd(*(len(list(rows)) for _, rows in groupby(each)))
-        with torch.inference_mode(False):  # a backward may need them, whoever asks first
+        with torch.inference_mode(False):  # a later backward may need them
             known = (
                 torch.tensor(each, device=x.device),
                 torch.tensor(each[::run], device=x.device),

@@ -151,7 +151,7 @@ class Selection:
 
     def _of_compiled(self) -> State:
         if self.may_wait:
-            # dynamo can make no exception of ours; it shows the text, or goes on without a graph.
+            # dynamo cannot raise our exception: it shows the text, or continues without a graph.
             raise RuntimeError(
                 "A coroutine or generator holds routed() or disabled(), and compiled code cannot "
                 "tell whose forward it is. Enter the context in a plain function instead."

@@ -221,7 +221,7 @@ def refuse_mixes(model: nn.Module, found: Reach, weights: Mapping[str, float]) -
 
 
 def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:
-    """Raise where a name is no adapter of the model."""
+    """Raise if a name is not an adapter of the model."""
     for name in names:
         if name not in known:
             there = ", ".join(map(repr, sorted(known))) or "none"

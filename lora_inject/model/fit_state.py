@@ -234,7 +234,7 @@ def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) ->
 
 
 def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked: str) -> None:
-    """PEFT stores whole base embeddings beside an adapter; one that differs would be lost."""
+    """PEFT stores whole base embeddings with an adapter; one that differs would be lost."""
     for key, copy in state.base_copies.items():
         weight = weights.get(key)
         if weight is None or not same_values(weight.detach().cpu(), copy):

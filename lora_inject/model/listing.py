@@ -1,4 +1,4 @@
-"""The adapters on a model, listed for whoever asks what there is.
+"""The list of adapters on a model.
 
 An adapter is what its entries on the modules say, summed up by its name.
 """

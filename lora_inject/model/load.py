@@ -112,7 +112,7 @@ def install(
 def _put_on(
     survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """Put a fitted adapter on; it becomes active where none is."""
+    """Put a fitted adapter on; it becomes active if no other is."""
     copies = {key: state.rows.get(key) for key in state.trained}
     found = places(survey, name, [site.spec for site in state.sites.values()], copies)
 

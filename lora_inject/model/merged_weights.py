@@ -1,6 +1,6 @@
-"""The base's weights with the update folded in, one at a time, for a server beside a training run.
+"""The base's weights with the update folded in, one at a time, for a server that follows a run.
 
-Nothing is written: the model goes on training, and only one merged tensor exists at a time.
+Nothing is written: training can continue, and only one merged tensor exists at a time.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _put_into(made: Path, folder: Path) -> None:
 
 
 class _Refusal:
-    """Stands in for `resize_token_embeddings`, which would leave an adapter behind in silence.
+    """Stands in for `resize_token_embeddings`, which would silently drop an adapter.
 
     It replaces the head by a new layer and refills the embedding.
     """

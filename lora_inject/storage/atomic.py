@@ -1,6 +1,6 @@
 """Write an adapter's files so that no half of it can ever be read.
 
-Everything is written under a temporary name beside the target, flushed to the disk, and put in
+Everything is written under a temporary name in the target's folder, flushed to the disk, and put in
 place by one rename. A directory that is already there is exchanged in the same single step
 where the system can do that (Linux); elsewhere it is moved aside first, so that for a moment there
 is no adapter, but never half of one. Whatever goes wrong, Ctrl-C included, the temporary is removed
@@ -114,7 +114,7 @@ def _check_directory(target: Path, names: Collection[str], *, overwrite: bool) -
     if foreign:
         raise FormatError(
             asked,
-            f"the directory holds '{foreign[0]}', which is no part of an adapter and would be lost",
+            f"the directory holds '{foreign[0]}', which no adapter has and would be lost",
             "Choose a directory of its own for the adapter",
         )
     if present and not overwrite:

@@ -25,7 +25,7 @@ _MERGE = "Merge it into the base with PEFT (merge_and_unload) and start from tha
 _AS_LORA = "Convert it with PEFT (peft.convert_to_lora, since 0.19)"
 _RESIDUAL = "Convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=...))"
 
-# Field: what it is, and what to do. A value that is "empty" (None, False, [], {}) is no claim.
+# Field: what it is, and what to do. A value that is "empty" (None, False, [], {}) is ignored.
 _REFUSED = {
     "alora_invocation_tokens": ("an activated LoRA (aLoRA), active for some tokens only", _MERGE),
     "layer_replication": ("an adapter of a model with replicated layers", _MERGE),
@@ -231,7 +231,7 @@ def _refuse_changed_base(config: Mapping[str, Any], asked: str, allow: Collectio
 def _require_alpha(config: Mapping[str, Any], asked: str) -> None:
     if config.get("lora_alpha") is None:
         raise FormatError(
-            asked, "'lora_alpha' is missing", "Ask whoever made the adapter; it is never guessed"
+            asked, "'lora_alpha' is missing", "Ask the author of the adapter; it is never guessed"
         )
     _require(_is_alpha(config["lora_alpha"]), asked, "'lora_alpha' is not a number above 0")
 

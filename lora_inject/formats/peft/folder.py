@@ -1,7 +1,7 @@
 """PEFT's directory: adapter_config.json, adapter_model.safetensors, README.md.
 
 The tensors are what `PeftModel.from_pretrained` computes with, so any reader of the
-format gets the adapter's outputs; what PEFT has no words for (slices, frozen starts, the base's
+format gets the adapter's outputs; what PEFT cannot express (slices, frozen starts, the base's
 fingerprint, the config) is in the metadata of the same safetensors file, so that reading it here
 gives back the very adapter. Where the two disagree, somebody edited one of them, and that is an
 error which the caller decides (`prefer`).
@@ -408,7 +408,7 @@ def _check_expressible(
     parameters = {spec.name for spec in specs if spec.kind == "parameter"}
     modules = {spec.name for spec in specs if spec.kind != "parameter"}
     if parameters and any(spec.kind == "conv1d" for spec in specs):
-        raise FormatError(asked, "PEFT cannot adapt parameters beside Conv1D layers", _OTHER)
+        raise FormatError(asked, "PEFT cannot adapt parameters together with Conv1D layers", _OTHER)
     if len({(spec.variant, spec.lora_bias) for spec in specs}) > 1:
         found = "PEFT has one variant, with lora_bias or without, for all sites"
         raise FormatError(asked, f"{found}, and these sites have several", _OTHER)

@@ -79,7 +79,7 @@ def whole_modules(
 
 
 def bias_setting(trained: Iterable[str], *, sites: Collection[str], whole: Collection[str]) -> str:
-    """Return PEFT's `bias`: which biases travel beside the whole modules.
+    """Return PEFT's `bias`: which biases are saved besides the whole modules.
 
     Examples:
         >>> bias_setting(["h.fc.bias"], sites=["h.fc"], whole=[])
