@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import lora_inject as li
 
-N_EXAMPLES = int(os.environ.get("LORA_MACHINE_EXAMPLES", "80"))
-N_STEPS = int(os.environ.get("LORA_MACHINE_STEPS", "15"))
+N_EXAMPLES = int(os.environ.get("LORA_MACHINE_EXAMPLES", "45"))
+N_STEPS = int(os.environ.get("LORA_MACHINE_STEPS", "25"))
 ROWS = 3
 FURTHER: list[set[str]] = [set(), set(), {"dora"}, {"lora_bias"}, {"lora_bias", "dora"}]
 TOKENS = (3, 1)
@@ -159,9 +159,15 @@ class Truth:
             if not self.on(at):  # a mix may name adapters of the other tower
                 self.active[at] = {}
 
+    def base(self) -> dict[str, Tensor]:
+        """W in float64, by one name in each module."""
+        modules = self.plain.named_modules()
+        own = ((f"{path}.{key}", p) for path, m in modules for key, p in m._parameters.items())
+        return {name: p.detach().double() for name, p in own if p is not None}
+
     def weights(self, mix: Mix | None = None) -> dict[str, Tensor]:
         """Every weight that is not the base's, under a mix or what is active."""
-        base = {n: p.detach().double() for n, p in named(self.plain).items()}
+        base = self.base()
         found: dict[str, Tensor] = {}
 
         def add(key: str, change: Tensor) -> None:
@@ -198,11 +204,8 @@ class Truth:
         return (self.active[root] if mix is None else mix).get(adapter, 0.0)
 
     def run(self, x: Tensor, ids: Tensor, mix: Mix | None = None) -> Tensor:
-        wide = copy.deepcopy(self.plain).double().requires_grad_(False)
-        inputs = (x.double(), ids)
-        found: Tensor = torch.func.functional_call(
-            wide, self.weights(mix), inputs, tie_weights=False
-        )
+        tensors, inputs = {**self.base(), **self.weights(mix)}, (x.double(), ids)
+        found: Tensor = torch.func.functional_call(self.plain, tensors, inputs, tie_weights=False)
         return found
 
 
