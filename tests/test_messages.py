@@ -193,8 +193,8 @@ def an_infinite_weight(tmp_path):
 
 @says(
     li.StateError,
-    "routed to 'default': it reads '0.weight' as a whole weight, which a batch shares. Route only "
-    "adapters on layers that are called, without train or bias entries.",
+    "routed to 'default': it changes '0.weight' itself, which all rows of a batch share. Route "
+    "only adapters on layers that are called, without train, bias or lora_bias.",
 )
 def routing_a_weight_update(tmp_path):
     model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": [r"0\.weight"]})

@@ -119,8 +119,8 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
 
     Raises:
         StateError: A name is unknown, the model is merged, or an adapter has sites that are
-            read as a whole weight or full trained copies: a batch shares one weight. On leaving:
-            a context that was entered later is still open.
+            read as a whole weight, full trained copies or lora_bias: all rows share them. On
+            leaving: a context that was entered later is still open.
         LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
 
     Examples:
@@ -143,8 +143,8 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
     for name in found.whole.keys() & names.keys():
         raise StateError(
             f"routed to {name!r}",
-            f"it reads {found.whole[name]!r} as a whole weight, which a batch shares",
-            "Route only adapters on layers that are called, without train or bias entries",
+            f"it changes {found.whole[name]!r} itself, which all rows of a batch share",
+            "Route only adapters on layers that are called, without train, bias or lora_bias",
         )
     with within_state(model, State(rows=rows, repeat=repeat), "routed"):
         yield

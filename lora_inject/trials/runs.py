@@ -58,8 +58,8 @@ class Trials:
         MatchError: A config's pattern matches nothing.
         LayerError: A site cannot be adapted.
         StateError: There are no trials, a name is in use, or a site is read as a whole weight, as
-            stacked experts and `train` entries are: rows cannot differ there. The model is then
-            unchanged.
+            stacked experts, `train` entries and `lora_bias` are: rows cannot differ there. The
+            model is then unchanged.
 
     Attributes:
         model: The model.
