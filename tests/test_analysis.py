@@ -246,7 +246,7 @@ def test_nan_is_refused_with_the_name_of_the_site():
     A[0, 0] = math.nan
     broken = AdapterState({"layer": replace(state.sites["layer"], A=A)})
     for verb in (analyze, across_layers, lambda s: compare(s, s)):
-        with pytest.raises(li.StateError, match="analyze 'layer': its A or B holds NaN or Inf"):
+        with pytest.raises(li.StateError, match="analyze 'layer': it holds NaN or Inf"):
             verb(broken)
 
 

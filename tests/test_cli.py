@@ -281,6 +281,39 @@ def test_inspect_counts_what_is_not_finite(run, tmp_path):
     assert unwrapped(table).endswith("4 values NaN or Inf")
 
 
+@pytest.mark.parametrize(
+    ("more", "role", "heads", "said"),
+    [
+        ({"variant": "dora"}, "m", "|delta| |m|", "without the gain by m"),
+        ({"lora_bias": True}, "b", "|delta| |b|", "10 in b"),
+    ],
+)
+def test_inspect_shows_and_counts_the_further_tensors(run, tmp_path, more, role, heads, said):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 5))
+    li.inject(net, {"rank": 2, "alpha": 4, "targets": ["0", "1"], **more})
+    parameters = li.adapter_parameters(net)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(torch.rand_like(parameter))
+    state = li.adapter_state(net)
+    site, further = state.sites["0"], state.sites["0"].further[role]
+    folder = li.save_adapter(net, tmp_path / "whole")
+    figures = json.loads(run("inspect", folder, "--json").out)["sites"][0]
+    assert figures["delta_norm"] == pytest.approx(float((2 * site.B @ site.A).norm()), rel=1e-5)
+    assert figures["further"][role]["norm"] == pytest.approx(float(further.norm()), rel=1e-6)
+    table = run("inspect", folder).out
+    assert heads in " ".join(table.split())
+    assert said in unwrapped(table)
+    assert unwrapped(table).endswith("finite")
+
+    with torch.no_grad():
+        parameters[f"0.lora_{role}"][1] = math.nan
+    broken = replace(state, sites=li.adapter_state(net).sites)
+    path = write_adapter(broken, tmp_path / "broken")
+    assert "NaN or Inf in 0 (1)" in run("inspect", path).out
+    assert "it holds NaN or Inf" in unwrapped(run("analyze", path).err)
+
+
 def test_inspect_prints_one_line_a_kind_or_each_site_and_the_totals(run, files):
     lines = run("inspect", files.one).out.splitlines()
     assert lines[0] == "site"

@@ -128,18 +128,18 @@ class SiteBlock(Place):
         return self.A.shape[0]
 
 
-def site_blocks(site: SiteState, *, finite: bool = True) -> tuple[SiteBlock, ...]:
+def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ...]:
     """Take a site apart into its low-rank blocks, in the order of `SiteSpec.blocks`.
 
     Args:
         site: The site.
-        finite: Refuse NaN and Inf, of which nothing but their number can be said.
+        checked: Refuse NaN and Inf, and DoRA, whose update is more than these blocks.
 
     Returns:
         One block for each adapted slice of each expert.
 
     Raises:
-        StateError: A tensor holds NaN or Inf.
+        StateError: A tensor holds NaN or Inf, or the update is not low-rank.
 
     Examples:
         >>> from lora_inject.spec.sites import Slices
@@ -148,13 +148,16 @@ def site_blocks(site: SiteState, *, finite: bool = True) -> tuple[SiteBlock, ...
         >>> [b.label for b in site_blocks(SiteState(spec, torch.ones(4, 4), torch.ones(4, 2)))]
         ['q', 'v']
     """
-    if finite and not all(bool(torch.isfinite(t).all()) for A, B, _ in site.pairs for t in (A, B)):
+    terms = [Term(site.spec, A, B, sign) for A, B, sign in site.pairs]
+    if not checked:
+        return _blocks(terms)
+    if not all(bool(torch.isfinite(t).all()) for t in site.tensors.values()):
         raise StateError(
             f"analyze '{site.spec.name}'",
-            "its A or B holds NaN or Inf",
+            "it holds NaN or Inf",
             "Its training diverged; take an earlier checkpoint of the adapter",
         )
-    return blocks_of_terms([Term(site.spec, A, B, sign) for A, B, sign in site.pairs])
+    return blocks_of_terms(terms)
 
 
 def blocks_of_terms(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:
@@ -166,6 +169,11 @@ def blocks_of_terms(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:
             f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank",
             "Merge it, and extract the difference as an adapter",
         )
+    return _blocks(terms)
+
+
+def _blocks(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:
+    spec = terms[0].spec
     flat = [(_flat(t.A, spec.in_features), _flat(t.B, spec.rank), t.weight) for t in terms]
     found = []
     for block, label in zip(spec.blocks, _labels(spec), strict=True):

@@ -13,7 +13,10 @@ from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.analysis.blocks import Figures, site_blocks
 from lora_inject.spec.sites import SiteSpec
 
-_OF_SPEC = ("name", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "scale")
+_OF_SPEC = (
+    *("name", "kind", "variant", "in_features", "out_features"),
+    *("rank", "alpha", "scaling", "scale"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,10 @@ class SiteFigures(Figures):
     spec: SiteSpec  # the site
     A: TensorFigures  # the tensor A
     B: TensorFigures  # the tensor B
-    delta_norm: float  # frobenius norm of `scale * B @ A`, less the frozen start where there is one
+    further: dict[
+        str, TensorFigures
+    ]  # its other tensors by role: m of DoRA, b of lora_bias, A0, B0
+    delta_norm: float  # of `scale * B @ A` (DoRA: without the gain), less the frozen start if any
     frozen_start: bool  # whether there is one (pissa, olora)
 
     @property
@@ -48,8 +54,8 @@ class SiteFigures(Figures):
 
     @property
     def n_nonfinite(self) -> int:
-        """Values of A and B that are NaN or Inf."""
-        return self.A.n_nonfinite + self.B.n_nonfinite
+        """Values that are NaN or Inf, in all its tensors."""
+        return sum(tensor.n_nonfinite for tensor in (self.A, self.B, *self.further.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain data, with what the spec says in numbers."""
@@ -85,6 +91,17 @@ class Inspection(Figures):
     def n_lora(self) -> int:
         """Elements of A and B of all sites."""
         return sum(site.A.n_elements + site.B.n_elements for site in self.sites)
+
+    @property
+    def n_further(self) -> dict[str, int]:
+        """Elements of the other trainable tensors of all sites, by role."""
+        roles = dict.fromkeys(
+            r for site in self.sites for r in site.further if r in site.spec.shapes
+        )
+        return {
+            role: sum(site.further[role].n_elements for site in self.sites if role in site.further)
+            for role in roles
+        }
 
     @property
     def n_trained(self) -> int:
@@ -136,6 +153,7 @@ def _tensor(tensor: Tensor) -> TensorFigures:
 
 
 def _site(site: SiteState) -> SiteFigures:
-    square = sum(block.delta.square() for block in site_blocks(site, finite=False))
-    A, B = _tensor(site.A), _tensor(site.B)
-    return SiteFigures(site.spec, A, B, math.sqrt(square), site.A0 is not None)
+    square = sum(block.delta.square() for block in site_blocks(site, checked=False))
+    tensors = {role: _tensor(tensor) for role, tensor in site.tensors.items()}
+    A, B = tensors.pop("A"), tensors.pop("B")
+    return SiteFigures(site.spec, A, B, tensors, math.sqrt(square), site.A0 is not None)

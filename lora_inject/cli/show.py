@@ -23,6 +23,7 @@ import typer
 from lora_inject.spec.columns import Rows, columns
 from lora_inject.spec.names import counted as count
 from lora_inject.spec.names import printable, templates
+from lora_inject.spec.roles import GAINED
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
@@ -167,10 +168,14 @@ def _size(n_bytes: float) -> str:
 def print_inspection(found: Inspection, *, everything: bool = False) -> None:
     """Print what is in an adapter, by kind of site unless everything is asked for."""
     if found.sites:
-        heads = ("site", "kind", "shape", "rank", "scale", "|A|", "|B|", "|delta|")
-        rows = Rows(heads, tuple(map(_site_row, found.sites)))
+        further = tuple(found.n_further)
+        norms = ("|A|", "|B|", "|delta|", *(f"|{role}|" for role in further))
+        cells = tuple(_site_row(site, further) for site in found.sites)
+        rows = Rows(("site", "kind", "shape", "rank", "scale", *norms), cells)
         joined = "Norms of several sites are medians; --all lists each site."
         print_rows(rows, everything=everything, joined=joined)
+        if any(site.spec.variant in GAINED for site in found.sites):
+            say_words("Of DoRA |delta| is |scale B A|, without the gain by m.")
         say()
     tensors = {
         **{name: ("trained", figures) for name, figures in found.trained.items()},
@@ -189,17 +194,19 @@ def print_inspection(found: Inspection, *, everything: bool = False) -> None:
     say_words(_inspection_totals(found))
 
 
-def _site_row(site: SiteFigures) -> tuple[Any, ...]:
+def _site_row(site: SiteFigures, further: Sequence[str]) -> tuple[Any, ...]:
+    variant = "" if site.spec.variant == "lora" else f", {site.spec.variant}"
     spec, slices = site.spec, f" [{', '.join(site.slices)}]" if site.slices else ""
     return (
         spec.name,
-        spec.kind + (" - start" if site.frozen_start else ""),
+        spec.kind + (" - start" if site.frozen_start else "") + variant,
         f"{spec.in_features:,} -> {spec.out_features:,}{slices}",
         f"{spec.rank}",
         f"{spec.scale:g}",
         site.A.norm,
         site.B.norm,
         site.delta_norm,
+        *(site.further[role].norm if role in site.further else None for role in further),
     )
 
 
@@ -210,6 +217,7 @@ def _tensor_row(name: str, what: str, tensor: TensorFigures) -> tuple[Any, ...]:
 
 def _inspection_totals(found: Inspection) -> str:
     parts = [f"{count(len(found.sites), 'site')}: {found.n_lora:,} in A and B"]
+    parts[0] += "".join(f", {n:,} in {role}" for role, n in found.n_further.items())
     if found.trained:
         parts.append(f"{found.n_trained:,} in {count(len(found.trained), 'trained tensor')}")
     known = found.n_fingerprinted
