@@ -574,7 +574,7 @@ def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
     cases = {
         "root": [dataclasses.replace(linear, name="")],
         "of kind 'mystery'": [dataclasses.replace(linear, kind="mystery")],
-        "beside Conv1D": [KIND_SPECS["conv1d"], table],
+        "together with Conv1D": [KIND_SPECS["conv1d"], table],
         "a module and a parameter of it": [
             linear,
             dataclasses.replace(table, name="h.0.fc.weight", weight="h.0.fc.weight"),
