@@ -176,7 +176,7 @@ def test_dora_is_compiled_as_a_whole_with_its_gradients() -> None:
 def test_convolutions_with_dora_are_not_routed() -> None:
     kind = KINDS["conv 2d"]
     model = dora(kind, host(kind))
-    with pytest.raises(li.StateError, match="whole weight"), li.routed(model, ["default"] * 2):
+    with pytest.raises(li.StateError, match="share"), li.routed(model, ["default"] * 2):
         pass
 
 
@@ -188,6 +188,19 @@ def test_dora_takes_part_alone_or_not_at_all(name: str) -> None:
         refused(model, lambda mix=mix: li.activate(model, mix), li.LayerError, "alone")
         refused(model, lambda mix=mix: li.merge(model, name=mix), li.LayerError, "alone")
     li.activate(model, {"b": 0.5})
+
+
+def test_dora_is_not_loaded_into_a_mix_that_names_it_in_part() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)))
+    left, config = model[0], {"rank": 1, "targets": ["0"]}
+    li.inject(left, {**config, "variant": "dora"}, "a")
+    state = copy.deepcopy(li.adapter_state(left, "a"))
+    li.eject(left)
+    li.inject(model[1], config, "a")
+    li.inject(left, config, "b")
+    li.activate(model, {"a": 0.5, "b": 0.5})
+    refused(left, lambda: li.install(left, state, "a"), li.LayerError, "is not defined")
+    li.install(left, state, "c")
 
 
 class Reader(nn.Module):
@@ -327,7 +340,7 @@ def test_a_bias_of_b_is_added_to_the_layers_own(kind: Kind) -> None:
     assert error(model(*inputs), wanted) <= 1e-12
     li.unmerge(model)
     assert all(same_bits(t, before[key]) for key, t in model.state_dict().items())
-    with pytest.raises(li.StateError, match="whole weight"), li.routed(model, ["default"]):
+    with pytest.raises(li.StateError, match="share"), li.routed(model, ["default"]):
         pass
 
 

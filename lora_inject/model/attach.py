@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lora_inject.errors import LayerError, StateError
 from lora_inject.layers.adapted import WeightUpdate
-from lora_inject.layers.attached import Entry, attached_to, attribute
+from lora_inject.layers.attached import Entry, attached_to, attribute, refuse_mixed
 from lora_inject.layers.class_swap import check_swappable, swap
 from lora_inject.layers.kinds import mixin_for
 from lora_inject.layers.reading import is_quantized
@@ -209,6 +209,8 @@ def attach(
     before, records = reach(survey.model, survey), roots_of(survey).values()
     _check_joinable(survey, name, before.selections, activate)
     selection = next(iter(before.selections), None) or Selection()
+    if not activate:
+        _check_mixable(name, found, dict(selection.state.active))
     modules = [module for _, module in survey.modules]
     # Only what these records name: looking at every tensor of every adapter would be quadratic.
     named = {each for record in records for each in record.trainable} if records else (None,)
@@ -274,6 +276,15 @@ def _check_joinable(
                     f"one with another weight than in {path!r}",
                     "Call activate(model, ...) first, which sets the selection of all parts",
                 )
+
+
+def _check_mixable(name: str, found: Iterable[Place], active: Mapping[str, float]) -> None:
+    """Check a new adapter that takes part at once, as the mix has named one of another part."""
+    for place in found if name in active else ():
+        attached = attached_to(place.module)
+        beside = attached.entries() if attached is not None else ()
+        there = [e for e in beside if e.param == place.entry.param and e.adapter in active]
+        refuse_mixed([(entry, active[entry.adapter]) for entry in (place.entry, *there)])
 
 
 def _become_root(survey: Survey, selection: Selection) -> Root:
