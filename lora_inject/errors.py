@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from os import PathLike
 
 
 class LoraInjectError(Exception):
@@ -58,6 +59,29 @@ class FormatError(LoraInjectError):
 
 class CheckpointError(LoraInjectError):
     """A model checkpoint on disk cannot be read, merged or written as asked."""
+
+
+def article(word: str) -> str:
+    """Return a word with its article: `a dict`, `an int`."""
+    return f"{'an' if word[:1].lower() in 'aeiou' else 'a'} {word}"
+
+
+def check_type(
+    asked: str,
+    value: object,
+    kind: type | tuple[type, ...],
+    remedy: str,
+    error: type[LoraInjectError] = StateError,
+) -> None:
+    """Raise `error` unless the value is of the kind; True and False are not numbers."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        what = "None" if value is None else article(type(value).__name__)
+        raise error(asked, f"it is {what}", remedy)
+
+
+def check_path(asked: str, value: object) -> None:
+    """Raise unless the value can be the path of an adapter."""
+    check_type(f"{asked}, path", value, (str, PathLike), "Give a str or a Path", FormatError)
 
 
 _ALIKE = 0.65  # below this likeness a suggestion misleads: 'corda' is not 'olora'

@@ -566,7 +566,7 @@ def _compiles(text: str) -> bool:
 def rules(draw: st.DrawFn) -> Rule:
     data: dict[str, Any] = {"match": draw(patterns)}
     optional = {
-        "rank": st.integers(1, 2**40),
+        "rank": st.integers(1, 2**20),
         "alpha": alphas,
         "dropout": dropouts,
         "init": inits,
@@ -590,7 +590,7 @@ def rules(draw: st.DrawFn) -> Rule:
 counts = st.none() | st.integers(0, 2**50)
 configs = st.builds(
     Config,
-    rank=st.integers(1, 2**40),
+    rank=st.integers(1, 2**20),
     alpha=alphas,
     dropout=dropouts,
     init=inits,

@@ -271,3 +271,4 @@ def test_advice_is_the_largest_rank_that_fits_and_says_what_fits_below_one() -> 
     assert li.plan(model, config).n_lora == 3 * one
     with pytest.raises(li.MatchError, match=r"there is no rule for less.*layers\.\*\.self_attn"):
         li.advise(model, one - 1)
+    assert li.advise(model, 10**12).rank == 16

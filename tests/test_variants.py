@@ -373,7 +373,7 @@ def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
     refused(net, lambda: li.inject(net, twice), li.LayerError, "gets a bias twice")
     for kind, rule, words in (
         ("linear", {"variant": "dora"}, "variant dora"),
-        ("embedding", {}, "a embedding"),
+        ("embedding", {}, "an embedding"),
         ("equal slices", {}, "slices"),
     ):
         model = host(KINDS[kind])

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ from lora_inject.adapter.state import (
     with_sites,
 )
 from lora_inject.adapter.svd import decompose
-from lora_inject.errors import StateError
+from lora_inject.errors import StateError, check_type
 from lora_inject.spec.sites import SiteSpec
 
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -50,6 +51,7 @@ def combined(
     """Combine adapters of one base; see `lora_inject.combine`."""
     asked = f"combine by {method!r}"
     weights = [1.0] * len(states) if weights is None else list(weights)
+    check_type(f"{asked}, rank", 1 if rank is None else rank, Integral, "Give 1 or more")
     _check(states, weights, method, rank, density, majority_sign, asked)
     if method in ("cat", "svd"):
         found = weighted_sum(states, weights, asked)
@@ -82,6 +84,7 @@ def _check(
         found = f"there are {len(weights)} weights for {len(states)} adapters"
         raise StateError(asked, found, "Give one for each")
     for weight in weights:
+        check_type(f"{asked}, a weight", weight, Real, "Give finite numbers other than 0")
         if not math.isfinite(weight) or weight == 0:
             raise StateError(asked, f"a weight is {weight}", "Give finite numbers other than 0")
     if rank is not None and (rank < 1 or not method.endswith("svd")):

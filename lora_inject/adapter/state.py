@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from lora_inject.adapter.algebra import (
 from lora_inject.adapter.fingerprint import Fingerprint, check_one_base
 from lora_inject.adapter.mixing import common_copies, mixed
 from lora_inject.adapter.renaming import distinct, named, some_of, substitution
-from lora_inject.errors import StateError
+from lora_inject.errors import StateError, check_type
 from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
 
@@ -232,6 +233,7 @@ class AdapterState:
         Raises:
             StateError: `dtype` is not one.
         """
+        check_type("to, dtype", dtype, torch.dtype, "Give torch.bfloat16")
         if not dtype.is_floating_point:
             found = "it is not a floating point dtype"
             raise StateError(f"to({dtype})", found, "Give torch.bfloat16")
@@ -285,6 +287,8 @@ class AdapterState:
             >>> [site.spec.weight for site in site.values()]
             ['model.layers.0.self_attn.q_proj.weight']
         """
+        if not callable(new):
+            check_type("rename", new, Mapping, "Give a dict, such as {'old': 'new'}, or a function")
         change = new if callable(new) else substitution(new, [*self.sites, *self.trained])
         sites, weights = [], {}
         for name, site in self.sites.items():
@@ -320,6 +324,7 @@ class AdapterState:
             StateError: The pattern matches nothing, or the widths do not fit the site.
         """
         asked = f"split {pattern!r}"
+        _check_sizes(asked, sizes or {})
         apart = partial(reshape.split, sizes=dict(sizes or {}), asked=asked)
         return self._taken_apart(pattern, apart, asked)
 
@@ -338,6 +343,7 @@ class AdapterState:
             StateError: No site is such a part, or a width does not fit.
         """
         asked = f"join {name!r}"
+        _check_sizes(asked, sizes)
         groups: dict[str, dict[str, str]] = {}
         for site in self.sites:
             for part in sizes:
@@ -560,6 +566,10 @@ def truncation(
     asked = "truncate"
     if rank is None and energy is None:
         raise StateError(asked, "neither rank nor energy is given", "Give one of them")
+    if rank is not None:
+        check_type(f"{asked}, rank", rank, Integral, "Give a whole number from 1")
+    if energy is not None:
+        check_type(f"{asked}, energy", energy, Real, "Give a share, in (0, 1]")
     if rank is not None and rank < 1:
         raise StateError(asked, f"rank is {rank}", "Give 1 or more")
     if energy is not None and not 0 < energy <= 1:
@@ -569,6 +579,13 @@ def truncation(
     for name, site in state.sites.items():
         sites[name], cuts[name] = cut_down(site, rank, energy, asked)
     return replace(state, sites=sites, config=None), cuts
+
+
+def _check_sizes(asked: str, sizes: Mapping[str, int]) -> None:
+    remedy = "Give a dict from the name of each part to its width"
+    check_type(f"{asked}, sizes", sizes, Mapping, remedy)
+    for part, width in sizes.items():
+        check_type(f"{asked}, the width of {part!r}", width, Integral, remedy)
 
 
 def _made(site: reshape.Site) -> SiteState:

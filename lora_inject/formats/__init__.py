@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError, nearest
+from lora_inject.errors import FormatError, check_path, check_type, nearest
 from lora_inject.formats import (
     diffusers,
     gguf_file,
@@ -151,6 +151,8 @@ def write_adapter(
         2.0
     """
     asked = f"write adapter to '{path}'"
+    check_path("write adapter", path)
+    check_type(asked, state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
     row = _row(format, asked)
     _check_options(row.write, options, format, asked)
     return row.write(state, Path(path), **options)
@@ -174,6 +176,7 @@ def read_adapter(
     Raises:
         FormatError: There is no adapter, or it cannot be read.
     """
+    check_path("read adapter", path)
     place, asked = Path(path), f"read adapter '{path}'"
     if format is None:
         format = detected(place)  # noqa: A001

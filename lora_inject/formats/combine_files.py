@@ -10,6 +10,7 @@ from lora_inject.adapter.algebra import Cut
 from lora_inject.adapter.combining import Sign, combined
 from lora_inject.adapter.difference import Difference, difference
 from lora_inject.adapter.state import AdapterState, truncation
+from lora_inject.errors import check_type
 from lora_inject.formats import read_adapter
 
 Adapter = AdapterState | str | PathLike[str]
@@ -159,4 +160,6 @@ def _state(adapter: Adapter) -> AdapterState:
     """Return a value as it is, or that of a file; its tensors are read when they are used."""
     if isinstance(adapter, AdapterState):
         return adapter
+    remedy = "Give an AdapterState, or the path of its files"
+    check_type("an adapter", adapter, (str, PathLike), remedy)
     return read_adapter(adapter, on_disk=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, article
 from lora_inject.functional import Factors, chosen_factors, routed_update, updated_norms
 from lora_inject.functional.factors import compute_dtype
 from lora_inject.layers.adapted import Adapted
@@ -114,7 +114,7 @@ class ForwardUpdate(Adapted):
         if type(weight) not in PLAIN:
             raise LayerError(
                 f"a forward of site {entry.spec.name!r}",  # type: ignore[union-attr]
-                f"its gain needs the norms of W, which is a {type(weight).__name__} here",
+                f"its gain needs the norms of W, which is {article(type(weight).__name__)} here",
                 "Shard with fully_shard (FSDP2), or train this layer with variant: lora",
             )
         gain, transposed = entry.gain(held_by(self)), self.geometry(self).transposed

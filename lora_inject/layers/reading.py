@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, article
 from lora_inject.functional import lazy_weight, needs_plain_operations
 from lora_inject.layers.attached import (
     Attached,
@@ -146,7 +146,8 @@ class Reading(nn.Module):
         def used() -> None:
             raise LayerError(
                 f"reading {entry.param!r} of a {type(self).__name__} in a forward",
-                f"it is a {type(raw).__name__}, to which adapter {entry.adapter!r} cannot be added",
+                f"it is {article(type(raw).__name__)}, to which adapter {entry.adapter!r} cannot "
+                "be added",
                 "Leave this layer out of the adapter, or quantize it before inject",
             )
 

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from lora_inject.errors import LayerError
+from lora_inject.errors import LayerError, article
 from lora_inject.layers.attached import attached_to
 from lora_inject.spec.names import canonical, joined
 
@@ -30,7 +30,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
             raise LayerError(
                 "the model", f"it is the class {name}", f"Give an instance: {name}(...)"
             )
-        raise LayerError("the model", f"it is a {type(model).__name__}", "Give a torch.nn.Module")
+        raise LayerError(
+            "the model", f"it is {article(type(model).__name__)}", "Give a torch.nn.Module"
+        )
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

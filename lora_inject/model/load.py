@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, check_path, check_type
 from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
 from lora_inject.formats.peft import options_for_reading, plain_config
 from lora_inject.functional import master_dtype
@@ -63,6 +63,7 @@ def load_adapter(
             another base. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
+    check_path("load adapter", path)
     survey, asked = survey_for(model, name), f"load {str(path)!r}"
     if is_repo(path):
         path = download(str(path), revision)
@@ -103,6 +104,7 @@ def install(
         FormatError: It does not fit the model. Nothing was changed.
         StateError: The name is in use, or the model is merged.
     """
+    check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
     survey = survey_for(model, name)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
     _put_on(survey, fitted, name, _copied)

@@ -12,12 +12,13 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.errors import StateError
+from lora_inject.errors import StateError, check_type
 from lora_inject.functional import MergeReport, Tally, TensorReport
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
@@ -144,6 +145,8 @@ def merge(
             a part of its memory, the merged weight would not be finite, `min_kept` is missed, or
             the model's class would tie again what has to be untied. Nothing was changed.
     """
+    if min_kept is not None:
+        check_type("merge, min_kept", min_kept, Real, "Give a number from 0 to 1")
     into = _into(dequantize, requantize)
     survey = Survey(model)
     root = root_of(survey)

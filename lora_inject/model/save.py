@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_inject.adapter.fingerprint import Fingerprint, packing, samples
 from lora_inject.adapter.state import AdapterState, SiteState
-from lora_inject.errors import StateError
+from lora_inject.errors import StateError, check_path
 from lora_inject.formats import FORMATS, taken_by, write_adapter
 from lora_inject.formats.checks import FLOATS
 from lora_inject.formats.peft import options_for_writing
@@ -187,6 +187,7 @@ def save_adapter(
         StateError: There is no such adapter.
         FormatError: The format cannot express it, or the path cannot be written.
     """
+    check_path("save adapter", path)
     survey = Survey(model)
     state, live = read_off(survey, name), format_options(survey, format, name)
     target = Path(path) if version is None else Path(path, str(version))

@@ -34,7 +34,8 @@ def advised(inventory: Inventory, budget: int) -> Config:
     """
     config = Config.from_dict({"rank": 1, "alpha": ALPHA_OVER_RANK, "targets": [ALL_LINEAR]})
     one = resolve(config, inventory)
-    rank = budget // one.n_lora
+    useful = max(min(site.in_features, site.out_features) for site in one.sites)
+    rank = min(budget // one.n_lora, useful)
     if rank < 1:
         sizes: dict[str, int] = {}
         for site in one.sites:

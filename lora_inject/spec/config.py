@@ -38,6 +38,7 @@ from lora_inject.errors import ConfigError, nearest
 from lora_inject.spec.config_errors import config_error
 from lora_inject.spec.from_peft import translated
 from lora_inject.spec.inventory import Inventory
+from lora_inject.spec.names import printable
 from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.yaml import MAX_TEXT_BYTES, Document, Dumper, show
 
@@ -139,7 +140,7 @@ Tokens = Annotated[
 
 # The hyper-parameters: fields of a config, with defaults, and of a rule, which may override them.
 
-Rank = Annotated[int, Field(ge=1, description="r: rows of A and columns of B.")]
+Rank = Annotated[int, Field(ge=1, le=1 << 20, description="r: rows of A and columns of B.")]
 Alpha = Annotated[
     Number,
     Field(gt=0, description="The update is scaled by alpha / rank (rslora: alpha / sqrt(rank))."),
@@ -440,12 +441,12 @@ class Config(_Strict):
             with Path(path).open("rb") as file:
                 raw = file.read(MAX_TEXT_BYTES + 1)
             text = raw.decode("utf-8")
-        except OSError as error:
-            found = error.strerror or str(error)
-            raise ConfigError(str(path), found, "Give the path of a YAML file") from None
         except UnicodeDecodeError as error:
             found = f"byte {error.start} is not UTF-8"
             raise ConfigError(str(path), found, "Save the config as UTF-8 text") from None
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            found = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(printable(str(path)), found, "Give the path of a YAML file") from None
         return cls.from_text(text, source=str(path))
 
     @classmethod

@@ -50,6 +50,8 @@ def config_error(
     """
     faults = []
     for detail in error.errors(include_url=False):
+        if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
+            continue  # what is wrong with its entries is listed for each
         path = _path(detail["loc"], data)
         found, remedy = _explain(detail, path, models)
         unknown = detail["type"] == "extra_forbidden"
@@ -91,6 +93,8 @@ def _explain(
         return f"unknown key {show(key)}", _other_key(path, models)
     if kind == "missing":
         return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
+    if kind == "greater_than_equal" and path[:1] == ("tokens",):
+        return f"there is no row {show(value)}", "Rows are counted from 0"
     remedy = re.sub(r"valid dictionary or instance of \w+", "mapping", detail["msg"])
     for word, plain in (("tuple", "list"), ("Tuple", "List"), ("Dictionary", "Mapping")):
         remedy = remedy.replace(word, plain)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from lora_inject.errors import MatchError
+from lora_inject.errors import MatchError, article
 from lora_inject.spec.config import Axes, Hyper, Rule
 from lora_inject.spec.inventory import Candidate
 from lora_inject.spec.names import counted
@@ -46,7 +46,7 @@ def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> S
         found = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"
         raise MatchError(asked, found, "Give the rule dropout: 0")
     if site.lora_bias and (slices or site.variant != "lora" or site.kind not in BIASED_KINDS):
-        what = f"variant {site.variant}" if site.variant != "lora" else f"a {site.kind}"
+        what = f"variant {site.variant}" if site.variant != "lora" else article(site.kind)
         found = f"lora_bias on {'slices' if slices else what}"
         raise MatchError(asked, found, "Give the rule lora_bias: false")
     if site.variant in GAINED and site.why_no_gain:

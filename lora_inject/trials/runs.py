@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lora_inject.errors import FormatError, StateError
+from lora_inject.errors import FormatError, StateError, check_type
 from lora_inject.layers.selection import State
 from lora_inject.model.eject import eject
 from lora_inject.model.inject import inject
@@ -81,6 +81,9 @@ class Trials:
     def __init__(
         self, model: nn.Module, trials: Mapping[str, Trial], *, max_tokens: int | None = None
     ) -> None:
+        check_type("Trials, trials", trials, Mapping, "Give a mapping of names to Trial")
+        for name, trial in trials.items():
+            check_type(f"trial {name!r}", trial, Trial, "Give Trial(config, lr=1e-3)")
         if not trials:
             raise StateError("Trials", "no trial is given", "Give a mapping of names to Trial")
         self.model, self.trials = model, dict(trials)

@@ -1,0 +1,55 @@
+"""Values of a wrong type in a call are refused in the package's own words, before any change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lora_inject as li
+from lora_inject.formats import read_adapter, write_adapter
+
+Q = {"rank": 2, "targets": ["1"]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return li.inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 6)), Q)
+
+
+CALLS = {
+    "trials": (lambda m, s: li.Trials(m, {"a": Q}), r"trial 'a': it is a dict.*Trial\(config, lr"),
+    "budget as text": (lambda m, s: li.advise(m, "10k"), "it is a str. Give a whole number"),
+    "budget as a float": (lambda m, s: li.advise(m, 1e3), "it is a float"),
+    "weights": (lambda m, s: li.combine([s], ["a"]), "a weight: it is a str"),
+    "min_kept": (lambda m, s: li.merge(m, min_kept="a"), "min_kept: it is a str"),
+    "split": (lambda m, s: s.split("1", {"a": "2"}), "the width of 'a': it is a str"),
+    "join": (lambda m, s: s.join("1", ["a"]), "sizes: it is a list"),
+    "rename": (lambda m, s: s.rename("a"), "rename: it is a str"),
+    "select": (lambda m, s: s.select("("), "it is not a regex"),
+    "dtype": (lambda m, s: s.to("zz"), "dtype: it is a str"),
+    "rank of truncate": (lambda m, s: s.truncate(rank=1.5), "rank: it is a float"),
+    "install": (lambda m, s: li.install(m, "x", "b"), "it is a str. Give an AdapterState"),
+    "load": (lambda m, s: li.load_adapter(m, None, "b"), "path: it is None"),
+    "save": (lambda m, s: li.save_adapter(m, None), "path: it is None"),
+    "read": (lambda m, s: read_adapter(None), "path: it is None"),
+    "write": (lambda m, s: write_adapter(None, "nowhere"), "it is None. Give an AdapterState"),
+    "diff": (lambda m, s: li.diff(3, 4), "it is an int"),
+    "a zero byte": (lambda m, s: li.inject(m, "a\0b", "b"), r"^a\\x00b: .*null byte"),
+    "a rank beyond memory": (lambda m, s: li.inject(m, Q | {"rank": 10**11}, "b"), "rank.*1048576"),
+    "rows below 0": (
+        lambda m, s: li.plan(m, Q | {"tokens": {"0": [-1]}}),
+        r"\(tokens.0\[0\]\): there is no row -1. Rows are counted from 0.$",
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_value_of_a_wrong_type_is_an_error_of_this_package(model, call):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrong, message = CALLS[call]
+    with pytest.raises(li.LoraInjectError, match=message):
+        wrong(model, li.adapter_state(model))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
