@@ -24,7 +24,7 @@ from helpers.checkpoints import (
 )
 from safetensors import safe_open
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.checkpoint import (
     MergeOptions,
     WeightedAdapter,
@@ -254,6 +254,12 @@ def test_min_kept_fails_at_the_shard_and_leaves_no_other_behind(tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_share_has_the_digits_that_show_it_is_less():
+    assert merging._below(0.4567, 0.98) == "0.457"
+    assert merging._below(0.9999996, 1.0) == "0.9999996"
+    assert merging._below(1 - 2**-53, 1.0) == "0.9999999999999999"
+
+
 def test_min_kept_warns_if_asked(tmp_path):
     tensors, state = tiny_delta(0.001)
     base = save_checkpoint(tmp_path / "base", tensors)
@@ -402,6 +408,19 @@ def test_replaced_rows_of_a_table_that_is_parted_from_its_head_are_refused(tmp_p
     rows = rows_of("model.embed_tokens.weight", (3,), torch.randn(1, 16))
     with pytest.raises(CheckpointError, match=r"parted from 'lm_head\.weight', its tied head"):
         merge(base, [rows, adapter(emb)], tmp_path / "out")
+
+
+def test_a_bias_of_b_is_added_to_another_adapters_trained_bias(tmp_path):
+    tensors = {"q.weight": torch.randn(6, 4), "q.bias": torch.randn(6)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    low = site("q", (6, 4))
+    low = SiteState.of(replace(low.spec, lora_bias=True), {**low.tensors, "b": torch.randn(6)})
+    trained = AdapterState({}, {"q.bias": torch.randn(6)})
+    parts = [WeightedAdapter(adapter(low), 0.5), WeightedAdapter(trained, 0.7)]
+    merge(base, parts, tmp_path / "out")
+    bias = tensors["q.bias"]
+    wanted = bias + 0.7 * (trained.trained["q.bias"] - bias) + 0.5 * low.scale * low.further["b"]
+    assert torch.allclose(load_checkpoint(tmp_path / "out")["q.bias"], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -25,6 +25,7 @@ from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
     WeightedAdapter,
+    extract_adapter,
     merge_checkpoint,
     plan_merge,
     read_weighted,
@@ -228,3 +229,18 @@ def test_pefts_copies_of_tied_ends_merge_to_what_its_model_computes(tmp_path, na
     model.save_pretrained(tmp_path / "adapter")
     wanted = model(torch.arange(20)[None]).logits
     assert torch.allclose(merged_logits(tmp_path), wanted, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_difference_of_tied_models_is_on_every_layer_that_shares_the_tensor(tmp_path):
+    model = tied_llama()
+    model.save_pretrained(tmp_path / "base")
+    table = model.get_input_embeddings().weight
+    table += 0.3 * torch.randn(len(table), 1) @ torch.randn(1, table.shape[1])
+    model.save_pretrained(tmp_path / "tuned")
+    wanted = model(torch.arange(20)[None]).logits
+    extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
+    assert torch.allclose(merged_logits(tmp_path), wanted, atol=1e-4)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    li.load_adapter(loaded, tmp_path / "adapter")
+    assert torch.allclose(loaded(torch.arange(20)[None]).logits, wanted, atol=1e-4)

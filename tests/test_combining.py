@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.adapter.combining import METHODS, kept
-from lora_inject.adapter.state import AdapterState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import StateError
 
 WEIGHTS = [0.7, -0.4]
@@ -141,3 +141,20 @@ def test_what_cannot_be_combined_is_refused():
     for args, options, message in cases:
         with pytest.raises(StateError, match=message):
             li.combine(*args, **options)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_an_update_and_a_trained_copy_of_one_tensor_are_refused(method):
+    """No model takes such an adapter, so none is made."""
+    spec = replace(KIND_SPECS["linear"], lora_bias=True)
+    site = SiteState.of(spec, {**make_site(spec).tensors, "b": torch.ones(7)})
+    states = [
+        AdapterState({spec.name: site}),
+        AdapterState({}, {f"{spec.name}.bias": torch.ones(7)}),
+    ]
+    with pytest.raises(StateError, match=r"updates '.*bias' and another holds a trained copy"):
+        li.combine(states, method=method)
+    trained = AdapterState({}, {f"{spec.name}.weight": torch.ones(7, 5)})
+    states = [make_state(KIND_SPECS["linear"]), trained]
+    with pytest.raises(StateError, match=r"updates '.*weight' and another"):
+        li.combine(states, method=method)

@@ -11,10 +11,12 @@ import torch
 import yaml
 from helpers.adapter_states import KIND_SPECS, dense, effect, make_site, make_state
 from helpers.reference import adapted, llama
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lora_inject as li
 from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec, Slices
@@ -173,3 +175,19 @@ def test_rows_of_other_heads_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(FormatError, match="7 rows, and the base has 1 heads of 4"):
         write_adapter(state, tmp_path / "a", "torchtune", config=CONFIG)
+
+
+@pytest.mark.parametrize("layout", ["mlx", "torchtune", "litgpt"])
+def test_a_folder_merges_on_disk_as_it_does_in_memory(layout: str, tmp_path: Path) -> None:
+    llama(**SIZES).float().save_pretrained(tmp_path / "base")
+    model = adapted(
+        llama(**SIZES).float(), "q_proj", "o_proj", *["embed_tokens"] * (layout == "mlx")
+    )
+    li.save_adapter(model, tmp_path / "a", format=layout)
+    base = Checkpoint.open(tmp_path / "base")
+    allowed = {} if layout == "mlx" else {"allow_pickle": True}
+    merge_checkpoint(base, [read_weighted(tmp_path / "a", base, **allowed)], tmp_path / "out")
+    li.merge(model, eject=True)
+    due, found = model.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, due[name], rtol=1e-5, atol=1e-5)

@@ -550,13 +550,26 @@ def with_sites(
         like = next(state.sites[name].spec for state in marked if name in state.sites)
         sites[name] = make(there, like)
     marks = [state.fingerprint for state in states if state.fingerprint is not None]
+    trained = mixed([(s.trained, w) for s, w in zip(states, weights, strict=True)], asked)
+    for site in sites.values():
+        _check_once(site.spec, trained, asked)
     return AdapterState(
         sites,
-        mixed([(s.trained, w) for s, w in zip(states, weights, strict=True)], asked),
+        trained,
         None,
         Fingerprint.union(marks) if marks else None,
         common_copies([state.base_copies for state in states], asked),
     )
+
+
+def _check_once(spec: SiteSpec, trained: Mapping[str, Tensor], asked: str) -> None:
+    """Refuse a tensor that is updated and trained: no one adapter holds both."""
+    weight = spec.weight or (spec.name if spec.kind == "parameter" else f"{spec.name}.weight")
+    bias = f"{weight.removesuffix('weight')}bias"
+    for name in [weight, *([bias] if spec.lora_bias else [])]:
+        if name in trained:
+            found = f"one adapter updates '{name}' and another holds a trained copy of it"
+            raise StateError(asked, found, "Merge the adapters into the base one after the other")
 
 
 def truncation(

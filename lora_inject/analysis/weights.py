@@ -77,7 +77,8 @@ class Weights:
         any_base: bool = False,
     ) -> None:
         # Trained copies replace tensors; what is asked here is about updates only.
-        part = WeightedAdapter(replace(state, trained=MappingProxyType({})), label=label)
+        updates = replace(state, trained=MappingProxyType({}), rows=MappingProxyType({}))
+        part = WeightedAdapter(updates, label=label)
         self.checkpoint = checkpoint
         self._state = state
         self._fit = _fit(part, checkpoint, any_base=any_base)

@@ -56,18 +56,18 @@ def read_weighted(
     path = Path(path)
     options["on_disk"] = True  # an adapter may be large, and each of its tensors is needed seldom
     config_file = path / "adapter_config.json"
-    if config_file.is_file():
+    row = FORMATS.get(options.get("format") or detected(path))
+    if row is not None and row.read is FORMATS["peft"].read and config_file.is_file():
         said = parse_json(config_file.read_bytes(), f"read adapter '{path}', {config_file.name}")
         config = said if isinstance(said, dict) else {}
         if config.get("target_parameters"):  # only then is the class built, which is slow
             with contextlib.suppress(CheckpointError):  # a class that cannot be built
-                told = BaseClass(base).reading_options()
-                options = taken_by(FORMATS["peft"].read, told) | options
+                options = taken_by(row.read, BaseClass(base).reading_options()) | options
         options.setdefault("tensor_names", _tensor_names(path, base.tensors))
-    else:
+    elif row is not None:
         modules = tuple({name.rpartition(".")[0]: None for name in base.tensors})
         known = {"module_names": modules, "config": base.config or None}
-        options = taken_by(FORMATS[detected(path)].read, known) | options
+        options = taken_by(row.read, known) | options
     return WeightedAdapter(read_adapter(path, **options), weight, str(path))
 
 

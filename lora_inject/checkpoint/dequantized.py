@@ -179,7 +179,7 @@ def dequantized(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     """Return a checkpoint that shows quantized tensors as float tensors of a dtype.
 
     Raises:
-        CheckpointError: A tensor has an unsupported quantization.
+        CheckpointError: Nothing is quantized, or a tensor has an unsupported quantization.
     """
     packed = dict(_find(checkpoint))
     parts = {part.name for each in packed.values() for part in each.parts.values()}
@@ -187,6 +187,11 @@ def dequantized(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
         if entry.name not in parts and len(entry.shape) > 1:
             method = method_of(checkpoint, entry.name)
             _check(entry, method is None, f"its quantization, {method}, is not supported")
+    if not packed:
+        remedy = f"Leave it out, or write every float tensor so: dtype={dtype!r}"
+        raise CheckpointError(
+            f"dequantize '{checkpoint.folder}'", "none of its tensors is quantized", remedy
+        )
     shown = {
         name: TensorEntry(name, FORMAT_DTYPES[dtype], each.shape, 0, 0)
         for name, each in packed.items()

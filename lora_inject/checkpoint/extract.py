@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def difference_of(
             "Check the paths; store small tensors in full (full) if only they were trained",
         )
     names = [weight_name(site.spec) for site in taking.sites.values()]
-    known = fingerprint(taking.base, names)
+    known = fingerprint(taking.base, [name for name in names if name in taking.base.tensors])
     state = AdapterState(taking.sites, taking.trained, fingerprint=known)
     return state, ExtractReport(tuple(found), n_equal)
 
@@ -215,7 +215,8 @@ class _Taking:
             yield self._whole(after, relative)
         elif delta:
             site, held, exact = self._site(name, difference)
-            self.sites[site.spec.name] = site
+            for each in (site, *self._tied(name, site)):
+                self.sites[each.spec.name] = each
             yield Extracted(name, "low rank", relative, site.spec.rank, held, exact)
 
     def _whole(self, after: TensorEntry, relative: float | None) -> Extracted:
@@ -265,6 +266,31 @@ class _Taking:
         total = sum(d.total for d in found)
         held = sum(d.energy * d.total for d in found) / total if total else 1.0
         return SiteState(spec, A, B), held, all(d.exact for d in found)
+
+    def _tied(self, name: str, site: SiteState) -> Iterator[SiteState]:
+        """Yield the same update for layers that share a tensor which the files name only once."""
+        if not self.of.known or len(site.spec.weight_shape) != 2:
+            return
+        modules = [self.of.module_of(name)]
+        for other in sorted(self.of.tie_of(name) - self.base.tensors.keys()):
+            module = self.of.module_of(other)
+            if any(module is known for known in modules):
+                continue  # one layer of several names
+            modules.append(module)
+            kind, A, B, spec = self._kind(other, site.spec.weight_shape), site.A, site.B, site.spec
+            transposed = kind in {"conv1d", "embedding"}
+            if transposed != spec.transposed:
+                A, B = B.T.contiguous(), A.T.contiguous()
+            spec = replace(
+                spec,
+                name=other.removesuffix(".weight"),
+                weight=other,
+                kind=kind,
+                in_features=A.shape[1],
+                out_features=B.shape[0],
+                transposed=transposed,
+            )
+            yield SiteState(spec, A, B)
 
     def _kind(self, name: str, shape: tuple[int, ...]) -> str:
         """Return the kind of layer that holds a weight, as the class says; else linear."""

@@ -174,9 +174,10 @@ class _Run:
     def _check_kept(self) -> None:
         lost = self._lost()
         if lost and self.plan.options.on_lost == "fail":
-            worst = ", ".join(f"'{name}' {lost[name]:.3f}" for name in list(lost)[:5])
+            least = self.plan.options.min_kept or 0.0
+            worst = ", ".join(f"'{name}' {_below(lost[name], least)}" for name in list(lost)[:5])
             raise _LostError(
-                f"keep at least {self.plan.options.min_kept} of every delta",
+                f"keep at least {least} of every delta",
                 f"rounding leaves less in {len(lost)} tensors: {worst}",
                 "Write float32 (--dtype), keep the adapter unmerged, or accept less (--min-kept)",
             )
@@ -199,6 +200,12 @@ class _Run:
             if hopeless and self.processes.world == 1:
                 self.staging.remove()
             raise
+
+
+def _below(kept: float, least: float) -> str:
+    """Return a share with as many digits as show that it is less than another."""
+    shown = (f"{kept:.{n_digits}f}" for n_digits in range(3, 17))
+    return next((text for text in shown if float(text) < least), repr(kept))
 
 
 class _LostError(CheckpointError):

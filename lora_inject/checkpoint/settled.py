@@ -179,7 +179,7 @@ def _check(checkpoint: Checkpoint, job: TensorJob) -> None:
     ranges = sorted(set(places))
     overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
     rows = [index for indices, _ in job.rows for index in indices]
-    kinds, copies = (job.trained, job.placed, job.added), len(job.trained)
+    kinds, copies = (job.trained or job.added, job.placed), len(job.trained)
     shapes = {tuple(t.shape) for t, _ in job.trained}
     clashes: dict[str, Collection[Any] | bool] = {
         "DoRA's update cannot be mixed with others or weighted": scaled or mixed,

@@ -161,7 +161,7 @@ def _alpha(path: Path, given: float | None, asked: str) -> float:
         given = said.get("lora_alpha") if isinstance(said, dict) else None
     if given is None or type(given) not in (int, float):
         found = f"no {CONFIG} says its alpha"
-        raise FormatError(asked, found, "Pass alpha=..., the recipe's lora_alpha (--alpha)")
+        raise FormatError(asked, found, "Pass alpha=..., the recipe's lora_alpha")
     return float(given)
 
 

@@ -178,8 +178,7 @@ def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
         raise FormatError(
             asked,
             f"it sets {one_line(unknown)}, which this package does not know",
-            "If it does not change what the tensors mean, accept it: "
-            f"allow={unknown[:3]}, --allow {unknown[0]}",
+            f"If it does not change what the tensors mean, accept it: allow={unknown[:3]}",
         )
     _require_alpha(config, asked)
     rank = config.get("r")
@@ -224,7 +223,7 @@ def _refuse_changed_base(config: Mapping[str, Any], asked: str, allow: Collectio
         f"'init_lora_weights' is {str(init)[:40]!r}: with it, PEFT changes the base's weights when "
         "it loads the adapter",
         f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
-        "allow=['init_lora_weights'] (--allow init_lora_weights)",
+        "allow=['init_lora_weights']",
     )
 
 
