@@ -18,7 +18,8 @@ import lora_inject as li
 from lora_inject.adapter.state import AdapterState
 from lora_inject.cli import app
 from lora_inject.errors import FormatError
-from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.formats import losses_of, read_adapter, write_adapter
+from lora_inject.spec.sites import SiteSpec
 
 MODEL = "adapter_model.safetensors"
 
@@ -92,7 +93,7 @@ def test_what_a_server_would_not_take_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_says_what_is_lost_first(tmp_path: Path) -> None:
+def test_the_command_says_what_is_lost_of_what_it_wrote(tmp_path: Path) -> None:
     state = make_state(KIND_SPECS["slices"], config={"rank": 2})
     write_adapter(state, tmp_path / "a", base_model="org/base", task_type="CAUSAL_LM")
     run = CliRunner().invoke(
@@ -108,4 +109,29 @@ def test_the_command_says_what_is_lost_first(tmp_path: Path) -> None:
     )
     assert again.exit_code == 1
     assert "there is an adapter already" in again.stderr
+    assert "left out" not in again.stderr
+    other = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "a"), "c", "--to", "peft", "--dtype", "f"]
+    )
+    assert (other.exit_code, "these do: mlx" in " ".join(other.stderr.split())) == (2, True)
     assert effect(read_adapter(tmp_path / "b").sites["h.0.qkv"]).shape == (8, 5)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "layout", "due"),
+    [
+        ([(2, 2.0), (2, 2.0)], "portable", []),
+        ([(2, 4.0), (2, 4.0)], "portable", ["scales are folded into B"]),
+        ([(2, 4.0), (2, 4.0)], "mlx", []),
+        ([(2, 2.0), (3, 3.0)], "portable", ["ranks are padded with zeros"]),
+        ([(2, 2.0), (3, 3.0)], "gguf", []),
+        ([(2, 4.0), (3, 3.0)], "mlx", ["scales are folded into B", "ranks are padded with zeros"]),
+        ([(2, 4.0), (3, 3.0)], "kohya", []),
+    ],
+)
+def test_only_numbers_that_change_are_said_to_change(numbers, layout, due) -> None:
+    specs = [
+        SiteSpec(name, "linear", 4, 6, (6, 4), rank, alpha)
+        for name, (rank, alpha) in zip("ab", numbers, strict=True)
+    ]
+    assert losses_of(make_state(*specs), layout) == due

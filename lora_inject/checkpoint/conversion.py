@@ -37,7 +37,7 @@ def convert(
         base: Folder of the base, for the names, heads and ties that some formats depend on. For
             models of transformers its config.json is enough.
         reading: Options for reading the adapter.
-        tell: Called before writing, with a sentence for each thing that the target cannot express.
+        tell: Called after writing, with a sentence for each thing that the target cannot express.
         **options: Options for writing: those of the format, and `overwrite=True`.
 
     Returns:
@@ -67,11 +67,13 @@ def convert(
         known_here = {} if row is None else taken_by(row.read, known)
         state = read_adapter(path, **{**known_here, **(reading or {})})
         said = _said(path)
-    for words in losses_of(state, to):
+    lost = losses_of(state, to)
+    offered = {k: v for k, v in {**said, **known}.items() if v is not None}
+    path = write_adapter(state, output, to, **{**taken_by(FORMATS[to].write, offered), **options})
+    for words in lost:
         if tell is not None:
             tell(words)
-    offered = {k: v for k, v in {**said, **known}.items() if v is not None}
-    return write_adapter(state, output, to, **{**taken_by(FORMATS[to].write, offered), **options})
+    return path
 
 
 def facts_of(base: Path) -> dict[str, Any]:

@@ -49,16 +49,22 @@ def convert(
 ) -> None:
     """Write ADAPTER in the format of another program.
 
-    Prints what the format cannot express before writing; refuses what would change the outputs.
+    Prints what the format cannot express; refuses what would change the outputs.
     """
     from lora_inject.checkpoint.conversion import convert as converted
     from lora_inject.cli.show import note, print_json, say
+    from lora_inject.formats import FORMATS, taken_by
 
     [how] = reading.options([adapter])
     how |= {} if from_component is None else {"component": from_component}
     options = {"dtype": dtype, "rank": rank, "component": component}
     given = {key: value for key, value in options.items() if value is not None}
     lost: list[str] = []
+    for name in given:
+        takers = [key for key, row in FORMATS.items() if taken_by(row.write, {name: None})]
+        if to in FORMATS and to not in takers:
+            found = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
+            raise typer.BadParameter(found, param_hint=f"--{name}")
 
     def tell(words: str) -> None:
         lost.append(words)

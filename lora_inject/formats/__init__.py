@@ -29,7 +29,7 @@ from lora_inject.formats import (
     torchtune,
     vllm,
 )
-from lora_inject.formats.losses import EVERYTHING, NUMBERS, ONE, losses
+from lora_inject.formats.losses import EVERYTHING, NUMBERS, ONE, RANKS, losses
 
 __all__ = [
     "FORMATS",
@@ -71,7 +71,7 @@ FORMATS = {
     # The same with one rank and scale 1, for servers that read little of the config.
     "portable": Format(portable.write, peft.read, portable.detects, frozenset()),
     # A file of llama.cpp.
-    "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, frozenset()),
+    "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, frozenset({RANKS})),
     # The same with a pair for each expert.
     "vllm": Format(vllm.write, peft.read, portable.detects, frozenset()),
     # One safetensors file of this package.
@@ -79,7 +79,7 @@ FORMATS = {
     # One file of sd-scripts, LyCORIS, ComfyUI.
     "kohya": Format(kohya.write, kohya.read, kohya.detects, frozenset({NUMBERS})),
     # One file of a pipeline, or the folder that holds it.
-    "diffusers": Format(diffusers.write, diffusers.read, diffusers.detects, frozenset()),
+    "diffusers": Format(diffusers.write, diffusers.read, diffusers.detects, frozenset({RANKS})),
     # Microsoft's state dict.
     "loralib": Format(loralib.write, loralib.read, loralib.detects, frozenset({"slices", NUMBERS})),
 }

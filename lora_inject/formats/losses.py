@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.adapter.state import AdapterState, SiteState
 
-NUMBERS, ONE = "numbers", "one"
+NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
 EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
 """`config` and `fingerprint` of the state; `training`: dropout, init and compute of each site;
 `slices` of fused projections; `start`: the frozen start of pissa and olora; `numbers`: rank, alpha
-and scaling of each site; or `one`: those numbers only if all sites agree."""
+and scaling of each site; or `one`: those numbers only if all sites agree;
+or `ranks`: the rank of each site alone."""
 
 
 def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
     """Return what a format that keeps only `keeps` changes in an adapter, as sentences."""
     specs = [site.spec for site in state.sites.values()]
-    numbers = {(spec.rank, spec.scale) for spec in specs}
-    plain = len(numbers) < 2 and (ONE in keeps or all(scale == 1 for _, scale in numbers))
+    numbers = {(_rank(site), site.spec.scale) for site in state.sites.values()}
+    mixed = len(numbers) > 1 or ONE not in keeps
+    folded = mixed and any(scale != 1 for _, scale in numbers) and NUMBERS not in keeps
+    padded = len({rank for rank, _ in numbers}) > 1 and not {NUMBERS, RANKS} & set(keeps)
     there = {
         "config": (state.config is not None, "the config is left out"),
         "fingerprint": (
@@ -39,9 +42,13 @@ def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
             any(site.A0 is not None for site in state.sites.values()),
             "frozen starts become further ranks, which train on like all others",
         ),
-        NUMBERS: (
-            not plain,
-            "scales are folded into B and ranks are padded with zeros",
-        ),
+        "scales": (folded, "scales are folded into B"),
+        RANKS: (padded, "ranks are padded with zeros"),
     }
     return [words for part, (holds, words) in there.items() if holds and part not in keeps]
+
+
+def _rank(site: SiteState) -> int:
+    """Return the rank of a site as one pair: slices and a frozen start become further ranks."""
+    n_slices = len(site.spec.slices.adapt) if site.spec.slices else 1
+    return site.spec.rank * n_slices * (1 if site.A0 is None else 2)
