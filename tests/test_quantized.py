@@ -426,6 +426,15 @@ def test_a_quantized_weight_cannot_be_read_as_a_whole(form: str) -> None:
     assert objects(net) == held
 
 
+@pytest.mark.parametrize("form", ["bitsandbytes 8-bit", "bitsandbytes nf4"])
+def test_a_quantized_weight_cannot_be_trained_in_full(form: str) -> None:
+    net, _ = build(form)
+    held = objects(net)
+    with pytest.raises(li.LayerError, match=r"'0\.weight': it is quantized.*Adapt the layer"):
+        li.inject(net, {"rank": 2, "targets": ["2"], "train": ["0"]})
+    assert objects(net) == held
+
+
 @every
 def test_no_start_comes_from_a_quantized_weight(form: str) -> None:
     net, _ = build(form)

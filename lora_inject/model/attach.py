@@ -153,6 +153,12 @@ def _check(place: Place) -> None:
     if (not place.forward or gained or init in FROM_WEIGHT) and is_quantized(place.weight):
         derived = f"init {init}" if init in FROM_WEIGHT else f"variant {spec and spec.variant}"
         reader = derived if place.forward else "a weight update"
+        if spec is None:
+            raise LayerError(
+                f"trained tensor {place.name!r}",
+                f"it is quantized ({type(place.weight).__name__}): no copy of it can train",
+                "Adapt the layer with a rule (targets) instead, or load the base unquantized",
+            )
         raise LayerError(
             target,
             f"{reader} reads its values, and they are quantized ({type(place.weight).__name__})",
