@@ -247,6 +247,11 @@ def test_dtype_selection_and_names():
     li.install(nn.ModuleDict({"net": net}), renamed, "again")
     with pytest.raises(StateError, match=r"rename 'et': it occurs in no name"):
         renamed.rename({"et": "x"})
+    for bad in ("a b", "../x", "a/b", r"a\\b", "a\n", ""):
+        with pytest.raises(StateError, match=r"rename '0': its new name would be"):
+            state.rename({"0": bad})
+        with pytest.raises(StateError, match=r"rename '0': its new name would be"):
+            state.rename(lambda name, bad=bad: bad if name == "0" else name)
     with pytest.raises(StateError, match=r"the name '1': two tensors"):
         state.rename({"0|2": "1"})
 

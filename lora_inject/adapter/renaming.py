@@ -64,6 +64,22 @@ def substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str]
     return change
 
 
+def valid(change: Callable[[str], str]) -> Callable[[str], str]:
+    """Return a renaming that refuses new names that no module can be saved and loaded under."""
+
+    def checked(name: str) -> str:
+        new = change(name)
+        if new != name and not re.fullmatch(r"[^\s./\\]+(\.[^\s./\\]+)*", new):
+            raise StateError(
+                f"rename '{name}'",
+                f"its new name would be {new!r}",
+                "Give segments joined by dots, without spaces and slashes",
+            )
+        return new
+
+    return checked
+
+
 def some_of(names: Iterable[str]) -> str:
     """Return the first three names, for a message."""
     return ", ".join(repr(name) for name, _ in zip(names, range(3), strict=False)) or "none"

@@ -30,7 +30,7 @@ from lora_inject.adapter.algebra import (
 )
 from lora_inject.adapter.fingerprint import Fingerprint, check_one_base
 from lora_inject.adapter.mixing import common_copies, mixed
-from lora_inject.adapter.renaming import distinct, named, some_of, substitution
+from lora_inject.adapter.renaming import distinct, named, some_of, substitution, valid
 from lora_inject.errors import StateError, check_type
 from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
@@ -278,7 +278,8 @@ class AdapterState:
                 remove them), applied in order to every name; or a function of a name.
 
         Raises:
-            StateError: A regex is not valid or matches no name, or two names would become one.
+            StateError: A regex is not valid or matches no name, two names would become one, or a
+                new name is empty or has spaces or slashes.
 
         Examples:
             >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), 2, 4.0, weight="h.0.q.weight")
@@ -289,7 +290,7 @@ class AdapterState:
         """
         if not callable(new):
             check_type("rename", new, Mapping, "Give a dict, such as {'old': 'new'}, or a function")
-        change = new if callable(new) else substitution(new, [*self.sites, *self.trained])
+        change = valid(new if callable(new) else substitution(new, [*self.sites, *self.trained]))
         sites, weights = [], {}
         for name, site in self.sites.items():
             spec = reshape.renamed(site.spec, change(name))

@@ -134,7 +134,8 @@ def rename(
         list[str],
         typer.Argument(
             metavar="OLD=NEW",
-            help="A regex of whole segments of names, and their replacement.",
+            help="A regex of whole segments of names, and their replacement: \\1 is its first "
+            "group, an empty one removes them.",
         ),
     ],
     writing: Writing,

@@ -67,7 +67,8 @@ class Merging:
         list[str] | None,
         typer.Option(
             metavar="OLD=NEW",
-            help="Prefix of the adapters' names, and of the base's. (default: by its class)",
+            help="Literal prefix of the adapters' names, and of the base's; not a regex. "
+            "(default: by its class)",
         ),
     ] = None
     tie: Annotated[
