@@ -423,6 +423,34 @@ def test_a_bias_of_b_is_added_to_another_adapters_trained_bias(tmp_path):
     assert torch.allclose(load_checkpoint(tmp_path / "out")["q.bias"], wanted, atol=1e-6)
 
 
+def test_an_update_is_added_to_another_adapters_trained_copy(tmp_path):
+    tensors = {"q.weight": torch.randn(6, 4)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    low, trained = adapter(site("q", (6, 4))), AdapterState({}, {"q.weight": torch.randn(6, 4)})
+    merge(base, [WeightedAdapter(low, 0.5), WeightedAdapter(trained, 0.7)], tmp_path / "out")
+    w = tensors["q.weight"]
+    wanted = dense({"q.weight": w + 0.7 * (trained.trained["q.weight"] - w)}, (low, 0.5))
+    assert torch.allclose(
+        load_checkpoint(tmp_path / "out")["q.weight"], wanted["q.weight"], atol=1e-6
+    )
+    dora = adapter(site("q", (6, 4), variant="dora"))
+    with pytest.raises(CheckpointError, match="DoRA's update cannot be mixed"):
+        merge(base, [dora, trained], tmp_path / "no")
+    grown = AdapterState({}, {"q.weight": torch.randn(8, 4)})
+    with pytest.raises(CheckpointError, match="makes it grow and another updates it"):
+        merge(base, [low, grown], tmp_path / "no")
+
+
+@pytest.mark.parametrize("rows", [{}, {"q.weight": (0, 1, 2)}], ids=["whole", "rows"])
+def test_one_adapter_that_updates_a_tensor_and_replaces_it_is_refused(tmp_path, rows):
+    """No model takes such an adapter either."""
+    base = save_checkpoint(tmp_path / "base", {"q.weight": torch.randn(6, 4)})
+    values = torch.randn(3 if rows else 6, 4)
+    both = replace(adapter(site("q", (6, 4))), trained={"q.weight": values}, rows=rows)
+    with pytest.raises(CheckpointError, match="holds values of it and an update as well"):
+        merge(base, [both], tmp_path / "out")
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_new_classifier_is_added_only_on_request(tmp_path, shards):
     tensors = llama_tensors()

@@ -570,7 +570,7 @@ def _check_once(spec: SiteSpec, trained: Mapping[str, Tensor], asked: str) -> No
     for name in [weight, *([bias] if spec.lora_bias else [])]:
         if name in trained:
             found = f"one adapter updates '{name}' and another holds a trained copy of it"
-            raise StateError(asked, found, "Merge the adapters into the base one after the other")
+            raise StateError(asked, found, "Merge both adapters into the base instead")
 
 
 def truncation(

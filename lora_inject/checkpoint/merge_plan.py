@@ -20,7 +20,7 @@ from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.dequantized import dequantized
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.output_files import OutputShard, TensorJob, lay_out
+from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
 from lora_inject.checkpoint.same_base import check_same_base, grown_copies
 from lora_inject.checkpoint.settled import Settled
 from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
@@ -181,6 +181,8 @@ def _joined(fits: Sequence[Fit], options: MergeOptions) -> dict[str, TensorJob]:
             job = fit.job(name, source)
             job.shape, job.base_copy = tuple(copy.shape), copy
         for name, job in fit.jobs.items():
+            if sum(map(bool, (job.placed, job.added, job.trained, job.rows))) > 1:
+                raise clash(name, f"{fit.adapter.label} holds values of it and an update as well")
             jobs[name] = jobs[name].joined(job) if name in jobs else job
     return jobs
 

@@ -175,15 +175,15 @@ def _check(checkpoint: Checkpoint, job: TensorJob) -> None:
     places = [(p.start, p.stop) for p in job.placed]
     gained = [p for p in job.placed if p.gain is not None]
     scaled = any(abs(term.weight) != 1 for p in gained for term in p.terms)
-    mixed = any(job.rows or places.count((p.start, p.stop)) > 1 for p in gained)
+    mixed = any(job.rows or job.trained or places.count((p.start, p.stop)) > 1 for p in gained)
     ranges = sorted(set(places))
     overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
     rows = [index for indices, _ in job.rows for index in indices]
-    kinds, copies = (job.trained or job.added, job.placed), len(job.trained)
+    copies, grows = len(job.trained), job.source is not None and job.shape != job.source.shape
     shapes = {tuple(t.shape) for t, _ in job.trained}
     clashes: dict[str, Collection[Any] | bool] = {
         "DoRA's update cannot be mixed with others or weighted": scaled or mixed,
-        "one adapter replaces it and another updates it": sum(map(bool, kinds)) > 1,
+        "one adapter makes it grow and another updates it": bool(job.placed and copies and grows),
         "the adapters' values have different shapes": len(shapes) > 1,
         "the base lacks it and several adapters add it": not job.source and copies > 1,
         "two adapters need different shapes of it": shapes - {job.shape},
