@@ -239,7 +239,8 @@ def test_the_difference_of_tied_models_is_on_every_layer_that_shares_the_tensor(
     table += 0.3 * torch.randn(len(table), 1) @ torch.randn(1, table.shape[1])
     model.save_pretrained(tmp_path / "tuned")
     wanted = model(torch.arange(20)[None]).logits
-    extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
+    found = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
+    assert (len(found.tensors), found.n_sites) == (1, 2)
     assert torch.allclose(merged_logits(tmp_path), wanted, atol=1e-4)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
     li.load_adapter(loaded, tmp_path / "adapter")

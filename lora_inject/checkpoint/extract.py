@@ -53,10 +53,12 @@ class ExtractReport:
     Attributes:
         tensors: Every tensor that differs.
         n_equal: How many do not.
+        n_sites: Sites of the adapter; a tied tensor has one for each layer that shares it.
     """
 
     tensors: tuple[Extracted, ...]
     n_equal: int
+    n_sites: int
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -153,7 +155,7 @@ def difference_of(
     names = [weight_name(site.spec) for site in taking.sites.values()]
     known = fingerprint(taking.base, [name for name in names if name in taking.base.tensors])
     state = AdapterState(taking.sites, taking.trained, fingerprint=known)
-    return state, ExtractReport(tuple(found), n_equal)
+    return state, ExtractReport(tuple(found), n_equal, len(state.sites))
 
 
 def _check_measure(rank: int | None, energy: float | None) -> None:

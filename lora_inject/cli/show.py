@@ -353,7 +353,7 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool =
         say_list("left behind:", report.left, everything=everything)
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)
     say_words(
-        f"wrote {written}: {count(len(low), 'site')}, {count(n_full, 'tensor')} in full; "
+        f"wrote {written}: {count(report.n_sites, 'site')}, {count(n_full, 'tensor')} in full; "
         f"{len(report.left):,} left behind, {report.n_equal:,} equal to the base's"
     )
 

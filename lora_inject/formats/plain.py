@@ -240,7 +240,7 @@ def check_component(component: str | None, known: Collection[str], asked: str) -
         raise FormatError(
             asked,
             found if component is None else f"component is {component!r}",
-            f'Pass component="unet" (--component unet), or one of {", ".join(known)}',
+            f'Pass component="unet", or one of {", ".join(known)}',
         )
 
 
