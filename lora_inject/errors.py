@@ -82,6 +82,8 @@ def check_type(
 def check_path(asked: str, value: object) -> None:
     """Raise unless the value can be the path of an adapter."""
     check_type(f"{asked}, path", value, (str, PathLike), "Give a str or a Path", FormatError)
+    if "\0" in str(value):
+        raise FormatError(f"{asked}, path", f"{str(value)!r} has a zero byte", "Correct the path")
 
 
 _ALIKE = 0.65  # below this likeness a suggestion misleads: 'corda' is not 'olora'

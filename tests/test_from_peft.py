@@ -257,7 +257,7 @@ WRONG = {
     "target_parameters": 3,
     "modules_to_save": "lm_head",
     "exclude_modules": "*",
-    "layers_pattern": 3,
+    "layers_pattern": ["("],
     "trainable_token_indices": {"a": 3},
 }
 

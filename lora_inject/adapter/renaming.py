@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from lora_inject.errors import StateError, nearest
+from lora_inject.errors import StateError, check_type, nearest
 from lora_inject.spec.names import Below, matching, parent
 
 T = TypeVar("T")
@@ -21,6 +21,7 @@ def named(names: Iterable[str], patterns: Iterable[str], asked: str) -> dict[str
         while name := parent(name):
             modules[name] = None
     for pattern in patterns:
+        check_type(f"{asked}, a pattern", pattern, str, "Give a regex for the end of a name")
         below = Below(matching(pattern, modules, asked=f"{asked} {pattern!r}", error=StateError))
         found = dict.fromkeys(name for name in names if name in below)
         if not found:

@@ -290,6 +290,9 @@ class AdapterState:
         """
         if not callable(new):
             check_type("rename", new, Mapping, "Give a dict, such as {'old': 'new'}, or a function")
+            for old, text in new.items():
+                for part in (old, text):
+                    check_type(f"rename {old!r}", part, str, "Give the new name as text")
         change = valid(new if callable(new) else substitution(new, [*self.sites, *self.trained]))
         sites, weights = [], {}
         for name, site in self.sites.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import NamedTuple
 
@@ -72,6 +72,8 @@ def combine(
         >>> small.sites["fc"].spec.rank, round(small.cosine(a), 4)
         (2, 1.0)
     """
+    for what, given in (("adapters", adapters), ("weights", () if weights is None else weights)):
+        check_type(f"combine, {what}", given, Iterable, "Give a list, with one entry for each")
     return combined(
         [_state(adapter) for adapter in adapters],
         weights,

@@ -234,6 +234,7 @@ def state_to_merge(
     """Return which adapters are to be folded: what was asked for, or else what is active."""
     state = selection.state
     if name is not None:
+        check_type("merge, name", name, (str, Mapping), "Give a name, or a dict to weights")
         weights = {name: 1.0} if isinstance(name, str) else dict(name)
         check_names(reach(survey.model, survey).names, weights, "merge")
         state = State(active=tuple((n, float(w)) for n, w in weights.items()))

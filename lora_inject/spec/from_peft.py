@@ -197,8 +197,8 @@ def _check_types(fields: Mapping[str, Any], asked: str) -> None:
         value = fields.get(name)
         if value is not None and not is_one(value):
             raise _error(asked, name, f"{value!r} is not {wanted}", f"Give {wanted}")
-        keys = [value] if isinstance(value, str) else value if isinstance(value, Mapping) else ()
-        for key in keys:
+        regexes = isinstance(value, Mapping) or name == "layers_pattern"
+        for key in [value] if isinstance(value, str) else (regexes and value) or ():
             if problem := name != "trainable_token_indices" and regex_problem(key):
                 found = f"{key!r} is not a regex: {problem}"
                 raise _error(asked, name, found, "Escape its brackets; a literal dot is '\\.'")
