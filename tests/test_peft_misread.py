@@ -69,7 +69,7 @@ MISREAD: dict[str, tuple[Callable[[], nn.Module], str, Tensor, str]] = {
     "a layer": (lambda: Reads(nn.Linear(4, 4)), "child", X, "another module reads the weight"),
     "a kernel": (lambda: Reads(nn.Conv1d(4, 4, 1)), "child", X, "another module reads the weight"),
     "a convolution": (lambda: nn.Sequential(Standardized(4, 4, 1)), "0", X[..., None], "its own"),
-    "a table": (lambda: nn.Sequential(Tripled(5, 4)), "0", IDS, "forward of Tripled is its own"),
+    "a table": (lambda: nn.Sequential(Tripled(5, 4)), "0", IDS, "Tripled has a forward of its own"),
 }
 
 

@@ -346,7 +346,7 @@ def test_fusing_with_a_batch_norm_is_refused() -> None:
         ("forward update", nn.BatchNorm1d(D), nn.utils.fuse_linear_bn_eval),
     ):
         net, m = layer(kind)
-        with pytest.raises(li.LayerError, match=r"carries an adapter.*then fuse"):
+        with pytest.raises(li.LayerError, match=r"has an adapter.*then fuse"):
             fuse(m.eval(), bn.double().eval())
         li.merge(net)
         li.eject(net)
