@@ -37,7 +37,7 @@ def convert(
         base: Folder of the base, for the names, heads and ties that some formats depend on. For
             models of transformers its config.json is enough.
         reading: Options for reading the adapter.
-        tell: Called after writing, with a sentence for each thing that the target cannot express.
+        tell: Called before writing, with a sentence for each thing that the target cannot express.
         **options: Options for writing: those of the format, and `overwrite=True`.
 
     Returns:
@@ -69,11 +69,10 @@ def convert(
         said = _said(path)
     lost = losses_of(state, to)
     offered = {k: v for k, v in {**said, **known}.items() if v is not None}
-    path = write_adapter(state, output, to, **{**taken_by(FORMATS[to].write, offered), **options})
-    for words in lost:
-        if tell is not None:
+    if tell is not None:
+        for words in lost:
             tell(words)
-    return path
+    return write_adapter(state, output, to, **{**taken_by(FORMATS[to].write, offered), **options})
 
 
 def facts_of(base: Path) -> dict[str, Any]:
