@@ -12,7 +12,8 @@ from lora_inject.version import __version__
 
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
-    from lora_inject.adapter.state import AdapterState, SiteState
+    from lora_inject.adapter.site_state import SiteState
+    from lora_inject.adapter.state import AdapterState
     from lora_inject.adapter.variants import Variant, register_variant
     from lora_inject.checkpoint.conversion import check_adapter, convert
     from lora_inject.checkpoint.extract import extract_adapter
@@ -112,7 +113,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapter.state": "AdapterState SiteState",
+    "adapter.site_state": "SiteState",
+    "adapter.state": "AdapterState",
     "checkpoint.conversion": "check_adapter convert",
     "adapter.variants": "Variant register_variant",
     "checkpoint.extract": "extract_adapter",

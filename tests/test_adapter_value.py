@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState, signed_pairs
+from lora_inject.adapter.site_state import signed_pairs
+from lora_inject.adapter.state import AdapterState
 
 
 def _state(init: str = "pissa") -> AdapterState:

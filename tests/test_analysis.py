@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import (
     FORMATS,
     Rounded,

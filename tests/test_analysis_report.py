@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import (
     analyze,
     compare,

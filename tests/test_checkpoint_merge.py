@@ -24,7 +24,8 @@ from helpers.checkpoints import (
 )
 from safetensors import safe_open
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import (
     MergeOptions,
     WeightedAdapter,

@@ -20,7 +20,8 @@ from helpers.checkpoints import (
 from torch import nn
 
 import lora_inject
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,

@@ -82,6 +82,8 @@ def test_rename_writes_other_names(run, files, tmp_path):
         "model.layers.0.mlp",
         "model.layers.0.c",
     ]
+    shorter = run("rename", one, r"h\.0=", "-o", tmp_path / "short")
+    assert "its sites are now 'fc', 'c'" in shorter.out  # an empty one removes segments: it is told
     assert run("rename", one, "nothing", "-o", tmp_path / "x").code == 2
     found = run("rename", one, "x=y", "-o", tmp_path / "x")
     assert "rename 'x': it occurs in no name" in found.err

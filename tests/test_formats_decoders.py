@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter

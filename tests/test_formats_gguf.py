@@ -17,20 +17,19 @@ from torch import Tensor
 import lora_inject as li
 from lora_inject.errors import FormatError
 from lora_inject.formats import gguf_file, read_adapter, write_adapter
-from lora_inject.formats.decoder_names import theirs
 
 gguf = pytest.importorskip("gguf", reason="pip install gguf")
 
 
 @pytest.mark.parametrize("model_type", gguf_file.FAMILIES)
 def test_names_are_those_of_llama_cpp(model_type: str) -> None:
-    family = gguf_file.FAMILIES[model_type]
+    architecture, decoder = gguf_file.FAMILIES[model_type]
     archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(archs[family.architecture], 3)
-    for mine in family.names:
+    names = gguf.get_tensor_name_map(archs[architecture], 3)
+    for mine in decoder.names:
         full = mine if mine in ("model.embed_tokens", "lm_head") else f"model.layers.2.{mine}"
         due = names.get_name(f"{full}.weight", try_suffixes=(".weight",))
-        assert due in {f"{theirs(full, family.names, 'blk.{}.', '')}.weight", None}, full
+        assert due in {f"{decoder.theirs(full, '')}.weight", None}, full
         assert due is not None or (mine, model_type[:5]) == ("lm_head", "gemma")
 
 
@@ -58,7 +57,7 @@ def test_llama_cpp_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> No
     alpha, tensors = content(path)
     state = li.adapter_state(model)
     for name, site in state.sites.items():
-        key = theirs(name, gguf_file.FAMILIES["llama"].names, "blk.{}.", "") + ".weight"
+        key = gguf_file.FAMILIES["llama"][1].theirs(name, "") + ".weight"
         a, b = tensors.pop(f"{key}.lora_a"), tensors.pop(f"{key}.lora_b")
         a = a.T if name == "model.embed_tokens" else a  # as its loader wants it
         found, due = alpha / b.shape[1] * b @ a, effect(site).float()

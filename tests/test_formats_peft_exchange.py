@@ -19,7 +19,8 @@ from helpers.adapter_states import assert_same_deltas, dense, make_site
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec, Slices

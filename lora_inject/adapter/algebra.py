@@ -11,29 +11,23 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_inject.adapter.site_state import SiteState, plain
 from lora_inject.adapter.thin import inner, thin_svd
 from lora_inject.errors import StateError
 from lora_inject.spec.sites import SiteSpec, Slices
 
-
-class Update(Protocol):
-    """What the arithmetic needs of a site: its spec, and `(A, B, sign)` of each term."""
-
-    @property
-    def spec(self) -> SiteSpec: ...  # noqa: D102
-    @property
-    def pairs(self) -> tuple[tuple[Tensor, Tensor, float], ...]: ...  # noqa: D102
-
-
 _SAME = 1e-12  # relative difference of two equal scales alpha / rank by rounding
 
-Term = tuple[Update, float]
+MADE: dict[str, Any] = {"init": "kaiming", "rule": None, "aliases": ()}
+"""Fields of a site that was computed from others: no config and no model made it."""
+
+Term = tuple[SiteState, float]
 Parts = list[tuple[tuple[int, int], Tensor, Tensor]]
 
 
@@ -67,6 +61,15 @@ def check_alike(specs: Sequence[SiteSpec], asked: str) -> None:
             raise StateError(f"{asked}, site '{one.name}'", found, "Give adapters of one base")
 
 
+def check_finite(site: SiteState, asked: str) -> None:
+    """Refuse NaN and Inf, which cannot be decomposed."""
+    for A, B, _ in site.pairs:
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            found = "its A or B holds NaN or Inf"
+            remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+            raise StateError(f"{asked}, site '{site.spec.name}'", found, remedy)
+
+
 def _contributions(
     term: Term, unit: float
 ) -> Iterator[tuple[tuple[int, int], Tensor, Tensor, float]]:
@@ -88,12 +91,11 @@ def _contributions(
 
 def _common(specs: Sequence[SiteSpec]) -> Slices | None:
     """Return the slices that cover what several sites adapt; None for the whole output."""
-    sizes = {spec.slices.sizes if spec.slices else None for spec in specs}
-    if len(sizes) > 1 or None in sizes:
+    sizes = {spec.slices.sizes if spec.slices else () for spec in specs}
+    if len(sizes) > 1 or () in sizes:
         return None
     named = {name for spec in specs if spec.slices for name in spec.slices.adapt}
-    (all_parts,) = sizes
-    assert all_parts is not None
+    all_parts = sizes.pop()
     return Slices(all_parts, tuple(name for name, _ in all_parts if name in named))
 
 
@@ -114,8 +116,8 @@ def gathered(terms: Sequence[Term], dtype: torch.dtype = torch.float64, unit: fl
     return found
 
 
-def total(terms: Sequence[Term], like: SiteSpec) -> tuple[SiteSpec, Tensor, Tensor]:
-    """Return `sum of weight * delta` as one site: spec, A and B, with all ranks side by side.
+def total(terms: Sequence[Term], like: SiteSpec) -> SiteState:
+    """Return `sum of weight * delta` as one site, with all ranks side by side.
 
     The scale is that of the first term. The B of a term with another scale is multiplied by the
     ratio, in float32 at least. A frozen start becomes further ranks with the opposite sign.
@@ -124,39 +126,42 @@ def total(terms: Sequence[Term], like: SiteSpec) -> tuple[SiteSpec, Tensor, Tens
     unit = abs(terms[0][1]) * specs[0].scale
     pairs = [pair for site, _ in terms for pair in site.pairs]
     dtype = reduce(torch.promote_types, (t.dtype for A, B, _ in pairs for t in (A, B)))
-    scales = [abs(weight) * site.spec.scale for site, weight in terms]
+    scales = [abs(weight) * site.scale for site, weight in terms]
     if not all(math.isclose(scale, unit, rel_tol=_SAME) for scale in scales):
         dtype = torch.promote_types(dtype, torch.float32)
-    return _site(like, gathered(terms, dtype, unit), _common(specs), unit, _scaling(specs))
+    rslora = all(spec.scaling == "rslora" for spec in specs)
+    like = replace(like, slices=_common(specs), scaling="rslora" if rslora else "standard")
+    return _site(terms, like, gathered(terms, dtype, unit), unit)
 
 
-def _scaling(specs: Sequence[SiteSpec]) -> str:
-    return "rslora" if all(spec.scaling == "rslora" for spec in specs) else "standard"
-
-
-def _site(
-    like: SiteSpec, parts: Parts, slices: Slices | None, scale: float, scaling: str
-) -> tuple[SiteSpec, Tensor, Tensor]:
-    """Build a site from parts, padded with zeros to one rank."""
+def _site(terms: Sequence[Term], like: SiteSpec, parts: Parts, scale: float) -> SiteState:
+    """Build a site from parts, padded with zeros to one rank; biases of B (lora_bias) are added."""
     rank = max(left.shape[2] for _, left, _ in parts)
     A = torch.cat([F.pad(right, (0, 0, 0, rank - right.shape[1])) for _, _, right in parts], 1)
     B = torch.cat([F.pad(left, (0, rank - left.shape[2])) for _, left, _ in parts], 1)
-    alpha = scale * (math.sqrt(rank) if scaling == "rslora" else rank)
-    changed = {"rank": rank, "alpha": alpha, "scaling": scaling, "slices": slices}
-    spec = replace(like, **changed, init="kaiming", rule=None, aliases=())  # type: ignore[arg-type]
-    return spec, A.reshape(spec.a_shape), B.reshape(spec.b_shape)
+    biases = [
+        weight * site.scale * site.further["b"].detach().double()
+        for site, weight in terms
+        if "b" in site.further
+    ]
+    alpha = scale * (math.sqrt(rank) if like.scaling == "rslora" else rank)
+    spec = replace(like, rank=rank, alpha=alpha, lora_bias=bool(biases), **MADE)
+    tensors = {"A": A.reshape(spec.a_shape), "B": B.reshape(spec.b_shape)}
+    if biases:
+        tensors["b"] = (torch.stack(biases).sum(0) / scale).to(B.dtype)
+    return SiteState.of(spec, tensors)
 
 
 def truncated(
-    site: Update, rank: int | None, energy: float | None, asked: str
-) -> tuple[SiteSpec, Tensor, Tensor, Cut]:
+    site: SiteState, rank: int | None, energy: float | None, asked: str
+) -> tuple[SiteState, Cut]:
     """Return the best site of a lower rank, by a QR of the thin factors and an SVD of k by k.
 
     All parts of a site get one rank: the smallest that keeps `energy` of the site's sum of squares,
     at most `rank`, and at most the rank of the update.
     """
-    check_finite(site, asked)
-    spec, parts = site.spec, gathered([(site, 1.0)])
+    check_finite(plain(site, asked, bias=True), asked)
+    parts = gathered([(site, 1.0)])
     found = [thin_svd(left, right) for _, left, right in parts]
     squares = torch.zeros(max(S.shape[-1] for _, S, _ in found), dtype=torch.float64)
     for _, S, _ in found:
@@ -170,26 +175,16 @@ def truncated(
         enough = (held >= (energy - 1e-12) * whole).nonzero()
         best = min(best, int(enough[0]) + 1 if len(enough) else best)
     error = math.sqrt(float(squares[best:].sum()) / whole) if whole else 0.0
-    dtype = site.pairs[0][0].dtype
     thin = []
     for (span, _, _), (U, S, V) in zip(parts, found, strict=True):
         root = S[:, None, :best].sqrt()
-        left, right = (U[..., :best] * root).to(dtype), (V[..., :best] * root).mT.to(dtype)
-        short = best - left.shape[2]
-        thin.append((span, F.pad(left, (0, short)), F.pad(right, (0, 0, 0, short))))
-    return *_site(spec, thin, spec.slices, 1.0, "standard"), Cut(spec.rank, best, error)
+        left, right = ((m[..., :best] * root).to(site.A.dtype) for m in (U, V))
+        thin.append((span, left, right.mT))
+    made = _site([(site, 1.0)], replace(site.spec, scaling="standard"), thin, 1.0)
+    return made, Cut(site.spec.rank, best, error)
 
 
-def check_finite(site: Update, asked: str) -> None:
-    """Refuse NaN and Inf, which cannot be decomposed."""
-    for A, B, _ in site.pairs:
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-            found = "its A or B holds NaN or Inf"
-            remedy = "Its training diverged; take an earlier checkpoint of the adapter"
-            raise StateError(f"{asked}, site '{site.spec.name}'", found, remedy)
-
-
-def product(one: Update, two: Update) -> float:
+def product(one: SiteState, two: SiteState) -> float:
     """Return `<D1, D2>`, the sum over all elements, by traces of products of k1 by k2."""
     found = 0.0
     theirs = gathered([(two, 1.0)])
@@ -202,7 +197,7 @@ def product(one: Update, two: Update) -> float:
     return found
 
 
-def norm(terms: Sequence[Term]) -> float:
+def norm(*terms: Term) -> float:
     """Return the Frobenius norm of `sum of weight * delta`, to float64's precision.
 
     By QR of the thin factors: the trace of products loses half of the digits where terms cancel.
@@ -212,3 +207,10 @@ def norm(terms: Sequence[Term]) -> float:
         R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in (left, right.mT))
         squares += float((R_l @ R_r.mT).square().sum())
     return math.sqrt(squares)
+
+
+def apart(one: SiteState | None, two: SiteState | None) -> float:
+    """Return the Frobenius norm of the difference of two sites, of which one may be None."""
+    if one == two:
+        return 0.0
+    return norm(*((site, sign) for site, sign in ((one, 1.0), (two, -1.0)) if site is not None))

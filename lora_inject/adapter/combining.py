@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial, reduce
-from numbers import Integral, Real
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.algebra import check_finite, gathered
-from lora_inject.adapter.state import (
-    AdapterState,
-    SiteState,
-    cut_down,
-    plain,
-    weighted_sum,
-    with_sites,
-)
+from lora_inject.adapter.algebra import MADE, Term, check_finite, gathered, truncated
+from lora_inject.adapter.site_state import SiteState, plain
+from lora_inject.adapter.state import AdapterState, weighted_sum, with_sites
 from lora_inject.adapter.svd import decompose
 from lora_inject.errors import StateError, check_type
 from lora_inject.spec.sites import SiteSpec
@@ -34,100 +28,125 @@ ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = ("cat", "svd", *ON_FACTORS, *(f"{name}_svd" for name in ON_FACTORS[1:]))
 """`cat` and `svd` are exact sums; those of ON_FACTORS work on A and B, with `_svd` on the delta."""
 
-Weighted = Sequence[tuple[SiteState, float]]
 Sign = Literal["total", "frequency"]
 
 
-def combined(
-    states: Sequence[AdapterState],
-    weights: Sequence[float] | None = None,
-    *,
-    method: str = "cat",
-    rank: int | None = None,
-    density: float | None = None,
-    majority_sign: Sign = "total",
-    seed: int = 0,
-) -> AdapterState:
-    """Combine adapters of one base; see `lora_inject.combine`."""
-    asked = f"combine by {method!r}"
-    weights = [1.0] * len(states) if weights is None else list(weights)
-    check_type(f"{asked}, rank", 1 if rank is None else rank, Integral, "Give 1 or more")
-    _check(states, weights, method, rank, density, majority_sign, asked)
-    if method in ("cat", "svd"):
-        found = weighted_sum(states, weights, asked)
-        if method == "cat":
-            return found
+@dataclass(frozen=True)
+class Method:
+    """A way to combine adapters of one base, with its options; see `lora_inject.combine`."""
+
+    name: str
+    rank: int | None
+    density: float | None
+    majority_sign: Sign
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse options that are missing, wrong or without effect."""
+        asked, density = self.asked, self.density
+        if self.name not in METHODS:
+            remedy = f"Choose one of {', '.join(METHODS)}"
+            raise StateError(asked, "there is no such method", remedy)
+        if self.rank is not None:
+            check_type(f"{asked}, rank", self.rank, Integral, "Give 1 or more")
+            if self.rank < 1 or not self.name.endswith("svd"):
+                found = f"rank is {self.rank}"
+                if self.rank >= 1:
+                    found = "the method keeps all ranks, and rank is given"
+                remedy = "Give rank=1 or more to svd, or to a method with _svd"
+                raise StateError(asked, found, remedy)
+        wants = self.name not in ("cat", "svd", "linear")
+        if wants and (density is None or not 0 < density <= 1):
+            found = "density is missing" if density is None else f"density is {density}"
+            raise StateError(asked, found, "Give the share of values to keep, in (0, 1]")
+        if density is not None and not wants:
+            found = "the method keeps all values, and density is given"
+            raise StateError(asked, found, "Leave density out")
+        if self.majority_sign not in ("total", "frequency"):
+            found = f"majority_sign is {self.majority_sign!r}"
+            raise StateError(asked, found, "Give total or frequency")
+
+    @property
+    def asked(self) -> str:
+        """What messages say was asked for."""
+        return f"combine by {self.name!r}"
+
+    def combined(
+        self, states: Sequence[AdapterState], weights: Sequence[float] | None
+    ) -> AdapterState:
+        """Return the sum of the adapters by their weights, by default 1."""
+        weights = [1.0] * len(states) if weights is None else list(weights)
+        if not states:
+            raise StateError(self.asked, "no adapter is given", "Give at least one")
+        if len(weights) != len(states):
+            found = f"there are {len(weights)} weights for {len(states)} adapters"
+            raise StateError(self.asked, found, "Give one for each")
+        if self.name not in ("cat", "svd"):
+            make = self._on_delta if self.name.endswith("_svd") else self._on_factors
+            return with_sites(states, weights, make, self.asked)
+        summed = weighted_sum(states, weights, self.asked)
+        if self.name == "cat":
+            return summed
         sites = {}
-        for name, site in found.sites.items():
+        for name, site in summed.sites.items():
             there = [state.sites[name].spec.rank for state in states if name in state.sites]
-            sites[name] = cut_down(site, rank or max(there), None, asked)[0]
-        return replace(found, sites=sites)
-    rule = partial(_rule, method.removesuffix("_svd"), density, majority_sign, seed)
-    make = partial(_on_delta, rank=rank) if method.endswith("_svd") else _on_factors
-    return with_sites(states, weights, partial(make, rule=rule, asked=asked), asked)
+            sites[name], _ = truncated(site, self.rank or max(there), None, self.asked)
+        return replace(summed, sites=sites)
 
+    def _on_factors(self, there: Sequence[Term], like: SiteSpec) -> SiteState:
+        """Mix the A and mix the B, each weighted by the root of weight times scale."""
+        asked = f"{self.asked}, site '{like.name}'"
+        first = there[0][0].spec
+        for site, _ in there:
+            check_finite(plain(site, asked), asked)
+            spec = site.spec
+            if (spec.rank, spec.slices) != (first.rank, first.slices) or site.A0 is not None:
+                found = f"its ranks are {first.rank} and {spec.rank}"
+                if spec.rank == first.rank:
+                    found = "they have different slices, or one has a frozen start"
+                raise StateError(asked, found, "Use cat, svd, or a method with _svd")
+        factors = [weight * site.scale for site, weight in there]
+        roots = [math.sqrt(abs(factor)) for factor in factors]
+        signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
+        A = self._mixed([site.A.detach().cpu().double() for site, _ in there], signed, like, "A")
+        B = self._mixed([site.B.detach().cpu().double() for site, _ in there], roots, like, "B")
+        return _made(replace(like, slices=first.slices), first.rank, A, B, there)
 
-def _check(
-    states: Sequence[AdapterState],
-    weights: Sequence[float],
-    method: str,
-    rank: int | None,
-    density: float | None,
-    majority_sign: str,
-    asked: str,
-) -> None:
-    if method not in METHODS:
-        raise StateError(asked, "there is no such method", f"Choose one of {', '.join(METHODS)}")
-    if not states:
-        raise StateError(asked, "no adapter is given", "Give at least one")
-    if len(weights) != len(states):
-        found = f"there are {len(weights)} weights for {len(states)} adapters"
-        raise StateError(asked, found, "Give one for each")
-    for weight in weights:
-        check_type(f"{asked}, a weight", weight, Real, "Give finite numbers other than 0")
-        if not math.isfinite(weight) or weight == 0:
-            raise StateError(asked, f"a weight is {weight}", "Give finite numbers other than 0")
-    if rank is not None and (rank < 1 or not method.endswith("svd")):
-        found = f"rank is {rank}" if rank < 1 else "the method keeps all ranks, and rank is given"
-        raise StateError(asked, found, "Give rank=1 or more to svd, or to a method with _svd")
-    wants = method not in ("cat", "svd", "linear")
-    if wants and (density is None or not 0 < density <= 1):
-        found = "density is missing" if density is None else f"density is {density}"
-        raise StateError(asked, found, "Give the share of values to keep, in (0, 1]")
-    if density is not None and not wants:
-        found = "the method keeps all values, and density is given"
-        raise StateError(asked, found, "Leave density out")
-    if majority_sign not in ("total", "frequency"):
-        raise StateError(asked, f"majority_sign is {majority_sign!r}", "Give total or frequency")
+    def _on_delta(self, there: Sequence[Term], like: SiteSpec) -> SiteState:
+        """Mix the dense deltas of one site, and return the best approximation of low rank."""
+        for site, _ in there:
+            check_finite(plain(site, self.asked), f"{self.asked}, site '{like.name}'")
+        wide = all(site.A.dtype == torch.float64 for site, _ in there)
+        dtype = torch.float64 if wide else torch.float32
+        deltas = [_dense(site, dtype) for site, _ in there]
+        mix = self._mixed(deltas, [weight for _, weight in there], like, "W")
+        most = self.rank or max(site.spec.rank for site, _ in there)
+        halves = [decompose(matrix.to(dtype), most) for matrix in mix]
+        A = torch.stack([(half.V * half.S.sqrt()).T for half in halves])
+        B = torch.stack([half.U * half.S.sqrt() for half in halves])
+        return _made(replace(like, slices=None), B.shape[-1], A, B, there)
 
-
-# The methods on tensors -------------------------------------------------------------------------
-
-
-def _rule(
-    method: str,
-    density: float | None,
-    majority_sign: Sign,
-    seed: int,
-    tensors: Sequence[Tensor],
-    weights: Sequence[float],
-    what: str,
-) -> Tensor:
-    """Mix tensors of one shape: drop values, elect signs, add."""
-    if method in ("ties", "magnitude_prune"):
-        tensors = [_largest(tensor, density or 1) for tensor in tensors]
-    elif method.startswith("dare"):
-        tensors = [
-            tensor * kept(tensor.shape, density or 1, f"{seed} {what} {number}") / (density or 1)
-            for number, tensor in enumerate(tensors)
-        ]
-    stack = torch.stack(list(tensors))
-    mix = torch.tensor(weights, dtype=stack.dtype).view(-1, *[1] * tensors[0].ndim)
-    if "ties" not in method:
-        return (stack * mix).sum(0)
-    elected = stack.sum(0) if majority_sign == "total" else stack.sign().sum(0)
-    agree = stack.sign() == torch.where(elected >= 0, 1, -1)
-    return (stack * mix * agree).sum(0) / agree.sum(0).clamp(min=1)
+    def _mixed(
+        self, tensors: Sequence[Tensor], weights: Sequence[float], like: SiteSpec, what: str
+    ) -> Tensor:
+        """Mix tensors of one shape: drop values, elect signs, add."""
+        method, density = self.name.removesuffix("_svd"), self.density or 1
+        if method in ("ties", "magnitude_prune"):
+            tensors = [_largest(tensor, density) for tensor in tensors]
+        elif method.startswith("dare"):
+            tensors = [
+                tensor
+                * kept(tensor.shape, density, f"{self.seed} {like.name} {what} {n}")
+                / density
+                for n, tensor in enumerate(tensors)
+            ]
+        stack = torch.stack(list(tensors))
+        mix = stack * torch.tensor(weights, dtype=stack.dtype).view(-1, *[1] * tensors[0].ndim)
+        if "ties" not in method:
+            return mix.sum(0)
+        elected = stack.sum(0) if self.majority_sign == "total" else stack.sign().sum(0)
+        agree = stack.sign() == torch.where(elected >= 0, 1, -1)
+        return (mix * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 
 def _largest(tensor: Tensor, density: float) -> Tensor:
@@ -145,54 +164,6 @@ def kept(shape: Sequence[int], density: float, what: str) -> Tensor:
     return torch.rand(tuple(shape), generator=generator, dtype=torch.float64).lt(density).double()
 
 
-def _on_factors(
-    there: Weighted, like: SiteSpec, *, rule: Callable[..., Tensor], asked: str
-) -> SiteState:
-    """Mix the A and mix the B, each weighted by the root of weight times scale."""
-    asked = f"{asked}, site '{like.name}'"
-    first = there[0][0].spec
-    for site, _ in there:
-        check_finite(plain(site, asked), asked)
-        spec = site.spec
-        if (spec.rank, spec.slices) != (first.rank, first.slices) or len(site.pairs) > 1:
-            found = f"its ranks are {first.rank} and {spec.rank}"
-            if spec.rank == first.rank:
-                found = "they have different slices, or one has a frozen start"
-            raise StateError(asked, found, "Use cat, svd, or a method with _svd")
-    factors = [weight * site.spec.scale for site, weight in there]
-    roots = [math.sqrt(abs(factor)) for factor in factors]
-    signed = [math.copysign(root, factor) for root, factor in zip(roots, factors, strict=True)]
-    dtype = reduce(torch.promote_types, (site.A.dtype for site, _ in there))
-    A = rule([site.A.detach().cpu().double() for site, _ in there], signed, f"{like.name} A")
-    B = rule([site.B.detach().cpu().double() for site, _ in there], roots, f"{like.name} B")
-    of = {"rank": first.rank, "slices": first.slices, "alpha": float(first.rank)}
-    return SiteState(_new(like, of), A.to(dtype), B.to(dtype))
-
-
-def _on_delta(
-    there: Weighted,
-    like: SiteSpec,
-    *,
-    rule: Callable[..., Tensor],
-    asked: str,
-    rank: int | None,
-) -> SiteState:
-    """Mix the dense deltas of one site, and return the best approximation of low rank."""
-    for site, _ in there:
-        check_finite(plain(site, asked), f"{asked}, site '{like.name}'")
-    most = rank or max(site.spec.rank for site, _ in there)
-    wide = all(site.A.dtype == torch.float64 for site, _ in there)
-    deltas = [_dense(site, torch.float64 if wide else torch.float32) for site, _ in there]
-    mix = rule(deltas, [weight for _, weight in there], f"{like.name} W")
-    halves = [decompose(matrix.to(deltas[0].dtype), most) for matrix in mix]
-    most = max(len(half.S) for half in halves)
-    dtype = reduce(torch.promote_types, (site.A.dtype for site, _ in there))
-    A = torch.stack([(half.V * half.S.sqrt()).T for half in halves]).to(dtype)
-    B = torch.stack([half.U * half.S.sqrt() for half in halves]).to(dtype)
-    spec = _new(like, {"rank": most, "slices": None, "alpha": float(most)})
-    return SiteState(spec, A.reshape(spec.a_shape), B.reshape(spec.b_shape))
-
-
 def _dense(site: SiteState, dtype: torch.dtype) -> Tensor:
     """The delta of a site, `(experts, out, in)`."""
     spec = site.spec
@@ -202,5 +173,8 @@ def _dense(site: SiteState, dtype: torch.dtype) -> Tensor:
     return delta
 
 
-def _new(like: SiteSpec, of: Mapping[str, object]) -> SiteSpec:
-    return replace(like, **of, scaling="standard", init="kaiming", rule=None, aliases=())  # type: ignore[arg-type]
+def _made(like: SiteSpec, rank: int, A: Tensor, B: Tensor, there: Sequence[Term]) -> SiteState:
+    """Return a site with scale 1, in the dtype of those that it was made of."""
+    spec = replace(like, rank=rank, alpha=float(rank), scaling="standard", **MADE)
+    dtype = reduce(torch.promote_types, (site.A.dtype for site, _ in there))
+    return SiteState(spec, A.reshape(spec.a_shape).to(dtype), B.reshape(spec.b_shape).to(dtype))

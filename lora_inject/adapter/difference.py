@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from lora_inject.adapter.algebra import norm, product
-from lora_inject.adapter.state import AdapterState, SiteState, apart, paired
+from lora_inject.adapter.algebra import apart, norm, product
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState, paired
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,6 @@ def difference(one: AdapterState, two: AdapterState) -> Difference:
 
 def _site(one: SiteState | None, two: SiteState | None) -> SiteDifference:
     ranks = one.spec.rank if one else 0, two.spec.rank if two else 0
-    norms = norm([(one, 1.0)]) if one else 0.0, norm([(two, 1.0)]) if two else 0.0
+    norms = norm((one, 1.0)) if one else 0.0, norm((two, 1.0)) if two else 0.0
     cosine = product(one, two) / (norms[0] * norms[1]) if one and two and all(norms) else None
     return SiteDifference(ranks, norms, apart(one, two), cosine)

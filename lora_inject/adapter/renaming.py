@@ -31,54 +31,60 @@ def named(names: Iterable[str], patterns: Iterable[str], asked: str) -> dict[str
     return {name: None for name in names if name in chosen}
 
 
-def substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str], str]:
+def renaming(
+    new: Mapping[str, str] | Callable[[str], str], names: Sequence[str]
+) -> Callable[[str], str]:
+    """Return the change of a name; it refuses names that no module can be saved and loaded under.
+
+    `new` is as in `AdapterState.rename`; each of its regexes must occur in one of `names`.
+    """
+    if callable(new):
+        change = new
+    else:
+        check_type("rename", new, Mapping, "Give a dict, such as {'old': 'new'}, or a function")
+        change = _substitution(new, names)
+
+    def checked(name: str) -> str:
+        made = change(name)
+        if made != name and not re.fullmatch(r"[^\s./\\]+(\.[^\s./\\]+)*", made):
+            remedy = "Give segments joined by dots, without spaces and slashes"
+            raise StateError(f"rename '{name}'", f"its new name would be {made!r}", remedy)
+        return made
+
+    return checked
+
+
+def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str], str]:
     """Return the function that replaces segments of a name, checked on all names."""
-    rules = []
+    rules = {}
     for old, text in new.items():
+        for part in (old, text):
+            check_type(f"rename {old!r}", part, str, "Give the new name as text")
         try:
-            rules.append((old, re.compile(rf"(?<![^.])(?:{old})(?![^.])"), text))
+            rules[old] = re.compile(rf"(?<![^.])(?:{old})(?![^.])")
         except re.error as error:
             remedy = "Escape literal characters with a backslash"
             raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
     used = set()
 
     def change(name: str) -> str:
-        for old, regex, text in rules:
+        for old, regex in rules.items():
             try:
-                changed, n = regex.subn(text, name)
+                changed, n = regex.subn(new[old], name)
             except (re.error, IndexError) as error:
-                found = f"{text!r} does not fit it ({error})"
-                raise StateError(
-                    f"rename {old!r}", found, "Write \\1 for its first group"
-                ) from None
-            name = re.sub(r"\.{2,}", ".", changed).strip(".") if n else name
+                found, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
+                raise StateError(f"rename {old!r}", found, remedy) from None
             if n:
+                name = re.sub(r"\.{2,}", ".", changed).strip(".")
                 used.add(old)
         return name
 
     for name in names:
         change(name)
-    for old in new:
-        if old not in used:
-            remedy = f"Give whole segments of names such as {some_of(names)}"
-            raise StateError(f"rename {old!r}", "it occurs in no name of the adapter", remedy)
+    if unused := [old for old in new if old not in used]:
+        remedy = f"Give whole segments of names such as {some_of(names)}"
+        raise StateError(f"rename {unused[0]!r}", "it occurs in no name of the adapter", remedy)
     return change
-
-
-def valid(change: Callable[[str], str]) -> Callable[[str], str]:
-    """Return a renaming that refuses new names that no module can be saved and loaded under."""
-
-    def checked(name: str) -> str:
-        new = change(name)
-        if new != name and not re.fullmatch(r"[^\s./\\]+(\.[^\s./\\]+)*", new):
-            raise StateError(
-                f"rename '{name}'",
-                f"its new name would be {new!r}",
-                "Give segments joined by dots, without spaces and slashes",
-            )
-        return new
-
-    return checked
 
 
 def some_of(names: Iterable[str]) -> str:

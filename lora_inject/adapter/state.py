@@ -1,19 +1,18 @@
 """The adapter as a value: tensors and numbers, apart from any model.
 
 Reading off a live model, loading, writing to files and folding into a checkpoint all take or make
-an `AdapterState`. Its tensors are in the native layout of `spec.sites.SiteSpec`: A stacked over
-slices, B without the rows of the slices that are not adapted.
+an `AdapterState`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,8 @@ from torch import Tensor
 from lora_inject.adapter import reshape
 from lora_inject.adapter.algebra import (
     Cut,
+    Term,
+    apart,
     check_alike,
     check_finite,
     norm,
@@ -30,83 +31,11 @@ from lora_inject.adapter.algebra import (
 )
 from lora_inject.adapter.fingerprint import Fingerprint, check_one_base
 from lora_inject.adapter.mixing import common_copies, mixed
-from lora_inject.adapter.renaming import distinct, named, some_of, substitution, valid
+from lora_inject.adapter.renaming import distinct, named, renaming, some_of
+from lora_inject.adapter.site_state import SiteState, plain, same
 from lora_inject.errors import StateError, check_type
 from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
-
-T = TypeVar("T")
-
-
-def signed_pairs(A: T, B: T, A0: T | None, B0: T | None) -> tuple[tuple[T, T, float], ...]:
-    """Return `(A, B, sign)` of tensors or their names: the update, and its frozen start if any.
-
-    The site computes `W + scale * sum of sign * B @ A`. A0 and B0 are the frozen start of pissa
-    and olora, which has the sign -1.
-
-    Examples:
-        >>> signed_pairs("A", "B", "A0", "B0")
-        (('A', 'B', 1.0), ('A0', 'B0', -1.0))
-    """
-    if A0 is None or B0 is None:
-        return ((A, B, 1.0),)
-    return (A, B, 1.0), (A0, B0, -1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class SiteState:
-    """One site of an adapter: its numbers and its tensors. Equal where all of them are.
-
-    Attributes:
-        spec: Shapes and hyper-parameters.
-        A: `spec.a_shape`, float32 or the base's dtype.
-        B: `spec.b_shape`.
-        A0: Frozen start of A for the inits that are derived from W, else None.
-        B0: Frozen start of B likewise. The site computes `W + scale * (B @ A - B0 @ A0)`.
-        further: Further tensors of the variant, by role.
-    """
-
-    spec: SiteSpec
-    A: Tensor
-    B: Tensor
-    A0: Tensor | None = None
-    B0: Tensor | None = None
-    further: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, spec: SiteSpec, tensors: Mapping[str, Tensor]) -> SiteState:
-        """Return the site that has these tensors by their roles."""
-        further = {role: tensors[role] for role in spec.shapes if role not in ("A", "B")}
-        frozen = tensors.get("A0"), tensors.get("B0")
-        return cls(spec, tensors["A"], tensors["B"], *frozen, further)
-
-    @property
-    def scale(self) -> float:
-        """The factor on `B @ A`."""
-        return self.spec.scale
-
-    @property
-    def pairs(self) -> tuple[tuple[Tensor, Tensor, float], ...]:
-        """`(A, B, sign)` of the update and of its frozen start; see `signed_pairs`."""
-        return signed_pairs(self.A, self.B, self.A0, self.B0)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by role: A, B, a frozen start A0 and B0, and those of the variant."""
-        roles = ("A", "B") if self.A0 is None or self.B0 is None else ("A", "B", "A0", "B0")
-        return {**{role: getattr(self, role) for role in roles}, **self.further}
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> SiteState:
-        """Return the site with each tensor changed."""
-        return self.of(self.spec, {role: change(tensor) for role, tensor in self.tensors.items()})
-
-    def __eq__(self, other: object) -> bool:
-        """Compare the numbers and the tensors bit for bit, dtypes included."""
-        if not isinstance(other, SiteState):
-            return NotImplemented
-        return self.spec == other.spec and _same(self.tensors, other.tensors)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,7 +77,7 @@ class AdapterState:
         """Compare by content: specs, config, fingerprint, and tensors with their dtypes."""
         if not isinstance(other, AdapterState):
             return NotImplemented
-        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -171,9 +100,8 @@ class AdapterState:
 
     def __mul__(self, weight: float) -> AdapterState:
         """Scale the update; of A and B only the sign of B can change."""
-        if not isinstance(weight, int | float):
-            return NotImplemented
-        return weighted_sum([self], [weight], f"{weight} * an adapter")
+        check_type("multiply an adapter", weight, Real, "Give a number")
+        return weighted_sum([self], [float(weight)], f"{weight} * an adapter")
 
     __rmul__ = __mul__
 
@@ -183,22 +111,20 @@ class AdapterState:
 
     def __add__(self, other: AdapterState) -> AdapterState:
         """Add two updates of one base."""
-        if not isinstance(other, AdapterState):
-            return NotImplemented
         return weighted_sum([self, other], [1.0, 1.0], "add adapters")
 
     def __sub__(self, other: AdapterState) -> AdapterState:
         """Subtract the update of another adapter of the same base."""
-        if not isinstance(other, AdapterState):
-            return NotImplemented
         return weighted_sum([self, other], [1.0, -1.0], "subtract adapters")
+
+    __radd__, __rsub__ = __add__, __sub__  # of what is not an adapter: the same error
 
     def truncate(self, *, rank: int | None = None, energy: float | None = None) -> AdapterState:
         """Return the best adapter of a lower rank, without forming a delta.
 
         See `lora_inject.truncate`, which also reports the error of each site.
         """
-        return truncation(self, rank, energy)[0]
+        return truncation(self, rank, energy).state
 
     def cosine(self, other: AdapterState) -> float:
         """Return the cosine of the angle between two updates, over all sites; NaN for no update.
@@ -209,7 +135,7 @@ class AdapterState:
         pairs = paired(self, other, "cosine of adapters").values()
         dot = sum(product(a, b) for a, b in pairs if a is not None and b is not None)
         ours, theirs = (
-            math.hypot(*(norm([(site, 1.0)]) for site in state.sites.values()))
+            math.hypot(*(norm((site, 1.0)) for site in state.sites.values()))
             for state in (self, other)
         )
         return dot / (ours * theirs) if ours and theirs else math.nan
@@ -288,12 +214,7 @@ class AdapterState:
             >>> [site.spec.weight for site in site.values()]
             ['model.layers.0.self_attn.q_proj.weight']
         """
-        if not callable(new):
-            check_type("rename", new, Mapping, "Give a dict, such as {'old': 'new'}, or a function")
-            for old, text in new.items():
-                for part in (old, text):
-                    check_type(f"rename {old!r}", part, str, "Give the new name as text")
-        change = valid(new if callable(new) else substitution(new, [*self.sites, *self.trained]))
+        change = renaming(new, [*self.sites, *self.trained])
         sites, weights = [], {}
         for name, site in self.sites.items():
             spec = reshape.renamed(site.spec, change(name))
@@ -327,10 +248,11 @@ class AdapterState:
         Raises:
             StateError: The pattern matches nothing, or the widths do not fit the site.
         """
-        asked = f"split {pattern!r}"
-        _check_sizes(asked, sizes or {})
-        apart = partial(reshape.split, sizes=dict(sizes or {}), asked=asked)
-        return self._taken_apart(pattern, apart, asked)
+        asked, sizes = f"split {pattern!r}", {} if sizes is None else sizes
+        _check_sizes(asked, sizes)
+        chosen = named(self.sites, [pattern], asked)
+        sites = {name: plain(self.sites[name], asked) for name in chosen}
+        return self._with({n: reshape.split(s, sizes, asked) for n, s in sites.items()})
 
     def join(self, name: str, sizes: Mapping[str, int]) -> AdapterState:
         """Join sites of one parent to sites on fused projections.
@@ -351,13 +273,11 @@ class AdapterState:
         groups: dict[str, dict[str, str]] = {}
         for site in self.sites:
             for part in sizes:
-                if site == part or site.endswith(f".{part}"):
-                    groups.setdefault(site.removesuffix(part).rstrip("."), {})[part] = site
-        made = {
-            joined(head, name): {p: g[p] for p in sizes if p in g} for head, g in groups.items()
-        }
+                if f".{site}".endswith(f".{part}"):
+                    head = site.removesuffix(part).rstrip(".")
+                    groups.setdefault(joined(head, name), {})[part] = site
         put = partial(reshape.join, sizes=sizes, asked=asked)
-        return self._put_together(made, put, asked, f"no site ends in {' or '.join(sizes)}")
+        return self._joined(groups, put, asked, f"no site ends in {' or '.join(sizes)}")
 
     def split_experts(self, pattern: str) -> AdapterState:
         """Split stacks of experts: `experts.up` becomes `experts.0.up`, `experts.1.up`, ...
@@ -372,10 +292,13 @@ class AdapterState:
             StateError: The pattern matches nothing, or a site that is not a stack.
         """
         asked = f"split_experts {pattern!r}"
+        new = {}
         for name in named(self.sites, [pattern], asked):
-            if self.sites[name].spec.experts is None:
+            site = plain(self.sites[name], asked)
+            if site.spec.experts is None:
                 raise StateError(asked, f"'{name}' is not a stack of experts", "Match stacks only")
-        return self._taken_apart(pattern, reshape.split_experts, asked)
+            new[name] = reshape.split_experts(site)
+        return self._with(new)
 
     def join_experts(self, pattern: str, n: int) -> AdapterState:
         """Join the sites of single experts to stacks: `experts.0.up`, ... become `experts.up`.
@@ -394,84 +317,80 @@ class AdapterState:
         stacks: dict[str, dict[int, str]] = {}
         for name in self.sites:
             for found in re.finditer(r"\.(\d+)\.", name):
-                head, leaf = name[: found.start()], name[found.end() :]
+                head, end = name[: found.start()], name[found.end() :]
                 if matching(pattern, [head], asked=asked, error=StateError):
-                    stacks.setdefault(joined(head, leaf), {})[int(found[1])] = name
+                    stacks.setdefault(joined(head, end), {})[int(found[1])] = name
         if over := [name for group in stacks.values() for e, name in group.items() if e >= n]:
             raise StateError(asked, f"'{over[0]}' is beyond {n} experts", "Correct n")
         put = partial(reshape.join_experts, n=n, asked=asked)
-        return self._put_together(stacks, put, asked, "no site lies in a numbered module there")
+        return self._joined(stacks, put, asked, "no site lies in a numbered module there")
 
-    def _taken_apart(self, pattern: str, apart: Callable[..., Any], asked: str) -> AdapterState:
-        chosen = named(self.sites, [pattern], asked)
-        sites: list[tuple[str, SiteState]] = []
-        for name, site in self.sites.items():
-            if name in chosen:
-                plain(site, asked)
-                sites += [(new, _made(made)) for new, made in apart(site).items()]
-            else:
-                sites.append((name, site))
-        return self._reshaped(sites, chosen)
-
-    def _put_together(
+    def _joined(
         self,
         groups: Mapping[str, Mapping[Any, str]],
-        put: Callable[..., Any],
+        put: Callable[[str, Mapping[Any, SiteState]], SiteState],
         asked: str,
         why: str,
     ) -> AdapterState:
+        """Return the adapter with one site, under its name in `groups`, for each group."""
         if not groups:
             raise StateError(asked, why, f"Its sites are such as {some_of(self.sites)}")
-        into = {name: new for new, group in groups.items() for name in group.values()}
-        sites: dict[str, SiteState] = {}
-        for name, site in self.sites.items():
-            new = into.get(name)
-            if new is None:
-                sites[name] = site
-            elif new not in sites:
-                members = {part: plain(self.sites[n], asked) for part, n in groups[new].items()}
-                sites[new] = _made(put(new, members))
-        return self._reshaped(sites.items(), into)
+        new: dict[str, Mapping[str, SiteState]] = {}
+        for name, group in groups.items():
+            first, *others = group.values()
+            members = {part: plain(self.sites[old], asked) for part, old in group.items()}
+            new |= {first: {name: put(name, members)}, **{old: {} for old in others}}
+        return self._with(new)
 
-    def _reshaped(
-        self, sites: Iterable[tuple[str, SiteState]], gone: Iterable[str]
-    ) -> AdapterState:
-        """Return the adapter with other sites, without the fingerprints of removed weights."""
-        weights = {self.sites[name].spec.weight for name in gone}
-        marks = self.fingerprint and self.fingerprint.without(weights)
+    def _with(self, new: Mapping[str, Mapping[str, SiteState]]) -> AdapterState:
+        """Return the adapter with new sites in the place of some, whose fingerprints go."""
+        sites = [
+            item
+            for name, site in self.sites.items()
+            for item in new.get(name, {name: site}).items()
+        ]
+        gone = {self.sites[name].spec.weight for name in new}
+        marks = self.fingerprint and self.fingerprint.without(gone)
         return replace(self, sites=distinct(sites), fingerprint=marks, config=None)
 
 
-Paired = Mapping[str, tuple[SiteState | None, SiteState | None]]
-_ROLES = {"A", "B", "A0", "B0"}
+class Truncated(NamedTuple):
+    """The result of `lora_inject.truncate`.
 
-
-def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:
-    """Refuse a site whose update is not a product of A and B alone, as DoRA's is not.
-
-    A bias of B is accepted where the caller asks for it, if the site has no slices.
+    Attributes:
+        state: The adapter.
+        sites: For each site its rank before and now, and the relative error.
     """
-    allowed = _ROLES | ({"b"} if bias and site.spec.slices is None else set())
-    further = sorted(set(site.tensors) - allowed)
-    if further or site.spec.variant != "lora":
-        raise StateError(
-            f"{asked}, site '{site.spec.name}'",
-            f"its update is not B @ A alone (variant {site.spec.variant}, with {further})",
-            "Merge it into the base instead: merge(model), or `lora-inject merge`",
-        )
-    return site
+
+    state: AdapterState
+    sites: dict[str, Cut]
 
 
-def apart(one: SiteState | None, two: SiteState | None) -> float:
-    """Return the Frobenius norm of the difference of two sites, of which one may be None."""
-    if one == two:
-        return 0.0
-    return norm([(site, sign) for site, sign in ((one, 1.0), (two, -1.0)) if site is not None])
+def truncation(state: AdapterState, rank: int | None, energy: float | None) -> Truncated:
+    """Return the truncated adapter, with rank and error of each site; see `truncate`."""
+    asked = "truncate"
+    if rank is None and energy is None:
+        raise StateError(asked, "neither rank nor energy is given", "Give one of them")
+    if rank is not None:
+        check_type(f"{asked}, rank", rank, Integral, "Give a whole number from 1")
+        if rank < 1:
+            raise StateError(asked, f"rank is {rank}", "Give 1 or more")
+    if energy is not None:
+        check_type(f"{asked}, energy", energy, Real, "Give a share, in (0, 1]")
+        if not 0 < energy <= 1:
+            raise StateError(asked, f"energy is {energy}", "Give a share of the squares, in (0, 1]")
+    made = {name: truncated(site, rank, energy, asked) for name, site in state.sites.items()}
+    sites = {name: site for name, (site, _) in made.items()}
+    return Truncated(
+        replace(state, sites=sites, config=None), {name: cut for name, (_, cut) in made.items()}
+    )
 
 
-def paired(one: AdapterState, two: AdapterState, asked: str) -> Paired:
+def paired(
+    one: AdapterState, two: AdapterState, asked: str
+) -> dict[str, tuple[SiteState | None, SiteState | None]]:
     """Return the sites of two adapters by name; check base, shapes and finite values."""
-    check_one_base([one.fingerprint, two.fingerprint], asked)
+    _check_adapters([one, two], asked)
     found = {}
     for name in {**one.sites, **two.sites}:
         pair = one.sites.get(name), two.sites.get(name)
@@ -487,83 +406,59 @@ def weighted_sum(
     states: Sequence[AdapterState], weights: Sequence[float], asked: str
 ) -> AdapterState:
     """Return the exact `sum of weight * adapter`, ranks concatenated."""
-    for weight in weights:
-        if not math.isfinite(weight) or weight == 0:
-            raise StateError(asked, f"a weight is {weight}", "Give finite numbers other than 0")
-    return with_sites(states, weights, partial(_summed, asked=asked), asked)
 
+    def make(sites: Sequence[Term], like: SiteSpec) -> SiteState:
+        if len(sites) == 1 and sites[0][1] == 1:
+            return sites[0][0]
+        for site, _ in sites:
+            plain(site, asked, bias=True)
+        if len(sites) > 1:
+            return total(sites, like)
+        ((site, weight),) = sites
+        spec = replace(site.spec, alpha=site.spec.alpha * abs(weight))
+        turned = {r: t if r[0] == "A" or weight > 0 else -t for r, t in site.tensors.items()}
+        return SiteState.of(spec, turned)
 
-def _summed(sites: Sequence[tuple[SiteState, float]], like: SiteSpec, *, asked: str) -> SiteState:
-    if len(sites) == 1 and sites[0][1] == 1:
-        return sites[0][0]
-    for site, _ in sites:
-        plain(site, asked, bias=True)
-    if len(sites) > 1:
-        spec, A, B = total(sites, like)
-        return biased(spec, A, B, sites)
-    ((site, weight),) = sites
-    spec = replace(site.spec, alpha=site.spec.alpha * abs(weight))
-    if weight > 0:
-        return replace(site, spec=spec)
-    turned = {role: t if role[0] == "A" else -t for role, t in site.tensors.items()}
-    return SiteState.of(spec, turned)
-
-
-def biased(
-    spec: SiteSpec, A: Tensor, B: Tensor, sites: Sequence[tuple[SiteState, float]]
-) -> SiteState:
-    """Return the sum of sites, with the biases of their B (lora_bias) added for its scale."""
-    terms = [
-        weight * site.scale * site.further["b"].detach().double()
-        for site, weight in sites
-        if "b" in site.further
-    ]
-    spec = replace(spec, lora_bias=bool(terms))
-    tensors = {"A": A, "B": B}
-    if terms:
-        tensors["b"] = (torch.stack(terms).sum(0) / spec.scale).to(B.dtype)
-    return SiteState.of(spec, tensors)
-
-
-def cut_down(
-    site: SiteState, rank: int | None, energy: float | None, asked: str
-) -> tuple[SiteState, Cut]:
-    """Return the best site of a lower rank, with its rank and error."""
-    spec, A, B, cut = truncated(plain(site, asked, bias=True), rank, energy, asked)
-    return biased(spec, A, B, [(site, 1.0)]), cut
+    return with_sites(states, weights, make, asked)
 
 
 def with_sites(
     states: Sequence[AdapterState],
     weights: Sequence[float],
-    make: Callable[[Sequence[tuple[SiteState, float]], SiteSpec], SiteState],
+    make: Callable[[Sequence[Term], SiteSpec], SiteState],
     asked: str,
 ) -> AdapterState:
     """Return one adapter of several: `make` makes each site; trained tensors are mixed."""
-    check_one_base([state.fingerprint for state in states], asked)
+    _check_adapters(states, asked)
+    for weight in weights:
+        check_type(f"{asked}, a weight", weight, Real, "Give finite numbers other than 0")
+        if not math.isfinite(weight) or weight == 0:
+            raise StateError(asked, f"a weight is {weight}", "Give finite numbers other than 0")
     if rows := [name for state in states for name in state.rows]:
         found = f"it trains single rows of '{rows[0]}', which replace the base's"
         raise StateError(asked, found, "Merge the adapters into the base one after the other")
-    marked = [*(s for s in states if s.fingerprint), *(s for s in states if not s.fingerprint)]
+    weighted = list(zip(states, weights, strict=True))
+    marked = sorted(states, key=lambda state: state.fingerprint is None)
     sites = {}
     for name in dict.fromkeys(name for state in states for name in state.sites):
-        pairs = zip(states, weights, strict=True)
-        there = [(state.sites[name], w) for state, w in pairs if name in state.sites]
+        there = [(state.sites[name], weight) for state, weight in weighted if name in state.sites]
         check_alike([site.spec for site, _ in there], asked)
         # With the base known, kinds of layers are known; for a foreign file they are assumed.
         like = next(state.sites[name].spec for state in marked if name in state.sites)
         sites[name] = make(there, like)
-    marks = [state.fingerprint for state in states if state.fingerprint is not None]
-    trained = mixed([(s.trained, w) for s, w in zip(states, weights, strict=True)], asked)
+    trained = mixed([(state.trained, weight) for state, weight in weighted], asked)
     for site in sites.values():
         _check_once(site.spec, trained, asked)
-    return AdapterState(
-        sites,
-        trained,
-        None,
-        Fingerprint.union(marks) if marks else None,
-        common_copies([state.base_copies for state in states], asked),
-    )
+    marks = [state.fingerprint for state in states if state.fingerprint is not None]
+    copies = common_copies([state.base_copies for state in states], asked)
+    union = Fingerprint.union(marks) if marks else None
+    return AdapterState(sites, trained, None, union, copies)
+
+
+def _check_adapters(states: Sequence[AdapterState], asked: str) -> None:
+    for state in states:
+        check_type(asked, state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
+    check_one_base([state.fingerprint for state in states], asked)
 
 
 def _check_once(spec: SiteSpec, trained: Mapping[str, Tensor], asked: str) -> None:
@@ -576,45 +471,8 @@ def _check_once(spec: SiteSpec, trained: Mapping[str, Tensor], asked: str) -> No
             raise StateError(asked, found, "Merge both adapters into the base instead")
 
 
-def truncation(
-    state: AdapterState, rank: int | None, energy: float | None
-) -> tuple[AdapterState, dict[str, Cut]]:
-    """Return the truncated adapter, with rank and error of each site; see `truncate`."""
-    asked = "truncate"
-    if rank is None and energy is None:
-        raise StateError(asked, "neither rank nor energy is given", "Give one of them")
-    if rank is not None:
-        check_type(f"{asked}, rank", rank, Integral, "Give a whole number from 1")
-    if energy is not None:
-        check_type(f"{asked}, energy", energy, Real, "Give a share, in (0, 1]")
-    if rank is not None and rank < 1:
-        raise StateError(asked, f"rank is {rank}", "Give 1 or more")
-    if energy is not None and not 0 < energy <= 1:
-        raise StateError(asked, f"energy is {energy}", "Give a share of the squares, in (0, 1]")
-    sites: dict[str, SiteState] = {}
-    cuts: dict[str, Cut] = {}
-    for name, site in state.sites.items():
-        sites[name], cuts[name] = cut_down(site, rank, energy, asked)
-    return replace(state, sites=sites, config=None), cuts
-
-
 def _check_sizes(asked: str, sizes: Mapping[str, int]) -> None:
     remedy = "Give a dict from the name of each part to its width"
     check_type(f"{asked}, sizes", sizes, Mapping, remedy)
     for part, width in sizes.items():
         check_type(f"{asked}, the width of {part!r}", width, Integral, remedy)
-
-
-def _made(site: reshape.Site) -> SiteState:
-    pairs = site.pairs
-    start = pairs[1][:2] if len(pairs) > 1 else ()
-    return SiteState(site.spec, *pairs[0][:2], *start)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, with tensors in mappings compared bit for bit."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return bool(one == other)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import SiteState
+from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.thin import ThinProduct
 from lora_inject.errors import StateError
 from lora_inject.functional import Term

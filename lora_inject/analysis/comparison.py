@@ -95,7 +95,7 @@ def compare(
 
     Examples:
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.adapter.site_state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> one = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
         >>> pair = compare(one, one).pairs[0]

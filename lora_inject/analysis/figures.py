@@ -87,7 +87,7 @@ def analyze(
     Examples:
         >>> import torch
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.adapter.site_state import SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))
         >>> block = analyze(AdapterState({"h.0.fc": site})).blocks[0]

@@ -54,7 +54,8 @@ def findings(analysis: Analysis) -> tuple[Finding, ...]:
         >>> import torch
         >>> from lora_inject.analysis.figures import analyze
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.state import AdapterState, SiteState
+        >>> from lora_inject.adapter.site_state import SiteState
+        >>> from lora_inject.adapter.state import AdapterState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> site = SiteState(spec, torch.eye(2, 4), torch.zeros(6, 2))
         >>> [f.code for f in findings(analyze(AdapterState({"h.0.fc": site})))]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.blocks import Figures, site_blocks
 from lora_inject.spec.sites import SiteSpec
 

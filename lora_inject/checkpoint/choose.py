@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import SiteState
+from lora_inject.adapter.site_state import SiteState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.adapter.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import weight_name

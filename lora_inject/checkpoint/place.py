@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lora_inject.adapter.state import SiteState
+from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.variants import VARIANTS
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.functional import Gain, Term

@@ -54,7 +54,7 @@ def combine(
     as_json: Json = False,
 ) -> None:
     """Combine several adapters of one base into one."""
-    from lora_inject.adapter.combining import combined
+    from lora_inject.formats.combine_files import combine as combined
 
     made = combined(
         reading.read(adapters, on_disk=True),
@@ -83,11 +83,11 @@ def truncate(
 
     The error of a site is |D - D_cut| / |D|, in Frobenius norm.
     """
-    from lora_inject.adapter.state import truncation
     from lora_inject.cli.show import print_rows
+    from lora_inject.formats.combine_files import truncate as truncated
 
     [state] = reading.read([adapter], on_disk=True)
-    made, cuts = truncation(state, keeping.rank, keeping.energy)
+    made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
     if not as_json and cuts:
         cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
         rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
@@ -143,6 +143,10 @@ def rename(
     as_json: Json = False,
 ) -> None:
     """Write ADAPTER with other names of its layers."""
+    from lora_inject.cli.show import say_words
+    from lora_inject.formats.metadata import one_line
+    from lora_inject.spec.names import templates
+
     pairs = {}
     for text in names:
         old, equals, new = text.partition("=")
@@ -153,6 +157,8 @@ def rename(
     made = state.rename(pairs)
     new_names = dict(zip(state.sites, made.sites, strict=True))
     _write(made, writing, as_json, names=new_names)
+    if not as_json:
+        say_words(f"its sites are now {one_line(templates(made.sites), 6)}")
 
 
 def _write(

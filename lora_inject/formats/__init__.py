@@ -142,7 +142,7 @@ def write_adapter(
     Examples:
         >>> import tempfile, torch
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.adapter.site_state import SiteState
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> state = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
         >>> with tempfile.TemporaryDirectory() as parent:

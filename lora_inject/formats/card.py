@@ -12,7 +12,8 @@ import shlex
 from collections import Counter
 from typing import Any
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.version import __version__
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import NamedTuple
 
-from lora_inject.adapter.algebra import Cut
-from lora_inject.adapter.combining import Sign, combined
+from lora_inject.adapter.combining import Method, Sign
 from lora_inject.adapter.difference import Difference, difference
-from lora_inject.adapter.state import AdapterState, truncation
+from lora_inject.adapter.state import AdapterState, Truncated, truncation
 from lora_inject.errors import check_type
 from lora_inject.formats import read_adapter
 
@@ -62,7 +60,7 @@ def combine(
 
     Examples:
         >>> import torch
-        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.adapter.site_state import SiteState
         >>> from lora_inject.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> a = AdapterState({"fc": SiteState(spec, torch.rand(2, 4), torch.rand(6, 2))})
@@ -74,27 +72,8 @@ def combine(
     """
     for what, given in (("adapters", adapters), ("weights", () if weights is None else weights)):
         check_type(f"combine, {what}", given, Iterable, "Give a list, with one entry for each")
-    return combined(
-        [_state(adapter) for adapter in adapters],
-        weights,
-        method=method,
-        rank=rank,
-        density=density,
-        majority_sign=majority_sign,
-        seed=seed,
-    )
-
-
-class Truncated(NamedTuple):
-    """The result of `truncate`.
-
-    Attributes:
-        state: The adapter.
-        sites: For each site its rank before and now, and the relative error.
-    """
-
-    state: AdapterState
-    sites: dict[str, Cut]
+    made = Method(method, rank, density, majority_sign, seed)
+    return made.combined([_state(adapter) for adapter in adapters], weights)
 
 
 def truncate(
@@ -120,14 +99,14 @@ def truncate(
 
     Examples:
         >>> import torch
-        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.adapter.site_state import SiteState
         >>> from lora_inject.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=2)
         >>> A, B = torch.eye(2, 4), torch.eye(6, 2) * torch.tensor([4.0, 3.0])
         >>> truncate(AdapterState({"fc": SiteState(spec, A, B)}), rank=1).sites["fc"]
         Cut(before=2, rank=1, error=0.6)
     """
-    return Truncated(*truncation(_state(adapter), rank, energy))
+    return truncation(_state(adapter), rank, energy)
 
 
 def diff(one: Adapter, two: Adapter) -> Difference:
@@ -147,7 +126,7 @@ def diff(one: Adapter, two: Adapter) -> Difference:
 
     Examples:
         >>> import torch
-        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.adapter.site_state import SiteState
         >>> from lora_inject.spec.sites import SiteSpec
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> a = AdapterState({"fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})

@@ -1,4 +1,4 @@
-"""Names of modules of Llama-like decoders in other programs, and the order of rows of q and k.
+"""How other programs name the modules of Llama-like decoders and store their A and B.
 
 Llama's rotary embedding rotates pairs of values. Transformers stores the first values of all pairs
 of a head, then the second ones; Meta's code, and programs that follow it, store each pair side by
@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import Heads
+from lora_inject.formats.base_config import heads, text_config
 from lora_inject.formats.metadata import one_line
+from lora_inject.formats.plain import matrices
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
-Q, K = "self_attn.q_proj", "self_attn.k_proj"
+_MERGE = "Merge the adapter into its base instead (lora-inject merge)"
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+"""A and B by transformers' name of their module."""
 
 
 def to_pairs(rows: Tensor, n_heads: int) -> Tensor:
@@ -38,36 +42,87 @@ def from_pairs(rows: Tensor, n_heads: int) -> Tensor:
     return rows.reshape(n_heads, -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
 
 
-def theirs(name: str, table: Mapping[str, str], layer: str, asked: str) -> str:
-    """Return another program's name of a module.
+class Decoder(NamedTuple):
+    """A program's keys of the A and B of a decoder's modules.
 
-    `table` maps names within a layer, and full names of modules outside of layers; `layer` is the
-    program's prefix of a layer, such as `blk.{}.`.
+    Attributes:
+        names: Transformers' name of a module within its layer, or its full name outside of layers,
+            to the program's.
+        layer: The program's prefix of a layer, such as `blk.{}.`.
+        ends: How its keys of A and B end.
+        in_pairs: Whether the rows of q and k are in the order of Meta's code.
+        turned: The module whose A is transposed, if any.
     """
-    found = _LAYER.fullmatch(name)
-    if name in table and found is None:
-        return table[name]
-    if found is None or found[2] not in table:
-        raise FormatError(
-            f"{asked}, site '{name}'",
-            "the format has no name for this module",
-            f"It names {one_line(table, 12)}; merge the adapter into its base instead",
-        )
-    return layer.format(found[1]) + table[found[2]]
 
+    names: Mapping[str, str]
+    layer: str
+    ends: tuple[str, str]
+    in_pairs: bool = False
+    turned: str | None = None
 
-def ours(name: str, table: Mapping[str, str], layer: str, where: str) -> str:
-    """Return transformers' name of another program's module; see `theirs`."""
-    names = {theirs: mine for mine, theirs in table.items()}
-    pattern = re.escape(layer).replace(re.escape("{}"), r"(\d{1,4})") + r"(.+)"
-    found = re.fullmatch(pattern, name)
-    if found is not None and found[2] in names:
-        return f"model.layers.{found[1]}.{names[found[2]]}"
-    if found is None and name in names:
-        return names[name]
-    raise FormatError(
-        where, f"the module '{name[:200]}' is not known", "Give an adapter of such a model"
-    )
+    def stored(
+        self, pairs: Pairs, config: Mapping[str, Any] | None, asked: str
+    ) -> dict[str, Tensor]:
+        """Return the tensors of a file; the base's config says how many heads q and k have."""
+        found = {}
+        for name, (a, b) in pairs.items():
+            key = self.theirs(name, asked)
+            n_heads = self._n_heads(name, config, len(b), f"{asked}, '{name}'")
+            found[key + self.ends[0]] = a.T if name == self.turned else a
+            found[key + self.ends[1]] = to_pairs(b, n_heads) if n_heads else b
+        return found
+
+    def read(
+        self,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any] | None,
+        asked: str,
+        remedy: str,
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the pairs of a file by transformers' names; `remedy` is that for other tensors."""
+        found = {}
+        for key, (a, b) in matrices(tensors, self.ends, asked, remedy).items():
+            where = f"{asked}, '{key[:200]}'"
+            name = self.ours(key, where)
+            n_heads = self._n_heads(name, config, len(b), where)
+            rows = from_pairs(b, n_heads) if n_heads else b
+            found[name] = (a.T.contiguous() if name == self.turned else a), rows
+        return found
+
+    def theirs(self, name: str, asked: str) -> str:
+        """Return the program's name of a module."""
+        found = _LAYER.fullmatch(name)
+        part = name if found is None else found[2]
+        if part not in self.names:
+            raise FormatError(
+                f"{asked}, site '{name}'",
+                "the format has no name for this module",
+                f"It names {one_line(self.names, 12)}; merge the adapter into its base instead",
+            )
+        return (self.layer.format(found[1]) if found else "") + self.names[part]
+
+    def ours(self, key: str, where: str) -> str:
+        """Return transformers' name of a module of the program."""
+        names = {theirs: mine for mine, theirs in self.names.items()}
+        layer = re.escape(self.layer).replace(re.escape("{}"), r"(\d{1,4})")
+        found = re.fullmatch(layer + "(.+)", key)
+        part = key if found is None else found[2]
+        if part not in names:
+            unknown = f"the module '{key[:200]}' is not known"
+            raise FormatError(where, unknown, "Give an adapter of such a model")
+        return (f"model.layers.{found[1]}." if found else "") + names[part]
+
+    def _n_heads(self, name: str, config: Mapping[str, Any] | None, n_rows: int, where: str) -> int:
+        """Return the number of heads of q or k if their rows are in pairs, else 0."""
+        part = part_of(name)
+        if not self.in_pairs or part not in ("self_attn.q_proj", "self_attn.k_proj"):
+            return 0
+        sizes = heads(config, where, "how many heads q and k have")
+        n_heads = sizes.n_heads if part == "self_attn.q_proj" else sizes.n_kv_heads
+        if n_rows != n_heads * sizes.head_dim or sizes.head_dim % 2:
+            found = f"B has {n_rows} rows, and the base has {n_heads} heads of {sizes.head_dim}"
+            raise FormatError(where, found, "Name the base that the adapter was made for")
+        return n_heads
 
 
 def part_of(name: str) -> str:
@@ -81,39 +136,30 @@ def part_of(name: str) -> str:
     return name if found is None else found[2]
 
 
-def heads_of(name: str, sizes: Heads, n_rows: int, asked: str) -> int:
-    """Return the number of heads of q or k, 0 for other modules."""
-    if part_of(name) not in (Q, K):
-        return 0
-    n_heads = sizes.n_heads if part_of(name) == Q else sizes.n_kv_heads
-    if n_rows != n_heads * sizes.head_dim or sizes.head_dim % 2:
-        raise FormatError(
-            f"{asked}, '{name}'",
-            f"B has {n_rows} rows, and the base has {n_heads} heads of {sizes.head_dim}",
-            "Name the base that the adapter was made for",
-        )
-    return n_heads
+def model_type(
+    config: Mapping[str, Any] | None, known: Collection[str], asked: str, why: str, others: str = ""
+) -> str:
+    """Return the `model_type` of the base, one of `known`; `others` is the remedy for others."""
+    kind = str(text_config(config, asked, why).get("model_type"))
+    if kind not in known:
+        found = f"the base's model_type is {kind[:40]!r}"
+        raise FormatError(asked, found, f"Supported are {', '.join(known)}{others}")
+    return kind
 
 
-def check_every_layer(names: Collection[str], n_layers: int, asked: str, client: str) -> None:
-    """Refuse an adapter that lacks a module in some layers, for a client that needs it in all."""
+def check_whole(names: Collection[str], n_layers: int, asked: str, client: str) -> None:
+    """Refuse an adapter of a module in some layers, or of a part of an MLP.
+
+    For clients that adapt a module in all layers or none, and gate, up and down together.
+    """
     parts = {part_of(name) for name in names if _LAYER.fullmatch(name)}
     due = [f"model.layers.{i}.{part}" for i in range(n_layers) for part in sorted(parts)]
-    missing = [name for name in due if name not in names]
-    if missing:
-        raise FormatError(
-            asked,
-            f"{client} adapts a module in all layers, and {one_line(missing)} have no update",
-            "Merge the adapter into its base instead (lora-inject merge)",
+    if missing := [name for name in due if name not in names]:
+        found = f"{client} adapts a module in all layers, and {one_line(missing)} have no update"
+        raise FormatError(asked, found, _MERGE)
+    mlp = {part for part in parts if part.startswith("mlp.")}
+    if len(mlp) in (1, 2):
+        found = (
+            f"{client} adapts gate, up and down of an MLP together, and there is {one_line(mlp)}"
         )
-
-
-def check_whole_mlp(names: Collection[str], asked: str, client: str) -> None:
-    """Refuse an adapter of a part of an MLP, for a client that adapts all matrices or none."""
-    parts = {part for name in names if (part := part_of(name)).startswith("mlp.")}
-    if len(parts) in (1, 2):
-        raise FormatError(
-            asked,
-            f"{client} adapts gate, up and down of an MLP together, and there is {one_line(parts)}",
-            "Merge the adapter into its base instead (lora-inject merge)",
-        )
+        raise FormatError(asked, found, _MERGE)

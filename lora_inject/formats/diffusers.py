@@ -25,15 +25,12 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
-    alpha_of,
     check_component,
-    check_finite,
-    dtype_named,
+    check_shapes,
     one_component,
     pairs_of,
     plain_site,
     plain_sites,
-    with_scale_one,
 )
 from lora_inject.storage.atomic import write_directory, write_file
 from lora_inject.storage.strict_json import parse_json
@@ -68,27 +65,15 @@ def write(
     component: str | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Write an adapter of one component of a pipeline.
+    """Write an adapter of linear layers and convolutions of one component of a pipeline.
 
-    Args:
-        state: The adapter: linear layers and convolutions, nothing trained in full.
-        path: A folder, or a file that ends in `.safetensors`.
-        overwrite: Replace what is there already.
-        component: Name of the adapted model in the pipeline, such as `unet`, `transformer` or
-            `text_encoder`; `diffusion_model` for ComfyUI.
-        dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
-
-    Returns:
-        What was written.
-
-    Raises:
-        FormatError: The component is not named, or such a file cannot express something.
+    `component` is the adapted model's name in the pipeline, such as `unet`, `transformer` or
+    `text_encoder`; `diffusion_model` for ComfyUI. The path is a folder or a `.safetensors` file.
     """
     asked = f"write diffusers adapter to '{path}'"
     check_component(component, COMPONENTS, asked)
-    sites = plain_sites(state, asked, kinds=("linear", "conv"), client="a pipeline of diffusers")
-    sites = with_scale_one(sites, dtype=dtype_named(dtype, asked))
-    check_finite(sites, asked)
+    client, kinds = "a pipeline of diffusers", ("linear", "conv")
+    sites = plain_sites(state, asked, client, kinds, dtype=dtype, alpha="rank")
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         a, b = pack(site)
@@ -100,20 +85,7 @@ def write(
 
 
 def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> AdapterState:
-    """Read the adapter of one component.
-
-    Args:
-        path: The file, or the folder that holds `pytorch_lora_weights.safetensors`.
-        component: Which component to read where the file holds several.
-        on_disk: Leave the values in the file until they are used.
-
-    Returns:
-        The adapter.
-
-    Raises:
-        FormatError: No component is named and there are several, or tensors are missing or do not
-            fit.
-    """
+    """Read the adapter of one component, which is named where the file holds several."""
     asked = f"read diffusers adapter '{path}'"
     tensors, said = read_tensors(path / FILE if path.is_dir() else path, on_disk=on_disk)
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -135,15 +107,16 @@ def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> 
         place[role] = tensor
     chosen = one_component(found, component, asked)
     component = next(name for name, of in found.items() if of is chosen)
-    pairs, others = pairs_of(chosen, "A", "B", asked)
+    pairs = pairs_of(chosen, "A", "B", asked)
     claims = _claims(said, f"{component}." if component else "", asked)
-    scales = _scales(claims, pairs)
+    numbers = None if claims is None else claims.numbers(pairs)
     sites = {}
     for name, (a, b) in pairs.items():
         where = f"{asked}, site '{name[:200]}'"
-        alpha = alpha_of(others[name].get("alpha"), len(a), where)
-        if name in scales:
-            alpha = scales[name] * len(a)
+        check_shapes(a, b, where)
+        alpha: Tensor | float | None = chosen[name].get("alpha")
+        if claims is not None and numbers is not None:
+            alpha = claims.scale(numbers[name][1], len(a)) * len(a)
         sites[name] = plain_site(name, a, b, alpha, where)
     return AdapterState(sites)
 
@@ -164,11 +137,3 @@ def _claims(said: Mapping[str, str], prefix: str, asked: str) -> Claims | None:
         raise FormatError(where, "it is not a table of fields", "Fetch the file again")
     mine = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     return read_claims({"peft_type": "LORA", **mine}, where) if mine else None
-
-
-def _scales(claims: Claims | None, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Return the scale of each site that the header's config states."""
-    if claims is None:
-        return {}
-    numbers = claims.numbers(pairs)
-    return {name: claims.scale(numbers[name][1], len(a)) for name, (a, _) in pairs.items()}

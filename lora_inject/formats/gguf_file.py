@@ -12,36 +12,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import heads, refuse_tied, text_config
-from lora_inject.formats.decoder_names import (
-    K,
-    Q,
-    from_pairs,
-    heads_of,
-    ours,
-    part_of,
-    theirs,
-    to_pairs,
-)
-from lora_inject.formats.plain import (
-    in_dtype,
-    matrices,
-    plain_site,
-    plain_sites,
-    with_one_alpha,
-)
+from lora_inject.formats.base_config import refuse_tied
+from lora_inject.formats.decoder_names import Decoder, model_type
+from lora_inject.formats.plain import plain_site, plain_sites
 from lora_inject.storage.atomic import write_file
 
+_OUTSIDE = {"model.embed_tokens": "token_embd", "lm_head": "output"}
 _NAMES = {
-    "model.embed_tokens": "token_embd",
-    "lm_head": "output",
+    **_OUTSIDE,
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -51,34 +36,25 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 _FUSED = {
-    **{mine: _NAMES[mine] for mine in ("model.embed_tokens", "lm_head")},
+    **_OUTSIDE,
     "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_EMBEDDING, _LAYER = "model.embed_tokens", "blk.{}."
-
-
-class Family(NamedTuple):
-    """How llama.cpp stores the models of one `model_type` of transformers."""
-
-    architecture: str
-    names: Mapping[str, str] = _NAMES
-    in_pairs: bool = False
-
-
+_ENDS = (".weight.lora_a", ".weight.lora_b")
+_PLAIN = Decoder(_NAMES, "blk.{}.", _ENDS, turned="model.embed_tokens")
 FAMILIES = {
-    "llama": Family("llama", in_pairs=True),
-    "mistral": Family("llama", in_pairs=True),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "gemma": Family("gemma"),
-    "gemma2": Family("gemma2"),
-    "gemma3_text": Family("gemma3"),
-    "phi3": Family("phi3", _FUSED),
+    "llama": ("llama", _PLAIN._replace(in_pairs=True)),
+    "mistral": ("llama", _PLAIN._replace(in_pairs=True)),
+    "qwen2": ("qwen2", _PLAIN),
+    "qwen3": ("qwen3", _PLAIN),
+    "gemma": ("gemma", _PLAIN),
+    "gemma2": ("gemma2", _PLAIN),
+    "gemma3_text": ("gemma3", _PLAIN),
+    "phi3": ("phi3", _PLAIN._replace(names=_FUSED)),
 }
-"""Families by `model_type`: those whose other matrices llama.cpp does not change."""
+"""llama.cpp's architecture and names by `model_type`: models whose other matrices it keeps."""
 
 
 def detects(path: Path) -> bool:
@@ -97,22 +73,10 @@ def write(
     config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Write an adapter for llama.cpp.
+    """Write an adapter of linear layers and embeddings of a model of `FAMILIES` for llama.cpp.
 
-    Args:
-        state: The adapter: linear layers and embeddings of a model of `FAMILIES`, nothing trained
-            in full.
-        path: The file, ending in `.gguf`.
-        overwrite: Replace a file that is there already.
-        config: The base's config as plain data, for its architecture, heads and ties.
-        dtype: `float32` (the default) or `float16`.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        FormatError: The base is of another family, such a file cannot express something, or the
-            package gguf is missing.
+    `config` is the base's, for its architecture, heads and ties. `dtype` is `float32`, the default,
+    or `float16`.
     """
     asked = f"write GGUF adapter to '{path}'"
     gguf = _library(asked)
@@ -120,22 +84,17 @@ def write(
         raise FormatError(asked, "its name does not end in .gguf", "Rename it")
     if dtype not in (None, "float32", "float16"):
         raise FormatError(asked, f"dtype is {dtype!r}", "Give float32 or float16")
-    family = _family(config, asked)
-    sites = plain_sites(state, asked, kinds=("linear", "embedding"), client="llama.cpp")
-    sites = in_dtype(with_one_alpha(sites), dtype or "float32", asked)
-    tensors: dict[str, Tensor] = {}
-    for name, site in sites.items():
-        if name in (_EMBEDDING, "lm_head"):
+    architecture, decoder = _family(config, asked)
+    kinds = ("linear", "embedding")
+    sites = plain_sites(state, asked, "llama.cpp", kinds, dtype=dtype or "float32", alpha="one")
+    for name in _OUTSIDE:
+        if name in sites:
             refuse_tied(config, name, asked, "llama.cpp")
-        key = theirs(name, family.names, _LAYER, asked) + ".weight"
-        a, b = site.A.T if name == _EMBEDDING else site.A, site.B
-        n_heads = _n_heads(family, name, config, len(b), asked)
-        tensors[f"{key}.lora_a"] = a
-        tensors[f"{key}.lora_b"] = to_pairs(b, n_heads) if n_heads else b
+    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, config, asked)
     first = next(iter(sites.values()))
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "adapter.gguf")
-        writer = gguf.GGUFWriter(file, family.architecture)
+        writer = gguf.GGUFWriter(file, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, first.scale * first.spec.rank)
@@ -149,69 +108,35 @@ def write(
 
 
 def read(path: Path, *, config: Mapping[str, Any] | None = None) -> AdapterState:
-    """Read an adapter for llama.cpp.
+    """Read an adapter for llama.cpp, under transformers' names.
 
-    Args:
-        path: The file.
-        config: The base's config as plain data, for the heads of the architecture `llama`.
-
-    Returns:
-        The adapter, under transformers' names.
-
-    Raises:
-        FormatError: The file is damaged, holds a model or another kind of adapter, is of another
-            family, or has quantized tensors.
+    `config` is the base's, for the heads of the architecture `llama`.
     """
     asked = f"read GGUF adapter '{path}'"
     fields, tensors = _content(path, asked)
-    found = {key: fields.get(key) for key in ("general.type", "adapter.type")}
-    if found != {"general.type": "adapter", "adapter.type": "lora"}:
-        raise FormatError(asked, f"it says {found}", "Give a LoRA adapter, not a model")
+    types = {key: fields.get(key) for key in ("general.type", "adapter.type")}
+    if types != {"general.type": "adapter", "adapter.type": "lora"}:
+        raise FormatError(asked, f"it says {types}", "Give a LoRA adapter, not a model")
     architecture, alpha = fields.get("general.architecture"), fields.get("adapter.lora.alpha")
-    families = [f for f in FAMILIES.values() if f.architecture == architecture]
-    if not families:
-        raise FormatError(
-            asked,
-            f"its architecture is {str(architecture)[:40]!r}",
-            f"Supported are {', '.join(FAMILIES)}",
-        )
-    if config is not None and _family(config, asked).architecture != architecture:
+    known = dict(FAMILIES.values())
+    if architecture not in known:
+        found = f"its architecture is {str(architecture)[:40]!r}"
+        raise FormatError(asked, found, f"Supported are {', '.join(FAMILIES)}")
+    if config is not None and _family(config, asked)[0] != architecture:
         raise FormatError(asked, f"its architecture is '{architecture}'", "Name its own base")
     if not isinstance(alpha, float):
         raise FormatError(asked, f"its 'adapter.lora.alpha' is {alpha!r}", "Fetch it again")
-    family, ends = families[0], (".weight.lora_a", ".weight.lora_b")
-    remedy = "Norms and experts of GGUF adapters are not read"
+    decoder, remedy = known[architecture], "Norms and experts of GGUF adapters are not read"
     sites = {}
-    for key, (a, b) in matrices(tensors, ends, asked, remedy).items():
-        where = f"{asked}, '{key[:200]}'"
-        name = ours(key, family.names, _LAYER, where)
-        embedding = name == _EMBEDDING
-        n_heads = _n_heads(family, name, config, len(b), where)
-        plain = a.T.contiguous() if embedding else a, from_pairs(b, n_heads) if n_heads else b
-        sites[name] = plain_site(name, *plain, alpha, where, embedding=embedding)
+    for name, (a, b) in decoder.read(tensors, config, asked, remedy).items():
+        where, embedding = f"{asked}, '{name[:200]}'", name == decoder.turned
+        sites[name] = plain_site(name, a, b, alpha, where, embedding=embedding)
     return AdapterState(sites)
 
 
-def _n_heads(
-    family: Family, name: str, config: Mapping[str, Any] | None, n_rows: int, asked: str
-) -> int:
-    """Return the number of heads of q or k if their rows are in pairs, else 0."""
-    if not family.in_pairs or part_of(name) not in (Q, K):
-        return 0
-    sizes = heads(config, asked, "how many heads q and k have")
-    return heads_of(name, sizes, n_rows, asked)
-
-
-def _family(config: Mapping[str, Any] | None, asked: str) -> Family:
-    kind = text_config(config, asked, "how llama.cpp calls its tensors").get("model_type")
-    if kind not in FAMILIES:
-        raise FormatError(
-            asked,
-            f"the base's model_type is {str(kind)[:40]!r}",
-            f"Supported are {', '.join(FAMILIES)}; for others write it with --to portable and use "
-            "llama.cpp's convert_lora_to_gguf.py",
-        )
-    return FAMILIES[kind]
+def _family(config: Mapping[str, Any] | None, asked: str) -> tuple[str, Decoder]:
+    others = "; for others write --to portable and use llama.cpp's convert_lora_to_gguf.py"
+    return FAMILIES[model_type(config, FAMILIES, asked, "how llama.cpp calls its tensors", others)]
 
 
 def _library(asked: str) -> Any:

@@ -26,9 +26,7 @@ from lora_inject.formats.checks import check_no_clash
 from lora_inject.formats.metadata import one_line
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
-    alpha_of,
     check_component,
-    in_dtype,
     one_component,
     pairs_of,
     plain_site,
@@ -71,28 +69,16 @@ def write(
     component: str | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Write an adapter of one component of a pipeline.
+    """Write an adapter of linear layers and convolutions of one component of a pipeline.
 
-    Args:
-        state: The adapter: linear layers and convolutions, nothing trained in full.
-        path: The file, ending in `.safetensors`.
-        overwrite: Replace a file that is there already.
-        component: Which component the adapted model is: `unet`, `te` (text encoder), `te1` and
-            `te2` (of SDXL), `te3`, `transformer`. ComfyUI calls every diffusion model `unet`.
-        dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own. Alphas are float32.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        FormatError: The component is not named, or such a file cannot express something.
+    `component` says which: `unet`, `te` (text encoder), `te1` and `te2` (of SDXL), `te3`,
+    `transformer`. ComfyUI calls every diffusion model `unet`. Alphas are float32.
     """
     asked = f"write kohya adapter to '{path}'"
     if path.suffix != ".safetensors":
         raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
     check_component(component, COMPONENTS, asked)
-    sites = plain_sites(state, asked, kinds=("linear", "conv"), client="a file of kohya's")
-    sites = in_dtype(sites, dtype, asked)
+    sites = plain_sites(state, asked, "a file of kohya's", ("linear", "conv"), dtype=dtype)
     flat = {name: f"lora_{component}_{name.replace('.', '_')}" for name in sites}
     check_no_clash(flat.values(), asked)
     tensors: dict[str, Tensor] = {}
@@ -116,20 +102,9 @@ def read(
     module_names: Collection[str] | None = None,
     on_disk: bool = False,
 ) -> AdapterState:
-    """Read the adapter of one component.
+    """Read the adapter of one component, which is named where the file holds several.
 
-    Args:
-        path: The file.
-        component: Which component to read where the file holds several.
-        module_names: All module names of the model; not needed for a file that was written here.
-        on_disk: Leave the values in the file until they are used.
-
-    Returns:
-        The adapter.
-
-    Raises:
-        FormatError: The file holds another variant, a name is not found or ambiguous, or tensors
-            are missing or do not fit.
+    `module_names` are all names of the model, not needed for a file that was written here.
     """
     asked = f"read kohya adapter '{path}'"
     tensors, said = read_tensors(path, on_disk=on_disk)
@@ -143,20 +118,18 @@ def read(
             )
         parts.setdefault(found[1], {})[found[2]] = tensor
     of_component = _component(parts, component, asked)
-    names = _names_in(said, asked) or {}
+    names = _names_in(said, asked)
     known: dict[str, list[str]] = {}
     for module in module_names or ():
         known.setdefault(module.replace(".", "_"), []).append(module)
     by_flat = None if module_names is None else known
     sites = {}
-    pairs, alphas = pairs_of(of_component, "lora_down.weight", "lora_up.weight", asked)
-    for flat, (down, up) in pairs.items():
+    for flat, pair in pairs_of(of_component, "lora_down.weight", "lora_up.weight", asked).items():
         name = names.get(flat) or _unflattened(flat, by_flat, asked)
         where = f"{asked}, site '{flat[:200]}'"
-        alpha = alpha_of(alphas[flat].get("alpha"), len(down), where)
         if name in sites:
             raise FormatError(where, f"the file holds '{name}' twice", "Fetch it again")
-        sites[name] = plain_site(name, down, up, alpha, where)
+        sites[name] = plain_site(name, *pair, of_component[flat].get("alpha"), where)
     return AdapterState(sites)
 
 
@@ -188,10 +161,10 @@ def _component(
     return one_component(found, component, asked)
 
 
-def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str] | None:
+def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str]:
     """Return names by their form in the file, from the metadata."""
     if _NAMES not in said:
-        return None
+        return {}
     where = f"{asked}, metadata '{_NAMES}'"
     names: Any = parse_json(said[_NAMES], where)
     good = isinstance(names, dict) and all(

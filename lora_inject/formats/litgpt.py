@@ -18,30 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import Heads, heads, text_config
-from lora_inject.formats.decoder_names import check_every_layer, check_whole_mlp, ours, theirs
+from lora_inject.formats.base_config import Heads, heads
+from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole, model_type
 from lora_inject.formats.pickles import pickled, read_pickle
-from lora_inject.formats.plain import (
-    in_dtype,
-    matrices,
-    one_rank_and_scale,
-    plain_site,
-    plain_sites,
-)
+from lora_inject.formats.plain import plain_site, plain_sites
 from lora_inject.storage.atomic import write_directory
 
 FILE, CONFIG = "lit_model.pth.lora", "hyperparameters.yaml"
+_PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
+_QKV = "|".join(_PARTS.values())  # stands for the three of a layer; no module is called so
 _NAMES = {
     "lm_head": "lm_head",
+    f"self_attn.{_QKV}": "attn.qkv",
     "self_attn.o_proj": "attn.proj",
     "mlp.gate_proj": "mlp.fc_1",
     "mlp.up_proj": "mlp.fc_2",
     "mlp.down_proj": "mlp.proj",
 }
-_LAYER, _QKV = "transformer.h.{}.", "attn.qkv"
-_PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
+_DECODER = Decoder(_NAMES, "transformer.h.{}.", (".lora_A", ".lora_B"))
 MODEL_TYPES = ("llama", "mistral", "gemma", "gemma2")
 """Models whose MLP and attention litgpt converts so."""
 
@@ -60,48 +56,18 @@ def write(
     base_model: str | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Write an adapter as litgpt's `finetune lora` does.
+    """Write an adapter of linear layers as litgpt's `finetune lora` does.
 
-    Args:
-        state: The adapter: the same linear layers in every layer of a Llama-like model.
-        path: The folder.
-        overwrite: Replace an adapter that is there already.
-        config: The base's config as plain data, for its model_type and heads.
-        base_model: litgpt's folder of the base (`checkpoint_dir`).
-        dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
-
-    Returns:
-        The folder that was written.
-
-    Raises:
-        FormatError: The base is not supported, or litgpt would miss tensors.
+    `config` is the base's, for its model_type and heads, `base_model` litgpt's folder of it
+    (`checkpoint_dir`).
     """
     asked = f"write litgpt adapter to '{path}'"
-    sites = plain_sites(state, asked, kinds=("linear",), client="litgpt")
-    sites = in_dtype(one_rank_and_scale(sites, asked), dtype, asked)
-    sizes = _base(config, asked)
-    check_every_layer(sites, sizes.n_layers, asked, "litgpt")
-    check_whole_mlp(sites, asked, "litgpt")
-    tensors: dict[str, Tensor] = {}
-    for name, site in sites.items():
-        if not name.endswith(tuple(_PARTS.values())):
-            key = theirs(name, _NAMES, _LAYER, asked)
-            tensors |= {f"{key}.lora_A": site.A, f"{key}.lora_B": site.B}
-    for layer in range(sizes.n_layers):
-        parts = [f"model.layers.{layer}.self_attn.{part}" for part in _PARTS.values()]
-        found = [sites[name] for name in parts if name in sites]
-        if found:
-            key = _LAYER.format(layer) + _QKV
-            tensors[f"{key}.lora_A"] = torch.cat([site.A for site in found])
-            tensors[f"{key}.lora_B"] = torch.cat([site.B for site in found])
-    files = {FILE: pickled(tensors, "model"), CONFIG: _said(sites, base_model)}
-    return write_directory(path, files, overwrite=overwrite)
-
-
-def _said(sites: Mapping[str, SiteState], base_model: str | None) -> bytes:
-    """Return hyperparameters.yaml as `merge_lora` reads it."""
-    import yaml
-
+    sites = plain_sites(
+        state, asked, "litgpt", ("linear",), dtype=dtype, one_rank=True, alpha="one"
+    )
+    check_whole(sites, _base(config, asked).n_layers, asked, "litgpt")
+    pairs = _fused({n: (s.A, s.B) for n, s in sites.items()})
+    tensors = _DECODER.stored(pairs, config, asked)
     first, ends = next(iter(sites.values())), {name.rpartition(".")[2] for name in sites}
     said = {
         "checkpoint_dir": base_model or "",
@@ -113,35 +79,44 @@ def _said(sites: Mapping[str, SiteState], base_model: str | None) -> bytes:
         "lora_mlp": "down_proj" in ends,
         "lora_head": "lm_head" in ends,
     }
-    return yaml.safe_dump(said, sort_keys=False).encode()
+    import yaml
+
+    text = yaml.safe_dump(said, sort_keys=False)  # as `merge_lora` reads it
+    files = {FILE: pickled(tensors, "model"), CONFIG: text.encode()}
+    return write_directory(path, files, overwrite=overwrite)
+
+
+def _fused(pairs: Pairs) -> Pairs:
+    """Put q, k and v of each layer on top of each other, in this order."""
+    found = dict(pairs)
+    several: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for end in _PARTS.values():
+        for name in pairs:
+            if name.endswith(f"self_attn.{end}"):
+                several.setdefault(name.removesuffix(end) + _QKV, []).append(found.pop(name))
+    for name, parts in several.items():
+        a, b = zip(*parts, strict=True)
+        found[name] = torch.cat(a), torch.cat(b)
+    return found
 
 
 def read(
     path: Path, *, config: Mapping[str, Any] | None = None, allow_pickle: bool = False
 ) -> AdapterState:
-    """Read an adapter of litgpt.
+    """Read an adapter of litgpt, under transformers' names.
 
-    Args:
-        path: The folder.
-        config: The base's config of transformers as plain data, for its heads.
-        allow_pickle: Read the pickle, by torch.load(weights_only=True), which builds tensors only.
-
-    Returns:
-        The adapter, under transformers' names.
-
-    Raises:
-        FormatError: The base is not supported, pickles are not allowed, or tensors are missing or
-            do not fit.
+    `config` is the base's of transformers, for its heads, `allow_pickle` as in
+    `pickles.read_pickle`.
     """
     asked = f"read litgpt adapter '{path}'"
     tensors = read_pickle(path / FILE, asked, allow=allow_pickle, inside="model")
     said, sizes = _hyperparameters(path, asked), _base(config, asked)
-    ends = (".lora_A", ".lora_B")
     sites = {}
-    for key, (a, b) in matrices(tensors, ends, asked, "Give a LoRA of litgpt").items():
-        where = f"{asked}, '{key[:200]}'"
-        for name, one_a, one_b in _split(key, a, b, said, sizes, where):
-            sites[name] = plain_site(name, one_a, one_b, said["lora_alpha"], where)
+    pairs = _DECODER.read(tensors, config, asked, "Give a LoRA of litgpt")
+    for fused, pair in pairs.items():
+        where = f"{asked}, '{fused[:200]}'"
+        for name, a, b in _split(fused, *pair, said, sizes, where):
+            sites[name] = plain_site(name, a, b, said["lora_alpha"], where)
             if sites[name].spec.rank != said["lora_r"]:
                 found = f"its rank is {sites[name].spec.rank}, {CONFIG} says {said['lora_r']}"
                 raise FormatError(where, found, "The two do not belong together")
@@ -149,26 +124,21 @@ def read(
 
 
 def _split(
-    key: str, a: Tensor, b: Tensor, said: Mapping[str, Any], sizes: Heads, where: str
+    name: str, a: Tensor, b: Tensor, said: Mapping[str, Any], sizes: Heads, where: str
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield the pairs of the transformers modules in one layer of litgpt."""
-    if not key.endswith(f".{_QKV}"):
-        yield ours(key, _NAMES, _LAYER, where), a, b
+    """Yield the pairs of q, k and v in their fused layer; those of another as they are."""
+    if not name.endswith(_QKV):
+        yield name, a, b
         return
-    prefix = ours(key, {"self_attn": _QKV}, _LAYER, where)
-    adapted = [(end, flag) for flag, end in _PARTS.items() if said.get(flag)]
-    widths = [
-        (sizes.n_heads if flag == "lora_query" else sizes.n_kv_heads) * sizes.head_dim
-        for _, flag in adapted
-    ]
+    adapted = [end for flag, end in _PARTS.items() if said.get(flag)]
+    n_heads = {end: sizes.n_heads if end == "q_proj" else sizes.n_kv_heads for end in adapted}
+    widths = [n * sizes.head_dim for n in n_heads.values()]
     if not adapted or len(a) != len(adapted) * b.shape[1] or sum(widths) != len(b):
-        found = (
-            f"A has {len(a)} rows and B {len(b)}, which are not those of {[e for e, _ in adapted]}"
-        )
+        found = f"A has {len(a)} rows and B {len(b)}, which are not those of {adapted}"
         raise FormatError(where, found, f"Restore {CONFIG}, or name the adapter's own base")
     pieces = zip(adapted, a.chunk(len(adapted)), torch.split(b, widths), strict=True)
-    for (end, _), one_a, one_b in pieces:
-        yield f"{prefix}.{end}", one_a.clone(), one_b.clone()
+    for end, one_a, one_b in pieces:
+        yield name.removesuffix(_QKV) + end, one_a.clone(), one_b.clone()
 
 
 def _hyperparameters(path: Path, asked: str) -> Mapping[str, Any]:
@@ -181,20 +151,16 @@ def _hyperparameters(path: Path, asked: str) -> Mapping[str, Any]:
     try:
         said: Any = yaml.safe_load((path / CONFIG).read_bytes())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FormatError(
-            where, f"it is not valid YAML ({error})"[:300], "Fetch it again"
-        ) from error
-    found: dict[str, Any] = said if isinstance(said, dict) else {}
+        found = f"it is not valid YAML ({error})"[:300]
+        raise FormatError(where, found, "Fetch it again") from error
+    fields: dict[str, Any] = said if isinstance(said, dict) else {}
     for field in ("lora_r", "lora_alpha"):
-        number: Any = found.get(field)
+        number: Any = fields.get(field)
         if type(number) not in (int, float) or not 0 < number < 1e300:
             raise FormatError(where, f"{field} is {str(number)[:40]!r}", "Correct the file")
-    return found
+    return fields
 
 
 def _base(config: Mapping[str, Any] | None, asked: str) -> Heads:
-    kind = text_config(config, asked, "how wide q, k and v are").get("model_type")
-    if kind not in MODEL_TYPES:
-        found = f"the base's model_type is {str(kind)[:40]!r}"
-        raise FormatError(asked, found, f"Known are {', '.join(MODEL_TYPES)}")
+    model_type(config, MODEL_TYPES, asked, "how wide q, k and v are")
     return heads(config, asked, "")

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_no_clash, check_site, check_trained
 from lora_inject.formats.metadata import one_line

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 
 NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
 EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})

@@ -19,13 +19,7 @@ from typing import Any
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import refuse_tied
-from lora_inject.formats.plain import (
-    in_dtype,
-    matrices,
-    one_rank_and_scale,
-    plain_site,
-    plain_sites,
-)
+from lora_inject.formats.plain import matrices, plain_site, plain_sites
 from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.strict_json import parse_json
 from lora_inject.storage.tensors import contiguous, read_tensors, serialize
@@ -46,30 +40,19 @@ def write(
     dtype: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter as a folder of mlx-lm.
+    """Write an adapter of linear layers and embeddings as a folder of mlx-lm.
 
-    Where sites differ in rank or scale, ranks are padded with zeros and scales folded into B.
-
-    Args:
-        state: The adapter: linear layers and embeddings, nothing trained in full.
-        path: The folder.
-        overwrite: Replace an adapter that is there already.
-        dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
-        config: The base's config as plain data, needed where an embedding is adapted: mlx-lm
-            computes the head of a tied model with the adapted embedding.
-
-    Returns:
-        The folder that was written.
-
-    Raises:
-        FormatError: Such a file cannot express something, or the target must not be replaced.
+    Where sites differ in rank or scale, ranks are padded with zeros and scales folded into B. The
+    base's `config` is needed where an embedding is adapted: mlx-lm computes the head of a tied
+    model with the adapted embedding.
     """
     asked = f"write MLX adapter to '{path}'"
-    sites = plain_sites(state, asked, kinds=("linear", "embedding"), client="mlx-lm")
+    sites = plain_sites(
+        state, asked, "mlx-lm", ("linear", "embedding"), dtype=dtype, one_rank=True, alpha="one"
+    )
     for name, site in sites.items():
         if site.spec.kind == "embedding":
             refuse_tied(config, name, asked, "mlx-lm")
-    sites = in_dtype(one_rank_and_scale(sites, asked), dtype, asked)
     tensors = {f"{n}.lora_a": s.A.T for n, s in sites.items()}
     tensors |= {f"{n}.lora_b": s.B.T for n, s in sites.items()}
     first = next(iter(sites.values()))
@@ -87,18 +70,7 @@ def write(
 
 
 def read(path: Path, *, on_disk: bool = False) -> AdapterState:
-    """Read a folder of mlx-lm.
-
-    Args:
-        path: The folder.
-        on_disk: Leave the values in the file until they are used.
-
-    Returns:
-        The adapter; embeddings are recognized when it is loaded onto a model.
-
-    Raises:
-        FormatError: It is not LoRA, holds stacks of experts, or tensors are missing or do not fit.
-    """
+    """Read a folder of mlx-lm; embeddings are recognized when it is loaded onto a model."""
     asked = f"read MLX adapter '{path}'"
     rank, scale = _numbers(path, asked)
     tensors, _ = read_tensors(path / FILE, on_disk=on_disk)

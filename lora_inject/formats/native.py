@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
 from lora_inject.formats.checks import check_keys, check_site, check_trained

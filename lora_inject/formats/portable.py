@@ -16,7 +16,7 @@ from pathlib import Path
 from lora_inject.adapter.state import AdapterState
 from lora_inject.formats.card import model_card
 from lora_inject.formats.peft.folder import contents, write_folder
-from lora_inject.formats.plain import check_finite, dtype_named, plain_sites, uniform
+from lora_inject.formats.plain import plain_sites
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
 
@@ -60,9 +60,10 @@ def write(
             or the target must not be replaced.
     """
     asked = f"write portable adapter to '{path}'"
-    sites = plain_sites(state, asked, kinds=KINDS, client="a portable PEFT file")
-    sites = uniform(sites, asked, rank=rank, dtype=dtype_named(dtype, asked))
-    check_finite(sites, asked)
+    client = "a portable PEFT file"
+    sites = plain_sites(
+        state, asked, client, KINDS, dtype=dtype, one_rank=True, alpha="rank", rank=rank
+    )
     found = contents(
         AdapterState(sites),
         asked,

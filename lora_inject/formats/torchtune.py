@@ -16,28 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import Heads, heads, text_config
-from lora_inject.formats.decoder_names import (
-    check_every_layer,
-    check_whole_mlp,
-    from_pairs,
-    heads_of,
-    ours,
-    theirs,
-    to_pairs,
-)
+from lora_inject.formats.base_config import heads
+from lora_inject.formats.decoder_names import Decoder, check_whole, model_type
 from lora_inject.formats.pickles import pickled, read_pickle
-from lora_inject.formats.plain import (
-    in_dtype,
-    matrices,
-    one_rank_and_scale,
-    plain_site,
-    plain_sites,
-)
+from lora_inject.formats.plain import plain_site, plain_sites
 from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.strict_json import parse_json
 
@@ -52,7 +36,7 @@ _NAMES = {
     "mlp.up_proj": "mlp.w3",
     "mlp.down_proj": "mlp.w2",
 }
-_LAYER = "layers.{}."
+_ENDS = (".lora_a.weight", ".lora_b.weight")
 IN_PAIRS = {"llama": True, "mistral": True, "qwen2": False}
 """By `model_type`: whether torchtune's rows of q and k are in pairs."""
 
@@ -74,34 +58,18 @@ def write(
     config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> Path:
-    """Write an adapter as torchtune's `adapter_checkpoint`.
+    """Write an adapter of linear layers as torchtune's `adapter_checkpoint`.
 
-    Args:
-        state: The adapter: the same linear layers in every layer of a Llama, Mistral or Qwen2.
-        path: The folder.
-        overwrite: Replace an adapter that is there already.
-        config: The base's config as plain data, for its kind and heads.
-        dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
-
-    Returns:
-        The folder that was written. Its adapter_config.json states the rank and the alpha to set in
-        the recipe's config.
-
-    Raises:
-        FormatError: The base is not supported, or torchtune would miss tensors.
+    `config` is the base's, for its kind and heads. The folder's adapter_config.json states the rank
+    and the alpha to set in the recipe's config.
     """
     asked = f"write torchtune adapter to '{path}'"
-    sites = plain_sites(state, asked, kinds=("linear",), client="torchtune")
-    sites = in_dtype(one_rank_and_scale(sites, asked), dtype, asked)
-    paired, sizes = _base(config, asked)
-    check_every_layer(sites, sizes.n_layers, asked, "torchtune")
-    check_whole_mlp(sites, asked, "torchtune")
-    tensors: dict[str, Tensor] = {}
-    for name, site in sites.items():
-        key = theirs(name, _NAMES, _LAYER, asked)
-        n_heads = heads_of(name, sizes, len(site.B), asked)
-        rows = to_pairs(site.B, n_heads) if paired and n_heads else site.B
-        tensors |= {f"{key}.lora_a.weight": site.A, f"{key}.lora_b.weight": rows}
+    sites = plain_sites(
+        state, asked, "torchtune", ("linear",), dtype=dtype, one_rank=True, alpha="one"
+    )
+    decoder = _decoder(config, asked)
+    check_whole(sites, heads(config, asked, "").n_layers, asked, "torchtune")
+    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, config, asked)
     first = next(iter(sites.values()))
     said = {
         "r": first.spec.rank,
@@ -120,57 +88,30 @@ def read(
     alpha: float | None = None,
     allow_pickle: bool = False,
 ) -> AdapterState:
-    """Read an adapter checkpoint of torchtune.
+    """Read an adapter checkpoint of torchtune, under transformers' names.
 
-    Args:
-        path: The folder.
-        config: The base's config as plain data, for its kind and heads.
-        alpha: The recipe's `lora_alpha`, needed without an adapter_config.json.
-        allow_pickle: Read the pickle, by torch.load(weights_only=True), which builds tensors only.
-
-    Returns:
-        The adapter, under transformers' names.
-
-    Raises:
-        FormatError: The base is not supported, alpha is not known, pickles are not allowed, or
-            tensors are missing or do not fit.
+    `config` is the base's, `alpha` the recipe's `lora_alpha`, for folders without an
+    adapter_config.json, `allow_pickle` as in `pickles.read_pickle`.
     """
     asked = f"read torchtune adapter '{path}'"
     file = _file(path)
     if file is None:
         raise FormatError(asked, f"there is no {FILES[0]} in it", "Give the folder of an epoch")
     tensors = read_pickle(file, asked, allow=allow_pickle)
-    alpha = _alpha(path, alpha, asked)
-    paired, sizes = _base(config, asked)
-    ends = (".lora_a.weight", ".lora_b.weight")
-    remedy = "DoRA and modules of several parts are not read"
-    sites = {}
-    for key, (a, b) in matrices(tensors, ends, asked, remedy).items():
-        where = f"{asked}, '{key[:200]}'"
-        name = ours(key, _NAMES, _LAYER, where)
-        n_heads = heads_of(name, sizes, len(b), where)
-        rows = from_pairs(b, n_heads) if paired and n_heads else b
-        sites[name] = plain_site(name, a, rows, alpha, where)
-    return AdapterState(sites)
-
-
-def _alpha(path: Path, given: float | None, asked: str) -> float:
-    """Return the one alpha: the caller's, or that of adapter_config.json."""
-    if given is None and (path / CONFIG).is_file():
+    if alpha is None and (path / CONFIG).is_file():
         said: Any = parse_json((path / CONFIG).read_bytes(), f"{asked}, {CONFIG}")
-        given = said.get("lora_alpha") if isinstance(said, dict) else None
-    if given is None or type(given) not in (int, float):
+        alpha = said.get("lora_alpha") if isinstance(said, dict) else None
+    if type(alpha) not in (int, float):
         found = f"no {CONFIG} says its alpha"
         raise FormatError(asked, found, "Pass alpha=..., the recipe's lora_alpha")
-    return float(given)
+    remedy = "DoRA and modules of several parts are not read"
+    pairs = _decoder(config, asked).read(tensors, config, asked, remedy)
+    return AdapterState(
+        {n: plain_site(n, a, b, alpha, f"{asked}, site '{n}'") for n, (a, b) in pairs.items()}
+    )
 
 
-def _base(config: Mapping[str, Any] | None, asked: str) -> tuple[bool, Heads]:
-    kind = text_config(config, asked, "the order of the rows of q and k").get("model_type")
-    if kind not in IN_PAIRS:
-        raise FormatError(
-            asked,
-            f"the base's model_type is {str(kind)[:40]!r}",
-            f"Known are {', '.join(IN_PAIRS)}; for others torchtune writes PEFT folders",
-        )
-    return IN_PAIRS[kind], heads(config, asked, "")
+def _decoder(config: Mapping[str, Any] | None, asked: str) -> Decoder:
+    others = "; for others torchtune writes PEFT folders"
+    kind = model_type(config, IN_PAIRS, asked, "the order of the rows of q and k", others)
+    return Decoder(_NAMES, "layers.{}.", _ENDS, IN_PAIRS[kind])

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter.state import signed_pairs
+from lora_inject.adapter.site_state import signed_pairs
 from lora_inject.adapter.variants import VARIANTS, Variant
 from lora_inject.errors import LayerError
 from lora_inject.functional.factors import Spans

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lora_inject.adapter.fingerprint import Fingerprint, compare, unverifiable
 from lora_inject.adapter.mixing import same_values
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats.older_names import in_names_of
 from lora_inject.layers.candidates import inventory

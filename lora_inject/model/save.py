@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.adapter.fingerprint import Fingerprint, packing, samples
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import StateError, check_path
 from lora_inject.formats import FORMATS, taken_by, write_adapter
 from lora_inject.formats.checks import FLOATS

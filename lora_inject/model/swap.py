@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
 from lora_inject.layers.attached import Entry, attached_to

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.fingerprint import Fingerprint
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.spec.sites import SiteSpec, Slices
 
 KIND_SPECS: dict[str, SiteSpec] = {

@@ -67,7 +67,7 @@ def report(
         >>> import torch
         >>> from lora_inject.analysis.figures import analyze
         >>> from lora_inject.spec.sites import SiteSpec
-        >>> from lora_inject.adapter.state import SiteState
+        >>> from lora_inject.adapter.site_state import SiteState
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> state = AdapterState({"h.0.fc": SiteState(spec, torch.eye(2, 4), torch.eye(6, 2))})
         >>> "<h1>mine &amp; yours</h1>" in report(analyze(state), state, "mine & yours")

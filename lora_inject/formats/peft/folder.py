@@ -26,7 +26,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
 from lora_inject.formats.card import model_card

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import SiteState
+from lora_inject.adapter.site_state import SiteState
 from lora_inject.errors import FormatError
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.tensors import contiguous
