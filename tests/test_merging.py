@@ -313,6 +313,40 @@ def test_unmerge_refuses_what_was_replaced_before_any_change(words: str) -> None
     assert snapshot(model) == before
 
 
+def _edited(model: nn.Module, key: str) -> None:
+    """Without a count of versions, as `.data` and fused optimizers write."""
+    weight = model.get_submodule(key.rpartition(".")[0])._parameters[key.rpartition(".")[2]]
+    weight.data.view(-1)[-1:] += 1  # type: ignore[union-attr]
+
+
+def _permuted(model: nn.Module, key: str) -> None:
+    """The same values in other places."""
+    weight = model.get_submodule(key.rpartition(".")[0])._parameters[key.rpartition(".")[2]]
+    weight.data.copy_(weight.data.flip(0))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("edit", [_edited, _permuted])
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16], ids=str)
+@pytest.mark.parametrize("key", ["embed.weight", "head.weight", "fc.bias", "fc.weight"])
+def test_unmerge_does_not_drop_a_change_of_a_merged_weight_without_a_word(
+    key: str, dtype: torch.dtype, edit: Any
+) -> None:
+    """Whether it was folded into, untied first, or replaced by a trained copy."""
+    model = Tied().to(dtype)
+    model.fc = nn.Linear(5, 7).to(dtype)
+    config = {**RANK2, "targets": ["head", "embed", "fc"], "bias": "adapted"}
+    fill(li.inject(model, config))
+    unmerged = snapshot(model)
+    li.merge(model)
+    edit(model, key)
+    before = snapshot(model)
+    with pytest.raises(li.StateError, match=rf"unmerge of '{key}': its values were changed.*eject"):
+        li.unmerge(model)
+    assert snapshot(model) == before
+    li.unmerge(model, discard=True)
+    assert snapshot(model) == unmerged
+
+
 @pytest.mark.parametrize("share", [math.nan, -0.1, 1.5])
 def test_a_min_kept_that_is_no_share_is_refused(share: float) -> None:
     model = injected(KINDS["linear"])

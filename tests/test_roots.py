@@ -170,6 +170,40 @@ def test_loading_onto_a_parent_of_towers_changes_no_output() -> None:
     assert same_bits(model(X), wanted)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_active_on_another_tower_does_not_decide_for_this_one(whole: bool) -> None:
+    """Injected as one root or apart: an adapter that is loaded onto one tower is active there."""
+    model = Towers()
+    if whole:
+        li.inject(model, {**RULE, "targets": [r"right\.0"]}, "idle")
+    else:
+        li.inject(model.right, {**RULE, "targets": ["0"]}, "idle")
+    fill(li.inject(model.left, RULE, "left"), "left")
+    li.activate(model, {"left": 0.5})
+    state = li.adapter_state(fill(li.inject(layers(), RULE)))
+    left = model.left(X)
+    li.install(model.right, state, "right", base="any")
+    assert {n: info.weight for n, info in li.adapters(model).items()} == {
+        "idle": None,
+        "left": 0.5,
+        "right": 1.0,
+    }
+    assert same_bits(model.left(X), left)
+    wanted = li.install(li.eject(copy.deepcopy(model)).right, state, base="any")
+    assert same_bits(model.right(X), wanted(X))
+
+
+def test_a_part_with_the_name_of_an_idle_adapter_of_another_part_is_refused() -> None:
+    """Both would become active by that name, and the other tower would compute something else."""
+    model = li.activate(li.inject(Towers(), {**RULE, "targets": [r"left\.2"]}, "a"), None)
+    li.inject(model, {**RULE, "targets": [r"right\.2"]}, "b")
+    li.activate(model, None)
+    state, before = li.adapter_state(li.inject(layers(), RULE)), snapshot(model)
+    with pytest.raises(li.StateError, match="another part of the model has an adapter of that"):
+        li.install(model.right, state, "a", base="any")
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("verb", ["inject", "install"])
 def test_towers_are_not_joined_while_another_thread_is_inside_a_context(verb: str) -> None:
     model = two_towers()

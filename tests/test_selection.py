@@ -584,7 +584,7 @@ def test_a_root_above_roots_takes_their_adapters_over() -> None:
     fill(li.inject(pair, {"rank": 2, "targets": ["top"]}, "d"), "d")
     assert set(li.adapters(pair)) == {"a", "b", "c", "d"}
     assert {n for n, info in li.adapters(pair).items() if info.active} == {"d"}
-    layers = carried.adapted_modules(survey.Survey(pair)).values()
+    layers = [m for _, m, _ in carried.adapted_modules(survey.Survey(pair))]
     assert len({id(m._lora.selection) for m in layers}) == 1
     li.activate(pair, {"a": 1.0, "d": 1.0})
     y = pair(x)
@@ -601,7 +601,7 @@ def test_a_root_above_roots_takes_their_adapters_over() -> None:
         ("aa", "activate 'aa': the model's adapters are: 'a', 'b', 'c'. Did you mean 'a'?"),
         ({"a": float("nan")}, "activate 'a': its weight is nan. Give a finite number."),
         ({"a": "1"}, "activate 'a': its weight is '1'. Give a finite number."),
-        (["a"], "activate: got a list. Give a name, a mapping of names to weights, or None."),
+        (["a"], "activate: it is a list. Give a name, a mapping of names to weights, or None."),
     ],
 )
 def test_activate_refuses(which: Any, words: str) -> None:

@@ -493,7 +493,9 @@ class Machine(RuleBasedStateMachine):
         self.truth.drop(name, root)
         before = copy.deepcopy(self.truth.adapters), copy.copy(self.truth.active)
         self.truth.adapters.setdefault(new, Adapter()).take(adapter)
-        self.truth.active[root] = self.truth.active[root] or {new: 1.0}
+        mix = self.truth.active[root]
+        if not mix.keys() & {*self.truth.on(root), new}:  # beside adapters of the other tower
+            self.truth.active[root] = {**mix, new: 1.0}
         # A mix that names adapters of the other tower may name this one.
         if self.refused(load, must=must or not self.truth.may_mix(self.truth.active[root], root)):
             self.truth.adapters, self.truth.active = before

@@ -6,7 +6,8 @@ and takes back what was done where a step fails. Injecting and loading both begi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -89,96 +90,72 @@ def places(
             flat[read, derived, spec.variant] = names
         found.append(Place(spec.name, modules[owner], Entry(name, spec, param, names), forward))
         if spec.lora_bias:
-            found.append(_bias_of(spec, name, modules[owner]))
+            b = {"b": attribute("b", name, "bias")}
+            entry = Entry(name, None, "bias", b, spec.shapes["b"], None, spec.scale)
+            found.append(Place(spec.name, modules[owner], entry, forward=False))
     for copy, rows in copies.items():
         owner, _, param = copy.rpartition(".")
-        weight = modules[owner]._parameters[param]
-        assert weight is not None
-        shape = tuple(weight.shape) if rows is None else (len(rows), *weight.shape[1:])
+        whole = base_tensor(modules[owner], param).shape
+        shape = tuple(whole) if rows is None else (len(rows), *whole[1:])
         entry = Entry(name, None, param, {"T": attribute("T", name, param)}, shape, rows)
         found.append(Place(copy, modules[owner], entry, forward=False))
-    _check_once(found)
+    taken: set[tuple[int, str]] = set()
     for place in found:
-        _check(place)
+        target = f"{'site' if place.entry.spec else 'trained tensor'} {place.name!r}"
+        for reason in chain(_why_not_here(place, taken), _why_not_values(place)):
+            raise LayerError(target, *reason)
+        check_swappable(place.module, target)
+        taken.add((id(place.module), place.entry.param))
     return found
 
 
-def _bias_of(spec: SiteSpec, name: str, module: nn.Module) -> Place:
-    """Return the place of a bias of B, which is added to the layer's own bias."""
-    if module._parameters.get("bias") is None:
-        raise LayerError(
-            f"site {spec.name!r}",
-            "lora_bias is added to the layer's bias, which is None: no merge could hold the sum",
-            "Leave lora_bias out there, or give the layer a bias of zeros",
-        )
-    names = {"b": attribute("b", name, "bias")}
-    entry = Entry(name, None, "bias", names, spec.shapes["b"], None, spec.scale)
-    return Place(spec.name, module, entry, forward=False)
-
-
-def _check_once(found: Iterable[Place]) -> None:
-    """Refuse two entries of one adapter on one tensor."""
-    seen: set[tuple[int, str]] = set()
-    for place in found:
-        key = id(place.module), place.entry.param
-        if key in seen:
-            raise LayerError(
-                f"site {place.name!r}",
-                f"its {place.entry.param!r} is adapted and trained, or gets a bias twice",
-                "Leave one of train, bias and lora_bias out",
-            )
-        seen.add(key)
-
-
-def _check(place: Place) -> None:
-    target = f"site {place.name!r}"
-    module, spec = place.module, place.entry.spec
-    for flat in place.entry.names.values():
+def _why_not_here(place: Place, taken: set[tuple[int, str]]) -> Iterator[tuple[str, str]]:
+    """Yield why a module cannot take an entry, and what to do."""
+    module, entry, cls = place.module, place.entry, type(place.module)
+    if (id(module), entry.param) in taken:
+        found = f"its {entry.param!r} is adapted and trained, or gets a bias twice"
+        yield found, "Leave one of train, bias and lora_bias out"
+    if entry.scale is not None and module._parameters.get("bias") is None:
+        found = "lora_bias is added to the layer's bias, which is None: no merge could hold the sum"
+        yield found, "Leave lora_bias out there, or give the layer a bias of zeros"
+    for flat in entry.names.values():
         own = (module.__dict__, module._modules, module._parameters, module._buffers)
-        if any(flat in table for table in own) or hasattr(type(module), flat):
-            raise LayerError(
-                target, f"the module has an attribute {flat!r}", "Choose another adapter name"
-            )
-    cls = type(module)
-    if not place.forward and attached_to(module) is None and hasattr(cls, place.entry.param):
-        raise LayerError(
-            target,
-            f"{cls.__name__}.{place.entry.param} is computed by the class",
-            "A parameter that is itself computed cannot take an update",
-        )
-    init, gained = spec.init if spec is not None else "", place.entry.variant.gained
-    if gained and spec is not None and spec.why_no_gain:
-        found = f"variant {spec.variant} on {spec.why_no_gain}"
-        raise LayerError(target, found, "Train it with variant: lora")
-    if (not place.forward or gained or init in FROM_WEIGHT) and is_quantized(place.weight):
-        derived = f"init {init}" if init in FROM_WEIGHT else f"variant {spec and spec.variant}"
-        reader = derived if place.forward else "a weight update"
-        if spec is None:
-            raise LayerError(
-                f"trained tensor {place.name!r}",
-                f"it is quantized ({type(place.weight).__name__}): no copy of it can train",
-                "Adapt the layer with a rule (targets) instead, or load the base unquantized",
-            )
-        raise LayerError(
-            target,
-            f"{reader} reads its values, and they are quantized ({type(place.weight).__name__})",
-            "Target the layer rather than its weight, with variant: lora and an init that does not "
-            "start from W",
-        )
+        if any(flat in table for table in own) or hasattr(cls, flat):
+            yield f"the module has an attribute {flat!r}", "Choose another adapter name"
+    if not place.forward and attached_to(module) is None and hasattr(cls, entry.param):
+        found = f"{cls.__name__}.{entry.param} is computed by the class"
+        yield found, "A parameter that is itself computed cannot take an update"
+
+
+def _why_not_values(place: Place) -> Iterator[tuple[str, str]]:
+    """Yield why an entry cannot read or copy the values of its tensor, and what to do."""
+    module, spec, weight = place.module, place.entry.spec, place.weight
+    packed = f"quantized ({type(weight).__name__})" if is_quantized(weight) else ""
+    if spec is None and packed:
+        remedy = "Adapt the layer with a rule (targets) instead, or load the base unquantized"
+        yield f"it is {packed}: no copy of it can train", remedy
     if spec is None and isinstance(module, _NormBase) and module.running_mean is not None:
-        raise LayerError(
-            f"trained tensor {place.name!r}",
-            f"its {cls.__name__} moves running_mean and running_var as well while it trains: those "
-            "are the base's buffers, which an adapter neither holds nor restores",
-            "Leave it out, or give the layer track_running_stats=False and no running_mean",
-        )
-    check_swappable(module, target)
+        found = f"its {type(module).__name__} moves running_mean and running_var as well while it "
+        found += "trains: those are the base's buffers, which an adapter neither holds nor restores"
+        remedy = "Leave it out, or give the layer track_running_stats=False and no running_mean"
+        yield found, remedy
+    if spec is None:
+        return
+    gained, derived = place.entry.variant.gained, spec.init in FROM_WEIGHT
+    if gained and spec.why_no_gain:
+        found = f"variant {spec.variant} on {spec.why_no_gain}"
+        yield found, "Train it with variant: lora"
+    if packed and (gained or derived or not place.forward):
+        reader = f"init {spec.init}" if derived else f"variant {spec.variant}"
+        reader = reader if place.forward else "a weight update"
+        remedy = "Target the layer rather than its weight, with variant: lora and an init that "
+        yield f"{reader} reads its values, and they are {packed}", remedy + "does not start from W"
 
 
 def attach(
     survey: Survey,
     name: str,
-    found: Iterable[Place],
+    found: Sequence[Place],
     tensors: Callable[[Place], Mapping[str, Tensor]],
     tied: Callable[[Place], Hashable],
     config: Mapping[str, Any] | None,
@@ -187,33 +164,22 @@ def attach(
     train: bool = True,
     probe: Callable[[], Any] | None = None,
 ) -> None:
-    """Put an adapter onto a model, all of it or nothing.
+    """Put a new adapter onto a model, all of it or nothing, at what `places` returned.
 
-    Args:
-        survey: Of the root.
-        name: Name of the new adapter.
-        found: What `places` returned.
-        tensors: Gives the tensors of a place by role, which become the Parameters.
-        tied: Gives what is equal for places whose trained copies are to be one Parameter.
-        config: What it was made from, where that is known.
-        activate: Whether it becomes the only active adapter.
-        train: Whether it becomes the only trainable adapter; else it is frozen.
-        probe: Runs the model; sites that it does not reach are refused.
+    `tensors` gives those of a place by role; trained copies for which `tied` is equal are one
+    Parameter. With `train` the adapter becomes the only one that trains and, if it is to be active,
+    the only active one. `probe` runs the model; sites that it does not reach are refused.
     """
-    made: list[tuple[Place, dict[str, nn.Parameter]]] = []
-    copies: dict[Hashable, dict[str, nn.Parameter]] = {}
+    made: dict[Hashable, dict[str, nn.Parameter]] = {}
+    keys = [tied(place) if place.entry.spec is None else id(place) for place in found]
     with torch.inference_mode(False):  # tensors that are made in it could not train
-        for place in found:
-            copy = tied(place) if place.entry.spec is None else None
-            parameters = copies.get(copy) or {
+        for key, place in zip(keys, found, strict=True):
+            made[key] = made.get(key) or {
                 role: nn.Parameter(tensor, train and place.entry.trains(role))
                 for role, tensor in tensors(place).items()
             }
-            if copy is not None:
-                copies[copy] = parameters
-            made.append((place, parameters))
     before, records = reach(survey.model, survey), roots_of(survey).values()
-    _check_joinable(survey, name, before.selections, activate)
+    _check_joinable(survey, name, before.selections, train and activate)
     selection = next(iter(before.selections), None) or Selection()
     if not activate:
         _check_mixable(name, found, dict(selection.state.active))
@@ -226,31 +192,31 @@ def attach(
     with all_or_nothing(modules, values, flags, grows=True) as trained:
         root = _become_root(survey, selection)
         root.configs[name] = config
-        root.carrying[name] = list({id(place.module): place.module for place, _ in made}.values())
+        root.carrying[name] = list({id(place.module): place.module for place in found}.values())
         _freeze(survey, root)
         for parameter in trained if train else ():  # the new ones are trainable already
             parameter.requires_grad_(False)
         if train:
             root.trainable = {name}
-        for place, parameters in made:
-            _attach(place, parameters, selection)
+        for key, place in zip(keys, found, strict=True):
+            _put(place, made[key], selection)
         structure_changed()
         if before.selections in ((), (selection,)):
-            reading, paths = [p for p, _ in made if not p.forward], survey.paths
-            reads = [(paths[id(p.module)], p.module, p.entry) for p in reading]
-            gained = any(place.entry.variant.gained for place, _ in made)
+            paths = survey.paths
+            reads = ((paths[id(p.module)], p.module, p.entry) for p in found if not p.forward)
+            gained = any(place.entry.variant.gained for place in found)
             keep_with(root, before, name, reads, gained=gained)
         stand_in(modules, root.carrying[name])
         if activate:
-            selection.replace(State(active=((name, 1.0),)))
+            others = () if train else selection.state.active  # of other parts of the model
+            selection.replace(State(active=(*others, (name, 1.0))))
         if probe is not None:
             refuse_unreached(survey.model, probe)
 
 
-def _attach(place: Place, parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:
-    entry, module = place.entry, place.module
-    forward = place.forward and entry.spec is not None
-    mixin = mixin_for(entry.spec.kind) if forward else WeightUpdate  # type: ignore[union-attr]
+def _put(place: Place, parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:
+    entry, module, spec = place.entry, place.module, place.entry.spec
+    mixin = mixin_for(spec.kind) if place.forward and spec is not None else WeightUpdate
     attached = swap(module, selection, mixin, () if place.forward else (entry.param,))
     for role, flat in entry.names.items():
         module._parameters[flat] = parameters[role]
@@ -259,20 +225,18 @@ def _attach(place: Place, parameters: Mapping[str, nn.Parameter], selection: Sel
 
 
 def _check_joinable(
-    survey: Survey, name: str, selections: Sequence[Selection], activate: bool
+    survey: Survey, name: str, selections: Sequence[Selection], alone: bool
 ) -> None:
     """Check that parts with separate selections compute the same with a common one.
 
-    An adapter that is added as active replaces all others, so no selection is lost.
+    An adapter that is `alone` active replaces all others, so no selection is lost.
     """
     if len(selections) < 2:
         return
     for selection in selections:
         selection.check_settled(f"adding adapter {name!r}", others=True)
     joint = dict(item for selection in selections for item in selection.state.active)
-    for path, module in adapted_modules(survey).items() if not activate else ():
-        attached = attached_to(module)
-        assert attached is not None
+    for path, _, attached in adapted_modules(survey) if not alone else ():
         own = dict(attached.selection.state.active)
         for entry in attached.entries():
             if own.get(entry.adapter) != joint.get(entry.adapter):
@@ -304,16 +268,13 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
         if inner is root:
             continue
         active.update(inner.selection.state.active)
-        for name, config in inner.configs.items():
-            root.configs.setdefault(name, config)
+        root.configs |= inner.configs | root.configs
         for name, modules in inner.carrying.items():
             root.carrying[name] = [*root.carrying.get(name, ()), *modules]
         root.required_grad |= {f"{path}.{key}": at for key, at in inner.required_grad.items()}
         root.trainable |= inner.trainable
         del survey.by_name[path].__dict__[ROOT]
-    for module in adapted_modules(survey).values():
-        attached = attached_to(module)
-        assert attached is not None
+    for _, _, attached in adapted_modules(survey):
         if attached.selection is not selection:
             attached.join(selection)
     if active != dict(selection.state.active):

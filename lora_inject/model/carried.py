@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_inject.errors import StateError, nearest
 from lora_inject.layers.adapted import plain_class
-from lora_inject.layers.attached import Entry, attached_to, refuse_mixed
+from lora_inject.layers.attached import Attached, Entry, attached_to, refuse_mixed
 from lora_inject.layers.class_swap import refuse_replaced_class
 from lora_inject.layers.routed_forward import routes_rows
 from lora_inject.layers.selection import Selection
@@ -27,29 +27,23 @@ ROOT = "_lora_root"
 ROOT_MODULES: WeakSet[nn.Module] = WeakSet()
 """Modules that hold a record: two of them may share layers without one being inside the other."""
 
+Carried = tuple[str, nn.Module, Entry]
+"""One entry of an adapter: the name of its module, the module, the entry."""
+
 
 @dataclass
 class Root:
-    """What the root of an injected model remembers.
+    """What the root of an injected model remembers."""
 
-    Attributes:
-        selection: The cell that all its layers share.
-        configs: Adapter name to the config it was injected with, as plain data, or None.
-        carrying: Adapter name to the modules that it was put on.
-        trainable: The adapters that may require gradients: injecting or `train_only` named them.
-        required_grad: Base parameters that required a gradient before the first inject: their name
-            at that time to module and key.
-        undo: What `unmerge` restores while the model is merged; see `model.merge`.
-        kept: A walk of the model and the generation that it belongs to; see `reach`.
-    """
-
-    selection: Selection
+    selection: Selection  # the cell that all its layers share
+    # By adapter: the config it was injected with, as plain data, and the modules it was put on.
     configs: dict[str, Mapping[str, Any] | None] = field(default_factory=dict)
     carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
-    trainable: set[str] = field(default_factory=set)
+    trainable: set[str] = field(default_factory=set)  # adapters that may require gradients
+    # Base parameters that required a gradient before the first inject, by their name at that time.
     required_grad: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
-    undo: Any = None
-    kept: tuple[int, Reach] | None = None
+    undo: Any = None  # what `unmerge` restores while the model is merged; see `model.merge`
+    kept: tuple[int, Reach] | None = None  # a walk of the model and its generation; see `reach`
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy carries: what was read off another model is of no use to it."""
@@ -63,16 +57,17 @@ def roots_of(survey: Survey) -> dict[str, Root]:
     return {path: module.__dict__[ROOT] for path, module in found.items()}
 
 
-def adapted_modules(survey: Survey) -> dict[str, nn.Module]:
-    """Return the modules that carry adapters, by canonical name, in the order of the model."""
-    return {path: module for path, module in survey.modules if "_lora" in module.__dict__}
-
-
-def entries(survey: Survey, name: str | None = None) -> Iterator[tuple[str, nn.Module, Entry]]:
-    """Yield `(module name, module, entry)` of one adapter, or of all."""
+def adapted_modules(survey: Survey) -> Iterator[tuple[str, nn.Module, Attached]]:
+    """Yield the modules that carry adapters, by canonical name, in the order of the model."""
     for path, module in survey.modules:
-        attached = attached_to(module)
-        for entry in attached.entries(name) if attached is not None else ():
+        if (attached := attached_to(module)) is not None:
+            yield path, module, attached
+
+
+def entries(survey: Survey, name: str | None = None) -> Iterator[Carried]:
+    """Yield the entries of one adapter, or of all."""
+    for path, module, attached in adapted_modules(survey):
+        for entry in attached.entries(name):
             yield path, module, _named(path, entry)
 
 
@@ -82,8 +77,8 @@ def _named(path: str, entry: Entry) -> Entry:
     if spec is None or spec.weight == weight:
         return entry
     owner = spec.weight.rpartition(".")[0]
-    prefix = path.removesuffix(owner) if owner and path.endswith(f".{owner}") else None
-    aliases = () if prefix is None else tuple(prefix + alias for alias in spec.aliases)
+    inside = bool(owner) and path.endswith(f".{owner}")
+    aliases = tuple(path.removesuffix(owner) + alias for alias in spec.aliases if inside)
     name = weight if spec.name == spec.weight else path
     return replace(entry, spec=spec.at(name, weight, aliases))
 
@@ -93,16 +88,12 @@ def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
     inside = [(survey.by_name[path], record) for path, record in roots_of(survey).items()]
     if found := [item for item in inside if name in item[1].carrying]:
         return found
-    selections = reach(survey.model, survey).selections
+    selections = set(map(id, reach(survey.model, survey).selections))
     around = [(m, m.__dict__[ROOT]) for m in ROOT_MODULES if ROOT in m.__dict__]
-    return [
-        (m, record)
-        for m, record in around
-        if name in record.carrying and any(record.selection is known for known in selections)
-    ]
+    return [(m, r) for m, r in around if name in r.carrying and id(r.selection) in selections]
 
 
-def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.Module, Entry]]:
+def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
     """Return the entries of an adapter; raise where the model does not hold all of them."""
     recorded = {known for record in roots_of(survey).values() for known in record.configs}
     check_names(reach(survey.model, survey).names | recorded, [name], asked)
@@ -114,8 +105,9 @@ def whole_adapter(survey: Survey, name: str, asked: str) -> list[tuple[str, nn.M
         return found
     carrying = {id(m): m for _, record in records for m in record.carrying[name]}
     found = [item for item in found if id(item[1]) in carrying]
-    gone = carrying.keys() - {id(module) for _, module, _ in found}
-    for module in (module for key, module in carrying.items() if key in gone):
+    for _, module, _ in found:
+        carrying.pop(id(module), None)
+    for module in carrying.values():
         attached = attached_to(module)
         lost = list(attached.entries(name)) if attached else []
         site = next((e.spec.name if e.spec else e.param for e in lost), type(module).__name__)
@@ -162,27 +154,23 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
     root: Root | None = model.__dict__.get(ROOT)
     if root is not None and root.kept is not None and root.kept[0] == _generation:
         return root.kept[1]
-    survey = survey or Survey(model)
-    selections: dict[int, Selection] = {}
+    selections: dict[Selection, None] = {}
     names: set[str] = set()
-    reads: list[tuple[str, nn.Module, Entry]] = []
+    reads: list[Carried] = []
     gained: set[str] = set()
-    for path, module in adapted_modules(survey).items():
-        attached = attached_to(module)
-        assert attached is not None
-        selections.setdefault(id(attached.selection), attached.selection)
+    for path, module, attached in adapted_modules(survey or Survey(model)):
+        selections[attached.selection] = None
         names.update(attached.forward, *attached.reads.values())
         if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
             gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
         reads += [(path, module, e) for table in attached.reads.values() for e in table.values()]
-    every = frozenset(names), _whole(reads), frozenset(gained)
-    found = Reach(tuple(selections.values()), *every)
+    found = Reach(tuple(selections), frozenset(names), _whole(reads), frozenset(gained))
     if root is not None:
         root.kept = (_generation, found)
     return found
 
 
-def _whole(reads: Iterable[tuple[str, nn.Module, Entry]]) -> dict[str, str]:
+def _whole(reads: Iterable[Carried]) -> dict[str, str]:
     """Return the adapters among weight updates that are not routed, each with one parameter."""
     return {
         entry.adapter: joined(path, entry.param)
@@ -192,12 +180,7 @@ def _whole(reads: Iterable[tuple[str, nn.Module, Entry]]) -> dict[str, str]:
 
 
 def keep_with(
-    root: Root,
-    before: Reach,
-    name: str,
-    reads: Iterable[tuple[str, nn.Module, Entry]],
-    *,
-    gained: bool,
+    root: Root, before: Reach, name: str, reads: Iterable[Carried], *, gained: bool
 ) -> None:
     """Keep what a root reaches with one adapter more, so that adding it costs what it is.
 
@@ -236,9 +219,8 @@ def check_new_name(found: Reach, name: str) -> None:
     if not isinstance(name, str) or not name:
         raise StateError(asked, "a name is a string of one character or more", "Give another name")
     if name in found.names:
-        raise StateError(
-            asked, "the model has one of that name", "Eject it, or choose another name"
-        )
+        found_here = "the model has one of that name"
+        raise StateError(asked, found_here, "Eject it, or choose another name")
     for selection in found.selections:
         selection.check_settled(f"adding adapter {name!r}")
     refuse_merged(f"adding adapter {name!r}", *found.selections)
@@ -249,6 +231,5 @@ def refuse_merged(asked: str, *selections: Selection) -> None:
     for state in (selection.merged for selection in selections):
         if state is not None:
             merged = ", ".join(name for name, _ in state.active)
-            raise StateError(
-                asked, f"{merged!r} is merged into the weights", "Call unmerge(model) first"
-            )
+            found = f"{merged!r} is merged into the weights"
+            raise StateError(asked, found, "Call unmerge(model) first")

@@ -30,16 +30,11 @@ _ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
 
 
 def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
-    """Return the dtype of a name.
-
-    Raises:
-        LayerError: The name is not in `DTYPES`.
-    """
+    """Return the dtype of a name."""
     name = str(dequantize).removeprefix("torch.")
     if name not in DTYPES:
-        raise LayerError(
-            f"dequantize={name!r}", "the dtype is not known", f"Use one of {list(DTYPES)}"
-        )
+        remedy = f"Use one of {list(DTYPES)}"
+        raise LayerError(f"dequantize={name!r}", "the dtype is not known", remedy)
     return DTYPES[name]
 
 
@@ -76,32 +71,27 @@ def _row_scales(module: nn.Module, weight: Any) -> Tensor | None:
 def dense(module: nn.Module, weight: Tensor) -> Tensor:
     """Return the values of a quantized weight that its layer computes with: a new float32."""
     held: Any = weight
+    layer: Any = module
     kind = _kind(module, weight)
     if kind == "torchao":
-        values: Tensor = held.dequantize()
+        values = held.dequantize()
     elif kind == "4-bit":
-        values = _dense_4bit(held)
+        from bitsandbytes.functional import dequantize_4bit
+
+        state = copy.copy(held.quant_state)
+        if getattr(state, "packing_format_for_cpu", False):  # rearranged by inference, scales too
+            state.absmax, state.nested = state.absmax.t().reshape(-1).float(), False
+        values = dequantize_4bit(codes_of(held.data, held.quant_state), state)
     elif kind == "float8":
         from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
-        layer: Any = module
         scales, block = layer.weight_scale_inv, layer.block_size
         values = _dequantize_fp8_weight(held, scales, block, torch.float32)
     else:
-        rows = _row_scales(module, weight)
-        assert rows is not None
+        rows: Any = _row_scales(module, weight)
         values = held.data.float() * (rows.float() / 127)[:, None]
-    return values.to(torch.float32)
-
-
-def _dense_4bit(weight: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
-    state = copy.copy(weight.quant_state)
-    if getattr(state, "packing_format_for_cpu", False):  # rearranged by inference, scales too
-        state.absmax, state.nested = state.absmax.t().reshape(-1).float(), False
-    values: Tensor = dequantize_4bit(codes_of(weight.data, weight.quant_state), state)
-    return values
+    found: Tensor = values.to(torch.float32)
+    return found
 
 
 @torch.no_grad()
@@ -156,9 +146,10 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
     plain, own = plain_class(type(module)), module.__dict__
     before = Layer(module, plain, {}, dict(module._parameters))
     if type(weight) is not nn.Parameter:  # in the same format
-        if (state := own.get("state")) is not None:
+        if (state := own.get("state")) is not None:  # of int8: as before its first forward
             before.attributes["state"] = state
-            own["state"] = _without_codes(state)
+            own["state"] = fresh = copy.copy(state)
+            fresh.CB = fresh.SCB = None
         if "quant_state" in own:
             before.attributes["quant_state"] = own["quant_state"]
             own["quant_state"] = getattr(weight, "quant_state", None)
@@ -180,26 +171,17 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
     return before
 
 
-def _without_codes(state: Any) -> Any:
-    """Return bitsandbytes' state of an int8 layer before its first forward."""
-    fresh = copy.copy(state)
-    fresh.CB = fresh.SCB = None
-    return fresh
-
-
 def say_plain(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
     """Remove the quantization from models and configs; return the argument of `say_again`."""
-    said = []
+    owners: list[tuple[Any, tuple[str, ...]]] = []
     for _, module in survey.modules:
         if "hf_quantizer" in module.__dict__:
-            said.append((module, _taken(module, _ON_MODEL)))
-            if (config := getattr(module, "config", None)) is not None:
-                said.append((config, _taken(config, _ON_CONFIG)))
-    return said
-
-
-def _taken(owner: Any, names: Iterable[str]) -> dict[str, Any]:
-    return {name: owner.__dict__.pop(name) for name in names if name in owner.__dict__}
+            owners += [(module, _ON_MODEL), (getattr(module, "config", None), _ON_CONFIG)]
+    return [
+        (owner, {name: owner.__dict__.pop(name) for name in names if name in owner.__dict__})
+        for owner, names in owners
+        if owner is not None
+    ]
 
 
 def say_again(said: Iterable[tuple[Any, dict[str, Any]]]) -> None:

@@ -16,8 +16,8 @@ from lora_inject.model.carried import (
     ROOT,
     ROOT_MODULES,
     Root,
+    adapted_modules,
     check_names,
-    entries,
     reach,
     records_of,
     refuse_merged,
@@ -67,9 +67,9 @@ def eject(model: M, name: str | None = None) -> M:
     values = [value for _, record in surveys for value in (record, record.selection)]
     flags = [p for one, _ in surveys for _, p in one.parameters()]
     with all_or_nothing(modules.values(), values, flags):
-        for _, module, entry in list(entries(survey)) if not records else ():
-            if entry.adapter in gone:  # a copy of one layer, which has no root
-                _detach(module, entry.adapter)
+        for _, module, _ in adapted_modules(survey) if not records else ():
+            for each in gone:  # from a copy of one layer, which has no root
+                _detach(module, each)
         for one, record in reversed(surveys):
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
@@ -88,17 +88,15 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
     active = tuple(item for item in record.selection.state.active if item[0] not in gone)
     if active != record.selection.state.active:
         record.selection.replace(State(active=active))
-    if record.configs:
-        return
-    record.selection.merged = None
-    del survey.model.__dict__[ROOT]
-    _unfreeze(survey, record)
+    if not record.configs:
+        record.selection.merged = None
+        del survey.model.__dict__[ROOT]
+        _unfreeze(survey, record)
 
 
 def _detach(module: nn.Module, name: str) -> None:
     """Take an adapter off one module; the last one gives the class back."""
-    attached = attached_to(module)
-    if attached is None:
+    if (attached := attached_to(module)) is None:
         return
     for entry in attached.remove(name):
         for flat in entry.names.values():

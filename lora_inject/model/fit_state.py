@@ -51,8 +51,10 @@ def fit(
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
         if not state.sites:  # `save.witnesses`: other tensors of the base, under its names
             new = {name: name for name in state.fingerprint.shapes if name in weights}
-        here = fingerprint({old: _base_tensor(survey, name) for old, name in new.items()})
-        check_base(state.fingerprint, here, base, asked)
+        places = {old: name.rpartition(".") for old, name in new.items()}
+        modules = survey.by_name
+        here = {old: base_tensor(modules[owner], key) for old, (owner, _, key) in places.items()}
+        check_base(state.fingerprint, fingerprint(here), base, asked)
     check_base_copies(state, weights, asked)
     sites = {
         spec.name: dataclasses.replace(state.sites[key], spec=spec) for key, spec in specs.items()
@@ -63,22 +65,20 @@ def fit(
 def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
     """Leave out what the caller's patterns name; each must name something."""
     gone: set[str] = set()
+    names = [*state.trained, *state.sites]
     for pattern in patterns:
         label = f"{asked}, leave_out {pattern!r}"
-        hits = matching(pattern, (*state.sites, *state.trained), asked=label, error=FormatError)
+        hits = matching(pattern, names, asked=label, error=FormatError)
         if not hits:
-            close = nearest(pattern, [*state.trained, *state.sites])
-            raise FormatError(
-                label,
-                "it matches nothing in the adapter",
-                f"Nearest: {', '.join(map(repr, close)) or 'none'}",
-            )
+            close = ", ".join(map(repr, nearest(pattern, names))) or "none"
+            raise FormatError(label, "it matches nothing in the adapter", f"Nearest: {close}")
         gone.update(hits)
+
+    def left(parts: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: part for name, part in parts.items() if name not in gone}
+
     return dataclasses.replace(
-        state,
-        sites={key: site for key, site in state.sites.items() if key not in gone},
-        trained={key: t for key, t in state.trained.items() if key not in gone},
-        rows={key: rows for key, rows in state.rows.items() if key not in gone},
+        state, sites=left(state.sites), trained=left(state.trained), rows=left(state.rows)
     )
 
 
@@ -93,9 +93,9 @@ def _found(spec: SiteSpec, names: Inventory) -> Candidate | None:
 def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
     """Return the site of a stack that holds one matrix as a stack: PEFT's files do not tell."""
     spec, candidate = site.spec, _found(site.spec, names)
-    if spec.kind != "parameter" or spec.experts is not None or candidate is None:
+    if spec.kind != "parameter" or spec.experts is not None:
         return site
-    if candidate.experts != 1:
+    if candidate is None or candidate.experts != 1:
         return site
     shape = (1, *spec.weight_shape[:: -1 if candidate.transposed else 1])
     spec = dataclasses.replace(spec, experts=1, weight_shape=shape, transposed=candidate.transposed)
@@ -147,11 +147,6 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     return spec if same else dataclasses.replace(spec, **here)
 
 
-def _base_tensor(survey: Survey, name: str) -> Tensor:
-    owner, _, key = name.rpartition(".")
-    return base_tensor(survey.by_name[owner], key)
-
-
 def _fit_trained(
     state: AdapterState, survey: Survey, weights: Mapping[str, Tensor], asked: str
 ) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]]]:
@@ -166,19 +161,8 @@ def _fit_trained(
     first: dict[int, list[Tensor]] = {}
     for key, tensor in state.trained.items():
         weight, rows = weights.get(key), state.rows.get(key)
-        if rows is not None and weight is not None:
-            _check_rows(key, rows, tensor, weight, asked)
-        elif weight is None or weight.shape != tensor.shape:
-            found_here = "the model has no such parameter"
-            if weight is not None:
-                shapes = tuple(tensor.shape), tuple(weight.shape)
-                found_here = "it has shape {} in the file and {} here".format(*shapes)
-            raise FormatError(
-                f"{asked}, trained tensor {key!r}",
-                found_here,
-                "Load the adapter onto the model that it was made for, or leave this tensor out "
-                f"with leave_out=[{key!r}]",
-            )
+        if reason := _why_not_copied(key, tensor, rows, weight):
+            raise FormatError(f"{asked}, trained tensor {key!r}", *reason)
         # A module with two names is one module; a tied tensor has a name in each module.
         owner, _, param = key.rpartition(".")
         name = joined(survey.paths[id(survey.by_name[owner])], param)
@@ -194,18 +178,23 @@ def _fit_trained(
     return fitted, rows_of
 
 
-def _check_rows(
-    key: str, rows: tuple[int, ...], tensor: Tensor, weight: Tensor, asked: str
-) -> None:
-    """Check that a model's tensor has the rows that an adapter holds of it."""
-    if weight.dim() == 2 and max(rows) < len(weight) and weight.shape[1:] == tensor.shape[1:]:
-        return
-    raise FormatError(
-        f"{asked}, trained tensor {key!r}",
-        f"it holds rows up to {max(rows)}, of {tuple(tensor.shape[1:])} values, and the model's "
-        f"has the shape {tuple(weight.shape)}",
-        "Resize the vocabulary first: model.resize_token_embeddings(n)",
-    )
+def _why_not_copied(
+    key: str, tensor: Tensor, rows: tuple[int, ...] | None, weight: Tensor | None
+) -> tuple[str, str] | None:
+    """Return why a tensor is no copy of a model's, or of rows of it, and what to do."""
+    leave = "Load the adapter onto the model that it was made for, or leave this tensor out with "
+    leave += f"leave_out=[{key!r}]"
+    if weight is None:
+        return "the model has no such parameter", leave
+    there, here = tuple(tensor.shape), tuple(weight.shape)
+    if rows is None:
+        differ = there != here
+        return (f"it has shape {there} in the file and {here} here", leave) if differ else None
+    if len(here) == 2 and max(rows) < here[0] and here[1:] == there[1:]:
+        return None
+    found = f"it holds rows up to {max(rows)}, of {there[1:]} values, and the model's has the "
+    remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
+    return f"{found}shape {here}", remedy
 
 
 def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) -> None:

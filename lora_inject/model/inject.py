@@ -13,7 +13,7 @@ from lora_inject.functional import master_dtype, norms_of
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.attach import Place, attach, places, survey_for
-from lora_inject.model.quantized_activations import refuse_dead_inputs
+from lora_inject.model.train import refuse_dead_inputs
 from lora_inject.spec.config import Config, ConfigLike
 from lora_inject.spec.matching import resolve
 from lora_inject.spec.plan import Plan

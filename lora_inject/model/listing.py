@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import entries, reach, roots_of
+from lora_inject.model.carried import Carried, entries, reach, roots_of
 from lora_inject.spec.columns import columns
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
@@ -63,7 +63,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
         >>> adapters(net)["sql"].n_parameters
         8
     """
-    found: dict[str, list[tuple[str, nn.Module, Entry]]] = {}
+    found: dict[str, list[Carried]] = {}
     survey = Survey(model)
     for item in entries(survey):
         found.setdefault(item[2].adapter, []).append(item)
@@ -75,7 +75,7 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
     return {name: _info(found[name], weights.get(name)) for name in names}
 
 
-def _info(items: list[tuple[str, nn.Module, Entry]], weight: float | None) -> AdapterInfo:
+def _info(items: list[Carried], weight: float | None) -> AdapterInfo:
     tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if e.trains(r)]
     idle = tuple(
         joined(path, e.param) if e.spec is None else e.spec.name
@@ -104,20 +104,20 @@ def summary(model: nn.Module) -> str:
         trainable: 8 of 28 parameters (28.5714 %)
     """
     found = adapters(model)
-    rows = [("adapter", "sites", "ranks", "trained", "parameters", "active", "trainable")]
-    for name, info in found.items():
-        rows.append(
-            (
-                name,
-                str(len(info.sites)),
-                ", ".join(map(str, info.ranks)) or "-",
-                str(len(info.trained)),
-                f"{info.n_parameters:,}",
-                "no" if info.weight is None else f"x {info.weight:g}",
-                "yes" if info.trainable else "no",
-            )
+    heads = ("adapter", "sites", "ranks", "trained", "parameters", "active", "trainable")
+    rows = (
+        (
+            name,
+            str(len(info.sites)),
+            ", ".join(map(str, info.ranks)) or "-",
+            str(len(info.trained)),
+            f"{info.n_parameters:,}",
+            "no" if info.weight is None else f"x {info.weight:g}",
+            "yes" if info.trainable else "no",
         )
-    lines = [*columns(rows, len(rows[0]), sys.maxsize, indent="")]
+        for name, info in found.items()
+    )
+    lines = [*columns([heads, *rows], len(heads), sys.maxsize, indent="")]
     for name, info in found.items():
         if info.idle:
             some = ", ".join(map(repr, info.idle[:3])) + (", ..." if len(info.idle) > 3 else "")
@@ -127,6 +127,5 @@ def summary(model: nn.Module) -> str:
     n_all = sum(p.numel() for p in parameters)
     n_trainable = sum(p.numel() for p in parameters if p.requires_grad)
     share = 100 * n_trainable / n_all if n_all else 0.0
-    return "\n".join(
-        [*lines, f"trainable: {n_trainable:,} of {n_all:,} parameters ({share:.4f} %)"]
-    )
+    lines.append(f"trainable: {n_trainable:,} of {n_all:,} parameters ({share:.4f} %)")
+    return "\n".join(lines)

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError, check_path, check_type
+from lora_inject.errors import FormatError, StateError, check_path, check_type
 from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
 from lora_inject.formats.peft import options_for_reading, plain_config
 from lora_inject.functional import master_dtype
 from lora_inject.layers.survey import Survey
 from lora_inject.model.attach import Place, attach, places, survey_for
-from lora_inject.model.carried import reach
+from lora_inject.model.carried import reach, records_of
 from lora_inject.model.fit_state import Base, fit
 from lora_inject.model.save import base_weights
 from lora_inject.storage.hub import download, is_repo
@@ -37,7 +37,7 @@ def load_adapter(
 ) -> M:
     """Read an adapter from files or from the hub, and put it onto a model, all of it or nothing.
 
-    It becomes active only where no adapter is active, and it is not trainable until
+    It becomes active only where no adapter of the model is active, and it is not trainable until
     `train_only(model, name)` says so.
 
     Args:
@@ -114,21 +114,33 @@ def install(
 def _put_on(
     survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """Put a fitted adapter on; it becomes active if no other is."""
+    """Put a fitted adapter on; it becomes active if no other is active on this model.
+
+    The model may be a part of a larger one: what is active in other parts is none of its business.
+    """
     copies = {key: state.rows.get(key) for key in state.trained}
     found = places(survey, name, [site.spec for site in state.sites.values()], copies)
 
+    def source(place: Place) -> Mapping[str, Tensor]:
+        if "T" in place.entry.names:
+            return {"T": state.trained[place.name]}
+        return state.sites[place.name].tensors
+
     def given(place: Place) -> Mapping[str, Tensor]:
-        full = "T" in place.entry.names
-        tensors = {"T": state.trained[place.name]} if full else state.sites[place.name].tensors
+        tensors = source(place)
         return {role: taken(tensors[role], place.weight) for role in place.entry.names}
 
     def tied(place: Place) -> Hashable:
-        full = "T" in place.entry.names
-        return id(state.trained[place.name] if full else state.sites[place.name])
+        return id(source(place)[next(iter(place.entry.names))])
 
-    active = any(selection.state.active for selection in reach(survey.model, survey).selections)
-    attach(survey, name, found, given, tied, state.config, activate=not active, train=False)
+    there = reach(survey.model, survey)
+    active = {each for selection in there.selections for each, _ in selection.state.active}
+    idle = active.isdisjoint({*there.names, name})
+    if idle and records_of(survey, name):
+        found_there = "another part of the model has an adapter of that name, which is not active"
+        remedy = "Choose another name: activating the new one would activate both"
+        raise StateError(f"adapter {name!r}", found_there, remedy)
+    attach(survey, name, found, given, tied, state.config, activate=idle, train=False)
 
 
 def _copied(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -49,25 +49,17 @@ class Holder(NamedTuple):
 
 @dataclass
 class Target:
-    """One tensor to write.
+    """One tensor to write."""
 
-    Attributes:
-        holder: Where it stands.
-        terms: Low-rank updates to fold in.
-        gain: What multiplies the outputs of their sum with W, where there is one.
-        copies: Trained copies, each with its weight and the rows that it is of, None for all.
-        sharers: Who else holds the same memory, and must not see the merge.
-        tally: What rounding left, where it was counted.
-        into: For a quantized weight: what it becomes. None for a plain one.
-    """
-
-    holder: Holder
-    terms: list[Term] = field(default_factory=list)
-    gain: Gain | None = None
+    holder: Holder  # where it stands
+    terms: list[Term] = field(default_factory=list)  # low-rank updates to fold in
+    gain: Gain | None = None  # what multiplies the outputs of their sum with W
+    # Trained copies, each with its weight and the rows that it is of, None for all.
     copies: list[tuple[Tensor, float, tuple[int, ...] | None]] = field(default_factory=list)
+    # Who else holds the same memory, and must not see the merge.
     sharers: list[Holder] = field(default_factory=list)
-    tally: Tally | None = None
-    into: Into = None
+    tally: Tally | None = None  # what rounding left, where it was counted
+    into: Into = None  # what a quantized weight becomes
 
     @property
     def name(self) -> str:
@@ -119,10 +111,13 @@ class Target:
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield `(first row, rows)` of the weight matrix, views in the storage of a plain one."""
-        matrix = self._values().view(self.matrix_shape)
+        return self._split(self._values())
+
+    def _split(self, values: Tensor) -> Iterator[tuple[int, Tensor]]:
+        matrix = values.view(self.matrix_shape)
         step = block_rows(matrix)
-        for i, rows in enumerate(matrix.split(step)):  # type: ignore[no-untyped-call]
-            yield i * step, rows
+        for start in range(0, len(matrix), step):
+            yield start, matrix[start : start + step]
 
     def _values(self) -> Tensor:
         weight = self.weight
@@ -166,27 +161,22 @@ class Target:
         """Return all merged values, a new tensor in the shape that the layer states."""
         values = self._values()
         formed = torch.empty(values.shape, dtype=self.dtype, device=values.device)
-        out, matrix = formed.view(self.matrix_shape), values.view(self.matrix_shape)
-        step = block_rows(matrix)
-        for start in range(0, matrix.shape[0], step):
-            self.merged(matrix[start : start + step], start, tally, out[start : start + step])
+        out = formed.view(self.matrix_shape)
+        for start, rows in self._split(values):
+            self.merged(rows, start, tally, out[start : start + len(rows)])
         return formed
 
     def replacement(self, tally: Tally | None) -> nn.Parameter:
         """Return the replacement of a quantized weight, checked to be finite."""
-        if self.into != "same":
-            weight = nn.Parameter(self.formed(tally), requires_grad=False)
-            values: Tensor = weight
-        else:
-            module, values = self.holder.module, self.formed()
-            if not all_finite(values):
-                raise not_finite(self, self._values())
-            weight = quantized_again(module, self.weight, values)
-            if tally is not None:
-                before, now = self._values(), dense(module, weight)
-                tally.count(before, values - before, values - now)
+        values = self.formed(None if self.into == "same" else tally)
         if not all_finite(values):
             raise not_finite(self, self._values())
+        if self.into != "same":
+            return nn.Parameter(values, requires_grad=False)
+        weight = quantized_again(self.holder.module, self.weight, values)
+        if tally is not None:
+            before, now = self._values(), dense(self.holder.module, weight)
+            tally.count(before, values - before, values - now)
         return weight
 
 
@@ -211,7 +201,9 @@ def merge_targets(
         holder = Holder(joined(survey.paths[id(module)], key), module, key)
         found.setdefault(holder, Target(holder))
     for target in found.values():
-        _check_weight(target, into)
+        for reason in _why_not(target, into):
+            raise LayerError(f"merge into {target.name!r}", *reason)
+        target.into = into if is_quantized(target.weight) else None
         holders = survey.holders(target.weight)
         others = [Holder(joined(survey.paths[id(m)], param), m, param) for m, param in holders]
         target.sharers = [other for other in others if other != target.holder]
@@ -220,22 +212,16 @@ def merge_targets(
 
 
 def _add_entry(target: Target, entry: Entry, weight: float) -> None:
-    module = target.holder.module
+    module, asked = target.holder.module, f"merge {entry.adapter!r}"
     for role in entry.names:
-        tensor = entry.tensor(module, role)
+        tensor, what = entry.tensor(module, role), f"{role} of site {target.name!r}"
         if how := sharded_by(tensor):
-            raise LayerError(
-                f"merge {entry.adapter!r}",
-                f"{role} of site {target.name!r} is sharded by {how}",
-                "Merge into an unsharded copy",
-            )
+            found = f"{what} is sharded by {how}"
+            raise LayerError(asked, found, "Merge into an unsharded copy")
         if tensor.device.type != "meta" and not all_finite(tensor):
-            n_bad = int((~torch.isfinite(tensor)).sum())
-            raise StateError(
-                f"merge {entry.adapter!r}",
-                f"{role} of site {target.name!r} is NaN or Inf in {n_bad} places",
-                "The adapter is broken; merge another checkpoint of it",
-            )
+            found = f"{what} is NaN or Inf in {int((~torch.isfinite(tensor)).sum())} places"
+            remedy = "The adapter is broken; merge another checkpoint of it"
+            raise StateError(asked, found, remedy)
     if entry.spec is None:
         copy = entry.tensor(module, next(iter(entry.names)))  # tied: the same under all names
         if entry.scale is not None:
@@ -247,49 +233,41 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
         target.terms.append(Term(entry.spec, A.detach(), B.detach(), weight * sign))
 
 
-def _check_weight(target: Target, into: Into) -> None:
+def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
+    """Yield why a tensor cannot be written, and what to do."""
     weight = target.weight
-    asked = f"merge into {target.name!r}"
     if weight.device.type == "meta":
-        raise LayerError(asked, "the weight is on the meta device", "Load the base weights first")
+        yield "the weight is on the meta device", "Load the base weights first"
     if how := sharded_by(weight):
-        raise LayerError(asked, f"the weight is sharded by {how}", "Merge into an unsharded copy")
+        yield f"the weight is sharded by {how}", "Merge into an unsharded copy"
     if is_quantized(weight):
-        _check_quantized(target, into, asked)
+        yield from _why_not_quantized(target, into)
         return
     shape = target.terms[0].spec.weight_shape if target.terms else weight.shape
     if not target.terms and target.copies[0][2] is None:
         shape = target.copies[0][0].shape
     if tuple(weight.shape) != tuple(shape):
-        raise LayerError(
-            asked,
-            f"the weight has shape {tuple(weight.shape)}, and the adapter is for {tuple(shape)}: "
-            "it is sharded or was replaced",
-            "Merge into an unsharded copy (FSDP1: within summon_full_params(model))",
-        )
+        found = f"the weight has shape {tuple(weight.shape)}, and the adapter is for "
+        remedy = "Merge into an unsharded copy (FSDP1: within summon_full_params(model))"
+        yield f"{found}{tuple(shape)}: it is sharded or was replaced", remedy
     if not weight.is_contiguous():
-        raise LayerError(asked, "the weight is not contiguous", "Call .contiguous() on it first")
+        yield "the weight is not contiguous", "Call .contiguous() on it first"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
-        raise LayerError(
-            asked,
-            "the weight was made in inference mode, outside of which nobody may write it",
-            "Call merge within torch.inference_mode(), or load the base outside of it",
-        )
+        found = "the weight was made in inference mode, outside of which nobody may write it"
+        remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
+        yield found, remedy
 
 
-def _check_quantized(target: Target, into: Into, asked: str) -> None:
+def _why_not_quantized(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     module, weight = target.holder.module, target.weight
-    reason = why_not_dense(module, weight, again=into == "same")
-    if into is None or reason:
-        found = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
-        remedy = "Load the adapter onto the base in 16 bits and merge there"
-        if not reason:
-            remedy = 'Write plain floats, merge(model, dequantize="bfloat16"), or its own format, '
-            remedy += "merge(model, requantize=True)"
-        raise LayerError(asked, f"{found}: {reason}" if reason else found, remedy)
+    found = f"the weight is quantized ({type(weight).__name__}, {weight.dtype})"
+    if reason := why_not_dense(module, weight, again=into == "same"):
+        yield f"{found}: {reason}", "Load the adapter onto the base in 16 bits and merge there"
+    if into is None:
+        remedy = 'Write plain floats, merge(model, dequantize="bfloat16"), or its own format, '
+        yield found, remedy + "merge(model, requantize=True)"
     if target.copies:
-        raise LayerError(asked, "a trained copy stands for a quantized weight", "Leave it out")
-    target.into = into
+        yield "a trained copy stands for a quantized weight", "Leave it out"
 
 
 def _once_if_tied(found: Mapping[Holder, Target]) -> list[Target]:
@@ -328,15 +306,15 @@ def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> 
                 raise not_finite(target, target.weight)
     if min_kept is None:
         return
+    asked = f"merge with min_kept={min_kept}"
     if not 0 <= min_kept <= 1:
-        asked, found = f"merge with min_kept={min_kept}", "it is a share of a delta"
-        raise LayerError(asked, found, "Give a number from 0 to 1")
+        raise LayerError(asked, "it is a share of a delta", "Give a number from 0 to 1")
     kept = {t.name: t.tally.kept for t in targets if t.narrow and t.tally is not None}
     missed = [name for name, share in kept.items() if not share >= min_kept]
     if missed:
         worst = min(missed, key=lambda name: kept[name])
         raise LayerError(
-            f"merge with min_kept={min_kept}",
+            asked,
             f"rounding would leave {kept[worst]:.3f} of the delta of {worst!r}, and less than "
             f"asked at {len(missed)} of {len(targets)} tensors",
             "Stay unmerged, or merge in float32",

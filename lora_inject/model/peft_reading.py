@@ -25,9 +25,8 @@ from lora_inject.model.carried import entries
 def refuse_misread(survey: Survey, name: str) -> None:
     """Raise if PEFT would load the adapter's file without an error and compute another model.
 
-    Raises:
-        FormatError: A site is read by another module than its own, its layer's forward is not
-            linear in the weight as PEFT assumes, or PEFT would look for it under another name.
+    That is where a site is read by another module than its own, its layer's forward is not linear
+    in the weight as PEFT assumes, or PEFT would look for it under another name.
     """
     renamed = _renaming(survey.model)
     for path, module, entry in entries(survey, name):
@@ -38,11 +37,9 @@ def refuse_misread(survey: Survey, name: str) -> None:
         if not found and not key.endswith(there := renamed(key)):
             found = f"it renames the keys of this model's files, and would look for it at {there!r}"
         if found:
-            raise FormatError(
-                f"write adapter {name!r}, site {entry.spec.name!r}",
-                f"PEFT would load it wrong: {found}",
-                'Write it with format="native"',
-            )
+            asked = f"write adapter {name!r}, site {entry.spec.name!r}"
+            found = f"PEFT would load it wrong: {found}"
+            raise FormatError(asked, found, 'Write it with format="native"')
 
 
 def _misread(module: nn.Module, entry: Entry) -> str:

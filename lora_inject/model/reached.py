@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import entries, reach, refuse_merged
+from lora_inject.model.carried import adapted_modules, entries, reach, refuse_merged
 from lora_inject.spec.names import joined
 
 
@@ -41,15 +40,7 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 
 def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
-    """Check that a run of the model reaches every site of its active adapters.
-
-    Args:
-        model: The root; it runs in eval mode and without gradients, and its mode is put back.
-        probe: Runs the model.
-
-    Raises:
-        LayerError: It misses one.
-    """
+    """Check that a run in eval mode, without gradients, reaches all sites of active adapters."""
     training = {id(module): module.training for module in model.modules()}
     try:
         model.eval()
@@ -73,8 +64,8 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     survey = Survey(model)
     states = [selection.current() for selection in reach(model, survey).selections]
     active = {name for state in states for name in state.names}
-    carried = [(a, a.took_part) for m in survey.by_name.values() if (a := attached_to(m))]
-    for attached, _ in carried:
+    carried = {id(m): (a, a.took_part) for _, m, a in adapted_modules(survey)}
+    for attached, _ in carried.values():
         attached.forget_use()
     for state in states:
         state.kept.clear()
@@ -84,8 +75,8 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         return [
             entry.spec.name if entry.spec is not None else joined(path, entry.param)
             for path, module, entry in entries(survey)
-            if entry.adapter in active and entry.mark not in attached_to(module).took_part  # type: ignore[union-attr]
+            if entry.adapter in active and entry.mark not in carried[id(module)][0].took_part
         ]
     finally:
-        for attached, before in carried:
+        for attached, before in carried.values():
             attached.took_part |= before

@@ -68,10 +68,10 @@ def read_off(
     items = whole_adapter(survey, name, "adapter_state of")
     # The fingerprint is to be that of the base, which merged weights are not.
     refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
-    found: dict[str, tuple[SiteSpec, dict[str, Tensor]]] = {}  # by the name of the weight's module
-    biases: dict[str, Tensor] = {}
-    rows: dict[str, tuple[int, ...]] = {}
+    found: list[tuple[SiteSpec, dict[str, Tensor]]] = []
+    biases: dict[str, dict[str, Tensor]] = {}  # of B, by the name of the module
     trained: dict[str, Tensor] = {}
+    rows: dict[str, tuple[int, ...]] = {}
     weights: dict[str, Tensor] = {}
     whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
     for path, module, entry in items:
@@ -81,24 +81,23 @@ def read_off(
             if id(held) not in whole:
                 whole[id(held)] = _whole(gathered.get(joined(path, flat), held), entry, role)
             tensors[role] = whole[id(held)]
-        key = joined(path, entry.param)
         if entry.spec is not None:
-            found[key] = entry.spec, tensors
+            found.append((entry.spec, tensors))
             weights[entry.spec.weight] = base_tensor(module, entry.param)
-        elif "b" in tensors:
-            biases[path] = tensors["b"]
+        elif entry.scale is not None:
+            biases[path] = tensors
         else:
-            trained[key] = tensors["T"]
+            trained[joined(path, entry.param)] = tensors["T"]
             if entry.rows is not None:
-                rows[key] = entry.rows
-    for spec, tensors in found.values():
-        if spec.lora_bias:
-            tensors["b"] = biases[spec.name]
-    sites = {spec.name: SiteState.of(spec, tensors) for spec, tensors in found.values()}
-    configs = [root.configs[name] for root in roots_of(survey).values() if name in root.configs]
+                rows[joined(path, entry.param)] = entry.rows
+    sites = {
+        spec.name: SiteState.of(spec, tensors | biases.get(spec.name, {}))
+        for spec, tensors in found
+    }
+    records = roots_of(survey).values()
+    config = next((root.configs[name] for root in records if name in root.configs), None)
     if not sites:
         weights = witnesses(base_weights(survey), trained)
-    config = next(iter(configs), None)
     return AdapterState(sites, trained, config, fingerprint(weights), rows=rows)
 
 
@@ -139,15 +138,12 @@ def fingerprint(weights: Mapping[str, Tensor]) -> Fingerprint:
 
     Quantized tensors are described (`adapter.fingerprint.packing`), meta tensors left out.
     """
+    floats = {name: weight for name, weight in weights.items() if weight.dtype in FLOATS}
+    shards = {name: weight for name, weight in floats.items() if hasattr(weight, "full_tensor")}
     plain = {
         name: weight
-        for name, weight in weights.items()
-        if weight.dtype in FLOATS and not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
-    }
-    shards = {
-        name: weight
-        for name, weight in weights.items()
-        if weight.dtype in FLOATS and hasattr(weight, "full_tensor")
+        for name, weight in floats.items()
+        if not weight.is_meta and type(weight) in (nn.Parameter, Tensor)
     }
     known = samples(plain) | samples_of_shards(shards)
     return Fingerprint(
@@ -231,11 +227,8 @@ def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
     The keys include the names of wrappers inside the model.
     """
     reshard(survey)
-    ours = {
-        id(module._parameters[flat])
-        for _, module, entry in entries(survey)
-        for flat in entry.names.values()
-    }
+    flat = ((m._parameters, name) for _, m, e in entries(survey) for name in e.names.values())
+    ours = {id(parameters[name]) for parameters, name in flat}
     state = survey.model.state_dict(keep_vars=True)
     return {key: tensor for key, tensor in state.items() if id(tensor) in ours}
 

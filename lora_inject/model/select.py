@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from lora_inject.errors import StateError
+from lora_inject.errors import StateError, check_type
 from lora_inject.layers.contexts import within
 from lora_inject.layers.selection import BASE, State
 from lora_inject.model.carried import check_names, reach, refuse_merged, refuse_mixes
@@ -44,7 +44,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
         ...     _ = inject(net, {"rank": 1, "targets": ["0"]}, name)
         >>> _ = activate(net, {"sql": 0.7, "style": 0.3})
     """
-    weights = _weights(which)
+    weights = weights_of(which, "activate")
     found = reach(model)
     if not found.selections:
         raise StateError("activate", "the model has no adapter", "Inject or load one first")
@@ -59,22 +59,15 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     return model
 
 
-def _weights(which: str | Mapping[str, float] | None) -> dict[str, float]:
-    if which is None:
-        return {}
-    if isinstance(which, str):
-        return {which: 1.0}
-    if not isinstance(which, Mapping):
-        raise StateError(
-            "activate",
-            f"got a {type(which).__name__}",
-            "Give a name, a mapping of names to weights, or None",
-        )
+def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, float]:
+    """Return the weights of a name, of a mix, or of nothing."""
+    if which is None or isinstance(which, str):
+        return {} if which is None else {which: 1.0}
+    check_type(verb, which, Mapping, "Give a name, a mapping of names to weights, or None")
     for name, weight in which.items():
+        asked = f"{verb} {name!r}"
         if not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise StateError(
-                f"activate {name!r}", f"its weight is {weight!r}", "Give a finite number"
-            )
+            raise StateError(asked, f"its weight is {weight!r}", "Give a finite number")
     return {name: float(weight) for name, weight in which.items()}
 
 
@@ -134,9 +127,8 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
     """
     rows = tuple(adapters)
     if not rows or repeat < 1:
-        raise StateError(
-            "routed()", f"got {len(rows)} rows and repeat={repeat}", "Give one adapter for each row"
-        )
+        found_rows = f"got {len(rows)} rows and repeat={repeat}"
+        raise StateError("routed()", found_rows, "Give one adapter for each row")
     names = dict.fromkeys(name for name in rows if name is not None)
     found = reach(model)
     check_names(found.names, names, "routed to")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,12 +37,9 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
             "Inject into the model first, then wrap it",
         )
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    for path, module in survey.modules:
-        how = "FullyShardedDataParallel" if fsdp and isinstance(module, fsdp) else None
-        for key, parameter in () if how else survey.own[id(module)].items():
-            if how := sharded_by(parameter):
-                path = f"{path}.{key}" if path else key  # noqa: PLW2901 - it ends the loop
-                break
+    wrapped = (path for path, module in survey.modules if fsdp and isinstance(module, fsdp))
+    parts = ((name, sharded_by(parameter)) for name, parameter in survey.parameters())
+    for path, how in chain(((path, "FullyShardedDataParallel") for path in wrapped), parts):
         if how:
             raise LayerError(
                 asked,

@@ -14,13 +14,14 @@ import os
 import re
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import safetensors.torch
 from torch import Tensor, nn
 
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import LayerError, StateError
 from lora_inject.formats import write_adapter
 from lora_inject.formats.card import joined_cards
@@ -39,11 +40,7 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX
 
 
 class _SaveAdapters:
-    """The replacement of `save_pretrained`.
-
-    Attributes:
-        format: A row of `formats.FORMATS`.
-    """
+    """The replacement of `save_pretrained`; `format` is a row of `formats.FORMATS`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.format = "peft"
@@ -54,6 +51,11 @@ class _SaveAdapters:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model, self.format = weakref.ref(state["model"]), state["format"]
+
+    def _survey(self) -> Survey:
+        model = self._model()
+        assert model is not None
+        return Survey(model)
 
     def __call__(
         self,
@@ -72,13 +74,12 @@ class _SaveAdapters:
         In a folder named `checkpoint-N` they are also written in the form that Trainer resumes
         from; it would silently ignore others (`Trainer._load_from_checkpoint`).
         """
-        model = self._model()
-        assert model is not None
-        survey = Survey(model)
+        survey, given = self._survey(), state_dict or {}
+        there = reach(survey.model, survey)
+        names = sorted(there.names)
         if push_to_hub:
             found = "an adapted model takes no push_to_hub=True"
             raise StateError(SAVE, found, "Call model.push_to_hub(repo_id)")
-        there = reach(model, survey)
         if any(selection.merged is not None for selection in there.selections):
             raise StateError(
                 SAVE,
@@ -86,22 +87,22 @@ class _SaveAdapters:
                 "Call eject(model) first to write the merged model, or unmerge(model) to write the "
                 "adapters",
             )
-        names = sorted(there.names)
         for name in names if len(names) > 1 else ():
             if Path(name).name != name:
                 found = f"the adapter's name {name!r} is not that of a folder"
                 raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
-        states = {name: read_off(survey, name, state_dict or {}) for name in names}
-        for name, state in states.items() if is_main_process else ():
+        states = {name: read_off(survey, name, given) for name in names}
+        if not is_main_process:
+            return
+        for name, state in states.items():
             alone = len(names) == 1 or name == "default"
             folder = Path(save_directory) if alone else Path(save_directory, name)
-            with tempfile.TemporaryDirectory() as place:
-                target = Path(place, "adapter" if self.format == "peft" else "adapter.safetensors")
-                options = format_options(survey, self.format, name)
-                _put_into(write_adapter(state, target, self.format, **options), folder)
-        if is_main_process and _CHECKPOINT.fullmatch(Path(save_directory).name):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, data in _files_of(survey, name, state, self.format).items():
+                replace_file(folder / file, data)
+        if _CHECKPOINT.fullmatch(Path(save_directory).name):
             tensors = {
-                key: (state_dict or {}).get(key, tensor).detach().to("cpu", copy=True).contiguous()
+                key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
                 for key, tensor in adapter_tensors(survey).items()
             }
             data = safetensors.torch.save(tensors, {"format": "pt"})
@@ -113,25 +114,20 @@ class _SaveAdapters:
         Trainer calls it by this name if the card of a folder names PEFT as its library
         (`Trainer.create_model_card`).
         """
-        model = self._model()
-        assert model is not None
-        survey, path = Survey(model), Path(output_dir, "README.md")
-        with tempfile.TemporaryDirectory() as place:
-            name = min(reach(model, survey).names, key=lambda name: (name != "default", name))
-            made = write_adapter(
-                read_off(survey, name),
-                Path(place, "adapter"),
-                **format_options(survey, "peft", name),
-            )
-            ours = (made / "README.md").read_text("utf-8")
-        replace_file(path, joined_cards(path.read_text("utf-8"), ours).encode())
+        survey, path = self._survey(), Path(output_dir, "README.md")
+        names = reach(survey.model, survey).names
+        name = min(names, key=lambda name: (name != "default", name))
+        ours = _files_of(survey, name, read_off(survey, name), "peft")["README.md"]
+        replace_file(path, joined_cards(path.read_text("utf-8"), ours.decode()).encode())
 
 
-def _put_into(made: Path, folder: Path) -> None:
-    """Copy files into a folder that may hold others, each in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(made.iterdir()) if made.is_dir() else [made]:
-        replace_file(folder / path.name, path.read_bytes())
+def _files_of(survey: Survey, name: str, state: AdapterState, format: str) -> dict[str, bytes]:  # noqa: A002
+    """Return the files of an adapter by name: their folder may hold others, which stay."""
+    with tempfile.TemporaryDirectory() as place:
+        target = Path(place, "adapter" if format == "peft" else "adapter.safetensors")
+        made = write_adapter(state, target, format, **format_options(survey, format, name))
+        paths = sorted(made.iterdir()) if made.is_dir() else [made]
+        return {path.name: path.read_bytes() for path in paths}
 
 
 class _Refusal:
@@ -151,18 +147,22 @@ class _Refusal:
         )
 
 
-def stand_in(modules: Iterable[nn.Module], carrying: Sequence[nn.Module]) -> None:
+def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
     """Put what stands in for their methods onto models with adapters, new ones on `carrying`."""
-    listed = list(modules)
-    for module in listed:
+    for module in modules:
         if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
             module.__dict__[LOADED] = OURS
-    for module, method in _having(listed):
-        if method == SAVE and reach(module).names:
-            module.__dict__[SAVE] = _SaveAdapters(module)
-            module.__dict__[CARD] = module.__dict__[SAVE].card
-        elif method == RESIZE and (name := _vocabulary_on(module, carrying)) is not None:
-            module.__dict__[RESIZE] = _Refusal(name)
+    for method in (SAVE, RESIZE):
+        classes = {c for c in set(map(type, modules)) if callable(getattr(c, method, None))}
+        for module in modules if classes else ():
+            own = module.__dict__
+            if type(module) not in classes or method in own:
+                continue
+            if method == SAVE and reach(module).names:
+                own[SAVE] = saving = _SaveAdapters(module)
+                own[CARD] = saving.card
+            elif method == RESIZE and (name := _vocabulary_on(module, carrying)) is not None:
+                own[RESIZE] = _Refusal(name)
 
 
 def give_back(modules: Iterable[nn.Module]) -> None:
@@ -178,15 +178,6 @@ def give_back(modules: Iterable[nn.Module]) -> None:
             del own[LOADED]
         if isinstance(own.get(RESIZE), _Refusal) and _vocabulary_on(module, carrying) is None:
             del own[RESIZE]
-
-
-def _having(listed: Sequence[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the models and those methods of theirs for which nothing stands in yet."""
-    for method in (SAVE, RESIZE):
-        classes = {c for c in set(map(type, listed)) if callable(getattr(c, method, None))}
-        for module in listed:
-            if type(module) in classes and method not in module.__dict__:
-                yield module, method
 
 
 def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:

@@ -19,9 +19,8 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
-from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import reach, records_of, refuse_merged, whole_adapter
+from lora_inject.model.carried import Carried, reach, records_of, refuse_merged, whole_adapter
 from lora_inject.model.fit_state import Base, check_base, check_base_copies
 from lora_inject.model.save import base_weights, fingerprint
 from lora_inject.model.sharding import copy_into, reshard
@@ -30,7 +29,6 @@ from lora_inject.spec.sites import SiteSpec
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-_Place = tuple[str, nn.Module, Entry]
 
 _BESIDE = "Load it under another name and activate that"
 
@@ -103,49 +101,48 @@ def swap_adapter(
 
 
 def _paired(
-    slot: list[_Place], state: AdapterState, asked: str
+    slot: list[Carried], state: AdapterState, asked: str
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """Return the slot's Parameters, their new values, and the frozen weights of its sites.
 
     The weights have the names that the state knows them by.
     """
-    pairs: list[tuple[Tensor | None, Tensor]] = []
-    copies: dict[str, nn.Parameter | None] = {}
+    pairs: list[tuple[Any, Tensor]] = []
+    copies: dict[str, Any] = {}
     known: set[str] = set()
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
+    biases = {path: m._parameters[e.mark] for path, m, e in slot if e.scale is not None}
     for path, module, entry in slot:
         spec, held = entry.spec, module._parameters
-        if spec is None:
-            if entry.scale is None:
-                key = joined(path, entry.param)
-                copies[key] = held[entry.mark]
-                if key in state.trained and state.rows.get(key) != entry.rows:
-                    found = "it holds other rows than the adapter on the model"
-                    raise FormatError(f"{asked}, trained tensor {key!r}", found, _BESIDE)
-            continue
-        known.update((spec.name, *spec.aliases))
-        name = next((n for n in (spec.name, *spec.aliases) if n in state.sites), spec.name)
-        site = _held_by(state.sites, "site", name, asked)
-        new = dict(site.tensors)
-        if spec.lora_bias and "b" in new:
-            bias = next(e for e in attached_to(module).entries(entry.adapter) if "b" in e.names)  # type: ignore[union-attr]
-            pairs.append((held[bias.mark], new.pop("b")))
-        if site.spec.form != spec.form or new.keys() != entry.names.keys():
-            _check_alike(site, spec, entry.names.keys(), asked)
-        pairs += [(held[entry.names[role]], tensor) for role, tensor in new.items()]
-        weights[site.spec.weight] = held[entry.param]  # type: ignore[assignment]
+        if spec is not None:
+            known.update((spec.name, *spec.aliases))
+            name = next((n for n in (spec.name, *spec.aliases) if n in state.sites), spec.name)
+            site = _held_by(state.sites, "site", name, asked)
+            new = dict(site.tensors)
+            if spec.lora_bias and "b" in new:
+                pairs.append((biases[path], new.pop("b")))
+            if site.spec.form != spec.form or new.keys() != entry.names.keys():
+                _check_alike(site, spec, entry.names.keys(), asked)
+            pairs += [(held[entry.names[role]], tensor) for role, tensor in new.items()]
+            weights[site.spec.weight] = held[entry.param]
+        elif entry.scale is None:
+            key = joined(path, entry.param)
+            copies[key] = held[entry.mark]
+            if key in state.trained and state.rows.get(key) != entry.rows:
+                found = "it holds other rows than the adapter on the model"
+                raise FormatError(f"{asked}, trained tensor {key!r}", found, _BESIDE)
     _check_none_left("site", state.sites.keys() - known, known, asked)
     _check_none_left("trained tensor", state.trained.keys() - copies.keys(), copies, asked)
     first: dict[int, Tensor] = {}  # the copy of a tied tensor has several names
     for name, parameter in copies.items():
         value = _held_by(state.trained, "trained tensor", name, asked)
-        if id(parameter) not in first:
+        same = first.setdefault(id(parameter), value)
+        if same is value:
             pairs.append((parameter, value))
-        elif not torch.equal(value, first[id(parameter)]):
+        elif not torch.equal(value, same):
             found = "it has another value than under its other name, and both are one copy here"
             raise FormatError(f"{asked}, trained tensor {name!r}", found, _BESIDE)
-        first.setdefault(id(parameter), value)
-    into, values = [p for p, _ in pairs if p is not None], [value for _, value in pairs]
+    into, values = [p for p, _ in pairs], [value for _, value in pairs]
     _check_fit(into, values, asked)
     return into, values, weights
 
@@ -153,11 +150,8 @@ def _paired(
 def _held_by(there: Mapping[str, T], what: str, name: str, asked: str) -> T:
     """Return what the adapter to be swapped in has under a name of the slot."""
     if name not in there:
-        raise FormatError(
-            f"{asked}, {what} {name!r}",
-            "the adapter on the model has it, and the one to be swapped in has not",
-            _BESIDE,
-        )
+        found = "the adapter on the model has it, and the one to be swapped in has not"
+        raise FormatError(f"{asked}, {what} {name!r}", found, _BESIDE)
     return there[name]
 
 
@@ -200,8 +194,8 @@ def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
             "the adapter on the model is on the meta device, or its tensors have an unknown class",
             "Swap after the model has values",
         )
-    there, here = [value.shape for value in values], [parameter.shape for parameter in into]
-    if there != here:
-        wrong = next(pair for pair in zip(there, here, strict=True) if pair[0] != pair[1])
-        found = f"a tensor has shape {tuple(wrong[0])}, and {tuple(wrong[1])} on the model"
-        raise FormatError(asked, found, "Swap in an adapter that was made for this model")
+    for value, parameter in zip(values, into, strict=True):
+        if value.shape != parameter.shape:
+            shapes = tuple(value.shape), tuple(parameter.shape)
+            found = "a tensor has shape {}, and {} on the model".format(*shapes)
+            raise FormatError(asked, found, "Swap in an adapter that was made for this model")

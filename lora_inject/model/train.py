@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_inject.errors import StateError
+from lora_inject.errors import LayerError, StateError
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey
@@ -22,9 +22,11 @@ from lora_inject.model.carried import (
     records_of,
     refuse_merged,
 )
-from lora_inject.model.quantized_activations import refuse_dead_inputs
 from lora_inject.model.sharding import reshard
 from lora_inject.spec.names import joined
+
+# What torchao's tensors call it: Int8Tensor and Float8Tensor, IntxUnpackedToInt8Tensor.
+_DYNAMIC = ("act_quant_kwargs", "activation_quantization")
 
 
 def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
@@ -46,11 +48,29 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     if wanted:
         refuse_dead_inputs(survey, f"train_only {min(wanted)!r}")
     records = [record for name in wanted for _, record in records_of(survey, name)]
-    with all_or_nothing(adapted_modules(survey).values(), records):
+    with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
         for _, entry, _, parameter in trainable_tensors(survey):
             parameter.requires_grad_(entry.adapter in wanted)
         for record in records:
             record.trainable |= wanted & record.carrying.keys()
+
+
+def refuse_dead_inputs(survey: Survey, asked: str) -> None:
+    """Refuse to train where a layer hands no gradient to its input.
+
+    torchao's layers that quantize activations compute without autograd: whatever lies before them
+    would get a part of its gradient, or none.
+    """
+    for name, weight in survey.parameters():
+        plain = type(weight) is nn.Parameter
+        if not plain and any(getattr(weight, key, None) is not None for key in _DYNAMIC):
+            raise LayerError(
+                f"{asked}, {name!r}",
+                f"its {type(weight).__name__} quantizes activations as it runs, through which no "
+                "gradient reaches the layers before it",
+                "Quantize the weights only (torchao: Int8WeightOnlyConfig); an adapter that was "
+                "trained elsewhere can be loaded onto it",
+            )
 
 
 def trainable_tensors(
@@ -59,11 +79,10 @@ def trainable_tensors(
     """Yield `(key, entry, role, Parameter)` of what may train of one adapter, or of all."""
     reshard(survey)
     for path, module, entry in entries(survey, name):
-        spec = entry.spec
+        site = path if entry.spec is None else entry.spec.name
         for role, flat in entry.names.items():
             parameter = module._parameters[flat]
             if entry.trains(role) and parameter is not None:
-                site = path if spec is None else spec.name
                 key = joined(path, entry.param) if role == "T" else f"{site}.lora_{role}"
                 yield key, entry, role, parameter
 
@@ -124,19 +143,14 @@ def parameter_groups(
             key = (entry.adapter if isinstance(lr, Mapping) else "", role)
             groups.setdefault(key, {})[id(parameter)] = parameter
     if not groups:
-        raise StateError(
-            "parameter_groups",
-            "no adapter of the model is trainable",
-            "Call train_only(model, name)",
-        )
+        found = "no adapter of the model is trainable"
+        raise StateError("parameter_groups", found, "Call train_only(model, name)")
     rates = lr if isinstance(lr, Mapping) else {"": lr}
-    if wrong := rates.keys() ^ {adapter for adapter, _ in groups}:
-        known = sorted({adapter for adapter, _ in groups})
-        raise StateError(
-            f"parameter_groups, learning rate of {min(wrong)!r}",
-            f"the trainable adapters are {known}",
-            "Give one for each of them and no other",
-        )
+    known = {adapter for adapter, _ in groups}
+    if wrong := rates.keys() ^ known:
+        asked = f"parameter_groups, learning rate of {min(wrong)!r}"
+        found = f"the trainable adapters are {sorted(known)}"
+        raise StateError(asked, found, "Give one for each of them and no other")
     return [
         {
             "params": list(parameters.values()),

@@ -43,11 +43,11 @@ def check_ties(survey: Survey, untied: Mapping[str, str], eject: bool) -> None:
         return
     name, sharer = next(iter(untied.items()))
     asked = f"merge into {name!r}"
-    for _, module in survey.modules:
-        if _reads_tie_flag(type(module)):
+    for cls in {type(module): None for _, module in survey.modules}:
+        if _reads_tie_flag(cls):
             raise LayerError(
                 asked,
-                f"its tensor is tied, and {type(module).__name__} scales its output by whether "
+                f"its tensor is tied, and {cls.__name__} scales its output by whether "
                 "config.tie_word_embeddings says so: untied it would be another model",
                 "Stay unmerged, or leave this site out of the adapter",
             )
