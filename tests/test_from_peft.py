@@ -23,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 import lora_inject as li
@@ -52,12 +54,17 @@ def models():
     bert = BertConfig(**SMALL, num_hidden_layers=2, max_position_embeddings=8)
     distil = DistilBertConfig(vocab_size=20, dim=8, hidden_dim=12, n_layers=2, n_heads=2)
     moe = MixtralConfig(**SMALL, **LAYERS, num_local_experts=2)
+    qwen = Qwen2MoeConfig(
+        **SMALL, **LAYERS, num_experts=2, moe_intermediate_size=6,
+        shared_expert_intermediate_size=6, mlp_only_layers=[1],
+    )  # fmt: skip
     return {
         "llama": LlamaForCausalLM(LlamaConfig(**SMALL, **LAYERS)),
         "gpt2": GPT2LMHeadModel(gpt2),
         "bert": BertForSequenceClassification(bert),
         "distilbert": DistilBertForSequenceClassification(distil),
         "mixtral": MixtralForCausalLM(moe),
+        "qwen": Qwen2MoeForCausalLM(qwen),
         "nested": Nested(),
     }
 
@@ -177,6 +184,18 @@ CASES = {
         "mixtral",
         {"target_modules": ["q_proj", "w1", "w2", "w3", "gate"], "rank_pattern": {"q_proj": 2}},
     ),
+    "all-linear beside experts": ("mixtral", {"target_modules": "all-linear", "r": 3}),
+    "all-linear beside shared experts and dense layers": (
+        "qwen",
+        {
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 2},
+            "exclude_modules": ["0.self_attn.v_proj"],
+            "modules_to_save": ["lm_head"],
+        },
+    ),
+    "a regex of experts": ("mixtral", {"target_modules": r".*\.(w[123]|v_proj)"}),
+    "a regex of the router": ("mixtral", {"target_modules": r".*\.(gate|q_proj)"}),
     "layers of modules, not of parameters": (
         "mixtral",
         {
@@ -248,24 +267,30 @@ def test_every_field_of_this_peft_is_known():
     assert {field.name for field in dataclasses.fields(LoraConfig)} <= FIELDS
 
 
-WRONG = {
-    "r": 0,
-    "lora_alpha": 0,
-    "rank_pattern": [1],
-    "alpha_pattern": {"(": 3},
-    "target_modules": [3],
-    "target_parameters": 3,
-    "modules_to_save": "lm_head",
-    "exclude_modules": "*",
-    "layers_pattern": ["("],
-    "trainable_token_indices": {"a": 3},
-}
+WRONG = [
+    ("r", 0),
+    ("r", True),
+    ("lora_alpha", 0),
+    ("lora_dropout", 1.0),
+    ("use_dora", "yes"),
+    ("rank_pattern", [1]),
+    ("alpha_pattern", {"(": 3}),
+    ("alpha_pattern", {"q_proj": 0}),
+    ("target_modules", [3]),
+    ("target_parameters", 3),
+    ("modules_to_save", "lm_head"),
+    ("exclude_modules", "*"),
+    ("layers_pattern", ["("]),
+    ("trainable_token_indices", {"a": 3}),
+    ("trainable_token_indices", [-1]),
+    ("task_type", ["SEQ_CLS"]),
+]
 
 
-@pytest.mark.parametrize("field", WRONG)
-def test_a_value_of_the_wrong_type_is_named_with_its_field(models, field):
-    with pytest.raises(li.ConfigError, match=rf"from_peft, '{field}': .* is not a"):
-        li.Config.from_peft({"target_modules": QV} | {field: WRONG[field]})
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_a_value_of_the_wrong_type_is_named_with_its_field(field, value):
+    with pytest.raises(li.ConfigError, match=rf"from_peft, '{field}': .* is not [aT]"):
+        li.Config.from_peft({"target_modules": QV} | {field: value})
 
 
 @pytest.mark.parametrize("options", [{"r": 0}, {"lora_alpha": 0}, {"rank_pattern": {"[": 3}}])
@@ -296,6 +321,7 @@ def test_what_cannot_be_translated_is_named(field):
         li.Config.from_peft({"target_modules": QV} | {field: REFUSED[field]})
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_what_would_mean_something_else_is_refused(models):
     refused = [
         ("llama", {"exclude_modules": ["0.self_attn"]}, "PEFT adapts 'model.layers.0.self_attn"),
@@ -308,9 +334,10 @@ def test_what_would_mean_something_else_is_refused(models):
         targets = QV if which == "llama" else ["c_fc"]
         with pytest.raises(li.ConfigError, match=message):
             li.plan(models[which], LoraConfig(target_modules=targets, **options))
-    for target in ("all-linear", r".*\.(gate|q_proj)"):
-        with pytest.raises(li.ConfigError, match=r"'target_modules': PEFT takes .* for experts"):
-            li.plan(models["mixtral"], LoraConfig(target_modules=target))
+    config = LoraConfig(target_modules=r".*layers\.0\..*q_proj")
+    assert "model.layers.1.self_attn.q_proj" in of_peft(models["mixtral"], config)[0]
+    with pytest.raises(li.ConfigError, match=r"'target_modules': .* 'model.layers.1.*q_proj' too"):
+        li.plan(models["mixtral"], config)
     with pytest.raises(li.ConfigError, match=r"'w3' is missing, and is one tensor with 'w1'"):
         li.plan(models["mixtral"], LoraConfig(target_modules=["w1", "w2"]))
     config = LoraConfig(

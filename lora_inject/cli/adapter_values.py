@@ -5,50 +5,50 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
-from lora_inject.cli.given import AdapterPath, All, Dtype, Json, Keeping, Reading, Writing
+from lora_inject.cli.given import (
+    AdapterPath,
+    AdapterPaths,
+    All,
+    Dtype,
+    Json,
+    Keeping,
+    Reading,
+    Weights,
+    Writing,
+    pairs_of,
+)
 from lora_inject.cli.program import app
 from lora_inject.spec.columns import Rows
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
 
-WriteDtype = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Dtype to write. (default: the adapters')")
-]
+WriteDtype = Annotated[Dtype | None, Option(help="Dtype to write. (default: the adapters')")]
 
 
 @app.command()
 def combine(
-    adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER", help="PEFT folders or adapter files.")
-    ],
+    adapters: AdapterPaths,
     *,
     writing: Writing,
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--weight",
-            "-w",
-            help="Weight of an adapter; once for each, in order. (default: 1)",
-        ),
-    ] = None,
+    weight: Weights = None,
     method: Annotated[
         str,
-        typer.Option(
+        Option(
             help="cat: the exact sum, ranks add up. svd: the sum cut to --rank. Or linear, ties, "
             "dare_linear, dare_ties, magnitude_prune on A and B, with _svd on the deltas."
         ),
     ] = "cat",
     rank: Annotated[
-        int | None, typer.Option(min=1, help="svd, _svd: rank of each site. (default: the largest)")
+        int | None, Option(min=1, help="svd, _svd: rank of each site. (default: the largest)")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the values to keep.")
+        float | None, Option(min=0, max=1, help="Share of the values to keep.")
     ] = None,
-    majority_sign: Annotated[str, typer.Option(help="ties: total or frequency.")] = "total",
-    seed: Annotated[int, typer.Option(help="Seed of dare's masks.")] = 0,
+    majority_sign: Annotated[str, Option(help="ties: total or frequency.")] = "total",
+    seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
     dtype: WriteDtype = None,
     reading: Reading,
     as_json: Json = False,
@@ -56,16 +56,9 @@ def combine(
     """Combine several adapters of one base into one."""
     from lora_inject.formats.combine_files import combine as combined
 
-    made = combined(
-        reading.read(adapters, on_disk=True),
-        weight,
-        method=method,
-        rank=rank,
-        density=density,
-        majority_sign=majority_sign,  # type: ignore[arg-type]
-        seed=seed,
-    )
-    _write(made, writing, as_json, dtype)
+    how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
+    states = reading.read(adapters, on_disk=True)
+    _write(combined(states, weight, method=method, rank=rank, **how), writing, as_json, dtype)
 
 
 @app.command()
@@ -98,8 +91,8 @@ def truncate(
 
 @app.command()
 def diff(
-    one: Annotated[Path, typer.Argument(metavar="ONE", help="A PEFT folder or an adapter file.")],
-    two: Annotated[Path, typer.Argument(metavar="TWO", help="Another adapter of the same base.")],
+    one: Annotated[Path, Argument(metavar="ONE", help="A PEFT folder or an adapter file.")],
+    two: Annotated[Path, Argument(metavar="TWO", help="Another adapter of the same base.")],
     reading: Reading,
     everything: All = False,
     as_json: Json = False,
@@ -132,7 +125,7 @@ def rename(
     adapter: AdapterPath,
     names: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="OLD=NEW",
             help="A regex of whole segments of names, and their replacement: \\1 is its first "
             "group, an empty one removes them.",
@@ -147,16 +140,10 @@ def rename(
     from lora_inject.formats.metadata import one_line
     from lora_inject.spec.names import templates
 
-    pairs = {}
-    for text in names:
-        old, equals, new = text.partition("=")
-        if not (old and equals):
-            raise typer.BadParameter(f"{text!r} is not a pair, such as transformer=model.decoder")
-        pairs[old] = new
+    pairs = pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter], on_disk=True)
     made = state.rename(pairs)
-    new_names = dict(zip(state.sites, made.sites, strict=True))
-    _write(made, writing, as_json, names=new_names)
+    _write(made, writing, as_json, names=dict(zip(state.sites, made.sites, strict=True)))
     if not as_json:
         say_words(f"its sites are now {one_line(templates(made.sites), 6)}")
 

@@ -5,45 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, BadParameter, Exit, Option
 
-from lora_inject.cli.given import AdapterPath, Json, Reading
+from lora_inject.cli.given import AdapterPath, Json, Overwrite, Reading
 from lora_inject.cli.program import app
 
 Base = Annotated[
     Path | None,
-    typer.Option(
-        "--base",
-        metavar="BASE",
-        help="Folder of the base, for names, heads and ties; config.json may be enough.",
-    ),
+    Option(help="Folder of the base, for names, heads and ties; config.json may be enough."),
 ]
 
 
 @app.command()
 def convert(
     adapter: AdapterPath,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where to write.")],
+    output: Annotated[Path, Argument(metavar="OUT", help="Where to write.")],
     *,
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="Format to write.")],
+    to: Annotated[str, Option("--to", metavar="FORMAT", help="Format to write.")],
     base: Base = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype to write, such as float16. (default: as it is)")
+        str | None, Option(help="Dtype to write, such as float16. (default: as it is)")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="portable: one rank for all. (default: the largest)")
+        int | None, Option(min=1, help="portable: one rank for all. (default: the largest)")
     ] = None,
     component: Annotated[
-        str | None,
-        typer.Option(help="kohya, diffusers: the part of a pipeline, such as unet or te1."),
+        str | None, Option(help="kohya, diffusers: the part of a pipeline, such as unet or te1.")
     ] = None,
     from_component: Annotated[
-        str | None,
-        typer.Option(help="The part of a pipeline to read from a file with several."),
+        str | None, Option(help="The part of a pipeline to read from a file with several.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing adapter.")
-    ] = False,
+    overwrite: Overwrite = False,
     reading: Reading,
     as_json: Json = False,
 ) -> None:
@@ -64,7 +56,7 @@ def convert(
         takers = [key for key, row in FORMATS.items() if taken_by(row.write, {name: None})]
         if to in FORMATS and to not in takers:
             found = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
-            raise typer.BadParameter(found, param_hint=f"--{name}")
+            raise BadParameter(found, param_hint=f"--{name}")
 
     def tell(words: str) -> None:
         lost.append(words)
@@ -84,7 +76,7 @@ def check(
     adapter: AdapterPath,
     client: Annotated[
         str,
-        typer.Option(
+        Option(
             "--for",
             metavar="PROGRAM",
             help="vllm, sglang, llama.cpp, lorax, diffusers, mlx, comfyui or peft.",
@@ -112,4 +104,4 @@ def check(
         for finding in found:
             say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")
     if stopped:
-        raise typer.Exit(1)
+        raise Exit(1)

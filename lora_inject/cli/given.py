@@ -1,66 +1,59 @@
-"""Arguments and options of several commands: adapters, reading, printing."""
+"""Arguments and options of several commands: adapters, reading, writing, printing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
     from lora_inject.checkpoint import Checkpoint
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-All = Annotated[bool, typer.Option("--all", help="List each site instead of each kind of site.")]
-AdapterPath = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="A PEFT folder or an adapter file.")
+Dtype = StrEnum("Dtype", "float32 bfloat16 float16")
+Believe = StrEnum("Believe", "metadata config")
+
+AdapterPath = Annotated[Path, Argument(metavar="ADAPTER", help="A PEFT folder or an adapter file.")]
+AdapterPaths = Annotated[
+    list[Path], Argument(metavar="ADAPTER", help="Adapters: PEFT folders or adapter files.")
 ]
-
-
-class Dtype(StrEnum):
-    """Dtypes that checkpoints and adapters can be written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+Weights = Annotated[
+    list[float] | None,
+    Option("--weight", "-w", help="Weight of an adapter; once for each, in order. (default: 1)"),
+]
+AnyBase = Annotated[bool, Option(help="Go on although the adapter was made on another base.")]
+Overwrite = Annotated[bool, Option(help="Replace an existing adapter.")]
+All = Annotated[bool, Option("--all", help="List each site instead of each kind of site.")]
+Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 @dataclass(frozen=True)
 class Writing:
     """Where and how to write an adapter: options of a command, as `Reading`."""
 
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the adapter.")]
-    adapter_format: Annotated[str, typer.Option("--format", help="Format to write.")] = "peft"
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing adapter.")] = (
-        False
-    )
+    output: Annotated[Path, Option("--output", "-o", help="Where to write the adapter.")]
+    adapter_format: Annotated[str, Option("--format", help="Format to write.")] = "peft"
+    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True)
 class Keeping:
     """How much of each delta to keep."""
 
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of every site, at most.")] = None
+    rank: Annotated[int | None, Option(min=1, help="Rank of every site, at most.")] = None
     energy: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Share of each delta's squares to keep; the rank follows."),
+        Option(min=0, max=1, help="Share of each delta's squares to keep; the rank follows."),
     ] = None
 
     def __post_init__(self) -> None:
         """Require one of the two."""
         if self.rank is None and self.energy is None:
-            raise typer.BadParameter("say how much to keep: --rank, --energy, or both")
-
-
-class Believe(StrEnum):
-    """What to believe where a PEFT folder's metadata and adapter_config.json disagree."""
-
-    metadata = "metadata"
-    config = "config"
+            raise BadParameter("say how much to keep: --rank, --energy, or both")
 
 
 @dataclass(frozen=True)
@@ -69,40 +62,34 @@ class Reading:
 
     prefer: Annotated[
         Believe | None,
-        typer.Option(help="PEFT folders: what to believe where metadata and config disagree."),
+        Option(help="PEFT folders: what to believe where metadata and config disagree."),
     ] = None
     allow: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="FIELD",
             help="PEFT folders: accept this unknown field of adapter_config.json; may be repeated.",
         ),
     ] = None
     alpha: Annotated[
         float | None,
-        typer.Option(help="loralib files: the lora_alpha of the layers, which the file lacks."),
+        Option(help="loralib files: the lora_alpha of the layers, which the file lacks."),
     ] = None
-    allow_pickle: Annotated[
-        bool,
-        typer.Option("--allow-pickle", help="Read a pickle, as tensors only."),
-    ] = False
+    allow_pickle: Annotated[bool, Option(help="Read a pickle, as tensors only.")] = False
     fan_in_fan_out: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="NAME",
             help="loralib files: a layer, or the end of its name, whose weight is (in, out).",
         ),
     ] = None
     expert_major: Annotated[
         bool,
-        typer.Option(
-            "--expert-major",
-            help="PEFT folders: a stacked B has its columns by expert, as unsloth writes them.",
-        ),
+        Option(help="PEFT folders: a stacked B has its columns by expert, as unsloth writes them."),
     ] = False
     enable_lora: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="FLAGS",
             help="loralib files: enable_lora of the fused layers, such as 1,0,1.",
         ),
@@ -116,13 +103,14 @@ class Reading:
         from lora_inject.errors import FormatError
         from lora_inject.formats import FORMATS, detected, taken_by
 
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        given = {k: v for k, v in values.items() if v is not None and v is not False and v != []}
+        given = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
+        if self.alpha is not None:
+            given["alpha"] = self.alpha
         if self.enable_lora is not None:
             flags = self.enable_lora.split(",")
             if set(flags) - {"0", "1"}:
                 found = f"{self.enable_lora!r} is not a list of 0 and 1, such as 1,0,1"
-                raise typer.BadParameter(found, param_hint="--enable-lora")
+                raise BadParameter(found, param_hint="--enable-lora")
             given["enable_lora"] = [flag == "1" for flag in flags]
         taken: list[dict[str, Any]] = []
         for path in paths:
@@ -133,8 +121,7 @@ class Reading:
         for name in given:
             if not any(name in options for options in taken):
                 hint = f"--{name.replace('_', '-')}"
-                found = "no adapter has a format with this option"
-                raise typer.BadParameter(found, param_hint=hint)
+                raise BadParameter("no adapter has a format with this option", param_hint=hint)
         return taken
 
     def read(
@@ -145,11 +132,21 @@ class Reading:
         from lora_inject.formats import read_adapter
 
         states = []
+        more = {name: value for name, value in more.items() if value is not None}
         for path, options in zip(paths, self.options(paths, more.get("format")), strict=True):
-            options |= {name: value for name, value in more.items() if value is not None}
-            states.append(
-                read_adapter(path, **options)
-                if base is None
-                else read_weighted(path, base, **options).state
-            )
+            if base is None:
+                states.append(read_adapter(path, **options, **more))
+            else:
+                states.append(read_weighted(path, base, **options, **more).state)
         return states
+
+
+def pairs_of(texts: Iterable[str], option: str, example: str, whole: str = "") -> dict[str, str]:
+    """Read pairs such as OLD=NEW; the sides named in `whole` must not be empty."""
+    pairs = {}
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals or ("old" in whole and not old) or ("new" in whole and not new):
+            raise BadParameter(f"{text!r} is not a pair, such as {example}", param_hint=option)
+        pairs[old] = new
+    return pairs

@@ -9,25 +9,24 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, BadParameter, Option
 
-from lora_inject.cli.given import AdapterPath, All, Json, Reading
+from lora_inject.cli.given import AdapterPath, All, AnyBase, Json, Reading
 from lora_inject.cli.program import app
 
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The config, a YAML file.")],
+    config: Annotated[Path, Argument(metavar="CONFIG", help="The config, a YAML file.")],
     model: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="MODEL",
             help="Folder or file: a config.json of transformers, a .safetensors file or its index.",
         ),
     ],
     keys: Annotated[
-        bool,
-        typer.Option("--keys", help="Plan on the names in the checkpoint, not on config.json."),
+        bool, Option(help="Plan on the names in the checkpoint, not on config.json.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -49,9 +48,9 @@ def plan(
 
 @app.command()
 def advise(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder or file, as for plan.")],
+    model: Annotated[Path, Argument(metavar="MODEL", help="Folder or file, as for plan.")],
     budget: Annotated[
-        str, typer.Option(metavar="N", help="Most parameters in A and B, such as 170k or 1.5M.")
+        str, Option(metavar="N", help="Most parameters in A and B, such as 170k or 1.5M.")
     ],
 ) -> None:
     """Print a config to start from, within a budget.
@@ -64,7 +63,7 @@ def advise(
 
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", budget)
     if number is None:
-        raise typer.BadParameter(f"{budget!r} is not a number such as 170k", param_hint="--budget")
+        raise BadParameter(f"{budget!r} is not a number such as 170k", param_hint="--budget")
     most = int(float(number[1]) * {"": 1, "k": 1000, "m": 1_000_000}[number[2].lower()])
     inventory, about = source_of(model)
     note(f"planned on {about}")
@@ -82,11 +81,11 @@ def inspect(
     *,
     base: Annotated[
         Path | None,
-        typer.Option(help="The base, if a file of stacked experts does not name its weights."),
+        Option(help="The base, where a file of stacked experts names no weights."),
     ] = None,
     adapter_format: Annotated[
         str | None,
-        typer.Option("--format", help="Format of the adapter. (default: detected from the files)"),
+        Option("--format", help="Format of the adapter. (default: detected from the files)"),
     ] = None,
     reading: Reading,
     everything: All = False,
@@ -110,25 +109,20 @@ def inspect(
 def analyze(
     adapter: AdapterPath,
     other: Annotated[
-        Path | None,
-        typer.Argument(metavar="OTHER", help="Another adapter of the same base, to compare."),
+        Path | None, Argument(metavar="OTHER", help="Another adapter of the same base, to compare.")
     ] = None,
     *,
     base: Annotated[
         Path | None,
-        typer.Option(help="Folder or file of the base: compare the updates with its weights."),
+        Option(help="Folder or file of the base: compare updates with its weights."),
     ] = None,
     report: Annotated[
-        Path | None,
-        typer.Option(help="Write a report, one HTML file; replaces an existing one."),
+        Path | None, Option(help="Write a report, one HTML file; replaces an existing one.")
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Draw the paper's figures into this folder.")
+        Path | None, Option(help="Draw the paper's figures into this folder.")
     ] = None,
-    any_base: Annotated[
-        bool,
-        typer.Option("--any-base", help="Compare although the adapter was made on another base."),
-    ] = False,
+    any_base: AnyBase = False,
     reading: Reading,
     everything: All = False,
     as_json: Json = False,
@@ -143,9 +137,9 @@ def analyze(
     from lora_inject.cli.show import note, print_analysis, print_json, progress_bar
 
     if any_base and base is None:
-        raise typer.BadParameter("it needs --base", param_hint="--any-base")
+        raise BadParameter("it needs --base", param_hint="--any-base")
     if report is not None and report.is_dir():
-        raise typer.BadParameter(f"'{report}' is a folder", param_hint="--report")
+        raise BadParameter(f"'{report}' is a folder", param_hint="--report")
     if pictures is not None or report is not None:
         figures.need_matplotlib()
     checkpoint = None if base is None else Checkpoint.open(base)

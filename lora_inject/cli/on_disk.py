@@ -9,27 +9,28 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Exit, Option
 
-from lora_inject.cli.given import All, Dtype, Json, Keeping, Reading, Writing
+from lora_inject.cli.given import (
+    AdapterPaths,
+    All,
+    AnyBase,
+    Dtype,
+    Json,
+    Keeping,
+    Reading,
+    Weights,
+    Writing,
+    pairs_of,
+)
 from lora_inject.cli.program import app
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 
-
-class OnLost(StrEnum):
-    """What to do where rounding leaves less of a delta than asked for."""
-
-    fail = "fail"
-    warn = "warn"
-
-
+OnLost = StrEnum("OnLost", "fail warn")
 BasePath = Annotated[
-    Path, typer.Argument(metavar="BASE", help="Folder of the base, or one .safetensors file.")
-]
-AdapterPaths = Annotated[
-    list[Path], typer.Argument(metavar="ADAPTER", help="Adapters: PEFT folders or files.")
+    Path, Argument(metavar="BASE", help="Folder of the base, or one .safetensors file.")
 ]
 
 
@@ -37,35 +38,19 @@ AdapterPaths = Annotated[
 class Merging:
     """The options that decide the bytes of a merged checkpoint, of `merge` and `verify`."""
 
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(
-            "--weight",
-            "-w",
-            help="Mixing weight of an adapter; once for each, in order. (default: 1 each)",
-        ),
-    ] = None
+    weight: Weights = None
     dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Dtype of every float tensor. (default: as each tensor is)"),
+        Dtype | None, Option(help="Dtype of every float tensor. (default: as each tensor is)")
     ] = None
-    copy_code: Annotated[bool, typer.Option("--copy-code", help="Copy the base's *.py files.")] = (
-        False
-    )
-    allow_new: Annotated[
-        bool, typer.Option("--allow-new", help="Add trained tensors that the base lacks.")
-    ] = False
+    copy_code: Annotated[bool, Option(help="Copy the base's *.py files.")] = False
+    allow_new: Annotated[bool, Option(help="Add trained tensors that the base lacks.")] = False
     dequantize: Annotated[
-        Dtype | None,
-        typer.Option("--dequantize", help="Write a quantized base as plain floats of this dtype."),
+        Dtype | None, Option(help="Write a quantized base as plain floats of this dtype.")
     ] = None
-    any_base: Annotated[
-        bool,
-        typer.Option("--any-base", help="Merge although the adapter was made on another base."),
-    ] = False
+    any_base: AnyBase = False
     rename: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="OLD=NEW",
             help="Literal prefix of the adapters' names, and of the base's; not a regex. "
             "(default: by its class)",
@@ -73,7 +58,7 @@ class Merging:
     ] = None
     tie: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="ABSENT=STORED",
             help="A tensor that the files lack and the one that it equals; or: none. (default: by "
             "the base's class)",
@@ -85,14 +70,12 @@ class Merging:
         from lora_inject.checkpoint import MergeOptions
 
         names = ("dtype", "copy_code", "allow_new", "dequantize", "any_base")
-        # Without ties the base's class decides; an empty table means that nothing is tied.
-        tie = {} if self.tie == ["none"] else _pairs(self.tie, "--tie") if self.tie else None
-        return MergeOptions(
-            **{name: getattr(self, name) for name in names},
-            rename=_pairs(self.rename, "--rename"),
-            tie=tie,
-            **more,
-        )
+        more |= {name: getattr(self, name) for name in names}
+        more["rename"] = pairs_of(self.rename or (), "--rename", "a.=b.")
+        if self.tie:  # else the base's class decides; an empty table means that nothing is tied
+            ties = [] if self.tie == ["none"] else self.tie
+            more["tie"] = pairs_of(ties, "--tie", "a.=b.", whole="old new")
+        return MergeOptions(**more)
 
     def read(
         self, base: Path, adapters: Sequence[Path], reading: Reading
@@ -100,11 +83,16 @@ class Merging:
         """Open the base and read the adapters."""
         from lora_inject.checkpoint import Checkpoint, read_weighted
 
-        weights = _weights(self.weight, len(adapters))
-        checkpoint, weighted = Checkpoint.open(base), []
-        for path, weight, options in zip(adapters, weights, reading.options(adapters), strict=True):
-            weighted.append(read_weighted(path, checkpoint, weight, **options))
-        return checkpoint, weighted
+        weights = self.weight or [1.0] * len(adapters)
+        if len(weights) != len(adapters):
+            found = f"{len(weights)} weights for {len(adapters)} adapters"
+            raise BadParameter(f"{found}; give --weight once for each", param_hint="--weight")
+        for weight in weights:
+            if not math.isfinite(weight) or weight == 0:
+                raise BadParameter(f"{weight} is not a weight", param_hint="--weight")
+        checkpoint, options = Checkpoint.open(base), reading.options(adapters)
+        rows = zip(adapters, weights, options, strict=True)
+        return checkpoint, [read_weighted(path, checkpoint, w, **how) for path, w, how in rows]
 
 
 @app.command()
@@ -113,25 +101,20 @@ def merge(
     adapters: AdapterPaths,
     *,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to make. Not with --dry-run.")
+        Path | None, Option("--output", "-o", help="Folder to make. Not with --dry-run.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan and stop.")
-    ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Compute everything again before publishing.")
-    ] = False,
+    dry_run: Annotated[bool, Option(help="Check everything, print the plan and stop.")] = False,
+    verify: Annotated[bool, Option(help="Compute everything again before publishing.")] = False,
     merging: Merging,
     min_kept: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Least share of each delta that must survive rounding."),
+        Option(min=0, max=1, help="Least share of each delta that must survive rounding."),
     ] = None,
     on_lost: Annotated[
-        OnLost, typer.Option(help="Where less survives: refuse, or write and list it.")
+        OnLost, Option(help="Where less survives: refuse, or write and list it.")
     ] = OnLost.fail,
     workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Threads. (default: one per core, at most four)"),
+        int | None, Option(min=1, help="Threads. (default: one per core, at most four)")
     ] = None,
     reading: Reading,
     everything: All = False,
@@ -148,7 +131,7 @@ def merge(
     from lora_inject.cli.show import print_json, print_merge, print_merge_plan, progress_bar
 
     if output is None and not dry_run:
-        raise typer.BadParameter("say where to write: --output FOLDER (or --dry-run)")
+        raise BadParameter("say where to write: --output FOLDER (or --dry-run)")
     options = merging.options(min_kept=min_kept, on_lost=on_lost, verify=verify, workers=workers)
     checkpoint, weighted = merging.read(base, adapters, reading)
     planned = on_disk.plan_merge(checkpoint, weighted, options)
@@ -172,7 +155,7 @@ def merge(
 def verify(
     base: BasePath,
     adapters: AdapterPaths,
-    merged: Annotated[Path, typer.Argument(metavar="MERGED", help="The folder to check.")],
+    merged: Annotated[Path, Argument(metavar="MERGED", help="The folder to check.")],
     merging: Merging,
     reading: Reading,
     as_json: Json = False,
@@ -194,20 +177,16 @@ def verify(
     else:
         print_verification(report)
     if report.problems:
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 @app.command()
 def extract(
     base: BasePath,
-    tuned: Annotated[
-        Path, typer.Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint.")
-    ],
+    tuned: Annotated[Path, Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint.")],
     writing: Writing,
     keeping: Keeping,
-    full: Annotated[
-        bool, typer.Option("--full", help="Store other tensors in full: norms, biases.")
-    ] = False,
+    full: Annotated[bool, Option(help="Store other tensors in full: norms, biases.")] = False,
     everything: All = False,
     as_json: Json = False,
 ) -> None:
@@ -215,42 +194,11 @@ def extract(
     from lora_inject.checkpoint import extract_adapter
     from lora_inject.cli.show import print_extraction, print_json, progress_bar
 
+    how: dict[str, Any] = {"rank": keeping.rank, "energy": keeping.energy, "full": full}
+    how |= {"format": writing.adapter_format, "overwrite": writing.overwrite}
     with progress_bar("extracting") as progress:
-        report = extract_adapter(
-            base,
-            tuned,
-            writing.output,
-            rank=keeping.rank,
-            energy=keeping.energy,
-            full=full,
-            format=writing.adapter_format,
-            overwrite=writing.overwrite,
-            progress=progress,
-        )
+        report = extract_adapter(base, tuned, writing.output, **how, progress=progress)
     if as_json:
         print_json({"output": str(writing.output), **report.to_dict()})
     else:
         print_extraction(report, writing.output, everything=everything)
-
-
-def _pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
-    """Read `OLD=NEW` pairs."""
-    pairs = {}
-    for text in given or ():
-        old, equals, new = text.partition("=")
-        if not equals or (option == "--tie" and not (old and new)):
-            raise typer.BadParameter(f"{text!r} is not a pair, such as a.=b.", param_hint=option)
-        pairs[old] = new
-    return pairs
-
-
-def _weights(weights: list[float] | None, n_adapters: int) -> list[float]:
-    """One weight for each adapter."""
-    if not weights:
-        return [1.0] * n_adapters
-    if len(weights) != n_adapters:
-        found = f"{len(weights)} weights for {n_adapters} adapters"
-        raise typer.BadParameter(f"{found}; give --weight once for each", param_hint="--weight")
-    if bad := [w for w in weights if not math.isfinite(w) or w == 0]:
-        raise typer.BadParameter(f"{bad[0]} is not a weight", param_hint="--weight")
-    return weights

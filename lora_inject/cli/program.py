@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup
@@ -169,27 +169,32 @@ class _Program(typer.Typer):
 
 
 def _with_fields(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a command with one option for each field of its dataclass parameters."""
-    shared, taken = dict[str, Any](), list[inspect.Parameter]()
+    """Return a command with one option for each field of its dataclass parameters.
+
+    A flag has one name: `--overwrite`, without `--no-overwrite`.
+    """
+    groups, taken = dict[str, Any](), list[inspect.Parameter]()
     for parameter in inspect.signature(run, eval_str=True).parameters.values():
         group = parameter.annotation
-        if not (isinstance(group, type) and is_dataclass(group)):
-            taken.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
-            continue
-        shared[parameter.name] = group
-        types = get_type_hints(group, include_extras=True)
-        taken += [
-            option.replace(annotation=types[name], kind=parameter.KEYWORD_ONLY)
-            for name, option in inspect.signature(group).parameters.items()
-        ]
+        if isinstance(group, type) and is_dataclass(group):
+            groups[parameter.name] = group
+            taken += inspect.signature(group, eval_str=True).parameters.values()
+        else:
+            taken.append(parameter)
+    for parameter in taken:
+        kind, option = get_args(parameter.annotation)
+        if kind is bool:
+            option.param_decls = option.param_decls or (f"--{parameter.name.replace('_', '-')}",)
 
     def command(**given: Any) -> Any:
-        for name, group in shared.items():
+        for name, group in groups.items():
             given[name] = group(**{f.name: given.pop(f.name) for f in fields(group)})
         return run(**given)
 
     command.__name__, command.__doc__ = run.__name__, run.__doc__
-    command.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in taken]
+    )
     return command
 
 

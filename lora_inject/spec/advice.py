@@ -22,15 +22,7 @@ rank, so it can be found at a small one."""
 def advised(inventory: Inventory, budget: int) -> Config:
     """Return the config of the largest uniform rank on all linear layers that fits a budget.
 
-    Args:
-        inventory: The names of a model.
-        budget: Largest number of parameters in A and B.
-
-    Returns:
-        The config, with its counts in `expect`.
-
-    Raises:
-        MatchError: Not even rank 1 fits; the message lists kinds of layers that do.
+    `budget` is the largest number of parameters in A and B; the counts are in `expect`.
     """
     config = Config.from_dict({"rank": 1, "alpha": ALPHA_OVER_RANK, "targets": [ALL_LINEAR]})
     one = resolve(config, inventory)
@@ -41,16 +33,11 @@ def advised(inventory: Inventory, budget: int) -> Config:
         for site in one.sites:
             kind = re.sub(r"\b\d+\b", "*", site.name)
             sizes[kind] = sizes.get(kind, 0) + site.n_parameters
-        fits = [f"{kind} ({n:,})" for kind, n in sizes.items() if n <= budget]
-        raise MatchError(
-            f"a config of at most {budget:,} parameters",
-            f"rank 1 on all linear layers takes {one.n_lora:,}, and there is no rule for less",
-            f"At rank 1 these fit, one at a time: {', '.join(fits)}"
-            if fits
-            else "Give a larger budget",
-        )
+        fits = ", ".join(f"{kind} ({n:,})" for kind, n in sizes.items() if n <= budget)
+        asked = f"a config of at most {budget:,} parameters"
+        found = f"rank 1 on all linear layers takes {one.n_lora:,}, and there is no rule for less"
+        remedy = f"At rank 1 these fit, one at a time: {fits}" if fits else "Give a larger budget"
+        raise MatchError(asked, found, remedy)
     expect = {"sites": one.n_sites, "lora": rank * one.n_lora}
-    alpha = ALPHA_OVER_RANK * rank
-    return Config.from_dict(
-        {"rank": rank, "alpha": alpha, "targets": [ALL_LINEAR], "expect": expect}
-    )
+    wanted = {"rank": rank, "alpha": ALPHA_OVER_RANK * rank, "targets": [ALL_LINEAR]}
+    return Config.from_dict(wanted | {"expect": expect})

@@ -6,7 +6,6 @@ errors is reported at its line and column, with the nearest valid spelling.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -34,9 +33,9 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from lora_inject.errors import ConfigError, nearest
+from lora_inject.errors import ConfigError, check_type, nearest
 from lora_inject.spec.config_errors import config_error
-from lora_inject.spec.from_peft import translated
+from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
 from lora_inject.spec.names import printable
 from lora_inject.spec.roles import FURTHER
@@ -191,10 +190,17 @@ class _Strict(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise config_error(error, _models(type(self)), data) from None
+            raise config_error(error, {"": type(self), **_INNER}, data) from None
 
     # As in pydantic's own BaseModel: a model inside a model is validated by the outer one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def _validated(cls, data: Any, document: Document | None = None) -> Self:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise config_error(error, {"": cls, **_INNER}, data, document) from None
 
 
 class Normal(_Strict):
@@ -405,13 +411,7 @@ class Config(_Strict):
         return self
 
     def hyper(self, rule: Rule) -> Hyper:
-        """Return what holds for `rule`: its own values, else this config's.
-
-        Args:
-            rule: A rule of `targets`.
-
-        Returns:
-            The hyper-parameters.
+        """Return what holds for a rule of `targets`: its own values, else this config's.
 
         Examples:
             >>> Config(alpha=32, targets=["q"]).hyper(Rule(match="q", rank=2)).alpha
@@ -425,28 +425,23 @@ class Config(_Strict):
 
     @classmethod
     def from_yaml(cls, path: str | PathLike[str]) -> Config:
-        """Read a config from a YAML file.
-
-        Args:
-            path: The file, UTF-8.
-
-        Returns:
-            The config.
+        """Read a config from a YAML file, UTF-8.
 
         Raises:
             ConfigError: The file cannot be read, is not safe YAML, or is not a valid config; the
                 message gives `FILE:LINE:COLUMN (key)`.
         """
+        remedy = "Give the path of a YAML file"
+        check_type("Config.from_yaml, path", path, (str, PathLike), remedy, ConfigError)
         try:
             with Path(path).open("rb") as file:
-                raw = file.read(MAX_TEXT_BYTES + 1)
-            text = raw.decode("utf-8")
+                text = file.read(MAX_TEXT_BYTES + 1).decode("utf-8")
         except UnicodeDecodeError as error:
             found = f"byte {error.start} is not UTF-8"
             raise ConfigError(str(path), found, "Save the config as UTF-8 text") from None
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             found = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(printable(str(path)), found, "Give the path of a YAML file") from None
+            raise ConfigError(printable(str(path)), found, remedy) from None
         return cls.from_text(text, source=str(path))
 
     @classmethod
@@ -456,9 +451,6 @@ class Config(_Strict):
         Args:
             text: The YAML.
             source: What messages call it.
-
-        Returns:
-            The config.
 
         Raises:
             ConfigError: As in `from_yaml`.
@@ -473,28 +465,16 @@ class Config(_Strict):
             lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
         """
         document = Document(text, source)
-        try:
-            return cls.model_validate(document.data)
-        except ValidationError as error:
-            raise config_error(error, _models(cls), document.data, document) from None
+        return cls._validated(document.data, document)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Config:
-        """Make a config from plain data, as `to_dict` gives it.
-
-        Args:
-            data: Keys and values of the schema.
-
-        Returns:
-            The config.
+        """Make a config from plain data with the keys of the schema, as `to_dict` gives it.
 
         Raises:
             ConfigError: It is not a valid config; the message names the key.
         """
-        try:
-            return cls.model_validate(dict(data) if isinstance(data, Mapping) else data)
-        except ValidationError as error:
-            raise config_error(error, _models(cls), data) from None
+        return cls._validated(dict(data) if isinstance(data, Mapping) else data)
 
     @classmethod
     def from_peft(
@@ -516,9 +496,6 @@ class Config(_Strict):
                 `alpha_pattern` that would match nothing are left out then.
             expert_names: Names that PEFT takes for experts of the model, to parameters
                 (`inject` gives them).
-
-        Returns:
-            The config.
 
         Raises:
             ConfigError: A field cannot be translated, or the file cannot be read.
@@ -543,16 +520,7 @@ class Config(_Strict):
             bias: none
             <BLANKLINE>
         """
-        if isinstance(config, str | PathLike):
-            asked, fields = f"from_peft '{config}'", _read_json(Path(config))
-        elif isinstance(config, Mapping):
-            asked, fields = "from_peft", dict(config)
-        elif _is_of_peft(config):
-            asked, fields = f"from_peft({type(config).__name__})", _fields_of(config)
-        else:
-            found = f"a value of type {type(config).__name__}"
-            raise ConfigError("from_peft", found, "Give a LoraConfig, a dict, or a path")
-        return cls.from_dict(translated(fields, inventory, asked, expert_names))
+        return cls.from_dict(translated(config, inventory, expert_names))
 
     @classmethod
     def coerce(
@@ -561,15 +529,9 @@ class Config(_Strict):
         inventory: Inventory | None = None,
         expert_names: Mapping[str, str] = MappingProxyType({}),
     ) -> Config:
-        """Return `config` as a `Config`, whatever it came as.
+        """Return a `Config`, a dict, the path of a YAML file or a LoraConfig of PEFT as a `Config`.
 
-        Args:
-            config: A `Config`, a dict, the path of a YAML file, or a LoraConfig of PEFT.
-            inventory: The names of the model, for a LoraConfig.
-            expert_names: As in `from_peft`.
-
-        Returns:
-            The config.
+        The other arguments are those of `from_peft`.
 
         Raises:
             ConfigError: It is none of these, or not valid.
@@ -578,23 +540,20 @@ class Config(_Strict):
             return config
         if isinstance(config, Mapping):
             return cls.from_dict(config)
+        if is_of_peft(config):
+            return cls.from_peft(config, inventory=inventory, expert_names=expert_names)
+        remedy = "Give a Config, a dict, the path of a YAML file, or a LoraConfig of PEFT"
+        check_type("config", config, (str, PathLike), remedy, ConfigError)
         if isinstance(config, str) and "\n" in config:
             remedy = "Use Config.from_text for text; a str is the path of a file"
             raise ConfigError("config", "YAML text where a path is meant", remedy)
-        if isinstance(config, (str, PathLike)):
-            return cls.from_yaml(config)
-        if _is_of_peft(config):
-            return cls.from_peft(config, inventory=inventory, expert_names=expert_names)
-        found = f"a value of type {type(config).__name__}"
-        remedy = "Give a Config, a dict, the path of a YAML file, or a LoraConfig of PEFT"
-        raise ConfigError("config", found, remedy)
+        return cls.from_yaml(config)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain data for JSON and YAML.
+        """Return the config as plain data for JSON and YAML, without what is not set.
 
-        Returns:
-            What `from_dict` turns into an equal config. A rule that only matches is a string;
-            whole numbers are written as integers; what is not set is left out.
+        A rule that only matches is a string; whole numbers are written as integers. `from_dict`
+        gives back an equal config.
 
         Examples:
             >>> Config(targets=["q_proj"]).to_dict()["targets"]
@@ -606,13 +565,10 @@ class Config(_Strict):
         return {key: value for key, value in data.items() if key not in default or key == "targets"}
 
     def to_yaml(self, path: str | PathLike[str] | None = None) -> str:
-        """Return the config as YAML, and write it to `path` if one is given.
+        """Return the config as YAML, from which `from_text` makes an equal one.
 
         Args:
-            path: Where to write it, or None.
-
-        Returns:
-            The text; `from_text` gives back an equal config.
+            path: Where to write it too, or None.
 
         Raises:
             ConfigError: The file cannot be written.
@@ -630,10 +586,9 @@ class Config(_Strict):
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
-        """Return the JSON Schema (draft-07) of a config file, for editors and `lora-inject schema`.
+        """Return the JSON Schema (draft-07) of a config file, for editors, as plain data.
 
-        Returns:
-            The schema as plain data. It says less than `Config` checks: patterns are only strings.
+        It says less than `Config` checks: patterns are only strings.
 
         Examples:
             >>> sorted(Config.json_schema()["$defs"])
@@ -652,42 +607,13 @@ ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
 """Accepted forms of a config; see `Config.coerce`."""
 
 
-def _models(outer: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """Return a model and those inside it, by the key that they stand under."""
-    inner: dict[str, type[BaseModel]] = {"targets": Rule, "expect": Expect}
-    return {"": outer, **inner, "init": Normal, "layout": Axes}
-
-
-def _is_of_peft(config: object) -> bool:
-    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__)
-
-
-def _fields_of(config: Any) -> dict[str, Any]:
-    """The fields of a LoraConfig as plain data."""
-    if getattr(config, "_custom_modules", None):
-        found = "custom layers are registered in it"
-        raise ConfigError("from_peft", found, "Register a kind of layer: register_kind")
-    fields: dict[str, Any] = config.to_dict()
-    kind = fields.get("peft_type")
-    return {**fields, "peft_type": getattr(kind, "value", kind), "task_type": _text(fields)}
-
-
-def _text(fields: Mapping[str, Any]) -> str | None:
-    task = fields.get("task_type")
-    return getattr(task, "value", task)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    path = path / "adapter_config.json" if path.is_dir() else path
-    try:
-        with path.open("rb") as file:
-            data = json.loads(file.read(MAX_TEXT_BYTES + 1))
-    except (OSError, ValueError, RecursionError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"from_peft '{path}'", found, "Give an adapter_config.json") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"from_peft '{path}'", "it is not a table of fields", "Check the path")
-    return data
+_INNER: dict[str, type[BaseModel]] = {
+    "targets": Rule,
+    "expect": Expect,
+    "init": Normal,
+    "layout": Axes,
+}
+"""The models inside a config, by the key that they stand under."""
 
 
 class _FileSchema(GenerateJsonSchema):

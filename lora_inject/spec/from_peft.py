@@ -10,14 +10,41 @@ utils/other.py, `get_pattern_key`.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from functools import partial
+from itertools import takewhile
+from operator import ne
+from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from lora_inject.errors import ConfigError
-from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.names import Below, canonical, first_number, matching, parent, regex_problem
+from lora_inject.spec.inventory import Candidate, Inventory
+from lora_inject.spec.names import (
+    Below,
+    canonical,
+    first_number,
+    joined,
+    leaf,
+    matching,
+    regex_problem,
+)
+from lora_inject.spec.yaml import MAX_TEXT_BYTES
 
 _MERGE = "Train it with PEFT, merge it there and start from that model"
 _REFUSED = {
@@ -41,17 +68,7 @@ _NO_MEANING = {
     *("auto_mapping", "base_model_name_or_path", "peft_version", "revision"),  # about the file
     *("fan_in_fan_out", "inference_mode"),  # known from the layer; see train_only
     *("megatron_core", "qalora_group_size"),  # parts of what is refused above
-    "ensure_weight_tying",  # ties always hold here
 }
-_TRANSLATED = {
-    *("alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern"),
-    *("layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save"),
-    *("peft_type", "r", "rank_pattern", "runtime_config", "target_modules", "target_parameters"),
-    *("task_type", "trainable_token_indices", "use_dora", "use_rslora"),
-}
-FIELDS = frozenset(_REFUSED) | _NO_MEANING | _TRANSLATED
-"""All known fields of PEFT's LoraConfig."""
-
 _INITS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -61,175 +78,183 @@ _HEADS = {
 """Task to the names that PEFT adds to modules_to_save (peft_model.py)."""
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _check_regex(text: str) -> str:
+    if problem := regex_problem(text):
+        found = f"{text!r} is not a regex: {problem}"
+        raise ValueError(found, "Escape its brackets; a literal dot is '\\.'")
+    return text
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_Regex = Annotated[StrictStr, AfterValidator(_check_regex)]
+_Rank = Annotated[StrictInt, Field(ge=1)]
+_Alpha = Annotated[StrictFloat, Field(gt=0)]
+_Rows = list[Annotated[StrictInt, Field(ge=0)]]
+_TRUTH, _NAMES, _SOME = "True or False", "a list of names", "a list of names, or a regex"
 
 
-def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, list | tuple | set | frozenset) and all(map(check, v))
+class _Lora(BaseModel):
+    """The fields that are translated, with PEFT's defaults; the description is what they may be."""
 
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _names_or_regex(value: Any) -> bool:
-    return _is_text(value) or _all(_is_text)(value)
-
-
-def _table(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: (
-        isinstance(v, Mapping) and all(map(_is_text, v)) and all(map(check, v.values()))
+    peft_type: StrictStr = Field("LORA", description="a name")
+    task_type: StrictStr | None = Field(None, description="a name")
+    r: _Rank = Field(8, description="a whole number from 1")
+    lora_alpha: _Alpha = Field(8, description="a number above 0")
+    lora_dropout: StrictFloat = Field(0.0, ge=0, lt=1, description="a number from 0 to below 1")
+    use_rslora: StrictBool = Field(False, description=_TRUTH)
+    use_dora: StrictBool = Field(False, description=_TRUTH)
+    lora_bias: StrictBool = Field(False, description=_TRUTH)
+    ensure_weight_tying: StrictBool = Field(False, description=_TRUTH)  # ties always hold here
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="none, all or lora_only")
+    init_lora_weights: StrictBool | StrictStr = Field(True, description="True, or a name")
+    target_modules: _Regex | list[StrictStr] | None = Field(None, description=_SOME)
+    target_parameters: list[StrictStr] = Field([], description=_NAMES)
+    exclude_modules: _Regex | list[StrictStr] = Field([], description=_SOME)
+    modules_to_save: list[StrictStr] = Field([], description=_NAMES)
+    layers_pattern: _Regex | list[_Regex] = Field([], description="a name, or a list of names")
+    layers_to_transform: StrictInt | list[StrictInt] = Field([], description="a list of numbers")
+    rank_pattern: dict[_Regex, _Rank] = Field({}, description="a dict from names to ranks")
+    alpha_pattern: dict[_Regex, _Alpha] = Field(
+        {}, description="a dict from names to alphas, which are above 0"
     )
+    trainable_token_indices: _Rows | dict[StrictStr, _Rows] = Field(
+        [], description="a list of rows, or a dict from names to such lists"
+    )
+    runtime_config: dict[str, Any] = Field({}, description="a dict")
 
 
-_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (lambda v: _is_whole(v) and v >= 1, "a whole number from 1"),
-    "lora_alpha": (lambda v: _is_number(v) and v > 0, "a number above 0"),
-    "lora_dropout": (_is_number, "a number"),
-    "target_modules": (_names_or_regex, "a list of names, or a regex"),
-    "target_parameters": (_all(_is_text), "a list of names"),
-    "exclude_modules": (_names_or_regex, "a list of names, or a regex"),
-    "modules_to_save": (_all(_is_text), "a list of names"),
-    "layers_pattern": (_names_or_regex, "a name, or a list of names"),
-    "layers_to_transform": (lambda v: _is_whole(v) or _all(_is_whole)(v), "a list of numbers"),
-    "rank_pattern": (_table(lambda v: _is_whole(v) and v >= 1), "a dict from names to ranks"),
-    "alpha_pattern": (_table(_is_number), "a dict from names to alphas"),
-    "trainable_token_indices": (
-        lambda v: _all(_is_whole)(v) or _table(_all(_is_whole))(v),
-        "a list of rows, or a dict from names to such lists",
-    ),
-    "runtime_config": (lambda v: isinstance(v, Mapping), "a dict"),
-}
-"""Field to what its value must be, where there is one."""
+FIELDS = frozenset(_REFUSED) | _NO_MEANING | frozenset(_Lora.model_fields)
+"""All known fields of PEFT's LoraConfig."""
 
 
 def translated(
-    fields: Mapping[str, Any],
+    config: Any,
     inventory: Inventory | None = None,
-    asked: str = "from_peft",
     expert_names: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    r"""Return the fields of a LoraConfig as a config of this package, plain data.
+    r"""Return a LoraConfig, its fields, or what a path holds of them, as plain data of a `Config`.
 
-    Args:
-        fields: Plain data, as in adapter_config.json.
-        inventory: The names of the model; rules that would match nothing are left out.
-        asked: Name of the action in messages.
-        expert_names: Ends of target names that PEFT takes for experts of this model, to parameters.
-
-    Raises:
-        ConfigError: A field cannot be translated.
+    With an `inventory` rules that would match nothing are left out. `expert_names` are ends of
+    names that PEFT takes for experts of this model, to parameters.
 
     Examples:
         >>> found = translated({"r": 4, "target_modules": ["q", "v"], "rank_pattern": {"v": 2}})
         >>> found["targets"]
         [{'match': 'v', 'rank': 2}, {'match': 'q'}]
     """
-    _refuse(fields, asked)
-    fields = _with_experts(fields, inventory, expert_names, asked)
-    found: dict[str, Any] = {
-        "rank": fields.get("r", 8),
-        "alpha": fields.get("lora_alpha", 8),
-        "dropout": fields.get("lora_dropout") or 0.0,
-        "init": _init(fields.get("init_lora_weights", True), asked),
-    }
-    if fields.get("use_rslora"):
-        found["scaling"] = "rslora"
-    if fields.get("use_dora"):
-        found["variant"] = "dora"
-    if fields.get("lora_bias"):
-        found["lora_bias"] = True
-    bias = {"none": "none", "all": "all", "lora_only": "adapted"}.get(fields.get("bias", "none"))
-    if bias is None:
-        raise _error(asked, "bias", f"it is {fields['bias']!r}", "Give none, all or lora_only")
-    if bias != "none":
-        found["bias"] = bias
-    heads = _HEADS.get(str(fields.get("task_type")), ())
-    saved = [re.escape(n) for n in fields.get("modules_to_save") or () if n not in heads]
+    asked, fields = _fields_of(config)
+    lora = _read(fields, asked)
+    heads = _HEADS.get(lora.task_type or "", ())
+    saved = [re.escape(name) for name in lora.modules_to_save if name not in heads]
     saved += [f"({'|'.join(heads)})"] if len(heads) > 1 else heads
     train = [f"[^.]*{name}" for name in saved]  # PEFT asks for the end of a name, without a dot
+    exclude = [re.escape(name) for name in sorted(lora.exclude_modules)]
+    if isinstance(lora.exclude_modules, str):
+        exclude = [f"^(?:{lora.exclude_modules})"]
+    if isinstance(lora.target_modules, str):
+        exclude += saved  # not adapted, and here PEFT asks for whole segments
     if inventory is not None:
         _check_saved(train, inventory, asked)
-    exclude = _exclude(fields)
-    if _takes_all(fields):
-        exclude += saved  # not adapted, and here PEFT asks for whole segments
-    tokens = _tokens(fields.get("trainable_token_indices"), inventory, asked)
-    found |= {"train": train, "exclude": exclude, "tokens": tokens}
-    rules = _Rules(fields, inventory, asked, exclude, saved)
-    found["targets"] = list(rules.rules())
-    if rules.left and rules.layers is not None and not found["targets"]:
-        none = f"no targeted module lies in a layer of {rules.layers}, such as '{min(rules.left)}'"
-        raise _error(asked, "layers_to_transform", none, "Layers are counted from 0")
-    return {key: value for key, value in found.items() if value or key in ("dropout", "targets")}
+        lora = _with_experts(lora, inventory, expert_names, asked)
+    return {
+        "rank": lora.r,
+        "alpha": lora.lora_alpha,
+        "dropout": lora.lora_dropout,
+        "init": _init(lora.init_lora_weights, asked),
+        "scaling": "rslora" if lora.use_rslora else "standard",
+        "variant": "dora" if lora.use_dora else "lora",
+        "lora_bias": lora.lora_bias,
+        "bias": "adapted" if lora.bias == "lora_only" else lora.bias,
+        "train": train,
+        "exclude": exclude,
+        "tokens": _tokens(lora.trainable_token_indices, inventory, asked),
+        "targets": _Rules(lora, inventory, asked, exclude, saved).rules(),
+    }
+
+
+def is_of_peft(config: object) -> bool:
+    """Return whether a value is of a class of PEFT, which need not be imported."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(config).__mro__)
+
+
+def _fields_of(config: Any) -> tuple[str, dict[str, Any]]:
+    """Return what messages call the config, and its fields as plain data."""
+    if isinstance(config, str | PathLike):
+        return f"from_peft '{config}'", _fields_in(Path(config))
+    if isinstance(config, Mapping):
+        return "from_peft", dict(config)
+    if not is_of_peft(config):
+        found = f"a value of type {type(config).__name__}"
+        raise ConfigError("from_peft", found, "Give a LoraConfig, a dict, or a path")
+    if getattr(config, "_custom_modules", None):
+        found = "custom layers are registered in it"
+        raise ConfigError("from_peft", found, "Register a kind of layer: register_kind")
+    return f"from_peft({type(config).__name__})", config.to_dict()
+
+
+def _fields_in(path: Path) -> dict[str, Any]:
+    file = path / "adapter_config.json" if path.is_dir() else path
+    try:
+        with file.open("rb") as opened:
+            data = json.loads(opened.read(MAX_TEXT_BYTES + 1))
+    except (OSError, ValueError, RecursionError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"from_peft '{file}'", found, "Give an adapter_config.json") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"from_peft '{file}'", "it is not a table of fields", "Check the path")
+    return data
 
 
 def _error(asked: str, field: str, found: str, remedy: str) -> ConfigError:
     return ConfigError(f"{asked}, '{field}'", found, remedy)
 
 
-def _refuse(fields: Mapping[str, Any], asked: str) -> None:
-    kind = fields.get("peft_type") or "LORA"
+def _read(fields: Mapping[str, Any], asked: str) -> _Lora:
+    """Return the fields that are translated; refuse others that are set."""
+    plain = {k: v.value if isinstance(v, Enum) else v for k, v in fields.items() if v is not None}
+    kind = plain.get("peft_type", "LORA")
     if kind != "LORA":
-        raise _error(
-            asked, "peft_type", f"it is {kind!r}", "Only LoRA and its variants are supported"
-        )
-    _check_types(fields, asked)
-    for name, (what, remedy) in _REFUSED.items():
-        if fields.get(name):
+        remedy = "Only LoRA and its variants are supported"
+        raise _error(asked, "peft_type", f"it is {kind!r}", remedy)
+    try:
+        lora = _Lora.model_validate({k: v for k, v in plain.items() if k in _Lora.model_fields})
+    except ValidationError as error:
+        faults = error.errors()
+        fault = next((f for f in faults if f["type"] == "value_error"), faults[0])
+        name = str(fault["loc"][0])
+        wanted = _Lora.model_fields[name].description
+        found, remedy = f"{plain[name]!r} is not {wanted}", f"Give {wanted}"
+        if fault["type"] == "value_error":
+            found, remedy = fault["ctx"]["error"].args
+        raise _error(asked, name, found, remedy) from None
+    for name, value in plain.items():
+        if value and name in _REFUSED:
+            what, remedy = _REFUSED[name]
             raise _error(asked, name, f"it is not supported: {what}", remedy)
-    for name in fields:
-        if name not in FIELDS and fields[name]:
+        if value and name not in FIELDS:
             remedy = "Leave it out if it changes nothing"
             raise _error(asked, str(name), "this field of PEFT is not known here", remedy)
-    if (fields.get("runtime_config") or {}).get("ephemeral_gpu_offload"):
-        raise _error(
-            asked, "runtime_config", "ephemeral_gpu_offload is not supported", "Leave it out"
-        )
-
-
-def _check_types(fields: Mapping[str, Any], asked: str) -> None:
-    for name, (is_one, wanted) in _TYPES.items():
-        value = fields.get(name)
-        if value is not None and not is_one(value):
-            raise _error(asked, name, f"{value!r} is not {wanted}", f"Give {wanted}")
-        regexes = isinstance(value, Mapping) or name == "layers_pattern"
-        for key in [value] if isinstance(value, str) else (regexes and value) or ():
-            if problem := name != "trainable_token_indices" and regex_problem(key):
-                found = f"{key!r} is not a regex: {problem}"
-                raise _error(asked, name, found, "Escape its brackets; a literal dot is '\\.'")
+    if lora.runtime_config.get("ephemeral_gpu_offload"):
+        found = "ephemeral_gpu_offload is not supported"
+        raise _error(asked, "runtime_config", found, "Leave it out")
+    return lora
 
 
 def _with_experts(
-    fields: Mapping[str, Any],
-    inventory: Inventory | None,
-    new_names: Mapping[str, str],
-    asked: str,
-) -> Mapping[str, Any]:
+    lora: _Lora, inventory: Inventory, new_names: Mapping[str, str], asked: str
+) -> _Lora:
     """Replace targets that PEFT, on transformers 5, takes for experts by parameters.
 
     Source: peft/utils/transformers_weight_conversion.py, `_convert_peft_config_moe`.
     """
-    given = fields.get("target_modules") or ()
-    stacks = {c.owner for c in inventory.candidates if c.experts} if inventory else set()
-    if not new_names or not stacks:
-        return fields
+    if not new_names or not any(candidate.experts for candidate in inventory.candidates):
+        return lora
+    given = lora.target_modules or []
     if isinstance(given, str):
-        owners = [o for s in stacks for o in (s, f"{s}.0", parent(s))]
-        inside = [f"{owner}.{name}" for owner in owners for name in new_names]
-        if given.lower() != "all-linear" and not matching(f"^(?:{given})", inside, asked=asked):
-            return fields
-        found = f"PEFT takes {given!r} for experts of this model as well, with other ranks"
-        remedy = "Give target_modules as a list, and experts in target_parameters"
-        raise _error(asked, "target_modules", found, remedy)
-    old = {name.rpartition(".")[2] for name in given} & new_names.keys()
-    made = dict(fields)
-    for key in ("rank_pattern", "alpha_pattern"):
-        made[key] = dict(fields.get(key) or {})
+        given = _ends_of(given, inventory, new_names, asked)
+    old = {leaf(name) for name in given} & new_names.keys()
+    if not old:
+        return lora
+    ranks, alphas = dict(lora.rank_pattern), dict(lora.alpha_pattern)
     for new in {new_names[name] for name in old}:
         parts = {name for name, other in new_names.items() if other == new}
         if parts - old:
@@ -237,16 +262,39 @@ def _with_experts(
             raise _error(asked, "target_modules", found, "Name both, or neither")
         if len(parts) > 1:
             regex = rf".*\.{re.escape(new)}"
-            made["rank_pattern"][regex] = fields.get("r", 8) * len(parts)
-            made["alpha_pattern"][regex] = fields.get("lora_alpha", 8) * len(parts)
-    made["target_modules"] = [n for n in given if n.rpartition(".")[2] not in old]
-    parameters = {*(fields.get("target_parameters") or ()), *(new_names[name] for name in old)}
-    made["target_parameters"] = sorted(parameters)
-    return made
+            ranks[regex], alphas[regex] = lora.r * len(parts), lora.lora_alpha * len(parts)
+    left = [name for name in given if leaf(name) not in old]
+    parameters = [*lora.target_parameters, *(new_names[name] for name in old)]
+    targets = {"target_modules": left, "target_parameters": parameters}
+    return lora.model_copy(update={**targets, "rank_pattern": ranks, "alpha_pattern": alphas})
 
 
-def _init(init: Any, asked: str) -> str:
-    name = re.sub(r"^pissa_niter_\d+$", "pissa", str(True if init is None else init).lower())
+def _ends_of(
+    given: str, inventory: Inventory, new_names: Mapping[str, str], asked: str
+) -> list[str]:
+    """Return the ends of names by which PEFT replaces all-linear, or a regex, on such a model."""
+    if given.lower() == "all-linear":
+        linear = (leaf(c.name) for c in inventory.candidates if _is_linear(c, inventory))
+        return list(dict.fromkeys([*linear, *new_names]))
+    names = list(inventory.modules)
+    for stack in (candidate for candidate in inventory.candidates if candidate.experts):
+        names += [joined(stack.owner, o) for o, n in new_names.items() if n == leaf(stack.name)]
+    taken = dict.fromkeys(matching(f"^(?:{given})", names, asked=asked))
+    ends = dict.fromkeys(leaf(name) for name in taken)
+    for name in names:
+        if leaf(name) in ends and name not in taken:
+            found = f"of a regex PEFT takes ends of names on this model, so '{name}' too"
+            raise _error(asked, "target_modules", found, "Give target_modules as a list")
+    return list(ends)
+
+
+def _is_linear(candidate: Candidate, inventory: Inventory) -> bool:
+    """Return whether `all-linear` takes a layer."""
+    return candidate.kind in _LINEAR and candidate.name not in inventory.heads
+
+
+def _init(init: bool | str, asked: str) -> str:
+    name = re.sub(r"^pissa_niter_\d+$", "pissa", str(init).lower())
     if name not in _INITS:
         found = f"there is no init {init!r}"
         if name == "false":
@@ -265,35 +313,22 @@ def _check_saved(train: Iterable[str], inventory: Inventory, asked: str) -> None
                 raise _error(asked, "modules_to_save", found, "Name the module that it is in")
 
 
-def _takes_all(fields: Mapping[str, Any]) -> bool:
-    return isinstance(fields.get("target_modules"), str)
-
-
-def _exclude(fields: Mapping[str, Any]) -> list[str]:
-    excluded = fields.get("exclude_modules")
-    if isinstance(excluded, str):
-        return [f"^(?:{excluded})"]
-    return [re.escape(name) for name in sorted(excluded or ())]
-
-
 def _tokens(given: Any, inventory: Inventory | None, asked: str) -> dict[str, list[int]]:
-    if not given:
-        return {}
-    if isinstance(given, Mapping):
-        return {re.escape(name): list(ids) for name, ids in given.items()}
+    if isinstance(given, dict):
+        return {re.escape(name): ids for name, ids in given.items()}
     here = [c.name for c in inventory.candidates if c.kind == "embedding"] if inventory else []
-    if len(here) != 1:
-        found = f"it does not name an embedding, and there are {len(here)}"
-        if inventory is None:
-            found = "it does not name an embedding"
+    if given and len(here) != 1:
+        there = f", and there are {len(here)}" if inventory else ""
         remedy = "Give a dict, such as {'embed_tokens': [32000, 32001]}"
+        found = f"it does not name an embedding{there}"
         raise _error(asked, "trainable_token_indices", found, remedy)
-    return {re.escape(here[0]): list(given)}
+    return {re.escape(here[0]): given} if given else {}
 
 
 # Rules ------------------------------------------------------------------------------------------
 
 _LITERAL = re.compile(r"\^?(?:[\w-]|\\?\.)+")
+_LINEAR = ("linear", "conv1d")
 
 
 class _Pattern(NamedTuple):
@@ -306,148 +341,158 @@ class _Pattern(NamedTuple):
 
     @classmethod
     def of_key(cls, key: str) -> _Pattern:
-        """A key of rank_pattern or alpha_pattern."""
+        """Return a key of rank_pattern or alpha_pattern."""
         if _LITERAL.fullmatch(key):
             return cls(key, key.removeprefix("^").replace("\\", ""), key.startswith("^"))
         return cls(key)
 
+    def covers(self, other: _Pattern) -> bool:
+        """Return whether it certainly matches every name that the other matches."""
+        spelled = self.literal and other.literal and not self.whole
+        return bool(spelled) and f".{other.literal}".endswith(f".{self.literal}")
 
-def _both(one: _Pattern, two: _Pattern) -> _Pattern | None:
-    """Return a pattern for names that both match, None if there are none."""
-    if one.regex == two.regex:
-        return one
-    if one.literal is None or two.literal is None:
-        return _Pattern(rf"^(?=(?:.*\.)?(?:{one.regex})$)(?:.*\.)?(?:{two.regex})")
-    longer, shorter = (one, two) if len(one.literal) >= len(two.literal) else (two, one)
-    if shorter.whole and longer.literal != shorter.literal:
-        return None
-    ends = f".{longer.literal}".endswith(f".{shorter.literal}")
-    same = longer.literal == shorter.literal
-    return (shorter if same and shorter.whole else longer) if ends else None
+    def met(self, other: _Pattern) -> _Pattern | None:
+        """Return a pattern for names that both match, None if there are none."""
+        if other is _ALL or self.regex == other.regex:
+            return self
+        if self.literal is None or other.literal is None:
+            return _Pattern(rf"^(?=(?:.*\.)?(?:{self.regex})$)(?:.*\.)?(?:{other.regex})")
+        if self.literal == other.literal:
+            return other if other.whole else self
+        longer, shorter = sorted((self, other), key=lambda p: -len(p.literal or ""))
+        return longer if shorter.covers(longer) else None
+
+
+_ALL = _Pattern("all-linear")
 
 
 class _Rules:
-    """The rules of a LoraConfig."""
+    """The rules of a LoraConfig, with the names of a model or without."""
 
     def __init__(
         self,
-        fields: Mapping[str, Any],
+        lora: _Lora,
         inventory: Inventory | None,
         asked: str,
         exclude: Iterable[str],
         saved: Iterable[str],
     ) -> None:
-        self.fields, self.inventory, self.asked = fields, inventory, asked
-        self.tables = {
-            "rank": dict(fields.get("rank_pattern") or {}),
-            "alpha": dict(fields.get("alpha_pattern") or {}),
+        self.lora, self.inventory, self.asked = lora, inventory, asked
+        self.tables: dict[str, dict[str, Any]] = {
+            "rank": lora.rank_pattern,
+            "alpha": lora.alpha_pattern,
         }
-        self.layers = _layers(fields.get("layers_to_transform"))
+        self.keys = {key: _Pattern.of_key(key) for table in self.tables.values() for key in table}
+        given = lora.layers_to_transform
+        self.layers = [given] if isinstance(given, int) else given
+        self.targets = self._targets()
         self.kinds: dict[str, str] = {}
-        self.left: dict[str, None] = {}
+        self.left: dict[str, None] = {}  # names that no rule has taken
         if inventory is not None:
             self._look(inventory, exclude, saved)
 
-    def rules(self) -> Iterator[dict[str, Any]]:
-        """Yield the rules in order."""
-        targets = list(self._targets())
+    def rules(self) -> list[dict[str, Any]]:
+        """Return the rules in order."""
+        found: list[dict[str, Any]] = []
         for keys in self._combinations():
             values = {name: self.tables[name][key] for name, key in keys.items()}
-            for target in targets:
+            for target in self.targets:
                 pattern: _Pattern | None = None if self._covered(keys, target) else target
                 for key in dict.fromkeys(keys.values()):
-                    pattern = pattern and _met(pattern, _Pattern.of_key(key))
+                    pattern = pattern and self.keys[key].met(pattern)
                 if pattern is not None:
-                    yield from self._rule(pattern, target, values)
+                    found += self._rule(pattern, target, values)
+        if self.left and self.layers and not found:
+            some = min(self.left)
+            none = f"no targeted module lies in a layer of {self.layers}, such as '{some}'"
+            raise _error(self.asked, "layers_to_transform", none, "Layers are counted from 0")
+        return found
 
-    def _covered(self, keys: Mapping[str, str], target: _Pattern) -> bool:
-        """Whether an earlier key gives the number of every name that a target matches."""
-        for name, table in self.tables.items():
-            for key in table:
-                if key == keys.get(name):
-                    break
-                known = _Pattern.of_key(key)
-                spelled = known.literal and target.literal and not known.whole
-                if spelled and f".{target.literal}".endswith(f".{known.literal}"):
-                    return True
-        return False
-
-    def _targets(self) -> Iterator[_Pattern]:
-        given = self.fields.get("target_modules")
-        parameters = self.fields.get("target_parameters") or ()
+    def _targets(self) -> list[_Pattern]:
+        given, parameters = self.lora.target_modules, self.lora.target_parameters
         if given is None and not parameters:
             found = "it is missing: PEFT has a list of names for each type of model"
             remedy = "Give target_modules, such as 'all-linear'"
             raise _error(self.asked, "target_modules", found, remedy)
+        targets, names = [], {*parameters}
         if isinstance(given, str):
-            everything = given.lower() == "all-linear"
-            yield _ALL if everything else _Pattern(f"^(?:{given})")
-            given = ()
-        names = {*(given or ()), *parameters}
+            targets = [_ALL if given.lower() == "all-linear" else _Pattern(f"^(?:{given})")]
+        else:
+            names.update(given or ())
         for name in sorted(names):
-            if not any(name != other and name.endswith(f".{other}") for other in names):
-                yield _Pattern(re.escape(name), name, parameter=name in parameters)
+            if not any(name.endswith(f".{other}") for other in names):
+                targets.append(_Pattern(re.escape(name), name, parameter=name in parameters))
+        return targets
 
     def _combinations(self) -> Iterator[dict[str, str]]:
-        """Yield the keys that a rule takes its numbers from, in the order of each table."""
-        ranks, alphas = self.tables["rank"], self.tables["alpha"]
-        if list(ranks) == list(alphas):
-            for key in ranks:
-                yield {"rank": key, "alpha": key}
-            yield {}
-            return
-        for rank in (*ranks, None):
-            for alpha in (*alphas, None):
-                # A name that one of the keys matches has a number in the table that has this key.
-                if (alpha is None and rank in alphas) or (rank is None and alpha in ranks):
-                    continue
-                pairs = {"rank": rank, "alpha": alpha}
-                yield {name: key for name, key in pairs.items() if key is not None}
+        """Yield the keys that a rule takes its numbers from, in the order of each table.
+
+        Of a name that both keys match each must be the first in its table.
+        """
+        ranks, alphas = ([*table, None] for table in self.tables.values())
+        at, alpha_at = ({key: i for i, key in enumerate(keys)} for keys in (ranks, alphas))
+        for rank in ranks:
+            for alpha in alphas:
+                first = at.get(alpha, at[rank]) >= at[rank]
+                if first and alpha_at.get(rank, alpha_at[alpha]) >= alpha_at[alpha]:
+                    pairs = {"rank": rank, "alpha": alpha}
+                    yield {name: key for name, key in pairs.items() if key is not None}
+
+    def _covered(self, keys: Mapping[str, str], target: _Pattern) -> bool:
+        """Return whether an earlier key gives the number of every name that a target matches."""
+        return any(
+            self.keys[key].covers(target)
+            for name, table in self.tables.items()
+            for key in takewhile(partial(ne, keys.get(name)), table)
+        )
 
     def _rule(
         self, pattern: _Pattern, target: _Pattern, values: Mapping[str, Any]
-    ) -> Iterator[dict[str, Any]]:
-        """Yield one rule, or one per kind for `all-linear`; none that matches nothing."""
-        rule = {"match": pattern.regex, **values}
-        if self.layers is not None and not target.parameter:  # PEFT looks at modules only
-            if names := self.fields.get("layers_pattern"):
+    ) -> list[dict[str, Any]]:
+        """Return one rule, or one per kind for `all-linear`; none that matches nothing."""
+        rule: dict[str, Any] = {"match": pattern.regex, **values}
+        if self.layers and not target.parameter:  # PEFT looks at modules only
+            if names := self.lora.layers_pattern:
                 rule["match"] = _in_layers(pattern.regex, names, self.layers)
             else:
                 rule["layers"] = self.layers
-        narrowed = target is _ALL and pattern is not _ALL
+        whole, narrowed = pattern is _ALL, target is _ALL and pattern is not _ALL
         if self.inventory is None:
-            yield rule | ({"kind": "linear"} if narrowed else {})
-            return
-        asked = f"{self.asked}, {pattern.regex!r}"
-        whole = pattern is _ALL
-        hits = list(self.left) if whole else matching(rule["match"], self.left, asked=asked)
-        linear = whole or narrowed
+            return [rule | ({"kind": "linear"} if narrowed else {})]
         hits = [
-            n for n in hits if self._in_layer(n) and not (linear and self.kinds[n] not in _LINEAR)
+            name
+            for name in (list(self.left) if whole else self._matching(rule["match"], self.left))
+            if ("layers" not in rule or first_number(name) in self.layers)
+            and (target is not _ALL or self.kinds[name] in _LINEAR)
         ]
         for name in hits:
             del self.left[name]
         if hits and narrowed:
-            yield from (rule | {"kind": kind} for kind in {self.kinds[name]: 0 for name in hits})
-        elif hits or not (values or whole or matching(pattern.regex, self.kinds, asked=asked)):
-            yield rule  # matches no name: matching raises, with the nearest names
+            return [rule | {"kind": kind} for kind in dict.fromkeys(self.kinds[n] for n in hits)]
+        if hits or not (values or whole or self._matching(pattern.regex, self.kinds)):
+            return [rule]  # where it matches no name, matching raises, with the nearest names
+        return []
+
+    def _matching(self, regex: str, names: Iterable[str]) -> list[str]:
+        return matching(regex, names, asked=f"{self.asked}, {regex!r}")
 
     # With the names of the model
 
     def _look(self, inventory: Inventory, exclude: Iterable[str], saved: Iterable[str]) -> None:
         """Find the names that may be targeted, and refuse those that PEFT treats differently."""
         self.kinds = self._known(inventory)
+        targeted = self._targeted()
         tied = {name for c in inventory.candidates if c.tied for name in (c.name, *c.aliases)}
-        if self.fields.get("ensure_weight_tying") and (both := tied.intersection(self._targeted())):
+        if self.lora.ensure_weight_tying and (both := tied.intersection(targeted)):
             found = f"'{min(both)}' is tied, and adapters here are not shared between tied layers"
             raise _error(self.asked, "ensure_weight_tying", found, "Leave it out of the targets")
         others = [*self.kinds, *inventory.others]
-        gone = {n for p in exclude for n in matching(p, others, asked=self.asked)}
-        kept = Below(n for p in saved for n in matching(p, others, asked=self.asked))
+        gone = {name for regex in exclude for name in self._matching(regex, others)}
+        kept = Below(name for regex in saved for name in self._matching(regex, others))
         below = Below(gone)
-        asked_for = [t.regex for t in self._targets() if t.parameter]
-        parameters = {n for r in asked_for for n in matching(r, self.kinds, asked=self.asked)}
-        for name in self._targeted():
+        asked_for = [target.regex for target in self.targets if target.parameter]
+        parameters = {n for regex in asked_for for n in self._matching(regex, self.kinds)}
+        for name in targeted:
             if name not in parameters and (name in kept or name in gone):
                 continue
             if name in below:
@@ -457,33 +502,31 @@ class _Rules:
             self.left[name] = None
         for table, keys in self.tables.items():
             for key in keys:
-                if not matching(key, self.left, asked=f"{self.asked}, {key!r}"):
+                if not self._matching(key, self.left):
                     found = f"the key {key!r} matches none of the targeted modules"
-                    remedy = "Remove it, or correct it"
-                    raise _error(self.asked, f"{table}_pattern", found, remedy)
-        if self.layers is not None and not self.fields.get("layers_pattern"):
+                    raise _error(self.asked, f"{table}_pattern", found, "Remove it, or correct it")
+        if self.layers and not self.lora.layers_pattern:
             self._check_layers()
 
     def _known(self, inventory: Inventory) -> dict[str, str]:
-        """Name to kind of everything that may be targeted."""
-        everything = _ALL in self._targets()
+        """Return name to kind of everything that may be targeted."""
         names: dict[str, str] = {}
         for c in inventory.candidates:
-            wanted = c.kind in (*_LINEAR, "parameter") and c.name not in inventory.heads
-            if everything and not wanted:
-                continue
-            names |= dict.fromkeys((c.name, *c.aliases), c.kind)
-            if not everything and c.kind != "parameter":
-                names[canonical(c.weight)] = "parameter"
+            if _ALL not in self.targets:
+                names |= dict.fromkeys((c.name, *c.aliases), c.kind)
+                if c.kind != "parameter":
+                    names[canonical(c.weight)] = "parameter"
+            elif c.kind == "parameter" or _is_linear(c, inventory):
+                names |= dict.fromkeys((c.name, *c.aliases), c.kind)
         return names
 
     def _targeted(self) -> list[str]:
         found: dict[str, None] = {}
-        for target in self._targets():
+        for target in self.targets:
             if target is _ALL:
                 names = [name for name, kind in self.kinds.items() if kind in _LINEAR]
             else:
-                names = matching(target.regex, self.kinds, asked=self.asked)
+                names = self._matching(target.regex, self.kinds)
             found |= dict.fromkeys(names)
         return list(found)
 
@@ -493,32 +536,14 @@ class _Rules:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
             theirs = int(found[1]) if found else None
             ours = first_number(name)
-            if theirs != ours and {theirs, ours} & set(self.layers or ()):
+            if theirs != ours and {theirs, ours} & set(self.layers):
                 text = f"for PEFT the layer of '{name}' is {theirs}, for a rule here {ours}"
                 remedy = "Give layers_pattern, such as 'layers'"
                 raise _error(self.asked, "layers_to_transform", text, remedy)
 
-    def _in_layer(self, name: str) -> bool:
-        by_rule = self.layers is not None and not self.fields.get("layers_pattern")
-        return not by_rule or first_number(name) in (self.layers or ())
-
-
-_ALL = _Pattern("all-linear")
-_LINEAR = ("linear", "conv1d")
-
-
-def _met(pattern: _Pattern, key: _Pattern) -> _Pattern | None:
-    return key if pattern is _ALL else _both(key, pattern)
-
-
-def _layers(given: Any) -> list[int] | None:
-    if given is None or given == []:
-        return None
-    return [given] if isinstance(given, int) else list(given)
-
 
 def _in_layers(regex: str, names: str | Iterable[str], layers: Iterable[int]) -> str:
-    """A pattern for names whose first number after one of some names is one of `layers`."""
+    """Return a pattern for names whose first number after one of some names is one of `layers`."""
     several = [names] if isinstance(names, str) else list(names)
     numbers = "|".join(map(str, layers))
     # As in PEFT the first number after the first of the names decides; the group is atomic so that

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from lora_inject.errors import MatchError
 from lora_inject.spec.names import (
+    around,
     canonical,
     is_bias,
     leaf,
@@ -144,13 +145,8 @@ class Inventory:
     def modules(self) -> list[str]:
         """Names of all modules, containers included."""
         tensors = (self.listed, self.weights)
-        names = dict.fromkeys(n for n in self.names if not any(n in t for t in tensors))
-        for name in (*self.names, *self.listed):
-            module = parent(name)
-            while module and module not in names:
-                names[module] = None
-                module = parent(module)
-        return list(names)
+        own = (name for name in self.names if not any(name in table for table in tensors))
+        return list(dict.fromkeys([*own, *around([*self.names, *self.listed])]))
 
     @cached_property
     def children(self) -> dict[str, list[str]]:
@@ -179,23 +175,15 @@ class Inventory:
         for pool in pools:
             if near := nearest_names(pattern, pool):
                 return MatchError(asked, found, f"Nearest: {quoted(near)}")
-        some = quoted(list(templates(next(filter(None, pools), ())))[:4])
-        remedy = (
-            f"Nothing is spelled like it; there is {some}" if some else "There is nothing to adapt"
-        )
-        return MatchError(asked, found, remedy)
+        if some := quoted(list(templates(next(filter(None, pools), ())))[:4]):
+            return MatchError(asked, found, f"Nothing is spelled like it; there is {some}")
+        return MatchError(asked, found, "There is nothing to adapt")
 
 
 def _modules_around(parameters: Iterable[str], known: set[str]) -> dict[str, str]:
     """Return the modules that parameters lie in and that are not candidates, with the reason."""
-    owners = dict.fromkeys(parent(name) for name in parameters)
-    containers: dict[str, None] = {}
-    for owner in owners:
-        module = parent(owner)
-        while module and module not in containers:
-            containers[module] = None
-            module = parent(module)
-    reasons = {**dict.fromkeys(owners, "no matrix"), **dict.fromkeys(containers, "container")}
+    owners = dict.fromkeys(map(parent, parameters), "no matrix")
+    reasons = owners | dict.fromkeys(around(owners), "container")
     return {name: why for name, why in reasons.items() if name and name not in known}
 
 

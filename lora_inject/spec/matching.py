@@ -39,11 +39,6 @@ def resolve(config: Config, inventory: Inventory) -> Plan:
     adapted` trains the biases of the modules that have sites; `all` every parameter called `bias`
     or `..._bias`, stacked ones of experts included.
 
-    Raises:
-        MatchError: A pattern matches nothing, or nothing that it could take; a layout or slices do
-            not fit; a weight would be adapted and trained; `expect` is missed.
-        LayerError: A rule matches something that cannot take an adapter.
-
     Examples:
         >>> inventory = Inventory.from_keys({f"h.{i}.q.weight": (8, 8) for i in range(2)})
         >>> plan = resolve(Config(targets=["q"], rank=2), inventory)
@@ -211,29 +206,28 @@ def _no_kind(label: str, kind: str, kinds: Counter[str]) -> MatchError:
 
 def _all_gone(label: str, left: Counter[str]) -> MatchError:
     who = ", ".join(f"{taker} ({n:,})" for taker, n in left.items())
-    found = f"all that it matches is taken by {who}"
-    return MatchError(label, found, "Put the narrower rule first, or remove this one")
+    remedy = "Put the narrower rule first, or remove this one"
+    return MatchError(label, f"all that it matches is taken by {who}", remedy)
 
 
 def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> MatchError:
     some = ", ".join(f"'{name}' ({inventory.reason(name)})" for name in others[:3])
     more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
     below = Below(others[:1])
-    inside = [c.name for c in inventory.candidates if c.name in below]
-    remedy = "Name modules or parameters that hold a matrix"
-    if inside:
-        remedy = f"Name what lies in it: {quoted(inside[:4])}"
+    inside = quoted([c.name for c in inventory.candidates if c.name in below][:4])
+    in_it = f"Name what lies in it: {inside}"
+    remedy = in_it if inside else "Name modules or parameters that hold a matrix"
     return MatchError(label, f"matches only what cannot take an adapter: {some}{more}", remedy)
 
 
 def _head_notes(config: Config, inventory: Inventory) -> Iterator[str]:
     """Say which layer `all-linear` took for the output head."""
-    if all(rule.match != ALL_LINEAR for rule in config.targets):
-        return
-    if inventory.heads:
-        yield f"all-linear leaves out the output head {quoted(inventory.heads)}"
-    else:
-        yield "all-linear takes every linear layer: the model states no output head"
+    if any(rule.match == ALL_LINEAR for rule in config.targets):
+        yield (
+            f"all-linear leaves out the output head {quoted(inventory.heads)}"
+            if inventory.heads
+            else "all-linear takes every linear layer: the model states no output head"
+        )
 
 
 def _check_expect(plan: Plan) -> None:
@@ -241,12 +235,11 @@ def _check_expect(plan: Plan) -> None:
     if expect is None:
         return
     counts = {"sites": plan.n_sites, "lora": plan.n_lora, "trainable": plan.n_trainable}
-    wanted = {name: getattr(expect, name) for name in counts}
-    missed = [n for n in counts if wanted[n] is not None and wanted[n] != counts[n]]
-    if not missed:
+    wanted = {k: n for k, n in expect.model_dump(exclude_none=True).items() if n != counts[k]}
+    if not wanted:
         return
-    asked = ", ".join(f"{n}: {wanted[n]:,}" for n in missed)
-    got = ", ".join(f"{n}: {counts[n]:,}" for n in missed)
+    asked = ", ".join(f"{key}: {n:,}" for key, n in wanted.items())
+    got = ", ".join(f"{key}: {counts[key]:,}" for key in wanted)
     rules = [
         f"{_rule_label(plan.config, i)} {counted(n, 'site')}"
         for i, n in enumerate(plan.n_sites_by_rule)

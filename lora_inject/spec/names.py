@@ -125,6 +125,17 @@ def parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def around(names: Iterable[str]) -> list[str]:
+    """Return the modules that names lie in, the innermost first, each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        module = parent(name)
+        while module and module not in found:
+            found[module] = None
+            module = parent(module)
+    return list(found)
+
+
 def joined(path: str, key: str) -> str:
     """Return the name of what `path` holds under `key`; the root's name is empty.
 

@@ -103,14 +103,10 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
+        plain = ("n_sites", "n_lora", "n_trained", "n_trainable", "n_base", "assumed")
         return {
             "config": self.config.to_dict(),
-            "n_sites": self.n_sites,
-            "n_lora": self.n_lora,
-            "n_trained": self.n_trained,
-            "n_trainable": self.n_trainable,
-            "n_base": self.n_base,
-            "assumed": self.assumed,
+            **{name: getattr(self, name) for name in plain},
             "sites": [_site_dict(site) for site in self.sites],
             "trained": [t._asdict() for t in self.trained],
             "skipped": [s._asdict() for s in self.skipped],
@@ -203,12 +199,10 @@ def _cells(entry: SiteSpec | Trained) -> tuple[str, str, int]:
 
 
 def _tied_text(tied: Tied) -> str:
-    text = f"adapted at {', '.join(tied.sites)} only" if tied.sites else ""
-    if len(tied.sites) > 1:
-        text = f"adapted at {' and '.join(tied.sites)}, each with its own delta"
-    if tied.trained:
-        text += ("; " if text else "") + "trained under all its names"
-    return text
+    each = ", each with its own delta" if len(tied.sites) > 1 else " only"
+    texts = [f"adapted at {' and '.join(tied.sites)}{each}"] if tied.sites else []
+    texts += ["trained under all its names"] if tied.trained else []
+    return "; ".join(texts)
 
 
 def _totals(plan: Plan) -> str:

@@ -53,66 +53,41 @@ class Block:
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """One site and its hyper-parameters, without tensors.
+    """One site and its hyper-parameters, without tensors."""
 
-    Attributes:
-        name: Canonical dotted name of the module, or of the parameter for a weight update.
-        kind: Name of the row in the table of layer kinds: `linear`, `conv1d`, `embedding`, ...,
-            or `parameter` for a weight update.
-        in_features: Width of the input of A. For a convolution: channels per group times kernel.
-        out_features: Width of the output of B.
-        weight_shape: Shape of the weight tensor as the module holds it.
-        transposed: True where the weight matrix is `(in, out)`: Conv1D, embeddings, some experts.
-        experts: Length of a leading dimension of stacked matrices, or None.
-        rank: r, the rank of each block.
-        alpha: alpha of the paper.
-        scaling: `standard` (alpha / rank) or `rslora` (alpha / sqrt(rank)).
-        dropout: Probability of dropping an element of the input of A.
-        init: How A and B start: a name of `config.Init`, or `("normal", std)`.
-        compute: `base` or `float32`, the dtype of the low-rank arithmetic.
-        variant: How its tensors become an update of W: a row of `adapter.variants`.
-        lora_bias: Whether B has a bias b: the layer's bias becomes `bias + scale * b`.
-        slices: Parts of a fused projection, or None.
-        rule: Index of the rule that matched, None for an adapter that came from a file.
-        weight: Name of the adapted tensor in the state dict, `NAME.weight` for a module.
-        update: `forward` where the update is added to the layer's output, `weight` where the weight
-            reads as `W + delta`.
-        aliases: Other names of the same module or parameter.
-        scale: `alpha / rank`, or `alpha / sqrt(rank)` with rsLoRA (arXiv:2312.03732).
-        spans: `(start, stop)` along the output of each adapted part; one for a plain site.
-        a_shape: Shape of A: `(rank * parts, in)`, with a leading `experts` where there are any.
-        b_shape: Shape of B: `(adapted out, rank)`, with a leading `experts` where there are any.
-        shapes: Shape of each trainable tensor by its role: A, B and what the variant adds.
-        n_parameters: Elements of all of these.
-        form: What two sites must have in common for values of A and B to mean the same in both.
-    """
-
-    name: str
-    kind: str
-    in_features: int
-    out_features: int
-    weight_shape: tuple[int, ...]
-    rank: int
+    name: str  # canonical dotted name of the module, or of the parameter for a weight update
+    kind: str  # row of the table of layer kinds: `linear`, `embedding`, ...; or `parameter`
+    in_features: int  # width of the input of A; of a convolution channels per group times kernel
+    out_features: int  # width of the output of B
+    weight_shape: tuple[int, ...]  # shape of the weight tensor as the module holds it
+    rank: int  # r, the rank of each block
     alpha: float
-    transposed: bool = False
-    experts: int | None = None
-    scaling: str = "standard"
-    dropout: float = 0.0
-    init: str | tuple[str, float] = "kaiming"
-    compute: str = "base"
-    variant: str = "lora"
-    lora_bias: bool = False
-    slices: Slices | None = None
-    rule: int | None = None
-    weight: str = ""
+    transposed: bool = False  # whether the weight matrix is `(in, out)`: Conv1D, embeddings, ...
+    experts: int | None = None  # length of a leading dimension of stacked matrices, or None
+    scaling: str = "standard"  # `standard` (alpha / rank) or `rslora` (alpha / sqrt(rank))
+    dropout: float = 0.0  # probability of dropping an element of the input of A
+    init: str | tuple[str, float] = "kaiming"  # a name of `config.Init`, or `("normal", std)`
+    compute: str = "base"  # `base` or `float32`, the dtype of the low-rank arithmetic
+    variant: str = "lora"  # how its tensors become an update of W: a row of `adapter.variants`
+    lora_bias: bool = False  # whether B has a bias b: the layer's becomes `bias + scale * b`
+    slices: Slices | None = None  # parts of a fused projection, or None
+    rule: int | None = None  # index of the rule that matched, None where it came from a file
+    weight: str = ""  # name of the adapted tensor in the state dict, `NAME.weight` for a module
+    # `forward`: the update is added to the layer's output; `weight`: the weight reads as W + delta
     update: str = "forward"
+    # other names of the same module or parameter
     aliases: tuple[str, ...] = field(default=(), compare=False)
+    # alpha / rank, or alpha / sqrt(rank) with rsLoRA (arXiv:2312.03732)
     scale: float = field(init=False, repr=False, compare=False)
+    # `(start, stop)` along the output of each adapted part; one for a plain site
     spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    # `(rank * parts, in)` and `(adapted out, rank)`, with a leading `experts` where there are any
     a_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
     b_shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # shape of each trainable tensor by its role: A, B and what the variant adds
     shapes: Mapping[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    n_parameters: int = field(init=False, repr=False, compare=False)
+    n_parameters: int = field(init=False, repr=False, compare=False)  # elements of all of these
+    # what two sites must have in common for values of A and B to mean the same in both
     form: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,10 +111,9 @@ class SiteSpec:
         )
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
-        """Return the same site in another place.
+        """Return the same site in another place, for a fraction of the cost of a new one.
 
-        Models have thousands of sites that differ in nothing else. What was computed once of the
-        shapes is shared, so this costs a fraction of a new spec.
+        Models have thousands of sites that differ in nothing else.
 
         Examples:
             >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from lora_inject.errors import MatchError
 from lora_inject.spec.config import Config
@@ -15,37 +15,31 @@ from lora_inject.spec.sites import SiteSpec
 def trained_by(
     config: Config, inventory: Inventory, sites: Sequence[SiteSpec], found: Sequence[Candidate]
 ) -> tuple[Trained, ...]:
-    """Return the parameters that `train` and `bias` name, in model order."""
-    why: dict[str, str] = {}
+    """Return the parameters that `train`, `bias` and `tokens` name, in model order."""
+    shapes, entries = inventory.parameters, dict[str, Trained]()
     for i, pattern in enumerate(config.train):
         label = f"train {i + 1} ('{pattern}')"
         for name in _matched(pattern, label, inventory):
-            why.setdefault(name, label)
+            entries.setdefault(name, Trained(name, shapes[name], label))
     if config.bias != "none":
         label = f"bias: {config.bias}"
         for name in _biases(config, inventory, found):
-            why.setdefault(name, label)
-    shapes, rows = inventory.parameters, dict[str, tuple[int, ...]]()
+            entries.setdefault(name, Trained(name, shapes[name], label))
     for pattern, ids in dict(config.tokens).items():
         label = f"tokens '{pattern}'"
         for name in _tables(pattern, ids, label, inventory):
-            if name in why:
-                both = f"'{name}' is also named by {why[name]}"
+            if name in entries:
+                both = f"'{name}' is also named by {entries[name].why}"
                 raise MatchError(label, both, "Narrow one of the two patterns")
-            why[name], rows[name] = label, ids
-    if not why:
-        return ()
-    _check_not_both(why, inventory, sites)
-    return tuple(
-        Trained(
-            name,
-            (len(rows[name]), *shapes[name][1:]) if name in rows else shapes[name],
-            why[name],
-            rows.get(name),
-        )
-        for name in shapes
-        if name in why
-    )
+            entries[name] = Trained(name, (len(ids), *shapes[name][1:]), label, ids)
+    for site in sites if entries else ():
+        weight = canonical(site.weight)
+        entry = entries.get(inventory.listed.get(weight, weight))
+        if entry is not None:  # under whichever of its names it is tied
+            what = f"'{entry.name}' is the weight of the site '{site.name}'"
+            remedy = f"Exclude '{site.name}', or narrow the pattern"
+            raise MatchError(entry.why, f"{what}: adapted and trained both", remedy)
+    return tuple(entries[name] for name in shapes if name in entries) if entries else ()
 
 
 def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory) -> list[str]:
@@ -56,28 +50,14 @@ def _tables(pattern: str, ids: tuple[int, ...], label: str, inventory: Inventory
         raise MatchError(label, "it names nothing that has rows", "Name an embedding")
     for name in found:
         if max(ids) >= shapes[name][0]:
-            raise MatchError(
-                label,
-                f"'{name}' has no row {max(ids)}: it has {shapes[name][0]:,} rows",
-                "Resize the vocabulary first: model.resize_token_embeddings(n)",
-            )
+            less = f"'{name}' has no row {max(ids)}: it has {shapes[name][0]:,} rows"
+            remedy = "Resize the vocabulary first: model.resize_token_embeddings(n)"
+            raise MatchError(label, less, remedy)
     return found
 
 
-def _check_not_both(
-    why: Mapping[str, str], inventory: Inventory, sites: Sequence[SiteSpec]
-) -> None:
-    """Refuse to train a tensor that a site adapts, tied names included."""
-    for site in sites:
-        weight = canonical(site.weight)
-        name = inventory.listed.get(weight, weight)
-        if name in why:
-            found = f"'{name}' is the weight of the site '{site.name}': adapted and trained both"
-            raise MatchError(why[name], found, f"Exclude '{site.name}', or narrow the pattern")
-
-
 def _matched(pattern: str, label: str, inventory: Inventory) -> list[str]:
-    """Listed parameters that a train entry names, itself or by a module around them."""
+    """Return the listed parameters that an entry names, itself or by a module around them."""
     direct = matching(pattern, inventory.listed, asked=label)
     modules = matching(pattern, inventory.modules, asked=label)
     if not direct and not modules:
@@ -119,10 +99,7 @@ def tied_by(
     for candidate in inventory.candidates if names else ():
         if candidate.tied and names.intersection(_all_names(candidate)):
             on.setdefault(_all_names(candidate), [])
-    return tuple(
-        Tied(same, tuple(site_names), bool(names.intersection(same)))
-        for same, site_names in on.items()
-    )
+    return tuple(Tied(same, tuple(at), bool(names.intersection(same))) for same, at in on.items())
 
 
 def _all_names(candidate: Candidate) -> tuple[str, ...]:
