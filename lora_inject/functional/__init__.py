@@ -6,7 +6,6 @@ with an adapter for each row; `embedding` for looked-up rows; `weight` forms `W'
 reads the weight instead of calling the layer; `fold` adds the delta to rows of W for merging.
 """
 
-from lora_inject.functional.chosen import chosen_factors, chosen_rows
 from lora_inject.functional.factors import Factors, master_dtype, needs_plain_operations
 from lora_inject.functional.fold import (
     Delta,
@@ -22,7 +21,12 @@ from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
 from lora_inject.functional.lookup import embedding, renormalized, routed_embedding
 from lora_inject.functional.merge_report import MergeReport, TensorReport
-from lora_inject.functional.routed import routed_update
+from lora_inject.functional.routed import (
+    chosen_factors,
+    chosen_rows,
+    routed_convolution,
+    routed_update,
+)
 from lora_inject.functional.weight import dense_delta, effective_weight
 
 __all__ = [
@@ -51,6 +55,7 @@ __all__ = [
     "needs_plain_operations",
     "norms_of",
     "renormalized",
+    "routed_convolution",
     "routed_embedding",
     "routed_update",
     "updated_norms",

@@ -34,10 +34,9 @@ class Factors(NamedTuple):
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that adapters over a base of `dtype` are kept in.
+    """Return the dtype of adapters over a base of `dtype`: float32, or float64 over float64.
 
-    float32 for every 16-bit, quantized or integer base, so that small optimizer steps are not
-    rounded away; float64 stays float64.
+    In 16 bits small optimizer steps would be rounded away.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
 

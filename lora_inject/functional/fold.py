@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -27,20 +27,13 @@ BLOCK_ELEMENTS = 1 << 17
 
 
 def block_rows(matrix: Tensor) -> int:
-    """Return how many rows of a matrix to fold at once.
-
-    Each thread of a CPU gets a block's worth; an accelerator gets enough to keep it busy.
-    """
-    n_elements = BLOCK_ELEMENTS * torch.get_num_threads()
-    if matrix.device.type != "cpu":
-        n_elements = BLOCK_ELEMENTS << 8
-    return max(1, n_elements // max(1, matrix.shape[1]))
+    """Return how many rows to fold at once: a block for each thread of a CPU, 256 on a device."""
+    n_blocks = torch.get_num_threads() if matrix.device.type == "cpu" else 256
+    return max(1, n_blocks * BLOCK_ELEMENTS // max(1, matrix.shape[1]))
 
 
 def all_finite(t: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no Inf.
-
-    A sum tells so in most cases, in a fifth of the time.
+    """Whether a tensor holds no NaN and no Inf: a sum tells in most cases, in a fifth of the time.
 
     Examples:
         >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, torch.nan]))
@@ -53,15 +46,9 @@ def all_finite(t: Tensor) -> bool:
 def mix_copies(
     rows: Tensor, copies: Sequence[tuple[Tensor, float]], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return `W + sum of w (T - W)` over trained copies T of a tensor W, each with its weight w.
+    """Return `W + sum of w (T - W)` over trained copies `(T, w)` of some rows of W, a new tensor.
 
-    Args:
-        rows: W, or some rows of it.
-        copies: `(T, w)`, each T of the same shape as `rows`.
-        dtype: Dtype of the arithmetic and of the result.
-
-    Returns:
-        A new tensor: exactly T for one copy of weight 1.
+    For one copy of weight 1 that is exactly T.
 
     Examples:
         >>> W, T = torch.zeros(2, 2), torch.ones(2, 2)
@@ -85,7 +72,7 @@ class Term:
         spec: The site.
         A: `spec.a_shape`.
         B: `spec.b_shape`.
-        weight: Mixing weight; -1 for the frozen start of a weight-derived init.
+        weight: Mixing weight; negative for the frozen start of a weight-derived init.
     """
 
     spec: SiteSpec
@@ -136,14 +123,9 @@ class Delta:
         self._lasts = list(accumulate((part.last for part in self._parts), max))
 
     def add_(self, rows: Tensor, start: int) -> Tensor:
-        """Add the delta to some rows, in place.
+        """Add the delta to rows `(n, cols)` from `start` on, in place.
 
-        Args:
-            rows: `(n, cols)`: rows `start` to `start + n` of the weight matrix.
-            start: Index of the first row.
-
-        Returns:
-            `rows`. Values outside every block keep their bits.
+        Values outside every block keep their bits.
         """
         stop = start + rows.shape[0]
         reaching = slice(bisect_right(self._lasts, start), bisect_left(self._firsts, stop))
@@ -193,68 +175,66 @@ def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
 
 @dataclass
 class Tally:
-    """Running sums over rows of one tensor W: what rounding left of its delta D."""
+    """What rounding left of the delta D of a tensor W: sums over its rows.
 
-    _ww: float = 0.0
-    _dd: float = 0.0
-    _rd: float = 0.0
-    _rr: float = 0.0
-    _eps: float = 0.0
+    R is `W + D - W_merged`, and `eps` of the dtype that W and D were added in.
+    """
+
+    ww: float = 0.0
+    dd: float = 0.0
+    rd: float = 0.0
+    rr: float = 0.0
+    eps: float = 0.0
 
     def count(self, before: Tensor, delta: Tensor, lost: Tensor) -> None:
-        """Count some rows: W, D and `R = W + D - W_merged`, in the dtype they were added in."""
+        """Count some rows of W, D and R."""
         w, d, r = before.reshape(-1), delta.reshape(-1), lost.reshape(-1)
         sums = torch.stack([torch.dot(w, w), torch.dot(d, d), torch.dot(r, d), torch.dot(r, r)])
         ww, dd, rd, rr = sums.tolist()
-        self._add(ww, dd, rd, rr, torch.finfo(w.dtype).eps)
-
-    def _add(self, ww: float, dd: float, rd: float, rr: float, eps: float) -> None:
-        self._ww += ww
-        self._dd += dd
-        self._rd += rd
-        self._rr += rr
-        self._eps = max(self._eps, eps)
+        mine = Tally(ww, dd, rd, rr, torch.finfo(w.dtype).eps)
+        self.__dict__.update((self + mine).__dict__)
 
     def __add__(self, other: Tally) -> Tally:
         """Return what was counted in either: other rows of the same tensor."""
-        total = replace(self)
-        total._add(*astuple(other))
-        return total
+        ww, dd, rd, rr = (
+            getattr(self, key) + getattr(other, key) for key in ("ww", "dd", "rd", "rr")
+        )
+        return Tally(ww, dd, rd, rr, max(self.eps, other.eps))
 
     @property
     def finite(self) -> bool:
         """Whether every merged value is finite."""
-        return math.isfinite(self._rr)
+        return math.isfinite(self.rr)
 
     @property
     def counted(self) -> bool:
         """Whether any delta was."""
-        return self._eps > 0
+        return self.eps > 0
 
     @property
     def delta_norm(self) -> float:
         """Frobenius norm of the delta."""
-        return math.sqrt(self._dd)
+        return math.sqrt(self.dd)
 
     @property
     def weight_norm(self) -> float:
         """Frobenius norm of the weight."""
-        return math.sqrt(self._ww)
+        return math.sqrt(self.ww)
 
     @property
     def kept(self) -> float:
         """`<W_merged - W, D> / <D, D>`: 1 where the delta survived, 0 where it was rounded away."""
-        if not self._dd:
+        if not self.dd:
             return 1.0
-        effect = self._dd - self._rd
+        effect = self.dd - self.rd
         # W + D is itself rounded, to float32: less than that is nothing.
-        noise = self._eps / 2 * math.sqrt(self._ww * self._dd)
-        return effect / self._dd if not abs(effect) <= noise else 0.0
+        noise = self.eps / 2 * math.sqrt(self.ww * self.dd)
+        return effect / self.dd if not abs(effect) <= noise else 0.0
 
     @property
     def error(self) -> float:
         """`|W_merged - W - D| / |D|`: relative error of the delta that the weights really got."""
-        return math.sqrt(self._rr / self._dd) if self._dd else 0.0
+        return math.sqrt(self.rr / self.dd) if self.dd else 0.0
 
 
 def fold_rows(
@@ -264,18 +244,10 @@ def fold_rows(
     tally: Tally | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return some rows of the weight matrix with the delta added, rounded once.
+    """Return rows `(n, cols)` from `start` on with the delta added in its dtype, rounded once.
 
-    Args:
-        rows: `(n, cols)`: rows `start` to `start + n` of the weight matrix; modified only where
-            they are `out`.
-        start: Index of the first row.
-        delta: Its dtype is that of the sum.
-        tally: Counts what rounding left, which takes as long as the rest.
-        out: Where the result goes, possibly `rows` itself; a new tensor by default.
-
-    Returns:
-        `(n, cols)`. Values outside every block of the delta come back with the same bits.
+    The result goes to `out`, possibly `rows` itself. A tally counts what rounding left, which takes
+    as long as the rest. Values outside every block of the delta come back with the same bits.
     """
     out = torch.empty_like(rows) if out is None else out
     step = min(block_rows(rows), rows.shape[0])

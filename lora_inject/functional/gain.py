@@ -60,9 +60,7 @@ class Gain:
 def norms_of(weight: Tensor, transposed: bool) -> Tensor:
     """Return the norm of each output over its inputs `(out,)`, in float32 or wider.
 
-    Args:
-        weight: `(out, in)`, or `(in, out)` where `transposed`.
-        transposed: Whether the outputs are the last axis.
+    `weight` is `(out, in)`, or `(in, out)` where `transposed`.
     """
     dtype, axis = torch.promote_types(weight.dtype, torch.float32), 0 if transposed else 1
     found: Tensor = torch.linalg.vector_norm(weight.detach(), dim=axis, dtype=dtype)
@@ -76,14 +74,6 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
     `|w + d|^2 = |w|^2 + 2 w d + d^2` for each output w with update `d = b A`. Where B is zero,
     these are exactly the norms of W. Where the update nearly cancels w, the error of the square
     is that of rounding `|w|^2` to float32.
-
-    Args:
-        weight: `(out, in)`, or `(in, out)` where `transposed`.
-        updates: The updates of it.
-        transposed: Whether the outputs are the last axis.
-
-    Returns:
-        `(out,)`, in float32 or wider.
 
     Examples:
         >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
@@ -107,11 +97,5 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
 
 
 def gained(y: Tensor, base: Tensor, gain: Tensor) -> Tensor:
-    """Return `y + (gain - 1) * base`, rounded once to the dtype of y.
-
-    Args:
-        y: `(..., out)`, with every update.
-        base: `(..., out)`, the part of y that the gain multiplies: all but the bias.
-        gain: `(..., out)`, float32 or wider.
-    """
+    """Return `y + (gain - 1) * base`; base is the part of y that the gain multiplies: no bias."""
     return torch.addcmul(y, base, (gain - 1).to(y.dtype))

@@ -1,35 +1,27 @@
 """A weight with its updates that is formed only where it must be.
 
-Most models do nothing with a weight but pick a matrix out of a stack of them, turn it and
-multiply with it. `LazyWeight` is a tensor that answers exactly these with the thin products of
-`functional.products`. Whatever else is asked of it forms the effective weight, once, and asks that.
-
-It has the shape, dtype and graph of the effective weight, but no memory: code that gets past
-`__torch_function__`, as the inputs of a custom autograd Function do, finds a formed weight beneath
-autograd (`__torch_dispatch__`), and its gradient finds the way to A and B (`_Deferred`). Nothing
-ever finds the raw weight.
+Most models do nothing with a weight but pick a matrix out of a stack of them, turn it and multiply
+with it. `LazyWeight` is a tensor with the shape, dtype and graph of the effective weight, but
+without memory. Products with it are thin (`weight.LowRank`), and what is picked of it or turned is
+lazy again. Any other operation finds the effective weight, formed beneath autograd, and its
+gradient finds the way to A and B (`_Deferred`). Nothing ever finds the raw weight.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lora_inject.errors import LayerError
 from lora_inject.functional.factors import needs_plain_operations
 from lora_inject.functional.gain import Gain
 from lora_inject.functional.linear import differentiate
-from lora_inject.functional.products import (
-    grouped_product,
-    looked_up,
-    product_from_left,
-    product_from_right,
-)
 from lora_inject.functional.weight import LowRank, Update, effective_weight, low_rank
 
 PLAIN = (Tensor, nn.Parameter)
@@ -43,19 +35,11 @@ def lazy_weight(
     used: Callable[[], None] = lambda: None,
     gain: Gain | None = None,
 ) -> Tensor:
-    """Return what `effective_weight` does, formed only where it must be.
+    """Return what `effective_weight` does: a `LazyWeight` where it can wait, else formed at once.
 
-    Args:
-        weight: The frozen tensor, any shape that `spec.weight_shape` states.
-        updates: `(spec, A, B, scale)` for each update.
-        float32: Return float32 instead of rounding to the weight's dtype.
-        used: Called when the value is first used, before it is; it may raise. A question about
-            shape, dtype or device is no use, where the weight can wait.
-        gain: The factor on the outputs of the sum; with one, no product is taken thinly.
-
-    Returns:
-        A tensor of the weight's shape: a `LazyWeight` where the weight is a plain matrix or a stack
-        of them and nobody traces or transforms what is computed; else the effective weight.
+    It can wait where the weight is a plain matrix or a stack of them, and nobody traces or
+    transforms what is computed. `used` is called when the value is first used, before it is; it may
+    raise. A question about shape, dtype or device is no use, where the weight can wait.
 
     Examples:
         >>> from lora_inject.spec.sites import SiteSpec
@@ -67,28 +51,30 @@ def lazy_weight(
         True
     """
     stacked = updates[0][0].experts is not None if updates else weight.dim() == 3
-    if not _can_wait(weight, stacked, float32):
-        used()
-        return effective_weight(weight, updates, float32=float32, gain=gain)
-    return LazyWeight.of(_Read(weight, updates, gain, used))
-
-
-def _can_wait(weight: Tensor, stacked: bool, float32: bool) -> bool:
-    return (
+    can_wait = (
         type(weight) in PLAIN
         and weight.dim() == (3 if stacked else 2)
         and weight.is_floating_point()
         and not (float32 and weight.dtype.itemsize < 4)
         and not needs_plain_operations()
     )
+    if not can_wait:
+        used()
+        return effective_weight(weight, updates, float32=float32, gain=gain)
+    read = _Read(weight, updates, gain, used)
+    if not torch.is_grad_enabled():
+        return _made(read, weight.shape, weight.stride())
+    found: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Read:
-    """One reading of a weight, which all views of it share.
+    """One reading of a weight, which everything that is taken of it shares.
 
     Attributes:
         leaves: The weight, and every tensor of its updates and of its gain.
-        formed: The effective weight, once it was needed.
+        is_thin: Whether products are thin. A gain applies to the sum, not to its terms; and a hook
+            wants the gradient of the sum.
     """
 
     def __init__(
@@ -101,32 +87,17 @@ class _Read:
         self.weight, self.updates, self.gain = weight, updates, gain
         factors = [t for _, A, B, _ in updates for t in (A, B)]
         self.leaves = [weight, *factors, *(gain.tensors.values() if gain is not None else ())]
-        self.formed: Tensor | None = None
-        self._versions = self._versions_now()
+        self.is_thin = gain is None
+        self.mode = torch.is_grad_enabled()
         self._used: Callable[[], None] | None = used
-        self._grad = torch.is_grad_enabled()
-        self._value: LowRank | None = None
+        self._versions = self._versions_now()
         self._matrices: dict[torch.dtype | None, list[LowRank]] = {}
 
     def _versions_now(self) -> list[int]:
         return [0 if t.is_inference() else t._version for t in self.leaves]
 
-    def mode(self) -> Any:
-        """Return the context in which the reading is computed."""
-        return torch.set_grad_enabled(self._grad)
-
-    def anew(self) -> LowRank:
-        """Return the sum, computed anew."""
-        if not self.updates:
-            return LowRank(self.weight, ())
-        return low_rank(self.weight, self.updates, self.gain)
-
-    def value(self) -> LowRank:
-        """Return the sum that the weight represents.
-
-        Raises:
-            LayerError: The weight or its adapter has changed since it was read.
-        """
+    def check(self) -> None:
+        """Raise if the weight or its adapter has changed since, and report the first use."""
         if self._versions_now() != self._versions:
             raise LayerError(
                 "using a weight that was read in an earlier forward",
@@ -136,140 +107,117 @@ class _Read:
         if self._used is not None:
             self._used()
             self._used = None
-        if self._value is None:
-            with self.mode():
-                self._value = self.anew()
-        return self._value
 
-    def matrix(self, index: int, *, to_multiply: bool) -> LowRank:
-        """Return one matrix of a stack, with factors in the dtype of their products.
+    def sum(self) -> LowRank:
+        """Return the weight and its updates, with the graph of who asks."""
+        return low_rank(self.weight, self.updates, self.gain)
 
-        In training all are cast and cut at once, so the gradient of A is joined and cast once. In
-        inference few of many experts may be used, so each is cast alone.
+    @cached_property
+    def whole(self) -> LowRank:
+        """The same with the graph of the reading, for products."""
+        with torch.set_grad_enabled(self.mode):
+            return self.sum()
+
+    def matrix(self, index: int) -> LowRank:
+        """Return one matrix of a stack for products.
+
+        In training all are cast to the dtype of the products and cut at once, so the gradient of A
+        is joined and cast once. In inference few of many experts may be used, and none is.
         """
-        base, terms, float32, _ = self.value()
-        narrow = to_multiply and self._grad and not float32 and not _is_autocast(base)
-        dtype = base.dtype if narrow else None
+        base, terms, float32, _ = self.whole
+        if not self.mode:
+            return self.whole.at(index)
+        dtype = None if float32 or _is_autocast(base) else base.dtype
         if dtype not in self._matrices:
-            with self.mode():
-                cut = [
-                    (_cut(left.to(dtype)), _cut(right.to(dtype)), scale)
-                    for left, right, scale in terms
-                ]
+            cut = [(_cut(left.to(dtype)), _cut(right.to(dtype)), s) for left, right, s in terms]
             self._matrices[dtype] = [
-                LowRank(
-                    one, tuple((left[i], right[i], scale) for left, right, scale in cut), float32
-                )
+                LowRank(one, tuple((left[i], right[i], s) for left, right, s in cut), float32)
                 for i, one in enumerate(base.unbind())
             ]
         return self._matrices[dtype][index]
 
 
 class LazyWeight(Tensor):
-    """Stands for a weight with its updates; operations without a thin form use the formed sum.
-
-    It is the whole weight that was read, one matrix of it, or some (`index`), maybe transposed.
-    """
+    """The whole weight that was read, one matrix of it, or some (`index`), maybe transposed."""
 
     _read: _Read
     _index: int | Tensor | None
     _is_turned: bool
     _formed: Tensor | None
-    _gathered: LowRank | None
 
-    @staticmethod
-    def of(read: _Read, index: int | Tensor | None = None, turned: bool = False) -> LazyWeight:
-        """Make one, with a graph to every tensor of the reading."""
-        gathered = None
+    def part(self, index: int | Tensor) -> LazyWeight:
+        """Return one matrix of a stack, or some."""
+        size = self.shape[1:]
         if isinstance(index, Tensor):
-            whole = read.value()
-            terms = tuple((left[index], right[index], scale) for left, right, scale in whole.terms)
-            gathered = LowRank(whole.base[index], terms, whole.float32)
-        base = read.weight
-        like = gathered.base if gathered is not None else base if index is None else base[index]
-        like = like.mT if turned else like
-        made: LazyWeight
-        if torch.is_grad_enabled():
-            made = _Deferred.apply(read, index, turned, like, *read.leaves)  # type: ignore[no-untyped-call]
-        else:
-            made = _empty(like)
-        made._read, made._index, made._is_turned = read, index, turned
-        made._formed, made._gathered = None, gathered
-        return made
+            return _made(self._read, (len(index), *size), None, index, self._is_turned)
+        return _made(self._read, size, self.stride()[1:], index, self._is_turned)
 
-    def some(self, index: int | Tensor | None, *, turn: bool = False) -> LazyWeight:
-        """Return one matrix of a stack, some of them, or all, maybe transposed."""
-        index = self._index if index is None else index
-        return LazyWeight.of(self._read, index, self._is_turned != turn)
+    def turned(self) -> LazyWeight:
+        """Return it transposed."""
+        size, stride = ((*t[:-2], t[-1], t[-2]) for t in (self.shape, self.stride()))
+        return _made(self._read, size, stride, self._index, not self._is_turned)
 
-    def value(self, *, to_multiply: bool = True, turn: bool = False) -> LowRank:
-        """Return the sum that it represents; raise if a tensor of it has changed."""
-        found = self._read.value()
+    def value(self) -> LowRank:
+        """Return the sum that it represents, for products."""
+        self._read.check()
         if isinstance(self._index, int):
-            found = self._read.matrix(self._index, to_multiply=to_multiply)
-        elif self._gathered is not None:
-            found = self._gathered
-        if self._is_turned == turn:
-            return found
-        turned = tuple((right.mT, left.mT, scale) for left, right, scale in found.terms)
-        return LowRank(found.base.mT, turned, found.float32)
-
-    def is_thin(self) -> bool:
-        """Whether products may be computed thinly.
-
-        A formed weight may have a hook or a gradient of its own, so it is used. A gain applies to
-        the sum, not to its terms.
-        """
-        return self._formed is None and self._read.formed is None and self._read.gain is None
+            found = self._read.matrix(self._index)
+            return found.turned() if self._is_turned else found
+        return self._of(self._read.whole)
 
     def formed(self) -> Tensor:
-        """Return the effective weight as a plain tensor, formed once."""
+        """Return the effective weight as a plain tensor with a graph, formed once."""
         if self._formed is None:
-            read, value = self._read, self.value(to_multiply=False)
-            whole = self._index is None or read.gain is not None
-            with read.mode():
-                if whole and read.formed is None:
-                    read.formed = read.value().formed(self.dtype)
-                if read.formed is None:
-                    self._formed = value.formed(self.dtype)
-                else:
-                    self._formed = _of(read.formed, self._index, self._is_turned)
+            self._read.check()
+            with torch.set_grad_enabled(self._read.mode):
+                self._formed = self._of(self._read.sum()).formed(self.dtype)
         return self._formed
+
+    def beneath(self) -> Tensor:
+        """Return the effective weight beneath autograd, which has done its part."""
+        self._read.check()
+        return self._of(self._read.sum()).formed(self.dtype).detach()
+
+    def _of(self, whole: LowRank) -> LowRank:
+        found = whole if self._index is None else whole.at(self._index)
+        return found.turned() if self._is_turned else found
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Answer a question about the shape, a view or a product; form the weight for the rest."""
+        """Compute a product thinly; form the weight for who needs it at once."""
         kwargs = kwargs or {}
-        if func in _QUESTIONS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        answer = _ANSWERS.get(func) or _ANSWERS_BY_NAME.get(str(func))
-        if answer is not None and _may_answer(answer, args, kwargs):
-            found = answer(*args, **kwargs)
+        product = _PRODUCTS.get(func) or _PRODUCTS_BY_NAME.get(str(func))
+        if product is not None and _is_thin(product, args, kwargs):
+            found = product(*args, **kwargs)
             if found is not NotImplemented:
                 return found
-        if _changes(func, args, kwargs):
-            raise LayerError(
-                f"{func.__name__} on a weight with an adapter inside a forward",
-                "what a forward reads is W + delta, which is nowhere stored",
-                "Change a .clone() of it, change it outside of the forward, or merge first",
-            )
-        return func(*_replaced(args, LazyWeight.formed), **_replaced(kwargs, LazyWeight.formed))
+        if func in _HOOKS:
+            args[0]._read.is_thin = False
+        if func in _GET_IT_FORMED:
+            args, kwargs = tree_map_only(LazyWeight, LazyWeight.formed, (tuple(args), kwargs))
+            return func(*args, **kwargs)
+        if func.__name__ == "__set__" or isinstance(kwargs.get("out"), LazyWeight):
+            _refuse_change(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Form the weight beneath autograd, for code that has come past `__torch_function__`."""
-        if func._schema.is_mutable:
-            raise LayerError(
-                f"{func} on a weight with an adapter",
-                "code that torch cannot look into changes the effective weight in place",
-                "Merge the adapter first, or clone the weight where it is changed",
-            )
-        return func(*_replaced(args, _beneath), **_replaced(kwargs or {}, _beneath))
+        """Pick or turn lazily, beneath autograd; form the weight for everything else."""
+        kwargs = kwargs or {}
+        found = _PARTS[func](*args) if func in _PARTS else func.decompose(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
+        for i, argument in enumerate(func._schema.arguments):
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            if argument.is_write and isinstance(given, LazyWeight):
+                _refuse_change(func)
+        args, kwargs = tree_map_only(LazyWeight, LazyWeight.beneath, (tuple(args), kwargs))
+        return func(*args, **kwargs)
 
 
 def formed(weight: Any) -> Any:
@@ -277,59 +225,22 @@ def formed(weight: Any) -> Any:
     return weight.formed() if isinstance(weight, LazyWeight) else weight
 
 
-def _beneath(lazy: LazyWeight) -> Tensor:
-    """Return the effective weight without a graph: autograd has done its part, and keeps none."""
-    if lazy.is_thin():
-        return lazy.value(to_multiply=False).formed(lazy.dtype).detach()
-    return lazy.formed().detach()
-
-
-def _replaced(found: Any, form: Callable[[LazyWeight], Tensor]) -> Any:
-    """Return arguments with a plain tensor for each lazy weight among them, at any depth."""
-    if isinstance(found, LazyWeight):
-        return form(found)
-    if type(found) in (list, tuple):
-        return type(found)(_replaced(one, form) for one in found)
-    if type(found) is dict:
-        return {key: _replaced(one, form) for key, one in found.items()}
-    return found
-
-
-def _may_answer(answer: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an answer knows these arguments by number and name, and all of them allow it."""
-    known = answer.__code__.co_varnames[: answer.__code__.co_argcount]
-    if not answer.__code__.co_flags & inspect.CO_VARARGS and len(args) > len(known):
-        return False
-    return set(kwargs) <= set(known) and all(map(_is_thin, (*args, *kwargs.values())))
-
-
-def _is_thin(argument: Any) -> bool:
-    """Whether an argument allows a thin answer.
-
-    Tensors of other classes have their own arithmetic.
-    """
-    if isinstance(argument, LazyWeight):
-        return argument.is_thin()
-    if isinstance(argument, list | tuple):
-        return all(map(_is_thin, argument))
-    return not isinstance(argument, Tensor) or type(argument) in PLAIN
-
-
-def _changes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function changes a lazy weight."""
-    name: str = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    in_place = in_place or (name[:3] == "__i" and hasattr(Tensor, "__" + name[3:]))  # __iadd__
-    first = bool(args) and isinstance(args[0], LazyWeight)
-    changes = in_place or name in ("__setitem__", "__set__") or bool(kwargs.get("inplace"))
-    return (first and changes) or isinstance(kwargs.get("out"), LazyWeight)
-
-
-def _empty(like: Tensor) -> LazyWeight:
-    """Return a lazy weight that says what a tensor is like, without anything in it."""
-    made: LazyWeight = Tensor._make_wrapper_subclass(
-        LazyWeight, like.shape, like.stride(), dtype=like.dtype, device=like.device
+def _refuse_change(func: Any) -> None:
+    raise LayerError(
+        f"{func.__name__} on a weight with an adapter inside a forward",
+        "what a forward reads is W + delta, which is nowhere stored",
+        "Change a .clone() of it, change it outside of the forward, or merge first",
     )
+
+
+def _made(
+    read: _Read, size: Any, stride: Any, index: int | Tensor | None = None, turned: bool = False
+) -> LazyWeight:
+    weight = read.weight
+    made: LazyWeight = Tensor._make_wrapper_subclass(
+        LazyWeight, size, stride, dtype=weight.dtype, device=weight.device
+    )
+    made._read, made._index, made._is_turned, made._formed = read, index, turned, None
     return made
 
 
@@ -337,21 +248,17 @@ class _Deferred(torch.autograd.Function):
     """The autograd node of a lazy weight, for gradients with respect to the formed weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any, read: _Read, index: Any, turned: bool, like: Tensor, *_: Tensor
-    ) -> LazyWeight:
-        ctx.how = read, index, turned
-        return _empty(like)
+    def forward(ctx: Any, read: _Read, *_: Tensor) -> LazyWeight:
+        ctx.read = read
+        return _made(read, read.weight.shape, read.weight.stride())
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        read, index, turned = ctx.how
-        read.value()  # raises if it has changed
-        again = torch.is_grad_enabled()
+        read, again = ctx.read, torch.is_grad_enabled()
+        read.check()
         with torch.enable_grad():
-            out = _of(read.anew().formed(read.weight.dtype), index, turned)
-        needs = ctx.needs_input_grad[4:]
-        return (*[None] * 4, *differentiate(out, read.leaves, needs, g, again=again))
+            out = read.sum().formed(read.weight.dtype)
+        return None, *differentiate(out, read.leaves, ctx.needs_input_grad[1:], g, again=again)
 
 
 def _cut(stack: Tensor) -> tuple[Tensor, ...]:
@@ -374,67 +281,93 @@ class _Cut(torch.autograd.Function):
         return torch.stack([zero if g is None else g for g in grads])
 
 
-# ------------------------------------------------------------------------- questions and answers
+# ------------------------------------------------------------------------------ picked or turned
 
 
-def _of(whole: Tensor, index: int | Tensor | None, turned: bool) -> Tensor:
-    """Return what a lazy weight is of the whole."""
-    found = whole if index is None else whole[index]
-    return found.mT if turned else found
+def _permuted(lazy: LazyWeight, dims: Sequence[int] = (1, 0)) -> Any:
+    last, n = [lazy.dim() - 1, lazy.dim() - 2], lazy.dim()
+    return lazy.turned() if [d % n for d in dims] == [*range(n - 2), *last] else NotImplemented
 
 
-def _turned(lazy: LazyWeight) -> LazyWeight:
-    return lazy.some(None, turn=True)
+def _transposed(lazy: LazyWeight, dim0: int, dim1: int) -> Any:
+    n = lazy.dim()
+    return lazy.turned() if {dim0 % n, dim1 % n} == {n - 2, n - 1} else NotImplemented
 
 
-def _t(lazy: LazyWeight) -> Any:
-    return _turned(lazy) if lazy.dim() == 2 else NotImplemented
+def _selected(lazy: LazyWeight, dim: int, index: int) -> Any:
+    picks = _is_whole_stack(lazy) and dim in (0, -3)
+    return lazy.part(index % len(lazy)) if picks else NotImplemented
 
 
-def _transpose(lazy: LazyWeight, dim0: int, dim1: int) -> Any:
-    last = {lazy.dim() - 2, lazy.dim() - 1}
-    return _turned(lazy) if {dim0 % lazy.dim(), dim1 % lazy.dim()} == last else NotImplemented
+def _unbound(lazy: LazyWeight, dim: int = 0) -> Any:
+    picks = _is_whole_stack(lazy) and dim in (0, -3)
+    return [lazy.part(i) for i in range(len(lazy))] if picks else NotImplemented
 
 
-def _item(lazy: LazyWeight, index: Any) -> Any:
-    """Return `lazy[index]`, where the index picks matrices of a stack."""
-    if lazy.dim() != 3 or lazy._index is not None or isinstance(index, bool):
+def _gathered(lazy: LazyWeight, indices: Sequence[Tensor | None]) -> Any:
+    (index, *others) = indices
+    if others or not _is_whole_stack(lazy) or index is None or index.dim() != 1:
         return NotImplemented
-    if isinstance(index, Tensor):
-        if index.dtype in (torch.bool, torch.uint8) or index.dim() > 1:
-            return NotImplemented
-        return lazy.some(index if index.dim() else int(index))
-    return lazy.some(index) if isinstance(index, int) else NotImplemented
+    return NotImplemented if index.dtype in (torch.bool, torch.uint8) else lazy.part(index)
 
 
-def _matrices(lazy: LazyWeight, dim: int = 0) -> Any:
-    if lazy.dim() != 3 or lazy._index is not None or dim not in (0, -3):
-        return NotImplemented
-    return tuple(map(lazy.some, range(lazy.shape[0])))
+def _is_whole_stack(lazy: LazyWeight) -> bool:
+    return lazy.dim() == 3 and lazy._index is None
 
 
-def _iterate(lazy: LazyWeight) -> Any:
-    found = _matrices(lazy)
-    return NotImplemented if found is NotImplemented else iter(found)
+_PARTS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.t.default: _permuted,
+    torch.ops.aten.permute.default: _permuted,
+    torch.ops.aten.transpose.int: _transposed,
+    torch.ops.aten.select.int: _selected,
+    torch.ops.aten.unbind.int: _unbound,
+    torch.ops.aten.index.Tensor: _gathered,
+}
+
+# --------------------------------------------------------------------------------------- products
 
 
-def _to(lazy: LazyWeight, what: Any) -> Any:
-    return lazy if what in (lazy.dtype, lazy.device) else NotImplemented
+def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a product knows these arguments by number and name, and all of them allow it.
+
+    Tensors of other classes have their own arithmetic.
+    """
+    known = product.__code__.co_varnames[: product.__code__.co_argcount]
+    if len(args) > len(known) or not set(kwargs) <= set(known):
+        return False
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    return all(t._read.is_thin if isinstance(t, LazyWeight) else type(t) in PLAIN for t in tensors)
+
+
+def _fit(x: Any, weight: Any) -> bool:
+    """Whether torch would multiply a plain x by a lazy weight; if not, its own message is best."""
+    if type(x) not in PLAIN or not isinstance(weight, LazyWeight) or x.device != weight.device:
+        return False
+    return x.dtype == weight.dtype or _is_autocast(x)
+
+
+def _is_autocast(t: Tensor) -> bool:
+    kind = t.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-    if isinstance(x, LazyWeight) or not _fit(x, weight) or weight.dim() != 2:
-        return NotImplemented
-    return product_from_right(x, weight.value(turn=True), bias)
+    thin = _fit(x, weight) and weight.dim() == 2
+    return weight.value().turned().product(x, bias) if thin else NotImplemented
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Any) -> Any:
+    """`torch.addmm` as transformers' Conv1D uses it."""
+    thin = _fit(x, weight) and type(bias) in PLAIN and bias.dim() == 1 and bias.dtype == x.dtype
+    return weight.value().product(x, bias) if thin and weight.dim() == 2 else NotImplemented
 
 
 def _matmul(left: Any, right: Any) -> Any:
-    if not isinstance(left, LazyWeight):
-        fit = _fit(left, right) and left.dim() > 1
-        return product_from_right(left, right.value()) if fit else NotImplemented
-    if isinstance(right, LazyWeight) or not _fit(right, left) or right.dim() < 2:
-        return NotImplemented
-    return product_from_left(left.value(), right)
+    if _fit(left, right) and left.dim() > 1:
+        return right.value().product(left)
+    if _fit(right, left) and right.dim() > 1:
+        return left.value().turned().product(right.mT).mT.contiguous()
+    return NotImplemented
 
 
 def _mm(left: Any, right: Any) -> Any:
@@ -443,14 +376,6 @@ def _mm(left: Any, right: Any) -> Any:
 
 def _bmm(left: Any, right: Any) -> Any:
     return _matmul(left, right) if left.dim() == right.dim() == 3 else NotImplemented
-
-
-def _addmm(bias: Tensor, x: Tensor, weight: Any) -> Any:
-    """`torch.addmm` as transformers' Conv1D uses it."""
-    plain = not isinstance(bias, LazyWeight) and bias.dim() == 1 and isinstance(weight, LazyWeight)
-    if not plain or isinstance(x, LazyWeight) or not _fit(x, weight) or bias.dtype != x.dtype:
-        return NotImplemented
-    return product_from_right(x, weight.value(), bias)
 
 
 def _embedding(
@@ -465,17 +390,14 @@ def _embedding(
     del norm_type
     if isinstance(ids, LazyWeight) or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
-    return looked_up(weight.value(), ids, padding_idx)
+    return weight.value().looked_up(ids, padding_idx)
 
 
 def _grouped_mm(
-    x: Tensor,
-    weight: Any,
-    offs: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    x: Tensor, weight: Any, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
 ) -> Any:
-    return _grouped(torch._grouped_mm, x, weight, offs, bias, out_dtype)
+    plain = bias is None and out_dtype is None
+    return _grouped(torch._grouped_mm, x, weight, offs) if plain else NotImplemented
 
 
 def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
@@ -483,64 +405,43 @@ def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
     return _grouped(torch.ops.transformers.grouped_mm_fallback, x, weight, offs)
 
 
-def _grouped(
-    multiply: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tensor | None, *others: Any
-) -> Any:
-    if offs is None or isinstance(x, LazyWeight) or x.dim() != 2 or x.dtype != weight.dtype:
+def _grouped(multiply: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tensor | None) -> Any:
+    thin = type(x) in PLAIN and isinstance(weight, LazyWeight) and x.dtype == weight.dtype
+    if not thin or offs is None or x.dim() != 2 or weight.dim() != 3:
         return NotImplemented
-    if not isinstance(weight, LazyWeight) or weight.dim() != 3:
-        return NotImplemented
-    if any(other is not None for other in others):
-        return NotImplemented
-    return grouped_product(multiply, x, weight.value(), offs)
+    return weight.value().grouped_product(multiply, x, offs)
 
 
-def _fit(x: Tensor, weight: LazyWeight) -> bool:
-    """Whether torch would multiply these two as they are; if not, its own message is best."""
-    return x.device == weight.device and (x.dtype == weight.dtype or _is_autocast(x))
-
-
-def _is_autocast(t: Tensor) -> bool:
-    kind = t.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
-
-
-def _getter(name: str) -> Any:
-    return getattr(Tensor, name).__get__
-
-
-_ATTRIBUTES = "shape dtype device layout ndim requires_grad is_leaf grad_fn"
-_METHODS = """__len__ dim element_size get_device is_complex is_contiguous is_floating_point
-ndimension nelement numel size stride"""
-_QUESTIONS = {
-    *map(_getter, _ATTRIBUTES.split()),
-    *(getattr(Tensor, name) for name in _METHODS.split()),
-}
-
-_ANSWERS: dict[Any, Callable[..., Any]] = {
-    _getter("T"): _t,
-    _getter("mT"): _turned,
-    Tensor.t: _t,
-    Tensor.transpose: _transpose,
-    Tensor.__getitem__: _item,
-    Tensor.__iter__: _iterate,
-    Tensor.unbind: _matrices,
-    Tensor.to: _to,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    Tensor.mm: _mm,
-    Tensor.bmm: _bmm,
-    torch.t: _t,
-    torch.transpose: _transpose,
-    torch.unbind: _matrices,
-    torch.matmul: _matmul,
-    torch.mm: _mm,
-    torch.bmm: _bmm,
-    torch.addmm: _addmm,
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.linear: _linear,
     torch._grouped_mm: _grouped_mm,
+    torch.addmm: _addmm,
+    torch.bmm: _bmm,
+    torch.matmul: _matmul,
+    torch.mm: _mm,
+    Tensor.__matmul__: _matmul,
+    Tensor.bmm: _bmm,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _mm,
 }
-
 # Custom operations, which exist once their library is imported.
-_ANSWERS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
+_PRODUCTS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
+
+_HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+# They look into the memory; attention forms its weights once, else it would be again in backward.
+_GET_IT_FORMED = {
+    F.multi_head_attention_forward,
+    Tensor.__array__,
+    Tensor.__deepcopy__,
+    Tensor.__dlpack__,
+    Tensor.__reduce_ex__,
+    Tensor.__repr__,
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+    Tensor.data_ptr,
+    Tensor.numpy,
+    Tensor.share_memory_,
+    Tensor.storage,
+    Tensor.tolist,
+    Tensor.untyped_storage,
+}

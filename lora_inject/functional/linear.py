@@ -84,17 +84,7 @@ def linear(
 def add_updates(
     y: Tensor, x: Tensor, updates: Sequence[Factors], *, float32: bool = False
 ) -> Tensor:
-    """Add low-rank updates to the output of a layer that was called untouched.
-
-    Args:
-        y: `(..., out)`, output of the layer; never modified.
-        x: `(..., in)`, its input.
-        updates: The updates to add.
-        float32: Keep the low-rank arithmetic in float32 over a 16-bit base.
-
-    Returns:
-        `(..., out)`, in the dtype of `y`.
-    """
+    """Add low-rank updates, out of place, to the output y of a layer that was called with x."""
     with without_autocast(y) or nullcontext():
         if needs_plain_operations():
             return _plain(y, x, updates, [None] * len(updates), float32)
@@ -265,9 +255,11 @@ def _parts(
 
 
 def _plus_product(
-    y: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True
+    y: Tensor | None, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True
 ) -> Tensor:
     """Return `y + scale * left @ right`, of matrices or stacks, rounded once to the dtype of y."""
+    if y is None:
+        return _scaled_product(left, right, scale)
     if y.dtype != left.dtype:
         if cpu.is_cpu(y):
             return cpu.plus_product(y, left, right, scale, in_place=in_place)
@@ -335,9 +327,15 @@ class _Function(torch.autograd.Function):
         x, weight, bias, *rest = ctx.saved_tensors
         n = 2 * len(how.terms)
         factors, kept = rest[:n], [Kept(*rest[i : i + 4]) for i in range(n, len(rest), 4)]
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            return _backward_with_graph(g, x, weight, bias, how, factors, kept, needs)
+        needs, updates = ctx.needs_input_grad, how.updates(factors)
+        if torch.is_grad_enabled():  # by autograd, as this backward is itself differentiated
+            frozen = weight is not None
+            y = _base(x, weight, bias, how.transposed, how.dtype) if frozen else torch.zeros_like(g)
+            masks = [cpu.mask(one.dropped, _matrix(x)) for one in kept]
+            out = _plain(y, x, updates, masks, how.float32)
+            inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
+            gx, _, *others = differentiate(out, inputs, wanted, g)
+            return gx, g if needs[1] else None, *others
         g2, gx2, gw, gb = _matrix(g), None, None, None
         if weight is not None and needs[0]:
             gx2 = torch.mm(g2, cast(weight.t() if how.transposed else weight, g.dtype))
@@ -350,9 +348,9 @@ class _Function(torch.autograd.Function):
         if gx2 is not None and x.dtype == dtype:
             gx2 = cast(gx2, dtype)
         grads: list[Tensor | None] = []
-        for i, (u, one) in enumerate(zip(how.updates(factors), kept, strict=True)):
-            wanted = needs[0], *needs[5 + 2 * i : 7 + 2 * i]
-            gx2, gA, gB = _backward_one(g2, _matrix(x), gx2, u, one, wanted, dtype)
+        for i, (u, one) in enumerate(zip(updates, kept, strict=True)):
+            g2, wanted = cast(g2, dtype), (needs[0], *needs[5 + 2 * i : 7 + 2 * i])
+            gx2, gA, gB = _backward_one(g2, _matrix(x), gx2, u, one, wanted)
             grads.append(None if gA is None else cast(gA, u.A.dtype))
             grads.append(None if gB is None else cast(gB, u.B.dtype))
         gx = None if gx2 is None else cast(gx2.view(x.shape), x.dtype)
@@ -360,49 +358,35 @@ class _Function(torch.autograd.Function):
 
 
 def _backward_one(
-    g2: Tensor,
-    x2: Tensor,
-    gx2: Tensor | None,
-    u: Factors,
-    kept: Kept,
-    needs: Sequence[bool],
-    dtype: torch.dtype,
+    g2: Tensor, x2: Tensor, gx2: Tensor | None, u: Factors, kept: Kept, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x so far, of A and of B, where they are wanted.
 
     `gx2` `(n, in)` may be written over; None where nothing has reached x yet.
     """
-    g2, gA, scale = cast(g2, dtype), None, u.scale / (1 - u.dropout)
-    gh, gB = _output_side(g2, u, kept, needs[2])
+    gA, gB, scale = None, None, u.scale / (1 - u.dropout)
+    gh = torch.empty_like(kept.h)  # without the scale
+    for g_part, gh_part, B_part in _parts(u.spans, g2, gh, kept.B):
+        torch.matmul(g_part, B_part, out=gh_part)
+    if needs[2] and u.spans is None and cpu.is_cpu(g2):
+        # With the thin matrix on the left: 2 points of a step, 7 of one in float32 over bfloat16.
+        gB = _scaled_product(kept.h.t(), g2, u.scale).t()
+    elif needs[2]:
+        gB = torch.empty_like(kept.B)
+        for g_part, h_part, gB_part in _parts(u.spans, g2, kept.h, gB):
+            _scaled_product(g_part.mT, h_part, u.scale, out=gB_part)
     if needs[1]:
-        x2 = cast(x2, dtype)
-        inputs = x2 if kept.dropped is None else cpu.without(x2, kept.dropped)
+        inputs = cast(x2, g2.dtype)
+        inputs = inputs if kept.dropped is None else cpu.without(inputs, kept.dropped)
         gA = _scaled_product(gh.t(), inputs, scale)
     if needs[0]:
         gx2 = _plus_share(gx2, gh, kept, scale)
     return gx2, gA, gB
 
 
-def _output_side(g2: Tensor, u: Factors, kept: Kept, needed: bool) -> tuple[Tensor, Tensor | None]:
-    """Return `g B`, `(n, rank * parts)`, without the scale; and the gradient of B if needed."""
-    gh, gB = torch.empty_like(kept.h), None
-    for g_part, gh_part, B_part in _parts(u.spans, g2, gh, kept.B):
-        torch.matmul(g_part, B_part, out=gh_part)
-    if needed and u.spans is None and cpu.is_cpu(g2):
-        # With the thin matrix on the left: 2 points of a step, 7 of one in float32 over bfloat16.
-        gB = _scaled_product(kept.h.t(), g2, u.scale).t()
-    elif needed:
-        gB = torch.empty_like(kept.B)
-        for g_part, h_part, gB_part in _parts(u.spans, g2, kept.h, gB):
-            _scaled_product(g_part.mT, h_part, u.scale, out=gB_part)
-    return gh, gB
-
-
 def _plus_share(gx2: Tensor | None, gh: Tensor, kept: Kept, scale: float) -> Tensor:
     """Return `gx2 + scale * gh A`, without what was dropped, in the memory of `gx2` if any."""
     if kept.dropped is None:
-        if gx2 is None:
-            return _scaled_product(gh, kept.A, scale)
         return _plus_product(gx2, gh, kept.A, scale)
     if kept.dropped.dtype != torch.bool:
         return cpu.plus_share(gx2, gh, kept.A, scale, kept.dropped)
@@ -410,25 +394,3 @@ def _plus_share(gx2: Tensor | None, gh: Tensor, kept: Kept, scale: float) -> Ten
     if gx2 is None:
         return share.mul_(kept.dropped).mul_(scale)
     return gx2.addcmul_(share, kept.dropped, value=scale)
-
-
-def _backward_with_graph(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    how: _How,
-    factors: Sequence[Tensor],
-    kept: Sequence[Kept],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients by autograd, for a backward that is itself differentiated."""
-    if weight is None:
-        y = g.new_zeros(g.shape)
-    else:
-        y = _base(x, weight, bias, how.transposed, how.dtype)
-    masks = [cpu.mask(one.dropped, _matrix(x)) for one in kept]
-    out = _plain(y, x, how.updates(factors), masks, how.float32)
-    inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
-    gx, _, *others = differentiate(out, inputs, wanted, g)
-    return gx, g if needs[1] else None, *others

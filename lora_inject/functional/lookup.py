@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +29,11 @@ def embedding(
     *,
     float32: bool = False,
 ) -> Tensor:
-    """Add low-rank updates to looked-up rows: `base + scale * A[:, ids]^T B^T`.
+    """Add low-rank updates to looked-up rows: `base + scale * A[:, ids]^T B^T`, out of place.
 
-    Args:
-        base: `(..., dim)`, the rows of the frozen table; never modified.
-        ids: `(...)`, integer.
-        updates: A `(rank, num)`, B `(dim, rank)`. Dropout drops whole tokens: the input of A is a
-            one-hot vector.
-        padding_idx: The row that receives no gradient, as in `nn.Embedding`.
-        float32: Keep the low-rank arithmetic in float32 over a 16-bit base.
-
-    Returns:
-        `(..., dim)`, in the dtype of `base`.
+    `base` is `(..., dim)` of the frozen table for ids `(...)`; A is `(rank, num)`, B `(dim, rank)`.
+    Dropout drops whole tokens, as the input of A is a one-hot vector. The row `padding_idx`
+    receives no gradient, as in `nn.Embedding`.
     """
     dtype = compute_dtype(base.dtype, float32)
     out = base.reshape(-1, base.shape[-1])
@@ -58,46 +50,19 @@ def embedding(
 
 
 def renormalized(rows: Tensor, max_norm: float, p: float) -> Tensor:
-    """Scale rows down to a norm, as `nn.Embedding(max_norm=...)` does to its table, differentiably.
+    """Scale rows `(..., dim)` down to a p-norm of `max_norm`, differentiably, out of place.
 
-    Args:
-        rows: `(..., dim)`; never modified.
-        max_norm: The largest norm that a row may have.
-        p: Which norm.
-
-    Returns:
-        `(..., dim)`: bit for bit what `torch.embedding_renorm_` would leave in those rows.
+    The values are bit for bit what `torch.embedding_renorm_` would leave in those rows, unless a
+    tracer or a function transform is watching; the derivative is that of its formula.
     """
-    if needs_plain_operations():
-        return _scaled_down(rows, max_norm, p)
-    return _Renormalized.apply(rows, max_norm, p)  # type: ignore[no-untyped-call,no-any-return]
-
-
-def _scaled_down(rows: Tensor, max_norm: float, p: float) -> Tensor:
     norm = torch.linalg.vector_norm(rows, p, dim=-1, keepdim=True)
-    return torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
-
-
-class _Renormalized(torch.autograd.Function):
-    """torch's own renormalization forward, the derivative of its formula backward."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, max_norm: float, p: float) -> Tensor:
-        ctx.save_for_backward(rows)
-        ctx.how = (max_norm, p)
-        out = rows.reshape(-1, rows.shape[-1]).clone()
-        torch.embedding_renorm_(out, torch.arange(len(out), device=out.device), max_norm, p)
-        return torch.ops.aten._unsafe_view.default(out, rows.shape)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        (rows,) = ctx.saved_tensors
-        twice = torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaf = rows if twice else rows.detach().requires_grad_()
-            out = _scaled_down(leaf, *ctx.how)
-        (grad,) = torch.autograd.grad(out, leaf, g, create_graph=twice)
-        return grad, None, None
+    formula = torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
+    if needs_plain_operations():
+        return formula
+    exact = rows.detach().reshape(-1, rows.shape[-1]).clone()
+    torch.embedding_renorm_(exact, torch.arange(len(exact), device=rows.device), max_norm, p)
+    # The two differ by roundings, so their difference is exact, and so is the sum.
+    return formula + (exact.view(rows.shape) - formula.detach())
 
 
 def routed_embedding(
@@ -109,18 +74,9 @@ def routed_embedding(
     *,
     float32: bool = False,
 ) -> Tensor:
-    """Add to each row of a batch of looked-up rows the update of its own adapter.
+    """Add to each row of a batch of looked-up rows the update of its own adapter, as `embedding`.
 
-    Args:
-        base: `(batch, ..., dim)`; never modified.
-        ids: `(batch, ...)`, integer.
-        rows: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
-        adapters: The updates of each adapter.
-        padding_idx: As in `embedding`.
-        float32: As in `embedding`.
-
-    Returns:
-        `(batch, ..., dim)`, in the dtype of `base`.
+    `rows` is `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter.
     """
     out = base
     for index, updates in enumerate(adapters):

@@ -1,16 +1,18 @@
-"""One adapter for each row of a batch, in two batched products.
+"""Adapters stacked in a bank, from which a tensor picks: one for each row of a batch, or one mix.
 
 Factors are gathered by row, so the cost does not grow with the number of adapters (Punica,
 arXiv:2310.18547, has the same idea as a GPU kernel), and a row meets the factors of its own adapter
 only: what is broken in another one does not reach it. Nothing is kept from one forward to the next:
 no version counter tells of what fused optimizers write.
+
+In a compiled graph an adapter's name would be a constant. Numbers that come in as a tensor are
+other data for the same graph, and nothing is compiled again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,6 @@ from lora_inject.functional.factors import (
     spread,
     without_autocast,
 )
-from lora_inject.functional.linear import differentiate
 
 
 def routed_update(
@@ -39,14 +40,12 @@ def routed_update(
 ) -> Tensor:
     """Add to each row of a batch the update of its own adapter.
 
-    Unequal ranks are padded with zeros.
-
     Args:
         y: `(batch, ..., out)`.
         x: `(batch, ..., in)`.
         places: `(batch,)`, int64: 0 for the base, else 1 + the index of the row's adapter. Fewer
             stand for as many equal runs of rows.
-        adapters: The updates of each adapter.
+        adapters: The updates of each adapter, of any ranks.
         float32: Keep the arithmetic in float32 over a 16-bit base.
         in_place: Whether y may be modified where no gradient is needed: nobody else has it.
 
@@ -63,30 +62,121 @@ def routed_update(
     """
     with without_autocast(y) or nullcontext():
         dtype = compute_dtype(y.dtype, float32)
-        A_bank, B_bank = bank(adapters, y.shape[-1], dtype, base=True)
+        A_bank, B_bank = _bank(adapters, y.shape[-1], dtype, base=True)
         x3 = x.reshape(places.shape[0], -1, x.shape[-1])
         y3 = y.reshape(places.shape[0], -1, y.shape[-1])
         x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
-        plain = needs_plain_operations()
-        if plain or not torch.is_grad_enabled():
-            return _routed(y3, x3, places, A_bank, B_bank, in_place and not plain)[0].view(y.shape)
-        out: Tensor = _RoutedFunction.apply(y3, x3, places, A_bank, B_bank)  # type: ignore[no-untyped-call]
+        # Thin products have the rank as rows: on a CPU `x A^T` takes up to twice as long.
+        h = torch.bmm(A_bank.index_select(0, places), x3.to(dtype).mT).mT
+        right = B_bank.index_select(0, places).mT
+        if y3.dtype != dtype:
+            out = torch.baddbmm(y3.to(dtype), h, right).to(y3.dtype)
+        elif in_place and not torch.is_grad_enabled() and not needs_plain_operations():
+            out = y3.baddbmm_(h, right)
+        else:
+            out = torch.baddbmm(y3, h, right)
         return out.view(y.shape)
 
 
-def bank(
-    adapters: Sequence[Sequence[Factors]], out: int, dtype: torch.dtype, *, base: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Stack adapters, each as one plain pair that equals all its updates, scale and spans included.
+def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
+    """Drop elements of each row with the probability of its adapter."""
+    if not any(dropouts):
+        return x3
+    # Filled on the device: a tensor of Python numbers would be copied there in each forward.
+    p = torch.stack([x3.new_full((), p) for p in (0.0, *dropouts)]).index_select(0, places)
+    p = p.view(-1, 1, 1)
+    return x3 * (torch.rand_like(x3) >= p) / (1 - p)
+
+
+def dropped(x: Tensor, u: Factors) -> Tensor:
+    """Return `(..., in)` with the same elements dropped as for the adapter alone."""
+    return cpu.drop(x.reshape(-1, x.shape[-1]), u.dropout)[0].view(x.shape)
+
+
+def routed_convolution(
+    y: Tensor,
+    x: Tensor,
+    places: Tensor,
+    adapters: Sequence[Sequence[Factors]],
+    convolve: Callable[[Tensor, Tensor, int], Tensor],
+    weight_shape: Sequence[int],
+    *,
+    float32: bool,
+) -> Tensor:
+    """Add to each row of a convolution's output the update of its own adapter, out of place.
+
+    The update is a convolution with A, which has a few channels, and then a product with B. The
+    rows are groups of one convolution, each with the A of its adapter.
 
     Args:
-        adapters: The updates of each of `n` adapters.
-        out: Width of the output.
-        dtype: What to stack in.
-        base: Put zeros before the first, which stand for no adapter.
+        y: `(batch, out, *positions)`, the layer's own output.
+        x: `(batch, in, *size)`.
+        places: `(batch,)`, as in `routed_update`.
+        adapters: The updates of each adapter.
+        convolve: Called with an input, a weight and a number of groups: the layer's convolution
+            with its stride, padding and dilation, without a bias.
+        weight_shape: `(out, in / groups, *kernel)`, of the layer.
+        float32: Keep the arithmetic in float32 over a 16-bit base.
 
     Returns:
-        A `(n, R, in)` and B `(n, out, R)`; smaller ranks are padded with zeros.
+        `(batch, out, *positions)`, in the dtype of `y`. Rows of the base keep their bits.
+    """
+    with without_autocast(y) or nullcontext():
+        dtype = compute_dtype(y.dtype, float32)
+        A_bank, B_bank = _bank(adapters, weight_shape[0], dtype, base=True)
+        batch, groups, rank = len(x), x.shape[1] // weight_shape[1], A_bank.shape[1]
+        kernels = A_bank.index_select(0, places).view(batch, 1, rank, *weight_shape[1:])
+        kernels = kernels.expand(-1, groups, *[-1] * (kernels.dim() - 2)).flatten(0, 2)
+        h = convolve(x.to(dtype).flatten(0, 1)[None], kernels, batch * groups)
+        B = B_bank.index_select(0, places).view(batch, groups, -1, rank)
+        update = (B @ h.view(batch, groups, rank, -1)).view(y.shape)
+        mine = (places > 0).view(-1, *[1] * (y.dim() - 1))
+        return torch.where(mine, (y.to(dtype) + update).to(y.dtype), y)
+
+
+def chosen_factors(
+    choice: Tensor,
+    numbers: Sequence[int],
+    adapters: Sequence[Sequence[Factors]],
+    out: int,
+    dtype: torch.dtype,
+) -> Factors:
+    """Return one update that equals those of the adapters that a tensor names.
+
+    `choice` is `(k, 2)`, float64: number and weight of each chosen adapter; `numbers` are those of
+    this layer's adapters, which all have the same dropout. Adapters that are not chosen do not
+    reach the output, not even where they hold NaN; where they require a gradient, it is zero.
+    """
+    A_bank, B_bank = _bank(adapters, out, dtype)
+    rows = chosen_rows(choice[:, 0], numbers)
+    index, here = (rows - 1).clamp(min=0), (rows > 0)[:, None, None]
+    weights = choice[:, 1].to(dtype)[:, None, None]
+    A = torch.where(here, A_bank.index_select(0, index), 0)
+    B = torch.where(here, B_bank.index_select(0, index) * weights, 0)
+    p = adapters[0][0].dropout
+    return Factors(A.flatten(0, 1), B.transpose(0, 1).flatten(1), 1.0, dropout=p)
+
+
+def chosen_rows(chosen: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Return `(k,)`, int64: 1 + the place of each chosen number among `numbers`, 0 for strangers.
+
+    Examples:
+        >>> chosen_rows(torch.tensor([5.0, -1.0, 4.0]), [4, 5]).tolist()
+        [2, 0, 1]
+    """
+    # Compared with numbers of Python: a tensor of them would be copied to the device each time.
+    rows = torch.zeros_like(chosen, dtype=torch.int64)
+    for place, number in enumerate(numbers, 1):
+        rows = torch.where(chosen == number, place, rows)
+    return rows
+
+
+def _bank(
+    adapters: Sequence[Sequence[Factors]], out: int, dtype: torch.dtype, *, base: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Stack adapters as A `(n, R, in)` and B `(n, out, R)`, scale and spans included.
+
+    Smaller ranks are padded with zeros; with `base` zeros come before the first, for no adapter.
     """
     pairs = [_one_pair(updates, out, dtype) for updates in adapters]
     rank = max(A.shape[0] for A, _, _ in pairs)
@@ -101,54 +191,7 @@ def bank(
     return torch.stack(As), B if scale == 1.0 else B * scale
 
 
-def _routed(
-    y3: Tensor, x3: Tensor, places: Tensor, A_bank: Tensor, B_bank: Tensor, in_place: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return the routed output `(batch, n, out)`, and `h = A x^T`, `(batch, R, n)`.
-
-    Thin products have the rank as rows: on a CPU `x A^T` takes up to twice as long.
-    """
-    h = torch.bmm(A_bank.index_select(0, places), x3.to(A_bank.dtype).mT)
-    right = B_bank.index_select(0, places).mT
-    if y3.dtype != h.dtype:
-        return torch.baddbmm(y3.to(h.dtype), h.mT, right).to(y3.dtype), h
-    return (y3.baddbmm_(h.mT, right) if in_place else torch.baddbmm(y3, h.mT, right)), h
-
-
-class _RoutedFunction(torch.autograd.Function):
-    """Saves x, h and the banks; the factors of each row are gathered again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y3: Tensor, x3: Tensor, places: Tensor, A_bank: Tensor, B_bank: Tensor
-    ) -> Tensor:
-        out, h = _routed(y3, x3, places, A_bank, B_bank)
-        ctx.save_for_backward(x3, places, A_bank, B_bank, h)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x3, places, A_bank, B_bank, h = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            out, _ = _routed(g.new_zeros(g.shape), x3, places, A_bank, B_bank)
-            return (g, *differentiate(out, (x3, None, A_bank, B_bank), needs[1:], g))
-        gw = g.to(h.dtype)
-        gh = torch.bmm(B_bank.index_select(0, places).mT, gw.mT)
-        gx = gA = gB = None
-        if needs[1]:
-            gx = torch.bmm(gh.mT, A_bank.index_select(0, places)).to(x3.dtype)
-        if needs[3]:
-            each = torch.bmm(gh, x3.to(gh.dtype))
-            gA = torch.zeros_like(A_bank).index_add_(0, places, each)
-        if needs[4]:
-            each = torch.bmm(h, gw).mT
-            gB = torch.zeros_like(B_bank).index_add_(0, places, each)
-        return g, gx, None, gA, gB
-
-
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return a pair that is filled up with zeros to a rank."""
     missing = rank - A.shape[0]
     return (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))) if missing else (A, B)
 
@@ -166,18 +209,3 @@ def _one_pair(
         B if u.spans is None else spread(B, u.spans, out) for B, u in zip(Bs, updates, strict=True)
     ]
     return torch.cat(As), torch.cat(wide, dim=1), 1.0
-
-
-def dropped(x: Tensor, u: Factors) -> Tensor:
-    """Return `(..., in)` with the same elements dropped as for the adapter alone."""
-    return cpu.drop(x.reshape(-1, x.shape[-1]), u.dropout)[0].view(x.shape)
-
-
-def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
-    """Drop elements of each row with the probability of its adapter."""
-    if not any(dropouts):
-        return x3
-    # Filled on the device: a tensor of Python numbers would be copied there in each forward.
-    p = torch.stack([x3.new_full((), p) for p in (0.0, *dropouts)]).index_select(0, places)
-    p = p.view(-1, 1, 1)
-    return x3 * (torch.rand_like(x3) >= p) / (1 - p)

@@ -1,22 +1,23 @@
-"""The weight with its updates: as a sum that can wait, formed, and as the textbook formula.
+"""The weight with its updates: as a sum that can wait, multiplied with, formed, and in one formula.
 
-A weight and its updates are `base + sum of scale * left @ right`, matrix by matrix over
-the weight's own memory (`LowRank`). `effective_weight` carries the sum out, differentiably;
-`products` multiplies with it and never does; `dense_delta` is the formula itself, for analysis and
-for tests of everything else.
+A weight and its updates are `base + sum of scale * left @ right`, matrix by matrix over the
+weight's own memory. `x (W + s L R) = x W + s (x L) R`: the second product is as thin as the rank,
+and so are its gradients, and nothing of the size of the weight is made, forward or backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lora_inject.functional.factors import spread, without_autocast
+from lora_inject.functional.factors import Factors, spread, without_autocast
 from lora_inject.functional.gain import Gain, norms_of
+from lora_inject.functional.linear import linear
 from lora_inject.spec.sites import SiteSpec
 
 Update = tuple[SiteSpec, Tensor, Tensor, float]
@@ -52,6 +53,60 @@ class LowRank(NamedTuple):
                 total = total * (g if transposed else g[:, None])
         return total.to(dtype)
 
+    def turned(self) -> LowRank:
+        """Return the transposed matrices."""
+        terms = tuple((right.mT, left.mT, scale) for left, right, scale in self.terms)
+        gain = None if self.gain is None else (self.gain[0], not self.gain[1])
+        return LowRank(self.base.mT, terms, self.float32, gain)
+
+    def at(self, index: int | Tensor) -> LowRank:
+        """Return one or some matrices of a stack, which has no gain."""
+        terms = tuple((left[index], right[index], scale) for left, right, scale in self.terms)
+        return LowRank(self.base[index], terms, self.float32)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `x @ self + bias`, as `torch.matmul` gives it; a bias is for one matrix only."""
+        if self.base.dim() == 2:
+            updates = [Factors(left.mT, right.mT, scale) for left, right, scale in self.terms]
+            in_out = not self.base.mT.is_contiguous()
+            weight = self.base if in_out else self.base.mT
+            return linear(x, weight, bias, updates, transposed=in_out, float32=self.float32)
+        y = torch.matmul(x, self.base)
+        with without_autocast(y) or nullcontext():
+            x = x.to(y.dtype)
+            for left, right, scale in self.terms:
+                h, narrow = torch.matmul(x, left.to(y.dtype)), right.to(y.dtype)
+                if y.dim() == narrow.dim() == 3 and len(h) == len(narrow):
+                    y = torch.baddbmm(y, h, narrow, alpha=scale)
+                else:
+                    y = torch.add(y, torch.matmul(h, narrow), alpha=scale)
+        return y
+
+    def looked_up(self, ids: Tensor, padding_idx: int | None) -> Tensor:
+        """Return `F.embedding(ids, self, padding_idx)`."""
+        y = F.embedding(ids, self.base, padding_idx)
+        for left, right, scale in self.terms:
+            update = F.embedding(ids, left) @ right
+            if padding_idx is not None:
+                update = torch.where((ids == padding_idx).unsqueeze(-1), update.detach(), update)
+            y = torch.add(y.to(update.dtype), update, alpha=scale).to(y.dtype)
+        return y
+
+    def grouped_product(self, multiply: Callable[..., Tensor], x: Tensor, offs: Tensor) -> Tensor:
+        """Return the product of groups of rows, each with a matrix of its own.
+
+        `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
+        matrices, and the end of each group. Rows behind the last are what it leaves there.
+        """
+        y = multiply(x, self.base, offs=offs)
+        for left, right, scale in self.terms:
+            # The kernels want rows of a multiple of 16 bytes, which a small rank is not.
+            missing = -left.shape[-1] % max(1, 16 // y.element_size())
+            h = multiply(x, F.pad(left, (0, missing)).to(x.dtype), offs=offs)
+            update = multiply(h, F.pad(right, (0, 0, 0, missing)).to(h.dtype), offs=offs)
+            y = torch.add(y, update, alpha=scale)
+        return y
+
 
 def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None) -> LowRank:
     """Return a weight and its updates as matrices: `(E, m, n)` for stacked experts, else one.
@@ -76,15 +131,7 @@ def effective_weight(
 ) -> Tensor:
     """Form `W + sum of scale * B @ A`, times its gain, differentiably.
 
-    Args:
-        weight: The frozen tensor, any shape that `spec.weight_shape` states.
-        updates: `(spec, A, B, scale)` for each update.
-        float32: Return float32 instead of rounding to the weight's dtype.
-        gain: The factor on the outputs of the sum.
-
-    Returns:
-        A new tensor of the weight's shape. Over a 16-bit weight the sum is formed in float32 and
-        rounded once.
+    Over a 16-bit weight the sum is formed in float32 and rounded once, with `float32` not at all.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32) if float32 else weight.dtype
     return low_rank(weight, updates, gain).formed(dtype).reshape(weight.shape)
