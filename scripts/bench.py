@@ -7,7 +7,7 @@
     python scripts/bench.py --json docs/performance/epyc.json --write docs/performance.md
 
 With `--json` the rows that were measured replace their old numbers in the file, and the document
-and the plots show all that it holds. Needs the `bench` extra: `pip install -e '.[bench]'`.
+and the picture show all that it holds. Needs the `bench` extra: `pip install -e '.[bench]'`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ from benchmarks import compiled, errors, exact, launches, report, serving, shari
 from benchmarks.measure import Options, Result, clock
 
 METHOD = """\
+![What an adapter adds to the time, beside PEFT](pictures/performance.svg)
+
 All variants of a case run in one process, in an order that is shuffled for each round. A ratio is
-formed within a round; the tables show the median of the rounds. Every round with its range, number,
-date and load is in the JSON file beside this page. *floor again* is the floor measured a second
-time: its distance from 1 is how far any other ratio may be off.
+formed within a round; the tables show the median of the rounds. The JSON file beside this page has
+the range and the number of the rounds, and the floor measured a second time, which says how far
+any ratio may be off.
 
 The *floor* of a training step is the same model with every parameter frozen and the output of its
 embedding requiring a gradient: forward and the gradient of the input, without an optimizer. No
@@ -93,8 +95,8 @@ def main() -> int:
     if args.write is not None:
         text = report.document(found, args.write, METHOD.strip(), args.json)
         args.write.write_text(text, encoding="utf-8")
-    for path in report.plots(found["rows"], args.plot) if args.plot is not None else []:
-        print(path)
+    if args.picture is not None:
+        report.picture(found["rows"], args.picture)
     return 0
 
 
@@ -128,7 +130,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="what is counted")
     parser.add_argument("--rounds", type=int, help="rounds of every case")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw one PNG for each row")
+    parser.add_argument("--picture", type=Path, metavar="SVG", help="draw what an adapter adds")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write a document in Markdown")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two rounds")
     parser.add_argument("--full", action="store_true", help="run PEFT at 20,000 sites too")

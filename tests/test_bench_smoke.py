@@ -55,7 +55,7 @@ def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_han
     assert run(bench, "--quick", "exactness", *write) == 0
     text = document.read_text()
     assert text.rstrip().endswith("By hand.")
-    assert "## saved-bytes" in text  # of the first run, out of the JSON file
+    assert "| saved-bytes |" in text  # of the first run, out of the JSON file
 
 
 def test_an_unknown_row_is_an_error_that_names_all_rows(capsys) -> None:

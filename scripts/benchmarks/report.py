@@ -16,9 +16,44 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Line, Result, noise_of, verdict
+from benchmarks.measure import BARE, Line, Result, noise_of, verdict
 
 PACKAGES = ("lora-inject", "torch", "transformers", "peft", "loralib", "safetensors")
+OURS, PEERS = "lora_inject", (BARE, "PEFT", "loralib")
+# Rows whose numbers do not depend on the machine are shown whole, of others time and memory.
+EXACT = ("launches", "errors")
+UNITS = (
+    "time / floor",
+    "time / compiled floor",
+    "time / no adapter",
+    "time / memcpy",
+    "us a layer over nn.Linear",
+    "MiB over floor",
+    "peak, MiB",
+    "s",
+    "ms",
+)
+# Ways of ours that no peer has, or that only explain another number.
+ONLY_JSON = (
+    "general path",
+    "compute: base",
+    "merged",
+    "merged and ejected",
+    "no adapter active",
+    "one for all rows",
+    "disabled()",
+    "eager",
+)
+# The picture: what is said of a case, its row, its name there, and how we and PEFT do it.
+BARS = (
+    ("training step, GPT-2, bf16", "step-bf16", "GPT-2 124M bf16, 1 thread", ""),
+    ("training step, Llama, bf16", "step-bf16", "Llama 124M bf16, 1 thread", ""),
+    ("training step, Llama, float32", "step-fp32", "Llama 124M fp32", ""),
+    ("the same compiled, bf16", "compile", "3 blocks of width 768 bf16, compiled", ""),
+    ("eight experts, bf16", "experts", "8 experts, 1024 to 3584, 512 tokens, bf16", ""),
+    ("decode, 8 adapters in a batch", "routed", "16 rows, decode", ", 8 adapters"),
+    ("prefill, 8 adapters in a batch", "routed", "16 rows, length 64", ", 8 adapters"),
+)
 # What stands below this line in the document is written by hand, and kept.
 BY_HAND = "<!-- Below this line: written by hand, kept by scripts/bench.py -->"
 
@@ -131,30 +166,46 @@ def markdown(table: Sequence[tuple[str, ...]]) -> str:
 
 
 def document(found: Mapping[str, Any], path: Path, method: str, raw: Path | None) -> str:
-    """Return docs/performance.md: a table for each number of each row, then what is by hand."""
-    here = found["machine"]
+    """Return docs/performance.md: the times, what is exact, what is judged, what is by hand."""
+    here, rows = found["machine"], found["rows"]
     versions = ", ".join(f"{k} {v}" for k, v in here["versions"].items())
     where = (
         f"Machine: {here.get('gpu', here['processor'])}, {here['cores']} cores, "
         f"{here['memory_gib']} GiB, {here['capability']}. Python {here['python']}, {versions}."
     )
     if raw is not None:
-        relative = os.path.relpath(raw, path.parent)
-        where += f" All numbers: [{raw.name}]({relative})."
-    parts = ["# Performance", method, where]
-    for name, row in found["rows"].items():
-        parts += [f"## {name}", _about(row), *_tables(row), *row["notes"]]
-    parts += ["## What is judged", markdown(summary(found["rows"]))]
+        where += f" Every number: [{raw.name}]({os.path.relpath(raw, path.parent)})."
+    parts = ["# Performance", method, where, "## Times and bytes", markdown(_times(rows))]
+    parts += [
+        " ".join(["Measured:", *(f"{n} {_when(row)};" for n, row in rows.items())])[:-1] + "."
+    ]
+    for name in set(EXACT) & set(rows):
+        parts += [f"## {name}", rows[name]["title"], *_tables(rows[name]), *rows[name]["notes"]]
+    parts += ["## What is judged", markdown(summary(rows))]
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     by_hand = old.split(BY_HAND, 1)[1].strip() if BY_HAND in old else ""
     return "\n\n".join([*parts, BY_HAND, *([by_hand] if by_hand else [])]) + "\n"
 
 
-def _about(row: Mapping[str, Any]) -> str:
-    title = row["title"].rstrip(".")
-    return (
-        f"{title}. ({row['date']}, {row['threads']}, {row['clock']} time, load {row['load']:.1f})"
-    )
+def _when(row: Mapping[str, Any]) -> str:
+    return f"{row['date']}, {row['threads']}, load {row['load']:.1f}"
+
+
+def _times(rows: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return one line for each case and way of ours, with the peers that did the same."""
+    table = [("row", "case", "unit", OURS, *PEERS)]
+    for name, row in rows.items():
+        found = {(ln.case, ln.metric, ln.variant): ln.mid for ln in lines_of(row)}
+        for (case, unit, variant), value in found.items():
+            ours, _, way = variant.partition(", ")
+            if unit not in UNITS or ours != OURS or way in ONLY_JSON:
+                continue
+            same = [found.get((case, unit, f"{peer}, {way}")) for peer in PEERS]
+            plain = [found.get((case, unit, peer)) for peer in PEERS]
+            peers = [plain[0], *same[1:]] if any(same) else plain
+            cells = ("" if peer is None else number(peer) for peer in peers)
+            table.append((name, f"{case}; {way}" if way else case, unit, number(value), *cells))
+    return table
 
 
 def _tables(row: Mapping[str, Any]) -> list[str]:
@@ -175,53 +226,37 @@ def _tables(row: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def plots(rows: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw one PNG for each row: a bar for each variant, its range, and the target."""
+def picture(rows: Mapping[str, Any], path: Path) -> None:
+    """Draw what an adapter adds to the time of the same work without one, beside PEFT."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for name, row in rows.items():
-        groups: dict[tuple[str, str], list[Line]] = {}
-        for line in lines_of(row):
-            groups.setdefault((line.case, line.metric), []).append(line)
-        wide = {key: lines for key, lines in groups.items() if len(lines) > 1}
-        if not wide:
-            continue
-        heights = [len(lines) for lines in wide.values()]
-        figure, axes = plt.subplots(
-            len(wide),
-            1,
-            figsize=(8, 1.0 * len(wide) + 0.32 * sum(heights)),
-            squeeze=False,
-            gridspec_kw={"height_ratios": heights},
-            layout="constrained",
-        )
-        for ((case, metric), lines), axis in zip(wide.items(), axes[:, 0], strict=True):
-            _bars(axis, case, metric, lines)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-        made.append(path)
-    return made
+    mpl.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "", "font.size": 9})
+    figure, axis = plt.subplots(figsize=(7.2, 0.42 * len(BARS) + 0.9), layout="constrained")
+    for y, (_, name, case, way) in enumerate(reversed(BARS)):
+        # The ratios of a case are all to its floor; less than a percent is noise.
+        found = {
+            ln.variant: ln.mid for ln in lines_of(rows[name]) if ln.case == case and _ratio(ln)
+        }
+        ours, peer = (max(100 * (found[who + way] - 1), 1.0) for who in (OURS, "PEFT"))
+        axis.plot([ours, peer], [y, y], color="#b0b6c3", linewidth=2, zorder=1)
+        axis.scatter([peer], [y], color="#8a8f99", s=42, label="PEFT" if y == 0 else None)
+        axis.scatter([ours], [y], color="#3949ab", s=42, label=OURS if y == 0 else None)
+        axis.annotate(f"{peer:.0f}", (peer, y), (0, 6), textcoords="offset points", ha="center")
+        axis.annotate(f"{ours:.0f}", (ours, y), (0, -13), textcoords="offset points", ha="center")
+    axis.set_yticks(range(len(BARS)), [bar[0] for bar in reversed(BARS)])
+    axis.set(xscale="log", xlabel="% that an adapter adds to the time (log scale)")
+    axis.set_xlim(2, 900)
+    axis.set_xticks([10, 100], ["10", "100"])
+    axis.margins(y=0.12)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.legend(loc="lower right", frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
-def _bars(axis: Any, case: str, metric: str, lines: Sequence[Line]) -> None:
-    lines = list(reversed(lines))
-    middle = [line.mid for line in lines]
-    reach = [
-        [line.mid - line.low for line in lines],
-        [line.high - line.mid for line in lines],
-    ]
-    names = [line.variant for line in lines]
-    axis.barh(names, middle, xerr=reach, color="#7a9cc6", ecolor="#333333")
-    for target in {line.target for line in lines if line.target is not None}:
-        axis.axvline(target, color="#b03a2e", linestyle="--", linewidth=1)
-    if metric.startswith("time / "):
-        axis.axvline(1.0, color="#333333", linewidth=0.8)
-        axis.set_xlim(left=min(0.9, *[line.low for line in lines]))
-    axis.set_title(f"{case} ({metric})", fontsize=9, loc="left")
-    axis.tick_params(labelsize=8)
+def _ratio(line: Line) -> bool:
+    return line.metric in UNITS[:3]
