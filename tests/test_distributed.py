@@ -28,10 +28,11 @@ WORLD, STEPS = 2, 2
 TARGETS = ["q_proj", r"o_proj\.weight", "embed_tokens", "down_proj"]
 CONFIG = {"rank": 2, "alpha": 3.0, "targets": TARGETS, "train": [r"model\.norm"]}
 FORWARD = {"rank": 2, "alpha": 3.0, "targets": ["q_proj", "down_proj"]}
+EVERY = {"rank": 2, "alpha": 3.0, "targets": ["all-linear"]}
 IDS = torch.arange(4 * 6).view(4, 6) % 17
 
 
-def build(config: dict[str, Any] = CONFIG) -> Any:
+def build(config: dict[str, Any] = CONFIG, **changes: Any) -> Any:
     """A tiny Llama with an adapter whose tensors are all random, the same in every process."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,6 +46,7 @@ def build(config: dict[str, Any] = CONFIG) -> Any:
         "vocab_size": 17,
         "tie_word_embeddings": False,
         "initializer_range": 0.2,
+        **changes,
     }
     model = LlamaForCausalLM(LlamaConfig(**sizes)).double()
     li.inject(model, config)
@@ -236,6 +238,36 @@ def fsdp_swapped(rank: int, model: Any) -> dict[str, Any]:
     return found
 
 
+def fsdp_loaded(rank: int, model: Any, *, late: bool = False) -> dict[str, Any]:
+    """An adapter from files onto a model that was sharded, and maybe has run, before."""
+    folder = f"{os.environ['DCP_FOLDER']}/loaded-{late}"
+    if rank == 0:
+        li.save_adapter(model, folder)
+    dist.barrier()
+    state = li.adapter_state(other_values(build()))
+    shard(li.eject(model))
+    warnings.filterwarnings("error", "FSDP2-wrapped module")  # that returns a view
+    if late:
+        with torch.no_grad():
+            model(IDS)  # after which FSDP2 knows its modules
+    li.load_adapter(model, folder)
+    found = {"loaded": values(model)["state"]}
+    with torch.no_grad():
+        found["served"] = model(IDS).logits.detach()
+    li.train_only(model, "default")
+    held = li.adapter_parameters(model).values()
+    found["local"] = {type(p.data).__name__ for p in held}
+    found |= train(model, model, [mine(rank)])
+    found["refused"] = said(lambda: li.load_adapter(model, folder, "second"))
+    li.swap_adapter(model, state)
+    found["swapped"] = values(model)["state"]
+    return found
+
+
+def fsdp_loaded_late(rank: int, model: Any) -> dict[str, Any]:
+    return fsdp_loaded(rank, model, late=True)
+
+
 def other_values(model: Any) -> Any:
     with torch.no_grad():
         for i, parameter in enumerate(li.adapter_parameters(model).values()):
@@ -277,13 +309,27 @@ def tensor_parallel(rank: int, model: Any) -> dict[str, Any]:
 
 
 def tp_plan(rank: int, model: Any) -> dict[str, Any]:
-    """transformers distributes a model as it loads it."""
-    folder = f"{os.environ['DCP_FOLDER']}/llama"
+    """transformers distributes a model as it loads it; then in the order that works."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    model = build(EVERY, num_key_value_heads=WORLD)
+    state, folder = li.adapter_state(model), f"{os.environ['DCP_FOLDER']}/llama"
     if rank == 0:
         li.eject(model).save_pretrained(folder)
     dist.barrier()
     loaded = type(model).from_pretrained(folder, tp_plan="auto")
-    return {"refused": said(lambda: li.inject(loaded, TENSOR))}
+    found = {"refused": said(lambda: li.inject(loaded, EVERY))}
+    plain = li.install(type(model).from_pretrained(folder, dtype=torch.float64), state)
+    li.train_only(plain, "default")
+    styles = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
+    plan = {name: styles[how] for name, how in plain.config.base_model_tp_plan.items()}
+    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    parallelize_module(plain.model, mesh, plan)
+    return found | train(plain, plain, [IDS])
 
 
 def said(run: Callable[[], Any]) -> str:
@@ -304,6 +350,8 @@ JOBS = {
     "unused": (ddp_unused, FORWARD),
     "mixed precision": (fsdp_mixed, CONFIG),
     "swapped": (fsdp_swapped, CONFIG),
+    "loaded": (fsdp_loaded, CONFIG),
+    "loaded late": (fsdp_loaded_late, CONFIG),
     "tensor parallel": (tensor_parallel, TENSOR),
     "tp_plan": (tp_plan, FORWARD),
 }
@@ -430,6 +478,24 @@ def test_fsdp_in_bfloat16_with_offload_trains_as_near_as_bfloat16_is(ranks: Any)
             assert far(found["state"][key].float(), tensor.float()) < 0.02, key
 
 
+@pytest.mark.parametrize("job", ["loaded", "loaded late"])
+def test_an_adapter_loaded_onto_shards_trains_like_one_process(job: str, ranks: Any) -> None:
+    model = build()
+    first = values(model)["state"]
+    with torch.no_grad():
+        served = model(IDS).logits
+    wanted = train(model, model, [mine(0), mine(1)])
+    other = values(other_values(build()))["state"]
+    for found in (rank[job] for rank in ranks):
+        assert found["loaded"].keys() == first.keys()
+        assert all(torch.equal(found["loaded"][key], tensor) for key, tensor in first.items())
+        assert far(found["served"], served) < TOLERANCE
+        assert found["local"] == {"DTensor"}
+        compare(found, wanted)
+        assert all(torch.equal(found["swapped"][key], tensor) for key, tensor in other.items())
+        assert "fully_shard was called with this very layer" in found["refused"]
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_adapter_is_swapped_saved_and_checkpointed_in_shards(ranks: Any) -> None:
     import torch.distributed.checkpoint as dcp
@@ -452,9 +518,12 @@ def test_an_adapter_is_swapped_saved_and_checkpointed_in_shards(ranks: Any) -> N
 
 
 def test_transformers_tensor_parallelism_is_refused_with_the_order_that_works(ranks: Any) -> None:
-    for rank in ranks:
-        assert "is sharded by" in rank["tp_plan"]["refused"]
-        assert "transformers: load without tp_plan" in rank["tp_plan"]["refused"]
+    model = build(EVERY, num_key_value_heads=WORLD)
+    wanted = train(model, model, [mine(0), mine(1)])
+    for found in (rank["tp_plan"] for rank in ranks):
+        assert "is sharded by" in found["refused"]
+        assert "transformers: load without tp_plan" in found["refused"]
+        compare(found, wanted)
 
 
 @pytest.fixture
@@ -506,11 +575,42 @@ def test_sharding_comes_after_injecting(shard: Any, one_rank: None) -> None:
     state = li.adapter_state(li.inject(copy.deepcopy(plain), rule))
     model = shard(copy.deepcopy(plain))
     before = {name: (type(m), len(m._parameters)) for name, m in model.named_modules()}
-    for verb in (lambda: li.inject(model, rule), lambda: li.install(model, state, base="any")):
+    verbs = [lambda: li.inject(model, rule), lambda: li.install(model, state, base="any")]
+    for verb in verbs[:1] if shard is sharded_by_fsdp2 else verbs:
         refused = said(verb)
         assert refused.startswith("LayerError: adapter 'default': ")
         assert "Inject or load first, then shard" in refused
     assert {name: (type(m), len(m._parameters)) for name, m in model.named_modules()} == before
+
+
+def test_what_fsdp2_cannot_shard_with_its_layer_is_not_loaded(one_rank: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (
+                nn.Linear(4, 4),
+                nn.Linear(4, 4),
+                nn.ParameterList([torch.ones(4, 4)]),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) @ self.c[0]
+
+    def refused(target: str, sharded: str) -> str:
+        state = li.adapter_state(li.inject(Net(), {"rank": 2, "targets": [target]}))
+        net = Net()
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(net.get_submodule(sharded), mesh=mesh)
+        found = said(lambda: li.install(net, state, base="any"))
+        assert "Load the adapter first, then shard the model" in found
+        assert not li.adapters(net)
+        return found
+
+    assert "'a': fully_shard was called with this very layer" in refused("a", "a")
+    assert "'a': it is not sharded by fully_shard alone" in refused("a", "b")
+    assert r"'c.0': it has no forward" in refused(r"c\.0", "")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -210,6 +210,23 @@ def test_pairs(place, tmp_path, capsys):
     assert f"loss {first:.3f} -> {last:.3f} (means of the first and last 4 steps)" in said
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("bits", "layer"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
+def test_a_quantized_base_is_trained_and_loaded_as_it_was(bits, layer, place, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 64)  # its kernels take no less
+    llama_folder(tmp_path / "llama", num_hidden_layers=1, **sizes)
+    out, words = tmp_path / "out", ["--load-in", bits, "--model", str(tmp_path / "llama")]
+    found = run(place, out, *words, "--max-steps", "4", "--eval-every", "2")
+    assert found["after"]["held_out"]["nll"] < found["before"]["held_out"]["nll"]
+    args = finetune.parse(command(place, out, *words))
+    model, _ = finetune.load(args, 1)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == layer
+    li.load_adapter(model, out / "adapter")
+    with pytest.raises(li.FormatError, match="quantized"):
+        li.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "llama"), out / "adapter")
+
+
 @pytest.mark.parametrize(("task", "metric"), [("classify", "accuracy"), ("regress", "mse")])
 @pytest.mark.parametrize("method", ["lora", "head", "full"])
 def test_judging_texts(task, metric, method, place, tmp_path):

@@ -1,9 +1,10 @@
-"""Bases that quantize activations as they run hand no gradient to what lies before them."""
+"""Bases with layers that hand no gradient to what lies before them."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,3 +57,14 @@ def test_serving_an_adapter_is_not(net: nn.Sequential, tmp_path: Path) -> None:
     with pytest.raises(li.LayerError, match="quantizes activations"):
         li.train_only(net, "default")
     li.train_only(net, None)
+
+
+def test_experts_in_mxfp4_let_no_adapter_before_them_train() -> None:
+    """Only attention would be adapted; its gradient would pass by the experts in silence."""
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    config = SimpleNamespace(num_local_experts=2, intermediate_size=32, hidden_size=32)
+    net = nn.Sequential(nn.Linear(32, 32), mxfp4.Mxfp4GptOssExperts(config))
+    with pytest.raises(li.LayerError, match=r"'1': its experts compute in MXFP4.*dequantize=True"):
+        li.inject(net, CONFIG)
+    trained = fill(li.inject(nn.Sequential(nn.Linear(32, 32)), CONFIG))
+    li.install(net, li.adapter_state(trained), base="any")

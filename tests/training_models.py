@@ -36,7 +36,7 @@ CONFIG = {
 def llama(vocab: int = 17, **changes: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     more = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": vocab}
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **more, **changes))
+    return LlamaForCausalLM(LlamaConfig(**SIZES | more | changes))
 
 
 def injected(config: dict[str, Any] | None = None, **changes: Any) -> LlamaForCausalLM:
@@ -110,8 +110,9 @@ def tokenizer(out: Path) -> Path:
     return out
 
 
-def llama_folder(out: Path) -> Path:
-    llama(vocab=103, eos_token_id=0, pad_token_id=1, bos_token_id=None).save_pretrained(out)
+def llama_folder(out: Path, **changes: Any) -> Path:
+    changes |= {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}
+    llama(vocab=103, **changes).save_pretrained(out)
     return tokenizer(out)
 
 

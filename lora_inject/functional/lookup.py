@@ -46,7 +46,8 @@ def embedding(
     if padding_idx is not None:
         # Padding tokens see the updates but teach them nothing, as in the dense table.
         out = torch.where((ids.reshape(-1, 1) == padding_idx), out.detach(), out)
-    return out.view(base.shape)
+    # As of a plain embedding no view, which FSDP2 warns of; nobody else holds what it is of.
+    return torch.ops.aten._unsafe_view.default(out, base.shape)  # type: ignore[no-any-return]
 
 
 def renormalized(rows: Tensor, max_norm: float, p: float) -> Tensor:

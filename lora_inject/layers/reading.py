@@ -38,7 +38,8 @@ PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is packed, so that its elements are not its values."""
     plain = weight.is_floating_point() and weight.element_size() >= 2
-    return not plain or type(weight) not in PLAIN
+    sharded = hasattr(weight, "full_tensor")  # a DTensor, with the elements that it has here
+    return not plain or (type(weight) not in PLAIN and not sharded)
 
 
 def refuse_offloaded(module: nn.Module) -> None:

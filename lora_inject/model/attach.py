@@ -35,7 +35,7 @@ from lora_inject.model.carried import (
     structure_changed,
 )
 from lora_inject.model.reached import refuse_unreached
-from lora_inject.model.sharding import refuse_sharded
+from lora_inject.model.sharding import fsdp2_modules, refuse_sharded, reshard
 from lora_inject.model.stand_ins import stand_in
 from lora_inject.model.train import trainable_tensors
 from lora_inject.spec.names import joined
@@ -57,10 +57,13 @@ class Place(NamedTuple):
         return base_tensor(self.module, self.entry.param)
 
 
-def survey_for(model: nn.Module, name: str) -> Survey:
+def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
     """Return a survey of a model that can take a new adapter of that name now."""
     survey = Survey(model)
-    refuse_sharded(survey, f"adapter {name!r}")
+    if loads and fsdp2_modules(survey):
+        reshard(survey)
+    else:
+        refuse_sharded(survey, f"adapter {name!r}")
     check_new_name(reach(survey.model, survey), name)
     return survey
 

@@ -18,7 +18,9 @@ from lora_inject.layers.survey import Survey
 from lora_inject.model.attach import Place, attach, places, survey_for
 from lora_inject.model.carried import reach, records_of
 from lora_inject.model.fit_state import Base, fit
+from lora_inject.model.fsdp2 import check_layers, shard_adapter
 from lora_inject.model.save import base_weights
+from lora_inject.model.sharding import fsdp2_modules
 from lora_inject.storage.hub import download, is_repo
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,7 +40,8 @@ def load_adapter(
     """Read an adapter from files or from the hub, and put it onto a model, all of it or nothing.
 
     It becomes active only where no adapter of the model is active, and it is not trainable until
-    `train_only(model, name)` says so.
+    `train_only(model, name)` says so. After `fully_shard` every process must call it, and the
+    adapter is sharded with its layers.
 
     Args:
         model: The model that it was made for.
@@ -64,7 +67,7 @@ def load_adapter(
         StateError: The name is in use, or the model is merged.
     """
     check_path("load adapter", path)
-    survey, asked = survey_for(model, name), f"load {str(path)!r}"
+    survey, asked = survey_for(model, name, loads=True), f"load {str(path)!r}"
     if is_repo(path):
         path = download(str(path), revision)
     elif revision is not None:
@@ -105,7 +108,7 @@ def install(
         StateError: The name is in use, or the model is merged.
     """
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
-    survey = survey_for(model, name)
+    survey = survey_for(model, name, loads=True)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
     _put_on(survey, fitted, name, _copied)
     return model
@@ -133,6 +136,9 @@ def _put_on(
     def tied(place: Place) -> Hashable:
         return id(source(place)[next(iter(place.entry.names))])
 
+    sharded = bool(fsdp2_modules(survey))
+    if sharded:
+        check_layers(survey, f"adapter {name!r}", found, tied)
     there = reach(survey.model, survey)
     active = {each for selection in there.selections for each, _ in selection.state.active}
     idle = active.isdisjoint({*there.names, name})
@@ -141,6 +147,8 @@ def _put_on(
         remedy = "Choose another name: activating the new one would activate both"
         raise StateError(f"adapter {name!r}", found_there, remedy)
     attach(survey, name, found, given, tied, state.config, activate=idle, train=False)
+    if sharded:
+        shard_adapter(survey, name)
 
 
 def _copied(tensor: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Models whose tensors are spread over processes: what must come before sharding is refused after.
 
 An adapter that is put onto a sharded model would be plain Parameters beside shards, whose
-gradients nobody reduces.
+gradients nobody reduces. `fsdp2` loads onto what FSDP2 has sharded.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
                 "not be reduced",
                 "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
                 "distribute an adapter with its layer (transformers: load without tp_plan); "
-                "swap_adapter writes new values into shards",
+                "load_adapter and swap_adapter also work after fully_shard",
             )
 
 
@@ -63,10 +63,14 @@ def writes_here(model: nn.Module) -> bool:
 
 def reshard(survey: Survey) -> None:
     """Reshard FSDP2 modules: parameters that a forward left gathered are copies."""
+    for module in fsdp2_modules(survey):
+        module.reshard()
+
+
+def fsdp2_modules(survey: Survey) -> list[Any]:
+    """Return the modules that `fully_shard` was called with."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
-    for _, module in survey.modules:
-        if isinstance(module, fsdp):
-            module.reshard()
+    return [module for _, module in survey.modules if isinstance(module, fsdp)]
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ An adapter's tensors require gradients where `train_only` named it, and the base
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -58,19 +59,28 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
 def refuse_dead_inputs(survey: Survey, asked: str) -> None:
     """Refuse to train where a layer hands no gradient to its input.
 
-    torchao's layers that quantize activations compute without autograd: whatever lies before them
-    would get a part of its gradient, or none.
+    Such layers compute without autograd: whatever lies before them would get a part of its
+    gradient, or none.
     """
+    for name, how, remedy in _dead(survey):
+        found = f"its {how}, through which no gradient reaches the layers before it"
+        serves = "an adapter that was trained elsewhere can be loaded onto it"
+        raise LayerError(f"{asked}, {name!r}", found, f"{remedy}; {serves}")
+
+
+def _dead(survey: Survey) -> Iterator[tuple[str, str, str]]:
+    """Yield names of weights and layers, how each computes, and what to use instead."""
     for name, weight in survey.parameters():
         plain = type(weight) is nn.Parameter
         if not plain and any(getattr(weight, key, None) is not None for key in _DYNAMIC):
-            raise LayerError(
-                f"{asked}, {name!r}",
-                f"its {type(weight).__name__} quantizes activations as it runs, through which no "
-                "gradient reaches the layers before it",
-                "Quantize the weights only (torchao: Int8WeightOnlyConfig); an adapter that was "
-                "trained elsewhere can be loaded onto it",
-            )
+            remedy = "Quantize the weights only (torchao: Int8WeightOnlyConfig)"
+            yield name, f"{type(weight).__name__} quantizes activations as it runs", remedy
+    # Their matmul_ogs launches kernels into a new tensor.
+    mxfp4 = getattr(sys.modules.get("transformers.integrations.mxfp4"), "Mxfp4GptOssExperts", ())
+    for name, module in survey.modules:
+        if isinstance(module, mxfp4):
+            remedy = "Load the base with Mxfp4Config(dequantize=True)"
+            yield name, "experts compute in MXFP4 by kernels for inference", remedy
 
 
 def trainable_tensors(
