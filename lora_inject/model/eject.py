@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from lora_inject.errors import LayerError
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.class_swap import narrow, unswap
 from lora_inject.layers.selection import State
@@ -18,6 +19,7 @@ from lora_inject.model.carried import (
     Root,
     adapted_modules,
     check_names,
+    entries,
     reach,
     records_of,
     refuse_merged,
@@ -25,6 +27,7 @@ from lora_inject.model.carried import (
     structure_changed,
     whole_adapter,
 )
+from lora_inject.model.sharding import fsdp2_modules, reshard, sharded_by
 from lora_inject.model.stand_ins import give_back
 from lora_inject.spec.names import joined
 
@@ -48,6 +51,7 @@ def eject(model: M, name: str | None = None) -> M:
     Raises:
         StateError: There is no such adapter, it is merged together with others, or only a part of
             it is in this model.
+        LayerError: `fully_shard` has sharded it.
     """
     survey = Survey(model)
     known = reach(survey.model, survey).names
@@ -62,6 +66,8 @@ def eject(model: M, name: str | None = None) -> M:
         if name is not None or not gone >= record.configs.keys():
             refuse_merged(f"ejecting {min(gone)!r}", record.selection)
     surveys = [(Survey(m), record) for m, record in records.values()]
+    for one in (survey, *(s for s, _ in surveys)):
+        _refuse_fsdp2(one, gone)
     modules = {id(m): m for one in (survey, *(s for s, _ in surveys)) for _, m in one.modules}
     modules |= {id(m): m for _, r in surveys for each in gone for m in r.carrying.get(each, ())}
     values = [value for _, record in surveys for value in (record, record.selection)]
@@ -75,6 +81,18 @@ def eject(model: M, name: str | None = None) -> M:
         structure_changed()
         give_back(modules.values())
     return model
+
+
+def _refuse_fsdp2(survey: Survey, gone: Set[str]) -> None:
+    """Refuse to take off what FSDP2's groups hold: each forward would put it back."""
+    reshard(survey)
+    for path, module, entry in entries(survey) if fsdp2_modules(survey) else ():
+        if entry.adapter in gone and any(sharded_by(entry.tensor(module, r)) for r in entry.names):
+            raise LayerError(
+                f"eject {entry.adapter!r} of {path!r}",
+                "fully_shard holds its tensors, and each forward would put them back",
+                "Call activate(model, None) to compute the base, or eject before fully_shard",
+            )
 
 
 def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
