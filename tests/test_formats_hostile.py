@@ -222,11 +222,11 @@ def _a_name_too_many(kinds: list[Any], sites: list[Any]) -> None:
     ("edit", "found"),
     [
         (_point_past_the_end, "there is no kind"),
-        (_point_before_the_start, "there is no kind -1"),
-        (_truth_for_a_number, "0.2: Input should be a valid integer"),
+        (_point_before_the_start, "0.2: -1 is impossible"),
+        (_truth_for_a_number, "0.2: False is impossible"),
         (_twice, "its name is there twice"),
         (_unused, "a kind of sites that no site has"),
-        (_a_name_too_many, "site '.*': 0.name: Extra inputs are not permitted"),
+        (_a_name_too_many, "site '.*': name: there is no such field"),
     ],
 )
 def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> None:
@@ -324,7 +324,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank differs": ({"r": 3}, "rank 2, adapter_config.json says 3"),
     "rank huge": ({"r": 10**9}, "rank 2"),
     "rank negative": ({"r": -1}, "'r' is not"),
-    "rank pattern text": ({"rank_pattern": {"fc": "8"}}, "impossible value"),
+    "rank pattern text": (
+        {"rank_pattern": {"fc": "8"}},
+        "is not a table of whole .*fc: '8' is impossible",
+    ),
     "pattern list": ({"alpha_pattern": ["fc"]}, "not a table"),
     "dropout": ({"lora_dropout": 1.0}, "lora_dropout"),
     "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
@@ -419,7 +422,7 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
             f"{P}fc.base_layer.{n}.weight": t
             for n, t in (("lora_A", torch.ones(2, 4)), ("lora_B", torch.ones(6, 2)))
         },
-        "no name for them",
+        "are not those of 'fc'",
     ),
 }
 

@@ -137,7 +137,7 @@ def rename(
 ) -> None:
     """Write ADAPTER with other names of its layers."""
     from lora_inject.cli.show import say_words
-    from lora_inject.formats.metadata import one_line
+    from lora_inject.formats.checks import one_line
     from lora_inject.spec.names import templates
 
     pairs = pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")

@@ -21,8 +21,8 @@ from typing import Any
 from lora_inject.errors import FormatError, nearest
 from lora_inject.formats import detected, mlx
 from lora_inject.formats.base_config import text_config
+from lora_inject.formats.checks import one_line
 from lora_inject.formats.gguf_file import FAMILIES
-from lora_inject.formats.metadata import one_line
 from lora_inject.formats.peft.files import CONFIG, MODEL
 from lora_inject.formats.peft.number_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import heads, text_config
-from lora_inject.formats.metadata import one_line
+from lora_inject.formats.checks import one_line
 from lora_inject.formats.plain import matrices
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")

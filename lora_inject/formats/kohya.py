@@ -22,8 +22,7 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
-from lora_inject.formats.checks import check_no_clash
-from lora_inject.formats.metadata import one_line
+from lora_inject.formats.checks import check_no_clash, one_line
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
     check_component,

@@ -18,8 +18,7 @@ from torch import Tensor
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.checks import check_no_clash, check_site, check_trained
-from lora_inject.formats.metadata import one_line
+from lora_inject.formats.checks import check_no_clash, check_site, check_state, one_line
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.atomic import write_file
@@ -130,7 +129,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
         raise FormatError(
             asked, "its name does not end in .safetensors, .pt, .bin or .pth", "Rename it"
         )
-    check_trained(state, asked)
+    check_state(state, asked)
     if state.rows:
         found = f"loralib cannot train single rows, as of {one_line(state.rows)}"
         raise FormatError(asked, found, 'Use format="peft"')

@@ -12,26 +12,68 @@ import binascii
 import json
 import math
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from torch import Tensor
 
 from lora_inject.adapter.fingerprint import Fingerprint
-from lora_inject.adapter.state import AdapterState
+from lora_inject.adapter.state import AdapterState, SiteState
 from lora_inject.errors import FormatError
 from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.sites import SiteSpec, Slices
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import Maybe, misfit, parse_json
 from lora_inject.version import __version__
-
-T = TypeVar("T")
 
 FORMAT_VERSION = "1"
 _PREFIX = "lora_inject."
 _VERSION = _PREFIX + "format_version"
 _LAYOUT = _PREFIX + "layout"
+_EDITED = (
+    'The file was edited; fetch it again, or read it as a plain PEFT file with prefer="config"'
+)
+
+_INDEX, _COUNT = range(2**63), range(1, 2**63)  # what torch can count
+_PARTS: dict[str, Any] = {
+    "config": Maybe(dict),
+    "fingerprint": Maybe(
+        {"shapes": {...: [_INDEX]}, "samples": {...: str}, "quantized": {...: str}}
+    ),
+    "kinds": [dict],
+    "sites": [(str, str, _INDEX)],  # name, weight, number of the kind
+    "trained": [str],
+    "rows": {...: [_INDEX]},
+}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+# What sites have in common but for their names. `rule` belongs to a config and `aliases` to a
+# model: neither is a part of a file.
+_KIND: dict[str, Any] = {
+    "alpha": lambda value: _is_number(value) and value > 0,
+    "compute": ("base", "float32").__contains__,
+    "derived": bool,
+    "dropout": lambda value: _is_number(value) and 0 <= value < 1,
+    "experts": Maybe(_COUNT),
+    "in_features": _COUNT,
+    "init": lambda value: isinstance(value, str) or not misfit(value, (str, _is_number)),
+    "kind": str,
+    "lora_bias": bool,
+    "out_features": _COUNT,
+    "rank": _COUNT,
+    "scaling": ("standard", "rslora").__contains__,
+    "slices": Maybe({"sizes": [(str, _COUNT)], "adapt": [str]}),
+    "transposed": bool,
+    "turned": bool,
+    "update": ("forward", "weight").__contains__,
+    "variant": str,
+    "weight_shape": [_COUNT],
+}
+_FLAGS = {"derived", "turned"}
 
 
 @dataclass(frozen=True)
@@ -46,27 +88,45 @@ class Described:
     specs: Mapping[str, SiteSpec]
     derived: frozenset[str]
     turned: frozenset[str]
-    trained: tuple[str, ...]
+    trained: Sequence[str]
     config: Mapping[str, Any] | None
     fingerprint: Fingerprint | None
     rows: Mapping[str, tuple[int, ...]]
 
+    def state(self, sites: Mapping[str, SiteState], trained: Mapping[str, Tensor]) -> AdapterState:
+        """Return the adapter that has these tensors."""
+        return AdapterState(sites, trained, self.config, self.fingerprint, rows=self.rows)
+
 
 def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> dict[str, str]:
-    """Return the text metadata of a state, for the header of a safetensors file."""
-    kinds, sites = _sites_to_plain(state, turned)
-    return {
-        "format": "pt",
-        _VERSION: FORMAT_VERSION,
-        _PREFIX + "version": __version__,
-        _LAYOUT: layout,
-        _PREFIX + "config": _to_json(state.config),
-        _PREFIX + "fingerprint": _to_json(_fingerprint_to_plain(state.fingerprint)),
-        _PREFIX + "kinds": _to_json(kinds),
-        _PREFIX + "sites": _to_json(sites),
-        _PREFIX + "trained": _to_json(list(state.trained)),
-        _PREFIX + "rows": _to_json({name: list(rows) for name, rows in state.rows.items()}),
+    """Return the text metadata of a state, for the header of a safetensors file.
+
+    What sites have in common is stated once, as a kind: thousands of sites have a handful of kinds.
+    """
+    kinds: dict[str, int] = {}
+    plain: list[dict[str, Any]] = []
+    sites = []
+    for name, site in state.sites.items():
+        spec, slices = site.spec, site.spec.slices
+        kind = {field: getattr(spec, field) for field in _KIND if field not in _FLAGS}
+        kind |= {"derived": site.A0 is not None, "turned": name in turned}
+        if slices is not None:
+            kind["slices"] = {"sizes": slices.sizes, "adapt": slices.adapt}
+        number = kinds.setdefault(repr(kind), len(kinds))
+        if number == len(plain):
+            plain.append(kind)
+        sites.append((spec.name, spec.weight, number))
+    parts = {
+        "config": state.config,
+        "fingerprint": _fingerprint_to_plain(state.fingerprint),
+        "kinds": plain,
+        "sites": sites,
+        "trained": list(state.trained),
+        "rows": dict(state.rows),
     }
+    said = {_VERSION: FORMAT_VERSION, _PREFIX + "version": __version__, _LAYOUT: layout}
+    said |= {_PREFIX + part: _to_json(value) for part, value in parts.items()}
+    return {"format": "pt", **said}
 
 
 def is_native(metadata: Mapping[str, str], layout: str) -> bool:
@@ -88,49 +148,64 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
             f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}",
             "Install a newer lora-inject",
         )
-    sites = _part(metadata, "sites", _SITES, asked)
-    kinds = _part(metadata, "kinds", _KINDS, asked, sites)
-    specs, flags = _specs(kinds, sites, asked)
-    trained = _part(metadata, "trained", _NAMES, asked)
+    said = {part: _part(metadata, part, asked) for part in _PARTS}
+    sites, kinds, trained, rows = (said[part] for part in ("sites", "kinds", "trained", "rows"))
+    specs: dict[str, SiteSpec] = {}
+    first: dict[int, SiteSpec] = {}
+    for name, weight, number in sites:
+        where = f"{asked}, site '{name[:200]}'"
+        _require(name not in specs, where, "its name is there twice")
+        _require(number < len(kinds), where, f"there is no kind {number}")
+        if number not in first:
+            first[number] = _spec(kinds[number], where)
+        specs[name] = first[number].at(name, weight)
+    _require(len(first) == len(kinds), asked, "it states a kind of sites that no site has")
     _require(len(set(trained)) == len(trained), asked, "it names a trained tensor twice")
-    rows = _part(metadata, "rows", _ROWS, asked)
     _require(rows.keys() <= set(trained), asked, "it has rows of a tensor that is not in the file")
     return Described(
         specs=specs,
-        derived=flags["derived"],
-        turned=flags["turned"],
-        trained=tuple(trained),
-        config=_part(metadata, "config", _CONFIG, asked),
-        fingerprint=_fingerprint(_part(metadata, "fingerprint", _FINGERPRINT, asked), asked),
-        rows=rows,
+        derived=frozenset(name for name, _, number in sites if kinds[number]["derived"]),
+        turned=frozenset(name for name, _, number in sites if kinds[number]["turned"]),
+        trained=trained,
+        config=said["config"],
+        fingerprint=_fingerprint(said["fingerprint"], f"{asked}, fingerprint"),
+        rows={name: tuple(indices) for name, indices in rows.items()},
     )
 
 
-_EDITED = (
-    'The file was edited; fetch it again, or read it as a plain PEFT file with prefer="config"'
-)
-
-
-def _part(
-    metadata: Mapping[str, str],
-    part: str,
-    due: TypeAdapter[T],
-    asked: str,
-    sites: Sequence[tuple[str, str, int]] = (),
-) -> T:
-    """Parse one part; of sites with a wrong kind the first is named."""
+def _part(metadata: Mapping[str, str], part: str, asked: str) -> Any:
     if _PREFIX + part not in metadata:
         raise FormatError(asked, f"its metadata lacks '{_PREFIX}{part}'", _EDITED)
-    text, asked = metadata[_PREFIX + part], f"{asked}, metadata '{_PREFIX}{part}'"
-    parse_json(text, asked)  # refuses what pydantic lets pass: a key twice, NaN
-    try:
-        return due.validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        name = next((name for name, _, kind in sites if (kind,) == first["loc"][:1]), None)
-        where = asked if name is None else f"{asked}, site '{name[:200]}'"
-        place = ".".join(str(part)[:100] for part in first["loc"])
-        raise FormatError(where, f"{place or 'it'}: {first['msg'][:200]}", _EDITED) from None
+    asked = f"{asked}, metadata '{_PREFIX}{part}'"
+    value = parse_json(metadata[_PREFIX + part], asked)
+    wrong = misfit(value, _PARTS[part])
+    _require(not wrong, asked, wrong.lstrip(".: "))
+    return value
+
+
+def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
+    """Return the spec of the sites of one kind, without a name."""
+    wrong = misfit(kind, _KIND)
+    _require(not wrong, where, wrong.lstrip("."))
+    fields = {field: value for field, value in kind.items() if field not in _FLAGS}
+    elements = kind["in_features"] * kind["out_features"] * (kind["experts"] or 1)
+    found = f"the variant '{kind['variant'][:80]}' is not registered here"
+    _require(kind["variant"] in FURTHER, where, found)
+    fits = math.prod(kind["weight_shape"]) == elements
+    _require(fits, where, "weight_shape does not fit in_features and out_features")
+    if kind["slices"] is not None:
+        sizes = tuple((name, width) for name, width in kind["slices"]["sizes"])
+        slices = Slices(sizes, tuple(kind["slices"]["adapt"]))
+        whole = sum(width for _, width in sizes) == kind["out_features"]
+        _require(whole, where, "the slices do not fill the output")
+        in_order = tuple(name for name, _ in sizes if name in slices.adapt)
+        _require(slices.adapt == in_order != (), where, "'adapt' does not name its slices in order")
+        fields["slices"] = slices
+    for field in ("weight_shape", "init"):
+        fields[field] = tuple(kind[field]) if isinstance(kind[field], list) else kind[field]
+    for field in ("alpha", "dropout"):
+        fields[field] = float(kind[field])
+    return SiteSpec(name="", **fields)
 
 
 def _to_json(value: Any) -> str:
@@ -142,187 +217,42 @@ def _to_json(value: Any) -> str:
         ) from error
 
 
-# Sites ------------------------------------------------------------------------------------------
-
-_Count = Annotated[int, Field(gt=0, lt=2**63)]  # what torch can count
-_Number = Annotated[float, Field(gt=-1e300, lt=1e300)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class _Slices(_Strict):
-    sizes: tuple[tuple[str, _Count], ...]
-    adapt: tuple[str, ...] = Field(min_length=1)
-
-
-class _Kind(_Strict):
-    """What sites have in common but for their names; these fields are the format.
-
-    `rule` belongs to a config and `aliases` to a model: neither is a part of a file.
-    """
-
-    alpha: Annotated[float, Field(gt=0, lt=1e300)]
-    compute: Literal["base", "float32"]
-    derived: bool
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    experts: _Count | None
-    in_features: _Count
-    init: str | tuple[str, _Number]
-    kind: str
-    lora_bias: bool
-    out_features: _Count
-    rank: _Count
-    scaling: Literal["standard", "rslora"]
-    slices: _Slices | None
-    transposed: bool
-    turned: bool
-    update: Literal["forward", "weight"]
-    variant: str
-    weight_shape: tuple[_Count, ...]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> _Kind:
-        elements = self.in_features * self.out_features * (self.experts or 1)
-        if self.variant not in FURTHER:
-            raise ValueError(f"the variant '{self.variant[:80]}' is not registered here")
-        if math.prod(self.weight_shape) != elements:
-            raise ValueError("weight_shape does not fit in_features and out_features")
-        if self.slices is not None:
-            in_order = tuple(name for name, _ in self.slices.sizes if name in self.slices.adapt)
-            if sum(width for _, width in self.slices.sizes) != self.out_features:
-                raise ValueError("the slices do not fill the output")
-            if self.slices.adapt != in_order:
-                raise ValueError("'adapt' does not name its slices in order")
-        return self
-
-    def spec(self, name: str, weight: str) -> SiteSpec:
-        fields = {field: getattr(self, field) for field in _Kind.model_fields.keys() - _FLAGS}
-        if self.slices is not None:
-            fields["slices"] = Slices(self.slices.sizes, self.slices.adapt)
-        return SiteSpec(name=name, weight=weight, **fields)
-
-
-_FLAGS = frozenset({"derived", "turned"})
-_SITES = TypeAdapter(list[tuple[str, str, int]], config=ConfigDict(strict=True))
-_KINDS = TypeAdapter(list[_Kind])
-_NAMES = TypeAdapter(list[str], config=ConfigDict(strict=True))
-_ROWS = TypeAdapter(
-    dict[str, Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], Field(min_length=1)]]
-)
-_CONFIG = TypeAdapter(dict[str, Any] | None, config=ConfigDict(strict=True))
-
-
-def _sites_to_plain(
-    state: AdapterState, turned: Collection[str]
-) -> tuple[list[dict[str, Any]], list[tuple[str, str, int]]]:
-    """Return what sites have in common but for their names, stated once, and who has which.
-
-    An adapter of thousands of sites has a handful of kinds: its header stays short.
-    """
-    kinds: dict[str, int] = {}
-    plain: list[dict[str, Any]] = []
-    sites = []
-    for name, site in state.sites.items():
-        spec, slices = site.spec, site.spec.slices
-        fields = {f: getattr(spec, f) for f in _Kind.model_fields if f not in _FLAGS}
-        if slices is not None:
-            fields["slices"] = {"sizes": slices.sizes, "adapt": slices.adapt}
-        fields |= {"derived": site.A0 is not None, "turned": name in turned}
-        number = kinds.setdefault(repr(fields), len(kinds))
-        if number == len(plain):
-            plain.append(fields)
-        sites.append((spec.name, spec.weight, number))
-    return plain, sites
-
-
-def _specs(
-    kinds: Sequence[_Kind], sites: Sequence[tuple[str, str, int]], asked: str
-) -> tuple[dict[str, SiteSpec], dict[str, frozenset[str]]]:
-    """Return the spec of each site, and who has which flag."""
-    specs: dict[str, SiteSpec] = {}
-    first: dict[int, SiteSpec] = {}
-    flags: dict[str, set[str]] = {flag: set() for flag in _FLAGS}
-    for name, weight, kind in sites:
-        where = f"{asked}, site '{name[:200]}'"
-        _require(name not in specs, where, "its name is there twice")
-        _require(0 <= kind < len(kinds), where, f"there is no kind {kind}")
-        if kind not in first:
-            first[kind] = kinds[kind].spec(name, weight)
-        specs[name] = first[kind].at(name, weight)
-        for flag in _FLAGS:
-            if getattr(kinds[kind], flag):
-                flags[flag].add(name)
-    _require(len(first) == len(kinds), asked, "it states a kind of sites that no site has")
-    return specs, {flag: frozenset(names) for flag, names in flags.items()}
-
-
-# The fingerprint --------------------------------------------------------------------------------
-
-
-class _FingerprintText(_Strict):
-    shapes: dict[str, tuple[int, ...]]
-    samples: dict[str, str]
-    quantized: dict[str, str]
-
-
-_FINGERPRINT = TypeAdapter(_FingerprintText | None)
-
-
 def _fingerprint_to_plain(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
-    if fingerprint is None:
-        return None
-    samples = {name: _packed(values, name) for name, values in fingerprint.samples.items()}
-    shapes = {name: list(shape) for name, shape in fingerprint.shapes.items()}
-    return {"shapes": shapes, "samples": samples, "quantized": dict(fingerprint.quantized)}
-
-
-def _packed(values: Sequence[float], name: str) -> str:
-    """Return samples as base64 of little-endian float32.
+    """Return a fingerprint with its samples as base64 of little-endian float32.
 
     As numbers they would be two thirds of a header, and take most of the time to parse it.
     """
-    try:
-        return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
-    except (OverflowError, struct.error) as error:
-        raise FormatError(
-            f"write adapter: its fingerprint of {name!r}",
-            f"a sample is not a float32 ({error})",
-            "Take it with lora_inject.adapter.fingerprint.sample",
-        ) from error
-
-
-def _unpacked(text: str, name: str, where: str) -> tuple[float, ...]:
-    try:
-        packed = binascii.a2b_base64(text, strict_mode=True)
-        return struct.unpack(f"<{len(packed) // 4}f", packed)
-    except (ValueError, struct.error) as error:
-        raise FormatError(
-            where, f"the samples of {name!r} are not float32 in base64 ({error})", _EDITED
-        ) from error
-
-
-def _fingerprint(text: _FingerprintText | None, asked: str) -> Fingerprint | None:
-    if text is None:
+    if fingerprint is None:
         return None
-    where = f"{asked}, fingerprint"
-    samples = {name: _unpacked(packed, name, where) for name, packed in text.samples.items()}
-    return Fingerprint(text.shapes, samples, text.quantized)
+    samples = {}
+    for name, values in fingerprint.samples.items():
+        try:
+            samples[name] = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+        except (OverflowError, struct.error) as error:
+            raise FormatError(
+                f"write adapter: its fingerprint of {name!r}",
+                f"a sample is not a float32 ({error})",
+                "Take it with lora_inject.adapter.fingerprint.sample",
+            ) from error
+    shapes, quantized = dict(fingerprint.shapes), dict(fingerprint.quantized)
+    return {"shapes": shapes, "samples": samples, "quantized": quantized}
+
+
+def _fingerprint(plain: Mapping[str, Any] | None, where: str) -> Fingerprint | None:
+    if plain is None:
+        return None
+    samples = {}
+    for name, text in plain["samples"].items():
+        try:
+            packed = binascii.a2b_base64(text, strict_mode=True)
+            samples[name] = struct.unpack(f"<{len(packed) // 4}f", packed)
+        except (ValueError, struct.error) as error:
+            found = f"the samples of {name!r} are not float32 in base64 ({error})"
+            raise FormatError(where, found, _EDITED) from error
+    shapes = {name: tuple(shape) for name, shape in plain["shapes"].items()}
+    return Fingerprint(shapes, samples, plain["quantized"])
 
 
 def _require(holds: bool, where: str, found: str) -> None:
     if not holds:
         raise FormatError(where, found, _EDITED)
-
-
-def one_line(names: Iterable[str], n: int = 3) -> str:
-    """The first few names for a message, and how many more there are.
-
-    Examples:
-        >>> one_line(["a", "b", "c", "d", "e"])
-        "'a', 'b', 'c' and 2 more"
-    """
-    listed = list(names)
-    shown = ", ".join(f"'{name[:200]}'" for name in listed[:n])
-    return shown if len(listed) <= n else f"{shown} and {len(listed) - n} more"

@@ -1,8 +1,8 @@
 """One safetensors file with the tensors as this package holds them.
 
-No other program has to understand it, so nothing is re-arranged and everything can be
-said: sites that PEFT cannot express (a MultiheadAttention's output projection, convolutions in
-groups, parameters of the root) are saved by the same call.
+No other program has to understand it, so nothing is re-arranged and everything can be said: sites
+that PEFT cannot express (a MultiheadAttention's output projection, convolutions in groups,
+parameters of the root) are saved by the same call.
 
 Keys: `ROLE/SITE` (`A/SITE`, `B/SITE`, ...), `trained/NAME`. The numbers are in the metadata.
 """
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor
-
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
-from lora_inject.formats.checks import check_keys, check_site, check_trained
+from lora_inject.formats.checks import check_keys, check_state
 from lora_inject.storage.atomic import write_file
 from lora_inject.storage.tensors import read_names, read_tensors, serialize
 
@@ -46,12 +44,9 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     asked = f"write adapter to '{path}'"
     if Path(path).suffix != ".safetensors":
         raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
-    check_trained(state, asked)
-    tensors: dict[str, Tensor] = {}
-    for name, site in state.sites.items():
-        check_site(site, asked)
-        tensors.update((f"{role}/{name}", t) for role, t in site.tensors.items())
-    tensors.update((f"trained/{name}", tensor) for name, tensor in state.trained.items())
+    sites = check_state(state, asked).sites
+    tensors = {f"{role}/{n}": t for n, site in sites.items() for role, t in site.tensors.items()}
+    tensors |= {f"trained/{name}": tensor for name, tensor in state.trained.items()}
     content = serialize(tensors, words.describe(state, "native"))
     return write_file(path, content, overwrite=overwrite)
 
@@ -73,21 +68,16 @@ def read(path: Path, *, on_disk: bool = False) -> AdapterState:
     tensors, text = read_tensors(path, on_disk=on_disk)
     if not words.is_native(text, "native"):
         raise FormatError(asked, "it is not a file of this format", "Leave format out")
-    described = words.parse(text, asked)
-    due = {f"trained/{name}" for name in described.trained}
+    said = words.parse(text, asked)
     roles = {
-        name: (*spec.shapes, *(("A0", "B0") if name in described.derived else ()))
-        for name, spec in described.specs.items()
+        name: (*spec.shapes, *(("A0", "B0") if name in said.derived else ()))
+        for name, spec in said.specs.items()
     }
-    due |= {f"{role}/{name}" for name in roles for role in roles[name]}
-    check_keys(tensors, due, asked)
-    sites = {}
-    for name, spec in described.specs.items():
-        sites[name] = SiteState.of(spec, {r: tensors[f"{r}/{name}"] for r in roles[name]})
-        check_site(sites[name], asked)
-    trained = {name: tensors[f"trained/{name}"] for name in described.trained}
-    found = AdapterState(
-        sites, trained, described.config, described.fingerprint, rows=described.rows
-    )
-    check_trained(found, asked)
-    return found
+    due = {f"{role}/{name}" for name in roles for role in roles[name]}
+    check_keys(tensors, due | {f"trained/{name}" for name in said.trained}, asked)
+    sites = {
+        name: SiteState.of(spec, {role: tensors[f"{role}/{name}"] for role in roles[name]})
+        for name, spec in said.specs.items()
+    }
+    trained = {name: tensors[f"trained/{name}"] for name in said.trained}
+    return check_state(said.state(sites, trained), asked)

@@ -17,8 +17,7 @@ from torch import Tensor
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.checks import FLOATS, check_site
-from lora_inject.formats.metadata import one_line
+from lora_inject.formats.checks import FLOATS, check_site, one_line
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
 from lora_inject.functional import all_finite
 from lora_inject.spec.sites import SiteSpec

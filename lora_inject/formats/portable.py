@@ -14,8 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.formats.card import model_card
-from lora_inject.formats.peft.folder import contents, write_folder
+from lora_inject.formats import peft
 from lora_inject.formats.plain import plain_sites
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
@@ -64,14 +63,13 @@ def write(
     sites = plain_sites(
         state, asked, client, KINDS, dtype=dtype, one_rank=True, alpha="rank", rank=rank
     )
-    found = contents(
+    return peft.write(
         AdapterState(sites),
-        asked,
+        path,
+        overwrite=overwrite,
+        metadata=False,
         tensor_names=tensor_names,
         expert_names=expert_names,
         base_model=base_model,
         task_type=task_type,
     )
-    said = {"format": "pt"}
-    card = model_card(found.state, base_model=base_model, task_type=task_type)
-    return write_folder(path, found, said, card, overwrite=overwrite)

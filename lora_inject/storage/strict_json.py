@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
+from itertools import count
+from typing import Any, NamedTuple
 
 from lora_inject.errors import FormatError, LoraInjectError
 
@@ -50,3 +52,48 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
+
+
+class Maybe(NamedTuple):
+    """A form, or null."""
+
+    form: Any
+
+
+def misfit(value: Any, form: Any) -> str:
+    """Return where a parsed value is not of a form; "" if it is.
+
+    A form is a type, a range, a check of one value, a list of values of one form, a tuple of
+    forms, a table of fields, or a table of one form under any keys (`...`).
+
+    Examples:
+        >>> misfit([{"rank": -1}], [{"rank": range(1, 9)}])
+        '.0.rank: -1 is impossible'
+    """
+    places: Iterable[tuple[Any, Any, Any]]
+    if isinstance(form, Maybe):
+        return "" if value is None else misfit(value, form.form)
+    if isinstance(form, dict) and isinstance(value, dict):
+        form = dict.fromkeys(value, form[...]) if ... in form else form
+        for key in sorted(form.keys() ^ value.keys()):
+            return f".{key[:200]}: {'it is missing' if key in form else 'there is no such field'}"
+        places = ((key, value[key], form[key]) for key in value)
+    elif isinstance(form, list) and isinstance(value, list):
+        places = ((place, each, form[0]) for place, each in enumerate(value))
+    elif isinstance(form, tuple) and isinstance(value, list) and len(value) == len(form):
+        places = zip(count(), value, form)
+    elif _is_plainly(value, form):
+        return ""
+    else:
+        shown = type(value).__name__ if isinstance(value, dict | list) else repr(value)[:40]
+        return f": {shown} is impossible"
+    wrongs = ((key, misfit(each, of)) for key, each, of in places)
+    return next((f".{key}{wrong}" for key, wrong in wrongs if wrong), "")
+
+
+def _is_plainly(value: Any, form: Any) -> bool:
+    if isinstance(form, range):
+        return type(value) is int and value in form
+    if isinstance(form, type):
+        return type(value) is form
+    return callable(form) and bool(form(value))

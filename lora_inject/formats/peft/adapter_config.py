@@ -10,16 +10,107 @@ Source: peft 0.21.2, tuners/lora/config.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.metadata import one_line
+from lora_inject.formats.checks import one_line
+from lora_inject.formats.peft.module_fields import (
+    allowed_task,
+    bias_setting,
+    target_modules,
+    whole_modules,
+)
 from lora_inject.formats.peft.number_patterns import common, pattern_keys, values_of
+from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, wrapped
+from lora_inject.spec.names import leaf, parent
+from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.strict_json import misfit
 
 # The PEFT whose layout the files follow.
 PEFT_VERSION = "0.21.2"
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+def build(
+    state: AdapterState,
+    *,
+    module_names: Collection[str] | None,
+    tensor_names: Sequence[str] | None,
+    expert_names: Collection[str],
+    base_model: str | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """Return adapter_config.json as plain data; options as for `folder.write`.
+
+    Only fields that PEFT has had since 0.12 are written, newer ones where they are needed: an older
+    PEFT warns of a field that it does not know, or fails.
+    """
+    specs = [site.spec for site in state.sites.values()]
+    rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    modules: dict[str, str] = {}
+    for site in state.sites.values():
+        name, derived = _target(site.spec, expert_names), site.A0 is not None
+        alpha = file_alpha(site.spec, derived=derived, rslora=rslora)
+        alphas[name] = int(alpha) if alpha == int(alpha) else alpha  # PEFT's alpha is an int
+        ranks[name] = file_rank(site.spec, derived=derived)
+        if name == wrapped(site.spec):
+            modules[name] = site.spec.kind
+    parameters = sorted(ranks.keys() - modules.keys())
+    rank, most = common(ranks.values()), common(alphas.values())
+    full = [name for name in state.trained if name not in state.rows]
+    adapted, kinds = {wrapped(spec) for spec in specs}, set(modules.values())
+    whole = whole_modules(full, sites=adapted, tensor_names=tensor_names, module_names=module_names)
+    config: dict[str, Any] = {
+        "alpha_pattern": pattern_keys(alphas, most),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "bias": bias_setting(full, sites=adapted, whole=whole),
+        "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": 8 if most is None else most,
+        "lora_dropout": 0.0 if parameters else common(spec.dropout for spec in specs) or 0.0,
+        "modules_to_save": whole or None,
+        "peft_type": "LORA",
+        "r": 8 if rank is None else rank,
+        "rank_pattern": pattern_keys(ranks, rank),
+        "revision": None,
+        "target_modules": target_modules(
+            modules, parameters=bool(parameters), module_names=module_names
+        ),
+        "task_type": allowed_task(task_type, whole=whole),
+        "use_dora": any(spec.variant == "dora" for spec in specs),
+        "use_rslora": rslora,
+    }
+    if any(spec.lora_bias for spec in specs):
+        config["lora_bias"] = True
+    if state.rows:
+        config["trainable_token_indices"] = {parent(n): [*rows] for n, rows in state.rows.items()}
+    if parameters:
+        # Stacks of experts are laid out as this PEFT lays them out, which readers tell by version.
+        config |= {"peft_version": PEFT_VERSION, "target_parameters": parameters}
+    return config
+
+
+def _target(spec: SiteSpec, expert_names: Collection[str]) -> str:
+    """The name of what PEFT adapts for a site: a module, or a parameter.
+
+    A linear layer whose weight is read, or whose name PEFT takes for an expert's, is adapted by its
+    weight, with the same tensors.
+    """
+    by_weight = spec.update == "weight" or leaf(spec.name) in expert_names
+    return spec.weight if spec.kind == "linear" and by_weight else spec.name
+
+
+# Reading ----------------------------------------------------------------------------------------
 
 _MERGE = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
 _AS_LORA = "Convert it with PEFT (peft.convert_to_lora, since 0.19)"
@@ -37,130 +128,94 @@ _REFUSED = {
     "use_bdlora": ("a block-diagonal LoRA (BD-LoRA)", _MERGE),
     "megatron_config": ("an adapter of Megatron's parallel layers", "Gather it into a plain one"),
 }
-_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "true", "false"}
-_KNOWN = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_bias", "lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type", "trainable_token_indices",
-    "use_dora", "use_rslora",
+_PLAIN_INITS = {"gaussian", "eva", "orthogonal", "true", "false", "none"}
+_NOT_NEEDED = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
+    "task_type",
 }  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """What the config says of one module or parameter: rank and alpha of its pair in the file."""
-
-    name: str
-    kind: str
-    rank: int
-    alpha: float
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e300
 
 
-def build(
-    entries: Iterable[Entry],
-    *,
-    rslora: bool,
-    dora: bool,
-    dropout: float,
-    bias: str,
-    lora_bias: bool,
-    tokens: Mapping[str, list[int]],
-    modules_to_save: Collection[str],
-    target_modules: list[str] | str,
-    base_model: str | None,
-    task_type: str | None,
-) -> dict[str, Any]:
-    """Return adapter_config.json as plain data.
-
-    Only fields that PEFT has had since 0.12 are written, newer ones where they are needed: an older
-    PEFT warns of a field that it does not know, or fails. `rslora` says that every alpha is meant
-    for `alpha / sqrt(rank)`; names are full names, or one regular expression.
-    """
-    entries = list(entries)
-    ranks = {entry.name: entry.rank for entry in entries}
-    alphas = {entry.name: _whole(entry.alpha) for entry in entries}
-    rank, alpha = common(ranks.values()), common(alphas.values())
-    kinds = {entry.kind for entry in entries}
-    parameters = sorted(entry.name for entry in entries if entry.kind == "parameter")
-    config: dict[str, Any] = {
-        "alpha_pattern": pattern_keys(alphas, alpha),
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model,
-        "bias": bias,
-        "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": 8 if alpha is None else alpha,
-        "lora_dropout": 0.0 if parameters else dropout,
-        "modules_to_save": sorted(modules_to_save) or None,
-        "peft_type": "LORA",
-        "r": 8 if rank is None else rank,
-        "rank_pattern": pattern_keys(ranks, rank),
-        "revision": None,
-        "target_modules": target_modules,
-        "task_type": task_type,
-        "use_dora": dora,
-        "use_rslora": rslora,
-    }
-    if lora_bias:
-        config["lora_bias"] = True
-    if tokens:
-        config["trainable_token_indices"] = dict(tokens)
-    if parameters:
-        # Stacks of experts are laid out as this PEFT lays them out, which readers tell by version.
-        config |= {"peft_version": PEFT_VERSION, "target_parameters": parameters}
-    return config
+def _is_dropout(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1
 
 
-def _whole(alpha: float) -> float:
-    """PEFT's alpha is an int; others are written as the float they are."""
-    return int(alpha) if alpha == int(alpha) else alpha
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _are_rows(value: Any) -> bool:
+    several = [*value.values()] if isinstance(value, dict) else [value] if value else []
+    return not misfit(several, [[range(2**63)]]) and all(
+        rows and len(set(rows)) == len(rows) for rows in several
+    )
+
+
+_RANK = range(1, 2**63)
+# Field: its form, and the form in words.
+_FORMS: dict[str, tuple[Any, str]] = {
+    "r": (_RANK, "a whole number above 0"),
+    "lora_alpha": (_is_alpha, "a number above 0"),
+    "lora_dropout": (_is_dropout, "in [0, 1)"),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (bool, "true or false")
+    ),
+    "bias": (("none", "lora_only", "all").__contains__, "one of none, lora_only, all"),
+    "modules_to_save": ([_is_name], "a list of names"),
+    "target_parameters": ([_is_name], "a list of names"),
+    "trainable_token_indices": (_are_rows, "a list of rows, or one for a name"),
+    "rank_pattern": ({...: _RANK}, "a table of whole numbers above 0"),
+    "alpha_pattern": ({...: _is_alpha}, "a table of numbers above 0"),
+}
 
 
 @dataclass(frozen=True)
 class Claims:
-    """The claims of a foreign adapter_config.json that are needed to read the tensors.
+    """What a foreign adapter_config.json states and reading needs, under PEFT's names.
 
-    `modules_to_save` and the keys of `tokens` are names or ends of names, targets full names or
-    ends of names after a dot (none for an expression), patterns in the file's order,
-    `peft_version` is `(major, minor)`.
+    `modules_to_save` and the keys of `trainable_token_indices` are names or ends of names, targets
+    full names or ends of names after a dot (none for an expression), `peft_version` is
+    `(major, minor)`.
     """
 
-    rank: int | None
-    alpha: float
-    rslora: bool
-    dora: bool
-    dropout: float
-    fan_in_fan_out: bool
-    bias: str
-    lora_bias: bool
-    tokens: Mapping[str, tuple[int, ...]]
-    modules_to_save: tuple[str, ...]
-    target_modules: tuple[str, ...]
-    target_parameters: tuple[str, ...]
-    peft_version: tuple[int, int] | None
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
     asked: str
+    lora_alpha: float
+    r: int | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    trainable_token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    modules_to_save: Sequence[str] = ()
+    target_modules: Sequence[str] = ()
+    target_parameters: Sequence[str] = ()
+    peft_version: tuple[int, int] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def numbers(self, names: Collection[str]) -> dict[str, tuple[int | None, float]]:
         """The rank and the alpha that the file claims for each site."""
-        ranks = values_of(self.rank_pattern, names, self.rank, f"{self.asked}, 'rank_pattern'")
-        alphas = values_of(self.alpha_pattern, names, self.alpha, f"{self.asked}, 'alpha_pattern'")
-        return {name: (ranks[name], alphas[name]) for name in names}
+        ranks = values_of(self.rank_pattern, names, self.r, f"{self.asked}, 'rank_pattern'")
+        asked = f"{self.asked}, 'alpha_pattern'"
+        alphas = values_of(self.alpha_pattern, names, self.lora_alpha, asked)
+        return {name: (ranks[name], float(alphas[name])) for name in names}
 
     @property
     def scaling(self) -> str:
         """The scaling as a site's spec calls it."""
-        return "rslora" if self.rslora else "standard"
+        return "rslora" if self.use_rslora else "standard"
 
     def scale(self, alpha: float, rank: int) -> float:
         """The scale that the file means by an alpha on tensors of this rank."""
-        return alpha / (math.sqrt(rank) if self.rslora else rank)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
@@ -170,137 +225,55 @@ def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
     at hand is the one that the init has changed.
     """
     _require(isinstance(config, dict), asked, "it is not a table of fields")
-    _refuse_other_methods(config, asked)
-    _refuse_changed_base(config, asked, allow)
-    unknown = sorted(config.keys() - _KNOWN - _REFUSED.keys() - set(allow))
-    unknown = [field for field in unknown if config[field]]
-    if unknown:
+    _refuse_other_methods(config, asked, allow)
+    unknown = sorted(config.keys() - _FORMS.keys() - _NOT_NEEDED - _REFUSED.keys() - set(allow))
+    if unknown := [name for name in unknown if config[name]]:
         raise FormatError(
             asked,
             f"it sets {one_line(unknown)}, which this package does not know",
             f"If it does not change what the tensors mean, accept it: allow={unknown[:3]}",
         )
-    _require_alpha(config, asked)
-    rank = config.get("r")
-    _require(rank is None or _is_rank(rank), asked, "'r' is not a whole number above 0")
-    dropout = config.get("lora_dropout") or 0.0
-    _require(_is_number(dropout) and 0 <= dropout < 1, asked, "'lora_dropout' is not in [0, 1)")
-    return Claims(
-        rank=rank,
-        alpha=float(config["lora_alpha"]),
-        rslora=_flag(config, "use_rslora", asked),
-        dora=_flag(config, "use_dora", asked),
-        dropout=float(dropout),
-        fan_in_fan_out=_flag(config, "fan_in_fan_out", asked),
-        bias=_choice(config, "bias", ("none", "lora_only", "all"), asked),
-        lora_bias=_flag(config, "lora_bias", asked),
-        tokens=_tokens(config.get("trainable_token_indices"), asked),
-        modules_to_save=_names(config, "modules_to_save", asked),
-        target_modules=_target_modules(config),
-        target_parameters=_names(config, "target_parameters", asked),
-        peft_version=_version(config.get("peft_version")),
-        rank_pattern=_patterns(config, "rank_pattern", _is_rank, asked),
-        alpha_pattern=_patterns(config, "alpha_pattern", _is_alpha, asked),
-        asked=asked,
-    )
-
-
-def _refuse_other_methods(config: Mapping[str, Any], asked: str) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise FormatError(asked, f"its peft_type is {str(kind)[:40]!r}, not 'LORA'", _AS_LORA)
-    for field, (what, remedy) in _REFUSED.items():
-        if config.get(field):
-            raise FormatError(asked, f"'{field}' is set: it is {what}", remedy)
-
-
-def _refuse_changed_base(config: Mapping[str, Any], asked: str, allow: Collection[str]) -> None:
-    init = config.get("init_lora_weights", True)
-    if str(init).lower() in _PLAIN_INITS or init is None or "init_lora_weights" in allow:
-        return
-    raise FormatError(
-        asked,
-        f"'init_lora_weights' is {str(init)[:40]!r}: with it, PEFT changes the base's weights when "
-        "it loads the adapter",
-        f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
-        "allow=['init_lora_weights']",
-    )
-
-
-def _require_alpha(config: Mapping[str, Any], asked: str) -> None:
-    if config.get("lora_alpha") is None:
+    said = {name: config[name] for name in _FORMS if config.get(name) is not None}
+    if "lora_alpha" not in said:
         raise FormatError(
             asked, "'lora_alpha' is missing", "Ask the author of the adapter; it is never guessed"
         )
-    _require(_is_alpha(config["lora_alpha"]), asked, "'lora_alpha' is not a number above 0")
+    for name, value in said.items():
+        form, words = _FORMS[name]
+        wrong = misfit(value, form)
+        _require(not wrong, asked, f"'{name}' is not {words} ({wrong.lstrip('.: ')})")
+    rows = said.get("trainable_token_indices") or {}
+    said["trainable_token_indices"] = rows if isinstance(rows, dict) else {"": rows}
+    targets = config.get("target_modules")  # never a reason to refuse: the tensors say it
+    return Claims(
+        asked,
+        target_modules=tuple(map(str, targets)) if isinstance(targets, list) else (),
+        peft_version=_version(config.get("peft_version")),
+        **said,
+    )
 
 
-def _flag(config: Mapping[str, Any], field: str, asked: str) -> bool:
-    value = config.get(field)
-    _require(value is None or isinstance(value, bool), asked, f"'{field}' is not true or false")
-    return bool(value)
-
-
-def _choice(config: Mapping[str, Any], field: str, choices: tuple[str, ...], asked: str) -> str:
-    value = config.get(field) or choices[0]
-    _require(value in choices, asked, f"'{field}' is not one of {', '.join(choices)}")
-    return str(value)
-
-
-def _names(config: Mapping[str, Any], field: str, asked: str) -> tuple[str, ...]:
-    value = config.get(field) or []
-    good = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-    _require(good, asked, f"'{field}' is not a list of names")
-    return tuple(value)
-
-
-def _tokens(value: Any, asked: str) -> dict[str, tuple[int, ...]]:
-    """Return the rows that train, by the end of a module's name; `""` if none is named."""
-    tables = value if isinstance(value, dict) else {"": value} if value else {}
-    found = {}
-    for name, ids in tables.items():
-        good = isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
-        good = good and len(set(ids)) == len(ids)
-        _require(good, asked, "'trainable_token_indices' is not a list of rows, or one for a name")
-        found[name] = tuple(ids)
-    return found
-
-
-def _target_modules(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a list; never a reason to refuse, since the tensors say what is adapted."""
-    value = config.get("target_modules")
-    return tuple(map(str, value)) if isinstance(value, list) else ()
-
-
-def _patterns(
-    config: Mapping[str, Any], field: str, is_value: Any, asked: str
-) -> Mapping[str, Any]:
-    table = config.get(field) or {}
-    _require(isinstance(table, dict), asked, f"'{field}' is not a table")
-    for key, value in table.items():
-        _require(is_value(value), asked, f"'{field}' gives {key[:80]!r} an impossible value")
-    return table
+def _refuse_other_methods(config: Mapping[str, Any], asked: str, allow: Collection[str]) -> None:
+    kind, init = config.get("peft_type"), config.get("init_lora_weights", True)
+    if kind != "LORA":
+        raise FormatError(asked, f"its peft_type is {str(kind)[:40]!r}, not 'LORA'", _AS_LORA)
+    for name, (what, remedy) in _REFUSED.items():
+        if config.get(name):
+            raise FormatError(asked, f"'{name}' is set: it is {what}", remedy)
+    if str(init).lower() not in _PLAIN_INITS and "init_lora_weights" not in allow:
+        raise FormatError(
+            asked,
+            f"'init_lora_weights' is {str(init)[:40]!r}: with it, PEFT changes the base's weights "
+            "when it loads the adapter",
+            f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
+            "allow=['init_lora_weights']",
+        )
 
 
 def _version(value: Any) -> tuple[int, int] | None:
     parts = str(value).split(".")[:2]
-    return (int(parts[0]), int(parts[1])) if len(parts) == 2 and all(map(_digits, parts)) else None
-
-
-def _digits(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 6
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in {int, float} and abs(value) < 1e300
-
-
-def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and value > 0
+    digits = [part.isascii() and part.isdigit() and len(part) < 6 for part in parts]
+    return (int(parts[0]), int(parts[1])) if digits == [True, True] else None
 
 
 def _require(holds: Any, asked: str, found: str) -> None:

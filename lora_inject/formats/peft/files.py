@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lora_inject.errors import FormatError
-from lora_inject.formats.metadata import one_line
+from lora_inject.formats.checks import one_line
 from lora_inject.storage.strict_json import parse_json
 from lora_inject.storage.tensors import read_names, read_tensors
 
@@ -29,7 +28,7 @@ def detects(path: Path) -> bool:
     if not path.is_dir():
         return False
     parts = any((path / name).is_file() for name in (CONFIG, MODEL, PICKLE, _INDEX))
-    return parts or any(_holds_adapter(child) for child in _children(path)) or _in_base(path)
+    return parts or bool(_adapters_in(path)) or _in_base(path)
 
 
 def check_files(path: Path, asked: str) -> None:
@@ -38,6 +37,7 @@ def check_files(path: Path, asked: str) -> None:
         found = "it is a file" if path.exists() else "there is no such directory"
         raise FormatError(asked, found, f"Give the directory that holds {CONFIG}")
     there = any((path / name).is_file() for name in (MODEL, _INDEX))
+    inside = _adapters_in(path)
     if not there and _in_base(path):
         raise FormatError(
             asked,
@@ -45,23 +45,22 @@ def check_files(path: Path, asked: str) -> None:
             "Load it with the program that saved it and save the adapter alone (in PEFT: "
             "save_pretrained of the PeftModel, not of the model inside)",
         )
-    if not _holds_adapter(path):
-        inside = [child.name for child in _children(path) if _holds_adapter(child)]
-        if inside:
-            raise FormatError(
-                asked,
-                f"there is no {CONFIG} in it, but in its subfolders {one_line(inside)}",
-                f"Give the subfolder: '{path / inside[0]}'",
-            )
+    if not (path / CONFIG).is_file() and inside:
+        raise FormatError(
+            asked,
+            f"there is no {CONFIG} in it, but in its subfolders {one_line(inside)}",
+            f"Give the subfolder: '{path / inside[0]}'",
+        )
+    if not (path / CONFIG).is_file():
         raise FormatError(asked, f"there is no {CONFIG} in it", "Check the path")
+    if not there and (path / PICKLE).is_file():
+        raise FormatError(
+            asked,
+            f"its tensors are in {PICKLE}, a pickle, which can run code when it is read",
+            "Load it with PEFT where you trust it and save it again: save_pretrained writes "
+            "safetensors",
+        )
     if not there:
-        if (path / PICKLE).is_file():
-            raise FormatError(
-                asked,
-                f"its tensors are in {PICKLE}, a pickle, which can run code when it is read",
-                "Load it with PEFT where you trust it and save it again: save_pretrained writes "
-                "safetensors",
-            )
         raise FormatError(asked, f"there is no {MODEL} in it", "Copy the whole directory")
 
 
@@ -78,27 +77,22 @@ def read_all(path: Path, asked: str, *, on_disk: bool) -> tuple[dict[str, Tensor
         return read_tensors(path / MODEL, on_disk=on_disk)
     where = f"{asked}, {_INDEX}"
     index: Any = parse_json((path / _INDEX).read_bytes(), where)
-    said = index.get("weight_map") if isinstance(index, dict) else None
-    table: dict[str, Any] = said if isinstance(said, dict) else {"": None}
-    names = table.values()
+    table: Any = index.get("weight_map") if isinstance(index, dict) else None
+    names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
     if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
         raise FormatError(where, "its weight_map is not a table of file names", "Fetch it again")
     tensors: dict[str, Tensor] = {}
+    found = ""
     for name in sorted(set(names)):
-        found, _ = read_tensors(path / name, on_disk=on_disk)
-        strangers = [key for key in found if table.get(key) != name]
-        if strangers:
-            known = f"'{name}' holds {one_line(strangers)}, which it does not list"
-            raise FormatError(where, known, "The files do not belong together")
-        tensors |= found
+        held = read_tensors(path / name, on_disk=on_disk)[0]
+        if strangers := [key for key in held if table.get(key) != name]:
+            found = f"'{name}' holds {one_line(strangers)}, which it does not list"
+        tensors |= held
     if missing := table.keys() - tensors.keys():
-        found_not = f"its files lack {one_line(sorted(missing))}"
-        raise FormatError(where, found_not, "The files do not belong together")
+        found = f"its files lack {one_line(sorted(missing))}"
+    if found:
+        raise FormatError(where, found, "The files do not belong together")
     return tensors, {}
-
-
-def _holds_adapter(path: Path) -> bool:
-    return (path / CONFIG).is_file()
 
 
 def _in_base(path: Path) -> bool:
@@ -107,5 +101,6 @@ def _in_base(path: Path) -> bool:
     return file.is_file() and any(".lora_A." in key for key in read_names(file)[0])
 
 
-def _children(path: Path) -> Iterable[Path]:
-    return sorted(child for child in path.iterdir() if child.is_dir())
+def _adapters_in(path: Path) -> list[str]:
+    """The names of the subfolders that hold an adapter."""
+    return sorted(child.name for child in path.iterdir() if (child / CONFIG).is_file())

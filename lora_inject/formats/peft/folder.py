@@ -1,10 +1,10 @@
 """PEFT's directory: adapter_config.json, adapter_model.safetensors, README.md.
 
-The tensors are what `PeftModel.from_pretrained` computes with, so any reader of the
-format gets the adapter's outputs; what PEFT cannot express (slices, frozen starts, the base's
-fingerprint, the config) is in the metadata of the same safetensors file, so that reading it here
-gives back the very adapter. Where the two disagree, somebody edited one of them, and that is an
-error which the caller decides (`prefer`).
+The tensors are what `PeftModel.from_pretrained` computes with, so any reader of the format gets the
+adapter's outputs; what PEFT cannot express (slices, frozen starts, the base's fingerprint, the
+config) is in the metadata of the same safetensors file, so that reading it here gives back the very
+adapter. Where the two disagree, somebody edited one of them, and that is an error which the caller
+decides (`prefer`).
 
 What PEFT cannot express is refused: adapters on the root module; layers whose weight their parent
 reads; parameters beside Conv1D layers, or beside a site on the module that owns them; other kinds
@@ -17,22 +17,21 @@ Source: peft 0.21.2, utils/save_and_load.py.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor
 
-from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
 from lora_inject.formats.card import model_card
-from lora_inject.formats.checks import check_keys, check_no_clash, check_site, check_trained
-from lora_inject.formats.peft.adapter_config import Claims, Entry, build, read_claims
+from lora_inject.formats.checks import check_keys, check_no_clash, check_state
+from lora_inject.formats.peft.adapter_config import Claims, build, read_claims
 from lora_inject.formats.peft.files import (
     CARD,
     CONFIG,
@@ -42,29 +41,20 @@ from lora_inject.formats.peft.files import (
     read_all,
     read_config,
 )
-from lora_inject.formats.peft.foreign import read_foreign, with_further
-from lora_inject.formats.peft.module_fields import (
-    allowed_task,
-    bias_setting,
-    target_modules,
-    whole_modules,
-)
-from lora_inject.formats.peft.number_patterns import common
+from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
     KINDS,
     PREFIX,
-    Packing,
     file_alpha,
     file_rank,
     file_shapes,
-    further_shape,
     is_turned,
-    owner,
     pack,
     plan,
     unpack,
     wrapped,
 )
+from lora_inject.spec.names import parent
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.tensors import serialize
@@ -77,6 +67,7 @@ def write(
     path: Path,
     *,
     overwrite: bool = False,
+    metadata: bool = True,
     module_names: Collection[str] | None = None,
     tensor_names: Sequence[str] | None = None,
     transposed_modules: Collection[str] | None = None,
@@ -92,6 +83,7 @@ def write(
         state: The adapter.
         path: The directory.
         overwrite: Replace an adapter that is there already.
+        metadata: Write what PEFT cannot express into the header too, for this package.
         module_names: All module names of the model; with them, names that PEFT would take for
             other modules too are written as one anchored expression.
         tensor_names: All names of the model's state dict, in order; with them, trained tensors
@@ -114,106 +106,42 @@ def write(
     Raises:
         FormatError: PEFT cannot express the adapter, or the target must not be replaced.
     """
-    found = contents(
+    asked = f"write adapter to '{path}'"
+    state = _in_order(_rows_once(check_state(state, asked), asked), tensor_names)
+    specs = [site.spec for site in state.sites.values()]
+    _check_expressible(specs, asked, tensor_names)
+    layout = plan(specs, state.trained, state.rows)
+    check_no_clash(layout.keys, asked)
+    turned = {spec.name for spec in specs if is_turned(spec, transposed_modules)}
+    tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
+    for name, site in state.sites.items():
+        shapes = file_shapes(site.spec)
+        further = {role: t.detach().reshape(shapes[role]) for role, t in site.further.items()}
+        of_pair = zip("AB", pack(site, turned=name in turned), strict=True)
+        for role, tensor in {**dict(of_pair), **further}.items():
+            tensors[layout.sites[name][role]] = tensor
+    config = build(
         state,
-        f"write adapter to '{path}'",
         module_names=module_names,
         tensor_names=tensor_names,
-        transposed_modules=transposed_modules,
         expert_names=expert_names,
         base_model=base_model,
         task_type=task_type,
     )
-    said = words.describe(found.state, "peft", found.turned)
+    said = words.describe(state, "peft", turned) if metadata else {"format": "pt"}
     card = model_card(
-        found.state,
+        state,
         base_model=base_model,
         task_type=task_type,
         trained_on=trained_on,
         published_as=published_as,
     )
-    return write_folder(path, found, said, card, overwrite=overwrite)
-
-
-class Contents(NamedTuple):
-    """The contents of a PEFT directory, with sites in the order of the file."""
-
-    state: AdapterState
-    tensors: Mapping[str, Tensor]
-    config: Mapping[str, Any]
-    turned: Collection[str]
-
-
-def write_folder(
-    path: Path,
-    found: Contents,
-    said: Mapping[str, str],
-    card: str,
-    *,
-    overwrite: bool,
-) -> Path:
-    """Write a directory of PEFT, with `said` as the metadata of its tensors, and the card."""
     files = {
-        CONFIG: (json.dumps(found.config, indent=2, sort_keys=True) + "\n").encode(),
-        MODEL: serialize(found.tensors, {**said, **for_diffusers(found.config, PREFIX)}),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        MODEL: serialize(tensors, said | for_diffusers(config, PREFIX)),
         CARD: card.encode(),
     }
     return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
-
-
-def contents(
-    state: AdapterState,
-    asked: str,
-    *,
-    module_names: Collection[str] | None = None,
-    tensor_names: Sequence[str] | None = None,
-    transposed_modules: Collection[str] | None = None,
-    expert_names: Collection[str] = (),
-    base_model: str | None = None,
-    task_type: str | None = None,
-) -> Contents:
-    """Return the tensors and the config of an adapter in PEFT's layout; options as for `write`."""
-    check_trained(state, asked)
-    state = _rows_once(state, asked)
-    for site in state.sites.values():
-        check_site(site, asked)
-    state = dataclasses.replace(state, sites=_in_order(state.sites, tensor_names))
-    specs = [site.spec for site in state.sites.values()]
-    _check_expressible(specs, asked, tensor_names)
-    layout = plan(specs, state.trained, state.rows)
-    full = [name for name in state.trained if name not in state.rows]
-    check_no_clash(layout.keys, asked)
-    turned = {spec.name for spec in specs if is_turned(spec, transposed_modules)}
-
-    tensors: dict[str, Tensor] = {}
-    for name, site in state.sites.items():
-        slot = layout.slots[name]
-        tensors[slot.a], tensors[slot.b] = pack(site, turned=name in turned)
-        for role, key in slot.further.items():
-            tensors[key] = site.further[role].detach().reshape(further_shape(site.spec, role))
-    tensors.update((layout.trained[name], tensor) for name, tensor in state.trained.items())
-
-    rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
-    entries = [_entry(site, expert_names, rslora=rslora) for site in state.sites.values()]
-    modules = [entry.name for entry in entries if entry.kind != "parameter"]
-    adapted = {wrapped(spec) for spec in specs}
-    whole = whole_modules(full, sites=adapted, tensor_names=tensor_names, module_names=module_names)
-    config = build(
-        entries,
-        rslora=rslora,
-        dora=any(spec.variant == "dora" for spec in specs),
-        dropout=common(spec.dropout for spec in specs) or 0.0,
-        bias=bias_setting(full, sites=adapted, whole=whole),
-        lora_bias=any(spec.lora_bias for spec in specs),
-        tokens={owner(name): list(rows) for name, rows in state.rows.items()},
-        modules_to_save=whole,
-        target_modules=target_modules(
-            modules, parameters=len(modules) < len(specs), module_names=module_names
-        ),
-        base_model=base_model,
-        task_type=allowed_task(task_type, whole=whole),
-    )
-    return Contents(state, tensors, config, turned)
 
 
 def read(
@@ -255,95 +183,73 @@ def read(
     if prefer not in {None, "metadata", "config"}:
         raise FormatError(asked, f"prefer is {prefer!r}", "Give 'metadata', 'config' or None")
     check_files(path, asked)
-    where = f"{asked}, {CONFIG}"
-    claims = None
+    where, claims = f"{asked}, {CONFIG}", None
     if prefer != "metadata":
         claims = read_claims(read_config(path, where), where, allow)
     tensors, text = read_all(path, asked, on_disk=on_disk)
-    if claims is None and not words.is_native(text, "peft"):
-        raise FormatError(
-            asked, f"its {MODEL} holds no metadata of this package", "Leave prefer out"
-        )
-    if claims is not None and (prefer == "config" or not words.is_native(text, "peft")):
-        return read_foreign(
-            tensors,
-            claims,
-            asked,
-            tensor_names=tensor_names,
-            transposed_modules=transposed_modules,
-            expert_major=expert_major,
-        )
-    described = words.parse(text, f"{asked}, {MODEL}")
+    ours = words.is_native(text, "peft")
+    if claims is None and not ours:
+        found = f"its {MODEL} holds no metadata of this package"
+        raise FormatError(asked, found, "Leave prefer out")
+    if claims is not None and (prefer == "config" or not ours):
+        return Foreign(asked, claims, tensor_names, transposed_modules, expert_major).read(tensors)
+    said = words.parse(text, f"{asked}, {MODEL}")
     if claims is not None:
-        _check_agreement(described, claims, asked)
-    return _read_native(described, tensors, f"{asked}, {MODEL}")
+        _check_agreement(said, claims, asked)
+    return _read_native(said, tensors, f"{asked}, {MODEL}")
 
 
-def _read_native(
-    described: words.Described, tensors: dict[str, Tensor], asked: str
-) -> AdapterState:
+def _read_native(said: words.Described, tensors: dict[str, Tensor], asked: str) -> AdapterState:
     """The state that `write` was given; every tensor is accounted for."""
-    for name, spec in described.specs.items():
-        if _odd(spec) or (name in described.turned and spec.kind != "parameter"):
+    for name, spec in said.specs.items():
+        if _odd(spec) or (name in said.turned and spec.kind != "parameter"):
             raise FormatError(
                 f"{asked}, site '{name[:200]}'",
                 f"its metadata says what cannot be ({_odd(spec) or 'turned'})",
                 "The file was edited, or is of a newer version",
             )
-    layout = plan(described.specs.values(), described.trained, described.rows)
+    layout = plan(said.specs.values(), said.trained, said.rows)
     check_no_clash(layout.keys, asked)
     check_keys(tensors, layout.keys, asked)
-    sites = {}
-    for name, spec in described.specs.items():
-        packing = Packing(name in described.derived, name in described.turned)
-        slot = layout.slots[name]
-        a, b = tensors[slot.a], tensors[slot.b]
-        due_a, due_b = file_shapes(spec, packing)
-        if a.shape != due_a or b.shape != due_b:
-            key, tensor, due = (slot.b, b, due_b) if a.shape == due_a else (slot.a, a, due_a)
-            raise FormatError(
-                f"{asked}, '{key}'",
-                f"its shape is {tuple(tensor.shape)}, and its metadata says {due}",
-                "The file was edited; fetch it again",
-            )
-        further = {role: tensors[key] for role, key in slot.further.items()}
-        sites[name] = with_further(unpack(spec, a, b, asked, packing), further, asked)
-        check_site(sites[name], asked)
+    sites = {
+        name: unpack(
+            spec,
+            {role: tensors[key] for role, key in layout.sites[name].items()},
+            f"{asked}, site '{name}'",
+            derived=name in said.derived,
+            turned=name in said.turned,
+        )
+        for name, spec in said.specs.items()
+    }
     trained = {name: tensors[key] for name, key in layout.trained.items()}
-    found = AdapterState(
-        sites, trained, described.config, described.fingerprint, rows=described.rows
-    )
-    check_trained(found, asked)
-    return found
+    return check_state(said.state(sites, trained), asked)
 
 
-def _check_agreement(described: words.Described, claims: Claims, asked: str) -> None:
+def _check_agreement(said: words.Described, claims: Claims, asked: str) -> None:
     """Refuse a config whose ranks or scales are not those of the metadata."""
     called = {
         name: spec.weight if spec.weight in claims.target_parameters else name
-        for name, spec in described.specs.items()
+        for name, spec in said.specs.items()
     }
     numbers = claims.numbers(called.values())
-    for name, spec in described.specs.items():
-        derived = name in described.derived
-        rank = file_rank(spec, derived=derived)
-        claimed, alpha = numbers[called[name]]
-        if claimed is not None and claimed != rank:
-            raise _contradiction(asked, name, f"rank {claimed}", f"rank {rank}")
-        scale = claims.scale(alpha, rank)
-        if not math.isclose(scale, spec.scale, rel_tol=1e-6):
-            due = file_alpha(spec, derived=derived, rslora=claims.rslora)
+    for name, spec in said.specs.items():
+        derived = name in said.derived
+        rank, (claimed, alpha) = file_rank(spec, derived=derived), numbers[called[name]]
+        scale, due = claims.scale(alpha, rank), spec.scale
+        if claimed not in (None, rank):
+            config, header = f"rank {claimed}", f"rank {rank}"
+        elif not math.isclose(scale, due, rel_tol=1e-6):
+            meant = file_alpha(spec, derived=derived, rslora=claims.use_rslora)
             config = f"alpha {alpha:g} (scale {scale:g})"
-            raise _contradiction(asked, name, config, f"alpha {due:g} (scale {spec.scale:g})")
-
-
-def _contradiction(asked: str, name: str, config: str, metadata: str) -> FormatError:
-    return FormatError(
-        f"{asked}, site '{name}'",
-        f"{CONFIG} says {config}, the metadata of {MODEL} says {metadata}",
-        'Decide which is right: prefer="metadata" is what was saved, prefer="config" what was '
-        "edited since",
-    )
+            header = f"alpha {meant:g} (scale {due:g})"
+        else:
+            continue
+        raise FormatError(
+            f"{asked}, site '{name}'",
+            f"{CONFIG} says {config}, the metadata of {MODEL} says {header}",
+            'Decide which is right: prefer="metadata" is what was saved, prefer="config" what was '
+            "edited since",
+        )
 
 
 def _rows_once(state: AdapterState, asked: str) -> AdapterState:
@@ -354,27 +260,20 @@ def _rows_once(state: AdapterState, asked: str) -> AdapterState:
             found = "PEFT trains rows of the weight of a module only"
             raise FormatError(f"{asked}, trained tensor '{name}'", found, _OTHER)
         first.setdefault(state.trained[name].data_ptr(), name)
-    further = state.rows.keys() - set(first.values())
-    if not further:
-        return state
-    return dataclasses.replace(
-        state,
-        trained={name: t for name, t in state.trained.items() if name not in further},
-        rows={name: rows for name, rows in state.rows.items() if name not in further},
-    )
+    kept = {n: t for n, t in state.trained.items() if n not in state.rows or n in first.values()}
+    return replace(state, trained=kept, rows={n: r for n, r in state.rows.items() if n in kept})
 
 
-# What PEFT can say ------------------------------------------------------------------------------
+def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> AdapterState:
+    """Sites with those on parameters in the order of the model, where that is known.
 
-
-def _entry(site: SiteState, expert_names: Collection[str], *, rslora: bool) -> Entry:
-    spec, derived = site.spec, site.A0 is not None
-    alpha = file_alpha(spec, derived=derived, rslora=rslora)
-    name, kind = spec.name, spec.kind
-    by_weight = spec.update == "weight" or name.rpartition(".")[2] in expert_names
-    if kind == "linear" and by_weight:
-        name, kind = spec.weight, "parameter"
-    return Entry(name, kind, file_rank(spec, derived=derived), alpha)
+    PEFT tells two parameters of one module apart by their order only.
+    """
+    place = {name: n for n, name in enumerate(tensor_names or ())}
+    parameters = {name: 0 for name, site in state.sites.items() if site.spec.kind == "parameter"}
+    ordered = iter(sorted(parameters, key=lambda name: place.get(name, len(place))))
+    names = [next(ordered) if name in parameters else name for name in state.sites]
+    return replace(state, sites={name: state.sites[name] for name in names})
 
 
 def for_diffusers(config: Mapping[str, Any], prefix: str) -> dict[str, str]:
@@ -386,20 +285,7 @@ def for_diffusers(config: Mapping[str, Any], prefix: str) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps(said, sort_keys=True)}
 
 
-def _in_order(
-    sites: Mapping[str, SiteState], tensor_names: Sequence[str] | None
-) -> Mapping[str, SiteState]:
-    """Sites with those on parameters in the order of the model, where that is known.
-
-    PEFT tells two parameters of one module apart by their order only.
-    """
-    place = {name: n for n, name in enumerate(tensor_names or ())}
-    if not place:
-        return sites
-    parameters = [name for name, site in sites.items() if site.spec.kind == "parameter"]
-    ordered = iter(sorted(parameters, key=lambda name: place.get(name, len(place))))
-    swapped = dict(zip(parameters, ordered, strict=True))
-    return {swapped.get(name, name): sites[swapped.get(name, name)] for name in sites}
+# What PEFT can say ------------------------------------------------------------------------------
 
 
 def _check_expressible(
@@ -413,7 +299,7 @@ def _check_expressible(
     if len({(spec.variant, spec.lora_bias) for spec in specs}) > 1:
         found = "PEFT has one variant, with lora_bias or without, for all sites"
         raise FormatError(asked, f"{found}, and these sites have several", _OTHER)
-    known = set(tensor_names or ()) | parameters
+    known = {*(tensor_names or ()), *parameters}
     for spec in specs:
         reason = _inexpressible(spec, modules, known)
         if reason:
@@ -422,23 +308,22 @@ def _check_expressible(
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
     """Why PEFT cannot carry this site, or an empty text."""
+    module, by_weight = parent(spec.weight), spec.update == "weight"
     if _odd(spec):
         return f"adapt {_odd(spec)}"
     if not wrapped(spec):
         return "adapt the root module or a parameter of it"
-    by_weight = spec.update == "weight"
     if by_weight and spec.kind == "linear" and spec.variant == "dora":
         return "adapt a linear layer with DoRA whose own forward it does not know"
-    if spec.kind == "conv1d" and by_weight:
+    if by_weight and spec.kind == "conv1d":
         return "adapt the weight of a Conv1D layer whose own forward it does not know"
     if spec.kind != "parameter" and not (spec.kind == "linear" and by_weight):
         return ""
-    module, _, tensor = spec.weight.rpartition(".")
     if spec.kind == "parameter" and module in modules:
         return "adapt a module and a parameter of it"
     if len(spec.weight_shape) != (2 if spec.experts is None else 3):
         return f"adapt a parameter of {len(spec.weight_shape)} dimensions"
-    if tensor == "weight" and f"{owner(module)}.in_proj_weight" in tensor_names:
+    if spec.weight.endswith(".weight") and f"{parent(module)}.in_proj_weight" in tensor_names:
         return "adapt the output projection of a MultiheadAttention: nothing would call it"
     return ""
 

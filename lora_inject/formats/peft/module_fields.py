@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from lora_inject.formats.peft.number_patterns import ends
-from lora_inject.formats.peft.tensor_layout import owner
+from lora_inject.spec.names import parent
 
 # PEFT's own word for "adapt nothing": it accepts an adapter without sites under this name only.
 _NOTHING = "dummy-target-modules"
@@ -69,12 +69,12 @@ def whole_modules(
     if tensor_names is None:
         return []
     trained = list(trained)
-    held = Counter(module for name in tensor_names for module in _ancestors(name))
-    given = Counter(module for name in trained for module in _ancestors(name))
+    held = Counter(module for name in tensor_names for module in ancestors(name))
+    given = Counter(module for name in trained for module in ancestors(name))
     whole = {module for module, n in given.items() if held[module] == n}
     modules = set(module_names or ()) | set(held)
     chosen = {_outermost(name, whole) for name in trained} - {""}
-    chosen = {module for module in chosen if chosen.isdisjoint(_ancestors(module))}
+    chosen = {module for module in chosen if chosen.isdisjoint(ancestors(module))}
     return sorted(name for name in chosen if _hits_only_itself(name, modules, sites))
 
 
@@ -88,7 +88,7 @@ def bias_setting(trained: Iterable[str], *, sites: Collection[str], whole: Colle
     biases = [n for n in trained if n.rpartition(".")[2] == "bias" and whole_of(n, whole) is None]
     if not biases:
         return "none"
-    return "lora_only" if all(owner(name) in sites for name in biases) else "all"
+    return "lora_only" if all(parent(name) in sites for name in biases) else "all"
 
 
 def allowed_task(task: str | None, *, whole: Collection[str]) -> str | None:
@@ -104,13 +104,13 @@ def allowed_task(task: str | None, *, whole: Collection[str]) -> str | None:
 
 def whole_of(name: str, whole: Collection[str]) -> str | None:
     """The module of `whole` that a tensor belongs to, or None."""
-    return next((module for module in _ancestors(name) if module in whole), None)
+    return next((module for module in ancestors(name) if module in whole), None)
 
 
 def _outermost(name: str, whole: Collection[str]) -> str:
     """The module to keep whole for one tensor: a head as PEFT knows it, else the tensor's own."""
-    heads = [m for m in _ancestors(name) if m in whole and m.rpartition(".")[2] in _HEADS]
-    return heads[-1] if heads else owner(name) if owner(name) in whole else ""
+    heads = [m for m in ancestors(name) if m in whole and m.rpartition(".")[2] in _HEADS]
+    return heads[-1] if heads else parent(name) if parent(name) in whole else ""
 
 
 def _hits_only_itself(name: str, modules: Iterable[str], sites: Iterable[str]) -> bool:
@@ -127,8 +127,8 @@ def _hits_only_itself(name: str, modules: Iterable[str], sites: Iterable[str]) -
     return not any(excluded.match(site) for site in sites)
 
 
-def _ancestors(name: str) -> Iterator[str]:
+def ancestors(name: str) -> Iterator[str]:
     """The modules around a tensor, innermost first, the root excluded."""
     while "." in name:
-        name = owner(name)
+        name = parent(name)
         yield name

@@ -1,9 +1,9 @@
-"""Where a site lives in a PEFT file, and in what shape.
+"""Where a site lives in a PEFT file, and in what shape: both directions, stated once.
 
-A PEFT file holds for each adapted module one plain pair of matrices under a key made from
-its name. This file states both directions once, so that what is written is what is read: the key of
-each site and of each fully trained tensor, and the plain pair that equals a site with slices
-(block-diagonal B), with a frozen start (A0, B0 as further ranks) or with experts.
+A PEFT file holds for each adapted module one plain pair of matrices under a key made from its name:
+also for a site with slices (block-diagonal B), with a frozen start (A0, B0 as further ranks: the
+site is `derived`) or with experts. Where PEFT sees the weight the other way round than the spec,
+the pair is `turned`, and A and B have changed places: `(B A)^T = A^T B^T`.
 
 Source: peft 0.21.2, tuners/lora/layer.py (`Linear`, `Embedding`, `_ConvNd`, `ParamWrapper`).
 """
@@ -11,8 +11,8 @@ Source: peft 0.21.2, tuners/lora/layer.py (`Linear`, `Embedding`, `_ConvNd`, `Pa
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -20,49 +20,28 @@ from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.errors import FormatError
+from lora_inject.spec.names import joined, parent
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.tensors import contiguous
 
 PREFIX = "base_model.model."
 KINDS = ("linear", "conv1d", "embedding", "conv", "parameter")
-
-
-FURTHER = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
 ROWS = "token_adapter.trainable_tokens_delta"
-"""PEFT's names of the tensors of a variant, by role."""
+_FURTHER = {"m": "lora_magnitude_vector", "b": "lora_B.bias"}
+_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", **_FURTHER}
+_KEYS_OF_EMBEDDING = {"A": "lora_embedding_A", "B": "lora_embedding_B", **_FURTHER}
 
 
-class Slot(NamedTuple):
-    """The keys of one site's pair, and of further tensors by role."""
+class Layout(NamedTuple):
+    """The keys of a file: of each site by name and role, of each trained tensor by its name."""
 
-    a: str
-    b: str
-    further: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The keys of a file: of each site by its name, of each trained tensor by the base's name."""
-
-    slots: Mapping[str, Slot]
+    sites: Mapping[str, Mapping[str, str]]
     trained: Mapping[str, str]
 
     @property
     def keys(self) -> list[str]:
         """All keys; one that appears twice is a clash of names."""
-        sites = [k for s in self.slots.values() for k in (s.a, s.b, *s.further.values())]
-        return sites + list(self.trained.values())
-
-
-class Packing(NamedTuple):
-    """How a native site becomes a plain pair.
-
-    Derived: A0 and B0 are further ranks of it. Turned: PEFT sees the weight the other way round, so
-    that A and B have changed places: `(B A)^T = A^T B^T`.
-    """
-
-    derived: bool = False
-    turned: bool = False
+        return [*(k for keys in self.sites.values() for k in keys.values()), *self.trained.values()]
 
 
 def is_turned(spec: SiteSpec, transposed_modules: Collection[str] | None = None) -> bool:
@@ -78,89 +57,54 @@ def is_turned(spec: SiteSpec, transposed_modules: Collection[str] | None = None)
         return spec.transposed
     if transposed_modules is None:
         return False
-    return spec.transposed != (owner(spec.name) in transposed_modules)
-
-
-def owner(name: str) -> str:
-    """The module that holds a tensor: `mlp.experts` of `mlp.experts.down_proj`."""
-    return name.rpartition(".")[0]
+    return spec.transposed != (parent(spec.name) in transposed_modules)
 
 
 def wrapped(spec: SiteSpec) -> str:
     """The module that PEFT wraps for a site."""
-    return owner(spec.name) if spec.kind == "parameter" else spec.name
+    return parent(spec.name) if spec.kind == "parameter" else spec.name
 
 
 def plan(specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str] = ()) -> Layout:
     """Return the keys of an adapter's tensors in a PEFT file; specs in the order of the model.
 
-    `rows` are the names among `trained` of which only rows are stored.
-
-    PEFT wraps a module once for itself and once for each of its adapted parameters, the first of
-    them innermost, and each wrapper adds `.base_layer` to the path of what is inside it.
+    `rows` are the names among `trained` of which only rows are stored. PEFT wraps a module once for
+    itself and once for each of its adapted parameters, the first of them innermost, and each
+    wrapper adds `.base_layer` to the path of what is inside it.
 
     Examples:
         >>> spec = SiteSpec("h.0.fc", "linear", 4, 6, (6, 4), rank=2, alpha=2)
         >>> layout = plan([spec], ["h.0.fc.bias", "ln.weight"])
-        >>> layout.slots["h.0.fc"].a
+        >>> layout.sites["h.0.fc"]["A"]
         'base_model.model.h.0.fc.lora_A.weight'
         >>> list(layout.trained.values())
         ['base_model.model.h.0.fc.base_layer.bias', 'base_model.model.ln.weight']
     """
-    specs = list(specs)
-    names_on: dict[str, list[str]] = {}
+    on: dict[str, list[SiteSpec]] = {}
     for spec in specs:
-        names_on.setdefault(wrapped(spec), []).append(spec.name)
-    paths = _Paths({module: len(names) for module, names in names_on.items()})
-    slots = {}
-    for module, names in names_on.items():
-        path = paths.outside(module)
-        for outside, name in enumerate(reversed(names)):
-            slots[name] = path + ".base_layer" * outside
-    pairs = {spec.name: _slot(slots[spec.name], spec) for spec in specs}
-    keys = {}
-    for name in trained:
-        module, _, tensor = name.rpartition(".")
-        keys[name] = f"{paths.inside(module)}.{ROWS if name in rows else tensor}"
-    return Layout(pairs, keys)
+        on.setdefault(wrapped(spec), []).append(spec)
+
+    @cache
+    def inside(module: str) -> str:
+        """The path of a module inside all of its wrappers."""
+        path, name = PREFIX.rstrip("."), ""
+        for part in module.split(".") if module else ():
+            name = joined(name, part)
+            path += f".{part}" + ".base_layer" * len(on.get(name, ()))
+        return path
+
+    sites = {}
+    for module, members in on.items():
+        path = f"{inside(parent(module))}.{module.rpartition('.')[2]}"
+        for depth, spec in enumerate(reversed(members)):
+            keys = _KEYS_OF_EMBEDDING if spec.kind == "embedding" else _KEYS
+            outer = path + ".base_layer" * depth
+            sites[spec.name] = {role: f"{outer}.{keys[role]}" for role in spec.shapes}
+    return Layout(sites, {name: _key(inside(parent(name)), name, name in rows) for name in trained})
 
 
-def _slot(path: str, spec: SiteSpec) -> Slot:
-    further = {role: f"{path}.{FURTHER[role]}" for role in spec.shapes if role in FURTHER}
-    if spec.kind == "embedding":
-        return Slot(f"{path}.lora_embedding_A", f"{path}.lora_embedding_B", further)
-    return Slot(f"{path}.lora_A.weight", f"{path}.lora_B.weight", further)
-
-
-def further_shape(spec: SiteSpec, role: str) -> tuple[int, ...]:
-    """Return the shape in the file of a further tensor: PEFT stores magnitudes broadcastable."""
-    shape = spec.shapes[role]
-    kernel = spec.weight_shape[2:] if spec.kind == "conv" else ()
-    return (1, *shape, *(1 for _ in kernel)) if role == "m" and kernel else shape
-
-
-class _Paths:
-    """The paths of modules in the wrapped model; that of a parent is worked out once."""
-
-    def __init__(self, depths: Mapping[str, int]) -> None:
-        self.depths = depths
-        self._inside = {"": PREFIX.rstrip(".")}
-
-    def outside(self, module: str) -> str:
-        """Path of a module's outermost wrapper."""
-        parent, _, last = module.rpartition(".")
-        return f"{self.inside(parent)}.{last}"
-
-    def inside(self, module: str) -> str:
-        """Path of a module inside all of its wrappers."""
-        found = self._inside.get(module)
-        if found is None:
-            found, name = self._inside[""], ""
-            for part in module.split("."):
-                name = f"{name}.{part}" if name else part
-                found += f".{part}" + ".base_layer" * self.depths.get(name, 0)
-            self._inside[module] = found
-        return found
+def _key(path: str, name: str, rows: bool) -> str:
+    return f"{path}.{ROWS if rows else name.rpartition('.')[2]}"
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -171,31 +115,26 @@ def file_rank(spec: SiteSpec, *, derived: bool) -> int:
     return spec.rank * len(spec.spans) * (2 if derived else 1)
 
 
-def file_shapes(spec: SiteSpec, packing: Packing) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a site's two tensors in the file.
+def file_shapes(
+    spec: SiteSpec, *, derived: bool = False, turned: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a site's tensors in the file, by role.
 
     Examples:
-        >>> spec = SiteSpec("c", "conv", 18, 4, (4, 2, 3, 3), rank=2, alpha=2)
-        >>> file_shapes(spec, Packing())
-        ((2, 2, 3, 3), (4, 2, 1, 1))
+        >>> file_shapes(SiteSpec("c", "conv", 18, 4, (4, 2, 3, 3), rank=2, alpha=2))
+        {'A': (2, 2, 3, 3), 'B': (4, 2, 1, 1)}
     """
-    if _is_plain(spec, packing):
-        return spec.a_shape, spec.b_shape
-    rank = file_rank(spec, derived=packing.derived)
+    shapes, rank = dict(spec.shapes), file_rank(spec, derived=derived)
+    n_in, n_out, experts = spec.in_features, spec.out_features, spec.experts or 1
     if spec.kind == "conv":
         kernel = spec.weight_shape[1:]
-        return (rank, *kernel), (spec.out_features, rank, *(1 for _ in kernel[1:]))
-    experts = spec.experts or 1
-    n_in, n_out = spec.in_features, spec.out_features
-    if packing.turned:
-        n_in, n_out = n_out, n_in
-    return (experts * rank, n_in), (n_out, rank * experts)
-
-
-def _is_plain(spec: SiteSpec, packing: Packing) -> bool:
-    """Whether the file holds a site's A and B as they are."""
-    odd = packing.derived or packing.turned or spec.kind == "conv"
-    return not odd and spec.slices is None and spec.experts is None
+        ones = (1,) * (len(kernel) - 1)
+        shapes |= {"A": (rank, *kernel), "B": (n_out, rank, *ones)}
+        if "m" in shapes and ones:  # PEFT stores magnitudes broadcastable
+            shapes["m"] = (1, *shapes["m"], *ones)
+        return shapes
+    n_in, n_out = (n_out, n_in) if turned else (n_in, n_out)
+    return shapes | {"A": (experts * rank, n_in), "B": (n_out, rank * experts)}
 
 
 def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
@@ -206,8 +145,8 @@ def pack(site: SiteState, *, turned: bool = False) -> tuple[Tensor, Tensor]:
     a, b = plain_pair(site)
     if turned:
         a, b = b.mT, a.mT
-    shapes = file_shapes(site.spec, Packing(derived=site.A0 is not None, turned=turned))
-    return a.reshape(shapes[0]), b.permute(1, 2, 0).reshape(shapes[1])
+    shapes = file_shapes(site.spec, derived=site.A0 is not None, turned=turned)
+    return a.reshape(shapes["A"]), b.permute(1, 2, 0).reshape(shapes["B"])
 
 
 def plain_pair(site: SiteState) -> tuple[Tensor, Tensor]:
@@ -219,26 +158,40 @@ def plain_pair(site: SiteState) -> tuple[Tensor, Tensor]:
 
 
 def unpack(
-    spec: SiteSpec, a: Tensor, b: Tensor, asked: str, packing: Packing | None = None
+    spec: SiteSpec,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    *,
+    derived: bool = False,
+    turned: bool = False,
 ) -> SiteState:
-    """Return the native site of a pair of `file_shapes`; the inverse of `pack`.
+    """Return the site of a file's tensors by role, the inverse of `pack`.
 
-    It is an error if B is not zero where the slices say that nothing is adapted.
+    It is an error if a shape is another than `file_shapes` says, or if B is not zero where the
+    slices say that nothing is adapted.
     """
-    packing = packing or Packing()
-    if _is_plain(spec, packing) and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
-        return SiteState(spec, a, b)
-    experts, rank = spec.experts or 1, file_rank(spec, derived=packing.derived)
+    for role, due in file_shapes(spec, derived=derived, turned=turned).items():
+        if tensors[role].shape != due:
+            raise FormatError(
+                where,
+                f"its {role} has the shape {tuple(tensors[role].shape)} where {due} is due",
+                "The file was edited; fetch it again",
+            )
+    found = {role: tensors[role].reshape(spec.shapes[role]) for role in spec.shapes if role in "mb"}
+    a, b = tensors["A"], tensors["B"]
+    if not turned and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
+        return SiteState(spec, a, b, further=found)
+    experts, rank = spec.experts or 1, file_rank(spec, derived=derived)
     a = a.reshape(experts, rank, -1)
     b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
-    if packing.turned:
+    if turned:
         a, b = b.mT, a.mT
-    if not packing.derived:
-        return SiteState(spec, *_native(spec, a, b, asked))
+    if not derived:
+        return SiteState(spec, *_native(spec, a, b, where), further=found)
     half = rank // 2
-    pair = _native(spec, a[:, :half], b[:, :, :half], asked)
-    start = _native(spec, a[:, half:], -b[:, :, half:], asked)
-    return SiteState(spec, *pair, *start)
+    pair = _native(spec, a[:, :half], b[:, :, :half], where)
+    start = _native(spec, a[:, half:], -b[:, :, half:], where)
+    return SiteState(spec, *pair, *start, found)
 
 
 def _plain(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,17 +207,16 @@ def _plain(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, full
 
 
-def _native(spec: SiteSpec, a: Tensor, b: Tensor, asked: str) -> tuple[Tensor, Tensor]:
+def _native(spec: SiteSpec, a: Tensor, b: Tensor, where: str) -> tuple[Tensor, Tensor]:
     """Plain to native; the zeros outside the blocks are checked, not believed."""
     if spec.slices is not None:
         full, parts = b.clone(), []
         for _, rows, columns in _blocks(spec):
             parts.append(b[:, rows, columns])
             full[:, rows, columns] = 0
-        n_stray = int(torch.count_nonzero(full))
-        if n_stray:
+        if n_stray := int(torch.count_nonzero(full)):
             raise FormatError(
-                f"{asked}, site '{spec.name}'",
+                where,
                 f"{n_stray} values of B lie outside the adapted slices {list(spec.slices.adapt)}",
                 'The file was changed after it was written; pass prefer="config" to read it as a '
                 "plain adapter of the whole projection",
@@ -273,14 +225,13 @@ def _native(spec: SiteSpec, a: Tensor, b: Tensor, asked: str) -> tuple[Tensor, T
     return contiguous(a.reshape(spec.a_shape)), contiguous(b.reshape(spec.b_shape))
 
 
-def _blocks(spec: SiteSpec) -> Iterable[tuple[slice, slice, slice]]:
+def _blocks(spec: SiteSpec) -> Iterator[tuple[slice, slice, slice]]:
     """Rows of the native B, rows and columns of the plain B, of each adapted slice."""
     offset = 0
     for part, (start, stop) in enumerate(spec.spans):
-        width = stop - start
-        columns = slice(part * spec.rank, (part + 1) * spec.rank)
-        yield slice(offset, offset + width), slice(start, stop), columns
-        offset += width
+        source = slice(offset, offset + stop - start)
+        yield source, slice(start, stop), slice(part * spec.rank, (part + 1) * spec.rank)
+        offset = source.stop
 
 
 def file_alpha(spec: SiteSpec, *, derived: bool, rslora: bool) -> float:
@@ -293,7 +244,7 @@ def file_alpha(spec: SiteSpec, *, derived: bool, rslora: bool) -> float:
         16.0
     """
     rank = file_rank(spec, derived=derived)
-    if rslora == (spec.scaling == "rslora"):
+    if rslora == (spec.scaling == "rslora"):  # exact
         factor = rank // spec.rank
         return spec.alpha * (math.sqrt(factor) if rslora else factor)
     return spec.scale * (math.sqrt(rank) if rslora else rank)
