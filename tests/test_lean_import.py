@@ -49,12 +49,13 @@ def commands_bring_in(*argv: str, names: tuple[str, ...] = HEAVY) -> list[str]:
 
 
 def test_names_are_imported_when_they_are_used_and_none_is_heavy():
-    lazy = ("torch", "lora_inject.model.inject", "lora_inject.checkpoint", "lora_inject.analysis")
+    lazy = ("torch", "pydantic", "lora_inject.model.inject", "lora_inject.checkpoint")
+    lazy += ("lora_inject.analysis",)
     every = "from lora_inject import *; assert callable(inject) and callable(swap_adapter)"
     steps = {
         "import lora_inject": [],
-        "import lora_inject.spec.config, lora_inject.spec.matching": [],
         "import lora_inject.checkpoint": ["torch", "lora_inject.checkpoint"],
+        "import lora_inject.spec.config, lora_inject.spec.matching": ["pydantic"],
         "lora_inject.plan, lora_inject.analysis": ["lora_inject.model.inject", lazy[-1]],
         f"{every}; import lora_inject.formats; lora_inject.analysis.analyze": [],
         "import transformers": ["transformers"],  # the check can fail
@@ -78,8 +79,7 @@ def test_a_merge_imports_neither_transformers_nor_what_only_models_need(tmp_path
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
     adapter = write_adapter(llama_adapter(tensors), tmp_path / "adapter", format="peft")
-    names = (*HEAVY, "pydantic", "lora_inject.spec.config", "lora_inject.model.inject")
-    names += ("lora_inject.layers",)
+    names = (*HEAVY, "lora_inject.spec.config", "lora_inject.layers", "lora_inject.model.inject")
     argv = ("merge", str(base), str(adapter), "--output", str(tmp_path / "out"))
     assert commands_bring_in(*argv, names=names) == []
     assert (tmp_path / "out" / "config.json").exists()

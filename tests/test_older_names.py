@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -117,6 +117,18 @@ def test_an_expert_that_the_model_does_not_have_is_refused(tmp_path: Path) -> No
     name = "model.layers.0.block_sparse_moe.experts.7.w1"
     path = write_old(tmp_path / "old", {name: (16, 24)}, ["w1"])
     with pytest.raises(FormatError, match=r"of which it would be a part"):
+        li.load_adapter(build("mixtral"), path)
+
+
+def test_dora_of_single_experts_is_refused(tmp_path: Path) -> None:
+    """A magnitude of each expert has no place on a stack; without it, it would be another model."""
+    name = "model.layers.0.block_sparse_moe.experts.1.w1"
+    path = write_old(tmp_path / "old", {name: (16, 24)}, ["w1"])
+    file, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+    magnitude = {f"base_model.model.{name}.lora_magnitude_vector": torch.ones(24)}
+    save_file(load_file(file) | magnitude, file)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(FormatError, match="which cannot hold the m of each"):
         li.load_adapter(build("mixtral"), path)
 
 

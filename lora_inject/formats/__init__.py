@@ -165,10 +165,16 @@ def read_adapter(
 ) -> AdapterState:
     """Read an adapter from files.
 
+    The values are read into memory, so that whoever writes into the files later, as PEFT does when
+    it saves again, does not change the adapter. `on_disk=True` leaves the values of safetensors in
+    the file, which must then stay as it is, until they are used: for an adapter larger than memory,
+    or of which only the numbers are wanted. Values that are not finite are read, so that `inspect`
+    shows them; loading, merging and converting refuse them.
+
     Args:
         path: Where from.
         format: Name of a row of `FORMATS`, or None: found from what is there.
-        options: The format's own, see its `read`.
+        options: `on_disk`, and the format's own, see its `read`.
 
     Returns:
         The adapter.

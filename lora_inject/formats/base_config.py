@@ -56,16 +56,14 @@ def refuse_tied(config: Mapping[str, Any] | None, name: str, asked: str, client:
 
     There the update of one would be applied to the other as well.
     """
-    tied = text_config(config, asked, "whether the embedding and the head are tied").get(
-        "tie_word_embeddings"
-    )
-    if tied is not False:
+    config = text_config(config, asked, "whether the embedding and the head are tied")
+    tied, where = config.get("tie_word_embeddings"), f"{asked}, site '{name}'"
+    if tied:
         raise FormatError(
-            f"{asked}, site '{name}'",
-            f"{client} holds the embedding and the head of this base as one tensor"
-            if tied
-            else "the config does not say whether the embedding and the head are tied",
-            "Merge the adapter into the base (lora-inject merge), or leave that site out"
-            if tied
-            else _REMEDY,
+            where,
+            f"{client} holds the embedding and the head of this base as one tensor",
+            "Merge the adapter into the base (lora-inject merge), or leave that site out",
         )
+    if tied is not False:
+        found = "the config does not say whether the embedding and the head are tied"
+        raise FormatError(where, found, _REMEDY)

@@ -1,7 +1,7 @@
 """The model card of an adapter: README.md with the front matter that model hubs read.
 
 It says what the adapter is, for which base and task, and how to load it with this package, PEFT and
-vLLM. It states only what the adapter or its author states.
+vLLM, and states only what the adapter or its author states.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections import Counter
 from typing import Any
 
-from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.version import __version__
 
@@ -56,12 +54,8 @@ def model_card(
 ) -> str:
     """Return the text of README.md: YAML front matter and Markdown.
 
-    Args:
-        state: The adapter.
-        base_model: Name or path of the base.
-        task_type: PEFT's, such as `CAUSAL_LM`.
-        trained_on: The data: a data set of the hub, or a description.
-        published_as: Where readers find it; by default a placeholder path.
+    `task_type` is PEFT's, `trained_on` a data set of the hub or a description of the data,
+    `published_as` where readers find the adapter; by default a placeholder path.
 
     Examples:
         >>> print(model_card(AdapterState({}), base_model="org/base").splitlines()[1])
@@ -126,23 +120,17 @@ def _inline(text: str) -> str:
 
 def _table(state: AdapterState) -> list[str]:
     """One row for all sites of one kind and the same numbers."""
-    rows = Counter(_row(site) for site in state.sites.values())
-    if not rows:
-        return []
-    examples: dict[tuple[str, int, float, float], str] = {}
+    alike: dict[tuple[str, int, float, float], list[str]] = {}
     for name, site in state.sites.items():
-        examples.setdefault(_row(site), name)
+        spec = site.spec
+        alike.setdefault((spec.kind, spec.rank, spec.alpha, spec.scale), []).append(name)
+    if not alike:
+        return []
     lines = ["| sites | kind | rank | alpha | scale | first |", "|---|---|---|---|---|---|"]
-    for row, count in rows.items():
-        kind, rank, alpha, scale = row
-        name = examples[row].replace("|", "\\|").replace("`", "'")
-        lines.append(f"| {count:,} | {kind} | {rank} | {alpha:g} | {scale:g} | `{name}` |")
+    for (kind, rank, alpha, scale), names in alike.items():
+        name = names[0].replace("|", "\\|").replace("`", "'")
+        lines.append(f"| {len(names):,} | {kind} | {rank} | {alpha:g} | {scale:g} | `{name}` |")
     return [*lines, ""]
-
-
-def _row(site: SiteState) -> tuple[str, int, float, float]:
-    spec = site.spec
-    return spec.kind, spec.rank, spec.alpha, spec.scale
 
 
 def _trained(state: AdapterState) -> list[str]:

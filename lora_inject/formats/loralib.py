@@ -1,7 +1,7 @@
 """State dicts of microsoft/loralib, the paper's own package.
 
-Its files hold `PATH.lora_A` and `PATH.lora_B` and full tensors beside them, and nothing
-else, so alpha and the kinds of the layers are asked of the caller; they are never guessed. A fused
+Its files hold `PATH.lora_A` and `PATH.lora_B` and full tensors beside them, and nothing else, so
+alpha and the kinds of the layers are asked of the caller; they are never guessed. A fused
 `MergedLinear` with some of its parts enabled is exactly a site with slices.
 
 Source: microsoft/LoRA, loralib/layers.py and utils.py (`lora_state_dict`).
@@ -18,14 +18,17 @@ from torch import Tensor
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.checks import check_no_clash, check_site, check_state, one_line
+from lora_inject.formats.checks import check_no_clash, check_state, one_line
 from lora_inject.formats.pickles import pickled, read_pickle
+from lora_inject.spec.names import joined, leaf, parent
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.atomic import write_file
 from lora_inject.storage.tensors import read_names, read_tensors, serialize
 
 _PICKLES = {".pt", ".bin", ".pth"}
 _EDITED = "The file is incomplete or was edited; fetch it again"
+_OTHER = 'Use format="peft"'
+_Flags = Sequence[bool] | Mapping[str, Sequence[bool]] | None
 
 
 def detects(path: Path) -> bool:
@@ -76,36 +79,34 @@ def read(
         raise FormatError(
             asked, "loralib files do not hold alpha", "Pass alpha=..., the layers' lora_alpha"
         )
-    tensors = _load(path, asked, allow_pickle=allow_pickle, on_disk=on_disk)
+    if path.suffix in _PICKLES:
+        tensors = read_pickle(path, asked, allow=allow_pickle)
+    else:
+        tensors = read_tensors(path, on_disk=on_disk)[0]
+    all_turned = fan_in_fan_out is True
+    turned = () if isinstance(fan_in_fan_out, bool) else fan_in_fan_out
+    halves = [key for key in tensors if leaf(key) in ("lora_A", "lora_B")]
     sites: dict[str, SiteState] = {}
-    trained: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name, _, part = key.rpartition(".")
-        if part == "lora_A":
-            if f"{name}.lora_B" not in tensors:
-                raise FormatError(f"{asked}, site '{name}'", "its lora_B is missing", _EDITED)
-            pair = tensor, tensors[f"{name}.lora_B"]
-            flags = _flags(name, *pair, enable_lora, f"{asked}, site '{name}'")
-            turned = fan_in_fan_out is True or _named(name, fan_in_fan_out or ())
-            kind = "embedding" if _named(name, embeddings) else "conv1d" if turned else "linear"
-            sites[name] = _site(name, *pair, kind, alpha, flags)
-            check_site(sites[name], asked)
-        elif part == "lora_B":
-            if f"{name}.lora_A" not in tensors:
-                raise FormatError(f"{asked}, site '{name}'", "its lora_A is missing", _EDITED)
-        else:
-            trained[key] = tensor
+    for key in halves:
+        name, other = parent(key), "lora_A" if leaf(key) == "lora_B" else "lora_B"
+        where = f"{asked}, site '{name}'"
+        if joined(name, other) not in tensors:
+            raise FormatError(where, f"its {other} is missing", _EDITED)
+        if other == "lora_A":
+            continue
+        kind = "conv1d" if all_turned or _named(name, turned) else "linear"
+        kind = "embedding" if _named(name, embeddings) else kind
+        pair = tensors[key], tensors[joined(name, other)]
+        sites[name] = _site(name, *pair, kind, alpha, enable_lora, where)
     if not sites:
         raise FormatError(asked, "it holds no lora_A", "Give a state dict of loralib's layers")
-    named = [*embeddings]
-    named += fan_in_fan_out if not isinstance(fan_in_fan_out, bool) else ()
-    named += enable_lora if isinstance(enable_lora, Mapping) else ()
-    lost = [end for end in named if not any(_named(name, (end,)) for name in sites)]
-    if lost:
+    named = [*embeddings, *turned, *(enable_lora if isinstance(enable_lora, Mapping) else ())]
+    if lost := [end for end in named if not any(_named(name, (end,)) for name in sites)]:
         raise FormatError(
             asked, f"no site is called {one_line(lost)}", f"Its sites are {one_line(sites)}"
         )
-    return AdapterState(sites, trained)
+    trained = {key: tensor for key, tensor in tensors.items() if key not in halves}
+    return check_state(AdapterState(sites, trained), asked)
 
 
 def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
@@ -132,18 +133,19 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     check_state(state, asked)
     if state.rows:
         found = f"loralib cannot train single rows, as of {one_line(state.rows)}"
-        raise FormatError(asked, found, 'Use format="peft"')
+        raise FormatError(asked, found, _OTHER)
     numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
     if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):
         raise FormatError(
             asked,
             "its sites do not all have one rank, one alpha and standard scaling",
-            'Use format="peft"; a loralib file holds neither number',
+            f"{_OTHER}; a loralib file holds neither number",
         )
-    for site in state.sites.values():
-        _check_expressible(site, asked)
+    for name, site in state.sites.items():
+        if found := _inexpressible(site):
+            raise FormatError(f"{asked}, site '{name}'", found, _OTHER)
     pairs = {f"{name}.lora_A": site.A for name, site in state.sites.items()}
-    pairs.update((f"{name}.lora_B", site.B) for name, site in state.sites.items())
+    pairs |= {f"{name}.lora_B": site.B for name, site in state.sites.items()}
     check_no_clash([*pairs, *state.trained], asked)
     tensors = {name: t.detach().cpu() for name, t in (pairs | dict(state.trained)).items()}
     if path.suffix == ".safetensors":
@@ -151,67 +153,19 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     return write_file(path, pickled(tensors), overwrite=overwrite)
 
 
-def _load(path: Path, asked: str, *, allow_pickle: bool, on_disk: bool) -> dict[str, Tensor]:
-    if path.suffix in _PICKLES:
-        return read_pickle(path, asked, allow=allow_pickle)
-    return read_tensors(path, on_disk=on_disk)[0]
-
-
-def _named(name: str, names: Collection[str] | bool) -> bool:
-    """Whether a name, or its end after a dot, is among `names`."""
-    return not isinstance(names, bool) and any(f".{name}".endswith(f".{end}") for end in names)
-
-
-def _flags(
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    enable_lora: Sequence[bool] | Mapping[str, Sequence[bool]] | None,
-    where: str,
-) -> tuple[bool, ...] | None:
-    """Which parts of a fused layer are enabled; None for a plain layer."""
-    if a.ndim != 2 or b.ndim != 2 or 0 in a.shape or 0 in b.shape:
-        raise FormatError(where, f"shapes {tuple(a.shape)} and {tuple(b.shape)}", _EDITED)
-    n_parts, stray = divmod(a.shape[0], b.shape[1])
-    if stray or not n_parts:
-        raise FormatError(where, f"ranks {a.shape[0]} and {b.shape[1]} do not fit", _EDITED)
-    if isinstance(enable_lora, Mapping):
-        flags = next((v for end, v in enable_lora.items() if _named(name, (end,))), None)
-    elif enable_lora is not None and sum(enable_lora) == 1:
-        raise FormatError(
-            where,
-            "a fused layer with one part enabled cannot be distinguished from a plain layer",
-            "Say which are fused: enable_lora={'c_attn': [...]}",
-        )
-    else:
-        flags = enable_lora if n_parts > 1 else None
-    if n_parts > 1 and flags is None:
-        raise FormatError(
-            where,
-            f"it is a fused layer with {n_parts} adapted parts",
-            "Pass enable_lora, the list that MergedLinear was made with",
-        )
-    if flags is None:
-        return None
-    if sum(flags) != n_parts or b.shape[0] % n_parts:
-        raise FormatError(
-            where,
-            f"its tensors are of {n_parts} adapted parts and enable_lora says {list(flags)}",
-            "Give the list that MergedLinear was made with",
-        )
-    return tuple(bool(flag) for flag in flags)
+def _named(name: str, ends: Collection[str]) -> bool:
+    """Whether a name, or its end after a dot, is among `ends`."""
+    return any(f".{name}".endswith(f".{end}") for end in ends)
 
 
 def _site(
-    name: str, a: Tensor, b: Tensor, kind: str, alpha: float, flags: tuple[bool, ...] | None
+    name: str, a: Tensor, b: Tensor, kind: str, alpha: float, enable_lora: _Flags, where: str
 ) -> SiteState:
-    n_in, n_out, slices = int(a.shape[1]), int(b.shape[0]), None
-    if flags is not None:
-        width = n_out // sum(flags)
-        n_out = width * len(flags)
-        names = [str(n) for n in range(len(flags))]
-        adapt = tuple(n for n, flag in zip(names, flags, strict=True) if flag)
-        slices = Slices(tuple((n, width) for n in names), adapt)
+    if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
+        found = f"the shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit"
+        raise FormatError(where, found, _EDITED)
+    slices = _slices(name, len(a) // b.shape[1], len(b), enable_lora, where)
+    n_in, n_out = int(a.shape[1]), sum(width for _, width in slices.sizes) if slices else len(b)
     turned = kind != "linear"
     spec = SiteSpec(
         name=name,
@@ -228,16 +182,37 @@ def _site(
     return SiteState(spec, a, b)
 
 
-def _check_expressible(site: SiteState, asked: str) -> None:
-    check_site(site, asked)
-    spec = site.spec
-    where = f"{asked}, site '{spec.name}'"
+def _slices(name: str, n: int, width: int, enable_lora: _Flags, where: str) -> Slices | None:
+    """Return the parts of a fused layer of which `n` are adapted; None for a plain layer."""
+    remedy = "Pass enable_lora, the list that MergedLinear was made with"
+    if isinstance(enable_lora, Mapping):
+        flags = next((f for end, f in enable_lora.items() if _named(name, (end,))), None)
+    elif enable_lora is not None and sum(enable_lora) == 1:
+        found = "a fused layer with one part enabled cannot be distinguished from a plain layer"
+        raise FormatError(where, found, "Say which are fused: enable_lora={'c_attn': [...]}")
+    else:
+        flags = enable_lora if n > 1 else None
+    if flags is None and n > 1:
+        raise FormatError(where, f"it is a fused layer with {n} adapted parts", remedy)
+    if flags is None:
+        return None
+    if sum(flags) != n or width % n:
+        found = f"its tensors are of {n} adapted parts and enable_lora says {list(flags)}"
+        raise FormatError(where, found, remedy)
+    names = [str(place) for place in range(len(flags))]
+    adapt = tuple(part for part, flag in zip(names, flags, strict=True) if flag)
+    return Slices(tuple((part, width // n) for part in names), adapt)
+
+
+def _inexpressible(site: SiteState) -> str:
+    """Why loralib cannot hold a site, or an empty text."""
+    spec, slices = site.spec, site.spec.slices
     if spec.kind not in {"linear", "conv1d", "embedding"}:
-        raise FormatError(where, f"loralib has no {spec.kind}", 'Use format="peft"')
+        return f"loralib has no {spec.kind}"
     if site.further:
-        raise FormatError(where, f"loralib has no variant '{spec.variant}'", 'Use format="peft"')
+        return f"loralib has no variant '{spec.variant}'"
     if site.A0 is not None:
-        raise FormatError(where, "its init was derived from the base", 'Use format="peft"')
-    if spec.slices is not None and len({width for _, width in spec.slices.sizes}) > 1:
-        widths = one_line(name for name, _ in spec.slices.sizes)
-        raise FormatError(where, f"the parts {widths} are of unequal widths", 'Use format="peft"')
+        return "its init was derived from the base"
+    if slices is not None and len({width for _, width in slices.sizes}) > 1:
+        return f"the parts {one_line(name for name, _ in slices.sizes)} are of unequal widths"
+    return ""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
+from lora_inject.formats.peft.tensor_layout import file_rank
 
 NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
 EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
@@ -21,7 +21,10 @@ or `ranks`: the rank of each site alone."""
 def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
     """Return what a format that keeps only `keeps` changes in an adapter, as sentences."""
     specs = [site.spec for site in state.sites.values()]
-    numbers = {(_rank(site), site.spec.scale) for site in state.sites.values()}
+    numbers = {
+        (file_rank(site.spec, derived=site.A0 is not None), site.scale)
+        for site in state.sites.values()
+    }
     mixed = len(numbers) > 1 or ONE not in keeps
     folded = mixed and any(scale != 1 for _, scale in numbers) and NUMBERS not in keeps
     padded = len({rank for rank, _ in numbers}) > 1 and not {NUMBERS, RANKS} & set(keeps)
@@ -47,9 +50,3 @@ def losses(state: AdapterState, keeps: Collection[str]) -> list[str]:
         RANKS: (padded, "ranks are padded with zeros"),
     }
     return [words for part, (holds, words) in there.items() if holds and part not in keeps]
-
-
-def _rank(site: SiteState) -> int:
-    """Return the rank of a site as one pair: slices and a frozen start become further ranks."""
-    n_slices = len(site.spec.slices.adapt) if site.spec.slices else 1
-    return site.spec.rank * n_slices * (1 if site.A0 is None else 2)

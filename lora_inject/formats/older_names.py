@@ -7,20 +7,19 @@ adapter: sites are renamed, and the sites of single experts become one site on t
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_inject.adapter.fingerprint import Fingerprint
+from lora_inject.adapter import reshape
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.spec.sites import SiteSpec
 
 _STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
@@ -89,108 +88,79 @@ def in_names_of(
         place = places(model, weights)
     except (ImportError, AttributeError):
         return state
-    return _Renaming(place, weights).apply(state)
+    return _in_places(place, state, weights)
 
 
-class _Renaming:
-    """Applies the places of a model to an adapter."""
-
-    def __init__(self, place: Callable[[str], Place | None], weights: Mapping[str, Tensor]) -> None:
-        self.place = place
-        self.weights = weights
-
-    def apply(self, state: AdapterState) -> AdapterState:
-        sites: dict[str, SiteState] = {}
-        stacks: dict[str, dict[Place, SiteState]] = {}
-        for name, site in state.sites.items():
-            found = self._find(site.spec.weight)
-            if found is None:
-                sites[name] = site
-            elif found.expert is not None:
-                stacks.setdefault(found.name, {})[found] = site
-            else:
-                spec = _at(site.spec, found.name)
-                sites[spec.name] = dataclasses.replace(site, spec=spec)
-        for name, members in stacks.items():
-            sites[name] = _stacked(name, tuple(self.weights[name].shape), members)
-        return dataclasses.replace(
-            state,
-            sites=sites,
-            trained=self._renamed(state.trained),
-            rows=self._renamed(state.rows),
-            base_copies=self._renamed(state.base_copies),
-            fingerprint=self._fingerprint(state.fingerprint),
-        )
-
-    def _find(self, name: str) -> Place | None:
+def _in_places(
+    place: Callable[[str], Place | None], state: AdapterState, weights: Mapping[str, Tensor]
+) -> AdapterState:
+    def find(name: str) -> Place | None:
         """The place of a tensor that is not in the model under its name."""
-        if name in self.weights:
-            return None
-        found = self.place(name)
-        return found if found is not None and found.name in self.weights else None
+        found = None if name in weights else place(name)
+        return found if found is not None and found.name in weights else None
 
-    def _name(self, name: str) -> str:
-        found = self._find(name)
+    def new(name: str) -> str:
+        found = find(name)
         return name if found is None or found.expert is not None else found.name
 
-    def _renamed(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        return {self._name(name): each for name, each in found.items()}
+    def renamed(each: Mapping[str, Any]) -> dict[str, Any]:
+        return {new(name): value for name, value in each.items()}
 
-    def _fingerprint(self, of: Fingerprint | None) -> Fingerprint | None:
-        """A fingerprint under the new names; single experts' values are elsewhere in a stack."""
-        if of is None:
-            return None
-        names = {name: self._name(name) for name in of.shapes}
-        kept = {name: new for name, new in names.items() if new in self.weights}
-        return Fingerprint(
-            {new: of.shapes[name] for name, new in kept.items()},
-            {new: of.samples[name] for name, new in kept.items() if name in of.samples},
-            {kept[name]: how for name, how in of.quantized.items() if name in kept},
-        )
-
-
-def _at(spec: SiteSpec, weight: str) -> SiteSpec:
-    """A site whose weight is called otherwise."""
-    end = spec.weight.removeprefix(spec.name)
-    return spec.at(weight.removesuffix(end) if end else weight, weight)
+    sites: dict[str, SiteState] = {}
+    stacks: dict[str, dict[Place, SiteState]] = {}
+    for name, site in state.sites.items():
+        found = find(site.spec.weight)
+        if found is None:
+            sites[name] = site
+        elif found.expert is not None:
+            stacks.setdefault(found.name, {})[found] = site
+        else:
+            end = site.spec.weight.removeprefix(site.spec.name)
+            at = found.name.removesuffix(end) if end else found.name
+            sites[at] = replace(site, spec=site.spec.at(at, found.name))
+    for name, members in stacks.items():
+        sites[name] = _stacked(name, tuple(weights[name].shape), members)
+    mark = state.fingerprint
+    # Single experts' values are elsewhere in a stack.
+    mark = mark and mark.without([name for name in mark.shapes if new(name) not in weights])
+    return replace(
+        state,
+        sites=sites,
+        trained=renamed(state.trained),
+        rows=renamed(state.rows),
+        base_copies=renamed(state.base_copies),
+        fingerprint=mark and mark.renamed(new),
+    )
 
 
 def _stacked(name: str, shape: tuple[int, ...], members: Mapping[Place, SiteState]) -> SiteState:
     """One site on a stack (experts, out, in) from sites on its matrices.
 
-    Matrices that are laid one above the other have ranks of their own: A is stacked, B is
-    block-diagonal, and an expert without a site has zeros.
+    An expert without a site has zeros. Matrices that are laid one above the other are slices.
     """
     experts, n_out, n_in = shape
     n_parts = next(iter(members)).n_parts
-    rank = max(site.spec.rank for site in members.values())
-    first = next(iter(members.values()))
-    A = first.A.new_zeros(experts, n_parts * rank, n_in)
-    B = first.A.new_zeros(experts, n_out, n_parts * rank)
+    height = n_out // n_parts
+    stacks: dict[str, dict[int, SiteState]] = {}
     for place, site in members.items():
-        spec, height = site.spec, n_out // n_parts
+        spec, where, number = site.spec, f"site '{site.spec.name}'", int(place.expert or 0)
         fits = (spec.in_features, spec.out_features) == (n_in, height)
-        if not fits or site.A0 is not None or spec.slices is not None or place.expert >= experts:  # type: ignore[operator]
+        if not fits or spec.slices is not None or number >= experts:
             raise FormatError(
-                f"site '{spec.name}'",
+                where,
                 f"it maps {spec.in_features} to {spec.out_features} features, and the model holds "
                 f"'{name}' {list(shape)}, of which it would be a part",
                 "Load the adapter onto the model that it was made for",
             )
-        start, row = place.part * rank, place.part * height
-        A[place.expert, start : start + spec.rank] = site.A
-        update = site.B * (site.scale / first.scale)
-        B[place.expert, row : row + height, start : start + spec.rank] = update
-    spec = SiteSpec(
-        name=name,
-        kind="parameter",
-        in_features=n_in,
-        out_features=n_out,
-        weight_shape=shape,
-        rank=n_parts * rank,
-        alpha=first.scale * n_parts * rank,
-        experts=experts,
-        weight=name,
-        update="weight",
-    )
-    return SiteState(spec, A, B)
+        if site.further:
+            raise FormatError(
+                where,
+                f"its experts are one tensor in this model, which cannot hold the "
+                f"{' and '.join(site.further)} of each",
+                "Merge it with the transformers and PEFT that it was made with",
+            )
+        stacks.setdefault(str(place.part), {})[number] = site
+    parts = {p: reshape.join_experts(name, of, experts, name) for p, of in sorted(stacks.items())}
+    sizes = {str(part): height for part in range(n_parts)}
+    made = parts["0"] if n_parts == 1 else reshape.join(name, parts, sizes, name)
+    return replace(made, spec=replace(made.spec, dropout=0.0))

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lora_inject.errors import FormatError
 
+# What torch.load raises of damaged files.
 _ERRORS = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError),
     *(LookupError, AttributeError, OverflowError),
 )
-"""What torch.load raises of damaged files."""
 
 
 def read_pickle(

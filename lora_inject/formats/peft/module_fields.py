@@ -1,9 +1,8 @@
 """How PEFT is told which modules to adapt and which to keep whole.
 
-PEFT matches by ends of names (`target_modules`: after a dot; `modules_to_save`: anywhere)
-and by unescaped patterns, so a full name may hit more than it says. Each name is checked against
-all names of the model, where these are known, and written in another way, or left out of
-`modules_to_save`, where it would hit too much.
+PEFT matches by ends of names (`target_modules`: after a dot; `modules_to_save`: anywhere) and by
+unescaped patterns, so a full name may hit more than it says. Where the model's names are known, a
+name that would hit too much is written in another way, or left out of `modules_to_save`.
 
 Source: peft 0.21.2, tuners/tuners_utils.py `check_target_module_exists`, utils/other.py
 `_set_trainable`.
@@ -16,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
 from lora_inject.formats.peft.number_patterns import ends
-from lora_inject.spec.names import parent
+from lora_inject.spec.names import leaf, parent
 
 # PEFT's own word for "adapt nothing": it accepts an adapter without sites under this name only.
 _NOTHING = "dummy-target-modules"
@@ -59,12 +58,6 @@ def whole_modules(
     A trained tensor outside of them travels under its plain name. PEFT loads that into the base, as
     it does with biases: right for one adapter, and not undone when the adapter is switched off.
     Without the names of the base's tensors no module is known to be whole.
-
-    Examples:
-        >>> names = ["h.fc.weight", "h.ln.weight", "h.ln.bias", "score.weight"]
-        >>> whole_modules(["score.weight", "h.ln.bias"], sites=["h.fc"], tensor_names=names,
-        ...               module_names=None)
-        ['score']
     """
     if tensor_names is None:
         return []
@@ -79,37 +72,22 @@ def whole_modules(
 
 
 def bias_setting(trained: Iterable[str], *, sites: Collection[str], whole: Collection[str]) -> str:
-    """Return PEFT's `bias`: which biases are saved besides the whole modules.
-
-    Examples:
-        >>> bias_setting(["h.fc.bias"], sites=["h.fc"], whole=[])
-        'lora_only'
-    """
-    biases = [n for n in trained if n.rpartition(".")[2] == "bias" and whole_of(n, whole) is None]
+    """Return PEFT's `bias`: which biases are saved besides the whole modules."""
+    biases = [n for n in trained if leaf(n) == "bias" and not {*ancestors(n)} & {*whole}]
     if not biases:
         return "none"
     return "lora_only" if all(parent(name) in sites for name in biases) else "all"
 
 
 def allowed_task(task: str | None, *, whole: Collection[str]) -> str | None:
-    """Return a task type, None where PEFT would look for a head that does not travel whole.
-
-    Examples:
-        >>> allowed_task("SEQ_CLS", whole=[]), allowed_task("SEQ_CLS", whole=["score"])
-        (None, 'SEQ_CLS')
-    """
-    has_head = any(name.rpartition(".")[2] in _HEADS for name in whole)
+    """Return a task type, None where PEFT would look for a head that does not travel whole."""
+    has_head = any(leaf(name) in _HEADS for name in whole)
     return task if has_head or task not in _TASKS_WITH_HEAD else None
 
 
-def whole_of(name: str, whole: Collection[str]) -> str | None:
-    """The module of `whole` that a tensor belongs to, or None."""
-    return next((module for module in ancestors(name) if module in whole), None)
-
-
 def _outermost(name: str, whole: Collection[str]) -> str:
-    """The module to keep whole for one tensor: a head as PEFT knows it, else the tensor's own."""
-    heads = [m for m in ancestors(name) if m in whole and m.rpartition(".")[2] in _HEADS]
+    """The module to keep whole for one tensor: a head as PEFT knows it, else its own, or ""."""
+    heads = [m for m in ancestors(name) if m in whole and leaf(m) in _HEADS]
     return heads[-1] if heads else parent(name) if parent(name) in whole else ""
 
 
