@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,37 @@ def test_non_finite(key: str, value: float) -> None:
         with pytest.raises(li.StateError, match=key.rpartition(".")[0]):
             li.merge(model, undo=undo)
         assert snapshot(model) == before
+
+
+LOADED = {
+    "A of site 'layer'": lambda state: state.sites["layer"].A,
+    "B of site 'layer'": lambda state: state.sites["layer"].B,
+    "trained tensor 'after.bias'": lambda state: state.trained["after.bias"],
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("key", LOADED)
+def test_non_finite_files_are_read_and_put_on_no_model(
+    key: str, value: float, tmp_path: Path
+) -> None:
+    config = {**CONFIG, "targets": ["layer", "before"], "train": ["after"]}
+    model = fill(li.inject(Host(nn.Linear(5, 6)), config))
+    state = li.adapter_state(copy.deepcopy(model))
+    LOADED[key](state).view(-1)[1] = value
+    path = li.write_adapter(state, tmp_path / "broken")
+    assert not LOADED[key](li.read_adapter(path)).isfinite().all()
+    plain, before = li.eject(copy.deepcopy(model)), snapshot(model)
+    bare = snapshot(plain)
+    for call, words in (
+        (lambda: li.load_adapter(plain, path), rf"load '.*broken', {key}: .* 1 NaN or infinite"),
+        (lambda: li.install(plain, state), rf"install, {key}"),
+        (lambda: li.swap_adapter(model, path), rf"swap adapter 'default' for '.*broken', {key}"),
+        (lambda: li.swap_adapter(model, state), rf"swap adapter 'default', {key}"),
+    ):
+        with pytest.raises(li.FormatError, match=words):
+            call()
+        assert (snapshot(plain), snapshot(model)) == (bare, before)
 
 
 @pytest.mark.parametrize(

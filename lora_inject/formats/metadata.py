@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_inject.adapter.fingerprint import Fingerprint
-from lora_inject.adapter.state import AdapterState, SiteState
+from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.sites import SiteSpec, Slices

@@ -8,6 +8,7 @@ patterns from a file, and refuses where the two cannot be one site.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats.older_names import in_names_of
+from lora_inject.functional import all_finite
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.kinds import KINDS
 from lora_inject.layers.survey import Survey, base_tensor
@@ -56,6 +58,7 @@ def fit(
         here = {old: base_tensor(modules[owner], key) for old, (owner, _, key) in places.items()}
         check_base(state.fingerprint, fingerprint(here), base, asked)
     check_base_copies(state, weights, asked)
+    check_finite(state, asked)
     sites = {
         spec.name: dataclasses.replace(state.sites[key], spec=spec) for key, spec in specs.items()
     }
@@ -233,3 +236,26 @@ def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked:
                 "the file carries a copy of this base tensor that is not the model's",
                 "Load the adapter onto the base that it was made on (was the vocabulary resized?)",
             )
+
+
+def check_finite(state: AdapterState, asked: str) -> None:
+    """Refuse an adapter with NaN or infinity: every output of the model would be NaN."""
+    named = {
+        f"{role} of site {name!r}": tensor
+        for name, site in state.sites.items()
+        for role, tensor in site.tensors.items()
+    }
+    named |= {f"trained tensor {name!r}": tensor for name, tensor in state.trained.items()}
+    named = {what: tensor.detach() for what, tensor in named.items() if not tensor.is_meta}
+    sums: dict[torch.device, Tensor] = {}
+    for tensor in named.values():  # asked once of each device: a server swaps often
+        wide = tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no sum
+        total = wide.sum(dtype=torch.float32)
+        sums[tensor.device] = sums.get(tensor.device, 0) + total
+    if all(math.isfinite(total) for total in sums.values()):
+        return
+    for what, tensor in named.items():
+        if not all_finite(tensor):
+            found = f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
+            remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+            raise FormatError(f"{asked}, {what}", found, remedy)

@@ -21,7 +21,7 @@ from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import Carried, reach, records_of, refuse_merged, whole_adapter
-from lora_inject.model.fit_state import Base, check_base, check_base_copies
+from lora_inject.model.fit_state import Base, check_base, check_base_copies, check_finite
 from lora_inject.model.save import base_weights, fingerprint
 from lora_inject.model.sharding import copy_into, reshard
 from lora_inject.spec.names import joined
@@ -88,6 +88,7 @@ def swap_adapter(
     refuse_merged(asked, *selections)
     state = source if isinstance(source, AdapterState) else read_adapter(source, format, **options)
     into, values, weights = _paired(slot, state, asked)
+    check_finite(state, asked if state is source else f"{asked} for {str(source)!r}")
     if state.fingerprint is not None and base != "any":
         check_base(state.fingerprint, fingerprint(weights), base, asked)
     if state.base_copies:
