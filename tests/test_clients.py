@@ -86,6 +86,8 @@ def test_portable_and_the_formats_of_their_own_are_taken(tmp_path: Path) -> None
         ({"modules_to_save": ["embed_tokens"]}, "vllm", "'modules_to_save' 'embed_tokens'"),
         ({"target_modules": ".*q_proj"}, "sglang", "as a list"),
         ({"r": 4}, "peft", "ranks of tensors and config differ"),
+        ({"peft_type": None}, "peft", "'peft_type' is missing"),
+        ({"peft_type": "IA3"}, "vllm", "reads LoRA, and 'peft_type' is 'IA3'"),
     ],
 )
 def test_what_a_config_says_is_checked(
@@ -106,6 +108,20 @@ def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     (found,) = li.check_adapter(path, "vllm", base=tmp_path / "base")
     assert "no module 'model.layers.0.self_attn.v_porj'" in found.problem
     assert "nearest to the first: 'model.layers.0.self_attn.v_proj'" in found.fix
+
+
+    path = write_adapter(state, tmp_path / "b", "mlx")
+    (found,) = li.check_adapter(path, "mlx", base=tmp_path / "base")
+    assert found.stops
+    assert "no module 'model.layers.0.self_attn.v_porj'" in found.problem
+
+
+def test_tokens_beside_an_adapter_are_noted_for_sglang(tmp_path: Path) -> None:
+    path = write_adapter(STATES["plain"], tmp_path / "a")
+    (path / "added_tokens.json").write_text('{"<x>": 32000}')
+    (found,) = li.check_adapter(path, "sglang")
+    assert "added_tokens.json" in found.problem
+    assert not found.stops
 
 
 def test_the_command_says_it_and_exits_by_it(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,13 @@ from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.storage.safetensors_file import read_header
 from lora_inject.storage.strict_json import parse_json
 
-PORTABLE = "Write it with `lora-inject convert --to portable`"
+CONVERT = "Write it with `lora-inject convert --to "
+PORTABLE = f"{CONVERT}portable`"
 MERGE = "Fold it into the base with `lora-inject merge` and serve the result"
-_PAIR = re.compile(r"(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?")
+_PAIR = {
+    "peft": re.compile(r"(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?"),
+    "mlx": re.compile(r"(.+?)\.lora_([ab])"),
+}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -50,24 +54,27 @@ class Finding:
     stops: bool = True
 
 
+Findings = Iterator[Finding]
+Shape = tuple[int, ...] | None
+
+
 @dataclass(frozen=True)
 class Files:
-    """An adapter as a program that reads PEFT's folder sees it.
+    """An adapter's files and, if known, the names of the base's modules and its config.
 
-    `pairs` are the shapes of A and B by module, None for a missing one; `others` the names of all
-    other tensors; `modules` and `base` the names and the config of the base, if known.
+    Of PEFT's and mlx-lm's folders the `pairs` are the shapes of A and B by module, None for a
+    missing one, and `others` the names of all other tensors.
     """
 
+    path: Path
     layout: str
+    modules: Collection[str] | None = None
+    base: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
-    pairs: Mapping[str, tuple[tuple[int, ...] | None, tuple[int, ...] | None]] = field(
-        default_factory=dict
-    )
+    pairs: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     unprefixed: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
-    modules: Collection[str] | None = None
-    base: Mapping[str, Any] | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -83,18 +90,13 @@ class Files:
 
     def numbers(self, table: str, default: str, names: Collection[str]) -> dict[str, Any]:
         """Return the config's value for each module."""
-        return values_of(
-            self.config.get(table) or {}, names, self.config.get(default), f"check {CONFIG}"
-        )
+        said, other = self.config.get(table) or {}, self.config.get(default)
+        return values_of(said, names, other, f"check {CONFIG}")
 
-    def scales(self) -> dict[str, float]:
-        """The scale that PEFT applies to each module."""
-        alphas = self.numbers("alpha_pattern", "lora_alpha", self.ranks)
-        root = bool(self.config.get("use_rslora"))
-        return {
-            name: alphas[name] / (math.sqrt(rank) if root else rank)
-            for name, rank in self.ranks.items()
-        }
+    def scale(self, rank: float, *, rslora: bool = True) -> float:
+        """Return the scale by the one `lora_alpha`, with `use_rslora` if the program knows it."""
+        root = rslora and self.config.get("use_rslora")
+        return float(self.config["lora_alpha"]) / (math.sqrt(rank) if root else rank)
 
 
 def findings(
@@ -104,91 +106,98 @@ def findings(
     module_names: Collection[str] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
-    """Return what a program would refuse, ignore or compute differently in an adapter.
+    """Return what a program, a name of `CLIENTS`, would refuse, ignore or compute differently.
 
-    Args:
-        path: The adapter's files.
-        client: A name of `CLIENTS`.
-        module_names: All module names of the base, where they are known.
-        config: The base's config as plain data.
-
-    Returns:
-        The findings, those that stop first.
-
-    Raises:
-        FormatError: The program is unknown, or the files are damaged.
+    Those that stop come first. The base's module names and config are compared where given.
     """
     if client not in CLIENTS:
         found = f"there is no client '{client}'"
         raise FormatError(f"check '{path}'", found, f"Known are {', '.join(CLIENTS)}")
-    files = _files(path, module_names, config)
+    base = text_config(config, "", "") if config else {}
+    files = Files(path, detected(path), module_names, base)
+    files = replace(files, **_read(path, files.layout))
     return sorted(CLIENTS[client](files), key=lambda finding: not finding.stops)
 
 
-def _files(path: Path, modules: Collection[str] | None, base: Mapping[str, Any] | None) -> Files:
-    layout = detected(path)
-    if layout != "peft":
-        return Files(layout, modules=modules, base=base)
-    asked = f"check '{path}'"
-    for name in (CONFIG, MODEL):
+def _read(path: Path, layout: str) -> dict[str, Any]:
+    """Return what is known of the tensors and the config of PEFT's and mlx-lm's folders."""
+    if layout not in ("peft", "mlx"):
+        return {}
+    asked, file = f"check '{path}'", MODEL if layout == "peft" else mlx.FILE
+    for name in (CONFIG, file):
         if not (path / name).is_file():
             raise FormatError(asked, f"there is no {name} in it", "Give the whole folder")
     config: Any = parse_json((path / CONFIG).read_bytes(), f"{asked}, {CONFIG}")
     if not isinstance(config, dict):
         raise FormatError(f"{asked}, {CONFIG}", "it is not a table of fields", "Fetch it again")
-    _check_numbers(config, asked)
-    header = read_header(path / MODEL, FormatError)
-    pairs: dict[str, list[tuple[int, ...] | None]] = {}
+    if layout == "peft" and config.get("peft_type") in (None, "LORA"):
+        _check_config(config, f"{asked}, {CONFIG}")
+    header = read_header(path / file, FormatError)
+    pairs: dict[str, list[Shape]] = {}
     others = []
     for key, entry in header.tensors.items():
-        match = _PAIR.fullmatch(key.removeprefix(PREFIX))
+        match = _PAIR[layout].fullmatch(key.removeprefix(PREFIX))
         if match is None:
             others.append(key.removeprefix(PREFIX))
         else:
-            pairs.setdefault(match[1], [None, None])[match[2].endswith("B")] = entry.shape
-    return Files(
-        layout,
-        config,
-        {name: (a, b) for name, (a, b) in pairs.items()},
-        tuple(others),
-        tuple(key for key in header.tensors if not key.startswith(PREFIX)),
-        header.metadata or {},
-        modules,
-        base,
-    )
+            pairs.setdefault(match[1], [None, None])[match[2] in "Bb"] = entry.shape
+    return {
+        "config": config,
+        "pairs": {name: (a, b) for name, (a, b) in pairs.items()},
+        "others": tuple(others),
+        "unprefixed": tuple(key for key in header.tensors if not key.startswith(PREFIX)),
+        "metadata": header.metadata or {},
+    }
 
 
-def _check_numbers(config: Mapping[str, Any], asked: str) -> None:
+def _check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse a LoRA's config whose ranks and alphas are not numbers."""
-    if config.get("peft_type") != "LORA":
-        return
-    for name in ("r", "lora_alpha"):
-        _positive(config.get(name), name, asked)
+    numbers = {name: [config.get(name)] for name in ("r", "lora_alpha")}
     for name in ("rank_pattern", "alpha_pattern"):
         table = config.get(name) or {}
-        for value in table.values() if isinstance(table, dict) else [table]:
-            _positive(value, name, asked)
+        numbers[name] = [*table.values()] if isinstance(table, dict) else [table]
+    for name, values in numbers.items():
+        for value in values:
+            if type(value) not in (int, float) or not 0 < value < 1e300:
+                found = f"{str(value)[:40]!r} in '{name}' is not a number above 0"
+                raise FormatError(where, found, "Correct the file")
     saved = config.get("modules_to_save") or []
     if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        found = "'modules_to_save' is not a list of names"
-        raise FormatError(f"{asked}, {CONFIG}", found, "Correct the file")
+        raise FormatError(where, "'modules_to_save' is not a list of names", "Correct the file")
 
 
 # What several programs have in common -------------------------------------------------------------
 
+Rules = Callable[[Files], Findings]
+_METHODS = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias of lora_B",
+    "layer_replication": "replicated layers",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QALoRA",
+    "trainable_token_indices": "single rows of an embedding",
+}
+_ALL = {**_METHODS, "alora_invocation_tokens": "activated LoRA", "bias": "trained biases"}
 
-def _of_peft(
-    client: str, methods: Mapping[str, str], own: Callable[[Files], Iterator[Finding]]
-) -> Callable[[Files], Iterator[Finding]]:
-    """Return the rules of a program that reads PEFT folders; `own` are rules of its own.
+
+def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
+    """Return the rules of a program that reads LoRA in PEFT folders; `own` are rules of its own.
 
     `methods` are the fields of the config that it refuses, with what they mean.
     """
 
-    def rules(files: Files) -> Iterator[Finding]:
+    def rules(files: Files) -> Findings:
         if files.layout != "peft":
             found = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
             yield Finding(found, PORTABLE)
+            return
+        kind = files.config.get("peft_type")
+        if kind is None:
+            yield Finding(f"'peft_type' is missing, without which {client} refuses it", "Add it")
+            return
+        if kind != "LORA":
+            if client != "PEFT":
+                yield Finding(f"{client} reads LoRA, and 'peft_type' is {str(kind)[:40]!r}", MERGE)
             return
         yield from _halves(files)
         for name, what in methods.items():
@@ -200,13 +209,13 @@ def _of_peft(
     return rules
 
 
-def _halves(files: Files) -> Iterator[Finding]:
+def _halves(files: Files) -> Findings:
     lost = [name for name, pair in files.pairs.items() if None in pair]
     if lost:
         yield Finding(f"A or B is missing of {one_line(lost)}", "Fetch the file again")
 
 
-def _names(files: Files) -> Iterator[Finding]:
+def _names(files: Files) -> Findings:
     """Find modules that the base lacks: their updates would be ignored silently."""
     if files.modules is None:
         return
@@ -226,51 +235,37 @@ def _names(files: Files) -> Iterator[Finding]:
 
 def _scaled(
     files: Files, client: str, scale: Callable[[int], float], fix: str = PORTABLE
-) -> Iterator[Finding]:
+) -> Findings:
     """Compare the scale that a program applies with PEFT's."""
+    ranks = files.ranks
+    alphas = files.numbers("alpha_pattern", "lora_alpha", ranks)
+    root = bool(files.config.get("use_rslora"))
+    due = {n: alphas[n] / (math.sqrt(rank) if root else rank) for n, rank in ranks.items()}
     wrong = [
-        f"{name} ({scale(files.ranks[name]):.4g} for {due:.4g})"
-        for name, due in files.scales().items()
-        if not math.isclose(scale(files.ranks[name]), due, rel_tol=1e-6)
+        f"{name} ({scale(rank):.4g} for {due[name]:.4g})"
+        for name, rank in ranks.items()
+        if not math.isclose(scale(rank), due[name], rel_tol=1e-6)
     ]
     if wrong:
         yield Finding(f"{client} would apply another scale to {one_line(wrong, 2)}", fix)
 
 
-def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ()) -> Iterator[Finding]:
+def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ()) -> Findings:
     stray = [key for key in files.others if not key.endswith(allowed or ("\0",))]
     if stray:
         yield Finding(f"{client} {does} tensors that are not A or B: {one_line(stray)}", MERGE)
 
 
-def _positive(value: Any, name: str, asked: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < 1e300:
-        found = f"{str(value)[:40]!r} in '{name}' is not a number above 0"
-        raise FormatError(f"{asked}, {CONFIG}", found, "Correct the file")
-    return float(value)
-
-
-def _number(files: Files, name: str) -> float:
-    return _positive(files.config.get(name), name, "check")
-
-
-_METHODS = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias of lora_B",
-    "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "replicated layers",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_qalora": "QALoRA",
-    "trainable_token_indices": "single rows of an embedding",
-}
-_ALL = {**_METHODS, "bias": "trained biases"}
-_FOR_GGUF = {name: what for name, what in _METHODS.items() if name != "alora_invocation_tokens"}
+def _prefixed(files: Files, client: str) -> Findings:
+    if files.unprefixed:
+        found = f"{client} finds no key without '{PREFIX}': {one_line(files.unprefixed)}"
+        yield Finding(found, PORTABLE)
 
 
 # One function for each program --------------------------------------------------------------------
 
 
-def _vllm(files: Files) -> Iterator[Finding]:
+def _vllm(files: Files) -> Findings:
     saved = set(files.config.get("modules_to_save") or ()) - {"classifier", "score"}
     if saved:
         yield Finding(f"vLLM refuses 'modules_to_save' {one_line(sorted(saved))}", MERGE)
@@ -287,28 +282,21 @@ def _vllm(files: Files) -> Iterator[Finding]:
     if half:
         yield Finding(f"vLLM wants both stacks of experts adapted: {one_line(half)}", MERGE)
     elif stacks:
-        yield Finding(
-            "vLLM reads stacks of experts right only for models whose files hold stacks",
-            "For others write it with `lora-inject convert --to vllm --base BASE`",
-            stops=False,
-        )
+        found = "vLLM reads stacks of experts right only for models whose files hold stacks"
+        yield Finding(found, f"For others: {CONVERT}vllm --base BASE`", stops=False)
     largest = max([*files.ranks.values(), 0])
     if largest > VLLM_RANKS[-1]:
-        yield Finding(
-            f"rank {largest} is above vLLM's {VLLM_RANKS[-1]}", "Run lora-inject truncate"
-        )
+        found = f"rank {largest} is above vLLM's {VLLM_RANKS[-1]}"
+        yield Finding(found, "Run lora-inject truncate")
     elif largest > 16:
         need = next(rank for rank in VLLM_RANKS if rank >= largest)
-        yield Finding(
-            f"rank {largest} is above vLLM's default of 16",
-            f"Start it with --max-lora-rank {need}",
-            stops=False,
-        )
+        found = f"rank {largest} is above vLLM's default of 16"
+        yield Finding(found, f"Start it with --max-lora-rank {need}", stops=False)
 
 
-def _sglang(files: Files) -> Iterator[Finding]:
+def _sglang(files: Files) -> Findings:
     yield from _full(files, "SGLang", "ignores")
-    scale = _number(files, "lora_alpha") / _number(files, "r")
+    scale = files.scale(files.config["r"], rslora=False)
     yield from _scaled(files, "SGLang", lambda _: scale)
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
@@ -319,55 +307,41 @@ def _sglang(files: Files) -> Iterator[Finding]:
             "SGLang packs q, k and v, and can fill in k only: v_proj has no update",
             "Train v_proj too, or fold it into the base (lora-inject merge)",
         )
+    if (files.path / "added_tokens.json").exists():
+        found = "SGLang refuses an added_tokens.json with numbers beyond the base's vocabulary"
+        yield Finding(found, "Leave the file out if the base has these tokens", stops=False)
 
 
-def _llama_cpp(files: Files) -> Iterator[Finding]:
-    to_gguf = "Write it with `lora-inject convert --to gguf --base BASE`"
+def _llama_cpp(files: Files) -> Findings:
     norms = [key for key in files.others if re.search(r"_layernorm|\.norm", key)]
     if norms:
         yield Finding(f"llama.cpp ignores trained norms: {one_line(norms)}", MERGE)
     stray = [k for k in files.others if k not in norms and not k.endswith(".base_layer.weight")]
     if stray:
         yield Finding(f"llama.cpp's converter stops at {one_line(stray)}", MERGE)
-    alpha = _number(files, "lora_alpha")
-    yield from _scaled(files, "llama.cpp", lambda rank: alpha / rank, to_gguf)
-    if files.base is not None:
-        config = text_config(files.base, "check", "")
-        if config.get("tie_word_embeddings") and {"lm_head", "model.embed_tokens"} & set(
-            files.pairs
-        ):
-            yield Finding("llama.cpp holds a tied head and embedding as one tensor", MERGE)
-        if config.get("model_type") not in FAMILIES:
-            yield Finding(
-                f"llama.cpp may not support the model_type {config.get('model_type')!r}",
-                "Run its convert_lora_to_gguf.py on a portable folder",
-                stops=False,
-            )
+    fix = f"{CONVERT}gguf --base BASE`"
+    yield from _scaled(files, "llama.cpp", lambda rank: files.scale(rank, rslora=False), fix)
+    tied = files.base.get("tie_word_embeddings")
+    if tied and {"lm_head", "model.embed_tokens"} & files.pairs.keys():
+        yield Finding("llama.cpp holds a tied head and embedding as one tensor", MERGE)
+    kind = files.base.get("model_type")
+    if files.base and kind not in FAMILIES:
+        fix = "Run its convert_lora_to_gguf.py on a portable folder"
+        yield Finding(f"llama.cpp may not support the model_type {kind!r}", fix, stops=False)
 
 
-def _lorax(files: Files) -> Iterator[Finding]:
+def _lorax(files: Files) -> Findings:
     yield from _full(files, "LoRAX", "ignores")
-    if files.unprefixed:
-        yield Finding(
-            f"LoRAX finds no key without '{PREFIX}': {one_line(files.unprefixed)}", PORTABLE
-        )
-    r, alpha = _number(files, "r"), _number(files, "lora_alpha")
-    scale = alpha / (math.sqrt(r) if files.config.get("use_rslora") else r)
+    yield from _prefixed(files, "LoRAX")
+    scale = files.scale(files.config["r"])
     yield from _scaled(files, "LoRAX", lambda _: scale)
     if len(set(files.ranks.values())) > 1:
         yield Finding("LoRAX stacks the layers, which have unequal ranks", PORTABLE)
-    yield from _layers(files)
-
-
-def _layers(files: Files) -> Iterator[Finding]:
-    """LoRAX drops a module that some layers lack from all layers."""
     layers: dict[str, set[int]] = {}
     for name in files.pairs:
         if found := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name):
             layers.setdefault(found[1] + "*" + found[3], set()).add(int(found[2]))
-    n_layers = len(set().union(*layers.values())) if layers else 0
-    if files.base is not None:
-        n_layers = text_config(files.base, "check", "").get("num_hidden_layers", n_layers)
+    n_layers = files.base.get("num_hidden_layers", len(set().union(*layers.values())))
     partial = [name for name, there in layers.items() if len(there) < n_layers]
     if partial:
         yield Finding(
@@ -376,58 +350,8 @@ def _layers(files: Files) -> Iterator[Finding]:
         )
 
 
-def _diffusers(files: Files) -> Iterator[Finding]:
-    if files.layout in ("diffusers", "kohya"):
-        return
-    if files.layout != "peft":
-        fix = "Write it with `lora-inject convert --to diffusers --component unet`"
-        yield Finding(f"diffusers does not read the format '{files.layout}'", fix)
-        return
-    yield from _halves(files)
-    yield from _full(files, "diffusers", "ignores")
-    if "lora_adapter_metadata" not in files.metadata:
-        fix = "Write it with `lora-inject convert --to diffusers --component unet`"
-        yield from _scaled(
-            files, "diffusers (which reads no adapter_config.json)", lambda _: 1.0, fix
-        )
-    yield Finding(
-        "it is a PEFT folder",
-        f'Load it with model.load_lora_adapter(path, prefix="{PREFIX[:-1]}", '
-        f'weight_name="{MODEL}")',
-        stops=False,
-    )
-
-
-def _comfyui(files: Files) -> Iterator[Finding]:
-    if files.layout == "kohya":
-        return
-    fix = "Write it with `lora-inject convert --to kohya --component unet`"
-    if files.layout == "diffusers":
-        yield Finding(
-            "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read",
-            f"{fix}, unless it was written by this package, which folds scales into B",
-            stops=False,
-        )
-        return
-    yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
-
-
-def _mlx(files: Files) -> Iterator[Finding]:
-    if files.layout != "mlx":
-        fix = "Write it with `lora-inject convert --to mlx`"
-        yield Finding(f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'", fix)
-
-
-def _peft(files: Files) -> Iterator[Finding]:
-    if files.config.get("peft_type") is None:
-        yield Finding("'peft_type' is missing, without which PEFT refuses it", "Fetch it again")
-        return
-    if files.config["peft_type"] != "LORA":
-        return
-    if files.unprefixed:
-        yield Finding(
-            f"PEFT finds no key without '{PREFIX}': {one_line(files.unprefixed)}", PORTABLE
-        )
+def _peft(files: Files) -> Findings:
+    yield from _prefixed(files, "PEFT")
     if not files.config.get("target_parameters"):
         due = files.numbers("rank_pattern", "r", files.ranks)
         wrong = [f"{n} ({r} for {due[n]})" for n, r in files.ranks.items() if r != due[n]]
@@ -435,17 +359,50 @@ def _peft(files: Files) -> Iterator[Finding]:
             yield Finding(f"the ranks of tensors and config differ: {one_line(wrong)}", PORTABLE)
 
 
-def _gguf_or(
-    rules: Callable[[Files], Iterator[Finding]],
-) -> Callable[[Files], Iterator[Finding]]:
+def _diffusers(files: Files) -> Findings:
+    fix = f"{CONVERT}diffusers --component unet`"
+    if files.layout == "peft":
+        yield from _halves(files)
+        yield from _full(files, "diffusers", "ignores")
+        if "lora_adapter_metadata" not in files.metadata:
+            client = "diffusers (which reads no adapter_config.json)"
+            yield from _scaled(files, client, lambda _: 1.0, fix)
+        options = f'prefix="{PREFIX[:-1]}", weight_name="{MODEL}"'
+        load = f"Load it with model.load_lora_adapter(path, {options})"
+        yield Finding("it is a PEFT folder", load, stops=False)
+    elif files.layout not in ("diffusers", "kohya"):
+        yield Finding(f"diffusers does not read the format '{files.layout}'", fix)
+
+
+def _comfyui(files: Files) -> Findings:
+    fix = f"{CONVERT}kohya --component unet`"
+    if files.layout == "diffusers":
+        yield Finding(
+            "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read",
+            f"{fix}, unless it was written by this package, which folds scales into B",
+            stops=False,
+        )
+    elif files.layout != "kohya":
+        yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
+
+
+def _mlx(files: Files) -> Findings:
+    if files.layout == "mlx":
+        yield from _names(files)
+    else:
+        found = f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'"
+        yield Finding(found, f"{CONVERT}mlx`")
+
+
+def _gguf_or(rules: Rules) -> Rules:
     """Return the rules of a program that reads GGUF files, and folders after conversion."""
     return lambda files: iter(()) if files.layout == "gguf" else rules(files)
 
 
-CLIENTS: Mapping[str, Callable[[Files], Iterator[Finding]]] = {
+CLIENTS: Mapping[str, Rules] = {
     "vllm": _of_peft("vLLM", _ALL, _vllm),
     "sglang": _of_peft("SGLang", _ALL, _sglang),
-    "llama.cpp": _gguf_or(_of_peft("llama.cpp", _FOR_GGUF, _llama_cpp)),
+    "llama.cpp": _gguf_or(_of_peft("llama.cpp", _METHODS, _llama_cpp)),
     "lorax": _of_peft("LoRAX", _ALL, _lorax),
     "diffusers": _diffusers,
     "mlx": _mlx,
