@@ -26,7 +26,7 @@ from helpers.checkpoints import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_inject.adapter.fingerprint import Fingerprint, sample
+from lora_inject.adapter.fingerprint import Fingerprint, samples
 from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
@@ -107,7 +107,7 @@ def test_float8_without_scales_is_refused(tmp_path):
 def with_fingerprint(state, tensors):
     names = [n + ".weight" for n in state.sites]
     shapes = {n: tuple(tensors[n].shape) for n in names}
-    return replace(state, fingerprint=Fingerprint(shapes, {n: sample(tensors[n]) for n in names}))
+    return replace(state, fingerprint=Fingerprint(shapes, samples({n: tensors[n] for n in names})))
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])

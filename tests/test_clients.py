@@ -109,7 +109,6 @@ def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     assert "no module 'model.layers.0.self_attn.v_porj'" in found.problem
     assert "nearest to the first: 'model.layers.0.self_attn.v_proj'" in found.fix
 
-
     path = write_adapter(state, tmp_path / "b", "mlx")
     (found,) = li.check_adapter(path, "mlx", base=tmp_path / "base")
     assert found.stops

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import tiny_unet
 from training_models import llama_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification
 
@@ -140,18 +141,8 @@ def test_vision_trains_its_new_head_with_the_adapter(
 def test_diffusers_reads_the_adapter_of_the_unet_with_the_same_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    diffusers = pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
-    diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    ).save_pretrained(tmp_path / "unet")
+    tiny_unet().save_pretrained(tmp_path / "unet")
     run("diffusion", "--model", tmp_path / "unet", "--subfolder", "", "--steps", 2)
     assert float(capsys.readouterr().out.rpartition(" by ")[2]) < 1e-5
 

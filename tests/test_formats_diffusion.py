@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import fill
 from helpers.adapter_states import KIND_SPECS, dense, effect, make_state
+from helpers.models import denoised as run
+from helpers.models import tiny_unet
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -29,27 +31,7 @@ RULES = [
 
 @pytest.fixture(scope="module")
 def unet() -> Any:
-    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        norm_num_groups=4,
-        attention_head_dim=4,
-    ).eval()
-
-
-def run(model: nn.Module) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    image = torch.randn(1, 4, 8, 8, generator=generator)
-    text = torch.randn(1, 5, 8, generator=generator)
-    with torch.no_grad():
-        found: Tensor = model(image, 3, text).sample
-    return found
+    return tiny_unet()
 
 
 @pytest.fixture
@@ -218,29 +200,24 @@ def test_components_are_read_one_by_one(tmp_path: Path) -> None:
         read_adapter(path, component="te1", **names)
 
 
+A = "lora_unet_a"
+NAMES = "lora_inject.names"
+HALF = {f"{A}__lora_down__weight": torch.ones(2, 4)}
+
+
 @pytest.mark.parametrize(
     ("modules", "further", "said", "words"),
     [
-        (
-            [],
-            {"lora_unet_a__lora_down__weight": torch.ones(2, 4)},
-            None,
-            "lora_up.weight is missing",
-        ),
-        (["lora_unet_a"], {"lora_unet_b__hada_w1_a": torch.ones(1)}, None, "belongs to a LoHa"),
-        (["lora_unet_a"], {"lora_unet_a__dora_scale": torch.ones(6)}, None, "a DoRA magnitude"),
-        (["lora_unet_a"], {"x": torch.ones(6)}, None, "'x' is not known"),
+        ([], HALF, None, "lora_up.weight is missing"),
+        ([A], {"lora_unet_b__hada_w1_a": torch.ones(1)}, None, "belongs to a LoHa"),
+        ([A], {f"{A}__dora_scale": torch.ones(6)}, None, "a DoRA magnitude"),
+        ([A], {"x": torch.ones(6)}, None, "'x' is not known"),
         (["lora_vae_a"], {}, None, "does not begin with a component"),
-        (["lora_unet_a"], {"lora_unet_a__alpha": torch.ones(2)}, None, r"alpha has shape \(2,\)"),
-        (["lora_unet_a"], {"lora_unet_a__alpha": torch.tensor(float("nan"))}, None, "alpha is nan"),
-        (["lora_unet_a"], {"lora_unet_a__alpha": torch.tensor(0.0)}, None, "alpha is 0"),
-        (
-            ["lora_unet_a"],
-            {},
-            {"lora_inject.names": '{"lora_unet_a": "b"}'},
-            "not a table of names",
-        ),
-        (["lora_unet_a"], {}, {"lora_inject.names": "[]"}, "not a table of names"),
+        ([A], {f"{A}__alpha": torch.ones(2)}, None, r"alpha has shape \(2,\)"),
+        ([A], {f"{A}__alpha": torch.tensor(float("nan"))}, None, "alpha is nan"),
+        ([A], {f"{A}__alpha": torch.tensor(0.0)}, None, "alpha is 0"),
+        ([A], {}, {NAMES: '{"lora_unet_a": "b"}'}, "not a table of names"),
+        ([A], {}, {NAMES: "[]"}, "not a table of names"),
     ],
 )
 def test_files_of_kohya_are_strict(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import FORMATS, losses_of, read_adapter, write_adapter
-from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.tensors import read_names
 
 HIDDEN, HEADS, KV, HEAD, INNER, VOCAB, LAYERS = 8, 4, 2, 2, 12, 13, 2
@@ -58,29 +58,10 @@ def linear(name: str, rank: int, alpha: float, scaling: str = "standard") -> Sit
     return SiteSpec(name, "linear", n_in, n_out, shape, rank, alpha, scaling=scaling, weight=weight)
 
 
-def embedding(rank: int, alpha: float) -> SiteSpec:
-    name, shape = "model.embed_tokens", (VOCAB, HIDDEN)
-    weight = f"{name}.weight"
-    return SiteSpec(name, "embedding", *shape, shape, rank, alpha, transposed=True, weight=weight)
-
-
-def conv(rank: int, alpha: float) -> SiteSpec:
-    return SiteSpec(
-        "stem.conv", "conv", 18, 4, (4, 2, 3, 3), rank, alpha, weight="stem.conv.weight"
-    )
-
-
-def fused(rank: int, alpha: float) -> SiteSpec:
-    slices = Slices((("q", 4), ("k", 2), ("v", 2)), ("q", "v"))
-    name = "model.layers.0.self_attn.qkv_proj"
-    weight = f"{name}.weight"
-    return SiteSpec(name, "linear", 8, 8, (8, 8), rank, alpha, slices=slices, weight=weight)
-
-
-ODD: Mapping[str, Callable[[int, float], SiteSpec]] = {
-    "embedding": embedding,
-    "conv": conv,
-    "fused": fused,
+ODD = {
+    "embedding": KIND_SPECS["embedding"].at("model.embed_tokens", "model.embed_tokens.weight"),
+    "conv": KIND_SPECS["conv"],
+    "fused": KIND_SPECS["slices"],
 }
 
 
@@ -152,7 +133,9 @@ def states(draw: st.DrawFn, case: Case) -> AdapterState:
         names = [name for name in MODULES if name.split(".", 3)[-1] in chosen]
     specs = [linear(name, *(same or draw(numbers))) for name in names]
     odd = draw(st.sets(st.sampled_from(case.odd))) if case.odd else ()
-    specs += [ODD[kind](*(same or draw(numbers))[:2]) for kind in odd]
+    for kind in odd:
+        rank, alpha, _ = same or draw(numbers)
+        specs.append(replace(ODD[kind], rank=rank, alpha=alpha))
     derived = case.derived and draw(st.booleans())
     sites = {s.name: make_site(s, seed=n, derived=derived) for n, s in enumerate(specs)}
     return AdapterState(sites)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import denoised, tiny_unet
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -117,32 +118,10 @@ def test_the_header_holds_the_config_where_diffusers_looks_for_it(tmp_path: Path
 
 
 def test_diffusers_reads_the_same_alpha(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-
-    def unet() -> nn.Module:
-        torch.manual_seed(0)
-        return diffusers.UNet2DConditionModel(  # type: ignore[no-any-return]
-            sample_size=8,
-            in_channels=2,
-            out_channels=2,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=8,
-            norm_num_groups=2,
-            attention_head_dim=4,
-        )
-
-    def run(model: nn.Module) -> Tensor:
-        torch.manual_seed(3)
-        with torch.no_grad():
-            return model.eval()(torch.randn(1, 2, 8, 8), 3, torch.randn(1, 3, 8)).sample  # type: ignore[no-any-return]
-
-    model = adapted(unet(), ["to_q", "to_v", "conv1"])
+    model = adapted(tiny_unet(), ["to_q", "to_v", "conv1"])
     path = li.save_adapter(model, tmp_path / "a")
-    theirs: Any = unet()
+    theirs = tiny_unet()
     theirs.load_lora_adapter(
         str(path), prefix="base_model.model", weight_name="adapter_model.safetensors"
     )
-    assert float((run(theirs) - run(model)).abs().max()) < 1e-5
+    assert float((denoised(theirs) - denoised(model)).abs().max()) < 1e-5

@@ -83,7 +83,7 @@ class Dora(Variant):
         self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
     ) -> dict[str, Tensor]:
         """Return A, B and the magnitude; the layer starts equal to the plain one."""
-        return {**initial_tensors(spec, weight, dtype), "m": norms().to(dtype)}
+        return {**super().start(spec, weight, dtype, norms), "m": norms().to(dtype)}
 
     def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
         """Return `m / norms`; an output of zeros stays zero."""
@@ -129,24 +129,19 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
 
 
 def initial_tensors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of a new site that every variant has.
-
-    Returns:
-        Role to tensor: `A` of `spec.a_shape`, `B` of `spec.b_shape`, and for pissa and olora the
-        frozen `A0` and `B0`; on the weight's device.
-    """
+    """Return A and B of a new site, and for pissa and olora the frozen A0 and B0, on W's device."""
+    if spec.init in FROM_WEIGHT and weight.device.type == "meta":
+        raise LayerError(
+            f"init {spec.init} of site {spec.name!r}",
+            "the weight is on the meta device and has no values to start from",
+            "Load the base weights first",
+        )
+    A = torch.empty(spec.a_shape, dtype=dtype, device=weight.device)
+    B = torch.empty(spec.b_shape, dtype=dtype, device=weight.device)
     if spec.init in FROM_WEIGHT:
-        if weight.device.type == "meta":
-            raise LayerError(
-                f"init {spec.init} of site {spec.name!r}",
-                "the weight is on the meta device and has no values to start from",
-                "Load the base weights first",
-            )
-        return _from_weight(spec, weight, dtype)
-    device = weight.device
-    A = torch.empty(spec.a_shape, dtype=dtype, device=device)
-    B = torch.empty(spec.b_shape, dtype=dtype, device=device)
-    if device.type != "meta":  # there are no values, and torch would be slow
+        _factorize(weight.detach().reshape(spec.matrix_shape), A, B, spec)
+        return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
+    if weight.device.type != "meta":  # there are no values, and torch would be slow
         zero, random = (A, B) if spec.kind == "embedding" else (B, A)
         zero.zero_()
         _randomize(random, spec)
@@ -154,45 +149,26 @@ def initial_tensors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[
 
 
 def _randomize(tensor: Tensor, spec: SiteSpec) -> None:
-    if spec.init == "kaiming":
-        if spec.kind == "embedding":
-            tensor.normal_()
-        else:
-            # kaiming_uniform_(a=sqrt(5)) of the paper's code is this bound.
-            bound = 1.0 / math.sqrt(spec.in_features)
-            tensor.uniform_(-bound, bound)
-    else:
+    if spec.init != "kaiming":
         tensor.normal_(0.0, spec.init[1] if isinstance(spec.init, tuple) else 1.0 / spec.rank)
+    elif spec.kind == "embedding":
+        tensor.normal_()
+    else:  # kaiming_uniform_(a=sqrt(5)) of the paper's code is this bound
+        bound = 1.0 / math.sqrt(spec.in_features)
+        tensor.uniform_(-bound, bound)
 
 
-def _from_weight(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    factor = _FACTORS[str(spec.init)]
-    A = torch.empty(spec.a_shape, dtype=dtype, device=weight.device)
-    B = torch.empty(spec.b_shape, dtype=dtype, device=weight.device)
-    matrix = weight.detach().reshape(spec.matrix_shape)
-    A2, B2 = A.view(-1, spec.in_features), B.view(-1, spec.rank)
+def _factorize(W: Tensor, A: Tensor, B: Tensor, spec: SiteSpec) -> None:
+    """Fill A and B with factors of each block of W."""
+    A, B = A.view(-1, spec.in_features), B.view(-1, spec.rank)
     for block in spec.blocks:
-        part = matrix[slice(*block.rows), slice(*block.cols)].to(dtype)
-        b, a = factor(part.t() if spec.transposed else part, spec.rank, spec.scale)
-        A2[slice(*block.a)], B2[slice(*block.b)] = a, b
-    return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
-
-
-def _pissa(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return `(B, A)` with `scale * B A` the best approximation of W of that rank."""
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (S[:rank] / scale).sqrt()
-    return U[:, :rank] * root, root[:, None] * Vh[:rank]
-
-
-def _olora(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return `(B, A)`, the leading columns of Q and rows of R of W."""
-    del scale
-    Q, R = torch.linalg.qr(W)
-    return Q[:, :rank], R[:rank]
-
-
-_FACTORS: Mapping[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {
-    "pissa": _pissa,
-    "olora": _olora,
-}
+        part = W[slice(*block.rows), slice(*block.cols)].to(A.dtype)
+        part = part.t() if spec.transposed else part
+        if spec.init == "pissa":  # scale * B @ A is the best approximation of W of that rank
+            U, S, Vh = torch.linalg.svd(part, full_matrices=False)
+            root = (S[: spec.rank] / spec.scale).sqrt()
+            b, a = U[:, : spec.rank] * root, root[:, None] * Vh[: spec.rank]
+        else:  # olora: the leading columns of Q and rows of R
+            Q, R = torch.linalg.qr(part)
+            b, a = Q[:, : spec.rank], R[: spec.rank]
+        A[slice(*block.a)], B[slice(*block.b)] = a, b

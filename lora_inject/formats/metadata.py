@@ -233,7 +233,7 @@ def _fingerprint_to_plain(fingerprint: Fingerprint | None) -> dict[str, Any] | N
             raise FormatError(
                 f"write adapter: its fingerprint of {name!r}",
                 f"a sample is not a float32 ({error})",
-                "Take it with lora_inject.adapter.fingerprint.sample",
+                "Take it with lora_inject.adapter.fingerprint.samples",
             ) from error
     shapes, quantized = dict(fingerprint.shapes), dict(fingerprint.quantized)
     return {"shapes": shapes, "samples": samples, "quantized": quantized}

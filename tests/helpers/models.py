@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from conftest import conv1d
 from torch import Tensor, nn
@@ -72,3 +75,29 @@ SEVERAL = {
     "bias": "all",
 }
 OTHER = {"rank": 1, "targets": ["fc", "lm_head"], "train": ["head.bias"], "init": "pissa"}
+
+
+def tiny_unet() -> Any:
+    """A UNet of diffusers with cross attention; the test is skipped where diffusers is missing."""
+    diffusers = pytest.importorskip("diffusers", reason="pip install diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    ).eval()
+
+
+def denoised(unet: nn.Module) -> Tensor:
+    """One step of `tiny_unet` on the same noise and text each time."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(1, 4, 8, 8, generator=generator)
+    text = torch.randn(1, 5, 8, generator=generator)
+    with torch.no_grad():
+        found: Tensor = unet(image, 3, text).sample
+    return found
