@@ -152,7 +152,7 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse a LoRA's config whose ranks and alphas are not numbers."""
-    numbers = {name: [config.get(name)] for name in ("r", "lora_alpha")}
+    numbers: dict[str, list[Any]] = {name: [config.get(name)] for name in ("r", "lora_alpha")}
     for name in ("rank_pattern", "alpha_pattern"):
         table = config.get(name) or {}
         numbers[name] = [*table.values()] if isinstance(table, dict) else [table]
