@@ -101,16 +101,7 @@ def amplification(
         >>> found.of_delta, found.of_weight, found.factor
         (0.5, 10.0, 4.0)
     """
-    if isinstance(weight, Tensor):
-        if tuple(weight.shape) != (delta.shape[::-1] if transposed else delta.shape):
-            raise StateError(
-                "compare a delta with W",
-                f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
-                "Give W as (out, in), or transposed=True for a Conv1D or an embedding",
-            )
-        W = weight.detach()
-        steps = [(start, W[start : start + STEP_ROWS]) for start in range(0, len(W), STEP_ROWS)]
-    rows: RowsOfW = (lambda: iter(steps)) if isinstance(weight, Tensor) else weight
+    rows = _rows_of(weight, delta, transposed) if isinstance(weight, Tensor) else weight
     U, S, V = delta.svd()
     rank = len(S) if rank is None else min(rank, len(S))
     left, right = (V, U) if transposed else (U, V)  # directions of the rows and of the columns
@@ -134,6 +125,17 @@ def amplification(
         of_random=float(torch.linalg.matrix_norm(product[rank:, rank:])) if rank else 0.0,
         of_random_expected=rank * norm / math.sqrt(shape[0] * shape[1]),
     )
+
+
+def _rows_of(weight: Tensor, delta: ThinProduct, transposed: bool) -> RowsOfW:
+    if tuple(weight.shape) != (delta.shape[::-1] if transposed else delta.shape):
+        raise StateError(
+            "compare a delta with W",
+            f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
+            "Give W as (out, in), or transposed=True for a Conv1D or an embedding",
+        )
+    W = weight.detach()
+    return lambda: ((i, W[i : i + STEP_ROWS]) for i in range(0, len(W), STEP_ROWS))
 
 
 def _own(rows: RowsOfW, shape: tuple[int, int], rank: int) -> float:

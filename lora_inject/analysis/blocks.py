@@ -19,7 +19,7 @@ from lora_inject.adapter.thin import ThinProduct
 from lora_inject.errors import StateError
 from lora_inject.functional import Term
 from lora_inject.spec.roles import GAINED
-from lora_inject.spec.sites import Block, SiteSpec
+from lora_inject.spec.sites import Block
 
 
 class Figures:
@@ -104,23 +104,14 @@ def by_kind(places: Iterable[P]) -> dict[str, list[P]]:
 
 @dataclass(frozen=True)
 class SiteBlock(Place):
-    """One low-rank block of a site: an adapted slice, an expert, or all of a plain site.
+    """One low-rank block of a site: an adapted slice, an expert, or all of a plain site."""
 
-    Attributes:
-        block: Where it lies on the weight matrix.
-        transposed: Whether that matrix is `(in, out)`.
-        A: `(rank, in)`, as stored.
-        B: `(out, rank)`, as stored.
-        delta: `scale * B @ A`, less the frozen start.
-        frozen_start: Whether there is one (pissa, olora).
-    """
-
-    block: Block
-    transposed: bool
-    A: Tensor
-    B: Tensor
-    delta: ThinProduct
-    frozen_start: bool
+    block: Block  # where it lies on the weight matrix
+    transposed: bool  # whether that matrix is `(in, out)`
+    A: Tensor  # `(rank, in)`, as stored
+    B: Tensor  # `(out, rank)`, as stored
+    delta: ThinProduct  # `scale * B @ A`, less the frozen start
+    frozen_start: bool  # whether there is one (pissa, olora)
 
     @property
     def rank(self) -> int:
@@ -149,48 +140,33 @@ def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ..
         ['q', 'v']
     """
     terms = [Term(site.spec, A, B, sign) for A, B, sign in site.pairs]
-    if not checked:
-        return _blocks(terms)
-    if not all(bool(torch.isfinite(t).all()) for t in site.tensors.values()):
-        raise StateError(
-            f"analyze '{site.spec.name}'",
-            "it holds NaN or Inf",
-            "Its training diverged; take an earlier checkpoint of the adapter",
-        )
-    return blocks_of_terms(terms)
+    if checked and not all(bool(torch.isfinite(t).all()) for t in site.tensors.values()):
+        remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+        raise StateError(f"analyze '{site.spec.name}'", "it holds NaN or Inf", remedy)
+    return blocks_of_terms(terms, checked=checked)
 
 
-def blocks_of_terms(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:
+def blocks_of_terms(terms: Sequence[Term], *, checked: bool = True) -> tuple[SiteBlock, ...]:
     """Take the terms of one weight apart: the update, less its frozen start where there is one."""
     spec = terms[0].spec
-    if spec.variant in GAINED:
-        raise StateError(
-            f"analyze '{spec.name}'",
-            f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank",
-            "Merge it, and extract the difference as an adapter",
-        )
-    return _blocks(terms)
-
-
-def _blocks(terms: Sequence[Term]) -> tuple[SiteBlock, ...]:
-    spec = terms[0].spec
+    if checked and spec.variant in GAINED:
+        found = f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank"
+        remedy = "Merge it, and extract the difference as an adapter"
+        raise StateError(f"analyze '{spec.name}'", found, remedy)
     flat = [(_flat(t.A, spec.in_features), _flat(t.B, spec.rank), t.weight) for t in terms]
-    found = []
-    for block, label in zip(spec.blocks, _labels(spec), strict=True):
+    slices = spec.slices.adapt if spec.slices else ("",)
+    experts = [""] if spec.experts is None else [f"expert {e}" for e in range(spec.experts)]
+    labels = (f"{expert} {part}".strip() for expert in experts for part in slices)
+    made = []
+    for block, label in zip(spec.blocks, labels, strict=True):
         parts = [(a[slice(*block.a)], b[slice(*block.b)], weight) for a, b, weight in flat]
         left = [spec.scale * weight * b.double() for _, b, weight in parts]
         delta = ThinProduct(torch.cat(left, 1), torch.cat([a.double() for a, _, _ in parts]))
         A, B, _ = parts[0]
-        found.append(
+        made.append(
             SiteBlock(spec.name, label, block, spec.transposed, A, B, delta, len(terms) > 1)
         )
-    return tuple(found)
-
-
-def _labels(spec: SiteSpec) -> list[str]:
-    slices = spec.slices.adapt if spec.slices else ("",)
-    experts = [""] if spec.experts is None else [f"expert {e}" for e in range(spec.experts)]
-    return [f"{expert} {part}".strip() for expert in experts for part in slices]
+    return tuple(made)
 
 
 def _flat(tensor: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, by_kind, site_blocks
-from lora_inject.analysis.figures import Progress
+from lora_inject.analysis.figures import Progress, counted
 from lora_inject.analysis.subspaces import Side, block_directions, similarity
 from lora_inject.errors import StateError
 
@@ -104,19 +104,10 @@ def compare(
     """
     common = [name for name in first.sites if name in second.sites]
     if not common:
-        raise StateError(
-            "compare two adapters",
-            f"of {len(first.sites)} and {len(second.sites)} sites none has the same name",
-            "Compare adapters of one base",
-        )
-    pairs: list[Pair] = []
+        found = f"of {len(first.sites)} and {len(second.sites)} sites none has the same name"
+        raise StateError("compare two adapters", found, "Compare adapters of one base")
     sizes = {name: first.sites[name].A.nbytes + first.sites[name].B.nbytes for name in common}
-    done, total = 0, sum(sizes.values())
-    for name in common:
-        pairs += _pairs(name, first, second)
-        done += sizes[name]
-        if progress is not None:
-            progress(done, total)
+    pairs = [pair for name in counted(sizes, progress) for pair in _pairs(name, first, second)]
     return Comparison(
         tuple(pairs),
         tuple(name for name in first.sites if name not in second.sites),

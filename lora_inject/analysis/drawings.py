@@ -1,9 +1,8 @@
 """Drawings of an analysis: figures of matplotlib, as SVG inside the report and as PNG files.
 
-One color scale serves everything. Phi is shown as in the paper's figures 3, 4 and 6 to 8: heat maps
-with i downwards and j to the right, the first in the corner above on the left. In the page, text
-stays text in the color of the page around it, so that a drawing can be read in light and dark.
-Whatever a drawing shows by color is also a number in one of the report's tables.
+Phi is shown as in the paper's figures 3, 4 and 6 to 8: heat maps with i downwards and j to the
+right, the first in the corner above on the left. In the page, text stays text in the color of the
+page around it. Whatever a drawing shows by color is also a number in one of the report's tables.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,8 +50,7 @@ STYLE: Any = {
     "svg.hashsalt": "lora_inject",  # equal figures give equal files
     "text.parse_math": False,  # a name may hold dollars
 }
-F = ParamSpec("F")
-R = TypeVar("R")
+T = TypeVar("T")
 
 
 def need_matplotlib() -> None:
@@ -62,26 +60,19 @@ def need_matplotlib() -> None:
         StateError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise StateError(
-            "draw a picture",
-            "matplotlib is not installed",
-            "Install it: pip install 'lora-inject[analysis]', or pip install matplotlib",
-        )
+        remedy = "Install it: pip install 'lora-inject[analysis]', or pip install matplotlib"
+        raise StateError("draw a picture", "matplotlib is not installed", remedy)
 
 
-def _styled(draw: Callable[F, R]) -> Callable[F, R]:
+@contextmanager
+def _styled() -> Iterator[None]:
     """Draw or write in our style, whatever the user's own is."""
+    need_matplotlib()
+    import matplotlib as mpl
 
-    @wraps(draw)
-    def styled(*args: F.args, **options: F.kwargs) -> R:
-        need_matplotlib()
-        import matplotlib as mpl
-
-        with mpl.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # the browser has other fonts
-            return draw(*args, **options)
-
-    return styled
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has other fonts
+        yield
 
 
 # ------------------------------------------------------------------------------------ for the user
@@ -145,7 +136,7 @@ def _corner(grid: Tensor) -> Tensor:
     return grid[:n, :n].detach().cpu().masked_fill(upper, math.nan)
 
 
-@_styled
+@_styled()
 def png(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Write a figure into a file, folders made as needed."""
     place = Path(path)
@@ -154,7 +145,7 @@ def png(figure: Any, path: str | os.PathLike[str]) -> Path:
     return place
 
 
-@_styled
+@_styled()
 def svg(figure: Any, about: str) -> str:
     """Return a figure as an `<svg>` element, with what it is about for those who cannot see it."""
     from markupsafe import escape
@@ -173,7 +164,7 @@ def svg(figure: Any, about: str) -> str:
 # ----------------------------------------------------------------------------------------- figures
 
 
-@_styled
+@_styled()
 def similarity_figure(
     panels: Sequence[tuple[str, Tensor]],
     labels: tuple[str, str] = ("i", "j"),
@@ -212,7 +203,7 @@ def similarity_figure(
     return figure
 
 
-@_styled
+@_styled()
 def heat_map(cells: Iterable[tuple[Place, float]], high: float | None = None) -> Any:
     """Return a row for each kind of site and a column for each layer, from 0 to `high`.
 
@@ -248,28 +239,25 @@ def heat_map(cells: Iterable[tuple[Place, float]], high: float | None = None) ->
     return figure
 
 
-@_styled
+@_styled()
 def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = FEW) -> Any:
-    """Return singular values over the largest of each, a line for each set of them.
+    """Return singular values over the largest of each, a line for each label.
 
-    Args:
-        lines: Label and values, decreasing; of many lines the legend names evenly spaced ones.
-        named: Title of the legend.
-        most: How many lines the legend names.
+    The legend, titled `named`, names up to `most` of them, evenly spaced.
     """
     from matplotlib.ticker import LogLocator
 
-    drawn = [(label, values[values > 0].tolist()) for label, values in lines]
-    drawn = [(label, values) for label, values in drawn if values]
+    found = ((label, values[values > 0].tolist()) for label, values in lines)
+    drawn = [(label, values) for label, values in found if values]
     below = any(len(label) > FEW for label, _ in drawn)
     figure = _figure(2.2 + 0.3 * len(drawn) * below, WIDTH, "constrained")
     axes = figure.subplots()
     in_legend = set(spread(range(len(drawn)), most))
     for number, (label, values) in enumerate(drawn):
         relative = [value / values[0] for value in values]
-        text = {"label": printable(label)} if number in in_legend else {}
+        text = printable(label) if number in in_legend else None
         axes.semilogy(range(1, len(values) + 1), relative, marker=".", ms=3, lw=0.9,
-                      color=_shade(number, len(drawn)), **text)  # fmt: skip
+                      color=_shade(number, len(drawn)), label=text)  # fmt: skip
     _plain_axes(axes, "direction", "singular value / largest")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter("")
@@ -280,7 +268,7 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
     return figure
 
 
-@_styled
+@_styled()
 def norms_figure(kinds: Mapping[str, Sequence[float]]) -> Any:
     """Return the norm of each delta by depth, a line for each kind."""
     figure = _figure(2.4 + 0.1 * len(kinds), WIDTH, "constrained")
@@ -293,7 +281,7 @@ def norms_figure(kinds: Mapping[str, Sequence[float]]) -> Any:
     return figure
 
 
-@_styled
+@_styled()
 def ranks_figure(ranks: Sequence[int]) -> Any:
     """Return how many blocks need which rank."""
     figure = _figure(1.9, WIDTH, "constrained")
@@ -308,8 +296,6 @@ def ranks_figure(ranks: Sequence[int]) -> Any:
 
 
 # ------------------------------------------------------------------------------------------- parts
-
-T = TypeVar("T")
 
 
 def spread(items: Sequence[T], most: int = 4) -> list[T]:
@@ -352,11 +338,9 @@ def _figure(height: float, width: float, layout: Any = None) -> Any:
 
 def _check_drawable(drawable: bool) -> None:
     if not drawable:
-        raise StateError(
-            "draw a picture",
-            "there is nothing to draw: no directions, no values",
-            "An adapter whose B is zero has none; train it first",
-        )
+        found = "there is nothing to draw: no directions, no values"
+        remedy = "An adapter whose B is zero has none; train it first"
+        raise StateError("draw a picture", found, remedy)
 
 
 def _shade(line: int, n: int) -> Any:

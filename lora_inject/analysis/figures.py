@@ -5,7 +5,7 @@ An `Analysis` is plain numbers. What prints, draws or warns reads it and compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,29 +95,32 @@ def analyze(
         ('h.*.fc', [2.0, 2.0], 2.0)
     """
     if not state.sites:
-        raise StateError(
-            f"analyze {label}", "it has no low-rank sites", "Only A and B can be analyzed"
-        )
-    if base is None or isinstance(base, Weights):
-        weights = base
-    else:
-        weights = Weights(state, Checkpoint.open(base), label, any_base=any_base)
+        found = "it has no low-rank sites"
+        raise StateError(f"analyze {label}", found, "Only A and B can be analyzed")
+    if isinstance(base, str | Path):
+        base = Weights(state, Checkpoint.open(base), label, any_base=any_base)
     sizes = {
-        name: site.A.nbytes + site.B.nbytes + (weights.n_bytes(name) if weights else 0)
+        name: site.A.nbytes + site.B.nbytes + (base.n_bytes(name) if base else 0)
         for name, site in state.sites.items()
     }
-    done, total = 0, sum(sizes.values())
     blocks: list[BlockFigures] = []
     compared: dict[str, SiteOnWeight] = {}
-    for name, site in state.sites.items():
+    for name in counted(sizes, progress):
         blocks += [
             BlockFigures(name, b.label, b.delta.shape, b.rank, spectrum(b.delta))
-            for b in site_blocks(site)
+            for b in site_blocks(state.sites[name])
         ]
-        if weights is not None:
-            compared[name] = weights.look(name, rank, own=own, formats=formats)
-        done += sizes[name]
-        if progress is not None:
-            progress(done, total)
-    folder = None if weights is None else str(weights.checkpoint.folder)
+        if base is not None:
+            compared[name] = base.look(name, rank, own=own, formats=formats)
+    folder = None if base is None else str(base.checkpoint.folder)
     return Analysis(tuple(blocks), compared, folder)
+
+
+def counted(sizes: Mapping[str, int], progress: Progress | None) -> Iterator[str]:
+    """Yield each name, and report its bytes when the next one is asked for."""
+    done = 0
+    for name, size in sizes.items():
+        yield name
+        done += size
+        if progress is not None:
+            progress(done, sum(sizes.values()))

@@ -14,14 +14,10 @@ from lora_inject.analysis.blocks import Figures
 from lora_inject.analysis.figures import Analysis, BlockFigures
 from lora_inject.analysis.rounding import Rounded
 
-ONE_DIRECTION = 0.99
-"""Share of the energy in the first direction from which a block counts as having only one."""
-SPARE = 2
-"""A rank is larger than needed where 99% of the energy fits into the rank over this."""
-LEAST_KEPT = 0.9
-"""Share of a delta that must survive rounding."""
-LOUD = 1.0
-"""`|D| / |W|` from which a delta outweighs its weight."""
+ONE_DIRECTION = 0.99  # of the energy in the first direction: a block that has only one
+SPARE = 2  # a rank is larger than needed where 99% of the energy fits into the rank over this
+LEAST_KEPT = 0.9  # share of a delta that must survive rounding
+LOUD = 1.0  # `|D| / |W|` from which a delta outweighs its weight
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def draw_gallery(
     """
     place = Path(folder)
     kinds = by_kind(b for site in state.sites.values() for b in site_blocks(site))
-    middle = [blocks[len(blocks) // 2] for blocks in kinds.values()]
+    middle = (blocks[len(blocks) // 2] for blocks in kinds.values())
     spectra = {block.name: spectrum(block.delta).values for block in middle}
     drawn = [draw_spectra(spectra, place / "spectra.png")]
     for kind, (_, phi) in across_layers(state).items():

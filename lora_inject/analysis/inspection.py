@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +40,10 @@ class TensorFigures(Figures):
 class SiteFigures(Figures):
     """One site in numbers."""
 
-    spec: SiteSpec  # the site
-    A: TensorFigures  # the tensor A
-    B: TensorFigures  # the tensor B
-    further: dict[
-        str, TensorFigures
-    ]  # its other tensors by role: m of DoRA, b of lora_bias, A0, B0
+    spec: SiteSpec
+    A: TensorFigures
+    B: TensorFigures
+    further: dict[str, TensorFigures]  # by role: m of DoRA, b of lora_bias, A0, B0
     delta_norm: float  # of `scale * B @ A` (DoRA: without the gain), less the frozen start if any
     frozen_start: bool  # whether there is one (pissa, olora)
 
@@ -60,28 +59,19 @@ class SiteFigures(Figures):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain data, with what the spec says in numbers."""
-        figures = super().to_dict()
-        del figures["spec"]
-        return {**{key: getattr(self.spec, key) for key in _OF_SPEC}, **figures}
+        own = {key: value for key, value in super().to_dict().items() if key != "spec"}
+        return {**{key: getattr(self.spec, key) for key in _OF_SPEC}, **own}
 
 
 @dataclass(frozen=True)
 class Inspection(Figures):
-    """An adapter in numbers.
-
-    Attributes:
-        sites: Every site.
-        trained: Full trained copies by the name of the base's tensor.
-        base_copies: Tensors of the base that the file carries along, by name.
-        config: The config it was made from, None where it is not known.
-        n_fingerprinted: Base tensors that the file can recognize.
-    """
+    """An adapter in numbers."""
 
     sites: tuple[SiteFigures, ...]
-    trained: dict[str, TensorFigures]
-    base_copies: dict[str, TensorFigures]
-    config: dict[str, Any] | None
-    n_fingerprinted: int
+    trained: dict[str, TensorFigures]  # full trained copies by the name of the base's tensor
+    base_copies: dict[str, TensorFigures]  # base tensors that the file carries along, by name
+    config: dict[str, Any] | None  # what it was made from, None where it is not known
+    n_fingerprinted: int  # base tensors that the file can recognize
 
     @property
     def n_sites(self) -> int:
@@ -96,13 +86,12 @@ class Inspection(Figures):
     @property
     def n_further(self) -> dict[str, int]:
         """Elements of the other trainable tensors of all sites, by role."""
-        roles = dict.fromkeys(
-            r for site in self.sites for r in site.further if r in site.spec.shapes
-        )
-        return {
-            role: sum(site.further[role].n_elements for site in self.sites if role in site.further)
-            for role in roles
-        }
+        found: Counter[str] = Counter()
+        for site in self.sites:
+            for role, tensor in site.further.items():
+                if role in site.spec.shapes:
+                    found[role] += tensor.n_elements
+        return dict(found)
 
     @property
     def n_trained(self) -> int:

@@ -55,9 +55,7 @@ class Rounded(Figures):
         Follows from the two: `|Q(W + D) - Q(W)|^2 / |D|^2 = error^2 + 2 kept - 1`.
         """
         square = self.error**2 + 2 * self.kept - 1
-        if square <= 0:  # nothing changed
-            return 0.0
-        return self.kept / math.sqrt(square)
+        return 0.0 if square <= 0 else self.kept / math.sqrt(square)  # 0: nothing changed
 
 
 def rounding(
@@ -83,11 +81,8 @@ def rounding(
         0.0
     """
     if weight.shape != delta.shape or weight.dim() != 2:
-        raise StateError(
-            "round a merged weight",
-            f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
-            "Give two matrices of one shape",
-        )
+        found = f"W is {list(weight.shape)}, the delta {list(delta.shape)}"
+        raise StateError("round a merged weight", found, "Give two matrices of one shape")
     return rounding_of_rows([(weight, delta)], formats)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from operator import attrgetter
 from statistics import median
-from typing import Any
 
 from lora_inject.analysis.blocks import Place, by_kind
 from lora_inject.analysis.comparison import Comparison
@@ -27,58 +27,33 @@ def span(values: Iterable[float]) -> str:
 
 def kind_rows(analysis: Analysis) -> Rows:
     """Say for each kind of site what rank it needed: the median, and the largest."""
-    rows: list[tuple[Any, ...]] = []
+    rows = []
     for kind, blocks in by_kind(analysis.blocks).items():
-        needed = zip(*(b.spectrum.needed.values() for b in blocks), strict=True)
-        rows.append(
-            (
-                kind,
-                len(blocks),
-                span(b.rank for b in blocks),
-                *(f"{median(each):g} (max {max(each)})" for each in needed),
-                median(b.spectrum.stable_rank for b in blocks),
-                median(b.spectrum.effective_rank for b in blocks),
-            )
-        )
+        spectra = [block.spectrum for block in blocks]
+        needed = zip(*(s.needed.values() for s in spectra), strict=True)
+        ranks = (f"{median(each):g} (max {max(each)})" for each in needed)
+        means = median(s.stable_rank for s in spectra), median(s.effective_rank for s in spectra)
+        rows.append((kind, len(blocks), span(b.rank for b in blocks), *ranks, *means))
     heads = ("kind", "blocks", "rank", *map(percent, SHARES), "stable", "effective")
     return Rows(heads, tuple(rows))
 
 
 def block_rows(analysis: Analysis) -> Rows:
     """Say for each block how large its delta is and what rank it needed."""
-    rows = tuple(
-        (
-            b.name,
-            b.rank,
-            b.spectrum.norm,
-            b.spectrum.first_share,
-            b.spectrum.stable_rank,
-            b.spectrum.effective_rank,
-            *map(float, b.spectrum.needed.values()),
-        )
-        for b in analysis.blocks
-    )
+    figures = attrgetter("norm", "first_share", "stable_rank", "effective_rank")
+    found = ((b.name, b.rank, b.spectrum) for b in analysis.blocks)
+    rows = ((n, rank, *figures(s), *map(float, s.needed.values())) for n, rank, s in found)
     heads = ("block", "rank", "|D|", "first", "stable", "effective", *map(percent, SHARES))
-    return Rows(heads, rows)
+    return Rows(heads, tuple(rows))
 
 
 def weight_rows(analysis: Analysis) -> Rows:
     """Say for each block how it compares with the weight that it updates."""
-    rows = tuple(
-        (
-            Place(block.tensor, block.label).name,
-            block.norms.weight_norm,
-            block.norms.relative,
-            block.norms.rank,
-            block.norms.of_delta,
-            block.norms.of_weight,
-            block.norms.of_random_expected,
-            block.norms.factor,
-        )
-        for block in analysis.on_weight()
-    )
+    of_w = "of_delta", "of_weight", "of_random_expected", "factor"
+    figures = attrgetter("weight_norm", "relative", "rank", *of_w)
+    rows = ((Place(b.tensor, b.label).name, *figures(b.norms)) for b in analysis.on_weight())
     heads = ("tensor", "|W|", "|D|/|W|", "r", "|U'WV|", "W's own", "random", "amplification")
-    return Rows(heads, rows)
+    return Rows(heads, tuple(rows))
 
 
 def rounding_rows(analysis: Analysis) -> Rows:
@@ -94,17 +69,10 @@ def rounding_rows(analysis: Analysis) -> Rows:
 
 def comparison_rows(compared: Comparison) -> Rows:
     """Say for each block of two adapters how far their subspaces agree."""
-    rows = tuple(
-        (
-            pair.name,
-            f"{pair.ranks[0]}, {pair.ranks[1]}",
-            *(
-                value
-                for side in (pair.right, pair.left)
-                for value in (side.first, side.whole, side.whole_by_chance)
-            ),
-        )
-        for pair in compared.pairs
-    )
-    sides = (f"{side}: {what}" for side in "AB" for what in ("phi(1,1)", "whole", "chance"))
-    return Rows(("block", "ranks", *sides), rows)
+    rows = []
+    for pair in compared.pairs:
+        sides = ((s.first, s.whole, s.whole_by_chance) for s in (pair.right, pair.left))
+        ranks = ", ".join(map(str, pair.ranks))
+        rows.append((pair.name, ranks, *(value for side in sides for value in side)))
+    heads = (f"{side}: {what}" for side in "AB" for what in ("phi(1,1)", "whole", "chance"))
+    return Rows(("block", "ranks", *heads), tuple(rows))

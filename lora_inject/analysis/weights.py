@@ -110,13 +110,8 @@ class Weights:
                 # Places are in the order of the experts, several of each where the file cuts them.
                 expert = f"expert {number * n_experts // len(places)} " if n_experts else ""
                 for block in blocks_of_terms(each.placed.terms):
-                    norms = amplification(
-                        partial(each.of, block),
-                        block.delta,
-                        rank,
-                        transposed=block.transposed,
-                        own=own,
-                    )
+                    turned, of_block = block.transposed, partial(each.of, block)
+                    norms = amplification(of_block, block.delta, rank, transposed=turned, own=own)
                     label = f"{expert}{block.label}".strip()
                     blocks.append(BlockOnWeight(site, label, each.placed.source.name, norms))
         stored = str(FLOATS[places[0].source.dtype]).removeprefix("torch.")
@@ -182,11 +177,7 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fi
         raise CheckpointError(asked, error.found, error.remedy) from None
     entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
     quantized = why_not(checkpoint, [entry.name for entry in entries])
-    if quantized is not None:
-        raise CheckpointError(asked, quantized.found, "Give the 16-bit checkpoint instead")
-    for entry in entries:
-        if entry.dtype not in FLOATS:
-            raise CheckpointError(
-                asked, f"'{entry.name}' is stored as {entry.dtype}", "Give a 16-bit checkpoint"
-            )
+    odd = [f"'{e.name}' is stored as {e.dtype}" for e in entries if e.dtype not in FLOATS]
+    for found in [quantized.found] if quantized is not None else odd:
+        raise CheckpointError(asked, found, "Give the 16-bit checkpoint instead")
     return fit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,11 +73,20 @@ def report(
         >>> "<h1>mine &amp; yours</h1>" in report(analyze(state), state, "mine & yours")
         True
     """
-    template = _template()
     kinds = by_kind(analysis.blocks)
-    beside = None if comparison is None else _compared(comparison)
+    ranks = ranks_figure([block.spectrum.rank_for(0.99) for block in analysis.blocks])
+    norms = norms_figure({kind: [b.spectrum.norm for b in found] for kind, found in kinds.items()})
+    spectra = {
+        kind: spectra_figure([(b.at, b.spectrum.values) for b in found], "layer")
+        for kind, found in kinds.items()
+    }
+    across = across_layers(state).items()
+    overlaps = {
+        kind: [(f"layer {pair.at} {pair.label}".strip(), pair.right.phi) for pair in pairs]
+        for kind, pairs in (comparable(comparison) if comparison else {}).items()
+    }
     return str(
-        template.render(
+        _template().render(
             title=title,
             facts=_facts(analysis, state, date or dt.date.today()),
             tiles=_tiles(analysis),
@@ -85,30 +94,16 @@ def report(
             prefix=shared_prefix(kinds),
             maps=list(_maps(analysis)),
             kinds=tables.kind_rows(analysis),
-            needed=svg(
-                ranks_figure([b.spectrum.rank_for(0.99) for b in analysis.blocks]),
-                "number of blocks by the rank that holds 99%",
-            ),
-            norms=svg(
-                norms_figure({k: [b.spectrum.norm for b in found] for k, found in kinds.items()}),
-                "norm of each delta by depth",
-            ),
-            spectra=[
-                (kind, svg(spectra_figure([(b.at, b.spectrum.values) for b in found], "layer"),
-                           f"singular values of {kind}"))
-                for kind, found in kinds.items()
-            ],
+            needed=svg(ranks, "number of blocks by the rank that holds 99%"),
+            norms=svg(norms, "norm of each delta by depth"),
+            spectra=[(k, svg(figure, f"singular values of {k}")) for k, figure in spectra.items()],
             rounding=list(_rounding(analysis)),
             across=[
                 _phi(kind, [("", phi)], f"phi between layers of {kind}", ACROSS)
-                for kind, (_, phi) in across_layers(state).items()
+                for kind, (_, phi) in across
             ],
-            compared=beside,
-            overlaps=comparison and [
-                _phi(kind, [(f"layer {pair.at} {pair.label}".strip(), pair.right.phi)
-                            for pair in pairs], f"phi of {kind}, side of A")
-                for kind, pairs in comparable(comparison).items()
-            ],
+            compared=list(_compared(comparison)) if comparison else None,
+            overlaps=[_phi(k, panels, f"phi of {k}, side of A") for k, panels in overlaps.items()],
             other=other,
             blocks=tables.block_rows(analysis),
             weights=tables.weight_rows(analysis) if analysis.weights else None,
@@ -116,7 +111,7 @@ def report(
             pairs=comparison and tables.comparison_rows(comparison),
             version=__version__,
         )
-    )  # fmt: skip
+    )
 
 
 def write_report(path: str | os.PathLike[str], text: str) -> Path:
@@ -140,9 +135,8 @@ def _template() -> Any:
     try:
         import jinja2
     except ImportError:
-        raise StateError(
-            "write a report", "jinja2 is not installed", "Install it: pip install jinja2"
-        ) from None
+        remedy = "Install it: pip install jinja2"
+        raise StateError("write a report", "jinja2 is not installed", remedy) from None
 
     def finalize(value: Any) -> Any:
         return printable(value) if type(value) is str else value  # not what is HTML already
@@ -160,33 +154,28 @@ def _template() -> Any:
 
 def _facts(analysis: Analysis, state: AdapterState, date: dt.date) -> list[tuple[str, str]]:
     """What the adapter is, at the top of the page."""
-    specs = [site.spec for site in state.sites.values()]
-    n_lora = sum(site.A.numel() + site.B.numel() for site in state.sites.values())
-    dtypes = sorted({str(site.A.dtype).removeprefix("torch.") for site in state.sites.values()})
-    facts = [
-        ("rank", tables.span(spec.rank for spec in specs)),
-        ("alpha", tables.span(spec.alpha for spec in specs)),
-        ("scale", tables.span(spec.scale for spec in specs)),
+    sites = state.sites.values()
+    n_lora = sum(site.A.numel() + site.B.numel() for site in sites)
+    dtypes = sorted({str(site.A.dtype).removeprefix("torch.") for site in sites})
+    trained = f"{len(state.trained):,} tensors"
+    return [
+        *((key, tables.span(getattr(s.spec, key) for s in sites)) for key in ("rank", "alpha")),
+        ("scale", tables.span(site.scale for site in sites)),
         ("parameters", f"{n_lora:,} in A and B, {', '.join(dtypes)}"),
+        *([("trained in full", trained)] if state.trained else ()),
         ("base", Path(analysis.base).name if analysis.base else "not given: the adapter alone"),
         ("date", date.isoformat()),
+        ("targets", "\n".join(f"{name} \u00d7{n}" for name, n in templates(state.sites).items())),
     ]
-    if state.trained:
-        facts.insert(4, ("trained in full", f"{len(state.trained):,} tensors"))
-    targets = [f"{name} \u00d7{n}" for name, n in templates(state.sites).items()]
-    return [*facts, ("targets", "\n".join(targets))]
 
 
 def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
-    blocks = analysis.blocks
+    spectra = [block.spectrum for block in analysis.blocks]
     tiles = [
         (f"{analysis.n_sites:,}", "sites"),
-        (f"{len(blocks):,}", "low-rank blocks"),
-        (f"{median(b.spectrum.rank_for(0.99) for b in blocks):g}", "rank that holds 99% (median)"),
-        (
-            number(median(b.spectrum.effective_rank for b in blocks)),
-            "effective rank (median)",
-        ),
+        (f"{len(spectra):,}", "low-rank blocks"),
+        (f"{median(s.rank_for(0.99) for s in spectra):g}", "rank that holds 99% (median)"),
+        (number(median(s.effective_rank for s in spectra)), "effective rank (median)"),
     ]
     if analysis.weights:
         norms = [block.norms for block in analysis.on_weight()]
@@ -197,8 +186,8 @@ def _tiles(analysis: Analysis) -> list[tuple[str, str]]:
     return tiles
 
 
-def _median(values: Iterator[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
+def _median(values: Iterable[float]) -> float:
+    finite = list(filter(math.isfinite, values))
     return median(finite) if finite else math.nan
 
 
@@ -227,17 +216,11 @@ def _rounding(analysis: Analysis) -> Iterator[tuple[str, str]]:
         yield _map(f"Likeness in {form}", cells, 1.0)
 
 
-def _compared(comparison: Comparison) -> list[tuple[str, str]]:
-    sides = {"A": [(p, p.right) for p in comparison.pairs],
-             "B": [(p, p.left) for p in comparison.pairs]}  # fmt: skip
-    return [
-        drawn
-        for side, pairs in sides.items()
-        for drawn in (
-            _map(f"Side of {side}: phi(1, 1)", [(p, o.first) for p, o in pairs], 1.0),
-            _map(f"Side of {side}: phi of the whole spans", [(p, o.whole) for p, o in pairs], 1.0),
-        )
-    ]
+def _compared(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    for side, name in (("A", "right"), ("B", "left")):
+        found = [(pair, getattr(pair, name)) for pair in comparison.pairs]
+        yield _map(f"Side of {side}: phi(1, 1)", [(p, o.first) for p, o in found], 1.0)
+        yield _map(f"Side of {side}: phi of the whole spans", [(p, o.whole) for p, o in found], 1.0)
 
 
 def _map(
