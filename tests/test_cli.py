@@ -779,5 +779,6 @@ def test_help_of_every_command_names_its_arguments_and_speaks_no_python(run, inf
     for argument in set(re.findall(r"\b[A-Z]{4,}\b", info.callback.__doc__)) - {"JSON"}:
         assert argument in usage
     assert not re.search(r"<\w|{|\bbool\b|list\[|\.\.\.\.", found.out)
+    assert not re.search(r"^ *--[\w-]+, --", found.out, re.MULTILINE)  # each option has one name
     assert f"Example:\n  lora-inject {name} " in found.out
     assert "Exit codes: 0 done" in found.out

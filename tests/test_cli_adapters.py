@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from helpers.adapter_states import KIND_SPECS, dense, make_state
+from safetensors.torch import save_file
 
 import lora_inject as li
 
@@ -87,3 +88,16 @@ def test_rename_writes_other_names(run, files, tmp_path):
     assert run("rename", one, "nothing", "-o", tmp_path / "x").code == 2
     found = run("rename", one, "x=y", "-o", tmp_path / "x")
     assert "rename 'x': it occurs in no name" in found.err
+
+
+def test_a_file_of_a_pipeline_is_read_part_by_part(run, tmp_path):
+    path = tmp_path / "both.safetensors"
+    pairs = {"unet.a.lora_A": (2, 4), "unet.a.lora_B": (6, 2)}
+    pairs |= {key.replace("unet", "text_encoder"): shape for key, shape in pairs.items()}
+    save_file({f"{key}.weight": torch.ones(shape) for key, shape in pairs.items()}, path)
+    for args in (("inspect", path), ("convert", path, tmp_path / "out", "--to", "peft")):
+        found = run(*args)
+        assert (found.code, found.out) == (1, "")
+        assert "onto its own model: --from-component text_encoder." in found.err
+        assert run(*args, "--from-component", "unet").code == 0
+    assert run("inspect", tmp_path / "out", "--from-component", "unet").code == 2

@@ -10,19 +10,22 @@ from typer import Argument, Option
 from lora_inject.cli.given import (
     AdapterPath,
     AdapterPaths,
-    All,
     Dtype,
-    Json,
     Keeping,
+    Listing,
+    Output,
     Reading,
     Weights,
     Writing,
     pairs_of,
 )
 from lora_inject.cli.program import app
+from lora_inject.cli.show import print_rows, say, say_words
 from lora_inject.spec.columns import Rows
+from lora_inject.spec.names import templates
 
 if TYPE_CHECKING:
+    from lora_inject.adapter.difference import Difference
     from lora_inject.adapter.state import AdapterState
 
 WriteDtype = Annotated[Dtype | None, Option(help="Dtype to write. (default: the adapters')")]
@@ -51,14 +54,14 @@ def combine(
     seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
     dtype: WriteDtype = None,
     reading: Reading,
-    as_json: Json = False,
+    output: Output,
 ) -> None:
     """Combine several adapters of one base into one."""
     from lora_inject.formats.combine_files import combine as combined
 
     how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
     states = reading.read(adapters, on_disk=True)
-    _write(combined(states, weight, method=method, rank=rank, **how), writing, as_json, dtype)
+    _write(combined(states, weight, method=method, rank=rank, **how), writing, output, dtype)
 
 
 @app.command()
@@ -69,24 +72,22 @@ def truncate(
     keeping: Keeping,
     dtype: WriteDtype = None,
     reading: Reading,
-    everything: All = False,
-    as_json: Json = False,
+    listing: Listing,
 ) -> None:
     """Cut ADAPTER to its best approximation of a lower rank.
 
     The error of a site is |D - D_cut| / |D|, in Frobenius norm.
     """
-    from lora_inject.cli.show import print_rows
     from lora_inject.formats.combine_files import truncate as truncated
 
     [state] = reading.read([adapter], on_disk=True)
     made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
-    if not as_json and cuts:
+    if cuts and not listing.as_json:
         cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
         rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
-        print_rows(rows, everything=everything)
+        print_rows(rows, everything=listing.everything)
     sites = {name: cut._asdict() for name, cut in cuts.items()}
-    _write(made, writing, as_json, dtype, sites=sites)
+    _write(made, writing, listing, dtype, sites=sites)
 
 
 @app.command()
@@ -94,30 +95,13 @@ def diff(
     one: Annotated[Path, Argument(metavar="ONE", help="A PEFT folder or an adapter file.")],
     two: Annotated[Path, Argument(metavar="TWO", help="Another adapter of the same base.")],
     reading: Reading,
-    everything: All = False,
-    as_json: Json = False,
+    listing: Listing,
 ) -> None:
     """Compare the adapters ONE and TWO, site by site."""
     from lora_inject.adapter.difference import difference
-    from lora_inject.cli.show import print_json, print_rows, say, say_words
 
     found = difference(*reading.read([one, two], on_disk=True))
-    if as_json:
-        print_json(found.to_dict())
-        return
-    if found.sites:
-        heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
-        cells = tuple(
-            (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
-            for name, site in found.sites.items()
-        )
-        print_rows(Rows(heads, cells), everything=everything)
-    for name, distance in found.trained.items():
-        where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
-        say(f"trained {name}: {where}")
-    cosine = "-" if found.cosine is None else f"{found.cosine:.6f}"
-    same = "equal in every bit" if found.equal else "not equal"
-    say_words(f"{same}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites")
+    listing.show(found.to_dict(), _print_difference, found)
 
 
 @app.command()
@@ -133,35 +117,47 @@ def rename(
     ],
     writing: Writing,
     reading: Reading,
-    as_json: Json = False,
+    output: Output,
 ) -> None:
     """Write ADAPTER with other names of its layers."""
-    from lora_inject.cli.show import say_words
     from lora_inject.formats.checks import one_line
-    from lora_inject.spec.names import templates
 
     pairs = pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter], on_disk=True)
     made = state.rename(pairs)
-    _write(made, writing, as_json, names=dict(zip(state.sites, made.sites, strict=True)))
-    if not as_json:
+    _write(made, writing, output, names=dict(zip(state.sites, made.sites, strict=True)))
+    if not output.as_json:
         say_words(f"its sites are now {one_line(templates(made.sites), 6)}")
 
 
 def _write(
-    state: AdapterState, writing: Writing, as_json: bool, dtype: Dtype | None = None, **found: Any
+    state: AdapterState, writing: Writing, output: Output, dtype: Dtype | None = None, **found: Any
 ) -> None:
     """Write the new adapter atomically, and print its path and size."""
     import torch
 
-    from lora_inject.cli.show import print_json, say
     from lora_inject.formats import write_adapter
 
     if dtype is not None:
         state = state.to(getattr(torch, dtype))
     path = write_adapter(state, writing.output, writing.adapter_format, overwrite=writing.overwrite)
     ranks = {name: site.spec.rank for name, site in state.sites.items()}
-    if as_json:
-        print_json({"output": str(path), "ranks": ranks, **found})
-    else:
-        say(f"wrote {path}: {str(state).removeprefix('AdapterState(').removesuffix(')')}")
+    text = str(state).removeprefix("AdapterState(").removesuffix(")")
+    data = {"output": str(path), "ranks": ranks, **found}
+    output.show(data, lambda **_: say(f"wrote {path}: {text}"))
+
+
+def _print_difference(found: Difference, *, everything: bool) -> None:
+    if found.sites:
+        heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
+        cells = tuple(
+            (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
+            for name, site in found.sites.items()
+        )
+        print_rows(Rows(heads, cells), everything=everything)
+    for name, distance in found.trained.items():
+        where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
+        say(f"trained {name}: {where}")
+    cosine = "-" if found.cosine is None else f"{found.cosine:.6f}"
+    same = "equal in every bit" if found.equal else "not equal"
+    say_words(f"{same}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Exit, Option
 
-from lora_inject.cli.given import AdapterPath, Json, Overwrite, Reading
+from lora_inject.cli.given import AdapterPath, Output, Overwrite, Reading
 from lora_inject.cli.program import app
+from lora_inject.cli.show import note, say, say_words
+
+if TYPE_CHECKING:
+    from lora_inject.formats.clients import Finding
 
 Base = Annotated[
     Path | None,
@@ -29,27 +34,25 @@ def convert(
     rank: Annotated[
         int | None, Option(min=1, help="portable: one rank for all. (default: the largest)")
     ] = None,
-    component: Annotated[
-        str | None, Option(help="kohya, diffusers: the part of a pipeline, such as unet or te1.")
-    ] = None,
-    from_component: Annotated[
-        str | None, Option(help="The part of a pipeline to read from a file with several.")
+    to_component: Annotated[
+        str | None,
+        Option(
+            "--component", help="kohya, diffusers: the part of a pipeline, such as unet or te1."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     reading: Reading,
-    as_json: Json = False,
+    out: Output,
 ) -> None:
     """Write ADAPTER in the format of another program.
 
     Prints what the format cannot express; refuses what would change the outputs.
     """
     from lora_inject.checkpoint.conversion import convert as converted
-    from lora_inject.cli.show import note, print_json, say
     from lora_inject.formats import FORMATS, taken_by
 
     [how] = reading.options([adapter])
-    how |= {} if from_component is None else {"component": from_component}
-    options = {"dtype": dtype, "rank": rank, "component": component}
+    options = {"dtype": dtype, "rank": rank, "component": to_component}
     given = {key: value for key, value in options.items() if value is not None}
     lost: list[str] = []
     for name in given:
@@ -65,10 +68,8 @@ def convert(
     path = converted(
         adapter, output, to, base=base, reading=how, tell=tell, overwrite=overwrite, **given
     )
-    if as_json:
-        print_json({"output": str(path), "format": to, "lost": lost})
-    else:
-        say(f"wrote {path}")
+    data = {"output": str(path), "format": to, "lost": lost}
+    out.show(data, say, f"wrote {path}")
 
 
 @app.command()
@@ -83,7 +84,8 @@ def check(
         ),
     ],
     base: Base = None,
-    as_json: Json = False,
+    *,
+    output: Output,
 ) -> None:
     """List what a program would refuse or misread in ADAPTER.
 
@@ -93,15 +95,16 @@ def check(
     from dataclasses import asdict
 
     from lora_inject.checkpoint.conversion import check_adapter
-    from lora_inject.cli.show import print_json, say, say_words
 
     found = check_adapter(adapter, client, base=base)
     stopped = any(finding.stops for finding in found)
-    if as_json:
-        print_json({"client": client, "accepted": not stopped, "findings": [*map(asdict, found)]})
-    else:
-        say(f"{client}: {'does not take it as it is' if stopped else 'takes it'}")
-        for finding in found:
-            say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")
+    data = {"client": client, "accepted": not stopped, "findings": [*map(asdict, found)]}
+    output.show(data, _print_findings, client, found, stopped)
     if stopped:
         raise Exit(1)
+
+
+def _print_findings(client: str, found: Sequence[Finding], stopped: bool) -> None:
+    say(f"{client}: {'does not take it as it is' if stopped else 'takes it'}")
+    for finding in found:
+        say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
+
+from lora_inject.cli.show import print_json
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
@@ -27,13 +29,35 @@ Weights = Annotated[
 ]
 AnyBase = Annotated[bool, Option(help="Go on although the adapter was made on another base.")]
 Overwrite = Annotated[bool, Option(help="Replace an existing adapter.")]
-All = Annotated[bool, Option("--all", help="List each site instead of each kind of site.")]
-Json = Annotated[bool, Option("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How to print a result."""
+
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+
+    def show(self, data: Mapping[str, Any], print_it: Callable[..., None], *found: Any) -> None:
+        """Print a result: its plain data as JSON, or as `print_it` does."""
+        options = {name: value for name, value in vars(self).items() if name != "as_json"}
+        if self.as_json:
+            print_json(data)
+        else:
+            print_it(*found, **options)
+
+
+@dataclass(frozen=True)
+class Listing(Output):
+    """How to print a result with many sites."""
+
+    everything: Annotated[
+        bool, Option("--all", help="List each site instead of each kind of site.")
+    ] = False
 
 
 @dataclass(frozen=True)
 class Writing:
-    """Where and how to write an adapter: options of a command, as `Reading`."""
+    """Where and how to write an adapter."""
 
     output: Annotated[Path, Option("--output", "-o", help="Where to write the adapter.")]
     adapter_format: Annotated[str, Option("--format", help="Format to write.")] = "peft"
@@ -58,7 +82,7 @@ class Keeping:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read adapters: options of a command."""
+    """How to read adapters."""
 
     prefer: Annotated[
         Believe | None,
@@ -95,6 +119,11 @@ class Reading:
         ),
     ] = None
 
+    component: Annotated[
+        str | None,
+        Option("--from-component", help="Pipelines: the part to read from a file with several."),
+    ] = None
+
     def options(self, paths: Sequence[Path], known: str | None = None) -> list[dict[str, Any]]:
         """Return for each adapter the given options that its format takes.
 
@@ -120,8 +149,9 @@ class Reading:
                 taken.append({})
         for name in given:
             if not any(name in options for options in taken):
-                hint = f"--{name.replace('_', '-')}"
-                raise BadParameter("no adapter has a format with this option", param_hint=hint)
+                option = "from-component" if name == "component" else name.replace("_", "-")
+                found = "no adapter has a format with this option"
+                raise BadParameter(found, param_hint=f"--{option}")
         return taken
 
     def read(

@@ -11,8 +11,17 @@ from typing import Annotated
 
 from typer import Argument, BadParameter, Option
 
-from lora_inject.cli.given import AdapterPath, All, AnyBase, Json, Reading
+from lora_inject.cli.given import AdapterPath, AnyBase, Listing, Output, Reading
 from lora_inject.cli.program import app
+from lora_inject.cli.show import (
+    note,
+    print_analysis,
+    print_inspection,
+    print_json,
+    progress_bar,
+    say,
+    width,
+)
 
 
 @app.command()
@@ -28,11 +37,11 @@ def plan(
     keys: Annotated[
         bool, Option(help="Plan on the names in the checkpoint, not on config.json.")
     ] = False,
-    as_json: Json = False,
+    *,
+    output: Output,
 ) -> None:
     """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
     from lora_inject.cli.models import source_of
-    from lora_inject.cli.show import note, print_json, say, width
     from lora_inject.spec.config import Config
     from lora_inject.spec.matching import resolve
 
@@ -40,10 +49,7 @@ def plan(
     inventory, about = source_of(model, keys=keys)
     note(f"planned on {about}")
     planned = resolve(wanted, inventory)
-    if as_json:
-        print_json(planned.to_dict())
-    else:
-        say(planned.text(width()))
+    output.show(planned.to_dict(), say, planned.text(width()))
 
 
 @app.command()
@@ -58,7 +64,6 @@ def advise(
     One rank on all linear layers of MODEL.
     """
     from lora_inject.cli.models import source_of
-    from lora_inject.cli.show import note, say
     from lora_inject.spec.advice import advised
 
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", budget)
@@ -88,21 +93,16 @@ def inspect(
         Option("--format", help="Format of the adapter. (default: detected from the files)"),
     ] = None,
     reading: Reading,
-    everything: All = False,
-    as_json: Json = False,
+    listing: Listing,
 ) -> None:
     """Show the sites, ranks, norms and non-finite values of ADAPTER."""
     from lora_inject.analysis.inspection import inspect_state
     from lora_inject.checkpoint import Checkpoint
-    from lora_inject.cli.show import print_inspection, print_json
 
     checkpoint = None if base is None else Checkpoint.open(base)
     [state] = reading.read([adapter], checkpoint, format=adapter_format)
     found = inspect_state(state)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        print_inspection(found, everything=everything)
+    listing.show(found.to_dict(), print_inspection, found)
 
 
 @app.command()
@@ -124,8 +124,7 @@ def analyze(
     ] = None,
     any_base: AnyBase = False,
     reading: Reading,
-    everything: All = False,
-    as_json: Json = False,
+    listing: Listing,
 ) -> None:
     """Show what ADAPTER has learned: needed rank, spectra, subspaces.
 
@@ -134,7 +133,6 @@ def analyze(
     """
     from lora_inject import analysis as figures
     from lora_inject.checkpoint import Checkpoint
-    from lora_inject.cli.show import note, print_analysis, print_json, progress_bar
 
     if any_base and base is None:
         raise BadParameter("it needs --base", param_hint="--any-base")
@@ -160,15 +158,12 @@ def analyze(
         name = "the other adapter" if other is None else other.name
         page = figures.report(found, state, adapter.name, comparison=compared, other=name)
         written.append(figures.write_report(report, page))
-    if as_json:
-        more = {
-            "findings": [finding.to_dict() for finding in figures.findings(found)],
-            "comparison": None if compared is None else compared.to_dict(),
-            "written": [str(path) for path in written],
-        }
-        print_json({**found.to_dict(), **more})
-    else:
-        print_analysis(found, compared, everything=everything)
+    more = {
+        "findings": [finding.to_dict() for finding in figures.findings(found)],
+        "comparison": None if compared is None else compared.to_dict(),
+        "written": [str(path) for path in written],
+    }
+    listing.show({**found.to_dict(), **more}, print_analysis, found, compared)
     for path in written:
         note(f"wrote {path}")
 
@@ -176,7 +171,6 @@ def analyze(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a config, for editors."""
-    from lora_inject.cli.show import print_json
     from lora_inject.spec.config import Config
 
     print_json(Config.json_schema())

@@ -13,17 +13,24 @@ from typer import Argument, BadParameter, Exit, Option
 
 from lora_inject.cli.given import (
     AdapterPaths,
-    All,
     AnyBase,
     Dtype,
-    Json,
     Keeping,
+    Listing,
+    Output,
     Reading,
     Weights,
     Writing,
     pairs_of,
 )
 from lora_inject.cli.program import app
+from lora_inject.cli.show import (
+    print_extraction,
+    print_merge,
+    print_merge_plan,
+    print_verification,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
@@ -117,8 +124,7 @@ def merge(
         int | None, Option(min=1, help="Threads. (default: one per core, at most four)")
     ] = None,
     reading: Reading,
-    everything: All = False,
-    as_json: Json = False,
+    listing: Listing,
 ) -> None:
     """Fold each ADAPTER into the checkpoint BASE, without the model.
 
@@ -128,7 +134,6 @@ def merge(
     complete, or finished by the same command.
     """
     from lora_inject import checkpoint as on_disk
-    from lora_inject.cli.show import print_json, print_merge, print_merge_plan, progress_bar
 
     if output is None and not dry_run:
         raise BadParameter("say where to write: --output FOLDER (or --dry-run)")
@@ -138,17 +143,12 @@ def merge(
     if output is None or dry_run:
         where = Path.cwd() if output is None else on_disk.check_output(checkpoint, output)
         free = on_disk.free_bytes(where)
-        if as_json:
-            print_json({**planned.to_dict(), "free_bytes": free})
-        else:
-            print_merge_plan(planned, where, free, everything=everything)
+        data = {**planned.to_dict(), "free_bytes": free}
+        listing.show(data, print_merge_plan, planned, where, free)
         return
     with progress_bar("merging") as progress:
         report = on_disk.merge_planned(planned, output, progress)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print_merge(report, everything=everything)
+    listing.show(report.to_dict(), print_merge, report)
 
 
 @app.command()
@@ -158,7 +158,7 @@ def verify(
     merged: Annotated[Path, Argument(metavar="MERGED", help="The folder to check.")],
     merging: Merging,
     reading: Reading,
-    as_json: Json = False,
+    output: Output,
 ) -> None:
     """Check that MERGED is what merging ADAPTER into BASE would write.
 
@@ -166,16 +166,12 @@ def verify(
     merge was given.
     """
     from lora_inject.checkpoint import verify_checkpoint
-    from lora_inject.cli.show import print_json, print_verification, progress_bar
 
     options = merging.options()
     checkpoint, weighted = merging.read(base, adapters, reading)
     with progress_bar("verifying") as progress:
         report = verify_checkpoint(checkpoint, weighted, merged, options=options, progress=progress)
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print_verification(report)
+    output.show(report.to_dict(), print_verification, report)
     if report.problems:
         raise Exit(1)
 
@@ -187,18 +183,15 @@ def extract(
     writing: Writing,
     keeping: Keeping,
     full: Annotated[bool, Option(help="Store other tensors in full: norms, biases.")] = False,
-    everything: All = False,
-    as_json: Json = False,
+    *,
+    listing: Listing,
 ) -> None:
     """Store the difference of TUNED and BASE as a low-rank adapter."""
     from lora_inject.checkpoint import extract_adapter
-    from lora_inject.cli.show import print_extraction, print_json, progress_bar
 
     how: dict[str, Any] = {"rank": keeping.rank, "energy": keeping.energy, "full": full}
     how |= {"format": writing.adapter_format, "overwrite": writing.overwrite}
     with progress_bar("extracting") as progress:
         report = extract_adapter(base, tuned, writing.output, **how, progress=progress)
-    if as_json:
-        print_json({"output": str(writing.output), **report.to_dict()})
-    else:
-        print_extraction(report, writing.output, everything=everything)
+    data = {"output": str(writing.output), **report.to_dict()}
+    listing.show(data, print_extraction, report, writing.output)

@@ -130,28 +130,27 @@ class _Commands(TyperGroup):
 
 
 def in_options(message: str, options: Iterable[str]) -> str:
-    """Return a message of the package in the words of the command line.
-
-    Args:
-        message: Such as `pass allow=['x'], or prefer="config"`.
-        options: The options that the command has.
+    """Return a message of the package in the words of the command line, with its options.
 
     Examples:
         >>> in_options("pass allow=['x', 'y'], any_base=True or a=1", ["--allow", "--any-base"])
         'pass --allow x --allow y, --any-base or a=1'
+        >>> in_options("pass component='unet' (--from-component)", [])
+        'pass --from-component unet'
     """
     known = {opt[2:].replace("-", "_"): opt for opt in options if opt.startswith("--")}
     value = r"""(\[[^\]]*\]|"[^"]*"|'[^']*'|True|\.\.\.|[\w.]*\w)"""
 
     def option(found: re.Match[str]) -> str:
-        opt, text = known[found[1]], found[2]
+        opt, text = found[3] or known.get(found[1]), found[2]
+        if opt is None:
+            return found[0]
         if text in ("True", "..."):
             return opt
         values = re.findall(r"""['"]([^'"]*)['"]""", text) or [text]
         return " ".join(f"{opt} {each}" for each in values)
 
-    names = "|".join(map(re.escape, known))
-    return re.sub(rf"\b({names})={value}", option, message) if known else message
+    return re.sub(rf"\b(\w+)={value}(?: \((--[\w-]+)\))?", option, message)
 
 
 class _Program(typer.Typer):
@@ -183,8 +182,8 @@ def _with_fields(run: Callable[..., Any]) -> Callable[..., Any]:
             taken.append(parameter)
     for parameter in taken:
         kind, option = get_args(parameter.annotation)
-        if kind is bool:
-            option.param_decls = option.param_decls or (f"--{parameter.name.replace('_', '-')}",)
+        if kind is bool and option.default is ...:  # typer keeps a name that is given here
+            option.param_decls = (f"--{parameter.name.replace('_', '-')}",)
 
     def command(**given: Any) -> Any:
         for name, group in groups.items():

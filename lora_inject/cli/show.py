@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lora_inject.spec.columns import Rows, columns
+from lora_inject.spec.columns import Rows, columns, sides
 from lora_inject.spec.names import counted as count
 from lora_inject.spec.names import printable, templates
 from lora_inject.spec.roles import GAINED
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
-    from lora_inject.analysis.inspection import Inspection, SiteFigures, TensorFigures
+    from lora_inject.analysis.inspection import Inspection, SiteFigures
     from lora_inject.checkpoint import ExtractReport, MergePlan, VerifyReport
     from lora_inject.functional.merge_report import MergeReport
 
@@ -100,11 +100,7 @@ def _finite(data: Any) -> Any:
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar of bytes on stderr while the body runs, where stderr is a terminal.
 
-    Args:
-        what: What is done.
-
-    Yields:
-        A function of bytes done and bytes in all, for any thread.
+    Yields a function of bytes done and bytes in all, for any thread.
     """
     forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"  # as rich
     if sys.stderr is None or not (sys.stderr.isatty() or forced):
@@ -114,14 +110,13 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
 
     columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
-        bars.TimeRemainingColumn(),
+        bars.BarColumn,
+        bars.DownloadColumn,
+        bars.TransferSpeedColumn,
+        bars.TimeRemainingColumn,
     )
-    console = Console(stderr=True)
-    with bars.Progress(*columns, console=console, transient=True) as progress:
+    shown = (bars.TextColumn("{task.description}"), *(column() for column in columns))
+    with bars.Progress(*shown, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)
 
         def update(done: int, total: int) -> None:
@@ -165,7 +160,7 @@ def _size(n_bytes: float) -> str:
 # ------------------------------------------------------------------------------------------ inspect
 
 
-def print_inspection(found: Inspection, *, everything: bool = False) -> None:
+def print_inspection(found: Inspection, *, everything: bool) -> None:
     """Print what is in an adapter, by kind of site unless everything is asked for."""
     if found.sites:
         further = tuple(found.n_further)
@@ -177,12 +172,13 @@ def print_inspection(found: Inspection, *, everything: bool = False) -> None:
         if any(site.spec.variant in GAINED for site in found.sites):
             say_words("Of DoRA |delta| is |scale B A|, without the gain by m.")
         say()
-    tensors = {
-        **{name: ("trained", figures) for name, figures in found.trained.items()},
-        **{name: ("copy of the base", figures) for name, figures in found.base_copies.items()},
-    }
+    tensors = {name: ("trained", figures) for name, figures in found.trained.items()}
+    tensors |= {name: ("copy of the base", figures) for name, figures in found.base_copies.items()}
     if tensors:
-        cells = tuple(_tensor_row(name, *entry) for name, entry in tensors.items())
+        cells = tuple(
+            (name, what, sides(figures.shape), figures.dtype, figures.norm)
+            for name, (what, figures) in tensors.items()
+        )
         rows = Rows(("tensor", "", "shape", "dtype", "norm"), cells)
         print_rows(rows, everything=everything)
         say()
@@ -195,11 +191,11 @@ def print_inspection(found: Inspection, *, everything: bool = False) -> None:
 
 
 def _site_row(site: SiteFigures, further: Sequence[str]) -> tuple[Any, ...]:
-    variant = "" if site.spec.variant == "lora" else f", {site.spec.variant}"
-    spec, slices = site.spec, f" [{', '.join(site.slices)}]" if site.slices else ""
+    spec, variants = site.spec, "" if site.spec.variant == "lora" else f", {site.spec.variant}"
+    slices = f" [{', '.join(site.slices)}]" if site.slices else ""
     return (
         spec.name,
-        spec.kind + (" - start" if site.frozen_start else "") + variant,
+        spec.kind + (" - start" if site.frozen_start else "") + variants,
         f"{spec.in_features:,} -> {spec.out_features:,}{slices}",
         f"{spec.rank}",
         f"{spec.scale:g}",
@@ -210,30 +206,21 @@ def _site_row(site: SiteFigures, further: Sequence[str]) -> tuple[Any, ...]:
     )
 
 
-def _tensor_row(name: str, what: str, tensor: TensorFigures) -> tuple[Any, ...]:
-    shape = " x ".join(f"{side:,}" for side in tensor.shape) or "scalar"
-    return name, what, shape, tensor.dtype, tensor.norm
-
-
 def _inspection_totals(found: Inspection) -> str:
     parts = [f"{count(len(found.sites), 'site')}: {found.n_lora:,} in A and B"]
     parts[0] += "".join(f", {n:,} in {role}" for role, n in found.n_further.items())
     if found.trained:
         parts.append(f"{found.n_trained:,} in {count(len(found.trained), 'trained tensor')}")
-    known = found.n_fingerprinted
+    known, bad = found.n_fingerprinted, found.n_nonfinite
     parts.append(f"base known by {count(known, 'tensor')}" if known else "base not named")
-    parts.append(
-        f"{count(found.n_nonfinite, 'value')} NaN or Inf" if found.n_nonfinite else "finite"
-    )
+    parts.append(f"{count(bad, 'value')} NaN or Inf" if bad else "finite")
     return "; ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------ analyze
 
 
-def print_analysis(
-    found: Analysis, compared: Comparison | None, *, everything: bool = False
-) -> None:
+def print_analysis(found: Analysis, compared: Comparison | None, *, everything: bool) -> None:
     """Print the figures of an adapter, grouped by kind of site unless `everything`."""
     from lora_inject.analysis import findings, tables
 
@@ -264,14 +251,9 @@ def print_analysis(
 # -------------------------------------------------------------------------------- merge and verify
 
 
-def print_merge_plan(
-    plan: MergePlan, where: Path, free_bytes: int, *, everything: bool = False
-) -> None:
+def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int, *, everything: bool) -> None:
     """Print what a merge would do, and whether the disk of `where` has room for it."""
-    cells = tuple(
-        (job.name, job.action, job.dtype, " x ".join(f"{side:,}" for side in job.shape))
-        for job in plan.jobs
-    )
+    cells = tuple((job.name, job.action, job.dtype, sides(job.shape)) for job in plan.jobs)
     if cells:
         print_rows(Rows(("tensor", "action", "dtype", "shape"), cells), everything=everything)
     for adapter, (_, rule) in zip(plan.adapters, plan.rules, strict=True):
@@ -279,7 +261,8 @@ def print_merge_plan(
         say_words(f"{adapter.label} x {adapter.weight:g}: {count(n_sites, 'site')}, {rule}")
     for key, value in plan.config_changes.items():
         say(f"config.json: {key} becomes {json.dumps(value)}")
-    _print_notes(plan.notes)
+    for text in plan.notes:
+        say_words(f"note: {text}")
     n_copied = sum(copy.n_bytes for shard in plan.shards for copy in shard.copies)
     say_words(
         f"would write {_size(plan.n_bytes)} in {count(len(plan.shards), 'file')}: "
@@ -289,23 +272,22 @@ def print_merge_plan(
     say_words(f"{_size(free_bytes)} {room} on the disk of '{where}'; nothing was written")
 
 
-def print_merge(report: MergeReport, *, everything: bool = False) -> None:
+def print_merge(report: MergeReport, *, everything: bool) -> None:
     """Print what a merge left of each delta, the worst of each kind, and the totals."""
     measured = report.counted
     if measured:
         heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
         cells = tuple((t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in measured)
         rows = Rows(heads, cells, {"kept": min, "error": max})
-        joined = (
-            "Of several tensors: the median |D|/|W| and the worst of the others; --all lists each."
-        )
+        joined = "Of several: the median |D|/|W| and the worst of the others; --all lists each."
         print_rows(rows, everything=everything, joined=joined)
-    _print_notes(report.notes)
+    for text in report.notes:
+        say_words(f"note: {text}")
     if report.resumed:
         say(f"resumed: {count(len(report.resumed), 'file')} finished earlier")
     if report.lost:
-        say_list(f"lost more than allowed in {len(report.lost):,}:", report.lost,
-                 everything=everything)  # fmt: skip
+        head = f"lost more than allowed in {len(report.lost):,}:"
+        say_list(head, report.lost, everything=everything)
     say_words(_merge_totals(report))
     if report.warning:
         note(f"warning: {report.warning}")
@@ -313,9 +295,9 @@ def print_merge(report: MergeReport, *, everything: bool = False) -> None:
 
 def _merge_totals(report: MergeReport) -> str:
     changed = f"{len(report.tensors):,} of {report.n_tensors:,} tensors"
-    checked = ", verified" if report.verified else ""
     peak = report.peak_memory_bytes
     memory = f", {_size(peak)} of memory" if peak else ""
+    checked = ", verified" if report.verified else ""
     lost = f"; {report.warning}" if report.warning else ""
     return (
         f"merged {changed} into {report.output}: {_size(report.n_bytes)} in "
@@ -336,7 +318,7 @@ def print_verification(report: VerifyReport) -> None:
     )
 
 
-def print_extraction(report: ExtractReport, written: Path, *, everything: bool = False) -> None:
+def print_extraction(report: ExtractReport, written: Path, *, everything: bool) -> None:
     """Print what of the difference the adapter holds, and what was left behind."""
     low = [tensor for tensor in report.tensors if tensor.kept == "low rank"]
     low.sort(key=lambda tensor: tensor.energy or 0.0)
@@ -344,10 +326,7 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool =
         heads = ("tensor", "rank", "|D|/|W|", "energy")
         cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
         rows = Rows(heads, cells, {"rank": max, "energy": min})
-        joined = (
-            "Of several tensors: the largest rank, the median |D|/|W|, the least energy; --all "
-            "lists each."
-        )
+        joined = "Of several: the largest rank, median |D|/|W|, least energy; --all lists each."
         print_rows(rows, everything=everything, joined=joined)
     if report.left:
         say_list("left behind:", report.left, everything=everything)
@@ -356,8 +335,3 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool =
         f"wrote {written}: {count(report.n_sites, 'site')}, {count(n_full, 'tensor')} in full; "
         f"{len(report.left):,} left behind, {report.n_equal:,} equal to the base's"
     )
-
-
-def _print_notes(notes: Sequence[str]) -> None:
-    for text in notes:
-        say_words(f"note: {text}")

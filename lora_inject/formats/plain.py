@@ -220,6 +220,6 @@ def one_component(found: Mapping[str, T], component: str | None, asked: str) -> 
             asked,
             f"it holds {one_line(found)}" + (f", not '{component}'" if component else ""),
             "Name the one to read, each onto its own model: "
-            f'component="{next(iter(found), "unet")}" (--component)',
+            f'component="{next(iter(found), "unet")}" (--from-component)',
         )
     return found[component]

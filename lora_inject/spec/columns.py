@@ -117,6 +117,11 @@ def _shown(cell: Any) -> str:
     return number(cell)
 
 
+def sides(shape: Iterable[int]) -> str:
+    """Return a shape as `2 x 1,024`."""
+    return " x ".join(f"{side:,}" for side in shape) or "scalar"
+
+
 def number(value: float | None) -> str:
     """Return a number with three digits, whole numbers in full, `-` for none.
 

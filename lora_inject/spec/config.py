@@ -7,7 +7,6 @@ errors is reported at its line and column, with the nearest valid spelling.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -37,7 +36,7 @@ from lora_inject.errors import ConfigError, check_type, nearest
 from lora_inject.spec.config_errors import config_error
 from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.names import printable
+from lora_inject.spec.names import printable, regex_problem
 from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.yaml import MAX_TEXT_BYTES, Document, Dumper, show
 
@@ -47,15 +46,10 @@ ALL_LINEAR = "all-linear"
 
 
 def _check_pattern(pattern: str) -> str:
-    try:
-        pattern.encode()  # half a surrogate pair is not text
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # "possible nested set" and the like mean a mistake
-            compiled = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError, UnicodeError, Warning) as error:
+    if problem := regex_problem(pattern):
         remedy = "Patterns are Python regexes; a literal dot is '\\.'"
-        raise ValueError(f"{show(pattern)} is not a regex: {error}", remedy) from None
-    if compiled.fullmatch("") and pattern != "^$":  # which names the root module, on purpose
+        raise ValueError(f"{show(pattern)} is not a regex: {problem}", remedy)
+    if re.fullmatch(pattern, "") and pattern != "^$":  # which names the root module, on purpose
         remedy = "Write what must be there; '.+' matches every name, '^$' the root"
         raise ValueError(f"{show(pattern)} also matches an empty name", remedy)
     return pattern
@@ -607,12 +601,7 @@ ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
 """Accepted forms of a config; see `Config.coerce`."""
 
 
-_INNER: dict[str, type[BaseModel]] = {
-    "targets": Rule,
-    "expect": Expect,
-    "init": Normal,
-    "layout": Axes,
-}
+_INNER = dict[str, type[BaseModel]](targets=Rule, expect=Expect, init=Normal, layout=Axes)
 """The models inside a config, by the key that they stand under."""
 
 

@@ -14,27 +14,24 @@ from lora_inject.spec.yaml import Document, Loc, dotted, show
 
 _ALSO = 4  # further errors that one message lists
 
-# What the same thing is called in PEFT and elsewhere.
-_ELSEWHERE = {
-    "r": "rank",
-    "lora_r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "init_lora_weights": "init",
-    "use_rslora": "scaling",
-    "target_modules": "targets",
-    "target_parameters": "targets",
-    "rules": "targets",
-    "exclude_modules": "exclude",
-    "modules_to_save": "train",
-    "layers_to_transform": "layers",
-    "modules": "sites",
-    "pattern": "match",
-    "name": "match",
-    "regex": "match",
-    "std": "normal",
-    "lora_only": "adapted",
+_NAMES = {
+    "rank": ("r", "lora_r"),
+    "alpha": ("lora_alpha",),
+    "dropout": ("lora_dropout",),
+    "init": ("init_lora_weights",),
+    "scaling": ("use_rslora",),
+    "targets": ("target_modules", "target_parameters", "rules"),
+    "exclude": ("exclude_modules",),
+    "train": ("modules_to_save",),
+    "layers": ("layers_to_transform",),
+    "sites": ("modules",),
+    "match": ("pattern", "name", "regex"),
+    "normal": ("std",),
+    "adapted": ("lora_only",),
 }
+_ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
+"""What the same thing is called in PEFT and elsewhere, to our word."""
+
 _MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
 
 

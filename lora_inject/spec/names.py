@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from functools import lru_cache
@@ -20,7 +21,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 
 MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes milliseconds
 
-# Names
+_NOT_A_REGEX = (re.error, OverflowError, RecursionError)
 
 
 def canonical(name: str, *, ddp: bool = False) -> str:
@@ -88,14 +89,14 @@ def matching(
     return matched
 
 
-_NOT_A_REGEX = (re.error, OverflowError, RecursionError)
-
-
 def regex_problem(pattern: str) -> str | None:
-    """Return why `re` cannot read a pattern, None where it can."""
+    """Return why a pattern is not a regex that can be meant, None where it is one."""
     try:
-        re.compile(pattern)
-    except _NOT_A_REGEX as problem:
+        pattern.encode()  # half a surrogate pair is not text
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # "possible nested set" and the like mean a mistake
+            re.compile(pattern)
+    except (*_NOT_A_REGEX, UnicodeError, Warning) as problem:
         return str(problem)
     return None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from lora_inject.spec.columns import columns
+from lora_inject.spec.columns import columns, sides
 from lora_inject.spec.config import Config, Hyper
 from lora_inject.spec.names import counted, templates
 from lora_inject.spec.sites import SiteSpec
@@ -188,8 +188,7 @@ def _table(entries: Iterable[tuple[str, tuple[str, str, int]]], width: int) -> I
 def _cells(entry: SiteSpec | Trained) -> tuple[str, str, int]:
     """Return kind, shape and number of parameters."""
     if isinstance(entry, Trained):
-        shape = " x ".join(f"{side:,}" for side in entry.shape) or "scalar"
-        return "trained", shape, math.prod(entry.shape)
+        return "trained", sides(entry.shape), math.prod(entry.shape)
     stack = "" if entry.experts is None else f"stack of {entry.experts:,}: "
     shape = f"{stack}{entry.in_features:,} -> {entry.out_features:,}"
     if entry.slices:
