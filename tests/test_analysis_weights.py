@@ -28,13 +28,14 @@ from lora_inject.analysis import (
     site_blocks,
     spectrum,
 )
-from lora_inject.checkpoint import Checkpoint, read
+from lora_inject.checkpoint import Checkpoint
 from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage import tensor_rows
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(read, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(tensor_rows, "BLOCK_ELEMENTS", 12)
 
 
 def saved(model: nn.Module, path: Path) -> Path:

@@ -33,8 +33,8 @@ from lora_inject.checkpoint import (
     verify_checkpoint,
 )
 from lora_inject.checkpoint import merge_files as merging
-from lora_inject.checkpoint import read as reading
 from lora_inject.errors import CheckpointError
+from lora_inject.storage import tensor_rows as reading
 
 
 def names_of(folder):
@@ -110,7 +110,7 @@ def test_blocks_and_threads_do_not_change_a_bit(tmp_path, monkeypatch, workers):
     merge(base, [state], tmp_path / "whole", workers=1)
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("lora_inject.checkpoint.output_rows.SPAN_ELEMENTS", 500)
-    monkeypatch.setattr("lora_inject.checkpoint.threads.COPY_BYTES", 64)
+    monkeypatch.setattr("lora_inject.checkpoint.write.COPY_BYTES", 64)
     merge(base, [state], tmp_path / "out", workers=workers)
     whole, blocks = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "out")
     for name in whole:

@@ -1,4 +1,4 @@
-"""Merging on disk into quantized checkpoints, as plain floats: what a live merge leaves."""
+"""Merging on disk into quantized checkpoints, as plain floats or in their format again."""
 
 from __future__ import annotations
 
@@ -9,19 +9,35 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits
-from helpers.checkpoints import LLAMA, adapter, load_checkpoint, save_checkpoint, site
-from torch import nn
+from helpers.checkpoints import (
+    LLAMA,
+    adapter,
+    assert_equal_to_dense,
+    dense,
+    load_checkpoint,
+    save_checkpoint,
+    site,
+)
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import lora_inject as li
-from lora_inject.checkpoint import MergeOptions, merge_checkpoint, verify_checkpoint
-from lora_inject.checkpoint import read as reading
+from lora_inject.checkpoint import (
+    Checkpoint,
+    MergeOptions,
+    WeightedAdapter,
+    merge_checkpoint,
+    plan_merge,
+    verify_checkpoint,
+)
 from lora_inject.cli import app
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import dense_delta
+from lora_inject.storage import tensor_rows as reading
 
 N = 64
-BF16 = MergeOptions(dequantize="bfloat16")
+BF16, AGAIN = MergeOptions(dequantize="bfloat16"), MergeOptions(requantize=True)
 NF4 = {"quant_type": "nf4", "compute_dtype": torch.float32}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "nf4": ("Linear4bit", NF4),
@@ -47,6 +63,79 @@ def bitsandbytes(form: str, dtype: torch.dtype = torch.float32, seed: int = 0) -
 def stored(net: nn.Module, folder: Path, shards: int = 1) -> Path:
     tensors = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     return save_checkpoint(folder, tensors, shards, {"quantization_config": {"load_in_4bit": True}})
+
+
+def kept(merged: Tensor, before: Tensor, exact: Tensor) -> float:
+    """The share of the delta that the merged weight has, from dense values."""
+    D = exact.double() - before.double()
+    return float(((merged.double() - before.double()) * D).sum() / D.square().sum())
+
+
+def assert_same_files(base: Path, out: Path, changed: set[str]) -> None:
+    """Everything but some tensors is what it was, bit for bit, in the same files."""
+    assert {p.name for p in base.iterdir()} == {p.name for p in out.iterdir()}
+    for path in base.iterdir():
+        if path.suffix == ".json":
+            assert (out / path.name).read_bytes() == path.read_bytes()
+        else:
+            before, after = load_file(path), load_file(out / path.name)
+            assert before.keys() == after.keys()
+            for name in before.keys() - changed:
+                assert same_bits(before[name], after[name]), name
+
+
+def of_library(tensors: dict[str, Tensor], form: str) -> Tensor:
+    """The values of '0.weight' as bitsandbytes reads its parts."""
+    if form == "int8":
+        return tensors["0.weight"].float() * tensors["0.SCB"].float()[:, None] / 127
+    functional = pytest.importorskip("bitsandbytes").functional
+    parts = {name: t for name, t in tensors.items() if name.startswith("0.weight.")}
+    state = functional.QuantState.from_dict(parts, torch.device("cpu"))
+    found: Tensor = functional.dequantize_4bit(tensors["0.weight"], state).float()
+    return found
+
+
+@quiet
+@pytest.mark.parametrize("form", FORMS)
+def test_files_of_bitsandbytes_are_quantized_again_as_the_live_model_is(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 1000)  # pieces must follow the blocks of scales
+    net = bitsandbytes(form, torch.bfloat16 if form == "nf4" else torch.float32)
+    base = stored(net, tmp_path / "base", shards=3)
+    fill(li.inject(net, {"rank": 2, "targets": ["0"]}))
+    with torch.no_grad():
+        for parameter in li.adapter_parameters(net).values():
+            parameter.mul_(0.15)  # a delta of the size of W
+    state = li.adapter_state(net)
+    report = merge_checkpoint(base, [state], tmp_path / "out", options=AGAIN)
+    before, found = load_checkpoint(base), load_checkpoint(tmp_path / "out")
+    new = {f"0.{end}" for end in ("weight", "SCB", "weight.absmax", "weight.nested_absmax")}
+    assert_same_files(base, tmp_path / "out", new)
+    W, merged, held = of_library(before, form), of_library(found, form), state.sites["0"]
+    exact = W.double() + dense_delta(held.spec, held.A, held.B)
+    li.merge(net, requantize=True)
+    live = of_library({k: t.contiguous() for k, t in net.state_dict().items()}, form)
+    assert error(merged, exact) < 1.02 * error(live, exact)
+    assert error(merged, exact) < 0.5 * error(W, exact)
+    row = report.tensors["0.weight"]
+    assert row.dtype == ("int8" if form == "int8" else form[:3])
+    assert row.kept == pytest.approx(kept(merged, W, exact), abs=1e-5)
+    assert verify_checkpoint(base, [state], tmp_path / "out", options=AGAIN).problems == ()
+    strict, little = MergeOptions(requantize=True, min_kept=0.9), WeightedAdapter(state, 1e-3)
+    with pytest.raises(CheckpointError, match=r"rounding leaves less.*'0.weight'.*--dequantize"):
+        merge_checkpoint(base, [little], tmp_path / "lost", options=strict)
+    assert not (tmp_path / "lost").exists()
+
+
+def test_what_cannot_be_quantized_again_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(CheckpointError, match="both dequantize and requantize"):
+        MergeOptions(requantize=True, dequantize="bfloat16")
+    plain = save_checkpoint(tmp_path / "plain", {"v.weight": torch.zeros(8, 8)})
+    with pytest.raises(CheckpointError, match=r"requantize .*none of its tensors is quantized"):
+        plan_merge(plain, [adapter(site("v", (8, 8)))], AGAIN)
 
 
 @quiet
@@ -79,6 +168,76 @@ def test_files_of_bitsandbytes_merge_as_the_live_model_does(
         merge_checkpoint(other, [state], tmp_path / "no", options=BF16)
 
 
+def quantized(w: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Quantize by blocks as DeepSeek's checkpoints are; returns the two tensors."""
+    rows, cols = (-(-size // b) for size, b in zip(w.shape, block, strict=True))
+    values, scales = torch.empty_like(w), torch.empty(rows, cols)
+    for i in range(rows):
+        for j in range(cols):
+            at = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
+            scales[i, j] = w[at].abs().max() / 448
+            values[at] = w[at] / scales[i, j]
+    return values.to(torch.float8_e4m3fn), scales
+
+
+def dequantized(q: Tensor, s: Tensor, block: tuple[int, int]) -> Tensor:
+    full = s.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return q.float() * full[: q.shape[0], : q.shape[1]]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("block", [(128, 128), (8, 16)])
+def test_float8_base_is_dequantized_or_quantized_again_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, block: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 1000)  # scales must follow the rows
+    plain = {n: torch.randn(300, 200) if block[0] == 128 else torch.randn(20, 40) for n in "qv"}
+    tensors, wanted = {"norm.weight": torch.ones(8).bfloat16()}, {}
+    for n, w in plain.items():
+        q, s = quantized(w, block)
+        tensors |= {f"{n}.weight": q, f"{n}.weight_scale_inv": s}
+        wanted[f"{n}.weight"] = dequantized(q, s, block)
+    quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
+    config = {**LLAMA, "quantization_config": quantization}
+    base = save_checkpoint(tmp_path / "base", tensors, shards, config)
+    before = wanted["q.weight"]
+    state = adapter(site("q", tuple(plain["q"].shape), size=0.1))
+    with pytest.raises(CheckpointError, match=r"fp8 with block scales.*--dequantize"):
+        plan_merge(base, [state])
+    options = MergeOptions(dequantize="bfloat16")
+    merge_checkpoint(base, [state], tmp_path / "out", options=options)
+    exact = dense(wanted, (state, 1.0))["q.weight"]
+    wanted = {n: t.bfloat16() for n, t in dense(wanted, (state, 1.0)).items()}
+    wanted["norm.weight"] = tensors["norm.weight"]
+    found = load_checkpoint(tmp_path / "out")
+    assert_equal_to_dense(found, wanted, {"q.weight", "v.weight"})
+    assert torch.equal(found["v.weight"], wanted["v.weight"])
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    Checkpoint.open(tmp_path / "out")  # the index agrees with the files
+    assert verify_checkpoint(base, [state], tmp_path / "out", options=options).problems == ()
+    report = merge_checkpoint(base, [state], tmp_path / "again", options=AGAIN)
+    found = load_checkpoint(tmp_path / "again")
+    q, s = (found.pop(f"q.weight{end}") for end in ("", "_scale_inv"))
+    assert_same_files(base, tmp_path / "again", {"q.weight", "q.weight_scale_inv"})
+    due = dequantized(*quantized(exact, block), block)
+    assert error(dequantized(q, s, block), due.double()) < 1e-6
+    row = report.tensors["q.weight"]
+    assert (row.action, row.dtype) == ("folded", "float8")
+    assert row.kept == pytest.approx(kept(dequantized(q, s, block), before, exact))
+    assert verify_checkpoint(base, [state], tmp_path / "again", options=AGAIN).problems == ()
+
+
+def test_float8_without_scales_is_refused(tmp_path: Path) -> None:
+    tensors = {"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "v.weight": torch.zeros(8, 8)}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    with pytest.raises(CheckpointError, match="without block scales"):
+        plan_merge(
+            base,
+            [adapter(site("v", (8, 8)))],
+            options=MergeOptions(dequantize="bfloat16"),
+        )
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_mxfp4_experts_merge_as_transformers_dequantizes_them(tmp_path: Path, shards: int) -> None:
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
@@ -100,6 +259,8 @@ def test_mxfp4_experts_merge_as_transformers_dequantizes_them(tmp_path: Path, sh
     assert same_bits(found[name], wanted.float().bfloat16())
     assert found.keys() == {name, "model.norm.weight"}
     assert verify_checkpoint(base, [state], tmp_path / "out", options=BF16).problems == ()
+    with pytest.raises(CheckpointError, match="quantizing to mxfp4 is not supported"):
+        plan_merge(base, [state], AGAIN)
     if shards > 1:  # each is written where its blocks were, and not into one file for all
         assert len(list((tmp_path / "out").glob("*.safetensors"))) == shards
 

@@ -1,4 +1,4 @@
-"""Large, strange and hostile: 671B parameters, float8, fingerprints, Ctrl-C, lean imports."""
+"""Large, strange and hostile: 671B parameters, fingerprints, Ctrl-C, memory."""
 
 import json
 import signal
@@ -13,12 +13,9 @@ import torch
 from helpers.checkpoints import (
     LLAMA,
     adapter,
-    assert_equal_to_dense,
     assert_verified,
-    dense,
     llama_adapter,
     llama_tensors,
-    load_checkpoint,
     merge,
     save_checkpoint,
     site,
@@ -31,75 +28,13 @@ from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
     WeightedAdapter,
-    merge_checkpoint,
     plan_merge,
     read_weighted,
-    verify_checkpoint,
 )
-from lora_inject.checkpoint import read as reading
 from lora_inject.checkpoint.write import write_shard
 from lora_inject.errors import CheckpointError, LoraInjectError
 from lora_inject.formats import write_adapter
 from lora_inject.storage.safetensors_file import build_header, read_header
-
-# Float8 -----------------------------------------------------------------------------------------
-
-
-def quantized(w, block):
-    """Quantize by blocks as DeepSeek's checkpoints are; returns the two tensors."""
-    rows, cols = (-(-size // b) for size, b in zip(w.shape, block, strict=True))
-    values, scales = torch.empty_like(w), torch.empty(rows, cols)
-    for i in range(rows):
-        for j in range(cols):
-            at = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
-            scales[i, j] = w[at].abs().max() / 448
-            values[at] = w[at] / scales[i, j]
-    return values.to(torch.float8_e4m3fn), scales
-
-
-def dequantized(q, s, block):
-    full = s.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return q.float() * full[: q.shape[0], : q.shape[1]]
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("block", [(128, 128), (8, 16)])
-def test_float8_base_is_dequantized_on_request(tmp_path, monkeypatch, shards, block):
-    monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 1000)  # scales must follow the rows
-    plain = {n: torch.randn(300, 200) if block[0] == 128 else torch.randn(20, 40) for n in "qv"}
-    tensors, wanted = {"norm.weight": torch.ones(8).bfloat16()}, {}
-    for n, w in plain.items():
-        q, s = quantized(w, block)
-        tensors |= {f"{n}.weight": q, f"{n}.weight_scale_inv": s}
-        wanted[f"{n}.weight"] = dequantized(q, s, block)
-    quantization = {"quant_method": "fp8", "weight_block_size": list(block)}
-    config = {**LLAMA, "quantization_config": quantization}
-    base = save_checkpoint(tmp_path / "base", tensors, shards, config)
-    state = adapter(site("q", tuple(plain["q"].shape), size=0.1))
-    with pytest.raises(CheckpointError, match=r"fp8 with block scales.*--dequantize"):
-        plan_merge(base, [state])
-    options = MergeOptions(dequantize="bfloat16")
-    merge_checkpoint(base, [state], tmp_path / "out", options=options)
-    wanted = {n: t.bfloat16() for n, t in dense(wanted, (state, 1.0)).items()}
-    wanted["norm.weight"] = tensors["norm.weight"]
-    found = load_checkpoint(tmp_path / "out")
-    assert_equal_to_dense(found, wanted, {"q.weight", "v.weight"})
-    assert torch.equal(found["v.weight"], wanted["v.weight"])
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    Checkpoint.open(tmp_path / "out")  # the index agrees with the files
-    assert verify_checkpoint(base, [state], tmp_path / "out", options=options).problems == ()
-
-
-def test_float8_without_scales_is_refused(tmp_path):
-    tensors = {"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "v.weight": torch.zeros(8, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    with pytest.raises(CheckpointError, match="without block scales"):
-        plan_merge(
-            base,
-            [adapter(site("v", (8, 8)))],
-            options=MergeOptions(dequantize="bfloat16"),
-        )
-
 
 # Fingerprints -----------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ block by block and looked at instead of written, so memory does not grow with W.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -23,13 +22,12 @@ from lora_inject.analysis.blocks import Figures, Place, SiteBlock, blocks_of_ter
 from lora_inject.analysis.rounding import Rounded, rounding_of_rows
 from lora_inject.checkpoint import Checkpoint, WeightedAdapter
 from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized import why_not
-from lora_inject.checkpoint.read import RowReader, rows_per_block
 from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Delta
+from lora_inject.storage.tensor_rows import FLOATS, RowReader, rows_per_block
 
 
 @dataclass(frozen=True)
@@ -102,18 +100,17 @@ class Weights:
         places = self._fit.places(site)
         n_experts = self._state.sites[site].spec.experts
         blocks: list[BlockOnWeight] = []
-        with ExitStack() as stack:
-            rows = [stack.enter_context(self._open(placed)) for placed in places]
-            pairs = (pair for each in rows for pair in each.with_delta())
-            rounded = rounding_of_rows(pairs, formats)
-            for number, each in enumerate(rows):
-                # Places are in the order of the experts, several of each where the file cuts them.
-                expert = f"expert {number * n_experts // len(places)} " if n_experts else ""
-                for block in blocks_of_terms(each.placed.terms):
-                    turned, of_block = block.transposed, partial(each.of, block)
-                    norms = amplification(of_block, block.delta, rank, transposed=turned, own=own)
-                    label = f"{expert}{block.label}".strip()
-                    blocks.append(BlockOnWeight(site, label, each.placed.source.name, norms))
+        rows = [self._open(placed) for placed in places]
+        pairs = (pair for each in rows for pair in each.with_delta())
+        rounded = rounding_of_rows(pairs, formats)
+        for number, each in enumerate(rows):
+            # Places are in the order of the experts, several of each where the file cuts them.
+            expert = f"expert {number * n_experts // len(places)} " if n_experts else ""
+            for block in blocks_of_terms(each.placed.terms):
+                turned, of_block = block.transposed, partial(each.of, block)
+                norms = amplification(of_block, block.delta, rank, transposed=turned, own=own)
+                label = f"{expert}{block.label}".strip()
+                blocks.append(BlockOnWeight(site, label, each.placed.source.name, norms))
         stored = str(FLOATS[places[0].source.dtype]).removeprefix("torch.")
         return SiteOnWeight(tuple(blocks), stored, rounded)
 
@@ -124,18 +121,15 @@ class Weights:
         """
         found = []
         for placed in self._fit.places(site):
-            with self._open(placed) as rows:
-                for block in blocks_of_terms(placed.terms):
-                    wide = [some.to(torch.float32, copy=True) for _, some in rows.of(block)]
-                    top = decompose(torch.cat(wide), min(n, *block.delta.shape))
-                    found.append((block, (top.U if block.transposed else top.V).double()))
+            rows = self._open(placed)
+            for block in blocks_of_terms(placed.terms):
+                wide = [some.to(torch.float32, copy=True) for _, some in rows.of(block)]
+                top = decompose(torch.cat(wide), min(n, *block.delta.shape))
+                found.append((block, (top.U if block.transposed else top.V).double()))
         return found
 
-    @contextmanager
-    def _open(self, placed: Placed) -> Iterator[_Rows]:
-        shard = self.checkpoint.shards[self.checkpoint.shard_of[placed.source.name]]
-        with RowReader(shard.path) as reader:
-            yield _Rows(placed, reader)
+    def _open(self, placed: Placed) -> _Rows:
+        return _Rows(placed, RowReader(self.checkpoint.path_of(placed.source.name)))
 
 
 @dataclass(frozen=True)
@@ -172,7 +166,7 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fi
     try:
         fit = choose(part, checkpoint)
         if not any_base:
-            check_same_base(checkpoint, part, fit)
+            check_same_base(fit)
     except CheckpointError as error:  # which speaks of merging
         raise CheckpointError(asked, error.found, error.remedy) from None
     entries = [placed.source for job in fit.jobs.values() for placed in job.placed]

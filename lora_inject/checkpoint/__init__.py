@@ -5,7 +5,6 @@ a few detours. `plan_merge` says what would happen, `merge_checkpoint` does it,
 `verify_checkpoint` checks it, and `extract_adapter` goes the other way.
 """
 
-from lora_inject.checkpoint.adapter_files import read_weighted
 from lora_inject.checkpoint.extract import ExtractReport, difference_of, extract_adapter
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_files import merge_checkpoint, merge_planned
@@ -13,7 +12,7 @@ from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.staging import check_output, free_bytes
 from lora_inject.checkpoint.verify import VerifyReport, verify_checkpoint
-from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
+from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, read_weighted
 
 __all__ = [
     "Checkpoint",

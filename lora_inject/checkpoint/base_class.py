@@ -1,8 +1,7 @@
 """What the class of a checkpoint says of its tensors: names, ties, kinds and orientations.
 
-The class is built on the meta device, where it weighs nothing, and only when it is asked. Ties are
-the parameters that are one object there; names are those that transformers itself gives to the
-tensors of the file when it loads them.
+The class is built on the meta device, and only when it is asked. Ties are the parameters that are
+one object there; names are those that transformers gives to a file's tensors when it loads them.
 """
 
 from __future__ import annotations

@@ -6,14 +6,15 @@ Nothing is ever left over: what finds no place is listed, with the reason and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState
+from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
@@ -55,11 +56,19 @@ def choose(
     if adapter.state.rows and adapter.weight != 1:
         found = f"rows cannot be replaced with weight {adapter.weight}"
         raise clash(next(iter(adapter.state.rows)), found)
+
+    def fit(rule: Rule, label: str) -> Fit:
+        way = Orientation(of)
+        found = Fit(rule, label, adapter, way, options.allow_new)
+        if way.contradicted is not None:  # earlier square sites were judged without it
+            found = Fit(rule, label, adapter, way, options.allow_new)
+        return found
+
     label = "names as told" if options.rename else "names as they are"
-    best, refusal = _try(_told(options.rename), label, adapter, of, options), None
+    best, refusal = fit(_told(options.rename), label), None
     if best.left and not options.rename and of.known:
         try:
-            best = min(best, _try(of, of.label, adapter, of, options), key=lambda f: len(f.left))
+            best = min(best, fit(of, of.label), key=lambda f: len(f.left))
         except CheckpointError as error:
             refusal = error  # it explains itself only where nothing fits
     if best.left:
@@ -78,69 +87,54 @@ def _told(rename: Mapping[str, str]) -> Rule:
     return renamed
 
 
-def _try(
-    rule: Rule, label: str, adapter: WeightedAdapter, of: BaseClass, options: MergeOptions
-) -> Fit:
-    way = Orientation(of)
-    fit = Fit(rule, label, adapter, way, options.allow_new)
-    if way.contradicted is not None:  # earlier square sites were judged without it
-        fit = Fit(rule, label, adapter, way, options.allow_new)
-    return fit
-
-
 def _nothing_fits(best: Fit) -> CheckpointError:
-    checkpoint, adapter = best.way.of.checkpoint, best.adapter
-    asked = f"merge {adapter.label} into '{checkpoint.folder}'"
-    if quantized := why_not(checkpoint, [name for name, _ in best.left]):
+    checkpoint, state, left = best.checkpoint, best.adapter.state, best.left
+    asked = f"merge {best.adapter.label} into '{checkpoint.folder}'"
+    if quantized := why_not(checkpoint, [name for name, _ in left]):
         return CheckpointError(asked, *quantized)
-    shown = "; ".join(
-        reason if name in reason else f"'{name}': {reason}"
-        for name, reason in best.left[:MAX_SHOWN]
-    )
-    more = f"; and {len(best.left) - MAX_SHOWN} more" if len(best.left) > MAX_SHOWN else ""
-    close = nearest(best.rule(best.left[0][0]), checkpoint.tensors)
+    shown = [reason if name in reason else f"'{name}': {reason}" for name, reason in left]
+    shown[MAX_SHOWN:] = [f"and {len(left) - MAX_SHOWN} more"] if len(left) > MAX_SHOWN else []
+    close = nearest(best.rule(left[0][0]), checkpoint.tensors)
     near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
-    state = adapter.state
-    tables = (state.sites, state.trained, state.base_copies)
+    n_tensors = sum(map(len, (state.sites, state.trained, state.base_copies)))
     return CheckpointError(
         asked,
-        f"{len(best.left)} of {sum(map(len, tables))} tensors have no place in it ({shown}{more})",
+        f"{len(left)} of {n_tensors} tensors have no place in it ({'; '.join(shown)})",
         f"{near}Use the checkpoint that the adapter was trained on, or say how its names differ: "
         "--rename OLD=NEW. Nothing was written",
     )
 
 
-@dataclass
 class Fit:
     """The placement of one adapter on a checkpoint, for one rule to read names."""
 
-    rule: Rule  # how names are read
-    label: str  # the rule, for messages
-    adapter: WeightedAdapter
-    way: Orientation  # what is known of orientations, and of the base's class
-    allow_new: bool  # whether trained tensors may be new to the base
-    # job of each output tensor that the adapter changes, by name
-    jobs: dict[str, TensorJob] = field(default_factory=dict)
-    # output tensor name to the base's tensor and the adapter's copy of it
-    copies: dict[str, tuple[TensorEntry, Tensor]] = field(default_factory=dict)
-    # reasons why tensors have no place
-    left: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(
+        self, rule: Rule, label: str, adapter: WeightedAdapter, way: Orientation, allow_new: bool
+    ) -> None:
+        """Place every tensor.
 
-    def __post_init__(self) -> None:
-        """Place every tensor."""
-        state = self.adapter.state
+        `label` says what the rule is, `way` what is known of orientations and of the base's class,
+        and `allow_new` whether trained tensors may be new to the base.
+        """
+        self.rule, self.label, self.adapter, self.way = rule, label, adapter, way
+        self.checkpoint, self.allow_new = way.of.checkpoint, allow_new
+        # job of each output tensor that the adapter changes, by name
+        self.jobs: dict[str, TensorJob] = {}
+        # output tensor name to the base's tensor and the adapter's copy of it
+        self.copies: dict[str, tuple[TensorEntry, Tensor]] = {}
+        self.left: list[tuple[str, str]] = []  # names without a place, and the reasons
+        state = adapter.state
         for site in state.sites.values():
             self._place(weight_name(site.spec), self._site, site)
-        full = {name: t for name, t in state.trained.items() if name not in state.rows}
-        rows = {name: (at, state.trained[name]) for name, at in state.rows.items()}
-        for tensors, put in (
-            (full, self._trained),
-            (state.base_copies, self._copy),
-            (_biases(state.sites.values()), self._added),
-            (rows, self._rows),
-        ):
-            for name, value in tensors.items():
-                self._place(name, put, value)
+        for name, value in state.trained.items():
+            if name not in state.rows:
+                self._place(name, self._trained, value)
+        for name, value in state.base_copies.items():
+            self._place(name, self._copy, value)
+        for name, value in _biases(state).items():
+            self._place(name, self._added, value)
+        for name, at in state.rows.items():
+            self._place(name, self._rows, (at, state.trained[name]))
 
     def _place(self, original: str, put: Callable[[str, Any], None], value: Any) -> None:
         """Place one tensor of the adapter under its name in the files."""
@@ -152,7 +146,7 @@ class Fit:
     def job(self, name: str, entry: TensorEntry | None) -> TensorJob:
         """Return the job of an output tensor; make it if there is none yet."""
         if name not in self.jobs:
-            self.jobs[name] = TensorJob.of(self.way.of.checkpoint, name, entry)
+            self.jobs[name] = TensorJob.of(self.checkpoint, name, entry)
         return self.jobs[name]
 
     def places(self, site: str) -> list[Placed]:
@@ -160,26 +154,24 @@ class Fit:
         return [p for job in self.jobs.values() for p in job.placed if p.site == site]
 
     def _site(self, name: str, state: SiteState) -> None:
-        spec, adapter = state.spec, self.adapter
         entry = self._find(name)
-        copy = adapter.state.base_copies.get(weight_name(spec))
+        copy = self.adapter.state.base_copies.get(weight_name(state.spec))
         if copy is not None and entry is not None and _grew(entry, copy):
             entry = replace(entry, shape=tuple(copy.shape))
         try:
-            places = Update(state, adapter.weight, name, self.way).places(entry)
+            places = Update(state, self.adapter.weight, name, self.way).places(entry)
         except CheckpointError:  # the class cannot be built
             places = []
         if not places:
-            raise NoPlace(self._absent(name))
+            raise _absent(name)
         for place in places:
-            job = self.job(place.tensor, self.way.of.checkpoint.tensors[place.source.name])
-            job.placed += (place,)
+            self.job(place.tensor, self.checkpoint.tensors[place.source.name]).placed += (place,)
 
     def _trained(self, name: str, value: Tensor) -> None:
         try:
-            entry = self._fitting(name, value, self._find(name))
+            entry = _fitting(name, value, self._find(name))
         except NoPlace:
-            if not self.allow_new or name in self.way.of.checkpoint.tensors:
+            if not self.allow_new or name in self.checkpoint.tensors:
                 raise
             entry = None
         job = self.job(name, entry)
@@ -187,64 +179,62 @@ class Fit:
         job.trained += ((value, self.adapter.weight),)
 
     def _copy(self, name: str, value: Tensor) -> None:
-        self.copies[name] = (self._fitting(name, value, self._find(name)), value)
+        self.copies[name] = (_fitting(name, value, self._find(name)), value)
 
     def _added(self, name: str, vector: Tensor) -> None:
-        entry = self._fitting(name, vector, self.way.of.checkpoint.tensors.get(name))
+        entry = _fitting(name, vector, self.checkpoint.tensors.get(name))
         self.job(name, entry).added += ((vector, self.adapter.weight),)
 
     def _rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> None:
         entry, (indices, rows) = self._find(name), given
         if entry is None:
-            raise NoPlace(self._absent(name))
+            raise _absent(name)
         if len(entry.shape) != 2 or tuple(rows.shape) != (len(indices), entry.shape[1]):
             found = f"{list(rows.shape)} for {len(indices)} rows of {list(entry.shape)}"
             raise NoPlace(f"'{name}': the adapter's rows are {found}")
         if not all(0 <= index < entry.shape[0] for index in indices):
             raise NoPlace(f"'{name}' has only {entry.shape[0]} rows")
-        if name in self.way.of.checkpoint.tensors:
+        if name in self.checkpoint.tensors:
             self.job(name, entry).rows += (given,)
-        elif not self._has_rows(entry.name, given):  # a tied head follows its embedding
+            return
+        mine = self.jobs[entry.name].rows if entry.name in self.jobs else ()
+        if not any(at == indices and torch.equal(t, rows) for at, t in mine):
+            # A tied head follows its embedding.
             raise NoPlace(f"'{name}' is the same tensor as '{entry.name}', which gets other rows")
-
-    def _has_rows(self, name: str, given: tuple[tuple[int, ...], Tensor]) -> bool:
-        """Whether the adapter replaces these rows of a tensor with the same values."""
-        job = self.jobs.get(name)
-        mine = [] if job is None else job.rows
-        return any(at == given[0] and torch.equal(t, given[1]) for at, t in mine)
 
     def _find(self, name: str) -> TensorEntry | None:
         """Return the tensor of a name, or the tensor that it is tied to."""
-        tensors = self.way.of.checkpoint.tensors
+        tensors = self.checkpoint.tensors
         if name in tensors:
             return tensors[name]
         try:
             source = self.way.of.source_of(name)
         except CheckpointError as error:
-            found = f"could not {error.asked}: {error.found}"
-            raise NoPlace(f"{self._absent(name)} ({found})") from None
+            why = f" (could not {error.asked}: {error.found})"
+            raise _absent(name, why) from None
         return None if source is None else tensors[source]
 
-    def _fitting(self, name: str, value: Tensor, entry: TensorEntry | None) -> TensorEntry:
-        """Refuse a full tensor that the base lacks or has in another shape."""
-        if entry is None:
-            raise NoPlace(self._absent(name))
-        if tuple(value.shape) == entry.shape or _grew(entry, value):
-            return entry
-        found = f"has the shape {list(entry.shape)}, the adapter's is {list(value.shape)}"
-        raise NoPlace(f"'{name}' {found}")
 
-    @staticmethod
-    def _absent(name: str) -> str:
-        return f"'{name}' is not in the checkpoint"
+def _fitting(name: str, value: Tensor, entry: TensorEntry | None) -> TensorEntry:
+    """Refuse a full tensor that the base lacks or has in another shape."""
+    if entry is None:
+        raise _absent(name)
+    if tuple(value.shape) == entry.shape or _grew(entry, value):
+        return entry
+    found = f"has the shape {list(entry.shape)}, the adapter's is {list(value.shape)}"
+    raise NoPlace(f"'{name}' {found}")
 
 
-def _biases(sites: Iterable[SiteState]) -> dict[str, Tensor]:
+def _absent(name: str, why: str = "") -> NoPlace:
+    return NoPlace(f"'{name}' is not in the checkpoint{why}")
+
+
+def _biases(state: AdapterState) -> dict[str, Tensor]:
     """Return what each bias of B adds, by the name of the layer's bias."""
     return {
         weight_name(site.spec).removesuffix("weight") + "bias": site.scale
         * in_memory(site.further["b"].detach())
-        for site in sites
+        for site in state.sites.values()
         if site.spec.lora_bias
     }
 

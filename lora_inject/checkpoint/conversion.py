@@ -108,10 +108,7 @@ def _said(path: Path) -> dict[str, Any]:
 
 
 def check_adapter(
-    adapter: str | os.PathLike[str],
-    client: str,
-    *,
-    base: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str], client: str, *, base: str | os.PathLike[str] | None = None
 ) -> list[Finding]:
     """Return where a program that loads adapters would refuse or misread one.
 

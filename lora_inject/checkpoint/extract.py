@@ -1,16 +1,14 @@
 """The reverse of merging: the difference of two checkpoints as an adapter.
 
-A fine-tuned checkpoint is its base and a delta for each tensor, and the best adapter of a
-given rank is the delta's truncated SVD (Eckart and Young). Tensors are streamed; what no low rank
-can carry (norms, biases) is stored in full when asked, and is listed when not.
+The best adapter of a given rank is the delta's truncated SVD (Eckart and Young). Tensors are
+streamed; what no low rank can carry (norms, biases) is stored in full when asked, else listed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,14 @@ from lora_inject.adapter.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import weight_name
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.merge_files import Progress
-from lora_inject.checkpoint.output_files import FLOATS
 from lora_inject.checkpoint.place import matrix_of
-from lora_inject.checkpoint.read import RowReader
 from lora_inject.checkpoint.same_base import fingerprint
+from lora_inject.checkpoint.write import Progress
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import write_adapter
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
+from lora_inject.storage.tensor_rows import FLOATS, RowReader
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,13 @@ def difference_of(
     The adapter's scale is 1 everywhere, and it has the base's fingerprint. Arguments and errors are
     those of `extract_adapter`.
     """
-    _check_measure(rank, energy)
+    if rank is None and energy is None:
+        raise CheckpointError("extract", "neither rank nor energy was given", "Give one or both")
+    if rank is not None and rank < 1:
+        raise CheckpointError(f"extract rank {rank}", "that is none at all", "Give 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        remedy = "Give a number above 0, at most 1"
+        raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
     taking = _Taking(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
     _check_names(taking.base, taking.tuned)
     found, done = list[Extracted](), 0
@@ -148,25 +151,13 @@ def difference_of(
             progress(done, taking.tuned.n_bytes)
     n_equal = len(taking.tuned.tensors) - len(found)
     if not taking.sites and not taking.trained:
-        raise CheckpointError(
-            f"extract an adapter from '{tuned}'",
-            f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank",
-            "Check the paths; store small tensors in full (full) if only they were trained",
-        )
+        held = f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank"
+        remedy = "Check the paths; store small tensors in full (full) if only they were trained"
+        raise CheckpointError(f"extract an adapter from '{tuned}'", held, remedy)
     names = [weight_name(site.spec) for site in taking.sites.values()]
     known = fingerprint(taking.base, [name for name in names if name in taking.base.tensors])
     state = AdapterState(taking.sites, taking.trained, fingerprint=known)
     return state, ExtractReport(tuple(found), n_equal, len(state.sites))
-
-
-def _check_measure(rank: int | None, energy: float | None) -> None:
-    if rank is None and energy is None:
-        raise CheckpointError("extract", "neither rank nor energy was given", "Give one or both")
-    if rank is not None and rank < 1:
-        raise CheckpointError(f"extract rank {rank}", "that is none at all", "Give 1 or more")
-    if energy is not None and not 0 < energy <= 1:
-        remedy = "Give a number above 0, at most 1"
-        raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
 
 
 def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
@@ -175,11 +166,9 @@ def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
     if lost or new:
         what = [f"'{name}' is only in the base" for name in lost[:3]]
         what += [f"'{name}' is only in the fine-tuned one" for name in new[:3]]
-        raise CheckpointError(
-            f"compare '{base.folder}' and '{tuned.folder}'",
-            f"{len(lost) + len(new)} tensor names differ: {'; '.join(what)}",
-            "Save both with the same version of the same library",
-        )
+        asked = f"compare '{base.folder}' and '{tuned.folder}'"
+        found = f"{len(lost) + len(new)} tensor names differ: {'; '.join(what)}"
+        raise CheckpointError(asked, found, "Save both with the same version of the same library")
 
 
 @dataclass
@@ -191,12 +180,11 @@ class _Taking:
     rank: int | None
     energy: float | None
     full: bool
-    sites: dict[str, SiteState] = field(default_factory=dict)
-    trained: dict[str, Tensor] = field(default_factory=dict)
 
-    @cached_property
-    def of(self) -> BaseClass:
-        return BaseClass(self.base)
+    def __post_init__(self) -> None:
+        self.of = BaseClass(self.base)
+        self.sites: dict[str, SiteState] = {}
+        self.trained: dict[str, Tensor] = {}
 
     def take(self, after: TensorEntry) -> Iterator[Extracted]:
         """Add one tensor's difference to the adapter, and yield its result if it differs."""
@@ -225,21 +213,22 @@ class _Taking:
     def _whole(self, after: TensorEntry, relative: float | None) -> Extracted:
         """Store what no low rank can carry, if that was asked for."""
         if self.full:
-            with RowReader(self.tuned.path_of(after.name)) as theirs:
-                rows = theirs.rows(after, 1, 0, after.n_elements)
-                self.trained[after.name] = rows.view(after.shape).clone()
+            value = RowReader(self.tuned.path_of(after.name)).whole(after)
+            self.trained[after.name] = value
+            if len(after.shape) > 1:  # readers take a tied tensor name by name
+                apart = self.of.tie_of(after.name) - self.base.tensors.keys()
+                self.trained |= dict.fromkeys(sorted(apart), value)
         return Extracted(after.name, "in full" if self.full else "left", relative)
 
     def _difference(self, after: TensorEntry, before: TensorEntry) -> tuple[Tensor, float]:
         """Return the delta, float32, of the tensor's shape, and `|W|`."""
         n_cols, squares = matrix_of(after.shape)[1], 0.0
         delta = torch.empty(after.n_elements // n_cols, n_cols)
-        paths = self.base.path_of(after.name), self.tuned.path_of(after.name)
-        with RowReader(paths[0]) as mine, RowReader(paths[1]) as theirs:
-            blocks = zip(mine.blocks(before, n_cols), theirs.blocks(after, n_cols), strict=True)
-            for (start, old), (_, new) in blocks:
-                delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
-                squares += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
+        mine = RowReader(self.base.path_of(after.name)).blocks(before, n_cols)
+        theirs = RowReader(self.tuned.path_of(after.name)).blocks(after, n_cols)
+        for (start, old), (_, new) in zip(mine, theirs, strict=True):
+            delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
+            squares += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
         return delta.view(after.shape), math.sqrt(squares)
 
     def _site(self, name: str, difference: Tensor) -> tuple[SiteState, float, bool]:

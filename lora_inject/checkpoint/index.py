@@ -1,7 +1,6 @@
 """A checkpoint folder: its shards, its index, and where each tensor lies.
 
-The headers are the truth and the index only repeats them, so both are read and must say
-the same. From then on a checkpoint is a table from tensor name to (shard, dtype, shape, bytes).
+The headers are the truth and the index only repeats them, so both are read and must say the same.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Checkpoint:
         index_name: File name of the index, None for a single file.
         index: The index as parsed, None for a single file.
         config: `config.json` as parsed, empty where there is none.
-        packed: Quantized tensors that are shown dequantized, by name; see `dequantized`.
+        packed: Quantized tensors that are shown dequantized, by name; see `quantized`.
         shown: Their entries as they are shown, without bytes in any file.
     """
 
@@ -72,11 +71,9 @@ class Checkpoint:
             folder = path.parent.resolve()
             return cls(folder, _read_shards(folder, [path.name]), None, None, {})
         if not path.is_dir():
-            raise CheckpointError(
-                asked,
-                "there is no such folder" if not path.exists() else "it is not a folder",
-                "Give the folder that holds config.json and the .safetensors files",
-            )
+            found = "it is not a folder" if path.exists() else "there is no such folder"
+            remedy = "Give the folder that holds config.json and the .safetensors files"
+            raise CheckpointError(asked, found, remedy)
         folder = path.resolve()
         index_name, names, index = _find_shards(folder, asked)
         shards = _read_shards(folder, names)
@@ -140,21 +137,16 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
     if index_name := _prefer_model(indexes, asked):
         stem = index_name.removesuffix(_INDEX_SUFFIX)
         if stem + ".safetensors" in files:
-            raise CheckpointError(
-                asked,
-                f"it holds both '{stem}.safetensors' and '{index_name}'",
-                "Programs differ in which they load; remove the one that is not meant",
-            )
+            found = f"it holds both '{stem}.safetensors' and '{index_name}'"
+            remedy = "Programs differ in which they load; remove the one that is not meant"
+            raise CheckpointError(asked, found, remedy)
         index = _read_json(resolve_inside(folder, index_name), MAX_INDEX_BYTES)
         return index_name, set(_weight_map(index_name, index).values()), index
     files = [name for name in files if not name.startswith("adapter_model")]
     name = _prefer_model(files, asked)
     if name is None:
-        raise CheckpointError(
-            asked,
-            "it holds no .safetensors weights",
-            "Convert it first: load it and call save_pretrained, which writes safetensors",
-        )
+        remedy = "Convert it first: load it and call save_pretrained, which writes safetensors"
+        raise CheckpointError(asked, "it holds no .safetensors weights", remedy)
     return None, {name}, None
 
 
@@ -165,27 +157,22 @@ def _prefer_model(names: list[str], asked: str) -> str | None:
     for name in names:
         if name.split(".")[0] == "model":
             return name
-    raise CheckpointError(
-        asked,
-        f"it holds several and none is called 'model': {', '.join(names[:5])}",
-        "Give the path of the .safetensors file that is meant, or restore the index",
-    )
+    found = f"it holds several and none is called 'model': {', '.join(names[:5])}"
+    remedy = "Give the path of the .safetensors file that is meant, or restore the index"
+    raise CheckpointError(asked, found, remedy)
 
 
 def _weight_map(name: str, index: Any) -> dict[str, str]:
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    asked, weight_map = f"read '{name}'", index.get("weight_map") if type(index) is dict else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"read '{name}'", "it has no table 'weight_map'", "The index is damaged; fetch it again"
-        )
+        remedy = "The index is damaged; fetch it again"
+        raise CheckpointError(asked, "it has no table 'weight_map'", remedy)
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
-            raise CheckpointError(
-                f"read '{name}'",
-                f"it puts {tensor[:80]!r} into {str(shard)[:80]!r}, which is not the plain name of "
-                "a .safetensors file",
-                "Do not use this checkpoint: such an index reaches outside its folder",
-            )
+            where = f"it puts {tensor[:80]!r} into {str(shard)[:80]!r}"
+            found = f"{where}, which is not the plain name of a .safetensors file"
+            remedy = "Do not use this checkpoint: such an index reaches outside its folder"
+            raise CheckpointError(asked, found, remedy)
     return weight_map
 
 
@@ -204,22 +191,17 @@ def resolve_inside(folder: Path, name: str) -> Path:
     keeps every file as `snapshots/REVISION/NAME -> ../../blobs/HASH`.
     """
     path = folder / name
-    real = path.resolve()
+    asked, real = f"read '{name}' of '{folder}'", path.resolve()
     if not real.is_file():
-        raise CheckpointError(
-            f"read '{name}' of '{folder}'",
-            "it is not a regular file" if real.exists() else "there is no such file",
-            "The download is not complete; fetch the checkpoint again",
-        )
+        found = "it is not a regular file" if real.exists() else "there is no such file"
+        remedy = "The download is not complete; fetch the checkpoint again"
+        raise CheckpointError(asked, found, remedy)
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":
         roots.append((folder.parent.parent / "blobs").resolve())
     if not any(real.is_relative_to(root) for root in roots):
-        raise CheckpointError(
-            f"read '{name}' of '{folder}'",
-            f"it is a link to '{real}', outside the folder",
-            "Copy the file into the folder if it is meant",
-        )
+        found = f"it is a link to '{real}', outside the folder"
+        raise CheckpointError(asked, found, "Copy the file into the folder if it is meant")
     return real
 
 
@@ -240,8 +222,6 @@ def _check_index(asked: str, weight_map: Mapping[str, str], shards: Mapping[str,
     extra, missing = sorted(found - claimed), sorted(claimed - found)
     what = [f"'{t}' of '{s}' is not in the index" for t, s in extra[:3]]
     what += [f"the index puts '{t}' into '{s}', which does not hold it" for t, s in missing[:3]]
-    raise CheckpointError(
-        asked,
-        f"index and files differ on {len(extra) + len(missing)} tensors: {'; '.join(what)}",
-        "The checkpoint is incomplete or mixed from two; fetch it again",
-    )
+    differ = f"index and files differ on {len(extra) + len(missing)} tensors: {'; '.join(what)}"
+    remedy = "The checkpoint is incomplete or mixed from two; fetch it again"
+    raise CheckpointError(asked, differ, remedy)

@@ -6,21 +6,19 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_inject.checkpoint.adapter_files import Given
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.processes import Processes, deal
 from lora_inject.checkpoint.staging import Staging, check_output, check_space
-from lora_inject.checkpoint.threads import BytesDone, check_unchanged
 from lora_inject.checkpoint.verify import verify_shards
-from lora_inject.checkpoint.weighted_adapter import digest
-from lora_inject.checkpoint.write import write_shard
+from lora_inject.checkpoint.weighted_adapter import Given, digest
+from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import MergeReport, TensorReport
 from lora_inject.storage.disk import remedy_for
@@ -30,9 +28,6 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all; from any thread, one call at a time."""
 
 
 def merge_checkpoint(
@@ -92,7 +87,7 @@ def merge_planned(
     """Carry out what `plan_merge` planned; the rest as for `merge_checkpoint`."""
     began = time.perf_counter()
     folder = check_output(plan.base, Path(output))
-    with _disk_errors(folder), contextlib.closing(Processes()) as processes:
+    with contextlib.closing(Processes()) as processes:
         return _Run(plan, processes, folder, progress).all(began)
 
 
@@ -103,9 +98,9 @@ class _Run:
         self, plan: MergePlan, processes: Processes, folder: Path, progress: Progress | None
     ) -> None:
         self.plan, self.processes, self.staging = plan, processes, Staging(folder)
-        dealt = deal([shard.n_bytes for shard in plan.shards], self.processes.world)
+        dealt = deal([shard.n_bytes for shard in plan.shards], processes.world)
         rows = zip(plan.shards, dealt, strict=True)
-        self.mine = [shard for shard, rank in rows if rank == self.processes.rank]
+        self.mine = [shard for shard, rank in rows if rank == processes.rank]
         self.counted = BytesDone(sum(s.data_bytes for s in self.mine), progress)
         self.fsync_seconds = 0.0
         self.records: dict[str, list[TensorReport]] = {}
@@ -149,8 +144,7 @@ class _Run:
     def _find_finished(self) -> None:
         """Read the records of finished files, of all processes."""
         for shard in self.plan.shards:
-            record = self.staging.record(shard)
-            if record is not None:
+            if (record := self.staging.record(shard)) is not None:
                 self.records[shard.name] = [TensorReport.from_dict(t) for t in record["tensors"]]
 
     def _write(self, shard: OutputShard) -> None:
@@ -176,11 +170,10 @@ class _Run:
         if lost and self.plan.options.on_lost == "fail":
             least = self.plan.options.min_kept or 0.0
             worst = ", ".join(f"'{name}' {_below(lost[name], least)}" for name in list(lost)[:5])
-            raise _LostError(
-                f"keep at least {least} of every delta",
-                f"rounding leaves less in {len(lost)} tensors: {worst}",
-                "Write float32 (--dtype), keep the adapter unmerged, or accept less (--min-kept)",
-            )
+            found = f"rounding leaves less in {len(lost)} tensors: {worst}"
+            wide = "floats (--dequantize)" if self.plan.options.requantize else "float32 (--dtype)"
+            remedy = f"Write {wide}, keep the adapter unmerged, or accept less (--min-kept)"
+            raise _LostError(f"keep at least {least} of every delta", found, remedy)
 
     def _publish(self) -> None:
         for source in self.plan.base.shards.values():
@@ -192,14 +185,25 @@ class _Run:
 
     @contextlib.contextmanager
     def _tidy(self) -> Iterator[None]:
-        """Leave nothing behind after a failure that nothing can be resumed from."""
+        """Leave nothing behind after a failure that nothing can be resumed from.
+
+        What the system says about the disk becomes one clear error.
+        """
         try:
             yield
         except BaseException as error:
-            hopeless = isinstance(error, _LostError) or self.staging.n_finished() == 0
+            n_finished = self.staging.n_finished()
+            hopeless = isinstance(error, _LostError) or n_finished == 0
             if hopeless and self.processes.world == 1:
                 self.staging.remove()
-            raise
+            if not isinstance(error, OSError):
+                raise
+            kept = f"; {n_finished} finished files are kept in '{self.staging.folder}'"
+            raise CheckpointError(
+                f"write to '{self.staging.output}'",
+                error.strerror or str(error),
+                remedy_for(error) + (kept if n_finished else ""),
+            ) from error
 
 
 def _below(kept: float, least: float) -> str:
@@ -214,19 +218,20 @@ class _LostError(CheckpointError):
 
 def _identity(plan: MergePlan) -> dict[str, Any]:
     """Return what a rerun must agree with."""
+    base = {
+        shard.name: {
+            "bytes": shard.header.size_bytes,
+            "mtime_ns": shard.mtime_ns,
+            "header": shard.header.digest,
+        }
+        for shard in plan.base.shards.values()
+    }
     return {
         "tool": f"lora_inject {__version__}",
         "plan": plan.digest,
         "options": plan.options.identity,
         "adapters": [digest(adapter) for adapter in plan.adapters],
-        "base": {
-            shard.name: {
-                "bytes": shard.header.size_bytes,
-                "mtime_ns": shard.mtime_ns,
-                "header": shard.header.digest,
-            }
-            for shard in plan.base.shards.values()
-        },
+        "base": base,
     }
 
 
@@ -240,16 +245,3 @@ def peak_memory_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the system says about the disk into one clear error."""
-    try:
-        yield
-    except OSError as error:
-        unfinished, remedy = Staging(folder), remedy_for(error)
-        if n_finished := unfinished.n_finished():
-            remedy += f"; {n_finished} finished files are kept in '{unfinished.folder}'"
-        found = error.strerror or str(error)
-        raise CheckpointError(f"write to '{folder}'", found, remedy) from error

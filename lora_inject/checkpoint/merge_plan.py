@@ -1,8 +1,7 @@
 """What a merge will do, in full, before it does anything.
 
-Planning reads headers and adapters only, and ends with every output file laid out to the
-byte. Every refusal that can be known beforehand happens here; what remains for later is the disk
-and the rounding. The plan is also what a rerun must agree with, and what verification re-derives.
+Planning reads headers and adapters only, and ends with every output file laid out to the byte.
+Every refusal that can be known beforehand happens here; what remains is the disk and the rounding.
 """
 
 from __future__ import annotations
@@ -14,17 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_inject.checkpoint.adapter_files import Given, weighted_adapter
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.dequantized import dequantized
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
+from lora_inject.checkpoint.quantized import unpacked
 from lora_inject.checkpoint.same_base import check_same_base, grown_copies
 from lora_inject.checkpoint.settled import Settled
 from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
-from lora_inject.checkpoint.weighted_adapter import WeightedAdapter, check_adapters
+from lora_inject.checkpoint.weighted_adapter import (
+    Given,
+    WeightedAdapter,
+    check_adapters,
+    weighted_adapter,
+)
 from lora_inject.storage.safetensors_file import DTYPE_BITS
 
 
@@ -64,19 +67,15 @@ class MergePlan:
         """Every tensor that is computed, shard by shard."""
         return tuple(job for shard in self.shards for job in shard.jobs)
 
-    @property
-    def config(self) -> bytes | None:
-        """New content of `config.json`, None where it is copied or there is none."""
-        return edit_config(self.base.config, self.config_changes) if self.config_changes else None
-
     def other_files(self) -> dict[str, bytes]:
         """Return the content of every file of the output but the weight files."""
-        base = self.base
+        base, changes = self.base, self.config_changes
         files = {name: read_side_file(base.folder, name) for name in self.side_files}
         if base.index_name is not None:
             files[base.index_name] = self.index or read_side_file(base.folder, base.index_name)
         if base.config:
-            files["config.json"] = self.config or read_side_file(base.folder, "config.json")
+            edited = edit_config(base.config, changes) if changes else None
+            files["config.json"] = edited or read_side_file(base.folder, "config.json")
         return files
 
     @property
@@ -124,9 +123,7 @@ class MergePlan:
 
 
 def plan_merge(
-    base: str | Path | Checkpoint,
-    adapters: Sequence[Given],
-    options: MergeOptions | None = None,
+    base: str | Path | Checkpoint, adapters: Sequence[Given], options: MergeOptions | None = None
 ) -> MergePlan:
     """Plan a merge; reads headers and adapters, writes nothing.
 
@@ -144,19 +141,17 @@ def plan_merge(
     """
     options = options or MergeOptions()
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
-    if options.dequantize is not None:
-        checkpoint = dequantized(checkpoint, options.dequantize)
+    if options.dequantize is not None or options.requantize:
+        checkpoint = unpacked(checkpoint, options.dequantize)
     weighted = [weighted_adapter(adapter, checkpoint) for adapter in adapters]
     check_adapters(weighted)
     of = BaseClass(checkpoint, options.tie)
     fits = [choose(adapter, checkpoint, options, of) for adapter in weighted]
     settled = Settled(of, options, _joined(fits, options))
-    shards, notes = _lay_out(checkpoint, settled.jobs), list(settled.notes)
-    side_files: tuple[str, ...] = ()
-    if checkpoint.config or checkpoint.index_name or len(list(checkpoint.folder.iterdir())) > 1:
-        side_files, code_left = find_side_files(checkpoint.folder, code=options.copy_code)
-        if code_left:
-            notes.append(f"code stays behind: {', '.join(code_left)}")
+    shards, notes = lay_out(checkpoint, settled.jobs), list(settled.notes)
+    side_files, code_left = find_side_files(checkpoint.folder, code=options.copy_code)
+    if code_left:
+        notes.append(f"code stays behind: {', '.join(code_left)}")
     return MergePlan(
         checkpoint,
         tuple(weighted),
@@ -174,10 +169,9 @@ def _joined(fits: Sequence[Fit], options: MergeOptions) -> dict[str, TensorJob]:
     """Return the jobs of all adapters, by output tensor."""
     jobs: dict[str, TensorJob] = {}
     for fit in fits:
-        checkpoint = fit.way.of.checkpoint
         if not options.any_base:
-            check_same_base(checkpoint, fit.adapter, fit)
-        for name, (source, copy) in grown_copies(checkpoint, fit.adapter, fit).items():
+            check_same_base(fit)
+        for name, source, copy in grown_copies(fit):
             job = fit.job(name, source)
             job.shape, job.base_copy = tuple(copy.shape), copy
         for name, job in fit.jobs.items():
@@ -185,29 +179,6 @@ def _joined(fits: Sequence[Fit], options: MergeOptions) -> dict[str, TensorJob]:
                 raise clash(name, f"{fit.adapter.label} holds values of it and an update as well")
             jobs[name] = jobs[name].joined(job) if name in jobs else job
     return jobs
-
-
-def _lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[OutputShard, ...]:
-    """Lay out the output's files; tensors that the base lacks go into a file of their own."""
-    alone, dropped = checkpoint.index_name is None, checkpoint.hidden - jobs.keys()
-    added = [job for job in jobs.values() if not job.stored]
-    shards = []
-    for shard in checkpoint.shards.values():
-        unpacked = [  # of another name than what they are stored as
-            job
-            for name, job in jobs.items()
-            if name in checkpoint.packed
-            and job.source_shard == shard.name
-            and name not in shard.header.tensors
-        ]
-        more = [*unpacked, *(added if alone else ())]
-        shards.append(lay_out(shard.name, shard, jobs, more, dropped))
-    if added and not alone:
-        name = f"{checkpoint.stem}-added.safetensors"
-        while name in checkpoint.shards:
-            name = name.replace("-added", "-added-added", 1)
-        shards.append(lay_out(name, None, {}, added))
-    return tuple(shards)
 
 
 def _new_index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> bytes | None:

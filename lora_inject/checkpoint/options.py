@@ -1,7 +1,4 @@
-"""How to merge: the choices, checked.
-
-Each choice is one field with one meaning; what they imply is settled in `plan`.
-"""
+"""How to merge: the choices, checked."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_inject.checkpoint.output_files import FORMAT_DTYPES
+from lora_inject.checkpoint.quantized import FORMAT_DTYPES
 from lora_inject.errors import CheckpointError
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -31,6 +28,7 @@ class MergeOptions:
         allow_new: Add trained tensors that the base lacks (a new classifier) instead of refusing.
         dequantize: `bfloat16`, `float16` or `float32`: write every quantized tensor of the base as
             plain floats, and a config that says nothing of quantization.
+        requantize: Quantize merged weights of a quantized base again, in their own format.
         any_base: Merge although the adapter's fingerprint says that it was made on another base.
         workers: Threads that compute; None: one for each core, at most four.
         rename: How names of the adapters begin to how the base's names begin, where they differ
@@ -46,6 +44,7 @@ class MergeOptions:
     copy_code: bool = False
     allow_new: bool = False
     dequantize: str | None = None
+    requantize: bool = False
     any_base: bool = False
     workers: int | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
@@ -60,17 +59,19 @@ class MergeOptions:
             if said not in {None, *FORMAT_DTYPES}:
                 remedy = f"Use {', '.join(FORMAT_DTYPES)}"
                 raise CheckpointError(f"write {option} {said!r}", "it is not known", remedy)
+        if self.requantize and self.dequantize is not None:
+            found = "both dequantize and requantize are given"
+            raise CheckpointError("merge", found, "Choose one of them")
         if self.min_kept is not None and not 0 <= self.min_kept <= 1:
             asked = f"keep at least {self.min_kept} of every delta"
             remedy = "Give a number from 0 to 1, such as 0.98"
             raise CheckpointError(asked, "it is not a share", remedy)
         if self.on_lost not in {"fail", "warn"}:
-            remedy = "Use 'fail' or 'warn'"
-            raise CheckpointError(f"on_lost {self.on_lost!r}", "it is not known", remedy)
+            asked = f"on_lost {self.on_lost!r}"
+            raise CheckpointError(asked, "it is not known", "Use 'fail' or 'warn'")
         if self.workers is not None and self.workers < 1:
-            raise CheckpointError(
-                f"{self.workers} workers", "that is none at all", "Give 1 or more"
-            )
+            asked = f"{self.workers} workers"
+            raise CheckpointError(asked, "that is none at all", "Give 1 or more")
 
     @property
     def n_threads(self) -> int:
@@ -85,6 +86,6 @@ class MergeOptions:
     @property
     def identity(self) -> dict[str, Any]:
         """The choices that decide what the output is; a rerun must agree on them."""
-        names = ("dtype", "copy_code", "allow_new", "rename", "tie", "dequantize")
+        names = ("dtype", "copy_code", "allow_new", "rename", "tie", "dequantize", "requantize")
         chosen = {name: getattr(self, name) for name in names}
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in chosen.items()}

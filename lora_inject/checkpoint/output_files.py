@@ -9,34 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_inject.checkpoint.index import Checkpoint, Shard
+from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import Placed, matrix_of
 from lora_inject.errors import CheckpointError
+from lora_inject.functional import Tally, TensorReport
 from lora_inject.storage.safetensors_file import Header, TensorEntry, build_header
-
-FLOATS: Mapping[str, torch.dtype] = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-"""Dtypes that take an update, by the format's name."""
-
-FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""The format's names of dtypes that a checkpoint can be written in."""
-
-READABLE: Mapping[str, torch.dtype] = {
-    **FLOATS,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-"""Dtypes whose values can be read."""
+from lora_inject.storage.tensor_rows import FLOATS
 
 
 @dataclass
@@ -56,8 +40,7 @@ class TensorJob:
     trained: tuple[tuple[Tensor, float], ...] = ()
     # the base's values where the adapter carries them (a grown vocabulary), else None
     base_copy: Tensor | None = None
-    # reader of a quantized source (`dequantized.Packed`), else None
-    packed: Any = None
+    packed: Packed | None = None  # reader of a quantized source
     added: tuple[tuple[Tensor, float], ...] = ()  # vectors to add, with their weights
     rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()  # rows to replace: `(indices, values)`
 
@@ -77,6 +60,19 @@ class TensorJob:
         return cls(name, source, shard, source.dtype, source.shape, stored, reason, packed=packed)
 
     @property
+    def again(self) -> bool:
+        """Whether it is quantized again; `dtype` is then the name of its format."""
+        return self.packed is not None and self.dtype not in FLOATS
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the output's tensors that are computed for it."""
+        if self.packed is None or not self.again:
+            return (self.name,)
+        parts, written = self.packed.parts, self.packed.written
+        return tuple(parts[role].name for role in written if role in parts)
+
+    @property
     def action(self) -> str:
         """The kind of change: `folded`, `replaced`, `added`, `untied`, `cast` or `dequantized`."""
         if self.trained:
@@ -90,6 +86,11 @@ class TensorJob:
         """Names of the adapters' sites and tensors that change it."""
         whole = (self.name,) if self.trained or self.added or self.rows else ()
         return tuple(dict.fromkeys([*(place.site for place in self.placed), *whole]))
+
+    @property
+    def grows(self) -> bool:
+        """Whether it has another shape than the base's tensor."""
+        return self.source is not None and self.shape != self.source.shape
 
     def joined(self, other: TensorJob) -> TensorJob:
         """Return this job combined with a later adapter's job on the same tensor."""
@@ -114,10 +115,10 @@ class TensorJob:
         n_cols = self.placed[0].n_cols
         return torch.Size(self.shape).numel() // n_cols, n_cols
 
-    @property
-    def transposed(self) -> bool:
-        """Whether the outputs are the matrix's columns."""
-        return any(term.spec.transposed for place in self.placed for term in place.terms)
+    def report(self, tally: Tally) -> TensorReport:
+        """Return what became of it."""
+        dtype = str(FLOATS.get(self.dtype, self.dtype)).removeprefix("torch.")
+        return TensorReport(self.name, self.action, dtype, self.shape, self.sites).counted(tally)
 
 
 def clash(name: str, found: str) -> CheckpointError:
@@ -160,30 +161,55 @@ class OutputShard:
         return self.base is not None and self.header.raw == self.base.header.raw
 
 
-def lay_out(
+def lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[OutputShard, ...]:
+    """Lay out the output's files; tensors that the base lacks go into a file of their own."""
+    alone, dropped = checkpoint.index_name is None, checkpoint.hidden - jobs.keys()
+    if any(entry.dtype not in FLOATS for entry in checkpoint.shown.values()):
+        dropped = frozenset()  # quantized tensors stay so
+    by_output = {name: job for job in jobs.values() for name in job.outputs}
+    added = [job for job in jobs.values() if not job.stored]
+    shards = []
+    for shard in checkpoint.shards.values():
+        unpacked = [  # of another name than what they are stored as
+            job
+            for name, job in jobs.items()
+            if name in checkpoint.packed
+            and job.source_shard == shard.name
+            and name not in shard.header.tensors
+        ]
+        more = [*unpacked, *(added if alone else ())]
+        shards.append(_lay_out(shard.name, shard, by_output, more, dropped))
+    if added and not alone:
+        name = f"{checkpoint.stem}-added.safetensors"
+        while name in checkpoint.shards:
+            name = name.replace("-added", "-added-added", 1)
+        shards.append(_lay_out(name, None, {}, added, frozenset()))
+    return tuple(shards)
+
+
+def _lay_out(
     name: str,
     base: Shard | None,
     jobs: Mapping[str, TensorJob],
-    added: Iterable[TensorJob] = (),
-    dropped: frozenset[str] = frozenset(),
+    added: Iterable[TensorJob],
+    dropped: frozenset[str],
 ) -> OutputShard:
-    """Lay out one output file; its header is the base's own, byte for byte, if nothing changes.
+    """Lay out one file: `added` behind the base's tensors, without those that are `dropped`.
 
-    `base` is None for a new file, `jobs` may hold those of other shards, `added` goes behind the
-    base's tensors, and `dropped` are names of the base's that the output leaves out.
+    `jobs` are by the names of the tensors that are computed for them.
     """
     entries = [] if base is None else list(base.header.tensors.values())
     kept = [entry for entry in entries if entry.name not in dropped]
-    mine = [jobs[entry.name] for entry in kept if entry.name in jobs]
-    added = tuple(added)
-    rows: list[TensorJob | TensorEntry] = [*(jobs.get(entry.name, entry) for entry in kept), *added]
+    mine = {jobs[e.name].name: jobs[e.name] for e in kept if e.name in jobs}
+    changed = {name: job for name, job in jobs.items() if not job.again}
+    rows: list[TensorJob | TensorEntry] = [*(changed.get(e.name, e) for e in kept), *added]
     tensors = [(row.name, row.dtype, row.shape) for row in rows]
     if base is not None and tensors == [(e.name, e.dtype, e.shape) for e in entries]:
-        header = base.header
+        header = base.header  # byte for byte
     else:
         header = build_header(tensors, base.header.metadata if base else {"format": "pt"})
     copies = _copies([entry for entry in kept if entry.name not in jobs], header)
-    return OutputShard(name, base, header, copies, (*mine, *added))
+    return OutputShard(name, base, header, copies, (*mine.values(), *added))
 
 
 def _copies(entries: Iterable[TensorEntry], header: Header) -> tuple[Copy, ...]:

@@ -11,34 +11,38 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.output_files import FLOATS, TensorJob
-from lora_inject.checkpoint.read import Room, RowReader, rows_per_block
+from lora_inject.checkpoint.output_files import TensorJob
+from lora_inject.checkpoint.packed import Packed
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Delta, Gain, Tally, Term, fold_rows, mix_copies
-from lora_inject.storage.tensors import in_memory
+from lora_inject.storage.tensor_rows import FLOATS, Room, RowReader, rows_per_block
+from lora_inject.storage.tensors import bytes_of, in_memory
 
 SPAN_ELEMENTS = 1 << 24
 """Elements that one thread takes at a time: many blocks, and a small part of a large tensor."""
 
 
 class Span(NamedTuple):
-    """Some rows of one output tensor, with the terms and the gain that apply to them.
-
-    `offset` is the row that the terms' matrix begins at.
-    """
+    """Some rows of one output tensor, with the terms and the gain that apply to them."""
 
     job: TensorJob
     n_cols: int
     start: int
     stop: int
-    offset: int
+    offset: int  # the row that the terms' matrix begins at
     terms: tuple[Term, ...]
     gain: Gain | None
+
+    @property
+    def first_byte(self) -> int:
+        """Where its rows begin in the tensor; all of one that is quantized again is one span."""
+        return self.start and self.start * self.n_cols * FLOATS[self.job.dtype].itemsize
 
 
 def spans_of(job: TensorJob) -> Iterator[Span]:
@@ -52,8 +56,8 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
         terms = tuple(term for place in on for term in place.terms)
         step = max(1, SPAN_ELEMENTS // max(1, n_cols))
         gain = next((place.gain for place in on if place.gain is not None), None)
-        if gain is not None and job.transposed:
-            step = last - first  # the norms need all rows: one thread reads the tensor twice
+        if job.again or (gain is not None and any(term.spec.transposed for term in terms)):
+            step = last - first  # one thread: scales, and norms of columns, are of many rows
         for start in range(first, last, step):
             yield Span(job, n_cols, start, min(last, start + step), first, terms, gain)
 
@@ -81,24 +85,52 @@ class Folding:
         self.delta = Delta(span.terms, self.wide, span.gain)
         self.values = None if job.packed is None else job.packed.rows()
         if span.gain is not None:
-            self.delta.norms_of(self._blocks())
+            blocks = self._limits(1)
+            self.delta.norms_of((a - span.offset, self.stored(a, b)) for a, b in blocks)
 
-    def blocks(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield `(first row, bytes)` of computed rows; the bytes are valid until the next block."""
-        step = rows_per_block(self.span.n_cols, 2 if self.in_place else 1)
+    def pieces(self) -> Iterator[tuple[str, memoryview]]:
+        """Yield `(tensor, bytes)` of the output in their order, each valid until the next."""
+        if self.job.packed is not None and self.job.again:
+            yield from self._encoded(self.job.packed)
+            return
+        for start, stop in self._limits(2 if self.in_place else 1):
+            yield self.job.name, self._block(start, stop)
+
+    def _encoded(self, packed: Packed) -> Iterator[tuple[str, memoryview]]:
+        """Yield the parts of a tensor that is quantized again, and count what that keeps."""
+        n_cols, tally, stored = self.span.n_cols, self.tally, packed.rows()
+        for start, stop in self._limits(1, packed.unit):
+            self.tally = Tally()  # of rounding to float32, which is not the output's
+            data = self._block(start, stop)
+            wanted = torch.frombuffer(data, dtype=torch.float32).view(-1, n_cols)
+            parts = packed.encoded(wanted)
+            made = replace(packed, shape=tuple(wanted.shape), held=parts)
+            before, found = stored(start, stop), made.rows()(0, len(wanted))
+            tally.count(before, wanted - before, wanted - found)
+            if not tally.finite:
+                raise _too_large(self.job)
+            for role, part in parts.items():
+                yield packed.parts[role].name, memoryview(bytes_of(part))
+
+    def _limits(self, n_blocks: int, unit: int = 1) -> Iterator[tuple[int, int]]:
+        step = max(unit, rows_per_block(self.span.n_cols, n_blocks) // unit * unit)
         for start in range(self.span.start, self.span.stop, step):
-            yield start, self.block(start, min(self.span.stop, start + step))
+            yield start, min(self.span.stop, start + step)
 
-    def block(self, start: int, stop: int) -> memoryview:
+    def _block(self, start: int, stop: int) -> memoryview:
         """Compute rows `start` to `stop`, and return their bytes."""
-        stored, job = self.base(start, stop), self.job
+        stored, job, at = self.base(start, stop), self.job, start - self.span.offset
         rows = self._with_rows(stored, start)
         if self.in_place and self.reader is not None:
             room, merged = self.reader.room, stored
         else:
             room = self.room
-            merged = room.rows(FLOATS[job.dtype], stop - start, self.span.n_cols)
-        self.fold(rows, start - self.span.offset, merged)
+            dtype = FLOATS.get(job.dtype, torch.float32)
+            merged = room.rows(dtype, stop - start, self.span.n_cols)
+        if self.span.terms:
+            fold_rows(rows, at, self.delta, self.tally, merged)
+        else:
+            merged.copy_(rows)
         if not (self.tally.finite if self.span.terms else _kept_finite(rows, merged)):
             found = merged.clone()
             _check_finite(job, self._with_rows(self.base(start, stop), start), found)
@@ -141,27 +173,13 @@ class Folding:
         job, n_cols = self.job, self.span.n_cols
         if job.base_copy is not None:
             return _rows_of(job.base_copy, n_cols, start, stop)
-        if job.source is None or self.reader is None or job.shape != job.source.shape:
+        if job.source is None or self.reader is None or job.grows:
             if not job.trained:
                 raise CheckpointError(f"merge into '{job.name}'", "it has no values", "Report this")
             return _rows_of(job.trained[0][0], n_cols, start, stop)
         if self.values is not None:
-            found: Tensor = self.values(start, stop)
-            return found
+            return self.values(start, stop)
         return self.reader.rows(job.source, n_cols, start, stop)
-
-    def fold(self, rows: Tensor, at: int, merged: Tensor) -> None:
-        """Write rows with all deltas on them to `merged`; `at` is their place in the matrix."""
-        if self.span.terms:
-            fold_rows(rows, at, self.delta, self.tally, merged)
-        else:
-            merged.copy_(rows)
-
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield `(row, rows)` of W, with rows numbered as in the terms."""
-        step = rows_per_block(self.span.n_cols)
-        for start in range(self.span.start, self.span.stop, step):
-            yield start - self.span.offset, self.stored(start, min(self.span.stop, start + step))
 
 
 def _rows_of(tensor: Tensor, n_cols: int, start: int, stop: int) -> Tensor:
@@ -176,19 +194,14 @@ def _kept_finite(rows: Tensor, merged: Tensor) -> bool:
 def _check_finite(job: TensorJob, rows: Tensor, merged: Tensor) -> None:
     """Look closely: a mask's own -Inf may stay, what became Inf may not."""
     finite, finite_before = torch.isfinite(merged), torch.isfinite(rows)
-    if bool(finite.all()):
-        return
-    damaged = not bool(finite_before.all())
-    if damaged and job.placed:
-        raise CheckpointError(
-            f"merge into '{job.name}'",
-            "the base holds NaN or Inf there",
-            "The base is damaged; fetch it again",
-        )
-    if damaged and not bool((finite_before & ~finite).any()):
-        return
-    raise CheckpointError(
-        f"merge into '{job.name}'",
-        f"the result is too large for {job.dtype}: it would become Inf",
-        "Write float32 or bfloat16 (dtype), or merge with a smaller weight",
-    )
+    if job.placed and not bool(finite_before.all()):
+        found, remedy = "the base holds NaN or Inf there", "The base is damaged; fetch it again"
+        raise CheckpointError(f"merge into '{job.name}'", found, remedy)
+    if bool((finite_before & ~finite).any()):
+        raise _too_large(job)
+
+
+def _too_large(job: TensorJob) -> CheckpointError:
+    found = f"the result is too large for {job.dtype}: it would become Inf"
+    remedy = "Write float32 or bfloat16 (dtype), or merge with a smaller weight"
+    return CheckpointError(f"merge into '{job.name}'", found, remedy)

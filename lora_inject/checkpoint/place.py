@@ -43,12 +43,7 @@ class Placed:
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the shape of a tensor seen as one matrix, in its own memory order.
-
-    Examples:
-        >>> matrix_of((8, 3, 3, 3)), matrix_of((7,))
-        ((8, 27), (1, 7))
-    """
+    """Return the shape of a tensor seen as one matrix, in its own memory order."""
     return (1, math.prod(shape)) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))
 
 
@@ -64,37 +59,31 @@ class Orientation:
         """Return whether the matrix of a tensor is `(in, out)`."""
         wide = (spec.out_features, spec.in_features)
         if matrix not in (wide, wide[::-1]):
-            raise NoPlace(
-                f"'{name}': its shape is {list(matrix)}, the adapter's update is {list(wide)}"
-            )
+            found = f"its shape is {list(matrix)}, the adapter's update is {list(wide)}"
+            raise NoPlace(f"'{name}': {found}")
         may_be_wrong = spec.kind in {"linear", "conv1d"}
         if wide[0] != wide[1]:
-            found = matrix != wide
-            if found != spec.transposed and may_be_wrong:
+            found_transposed = matrix != wide
+            if found_transposed != spec.transposed and may_be_wrong:
                 self.contradicted = self.contradicted or spec.name
-            return found
+            return found_transposed
         if spec.experts is not None and self.of.known:
             return spec.transposed or bool(self.of.transposed(name))
         if self.contradicted is None or not may_be_wrong:
             return spec.transposed
         said = self.of.transposed(name) if self.of.known else None
         if said is None:
-            of = self.contradicted
-            raise NoPlace(
-                f"'{name}': it is square, and the adapter states a wrong orientation for '{of}'"
-            )
+            found = f"the adapter states a wrong orientation for '{self.contradicted}'"
+            raise NoPlace(f"'{name}': it is square, and {found}")
         return said
 
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one site, to be placed under its weight's name in the files.
-
-    `weight` is the mixing weight of the adapter, `way` what is known of orientations.
-    """
+    """The update of one site, to be placed under its weight's name in the files."""
 
     state: SiteState
-    weight: float
+    weight: float  # mixing weight of the adapter
     name: str
     way: Orientation
 

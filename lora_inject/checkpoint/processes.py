@@ -68,12 +68,7 @@ def _destroy() -> None:
 
 
 def deal(sizes: Sequence[int], world: int) -> list[int]:
-    """Return the process of each of several files: the largest first, to who has the least so far.
-
-    Examples:
-        >>> deal([5, 3, 3], 2)
-        [0, 1, 1]
-    """
+    """Return the process of each of several files: the largest first, to who has least so far."""
     loads, dealt = [0] * world, [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         dealt[i] = min(range(world), key=lambda rank: (loads[rank], rank))

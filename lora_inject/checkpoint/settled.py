@@ -6,7 +6,7 @@ Ties are cut, tensors are dequantized or cast, a vocabulary grows; each may chan
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,28 +15,26 @@ import torch
 from lora_inject.checkpoint.base_class import UNTIED, BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.output_files import FLOATS, TensorJob, clash
+from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.quantized import why_not
 from lora_inject.errors import CheckpointError
+from lora_inject.storage.tensor_rows import FLOATS
 
 
 @dataclass
 class Settled:
-    """The jobs of a merge, with further jobs that follow from them.
-
-    Raises:
-        CheckpointError: The updates cannot be carried out, or contradict each other.
-    """
+    """The jobs of a merge, with further jobs that follow from them."""
 
     of: BaseClass  # the class of the base
     options: MergeOptions  # how to merge
     jobs: dict[str, TensorJob]  # by the name of the output tensor; extended in place
-    # keys of `config.json` that change
-    config_changes: dict[str, Any] = field(default_factory=dict)
+    config_changes: dict[str, Any] = field(default_factory=dict)  # keys of `config.json`
     notes: list[str] = field(default_factory=list)  # for the user
 
     def __post_init__(self) -> None:
         """Run the steps in order: later steps see the jobs of earlier ones."""
+        config = dict(self.checkpoint.config)
+        self._tables = [config, *(value for value in config.values() if isinstance(value, dict))]
         self._dequantize()
         self._untie()
         self._change_dtype()
@@ -50,25 +48,25 @@ class Settled:
         return self.of.checkpoint
 
     def _add(self, name: str, source: str, reason: str = "") -> TensorJob:
-        self.jobs[name] = TensorJob.of(
-            self.checkpoint, name, self.checkpoint.tensors[source], reason
-        )
+        entry = self.checkpoint.tensors[source]
+        self.jobs[name] = TensorJob.of(self.checkpoint, name, entry, reason)
         return self.jobs[name]
 
     def _dequantize(self) -> None:
         """Write every tensor that is shown dequantized."""
-        packed = self.checkpoint.packed
-        for name in packed:
+        if self.options.dequantize is None:
+            return
+        for name in self.checkpoint.packed:
             if name not in self.jobs:
                 self._add(name, name, "dequantized")
-        if packed and "quantization_config" in self.checkpoint.config:
+        if "quantization_config" in self.checkpoint.config:
             self.config_changes["quantization_config"] = None
 
     def _untie(self) -> None:
         """Write every tensor of a cut tie separately."""
         # Replaced rows are the exception: PEFT gives them to the tied head as well.
         touched = {name for name, job in self.jobs.items() if job.placed or not job.rows}
-        if not any(self._may_be_tied(self.jobs[name]) for name in touched):
+        if not any(_may_be_tied(self.jobs[name]) for name in touched):
             return
         cut = [group for group in self.of.ties if touched & group and not self._stays(group)]
         for group in cut:
@@ -89,24 +87,13 @@ class Settled:
         if self.checkpoint.config:
             self.config_changes |= UNTIED
 
-    def _may_be_tied(self, job: TensorJob) -> bool:
-        """Whether an update may concern a tie: only then the class is built.
-
-        Ties join embeddings, heads and whole stacks of layers. So an update counts if its site is
-        an embedding, its tensor is not in the files, or its name has no layer number.
-        """
-        numbered = any(map(str.isdigit, job.name.split(".")))
-        is_embedding = any(t.spec.kind == "embedding" for p in job.placed for t in p.terms)
-        return not job.stored or is_embedding or (len(job.shape) > 1 and not numbered)
-
     def _stays(self, group: frozenset[str]) -> bool:
         """Whether a tie holds after the merge; then its other names stay out of the files."""
         mine = [self.jobs[name] for name in sorted(group) if name in self.jobs]
         if not mine:
             return True
         first = mine[0]
-        grown = first.source is not None and first.shape != first.source.shape
-        if len(mine) == 1 and grown and first.base_copy is None:
+        if len(mine) == 1 and first.grows and first.base_copy is None:
             self.notes.append(f"'{first.name}' grew and stays tied to the head")
             return True
         if len(mine) < len(group) or not all(_same_copies(first, job) for job in mine):
@@ -140,8 +127,7 @@ class Settled:
         for job in self.jobs.values():
             job.dtype = dtype if job.dtype in FLOATS else job.dtype
         if self.checkpoint.config:
-            tables = list(self._config_tables())
-            keys = [k for k in ("dtype", "torch_dtype") if any(k in t for t in tables)]
+            keys = [k for k in ("dtype", "torch_dtype") if any(k in t for t in self._tables)]
             for key in keys or ["torch_dtype"]:
                 self.config_changes[key] = self.options.dtype
 
@@ -149,7 +135,7 @@ class Settled:
         """Refuse a grown embedding whose head did not grow, and note the new size."""
         tensors = self.checkpoint.tensors
         for name, job in self.jobs.items():
-            if job.source is None or job.shape == job.source.shape:
+            if job.source is None or not job.grows:
                 continue
             rows, old = job.shape[0], job.source.shape[0]
             ends = self.of.ends if self.of.known else frozenset()
@@ -157,33 +143,46 @@ class Settled:
                 shape = self.jobs.get(other, tensors[other]).shape
                 if tensors[other].shape[0] == old and shape[0] != rows:
                     raise clash(name, f"it grows to {rows} rows and '{other}' stays at {old}")
-            if any(table.get("vocab_size") == old for table in self._config_tables()):
+            if any(table.get("vocab_size") == old for table in self._tables):
                 self.config_changes["vocab_size"] = rows
             self.notes.append(f"'{name}' grows from {old} to {rows} rows")
 
-    def _config_tables(self) -> Iterator[dict[str, Any]]:
-        """Yield the config and its nested configs."""
-        config = dict(self.checkpoint.config)
-        yield config
-        yield from (value for value in config.values() if isinstance(value, dict))
+
+def _may_be_tied(job: TensorJob) -> bool:
+    """Whether an update may concern a tie: only then the class is built.
+
+    Ties join embeddings, heads and whole stacks of layers. So an update counts if its site is an
+    embedding, its tensor is not in the files, or its name has no layer number.
+    """
+    numbered = any(map(str.isdigit, job.name.split(".")))
+    is_embedding = any(t.spec.kind == "embedding" for p in job.placed for t in p.terms)
+    return not job.stored or is_embedding or (len(job.shape) > 1 and not numbered)
 
 
 def _check(checkpoint: Checkpoint, job: TensorJob) -> None:
     """Refuse updates that overlap, or whose tensor is not of floats."""
     if job.packed is None and job.reason != "cast":
         _check_plain(checkpoint, job)
+    if job.packed is not None and job.again:
+        found = "" if job.packed.written else f"quantizing to {job.dtype} is not supported"
+        if job.grows or not job.stored:
+            found = "it is quantized, and would grow or become a tensor of its own"
+        if found:
+            raise CheckpointError(
+                f"merge into '{job.name}'", found, "Write plain floats: dequantize"
+            )
     places = [(p.start, p.stop) for p in job.placed]
     gained = [p for p in job.placed if p.gain is not None]
     scaled = any(abs(term.weight) != 1 for p in gained for term in p.terms)
     mixed = any(job.rows or job.trained or places.count((p.start, p.stop)) > 1 for p in gained)
-    ranges = sorted(set(places))
-    overlap = any(a[1] > b[0] for a, b in itertools.pairwise(ranges))
+    overlap = any(a[1] > b[0] for a, b in itertools.pairwise(sorted(set(places))))
     rows = [index for indices, _ in job.rows for index in indices]
-    copies, grows = len(job.trained), job.source is not None and job.shape != job.source.shape
-    shapes = {tuple(t.shape) for t, _ in job.trained}
+    copies, shapes = len(job.trained), {tuple(t.shape) for t, _ in job.trained}
     clashes: dict[str, Collection[Any] | bool] = {
         "DoRA's update cannot be mixed with others or weighted": scaled or mixed,
-        "one adapter makes it grow and another updates it": bool(job.placed and copies and grows),
+        "one adapter makes it grow and another updates it": bool(
+            job.placed and copies and job.grows
+        ),
         "the adapters' values have different shapes": len(shapes) > 1,
         "the base lacks it and several adapters add it": not job.source and copies > 1,
         "two adapters need different shapes of it": shapes - {job.shape},

@@ -18,11 +18,10 @@ from lora_inject.errors import CheckpointError
 MAX_SIDE_FILE_BYTES = 512 << 20
 MAX_DEPTH = 2
 
-_SUFFIXES = {
-    *(".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"),
-    *(".tiktoken", ".bpe", ".spm", ".vocab"),
-}
+_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"}
+_SUFFIXES |= {".tiktoken", ".bpe", ".spm", ".vocab"}
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
+_STARTS = ("adapter_", "optimizer", "pytorch_model", "rng_state")  # of what stays behind
 _NOT = ("adapter_config.json", "trainer_state.json", "config.json")
 
 
@@ -31,15 +30,10 @@ def find_side_files(folder: Path, *, code: bool = False) -> tuple[tuple[str, ...
 
     `config.json` and weight indexes are neither: they are written apart, last.
     """
-    taken: list[str] = []
-    left: list[str] = []
-    for path in sorted(_walk(folder, MAX_DEPTH)):
-        relative = path.relative_to(folder).as_posix()
-        if path.suffix == ".py":
-            (taken if code else left).append(relative)
-        elif _belongs(path, relative):
-            taken.append(relative)
-    return tuple(taken), tuple(left)
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(_walk(folder, MAX_DEPTH))}
+    scripts = {name for name, path in paths.items() if path.suffix == ".py"}
+    taken = (n for n, path in paths.items() if (n in scripts and code) or _belongs(path, n))
+    return tuple(taken), () if code else tuple(n for n in paths if n in scripts)
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
@@ -54,9 +48,7 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _belongs(path: Path, relative: str) -> bool:
-    if relative in _NOT or path.name.endswith(".index.json"):
-        return False
-    if path.name.startswith(("adapter_", "optimizer", "pytorch_model", "rng_state")):
+    if relative in _NOT or path.name.endswith(".index.json") or path.name.startswith(_STARTS):
         return False
     return path.suffix in _SUFFIXES or path.name.startswith(_NAMES)
 
@@ -64,13 +56,10 @@ def _belongs(path: Path, relative: str) -> bool:
 def read_side_file(folder: Path, relative: str) -> bytes:
     """Return the bytes of a file of the base that is no larger than any tokenizer."""
     path = resolve_inside(folder, relative)
-    size = path.stat().st_size
-    if size > MAX_SIDE_FILE_BYTES:
-        raise CheckpointError(
-            f"copy '{relative}'",
-            f"it has {size} bytes, more than {MAX_SIDE_FILE_BYTES}",
-            "Move it out of the base's folder if it does not belong to the model",
-        )
+    if (size := path.stat().st_size) > MAX_SIDE_FILE_BYTES:
+        found = f"it has {size} bytes, more than {MAX_SIDE_FILE_BYTES}"
+        remedy = "Move it out of the base's folder if it does not belong to the model"
+        raise CheckpointError(f"copy '{relative}'", found, remedy)
     return path.read_bytes()
 
 
@@ -78,10 +67,6 @@ def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dic
     """Return a config with some values changed and everything else kept, in its order.
 
     A key that inner configs (`text_config`) hold is changed there too; None removes it.
-
-    Examples:
-        >>> changed_config({"a": 1, "text_config": {"a": 1}}, {"a": 2})
-        {'a': 2, 'text_config': {'a': 2}}
     """
     edited: dict[str, Any] = {}
     for key, value in config.items():

@@ -43,7 +43,9 @@ def check_output(base: Checkpoint, output: Path) -> Path:
         raise CheckpointError(asked, "it is a file", "Give the name of a folder")
     if folder.is_dir():
         if names := sorted(path.name for path in folder.iterdir()):
-            Staging(folder).remove_if_published()
+            staging = Staging(folder)
+            if not staging.files.exists():  # a process died between the rename and the end
+                staging.remove()
             found = f"it is not empty ({', '.join(names[:4])})"
             raise CheckpointError(asked, found, "Give another folder, or remove this one")
         if folder.is_mount():
@@ -56,11 +58,9 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     """Refuse a disk without enough room."""
     free = free_bytes(folder)
     if free < needed_bytes + min(SPARE_BYTES, needed_bytes):
-        raise CheckpointError(
-            f"write {needed_bytes:,} bytes to '{folder}'",
-            f"only {free:,} are free",
-            "Free some space, or give a folder on another disk",
-        )
+        asked = f"write {needed_bytes:,} bytes to '{folder}'"
+        remedy = "Free some space, or give a folder on another disk"
+        raise CheckpointError(asked, f"only {free:,} are free", remedy)
 
 
 def free_bytes(folder: Path) -> int:
@@ -105,11 +105,9 @@ class Staging:
         found = parse_json(manifest.read_bytes(), asked, CheckpointError)
         wanted = json.loads(json.dumps(identity))
         if found != wanted:
-            raise CheckpointError(
-                asked,
-                f"it was of something else: {_difference(found, wanted)}",
-                f"Remove '{self.folder}' to begin again, or give another output folder",
-            )
+            difference = f"it was of something else: {_difference(found, wanted)}"
+            remedy = f"Remove '{self.folder}' to begin again, or give another output folder"
+            raise CheckpointError(asked, difference, remedy)
 
     def partial(self) -> Path:
         """Return a new name for a file that is being written."""
@@ -163,11 +161,6 @@ class Staging:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def remove_if_published(self) -> None:
-        """Remove what a process left that died between the rename and the end."""
-        if self.folder.exists() and not self.files.exists():
-            self.remove()
 
 
 def _difference(found: Any, wanted: Any, place: str = "") -> str:

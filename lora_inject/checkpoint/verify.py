@@ -1,8 +1,7 @@
 """Checking a merged checkpoint against what it should be, byte by byte.
 
-The plan is made anew from base and adapters, every touched tensor is computed again and
-compared, and every other byte is compared with the base's. Nothing that the merge wrote down is
-believed.
+The plan is made anew from base and adapters, every touched tensor is computed again, and every
+other byte is compared with the base's. Nothing that the merge wrote down is believed.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.adapter_files import Given
 from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
-from lora_inject.checkpoint.output_files import FLOATS, Copy, OutputShard
-from lora_inject.checkpoint.threads import BytesDone, work_through
+from lora_inject.checkpoint.output_files import Copy, OutputShard
+from lora_inject.checkpoint.weighted_adapter import Given
+from lora_inject.checkpoint.write import BytesDone, Progress, work_through
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import open_read, read_at
 from lora_inject.storage.safetensors_file import TensorEntry, read_header
+from lora_inject.storage.tensor_rows import FLOATS
 
 MOST_NEIGHBORS = 1e-3
 """Share of a tensor's values that may be one unit in the last place off."""
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,9 @@ class VerifyReport:
         """
         if self.problems:
             more = f"; and {len(self.problems) - 5} more" if len(self.problems) > 5 else ""
-            raise CheckpointError(
-                "verify the merged checkpoint",
-                "; ".join(self.problems[:5]) + more,
-                "Merge again, and check the disk and the memory if this comes back",
-            )
+            found = "; ".join(self.problems[:5]) + more
+            remedy = "Merge again, and check the disk and the memory if this comes back"
+            raise CheckpointError("verify the merged checkpoint", found, remedy)
 
 
 def verify_checkpoint(
@@ -82,7 +80,7 @@ def verify_checkpoint(
     merged: str | Path,
     *,
     options: MergeOptions | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> VerifyReport:
     """Check that a folder is exactly what merging would write.
 
@@ -133,30 +131,24 @@ def _other_files(plan: MergePlan, folder: Path) -> list[str]:
 
 
 def verify_shards(
-    plan: MergePlan,
-    places: Mapping[str, Path],
-    progress: Callable[[int, int], None] | None = None,
+    plan: MergePlan, places: Mapping[str, Path], progress: Progress | None = None
 ) -> VerifyReport:
     """Check output shards wherever they lie; those without a place are passed over."""
     shards = [shard for shard in plan.shards if shard.name in places]
     counter = BytesDone(sum(shard.data_bytes for shard in shards), progress)
-    report = VerifyReport()
-    for shard in shards:
-        report += _verify_shard(plan, shard, places[shard.name], counter)
-    return report
+    each = (_verify_shard(plan, shard, places[shard.name], counter) for shard in shards)
+    return sum(each, VerifyReport())
 
 
 def _verify_shard(
     plan: MergePlan, shard: OutputShard, path: Path, counter: BytesDone
 ) -> VerifyReport:
     try:
-        same, found = (
-            read_header(path).raw == shard.header.raw,
-            "its header is not what it should be",
-        )
+        same = read_header(path).raw == shard.header.raw
+        found = "" if same else "its header is not what it should be"
     except CheckpointError as error:
-        same, found = False, error.found
-    if not same:
+        found = error.found
+    if found:
         return VerifyReport(problems=(f"'{shard.name}': {found}",))
     fd = open_read(path)
     try:
@@ -177,9 +169,9 @@ class _Compared:
         self.differing: dict[str, int] = {}  # what a wrong byte says, and the first such byte
 
     def computed(self, entry: TensorEntry, at: int, data: memoryview) -> None:
-        found = self._read(at, len(data))
+        found = _read(self.fd, at, len(data))
         if found != data:
-            dtype = FLOATS[entry.dtype]
+            dtype = FLOATS.get(entry.dtype, torch.uint8)
             mine, wanted = (torch.frombuffer(b, dtype=dtype) for b in (found, data))
             near, far = _compare(mine, wanted)
             with self.lock:
@@ -187,8 +179,8 @@ class _Compared:
                 self.far[entry.name] += far
 
     def copied(self, source: int, copy: Copy) -> None:
-        mine, theirs = self._read(copy.target_start, copy.n_bytes), bytearray(copy.n_bytes)
-        read_at(source, memoryview(theirs), copy.source_start)
+        mine = _read(self.fd, copy.target_start, copy.n_bytes)
+        theirs = _read(source, copy.source_start, copy.n_bytes)
         with self.lock:
             if mine == theirs:
                 self.copied_bytes += copy.n_bytes
@@ -197,14 +189,10 @@ class _Compared:
             position = copy.target_start + first
             self.differing.setdefault(_where(self.shard, position), position)
 
-    def _read(self, at: int, n_bytes: int) -> bytearray:
-        found = bytearray(n_bytes)
-        read_at(self.fd, memoryview(found), at)
-        return found
-
     def report(self) -> VerifyReport:
         problems = sorted(self.differing, key=lambda problem: self.differing[problem])
-        entries = [self.shard.header.tensors[job.name] for job in self.shard.jobs]
+        there, names = self.shard.header.tensors, [n for j in self.shard.jobs for n in j.outputs]
+        entries = [there[name] for name in names if name in there]
         for name, size in ((entry.name, entry.n_elements) for entry in entries):
             if self.far[name]:
                 problems.append(f"'{name}': {self.far[name]} of {size} values are wrong")
@@ -214,6 +202,12 @@ class _Compared:
         return VerifyReport(
             len(entries), n_values, self.near.total(), self.copied_bytes, tuple(problems)
         )
+
+
+def _read(fd: int, at: int, n_bytes: int) -> bytearray:
+    found = bytearray(n_bytes)
+    read_at(fd, memoryview(found), at)
+    return found
 
 
 def _compare(found: Tensor, wanted: Tensor) -> tuple[int, int]:

@@ -1,21 +1,34 @@
-"""Adapters to merge: values, each with a mixing weight, checked before the base is read."""
+"""Adapters to merge: values, each with a mixing weight, read and checked before the base is read.
+
+A PEFT file of stacked experts says neither which of a module's parameters a pair belongs to, which
+their order in the model does, nor which way round the model holds them, which its class does.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
+from lora_inject.checkpoint.base_class import BaseClass
+from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.errors import CheckpointError
+from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
+from lora_inject.formats.peft import PREFIX
 from lora_inject.functional import all_finite
-from lora_inject.storage.tensors import in_memory
+from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.tensors import bytes_of, in_memory, read_names
 
+_STACKS = ("gate_up_proj", "down_proj")
 _STEP_ELEMENTS = 1 << 20
 _FACTS = attrgetter(
     *("weight", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "transposed"),
@@ -39,7 +52,63 @@ class WeightedAdapter:
     label: str = "the adapter"
 
 
-def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
+Given = WeightedAdapter | AdapterState | str | os.PathLike[str]
+"""An adapter as a caller may name it: with a weight, as a value, or by its path."""
+
+
+def weighted_adapter(given: Given, base: Checkpoint) -> WeightedAdapter:
+    """Return an adapter with its weight, 1 by default."""
+    if isinstance(given, WeightedAdapter):
+        return given
+    return WeightedAdapter(given) if isinstance(given, AdapterState) else read_weighted(given, base)
+
+
+def read_weighted(
+    path: str | os.PathLike[str], base: Checkpoint, weight: float = 1.0, **options: Any
+) -> WeightedAdapter:
+    """Read an adapter from files, for merging into a base.
+
+    Args:
+        path: The adapter, in any format of `formats`.
+        base: What it will be merged into.
+        weight: Mixing weight.
+        options: Of the format's `read`.
+
+    Returns:
+        The adapter, labeled with its path.
+
+    Raises:
+        FormatError: The adapter cannot be read right.
+    """
+    path = Path(path)
+    options["on_disk"] = True  # an adapter may be large, and each of its tensors is needed seldom
+    config_file = path / "adapter_config.json"
+    row = FORMATS.get(options.get("format") or detected(path))
+    if row is not None and row.read is FORMATS["peft"].read and config_file.is_file():
+        said = parse_json(config_file.read_bytes(), f"read adapter '{path}', {config_file.name}")
+        if isinstance(said, dict) and said.get("target_parameters"):  # building a class is slow
+            with contextlib.suppress(CheckpointError):  # a class that cannot be built
+                options = taken_by(row.read, BaseClass(base).reading_options()) | options
+        options.setdefault("tensor_names", _tensor_names(path, base.tensors))
+    elif row is not None:
+        modules = tuple({name.rpartition(".")[0]: None for name in base.tensors})
+        known = {"module_names": modules, "config": base.config or None}
+        options = taken_by(row.read, known) | options
+    return WeightedAdapter(read_adapter(path, **options), weight, str(path))
+
+
+def _tensor_names(path: Path, there: Iterable[str]) -> Sequence[str]:
+    """Return the base's names, and those that transformers 5 gives to stacked experts."""
+    file = path / "adapter_model.safetensors"
+    keys = read_names(file)[0] if file.is_file() else ()
+    modules = {
+        key.removeprefix(PREFIX).split(".lora_")[0].replace(".base_layer", "") for key in keys
+    }
+    stacks = [f"{m}.{stack}" for m in sorted(modules) if m.endswith("experts") for stack in _STACKS]
+    return list(dict.fromkeys([*stacks, *there]))
+
+
+def _tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of an adapter with a name for messages and for the digest."""
     state = adapter.state
     for name, site in state.sites.items():
@@ -49,34 +118,14 @@ def tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
-    """Refuse what cannot be merged into anything: none, nothing in one, weight 0, NaN or Inf."""
+    """Refuse what cannot be merged: nothing, an adapter twice, one of weight 0, of NaN or Inf."""
     if not adapters:
         raise CheckpointError("merge", "no adapter was given", "Name at least one")
-    for adapter in adapters:
-        asked = f"merge {adapter.label}"
-        if not math.isfinite(adapter.weight) or adapter.weight == 0:
-            found, remedy = (
-                f"its weight is {adapter.weight}",
-                "Give a finite weight other than zero",
-            )
-            raise CheckpointError(asked, found, remedy)
-        if not (adapter.state.sites or adapter.state.trained):
-            remedy = "It is not a trained adapter; check the path"
-            raise CheckpointError(asked, "it holds no tensors", remedy)
-        for name, tensor in tensors_of(adapter):
-            if tensor.is_meta:
-                found = f"'{name}' is on the meta device"
-                raise CheckpointError(asked, found, "Load the adapter's values first")
-            if not all(map(all_finite, _steps(tensor))):
-                remedy = "Its training diverged; take an earlier checkpoint of the adapter"
-                raise CheckpointError(asked, f"'{name}' holds NaN or Inf", remedy)
-    _check_different(adapters)
-
-
-def _check_different(adapters: Sequence[WeightedAdapter]) -> None:
-    """Refuse the same adapter twice."""
     seen: dict[str, WeightedAdapter] = {}
-    for adapter in adapters if len(adapters) > 1 else ():
+    for adapter in adapters:
+        _check_values(adapter)
+        if len(adapters) == 1:
+            return
         first = seen.setdefault(digest(replace(adapter, weight=1.0)), adapter)
         if first is not adapter:
             raise CheckpointError(
@@ -84,6 +133,23 @@ def _check_different(adapters: Sequence[WeightedAdapter]) -> None:
                 "they are the same adapter, which would count twice",
                 "Give it once, with the weight that is meant",
             )
+
+
+def _check_values(adapter: WeightedAdapter) -> None:
+    asked = f"merge {adapter.label}"
+    if not math.isfinite(adapter.weight) or adapter.weight == 0:
+        found, remedy = f"its weight is {adapter.weight}", "Give a finite weight other than zero"
+        raise CheckpointError(asked, found, remedy)
+    if not (adapter.state.sites or adapter.state.trained):
+        remedy = "It is not a trained adapter; check the path"
+        raise CheckpointError(asked, "it holds no tensors", remedy)
+    for name, tensor in _tensors_of(adapter):
+        if tensor.is_meta:
+            found = f"'{name}' is on the meta device"
+            raise CheckpointError(asked, found, "Load the adapter's values first")
+        if not all(map(all_finite, _steps(tensor))):
+            remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+            raise CheckpointError(asked, f"'{name}' holds NaN or Inf", remedy)
 
 
 def _steps(tensor: Tensor) -> Iterator[Tensor]:
@@ -98,10 +164,8 @@ def digest(adapter: WeightedAdapter) -> str:
     sha = hashlib.sha256(repr(adapter.weight).encode())
     for name, site in sorted(adapter.state.sites.items()):
         sha.update(repr((name, *_FACTS(site.spec))).encode())
-    for name, tensor in sorted(tensors_of(adapter), key=lambda row: row[0]):
+    for name, tensor in sorted(_tensors_of(adapter), key=lambda row: row[0]):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for step in _steps(tensor):
-            buffer = bytearray(step.numel() * step.element_size())  # without numpy
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(step.view(torch.uint8))
-            sha.update(buffer)
+            sha.update(bytes_of(step))
     return sha.hexdigest()

@@ -1,30 +1,68 @@
-"""Writing one output file: reserve, copy, compute, make durable, look at it again.
+"""An output file worked through by threads: written and made durable, or compared with one there.
 
 Everything is read from the base and nothing from the output, so that doing a file again is always
-right: an update can never be added twice. The file grows under a temporary name that no program
-loads, and gets its name only after it was read back.
+right: an update can never be added twice. Writing and verifying differ only in what is done with
+each piece of bytes, the sink. A file grows under a temporary name that no program loads, and gets
+its name only after it was read back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Protocol
 
 import safetensors
+import torch
 
+from lora_inject.checkpoint.index import Checkpoint, Shard
 from lora_inject.checkpoint.merge_plan import MergePlan
 from lora_inject.checkpoint.output_files import Copy, OutputShard
-from lora_inject.checkpoint.threads import Counted, work_through
+from lora_inject.checkpoint.output_rows import Folding, Span, spans_of
 from lora_inject.errors import CheckpointError
-from lora_inject.functional import TensorReport
-from lora_inject.storage.disk import clone, copy_range, open_write, reserve, write_at
+from lora_inject.functional import Tally, TensorReport
+from lora_inject.storage.disk import clone, copy_range, open_read, open_write, reserve, write_at
 from lora_inject.storage.safetensors_file import TensorEntry, read_header
+from lora_inject.storage.tensor_rows import Room, RowReader
+
+COPY_BYTES = 8 << 20
+"""Longest single copy: limits the delay of progress reports and of Ctrl-C."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all; from any thread, one call at a time."""
 
 
-@dataclass
+class BytesDone:
+    """Adds up bytes over threads, and reports the bytes done and the bytes in all."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+        self.lock = threading.Lock()
+
+    def __call__(self, n_bytes: int) -> None:
+        """Count some more."""
+        with self.lock:
+            self.done += n_bytes
+            if self.progress is not None and n_bytes:
+                self.progress(min(self.done, self.total), self.total)
+
+
+class Sink(Protocol):
+    """What is done with the pieces of an output file, from any thread."""
+
+    def computed(self, entry: TensorEntry, at: int, data: memoryview) -> None:
+        """Take computed rows of a tensor, which belong at byte `at` of the file."""
+
+    def copied(self, source: int, copy: Copy) -> None:
+        """Take a range of bytes of the base's file that is open as `source`."""
+
+
 class _Written:
     """The file being written.
 
@@ -32,8 +70,8 @@ class _Written:
     back burn a core while they wait (`i_rwsem`, a sixth of a merge's processor time).
     """
 
-    fd: int
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, fd: int) -> None:
+        self.fd, self.lock = fd, threading.Lock()
 
     def computed(self, _: TensorEntry, at: int, data: memoryview) -> None:
         with self.lock:
@@ -45,7 +83,7 @@ class _Written:
 
 
 def write_shard(
-    shard: OutputShard, plan: MergePlan, partial: Path, counted: Counted
+    shard: OutputShard, plan: MergePlan, partial: Path, counted: BytesDone
 ) -> tuple[list[TensorReport], float]:
     """Write one output file under a temporary name, durable and read back.
 
@@ -85,3 +123,91 @@ def _read_back(shard: OutputShard, path: Path) -> None:
             found = f"safetensors refuses it ({error})"
     if found:
         raise CheckpointError(f"read back '{shard.name}'", found, remedy)
+
+
+def check_unchanged(source: Shard) -> None:
+    """Refuse to go on with a base that is not the one that was planned, by size and time."""
+    try:
+        stat = source.path.stat()
+        same = (stat.st_size, stat.st_mtime_ns) == (source.header.size_bytes, source.mtime_ns)
+        found = "" if same else "it changed while it was being merged"
+    except OSError as error:
+        found = f"it cannot be read any more ({error.strerror})"
+    if found:
+        remedy = "Nothing was published; run again when nobody writes to the base"
+        raise CheckpointError(f"read the base's '{source.name}'", found, remedy)
+
+
+@contextlib.contextmanager
+def _open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, int]]:
+    """Give descriptors of the base's shards that an output file is made of, by their names."""
+    names = {job.source_shard for job in shard.jobs if job.source_shard is not None}
+    names |= {shard.base.name} if shard.base is not None else set()
+    with contextlib.ExitStack() as stack:
+        sources = {}
+        for name in sorted(names):
+            check_unchanged(base.shards[name])
+            sources[name] = open_read(base.shards[name].path)
+            stack.callback(os.close, sources[name])
+        yield sources
+        for name in sources:
+            check_unchanged(base.shards[name])
+
+
+def work_through(
+    shard: OutputShard, plan: MergePlan, copies: Sequence[Copy], sink: Sink, counted: BytesDone
+) -> list[TensorReport]:
+    """Distribute spans and copies over threads; stop all at the first failure or Ctrl-C.
+
+    Returns the reports of the computed tensors, in their order.
+    """
+    spans = [(span, Tally()) for job in shard.jobs for span in spans_of(job)]
+    pieces = [
+        Copy(source + done, target + done, min(COPY_BYTES, n_bytes - done))
+        for source, target, n_bytes in copies
+        for done in range(0, n_bytes, COPY_BYTES)
+    ]
+    tasks: deque[tuple[Span, Tally] | Copy] = deque([*spans, *pieces])
+
+    @torch.inference_mode()  # the rows are views, which autograd would track
+    def work(sources: dict[str, int]) -> None:
+        room, readers = Room(), {name: RowReader(fd) for name, fd in sources.items()}
+        while True:
+            try:
+                task = tasks.popleft()
+            except IndexError:  # nothing is left
+                return
+            if isinstance(task, Copy):
+                assert shard.base is not None
+                sink.copied(sources[shard.base.name], task)
+                counted(task.n_bytes)
+            else:
+                fold(*task, readers, room)
+
+    def fold(span: Span, tally: Tally, readers: dict[str, RowReader], room: Room) -> None:
+        entries, done = shard.header.tensors, Counter({span.job.name: span.first_byte})
+        folding = Folding(span, readers.get(span.job.source_shard or ""), room, tally)
+        for name, data in folding.pieces():
+            if name in entries:  # else another file holds this part
+                sink.computed(entries[name], entries[name].start + done[name], data)
+                done[name] += len(data)
+                counted(len(data))
+
+    before, n_threads = torch.get_num_threads(), plan.options.n_threads
+    torch.set_num_threads(1)  # each on one core: several share the work, and sums keep their order
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="merge")
+    try:
+        with _open_sources(shard, plan.base) as sources:
+            try:
+                futures = [pool.submit(work, sources) for _ in range(n_threads)]
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+            finally:
+                tasks.clear()
+                pool.shutdown(wait=True)
+    finally:
+        torch.set_num_threads(before)
+    tallies = {job.name: Tally() for job in shard.jobs}
+    for span, tally in spans:  # in their order, whatever the threads did
+        tallies[span.job.name] += tally
+    return [job.report(tallies[job.name]) for job in shard.jobs]

@@ -54,6 +54,9 @@ class Merging:
     dequantize: Annotated[
         Dtype | None, Option(help="Write a quantized base as plain floats of this dtype.")
     ] = None
+    requantize: Annotated[
+        bool, Option(help="Quantize merged weights again, in the base's format.")
+    ] = False
     any_base: AnyBase = False
     rename: Annotated[
         list[str] | None,
@@ -76,7 +79,7 @@ class Merging:
         """Return these and other options as keywords of the package."""
         from lora_inject.checkpoint import MergeOptions
 
-        names = ("dtype", "copy_code", "allow_new", "dequantize", "any_base")
+        names = ("dtype", "copy_code", "allow_new", "dequantize", "requantize", "any_base")
         more |= {name: getattr(self, name) for name in names}
         more["rename"] = pairs_of(self.rename or (), "--rename", "a.=b.")
         if self.tie:  # else the base's class decides; an empty table means that nothing is tied

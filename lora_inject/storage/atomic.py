@@ -1,10 +1,9 @@
 """Write an adapter's files so that no half of it can ever be read.
 
 Everything is written under a temporary name in the target's folder, flushed to the disk, and put in
-place by one rename. A directory that is already there is exchanged in the same single step
-where the system can do that (Linux); elsewhere it is moved aside first, so that for a moment there
-is no adapter, but never half of one. Whatever goes wrong, Ctrl-C included, the temporary is removed
-and the old adapter is where it was.
+place by one rename. A directory that is there is exchanged in the same step where the system can
+(Linux); elsewhere it is moved aside first, so that for a moment there is no adapter, but never half
+of one. Whatever goes wrong, Ctrl-C included, the old adapter is where it was.
 """
 
 from __future__ import annotations
@@ -18,13 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from lora_inject.errors import FormatError
-from lora_inject.storage.disk import (
-    fsync_dir,
-    remedy_for,
-    replace_file,
-    temporary_name,
-    write_new,
-)
+from lora_inject.storage.disk import fsync_dir, remedy_for, replace_file, temporary_name, write_new
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -42,14 +35,7 @@ def write_directory(
 
     With `overwrite` an adapter that is there is replaced, but never a directory that holds anything
     else than `files` and the names of an older adapter's files in `replaceable`. Returns the path
-    with symbolic links resolved. After an error nothing is left behind.
-
-    Examples:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     made = write_directory(Path(parent, "sql"), {"a.json": b"{}"})
-        ...     sorted(p.name for p in made.iterdir())
-        ['a.json']
+    with symbolic links resolved.
     """
     target = Path(os.path.realpath(path))
     _check_directory(target, files.keys() | set(replaceable), overwrite=overwrite)
@@ -70,14 +56,7 @@ def write_directory(
 
 
 def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> Path:
-    """Write one file in one step, as `write_directory` does a directory.
-
-    Examples:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     write_file(Path(parent, "note"), b"abc").read_bytes()
-        b'abc'
-    """
+    """Write one file in one step, as `write_directory` does a directory."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise FormatError(f"write '{target}'", "it is a directory", "Give the name of a file")
@@ -112,11 +91,8 @@ def _check_directory(target: Path, names: Collection[str], *, overwrite: bool) -
     present = sorted(entry.name for entry in target.iterdir())
     foreign = [name for name in present if name not in names]
     if foreign:
-        raise FormatError(
-            asked,
-            f"the directory holds '{foreign[0]}', which no adapter has and would be lost",
-            "Choose a directory of its own for the adapter",
-        )
+        found = f"the directory holds '{foreign[0]}', which no adapter has and would be lost"
+        raise FormatError(asked, found, "Choose a directory of its own for the adapter")
     if present and not overwrite:
         raise FormatError(asked, "there is an adapter already", _OVERWRITE)
 

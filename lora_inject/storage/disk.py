@@ -1,8 +1,7 @@
 """Bytes on disk: read and write at an offset, copy in the kernel, reserve, make durable.
 
-Each operation names the best call that the platform has and falls back by what the
-system answers, never by guessing which file system it is on. Nothing here knows what the bytes
-mean, and nothing depends on a file position, so that several threads can share one descriptor.
+Each operation takes the best call that the platform has and falls back by what the system answers.
+Nothing depends on a file position, so that several threads can share one descriptor.
 """
 
 from __future__ import annotations
@@ -49,11 +48,12 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> None:
     while done < n_bytes:
         n = _read_some(fd, buffer[done:], offset + done)
         if n == 0:
-            raise CheckpointError(
+            asked, found = (
                 f"read {n_bytes} bytes at {offset}",
                 f"the file ends after {done} of them",
-                "It was cut while it was being read; restore it and run again",
             )
+            remedy = "It was cut while it was being read; restore it and run again"
+            raise CheckpointError(asked, found, remedy)
         done += n
 
 

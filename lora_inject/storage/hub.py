@@ -17,22 +17,12 @@ _PEFT = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.js
 
 
 def is_repo(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path names a repository of the hub, and no existing file.
-
-    Examples:
-        >>> is_repo("user/name"), is_repo("./user/name"), is_repo("name")
-        (True, False, False)
-    """
+    """Return whether a path is `user/name`, as of a repository, and no existing file."""
     return isinstance(path, str) and bool(_REPO.fullmatch(path)) and not os.path.lexists(path)
 
 
 def download(repo: str, revision: str | None) -> Path:
-    """Fetch an adapter from the hub, or from its cache, and return its folder or file.
-
-    Raises:
-        FormatError: The hub cannot be reached, the repository or revision does not exist, or it
-            holds no adapter in safetensors.
-    """
+    """Fetch an adapter from the hub, or from its cache, and return its folder or file."""
     asked = f"load {repo!r}" + (f" at {revision!r}" if revision is not None else "")
     hub = _hub(asked)
     with _in_plain_words(asked):
@@ -71,13 +61,9 @@ def _adapter_among(files: list[str], asked: str) -> list[str]:
         return list(_PEFT)
     tensors = [file for file in files if file.endswith(".safetensors")]
     if len(tensors) != 1:
-        shown = ", ".join(files[:8]) or "nothing"
-        raise FormatError(
-            asked,
-            f"it holds no adapter_config.json and {len(tensors)} safetensors files, not one: "
-            f"{shown}",
-            "Download one of the files and give its path",
-        )
+        held = f"it holds no adapter_config.json and {len(tensors)} safetensors files, not one"
+        found = f"{held}: {', '.join(files[:8]) or 'nothing'}"
+        raise FormatError(asked, found, "Download one of the files and give its path")
     return tensors
 
 

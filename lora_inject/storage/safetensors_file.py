@@ -1,8 +1,7 @@
 """The header of a safetensors file: parsed as untrusted input, and built byte by byte.
 
-The header is a table of `(name, dtype, shape, start, stop)`. With absolute byte positions a tensor
-can be read in row blocks and overwritten in place, which the reference library does not offer.
-Format: 8 bytes little-endian length N, N bytes of JSON, then the tensors end to end
+With the byte positions a tensor can be read in row blocks, which the reference library does not
+offer. Format: 8 bytes little-endian length N, N bytes of JSON, then the tensors end to end
 (https://github.com/huggingface/safetensors, README "Format").
 """
 
@@ -167,25 +166,15 @@ def build_header(
 
     Its length is padded with spaces to a multiple of 8, as the format's own writer does, so that
     the data begins aligned.
-
-    Examples:
-        >>> header = build_header([("w", "BF16", (2, 3)), ("b", "F32", (3,))], {"format": "pt"})
-        >>> header.tensors["b"].start - len(header.raw), header.size_bytes - len(header.raw)
-        (12, 24)
     """
     table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position, rows = 0, []
     for name, dtype, shape in tensors:
-        stop = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
-        rows.append((name, dtype, shape, position, stop))
-        position = stop
+        start, position = position, position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, position]}
+        rows.append((name, dtype, shape, start, position))
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     raw = struct.pack("<Q", len(text)) + text
-    base = len(raw)
-    entries = {
-        name: TensorEntry(name, dtype, shape, base + start, base + stop)
-        for name, dtype, shape, start, stop in rows
-    }
-    return Header(raw, entries, metadata, base + position)
+    entries = {row[0]: TensorEntry(*row[:3], *(len(raw) + at for at in row[3:])) for row in rows}
+    return Header(raw, entries, metadata, len(raw) + position)

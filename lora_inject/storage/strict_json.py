@@ -23,15 +23,10 @@ def parse_json(
     """Parse JSON as untrusted input: not too long or deep, no key twice, no NaN or Infinity.
 
     `asked` says what it is, `error` whether an adapter or a checkpoint is being read.
-
-    Examples:
-        >>> parse_json('{"r": 8}', "adapter_config.json")
-        {'r': 8}
     """
     if len(text) > max_bytes:
-        raise error(
-            asked, f"it has more than {max_bytes:,} bytes", "No real file of its kind is so long"
-        )
+        found = f"it has more than {max_bytes:,} bytes"
+        raise error(asked, found, "No real file of its kind is so long")
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         return json.loads(text, object_pairs_hook=_table, parse_constant=_no_constant)

@@ -27,23 +27,9 @@ from lora_inject.storage.safetensors_file import (
     is_plain_name,
     read_header,
 )
+from lora_inject.storage.tensor_rows import DTYPES
 
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
-"""Dtypes that an adapter's file may hold, and the format's names of them."""
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -65,7 +51,7 @@ def read_tensors(
     if not path.is_file():
         raise FormatError(asked, "there is no such file", "Check the path")
     header = read_header(path, FormatError)
-    unknown = sorted({entry.dtype for entry in header.tensors.values()} - _DTYPES.keys())
+    unknown = sorted({entry.dtype for entry in header.tensors.values()} - DTYPES.keys())
     if unknown:
         found = f"no adapter's tensor has the dtype {unknown[0]}"
         raise FormatError(asked, found, "Give the adapter's file, not the base's")
@@ -85,6 +71,15 @@ def contiguous(tensor: Tensor) -> Tensor:
     return tensor if isinstance(tensor, _TensorOnDisk) else tensor.contiguous()
 
 
+def bytes_of(tensor: Tensor) -> bytearray:
+    """Return the bytes of a tensor's values in their order; without numpy."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    content = bytearray(len(flat))
+    if content:
+        torch.frombuffer(content, dtype=torch.uint8).copy_(flat)
+    return content
+
+
 class _File:
     """An open file; it stays open, and the file itself on the disk, while a tensor needs it."""
 
@@ -99,7 +94,7 @@ class _File:
 
     def elements(self, entry: TensorEntry, first: int, n: int) -> Tensor:
         """Return some elements of a tensor, `(n,)`."""
-        dtype = _DTYPES[entry.dtype]
+        dtype = DTYPES[entry.dtype]
         if not n:
             return torch.empty(0, dtype=dtype)
         buffer = bytearray(n * dtype.itemsize)
@@ -142,7 +137,7 @@ class _TensorOnDisk(Tensor):
     @classmethod
     def of(cls, file: _File, entry: TensorEntry, place: Tensor | None = None) -> _TensorOnDisk:
         if place is None:
-            place = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
+            place = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
         self = place.as_subclass(cls)
         self.file, self.entry = file, entry
         return self
@@ -185,22 +180,18 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 
     Tensors may have any strides and be on any device but meta; a tensor's dtype and name must be
     such as `read_tensors` accepts. Shared memory is written twice.
-
-    Examples:
-        >>> content = serialize({"a": torch.zeros(2)}, {"format": "pt"})
-        >>> int.from_bytes(content[:8], "little") % 8
-        0
     """
     for name, tensor in tensors.items():
+        asked = f"write tensor {name[:80]!r}"
         if tensor.is_meta:
             found = "it is on the meta device and has no values"
-            raise FormatError(f"write tensor '{name}'", found, "Load its values first")
+            raise FormatError(asked, found, "Load its values first")
         if not is_plain_name(name):
             found = "the name is too long or has control characters"
-            raise FormatError(f"write tensor {name[:80]!r}", found, "Rename the module")
+            raise FormatError(asked, found, "Rename the module")
         if tensor.dtype not in _NAMES:
             found = f"its dtype is {tensor.dtype}"
-            raise FormatError(f"write tensor '{name}'", found, "Convert it to a plain dtype first")
+            raise FormatError(asked, found, "Convert it to a plain dtype first")
     # The widest elements first, as the library has them: then each tensor begins aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     rows = [(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered]
@@ -209,10 +200,5 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     content[: len(header.raw)] = header.raw
     for name, tensor in ordered:
         entry = header.tensors[name]
-        if entry.n_bytes:
-            flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-            place = torch.frombuffer(
-                content, dtype=torch.uint8, count=len(flat), offset=entry.start
-            )
-            place.copy_(flat)
+        content[entry.start : entry.stop] = bytes_of(tensor)
     return bytes(content)

@@ -1,21 +1,42 @@
-"""Reading a tensor of a file in row blocks, with memory that does not depend on its size.
+"""Rows of a tensor in a safetensors file, read with memory that does not depend on its size.
 
-One buffer for each thread, filled by positioned reads. The file is not mapped: the pages
-of a mapping count as the process's own memory, and would make it look as large as the checkpoint.
+One buffer for each thread, filled by positioned reads. The file is not mapped: the pages of a
+mapping count as the process's own memory, and would make it look as large as the checkpoint.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora_inject.checkpoint.output_files import READABLE
 from lora_inject.storage.disk import open_read, read_at
 from lora_inject.storage.safetensors_file import TensorEntry
+
+FLOATS: Mapping[str, torch.dtype] = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Dtypes that take an update, by the format's name."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    **FLOATS,
+}
+"""Dtypes whose values can be read, and that an adapter's file may hold."""
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements read and written at a time.
@@ -53,40 +74,30 @@ class Room:
 class RowReader:
     """Reads rows of tensors of one file into `room`, which it reuses.
 
-    The file is a path, or a descriptor that the caller keeps open.
+    The file is a path, open as long as the reader is used, or a descriptor of the caller's.
     """
 
     def __init__(self, file: Path | int) -> None:
-        self._own = False
-        self._fd = file if isinstance(file, int) else open_read(file)
-        self._own = not isinstance(file, int)
         self.room = Room()
-
-    def __enter__(self) -> RowReader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._own:
-            os.close(self._fd)
-            self._own = False
-
-    def __del__(self) -> None:
-        self.__exit__()
+        if isinstance(file, int):
+            self._fd = file
+        else:
+            self._fd = open_read(file)
+            weakref.finalize(self, os.close, self._fd)
 
     def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
-        """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call.
-
-        In the stored dtype, which must be one of `READABLE`.
-        """
-        dtype = READABLE[entry.dtype]
+        """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call."""
+        dtype = DTYPES[entry.dtype]
         rows = self.room.rows(dtype, stop - start, n_cols)
-        at = entry.start + start * n_cols * dtype.itemsize
-        read_at(self._fd, self.room.data, at)
+        read_at(self._fd, self.room.data, entry.start + start * n_cols * dtype.itemsize)
         return rows
+
+    def whole(self, entry: TensorEntry) -> Tensor:
+        """Return a whole tensor of its own shape; valid until the next call."""
+        return self.rows(entry, 1, 0, entry.n_elements).view(entry.shape)
 
     def blocks(self, entry: TensorEntry, n_cols: int) -> Iterator[tuple[int, Tensor]]:
         """Yield `(first row, rows)` over a whole tensor."""
-        n_rows = entry.n_elements // max(1, n_cols)
-        step = rows_per_block(n_cols)
+        n_rows, step = entry.n_elements // max(1, n_cols), rows_per_block(n_cols)
         for start in range(0, n_rows, step):
             yield start, self.rows(entry, n_cols, start, min(n_rows, start + step))

@@ -1,0 +1,243 @@
+"""The formats of quantized tensors of a checkpoint: values read row by row, and encoded again.
+
+A quantized tensor is stored as several tensors, its parts: codes, scales, tables. Supported are
+bitsandbytes' 4 and 8 bits, float8 with block scales, and the MXFP4 experts of GPT-OSS.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lora_inject.adapter.fingerprint import glimpse
+from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.storage.safetensors_file import TensorEntry
+from lora_inject.storage.tensor_rows import DTYPES, FLOATS, RowReader
+
+_MAX_FLOAT8 = 448.0  # of e4m3
+
+Rows = Callable[[int, int], Tensor]
+"""Function of `(start, stop)` to float32 rows `(stop - start, cols)` of a tensor's matrix."""
+
+
+@dataclass(frozen=True)
+class Packed(ABC):
+    """A quantized tensor."""
+
+    base: Checkpoint  # the checkpoint as it is stored
+    shape: tuple[int, ...]  # its dimensions when dequantized
+    parts: Mapping[str, TensorEntry]  # the stored tensors by role; `codes` is the largest
+    held: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)  # read instead of parts
+
+    written: ClassVar[tuple[str, ...]] = ()  # roles of the parts that `encoded` makes, if any
+
+    @property
+    def form(self) -> str:
+        """What it is called in reports."""
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def rows(self) -> Rows:
+        """Read the scales, and return the function that reads values; for one thread."""
+
+    @property
+    def unit(self) -> int:
+        """How many rows can be encoded without the others."""
+        return 1
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:
+        """Return what parts hold for some rows of values, float32, that begin at a `unit`."""
+        raise NotImplementedError(self.form)
+
+    def packing(self) -> str:
+        """Describe the format as `adapter.fingerprint.packing` does for a live model, or as ""."""
+        return ""
+
+    def part(self, role: str) -> Tensor:
+        """Return a whole part."""
+        if role in self.held:
+            return self.held[role]
+        entry = self.parts[role]
+        return RowReader(self.base.path_of(entry.name)).whole(entry)
+
+    def read(self, role: str = "codes", n_cols: int = 1, *, as_bytes: bool = False) -> Rows:
+        """Return the function that reads rows of a part, each result valid until the next call."""
+        if role in self.held:
+            flat = self.held[role].flatten()
+            rows = (flat.view(torch.uint8) if as_bytes else flat).view(-1, n_cols)
+            return lambda start, stop: rows[start:stop]
+        entry = replace(self.parts[role], dtype="U8") if as_bytes else self.parts[role]
+        reader = RowReader(self.base.path_of(entry.name))
+        return lambda start, stop: reader.rows(entry, n_cols, start, stop)
+
+
+@dataclass(frozen=True)
+class Float8(Packed):
+    """Float8 with one scale for every block: `W = q * s`."""
+
+    block: tuple[int, int]
+    powers: bool  # whether the scales are powers of two
+    written = ("codes", "scales")
+
+    def rows(self) -> Rows:  # noqa: D102
+        codes, scales = self.read(n_cols=self.shape[1]), self.part("scales").float()
+
+        def read(start: int, stop: int) -> Tensor:
+            per_row = scales[torch.arange(start, stop) // self.block[0]]
+            spread = per_row.repeat_interleave(self.block[1], dim=1)[:, : self.shape[1]]
+            return codes(start, stop).float() * spread
+
+        return read
+
+    @property
+    def unit(self) -> int:  # noqa: D102
+        return self.block[0]
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        (n_rows, n_cols), (high, wide) = values.shape, self.block
+        padded = pad(values, (0, -n_cols % wide, 0, -n_rows % high))
+        blocks = padded.view(-1, high, padded.shape[1] // wide, wide)
+        scales = blocks.abs().amax(dim=(1, 3)) / _MAX_FLOAT8
+        scales = scales.log2().ceil().exp2() if self.powers else scales
+        scales = scales.to(DTYPES[self.parts["scales"].dtype])
+        scaled = blocks / _divisor(scales.float())[:, None, :, None]
+        codes = scaled.clamp(-_MAX_FLOAT8, _MAX_FLOAT8).to(torch.float8_e4m3fn)
+        return {"codes": codes.view(padded.shape)[:n_rows, :n_cols].contiguous(), "scales": scales}
+
+
+@dataclass(frozen=True)
+class Int8(Packed):
+    """Int8 of bitsandbytes: `W = q * s / 127`, one scale for every row."""
+
+    written = ("codes", "scales")
+
+    def rows(self) -> Rows:  # noqa: D102
+        codes, scales = self.read(n_cols=self.shape[1]), self.part("scales").float().flatten() / 127
+        return lambda start, stop: codes(start, stop).float() * scales[start:stop, None]
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:  # noqa: D102
+        scales = values.abs().amax(dim=1)
+        codes = (values / _divisor(scales)[:, None] * 127).round().to(torch.int8)
+        return {"codes": codes, "scales": scales.to(DTYPES[self.parts["scales"].dtype])}
+
+    def packing(self) -> str:  # noqa: D102
+        return f"Int8Params, {glimpse(self.part('codes'))}"
+
+
+@dataclass(frozen=True)
+class FourBit(Packed):
+    """4 bits of bitsandbytes: a table's value times the scale of its block; scales may be packed.
+
+    Source: `bitsandbytes/functional.py`, QuantState and dequantize_4bit.
+    """
+
+    state: Mapping[str, Any]
+    written = ("codes", "absmax", "nested_absmax")
+
+    @property
+    def form(self) -> str:  # noqa: D102
+        return str(self.state["quant_type"])
+
+    @property
+    def _nested(self) -> bool:
+        return "nested_absmax" in self.parts
+
+    def rows(self) -> Rows:  # noqa: D102
+        code, absmax = self.part("quant_map").float(), self._absmax()
+        block, n_cols, dtype = self.state["blocksize"], self.shape[1], FLOATS[self.state["dtype"]]
+        read_bytes = self.read(as_bytes=True)
+
+        def read(start: int, stop: int) -> Tensor:
+            first, last = start * n_cols, stop * n_cols
+            packed = read_bytes(first // 2, -(-last // 2)).flatten().int()
+            codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[first % 2 :]
+            values = code[codes[: last - first]] * absmax[torch.arange(first, last) // block]
+            return values.to(dtype).float().view(-1, n_cols)
+
+        return read
+
+    def _absmax(self) -> Tensor:
+        absmax = self.part("absmax").flatten()
+        if not self._nested:
+            return absmax.float()
+        of_block = torch.arange(absmax.numel()) // self.state["nested_blocksize"]
+        scales = self.part("nested_absmax").float().flatten()[of_block]
+        offset: float = self.state["nested_offset"]
+        return self.part("nested_quant_map").float()[absmax.long()] * scales + offset
+
+    @property
+    def unit(self) -> int:  # noqa: D102
+        n_values: int = self.state["blocksize"]
+        n_values *= self.state["nested_blocksize"] if self._nested else 2
+        return n_values // math.gcd(n_values, self.shape[1])
+
+    def encoded(self, values: Tensor) -> dict[str, Tensor]:
+        """Return what parts hold; packed scales are relative to the offset that the base has."""
+        codes, absmax = _nearest(self.part("quant_map"), values, self.state["blocksize"])
+        codes = codes[: values.numel() + values.numel() % 2]
+        packed = codes[::2] << 4 | codes[1::2]
+        if not self._nested:
+            return {"codes": packed, "absmax": absmax}
+        shifted, size = absmax - self.state["nested_offset"], self.state["nested_blocksize"]
+        nested, scales = _nearest(self.part("nested_quant_map"), shifted, size)
+        return {"codes": packed, "absmax": nested[: absmax.numel()], "nested_absmax": scales}
+
+    def packing(self) -> str:  # noqa: D102
+        state = f"{self.state['quant_type']}, blocks of {self.state['blocksize']}"
+        codes = self.part("codes").flatten().view(torch.uint8)
+        return f"Params4bit, {state}, {self.shape}, {glimpse(codes)}"
+
+
+@dataclass(frozen=True)
+class Mxfp4(Packed):
+    """MXFP4 experts: blocks of 32 4-bit values and a power of two; transposed when dequantized.
+
+    Source: `transformers/integrations/mxfp4.py`, convert_moe_packed_tensors.
+    """
+
+    def rows(self) -> Rows:  # noqa: D102
+        positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        code = torch.cat([positive, -positive])
+        read_codes, read_scales = self.read(), self.read("scales")
+        n_in, n_out = self.shape[1:]
+        latest: dict[int, Tensor] = {}
+
+        def expert(index: int) -> Tensor:
+            if index not in latest:
+                size = n_out * n_in // 2
+                packed = read_codes(index * size, (index + 1) * size).int()
+                codes = torch.cat([packed & 15, packed >> 4], dim=1).view(-1, 32)
+                powers = read_scales(index * size // 16, (index + 1) * size // 16).int() - 127
+                latest.clear()
+                latest[index] = torch.ldexp(code[codes], powers).view(n_out, n_in).t()
+            return latest[index]
+
+        def read(start: int, stop: int) -> Tensor:
+            pieces = []
+            for index in range(start // n_in, -(-stop // n_in)):
+                first, last = max(start - index * n_in, 0), min(stop - index * n_in, n_in)
+                pieces.append(expert(index)[first:last])
+            return torch.cat(pieces)
+
+        return read
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    return scales.where(scales > 0, 1.0)
+
+
+def _nearest(table: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return the places in a table of values over their blocks' greatest, and these; padded."""
+    blocks = pad(values.flatten(), (0, -values.numel() % block)).view(-1, block)
+    greatest = blocks.abs().amax(dim=1)
+    ordered, order = table.float().flatten().sort()
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    found = torch.bucketize(blocks / _divisor(greatest)[:, None], middles, out_int32=True)
+    return order.to(torch.uint8)[found.flatten()], greatest
