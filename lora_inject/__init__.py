@@ -48,9 +48,11 @@ if TYPE_CHECKING:
     from lora_inject.model.train import adapter_parameters, parameter_groups, train_only
     from lora_inject.spec.config import Config, Expect, Rule
     from lora_inject.spec.plan import Plan
+    from lora_inject.spec.space import Space
     from lora_inject.trials.advise import advise
     from lora_inject.trials.batches import causal_loss
     from lora_inject.trials.runs import Trials
+    from lora_inject.trials.search import Search, search
     from lora_inject.trials.trial import Trial
 
 __all__ = [
@@ -68,7 +70,9 @@ __all__ = [
     "MergeReport",
     "Plan",
     "Rule",
+    "Search",
     "SiteState",
+    "Space",
     "StateError",
     "Trial",
     "Trials",
@@ -103,6 +107,7 @@ __all__ = [
     "register_variant",
     "routed",
     "save_adapter",
+    "search",
     "summary",
     "swap_adapter",
     "train_only",
@@ -142,10 +147,12 @@ _HOMES = {
     "model.train": "adapter_parameters parameter_groups train_only",
     "spec.config": "Config Expect Rule",
     "spec.plan": "Plan",
+    "spec.space": "Space",
     "trials.advise": "advise",
     "trials.batches": "causal_loss",
     "trials.trial": "Trial",
     "trials.runs": "Trials",
+    "trials.search": "Search search",
 }
 """File to the public names that it has; the imports above say the same to type checkers."""
 

@@ -66,6 +66,7 @@ ROWS: dict[str, Row] = {
     "merge": surgery.merging,
     "experts": sharing.experts,
     "train-many": sharing.train_many,
+    "trials": sharing.trials,
     "compile": compiled.compiled,
     "exactness": exact.exactness,
 }

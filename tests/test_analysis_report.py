@@ -28,6 +28,7 @@ from lora_inject.analysis import (
     write_report,
 )
 from lora_inject.analysis.drawings import _corner
+from lora_inject.analysis.report.search_page import search_report
 from lora_inject.analysis.tables import Rows
 from lora_inject.spec.sites import SiteSpec, Slices
 
@@ -257,3 +258,19 @@ def test_the_gallery(tmp_path, rank, prefix):
     assert names == {"spectra.png", "layers-h-q.png", "layers-h-v.png", f"{prefix}-h-q.png",
                      f"{prefix}-h-v.png", f"{prefix}-head.png"}  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_the_page_of_a_search_has_the_config_every_trial_and_its_losses():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    space = {"targets": {"all": ["all-linear"]}, "rank": [1, 2], "lr": [1e-3, 1e-2, 1e30],
+             "budget": {"steps": 16, "parameters": 33}}  # fmt: skip
+    batch = (torch.randn(8, 4), torch.randn(8, 2))
+    found = li.search(model, space, [batch], [batch, batch], forward=lambda b: model(b[0]),
+                      loss=lambda out, b: (out - b[1]).square().mean())  # fmt: skip
+    page = Page(search_report(found, EVIL, date=dt.date(2026, 1, 2)))
+    assert [tag for tag, _ in page.tags].count("svg") == 2 * len(found.rungs)
+    assert "script" not in {tag for tag, _ in page.tags}
+    for words in ("2026-01-02", found.best, *found.candidates, "stopped", "3 over the budget"):
+        assert words in page.words
+    assert all(line in page.text for line in found.to_yaml().splitlines())

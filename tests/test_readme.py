@@ -123,7 +123,8 @@ def run_document(text: str, source: str, capsys: pytest.CaptureFixture[str]) -> 
         if block.language == "python":
             run_python(block, names, source)
         elif block.language == "yaml":
-            li.Config.from_text(block.text, source=f"{source}:{block.line}")
+            schema = li.Space if block.text.startswith("# space.yaml") else li.Config
+            schema.from_text(block.text, source=f"{source}:{block.line}")
         elif block.language == "console":
             for command, output in commands(block):
                 run_command(command, output, capsys)

@@ -115,6 +115,14 @@ def test_a_trial_alone_equals_a_plain_loop_dropout_included() -> None:
         torch.testing.assert_close(values(running.model, "all")[key], value, rtol=1e-9, atol=1e-12)
 
 
+def test_dropout_of_the_adapter_acts_over_a_base_in_eval_mode() -> None:
+    of_eval = train(of_llama().double().eval(), {"all": LLAMA_TRIALS["all"]}, 3, {})
+    of_train = train(of_llama().double().train(), {"all": LLAMA_TRIALS["all"]}, 3, {})
+    for key, value in values(of_train.model, "all").items():
+        assert torch.equal(values(of_eval.model, "all")[key], value)
+    assert not any(module.training for module in of_eval.model.modules())
+
+
 def test_a_trial_that_diverges_is_stopped_and_changes_no_other() -> None:
     wild = dict(LLAMA_TRIALS, wild=Trial({"rank": 1, "targets": ["v_proj"]}, lr=1.0))
     model = of_llama().double()

@@ -282,6 +282,24 @@ def norms_figure(kinds: Mapping[str, Sequence[float]]) -> Any:
 
 
 @_styled()
+def lines_figure(
+    lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, *, logarithmic: bool = False
+) -> Any:
+    """Return points by name, joined by a line each; the x axis may be logarithmic."""
+    figure = _figure(2.6 + 0.16 * len(lines), WIDTH, "constrained")
+    axes = figure.subplots()
+    for number, (label, points) in enumerate(lines.items()):
+        look = {"marker": "os^Dv"[number % 5] if logarithmic else "", "ms": 3, "lw": 0.9}
+        color = _shade(number, len(lines))
+        axes.plot(*zip(*points, strict=True), **look, color=color, label=printable(label))
+    _plain_axes(axes, x, y)
+    if logarithmic:
+        axes.set_xscale("log")
+    figure.legend(fontsize=SMALL, loc="outside lower left", ncols=2)
+    return figure
+
+
+@_styled()
 def ranks_figure(ranks: Sequence[int]) -> Any:
     """Return how many blocks need which rank."""
     figure = _figure(1.9, WIDTH, "constrained")

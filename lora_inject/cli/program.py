@@ -27,6 +27,7 @@ EXAMPLES = MappingProxyType(
     {
         "plan": "lora-inject plan lora.yaml gpt2/config.json",
         "advise": "lora-inject advise gpt2 --budget 170k",
+        "search": "lora-inject search gpt2 space.yaml --data rows.jsonl --output found",
         "inspect": "lora-inject inspect sql-adapter",
         "analyze": "lora-inject analyze sql-adapter --base gpt2 --report report.html",
         "merge": "lora-inject merge gpt2 sql-adapter --output merged --verify",
@@ -117,8 +118,8 @@ class _Commands(TyperGroup):
             options = [opt for param in command.params for opt in param.opts] if command else []
             note(f"{public.__name__}: {in_options(str(error), options)}")
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            note("interrupted")
+        except KeyboardInterrupt as error:
+            note(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
             raise typer.Exit(130) from None
         except OSError as error:
             place = f"'{error.filename}'" if error.filename else "the output"

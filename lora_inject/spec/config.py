@@ -36,9 +36,9 @@ from lora_inject.errors import ConfigError, check_type, nearest
 from lora_inject.spec.config_errors import config_error
 from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.names import printable, regex_problem
+from lora_inject.spec.names import regex_problem
 from lora_inject.spec.roles import FURTHER
-from lora_inject.spec.yaml import MAX_TEXT_BYTES, Document, Dumper, show
+from lora_inject.spec.yaml import Document, Dumper, read_text, show
 
 ALL_LINEAR = "all-linear"
 
@@ -427,16 +427,7 @@ class Config(_Strict):
         """
         remedy = "Give the path of a YAML file"
         check_type("Config.from_yaml, path", path, (str, PathLike), remedy, ConfigError)
-        try:
-            with Path(path).open("rb") as file:
-                text = file.read(MAX_TEXT_BYTES + 1).decode("utf-8")
-        except UnicodeDecodeError as error:
-            found = f"byte {error.start} is not UTF-8"
-            raise ConfigError(str(path), found, "Save the config as UTF-8 text") from None
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-            found = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(printable(str(path)), found, remedy) from None
-        return cls.from_text(text, source=str(path))
+        return cls.from_text(read_text(path), source=str(path))
 
     @classmethod
     def from_text(cls, text: str, *, source: str = "<config>") -> Config:

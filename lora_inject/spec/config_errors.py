@@ -28,6 +28,7 @@ _NAMES = {
     "match": ("pattern", "name", "regex"),
     "normal": ("std",),
     "adapted": ("lora_only",),
+    "lr": ("learning_rate",),
 }
 _ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
 """What the same thing is called in PEFT and elsewhere, to our word."""

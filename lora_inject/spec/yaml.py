@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from lora_inject.errors import ConfigError
+from lora_inject.spec.names import printable
 
 Loc = tuple[str | int, ...]
 
@@ -76,6 +79,19 @@ Dumper.add_representer(str, Dumper.text)
 for _reader in (_Loader, Dumper):
     for _kind, _pattern in _PLAIN.items():
         _reader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"({_pattern})\Z"), None)
+
+
+def read_text(path: str | PathLike[str]) -> str:
+    """Return the text of a YAML file; a ConfigError says why it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(MAX_TEXT_BYTES + 1).decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte {error.start} is not UTF-8"
+        raise ConfigError(str(path), found, "Save the config as UTF-8 text") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        found = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(printable(str(path)), found, "Give the path of a YAML file") from None
 
 
 class Document:

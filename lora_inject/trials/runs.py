@@ -11,6 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from lora_inject.errors import FormatError, StateError, check_type
 from lora_inject.layers.selection import State
+from lora_inject.layers.survey import Survey
+from lora_inject.model.carried import adapted_modules
 from lora_inject.model.eject import eject
 from lora_inject.model.inject import inject
 from lora_inject.model.save import adapter_state
@@ -30,6 +33,7 @@ from lora_inject.trials.batches import (
     Forward,
     Loss,
     causal_loss,
+    evaluating,
     joined,
     n_rows,
     n_tokens,
@@ -146,9 +150,10 @@ class Trials:
         found: dict[str, float] = {}
         for flat in self._flats.values():
             flat.zero_grad()
-        for group in self._groups(batches):
-            losses = self._losses_of(group, forward, loss)
-            found |= self._backward(losses)
+        with self._dropping():
+            for group in self._groups(batches):
+                losses = self._losses_of(group, forward, loss)
+                found |= self._backward(losses)
         for name in found.keys() - self.stopped.keys():
             norm = self._flats[name].clip(self.trials[name].clip)
             if not math.isfinite(norm):
@@ -160,6 +165,18 @@ class Trials:
             self._losses[name].append(value)
         self.n_steps += 1
         return found
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """Put adapted layers into training mode, so that dropout acts over a base in eval mode."""
+        layers = [m for _, m, _ in adapted_modules(Survey(self.model)) if not m.training]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     def _losses_of(
         self, batches: Mapping[str, Any], forward: Forward, loss: Loss
@@ -276,18 +293,18 @@ class Trials:
             Name to loss, which `best` and `table` also use.
         """
         forward, loss = forward or plain_forward(self.model), loss or causal_loss
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            found: dict[str, float] = {}
+        found: dict[str, float] = {}
+        with evaluating(self.model):
             for group in self._groups(self._by_trial(batch)):
                 outputs = self._forward(group, forward, None)
                 found |= {name: loss(outputs[name], one).item() for name, one in group.items()}
-        finally:
-            for module, training in modes.items():
-                module.training = training
         self._held_out |= found
         return found
+
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        """Training loss of each trial at each of its steps."""
+        return {name: list(values) for name, values in self._losses.items()}
 
     def best(self) -> str:
         """Return the running trial with the least held-out loss.

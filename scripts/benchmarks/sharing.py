@@ -1,17 +1,30 @@
-"""Weights that many share: experts (a mount on stacked weights), train-many (one frozen base)."""
+"""Weights that many share: experts (stacked weights), train-many and trials (one frozen base)."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.launches import Counted
 from benchmarks.measure import AGAIN, Options, Result, interleave, paired, peak_bytes, some_ids
-from benchmarks.models import ALPHA, LLAMA, RANK, llama, quiet, randomise
-from lora_inject import activate, adapter_parameters, inject, routed, train_only
+from benchmarks.models import (
+    ALPHA,
+    LLAMA,
+    RANK,
+    frozen,
+    llama,
+    quiet,
+    randomise,
+    training_step,
+    with_lora,
+    with_peft,
+)
+from lora_inject import Trial, Trials, activate, adapter_parameters, inject, routed, train_only
 
 OURS = "lora_inject"
 MIB = 2**20
@@ -183,3 +196,83 @@ def _gradients(model: nn.Module, run: Callable[[], None]) -> Tensor:
     found = [p.grad.double().flatten() for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)
     return torch.cat(found)
+
+
+# ------------------------------------------------------------------------------------- trials
+
+TRIALS_GOALS = {  # of 8, 32 and 128 tokens a trial
+    (8, "fp32"): (0.25, 0.50, 0.85),
+    (8, "bf16"): (0.25, 0.35, 0.62),
+    (32, "fp32"): (0.20, 0.42, 0.87),
+}
+
+
+def trials(options: Options) -> Result:
+    """Time a step of many trials at once against the same runs in turn."""
+    result = Result()
+    sizes = {"num_hidden_layers": 4, "vocab_size": 4096, "hidden_size": 512,
+             "intermediate_size": 1376, "num_attention_heads": 8}  # fmt: skip
+    if options.quick:
+        sizes |= {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
+    for n, label in ((8, "fp32"), (8, "bf16"), (32, "fp32"), (32, "bf16")):
+        dtype = torch.float32 if label == "fp32" else torch.bfloat16
+        base = llama(dtype, **sizes)
+        goals = () if options.quick else TRIALS_GOALS.get((n, label), ())
+        _trials(result, options, f"{n} trials {label}", base, n, goals)
+    for n in (2, 8, 32):
+        case = f"{n} trials of one rank"
+        result.add(case, OURS, "launches of a step", _launches_of_trials(n))
+    result.notes.append(
+        "A trial is one row of its own tokens, adapters of r = 8 on all linear layers, its own "
+        "loss and AdamW; whole steps, optimizers included. In turn is as many steps of one "
+        "adapter on a model of its own, with the fused AdamW."
+    )
+    return result
+
+
+def _trials(
+    result: Result, options: Options, case: str, base: Any, n: int, goals: tuple[float, ...]
+) -> None:
+    alone, peft = with_lora(copy.deepcopy(base)), with_peft(copy.deepcopy(base))
+    floor = frozen(copy.deepcopy(base))
+    rules = {"rank": RANK, "alpha": ALPHA, "targets": [LLAMA]}
+    together = Trials(base.train(), {f"t{i}": Trial(rules, lr=1e-4) for i in range(n)})
+    for i, n_tokens in enumerate((8, 32, 128)):
+        ids = some_ids(n, n_tokens)
+        rows = {f"t{j}": {"input_ids": row, "labels": row} for j, row in enumerate(ids.split(1))}
+        runs = {
+            "in turn": _in_turn(alone, ids),
+            "in turn again": _in_turn(alone, ids),
+            "at once": lambda rows=rows: together.step(rows),
+            "PEFT in turn": _in_turn(peft, ids),
+            "the base at once": training_step(floor, ids),
+        }
+        times = interleave(runs, options.n_rounds(3))
+        target = {"at once": goals[i]} if goals else None
+        where = f"{case}, {n_tokens} tokens each"
+        result.ratios(where, times, "time / in turn", "in turn", target)
+
+
+def _in_turn(model: Any, ids: Tensor) -> Callable[[], None]:
+    """Return a step of each row's run, one after the other."""
+    steps = [training_step(model, row) for row in ids.split(1)]
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
+
+
+def _launches_of_trials(n: int) -> float:
+    """Count what a step starts on any device but the CPU, on a tiny model."""
+    tiny = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 31}
+    model = llama(**tiny, num_attention_heads=2, device="cpu").train()
+    rules = {"rank": 2, "targets": [LLAMA]}
+    many = Trials(model, {f"t{i}": Trial(rules, lr=1e-4) for i in range(n)})
+    ids = some_ids(1, 6).cpu() % 31
+    batch = {"input_ids": ids, "labels": ids}
+    many.step(batch)
+    with patch("lora_inject.functional.cpu.is_cpu", lambda _: False), Counted() as counted:
+        many.step(batch)
+    return float(counted.total)

@@ -86,7 +86,7 @@ def report(
         for kind, pairs in (comparable(comparison) if comparison else {}).items()
     }
     return str(
-        _template().render(
+        template("page.html.j2").render(
             title=title,
             facts=_facts(analysis, state, date or dt.date.today()),
             tiles=_tiles(analysis),
@@ -130,7 +130,8 @@ def write_report(path: str | os.PathLike[str], text: str) -> Path:
     return write_file(path, text.encode(), overwrite=True)
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """Return a template of this folder; a StateError says what is not installed."""
     need_matplotlib()
     try:
         import jinja2
@@ -149,7 +150,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _facts(analysis: Analysis, state: AdapterState, date: dt.date) -> list[tuple[str, str]]:

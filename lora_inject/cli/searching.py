@@ -1,0 +1,157 @@
+"""`search`: the trials of a space on a causal language model, with a live table."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_inject.cli.program import app
+
+if TYPE_CHECKING:
+    from lora_inject.trials.search import Search
+
+BARS = "▁▂▃▄▅▆▇█"
+CURVE = 24  # characters
+RECENT = 8  # steps over which the loss in the table is averaged
+
+
+@app.command()
+def search(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or name of a causal language model.")
+    ],
+    space: Annotated[Path, typer.Argument(metavar="SPACE", help="What to try, a YAML file.")],
+    *,
+    data: Annotated[
+        Path,
+        typer.Option(help="Rows to train on: .jsonl with text, or prompt and completion; or text."),
+    ],
+    held_out: Annotated[
+        Path | None, typer.Option(help="Rows to judge by. (default: a tenth of --data)")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the results and of what is saved.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 128,
+    device: Annotated[str, typer.Option(help="Where to run.")] = "cpu",
+) -> None:
+    """Find config and learning rate of SPACE for MODEL and your data.
+
+    Writes config.yaml, the adapter and search.html. After Ctrl-C the same command goes on.
+    """
+    from lora_inject.analysis.report.search_page import search_report, trial_rows
+    from lora_inject.analysis.report.write_page import template, write_report
+    from lora_inject.cli import texts
+    from lora_inject.cli.show import note, print_rows, say
+    from lora_inject.formats import write_adapter
+    from lora_inject.spec.space import Space
+    from lora_inject.trials.search import search as run
+
+    template("search.html.j2")  # which says what is not installed
+    wanted = Space.from_yaml(space)
+    rows = texts.read_rows(data)
+    judged = [] if held_out is None else texts.read_rows(held_out)
+    if held_out is None:
+        rows, judged = texts.split(rows, batch, wanted.seed)
+    base, tokenizer = _loaded(model, device)
+    parts = []
+    for path, part in ((data, rows), (held_out or data, judged)):
+        encoded = texts.encode(tokenizer, part, length)
+        if len(encoded) < len(part):
+            note(f"'{path}': {len(part) - len(encoded)} rows have no completion within --length")
+        parts.append(texts.batches(encoded, batch, path, device))
+    with _live() as watch:
+        found = run(base, wanted, *parts, folder=output, watch=watch)
+    (output / "config.yaml").write_text(found.to_yaml(), encoding="utf-8")
+    assert found.adapter is not None
+    write_adapter(found.adapter, output / "adapter", format="peft", overwrite=True)
+    write_report(output / "search.html", search_report(found, f"Search on {model}"))
+    print_rows(trial_rows(found), everything=True)
+    say(f"best: {found.best}; {found.seconds:.0f} s of training")
+    for name in ("config.yaml", "adapter", "search.html"):
+        note(f"wrote {output / name}")
+
+
+def _loaded(model: str, device: str) -> tuple[Any, Any]:
+    """Return a causal language model in eval mode, in the dtype of its files, and its tokenizer."""
+    from lora_inject.errors import CheckpointError
+
+    asked = f"load '{model}'"
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        remedy = "Run pip install 'lora-inject[transformers]'"
+        raise CheckpointError(asked, "transformers is not installed", remedy) from None
+    try:
+        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        return base.to(device).eval(), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, RuntimeError) as error:
+        found = " ".join(str(error).split())[:300].rstrip(".")
+        remedy = "Give the folder of a causal language model with its tokenizer"
+        raise CheckpointError(asked, found, remedy) from error
+
+
+@contextmanager
+def _live() -> Iterator[Callable[[Search], None]]:
+    """Show a table that follows the search, where stderr is a terminal; else a line each rung."""
+    forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"  # as rich
+    if sys.stderr is None or not (sys.stderr.isatty() or forced):
+        yield _line
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
+        yield lambda search: live.update(table(search))
+
+
+def _line(search: Search) -> None:
+    from lora_inject.cli.show import note
+
+    rung = search.rungs[-1]
+    if max(map(len, rung.losses.values())) == 1:
+        size, steps = search.plan[len(search.rungs) - 1]
+        note(f"rung {len(search.rungs)} of {len(search.plan)}: {size} trials, {steps} steps")
+
+
+def table(search: Search) -> Any:
+    """Return the running rung as a table of rich: losses, curves, and the rungs before."""
+    from rich.table import Table
+
+    rung, n = search.rungs[-1], len(search.rungs)
+    step = max(map(len, rung.losses.values()), default=0)
+    title = f"rung {n} of {len(search.plan)}, step {step} of {rung.steps}, {search.seconds:.0f} s"
+    shown = Table("trial", "parameters", "loss", "curve", title=title)
+    for i in range(n - 1):
+        shown.add_column(f"held out, rung {i + 1}", justify="right")
+    recent = {name: fmean(v[-RECENT:]) for name, v in rung.losses.items() if v}
+    for name in sorted(recent, key=recent.__getitem__):
+        before = (f"{fmean(r.held_out[name]):.4f}" for r in search.rungs[:-1])
+        loss = "stopped" if name in rung.stopped else f"{recent[name]:.4f}"
+        count = f"{search.candidates[name].parameters:,}"
+        shown.add_row(name, count, loss, curve(rung.losses[name], rung.steps), *before)
+    return shown
+
+
+def curve(losses: list[float], steps: int) -> str:
+    """Return losses as a line of bars, as long as the share of the steps that is done.
+
+    Examples:
+        >>> curve([4.0, 3.0, 2.0, 1.0], 48)
+        '█▁'
+    """
+    width = min(len(losses), max(1, round(CURVE * len(losses) / steps)))
+    ends = [i * len(losses) // width for i in range(width + 1)]
+    means = [fmean(losses[start:end]) for start, end in pairwise(ends)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)

@@ -1,0 +1,297 @@
+"""What a search tries: choices and ranges for a config and its learning rate, and a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import product
+from os import PathLike
+from random import Random
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from lora_inject.errors import ConfigError, MatchError
+from lora_inject.spec.config import Config, Expect, Rank, Rule, Variant, _Strict
+from lora_inject.spec.config_errors import config_error
+from lora_inject.spec.inventory import Inventory
+from lora_inject.spec.matching import resolve
+from lora_inject.spec.yaml import Document, read_text
+
+BYTES_EACH = 4
+"""Bytes of a parameter in a saved adapter: float32, over a 16-bit base as well."""
+SEARCHED = ("targets", "rank", "alpha", "variant", "expect")
+
+
+class Range(_Strict):
+    """`{from: 1e-4, to: 1e-2}`: drawn evenly on a logarithmic scale."""
+
+    from_: float = Field(alias="from", gt=0, allow_inf_nan=False)
+    """The smallest value."""
+    to: float = Field(gt=0, allow_inf_nan=False)
+    """The largest value."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.from_ >= self.to:
+            found = f"from {self.from_:g} is not below to {self.to:g}"
+            raise ValueError(found, "Give the smaller value as from")
+        return self
+
+    def at(self, share: float) -> float:
+        """Return the value at a share, in [0, 1], of the range."""
+        return math.exp(math.log(self.from_) + share * math.log(self.to / self.from_))
+
+
+def _read_choices(value: Any) -> Any:
+    if isinstance(value, (Mapping, Range)):
+        return value
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def _check_choices(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("there is no choice", "Give one value at least")
+    if len(set(values)) < len(values):
+        raise ValueError(f"{list(values)} has a repeated entry", "Write each once")
+    return values
+
+
+_Read = BeforeValidator(_read_choices)
+_Check = AfterValidator(_check_choices)
+_EitherWay = Discriminator(lambda value: "range" if isinstance(value, (Mapping, Range)) else "list")
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Ranks = Annotated[
+    Annotated[tuple[Rank, ...], _Check, Tag("list")] | Annotated[Range, Tag("range")],
+    _EitherWay,
+    _Read,
+]
+Numbers = Annotated[
+    Annotated[tuple[_Positive, ...], _Check, Tag("list")] | Annotated[Range, Tag("range")],
+    _EitherWay,
+    _Read,
+]
+Rules = Annotated[tuple[Rule, ...], Field(min_length=1), _Read]
+
+
+class Budget(_Strict):
+    """What the result and the search may cost."""
+
+    parameters: Annotated[int, Field(ge=1)] | None = None
+    """Most trainable parameters of the adapter."""
+    bytes: Annotated[int, Field(ge=1)] | None = None
+    """Most bytes of the adapter's tensors, of 4 bytes for each parameter."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps of the longest run."""
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Minutes of the whole search, from which the steps follow."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if (self.steps is None) == (self.minutes is None):
+            found = "steps and minutes are " + ("missing" if self.steps is None else "both given")
+            raise ValueError(found, "Give one of them, such as steps: 64")
+        return self
+
+    def allows(self, parameters: int) -> bool:
+        """Return whether an adapter of so many parameters fits."""
+        most = (self.parameters, None if self.bytes is None else self.bytes // BYTES_EACH)
+        return all(limit is None or parameters <= limit for limit in most)
+
+
+class Training(_Strict):
+    """What all trials share of their optimizer."""
+
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to 0 over the steps of a run."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.06
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    clip: _Positive | None = None
+    b_lr_ratio: _Positive = 1.0
+
+
+class Candidate(NamedTuple):
+    """A point of a space: a config with its counts, and a learning rate."""
+
+    config: Config
+    lr: float
+    parameters: int
+
+
+class Space(_Strict):
+    r"""What a search tries.
+
+    A value, a list of choices, or a range `{from: 1e-4, to: 1e-2}` may stand for `rank`, `scale`
+    and `lr`; `variant` takes a value or a list.
+
+    Raises:
+        ConfigError: Anything is wrong; the message names the place.
+
+    Examples:
+        >>> space = Space.from_text('''
+        ... targets: {all: [all-linear], qv: ['[qv]_proj']}
+        ... rank: [2, 8]
+        ... lr: {from: 1e-4, to: 1e-2}
+        ... trials: 8
+        ... budget: {steps: 64}
+        ... ''')
+        >>> points = space.points()
+        >>> len(points), points[0]["targets"] in ("all", "qv")
+        (8, True)
+    """
+
+    targets: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Rules], Field(min_length=1)]
+    """Choices of layers: names, which the tables show, to rules as in a config."""
+    rank: Ranks = (8,)
+    scale: Numbers = (2.0,)
+    """alpha / rank."""
+    lr: Numbers
+    """Largest learning rate in the schedule."""
+    variant: Annotated[tuple[Variant, ...], _Check, _Read] = ("lora",)
+    trials: Annotated[int, Field(ge=2)] | None = None
+    """Most trials; with a range needed, else all combinations by default."""
+    seed: int = 0
+    """Of the draws, and of each trial's start and dropout."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Further keys of every config, such as dropout or exclude."""
+    training: Training = Training()
+    budget: Budget
+
+    @model_validator(mode="after")
+    def _chooses(self) -> Self:
+        if wrong := [key for key in SEARCHED if key in self.config]:
+            remedy = "Give it as a key of the space (alpha: as scale, which is alpha / rank)"
+            raise ValueError(f"config has {wrong[0]!r}, which the space sets", remedy)
+        if self.ranges() and self.trials is None:
+            found = f"{next(iter(self.ranges()))} is a range, and trials is missing"
+            raise ValueError(found, "Say how many to draw, such as trials: 16")
+        if not self.ranges() and math.prod(map(len, self.choices().values())) < 2:
+            raise ValueError(
+                "the space holds a single trial", "Give two choices of something, such as two lr"
+            )
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> Self:
+        """Read a space from a YAML file; errors give `FILE:LINE:COLUMN (key)`."""
+        return cls.from_text(read_text(path), source=str(path))
+
+    @classmethod
+    def from_text(cls, text: str, *, source: str = "<space>") -> Self:
+        """Read a space from YAML text; `source` is what messages call it."""
+        document = Document(text, source)
+        return cls._read(document.data, document)
+
+    @classmethod
+    def coerce(cls, space: Any) -> Self:
+        """Return a space that was given as such, as a mapping, or as the path of a YAML file."""
+        if isinstance(space, cls):
+            return space
+        if isinstance(space, Mapping):
+            return cls._read(dict(space))
+        if isinstance(space, (str, PathLike)):
+            return cls.from_yaml(space)
+        found = f"a value of type {type(space).__name__}"
+        raise ConfigError("space", found, "Give a Space, a dict, or the path of a YAML file")
+
+    @classmethod
+    def _read(cls, data: dict[str, Any], document: Document | None = None) -> Self:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            models: dict[str, type[BaseModel]] = {
+                "": cls,
+                "targets": Rule,
+                "budget": Budget,
+                "training": Training,
+            }
+            raise config_error(error, models, data, document) from None
+
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Return what has choices, and them."""
+        keys: dict[str, Any] = {"targets": tuple(self.targets), "variant": self.variant}
+        keys |= {"rank": self.rank, "scale": self.scale, "lr": self.lr}
+        return {key: value for key, value in keys.items() if isinstance(value, tuple)}
+
+    def ranges(self) -> dict[str, Range]:
+        """Return what is a range."""
+        keys = {"rank": self.rank, "scale": self.scale, "lr": self.lr}
+        return {key: value for key, value in keys.items() if isinstance(value, Range)}
+
+    def points(self) -> list[dict[str, Any]]:
+        """Return the points that are tried, by the seed.
+
+        Combinations of choices are taken in turn, in random order where not all are. Each range is
+        cut into as many pieces as there are points, and each piece has one (a Latin hypercube).
+        """
+        random = Random(self.seed)  # noqa: S311  (draws, no secrets)
+        choices, ranges = self.choices(), self.ranges()
+        grid = [dict(zip(choices, combination, strict=True))
+                for combination in product(*choices.values())]  # fmt: skip
+        n = self.trials or len(grid)
+        if ranges or n < len(grid):
+            random.shuffle(grid)
+        points = [grid[i % len(grid)] for i in range(n if ranges else min(n, len(grid)))]
+        for key, values in ranges.items():
+            pieces = random.sample(range(n), n)
+            drawn = [values.at((piece + random.random()) / n) for piece in pieces]
+            short = [max(1, round(v)) if key == "rank" else float(f"{v:.3g}") for v in drawn]
+            points = [point | {key: v} for point, v in zip(points, short, strict=True)]
+        return points
+
+    def candidates(self, inventory: Inventory) -> tuple[dict[str, Candidate], list[str]]:
+        """Return the trials for a model by name, and the names of those over the budget.
+
+        Raises:
+            ConfigError: A config is not valid.
+            MatchError: A rule matches nothing, or the budget leaves no trial.
+        """
+        varied = [k for k, v in self.choices().items() if len(v) > 1] + [*self.ranges()]
+        fitting: dict[str, Candidate] = {}
+        over: dict[str, int] = {}
+        for point in self.points():
+            config = Config.from_dict(
+                {
+                    **self.config,
+                    "targets": self.targets[point["targets"]],
+                    "rank": point["rank"],
+                    "alpha": point["scale"] * point["rank"],
+                    "variant": point["variant"],
+                }
+            )
+            plan = resolve(config, inventory)
+            name = " ".join(_NAMES[key].format(point[key]) for key in _NAMES if key in varied)
+            if not self.budget.allows(plan.n_trainable):
+                over[name] = plan.n_trainable
+                continue
+            expect = Expect(sites=plan.n_sites, lora=plan.n_lora)
+            counted = config.model_copy(update={"expect": expect})
+            fitting[name] = Candidate(counted, point["lr"], plan.n_trainable)
+        if not fitting:
+            name, least = min(over.items(), key=lambda item: item[1])
+            raise MatchError(
+                f"a search within {self.budget.model_dump(exclude_none=True)}",
+                f"the smallest trial, {name!r}, has {least:,} parameters "
+                f"({BYTES_EACH * least:,} bytes)",
+                "Give a larger budget, a smaller rank or fewer layers",
+            )
+        return fitting, list(over)
+
+
+_NAMES = {
+    "targets": "{}",
+    "rank": "r{}",
+    "scale": "x{:g}",
+    "variant": "{}",
+    "lr": "lr {:g}",
+}

@@ -1,0 +1,343 @@
+"""Search: the trials of a space on one base, rung by rung, and the config of the best."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lora_inject.adapter.state import AdapterState
+from lora_inject.errors import FormatError, StateError, check_type
+from lora_inject.layers.candidates import inventory
+from lora_inject.layers.survey import Survey
+from lora_inject.model.save import adapter_state
+from lora_inject.spec.config import Config
+from lora_inject.spec.space import Candidate, Space
+from lora_inject.storage.atomic import write_file
+from lora_inject.storage.strict_json import parse_json
+from lora_inject.trials.batches import Forward, Loss, causal_loss, evaluating, n_rows, plain_forward
+from lora_inject.trials.rungs import behind, ranked, rungs, steps_within
+from lora_inject.trials.runs import Trials
+from lora_inject.trials.trial import Trial
+
+SAVE_SECONDS = 20.0
+"""Between two saves of the running rung; what an interrupt may lose."""
+TIMED_STEPS = 2
+PASS_TOKENS = 4096
+
+
+@dataclass
+class Rung:
+    """One rung: trials that got a whole run each.
+
+    Attributes:
+        steps: Steps of the run.
+        losses: Trial to its training loss at each step.
+        held_out: Trial to its loss on each held-out batch, at the end; without those stopped.
+        stopped: Trial to the reason why it was stopped.
+        seconds: Time that it took, evaluation included.
+    """
+
+    steps: int
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    held_out: dict[str, list[float]] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class Search:
+    """A search that runs or has ended, with its evidence.
+
+    Attributes:
+        space: What was tried.
+        candidates: Trial to its config, learning rate and parameters.
+        over_budget: Trials that were left out.
+        plan: Trials and steps of each rung.
+        rungs: Those that ended, and the one that runs.
+        base: Loss of the base on each held-out batch.
+        adapter: The best trial's adapter; None until the end.
+    """
+
+    space: Space
+    candidates: dict[str, Candidate]
+    over_budget: list[str] = field(default_factory=list)
+    plan: list[tuple[int, int]] = field(default_factory=list)
+    rungs: list[Rung] = field(default_factory=list)
+    base: list[float] = field(default_factory=list)
+    adapter: AdapterState | None = None
+
+    @property
+    def best(self) -> str:
+        """The trial with the least held-out loss of the last rung."""
+        return ranked(self.rungs[-1].held_out)[0]
+
+    @property
+    def config(self) -> Config:
+        """The best trial's config, with its counts in `expect`."""
+        return self.candidates[self.best].config
+
+    @property
+    def seconds(self) -> float:
+        """Time of all rungs."""
+        return sum(rung.seconds for rung in self.rungs)
+
+    def trial(self, name: str, steps: int) -> Trial:
+        """Return a trial as it runs in a rung of so many steps."""
+        config, lr, _ = self.candidates[name]
+        settings = self.space.training.model_dump()
+        warmup = min(math.ceil(settings.pop("warmup") * steps), steps - 1)
+        return Trial(config, lr=lr, steps=steps, warmup=warmup, seed=self.space.seed, **settings)
+
+    def to_yaml(self) -> str:
+        """Return the best config as YAML, with the evidence for it in comments."""
+        last, best = self.rungs[-1], self.best
+        training, loss = self.space.training, fmean(last.held_out[best])
+        plan = ", then ".join(f"{n} for {steps} steps" for n, steps in self.plan)
+        warmup = self.trial(best, last.steps).warmup
+        schedule = f"{training.schedule}, {last.steps} steps, {warmup} of warm-up"
+        judged = f"the base {fmean(self.base):.4f}; {len(self.base)} batches"
+        lines = [
+            f"Found by a search of {len(self.candidates)} trials, seed {self.space.seed}: {plan}.",
+            f"Train with lr {self.candidates[best].lr:g} ({schedule}).",
+            f"Held-out loss {loss:.4f}; {judged}; {self.seconds:.0f} s in all.",
+        ]
+        for name in ranked(last.held_out)[1:]:
+            apart, error = behind(last.held_out[name], last.held_out[best])
+            lines.append(f"{name}: {apart:+.4f} +- {error:.4f} (over batches, one seed)")
+        lines += [f"{name}: stopped, {why}" for r in self.rungs for name, why in r.stopped.items()]
+        if self.over_budget:
+            lines.append(f"{len(self.over_budget)} more were over the budget.")
+        return "".join(f"# {line}\n" for line in lines) + self.config.to_yaml()
+
+
+Watch = Callable[[Search], None]
+
+
+def search(
+    model: nn.Module,
+    space: Space | Mapping[str, Any] | str | PathLike[str],
+    batches: Sequence[Any],
+    held_out: Sequence[Any],
+    *,
+    forward: Forward | None = None,
+    loss: Loss | None = None,
+    folder: str | PathLike[str] | None = None,
+    max_tokens: int | None = PASS_TOKENS,
+    watch: Watch | None = None,
+) -> Search:
+    """Find the config and learning rate of a space that fit the data best, in one run.
+
+    All trials of a rung train together on the same batches. Each rung is a whole run with its
+    schedule; the best quarter starts anew in the next one, with four times the steps.
+
+    Args:
+        model: The base, which is the same afterwards: without adapters.
+        space: What to try, as a `Space`, a mapping, or the path of a YAML file.
+        batches: A batch for each step, as `Trials.step` takes it; after the last the first again.
+        held_out: Batches to judge by; their losses are averaged by rows.
+        forward: As for `Trials.step`.
+        loss: As for `Trials.step`.
+        folder: Where the state is saved every 20 seconds. A call with the same arguments goes
+            on from there, after an interrupt for instance.
+        max_tokens: As for `Trials`.
+        watch: Called with the search after each step.
+
+    Returns:
+        The search, with the best config and its adapter.
+
+    Raises:
+        ConfigError: The space or a config is not valid.
+        MatchError: A rule matches nothing, or no trial fits the budget.
+        StateError: There is no batch, all trials diverged, or as for `Trials`. The model is then
+            unchanged.
+        FormatError: The folder holds another search.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> space = {"targets": {"all": ["all-linear"], "last": ["2"]}, "rank": [1, 2],
+        ...          "lr": [1e-3, 1e-2], "budget": {"steps": 16}}
+        >>> x, y = torch.randn(32, 4), torch.randn(32, 2)
+        >>> found = search(model, space, [(x, y)], [(x, y)], forward=lambda b: model(b[0]),
+        ...     loss=lambda out, b: nn.functional.mse_loss(out, b[1]))
+        >>> found.plan, [len(rung.held_out) for rung in found.rungs]
+        ([(8, 4), (2, 16)], [8, 2])
+        >>> found.config.expect.sites in (1, 2)
+        True
+    """
+    space = Space.coerce(space)
+    for name, given in (("batches", batches), ("held_out", held_out)):
+        check_type(f"search, {name}", given, Sequence, "Give a list of batches, one for each step")
+        if not given:
+            raise StateError(f"search, {name}", "there is no batch", "Give one at least")
+    candidates, over = space.candidates(inventory(Survey(model)))
+    found = Search(space, candidates, over)
+    state = _Saved(folder, {"space": _plain(space), "data": _sums(batches) + _sums(held_out)})
+    calls = {"forward": forward or plain_forward(model), "loss": loss or causal_loss}
+    runner = _Runner(model, batches, held_out, calls, max_tokens, watch, state)
+    try:
+        runner.run(found)
+    except KeyboardInterrupt as error:
+        if folder is not None:
+            error.add_note(f"The same call goes on from what is saved in '{folder}'.")
+        raise
+    return found
+
+
+class _Saved:
+    """The state of a search in a folder, or none."""
+
+    def __init__(self, folder: str | PathLike[str] | None, key: dict[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.key = key
+        self.data: dict[str, Any] = {}
+        if self.folder is None or not (path := self.folder / "search.json").exists():
+            return
+        self.data = parse_json(path.read_bytes(), f"search in '{folder}'")
+        for what, value in key.items():
+            if self.data.get("key", {}).get(what) != value:
+                found = f"it holds a search with another {what}"
+                raise FormatError(f"search in '{folder}'", found, "Give another folder")
+
+    def rung(self, n: int) -> Path | None:
+        """Return the file of the trials of the n-th rung."""
+        return None if self.folder is None else self.folder / f"rung-{n}.pt"
+
+    def write(self, search: Search, trials: Trials) -> None:
+        """Save the search and the trials of its last rung; those before are done."""
+        path = self.rung(len(search.rungs))
+        if self.folder is None or path is None:
+            return
+        trials.save(path)
+        self.data = {"key": self.key, "plan": search.plan, "base": search.base,
+                     "rungs": [asdict(rung) for rung in search.rungs]}  # fmt: skip
+        write_file(self.folder / "search.json", json.dumps(self.data).encode(), overwrite=True)
+        for other in set(self.folder.glob("rung-*.pt")) - {path}:
+            other.unlink()
+
+
+class _Runner:
+    """Runs the rungs of a search on a model."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], held_out: Sequence[Any],
+                 calls: dict[str, Any], max_tokens: int | None, watch: Watch | None,
+                 saved: _Saved) -> None:  # fmt: skip
+        self.model, self.batches, self.held_out = model, batches, held_out
+        self.calls, self.max_tokens, self.watch, self.saved = calls, max_tokens, watch, saved
+
+    def run(self, search: Search) -> None:
+        """Run what is missing of a search; of one that has ended, this reads the adapter."""
+        kept = self.saved.data
+        search.base = kept.get("base") or self._base()
+        search.plan = [tuple(pair) for pair in kept.get("plan", ())] or self._plan(search)
+        done = [Rung(**rung) for rung in kept.get("rungs", ())]
+        names = list(search.candidates)
+        for i, (size, steps) in enumerate(search.plan):
+            search.rungs.append(done[i] if i < len(done) else Rung(steps))
+            if i + 1 == len(search.plan) or not search.rungs[i].held_out:
+                self._rung(search, names[:size])
+            if not (names := ranked(search.rungs[i].held_out)):
+                name, why = next(iter(search.rungs[i].stopped.items()))
+                found = f"all trials diverged; {name!r}: {why}"
+                raise StateError("search", found, "Give smaller learning rates")
+
+    def _rung(self, search: Search, names: Sequence[str]) -> None:
+        """Train the trials of the last rung to its end, and judge them."""
+        rung, file = search.rungs[-1], self.saved.rung(len(search.rungs))
+        began = time.monotonic() - rung.seconds
+        with self._trials(search, names, rung.steps, file) as trials:
+            saved = time.monotonic()
+            self.saved.write(search, trials)
+            while trials.n_steps < rung.steps and trials.running:
+                batch = self.batches[trials.n_steps % len(self.batches)]
+                trials.step(batch, **self.calls)
+                rung.losses = {n: [v for v in values if math.isfinite(v)]
+                               for n, values in trials.losses.items()}  # fmt: skip
+                rung.stopped = dict(trials.stopped)
+                rung.seconds = time.monotonic() - began
+                if self.watch is not None:
+                    self.watch(search)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self.saved.write(search, trials)
+                    saved = time.monotonic()
+            rung.held_out = {name: [] for name in trials.running}
+            for batch in self.held_out if trials.running else ():
+                for name, value in trials.evaluate(batch, **self.calls).items():
+                    rung.held_out[name].append(value)
+            for name in rung.held_out.keys() - set(ranked(rung.held_out)):
+                del rung.held_out[name]
+                rung.stopped[name] = "its held-out loss is not a number"
+            rung.seconds = time.monotonic() - began
+            self.saved.write(search, trials)
+            if len(search.rungs) == len(search.plan) and rung.held_out:
+                search.adapter = _copied(adapter_state(self.model, search.best))
+
+    @contextlib.contextmanager
+    def _trials(
+        self, search: Search, names: Sequence[str], steps: int, file: Path | None = None
+    ) -> Iterator[Trials]:
+        """Put trials onto the model, as they were saved if they were; take them off at the end."""
+        if file is not None and file.exists():
+            trials = Trials.resume(self.model, file)
+        else:
+            runs = {name: search.trial(name, steps) for name in names}
+            trials = Trials(self.model, runs, max_tokens=self.max_tokens)
+        try:
+            yield trials
+        finally:
+            for name in list(trials.trials):
+                trials.drop(name)
+
+    def _base(self) -> list[float]:
+        """Return the loss of the plain base on each held-out batch."""
+        forward, loss = self.calls["forward"], self.calls["loss"]
+        for batch in self.held_out:
+            n_rows(batch, "held_out")
+        with torch.no_grad(), evaluating(self.model):
+            return [loss(forward(batch), batch).item() for batch in self.held_out]
+
+    def _plan(self, search: Search) -> list[tuple[int, int]]:
+        """Return the rungs; where the budget is minutes, after timing some steps of all trials."""
+        n, budget = len(search.candidates), search.space.budget
+        if budget.steps is not None:
+            return rungs(n, budget.steps)
+        assert budget.minutes is not None
+        with self._trials(search, list(search.candidates), 1 + TIMED_STEPS) as trials:
+            trials.step(self.batches[0], **self.calls)
+            began = time.monotonic()
+            for i in range(TIMED_STEPS):
+                trials.step(self.batches[(i + 1) % len(self.batches)], **self.calls)
+            per_step = (time.monotonic() - began) / TIMED_STEPS
+        return rungs(n, steps_within(60 * budget.minutes, n, per_step))
+
+
+def _plain(space: Space) -> dict[str, Any]:
+    return space.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _sums(batches: Sequence[Any]) -> list[float]:
+    """Return sums that tell other data, or another order, from these."""
+    tensors = [t.detach().double().flatten().cpu()
+               for t in tree_leaves(list(batches)) if isinstance(t, Tensor)]  # fmt: skip
+    return [x for t in tensors for x in (len(t), t.sum().item(), t.dot(_weights(len(t))).item())]
+
+
+def _weights(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.float64).cos()
+
+
+def _copied(state: AdapterState) -> AdapterState:
+    """Return an adapter that shares no memory with the model."""
+    return copy.deepcopy(state)

@@ -1,0 +1,324 @@
+"""Search: what is tried, rung by rung, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from training_models import llama_folder
+
+import lora_inject as li
+from lora_inject import Space, search
+from lora_inject.cli import searching
+from lora_inject.trials import search as module
+from lora_inject.trials.rungs import rungs, steps_within
+
+SPACE = {
+    "targets": {"both": ["all-linear"], "last": ["2"]},
+    "rank": [1, 2],
+    "lr": [1e-3, 1e-2, 0.1],
+    "config": {"dropout": 0.2},
+    "training": {"clip": 1.0},
+    "budget": {"steps": 16},
+}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+
+
+def data(n: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 6, 4, generator=generator)
+    return [(rows, rows[:, :2] - rows[:, 2:]) for rows in x]
+
+
+TRAIN, HELD_OUT = data(5, 1), data(3, 2)
+
+
+def searched(model: nn.Module, space: Any = SPACE, **more: Any) -> li.Search:
+    calls = {
+        "forward": lambda batch: model(batch[0]),
+        "loss": lambda out, batch: nn.functional.mse_loss(out, batch[1]),
+    }
+    return search(model, space, more.pop("train", TRAIN), more.pop("held_out", HELD_OUT),
+                  **calls, **more)  # fmt: skip
+
+
+def test_each_rung_is_a_whole_run_equal_to_the_same_run_alone() -> None:
+    model = net()
+    found = searched(model)
+    assert found.plan == [(12, 4), (3, 16)]
+    assert not li.adapters(model)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), net().parameters(), strict=True)
+    )
+    for (size, steps), rung in zip(found.plan, found.rungs, strict=True):
+        assert len(rung.held_out) == size
+        for name, values in rung.held_out.items():
+            lone = net()
+            trials = li.Trials(lone, {name: found.trial(name, steps)})
+            how: dict[str, Any] = {
+                "forward": lambda b, m=lone: m(b[0]),
+                "loss": lambda out, b: nn.functional.mse_loss(out, b[1]),
+            }
+            losses = [trials.step(TRAIN[i % 5], **how)[name] for i in range(steps)]
+            assert losses == pytest.approx(rung.losses[name], rel=1e-4)
+            alone = [trials.evaluate(batch, **how)[name] for batch in HELD_OUT]
+            assert values == pytest.approx(alone, rel=1e-4)
+    first, last = ({n: fmean(v) for n, v in rung.held_out.items()} for rung in found.rungs)
+    assert set(last) == set(sorted(first, key=first.__getitem__)[:3])
+    assert found.best == min(last, key=last.__getitem__)
+
+
+def test_the_result_is_a_config_that_injects_and_an_adapter_with_its_loss() -> None:
+    found = searched(net())
+    text = found.to_yaml()
+    config = li.Config.from_text(text)
+    assert config == found.config
+    model = net()
+    li.inject(model, config, "plain")  # whose counts are expected
+    li.eject(model, "plain")
+    li.install(model, found.adapter)
+    loss = fmean(nn.functional.mse_loss(model(x), y).item() for x, y in HELD_OUT)
+    assert loss == pytest.approx(fmean(found.rungs[-1].held_out[found.best]), rel=1e-5)
+    best = found.candidates[found.best]
+    assert f"lr {best.lr:g} (cosine, 16 steps, 1 of warm-up)" in text
+    assert f"Held-out loss {loss:.4f}; the base {fmean(found.base):.4f}; 3 batches" in text
+    assert "12 for 4 steps, then 3 for 16 steps" in text
+    assert text.count("(over batches, one seed)") == 2
+
+
+def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
+    whole = searched(net())
+
+    def stop_at(rung: int, step: int) -> Any:
+        def watch(search: li.Search) -> None:
+            if (len(search.rungs), max(map(len, search.rungs[-1].losses.values()))) == (rung, step):
+                raise KeyboardInterrupt
+
+        return watch
+
+    for place in ((1, 3), (2, 1), (2, 9)):
+        model = net()
+        with pytest.raises(KeyboardInterrupt) as left:
+            searched(model, folder=tmp_path, watch=stop_at(*place))
+        assert "goes on from what is saved" in left.value.__notes__[0]
+        assert not li.adapters(model)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rung-2.pt", "search.json"]
+    again = searched(net(), folder=tmp_path)
+    once_more = searched(net(), folder=tmp_path)  # of one that has ended
+    for other in (again, once_more):
+        assert [r.held_out for r in other.rungs] == [r.held_out for r in whole.rungs]
+        assert [r.losses for r in other.rungs] == [r.losses for r in whole.rungs]
+        assert other.adapter == whole.adapter
+    with pytest.raises(li.FormatError, match="a search with another data"):
+        searched(net(), folder=tmp_path, train=TRAIN[::-1])
+    with pytest.raises(li.FormatError, match="a search with another space"):
+        searched(net(), SPACE | {"seed": 1}, folder=tmp_path)
+
+
+def test_the_budget_leaves_out_what_is_too_large() -> None:
+    found = searched(net(), SPACE | {"budget": {"steps": 4, "parameters": 22}})
+    assert {c.parameters for c in found.candidates.values()} == {10, 20, 22}
+    assert len(found.over_budget) == 3
+    assert "3 more were over the budget" in found.to_yaml()
+    same = searched(net(), SPACE | {"budget": {"steps": 4, "bytes": 88}})
+    assert same.candidates == found.candidates
+    with pytest.raises(
+        li.MatchError, match=r"smallest trial, 'last r1 lr 0.001', has 10 parameters"
+    ):
+        searched(net(), SPACE | {"budget": {"steps": 4, "bytes": 39}})
+
+
+def test_minutes_become_steps_by_timing_some(monkeypatch) -> None:
+    ticks = iter(range(10**6))
+    clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
+    monkeypatch.setattr(module, "time", clock)  # one second for each look: a step takes half of one
+    found = searched(net(), SPACE | {"budget": {"minutes": 0.2}})
+    assert found.plan == rungs(12, steps_within(12.0, 12, 0.5)) == [(12, 12), (3, 48)]
+
+
+def test_a_trial_that_diverges_is_reported_and_all_of_them_are_an_error() -> None:
+    found = searched(net(), SPACE | {"rank": 1, "lr": [1e-2, 1e30]})
+    assert all("1e+30" in name for rung in found.rungs for name in rung.stopped)
+    assert found.rungs[0].stopped
+    assert "stopped, its" in found.to_yaml()
+    model = net()
+    with pytest.raises(li.StateError, match=r"all trials diverged; .*Give smaller learning rates"):
+        searched(model, SPACE | {"rank": 1, "lr": [1e30, 1e31]})
+    assert not li.adapters(model)
+
+
+def test_points_follow_from_the_seed_and_cover_the_ranges() -> None:
+    text = """
+    targets: {all: [all-linear], last: ['2']}
+    rank: {from: 1, to: 64}
+    lr: {from: 1e-4, to: 1e-2}
+    trials: 8
+    seed: %d
+    budget: {steps: 8}
+    """
+    points = Space.from_text(text % 0).points()
+    assert points == Space.from_text(text % 0).points()
+    assert points != Space.from_text(text % 1).points()
+    assert sorted(p["targets"] for p in points) == ["all"] * 4 + ["last"] * 4
+    pieces = [math.floor(8 * math.log(p["lr"] / 1e-4) / math.log(100)) for p in points]
+    assert sorted(pieces) == list(range(8))
+    every = Space.coerce(SPACE).points()
+    assert len(every) == 12
+    some = Space.coerce(SPACE | {"trials": 5}).points()
+    assert len(some) == 5
+    assert all(point in every for point in some)
+
+
+SHORT = "targets: {all: [all-linear]}\n"
+END = "\nbudget: {steps: 8}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{SHORT}lr: 1e-3{END}", "a single trial. Give two choices"),
+        (f"{SHORT}lr: []{END}", r"s.yaml:2:5 \(lr\): there is no choice. Give one value"),
+        (f"{SHORT}lr: [1e-3, 1e-3]{END}", "has a repeated entry"),
+        (f"{SHORT}lr: [1e-3, -1]{END}", r"2:12 \(lr\[1\]\): -1 is not accepted.*greater than 0"),
+        (
+            f"{SHORT}lr: {{from: 1e-2, to: 1e-4}}\ntrials: 4{END}",
+            "from 0.01 is not below to 0.0001",
+        ),
+        (f"{SHORT}lr: {{from: 1e-4, to: 1e-2}}{END}", "lr is a range, and trials is missing. Say"),
+        (f"{SHORT}lr: [1, 2]\nbudget: {{}}", "steps and minutes are missing. Give one of them"),
+        (f"{SHORT}lr: [1, 2]\nbudget: {{steps: 1, minutes: 1}}", "are both given. Give one"),
+        (f"{SHORT}lr: [1, 2]", "'budget' is missing"),
+        (f"{SHORT}learning_rate: [1, 2]{END}", r"2:1 \(learning_rate\).*Did you mean 'lr'"),
+        (f"{SHORT}lr: [1, 2]\nbudget: {{step: 8}}", r"\(budget.step\).*Did you mean 'steps'"),
+        (f"{SHORT}lr: [1, 2]\nconfig: {{rank: 2}}{END}", "config has 'rank', which the space sets"),
+        (f"targets: {{'a b': [q]}}\nlr: [1, 2]{END}", "should match pattern"),
+        ("", "the config is empty"),
+    ],
+)
+def test_a_wrong_space_is_an_error_at_its_place(tmp_path, text, message) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(li.ConfigError, match=message) as found:
+        Space.from_yaml(path)
+    assert "s.yaml" in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("space", "more", "message"),
+    [
+        (SPACE, {"train": []}, "search, batches: there is no batch. Give one at least"),
+        (SPACE, {"held_out": []}, "search, held_out: there is no batch"),
+        (SPACE, {"train": iter(TRAIN)}, "search, batches: it is a list_iterator"),
+        (SPACE, {"held_out": [(torch.ones(2, 4), torch.ones(3, 2))]}, "'held_out': its tensors"),
+        (SPACE | {"targets": {"a": ["q_proj"]}}, {}, "matched none"),
+        (SPACE | {"config": {"dropuot": 0.1}}, {}, "unknown key 'dropuot'"),
+        (SPACE | {"config": {"train": ["2.bias"]}}, {}, "it changes '2.bias' itself"),
+        ([SPACE], {}, "space: a value of type list. Give a Space"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_searched_leaves_nothing_behind(space, more, message) -> None:
+    model = net()
+    with pytest.raises(li.LoraInjectError, match=message):
+        searched(model, space, **more)
+    assert not li.adapters(model)
+    assert type(model[0]) is nn.Linear
+
+
+# ------------------------------------------------------------------------------- the command line
+
+YAML = """
+targets: {qv: ['[qv]_proj'], all: [all-linear]}
+lr: [1e-3, 1e-2]
+rank: 2
+budget: {steps: 4}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    llama_folder(Path("base"))
+    Path("space.yaml").write_text(YAML)
+    rows = [{"prompt": f"{i} and {i}", "completion": f" is {2 * i}"} for i in range(12)]
+    rows += [{"text": f"{i} is a number"} for i in range(12)]
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return tmp_path
+
+
+WORDS = ("search", "base", "space.yaml", "--data", "rows.jsonl", "--output", "out", "--batch", "4")
+
+
+def test_the_command_writes_config_adapter_and_page(folder, run) -> None:
+    done = run(*WORDS)
+    assert done.code == 0, done.err
+    assert "rung 1 of 1: 4 trials, 4 steps" in done.err
+    config = li.Config.from_yaml("out/config.yaml")
+    assert config.expect is not None
+    assert li.read_adapter("out/adapter").config["rank"] == 2
+    assert "Held-out loss by learning rate" in Path("out/search.html").read_text()
+    trials = [line.split("  ")[0] for line in done.out.splitlines()[1:5]]
+    assert sorted(trials) == ["all lr 0.001", "all lr 0.01", "qv lr 0.001", "qv lr 0.01"]
+    assert run(*WORDS).out == done.out  # of a search that has ended
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "more", "message"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n', (), "it has 0 rows, and a batch takes 4. Give more rows"),
+        ("rows.jsonl", '{"txt": "a"}\n', (), "line 1: its keys are ['txt']. Write"),
+        ("rows.jsonl", "a\n", (), "line 1: it is not JSON"),
+        ("rows.jsonl", None, ("--length", "2"), "rows have no completion within --length"),
+        ("rows.jsonl", None, ("--held-out", "none.txt"), "No such file or directory. Give a file"),
+        ("space.yaml", "lr: 1", (), "space.yaml:1"),
+    ],
+)
+def test_the_command_refuses_bad_input(folder, run, name, text, more, message) -> None:
+    if text is not None:
+        Path(name).write_text(text)
+    done = run(*WORDS, *more)
+    assert done.code == 1
+    assert message in done.err
+    assert not Path("out").exists()
+
+
+def test_a_live_table_has_losses_curves_and_the_rungs_before() -> None:
+    from rich.console import Console
+
+    seen: list[str] = []
+
+    def watch(found: li.Search) -> None:
+        console = Console(width=120)
+        with console.capture() as shown:
+            console.print(searching.table(found))
+        seen.append(shown.get())
+
+    searched(net(), watch=watch)
+    assert len(seen) == 20
+    assert "rung 2 of 2, step 16 of 16" in seen[-1]
+    assert "held out, rung 1" in seen[-1]
+    assert "█" in seen[-1]
+    assert "held out" not in seen[0]
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(folder, run, monkeypatch) -> None:
+    def interrupt(_: li.Search) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(searching, "_line", interrupt)
+        done = run(*WORDS)
+    assert done.code == 130
+    assert "interrupted. The same call goes on from what is saved in 'out'" in done.err
+    assert run(*WORDS).code == 0
