@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from training_models import llama
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_inject as li
 from lora_inject import Trial, Trials
@@ -25,7 +26,13 @@ def gpt2() -> nn.Module:
 
 
 def of_llama() -> nn.Module:
-    return llama(vocab=31)
+    """A Llama whose norms keep float64: its own compute in float32, which makes a last bit 1e-8."""
+    model = llama(vocab=31)
+    for layer in (model.model, *model.model.layers):
+        for name, norm in list(layer.named_children()):
+            if isinstance(norm, LlamaRMSNorm):
+                setattr(layer, name, nn.RMSNorm(len(norm.weight), norm.variance_epsilon))
+    return model
 
 
 GPT2_TRIALS = {
