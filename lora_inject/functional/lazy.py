@@ -160,27 +160,30 @@ class LazyWeight(Tensor):
     def value(self) -> LowRank:
         """Return the sum that it represents, for products."""
         self._read.check()
-        if isinstance(self._index, int):
-            found = self._read.matrix(self._index)
-            return found.turned() if self._is_turned else found
-        return self._of(self._read.whole)
+        read, index = self._read, self._index
+        if isinstance(index, int):
+            found = read.matrix(index)
+        else:
+            found = read.whole if index is None else read.whole.at(index)
+        return found.turned() if self._is_turned else found
 
     def formed(self) -> Tensor:
         """Return the effective weight as a plain tensor with a graph, formed once."""
         if self._formed is None:
             self._read.check()
             with torch.set_grad_enabled(self._read.mode):
-                self._formed = self._of(self._read.sum()).formed(self.dtype)
+                self._formed = self._form()
         return self._formed
 
     def beneath(self) -> Tensor:
         """Return the effective weight beneath autograd, which has done its part."""
         self._read.check()
-        return self._of(self._read.sum()).formed(self.dtype).detach()
+        return self._form().detach()
 
-    def _of(self, whole: LowRank) -> LowRank:
-        found = whole if self._index is None else whole.at(self._index)
-        return found.turned() if self._is_turned else found
+    def _form(self) -> Tensor:
+        found = self._read.sum() if self._index is None else self._read.sum().at(self._index)
+        formed = found.formed(self.dtype)  # in the weight's own layout, as what is formed at once
+        return formed.mT if self._is_turned else formed
 
     @classmethod
     def __torch_function__(

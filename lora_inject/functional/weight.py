@@ -54,10 +54,9 @@ class LowRank(NamedTuple):
         return total.to(dtype)
 
     def turned(self) -> LowRank:
-        """Return the transposed matrices."""
+        """Return the transposed matrices, which have no gain."""
         terms = tuple((right.mT, left.mT, scale) for left, right, scale in self.terms)
-        gain = None if self.gain is None else (self.gain[0], not self.gain[1])
-        return LowRank(self.base.mT, terms, self.float32, gain)
+        return LowRank(self.base.mT, terms, self.float32)
 
     def at(self, index: int | Tensor) -> LowRank:
         """Return one or some matrices of a stack, which has no gain."""

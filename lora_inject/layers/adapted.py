@@ -50,14 +50,11 @@ class Geometry(NamedTuple):
 
 
 class Adapted(Reading):
-    """Mixin of every swapped class: copies, pickles, casts and loads like the class it stands on.
-
-    A kind of layer is a subclass with `kind`, `matches` and `geometry`, and a call of
-    `layers.register_kind`. One that adds to the output derives from `layers.LoRALinear`, one whose
-    weight is read derives from `WeightUpdate`.
-    """
+    """Mixin of every swapped class: copies, pickles, casts and loads like the class below it."""
 
     kind: ClassVar[str] = ""
+    # The classes of this kind's layers.
+    classes: ClassVar[tuple[type[nn.Module], ...]] = ()
     # Set on each swapped class by `adapted_class`.
     _lora_mixin: ClassVar[type[Adapted]]
     _lora_reads: ClassVar[frozenset[str]]
@@ -66,7 +63,7 @@ class Adapted(Reading):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Return whether this kind of layer is meant for `module`."""
-        raise NotImplementedError
+        return isinstance(module, cls.classes)
 
     @staticmethod
     def geometry(module: nn.Module) -> Geometry:
@@ -192,11 +189,7 @@ class Adapted(Reading):
         return replica
 
     def __prepare_scriptable__(self) -> Any:
-        """Raise, before torch.jit.script has changed anything.
-
-        Raises:
-            LayerError: Always.
-        """
+        """Raise, before torch.jit.script has changed anything."""
         raise LayerError(
             f"torch.jit.script of a {type(self).__name__}",
             "it carries an adapter, which a script cannot",
@@ -220,13 +213,7 @@ def adapted_class(
 ) -> type[Adapted]:
     """Return the swapped class of a plain class: one per class, or torch.compile guards fail.
 
-    Args:
-        plain: The module's own class.
-        mixin: The kind of layer, or `WeightUpdate`.
-        reads: Parameters whose effective value is read, besides the weight of a stock layer.
-
-    Returns:
-        A subclass of both, with the plain class's name.
+    `reads` are the parameters whose effective value is read, besides the weight of a stock layer.
     """
     stock = mixin.stock(plain)
     key = (plain, mixin, frozenset({*reads, mixin.weight_name} if stock else reads))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_inject.adapter.site_state import signed_pairs
 from lora_inject.adapter.variants import VARIANTS, Variant
 from lora_inject.errors import LayerError
-from lora_inject.functional.factors import Spans
+from lora_inject.functional.factors import Factors, Spans
 from lora_inject.functional.gain import Gain
 from lora_inject.layers.selection import Selection, State
 from lora_inject.spec.sites import SiteSpec
@@ -30,12 +30,7 @@ def encode(adapter: str) -> str:
 
 
 def attribute(role: str, adapter: str, param: str | None = None) -> str:
-    """Return the flat name of an adapter's tensor on its module.
-
-    Args:
-        role: `A`, `B`, `A0`, `B0`, or `T` for a full trained copy.
-        adapter: Name of the adapter.
-        param: The parameter that is read, None for a forward update.
+    """Return the flat name of an adapter's tensor on its module, with the parameter if it is read.
 
     Examples:
         >>> attribute("A", "default"), attribute("T", "v1.2", "bias")
@@ -50,10 +45,9 @@ class Entry:
     """One adapter on one tensor of one module.
 
     Attributes:
-        adapter: Name of the adapter.
         spec: The site, or None for a full trained copy.
         param: Name of the parameter in the module that is adapted.
-        names: Role to flat attribute name.
+        names: Role (`A`, `B`, `A0`, `B0`, those of a variant, `T` of a copy) to flat name.
         shape: For a trained copy, its shape.
         rows: For a copy of some rows of the tensor, their indices.
         scale: The factor on values that are added to the tensor; None if they replace it.
@@ -127,6 +121,16 @@ class Recipe(NamedTuple):
     dropout: float
 
 
+def factors_of(
+    recipes: Iterable[Recipe], held: Mapping[str, Any], *, training: bool
+) -> list[Factors]:
+    """Return updates with their tensors, which are looked up anew each time."""
+    return [
+        Factors(held[A], held[B], scale, spans, dropout if training else 0.0)
+        for A, B, scale, spans, dropout in recipes
+    ]
+
+
 class Attached:
     """What one module carries.
 
@@ -190,10 +194,7 @@ class Attached:
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
-        """Return those of the module's parameters that are not an adapter's.
-
-        Their names are kept, so that it costs the same whatever adapters there are.
-        """
+        """Return the parameters but the adapters', at one cost however many adapters there are."""
         names = self._base
         if len(parameters) != len(names) + self._n_tensors or not parameters.keys() >= set(names):
             flat = {flat for entry in self.entries() for flat in entry.names.values()}
@@ -201,15 +202,10 @@ class Attached:
         return {key: p for key in names if (p := parameters[key]) is not None}
 
     def join(self, selection: Selection) -> None:
-        """Follow another selection."""
-        self.selection = selection
-        self._changed()
-
-    def _changed(self) -> None:
-        self.last_chosen = (None, ())
+        """Follow a selection."""
+        self.selection, self.last_chosen = selection, (None, ())
         for entry in self.entries():
-            self.selection.number(entry.adapter)
-        self._sum_up()
+            selection.number(entry.adapter)
 
     def _sum_up(self) -> None:
         self.float32 = any(map(_in_float32, self.forward.values()))
@@ -253,10 +249,9 @@ class Attached:
     def reads_so_far(self) -> dict[tuple[str, bool], Tensor] | None:
         """Return the values that were read in the running forward, for the next reads in it.
 
-        Returns:
-            None outside a forward of the module, and in a checkpoint that its forward has entered:
-            that part of a forward is recomputed outside of it, must read the same way there, and
-            has hooks of its own on the tensors that it saves.
+        None outside a forward of the module, and in a checkpoint that its forward has entered: that
+        part is recomputed outside of it, must read the same way there, and has hooks of its own on
+        the tensors that it saves.
         """
         if torch.compiler.is_compiling() or not self.running:
             return None
@@ -269,7 +264,7 @@ class Attached:
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__dict__.update(saved)
-        self._changed()
+        self.join(self.selection)
 
 
 def refuse_mixed(taking: Sequence[tuple[Entry, float]]) -> None:

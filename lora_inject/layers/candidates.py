@@ -114,11 +114,7 @@ class _Listing:
         return Candidate(
             name=name,
             kind=row.kind,
-            in_features=shapes.in_features,
-            out_features=shapes.out_features,
-            weight_shape=shapes.weight_shape,
-            transposed=shapes.transposed,
-            experts=shapes.experts,
+            **shapes._asdict(),
             weight=full,
             aliases=self.survey.further.get(id(module), ()),
             tied=self._tied(full, weight),
@@ -146,22 +142,15 @@ class _Listing:
             self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
         known = _experts_transposed(module) if n_dims == 3 else None
-        shapes = _raw_geometry(parameter, transposed=bool(known))
-        owner = full.rpartition(".")[0]
+        aliases = self.survey.further.get(id(module), ())
         self.candidates.append(
             Candidate(
                 name=full,
                 kind="parameter",
-                in_features=shapes.in_features,
-                out_features=shapes.out_features,
-                weight_shape=shapes.weight_shape,
+                **_raw_geometry(parameter, transposed=bool(known))._asdict(),
                 weight=full,
-                transposed=shapes.transposed,
-                experts=shapes.experts,
-                owner=owner,
-                aliases=tuple(
-                    joined(alias, key) for alias in self.survey.further.get(id(module), ())
-                ),
+                owner=full.rpartition(".")[0],
+                aliases=tuple(joined(alias, key) for alias in aliases),
                 tied=self._tied(full, parameter),
                 refusal=self._refusal(module, key, parameter),
                 needs_layout=n_dims > 2 and known is None,
@@ -193,15 +182,12 @@ class _Listing:
             )
             return found, remedy
         if parameter is None and hasattr(module, "quantization_scheme"):
-            return (
-                "compressed-tensors unpacks its weight when the model first runs",
-                "Run the model once, or load it with dequantize=True, then inject",
-            )
+            found = "compressed-tensors unpacks its weight when the model first runs"
+            return found, "Run the model once, or load it with dequantize=True, then inject"
         if parameter is None:
-            return (
-                f"{cls} holds no parameter {key!r} of its own",
-                "Name what it is computed of ('weight_v' of weight_norm), or remove what does so",
-            )
+            found = f"{cls} holds no parameter {key!r} of its own"
+            remedy = "Name what it is computed of ('weight_v' of weight_norm), or remove that"
+            return found, remedy
         if parameter.is_complex():
             return (
                 f"the weight of {cls} is complex, and an adapter's factors are real",
@@ -210,10 +196,8 @@ class _Listing:
         if nn.parameter.is_lazy(parameter):
             return f"{cls} is lazy and not initialized", "Run the model once first"
         if self.hooked and parameter.device.type == "meta":
-            return (
-                "accelerate has offloaded its weights",
-                "Inject before dispatch_model, or load the model without offload",
-            )
+            found = "accelerate has offloaded its weights"
+            return found, "Inject before dispatch_model, or load the model without offload"
         return None
 
 

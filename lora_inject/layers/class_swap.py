@@ -22,13 +22,9 @@ from lora_inject.layers.selection import Selection
 def swap(
     module: nn.Module, selection: Selection, mixin: type[Adapted], reads: Iterable[str]
 ) -> Attached:
-    """Make `module` carry: change its class, or widen what its swapped class reads.
+    """Make a module carry: change its class, or let its swapped class read further parameters.
 
-    Args:
-        module: The module; stays the same object.
-        selection: The cell of its root.
-        mixin: The kind of layer, or `WeightUpdate` where only parameters are read.
-        reads: Parameters to be read, besides those that already are.
+    The mixin is the kind of layer, or `WeightUpdate` where only parameters are read.
     """
     cls = type(module)
     attached = attached_to(module)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError
 from lora_inject.functional import embedding, gained, renormalized, routed_embedding
 from lora_inject.layers.adapted import Geometry
+from lora_inject.layers.attached import held_by
 from lora_inject.layers.forward_update import ForwardUpdate
 
 
@@ -27,6 +28,7 @@ class LoRAEmbedding(ForwardUpdate):
     """Forward update of `nn.Embedding`: `W[ids] + scale * A[:, ids]^T B^T`."""
 
     kind = "embedding"
+    classes = (nn.Embedding,)
     num_embeddings: int
     padding_idx: int | None
     max_norm: float | None
@@ -34,15 +36,10 @@ class LoRAEmbedding(ForwardUpdate):
     scale_grad_by_freq: bool
     sparse: bool
 
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Return whether the module is an `nn.Embedding`."""
-        return isinstance(module, nn.Embedding)
-
     @staticmethod
-    def geometry(module: nn.Module) -> Geometry:
+    def geometry(module: Any) -> Geometry:
         """Return the table's length as the input and its width as the output."""
-        num, dim = int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
+        num, dim = int(module.num_embeddings), int(module.embedding_dim)
         return Geometry(num, dim, (num, dim), transposed=True)
 
     @classmethod
@@ -56,19 +53,7 @@ class LoRAEmbedding(ForwardUpdate):
         return plain.forward is nn.Embedding.forward and not hasattr(plain, "weight")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Look rows up with the adapters that take part.
-
-        Args:
-            *args: For the layer's own forward, whose parameter is the ids, `(...)`, integer.
-            **kwargs: For the layer's own forward.
-
-        Returns:
-            `(..., embedding_dim)`.
-
-        Raises:
-            LayerError: The table was resized after inject, or `routed` got another batch.
-            TypeError: An embedding does not take these arguments.
-        """
+        """Look rows up with the adapters that take part."""
         if not isinstance(self, LoRAEmbedding):  # somebody kept this method; the adapter is gone
             return type(self).forward(self, *args, **kwargs)
         attached = self._lora
@@ -81,14 +66,13 @@ class LoRAEmbedding(ForwardUpdate):
             routing = self._lora_routing(ids, state)
             if not routing.entries:
                 return self._lora_rows(ids, weight, self.max_norm)
-            adapters = self._lora_routed_factors(routing)
+            adapters = routing.factors(held_by(self), training=self.training)
             base, rows = self._lora_rows(ids, weight, None), routing.places
             found = routed_embedding(
                 base, ids, rows, adapters, self.padding_idx, float32=self._lora.float32
             )
-            if attached.gains and any(entry.variant.gained for entry in routing.entries):
-                gains = self._lora_gains(routing, weight)
-                gains = gains.view(-1, *[1] * (ids.dim() - 1), gains.shape[-1])
+            gains = self._lora_gains(routing, weight, found.dim()) if attached.gains else None
+            if gains is not None:
                 found = self._lora_gained(found, ids, gains)
             return self._lora_renorm(found)
         alone = attached.gained(state) if attached.gains else None

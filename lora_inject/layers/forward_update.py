@@ -18,7 +18,7 @@ from lora_inject.errors import LayerError, article
 from lora_inject.functional import Factors, chosen_factors, routed_update, updated_norms
 from lora_inject.functional.factors import compute_dtype
 from lora_inject.layers.adapted import Adapted
-from lora_inject.layers.attached import Entry, Recipe, held_by
+from lora_inject.layers.attached import Entry, Recipe, factors_of, held_by
 from lora_inject.layers.reading import PLAIN
 from lora_inject.layers.routing import Routing, eligible, routing_of
 from lora_inject.layers.selection import State
@@ -57,34 +57,22 @@ class ForwardUpdate(Adapted):
             recipes = attached.chosen(state, compiling)
         if not recipes:
             return []
-        held, training = held_by(self), self.training
-        updates = [
-            Factors(held[A], held[B], scale, spans, dropout if training else 0.0)
-            for A, B, scale, spans, dropout in recipes
-        ]
-        if training:
+        updates = factors_of(recipes, held_by(self), training=self.training)
+        if self.training:
             self._lora_refuse_vain(u.A for u in updates)
         return updates
-
-    def _lora_factors(self, recipes: Iterable[Recipe]) -> list[Factors]:
-        """Return updates with their tensors, which are looked up anew each time."""
-        held, training = held_by(self), self.training
-        return [
-            Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)
-            for r in recipes
-        ]
 
     # ------------------------------------------------------------------------------- routed rows
 
     def _lora_routing(self, x: Tensor, state: State) -> Routing:
         """Return which adapter each row of the input has."""
-        mine, held = self._lora.forward, held_by(self)
+        mine = self._lora.forward
         if torch.compiler.is_compiling():
-            return routing_of(self, mine, held, x, state)
+            return routing_of(self, mine, x, state)
         key = (self._lora, x.shape[0], x.device)
         found: Routing | None = state.kept.get(key)
         if found is None:
-            found = state.kept[key] = routing_of(self, mine, held, x, state)
+            found = state.kept[key] = routing_of(self, mine, x, state)
             self._lora.used(found.entries)
         self._lora_refuse_vain(e.tensor(self, "A") for e in found.entries)
         return found
@@ -95,17 +83,14 @@ class ForwardUpdate(Adapted):
         """Add to each row of y `(batch, ..., out)` the update of its own adapter."""
         if not routing.entries:
             return y
-        adapters, float32 = self._lora_routed_factors(routing), self._lora.float32
+        adapters = routing.factors(held_by(self), training=self.training)
         if state.draws is not None:
             one = {e.adapter: us[0] for e, us in zip(routing.entries, adapters, strict=True)}
             x = state.draws(x, one)
             adapters = [[u._replace(dropout=0.0) for u in us] for us in adapters]
         blocks = routing.places if routing.blocks is None else routing.blocks
+        float32 = self._lora.float32
         return routed_update(y, x, blocks, adapters, float32=float32, in_place=in_place)
-
-    def _lora_routed_factors(self, routing: Routing) -> list[list[Factors]]:
-        """Return the updates of each adapter of the batch."""
-        return routing.factors(held_by(self), training=self.training)
 
     # ------------------------------------------------------------------------------------- gains
 
@@ -119,39 +104,37 @@ class ForwardUpdate(Adapted):
             )
         gain, transposed = entry.gain(held_by(self)), self.geometry(self).transposed
         assert gain is not None
-        return gain.of(updated_norms(weight, self._lora_factors(recipes), transposed))
+        updates = factors_of(recipes, held_by(self), training=False)
+        return gain.of(updated_norms(weight, updates, transposed))
 
-    def _lora_gains(self, routing: Routing, weight: Any) -> Tensor:
-        """Return the gains of each row of a batch, `(batch, out)`."""
-        found = []
-        for entry, recipes in zip(routing.entries, routing.recipes, strict=True):
-            if entry.variant.gained:
-                found.append(self._lora_gain(entry, weight, recipes))
-        ones = torch.ones_like(found[0])
-        each = iter(found)
-        gains = [next(each) if entry.variant.gained else ones for entry in routing.entries]
-        return torch.stack([ones, *gains]).index_select(0, routing.places)
+    def _lora_gains(self, routing: Routing, weight: Any, n_dims: int) -> Tensor | None:
+        """Return the gains of each row of a batch, `(batch, 1, ..., out)`; None where all are 1."""
+        both = enumerate(zip(routing.entries, routing.recipes, strict=True))
+        found = {i: self._lora_gain(e, weight, rs) for i, (e, rs) in both if e.variant.gained}
+        if not found:
+            return None
+        ones = torch.ones_like(next(iter(found.values())))
+        gains = [ones, *(found.get(i, ones) for i in range(len(routing.entries)))]
+        each = torch.stack(gains).index_select(0, routing.places)
+        return each.view(-1, *[1] * (n_dims - 2), each.shape[-1])
 
     # ---------------------------------------------------------------------------- compiled graphs
 
     def _lora_compiled(self, y: Tensor, state: State) -> list[Factors]:
         """Return updates chosen by the selection's tensor, which is not a constant of a graph.
 
-        Names are constants where there is one adapter only, one has a gain, or dropouts differ.
-
-        Args:
-            y: `(..., out)`, the layer's own output.
-            state: The running selection.
+        Names are constants where there is one adapter only, one has a gain, or dropouts differ. `y`
+        is the layer's own output.
         """
         # The tensor tells how many are chosen; a look at `active` would make it a constant.
         if len(self._lora.forward) < 2 or self._lora.gains:
             return self._lora_updates(state, compiling=True)
         choice = state.choice_on(y.device)
-        mine, held = self._lora.forward, held_by(self)
-        entries, numbers = eligible(self._lora, mine, held, state)
+        entries, numbers = eligible(self, self._lora.forward, state)
         if not entries or not choice.shape[0]:
             return []
-        adapters = [self._lora_factors(entry.recipes(1.0)) for entry in entries]
+        held, training = held_by(self), self.training
+        adapters = [factors_of(entry.recipes(1.0), held, training=training) for entry in entries]
         if len({u.dropout for us in adapters for u in us}) > 1:
             return self._lora_updates(state, compiling=True)
         dtype = compute_dtype(y.dtype, self._lora.float32)

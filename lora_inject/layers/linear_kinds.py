@@ -63,9 +63,9 @@ class LoRALinear(ForwardUpdate):
         return _packed(type(module)) or cls.weight_name
 
     @staticmethod
-    def geometry(module: nn.Module) -> Geometry:
+    def geometry(module: Any) -> Geometry:
         """Return the widths that the layer states; packed 4-bit weights have other shapes."""
-        n_in, n_out = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+        n_in, n_out = int(module.in_features), int(module.out_features)
         return Geometry(n_in, n_out, (n_out, n_in))
 
     @staticmethod
@@ -82,16 +82,7 @@ class LoRALinear(ForwardUpdate):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the adapters that take part.
 
-        Args:
-            *args: For the layer's own forward, whose first parameter is x, `(..., in_features)`.
-            **kwargs: For the layer's own forward.
-
-        Returns:
-            `(..., out_features)`, in the dtype of the plain layer's output.
-
-        Raises:
-            LayerError: Under `routed`, the batch is not as long as the rows.
-            TypeError: The layer's own forward does not take these arguments.
+        The arguments are those of the layer's own forward, whose first is x, `(..., in_features)`.
         """
         if not isinstance(self, LoRALinear):  # somebody kept this method; the adapter is gone
             return type(self).forward(self, *args, **kwargs)
@@ -158,27 +149,21 @@ class LoRALinear(ForwardUpdate):
 
     def _lora_gained_rows(self, y: Tensor, routing: Routing) -> Tensor:
         """Multiply each row of y `(batch, ..., out)` by the gain of its own adapter."""
-        both = zip(routing.entries, routing.recipes, strict=True)
-        mine = [recipes for entry, recipes in both if entry.variant.gained]
-        if not mine:
+        weight, bias = self._lora_weight_and_bias()
+        gains = self._lora_gains(routing, weight, y.dim())
+        if gains is None:
             return y
-        if self.training and any(recipe.dropout for recipes in mine for recipe in recipes):
+        mine = (entry.spec for entry in routing.entries if entry.variant.gained)
+        if self.training and any(spec is not None and spec.dropout for spec in mine):
             raise LayerError(
                 "routed() in training",
                 f"a {type(self).__name__} has an adapter with a gain and dropout",
                 "Give it dropout: 0, or train it alone",
             )
-        weight, bias = self._lora_weight_and_bias()
-        gains = self._lora_gains(routing, weight)
-        gains = gains.view(-1, *[1] * (y.dim() - 2), gains.shape[-1])
         return gained(y, y if bias is None else y - bias, gains)
 
     def _lora_nested(self, x: Tensor, state: State) -> Tensor:
-        """Compute a nested tensor's rows, with the few operations that torch has for them.
-
-        Raises:
-            LayerError: Under `routed`, which needs rows of a plain batch, or with a gain.
-        """
+        """Compute a nested tensor's rows, with the few operations that torch has for them."""
         if state.routed or (self._lora.gains and self._lora.gained(state) is not None):
             raise LayerError(
                 "routed()" if state.routed else "an adapter with a gain",
@@ -205,10 +190,7 @@ class LoRALinear(ForwardUpdate):
 
 
 class LoRAConv1D(LoRALinear):
-    """Forward update of transformers' Conv1D, a linear layer with the weight `(in, out)`.
-
-    Source: `transformers/pytorch_utils.py`.
-    """
+    """Forward update of Conv1D (`transformers/pytorch_utils.py`), with the weight `(in, out)`."""
 
     kind = "conv1d"
     transposed = True
@@ -219,9 +201,9 @@ class LoRAConv1D(LoRALinear):
         return any((c.__module__, c.__qualname__) == CONV1D for c in type(module).__mro__)
 
     @staticmethod
-    def geometry(module: nn.Module) -> Geometry:
+    def geometry(module: Any) -> Geometry:
         """Return the widths, `nx` in and `nf` out."""
-        n_in, n_out = int(module.nx), int(module.nf)  # type: ignore[arg-type]
+        n_in, n_out = int(module.nx), int(module.nf)
         return Geometry(n_in, n_out, (n_in, n_out), transposed=True)
 
     @staticmethod

@@ -25,11 +25,10 @@ SOME_FORWARD = object()
 
 
 def running_module() -> Any:
-    """Return the innermost module whose forward calls a property.
+    """Return the innermost module whose forward calls a property, None outside of forwards.
 
-    Returns:
-        The module; `SOME_FORWARD` if it is not known, as in a compiled graph and in a backward
-        pass, which recomputes checkpointed forwards; None outside of forwards.
+    `SOME_FORWARD` if it is not known, as in a compiled graph and in a backward pass, which
+    recomputes checkpointed forwards.
     """
     if torch.compiler.is_compiling():
         return SOME_FORWARD

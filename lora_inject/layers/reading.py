@@ -43,11 +43,7 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def refuse_offloaded(module: nn.Module) -> None:
-    """Raise if accelerate offloads a module: its hook discards the gradients of copies.
-
-    Raises:
-        LayerError: The module's hook offloads.
-    """
+    """Raise if accelerate offloads a module: its hook discards the gradients of copies."""
     hook = module.__dict__.get("_hf_hook")
     hooks = getattr(hook, "hooks", (hook,))  # accelerate.hooks.SequentialHook, or one hook
     if any(getattr(h, "offload", False) for h in hooks):

@@ -51,14 +51,7 @@ def with_rows(plain: type[nn.Module], forward: Callable[..., Any]) -> Callable[.
 
 
 def _added(module: Any, y: Tensor, x: Tensor, state: State) -> Tensor:
-    """Add to each row of a convolution's output the update of its own adapter.
-
-    Args:
-        module: The convolution.
-        y: `(batch, out, *positions)`, its own output.
-        x: `(batch, in, *size)`, its input.
-        state: The running selection, with rows.
-    """
+    """Add to each row of a convolution's output y the update of its own adapter."""
     if x.dim() != module.weight.dim():
         raise LayerError(
             "routed()",
@@ -68,7 +61,7 @@ def _added(module: Any, y: Tensor, x: Tensor, state: State) -> Tensor:
     attached = attached_to(module)
     assert attached is not None
     by_adapter, held = attached.reads["weight"], held_by(module)
-    routing = routing_of(module, by_adapter, held, x, state)
+    routing = routing_of(module, by_adapter, x, state)
     if not routing.entries:
         return y
     if not torch.compiler.is_compiling():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import Factors, chosen_rows
-from lora_inject.layers.attached import Attached, Entry, Recipe, attached_to
+from lora_inject.layers.attached import Entry, Recipe, attached_to, factors_of, held_by
 from lora_inject.layers.selection import State
 
 
@@ -34,28 +34,16 @@ class Routing(NamedTuple):
 
     def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:
         """Return the updates of each adapter."""
-        return [
-            [
-                Factors(held[r.A], held[r.B], r.scale, r.spans, r.dropout if training else 0.0)
-                for r in recipes
-            ]
-            for recipes in self.recipes
-        ]
+        return [factors_of(recipes, held, training=training) for recipes in self.recipes]
 
 
 NOTHING = Routing((), torch.empty(0))
 
 
 def routing_of(
-    module: nn.Module,
-    by_adapter: Mapping[str, Entry],
-    held: Mapping[str, Any],
-    x: Tensor,
-    state: State,
+    module: nn.Module, by_adapter: Mapping[str, Entry], x: Tensor, state: State
 ) -> Routing:
     """Return which adapter each row of a layer's input, rows first, has."""
-    attached = attached_to(module)
-    assert attached is not None
     # In a graph the names would be constants, and all adapters stand ready.
     choice = state.choice_on(x.device) if torch.compiler.is_compiling() else None
     names = (state.rows or ()) if choice is None else ()
@@ -70,7 +58,7 @@ def routing_of(
         )
     repeat = x.shape[0] // n_rows
     if choice is not None:
-        entries, numbers = eligible(attached, by_adapter, held, state)
+        entries, numbers = eligible(module, by_adapter, state)
         if not entries:
             return NOTHING
         places = chosen_rows(choice[:, 0], numbers).repeat_interleave(repeat)
@@ -99,14 +87,15 @@ def _routing(entries: Sequence[Entry], places: Tensor, blocks: Tensor | None = N
 
 
 def eligible(
-    attached: Attached, by_adapter: Mapping[str, Entry], held: Mapping[str, Any], state: State
+    module: nn.Module, by_adapter: Mapping[str, Entry], state: State
 ) -> tuple[list[Entry], list[int]]:
     """Return the entries among which a compiled graph chooses, and their numbers.
 
     Those that train must be constants of a graph where gradients are asked for: it cannot leave one
     out, and a gradient of zeros would let weight decay move an idle adapter.
     """
-    grad = torch.is_grad_enabled()
+    attached, held, grad = attached_to(module), held_by(module), torch.is_grad_enabled()
+    assert attached is not None
     entries, numbers = [], []
     for name, entry in by_adapter.items():
         trains = any(held[flat].requires_grad for flat in entry.names.values())

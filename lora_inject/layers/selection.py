@@ -166,10 +166,7 @@ class Selection:
         self.state = self.prepared(state)
 
     def check_settled(self, asked: str, *, others: bool = False) -> None:
-        """Check that a lasting change can be made now.
-
-        Contexts of other threads and tasks are in the way only where `others` says so.
-        """
+        """Check that a lasting change can be made now; `others` also in other threads and tasks."""
         inside = any(self in context.states for context in entered() if not context.left)
         if inside or (others and self.contexts):
             whose = "inside" if inside else "while another thread or task is inside"
@@ -280,10 +277,9 @@ class Selection:
 
 
 def _as_tensor(pairs: list[tuple[int, float]], device: torch.device) -> Tensor:
-    """Return `(n, 2)`, float64: a plain tensor, whatever mode the caller is in.
+    """Return `(n, 2)`, a plain tensor whatever mode the caller is in, since it outlives the mode.
 
-    It outlives the mode: a fake tensor would be in the way of later graphs, and one of inference
-    mode could not be saved for a backward.
+    A fake tensor would be in the way of later graphs, one of inference mode of a later backward.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     with torch.inference_mode(False), _disable_current_modes():

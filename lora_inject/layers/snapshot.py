@@ -38,16 +38,11 @@ def all_or_nothing(
     *,
     grows: bool = False,
 ) -> Iterator[list[nn.Parameter]]:
-    """Run the body; where it raises, put back what it changed.
+    """Run the body; where it raises, put back what it changed of modules and of further values.
 
-    Args:
-        modules: The modules that may change.
-        values: Further objects whose attributes may change: selections, records.
-        parameters: Those whose `requires_grad` may change; by default all of the modules'.
-        grows: Whether modules only get adapters, and nothing is removed or replaced.
-
-    Yields:
-        Those of the parameters that require a gradient.
+    `parameters` are those whose `requires_grad` may change, by default all of the modules'; what is
+    yielded are those of them that require a gradient. `grows` promises that modules only get
+    adapters, and nothing is removed or replaced.
     """
     distinct = list({id(module): module for module in modules}.values())
     snapshots = [_snapshot(module, grows) for module in distinct]

@@ -111,10 +111,7 @@ class Survey:
         }
 
     def names_of(self, name: str) -> list[str]:
-        """Return every name of the tensor that a base parameter's name stands for.
-
-        A tied tensor has one in each module that holds it.
-        """
+        """Return every name of the tensor that a base parameter's name stands for."""
         owner, _, key = name.rpartition(".")
         module = self.by_name[owner]
         names = self.tied.get(memory_of(self.own[id(module)][key]))
@@ -144,14 +141,6 @@ def memory_of(parameter: Tensor) -> Hashable:
 
     That is one Parameter under several names, or several Parameters over the same elements, as
     `load_state_dict(assign=True)` of a tied checkpoint leaves them.
-
-    Examples:
-        >>> import torch
-        >>> W = torch.randn(2, 3)
-        >>> memory_of(nn.Parameter(W)) == memory_of(nn.Parameter(W))
-        True
-        >>> memory_of(nn.Parameter(W)) == memory_of(nn.Parameter(W.clone()))
-        False
     """
     if (
         type(parameter) is nn.Parameter

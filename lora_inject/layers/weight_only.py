@@ -1,13 +1,14 @@
 """Layers that carry adapters by weight only: convolutions and bilinear layers.
 
-A weight update is right for every layer that reads its weight, whatever it computes with
-it: stride, dilation, groups, padding modes. These kinds therefore only state how their weight is a
+A weight update is right for every layer that reads its weight, whatever it computes with it:
+stride, dilation, groups, padding modes. These kinds therefore only state how their weight is a
 matrix. Raw parameters need no kind: the parameter itself is the site.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 
@@ -15,19 +16,14 @@ from lora_inject.layers.adapted import Geometry, WeightUpdate
 
 
 class LoRAConv(WeightUpdate):
-    """Weight update of Conv1d, Conv2d, Conv3d: the matrix is `(out, in / groups * kernel)`."""
+    """Weight update of convolutions: the matrix is `(out, in / groups * kernel)`."""
 
     kind = "conv"
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Return whether the module is a convolution that is not transposed."""
-        return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     @staticmethod
-    def geometry(module: nn.Module) -> Geometry:
+    def geometry(module: Any) -> Geometry:
         """Return channels and kernel as the layer states them."""
-        assert isinstance(module, nn.modules.conv._ConvNd)
         shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
         return Geometry(math.prod(shape[1:]), shape[0], shape)
 
@@ -36,16 +32,11 @@ class LoRAConvTranspose(WeightUpdate):
     """Weight update of transposed convolutions: the matrix is `(in, out / groups * kernel)`."""
 
     kind = "conv_transpose"
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Return whether the module is a transposed convolution."""
-        return isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    classes = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
     @staticmethod
-    def geometry(module: nn.Module) -> Geometry:
+    def geometry(module: Any) -> Geometry:
         """Return channels and kernel as the layer states them."""
-        assert isinstance(module, nn.modules.conv._ConvNd)
         shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
         return Geometry(shape[0], math.prod(shape[1:]), shape, transposed=True)
 
@@ -54,15 +45,10 @@ class LoRABilinear(WeightUpdate):
     """Weight update of `nn.Bilinear`: the matrix is `(out, in1 * in2)`."""
 
     kind = "bilinear"
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        """Return whether the module is bilinear."""
-        return isinstance(module, nn.Bilinear)
+    classes = (nn.Bilinear,)
 
     @staticmethod
-    def geometry(module: nn.Module) -> Geometry:
+    def geometry(module: Any) -> Geometry:
         """Return the widths that the layer states."""
-        assert isinstance(module, nn.Bilinear)
         shape = (module.out_features, module.in1_features, module.in2_features)
         return Geometry(shape[1] * shape[2], shape[0], shape)
