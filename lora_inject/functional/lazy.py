@@ -144,6 +144,7 @@ class LazyWeight(Tensor):
     _index: int | Tensor | None
     _is_turned: bool
     _formed: Tensor | None
+    _beneath: Tensor | None
 
     def part(self, index: int | Tensor) -> LazyWeight:
         """Return one matrix of a stack, or some."""
@@ -176,9 +177,11 @@ class LazyWeight(Tensor):
         return self._formed
 
     def beneath(self) -> Tensor:
-        """Return the effective weight beneath autograd, which has done its part."""
+        """Return the effective weight beneath autograd, which has done its part, formed once."""
         self._read.check()
-        return self._form().detach()
+        if self._beneath is None:
+            self._beneath = self._form().detach()
+        return self._beneath
 
     def _form(self) -> Tensor:
         found = self._read.sum() if self._index is None else self._read.sum().at(self._index)
@@ -243,7 +246,8 @@ def _made(
     made: LazyWeight = Tensor._make_wrapper_subclass(
         LazyWeight, size, stride, dtype=weight.dtype, device=weight.device
     )
-    made._read, made._index, made._is_turned, made._formed = read, index, turned, None
+    made._read, made._index, made._is_turned = read, index, turned
+    made._formed = made._beneath = None
     return made
 
 
