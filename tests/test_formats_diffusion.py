@@ -155,6 +155,15 @@ def test_older_names_of_diffusers(tmp_path: Path) -> None:
         torch.testing.assert_close(dense(site).float(), pair["up"] @ pair["down"])
 
 
+def test_a_file_with_and_without_names_of_components_asks_for_one(tmp_path: Path) -> None:
+    pair = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(6, 2)}
+    file = tmp_path / "a.safetensors"
+    save_file({f"{m}.{end}": t.clone() for m in ("unet.a", "b") for end, t in pair.items()}, file)
+    with pytest.raises(FormatError, match=r"holds .*'unet'.*component="):
+        read_adapter(file)
+    assert list(read_adapter(file, component="unet").sites) == ["a"]
+
+
 def test_comfyui_computes_the_same(tmp_path: Path) -> None:
     """Its formula for a module's keys: up @ down, flattened, times alpha over the rank."""
     state = make_state(KIND_SPECS["conv"], KIND_SPECS["slices"], KIND_SPECS["linear"], derived=True)

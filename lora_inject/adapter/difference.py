@@ -15,13 +15,9 @@ from lora_inject.adapter.state import AdapterState, paired
 
 @dataclass(frozen=True)
 class SiteDifference:
-    """One site in two adapters. Where an adapter lacks it, its rank and norm are 0.
+    """One site in two adapters: ranks and Frobenius norms, 0 where an adapter lacks it.
 
-    Attributes:
-        ranks: Its rank in each.
-        norms: Frobenius norm of its update in each.
-        distance: Frobenius norm of the difference of the updates.
-        cosine: Cosine of the angle between them; None where one is zero.
+    `distance` is the norm of the difference, `cosine` that of the angle, None where one is zero.
     """
 
     ranks: tuple[int, int]

@@ -24,22 +24,17 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 """A and B by transformers' name of their module."""
 
 
-def to_pairs(rows: Tensor, n_heads: int) -> Tensor:
-    """Return rows `(n, r)` of transformers in the order of Meta's code.
+def in_pairs(rows: Tensor, n_heads: int, *, back: bool = False) -> Tensor:
+    """Return rows `(n, r)` of transformers in the order of Meta's code; `back` is the inverse.
 
     Examples:
         >>> import torch
-        >>> to_pairs(torch.arange(4)[:, None], 1).flatten().tolist()
-        [0, 2, 1, 3]
-        >>> from_pairs(torch.tensor([0, 2, 1, 3])[:, None], 1).flatten().tolist()
-        [0, 1, 2, 3]
+        >>> rows = in_pairs(torch.arange(4)[:, None], 1)
+        >>> rows.flatten().tolist(), in_pairs(rows, 1, back=True).flatten().tolist()
+        ([0, 2, 1, 3], [0, 1, 2, 3])
     """
-    return rows.reshape(n_heads, 2, -1, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
-
-
-def from_pairs(rows: Tensor, n_heads: int) -> Tensor:
-    """Return rows in the order of transformers; the inverse of `to_pairs`."""
-    return rows.reshape(n_heads, -1, 2, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
+    halves = (n_heads, -1, 2) if back else (n_heads, 2, -1)
+    return rows.unflatten(0, halves).transpose(1, 2).flatten(0, 2)
 
 
 class Decoder(NamedTuple):
@@ -69,7 +64,7 @@ class Decoder(NamedTuple):
             key = self.theirs(name, asked)
             n_heads = self._n_heads(name, config, len(b), f"{asked}, '{name}'")
             found[key + self.ends[0]] = a.T if name == self.turned else a
-            found[key + self.ends[1]] = to_pairs(b, n_heads) if n_heads else b
+            found[key + self.ends[1]] = in_pairs(b, n_heads) if n_heads else b
         return found
 
     def read(
@@ -85,7 +80,7 @@ class Decoder(NamedTuple):
             where = f"{asked}, '{key[:200]}'"
             name = self.ours(key, where)
             n_heads = self._n_heads(name, config, len(b), where)
-            rows = from_pairs(b, n_heads) if n_heads else b
+            rows = in_pairs(b, n_heads, back=True) if n_heads else b
             found[name] = (a.T.contiguous() if name == self.turned else a), rows
         return found
 

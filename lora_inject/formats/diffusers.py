@@ -99,14 +99,15 @@ def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> 
             )
         side = next(filter(None, (match[3], match[4], match[6], match[7])))
         role = {"down": "A", "up": "B"}.get(side, side)
-        place = found.setdefault(match[1], {}).setdefault(_module(match[2], bool(match[5])), {})
+        place = found.setdefault(match[1] or "", {}).setdefault(
+            _module(match[2], bool(match[5])), {}
+        )
         if role in place:
             raise FormatError(
                 f"{asked}, '{key[:200]}'", "its site has this tensor twice", "Fetch it again"
             )
         place[role] = tensor
-    chosen = one_component(found, component, asked)
-    component = next(name for name, of in found.items() if of is chosen)
+    component, chosen = one_component(found, component, asked)
     pairs = pairs_of(chosen, "A", "B", asked)
     claims = _claims(said, f"{component}." if component else "", asked)
     numbers = None if claims is None else claims.numbers(pairs)

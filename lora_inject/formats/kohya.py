@@ -107,57 +107,43 @@ def read(
     """
     asked = f"read kohya adapter '{path}'"
     tensors, said = read_tensors(path, on_disk=on_disk)
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
-        _refuse_variant(key, asked)
-        found = _KEY.fullmatch(key)
-        if found is None:
-            raise FormatError(
-                asked, f"the tensor '{key[:200]}' is not known", "Give a LoRA of sd-scripts"
-            )
-        parts.setdefault(found[1], {})[found[2]] = tensor
-    of_component = _component(parts, component, asked)
+        prefix, flat, role = _parsed(key, asked)
+        parts.setdefault(prefix, {}).setdefault(flat, {})[role] = tensor
+    prefix, modules = one_component(parts, component, asked)
+    start = prefix if prefix == "lycoris" else f"lora_{prefix}"
     names = _names_in(said, asked)
     known: dict[str, list[str]] = {}
     for module in module_names or ():
         known.setdefault(module.replace(".", "_"), []).append(module)
     by_flat = None if module_names is None else known
     sites = {}
-    for flat, pair in pairs_of(of_component, "lora_down.weight", "lora_up.weight", asked).items():
-        name = names.get(flat) or _unflattened(flat, by_flat, asked)
-        where = f"{asked}, site '{flat[:200]}'"
+    for flat, pair in pairs_of(modules, "lora_down.weight", "lora_up.weight", asked).items():
+        where = f"{asked}, site '{start}_{flat[:200]}'"
+        name = names.get(f"{start}_{flat}") or _unflattened(flat, by_flat, where)
         if name in sites:
             raise FormatError(where, f"the file holds '{name}' twice", "Fetch it again")
-        sites[name] = plain_site(name, *pair, of_component[flat].get("alpha"), where)
+        sites[name] = plain_site(name, *pair, modules[flat].get("alpha"), where)
     return AdapterState(sites)
 
 
-def _refuse_variant(key: str, asked: str) -> None:
+def _parsed(key: str, asked: str) -> tuple[str, str, str]:
+    """Return the component, the flat name of the module and the role of a tensor."""
     for end, what in _OTHER.items():
         if key.endswith(f".{end}"):
-            raise FormatError(
-                asked,
-                f"'{key[:200]}' belongs to {what}, not to a LoRA",
-                "Merge it into the base with the program that made it, and extract a LoRA "
-                "(lora-inject extract)",
-            )
-
-
-def _component(
-    parts: Mapping[str, dict[str, Tensor]], component: str | None, asked: str
-) -> dict[str, dict[str, Tensor]]:
-    """Return the modules of the given component, or of the only one."""
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for flat, of in parts.items():
-        prefix = _PREFIX.fullmatch(flat)
-        if prefix is None:
-            raise FormatError(
-                asked,
-                f"'{flat[:200]}' does not begin with a component",
-                f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris",
-            )
-        found.setdefault(prefix[1] or prefix[2], {})[flat] = of
-    return one_component(found, component, asked)
+            remedy = "Merge it into the base with the program that made it, and extract a LoRA"
+            found = f"'{key[:200]}' belongs to {what}, not to a LoRA"
+            raise FormatError(asked, found, f"{remedy} (lora-inject extract)")
+    match = _KEY.fullmatch(key)
+    if match is None:
+        found = f"the tensor '{key[:200]}' is not known"
+        raise FormatError(asked, found, "Give a LoRA of sd-scripts")
+    prefix = _PREFIX.fullmatch(match[1])
+    if prefix is None:
+        found = f"'{match[1][:200]}' does not begin with a component"
+        raise FormatError(asked, found, f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris")
+    return prefix[1] or prefix[2], prefix[3], match[2]
 
 
 def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str]:
@@ -175,24 +161,19 @@ def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str]:
     return dict(names)
 
 
-def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None, asked: str) -> str:
+def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None, where: str) -> str:
     """Return the one module of `known`, by names with `_` for dots, that a name stands for."""
-    where, prefix = f"{asked}, '{flat[:200]}'", _PREFIX.fullmatch(flat)
-    assert prefix is not None
     if known is None:
         raise FormatError(
             where,
             "dots of names are written as '_', so the file alone does not give the names",
             "Load it onto the model, pass module_names, or name the base: --base BASE",
         )
-    found = known.get(prefix[3], ())
+    found = known.get(flat, ())
     if len(found) > 1:
         raise FormatError(where, f"it can mean any of {one_line(found)}", "Rename one of them")
     if not found:
-        raise FormatError(
-            where,
-            "the model has no such module",
-            f"Nearest: {one_line(nearest(prefix[3], known)) or 'none'}. Files for SDXL and for "
-            "other programs name modules in their own way",
-        )
+        near = one_line(nearest(flat, known)) or "none"
+        others = "Files for SDXL and for other programs name modules in their own way"
+        raise FormatError(where, "the model has no such module", f"Nearest: {near}. {others}")
     return found[0]

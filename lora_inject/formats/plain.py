@@ -211,10 +211,10 @@ def check_component(component: str | None, known: Collection[str], asked: str) -
         )
 
 
-def one_component(found: Mapping[str, T], component: str | None, asked: str) -> T:
-    """Return the given component, or the only one in a file."""
+def one_component(found: Mapping[str, T], component: str | None, asked: str) -> tuple[str, T]:
+    """Return the given component with its name, or the only one in a file."""
     if component is None and len(found) == 1:
-        return next(iter(found.values()))
+        return next(iter(found.items()))
     if component is None or component not in found:
         raise FormatError(
             asked,
@@ -222,4 +222,4 @@ def one_component(found: Mapping[str, T], component: str | None, asked: str) -> 
             "Name the one to read, each onto its own model: "
             f'component="{next(iter(found), "unet")}" (--from-component)',
         )
-    return found[component]
+    return component, found[component]
