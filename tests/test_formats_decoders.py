@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers.adapter_states import KIND_SPECS, dense, effect, make_site, make_state
+from helpers.adapter_states import KIND_SPECS, dense, effect, make_state
 from helpers.reference import adapted, llama
 from safetensors.torch import load_file
 from torch import Tensor
@@ -117,6 +116,7 @@ def at(*parts: str) -> AdapterState:
         (at("self_attn.o_proj"), {**CONFIG, "num_hidden_layers": 3}, "'model.layers.2.self_attn.o"),
         (at("mlp.up_proj"), CONFIG, "adapts gate, up and down of an MLP together"),
         (at("mlp.fc"), CONFIG, "adapts gate, up and down|no name for this module"),
+        (at("self_attn.q_proj"), CONFIG, "B has 7 rows, and the base"),
         (make_state(KIND_SPECS["embedding"]), CONFIG, "cannot hold a site of kind 'embedding'"),
     ],
 )
@@ -164,18 +164,6 @@ def test_torchtunes_alpha_is_asked_for_where_no_config_says_it(tmp_path: Path) -
     found = read_adapter(tmp_path / "a", alpha=3.0, **options)
     name = "model.layers.0.self_attn.o_proj"
     torch.testing.assert_close(effect(found.sites[name]), effect(state.sites[name]))
-
-
-def test_rows_of_other_heads_are_refused(tmp_path: Path) -> None:
-    site = make_site(dataclasses.replace(KIND_SPECS["linear"], rank=2, alpha=2.0))
-    state = AdapterState({})
-    names = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
-    spec = site.spec
-    state = AdapterState(
-        {n: dataclasses.replace(site, spec=spec.at(n, f"{n}.weight")) for n in names}
-    )
-    with pytest.raises(FormatError, match="7 rows, and the base has 1 heads of 4"):
-        write_adapter(state, tmp_path / "a", "torchtune", config=CONFIG)
 
 
 @pytest.mark.parametrize("layout", ["mlx", "torchtune", "litgpt"])

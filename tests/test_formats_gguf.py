@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,16 @@ def test_what_llama_cpp_would_not_read_right_is_refused(
     with pytest.raises(FormatError, match=words):
         write_adapter(state, tmp_path / "a.gguf", "gguf", config=config)
     assert not list(tmp_path.iterdir())
+
+
+def test_scales_are_folded_into_tensors_of_16_bits_with_one_rounding(tmp_path: Path) -> None:
+    parts = {"mlp.up_proj": 4.0, "mlp.gate_proj": 3.0}
+    fc = KIND_SPECS["linear"]
+    specs = [replace(fc, name=f"model.layers.0.{p}", alpha=alpha) for p, alpha in parts.items()]
+    state = make_state(*specs).to(torch.bfloat16)
+    path = write_adapter(state, tmp_path / "a.gguf", "gguf", config={"model_type": "qwen2"})
+    for name, site in read_adapter(path).sites.items():
+        torch.testing.assert_close(effect(site), effect(state.sites[name]), rtol=1e-6, atol=1e-6)
 
 
 def test_models_and_other_families_are_refused(tmp_path: Path) -> None:

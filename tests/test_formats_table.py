@@ -330,10 +330,3 @@ def test_losses_are_said() -> None:
         "frozen",
         "scales",
     ]
-
-
-def test_one_rank_and_scale_are_kept_where_all_sites_agree() -> None:
-    same = [linear(name, 2, 3.0) for name in MODULES[:2]]
-    assert losses_of(make_state(*same), "mlx") == []
-    words = losses_of(make_state(*same, linear(MODULES[2], 2, 4.0)), "mlx")
-    assert words == ["scales are folded into B"]

@@ -65,8 +65,9 @@ def write(
     sites = plain_sites(
         state, asked, "litgpt", ("linear",), dtype=dtype, one_rank=True, alpha="one"
     )
-    check_whole(sites, _base(config, asked).n_layers, asked, "litgpt")
-    pairs = _fused({n: (s.A, s.B) for n, s in sites.items()})
+    sizes = _base(config, asked)
+    check_whole(sites, sizes.n_layers, asked, "litgpt")
+    pairs = _fused({n: (s.A, s.B) for n, s in sites.items()}, sizes, asked)
     tensors = _DECODER.stored(pairs, config, asked)
     first, ends = next(iter(sites.values())), {name.rpartition(".")[2] for name in sites}
     said = {
@@ -86,18 +87,26 @@ def write(
     return write_directory(path, files, overwrite=overwrite)
 
 
-def _fused(pairs: Pairs) -> Pairs:
+def _fused(pairs: Pairs, sizes: Heads, asked: str) -> Pairs:
     """Put q, k and v of each layer on top of each other, in this order."""
     found = dict(pairs)
     several: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for end in _PARTS.values():
-        for name in pairs:
+        for name, (_, b) in pairs.items():
             if name.endswith(f"self_attn.{end}"):
+                if len(b) != _width(end, sizes):
+                    what = f"B has {len(b)} rows, and the base's {end} {_width(end, sizes)}"
+                    remedy = "Name the base that the adapter was made for"
+                    raise FormatError(f"{asked}, site '{name}'", what, remedy)
                 several.setdefault(name.removesuffix(end) + _QKV, []).append(found.pop(name))
     for name, parts in several.items():
-        a, b = zip(*parts, strict=True)
-        found[name] = torch.cat(a), torch.cat(b)
+        A, B = zip(*parts, strict=True)
+        found[name] = torch.cat(A), torch.cat(B)
     return found
+
+
+def _width(end: str, sizes: Heads) -> int:
+    return (sizes.n_heads if end == "q_proj" else sizes.n_kv_heads) * sizes.head_dim
 
 
 def read(
@@ -131,8 +140,7 @@ def _split(
         yield name, a, b
         return
     adapted = [end for flag, end in _PARTS.items() if said.get(flag)]
-    n_heads = {end: sizes.n_heads if end == "q_proj" else sizes.n_kv_heads for end in adapted}
-    widths = [n * sizes.head_dim for n in n_heads.values()]
+    widths = [_width(end, sizes) for end in adapted]
     if not adapted or len(a) != len(adapted) * b.shape[1] or sum(widths) != len(b):
         found = f"A has {len(a)} rows and B {len(b)}, which are not those of {adapted}"
         raise FormatError(where, found, f"Restore {CONFIG}, or name the adapter's own base")
