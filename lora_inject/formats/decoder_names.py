@@ -33,8 +33,8 @@ def in_pairs(rows: Tensor, n_heads: int, *, back: bool = False) -> Tensor:
         >>> rows.flatten().tolist(), in_pairs(rows, 1, back=True).flatten().tolist()
         ([0, 2, 1, 3], [0, 1, 2, 3])
     """
-    halves = (n_heads, -1, 2) if back else (n_heads, 2, -1)
-    return rows.unflatten(0, halves).transpose(1, 2).flatten(0, 2)
+    halves = (-1, 2) if back else (2, -1)
+    return rows.reshape(n_heads, *halves, rows.shape[-1]).transpose(1, 2).reshape(rows.shape)
 
 
 class Decoder(NamedTuple):
