@@ -316,6 +316,10 @@ targets: [!!python/name:os.system ]
 => lora.yaml:1:11 (targets[0]): the tag !!python/name:os.system is not allowed. A config has
    strings, numbers, lists and mappings only; remove the tag.
 
+!x {targets: [q]}
+=> lora.yaml:1:1: the tag !x is not allowed. A config has strings, numbers, lists and mappings
+   only; remove the tag.
+
 targets: !!python/object/apply:os.system ['touch /tmp/pwned']
 => lora.yaml:1:10 (targets): the tag !!python/object/apply:os.system is not allowed. A config
    has strings, numbers, lists and mappings only; remove the tag.

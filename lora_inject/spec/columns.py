@@ -17,11 +17,7 @@ def columns(
 ) -> Iterator[str]:
     """Yield rows with aligned columns; where they do not fit, each name is on a line of its own.
 
-    Args:
-        rows: The cells; the first of each is a name.
-        n_left: Columns that are aligned to the left, from the first; others to the right.
-        width: In characters.
-        indent: Before each line.
+    The first cell of a row is a name; the first `n_left` columns are aligned to the left.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     apart = len(indent) + sum(widths) + 2 * (len(widths) - 1) > width
@@ -40,15 +36,13 @@ def columns(
 class Rows:
     """A table of sites, a row each.
 
-    Attributes:
-        heads: Titles of the columns; the first column holds names.
-        cells: The rows. Text and integers describe a site; floats, None and pairs of floats, a
-            value and its error, are figures.
-        choose: Functions that summarize many sites, by column title; others use the median.
+    Text and integers describe a site; floats, None and pairs of floats, a value and its error, are
+    figures.
     """
 
-    heads: tuple[str, ...]
+    heads: tuple[str, ...]  # titles of the columns; the first column holds names
     cells: tuple[tuple[Any, ...], ...]
+    # functions that summarize figures of many sites, by column title; others use the median
     choose: dict[str, Callable[[Iterable[float]], float]] = field(default_factory=dict)
 
     def text(self) -> list[tuple[str, ...]]:
@@ -72,12 +66,10 @@ class Rows:
     def _joined(self, rows: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
         if len(rows) == 1:
             return rows[0]
-        columns: list[tuple[Any, ...]] = list(zip(*rows, strict=True))
-        joined = (
-            _one(column, self.choose.get(head, median))
-            for head, column in zip(self.heads[1:], columns[1:], strict=True)
-        )
-        return f"{joined_name(columns[0])} x{len(rows)}", *joined
+        names, *columns = zip(*rows, strict=True)
+        heads = self.heads[1:]
+        joined = (_one(c, self.choose.get(h, median)) for h, c in zip(heads, columns, strict=True))
+        return f"{joined_name(names)} x{len(rows)}", *joined
 
 
 def joined_name(names: Sequence[str]) -> str:
@@ -96,12 +88,9 @@ def _kind(name: str) -> str:
 
 def _one(column: tuple[Any, ...], choose: Callable[[Iterable[float]], float]) -> Any:
     """Return the summary of a column of one kind."""
-    if isinstance(column[0], str | int):
-        return column[0]
     if isinstance(column[0], tuple):
-        first, second = zip(*column, strict=True)
-        return _of_finite(first, choose), _of_finite(second, choose)
-    return _of_finite(column, choose)
+        return tuple(_of_finite(values, choose) for values in zip(*column, strict=True))
+    return column[0] if isinstance(column[0], str | int) else _of_finite(column, choose)
 
 
 def _of_finite(values: Iterable[float | None], choose: Callable[[Iterable[float]], float]) -> float:
@@ -110,11 +99,9 @@ def _of_finite(values: Iterable[float | None], choose: Callable[[Iterable[float]
 
 
 def _shown(cell: Any) -> str:
-    if isinstance(cell, str):
-        return cell
     if isinstance(cell, tuple):
         return f"{number(cell[0])} ({number(cell[1])})"
-    return number(cell)
+    return cell if isinstance(cell, str) else number(cell)
 
 
 def sides(shape: Iterable[int]) -> str:

@@ -28,7 +28,7 @@ def canonical(name: str, *, ddp: bool = False) -> str:
     """Return a dotted name without the segments that wrappers put into it.
 
     With `ddp` also without a leading `module`, as DistributedDataParallel adds one: only the caller
-    knows, as a model may have a child called `module`. `parametrizations.X.original` stays.
+    knows, as a model may have a child called `module`.
 
     Examples:
         >>> canonical("_orig_mod.layers.0._checkpoint_wrapped_module.q_proj")
@@ -53,19 +53,11 @@ def matching(
     error: type[LoraInjectError] = MatchError,
     seconds: float = MATCH_SECONDS,
 ) -> list[str]:
-    r"""Return the names that a pattern matches, within a time limit.
+    r"""Return the names that a pattern matches: their ends, from the start or just after a dot.
 
-    It must match the end of a name, beginning at the name's start or just after a dot. A
-    backtracking regex can take exponential time on a short name, so the processor time for all
-    names together is limited.
-
-    Args:
-        pattern: A Python regex that compiles by itself.
-        names: Dotted names; those that match are returned in their order.
-        asked: What messages call the pattern, such as `rule 1 ('q_proj')`.
-        whole: Match whole names instead of their ends.
-        error: What to raise where it takes too long.
-        seconds: The limit.
+    With `whole` it must match whole names. A backtracking regex can take exponential time on a
+    short name, so the processor time for all names together is limited, in `seconds`; `error` is
+    raised then. `asked` is what messages call the pattern.
 
     Examples:
         >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
@@ -76,16 +68,15 @@ def matching(
     except (*_NOT_A_REGEX, regex.error) as problem:  # such as [a[:b], which only `re` reads
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
     end = time.process_time() + seconds  # the clock that `timeout` is counted on
-    matched = []
-    for name in names:
-        try:
-            found = compiled.match(name, timeout=max(end - time.process_time(), 1e-6))
-        except TimeoutError:
-            what = f"it took more than {seconds:g} s to match (on '{name[:60]}')"
-            remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
-            raise error(asked, what, remedy) from None
-        if found:
-            matched.append(name)
+    matched, name = [], ""
+    try:
+        for name in names:
+            if compiled.match(name, timeout=max(end - time.process_time(), 1e-6)):
+                matched.append(name)
+    except TimeoutError:
+        what = f"it took more than {seconds:g} s to match (on '{name[:60]}')"
+        remedy = "Write the pattern without repetition inside repetition, such as (a+)+"
+        raise error(asked, what, remedy) from None
     return matched
 
 
@@ -215,21 +206,20 @@ def nearest_names(pattern: str, names: Iterable[str], n: int = 3) -> list[str]:
     """Names in which some run of segments is spelled most like the pattern, ends first."""
     plain = _plain(pattern)
     width = plain.count(".") + 1
-    spellings: dict[str, str] = {}
+    ends: dict[str, str] = {}
     inner: dict[str, str] = {}
     for name in _distinct(names):
         segments = name.split(".")
-        spellings.setdefault(".".join(segments[-width:]), name)
+        ends.setdefault(".".join(segments[-width:]), name)
         for start in range(max(0, len(segments) - width)):
             inner.setdefault(".".join(segments[start : start + width]), name)
-        if len(spellings) + len(inner) > _MAX_SPELLINGS:
+        if len(ends) + len(inner) > _MAX_SPELLINGS:
             break
-    for spelling, name in inner.items():
-        spellings.setdefault(spelling, name)
+    spellings = {**ends, **inner, **ends}  # ends first, and their names before those of inner runs
     near = nearest(plain, spellings, n=n) if plain else []
     likeness = [SequenceMatcher(None, plain, spelling).ratio() for spelling in near]
-    near = [x for x, like in zip(near, likeness, strict=True) if like > _ALIKE * max(likeness)]
-    return list(dict.fromkeys(spellings[spelling] for spelling in near))
+    like = [x for x, ratio in zip(near, likeness, strict=True) if ratio > _ALIKE * max(likeness)]
+    return list(dict.fromkeys(spellings[spelling] for spelling in like))
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
@@ -242,14 +232,14 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 def _runs(numbers: Iterable[int]) -> str:
     """`0, 1, 2, 5` as `{0..2,5}`, a single number as itself."""
-    parts: list[list[int]] = []
+    runs: list[list[int]] = []
     for number in sorted(set(numbers)):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], number]
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
         else:
-            parts.append([number])
-    texts = [str(p[0]) if len(p) == 1 else f"{p[0]}..{p[-1]}" for p in parts]
-    return texts[0] if texts == [texts[0]] and ".." not in texts[0] else f"{{{','.join(texts)}}}"
+            runs.append([number])
+    texts = ["..".join(map(str, run)) for run in runs]
+    return texts[0] if len(runs) == len(runs[0]) == 1 else f"{{{','.join(texts)}}}"
 
 
 def templates(names: Iterable[str]) -> dict[str, int]:

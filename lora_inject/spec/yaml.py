@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -26,23 +26,19 @@ _TAG = "tag:yaml.org,2002:"
 _QUOTES = "Write patterns in single quotes: there a backslash is only a backslash"
 _DIGITS = "[0-9](_?[0-9]){0,17}"
 _EXPONENT = "[eE][-+]?[0-9]{1,4}"
+_FINITE = rf"[-+]?(({_DIGITS})?\.[0-9]+|{_DIGITS}\.)({_EXPONENT})?|[-+]?{_DIGITS}{_EXPONENT}"
 # PyYAML reads YAML 1.1, where `no` is false, 010 is 8, 1:30 is 90 and 1e-3 is a word.
-_PLAIN = {
-    "int": r"[-+]?(0|[1-9](_?[0-9]){0,17})",
-    "float": rf"[-+]?(({_DIGITS})?\.[0-9]+|{_DIGITS}\.)({_EXPONENT})?|[-+]?{_DIGITS}{_EXPONENT}"
-    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-    "bool": "true|True|TRUE|false|False|FALSE",
-    "null": "~|null|Null|NULL|",
-    "merge": "<<",
+_PLAIN: dict[str, tuple[str, Callable[[str], Any] | None]] = {
+    "int": (r"[-+]?(0|[1-9](_?[0-9]){0,17})", int),
+    "float": (
+        rf"{_FINITE}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
+    ),
+    "bool": ("true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "null": ("~|null|Null|NULL|", None),
+    "merge": ("<<", None),
 }
-
-
-_READ: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "bool": lambda text: text.lower() == "true",
-    "int": int,
-    "float": lambda text: float(re.sub(r"\.(?=[in])", "", text.lower())),
-}
+"""Kind of a plain scalar, to what it looks like and how it is read."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,7 +73,7 @@ class Dumper(yaml.SafeDumper):
 _Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1
 Dumper.add_representer(str, Dumper.text)
 for _reader in (_Loader, Dumper):
-    for _kind, _pattern in _PLAIN.items():
+    for _kind, (_pattern, _) in _PLAIN.items():
         _reader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"({_pattern})\Z"), None)
 
 
@@ -97,12 +93,7 @@ def read_text(path: str | PathLike[str]) -> str:
 class Document:
     """YAML text as plain data that remembers where each of its values stands.
 
-    Attributes:
-        source: What messages call it.
-        data: Strings, numbers, booleans, lists and dicts.
-
-    Raises:
-        ConfigError: It is not YAML that a config may be written in.
+    `source` is what messages call it. Anything that a config may not hold is a ConfigError.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -113,11 +104,10 @@ class Document:
         root = self._compose(text)
         if root is None:
             raise ConfigError(source, "the config is empty", "Add targets: with patterns")
-        self._nodes[()] = root
         if not isinstance(root, yaml.MappingNode):
             remedy = "Write keys and values, such as targets: [q_proj]"
-            self._refuse(root, (), "the config is not a mapping", remedy)
-        self.data: dict[str, Any] = self._mapping(root, (), ())
+            raise self._fault(root, (), "the config is not a mapping", remedy)
+        self.data: dict[str, Any] = self._build(root, (), ())
 
     def place(self, path: Loc, *, key: bool = False) -> str:
         """Return `FILE:LINE:COLUMN (key)` of a value, or of its key."""
@@ -140,10 +130,9 @@ class Document:
             found = f"this is not valid YAML: {error.problem}"
             raise ConfigError(place, found, _yaml_help(str(error.problem))) from None
         except yaml.reader.ReaderError as error:
+            place = f"{self.source}, character {error.position}"
             found = f"YAML does not allow the character U+{error.character:04X}"
-            raise ConfigError(
-                f"{self.source}, character {error.position}", found, "Remove it"
-            ) from None
+            raise ConfigError(place, found, "Remove it") from None
         except (ValueError, OverflowError) as error:  # an escape such as \UFFFFFFFF
             found = f"this is not valid YAML: {error}"
             raise ConfigError(self.source, found, _QUOTES) from None
@@ -152,9 +141,9 @@ class Document:
         self._n_nodes += 1
         if self._n_nodes > MAX_NODES:
             found = f"more than {MAX_NODES:,} values once its aliases are written out"
-            self._refuse(node, path, found, "Use fewer aliases")
+            raise self._fault(node, path, found, "Use fewer aliases")
         if any(node is other for other in above):
-            self._refuse(node, path, "an alias contains itself", "Write the value out")
+            raise self._fault(node, path, "an alias contains itself", "Write the value out")
         self._nodes.setdefault(path, node)
         kind, inside = node.tag.removeprefix(_TAG), (*above, node)
         if isinstance(node, yaml.MappingNode) and kind == "map":
@@ -174,13 +163,13 @@ class Document:
             if key_node.tag != f"{_TAG}str":
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
                 found = f"{text} is not a key: keys are strings"
-                self._refuse(key_node, path, found, "Write it in quotes, if it is meant")
+                raise self._fault(key_node, path, found, "Write it in quotes, if it is meant")
             key = key_node.value
             here = (*path, key)
             if key in own:
                 line = self._keys[here].start_mark.line + 1
                 found = f"the key '{key}' is given twice, first in line {line}"
-                self._refuse(key_node, here, found, "Remove one of them")
+                raise self._fault(key_node, here, found, "Remove one of them")
             self._keys[here] = key_node
             own[key] = self._build(value_node, here, inside)
         return {**merged, **own}
@@ -189,24 +178,26 @@ class Document:
         data: dict[str, Any] = {}
         for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(part, yaml.MappingNode):
-                self._refuse(part, path, "'<<' takes a mapping", "Write <<: *anchor")
+                raise self._fault(part, path, "'<<' takes a mapping", "Write <<: *anchor")
             data = {**self._build(part, path, above), **data}
         return data
 
     def _scalar(self, node: yaml.Node, kind: str, path: Loc) -> Any:
         if kind == "null":
-            self._refuse(node, path, "there is no value", "Write one, or remove the key")
-        if isinstance(node, yaml.ScalarNode) and kind in _READ:
+            raise self._fault(node, path, "there is no value", "Write one, or remove the key")
+        read = str if kind == "str" else _PLAIN.get(kind, ("", None))[1]
+        if isinstance(node, yaml.ScalarNode) and read is not None:
             try:
-                return _READ[kind](node.value)
+                return read(node.value)
             except ValueError:
-                self._refuse(node, path, f"{node.value} is not {kind}", "Remove the tag")
+                found = f"{node.value} is not {kind}"
+                raise self._fault(node, path, found, "Remove the tag") from None
         found = f"the tag {node.tag.replace(_TAG, '!!')} is not allowed"
         remedy = "A config has strings, numbers, lists and mappings only; remove the tag"
-        raise ConfigError(self._at(node, path), found, remedy)
+        raise self._fault(node, path, found, remedy)
 
-    def _refuse(self, node: yaml.Node, path: Loc, found: str, remedy: str) -> NoReturn:
-        raise ConfigError(self._at(node, path), found, remedy)
+    def _fault(self, node: yaml.Node, path: Loc, found: str, remedy: str) -> ConfigError:
+        return ConfigError(self._at(node, path), found, remedy)
 
     def _at(self, node: yaml.Node, path: Loc) -> str:
         return f"{self.source}{_line(node.start_mark)}{f' ({dotted(path)})' if path else ''}"
