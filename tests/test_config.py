@@ -430,7 +430,7 @@ AS_VALUE: list[tuple[Callable[[], Any], str]] = [
     (lambda: Config.from_dict({1: 2}), "config ([1]): 1 is not accepted. Keys should be strings."),
     (lambda: Config.from_dict(["q"]), "config: ['q'] is not accepted. Input should be a mapping"),
     (lambda: Config.coerce(3), "config: it is an int. Give a Config, a dict, the path of a YAML "),
-    (lambda: Config.from_yaml(None), "Config.from_yaml, path: it is None. Give the path of a "),
+    (lambda: Config.from_yaml(None), "read a config, path: it is None. Give the path of a "),
     (lambda: Config.coerce("rank: 1\n"), "config: YAML text where a path "),
     (lambda: Config.from_text(""), "<config>: the config is empty. Add targets: with patterns."),
     (lambda: Config.from_text("targets: " + "[" * 5000), "<config>:1:25: this is not valid YAML: "),
@@ -511,7 +511,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     for path, found in [
         (missing, "No such file or directory. Give the path of a YAML file."),
         (tmp_path, "Is a directory. Give the path of a YAML file."),
-        (binary, "byte 13 is not UTF-8. Save the config as UTF-8 text."),
+        (binary, "byte 13 is not UTF-8. Save it as UTF-8 text."),
         (huge, "more than 1,048,576 characters. "),
     ]:
         with pytest.raises(ConfigError) as caught:

@@ -7,20 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from lora_inject.cli.given import (
-    AdapterPath,
-    AdapterPaths,
-    Dtype,
-    Keeping,
-    Listing,
-    Output,
-    Reading,
-    Weights,
-    Writing,
-    pairs_of,
-)
+from lora_inject.cli import given, show
 from lora_inject.cli.program import app
-from lora_inject.cli.show import print_rows, say, say_words
 from lora_inject.spec.columns import Rows
 from lora_inject.spec.names import templates
 
@@ -28,15 +16,15 @@ if TYPE_CHECKING:
     from lora_inject.adapter.difference import Difference
     from lora_inject.adapter.state import AdapterState
 
-WriteDtype = Annotated[Dtype | None, Option(help="Dtype to write. (default: the adapters')")]
+WriteDtype = Annotated[given.Dtype | None, Option(help="Dtype to write. (default: the adapters')")]
 
 
 @app.command()
 def combine(
-    adapters: AdapterPaths,
+    adapters: given.AdapterPaths,
     *,
-    writing: Writing,
-    weight: Weights = None,
+    writing: given.Writing,
+    weight: given.Weights = None,
     method: Annotated[
         str,
         Option(
@@ -53,8 +41,8 @@ def combine(
     majority_sign: Annotated[str, Option(help="ties: total or frequency.")] = "total",
     seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
     dtype: WriteDtype = None,
-    reading: Reading,
-    output: Output,
+    reading: given.Reading,
+    output: given.Output,
 ) -> None:
     """Combine several adapters of one base into one."""
     from lora_inject.formats.combine_files import combine as combined
@@ -66,13 +54,13 @@ def combine(
 
 @app.command()
 def truncate(
-    adapter: AdapterPath,
+    adapter: given.AdapterPath,
     *,
-    writing: Writing,
-    keeping: Keeping,
+    writing: given.Writing,
+    keeping: given.Keeping,
     dtype: WriteDtype = None,
-    reading: Reading,
-    listing: Listing,
+    reading: given.Reading,
+    listing: given.Listing,
 ) -> None:
     """Cut ADAPTER to its best approximation of a lower rank.
 
@@ -85,7 +73,7 @@ def truncate(
     if cuts and not listing.as_json:
         cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
         rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
-        print_rows(rows, everything=listing.everything)
+        show.print_rows(rows, everything=listing.everything)
     sites = {name: cut._asdict() for name, cut in cuts.items()}
     _write(made, writing, listing, dtype, sites=sites)
 
@@ -94,8 +82,8 @@ def truncate(
 def diff(
     one: Annotated[Path, Argument(metavar="ONE", help="A PEFT folder or an adapter file.")],
     two: Annotated[Path, Argument(metavar="TWO", help="Another adapter of the same base.")],
-    reading: Reading,
-    listing: Listing,
+    reading: given.Reading,
+    listing: given.Listing,
 ) -> None:
     """Compare the adapters ONE and TWO, site by site."""
     from lora_inject.adapter.difference import difference
@@ -106,7 +94,7 @@ def diff(
 
 @app.command()
 def rename(
-    adapter: AdapterPath,
+    adapter: given.AdapterPath,
     names: Annotated[
         list[str],
         Argument(
@@ -115,23 +103,27 @@ def rename(
             "group, an empty one removes them.",
         ),
     ],
-    writing: Writing,
-    reading: Reading,
-    output: Output,
+    writing: given.Writing,
+    reading: given.Reading,
+    output: given.Output,
 ) -> None:
     """Write ADAPTER with other names of its layers."""
     from lora_inject.formats.checks import one_line
 
-    pairs = pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")
+    pairs = given.pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter], on_disk=True)
     made = state.rename(pairs)
     _write(made, writing, output, names=dict(zip(state.sites, made.sites, strict=True)))
     if not output.as_json:
-        say_words(f"its sites are now {one_line(templates(made.sites), 6)}")
+        show.say_words(f"its sites are now {one_line(templates(made.sites), 6)}")
 
 
 def _write(
-    state: AdapterState, writing: Writing, output: Output, dtype: Dtype | None = None, **found: Any
+    state: AdapterState,
+    writing: given.Writing,
+    output: given.Output,
+    dtype: given.Dtype | None = None,
+    **found: Any,
 ) -> None:
     """Write the new adapter atomically, and print its path and size."""
     import torch
@@ -144,7 +136,7 @@ def _write(
     ranks = {name: site.spec.rank for name, site in state.sites.items()}
     text = str(state).removeprefix("AdapterState(").removesuffix(")")
     data = {"output": str(path), "ranks": ranks, **found}
-    output.show(data, lambda **_: say(f"wrote {path}: {text}"))
+    output.show(data, lambda **_: show.say(f"wrote {path}: {text}"))
 
 
 def _print_difference(found: Difference, *, everything: bool) -> None:
@@ -154,10 +146,10 @@ def _print_difference(found: Difference, *, everything: bool) -> None:
             (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
             for name, site in found.sites.items()
         )
-        print_rows(Rows(heads, cells), everything=everything)
+        show.print_rows(Rows(heads, cells), everything=everything)
     for name, distance in found.trained.items():
         where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
-        say(f"trained {name}: {where}")
+        show.say(f"trained {name}: {where}")
     cosine = "-" if found.cosine is None else f"{found.cosine:.6f}"
     same = "equal in every bit" if found.equal else "not equal"
-    say_words(f"{same}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites")
+    show.say_words(f"{same}; |one - two| = {found.distance:.6g}, cosine {cosine}, over all sites")

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Exit, Option
 
-from lora_inject.cli.given import AdapterPath, Output, Overwrite, Reading
+from lora_inject.cli import given, show
 from lora_inject.cli.program import app
-from lora_inject.cli.show import note, say, say_words
 
 if TYPE_CHECKING:
     from lora_inject.formats.clients import Finding
@@ -23,7 +22,7 @@ Base = Annotated[
 
 @app.command()
 def convert(
-    adapter: AdapterPath,
+    adapter: given.AdapterPath,
     output: Annotated[Path, Argument(metavar="OUT", help="Where to write.")],
     *,
     to: Annotated[str, Option("--to", metavar="FORMAT", help="Format to write.")],
@@ -40,9 +39,9 @@ def convert(
             "--component", help="kohya, diffusers: the part of a pipeline, such as unet or te1."
         ),
     ] = None,
-    overwrite: Overwrite = False,
-    reading: Reading,
-    out: Output,
+    overwrite: given.Overwrite = False,
+    reading: given.Reading,
+    out: given.Output,
 ) -> None:
     """Write ADAPTER in the format of another program.
 
@@ -53,9 +52,9 @@ def convert(
 
     [how] = reading.options([adapter])
     options = {"dtype": dtype, "rank": rank, "component": to_component}
-    given = {key: value for key, value in options.items() if value is not None}
+    chosen = {key: value for key, value in options.items() if value is not None}
     lost: list[str] = []
-    for name in given:
+    for name in chosen:
         takers = [key for key, row in FORMATS.items() if taken_by(row.write, {name: None})]
         if to in FORMATS and to not in takers:
             found = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
@@ -63,18 +62,18 @@ def convert(
 
     def tell(words: str) -> None:
         lost.append(words)
-        note(f"{to}: {words}")
+        show.note(f"{to}: {words}")
 
     path = converted(
-        adapter, output, to, base=base, reading=how, tell=tell, overwrite=overwrite, **given
+        adapter, output, to, base=base, reading=how, tell=tell, overwrite=overwrite, **chosen
     )
     data = {"output": str(path), "format": to, "lost": lost}
-    out.show(data, say, f"wrote {path}")
+    out.show(data, show.say, f"wrote {path}")
 
 
 @app.command()
 def check(
-    adapter: AdapterPath,
+    adapter: given.AdapterPath,
     client: Annotated[
         str,
         Option(
@@ -85,7 +84,7 @@ def check(
     ],
     base: Base = None,
     *,
-    output: Output,
+    output: given.Output,
 ) -> None:
     """List what a program would refuse or misread in ADAPTER.
 
@@ -105,6 +104,6 @@ def check(
 
 
 def _print_findings(client: str, found: Sequence[Finding], stopped: bool) -> None:
-    say(f"{client}: {'does not take it as it is' if stopped else 'takes it'}")
+    show.say(f"{client}: {'does not take it as it is' if stopped else 'takes it'}")
     for finding in found:
-        say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")
+        show.say_words(f"{'stop' if finding.stops else 'note'}: {finding.problem}. {finding.fix}.")

@@ -11,17 +11,8 @@ from typing import Annotated
 
 from typer import Argument, BadParameter, Option
 
-from lora_inject.cli.given import AdapterPath, AnyBase, Listing, Output, Reading
+from lora_inject.cli import given, show
 from lora_inject.cli.program import app
-from lora_inject.cli.show import (
-    note,
-    print_analysis,
-    print_inspection,
-    print_json,
-    progress_bar,
-    say,
-    width,
-)
 
 
 @app.command()
@@ -38,7 +29,7 @@ def plan(
         bool, Option(help="Plan on the names in the checkpoint, not on config.json.")
     ] = False,
     *,
-    output: Output,
+    output: given.Output,
 ) -> None:
     """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
     from lora_inject.cli.models import source_of
@@ -47,9 +38,9 @@ def plan(
 
     wanted = Config.from_yaml(config)
     inventory, about = source_of(model, keys=keys)
-    note(f"planned on {about}")
+    show.note(f"planned on {about}")
     planned = resolve(wanted, inventory)
-    output.show(planned.to_dict(), say, planned.text(width()))
+    output.show(planned.to_dict(), show.say, planned.text(show.width()))
 
 
 @app.command()
@@ -71,18 +62,18 @@ def advise(
         raise BadParameter(f"{budget!r} is not a number such as 170k", param_hint="--budget")
     most = int(float(number[1]) * {"": 1, "k": 1000, "m": 1_000_000}[number[2].lower()])
     inventory, about = source_of(model)
-    note(f"planned on {about}")
+    show.note(f"planned on {about}")
     config = advised(inventory, most)
-    say(
+    show.say(
         "# One rank on all linear layers: at an equal number of parameters hard to beat.\n"
         "# Tune the learning rate at a small rank: it matters more, and hardly depends on the rank."
     )
-    say(config.to_yaml().rstrip())
+    show.say(config.to_yaml().rstrip())
 
 
 @app.command()
 def inspect(
-    adapter: AdapterPath,
+    adapter: given.AdapterPath,
     *,
     base: Annotated[
         Path | None,
@@ -92,8 +83,8 @@ def inspect(
         str | None,
         Option("--format", help="Format of the adapter. (default: detected from the files)"),
     ] = None,
-    reading: Reading,
-    listing: Listing,
+    reading: given.Reading,
+    listing: given.Listing,
 ) -> None:
     """Show the sites, ranks, norms and non-finite values of ADAPTER."""
     from lora_inject.analysis.inspection import inspect_state
@@ -102,12 +93,12 @@ def inspect(
     checkpoint = None if base is None else Checkpoint.open(base)
     [state] = reading.read([adapter], checkpoint, format=adapter_format)
     found = inspect_state(state)
-    listing.show(found.to_dict(), print_inspection, found)
+    listing.show(found.to_dict(), show.print_inspection, found)
 
 
 @app.command()
 def analyze(
-    adapter: AdapterPath,
+    adapter: given.AdapterPath,
     other: Annotated[
         Path | None, Argument(metavar="OTHER", help="Another adapter of the same base, to compare.")
     ] = None,
@@ -122,9 +113,9 @@ def analyze(
     pictures: Annotated[
         Path | None, Option(help="Draw the paper's figures into this folder.")
     ] = None,
-    any_base: AnyBase = False,
-    reading: Reading,
-    listing: Listing,
+    any_base: given.AnyBase = False,
+    reading: given.Reading,
+    listing: given.Listing,
 ) -> None:
     """Show what ADAPTER has learned: needed rank, spectra, subspaces.
 
@@ -145,11 +136,11 @@ def analyze(
     weights = None
     if checkpoint is not None:
         weights = figures.Weights(state, checkpoint, str(adapter), any_base=any_base)
-    with progress_bar("analyzing") as progress:
+    with show.progress_bar("analyzing") as progress:
         found = figures.analyze(state, weights, label=str(adapter), progress=progress)
     compared = None
     if second:
-        with progress_bar("comparing") as progress:
+        with show.progress_bar("comparing") as progress:
             compared = figures.compare(state, second[0], progress)
     written: list[Path] = []
     if pictures is not None:
@@ -163,9 +154,9 @@ def analyze(
         "comparison": None if compared is None else compared.to_dict(),
         "written": [str(path) for path in written],
     }
-    listing.show({**found.to_dict(), **more}, print_analysis, found, compared)
+    listing.show({**found.to_dict(), **more}, show.print_analysis, found, compared)
     for path in written:
-        note(f"wrote {path}")
+        show.note(f"wrote {path}")
 
 
 @app.command()
@@ -173,4 +164,4 @@ def schema() -> None:
     """Print the JSON Schema of a config, for editors."""
     from lora_inject.spec.config import Config
 
-    print_json(Config.json_schema())
+    show.print_json(Config.json_schema())

@@ -11,26 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Exit, Option
 
-from lora_inject.cli.given import (
-    AdapterPaths,
-    AnyBase,
-    Dtype,
-    Keeping,
-    Listing,
-    Output,
-    Reading,
-    Weights,
-    Writing,
-    pairs_of,
-)
+from lora_inject.cli import given, show
 from lora_inject.cli.program import app
-from lora_inject.cli.show import (
-    print_extraction,
-    print_merge,
-    print_merge_plan,
-    print_verification,
-    progress_bar,
-)
 
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
@@ -45,19 +27,19 @@ BasePath = Annotated[
 class Merging:
     """The options that decide the bytes of a merged checkpoint, of `merge` and `verify`."""
 
-    weight: Weights = None
+    weight: given.Weights = None
     dtype: Annotated[
-        Dtype | None, Option(help="Dtype of every float tensor. (default: as each tensor is)")
+        given.Dtype | None, Option(help="Dtype of every float tensor. (default: as each tensor is)")
     ] = None
     copy_code: Annotated[bool, Option(help="Copy the base's *.py files.")] = False
     allow_new: Annotated[bool, Option(help="Add trained tensors that the base lacks.")] = False
     dequantize: Annotated[
-        Dtype | None, Option(help="Write a quantized base as plain floats of this dtype.")
+        given.Dtype | None, Option(help="Write a quantized base as plain floats of this dtype.")
     ] = None
     requantize: Annotated[
         bool, Option(help="Quantize merged weights again, in the base's format.")
     ] = False
-    any_base: AnyBase = False
+    any_base: given.AnyBase = False
     rename: Annotated[
         list[str] | None,
         Option(
@@ -81,14 +63,14 @@ class Merging:
 
         names = ("dtype", "copy_code", "allow_new", "dequantize", "requantize", "any_base")
         more |= {name: getattr(self, name) for name in names}
-        more["rename"] = pairs_of(self.rename or (), "--rename", "a.=b.")
+        more["rename"] = given.pairs_of(self.rename or (), "--rename", "a.=b.")
         if self.tie:  # else the base's class decides; an empty table means that nothing is tied
             ties = [] if self.tie == ["none"] else self.tie
-            more["tie"] = pairs_of(ties, "--tie", "a.=b.", whole="old new")
+            more["tie"] = given.pairs_of(ties, "--tie", "a.=b.", whole="old new")
         return MergeOptions(**more)
 
     def read(
-        self, base: Path, adapters: Sequence[Path], reading: Reading
+        self, base: Path, adapters: Sequence[Path], reading: given.Reading
     ) -> tuple[Checkpoint, list[WeightedAdapter]]:
         """Open the base and read the adapters."""
         from lora_inject.checkpoint import Checkpoint, read_weighted
@@ -108,7 +90,7 @@ class Merging:
 @app.command()
 def merge(
     base: BasePath,
-    adapters: AdapterPaths,
+    adapters: given.AdapterPaths,
     *,
     output: Annotated[
         Path | None, Option("--output", "-o", help="Folder to make. Not with --dry-run.")
@@ -126,8 +108,8 @@ def merge(
     workers: Annotated[
         int | None, Option(min=1, help="Threads. (default: one per core, at most four)")
     ] = None,
-    reading: Reading,
-    listing: Listing,
+    reading: given.Reading,
+    listing: given.Listing,
 ) -> None:
     """Fold each ADAPTER into the checkpoint BASE, without the model.
 
@@ -147,21 +129,21 @@ def merge(
         where = Path.cwd() if output is None else on_disk.check_output(checkpoint, output)
         free = on_disk.free_bytes(where)
         data = {**planned.to_dict(), "free_bytes": free}
-        listing.show(data, print_merge_plan, planned, where, free)
+        listing.show(data, show.print_merge_plan, planned, where, free)
         return
-    with progress_bar("merging") as progress:
+    with show.progress_bar("merging") as progress:
         report = on_disk.merge_planned(planned, output, progress)
-    listing.show(report.to_dict(), print_merge, report)
+    listing.show(report.to_dict(), show.print_merge, report)
 
 
 @app.command()
 def verify(
     base: BasePath,
-    adapters: AdapterPaths,
+    adapters: given.AdapterPaths,
     merged: Annotated[Path, Argument(metavar="MERGED", help="The folder to check.")],
     merging: Merging,
-    reading: Reading,
-    output: Output,
+    reading: given.Reading,
+    output: given.Output,
 ) -> None:
     """Check that MERGED is what merging ADAPTER into BASE would write.
 
@@ -172,9 +154,9 @@ def verify(
 
     options = merging.options()
     checkpoint, weighted = merging.read(base, adapters, reading)
-    with progress_bar("verifying") as progress:
+    with show.progress_bar("verifying") as progress:
         report = verify_checkpoint(checkpoint, weighted, merged, options=options, progress=progress)
-    output.show(report.to_dict(), print_verification, report)
+    output.show(report.to_dict(), show.print_verification, report)
     if report.problems:
         raise Exit(1)
 
@@ -183,18 +165,18 @@ def verify(
 def extract(
     base: BasePath,
     tuned: Annotated[Path, Argument(metavar="TUNED", help="Folder of the fine-tuned checkpoint.")],
-    writing: Writing,
-    keeping: Keeping,
+    writing: given.Writing,
+    keeping: given.Keeping,
     full: Annotated[bool, Option(help="Store other tensors in full: norms, biases.")] = False,
     *,
-    listing: Listing,
+    listing: given.Listing,
 ) -> None:
     """Store the difference of TUNED and BASE as a low-rank adapter."""
     from lora_inject.checkpoint import extract_adapter
 
     how: dict[str, Any] = {"rank": keeping.rank, "energy": keeping.energy, "full": full}
     how |= {"format": writing.adapter_format, "overwrite": writing.overwrite}
-    with progress_bar("extracting") as progress:
+    with show.progress_bar("extracting") as progress:
         report = extract_adapter(base, tuned, writing.output, **how, progress=progress)
     data = {"output": str(writing.output), **report.to_dict()}
-    listing.show(data, print_extraction, report, writing.output)
+    listing.show(data, show.print_extraction, report, writing.output)

@@ -425,8 +425,6 @@ class Config(_Strict):
             ConfigError: The file cannot be read, is not safe YAML, or is not a valid config; the
                 message gives `FILE:LINE:COLUMN (key)`.
         """
-        remedy = "Give the path of a YAML file"
-        check_type("Config.from_yaml, path", path, (str, PathLike), remedy, ConfigError)
         return cls.from_text(read_text(path), source=str(path))
 
     @classmethod

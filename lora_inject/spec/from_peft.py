@@ -44,7 +44,7 @@ from lora_inject.spec.names import (
     matching,
     regex_problem,
 )
-from lora_inject.spec.yaml import MAX_TEXT_BYTES
+from lora_inject.spec.yaml import read_text
 
 _MERGE = "Train it with PEFT, merge it there and start from that model"
 _REFUSED = {
@@ -193,14 +193,13 @@ def _fields_of(config: Any) -> tuple[str, dict[str, Any]]:
 
 def _fields_in(path: Path) -> dict[str, Any]:
     file = path / "adapter_config.json" if path.is_dir() else path
+    asked, remedy = f"from_peft '{file}'", "Give an adapter_config.json"
     try:
-        with file.open("rb") as opened:
-            data = json.loads(opened.read(MAX_TEXT_BYTES + 1))
-    except (OSError, ValueError, RecursionError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"from_peft '{file}'", found, "Give an adapter_config.json") from None
+        data = json.loads(read_text(file, asked, remedy))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(asked, str(error), remedy) from None
     if not isinstance(data, dict):
-        raise ConfigError(f"from_peft '{file}'", "it is not a table of fields", "Check the path")
+        raise ConfigError(asked, "it is not a table of fields", "Check the path")
     return data
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lora_inject.errors import ConfigError
+from lora_inject.errors import ConfigError, check_type
 from lora_inject.spec.names import printable
 
 Loc = tuple[str | int, ...]
@@ -77,17 +77,20 @@ for _reader in (_Loader, Dumper):
         _reader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(rf"({_pattern})\Z"), None)
 
 
-def read_text(path: str | PathLike[str]) -> str:
-    """Return the text of a YAML file; a ConfigError says why it cannot be read."""
+def read_text(
+    path: str | PathLike[str], asked: str = "", remedy: str = "Give the path of a YAML file"
+) -> str:
+    """Return the text of a file, UTF-8; of one that is too long for a config the beginning."""
+    asked = asked or printable(str(path))
     try:
+        check_type("read a config, path", path, (str, PathLike), remedy, ConfigError)
         with Path(path).open("rb") as file:
             return file.read(MAX_TEXT_BYTES + 1).decode("utf-8")
     except UnicodeDecodeError as error:
-        found = f"byte {error.start} is not UTF-8"
-        raise ConfigError(str(path), found, "Save the config as UTF-8 text") from None
+        found, remedy = f"byte {error.start} is not UTF-8", "Save it as UTF-8 text"
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         found = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(printable(str(path)), found, "Give the path of a YAML file") from None
+    raise ConfigError(asked, found, remedy)
 
 
 class Document:
