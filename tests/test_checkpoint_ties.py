@@ -245,3 +245,31 @@ def test_the_difference_of_tied_models_is_on_every_layer_that_shares_the_tensor(
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
     li.load_adapter(loaded, tmp_path / "adapter")
     assert torch.allclose(loaded(torch.arange(20)[None]).logits, wanted, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_grown_tied_embedding_extracted_in_full_is_the_head_to_every_reader(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    cls, ids = transformers.LlamaForCausalLM, torch.arange(36)[None]
+    model = cls(transformers.LlamaConfig(**TINY))
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(36)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()
+        model.model.norm.weight.normal_()
+        q = model.model.layers[0].self_attn.q_proj.weight
+        q += 0.1 * torch.outer(*torch.randn(2, 16))
+    model.save_pretrained(tmp_path / "tuned")
+    folders = (tmp_path / name for name in ("base", "tuned", "adapter"))
+    assert extract_adapter(*folders, rank=1, full=True).left == ()
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out").keys() == load_checkpoint(tmp_path / "tuned").keys()
+    grown = [cls.from_pretrained(tmp_path / "base") for _ in range(2)]
+    for each in grown:
+        each.resize_token_embeddings(36)
+    read = peft.PeftModel.from_pretrained(grown[0], tmp_path / "adapter")
+    loaded = li.load_adapter(grown[1], tmp_path / "adapter")
+    for found in (cls.from_pretrained(tmp_path / "out"), read, loaded):
+        with torch.no_grad():
+            assert torch.allclose(found(ids).logits, model(ids).logits, atol=1e-4)

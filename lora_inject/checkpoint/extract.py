@@ -215,7 +215,7 @@ class _Taking:
         if self.full:
             value = RowReader(self.tuned.path_of(after.name)).whole(after)
             self.trained[after.name] = value
-            if len(after.shape) > 1:  # readers take a tied tensor name by name
+            if len(after.shape) > 1:  # a reader takes a tied tensor name by name
                 apart = self.of.tie_of(after.name) - self.base.tensors.keys()
                 self.trained |= dict.fromkeys(sorted(apart), value)
         return Extracted(after.name, "in full" if self.full else "left", relative)
