@@ -107,7 +107,7 @@ def test_small_tensors_are_stored_in_full_only_when_asked(tmp_path):
 def test_embeddings_conv1d_convolutions_and_experts(tmp_path):
     config = {
         "model_type": "gpt2", "architectures": ["GPT2Model"], "vocab_size": 20, "n_embd": 8,
-        "n_layer": 1, "n_head": 2,
+        "n_layer": 1, "n_head": 2
     }  # fmt: skip
     tensors = {
         "wte.weight": torch.randn(20, 8),

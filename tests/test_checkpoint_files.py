@@ -176,20 +176,10 @@ def test_open_finds_every_tensor(tmp_path, shards):
     assert checkpoint.config["model_type"] == "llama"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../x.safetensors",
-        "/etc/x.safetensors",
-        "a/b.safetensors",
-        "x.bin",
-        "",
-        "x.safetensors\n",
-        "..\\x.safetensors",
-        7,
-        None,
-    ],
-)
+OUTSIDE = ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*OUTSIDE, "x.bin", "", "x.safetensors\n", 7, None])
 def test_shard_names_that_leave_the_folder_are_refused(tmp_path, name):
     folder = save_checkpoint(tmp_path / "base", llama_tensors(), 2, LLAMA)
     path = folder / "model.safetensors.index.json"
@@ -257,28 +247,11 @@ def test_links_are_followed_inside_the_folder_and_the_hub_cache_only(tmp_path):
 
 def test_side_files_that_belong_come_along(tmp_path):
     save_checkpoint(tmp_path, llama_tensors(), 1, LLAMA)
-    belong = [
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "special_tokens_map.json",
-        "merges.txt",
-        "LICENSE",
-        "1_Pooling/config.json",
-    ]
-    not_belong = [
-        "pytorch_model.bin",
-        "optimizer.pt",
-        "model.gguf",
-        ".git/HEAD",
-        ".secret.json",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "trainer_state.json",
-        "pytorch_model.bin.index.json",
-        "flax_model.msgpack",
-    ]
+    belong = ["generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
+    belong += ["special_tokens_map.json", "merges.txt", "LICENSE", "1_Pooling/config.json"]
+    not_belong = ["pytorch_model.bin", "optimizer.pt", "model.gguf", ".git/HEAD", ".secret.json"]
+    not_belong += ["adapter_config.json", "adapter_model.safetensors", "trainer_state.json"]
+    not_belong += ["pytorch_model.bin.index.json", "flax_model.msgpack"]
     for name in [*belong, *not_belong, "modeling_x.py"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")

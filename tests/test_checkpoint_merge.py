@@ -26,12 +26,7 @@ from safetensors import safe_open
 
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
-from lora_inject.checkpoint import (
-    MergeOptions,
-    WeightedAdapter,
-    merge_checkpoint,
-    verify_checkpoint,
-)
+from lora_inject.checkpoint import WeightedAdapter
 from lora_inject.checkpoint import merge_files as merging
 from lora_inject.errors import CheckpointError
 from lora_inject.storage import tensor_rows as reading
@@ -76,8 +71,7 @@ def test_code_comes_along_only_on_request(tmp_path):
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
     (base / "modeling_x.py").write_text("x = 1")
-    options = MergeOptions(copy_code=True)
-    merge_checkpoint(base, [llama_adapter(tensors)], tmp_path / "out", options=options)
+    merge(base, [llama_adapter(tensors)], tmp_path / "out", copy_code=True)
     assert (tmp_path / "out" / "modeling_x.py").read_text() == "x = 1"
 
 
@@ -161,21 +155,24 @@ def test_dtype_is_rewritten_everywhere(tmp_path, shards, dtype):
     assert_verified(base, [state], tmp_path / "out", dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_overflow_is_refused_and_nothing_appears(tmp_path, dtype):
-    tensors = {"q.weight": torch.full((4, 4), 6e4, dtype=dtype)}
+INFINITE = {
+    "touched": ({"q.weight": torch.full((4, 4), 6e4)}, r"'q\.weight'.*too large for F16"),
+    "float16": ({"q.weight": torch.full((4, 4), 6e4).half()}, r"'q\.weight'.*too large for F16"),
+    "untouched": (
+        {"q.weight": torch.zeros(4, 4), "norm": torch.tensor([1e9])},
+        r"'norm'.*too large for F16",
+    ),
+    "damaged base": ({"q.weight": torch.full((4, 4), torch.nan)}, "base holds NaN"),
+}
+
+
+@pytest.mark.parametrize("case", INFINITE)
+def test_what_would_become_infinite_is_refused_and_nothing_appears(tmp_path, case):
+    tensors, found = INFINITE[case]
     base = save_checkpoint(tmp_path / "base", tensors)
-    state = adapter(site("q", (4, 4), size=100.0))
-    with pytest.raises(CheckpointError, match=r"'q\.weight'.*too large for F16"):
-        merge(base, [state], tmp_path / "out", dtype="fp16")
+    with pytest.raises(CheckpointError, match=found):
+        merge(base, [adapter(site("q", (4, 4), size=100.0))], tmp_path / "out", dtype="fp16")
     assert not (tmp_path / "out").exists()
-
-
-def test_overflow_of_an_untouched_tensor_is_refused_too(tmp_path):
-    tensors = {"q.weight": torch.zeros(4, 4), "norm": torch.tensor([1e9])}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    with pytest.raises(CheckpointError, match=r"'norm'.*too large for F16"):
-        merge(base, [adapter(site("q", (4, 4)))], tmp_path / "out", dtype="fp16")
 
 
 def test_values_whose_squares_overflow_are_merged_all_the_same(tmp_path):
@@ -195,13 +192,6 @@ def test_infinite_mask_is_cast_as_it_is(tmp_path):
     state = adapter(site("q", (4, 4)))
     merge(base, [state], tmp_path / "out", dtype="fp16")
     assert load_checkpoint(tmp_path / "out")["mask"].tolist() == [0.0, float("-inf")]
-
-
-def test_damaged_base_is_told_from_overflow(tmp_path):
-    tensors = {"q.weight": torch.full((4, 4), float("nan"))}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    with pytest.raises(CheckpointError, match="base holds NaN"):
-        merge(base, [adapter(site("q", (4, 4)))], tmp_path / "out")
 
 
 # What rounding leaves ---------------------------------------------------------------------------
@@ -231,14 +221,6 @@ def test_report_says_how_much_of_the_delta_survived(tmp_path, scale, low, high):
     assert low < found.kept < high
 
 
-def test_min_kept_fails_before_anything_is_visible(tmp_path):
-    tensors, state = tiny_delta(0.001)
-    base = save_checkpoint(tmp_path / "base", tensors)
-    with pytest.raises(CheckpointError, match=r"at least 0.98.*'q\.weight' 0\.[45]"):
-        merge(base, [state], tmp_path / "out", min_kept=0.98)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("lossy", [0, 1])
 def test_min_kept_fails_at_the_shard_and_leaves_no_other_behind(tmp_path, monkeypatch, lossy):
     tensors, state = tiny_delta(0.001)
@@ -249,7 +231,9 @@ def test_min_kept_fails_at_the_shard_and_leaves_no_other_behind(tmp_path, monkey
     base = save_checkpoint(tmp_path / "base", {n: both[n] for n in names}, 2)
     written, real = [], merging.write_shard
     monkeypatch.setattr(merging, "write_shard", lambda *a: written.append(a) or real(*a))
-    with pytest.raises(CheckpointError, match=r"less in 1 tensors: 'q\.weight'"):
+    with pytest.raises(
+        CheckpointError, match=r"at least 0.98.*less in 1 tensors: 'q\.weight' 0\.[45]"
+    ):
         merge(base, [AdapterState(sites | {"p": fine})], tmp_path / "out", min_kept=0.98)
     assert len(written) == lossy + 1
     assert not (tmp_path / "out").exists()
@@ -264,8 +248,7 @@ def test_a_share_has_the_digits_that_show_it_is_less():
 def test_min_kept_warns_if_asked(tmp_path):
     tensors, state = tiny_delta(0.001)
     base = save_checkpoint(tmp_path / "base", tensors)
-    options = MergeOptions(min_kept=0.98, on_lost="warn")
-    report = merge_checkpoint(base, [state], tmp_path / "out", options=options)
+    report = merge(base, [state], tmp_path / "out", min_kept=0.98, on_lost="warn")
     assert report.lost == ("q.weight",)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -273,8 +256,7 @@ def test_min_kept_warns_if_asked(tmp_path):
 def test_float32_output_keeps_a_delta_that_bfloat16_loses(tmp_path):
     tensors, state = tiny_delta(0.001)
     base = save_checkpoint(tmp_path / "base", tensors)
-    options = MergeOptions(min_kept=0.98, dtype="float32")
-    report = merge_checkpoint(base, [state], tmp_path / "out", options=options)
+    report = merge(base, [state], tmp_path / "out", min_kept=0.98, dtype="float32")
     assert report.min_kept == pytest.approx(1.0, abs=1e-4)
 
 
@@ -460,11 +442,10 @@ def test_new_classifier_is_added_only_on_request(tmp_path, shards):
     part = WeightedAdapter(AdapterState({}, {"score.weight": value}))
     with pytest.raises(CheckpointError, match=r"'score\.weight' is not in the checkpoint"):
         merge(base, [part], tmp_path / "out")
-    options = MergeOptions(allow_new=True)
-    merge_checkpoint(base, [part], tmp_path / "out", options=options)
+    merge(base, [part], tmp_path / "out", allow_new=True)
     wanted = tensors | {"score.weight": value.bfloat16()}
     assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set())
-    assert verify_checkpoint(base, [part], tmp_path / "out", options=options).problems == ()
+    assert_verified(base, [part], tmp_path / "out", allow_new=True)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -205,7 +205,7 @@ FUSED = {"gate_up_proj": (E, 2 * I, H), "down_proj": (E, H, I)}
 SIZES = {
     "vocab_size": 16, "hidden_size": H, "intermediate_size": I, "moe_intermediate_size": I,
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "num_local_experts": E, "num_experts": E,
+    "num_local_experts": E, "num_experts": E
 }  # fmt: skip
 FILES = {
     "qwen2_moe": ("model.layers.0.mlp.experts", ("gate_proj", "up_proj", "down_proj")),

@@ -231,11 +231,7 @@ def test_float8_without_scales_is_refused(tmp_path: Path) -> None:
     tensors = {"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "v.weight": torch.zeros(8, 8)}
     base = save_checkpoint(tmp_path / "base", tensors)
     with pytest.raises(CheckpointError, match="without block scales"):
-        plan_merge(
-            base,
-            [adapter(site("v", (8, 8)))],
-            options=MergeOptions(dequantize="bfloat16"),
-        )
+        plan_merge(base, [adapter(site("v", (8, 8)))], options=MergeOptions(dequantize="bfloat16"))
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -36,7 +36,7 @@ from lora_inject.errors import CheckpointError
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TINY = {
     **LLAMA, "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True
 }  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_square_transposed_experts_take_their_orientation_from_the_class(tmp_pat
     """GPT-OSS with hidden = intermediate: the shape of down_proj says nothing."""
     config = transformers.GptOssConfig(
         vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1
     )  # fmt: skip
     transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "base")
     tensors = load_checkpoint(tmp_path / "base")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,11 +23,6 @@ from lora_inject.errors import CheckpointError
 from lora_inject.functional import MergeReport, TensorReport
 from lora_inject.storage.disk import remedy_for
 from lora_inject.version import __version__
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 def merge_checkpoint(
@@ -138,7 +133,7 @@ class _Run:
             verified=self.plan.options.verify,
             seconds=time.perf_counter() - began,
             fsync_seconds=self.fsync_seconds,
-            peak_memory_bytes=peak_memory_bytes(),
+            peak_memory_bytes=_peak_memory_bytes(),
         )
 
     def _find_finished(self) -> None:
@@ -235,13 +230,11 @@ def _identity(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes() -> int | None:
-    """Return the most memory that this process ever held, None where the system does not say."""
-    # Not getrusage on Linux: it starts from what the process held that started this one.
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _peak_memory_bytes() -> int | None:
+    """Return the most memory that this process ever held, None where the system is not Linux."""
+    # Not getrusage: it starts from what the process held that started this one.
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        if found := re.search(r"VmHWM:\s*(\d+)", status):
+            return 1024 * int(found[1])
+    return None

@@ -79,11 +79,6 @@ class MergeOptions:
         return self.workers or min(4, os.cpu_count() or 1)
 
     @property
-    def format_dtype(self) -> str | None:
-        """The safetensors name of `dtype`."""
-        return None if self.dtype is None else FORMAT_DTYPES[self.dtype]
-
-    @property
     def identity(self) -> dict[str, Any]:
         """The choices that decide what the output is; a rerun must agree on them."""
         names = ("dtype", "copy_code", "allow_new", "rename", "tie", "dequantize", "requantize")

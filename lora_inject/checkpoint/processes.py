@@ -28,7 +28,7 @@ class Processes:
             if not distributed.is_torchelastic_launched():
                 return
             distributed.init_process_group("gloo")
-            atexit.register(_destroy)
+            atexit.register(_destroy_group)
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
         if distributed.get_backend() != "gloo":
             self._group = distributed.new_group(backend="gloo")
@@ -61,8 +61,7 @@ class Processes:
                     raise CheckpointError(asked, found, "Mend that and start all of them again")
 
 
-def _destroy() -> None:
-    """Destroy the process group: if it lives until exit, gloo's threads abort the process."""
+def _destroy_group() -> None:  # if it lives until exit, gloo's threads abort the process
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

@@ -16,7 +16,7 @@ from lora_inject.checkpoint.base_class import UNTIED, BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import TensorJob, clash
-from lora_inject.checkpoint.quantized import why_not
+from lora_inject.checkpoint.quantized import FORMAT_DTYPES, why_not
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.tensor_rows import FLOATS
 
@@ -118,9 +118,9 @@ class Settled:
 
     def _change_dtype(self) -> None:
         """Cast every float tensor if another dtype was asked for."""
-        dtype = self.options.format_dtype
-        if dtype is None:
+        if self.options.dtype is None:
             return
+        dtype = FORMAT_DTYPES[self.options.dtype]
         for entry in self.checkpoint:
             if entry.name not in self.jobs and entry.dtype in FLOATS and entry.dtype != dtype:
                 self._add(entry.name, entry.name, "cast")
