@@ -352,6 +352,54 @@ def test_an_adapter_loads_under_any_name_of_a_shared_module(tmp_path: Path) -> N
     assert same_bits(loaded(x), model(x))
 
 
+class Twice(nn.Module):
+    """A layer in two places, or two layers with one value; a block in two places."""
+
+    def __init__(self, shared: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        again = (lambda layer: layer) if shared else copy.deepcopy
+        self.a = nn.Linear(5, 5)
+        self.b = again(self.a)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.Tanh())])
+        self.blocks.append(again(self.blocks[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        found: Tensor = self.b(self.a(x).tanh())
+        return found
+
+
+@pytest.mark.parametrize(("targets", "layout"), [
+    (["a", r"blocks\.0\.0"], "native"), ([r"b\.weight"], "native"), ([r"blocks\.1\.0"], "peft"),
+], ids=str)  # fmt: skip
+def test_an_adapter_of_a_shared_layer_goes_to_each_of_its_names(
+    targets: list[str], layout: str, tmp_path: Path
+) -> None:
+    model, x = fill(li.inject(Twice(), {**CONFIG, "targets": targets})), torch.randn(2, 5)
+    path = save(model, tmp_path, layout)
+    for shared in (True, False):
+        assert same_bits(li.load_adapter(Twice(shared), path)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # as of files of its own
+def test_peft_adapts_a_layer_in_the_first_of_its_places_only(tmp_path: Path) -> None:
+    """So neither our file nor theirs means the same to both; of a shared block both do."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model, x = fill(li.inject(Twice(), {**CONFIG, "targets": ["a"]})), torch.randn(2, 5)
+    with pytest.raises(li.FormatError, match=r"site 'a'.*stands in 2 places.*native"):
+        save(model, tmp_path, "peft")
+    theirs = get_peft_model(Twice(), LoraConfig(r=2, target_modules=["a"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    refused(Twice(), tmp_path / "theirs", "site 'a'.*stands in 2 places.*deepcopy")
+    li.load_adapter(Twice(shared=False), tmp_path / "theirs")
+    block = fill(li.inject(Twice(), {**CONFIG, "targets": [r"blocks\.0\.0"]}))
+    read = PeftModel.from_pretrained(Twice(), save(block, tmp_path, "peft"))
+    assert error(read(x), block(x)) < TOLERANCE[torch.float32]
+
+
 def test_save_refuses_unknown_names_and_formats(tmp_path: Path) -> None:
     model = injected(KINDS["linear"])
     with pytest.raises(li.StateError, match="adapter_state of 'x': the model's adapters are"):

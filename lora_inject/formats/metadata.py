@@ -37,6 +37,7 @@ _EDITED = (
 
 _INDEX, _COUNT = range(2**63), range(1, 2**63)  # what torch can count
 _PARTS: dict[str, Any] = {
+    "aliases": {...: [str]},  # of sites on layers that the model held under several names
     "config": Maybe(dict),
     "fingerprint": Maybe(
         {"shapes": {...: [_INDEX]}, "samples": {...: str}, "quantized": {...: str}}
@@ -52,8 +53,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
 
-# What sites have in common but for their names. `rule` belongs to a config and `aliases` to a
-# model: neither is a part of a file.
+# What sites have in common but for their names. `rule` belongs to a config: it is not written.
 _KIND: dict[str, Any] = {
     "alpha": lambda value: _is_number(value) and value > 0,
     "compute": ("base", "float32").__contains__,
@@ -118,6 +118,7 @@ def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> 
             plain.append(kind)
         sites.append((spec.name, spec.weight, number))
     parts = {
+        "aliases": {n: site.spec.aliases for n, site in state.sites.items() if site.spec.aliases},
         "config": state.config,
         "fingerprint": _fingerprint_to_plain(state.fingerprint),
         "kinds": plain,
@@ -151,6 +152,7 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
         )
     said = {part: _part(metadata, part, asked) for part in _PARTS}
     sites, kinds, trained, rows = (said[part] for part in ("sites", "kinds", "trained", "rows"))
+    aliases: dict[str, list[str]] = said["aliases"]
     specs: dict[str, SiteSpec] = {}
     first: dict[int, SiteSpec] = {}
     for name, weight, number in sites:
@@ -159,7 +161,7 @@ def parse(metadata: Mapping[str, str], asked: str) -> Described:
         _require(number < len(kinds), where, f"there is no kind {number}")
         if number not in first:
             first[number] = _spec(kinds[number], where)
-        specs[name] = first[number].at(name, weight)
+        specs[name] = first[number].at(name, weight, tuple(aliases.get(name, ())))
     _require(len(first) == len(kinds), asked, "it states a kind of sites that no site has")
     _require(len(set(trained)) == len(trained), asked, "it names a trained tensor twice")
     _require(rows.keys() <= set(trained), asked, "it has rows of a tensor that is not in the file")

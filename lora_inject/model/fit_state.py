@@ -44,9 +44,8 @@ def fit(
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
     names, weights = inventory(survey), base_weights(survey)
     state = in_names_of(survey.model, _without(state, leave_out, asked), weights)
-    state = dataclasses.replace(
-        state, sites={key: _stack_of_one(site, names) for key, site in state.sites.items()}
-    )
+    sites = {key: _stack_of_one(site, names) for key, site in state.sites.items()}
+    state = dataclasses.replace(state, sites=sites | _under_further_names(sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
     trained, rows = _fit_trained(state, survey, weights, asked)
     if state.fingerprint is not None and base != "any":
@@ -91,6 +90,22 @@ def _found(spec: SiteSpec, names: Inventory) -> Candidate | None:
         return names.candidates[place]
     place = names.weights.get(spec.name) if spec.kind == "parameter" else None
     return None if place is None else names.candidates[place].as_parameter(spec.name)
+
+
+def _under_further_names(sites: Mapping[str, SiteState], names: Inventory) -> dict[str, SiteState]:
+    """Return the sites of layers that were one layer where the adapter was made, and are not here.
+
+    It has an adapter under each of its names, so each of these layers gets one.
+    """
+    found = {}
+    for site in sites.values():
+        spec, own = site.spec, _found(site.spec, names)
+        for alias in spec.aliases:
+            there = spec.at(alias, alias + spec.weight.removeprefix(spec.name))
+            other = _found(there, names)
+            if alias not in sites and other and own and other.weight != own.weight:
+                found[alias] = dataclasses.replace(site, spec=there)
+    return found
 
 
 def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:

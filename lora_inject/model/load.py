@@ -19,6 +19,7 @@ from lora_inject.model.attach import Place, attach, places, survey_for
 from lora_inject.model.carried import reach, records_of
 from lora_inject.model.fit_state import Base, fit
 from lora_inject.model.fsdp2 import check_layers, shard_adapter
+from lora_inject.model.peft_reading import refuse_first_places
 from lora_inject.model.save import base_weights
 from lora_inject.model.sharding import fsdp2_modules
 from lora_inject.storage.hub import download, is_repo
@@ -79,7 +80,10 @@ def load_adapter(
         live["config"] = plain_config(model)
         options = taken_by(FORMATS[format].read, live) | options
     state = read_adapter(path, format=format, **options)
-    _put_on(survey, fit(survey, state, leave_out=leave_out, base=base, asked=asked), name, _Owned())
+    fitted = fit(survey, state, leave_out=leave_out, base=base, asked=asked)
+    if format == "peft" and state.fingerprint is None:  # as PEFT understands it
+        refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
+    _put_on(survey, fitted, name, _Owned())
     return model
 
 

@@ -7,7 +7,8 @@ Whether that equals W + delta depends on the live model, not on the file.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -20,19 +21,23 @@ from lora_inject.layers.kinds import mixin_for
 from lora_inject.layers.routed_forward import adds_rows
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import entries
+from lora_inject.spec.sites import SiteSpec
 
 
 def refuse_misread(survey: Survey, name: str) -> None:
     """Raise if PEFT would load the adapter's file without an error and compute another model.
 
     That is where a site is read by another module than its own, its layer's forward is not linear
-    in the weight as PEFT assumes, or PEFT would look for it under another name.
+    in the weight as PEFT assumes, the layer stands in several places, or PEFT would look for it
+    under another name.
     """
-    renamed = _renaming(survey.model)
+    renamed, held = _renaming(survey.model), _places(survey)
     for path, module, entry in entries(survey, name):
         if entry.spec is None:
             continue
         found = _misread(module, entry)
+        if held[id(module)] > 1:
+            found = f"its layer stands in {held[id(module)]} places, and PEFT adapts only the first"
         key = f"{path}.lora_A.weight"
         if not found and not key.endswith(there := renamed(key)):
             found = f"it renames the keys of this model's files, and would look for it at {there!r}"
@@ -40,6 +45,27 @@ def refuse_misread(survey: Survey, name: str) -> None:
             asked = f"write adapter {name!r}, site {entry.spec.name!r}"
             found = f"PEFT would load it wrong: {found}"
             raise FormatError(asked, found, 'Write it with format="native"')
+
+
+def refuse_first_places(survey: Survey, sites: Iterable[SiteSpec], asked: str) -> None:
+    """Raise if PEFT put an adapter into one of several places of a layer, which is one here."""
+    held = _places(survey)
+    for spec in sites:
+        n = held[id(survey.by_name[spec.weight.rpartition(".")[0]])]
+        if n > 1:
+            raise FormatError(
+                f"{asked}, site {spec.name!r}",
+                f"its layer stands in {n} places of the model, and PEFT adapts only the first",
+                "Give each place a layer of its own first, with copy.deepcopy",
+            )
+
+
+def _places(survey: Survey) -> Counter[int]:
+    """Return in how many places of the model each module stands, by its id.
+
+    What PEFT puts in the place of a shared container's child is seen under all names of it.
+    """
+    return Counter(id(child) for _, m in survey.modules for child in m._modules.values())
 
 
 def _misread(module: nn.Module, entry: Entry) -> str:

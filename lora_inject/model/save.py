@@ -171,7 +171,8 @@ def save_adapter(
         model: The root, or any module that holds roots.
         path: Where to; a directory for PEFT's format.
         name: The adapter.
-        format: A row of `formats.FORMATS`.
+        format: A row of `formats.FORMATS`. `peft` refuses what PEFT would compute wrong; where that
+            is because another module reads a layer's weight, it is known once the model has run.
         version: Write to `path/VERSION`, then replace the file `path/LATEST`, which has the name of
             the newest version: for servers that follow a training run.
         keep: With `version`: the number of newest versions to keep; by default all.

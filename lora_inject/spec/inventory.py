@@ -66,8 +66,9 @@ class Candidate(NamedTuple):
 
     def as_parameter(self, name: str) -> Candidate:
         """Return the same weight as a parameter, for a pattern that matches the weight alone."""
+        further = tuple(self.weight_names[1:])
         return self._replace(
-            name=name, kind="parameter", owner=self.name, update="weight", aliases=()
+            name=name, kind="parameter", owner=self.name, update="weight", aliases=further
         )
 
 
