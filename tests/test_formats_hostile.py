@@ -7,6 +7,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,13 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     change(header)
-    write_header(path, json.dumps(header), data[8 + length :])
-
-
-def write_header(path: Path, text: str, body: bytes) -> None:
-    encoded = text.encode()
+    encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + body)
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data[8 + length :])
+
+
+def edit_metadata(folder: Path, words: dict[str, str]) -> None:
+    edit_header(folder / MODEL, lambda header: header["__metadata__"].update(words))
 
 
 # Contradictions ---------------------------------------------------------------------------------
@@ -132,101 +133,50 @@ def test_missing_extra_and_misshapen_tensors_of_ours(
 
 
 def test_metadata_of_a_newer_version_is_refused(ours: Path) -> None:
-    edit_header(
-        ours / MODEL, lambda h: h["__metadata__"].update({"lora_inject.format_version": "4"})
-    )
+    edit_metadata(ours, {"lora_inject.format_version": "4"})
     with pytest.raises(FormatError, match="newer"):
         read_adapter(ours)
+
+
+def _spots(node: Any) -> list[tuple[Any, Any]]:
+    """Every place in a JSON value: what holds it, and its key there."""
+    keys = node if isinstance(node, dict) else range(len(node) if isinstance(node, list) else 0)
+    return [(node, key) for key in keys] + [s for key in keys for s in _spots(node[key])]
 
 
 def test_edited_metadata_is_an_error_or_the_same_adapter(ours: Path) -> None:
     """Random edits of the JSON: never another exception than FormatError."""
     metadata = read_names(ours / MODEL)[1]
     chooser = random.Random(0)
-    strange = [
-        None,
-        True,
-        -1,
-        0,
-        2**70,
-        10**400,
-        1.5,
-        "x",
-        [],
-        {},
-        [[]],
-        {"a": 1},
-        "rslora",
-        ["normal", 1],
-    ]
-
-    def spots(node: Any) -> list[tuple[Any, Any]]:
-        keys = (
-            node.keys()
-            if isinstance(node, dict)
-            else range(len(node))
-            if isinstance(node, list)
-            else ()
-        )
-        return [(node, key) for key in keys] + [s for key in keys for s in spots(node[key])]
-
+    strange = [None, True, -1, 0, 2**70, 10**400, 1.5, "x", [], {}, [[]], {"a": 1}, "rslora"]
+    parts = [f"lora_inject.{p}" for p in ("kinds", "sites", "trained", "fingerprint", "config")]
     n_errors = 0
     for _ in range(400):
-        part = chooser.choice(
-            [f"lora_inject.{p}" for p in ("kinds", "sites", "trained", "fingerprint", "config")]
-        )
+        part = chooser.choice(parts)
         root = [json.loads(metadata[part])]
-        node, key = chooser.choice(spots(root))
-        node[key] = chooser.choice(strange)
-        edit_header(
-            ours / MODEL, lambda h, p=part, r=root: h["__metadata__"].update({p: json.dumps(r[0])})
-        )
+        node, key = chooser.choice(_spots(root))
+        node[key] = chooser.choice([*strange, ["normal", 1]])
+        edit_metadata(ours, {part: json.dumps(root[0])})
         try:
             read_adapter(ours)
         except FormatError:
             n_errors += 1
-        edit_header(ours / MODEL, lambda h: h["__metadata__"].update(metadata))
+        edit_metadata(ours, metadata)
     assert n_errors > 200
-
-
-def _point_past_the_end(kinds: list[Any], sites: list[Any]) -> None:
-    sites[0][2] = len(kinds)
-
-
-def _point_before_the_start(kinds: list[Any], sites: list[Any]) -> None:
-    del kinds
-    sites[0][2] = -1
-
-
-def _truth_for_a_number(kinds: list[Any], sites: list[Any]) -> None:
-    del kinds
-    sites[0][2] = False
-
-
-def _twice(kinds: list[Any], sites: list[Any]) -> None:
-    del kinds
-    sites.append(sites[0])
-
-
-def _unused(kinds: list[Any], sites: list[Any]) -> None:
-    del sites
-    kinds.append(kinds[0])
-
-
-def _a_name_too_many(kinds: list[Any], sites: list[Any]) -> None:
-    del sites
-    kinds[0]["name"] = "other"
 
 
 @pytest.mark.parametrize(
     ("edit", "found"),
     [
-        (_point_past_the_end, "there is no kind"),
-        (_point_before_the_start, "0.2: -1 is impossible"),
-        (_truth_for_a_number, "0.2: False is impossible"),
-        (_twice, "its name is there twice"),
-        (_unused, "a kind of sites that no site has"),
-        (_a_name_too_many, "site '.*': name: there is no such field"),
+        (lambda kinds, sites: sites[0].__setitem__(2, len(kinds)), "there is no kind"),
+        (lambda _, sites: sites[0].__setitem__(2, -1), "0.2: -1 is impossible"),
+        (lambda _, sites: sites[0].__setitem__(2, False), "0.2: False is impossible"),
+        (lambda _, sites: sites.append(sites[0]), "its name is there twice"),
+        (lambda kinds, _: kinds.append(kinds[0]), "a kind of sites that no site has"),
+        (lambda kinds, _: kinds[0].update(name="a"), "site '.*': name: there is no such field"),
+        (lambda kinds, _: kinds[0].pop("rank"), "site '.*': rank: it is missing"),
+        (lambda kinds, _: kinds[0].update(variant="new"), "'new' is not registered here"),
+        (lambda kinds, _: kinds[0].update(rank=2.0), "rank: 2.0 is impossible"),
     ],
 )
 def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> None:
@@ -234,7 +184,7 @@ def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> No
     kinds, sites = (json.loads(metadata[f"lora_inject.{part}"]) for part in ("kinds", "sites"))
     edit(kinds, sites)
     words = {"lora_inject.kinds": json.dumps(kinds), "lora_inject.sites": json.dumps(sites)}
-    edit_header(ours / MODEL, lambda h: h["__metadata__"].update(words))
+    edit_metadata(ours, words)
     with pytest.raises(FormatError, match=found):
         read_adapter(ours)
 
@@ -245,8 +195,7 @@ def test_sites_and_their_kinds_must_fit(edit: Any, found: str, ours: Path) -> No
 def test_samples_must_be_float32_in_base64(samples: Any, ours: Path) -> None:
     plain = json.loads(read_names(ours / MODEL)[1]["lora_inject.fingerprint"])
     plain["samples"][next(iter(plain["samples"]))] = samples
-    words = {"lora_inject.fingerprint": json.dumps(plain)}
-    edit_header(ours / MODEL, lambda h: h["__metadata__"].update(words))
+    edit_metadata(ours, {"lora_inject.fingerprint": json.dumps(plain)})
     with pytest.raises(FormatError, match=r"samples"):
         read_adapter(ours)
 
@@ -571,40 +520,30 @@ def test_unknown_formats_and_choices(foreign: Path) -> None:
 def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
-    import dataclasses
-
     linear, table = KIND_SPECS["linear"], KIND_SPECS["parameter"]
     cases = {
-        "root": [dataclasses.replace(linear, name="")],
-        "of kind 'mystery'": [dataclasses.replace(linear, kind="mystery")],
+        "root": [replace(linear, name="")],
+        "of kind 'mystery'": [replace(linear, kind="mystery")],
         "together with Conv1D": [KIND_SPECS["conv1d"], table],
         "a module and a parameter of it": [
             linear,
-            dataclasses.replace(table, name="h.0.fc.weight", weight="h.0.fc.weight"),
+            replace(table, name="h.0.fc.weight", weight="h.0.fc.weight"),
         ],
-        "root module or a parameter of it": [dataclasses.replace(table, name="table")],
-        "4 dimensions": [dataclasses.replace(table, weight_shape=(7, 5, 1, 1))],
+        "root module or a parameter of it": [replace(table, name="table")],
+        "4 dimensions": [replace(table, weight_shape=(7, 5, 1, 1))],
     }
-    for words, specs in cases.items():
+    site, on_meta = make_site(linear), torch.ones(1, device="meta")
+    states = {
+        r"A has shape \(2, 4\)": AdapterState({"h.0.fc": replace(site, A=torch.ones(2, 4))}),
+        "only one of A0 and B0": AdapterState({"h.0.fc": replace(site, A0=site.A)}),
+        "not plain data": replace(make_state(linear), config={"x": object()}),
+        "meta device": make_state(linear, trained={"x": on_meta}),
+        "'x' is not a tensor": make_state(linear, trained={"x": 1.0}),
+    }
+    states |= {words: make_state(*specs) for words, specs in cases.items()}
+    for words, state in states.items():
         with pytest.raises(FormatError, match=words):
-            write_adapter(make_state(*specs), tmp_path / "a")
-    site = make_site(linear)
-    with pytest.raises(FormatError, match=r"A has shape \(2, 4\)"):
-        write_adapter(
-            AdapterState({"h.0.fc": dataclasses.replace(site, A=torch.ones(2, 4))}), tmp_path / "a"
-        )
-    with pytest.raises(FormatError, match="only one of A0 and B0"):
-        write_adapter(
-            AdapterState({"h.0.fc": dataclasses.replace(site, A0=site.A)}), tmp_path / "a"
-        )
-    with pytest.raises(FormatError, match="not plain data"):
-        write_adapter(
-            dataclasses.replace(make_state(linear), config={"x": object()}), tmp_path / "a"
-        )
-    with pytest.raises(FormatError, match="meta device"):
-        write_adapter(
-            make_state(linear, trained={"x": torch.ones(1, device="meta")}), tmp_path / "a"
-        )
+            write_adapter(state, tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 

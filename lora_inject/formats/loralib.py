@@ -110,19 +110,10 @@ def read(
 
 
 def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
-    """Write a loralib state dict.
+    """Write a loralib state dict: `.safetensors`, or pickled as `.pt`, `.bin` or `.pth`.
 
-    Args:
-        state: An adapter of linear, conv1d and embedding sites with one rank and one alpha, which
-            is what loralib's layers are made with.
-        path: A `.safetensors` file, or a `.pt` or `.bin` to pickle.
-        overwrite: Replace a file that is there already.
-
-    Returns:
-        The file that was written. It does not hold alpha, which readers must know.
-
-    Raises:
-        FormatError: loralib cannot express the adapter.
+    Its sites are linear, conv1d and embedding ones with one rank and one alpha, which is what
+    loralib's layers are made with. The file does not hold alpha, which readers must know.
     """
     path = Path(path)
     asked = f"write loralib adapter to '{path}'"

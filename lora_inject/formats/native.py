@@ -28,19 +28,7 @@ def detects(path: Path) -> bool:
 
 
 def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
-    """Write an adapter as one file.
-
-    Args:
-        state: The adapter.
-        path: The file, ending in `.safetensors`.
-        overwrite: Replace a file that is there already.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        FormatError: The state is inconsistent, or the target must not be replaced.
-    """
+    """Write an adapter as one file, whose name ends in `.safetensors`."""
     asked = f"write adapter to '{path}'"
     if Path(path).suffix != ".safetensors":
         raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
@@ -52,18 +40,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
 
 
 def read(path: Path, *, on_disk: bool = False) -> AdapterState:
-    """Read what `write` wrote.
-
-    Args:
-        path: The file.
-        on_disk: Leave the values in the file until they are used (`storage.tensors.read_tensors`).
-
-    Returns:
-        The adapter, tensors bit for bit.
-
-    Raises:
-        FormatError: The file is damaged, incomplete or was edited.
-    """
+    """Read what `write` wrote, bit for bit; `on_disk` as in `storage.tensors.read_tensors`."""
     asked = f"read adapter '{path}'"
     tensors, text = read_tensors(path, on_disk=on_disk)
     if not words.is_native(text, "native"):

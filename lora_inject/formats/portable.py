@@ -38,25 +38,10 @@ def write(
     base_model: str | None = None,
     task_type: str | None = None,
 ) -> Path:
-    """Write an adapter as a PEFT directory with one rank, scale 1 and no exceptions.
+    """Write an adapter of sites on modules as a PEFT directory with one rank and scale 1.
 
-    Args:
-        state: The adapter: sites on modules, nothing trained in full.
-        path: The directory.
-        overwrite: Replace an adapter that is there already.
-        dtype: `float16`, `bfloat16` or `float32`; by default each tensor's own.
-        rank: The rank of every site, such as one that a server supports; the largest by default.
-        tensor_names: All names of the model's state dict; see `formats.peft.write`.
-        expert_names: Last parts of names that PEFT takes for experts; see there.
-        base_model: Name or path of the base, for the config and the model card.
-        task_type: PEFT's task type.
-
-    Returns:
-        The directory that was written.
-
-    Raises:
-        FormatError: A tensor cannot be expressed, is not finite in that dtype or has a higher rank,
-            or the target must not be replaced.
+    `dtype` is by default each tensor's own, `rank` the largest: give that of a server which takes
+    only some. Other options as for `formats.peft.write`.
     """
     asked = f"write portable adapter to '{path}'"
     client = "a portable PEFT file"

@@ -138,37 +138,35 @@ _NOT_NEEDED = {
 }  # fmt: skip
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e300
+
+
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e300
-
-
-def _is_dropout(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    return _is_number(value) and value > 0
 
 
 def _are_rows(value: Any) -> bool:
     several = [*value.values()] if isinstance(value, dict) else [value] if value else []
-    return not misfit(several, [[range(2**63)]]) and all(
-        rows and len(set(rows)) == len(rows) for rows in several
-    )
+    right = not misfit(several, [[range(2**63)]])
+    return right and all(rows and len(set(rows)) == len(rows) for rows in several)
 
 
 _RANK = range(1, 2**63)
+_NAMES = [lambda name: isinstance(name, str) and name], "a list of names"
+_FLAG = bool, "true or false"
 # Field: its form, and the form in words.
 _FORMS: dict[str, tuple[Any, str]] = {
     "r": (_RANK, "a whole number above 0"),
     "lora_alpha": (_is_alpha, "a number above 0"),
-    "lora_dropout": (_is_dropout, "in [0, 1)"),
-    **dict.fromkeys(
-        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (bool, "true or false")
-    ),
+    "lora_dropout": (lambda value: _is_number(value) and value < 1, "in [0, 1)"),
+    "use_rslora": _FLAG,
+    "use_dora": _FLAG,
+    "lora_bias": _FLAG,
+    "fan_in_fan_out": _FLAG,
     "bias": (("none", "lora_only", "all").__contains__, "one of none, lora_only, all"),
-    "modules_to_save": ([_is_name], "a list of names"),
-    "target_parameters": ([_is_name], "a list of names"),
+    "modules_to_save": _NAMES,
+    "target_parameters": _NAMES,
     "trainable_token_indices": (_are_rows, "a list of rows, or one for a name"),
     "rank_pattern": ({...: _RANK}, "a table of whole numbers above 0"),
     "alpha_pattern": ({...: _is_alpha}, "a table of numbers above 0"),

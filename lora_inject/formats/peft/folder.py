@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -60,6 +60,7 @@ from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.tensors import serialize
 
 _OTHER = 'Write it with format="native"'
+_IN_PROJ = ".in_proj_weight"  # of a MultiheadAttention
 
 
 def write(
@@ -129,6 +130,9 @@ def write(
         task_type=task_type,
     )
     said = words.describe(state, "peft", turned) if metadata else {"format": "pt"}
+    # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
+    prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
+    said["lora_adapter_metadata"] = json.dumps(prefixed, sort_keys=True)
     card = model_card(
         state,
         base_model=base_model,
@@ -138,7 +142,7 @@ def write(
     )
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        MODEL: serialize(tensors, said | for_diffusers(config, PREFIX)),
+        MODEL: serialize(tensors, said),
         CARD: card.encode(),
     }
     return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
@@ -276,15 +280,6 @@ def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> Adapte
     return replace(state, sites={name: state.sites[name] for name in names})
 
 
-def for_diffusers(config: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """The config in the header, where diffusers looks for it, under the prefix of the tensors.
-
-    Source: diffusers 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
-    """
-    said = {f"{prefix}{field}": value for field, value in config.items() if value is not None}
-    return {"lora_adapter_metadata": json.dumps(said, sort_keys=True)}
-
-
 # What PEFT can say ------------------------------------------------------------------------------
 
 
@@ -308,24 +303,29 @@ def _check_expressible(
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:
     """Why PEFT cannot carry this site, or an empty text."""
-    module, by_weight = parent(spec.weight), spec.update == "weight"
-    if _odd(spec):
-        return f"adapt {_odd(spec)}"
-    if not wrapped(spec):
-        return "adapt the root module or a parameter of it"
-    if by_weight and spec.kind == "linear" and spec.variant == "dora":
-        return "adapt a linear layer with DoRA whose own forward it does not know"
-    if by_weight and spec.kind == "conv1d":
-        return "adapt the weight of a Conv1D layer whose own forward it does not know"
-    if spec.kind != "parameter" and not (spec.kind == "linear" and by_weight):
-        return ""
-    if spec.kind == "parameter" and module in modules:
-        return "adapt a module and a parameter of it"
-    if len(spec.weight_shape) != (2 if spec.experts is None else 3):
-        return f"adapt a parameter of {len(spec.weight_shape)} dimensions"
-    if spec.weight.endswith(".weight") and f"{parent(module)}.in_proj_weight" in tensor_names:
-        return "adapt the output projection of a MultiheadAttention: nothing would call it"
-    return ""
+    module, odd, kind = parent(spec.weight), _odd(spec), spec.kind
+    by_weight = spec.update == "weight"
+    as_parameter = kind == "parameter" or (kind == "linear" and by_weight)
+    dims = len(spec.weight_shape)
+    of_attention = spec.weight == f"{module}.weight" and parent(module) + _IN_PROJ in tensor_names
+    reasons = {
+        f"adapt {odd}": odd,
+        "adapt the root module or a parameter of it": not wrapped(spec),
+        "adapt a linear layer with DoRA whose own forward it does not know": (
+            by_weight and kind == "linear" and spec.variant == "dora"
+        ),
+        "adapt the weight of a Conv1D layer whose own forward it does not know": (
+            by_weight and kind == "conv1d"
+        ),
+        "adapt a module and a parameter of it": kind == "parameter" and module in modules,
+        f"adapt a parameter of {dims} dimensions": (
+            as_parameter and dims != (2 if spec.experts is None else 3)
+        ),
+        "adapt the output projection of a MultiheadAttention: nothing would call it": (
+            as_parameter and of_attention
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def _odd(spec: SiteSpec) -> str:

@@ -11,7 +11,7 @@ Source: peft 0.12 to 0.21, utils/save_and_load.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.module_fields import ancestors
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
 from lora_inject.formats.plain import check_shapes
-from lora_inject.spec.names import canonical, leaf, parent
+from lora_inject.spec.names import canonical, joined, leaf, parent
 from lora_inject.spec.sites import SiteSpec
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
@@ -182,7 +182,7 @@ class Foreign:
 
     def _names(self, module: str) -> list[str]:
         """The sites of a module: its own name, or those of its parameters in the model's order."""
-        where = f"module '{module[:200]}'"
+        where, known = f"module '{module[:200]}'", self.tensor_names
         if ".base_layer." in module:
             raise self._error(
                 where,
@@ -190,29 +190,26 @@ class Foreign:
                 "attention",
                 "Train it again with this package",
             )
-        names = self._parameters(module)
-        if len(names) > 1 and self.tensor_names is None:
+        if known is None and any(_ends(module, target) for target in self.claims.target_modules):
+            return [module]
+        # A target without a module, such as PEFT writes for experts, may be a parameter of any.
+        targets = {target: parent(target) for target in self.claims.target_parameters}
+        names = dict.fromkeys(
+            joined(module, leaf(target))
+            for target, place in targets.items()
+            if not place or _ends(module, place)
+        )
+        if known is not None:
+            there = [name for name in names if name in self._position]
+            return sorted(there, key=self._position.__getitem__) or [module]
+        if len(names) > 1:
             raise self._error(
                 where,
-                f"the file does not say which pair is whose of {one_line(names)}",
+                f"the file does not say which pair is whose of {one_line(map(leaf, names))}",
                 "Load it onto the model, pass tensor_names=list(model.state_dict()), or name the "
                 "base: lora-inject inspect ADAPTER --base BASE",
             )
-        return [f"{module}.{name}" for name in names] or [module]
-
-    def _parameters(self, module: str) -> list[str]:
-        """The adapted parameters of a module; a target without a module may be one of any."""
-        claims, known = self.claims, self.tensor_names
-        if known is None and any(_ends(module, target) for target in claims.target_modules):
-            return []
-        targets = {target: parent(target) for target in claims.target_parameters}
-        names = dict.fromkeys(
-            leaf(target) for target, place in targets.items() if not place or _ends(module, place)
-        )
-        if known is None or not names:
-            return [*names]
-        there = [name for name in names if f"{module}.{name}" in self._position]
-        return sorted(there, key=lambda name: self._position[f"{module}.{name}"])
+        return [*names] or [module]
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -345,7 +342,8 @@ class Foreign:
                 "base_layer" in around[:-1] and around[-1] != "bias"
             )
             # A plain tensor may be a resized embedding; one that looks like an adapter's may not.
-            if not (is_copy or self._explained(name)) and _looks_adapted(around):
+            adapted = any(part.startswith("lora_") for part in around)
+            if adapted and not is_copy and not self._explained(name):
                 raise self._error(
                     "",
                     f"the tensor {where} is of no known kind",
@@ -362,17 +360,11 @@ class Foreign:
 
     def _explained(self, name: str) -> bool:
         """Whether the config says that this tensor travels in full."""
-        if self.claims.bias != "none" and leaf(name) == "bias":
-            return True
-        return any(
-            module.endswith(tuple(self.claims.modules_to_save)) for module in ancestors(name)
-        )
+        saved = tuple(self.claims.modules_to_save)
+        of_bias = self.claims.bias != "none" and leaf(name) == "bias"
+        return of_bias or any(module.endswith(saved) for module in ancestors(name))
 
 
 def _ends(name: str, end: str) -> bool:
     """Whether a name is this one, or ends so after a dot."""
     return f".{name}".endswith(f".{end}")
-
-
-def _looks_adapted(parts: Iterable[str]) -> bool:
-    return any(part.startswith("lora_") for part in parts)

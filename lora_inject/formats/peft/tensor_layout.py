@@ -11,7 +11,7 @@ Source: peft 0.21.2, tuners/lora/layer.py (`Linear`, `Embedding`, `_ConvNd`, `Pa
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.errors import FormatError
-from lora_inject.spec.names import joined, parent
+from lora_inject.functional.factors import spread
+from lora_inject.spec.names import joined, leaf, parent
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.tensors import contiguous
 
@@ -95,16 +96,13 @@ def plan(specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str
 
     sites = {}
     for module, members in on.items():
-        path = f"{inside(parent(module))}.{module.rpartition('.')[2]}"
+        path = f"{inside(parent(module))}.{leaf(module)}"
         for depth, spec in enumerate(reversed(members)):
             keys = _KEYS_OF_EMBEDDING if spec.kind == "embedding" else _KEYS
             outer = path + ".base_layer" * depth
             sites[spec.name] = {role: f"{outer}.{keys[role]}" for role in spec.shapes}
-    return Layout(sites, {name: _key(inside(parent(name)), name, name in rows) for name in trained})
-
-
-def _key(path: str, name: str, rows: bool) -> str:
-    return f"{path}.{ROWS if rows else name.rpartition('.')[2]}"
+    full = {n: f"{inside(parent(n))}.{ROWS if n in rows else leaf(n)}" for n in trained}
+    return Layout(sites, full)
 
 
 # Shapes -----------------------------------------------------------------------------------------
@@ -196,42 +194,26 @@ def unpack(
 
 def _plain(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Native to plain: `(experts, n * rank, in)` and `(experts, out, n * rank)`."""
-    experts, n_parts = spec.experts or 1, len(spec.spans)
-    a = a.detach().reshape(experts, n_parts * spec.rank, spec.in_features)
+    experts = spec.experts or 1
     b = b.detach().reshape(experts, -1, spec.rank)
-    if spec.slices is None:
-        return a, b
-    full = b.new_zeros(experts, spec.out_features, n_parts * spec.rank)
-    for source, rows, columns in _blocks(spec):
-        full[:, rows, columns] = b[:, source]
-    return a, full
+    b = b if spec.slices is None else spread(b, spec.spans, spec.out_features)
+    return a.detach().reshape(experts, -1, spec.in_features), b
 
 
 def _native(spec: SiteSpec, a: Tensor, b: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    """Plain to native; the zeros outside the blocks are checked, not believed."""
+    """Plain to native; the zeros outside the adapted slices are checked, not believed."""
     if spec.slices is not None:
-        full, parts = b.clone(), []
-        for _, rows, columns in _blocks(spec):
-            parts.append(b[:, rows, columns])
-            full[:, rows, columns] = 0
-        if n_stray := int(torch.count_nonzero(full)):
+        rank, spans = spec.rank, enumerate(spec.spans)
+        parts = [b[:, start:stop, n * rank : (n + 1) * rank] for n, (start, stop) in spans]
+        whole, b = b, torch.cat(parts, dim=1)
+        if n_stray := int(torch.count_nonzero(whole) - torch.count_nonzero(b)):
             raise FormatError(
                 where,
                 f"{n_stray} values of B lie outside the adapted slices {list(spec.slices.adapt)}",
                 'The file was changed after it was written; pass prefer="config" to read it as a '
                 "plain adapter of the whole projection",
             )
-        b = torch.cat(parts, dim=1)
     return contiguous(a.reshape(spec.a_shape)), contiguous(b.reshape(spec.b_shape))
-
-
-def _blocks(spec: SiteSpec) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of the native B, rows and columns of the plain B, of each adapted slice."""
-    offset = 0
-    for part, (start, stop) in enumerate(spec.spans):
-        source = slice(offset, offset + stop - start)
-        yield source, slice(start, stop), slice(part * spec.rank, (part + 1) * spec.rank)
-        offset = source.stop
 
 
 def file_alpha(spec: SiteSpec, *, derived: bool, rslora: bool) -> float:
