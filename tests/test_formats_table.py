@@ -177,7 +177,7 @@ def read(name: str, path: Path) -> AdapterState:
     return read_adapter(path, format=name, **CASES[name].read)
 
 
-def refused(name: str, path: Path, words: str = "") -> None:
+def refused(name: str, path: Path, words: str | None = None) -> None:
     with pytest.raises(FormatError, match=words) as caught:
         read(name, path)
     assert caught.value.remedy

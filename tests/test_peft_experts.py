@@ -1,7 +1,7 @@
 """Mixtures of experts, exchanged with PEFT both ways: a file means what PEFT computes from it.
 
 Every model has square experts (hidden size equal to intermediate size), so that no shape tells
-which way round a stack lies.
+which way round a stack lies. Adapters of transformers 4 have single experts, and other names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -202,3 +203,116 @@ def test_a_stack_of_one_matrix_is_read_as_a_stack(tmp_path: Path) -> None:
     model = li.load_adapter(plain, tmp_path)
     assert li.adapter_state(model).sites["0.up"].A.shape == (1, 2, 4)
     assert off(model(x), wrapped(x)) < 1e-5
+
+
+# Adapters of transformers 4 ---------------------------------------------------------------------
+
+# The block's old name, the old names of its layers, and which layers of the model have experts.
+SINGLE: dict[str, tuple[str, tuple[str, ...], list[int], int]] = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), [0, 1], 3),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), [1], 4),
+}
+
+
+def write_old(path: Path, widths: dict[str, int], targets: list[str]) -> Path:
+    """A PEFT folder whose modules have these names, and so many features on both sides."""
+    path.mkdir()
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, width in widths.items():
+        for side, shape in (("A", (2, width)), ("B", (width, 2))):
+            key = f"base_model.model.{name}.lora_{side}.weight"
+            tensors[key] = torch.randn(shape, generator=generator) * 0.3
+    save_file(tensors, path / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": targets}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_single_experts_become_stacks(kind: str, tmp_path: Path) -> None:
+    block, leaves, layers, n = SINGLE[kind]
+    widths = {f"model.layers.{layer}.self_attn.q_proj": 16 for layer in layers}
+    for layer in layers:
+        experts = f"model.layers.{layer}.{block}.experts"
+        widths |= {f"{experts}.{expert}.{leaf}": 16 for expert in range(n) for leaf in leaves}
+    path = write_old(tmp_path / "old", widths, ["q_proj", *leaves])
+    due = logits(peft.PeftModel.from_pretrained(build(kind), path))
+    assert off(logits(build(kind)), due) > 0.1
+    model = li.load_adapter(build(kind), path)
+    assert off(logits(model), due) < 1e-5
+    li.save_adapter(model, tmp_path / "new")
+    assert off(logits(peft.PeftModel.from_pretrained(build(kind), tmp_path / "new")), due) < 1e-5
+    build(kind).save_pretrained(tmp_path / "base")
+    base = Checkpoint.open(tmp_path / "base")
+    merge_checkpoint(base, [read_weighted(path, base)], tmp_path / "merged")
+    assert off(logits(type(build(kind)).from_pretrained(tmp_path / "merged")), due) < 1e-5
+
+
+def test_a_stack_has_zeros_where_an_expert_has_no_adapter(tmp_path: Path) -> None:
+    name = "model.layers.0.block_sparse_moe.experts"
+    old = write_old(tmp_path / "old", {f"{name}.0.w1": 16, f"{name}.2.w3": 16}, ["w1", "w3"])
+    sites = read_adapter(old).sites
+    model: Any = li.load_adapter(build("mixtral"), old)
+    dense: Any = build("mixtral")
+    with torch.no_grad():
+        stack = dense.model.layers[0].mlp.experts.gate_up_proj
+        for expert, leaf, rows in ((0, "w1", slice(16)), (2, "w3", slice(16, 32))):
+            site = sites[f"{name}.{expert}.{leaf}"]
+            stack[expert, rows] += 3 * site.B @ site.A
+    assert off(logits(model), logits(dense)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("expert", "dora", "words"),
+    [(7, False, "of which it would be a part"), (1, True, "which cannot hold the m of each")],
+)
+def test_experts_that_a_stack_cannot_hold_are_refused(
+    expert: int, dora: bool, words: str, tmp_path: Path
+) -> None:
+    """A magnitude of each expert has no place on a stack; without it, the model is another."""
+    name = f"model.layers.0.block_sparse_moe.experts.{expert}.w1"
+    path = write_old(tmp_path / "old", {name: 16}, ["w1"])
+    file, config = path / "adapter_model.safetensors", path / "adapter_config.json"
+    if dora:
+        magnitude = {f"base_model.model.{name}.lora_magnitude_vector": torch.ones(16)}
+        save_file(load_file(file) | magnitude, file)
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(FormatError, match=words):
+        li.load_adapter(build("mixtral"), path)
+
+
+def llava() -> Any:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**TINY),
+        vision_config=transformers.CLIPVisionConfig(**vision),
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_names_of_llava_before_4_52_are_the_class_s_names_now(tmp_path: Path) -> None:
+    old = {f"language_model.model.layers.{n}.self_attn.q_proj": 16 for n in range(2)}
+    old["vision_tower.vision_model.encoder.layers.0.self_attn.v_proj"] = 8
+    path = write_old(tmp_path / "old", old, ["q_proj", "v_proj"])
+    model: Any = li.load_adapter(llava(), path)
+    assert {*li.adapter_state(model).sites} == {
+        "model.language_model.layers.0.self_attn.q_proj",
+        "model.language_model.layers.1.self_attn.q_proj",
+        "model.vision_tower.encoder.layers.0.self_attn.v_proj",
+    }
+    tensors, dense = read_adapter(path).sites, llava()
+    with torch.no_grad():
+        for n in range(2):
+            site = tensors[f"language_model.model.layers.{n}.self_attn.q_proj"]
+            layer = dense.model.language_model.layers[n].self_attn.q_proj
+            layer.weight.add_(3 * site.B @ site.A)
+    assert off(logits(model), logits(dense)) < 1e-5
+
+
+def test_names_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    path = write_old(tmp_path / "old", {"model.layers.0.attention.q": 16}, ["q"])
+    with pytest.raises(FormatError, match="the model has no such module"):
+        li.load_adapter(build("mixtral"), path)

@@ -36,23 +36,22 @@ def values_of(
         >>> values_of({"q": 4, r"layer\.\d+\.v": 8}, ["h.q", "layer.0.v", "k"], 16, "an example")
         {'h.q': 4, 'layer.0.v': 8, 'k': 16}
     """
-    if not table:
-        return dict.fromkeys(names, default)
-    place = {key: n for n, key in enumerate(table)}
-    exact = {_unescaped(key): key for key in table if key == _escaped(_unescaped(key))}
+    values = dict.fromkeys(names, default)
+    hits: dict[str, list[str]] = {key: [] for key in table}
     plain = _PlainKeys(key for key in table if _PLAIN.fullmatch(key))
-    hits = {name: [*plain.hitting(name)] for name in names}
-    for name in exact.keys() & hits.keys():
-        hits[name].append(exact[name])
+    for name in values if table else ():
+        for key in plain.hitting(name):
+            hits[key].append(name)
     end = time.process_time() + MATCH_SECONDS
     for key in table:
-        if not _PLAIN.fullmatch(key) and exact.get(_unescaped(key)) != key:
-            for name in _matches(key, names, end, asked):
-                hits[name].append(key)
-    return {
-        name: table[min(keys, key=place.__getitem__)] if keys else default
-        for name, keys in hits.items()
-    }
+        name = _unescaped(key)
+        if key == _escaped(name):
+            hits[key] += [name] if name in values else []
+        elif not _PLAIN.fullmatch(key):
+            hits[key] += _matches(key, names, end, asked)
+    for key in reversed(table):  # so that the first key stays
+        values.update(dict.fromkeys(hits[key], table[key]))
+    return values
 
 
 def _matches(key: str, names: Collection[str], end: float, asked: str) -> list[str]:
