@@ -49,7 +49,7 @@ def values_of(
             hits[key] += [name] if name in values else []
         elif not _PLAIN.fullmatch(key):
             hits[key] += _matches(key, names, end, asked)
-    for key in reversed(table):  # so that the first key stays
+    for key in reversed([*table]):  # so that the first key stays
         values.update(dict.fromkeys(hits[key], table[key]))
     return values
 
