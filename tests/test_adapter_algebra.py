@@ -92,11 +92,7 @@ def test_a_sum_of_16_bits_keeps_them_where_scales_are_equal_and_is_exact_where_n
 
 @pytest.mark.parametrize(
     "slices",
-    [
-        Slices((("q", 4), ("k", 1), ("v", 3)), ("k",)),
-        Slices((("x", 2), ("y", 6)), ("y",)),
-        None,
-    ],
+    [Slices((("q", 4), ("k", 1), ("v", 3)), ("k",)), Slices((("x", 2), ("y", 6)), ("y",)), None],
 )
 def test_sites_that_adapt_other_slices_are_added(slices):
     a = one_site(KIND_SPECS["slices"], seed=1, dtype=torch.float64)

@@ -105,13 +105,7 @@ CASES = {
         whole=True,
         damaged="lit_model.pth.lora",
     ),
-    "loralib": Case(
-        "a.safetensors",
-        read={"alpha": 3.0},
-        odd=(),
-        derived=False,
-        uniform=True,
-    ),
+    "loralib": Case("a.safetensors", read={"alpha": 3.0}, odd=(), derived=False, uniform=True),
 }
 
 

@@ -8,15 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    ALPHA,
-    RANK,
-    TOLERANCE,
-    error,
-    fill,
-    same_bits,
-    snapshot,
-)
+from conftest import ALPHA, RANK, TOLERANCE, error, fill, same_bits, snapshot
 from helpers.reference import gpt2_of_two_layers
 from transformers import GPT2LMHeadModel
 
