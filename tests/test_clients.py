@@ -100,6 +100,15 @@ def test_what_a_config_says_is_checked(
     assert any(finding.stops and words in finding.problem for finding in found), found
 
 
+def test_vllm_needs_the_names_of_targets(tmp_path: Path) -> None:
+    path = write_adapter(STATES["plain"], tmp_path / "a")
+    said = json.loads((path / "adapter_config.json").read_text())
+    del said["target_modules"]
+    (path / "adapter_config.json").write_text(json.dumps(said))
+    (found,) = li.check_adapter(path, "vllm")
+    assert (found.stops, "without 'target_modules'" in found.problem) == (True, True)
+
+
 def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     state = make_state(PLAIN[1], layer(0, "v_porj"))

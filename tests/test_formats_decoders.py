@@ -1,16 +1,25 @@
-"""torchtune's and litgpt's folders, against what their own layers compute with the tensors."""
+"""mlx-lm's, torchtune's, litgpt's and llama.cpp's files of decoders.
+
+They are held to what the program itself computes (mlx-lm runs on the CPU), or to its own layers'
+and converter's formulas on the tensors of the file.
+"""
 
 from __future__ import annotations
 
+import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 import yaml
 from helpers.adapter_states import KIND_SPECS, dense, effect, make_state
-from helpers.reference import adapted, llama
-from safetensors.torch import load_file
+from helpers.reference import IDS, adapted, llama, logits
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_inject as li
@@ -18,19 +27,37 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.errors import FormatError
-from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.formats import gguf_file, read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec, Slices
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
-IDS = torch.tensor([[1, 2, 3]])
+FILES = {"torchtune": "adapter_model.pt", "litgpt": "lit_model.pth.lora"}
+
+
+def base_model() -> Any:
+    return llama(**SIZES).float()
 
 
 def held(layout: str, tmp_path: Path, *targets: Any) -> tuple[Any, AdapterState, dict[str, Tensor]]:
-    model = adapted(llama(**SIZES).float(), *targets)
-    li.save_adapter(model, tmp_path / "a", format=layout)
-    file = {"torchtune": "adapter_model.pt", "litgpt": "lit_model.pth.lora"}[layout]
-    found = torch.load(tmp_path / "a" / file, weights_only=True)
+    """An adapted model, its adapter, and the tensors of its file."""
+    model = adapted(base_model(), *targets)
+    path = tmp_path / ("a.gguf" if layout == "gguf" else "a")
+    li.save_adapter(model, path, format=layout)
+    if layout == "gguf":
+        return model, li.adapter_state(model), content(path)[1]
+    found = torch.load(path / FILES[layout], weights_only=True)
     return model, li.adapter_state(model), found.get("model", found)
+
+
+def content(path: Path) -> tuple[float, dict[str, Tensor]]:
+    reader = gguf.GGUFReader(path)
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    return alpha, {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors}
+
+
+def hold_read(path: Path, model: Any, **options: Any) -> None:
+    back = li.load_adapter(base_model(), path, **options)
+    torch.testing.assert_close(logits(back), logits(model), rtol=1e-4, atol=1e-4)
 
 
 def hf_to_tune(delta: Tensor, n_heads: int) -> Tensor:
@@ -56,8 +83,7 @@ def test_torchtune_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> No
         due = hf_to_tune(due, heads) if heads else due
         torch.testing.assert_close(b @ a, due, rtol=1e-5, atol=1e-5)  # folded: alpha is the rank
     assert not tensors
-    back = li.load_adapter(llama(**SIZES).float(), tmp_path / "a", allow_pickle=True)
-    torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    hold_read(tmp_path / "a", model, allow_pickle=True)
 
 
 def litgpt_delta(
@@ -94,12 +120,85 @@ def test_litgpt_adds_to_its_fused_weight_what_we_add_to_ours(tmp_path: Path) -> 
         slices = Slices(tuple(widths.items()), ("q_proj", "v_proj"))
         spec = SiteSpec("qkv", "linear", 16, 32, (32, 16), 2, 2 * scale, slices=slices)
         torch.testing.assert_close(dense(SiteState(spec, a, b)).float(), found)  # one of our sites
-    back = li.load_adapter(llama(**SIZES).float(), tmp_path / "a", allow_pickle=True)
-    torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    hold_read(tmp_path / "a", model, allow_pickle=True)
+
+
+@pytest.mark.parametrize("model_type", gguf_file.FAMILIES)
+def test_names_are_those_of_llama_cpp(model_type: str) -> None:
+    architecture, decoder = gguf_file.FAMILIES[model_type]
+    archs = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(archs[architecture], 3)
+    for mine in decoder.names:
+        full = mine if mine in ("model.embed_tokens", "lm_head") else f"model.layers.2.{mine}"
+        due = names.get_name(f"{full}.weight", try_suffixes=(".weight",))
+        assert due in {f"{decoder.theirs(full, '')}.weight", None}, full
+        assert due is not None or (mine, model_type[:5]) == ("lm_head", "gemma")
+
+
+def permuted(delta: Tensor, n_heads: int) -> Tensor:
+    """`LlamaModel.permute` of llama.cpp's conversion/llama.py, of the dense delta."""
+    shape = (n_heads, 2, len(delta) // n_heads // 2, *delta.shape[1:])
+    return delta.reshape(shape).swapaxes(1, 2).reshape(delta.shape)
+
+
+def test_llama_cpp_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> None:
+    """Its update is `alpha / rank * B @ A`, rank being the tensor's (src/llama-adapter.h)."""
+    targets: list[Any] = [{"match": "q_proj", "rank": 3}, {"match": "k_proj", "alpha": 7}]
+    targets += [{"match": "down_proj", "scaling": "rslora"}, "lm_head", "embed_tokens"]
+    model, state, tensors = held("gguf", tmp_path, *targets)
+    alpha, _ = content(tmp_path / "a.gguf")
+    for name, site in state.sites.items():
+        key = gguf_file.FAMILIES["llama"][1].theirs(name, "") + ".weight"
+        a, b = tensors.pop(f"{key}.lora_a"), tensors.pop(f"{key}.lora_b")
+        a = a.T if name == "model.embed_tokens" else a  # as its loader wants it
+        found, due = alpha / b.shape[1] * b @ a, effect(site).float()
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
+        due = permuted(due, heads) if heads else due
+        torch.testing.assert_close(found, due, rtol=1e-5, atol=1e-5)
+    assert not tensors
+    hold_read(tmp_path / "a.gguf", model)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base")
+    llama().float().save_pretrained(path)
+    return path
+
+
+def of_mlx(base: Path, adapter: Path) -> Tensor:
+    mx = pytest.importorskip("mlx.core", reason="pip install 'mlx[cpu]' mlx-lm")
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(base)
+    model = load_adapters(model, str(adapter))
+    model.eval()
+    return torch.tensor(model(mx.array(IDS.numpy())).tolist())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "targets",
+    [
+        [{"match": "q_proj", "rank": 2}, {"match": "v_proj", "rank": 2}],
+        [{"match": "k_proj", "rank": 3, "scaling": "rslora"}, {"match": "down_proj", "alpha": 1}],
+        [{"match": "q_proj", "layers": 1}, "lm_head", "embed_tokens"],
+    ],
+    ids=["one rank", "unequal", "one layer, head and embedding"],
+)
+def test_mlx_computes_the_same(base: Path, targets: list[Any], tmp_path: Path) -> None:
+    model = adapted(llama().float(), *targets)
+    li.save_adapter(model, tmp_path / "a", format="mlx")
+    due = logits(model)
+    assert (due - logits(llama().float())).abs().max() > 0.1
+    torch.testing.assert_close(of_mlx(base, tmp_path / "a"), due, rtol=1e-4, atol=1e-4)
+    back = li.load_adapter(llama().float(), tmp_path / "a")
+    torch.testing.assert_close(logits(back), due, rtol=1e-4, atol=1e-4)
 
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 1}
-CONFIG |= {"num_key_value_heads": 1, "hidden_size": 5, "head_dim": 4}
+CONFIG |= {"num_key_value_heads": 1, "hidden_size": 5, "head_dim": 4, "tie_word_embeddings": True}
 
 
 def at(*parts: str) -> AdapterState:
@@ -107,31 +206,42 @@ def at(*parts: str) -> AdapterState:
     return make_state(*(KIND_SPECS["linear"].at(name, f"{name}.weight") for name in names))
 
 
-@pytest.mark.parametrize("layout", ["torchtune", "litgpt"])
-@pytest.mark.parametrize(
-    ("state", "config", "words"),
-    [
-        (at("self_attn.o_proj"), None, r"depends on the base.*--base"),
-        (at("self_attn.o_proj"), {"model_type": "gpt2"}, "model_type is 'gpt2'"),
-        (at("self_attn.o_proj"), {**CONFIG, "num_hidden_layers": 3}, "'model.layers.2.self_attn.o"),
-        (at("mlp.up_proj"), CONFIG, "adapts gate, up and down of an MLP together"),
-        (at("mlp.fc"), CONFIG, "adapts gate, up and down|no name for this module"),
-        (at("self_attn.q_proj"), CONFIG, "B has 7 rows, and the base"),
-        (make_state(KIND_SPECS["embedding"]), CONFIG, "cannot hold a site of kind 'embedding'"),
-    ],
+EMBEDDING = make_state(
+    KIND_SPECS["embedding"].at("model.embed_tokens", "model.embed_tokens.weight")
 )
-def test_what_they_would_miss_is_refused(
-    state: AdapterState, config: Any, words: str, layout: str, tmp_path: Path
+HEAD = make_state(KIND_SPECS["linear"].at("lm_head", "lm_head.weight"))
+REFUSED: list[tuple[str, AdapterState, Any, str]] = [
+    ("torchtune litgpt gguf", at("self_attn.o_proj"), None, r"depends on the base.*--base"),
+    ("torchtune litgpt gguf", at("self_attn.o_proj"), {"model_type": "gpt2"}, "type is 'gpt2'"),
+    ("torchtune litgpt gguf", at("self_attn.q_proj"), CONFIG, "has 7 rows, and the base"),
+    ("torchtune litgpt gguf", at("mlp.fc"), CONFIG, "adapts gate, up|no name for this module"),
+    ("torchtune litgpt gguf", make_state(KIND_SPECS["conv"]), CONFIG, "a site of kind 'conv'"),
+    ("torchtune litgpt", at("self_attn.o_proj"), {**CONFIG, "num_hidden_layers": 3}, "'model.l.*2"),
+    ("torchtune litgpt", at("mlp.up_proj"), CONFIG, "adapts gate, up and down of an MLP together"),
+    ("torchtune litgpt", EMBEDDING, CONFIG, "cannot hold a site of kind 'embedding'"),
+    ("gguf mlx", EMBEDDING, CONFIG, "as one tensor"),
+    ("mlx", EMBEDDING, None, r"depends on the base.*--base"),
+    ("gguf", HEAD, CONFIG, "as one tensor"),
+    ("gguf", at("self_attn.q_proj"), {"model_type": "llama"}, "'num_attention_heads'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "state", "config", "words"),
+    [(layout, *row) for layouts, *row in REFUSED for layout in layouts.split()],
+)
+def test_what_they_would_miss_or_misread_is_refused(
+    layout: str, state: AdapterState, config: Any, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FormatError, match=words):
-        write_adapter(state, tmp_path / "a", layout, config=config)
+        write_adapter(state, tmp_path / "a.gguf", layout, config=config)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layout", ["torchtune", "litgpt"])
 def test_pickles_are_read_where_they_are_trusted(layout: str, tmp_path: Path) -> None:
     held(layout, tmp_path, "o_proj")
-    config = llama(**SIZES).config.to_dict()
+    config = base_model().config.to_dict()
     with pytest.raises(FormatError, match=r"is a pickle\. Pass allow_pickle=True"):
         read_adapter(tmp_path / "a", config=config)
     assert len(read_adapter(tmp_path / "a", config=config, allow_pickle=True).sites) == 2
@@ -139,7 +249,7 @@ def test_pickles_are_read_where_they_are_trusted(layout: str, tmp_path: Path) ->
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     held("litgpt", tmp_path, "q_proj", "v_proj")
-    config = llama(**SIZES).config.to_dict()
+    config = base_model().config.to_dict()
     file = tmp_path / "a/hyperparameters.yaml"
     said = yaml.safe_load(file.read_text())
     for change, words in [
@@ -158,7 +268,7 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_torchtunes_alpha_is_asked_for_where_no_config_says_it(tmp_path: Path) -> None:
     _, state, _ = held("torchtune", tmp_path, "o_proj")
     (tmp_path / "a/adapter_config.json").unlink()
-    options = {"config": llama(**SIZES).config.to_dict(), "allow_pickle": True}
+    options = {"config": base_model().config.to_dict(), "allow_pickle": True}
     with pytest.raises(FormatError, match="Pass alpha="):
         read_adapter(tmp_path / "a", **options)
     found = read_adapter(tmp_path / "a", alpha=3.0, **options)
@@ -168,10 +278,8 @@ def test_torchtunes_alpha_is_asked_for_where_no_config_says_it(tmp_path: Path) -
 
 @pytest.mark.parametrize("layout", ["mlx", "torchtune", "litgpt"])
 def test_a_folder_merges_on_disk_as_it_does_in_memory(layout: str, tmp_path: Path) -> None:
-    llama(**SIZES).float().save_pretrained(tmp_path / "base")
-    model = adapted(
-        llama(**SIZES).float(), "q_proj", "o_proj", *["embed_tokens"] * (layout == "mlx")
-    )
+    base_model().save_pretrained(tmp_path / "base")
+    model = adapted(base_model(), "q_proj", "o_proj", *["embed_tokens"] * (layout == "mlx"))
     li.save_adapter(model, tmp_path / "a", format=layout)
     base = Checkpoint.open(tmp_path / "base")
     allowed = {} if layout == "mlx" else {"allow_pickle": True}
@@ -180,3 +288,77 @@ def test_a_folder_merges_on_disk_as_it_does_in_memory(layout: str, tmp_path: Pat
     due, found = model.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, due[name], rtol=1e-5, atol=1e-5)
+
+
+def test_scales_are_folded_into_tensors_of_16_bits_with_one_rounding(tmp_path: Path) -> None:
+    parts = {"mlp.up_proj": 4.0, "mlp.gate_proj": 3.0}
+    fc = KIND_SPECS["linear"]
+    specs = [replace(fc, name=f"model.layers.0.{p}", alpha=alpha) for p, alpha in parts.items()]
+    state = make_state(*specs).to(torch.bfloat16)
+    path = write_adapter(state, tmp_path / "a.gguf", "gguf", config={"model_type": "qwen2"})
+    for name, site in read_adapter(path).sites.items():
+        torch.testing.assert_close(effect(site), effect(state.sites[name]), rtol=1e-6, atol=1e-6)
+
+
+def test_models_and_other_families_are_refused(tmp_path: Path) -> None:
+    for architecture, kind, words in [
+        ("llama", gguf.GGUFType.MODEL, "not a model"),
+        ("gpt2", gguf.GGUFType.ADAPTER, "architecture is 'gpt2'"),
+    ]:
+        path = tmp_path / f"{architecture}.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        writer.add_type(kind)
+        writer.add_string("adapter.type", "lora")
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with warnings.catch_warnings(), pytest.raises(FormatError, match=words):
+            read_adapter(path)
+
+
+def test_fused_projections_of_phi3(tmp_path: Path) -> None:
+    state = at("mlp.gate_up_proj")
+    path = write_adapter(state, tmp_path / "a.gguf", "gguf", config={"model_type": "phi3"})
+    keys = {f"blk.{n}.ffn_up.weight.lora_{role}" for n in (0, 1) for role in "ab"}
+    assert content(path)[1].keys() == keys
+    assert read_adapter(path).sites.keys() == state.sites.keys()
+
+
+def test_the_config_of_a_base_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps({**CONFIG, "model_type": "mistral"}))
+    state = at("mlp.gate_proj")
+    path = li.convert(state, tmp_path / "a.gguf", "gguf", base=tmp_path / "base")
+    assert read_adapter(path).sites.keys() == state.sites.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fine_tune_type": "dora"}, "fine_tune_type is 'dora'"),
+        ({"lora_parameters": {"rank": 2, "alpha": 3}}, "gives rank 2 and scale None"),
+        ({"lora_parameters": {"rank": True, "scale": 1}}, "gives rank True"),
+        ({"lora_parameters": {"rank": 3, "scale": 1}}, "rank 2, adapter_config.json says 3"),
+    ],
+)
+def test_configs_that_contradict_are_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a", "mlx")
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**said, **change}))
+    with pytest.raises(FormatError, match=words):
+        read_adapter(path)
+
+
+def test_experts_and_lost_halves_are_refused(tmp_path: Path) -> None:
+    path = write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a", "mlx")
+    file = path / "adapters.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "moe.lora_a": torch.ones(2, 2, 2)}, file)
+    with pytest.raises(FormatError, match=r"'moe.lora_a' of shape \(2, 2, 2\)"):
+        read_adapter(path)
+    save_file({"h.0.fc.lora_a": tensors["h.0.fc.lora_a"]}, file)
+    with pytest.raises(FormatError, match="lora_b is missing"):
+        read_adapter(path)

@@ -272,6 +272,8 @@ def _vllm(files: Files) -> Findings:
     heads = tuple(f"{head}.{end}" for head in ("classifier", "score") for end in ("weight", "bias"))
     copies = tuple(f"{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
     yield from _full(files, "vLLM", "refuses", (*heads, *copies))
+    if "target_modules" not in files.config:
+        yield Finding("vLLM refuses a config without 'target_modules'", PORTABLE)
     init = str(files.config.get("init_lora_weights", "")).lower()
     if init.startswith(("pissa", "olora", "corda", "loftq")):
         fix = "Save it with PEFT's path_initial_model_for_weight_conversion"
