@@ -104,3 +104,16 @@ def test_training_under_offload_is_never_in_vain() -> None:
         assert "offload" in str(raised)  # noqa: PT017 - refused, or right
         return
     assert all(p.grad is not None for p in li.adapter_parameters(model).values())
+
+
+def test_training_under_the_offload_of_compressed_tensors_is_refused() -> None:
+    """Its cache, in the place of a module's dict of parameters, gives a forward copies."""
+    cache = type("OffloadCache", (dict,), {"onload_device": "cuda:0", "offload_device": "cpu"})
+    net = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]})
+    net[0]._parameters = cache(net[0]._parameters)
+    with pytest.raises(li.LayerError, match="a LoRALinear|offloaded"):
+        net(torch.ones(2, 4))
+    with torch.no_grad():
+        net.eval()(torch.ones(2, 4))
+    cache.offload_device = "cuda"
+    net.train()(torch.ones(2, 4))

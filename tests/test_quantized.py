@@ -1,4 +1,4 @@
-"""Quantized bases: torchao and bitsandbytes layers carry adapters and are never merged into.
+"""Quantized bases: their layers carry adapters and are merged into on request only.
 
 The quantized layer is called untouched, so that an adapter whose B is zero changes no bit
 of its output, and the update is the dense `scale * B @ A` beside it. What the packed weight stands
@@ -11,6 +11,7 @@ reason. int4 weights of torchao need its kernel package `mslk`, which has no bui
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import warnings
 from abc import ABC
@@ -158,7 +159,49 @@ def quanto(bits: str, seed: int) -> nn.Module:
     return net
 
 
+FORWARD = """
+def quantized_forward(self, input):
+    weight = self.weight
+    held, weight.data = weight.data, weight.data
+    output = self.__class__.forward(self, input)
+    weight.data = held
+    return output
+"""
+
+
+def compressed_tensors(seed: int) -> nn.Module:
+    """As its first forward leaves a model: weights unpacked, a forward on each instance."""
+    net: Any = plain_net(seed=seed).requires_grad_(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from compressed_tensors import compressors, quantization
+    except ImportError:
+        made: dict[str, Any] = {"__name__": "compressed_tensors.quantization.lifecycle.forward"}
+        exec(FORWARD, made)
+        for layer in (net[0], net[2]):
+            step = layer.weight.abs().amax() / 7
+            layer.weight.data = (layer.weight / step).round() * step
+            layer.quantization_scheme = object()
+            layer.forward = functools.wraps(nn.Linear.forward)(made["quantized_forward"]).__get__(
+                layer
+            )
+        return net
+    weights = quantization.QuantizationArgs(num_bits=4, strategy="group", group_size=32)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    how = {"format": "pack-quantized", "quantization_status": "frozen"}
+    made = quantization.QuantizationConfig(config_groups={"all": scheme}, **how)
+    quantization.apply_quantization_config(net, made)
+    for layer in (net[0], net[2]):
+        rows = layer.weight.view(len(layer.weight), -1, 32)
+        layer.weight_scale.data.copy_(rows.abs().amax(-1) / 7)
+    compressors.ModelCompressor(made).compress_model(model=net)
+    net(torch.zeros(1, N))
+    return net
+
+
 FORMATS: dict[str, Callable[..., nn.Module]] = {
+    "compressed-tensors": lambda seed=0: compressed_tensors(seed),
     "gptq": lambda seed=0: replaced(TorchLinear, seed),
     "hqq": lambda seed=0: replaced(hqq, seed),
     "quanto int8": lambda seed=0: quanto("qint8", seed),
@@ -175,6 +218,8 @@ FORMATS: dict[str, Callable[..., nn.Module]] = {
 }
 
 every = pytest.mark.parametrize("form", FORMATS)
+PACKED = [form for form in FORMATS if form != "compressed-tensors"]  # which unpacks its weights
+packed = pytest.mark.parametrize("form", PACKED)
 DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes"))]
 some = pytest.mark.parametrize("form", DENSE)
 pytestmark = [
@@ -195,6 +240,7 @@ def test_the_start_is_the_quantized_model_bit_for_bit(form: str) -> None:
     net, x = build(form)
     before = net(x)
     held = {k: (id(p), type(p)) for k, p in net.named_parameters()}
+    forwards = [layer.__dict__.get("forward") for layer in net]
     li.inject(net, config("0", "2"))
     assert same_bits(net(x), before)
     assert {k: v for k, v in objects(net).items() if "lora_" not in k} == held
@@ -206,6 +252,7 @@ def test_the_start_is_the_quantized_model_bit_for_bit(form: str) -> None:
     li.eject(fill(net))
     assert same_bits(net(x), before)
     assert objects(net) == held
+    assert [layer.__dict__.get("forward") for layer in net] == forwards
 
 
 def objects(net: nn.Module) -> dict[str, tuple[int, type]]:
@@ -268,7 +315,8 @@ def test_merging_is_refused_and_the_way_out_named(form: str) -> None:
     way_out = r"dequantize=\"bfloat16\"" if form in DENSE else "in 16 bits"
     refusals: list[tuple[dict[str, Any], str]] = [({}, way_out), ({"undo": False}, way_out)]
     if form not in DENSE:
-        refusals.append(({"dequantize": "float32"}, "is not supported"))
+        words = "is not supported" if form in PACKED else way_out
+        refusals.append(({"dequantize": "float32"}, words))
     if not form.startswith("bitsandbytes"):
         refusals.append(({"requantize": True}, "in 16 bits"))
     for options, words in refusals:
@@ -376,7 +424,7 @@ def test_a_load_onto_the_same_quantized_base_needs_no_word(
     assert all(same_bits(again.sites[k].B, site.B) for k, site in state.sites.items())
 
 
-@every
+@packed
 def test_another_quantized_base_is_refused_in_values_in_format_and_plain(
     form: str, tmp_path: Path
 ) -> None:
@@ -397,7 +445,7 @@ def test_another_quantized_base_is_refused_in_values_in_format_and_plain(
         assert objects(base) == held
 
 
-@every
+@packed
 def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(
     form: str, tmp_path: Path
 ) -> None:
@@ -416,13 +464,13 @@ def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(
     assert error(base(x), wide(x.double())) < 1e-5
 
 
-@every
+@packed
 def test_a_quantized_weight_cannot_be_read_as_a_whole(form: str) -> None:
     net, _ = build(form)
     held = objects(net)
-    packed = li.plan(net, config("0")).sites[0].weight
-    with pytest.raises(li.LoraInjectError, match=rf"'{packed}'.*(quantized|is a buffer)"):
-        li.inject(net, config(re.escape(packed)))
+    weight = li.plan(net, config("0")).sites[0].weight
+    with pytest.raises(li.LoraInjectError, match=rf"'{weight}'.*(quantized|is a buffer)"):
+        li.inject(net, config(re.escape(weight)))
     assert objects(net) == held
 
 
@@ -435,7 +483,7 @@ def test_a_quantized_weight_cannot_be_trained_in_full(form: str) -> None:
     assert objects(net) == held
 
 
-@every
+@packed
 def test_no_start_comes_from_a_quantized_weight(form: str) -> None:
     net, _ = build(form)
     held = objects(net)

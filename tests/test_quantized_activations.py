@@ -68,3 +68,10 @@ def test_experts_in_mxfp4_let_no_adapter_before_them_train() -> None:
         li.inject(net, CONFIG)
     trained = fill(li.inject(nn.Sequential(nn.Linear(32, 32)), CONFIG))
     li.install(net, li.adapter_state(trained), base="any")
+
+
+def test_a_scheme_of_compressed_tensors_that_quantizes_activations() -> None:
+    net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    net[1].quantization_scheme = SimpleNamespace(input_activations=object())
+    with pytest.raises(li.LayerError, match=r"'1'.*quantizes activations.*dequantize=True"):
+        li.inject(net, CONFIG)

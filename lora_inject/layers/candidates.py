@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,7 @@ class _Listing:
         full = joined(name, key)
         # A forward on the instance is not that of the class; accelerate's calls it, and is rebound.
         patched = "forward" in module.__dict__ and "_old_forward" not in module.__dict__
+        patched = patched and not _calls_class(module.__dict__["forward"])
         adds = not patched and id(module) not in self.read and row.adds_to_output(module)
         refusal = self._refusal(module, key, weight) or _unfit(module, weight, shapes, adds)
         return Candidate(
@@ -221,6 +223,17 @@ def _unfit(
         )
         return found, "Set the layer's sizes to those of its weight (was it resized or sharded?)"
     return None
+
+
+def _calls_class(forward: Any) -> bool:
+    """Whether a forward is one of compressed-tensors' that calls the forward of the class."""
+    function = getattr(forward, "__func__", None)
+    while function is not None:
+        owner = function.__globals__.get("__name__", "")
+        if owner.startswith("compressed_tensors.") and "__class__" in function.__code__.co_names:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def _computed(module: nn.Module) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import nn
 from lora_inject.errors import LayerError
 from lora_inject.layers.adapted import Adapted, WeightUpdate, adapted_class, plain_class
 from lora_inject.layers.attached import Attached, attached_to
+from lora_inject.layers.reading import cached_forward
 from lora_inject.layers.selection import Selection
 
 
@@ -95,10 +96,10 @@ def _is_ours(method: Any, module: nn.Module) -> bool:
     """Whether a method that somebody saved on a module is the forward of a swapped class."""
     function = getattr(method, "__func__", None)
     ours = _own_class(type(module))
-    wrapped = getattr(function, "__wrapped__", None)
-    return function is not None and (
-        function is ours._lora_mixin.forward or wrapped is ours._lora_plain.forward
-    )
+    if function is None or function is ours._lora_mixin.forward:
+        return function is not None
+    wraps = getattr(function, "__wrapped__", None) is ours._lora_plain.forward
+    return wraps and function.__globals__ is cached_forward.__globals__
 
 
 def _own_class(cls: type) -> type[Adapted]:

@@ -43,13 +43,16 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def refuse_offloaded(module: nn.Module) -> None:
-    """Raise if accelerate offloads a module: its hook discards the gradients of copies."""
-    hook = module.__dict__.get("_hf_hook")
+    """Raise if accelerate or compressed-tensors offloads a module: gradients of copies are lost."""
+    hook, held = module.__dict__.get("_hf_hook"), module._parameters
     hooks = getattr(hook, "hooks", (hook,))  # accelerate.hooks.SequentialHook, or one hook
-    if any(getattr(h, "offload", False) for h in hooks):
+    # compressed_tensors.offload.OffloadCache, which stands for the dict
+    places = (getattr(held, name, "") for name in ("onload_device", "offload_device"))
+    there, kept = (str(place).partition(":")[0] for place in places)
+    if there != kept or any(getattr(h, "offload", False) for h in hooks):
         raise LayerError(
-            f"training an adapter on a {type(module).__name__} that accelerate offloads",
-            "its hook gives the forward copies of all parameters, whose gradients are lost",
+            f"training an adapter on a {type(module).__name__} that is offloaded",
+            "its forward gets copies of all parameters, whose gradients are lost",
             "Train without offload; for inference call model.eval()",
         )
 
@@ -69,7 +72,7 @@ class Reading(nn.Module):
         if not self.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():
-            if "_hf_hook" in self.__dict__:
+            if "_hf_hook" in self.__dict__ or type(self._parameters) is not dict:
                 refuse_offloaded(self)
         elif any(t.requires_grad for t in tensors):
             refuse_dead_checkpoint()

@@ -243,6 +243,9 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     if is_quantized(weight):
         yield from _why_not_quantized(target, into)
         return
+    if hasattr(target.holder.module, "quantization_scheme"):
+        remedy = "Load the base in 16 bits, CompressedTensorsConfig(dequantize=True), merge there"
+        yield "its layer is quantized by compressed-tensors, whose checkpoints hold no sum", remedy
     shape = target.terms[0].spec.weight_shape if target.terms else weight.shape
     if not target.terms and target.copies[0][2] is None:
         shape = target.copies[0][0].shape

@@ -78,6 +78,11 @@ def _dead(survey: Survey) -> Iterator[tuple[str, str, str]]:
     # Their matmul_ogs launches kernels into a new tensor.
     mxfp4 = getattr(sys.modules.get("transformers.integrations.mxfp4"), "Mxfp4GptOssExperts", ())
     for name, module in survey.modules:
+        scheme = getattr(module, "quantization_scheme", None)  # of compressed-tensors
+        acts = ("input_activations", "output_activations")
+        if any(getattr(scheme, each, None) is not None for each in acts):
+            remedy = "Load the base with CompressedTensorsConfig(dequantize=True)"
+            yield name, f"{type(module).__name__} quantizes activations as it runs", remedy
         if isinstance(module, mxfp4):
             remedy = "Load the base with Mxfp4Config(dequantize=True)"
             yield name, "experts compute in MXFP4 by kernels for inference", remedy
