@@ -111,7 +111,7 @@ def test_training_under_the_offload_of_compressed_tensors_is_refused() -> None:
     cache = type("OffloadCache", (dict,), {"onload_device": "cuda:0", "offload_device": "cpu"})
     net = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 2, "targets": ["0"]})
     net[0]._parameters = cache(net[0]._parameters)
-    with pytest.raises(li.LayerError, match="a LoRALinear|offloaded"):
+    with pytest.raises(li.LayerError, match="that is offloaded"):
         net(torch.ones(2, 4))
     with torch.no_grad():
         net.eval()(torch.ones(2, 4))
