@@ -97,16 +97,11 @@ class Entry:
         spec = self.spec
         assert spec is not None
         spans = spec.spans if spec.slices else None
-        scale = spec.scale * weight
-        for A, B, sign in self._pairs():
-            yield Recipe(A, B, sign * scale, spans, spec.dropout)
+        for A, B, sign in self.pairs():
+            yield Recipe(A, B, sign * spec.scale * weight, spans, spec.dropout)
 
-    def pairs(self, held: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield `(A, B, sign)`: the update, and with sign -1 the frozen start of pissa or olora."""
-        for A, B, sign in self._pairs():
-            yield held[A], held[B], sign
-
-    def _pairs(self) -> tuple[tuple[str, str, float], ...]:
+    def pairs(self) -> tuple[tuple[str, str, float], ...]:
+        """Return the names of A and B with sign 1, and of a frozen start with sign -1."""
         names = self.names
         return signed_pairs(names["A"], names["B"], names.get("A0"), names.get("B0"))
 

@@ -168,8 +168,7 @@ class Reading(nn.Module):
             # The weight of a layer keeps its dtype, which the layer's input has.
             float32 = float32 or (spec.compute == "float32" and spec.kind == "parameter")
             gain = gain or entry.gain(held)
-            for A, B, sign in entry.pairs(held):
-                low_rank.append((spec, A, B, spec.scale * weight * sign))
+            low_rank += [(spec, held[r.A], held[r.B], r.scale) for r in entry.recipes(weight)]
         if gain is not None:
             refuse_mixed(taking)
 
@@ -204,7 +203,7 @@ class Reading(nn.Module):
         self, param: str, raw: Tensor, entries: Mapping[str, Entry], state: State
     ) -> Tensor:
         """Return W if its shape or dtype is read; raise if its values are used."""
-        if not state.names & entries.keys():
+        if not state.parts.keys() & entries.keys():
             return raw
 
         def used() -> None:
@@ -234,13 +233,13 @@ def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: flo
     """Return a tensor with the values of an entry without a site added or put in its place."""
     if entry.scale is not None:
         return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)
-    if entry.rows is None:
-        return _replaced(value, raw, copy, weight)
-    index = _index(entry.rows, raw)
-    if weight == 1.0 and value is raw:
-        return value.index_copy(0, index, copy.to(raw.dtype))
-    rows = value[index].to(copy.dtype) + weight * (copy - raw[index].to(copy.dtype))
-    return value.index_copy(0, index, rows.to(raw.dtype))
+    index = None if entry.rows is None else _index(entry.rows, raw)
+    mixed = copy
+    if weight != 1.0 or value is not raw:  # something else was added, too
+        before, base = (t if index is None else t[index] for t in (value, raw))
+        mixed = before.to(copy.dtype) + weight * (copy - base.to(copy.dtype))
+    mixed = mixed.to(raw.dtype)
+    return mixed if index is None else value.index_copy(0, index, mixed)
 
 
 @functools.lru_cache(maxsize=64)
@@ -254,13 +253,6 @@ def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
     if type(like) in (nn.Parameter, Tensor) and not needs_plain_operations():
         return _kept_index(rows, like.device)
     return torch.tensor(rows, device=like.device)
-
-
-def _replaced(value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
-    """Return `value + weight * (copy - raw)`, or the copy itself if nothing else was added."""
-    if weight == 1.0 and value is raw:
-        return copy.to(raw.dtype)
-    return (value.to(copy.dtype) + weight * (copy - raw.to(copy.dtype))).to(raw.dtype)
 
 
 def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:

@@ -69,11 +69,6 @@ class State:
         found = self.choices.get(device)
         return next(iter(self.choices.values())).to(device) if found is None else found
 
-    @property
-    def names(self) -> frozenset[str]:
-        """Every adapter that takes part."""
-        return frozenset(self.parts)
-
 
 BASE = State()
 

@@ -71,42 +71,28 @@ def _snapshot(module: nn.Module, grows: bool) -> tuple[Any, ...]:
     """Return what `_restore` takes; of the many modules that carry nothing, it is little."""
     own, attached = module.__dict__, attached_to(module)
     extras = {key: own[key] for key in own if key in KEYS} if not KEYS.isdisjoint(own) else None
-    parameters = _noted(own["_parameters"], grows)
-    held = None
+    tables, attributes = [own["_parameters"]], None
     if attached is not None:
-        reads = {param: _noted(table, grows) for param, table in attached.reads.items()}
-        held = dict(attached.__dict__), _noted(attached.forward, grows), dict(attached.reads), reads
-    return module, type(module), extras, parameters, held
+        tables += [attached.forward, *attached.reads.values()]
+        attributes = {**attached.__dict__, "reads": dict(attached.reads)}
+    noted = [(table, len(table) if grows or not table else dict(table)) for table in tables]
+    return module, type(module), extras, attributes, noted
 
 
-def _restore(module: nn.Module, cls: type, extras: Any, parameters: Any, held: Any) -> None:
+def _restore(module: nn.Module, cls: type, extras: Any, attributes: Any, tables: Any) -> None:
     module.__class__ = cls
     for key in KEYS:
         module.__dict__.pop(key, None)
     module.__dict__.update(extras or {})
-    _put_back(module._parameters, parameters)
-    attached = attached_to(module)
-    if attached is not None and held is not None:
-        attributes, forward, by_param, reads = held
-        attached.__dict__.clear()
-        attached.__dict__.update(attributes)
-        _put_back(attached.forward, forward)
-        attached.reads = by_param
-        for param, noted in reads.items():
-            _put_back(by_param[param], noted)
-
-
-def _noted(table: dict[str, Any], grows: bool) -> int | dict[str, Any]:
-    """Return what `_put_back` needs of a table: only its length if the table grows."""
-    return len(table) if grows or not table else dict(table)
-
-
-def _put_back(table: dict[str, Any], noted: int | dict[str, Any]) -> None:
-    if isinstance(noted, dict):
-        table.clear()
-        table.update(noted)
-    else:
-        while len(table) > noted:
+    if attributes is not None:
+        held = attached_to(module).__dict__
+        held.clear()
+        held.update(attributes)
+    for table, noted in tables:
+        if isinstance(noted, dict):
+            table.clear()
+            table.update(noted)
+        while isinstance(noted, int) and len(table) > noted:
             table.popitem()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -228,9 +228,10 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
             copy = target.weight.detach().to(copy.dtype) + entry.scale * copy.detach()
         target.copies.append((copy, weight, entry.rows))
         return
-    target.gain = target.gain or entry.gain(module._parameters)
-    for A, B, sign in entry.pairs(module._parameters):
-        target.terms.append(Term(entry.spec, A.detach(), B.detach(), weight * sign))
+    held: Mapping[str, Any] = module._parameters
+    target.gain = target.gain or entry.gain(held)
+    for A, B, sign in entry.pairs():
+        target.terms.append(Term(entry.spec, held[A].detach(), held[B].detach(), weight * sign))
 
 
 def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:

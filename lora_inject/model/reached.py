@@ -33,7 +33,7 @@ def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """
     found = reach(model)
     refuse_merged("unreached", *found.selections)
-    active = {name for selection in found.selections for name in selection.current().names}
+    active = {name for selection in found.selections for name in selection.current().parts}
     if not active:
         raise StateError("unreached", "no adapter is active", "Call activate(model, name) first")
     return list(dict.fromkeys(_missed_sites(model, run)))
@@ -63,7 +63,7 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """Return the sites of active adapters that took no part when `run()` ran the model."""
     survey = Survey(model)
     states = [selection.current() for selection in reach(model, survey).selections]
-    active = {name for state in states for name in state.names}
+    active = {name for state in states for name in state.parts}
     carried = {id(m): (a, a.took_part) for _, m, a in adapted_modules(survey)}
     for attached, _ in carried.values():
         attached.forget_use()
