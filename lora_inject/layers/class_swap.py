@@ -36,7 +36,7 @@ def swap(
         ours = _own_class(cls)
         kind = ours._lora_mixin if mixin is WeightUpdate else mixin
         new = adapted_class(ours._lora_plain, kind, ours._lora_reads.union(reads))
-        target = new if ours is cls else _with_base(cls, ours, new)
+        target = _with_base(cls, ours, new)
     if target is not cls:
         # Past nn.Module.__setattr__, which would look for parameters and children of that name.
         object.__setattr__(module, "__class__", target)
@@ -55,7 +55,7 @@ def narrow(module: nn.Module) -> None:
     kind = ours._lora_mixin if attached.forward else WeightUpdate
     new = adapted_class(ours._lora_plain, kind, attached.reads)
     if new is not ours:
-        module.__class__ = new if ours is cls else _with_base(cls, ours, new)
+        module.__class__ = _with_base(cls, ours, new)
         _rebind_hooked_forward(module, attached)
 
 
@@ -88,7 +88,7 @@ def change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
         attached.old_forward = bound
     ours = _own_class(type(module))
     new = adapted_class(plain, ours._lora_mixin, attached.reads)
-    module.__class__ = new if ours is type(module) else _with_base(type(module), ours, new)
+    module.__class__ = _with_base(type(module), ours, new)
     _rebind_hooked_forward(module, attached)
 
 
@@ -103,8 +103,6 @@ def _is_ours(method: Any, module: nn.Module) -> bool:
 
 
 def _own_class(cls: type) -> type[Adapted]:
-    if "_lora_plain" in cls.__dict__:
-        return cls
     return next(c for c in cls.__mro__ if "_lora_plain" in c.__dict__)
 
 

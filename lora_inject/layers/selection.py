@@ -8,7 +8,7 @@ Every layer asks for the state in force, so switching costs the same for any num
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -207,27 +207,21 @@ class Selection:
 
     def check_recomputable(self, state: State, values: Mapping[str, int]) -> None:
         """Check that the adapters of a checkpointed forward are still there, with their values."""
-        asked = "backward through a checkpoint"
-        if state.merged != self.state.merged:
+        for what, verb in self._changes_since(state, values):
             raise StateError(
-                asked,
-                "the model was merged or unmerged since its forward, which is to be recomputed",
-                "Run the backward before merge() or unmerge()",
+                "backward through a checkpoint",
+                f"{what} since its forward, which is to be recomputed",
+                f"Run the backward before {verb}",
             )
+
+    def _changes_since(self, state: State, values: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+        if state.merged != self.state.merged:
+            yield "the model was merged or unmerged", "merge() or unmerge()"
         for name, number in zip(state.parts, state.numbers, strict=True):
             if self._numbers.get(name) != number:
-                raise StateError(
-                    asked,
-                    f"adapter {name!r} was ejected since its forward, which is to be recomputed",
-                    "Run the backward before eject()",
-                )
+                yield f"adapter {name!r} was ejected", "eject()"
             if self.values.get(name) != values.get(name):
-                raise StateError(
-                    asked,
-                    f"adapter {name!r} got other values since its forward, which is to be "
-                    "recomputed",
-                    "Run the backward before swap_adapter()",
-                )
+                yield f"adapter {name!r} got other values", "swap_adapter()"
 
     def _check_known(self) -> None:
         """Check a forward in a backward that no checkpoint of torch's recomputes."""

@@ -24,15 +24,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Adapters live on the model itself, so every verb means the same on a wrapped model.
     """
+    if isinstance(model, type):
+        name = model.__name__
+        raise LayerError("the model", f"it is the class {name}", f"Give an instance: {name}(...)")
     if not isinstance(model, nn.Module):
-        if isinstance(model, type):
-            name = model.__name__
-            raise LayerError(
-                "the model", f"it is the class {name}", f"Give an instance: {name}(...)"
-            )
-        raise LayerError(
-            "the model", f"it is {article(type(model).__name__)}", "Give a torch.nn.Module"
-        )
+        found = f"it is {article(type(model).__name__)}"
+        raise LayerError("the model", found, "Give a torch.nn.Module")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
