@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from lora_inject.model.inject import inject, plan
     from lora_inject.model.listing import adapters, summary
     from lora_inject.model.load import install, load_adapter
-    from lora_inject.model.merge import merge, unmerge
-    from lora_inject.model.merged_weights import merged_weights
+    from lora_inject.model.merge import merge, merged_weights, unmerge
     from lora_inject.model.publish import push
     from lora_inject.model.reached import unreached
     from lora_inject.model.save import adapter_state, save_adapter
@@ -136,8 +135,7 @@ _HOMES = {
     "model.eject": "eject",
     "model.inject": "inject plan",
     "model.listing": "adapters summary",
-    "model.merge": "merge unmerge",
-    "model.merged_weights": "merged_weights",
+    "model.merge": "merge merged_weights unmerge",
     "model.publish": "push",
     "model.reached": "unreached",
     "model.load": "install load_adapter",

@@ -31,6 +31,8 @@ from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
 
 Base = Literal["same", "quantized", "any"]
+# What a site is of a model, and not of an adapter.
+_OF_MODEL = ("name", "kind", "weight_shape", "weight", "update", "aliases")
 
 
 def fit(
@@ -122,22 +124,16 @@ def _stack_of_one(site: SiteState, names: Inventory) -> SiteState:
 
 def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     """Return a site's spec as this model holds it: the file's numbers, the module's geometry."""
-    candidate = _found(spec, names)
+    candidate, where = _found(spec, names), f"{asked}, site {spec.name!r}"
+    remedy = "Load the adapter onto the model that it was made for"
     if spec.kind != "parameter" and all(row.kind != spec.kind for row in KINDS):
-        raise FormatError(
-            f"{asked}, site {spec.name!r}",
-            f"its kind of layer, {spec.kind!r}, is not registered here",
-            "Import the module that calls register_kind for it first",
-        )
+        found = f"its kind of layer, {spec.kind!r}, is not registered here"
+        raise FormatError(where, found, "Import the module that calls register_kind for it first")
     if candidate is None:
         close = ", ".join(map(repr, nearest(spec.name, names.sites))) or "none"
-        raise FormatError(
-            f"{asked}, site {spec.name!r}",
-            "the model has no such module",
-            f"Nearest: {close}. Load the adapter onto the model that it was made for",
-        )
+        raise FormatError(where, "the model has no such module", f"Nearest: {close}. {remedy}")
     if candidate.refusal is not None:
-        raise LayerError(f"{asked}, site {spec.name!r}", *candidate.refusal)
+        raise LayerError(where, *candidate.refusal)
     maps = (spec.in_features, spec.out_features)
     fits = (candidate.in_features, candidate.out_features)
     if spec.kind == "parameter" and spec.transposed != candidate.transposed:
@@ -145,22 +141,11 @@ def fit_site(spec: SiteSpec, names: Inventory, asked: str) -> SiteSpec:
     # The layout of a parameter may group its axes differently.
     same = spec.kind == "parameter" and spec.weight_shape == candidate.weight_shape
     if (maps, spec.experts) != (fits, candidate.experts) and not same:
-        raise FormatError(
-            f"{asked}, site {spec.name!r}",
-            f"it maps {maps[0]} to {maps[1]} features in the file, {fits[0]} to {fits[1]} here",
-            "Load the adapter onto the model that it was made for",
-        )
-    transposed = spec.transposed if spec.kind == "parameter" else candidate.transposed
-    here: dict[str, Any] = {
-        "name": candidate.name,
-        "kind": candidate.kind,
-        "weight_shape": candidate.weight_shape,
-        "transposed": transposed,
-        "weight": candidate.weight,
-        "update": candidate.update,
-        "aliases": candidate.aliases,
-        "rule": None,
-    }
+        there = f"it maps {maps[0]} to {maps[1]} features in the file"
+        raise FormatError(where, f"{there}, {fits[0]} to {fits[1]} here", remedy)
+    here: dict[str, Any] = {key: getattr(candidate, key) for key in _OF_MODEL} | {"rule": None}
+    if spec.kind != "parameter":
+        here["transposed"] = candidate.transposed
     same = all(getattr(spec, key) == value for key, value in here.items())
     return spec if same else dataclasses.replace(spec, **here)
 
@@ -246,11 +231,9 @@ def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked:
     for key, copy in state.base_copies.items():
         weight = weights.get(key)
         if weight is None or not same_values(weight.detach().cpu(), copy):
-            raise FormatError(
-                f"{asked}, {key!r}",
-                "the file carries a copy of this base tensor that is not the model's",
-                "Load the adapter onto the base that it was made on (was the vocabulary resized?)",
-            )
+            found = "the file carries a copy of this base tensor that is not the model's"
+            remedy = "Load the adapter onto the base that it was made on (was the vocabulary "
+            raise FormatError(f"{asked}, {key!r}", found, remedy + "resized?)")
 
 
 def check_finite(state: AdapterState, asked: str) -> None:

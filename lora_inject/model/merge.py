@@ -1,4 +1,4 @@
-"""Folding what is active into the frozen weights, and restoring them bit for bit.
+"""Folding what is active into the frozen weights, or into new ones, and restoring them.
 
 A weight whose memory another module shares is untied first: the adapted module gets a tensor of its
 own, the others keep theirs.
@@ -13,14 +13,14 @@ from numbers import Real
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_inject.errors import StateError, check_type
-from lora_inject.functional import MergeReport, Tally, TensorReport
+from lora_inject.functional import MergeReport, Tally, TensorReport, all_finite
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import watch_loading
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.carried import Root, check_names, reach, refuse_merged, roots_of
 from lora_inject.model.dequantizing import dtype_of, replace_weight, say_again, say_plain
 from lora_inject.model.eject import eject as take_off
@@ -36,6 +36,7 @@ from lora_inject.model.select import weights_of
 from lora_inject.model.train import trainable_tensors
 from lora_inject.model.undo import Undo, held_back_interrupts, restore
 from lora_inject.model.untying import check_ties, refuse_new_ties, say_tied, tied_configs
+from lora_inject.spec.names import joined
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -234,6 +235,64 @@ def _report(targets: list[Target], state: State) -> MergeReport:
             others = ", ".join(repr(holder.name) for holder in target.sharers)
             notes.append(f"untied: {target.name!r} no longer is the tensor of {others}")
     return MergeReport(state.active, tensors, len(targets), notes=tuple(notes))
+
+
+def merged_weights(
+    model: nn.Module,
+    *,
+    name: str | Mapping[str, float] | None = None,
+    dequantize: str | torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the base's parameters as `merge` would leave them, without merging.
+
+    Args:
+        model: The injected root.
+        name: Fold this adapter, or mix; by default what is active.
+        dequantize: Yield quantized weights as plain ones of this dtype; see `merge`.
+
+    Returns:
+        Pairs of a parameter's name in the base's state dict and its value: a new tensor where an
+        adapter takes part, else the base's own, which is not to be written to. A tied tensor comes
+        under each of its names.
+
+    Raises:
+        StateError: Nothing is active, the model is merged, or an adapter holds NaN or Inf or is not
+            whole in this model.
+        LayerError: A weight cannot be merged into, as with `merge`; during iteration: a merged
+            weight is not finite.
+
+    Examples:
+        >>> from lora_inject.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> [(key, tuple(tensor.shape)) for key, tensor in merged_weights(net)]
+        [('0.weight', (6, 4)), ('0.bias', (6,))]
+    """
+    survey = Survey(model)
+    selection = root_of(survey).selection
+    refuse_merged("merged_weights", selection)
+    selection.check_settled("merged_weights", others=True)
+    into = None if dequantize is None else dtype_of(dequantize)
+    targets = merge_targets(survey, state_to_merge(survey, selection, name).active, into)
+    check_results(targets, None, undo=True)
+    by_name = {target.name: target for target in targets}
+    # One trained copy under all names of a tied tensor is one target.
+    tied = {memory_of(target.weight): target for target in targets if not target.sharers}
+
+    def folded(key: str, parameter: Tensor) -> Tensor:
+        target = by_name.get(key) or tied.get(memory_of(parameter))
+        if target is None:
+            return parameter.detach()
+        merged = target.formed()
+        if not all_finite(merged):
+            raise not_finite(target, target.weight)
+        return merged
+
+    everything = (
+        (joined(path, key), parameter)
+        for path, module in survey.modules
+        for key, parameter in survey.own[id(module)].items()
+    )
+    return ((key, folded(key, parameter)) for key, parameter in everything)
 
 
 def unmerge(model: M, *, discard: bool = False) -> M:
