@@ -244,16 +244,10 @@ def test_stacked_experts_are_cut_into_the_tensors_of_the_file(tmp_path, family, 
     ]
     gate = site("model.layers.0.mlp.gate", (E, H))
     merge(base, [adapter(*sites, gate)], tmp_path / "out")
-    merged = {
-        s.spec.name.rpartition(".")[2]: (
-            fused[s.spec.name.rpartition(".")[2]].double() + dense_delta(s.spec, s.A, s.B)
-        ).bfloat16()
-        for s in sites
-    }
-    wanted = separate(family, merged)
-    wanted[in_file] = (
-        tensors[in_file].double() + dense_delta(gate.spec, gate.A, gate.B)
-    ).bfloat16()
+    named = {s.spec.name.rpartition(".")[2]: s for s in (*sites, gate)}
+    full = {n: dense_delta(s.spec, s.A, s.B) for n, s in named.items()}
+    wanted = separate(family, {n: (t.double() + full[n]).bfloat16() for n, t in fused.items()})
+    wanted[in_file] = (tensors[in_file].double() + full["gate"]).bfloat16()
     assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set(wanted))
 
 
@@ -280,9 +274,8 @@ def test_per_expert_adapter_on_a_stacked_file(tmp_path, family):
     ]
     merge(base, [adapter(*sites)], tmp_path / "out")
     wanted = {n: t.double() for n, t in tensors.items()}
-    for s, rows in zip(
-        sites, ((1, slice(0, I)), (2, slice(I, 2 * I)), (2, slice(0, H))), strict=True
-    ):
+    places = ((1, slice(0, I)), (2, slice(I, 2 * I)), (2, slice(0, H)))
+    for s, rows in zip(sites, places, strict=True):
         name = "down_proj" if s is sites[2] else "gate_up_proj"
         wanted[f"model.layers.0.mlp.experts.{name}"][rows] += dense_delta(s.spec, s.A, s.B)
     wanted = {n: t.bfloat16() for n, t in wanted.items()}

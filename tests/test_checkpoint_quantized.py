@@ -289,15 +289,17 @@ DAMAGE = {
 
 
 @quiet
-def test_the_command_dequantizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [["--dequantize", "bfloat16"], ["--requantize"]])
+def test_the_command_dequantizes_or_quantizes_again(how: list[str], tmp_path: Path) -> None:
     net = bitsandbytes("nf4")
     base = stored(net, tmp_path / "base")
     fill(li.inject(net, {"rank": 2, "targets": ["0"]}))
     path, out = li.save_adapter(net, tmp_path / "adapter"), tmp_path / "out"
-    arguments = [str(base), str(path), "--output", str(out), "--dequantize", "bfloat16"]
+    arguments = [str(base), str(path), "--output", str(out), *how]
     result = CliRunner().invoke(app, ["merge", *arguments, "--verify"])
     assert result.exit_code == 0, result.output
-    assert {t.dtype for k, t in load_checkpoint(out).items() if "weight" in k} == {torch.bfloat16}
+    due = {torch.bfloat16} if len(how) > 1 else {torch.uint8}
+    assert {t.dtype for k, t in load_checkpoint(out).items() if k.endswith("weight")} == due
 
 
 @quiet

@@ -11,6 +11,7 @@ from helpers.checkpoints import (
     LLAMA,
     adapter,
     assert_merged,
+    assert_verified,
     llama_adapter,
     llama_tensors,
     load_checkpoint,
@@ -23,13 +24,10 @@ import lora_inject as li
 from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import (
     Checkpoint,
-    MergeOptions,
     WeightedAdapter,
     extract_adapter,
-    merge_checkpoint,
     plan_merge,
     read_weighted,
-    verify_checkpoint,
 )
 from lora_inject.errors import CheckpointError
 
@@ -90,12 +88,11 @@ def test_an_end_of_a_tie_asks_for_the_class_or_for_the_user(tied, no_transformer
     state = on_embedding() if end == "embedding" else adapter(site("lm_head", (32, 16)))
     with pytest.raises(CheckpointError, match=r"transformers is not installed.*--(tie|rename)"):
         plan_merge(base, [state])
-    options = MergeOptions(tie={HEAD: EMBEDDING})
-    merge_checkpoint(base, [state], out, options=options)
+    merge(base, [state], out, tie={HEAD: EMBEDDING})
     both = {**tensors, HEAD: tensors[EMBEDDING].clone()}
     assert_merged(out, both, state)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
-    assert verify_checkpoint(base, [state], out, options=options).problems == ()
+    assert_verified(base, [state], out, tie={HEAD: EMBEDDING})
 
 
 def test_the_class_that_cannot_be_built_is_named(tied):

@@ -172,6 +172,6 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fi
     entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
     quantized = why_not(checkpoint, [entry.name for entry in entries])
     odd = [f"'{e.name}' is stored as {e.dtype}" for e in entries if e.dtype not in FLOATS]
-    for found in [quantized.found] if quantized is not None else odd:
+    for found in [quantized[0]] if quantized is not None else odd:
         raise CheckpointError(asked, found, "Give the 16-bit checkpoint instead")
     return fit

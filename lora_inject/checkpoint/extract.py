@@ -235,26 +235,13 @@ class _Taking:
         """Decompose one tensor; a stack of matrices matrix by matrix, to one rank."""
         shape = tuple(difference.shape)
         stacked = len(shape) == 3 and not name.endswith(".weight")
-        rows, cols = matrix_of(shape[1:] if stacked else shape)
-        matrices = difference.reshape(-1, rows, cols)
+        matrices = difference.reshape(-1, *matrix_of(shape[1:] if stacked else shape))
         found = [decompose(matrix, self.rank, self.energy) for matrix in matrices]
-        common = max(len(d.S) for d in found)
-        kind = "parameter" if not name.endswith(".weight") else self._kind(name, shape)
-        transposed = kind in {"conv1d", "embedding"}
-        halves = [_halves(d, common, transposed) for d in found]
-        A, B = (torch.stack(side) if stacked else side[0] for side in zip(*halves, strict=True))
-        spec = SiteSpec(
-            name=name if kind == "parameter" else name.removesuffix(".weight"),
-            kind=kind,
-            in_features=rows if transposed else cols,
-            out_features=cols if transposed else rows,
-            weight_shape=shape,
-            rank=common,
-            alpha=float(common),
-            transposed=transposed,
-            experts=len(matrices) if stacked else None,
-            weight=name,
+        spec = self._spec(
+            name, shape, max(len(d.S) for d in found), len(found) if stacked else None
         )
+        halves = [_halves(d, spec.rank, spec.transposed) for d in found]
+        A, B = (torch.stack(side) if stacked else side[0] for side in zip(*halves, strict=True))
         total = sum(d.total for d in found)
         held = sum(d.energy * d.total for d in found) / total if total else 1.0
         return SiteState(spec, A, B), held, all(d.exact for d in found)
@@ -269,29 +256,30 @@ class _Taking:
             if any(module is known for known in modules):
                 continue  # one layer of several names
             modules.append(module)
-            kind, A, B, spec = self._kind(other, site.spec.weight_shape), site.A, site.B, site.spec
-            transposed = kind in {"conv1d", "embedding"}
-            if transposed != spec.transposed:
+            spec = self._spec(other, site.spec.weight_shape, site.spec.rank)
+            A, B = site.A, site.B
+            if spec.transposed != site.spec.transposed:
                 A, B = B.T.contiguous(), A.T.contiguous()
-            spec = replace(
-                spec,
-                name=other.removesuffix(".weight"),
-                weight=other,
-                kind=kind,
-                in_features=A.shape[1],
-                out_features=B.shape[0],
-                transposed=transposed,
-            )
             yield SiteState(spec, A, B)
 
-    def _kind(self, name: str, shape: tuple[int, ...]) -> str:
-        """Return the kind of layer that holds a weight, as the class says; else linear."""
-        if len(shape) > 2:
-            return "conv"
-        module = self.of.module_of(name) if self.of.known else None
-        if isinstance(module, torch.nn.Embedding):
-            return "embedding"
-        return "conv1d" if module is not None and self.of.transposed(name) else "linear"
+    def _spec(
+        self, weight: str, shape: tuple[int, ...], rank: int, experts: int | None = None
+    ) -> SiteSpec:
+        """Return the site of a weight, of the kind of layer that the class says; else linear."""
+        matrix = self.of.known and len(shape) == 2
+        if not weight.endswith(".weight"):
+            kind = "parameter"
+        elif len(shape) > 2:
+            kind = "conv"
+        elif matrix and isinstance(self.of.module_of(weight), torch.nn.Embedding):
+            kind = "embedding"
+        else:
+            kind = "conv1d" if matrix and self.of.transposed(weight) else "linear"
+        transposed = kind in {"conv1d", "embedding"}
+        n_out, n_in = matrix_of(shape if experts is None else shape[1:])[:: -1 if transposed else 1]
+        name = weight.removesuffix(".weight")
+        spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(rank), weight=weight)
+        return replace(spec, transposed=transposed, experts=experts)
 
 
 def _halves(found: Decomposed, rank: int, transposed: bool) -> tuple[Tensor, Tensor]:

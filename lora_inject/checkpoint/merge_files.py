@@ -214,12 +214,8 @@ class _LostError(CheckpointError):
 def _identity(plan: MergePlan) -> dict[str, Any]:
     """Return what a rerun must agree with."""
     base = {
-        shard.name: {
-            "bytes": shard.header.size_bytes,
-            "mtime_ns": shard.mtime_ns,
-            "header": shard.header.digest,
-        }
-        for shard in plan.base.shards.values()
+        s.name: {"bytes": s.header.size_bytes, "mtime_ns": s.mtime_ns, "header": s.header.digest}
+        for s in plan.base.shards.values()
     }
     return {
         "tool": f"lora_inject {__version__}",

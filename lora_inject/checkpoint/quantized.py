@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.packed import Float8, FourBit, Int8, Mxfp4, Packed
@@ -37,13 +37,6 @@ _KNOWN = ("bitsandbytes", "fp8 with block", "MXFP4")  # what `unpacked` can read
 _ROLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES)  # of 4 bits
 
 
-class Quantized(NamedTuple):
-    """Why a weight takes no update: the fact, and what to do."""
-
-    found: str
-    remedy: str
-
-
 def method_of(checkpoint: Checkpoint, name: str) -> str | None:
     """Return how one weight is quantized, None where it is a plain float tensor or absent."""
     tensors, module = checkpoint.tensors, name.removesuffix(".weight")
@@ -58,17 +51,17 @@ def method_of(checkpoint: Checkpoint, name: str) -> str | None:
     return f"packed integers ({dtype})" if dtype in _INTEGER else None
 
 
-def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> Quantized | None:
-    """Return why some weights take no update, None where none of them is quantized."""
+def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, str] | None:
+    """Return why some weights take no update and what to do; None if none of them is quantized."""
     for name in names:
         if method := method_of(checkpoint, name):
             remedy = (
-                "Merge into the 16-bit checkpoint that it was made from, then quantize the result"
+                "Merge into the 16-bit checkpoint that it was made from and quantize the result"
             )
             if method.startswith(_KNOWN):
                 remedy += ", or write the merged one in 16 bits (--dequantize bfloat16)"
                 remedy += "" if method == "MXFP4" else " or in its own format (--requantize)"
-            return Quantized(f"'{name}' is quantized: {method}", remedy)
+            return f"'{name}' is quantized: {method}", remedy
     return None
 
 

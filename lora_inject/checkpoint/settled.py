@@ -33,6 +33,7 @@ class Settled:
 
     def __post_init__(self) -> None:
         """Run the steps in order: later steps see the jobs of earlier ones."""
+        self.checkpoint = self.of.checkpoint
         config = dict(self.checkpoint.config)
         self._tables = [config, *(value for value in config.values() if isinstance(value, dict))]
         self._dequantize()
@@ -41,11 +42,6 @@ class Settled:
         for job in self.jobs.values():
             _check(self.checkpoint, job)
         self._grow_vocabulary()
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The base."""
-        return self.of.checkpoint
 
     def _add(self, name: str, source: str, reason: str = "") -> TensorJob:
         entry = self.checkpoint.tensors[source]
