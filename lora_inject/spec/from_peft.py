@@ -167,7 +167,7 @@ def translated(
         "train": train,
         "exclude": exclude,
         "tokens": _tokens(lora.trainable_token_indices, inventory, asked),
-        "targets": _Rules(lora, inventory, asked, exclude, saved).rules(),
+        "targets": _Rules(lora, inventory, asked).rules(exclude, saved),
     }
 
 
@@ -368,30 +368,21 @@ _ALL = _Pattern("all-linear")
 class _Rules:
     """The rules of a LoraConfig, with the names of a model or without."""
 
-    def __init__(
-        self,
-        lora: _Lora,
-        inventory: Inventory | None,
-        asked: str,
-        exclude: Iterable[str],
-        saved: Iterable[str],
-    ) -> None:
+    def __init__(self, lora: _Lora, inventory: Inventory | None, asked: str) -> None:
         self.lora, self.inventory, self.asked = lora, inventory, asked
-        self.tables: dict[str, dict[str, Any]] = {
-            "rank": lora.rank_pattern,
-            "alpha": lora.alpha_pattern,
-        }
+        self.tables = dict[str, dict[str, Any]](rank=lora.rank_pattern, alpha=lora.alpha_pattern)
         self.keys = {key: _Pattern.of_key(key) for table in self.tables.values() for key in table}
         given = lora.layers_to_transform
         self.layers = [given] if isinstance(given, int) else given
         self.targets = self._targets()
         self.kinds: dict[str, str] = {}
         self.left: dict[str, None] = {}  # names that no rule has taken
-        if inventory is not None:
-            self._look(inventory, exclude, saved)
 
-    def rules(self) -> list[dict[str, Any]]:
-        """Return the rules in order."""
+    def rules(self, exclude: Iterable[str], saved: Iterable[str]) -> list[dict[str, Any]]:
+        """Return the rules in order; the patterns are of names that are not targeted."""
+        if self.inventory is not None:
+            self._look(self.inventory, exclude, saved)
+            self._check_left()
         found: list[dict[str, Any]] = []
         for keys in self._combinations():
             values = {name: self.tables[name][key] for name, key in keys.items()}
@@ -480,7 +471,10 @@ class _Rules:
     def _look(self, inventory: Inventory, exclude: Iterable[str], saved: Iterable[str]) -> None:
         """Find the names that may be targeted, and refuse those that PEFT treats differently."""
         self.kinds = self._known(inventory)
-        targeted = self._targeted()
+        targeted: dict[str, bool] = {}  # name to whether it is targeted as a parameter
+        for target in self.targets:
+            for name in self._matched(target):
+                targeted[name] = targeted.get(name, False) or target.parameter
         tied = {name for c in inventory.candidates if c.tied for name in (c.name, *c.aliases)}
         if self.lora.ensure_weight_tying and (both := tied.intersection(targeted)):
             found = f"'{min(both)}' is tied, and adapters here are not shared between tied layers"
@@ -489,56 +483,44 @@ class _Rules:
         gone = {name for regex in exclude for name in self._matching(regex, others)}
         kept = Below(name for regex in saved for name in self._matching(regex, others))
         below = Below(gone)
-        asked_for = [target.regex for target in self.targets if target.parameter]
-        parameters = {n for regex in asked_for for n in self._matching(regex, self.kinds)}
-        for name in targeted:
-            if name not in parameters and (name in kept or name in gone):
+        for name, as_parameter in targeted.items():
+            if not as_parameter and (name in kept or name in gone):
                 continue
             if name in below:
                 found = f"PEFT adapts '{name}', below a module that is excluded; here it would not"
                 remedy = "Exclude by a regex for full names, such as '.*vision_tower.*'"
                 raise _error(self.asked, "exclude_modules", found, remedy)
             self.left[name] = None
+
+    def _known(self, inventory: Inventory) -> dict[str, str]:
+        """Return name to kind of everything that may be targeted."""
+        names, everything = dict[str, str](), _ALL in self.targets
+        for c in inventory.candidates:
+            if not everything or c.kind == "parameter" or _is_linear(c, inventory):
+                names |= dict.fromkeys((c.name, *c.aliases), c.kind)
+            if not everything and c.kind != "parameter":
+                names[canonical(c.weight)] = "parameter"
+        return names
+
+    def _matched(self, target: _Pattern) -> list[str]:
+        if target is _ALL:
+            return [name for name, kind in self.kinds.items() if kind in _LINEAR]
+        return self._matching(target.regex, self.kinds)
+
+    def _check_left(self) -> None:
+        """Refuse keys of no targeted name, and names of which PEFT finds another layer number."""
         for table, keys in self.tables.items():
             for key in keys:
                 if not self._matching(key, self.left):
                     found = f"the key {key!r} matches none of the targeted modules"
                     raise _error(self.asked, f"{table}_pattern", found, "Remove it, or correct it")
-        if self.layers and not self.lora.layers_pattern:
-            self._check_layers()
-
-    def _known(self, inventory: Inventory) -> dict[str, str]:
-        """Return name to kind of everything that may be targeted."""
-        names: dict[str, str] = {}
-        for c in inventory.candidates:
-            if _ALL not in self.targets:
-                names |= dict.fromkeys((c.name, *c.aliases), c.kind)
-                if c.kind != "parameter":
-                    names[canonical(c.weight)] = "parameter"
-            elif c.kind == "parameter" or _is_linear(c, inventory):
-                names |= dict.fromkeys((c.name, *c.aliases), c.kind)
-        return names
-
-    def _targeted(self) -> list[str]:
-        found: dict[str, None] = {}
-        for target in self.targets:
-            if target is _ALL:
-                names = [name for name, kind in self.kinds.items() if kind in _LINEAR]
-            else:
-                names = self._matching(target.regex, self.kinds)
-            found |= dict.fromkeys(names)
-        return list(found)
-
-    def _check_layers(self) -> None:
-        """Refuse names in which PEFT finds another layer number than a rule here does."""
-        for name in self.left:
-            found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-            theirs = int(found[1]) if found else None
-            ours = first_number(name)
+        for name in self.left if self.layers and not self.lora.layers_pattern else ():
+            number = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+            theirs, ours = int(number[1]) if number else None, first_number(name)
             if theirs != ours and {theirs, ours} & set(self.layers):
-                text = f"for PEFT the layer of '{name}' is {theirs}, for a rule here {ours}"
+                found = f"for PEFT the layer of '{name}' is {theirs}, for a rule here {ours}"
                 remedy = "Give layers_pattern, such as 'layers'"
-                raise _error(self.asked, "layers_to_transform", text, remedy)
+                raise _error(self.asked, "layers_to_transform", found, remedy)
 
 
 def _in_layers(regex: str, names: str | Iterable[str], layers: Iterable[int]) -> str:
