@@ -64,9 +64,8 @@ def test_every_field_of_the_schema_is_read() -> None:
     assert config.targets[2] == Rule(
         match=r"experts\.up", layout="in_out", kind="parameter", layers="16-31"
     )
-    assert config.targets[3] == Rule(
-        match="Wq", layout=Axes(in_=[0], out=[1, 2]), layers=[0, "4-7"]
-    )
+    axes = Axes(in_=[0], out=[1, 2])
+    assert config.targets[3] == Rule(match="Wq", layout=axes, layers=[0, "4-7"])
     assert config.expect == Expect(sites=24, lora=294912, trainable=887811)
     assert config.targets[1].slices == (("q", 768), ("k", 64), ("v", 64))
     assert config.targets[1].slice_names == ("q", "k", "v")

@@ -72,5 +72,12 @@ def test_a_line_for_another_program_can_be_planned(llama, right):
     assert getattr(plan.config, key) == getattr(li.Config.from_dict({**OURS, **line}), key)
 
 
+def test_the_whole_config_of_the_page_can_be_planned(llama):
+    [block] = re.findall(r"```yaml\n(.*?)```", (DOCS / "from-others.md").read_text(), re.DOTALL)
+    plan = li.plan(llama, li.Config.from_text(block))
+    assert [t.name for t in plan.trained] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert plan.n_sites == 14
+
+
 def test_all_tables_are_found():
     assert (len(OPTIONS), len(OTHERS)) > (40, 35)

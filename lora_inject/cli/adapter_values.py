@@ -70,7 +70,7 @@ def truncate(
 
     [state] = reading.read([adapter], on_disk=True)
     made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
-    if cuts and not listing.as_json:
+    if not listing.as_json:
         cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
         rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
         show.print_rows(rows, everything=listing.everything)
@@ -140,13 +140,12 @@ def _write(
 
 
 def _print_difference(found: Difference, *, everything: bool) -> None:
-    if found.sites:
-        heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
-        cells = tuple(
-            (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
-            for name, site in found.sites.items()
-        )
-        show.print_rows(Rows(heads, cells), everything=everything)
+    heads = ("site", "ranks", "|one|", "|two|", "|one - two|", "cosine")
+    cells = tuple(
+        (name, "{} and {}".format(*site.ranks), *site.norms, site.distance, site.cosine)
+        for name, site in found.sites.items()
+    )
+    show.print_rows(Rows(heads, cells), everything=everything)
     for name, distance in found.trained.items():
         where = "in only one of them" if distance is None else f"|one - two| = {distance:.3g}"
         show.say(f"trained {name}: {where}")

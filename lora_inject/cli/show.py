@@ -67,8 +67,10 @@ def say_words(text: str) -> None:
 
 
 def say_list(head: str, names: Iterable[str], *, everything: bool) -> None:
-    """Print names in lines that fit, no name broken, the first few unless all are asked for."""
+    """Print names, if any, in lines that fit, no name broken; a few unless all are asked for."""
     shown = [printable(name) for name in names]
+    if not shown:
+        return
     if not everything and len(shown) > MOST_NAMES:
         shown[MOST_NAMES:] = [f"and {len(shown) - MOST_NAMES:,} more (--all)"]
     line = head
@@ -126,10 +128,12 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_rows(rows: Rows, *, everything: bool = False, joined: str = "") -> None:
-    """Print a table of sites, grouped by kind unless `everything`.
+    """Print a table of sites, grouped by kind unless `everything`; without rows nothing.
 
     `joined` is the note on how figures of several sites are summarized.
     """
+    if not rows.cells:
+        return
     found = rows if everything else rows.by_kind()
     n_left = 1 + sum(isinstance(cell, str) for cell in found.cells[0][1:])
     shown = [[printable(cell) for cell in row] for row in (found.heads, *found.text())]
@@ -184,9 +188,7 @@ def print_inspection(found: Inspection, *, everything: bool) -> None:
         say()
     bad = {site.spec.name: site.n_nonfinite for site in found.sites if site.n_nonfinite}
     bad |= {name: tensor.n_nonfinite for name, (_, tensor) in tensors.items() if tensor.n_nonfinite}
-    if bad:
-        names = [f"{name} ({n:,})" for name, n in bad.items()]
-        say_list("NaN or Inf in", names, everything=everything)
+    say_list("NaN or Inf in", (f"{k} ({n:,})" for k, n in bad.items()), everything=everything)
     say_words(_inspection_totals(found))
 
 
@@ -236,8 +238,7 @@ def print_analysis(found: Analysis, compared: Comparison | None, *, everything: 
         say("Numbers of several blocks are medians; --all lists each block.")
     if compared is not None:
         for which, names in (("first", compared.only_first), ("second", compared.only_second)):
-            if names:
-                say_list(f"only in the {which}:", templates(names), everything=everything)
+            say_list(f"only in the {which}:", templates(names), everything=everything)
     for finding in findings(found):
         say_words(f"{finding.code}: {finding.text}")
         head = f"  {len(finding.names):,}:"
@@ -254,8 +255,7 @@ def print_analysis(found: Analysis, compared: Comparison | None, *, everything: 
 def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int, *, everything: bool) -> None:
     """Print what a merge would do, and whether the disk of `where` has room for it."""
     cells = tuple((job.name, job.action, job.dtype, sides(job.shape)) for job in plan.jobs)
-    if cells:
-        print_rows(Rows(("tensor", "action", "dtype", "shape"), cells), everything=everything)
+    print_rows(Rows(("tensor", "action", "dtype", "shape"), cells), everything=everything)
     for adapter, (_, rule) in zip(plan.adapters, plan.rules, strict=True):
         n_sites = len(adapter.state.sites)
         say_words(f"{adapter.label} x {adapter.weight:g}: {count(n_sites, 'site')}, {rule}")
@@ -274,20 +274,17 @@ def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int, *, everythin
 
 def print_merge(report: MergeReport, *, everything: bool) -> None:
     """Print what a merge left of each delta, the worst of each kind, and the totals."""
-    measured = report.counted
-    if measured:
-        heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
-        cells = tuple((t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in measured)
-        rows = Rows(heads, cells, {"kept": min, "error": max})
-        joined = "Of several: the median |D|/|W| and the worst of the others; --all lists each."
-        print_rows(rows, everything=everything, joined=joined)
+    heads = ("tensor", "action", "dtype", "|D|/|W|", "kept", "error")
+    cells = tuple((t.name, t.action, t.dtype, t.relative, t.kept, t.error) for t in report.counted)
+    joined = "Of several: the median |D|/|W| and the worst of the others; --all lists each."
+    rows = Rows(heads, cells, {"kept": min, "error": max})
+    print_rows(rows, everything=everything, joined=joined)
     for text in report.notes:
         say_words(f"note: {text}")
     if report.resumed:
         say(f"resumed: {count(len(report.resumed), 'file')} finished earlier")
-    if report.lost:
-        head = f"lost more than allowed in {len(report.lost):,}:"
-        say_list(head, report.lost, everything=everything)
+    head = f"lost more than allowed in {len(report.lost):,}:"
+    say_list(head, report.lost, everything=everything)
     say_words(_merge_totals(report))
     if report.warning:
         note(f"warning: {report.warning}")
@@ -322,14 +319,11 @@ def print_extraction(report: ExtractReport, written: Path, *, everything: bool) 
     """Print what of the difference the adapter holds, and what was left behind."""
     low = [tensor for tensor in report.tensors if tensor.kept == "low rank"]
     low.sort(key=lambda tensor: tensor.energy or 0.0)
-    if low:
-        heads = ("tensor", "rank", "|D|/|W|", "energy")
-        cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
-        rows = Rows(heads, cells, {"rank": max, "energy": min})
-        joined = "Of several: the largest rank, median |D|/|W|, least energy; --all lists each."
-        print_rows(rows, everything=everything, joined=joined)
-    if report.left:
-        say_list("left behind:", report.left, everything=everything)
+    cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)
+    joined = "Of several: the largest rank, median |D|/|W|, least energy; --all lists each."
+    rows = Rows(("tensor", "rank", "|D|/|W|", "energy"), cells, {"rank": max, "energy": min})
+    print_rows(rows, everything=everything, joined=joined)
+    say_list("left behind:", report.left, everything=everything)
     n_full = sum(tensor.kept == "in full" for tensor in report.tensors)
     say_words(
         f"wrote {written}: {count(report.n_sites, 'site')}, {count(n_full, 'tensor')} in full; "
