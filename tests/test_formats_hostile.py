@@ -86,8 +86,8 @@ def test_alpha_in_the_config_differs_from_the_metadata(ours: Path) -> None:
         read_adapter(ours)
     message = str(caught.value)
     assert "'h.0.fc'" in message
-    assert "adapter_config.json says alpha 64 (scale 32)" in message
-    assert "metadata of adapter_model.safetensors says alpha 4 (scale 2)" in message
+    assert "adapter_config.json says rank 2 and alpha 64 (scale 32)" in message
+    assert "metadata of adapter_model.safetensors says rank 2 and alpha 4 (scale 2)" in message
     assert 'prefer="metadata"' in message
     assert 'prefer="config"' in message
     assert read_adapter(ours, prefer="metadata").sites["h.0.fc"].scale == 2.0

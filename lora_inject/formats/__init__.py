@@ -154,7 +154,7 @@ def write_adapter(
     check_path("write adapter", path)
     check_type(asked, state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
     row = _row(format, asked)
-    _check_options(row.write, options, format, asked)
+    _check_options(row.write, options, f"{asked} as '{format}'")
     return row.write(state, Path(path), **options)
 
 
@@ -189,7 +189,7 @@ def read_adapter(
     row = _row(format, asked)
     if "on_disk" not in inspect.signature(row.read).parameters:
         options.pop("on_disk", None)  # it saves memory, and changes nothing that is read
-    _check_options(row.read, options, format, asked)
+    _check_options(row.read, options, f"{asked} as '{format}'")
     return row.read(place, **options)
 
 
@@ -217,8 +217,11 @@ def taken_by(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[s
         >>> taken_by(loralib.read, {"alpha": 8, "tensor_names": ()})
         {'alpha': 8}
     """
-    known = _options_of(function)
-    return {name: value for name, value in offered.items() if known is None or name in known}
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(offered)
+    own = _own_options(function)
+    return {name: value for name, value in offered.items() if name in own}
 
 
 def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
@@ -231,26 +234,18 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
     return losses(state, _row(format, f"convert to '{format}'").keeps)
 
 
-def _options_of(function: Callable[..., Any]) -> list[str] | None:
-    """Return the names of a format's own options; None if it takes any."""
+def _own_options(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
-def _check_options(
-    function: Callable[..., Any], options: Mapping[str, Any], name: str, asked: str
-) -> None:
+def _check_options(function: Callable[..., Any], options: Mapping[str, Any], asked: str) -> None:
     """Refuse options that a format does not have."""
-    known = _options_of(function)
-    for option in options:
-        if known is not None and option not in known:
-            raise FormatError(
-                asked,
-                f"{option!r} is not an option of the format '{name}'",
-                f"Its options: {', '.join(known)}",
-            )
+    for option in options.keys() - taken_by(function, options).keys():
+        own = ", ".join(_own_options(function))
+        raise FormatError(
+            asked, f"{option!r} is not an option of this format", f"Its options: {own}"
+        )
 
 
 def _row(name: str, asked: str) -> Format:

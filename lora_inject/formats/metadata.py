@@ -220,25 +220,24 @@ def _to_json(value: Any) -> str:
         ) from error
 
 
-def _fingerprint_to_plain(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
+def _fingerprint_to_plain(mark: Fingerprint | None) -> dict[str, Any] | None:
     """Return a fingerprint with its samples as base64 of little-endian float32.
 
     As numbers they would be two thirds of a header, and take most of the time to parse it.
     """
-    if fingerprint is None:
+    if mark is None:
         return None
     samples = {}
-    for name, values in fingerprint.samples.items():
+    for name, values in mark.samples.items():
         try:
             samples[name] = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
         except (OverflowError, struct.error) as error:
             raise FormatError(
                 f"write adapter: its fingerprint of {name!r}",
                 f"a sample is not a float32 ({error})",
-                "Take it with lora_inject.adapter.fingerprint.samples",
+                "Take it with lora_inject.adapter.fingerprint.sample",
             ) from error
-    shapes, quantized = dict(fingerprint.shapes), dict(fingerprint.quantized)
-    return {"shapes": shapes, "samples": samples, "quantized": quantized}
+    return {"shapes": {**mark.shapes}, "samples": samples, "quantized": {**mark.quantized}}
 
 
 def _fingerprint(plain: Mapping[str, Any] | None, where: str) -> Fingerprint | None:

@@ -239,18 +239,14 @@ def _check_agreement(said: words.Described, claims: Claims, asked: str) -> None:
     for name, spec in said.specs.items():
         derived = name in said.derived
         rank, (claimed, alpha) = file_rank(spec, derived=derived), numbers[called[name]]
-        scale, due = claims.scale(alpha, rank), spec.scale
-        if claimed not in (None, rank):
-            config, header = f"rank {claimed}", f"rank {rank}"
-        elif not math.isclose(scale, due, rel_tol=1e-6):
-            meant = file_alpha(spec, derived=derived, rslora=claims.use_rslora)
-            config = f"alpha {alpha:g} (scale {scale:g})"
-            header = f"alpha {meant:g} (scale {due:g})"
-        else:
+        scale = claims.scale(alpha, claimed or rank)
+        if claimed in (None, rank) and math.isclose(scale, spec.scale, rel_tol=1e-6):
             continue
+        due = file_alpha(spec, derived=derived, rslora=claims.use_rslora)
         raise FormatError(
             f"{asked}, site '{name}'",
-            f"{CONFIG} says {config}, the metadata of {MODEL} says {header}",
+            f"{CONFIG} says rank {claimed or rank} and alpha {alpha:g} (scale {scale:g}), the "
+            f"metadata of {MODEL} says rank {rank} and alpha {due:g} (scale {spec.scale:g})",
             'Decide which is right: prefer="metadata" is what was saved, prefer="config" what was '
             "edited since",
         )

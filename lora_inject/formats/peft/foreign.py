@@ -26,7 +26,7 @@ from lora_inject.formats.checks import check_state, one_line
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.module_fields import ancestors
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
-from lora_inject.formats.plain import check_shapes
+from lora_inject.formats.plain import check_shapes, plain_site
 from lora_inject.spec.names import canonical, joined, leaf, parent
 from lora_inject.spec.sites import SiteSpec
 
@@ -243,28 +243,17 @@ class Foreign:
                 f"its tensors have rank {len(a)}, adapter_config.json says {rank}",
                 "Correct 'r' or 'rank_pattern' there; the scale depends on it",
             )
-        n_in, n_out = a[0].numel(), len(b)
-        kind, shape = "linear", (n_out, n_in)
-        if "of_embedding" in place.found.kinds:
-            kind, shape = "embedding", (n_in, n_out)
-        elif a.ndim > 2:
-            kind, shape = "conv", (n_out, *a.shape[1:])
-        elif self.claims.fan_in_fan_out:
-            kind, shape = "conv1d", (n_in, n_out)
-        return SiteSpec(
-            name=place.name,
-            kind=kind,
-            in_features=n_in,
-            out_features=n_out,
-            weight_shape=shape,
-            rank=len(a),
-            alpha=alpha,
-            transposed=kind in {"embedding", "conv1d"},
+        on_table = "of_embedding" in place.found.kinds
+        spec = plain_site(place.name, a, b, alpha, self.asked, embedding=on_table).spec
+        turned = {"kind": "conv1d", "weight_shape": spec.weight_shape[::-1], "transposed": True}
+        known = turned if self.claims.fan_in_fan_out and spec.kind == "linear" else {}
+        return replace(
+            spec,
             scaling=self.claims.scaling,
             dropout=self.claims.lora_dropout,
             variant="dora" if self.claims.use_dora else "lora",
             lora_bias=self.claims.lora_bias,
-            weight=f"{place.name}.weight",
+            **known,  # type: ignore[arg-type]
         )
 
     def _parameter(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
