@@ -23,6 +23,7 @@ from lora_inject.storage.tensors import read_names, read_tensors
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
+ROWS = f"{P}e.token_adapter.trainable_tokens_delta"
 
 
 @pytest.fixture
@@ -349,7 +350,7 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         "DoRA",
     ),
     "tokens": (
-        {**pair("fc"), f"{P}e.token_adapter.trainable_tokens_delta": torch.ones(2, 2)},
+        {**pair("fc"), ROWS: torch.ones(2, 2)},
         "does not say which rows",
     ),
     "B bias": ({**pair("fc"), f"{P}fc.lora_B.bias": torch.ones(6)}, "bias of lora_B"),
@@ -366,6 +367,21 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         {f"{P}c.lora_A.weight": torch.ones(4, 4, 3), f"{P}c.lora_B.weight": torch.ones(6, 2, 1)},
         "grouped convolutions",
     ),
+    "rows twice": (
+        {
+            f"e.token_adapter.trainable_tokens_delta{end}": torch.ones(2, 2)
+            for end in ("", ".default")
+        },
+        "a second time",
+    ),
+    "attention's output twice": (
+        {**pair("a"), **pair("a.base_layer.out_proj"), **pair("a.out_proj")},
+        "two of its pairs are of one site",
+    ),
+    "attention at a stray level": (
+        {**pair("a"), **pair("a.base_layer.out_proj.base_layer")},
+        "are not those of 'a.out_proj'",
+    ),
     "stray level": (
         {
             f"{P}fc.base_layer.{n}.weight": t
@@ -379,7 +395,8 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 @pytest.mark.parametrize("case", KEYS)
 def test_foreign_keys_are_strict(case: str, tmp_path: Path) -> None:
     tensors, words = KEYS[case]
-    write_foreign(tmp_path, tensors)
+    version = "0.21.2" if case.startswith("attention") else None
+    write_foreign(tmp_path, tensors, peft_version=version)
     with pytest.raises(FormatError, match=words):
         read_adapter(tmp_path)
 

@@ -79,11 +79,12 @@ class Foreign:
 
     def read(self, tensors: Mapping[str, Tensor]) -> AdapterState:
         """Return the adapter of a file's tensors, without a config and a fingerprint."""
-        paths, rest = self._sorted(tensors)
-        rows = {path: of.tensors["rows"] for path, of in paths.items() if "rows" in of.tensors}
-        places = [*self._places({path: of for path, of in paths.items() if path not in rows})]
+        paths, rows, rest = self._sorted(tensors)
+        places = [*self._places(paths)]
         numbers = self.claims.numbers([place.called for place in places])
         sites = {place.name: self._site(place, *numbers[place.called]) for place in places}
+        if len(sites) < len(places):
+            raise self._error("", "two of its pairs are of one site")
         trained, copies = self._full_tensors(rest, sites)
         indices = {f"{path}.weight": self._indices(path, found) for path, found in rows.items()}
         if self.claims.trainable_token_indices and not rows:
@@ -97,27 +98,34 @@ class Foreign:
 
     # Names ------------------------------------------------------------------------------------
 
-    def _sorted(self, tensors: Mapping[str, Tensor]) -> tuple[dict[str, _Path], dict[str, Tensor]]:
-        """Return the adapter's tensors by path, and the others by key."""
+    def _sorted(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, _Path], dict[str, Tensor], dict[str, Tensor]]:
+        """Return the sites' tensors and the rows of others, by path, and what is left, by key."""
         paths: dict[str, _Path] = {}
+        rows: dict[str, Tensor] = {}
         rest: dict[str, Tensor] = {}
         for key, tensor in self._without_prefix(tensors).items():
             match = _KEY.fullmatch(key)
             if match is None:
                 rest[key] = tensor
                 continue
-            kind, path = str(match.lastgroup), paths.setdefault(match[1], _Path())
-            role = match[kind] if kind != "rows" else kind
-            path.kinds |= {kind} & {"of_layer", "of_embedding", "rows"}
-            if role in path.tensors or len(path.kinds) > 1:
+            kind, twice = str(match.lastgroup), match[1] in rows
+            if kind == "rows":
+                rows[match[1]] = tensor
+            else:
+                path = paths.setdefault(match[1], _Path())
+                path.kinds |= {kind} & {"of_layer", "of_embedding"}
+                twice = match[kind] in path.tensors or len(path.kinds) > 1
+                path.tensors[match[kind]] = tensor
+            if twice:
                 found = f"'{key[:200]}' says a second time what its site's pair is"
                 raise self._error("", found)
-            path.tensors[role] = tensor
         for name, path in paths.items():
-            for role in "AB" if "rows" not in path.kinds else "":
+            for role in "AB":
                 if role not in path.tensors:
                     raise self._error(f"site '{name[:200]}'", f"its {role} is missing")
-        return paths, rest
+        return paths, rows, rest
 
     def _without_prefix(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All keys have PEFT's prefix, or none has (transformers and diffusers leave it out)."""
