@@ -146,3 +146,8 @@ def test_a_token_enters_few_functions_of_the_package() -> None:
     with torch.inference_mode():
         net(x)  # what is chosen is looked up once
         assert python_calls(lambda: net[0](x), inside="/lora_inject/") <= 18
+
+
+def test_a_step_of_trials_takes_as_many_launches_for_any_number_of_one_shape() -> None:
+    launches = script("benchmarks.sharing").launches_of_trials
+    assert launches(2) == launches(5) < 300

@@ -82,8 +82,16 @@ DORA = Trial({"rank": 2, "variant": "dora", "targets": ["o_proj", "q_proj"]}, lr
 FOUR = {**LLAMA_TRIALS, "dora": DORA}
 
 
+ALIKE = {
+    f"lr {lr}": Trial({"rank": 2, "targets": ["c_attn", "c_fc"]}, lr=lr, clip=0.1, seed=i)
+    for i, lr in enumerate((1e-3, 3e-3, 1e-2))
+}
+
+
 @pytest.mark.parametrize(
-    ("make", "trials"), [(gpt2, GPT2_TRIALS), (of_llama, FOUR)], ids=["gpt2", "llama"]
+    ("make", "trials"),
+    [(gpt2, GPT2_TRIALS), (of_llama, FOUR), (gpt2, ALIKE)],
+    ids=["gpt2", "llama", "of one shape"],
 )
 @pytest.mark.parametrize("rows", [{}, {"mlp": 3, "qv": 1}], ids=["equal rows", "unequal rows"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])

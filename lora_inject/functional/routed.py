@@ -21,12 +21,13 @@ from torch import Tensor
 from lora_inject.functional import cpu
 from lora_inject.functional.factors import (
     Factors,
-    cast,
     compute_dtype,
     needs_plain_operations,
     spread,
     without_autocast,
 )
+
+Stack = Callable[[tuple[Tensor, ...]], Tensor]
 
 
 def routed_update(
@@ -37,6 +38,7 @@ def routed_update(
     *,
     float32: bool,
     in_place: bool = False,
+    stack: Stack = torch.stack,
 ) -> Tensor:
     """Add to each row of a batch the update of its own adapter.
 
@@ -48,6 +50,7 @@ def routed_update(
         adapters: The updates of each adapter, of any ranks.
         float32: Keep the arithmetic in float32 over a 16-bit base.
         in_place: Whether y may be modified where no gradient is needed: nobody else has it.
+        stack: Stacks the A, or the B, of all adapters, after one of zeros.
 
     Returns:
         `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
@@ -62,7 +65,7 @@ def routed_update(
     """
     with without_autocast(y) or nullcontext():
         dtype = compute_dtype(y.dtype, float32)
-        A_bank, B_bank = _bank(adapters, y.shape[-1], dtype, base=True)
+        A_bank, B_bank = _bank(adapters, y.shape[-1], dtype, base=True, stack=stack)
         x3 = x.reshape(places.shape[0], -1, x.shape[-1])
         y3 = y.reshape(places.shape[0], -1, y.shape[-1])
         x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
@@ -172,7 +175,12 @@ def chosen_rows(chosen: Tensor, numbers: Sequence[int]) -> Tensor:
 
 
 def _bank(
-    adapters: Sequence[Sequence[Factors]], out: int, dtype: torch.dtype, *, base: bool = False
+    adapters: Sequence[Sequence[Factors]],
+    out: int,
+    dtype: torch.dtype,
+    *,
+    base: bool = False,
+    stack: Stack = torch.stack,
 ) -> tuple[Tensor, Tensor]:
     """Stack adapters as A `(n, R, in)` and B `(n, out, R)`, scale and spans included.
 
@@ -186,9 +194,9 @@ def _bank(
     if base:
         A, B = padded[0]
         padded.insert(0, (torch.zeros_like(A), torch.zeros_like(B)))
-    As, Bs = zip(*padded, strict=True)
-    B = torch.stack(Bs)
-    return torch.stack(As), B if scale == 1.0 else B * scale
+    # Cast as a stack: that is one launch for any number of adapters.
+    A, B = (stack(factors).to(dtype) for factors in zip(*padded, strict=True))
+    return A, B if scale == 1.0 else B * scale
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +210,7 @@ def _one_pair(
     """Return `A (R, in)`, `B (out, R)` and a scale, as one plain pair that equals all updates."""
     if len(updates) == 1 and updates[0].spans is None:
         u = updates[0]
-        return cast(u.A, dtype), cast(u.B, dtype), u.scale
+        return u.A, u.B, u.scale
     As = [u.A.to(dtype) for u in updates]
     Bs = [u.B.to(dtype) * u.scale for u in updates]
     wide = [

@@ -40,6 +40,7 @@ class State:
             and its weight.
         draws: Dropout for trials with random numbers of their own: a function of the layer's input
             and the updates by adapter. None: torch's generator.
+        stack: Stacks factors of the rows' adapters, for trials. None: torch's.
         kept: What layers keep for one context: rows as tensors.
     """
 
@@ -52,6 +53,9 @@ class State:
     numbers: tuple[int, ...] = field(default=(), repr=False, compare=False)
     choices: Mapping[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
     draws: Callable[..., Tensor] | None = field(default=None, repr=False, compare=False)
+    stack: Callable[[tuple[Tensor, ...]], Tensor] | None = field(
+        default=None, repr=False, compare=False
+    )
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

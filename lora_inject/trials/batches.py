@@ -15,6 +15,8 @@ from lora_inject.errors import StateError
 
 Forward = Callable[[Any], Any]
 Loss = Callable[[Any, Any], Tensor]
+IGNORED = -100
+"""The label that cross entropy leaves out."""
 
 
 def n_rows(batch: Any, whose: str) -> int:
@@ -125,6 +127,16 @@ def causal_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         outputs: With `logits (rows, tokens, vocabulary)`.
         batch: With `labels (rows, tokens)`; -100 is ignored.
     """
+    return F.cross_entropy(*_next_tokens(outputs, batch))
+
+
+def causal_losses(outputs: Any, batch: Mapping[str, Tensor], n: int) -> Tensor:
+    """Return the causal loss `(n,)` of each of n equal parts of a batch, in one pass."""
+    logits, labels = _next_tokens(outputs, batch)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.view(n, -1).sum(1) / (labels != IGNORED).view(n, -1).sum(1)
+
+
+def _next_tokens(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     logits, labels = outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-    logits = logits.float() if logits.dtype.itemsize < 4 else logits
-    return F.cross_entropy(logits, labels)
+    return logits.float() if logits.dtype.itemsize < 4 else logits, labels

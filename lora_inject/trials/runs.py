@@ -33,6 +33,7 @@ from lora_inject.trials.batches import (
     Forward,
     Loss,
     causal_loss,
+    causal_losses,
     evaluating,
     joined,
     n_rows,
@@ -41,7 +42,7 @@ from lora_inject.trials.batches import (
     plain_forward,
 )
 from lora_inject.trials.draws import Draws, seeded
-from lora_inject.trials.flat import Flat
+from lora_inject.trials.flat import Buffer, Flat, clip, norms
 from lora_inject.trials.trial import Trial
 
 RECENT = 10
@@ -112,8 +113,10 @@ class Trials:
             for name in done:
                 eject(model, name)
             raise
+        parameters = {name: adapter_parameters(model, name) for name in self.trials}
+        self._buffer = Buffer([p for found in parameters.values() for p in found.values()])
         for name, trial in self.trials.items():
-            self._flats[name] = Flat(adapter_parameters(model, name), trial)
+            self._flats[name] = Flat(parameters[name], trial, self._buffer)
         groups = [group for flat in self._flats.values() for group in flat.groups]
         self._optimizer = torch.optim.AdamW(groups, fused=True)
         device = groups[0]["params"][0].device
@@ -148,16 +151,11 @@ class Trials:
             self._check_apart(batches, forward)
             self._apart = True
         found: dict[str, float] = {}
-        for flat in self._flats.values():
-            flat.zero_grad()
+        self._buffer.zero_grad()
         with self._dropping():
             for group in self._groups(batches):
-                losses = self._losses_of(group, forward, loss)
-                found |= self._backward(losses)
-        for name in found.keys() - self.stopped.keys():
-            norm = self._flats[name].clip(self.trials[name].clip)
-            if not math.isfinite(norm):
-                self._stop(name, f"its gradient has the norm {norm} at step {self.n_steps}")
+                found |= self._backward(group, forward, loss)
+        self._clip()
         for name in self.running:
             self._flats[name].set_rate(self.trials[name].factor(self.n_steps))
         self._optimizer.step()
@@ -178,14 +176,31 @@ class Trials:
             for layer in layers:
                 layer.training = False
 
-    def _losses_of(
-        self, batches: Mapping[str, Any], forward: Forward, loss: Loss
-    ) -> dict[str, Tensor]:
-        outputs = self._forward(batches, forward, self._random)
-        return {name: loss(outputs[name], batch) for name, batch in batches.items()}
+    def _clip(self) -> None:
+        """Clip each trial's gradient; stop those whose gradient is not finite."""
+        if not (names := self.running):
+            return
+        found = norms([self._flats[name] for name in names])
+        for name, norm in zip(names, found, strict=True):
+            if not math.isfinite(norm):
+                self._stop(name, f"its gradient has the norm {norm} at step {self.n_steps}")
+        left = {n: norm for n, norm in zip(names, found, strict=True) if n not in self.stopped}
+        clip(
+            [self._flats[n] for n in left], list(left.values()), [self.trials[n].clip for n in left]
+        )
 
-    def _backward(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
-        """Run the backward of the finite losses; stop the trials of the others."""
+    def _backward(
+        self, batches: Mapping[str, Any], forward: Forward, loss: Loss
+    ) -> dict[str, float]:
+        """Run forward and backward of some trials; stop those whose loss is not finite."""
+        parts, outputs, batch = self._forward(batches, forward, self._random)
+        if loss is causal_loss and len({n_rows(one, name) for name, one in batches.items()}) == 1:
+            each = causal_losses(outputs, batch, len(batches))  # as many launches for any number
+            values = each.tolist()
+            if all(map(math.isfinite, values)):
+                each.sum().backward()  # type: ignore[no-untyped-call]
+                return dict(zip(batches, values, strict=True))
+        losses = {name: loss(parts[name], one) for name, one in batches.items()}
         values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
         found = dict(zip(losses, values, strict=True))
         for name, value in found.items():
@@ -198,14 +213,18 @@ class Trials:
 
     def _forward(
         self, batches: Mapping[str, Any], forward: Forward, random: dict[str, Tensor] | None
-    ) -> dict[str, Any]:
-        """Run the base once; without dropout if `random` is None."""
+    ) -> tuple[dict[str, Any], Any, Any]:
+        """Run the base once; without dropout if `random` is None.
+
+        Returns the outputs by trial, all outputs, and the batch of all.
+        """
         rows = {name: n_rows(batch, name) for name, batch in batches.items()}
         each = tuple(name for name, n in rows.items() for _ in range(n))
         draws = _undropped if random is None else Draws(list(rows.items()), random)
-        with within_state(self.model, State(rows=each, draws=draws), "Trials.step"):
-            outputs = forward(joined(batches))
-        return parted(outputs, rows)
+        state, batch = State(rows=each, draws=draws, stack=self._buffer.stack), joined(batches)
+        with within_state(self.model, state, "Trials.step"):
+            outputs = forward(batch)
+        return parted(outputs, rows), outputs, batch
 
     def _by_trial(self, batch: Any) -> dict[str, Any]:
         running = self.running
@@ -242,7 +261,7 @@ class Trials:
         name, *others = batches
         before = torch.get_rng_state()
         with torch.no_grad():
-            plain = self._forward(batches, forward, None)
+            plain, *_ = self._forward(batches, forward, None)
             if not torch.equal(torch.get_rng_state(), before):
                 torch.set_rng_state(before)
                 raise StateError(
@@ -253,7 +272,7 @@ class Trials:
             if not others:
                 return
             with self._flats[name].broken():
-                broken = self._forward(batches, forward, None)
+                broken, *_ = self._forward(batches, forward, None)
         for other in others:
             if not _same(plain[other], broken[other]):
                 raise StateError(
@@ -270,6 +289,7 @@ class Trials:
     def _stop(self, name: str, why: str) -> None:
         self.stopped[name] = why
         self._flats[name].freeze()
+        self._buffer.forget()
 
     # -------------------------------------------------------------------------------- the runs
 
@@ -296,7 +316,7 @@ class Trials:
         found: dict[str, float] = {}
         with evaluating(self.model):
             for group in self._groups(self._by_trial(batch)):
-                outputs = self._forward(group, forward, None)
+                outputs, *_ = self._forward(group, forward, None)
                 found |= {name: loss(outputs[name], one).item() for name, one in group.items()}
         self._held_out |= found
         return found
@@ -326,6 +346,7 @@ class Trials:
         if name not in self.trials:
             raise StateError(f"drop {name!r}", "there is no such trial", f"Known: {self.running}")
         eject(self.model, name)
+        self._buffer.forget()
         flat = self._flats.pop(name)
         self._optimizer.param_groups = [
             group

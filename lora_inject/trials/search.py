@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from statistics import fmean
@@ -340,4 +339,5 @@ def _weights(n: int) -> Tensor:
 
 def _copied(state: AdapterState) -> AdapterState:
     """Return an adapter that shares no memory with the model."""
-    return copy.deepcopy(state)
+    sites = {name: site.mapped(torch.clone) for name, site in state.sites.items()}
+    return replace(state, sites=sites)

@@ -221,7 +221,7 @@ def trials(options: Options) -> Result:
         _trials(result, options, f"{n} trials {label}", base, n, goals)
     for n in (2, 8, 32):
         case = f"{n} trials of one rank"
-        result.add(case, OURS, "launches of a step", _launches_of_trials(n))
+        result.add(case, OURS, "launches of a step", launches_of_trials(n))
     result.notes.append(
         "A trial is one row of its own tokens, adapters of r = 8 on all linear layers, its own "
         "loss and AdamW; whole steps, optimizers included. In turn is as many steps of one "
@@ -264,7 +264,7 @@ def _in_turn(model: Any, ids: Tensor) -> Callable[[], None]:
     return run
 
 
-def _launches_of_trials(n: int) -> float:
+def launches_of_trials(n: int) -> float:
     """Count what a step starts on any device but the CPU, on a tiny model."""
     tiny = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 31}
     model = llama(**tiny, num_attention_heads=2, device="cpu").train()
