@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -55,6 +55,8 @@ class Method:
                     found = "the method keeps all ranks, and rank is given"
                 remedy = "Give rank=1 or more to svd, or to a method with _svd"
                 raise StateError(asked, found, remedy)
+        if density is not None:
+            check_type(f"{asked}, density", density, Real, "Give a share, in (0, 1]")
         wants = self.name not in ("cat", "svd", "linear")
         if wants and (density is None or not 0 < density <= 1):
             found = "density is missing" if density is None else f"density is {density}"
@@ -134,12 +136,9 @@ class Method:
         if method in ("ties", "magnitude_prune"):
             tensors = [_largest(tensor, density) for tensor in tensors]
         elif method.startswith("dare"):
-            tensors = [
-                tensor
-                * kept(tensor.shape, density, f"{self.seed} {like.name} {what} {n}")
-                / density
-                for n, tensor in enumerate(tensors)
-            ]
+            name = f"{self.seed} {like.name} {what}"
+            masks = [kept(t.shape, density, f"{name} {n}") for n, t in enumerate(tensors)]
+            tensors = [t * mask / density for t, mask in zip(tensors, masks, strict=True)]
         stack = torch.stack(list(tensors))
         mix = stack * torch.tensor(weights, dtype=stack.dtype).view(-1, *[1] * tensors[0].ndim)
         if "ties" not in method:

@@ -269,6 +269,7 @@ class AdapterState:
             StateError: No site is such a part, or a width does not fit.
         """
         asked = f"join {name!r}"
+        check_type(f"{asked}, name", name, str, "Give the name of the fused layer")
         _check_sizes(asked, sizes)
         groups: dict[str, dict[str, str]] = {}
         for site in self.sites:
@@ -314,6 +315,8 @@ class AdapterState:
             StateError: No site is such an expert, or they do not fit on one stack.
         """
         asked = f"join_experts {pattern!r}"
+        check_type(f"{asked}, pattern", pattern, str, "Give a regex for the end of a name")
+        check_type(f"{asked}, n", n, Integral, "Give the number of experts")
         stacks: dict[str, dict[int, str]] = {}
         for name in self.sites:
             for found in re.finditer(r"\.(\d+)\.", name):
@@ -476,3 +479,5 @@ def _check_sizes(asked: str, sizes: Mapping[str, int]) -> None:
     check_type(f"{asked}, sizes", sizes, Mapping, remedy)
     for part, width in sizes.items():
         check_type(f"{asked}, the width of {part!r}", width, Integral, remedy)
+        if width < 1:
+            raise StateError(asked, f"the width of {part!r} is {width}", "Give 1 or more")
