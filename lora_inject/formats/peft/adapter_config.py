@@ -193,7 +193,7 @@ class Claims:
     lora_bias: bool = False
     trainable_token_indices: Mapping[str, Sequence[int]] = field(default_factory=dict)
     modules_to_save: Sequence[str] = ()
-    target_modules: Sequence[str] = ()
+    target_modules: frozenset[str] = frozenset()
     target_parameters: Sequence[str] = ()
     peft_version: tuple[int, int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -245,7 +245,7 @@ def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
     targets = config.get("target_modules")  # never a reason to refuse: the tensors say it
     return Claims(
         asked,
-        target_modules=tuple(map(str, targets)) if isinstance(targets, list) else (),
+        target_modules=frozenset(map(str, targets if isinstance(targets, list) else ())),
         peft_version=_version(config.get("peft_version")),
         **said,
     )

@@ -25,6 +25,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_state, one_line
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.module_fields import ancestors
+from lora_inject.formats.peft.number_patterns import ends
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
 from lora_inject.formats.plain import check_shapes, plain_site
 from lora_inject.spec.names import canonical, joined, leaf, parent
@@ -198,7 +199,7 @@ class Foreign:
                 "attention",
                 "Train it again with this package",
             )
-        if known is None and any(_ends(module, target) for target in self.claims.target_modules):
+        if known is None and not self.claims.target_modules.isdisjoint(ends(module)):
             return [module]
         # A target without a module, such as PEFT writes for experts, may be a parameter of any.
         targets = {target: parent(target) for target in self.claims.target_parameters}
@@ -318,14 +319,14 @@ class Foreign:
     def _indices(self, path: str, found: Tensor) -> tuple[int, ...]:
         """The rows of the base that a tensor replaces."""
         claimed = self.claims.trainable_token_indices
-        ends = [rows for end, rows in claimed.items() if not end or _ends(path, end)]
-        if len(ends) != 1 or found.dim() != 2 or len(found) != len(ends[0]):
+        found_rows = [rows for end, rows in claimed.items() if not end or _ends(path, end)]
+        if len(found_rows) != 1 or found.dim() != 2 or len(found) != len(found_rows[0]):
             raise self._error(
                 f"'{path[:200]}.{ROWS}'",
                 "the config does not say which rows it replaces",
                 "Restore 'trainable_token_indices' in adapter_config.json",
             )
-        return tuple(ends[0])
+        return tuple(found_rows[0])
 
     def _full_tensors(
         self, rest: Mapping[str, Tensor], sites: Mapping[str, SiteState]
