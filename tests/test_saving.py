@@ -25,7 +25,7 @@ from conftest import (
     snapshot,
 )
 from helpers.models import IDS, Net
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -381,6 +381,21 @@ def test_an_adapter_of_a_shared_layer_goes_to_each_of_its_names(
     path = save(model, tmp_path, layout)
     for shared in (True, False):
         assert same_bits(li.load_adapter(Twice(shared), path)(x), model(x))
+
+
+def test_on_disk_it_is_merged_into_each_of_its_names_as_well(tmp_path: Path) -> None:
+    """Where the file holds them all; where it holds one, as safetensors leaves them, into that."""
+    targets = ["a", r"blocks\.1\.0"]
+    model, x = fill(li.inject(Twice(), {**CONFIG, "targets": targets})), torch.randn(2, 5)
+    path = save(model, tmp_path, "native")
+    for names in (("a", "b", "blocks"), ("a", "blocks.0")):
+        tensors = {k: t.clone() for k, t in Twice().state_dict().items() if k.startswith(names)}
+        (tmp_path / "base").mkdir(exist_ok=True)
+        save_file(tensors, tmp_path / "base" / "model.safetensors")
+        li.merge_checkpoint(tmp_path / "base", [path], out := tmp_path / str(len(names)))
+        merged = Twice()
+        merged.load_state_dict(load_file(out / "model.safetensors"), strict=False)
+        assert error(merged(x), model(x)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # as of files of its own

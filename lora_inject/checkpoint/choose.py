@@ -126,6 +126,9 @@ class Fit:
         state = adapter.state
         for site in state.sites.values():
             self._place(weight_name(site.spec), self._site, site)
+        for name, site in _under_further_names(state).items():
+            if self.rule(name) in self.checkpoint.tensors.keys() - self.jobs.keys():
+                self._place(name, self._site, site)
         for name, value in state.trained.items():
             if name not in state.rows:
                 self._place(name, self._trained, value)
@@ -213,6 +216,16 @@ class Fit:
             why = f" (could not {error.asked}: {error.found})"
             raise _absent(name, why) from None
         return None if source is None else tensors[source]
+
+
+def _under_further_names(state: AdapterState) -> dict[str, SiteState]:
+    """Return the sites of layers that had several names, by the further names of their weights."""
+    specs = ((site.spec, site) for site in state.sites.values())
+    return {
+        alias + weight_name(spec).removeprefix(spec.name): site
+        for spec, site in specs
+        for alias in spec.aliases
+    }
 
 
 def _fitting(name: str, value: Tensor, entry: TensorEntry | None) -> TensorEntry:
