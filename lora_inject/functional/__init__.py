@@ -6,7 +6,7 @@ with an adapter for each row; `embedding` for looked-up rows; `weight` forms `W'
 reads the weight instead of calling the layer; `fold` adds the delta to rows of W for merging.
 """
 
-from lora_inject.functional.factors import Factors, master_dtype, needs_plain_operations
+from lora_inject.functional.factors import Factors, master_dtype
 from lora_inject.functional.fold import (
     Delta,
     Tally,
@@ -16,17 +16,12 @@ from lora_inject.functional.fold import (
     fold_rows,
     mix_copies,
 )
-from lora_inject.functional.gain import Gain, gained, norms_of, updated_norms
+from lora_inject.functional.gain import Gain, norms_of
 from lora_inject.functional.lazy import LazyWeight, lazy_weight
 from lora_inject.functional.linear import add_updates, linear
-from lora_inject.functional.lookup import embedding, renormalized, routed_embedding
+from lora_inject.functional.lookup import embedding
 from lora_inject.functional.merge_report import MergeReport, TensorReport
-from lora_inject.functional.routed import (
-    chosen_factors,
-    chosen_rows,
-    routed_convolution,
-    routed_update,
-)
+from lora_inject.functional.routed import routed_update
 from lora_inject.functional.weight import dense_delta, effective_weight
 
 __all__ = [
@@ -41,22 +36,14 @@ __all__ = [
     "add_updates",
     "all_finite",
     "block_rows",
-    "chosen_factors",
-    "chosen_rows",
     "dense_delta",
     "effective_weight",
     "embedding",
     "fold_rows",
-    "gained",
     "lazy_weight",
     "linear",
     "master_dtype",
     "mix_copies",
-    "needs_plain_operations",
     "norms_of",
-    "renormalized",
-    "routed_convolution",
-    "routed_embedding",
     "routed_update",
-    "updated_norms",
 ]

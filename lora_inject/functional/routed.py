@@ -109,20 +109,9 @@ def routed_convolution(
     """Add to each row of a convolution's output the update of its own adapter, out of place.
 
     The update is a convolution with A, which has a few channels, and then a product with B. The
-    rows are groups of one convolution, each with the A of its adapter.
-
-    Args:
-        y: `(batch, out, *positions)`, the layer's own output.
-        x: `(batch, in, *size)`.
-        places: `(batch,)`, as in `routed_update`.
-        adapters: The updates of each adapter.
-        convolve: Called with an input, a weight and a number of groups: the layer's convolution
-            with its stride, padding and dilation, without a bias.
-        weight_shape: `(out, in / groups, *kernel)`, of the layer.
-        float32: Keep the arithmetic in float32 over a 16-bit base.
-
-    Returns:
-        `(batch, out, *positions)`, in the dtype of `y`. Rows of the base keep their bits.
+    rows are groups of one convolution, each with the A of its adapter: `convolve` is that of the
+    layer without a bias, of an input, a weight and a number of groups; `weight_shape` is `(out,
+    in / groups, *kernel)`. Rows of the base keep their bits.
     """
     with without_autocast(y) or nullcontext():
         dtype = compute_dtype(y.dtype, float32)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import embedding, gained, renormalized, routed_embedding
+from lora_inject.functional.gain import gained
+from lora_inject.functional.lookup import embedding, renormalized, routed_embedding
 from lora_inject.layers.adapted import Geometry
 from lora_inject.layers.attached import held_by
 from lora_inject.layers.forward_update import ForwardUpdate
@@ -56,48 +57,44 @@ class LoRAEmbedding(ForwardUpdate):
         """Look rows up with the adapters that take part."""
         if not isinstance(self, LoRAEmbedding):  # somebody kept this method; the adapter is gone
             return type(self).forward(self, *args, **kwargs)
-        attached = self._lora
-        ids = self._lora_input(args, kwargs)
-        weight = self._lora_own("weight")
-        state = attached.selection.current()
+        attached, ids = self._lora, self._lora_input(args, kwargs)
+        weight, state = self._lora_own("weight"), attached.selection.current()
         if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
             return self._lora_rows(ids, self._lora_formed(), self.max_norm)
+        float32, gain = attached.float32, None
         if state.routed:
             routing = self._lora_routing(ids, state)
             if not routing.entries:
                 return self._lora_rows(ids, weight, self.max_norm)
             adapters = routing.factors(held_by(self), training=self.training)
             base, rows = self._lora_rows(ids, weight, None), routing.places
-            found = routed_embedding(
-                base, ids, rows, adapters, self.padding_idx, float32=self._lora.float32
-            )
-            gains = self._lora_gains(routing, weight, found.dim()) if attached.gains else None
-            if gains is not None:
-                found = self._lora_gained(found, ids, gains)
-            return self._lora_renorm(found)
-        alone = attached.gained(state) if attached.gains else None
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            updates = self._lora_compiled(weight, state)
+            found = routed_embedding(base, ids, rows, adapters, self.padding_idx, float32=float32)
+            if attached.gains:
+                gain = self._lora_gains(routing, weight, found.dim())
         else:
-            updates = self._lora_updates(state, compiling=False)
-        if not updates:
-            return self._lora_rows(ids, weight, self.max_norm)
-        self._lora_refuse_resized(updates[0].A.shape[1])
-        base = self._lora_rows(ids, weight, None)
-        float32 = self._lora.float32
-        found = embedding(base, ids, updates, self.padding_idx, float32=float32)
-        if alone is not None:
-            gain = self._lora_gain(alone, weight, attached.chosen(state, compiling))
-            found = self._lora_gained(found, ids, gain)
-        return self._lora_renorm(found)
+            alone = attached.gained(state) if attached.gains else None
+            compiling = torch.compiler.is_compiling()
+            if compiling:
+                updates = self._lora_compiled(weight, state)
+            else:
+                updates = self._lora_updates(state, compiling=False)
+            if not updates:
+                return self._lora_rows(ids, weight, self.max_norm)
+            self._lora_refuse_resized(updates[0].A.shape[1])
+            base = self._lora_rows(ids, weight, None)
+            found = embedding(base, ids, updates, self.padding_idx, float32=float32)
+            if alone is not None:
+                gain = self._lora_gain(alone, weight, attached.chosen(state, compiling))
+        return self._lora_finished(found, ids, gain)
 
-    def _lora_gained(self, rows: Tensor, ids: Tensor, gain: Tensor) -> Tensor:
-        """Multiply looked-up rows by a gain, without a gradient from the padding row."""
-        if self.padding_idx is not None:
-            padding = (ids == self.padding_idx).unsqueeze(-1)
-            gain = torch.where(padding, gain.detach(), gain)
-        return gained(rows, rows, gain)
+    def _lora_finished(self, rows: Tensor, ids: Tensor, gain: Tensor | None) -> Tensor:
+        """Multiply looked-up rows by a gain, and enforce their norm."""
+        if gain is not None:
+            if self.padding_idx is not None:  # no gradient from the padding row
+                padding = (ids == self.padding_idx).unsqueeze(-1)
+                gain = torch.where(padding, gain.detach(), gain)
+            rows = gained(rows, rows, gain)
+        return rows if self.max_norm is None else renormalized(rows, self.max_norm, self.norm_type)
 
     def _lora_refuse_resized(self, num: int) -> None:
         if num != self.num_embeddings:
@@ -111,8 +108,3 @@ class LoRAEmbedding(ForwardUpdate):
         """Look up rows as nn.Embedding does; a `max_norm` renormalizes W in place."""
         options = (self.norm_type, self.scale_grad_by_freq, self.sparse)
         return F.embedding(ids, weight, self.padding_idx, max_norm, *options)
-
-    def _lora_renorm(self, rows: Tensor) -> Tensor:
-        if self.max_norm is None:
-            return rows
-        return renormalized(rows, self.max_norm, self.norm_type)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import LayerError, article
-from lora_inject.functional import Factors, chosen_factors, routed_update, updated_norms
-from lora_inject.functional.factors import compute_dtype
+from lora_inject.functional.factors import Factors, compute_dtype
+from lora_inject.functional.gain import updated_norms
+from lora_inject.functional.routed import chosen_factors, routed_update
 from lora_inject.layers.adapted import Adapted
 from lora_inject.layers.attached import Entry, Recipe, factors_of, held_by
 from lora_inject.layers.reading import PLAIN

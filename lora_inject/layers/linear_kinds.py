@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import add_updates, gained, linear
+from lora_inject.functional import add_updates, linear
 from lora_inject.functional.factors import spread
+from lora_inject.functional.gain import gained
 from lora_inject.layers.adapted import Geometry, plain_class
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.forward_update import ForwardUpdate

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from lora_inject.errors import LayerError, article
-from lora_inject.functional import lazy_weight, needs_plain_operations
+from lora_inject.functional import lazy_weight
+from lora_inject.functional.factors import needs_plain_operations
 from lora_inject.layers.attached import (
     Attached,
     Entry,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import routed_convolution
+from lora_inject.functional.routed import routed_convolution
 from lora_inject.layers.attached import Entry, attached_to, held_by
 from lora_inject.layers.routing import routing_of
 from lora_inject.layers.selection import State

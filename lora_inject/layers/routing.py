@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.functional import Factors, chosen_rows
+from lora_inject.functional import Factors
+from lora_inject.functional.routed import chosen_rows
 from lora_inject.layers.attached import Entry, Recipe, attached_to, factors_of, held_by
 from lora_inject.layers.selection import State
 
