@@ -49,18 +49,27 @@ def content(path):
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def fail_at(monkeypatch, n, error):
-    """Make writing the n-th weight file fail."""
+def at_writing(monkeypatch, n, act):
+    """Do something with the temporary name of the n-th weight file before it is written."""
     real, calls = merging.write_shard, []
 
     def write_shard(*args):
         calls.append(args)
         if len(calls) == n:
-            args[2].write_bytes(b"half")
-            raise error
+            act(args[2])
         return real(*args)
 
     monkeypatch.setattr(merging, "write_shard", write_shard)
+
+
+def fail_at(monkeypatch, n, error):
+    """Make writing the n-th weight file fail."""
+
+    def act(partial):
+        partial.write_bytes(b"half")
+        raise error
+
+    at_writing(monkeypatch, n, act)
 
 
 def staging(out):
@@ -246,15 +255,7 @@ def test_side_file_with_the_longest_name_there_is_comes_along(case):
 
 def test_base_that_changes_underneath_is_noticed(case, monkeypatch):
     base, _, state, out = case
-    real, calls = merging.write_shard, []
-
-    def write_shard(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            touch(base)  # a shard that is finished already
-        return real(*args)
-
-    monkeypatch.setattr(merging, "write_shard", write_shard)
+    at_writing(monkeypatch, 2, lambda _: touch(base))  # a shard that is finished already
     with pytest.raises(CheckpointError, match=r"model-00001.*changed while it was being merged"):
         merge(base, [state], out)
     assert not out.exists()

@@ -227,6 +227,22 @@ def test_float8_base_is_dequantized_or_quantized_again_on_request(
     assert verify_checkpoint(base, [state], tmp_path / "again", options=AGAIN).problems == ()
 
 
+def test_scales_that_are_powers_of_two_stay_so(tmp_path: Path) -> None:
+    """DeepSeek's later checkpoints: their kernels read exponents only."""
+    q, s = quantized(torch.randn(256, 200), (128, 128))
+    s = s.log2().ceil().exp2()
+    said = {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"}
+    tensors = {"q.weight": q, "q.weight_scale_inv": s}
+    base = save_checkpoint(tmp_path / "base", tensors, 1, {"quantization_config": said})
+    state = adapter(site("q", (256, 200), size=0.1))
+    merge_checkpoint(base, [state], tmp_path / "out", options=AGAIN)
+    found = load_checkpoint(tmp_path / "out")
+    scales = found["q.weight_scale_inv"]
+    assert torch.equal(scales.log2(), scales.log2().round())
+    exact = dense({"q.weight": dequantized(q, s, (128, 128))}, (state, 1.0))["q.weight"]
+    assert error(dequantized(found["q.weight"], scales, (128, 128)), exact.double()) < 0.05
+
+
 def test_float8_without_scales_is_refused(tmp_path: Path) -> None:
     tensors = {"q.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "v.weight": torch.zeros(8, 8)}
     base = save_checkpoint(tmp_path / "base", tensors)

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lora_inject.errors import CheckpointError, FormatError
-from lora_inject.storage.disk import open_read, read_at
+from lora_inject.storage.disk import open_read
 from lora_inject.storage.safetensors_file import (
     TensorEntry,
     build_header,
     is_plain_name,
     read_header,
 )
-from lora_inject.storage.tensor_rows import DTYPES
+from lora_inject.storage.tensor_rows import DTYPES, RowReader
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -94,15 +94,10 @@ class _File:
 
     def elements(self, entry: TensorEntry, first: int, n: int) -> Tensor:
         """Return some elements of a tensor, `(n,)`."""
-        dtype = DTYPES[entry.dtype]
-        if not n:
-            return torch.empty(0, dtype=dtype)
-        buffer = bytearray(n * dtype.itemsize)
         try:
-            read_at(self.fd, memoryview(buffer), entry.start + first * dtype.itemsize)
+            return RowReader(self.fd).rows(entry, 1, first, first + n).flatten()
         except CheckpointError as error:
             raise FormatError(f"read '{self.path}'", error.found, error.remedy) from None
-        return torch.frombuffer(buffer, dtype=dtype)
 
     def last(self, entry: TensorEntry) -> Tensor:
         """Return one tensor, the same as before where this thread read it last.
