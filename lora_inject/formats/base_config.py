@@ -28,12 +28,7 @@ def text_config(config: Mapping[str, Any] | None, asked: str, why: str) -> Mappi
 
 
 def heads(config: Mapping[str, Any] | None, asked: str, why: str) -> Heads:
-    """Return the sizes that permutations and fused projections depend on.
-
-    Examples:
-        >>> heads({"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 8}, "a", "b")
-        Heads(n_layers=2, n_heads=4, n_kv_heads=4, head_dim=2)
-    """
+    """Return the sizes that permutations and fused projections depend on."""
     config = text_config(config, asked, why)
     n_heads = _count(config, "num_attention_heads", asked)
     grouped = config.get("num_key_value_heads") is not None

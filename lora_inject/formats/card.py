@@ -56,10 +56,6 @@ def model_card(
 
     `task_type` is PEFT's, `trained_on` a data set of the hub or a description of the data,
     `published_as` where readers find the adapter; by default a placeholder path.
-
-    Examples:
-        >>> print(model_card(AdapterState({}), base_model="org/base").splitlines()[1])
-        base_model: org/base
     """
     import yaml  # reading an adapter, as merging does, must not wait for it
 

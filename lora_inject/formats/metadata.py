@@ -132,12 +132,7 @@ def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> 
 
 
 def is_native(metadata: Mapping[str, str], layout: str) -> bool:
-    """Whether a file was written by this package in the given layout.
-
-    Examples:
-        >>> is_native({"format": "pt"}, "peft")
-        False
-    """
+    """Whether a file was written by this package in the given layout."""
     return _VERSION in metadata and metadata.get(_LAYOUT) == layout
 
 

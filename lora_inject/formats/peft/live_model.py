@@ -13,10 +13,15 @@ from torch import nn
 def options_for_reading(
     modules: Mapping[str, nn.Module], tensor_names: Iterable[str]
 ) -> dict[str, Any]:
-    """Return the options of `read` that a model answers; modules and tensors by all their names."""
+    """Return the options of `read` that a model answers; modules and tensors by all their names.
+
+    That a module holds experts as (experts, in, out) is said by its class, by transformers'
+    `is_transposed`; PEFT goes by the same attribute.
+    """
+    turned = tuple(name for name, m in modules.items() if getattr(m, "is_transposed", False))
     return {
         "tensor_names": tuple(tensor_names),
-        "transposed_modules": transposed_modules(modules.items()),
+        "transposed_modules": turned,
         "module_names": tuple(name for name in modules if name),
     }
 
@@ -42,14 +47,6 @@ def plain_config(model: nn.Module) -> dict[str, Any] | None:
         found: dict[str, Any] = config.to_dict()
         return found
     return dict(config) if isinstance(config, Mapping) else None
-
-
-def transposed_modules(modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, ...]:
-    """Return the names of the modules that hold experts as (experts, in, out).
-
-    Their class says so, by transformers' `is_transposed`; PEFT goes by the same attribute.
-    """
-    return tuple(name for name, module in modules if getattr(module, "is_transposed", False))
 
 
 # peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).

@@ -31,12 +31,6 @@ def target_modules(
 
     The sorted names; or one anchored expression where a name is also the end of another module's
     name, which a list would adapt as well.
-
-    Examples:
-        >>> target_modules(["lin"], parameters=False, module_names=["lin", "mlp", "mlp.up"])
-        ['lin']
-        >>> target_modules(["lin"], parameters=False, module_names=["lin", "block.lin"])
-        '(?:lin)'
     """
     if not names:
         return [] if parameters else _NOTHING

@@ -30,12 +30,7 @@ _MAX_KEY_LENGTH = 1000
 def values_of(
     table: Mapping[str, T], names: Collection[str], default: T, asked: str
 ) -> dict[str, T]:
-    r"""Return the value that PEFT would take for each name: that of the first key that hits it.
-
-    Examples:
-        >>> values_of({"q": 4, r"layer\.\d+\.v": 8}, ["h.q", "layer.0.v", "k"], 16, "an example")
-        {'h.q': 4, 'layer.0.v': 8, 'k': 16}
-    """
+    """Return the value that PEFT would take for each name: that of the first key that hits it."""
     values = dict.fromkeys(names, default)
     hits: dict[str, list[str]] = {key: [] for key in table}
     plain = _PlainKeys(key for key in table if _PLAIN.fullmatch(key))
@@ -112,15 +107,9 @@ def common(values: Iterable[T]) -> T | None:
 
 
 def pattern_keys(values: Mapping[str, T], default: T | None) -> dict[str, T]:
-    r"""Return the pattern table that gives each site its value and hits nothing else wrongly.
+    """Return the pattern table that gives each site its value and hits nothing else wrongly.
 
     No two keys disagree about a site, so their order does not matter.
-
-    Examples:
-        >>> pattern_keys({"lin": 4, "block.lin": 8, "q": 8}, default=8)
-        {'^lin': 4}
-        >>> pattern_keys({"block.lin": 4, "q": 8}, default=8)
-        {'block.lin': 4}
     """
     keys = _PlainKeys(values)
     unequal = {key for name in values for key in keys.hitting(name) if values[key] != values[name]}

@@ -220,10 +220,6 @@ def file_alpha(spec: SiteSpec, *, derived: bool, rslora: bool) -> float:
     """The alpha that gives the plain pair the site's scale.
 
     It is `scale * rank'`, rank' being the file's, or `scale * sqrt(rank')` for `use_rslora`.
-
-    Examples:
-        >>> file_alpha(SiteSpec("q", "linear", 4, 6, (6, 4), 2, 8.0), derived=True, rslora=False)
-        16.0
     """
     rank = file_rank(spec, derived=derived)
     if rslora == (spec.scaling == "rslora"):  # exact
