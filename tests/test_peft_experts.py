@@ -312,6 +312,14 @@ def test_names_of_llava_before_4_52_are_the_class_s_names_now(tmp_path: Path) ->
     assert off(logits(model), logits(dense)) < 1e-5
 
 
+def test_two_names_of_one_site_are_refused(tmp_path: Path) -> None:
+    names = ("language_model.model", "model.language_model")
+    old = {f"{start}.layers.0.self_attn.q_proj": 16 for start in names}
+    path = write_old(tmp_path / "old", old, ["q_proj"])
+    with pytest.raises(FormatError, match="q_proj': two tensors of the adapter are this one"):
+        li.load_adapter(llava(), path)
+
+
 def test_names_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     path = write_old(tmp_path / "old", {"model.layers.0.attention.q": 16}, ["q"])
     with pytest.raises(FormatError, match="the model has no such module"):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -20,6 +20,9 @@ from lora_inject.adapter import reshape
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 _STACKING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
@@ -104,33 +107,46 @@ def _in_places(
         return name if found is None or found.expert is not None else found.name
 
     def renamed(each: Mapping[str, Any]) -> dict[str, Any]:
-        return {new(name): value for name, value in each.items()}
+        return _distinct((new(name), value) for name, value in each.items())
 
-    sites: dict[str, SiteState] = {}
-    stacks: dict[str, dict[Place, SiteState]] = {}
+    sites: list[tuple[str, SiteState]] = []
+    experts: list[tuple[Place, SiteState]] = []
     for name, site in state.sites.items():
         found = find(site.spec.weight)
         if found is None:
-            sites[name] = site
+            sites.append((name, site))
         elif found.expert is not None:
-            stacks.setdefault(found.name, {})[found] = site
+            experts.append((found, site))
         else:
             end = site.spec.weight.removeprefix(site.spec.name)
             at = found.name.removesuffix(end) if end else found.name
-            sites[at] = replace(site, spec=site.spec.at(at, found.name))
+            sites.append((at, replace(site, spec=site.spec.at(at, found.name))))
+    stacks: dict[str, dict[Place, SiteState]] = {}
+    for expert, site in _distinct(experts).items():
+        stacks.setdefault(expert.name, {})[expert] = site
     for name, members in stacks.items():
-        sites[name] = _stacked(name, tuple(weights[name].shape), members)
+        sites.append((name, _stacked(name, tuple(weights[name].shape), members)))
     mark = state.fingerprint
     # Single experts' values are elsewhere in a stack.
     mark = mark and mark.without([name for name in mark.shapes if new(name) not in weights])
     return replace(
         state,
-        sites=sites,
+        sites=_distinct(sites),
         trained=renamed(state.trained),
         rows=renamed(state.rows),
         base_copies=renamed(state.base_copies),
         fingerprint=mark and mark.renamed(new),
     )
+
+
+def _distinct(items: Iterable[tuple[K, T]]) -> dict[K, T]:
+    found: dict[K, T] = {}
+    for place, value in items:
+        if place in found:
+            words = "two tensors of the adapter are this one in the model"
+            raise FormatError(f"'{getattr(place, 'name', place)}'", words, "Leave one of them out")
+        found[place] = value
+    return found
 
 
 def _stacked(name: str, shape: tuple[int, ...], members: Mapping[Place, SiteState]) -> SiteState:
