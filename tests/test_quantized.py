@@ -103,12 +103,24 @@ class HQQLinear(nn.Module):
         self.W_q = nn.Parameter(codes, requires_grad=False)
         self.bias = plain.bias.detach().clone()
 
+    def dequantize(self) -> Tensor:
+        return self.W_q * self.meta["scale"] + self.meta["zero"]
+
     def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.W_q * self.meta["scale"] + self.meta["zero"]).t() + self.bias
+        return x @ self.dequantize().t() + self.bias
 
 
 class QModuleMixin(ABC):  # noqa: B024 - as optimum-quanto has it
     """Stands before nn.Linear, with a memory layout of its own."""
+
+
+class QBytes(nn.Parameter):
+    """Its tensor: codes that know their scale."""
+
+    __module__ = "optimum.quanto.tensor.weights.qbytes"
+
+    def dequantize(self) -> Tensor:
+        return self.data * self.scale
 
 
 class QLinear(QModuleMixin, nn.Linear):
@@ -120,13 +132,14 @@ class QLinear(QModuleMixin, nn.Linear):
     def of(cls, plain: nn.Linear) -> QLinear:
         made = cls(plain.in_features, plain.out_features)
         made.bias = plain.bias
-        made.scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
-        codes = (plain.weight.detach() / made.scale).round().to(torch.int8)
-        made.weight = nn.Parameter(codes, requires_grad=False)
+        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
+        codes = (plain.weight.detach() / scale).round().to(torch.int8)
+        made.weight = QBytes(codes, requires_grad=False)
+        made.weight.scale = scale
         return made
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+        return nn.functional.linear(x, self.weight.dequantize(), self.bias)
 
 
 def replaced(make: Callable[[Any], nn.Module], seed: int) -> nn.Module:
@@ -220,8 +233,9 @@ FORMATS: dict[str, Callable[..., nn.Module]] = {
 every = pytest.mark.parametrize("form", FORMATS)
 PACKED = [form for form in FORMATS if form != "compressed-tensors"]  # which unpacks its weights
 packed = pytest.mark.parametrize("form", PACKED)
-DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes"))]
+DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes", "hqq"))]
 some = pytest.mark.parametrize("form", DENSE)
+SENT = ["quanto int8", *DENSE]
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # the quantizers' own, about casts
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -312,10 +326,10 @@ def test_merging_is_refused_and_the_way_out_named(form: str) -> None:
     net, x = build(form)
     fill(li.inject(net, config("0", "2")))
     before, held = net(x), objects(net)
-    way_out = r"dequantize=\"bfloat16\"" if form in DENSE else "in 16 bits"
+    way_out = r"dequantize=\"bfloat16\"" if form in SENT else "in 16 bits"
     refusals: list[tuple[dict[str, Any], str]] = [({}, way_out), ({"undo": False}, way_out)]
     if form not in DENSE:
-        words = "is not supported" if form in PACKED else way_out
+        words = "is not supported" if form == "gptq" else "in 16 bits"
         refusals.append(({"dequantize": "float32"}, words))
     if not form.startswith("bitsandbytes"):
         refusals.append(({"requantize": True}, "in 16 bits"))
@@ -397,15 +411,18 @@ def test_requantized_on_request_and_restored(form: str) -> None:
     assert layer_state(net) == held
 
 
-@some
+@pytest.mark.parametrize("form", SENT)
 def test_weights_for_a_server_are_those_that_a_merge_would_leave(form: str) -> None:
     net, x = build(form)
     fill(li.inject(net, config("0")))
     net.eval()(x)  # which has bitsandbytes rearrange its codes
     sent = dict(li.merged_weights(net, dequantize="bfloat16"))
-    li.merge(net, dequantize="bfloat16", eject=True)
-    assert sent.keys() == net.state_dict().keys()
-    assert all(same_bits(sent[f"{i}.weight"], net[i].weight) for i in (0, 2))
+    if form in DENSE:
+        li.merge(net, dequantize="bfloat16", eject=True)
+        assert all(same_bits(sent[f"{i}.weight"], net[i].weight) for i in (0, 2))
+    plain = plain_net(torch.bfloat16)
+    plain.load_state_dict(sent)
+    assert error(plain(x.to(torch.bfloat16)), net(x.to(net[0].bias.dtype)).double()) < 0.03
 
 
 @pytest.mark.parametrize("layout", ["native", "peft"])

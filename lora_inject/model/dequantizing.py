@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lora_inject.errors import LayerError
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.class_swap import change_plain_class
 from lora_inject.layers.reading import is_quantized
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Survey, base_parameters, base_tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITSANDBYTES = "bitsandbytes.nn.modules"
@@ -45,7 +46,7 @@ def why_not_dense(module: nn.Module, weight: Tensor, *, again: bool) -> str | No
         return f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
     if kind == "int8" and (weight.dtype != torch.int8 or _row_scales(module, weight) is None):
         return "bitsandbytes has not quantized it yet"
-    if again and kind in ("torchao", "float8"):
+    if again and kind not in ("4-bit", "int8"):
         return "only bitsandbytes' formats can be quantized again"
     return None
 
@@ -54,11 +55,11 @@ def _kind(module: nn.Module, weight: Tensor) -> str | None:
     plain, cls = plain_class(type(module)), type(weight)
     if (plain.__module__, plain.__qualname__) == _FP8 and weight.element_size() == 1:
         return "float8"
-    if cls.__module__.startswith("torchao."):
-        return "torchao"
     if cls.__module__ == _BITSANDBYTES:
         return "4-bit" if getattr(weight, "quant_state", None) is not None else "int8"
-    return None
+    if cls.dequantize is not Tensor.dequantize:  # torchao, quanto
+        return "tensor"
+    return "layer" if callable(getattr(plain, "dequantize", None)) else None  # HQQ
 
 
 def _row_scales(module: nn.Module, weight: Any) -> Tensor | None:
@@ -73,8 +74,8 @@ def dense(module: nn.Module, weight: Tensor) -> Tensor:
     held: Any = weight
     layer: Any = module
     kind = _kind(module, weight)
-    if kind == "torchao":
-        values = held.dequantize()
+    if kind in ("tensor", "layer"):
+        values = held.dequantize() if kind == "tensor" else layer.dequantize()
     elif kind == "4-bit":
         from bitsandbytes.functional import dequantize_4bit
 
@@ -124,6 +125,29 @@ def quantized_weights(survey: Survey) -> Iterable[tuple[nn.Module, str]]:
                 yield module, key
 
 
+def _becomes_linear(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the class of a layer is its quantizer's; torchao exchanges weights alone."""
+    if _kind(module, weight) != "tensor":
+        return True
+    classes = (plain_class(type(module)), type(weight))
+    return len({cls.__module__.partition(".")[0] for cls in classes}) == 1
+
+
+def refuse_fixed_class(module: nn.Module, weight: Tensor, asked: str) -> None:
+    """Check that a layer can become an `nn.Linear` where it must, by asking Python."""
+    plain: Any = plain_class(type(module))
+    try:
+        if _becomes_linear(module, weight):
+            plain.__new__(plain).__class__ = nn.Linear
+    except TypeError:
+        raise LayerError(
+            asked,
+            f"the weight is quantized, and its {plain.__name__} of {plain.__module__} has a memory "
+            "layout of its own and cannot become an nn.Linear",
+            "Load dict(merged_weights(model, dequantize=...)) into the base in 16 bits",
+        ) from None
+
+
 @dataclass
 class Layer:
     """The state of a layer before its quantized weight was replaced."""
@@ -142,7 +166,10 @@ class Layer:
 
 
 def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
-    """Replace the weight of a quantized layer; with a plain one it becomes an `nn.Linear`."""
+    """Replace the weight of a quantized layer.
+
+    With a plain one it becomes an `nn.Linear`, whose Parameters are `weight` and `bias`.
+    """
     plain, own = plain_class(type(module)), module.__dict__
     before = Layer(module, plain, {}, dict(module._parameters))
     if type(weight) is not nn.Parameter:  # in the same format
@@ -155,20 +182,30 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
             own["quant_state"] = getattr(weight, "quant_state", None)
         module._parameters[key] = weight
         return before
-    alone = {"extra_repr"}  # torchao's
-    if plain.__module__ == _BITSANDBYTES or (plain.__module__, plain.__qualname__) == _FP8:
+    alone, common = {"extra_repr"}, _linear_attributes()  # torchao's
+    changes = _becomes_linear(module, base_tensor(module, key))
+    if changes and issubclass(plain, nn.Linear):
         with torch.device("meta"):
-            theirs, common = plain(1, 1), nn.Linear(1, 1)
-        alone = theirs.__dict__.keys() - common.__dict__.keys()
-        for name in theirs._parameters.keys() - common._parameters.keys():  # scales
-            module._parameters.pop(name, None)
+            alone = plain(1, 1).__dict__.keys() - common
+    elif changes:
+        alone = {name for name in own if not name.startswith("_")} - common - {"forward"}
+    base = base_parameters(module)
+    adapters = {name: p for name, p in module._parameters.items() if name not in base}
+    bias = own["bias"] if "bias" in alone else module._parameters.get("bias")
+    if bias is not None and (type(bias) is Tensor or bias.dtype != weight.dtype):
+        bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
+    if changes:
         change_plain_class(module, nn.Linear)
     before.attributes = {name: own.pop(name) for name in sorted(alone & own.keys())}
-    if (bias := module._parameters.get("bias")) is not None and bias.dtype != weight.dtype:
-        cast = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
-        module._parameters["bias"] = cast
-    module._parameters[key] = weight
+    module._parameters.clear()
+    module._parameters.update({"weight": weight, "bias": bias, **adapters})
     return before
+
+
+@cache
+def _linear_attributes() -> frozenset[str]:
+    with torch.device("meta"):
+        return frozenset(nn.Linear(1, 1).__dict__)
 
 
 def say_plain(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:

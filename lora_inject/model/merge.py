@@ -16,13 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import StateError, check_type
-from lora_inject.functional import MergeReport, Tally, TensorReport, all_finite
+from lora_inject.functional import MergeReport, Tally, TensorReport
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import watch_loading
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.carried import Root, check_names, reach, refuse_merged, roots_of
-from lora_inject.model.dequantizing import dtype_of, replace_weight, say_again, say_plain
+from lora_inject.model.dequantizing import (
+    dtype_of,
+    refuse_fixed_class,
+    replace_weight,
+    say_again,
+    say_plain,
+)
 from lora_inject.model.eject import eject as take_off
 from lora_inject.model.merge_targets import (
     Holder,
@@ -70,7 +76,7 @@ def merge(
     """Fold `scale * B @ A` of the active adapters into the frozen weights, rounding once.
 
     Quantized weights are merged into on request only: bitsandbytes' NF4, FP4 and int8, and, to
-    plain floats only, those of torchao and transformers' `FP8Linear`.
+    plain floats only, those of torchao, HQQ and transformers' `FP8Linear`.
 
     Args:
         model: The injected root.
@@ -111,6 +117,10 @@ def merge(
     targets = merge_targets(survey, state.active, into)
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
     check_ties(survey, untied, eject)
+    for target in targets:
+        if isinstance(target.into, torch.dtype):
+            asked = f"merge into {target.name!r}"
+            refuse_fixed_class(target.holder.module, target.weight, asked)
     check_results(targets, min_kept, undo)
 
     undos: list[Undo] = []
@@ -194,6 +204,8 @@ def _write(targets: list[Target], undo: bool, undos: list[Undo]) -> None:
             target.tally = Tally() if target.terms else None
             weight = target.replacement(target.tally)
             layer = replace_weight(holder.module, holder.param, weight)
+            if target.into != "same":
+                target.holder = holder = holder.plain
             undos.append(Undo(holder, weight, before, layer=layer))
         elif left := [other for other in target.sharers if other not in untied]:
             own = nn.Parameter(before.detach().clone(), requires_grad=False)
@@ -274,25 +286,25 @@ def merged_weights(
     into = None if dequantize is None else dtype_of(dequantize)
     targets = merge_targets(survey, state_to_merge(survey, selection, name).active, into)
     check_results(targets, None, undo=True)
+    return _folded(survey, targets)
+
+
+def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor]]:
     by_name = {target.name: target for target in targets}
     # One trained copy under all names of a tied tensor is one target.
     tied = {memory_of(target.weight): target for target in targets if not target.sharers}
-
-    def folded(key: str, parameter: Tensor) -> Tensor:
-        target = by_name.get(key) or tied.get(memory_of(parameter))
-        if target is None:
-            return parameter.detach()
-        merged = target.formed()
-        if not all_finite(merged):
-            raise not_finite(target, target.weight)
-        return merged
-
-    everything = (
-        (joined(path, key), parameter)
-        for path, module in survey.modules
-        for key, parameter in survey.own[id(module)].items()
-    )
-    return ((key, folded(key, parameter)) for key, parameter in everything)
+    packed = {id(target.holder.module): target for target in targets if target.into}
+    for path, module in survey.modules:
+        if target := packed.get(id(module)):
+            weight = target.merged_values()
+            yield target.holder.plain.name, weight
+            if isinstance(bias := getattr(module, "bias", None), Tensor):
+                yield joined(path, "bias"), bias.detach().to(weight.dtype)
+            continue
+        for key, parameter in survey.own[id(module)].items():
+            full = joined(path, key)
+            target = by_name.get(full) or tied.get(memory_of(parameter))
+            yield full, parameter.detach() if target is None else target.merged_values()
 
 
 def unmerge(model: M, *, discard: bool = False) -> M:

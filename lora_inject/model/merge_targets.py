@@ -42,6 +42,12 @@ class Holder(NamedTuple):
     param: str
 
     @property
+    def plain(self) -> Holder:
+        """The place of the weight once the layer is an `nn.Linear`."""
+        name = self.name.removesuffix(self.param) + "weight"
+        return Holder(name, self.module, "weight")
+
+    @property
     def tensor(self) -> nn.Parameter:
         """The parameter that stands there now."""
         return cast(nn.Parameter, base_tensor(self.module, self.param))  # checked before it is used
@@ -166,11 +172,16 @@ class Target:
             self.merged(rows, start, tally, out[start : start + len(rows)])
         return formed
 
-    def replacement(self, tally: Tally | None) -> nn.Parameter:
-        """Return the replacement of a quantized weight, checked to be finite."""
-        values = self.formed(None if self.into == "same" else tally)
+    def merged_values(self, tally: Tally | None = None) -> Tensor:
+        """Return what `formed` does, checked to be finite."""
+        values = self.formed(tally)
         if not all_finite(values):
             raise not_finite(self, self._values())
+        return values
+
+    def replacement(self, tally: Tally | None) -> nn.Parameter:
+        """Return the replacement of a quantized weight."""
+        values = self.merged_values(None if self.into == "same" else tally)
         if self.into != "same":
             return nn.Parameter(values, requires_grad=False)
         weight = quantized_again(self.holder.module, self.weight, values)
