@@ -174,13 +174,6 @@ def test_what_is_refused(run, files, tmp_path):
     assert found.code == 0
 
 
-@pytest.mark.parametrize(
-    "args", [(), ("a", "b", "c"), ("r2", "--any-base"), ("r2", "--report", "."), ("r2", "--nope")]
-)
-def test_wrong_usage(run, args):
-    assert run("analyze", *args).code == 2
-
-
 def test_without_matplotlib_nothing_is_computed_first(run, files, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("lora_inject.analysis.analyze", pytest.fail)

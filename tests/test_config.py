@@ -415,6 +415,8 @@ AS_VALUE: list[tuple[Callable[[], Any], str]] = [
     (lambda: Config.coerce(3), "config: it is an int. Give a Config, a dict, the path of a YAML "),
     (lambda: Config.from_yaml(None), "read a config, path: it is None. Give the path of a "),
     (lambda: Config.coerce("rank: 1\n"), "config: YAML text where a path "),
+    (lambda: Config.from_text(b"a: 1"), "<config>: it is a bytes. Give YAML text."),
+    (lambda: Config(targets=["q"]).to_yaml("a\0b"), "a\\x00b: embedded null byte. Give a path "),
     (lambda: Config.from_text(""), "<config>: the config is empty. Add targets: with patterns."),
     (lambda: Config.from_text("targets: " + "[" * 5000), "<config>:1:25: this is not valid YAML: "),
     (lambda: Config.from_text("targets: [\x01]"), "<config>, character 10: YAML does not allow "),

@@ -114,8 +114,7 @@ class Reading:
     enable_lora: Annotated[
         str | None,
         Option(
-            metavar="FLAGS",
-            help="loralib files: enable_lora of the fused layers, such as 1,0,1.",
+            metavar="FLAGS", help="loralib files: enable_lora of the fused layers, such as 1,0,1."
         ),
     ] = None
 

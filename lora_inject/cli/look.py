@@ -76,8 +76,7 @@ def inspect(
     adapter: given.AdapterPath,
     *,
     base: Annotated[
-        Path | None,
-        Option(help="The base, where a file of stacked experts names no weights."),
+        Path | None, Option(help="The base, where a file of stacked experts names no weights.")
     ] = None,
     adapter_format: Annotated[
         str | None,
@@ -104,8 +103,7 @@ def analyze(
     ] = None,
     *,
     base: Annotated[
-        Path | None,
-        Option(help="Folder or file of the base: compare updates with its weights."),
+        Path | None, Option(help="Folder or file of the base: compare updates with its weights.")
     ] = None,
     report: Annotated[
         Path | None, Option(help="Write a report, one HTML file; replaces an existing one.")

@@ -36,7 +36,7 @@ from lora_inject.errors import ConfigError, check_type, nearest
 from lora_inject.spec.config_errors import config_error
 from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.names import regex_problem
+from lora_inject.spec.names import printable, regex_problem
 from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.yaml import Document, Dumper, read_text, show
 
@@ -467,7 +467,7 @@ class Config(_Strict):
         inventory: Inventory | None = None,
         expert_names: Mapping[str, str] = MappingProxyType({}),
     ) -> Config:
-        r"""Translate a LoraConfig of PEFT, field by field; PEFT itself is not imported.
+        """Translate a LoraConfig of PEFT, field by field; PEFT itself is not imported.
 
         Fields about training or files are ignored. A name in `target_modules` that the model does
         not have is an error when the config is used.
@@ -484,24 +484,10 @@ class Config(_Strict):
             ConfigError: A field cannot be translated, or the file cannot be read.
 
         Examples:
-            >>> lora = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"],
-            ...         "modules_to_save": ["lm_head"], "use_rslora": True}
-            >>> print(Config.from_peft(lora).to_yaml())
-            version: 1
-            rank: 16
-            alpha: 32
-            dropout: 0
-            init: kaiming
-            scaling: rslora
-            compute: base
-            variant: lora
-            targets:
-            - q_proj
-            - v_proj
-            train:
-            - '[^.]*lm_head'
-            bias: none
-            <BLANKLINE>
+            >>> lora = {"r": 16, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+            >>> config = Config.from_peft(lora)
+            >>> config.rank, config.targets[0].match, config.train
+            (16, 'q_proj', ('[^.]*lm_head',))
         """
         return cls.from_dict(translated(config, inventory, expert_names))
 
@@ -562,9 +548,10 @@ class Config(_Strict):
         if path is not None:
             try:
                 Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                found = error.strerror or str(error)
-                raise ConfigError(str(path), found, "Give a path that can be written") from None
+            except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+                found = getattr(error, "strerror", None) or str(error)
+                place, remedy = printable(str(path)), "Give a path that can be written"
+                raise ConfigError(place, found, remedy) from None
         return text
 
     @classmethod

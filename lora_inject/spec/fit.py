@@ -53,10 +53,9 @@ def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> S
         found = f"variant {site.variant} on {site.why_no_gain}"
         raise MatchError(asked, found, "Give the rule variant: lora")
     if site.init in ("pissa", "olora") and site.rank > _limit(site):
-        found = (
-            f"init {site.init} with rank {site.rank}, but W has a rank of at most {_limit(site)}"
-        )
-        raise MatchError(asked, found, f"Give the rule rank: {_limit(site)}, or another init")
+        most = _limit(site)
+        found = f"init {site.init} with rank {site.rank}, but W has a rank of at most {most}"
+        raise MatchError(asked, found, f"Give the rule rank: {most}, or another init")
     return site
 
 
@@ -67,9 +66,7 @@ def _limit(site: SiteSpec) -> int:
 
 def _oriented(candidate: Candidate, rule: Rule, asked: str) -> _Shape:
     """Return which dimensions are the input; a rule may say it of a parameter."""
-    known = _Shape(
-        candidate.in_features, candidate.out_features, candidate.transposed, candidate.experts
-    )
+    known = _Shape(*(getattr(candidate, name) for name in _Shape._fields))
     dims = candidate.weight_shape
     if rule.layout is None:
         if candidate.needs_layout:
@@ -137,26 +134,17 @@ def _sliced(candidate: Candidate, shape: _Shape, rule: Rule, asked: str) -> Slic
 def notes(found: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str]:
     """Yield what the user should know of the sites, in sentences."""
     wide = [site for site in sites if site.rank > _limit(site)]
-    full = [
-        site
-        for site in sites
-        if site.n_parameters > math.prod(site.weight_shape) and site.rank <= _limit(site)
-    ]
     if wide:
         yield (
             f"the rank is above the smaller side of {_several(wide)}; a rank of that side can "
             "express every update"
         )
-    if full:
+    narrow = (site for site in sites if site.rank <= _limit(site))
+    if full := [site for site in narrow if site.n_parameters > math.prod(site.weight_shape)]:
         yield f"A and B have more elements than W at {_several(full)}"
-    rounded = [
-        candidate.dtype
-        for candidate, site in zip(found, sites, strict=True)
-        if site.update == "weight"
-        and candidate.dtype in ("bfloat16", "float16")
-        and site.compute == "base"
-    ]
-    if rounded:
+    pairs = zip(found, sites, strict=True)
+    read = (c for c, site in pairs if site.update == "weight" and site.compute == "base")
+    if rounded := [c.dtype for c in read if c.dtype in ("bfloat16", "float16")]:
         yield (
             f"{counted(len(rounded), 'weight update')} over {rounded[0]}: W + delta is rounded on "
             "every read; compute: float32 keeps small deltas"

@@ -122,6 +122,7 @@ class Document:
         return mark.line, mark.column
 
     def _compose(self, text: str) -> yaml.Node | None:
+        check_type(self.source, text, str, "Give YAML text", ConfigError)
         if len(text) > MAX_TEXT_BYTES:
             found = f"more than {MAX_TEXT_BYTES:,} characters"
             raise ConfigError(self.source, found, "Give a config, not a checkpoint")
