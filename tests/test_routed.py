@@ -276,3 +276,48 @@ def test_a_convolution_without_a_batch_is_refused() -> None:
         pytest.raises(li.LayerError, match=r"without a batch"),
     ):
         model(torch.randn(2, 5))
+
+
+def with_trained_layers() -> nn.Module:
+    """Adapters that train a head, or a norm and a bias, in full; and one that does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+    for name, train in (("head", ["2"]), ("norm", [r"1\.weight", r"2\.bias"]), ("none", [])):
+        config = {"rank": 1, "targets": ["0"], "train": train}
+        fill(li.inject(model, config, name), name)
+        for key, parameter in li.adapter_parameters(model, name).items():
+            if "lora" not in key:
+                torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
+def test_rows_get_the_layers_that_their_adapters_train_in_full(checkpointed: bool) -> None:
+    model, rows = with_trained_layers(), ["head", "head", "norm", None, "none", "norm", "head"]
+    li.train_only(model, ["head", "norm", "none"])
+    x = torch.randn(7, 5, 4, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(7, 5, 3, dtype=torch.float64)
+    parameters = {n: li.adapter_parameters(model, n) for n in ("head", "norm", "none")}
+    trained = [x, *(p for found in parameters.values() for p in found.values())]
+    with li.routed(model, rows):
+        y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+    found = torch.autograd.grad(y, trained, g)
+    alone = []
+    for i, name in enumerate(rows):
+        li.activate(model, name)
+        alone.append(model(x[i : i + 1]))
+    wanted = torch.autograd.grad(torch.cat(alone), trained, g)
+    for mine, theirs in zip((y, *found), (torch.cat(alone), *wanted), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+    with li.routed(model, rows), pytest.raises(li.LayerError, match="not the number of rows"):
+        model[2](torch.ones(3, 6, dtype=torch.float64))
+
+
+def test_a_layer_with_a_low_rank_update_as_well_is_not_routed() -> None:
+    model = with_trained_layers()
+    li.inject(model, {"rank": 1, "targets": ["2"]}, "low")
+    with li.routed(model, ["head"]), pytest.raises(li.LayerError, match="rows have adapters of"):
+        model(torch.ones(1, 4, dtype=torch.float64))
+    li.inject(model, {"rank": 1, "targets": ["0"], "bias": "adapted"}, "late")
+    with pytest.raises(li.StateError, match=r"'late': it changes '0\.bias' itself"):
+        li.routed(model, ["late"]).__enter__()

@@ -14,7 +14,6 @@ from weakref import WeakSet
 from torch import nn
 
 from lora_inject.errors import StateError, nearest
-from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Attached, Entry, attached_to, refuse_mixed
 from lora_inject.layers.class_swap import refuse_replaced_class
 from lora_inject.layers.routed_forward import routes_rows
@@ -175,7 +174,7 @@ def _whole(reads: Iterable[Carried]) -> dict[str, str]:
     return {
         entry.adapter: joined(path, entry.param)
         for path, module, entry in reads
-        if not routes_rows(plain_class(type(module)), entry)
+        if not routes_rows(module, entry)
     }
 
 

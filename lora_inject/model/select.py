@@ -111,9 +111,10 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
             search makes them.
 
     Raises:
-        StateError: A name is unknown, the model is merged, or an adapter has sites that are
-            read as a whole weight, full trained copies or lora_bias: all rows share them. On
-            leaving: a context that was entered later is still open.
+        StateError: A name is unknown, the model is merged, or an adapter has what all rows share:
+            sites that are read as a whole weight, lora_bias, or trained copies of other layers
+            than linear ones and torch's norms. On leaving: a context that was entered later is
+            still open.
         LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
 
     Examples:
@@ -136,7 +137,8 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
         raise StateError(
             f"routed to {name!r}",
             f"it changes {found.whole[name]!r} itself, which all rows of a batch share",
-            "Route only adapters on layers that are called, without train, bias or lora_bias",
+            "Route adapters on layers that are called, without lora_bias; train in full only "
+            "linear layers and norms that have no site",
         )
     with within_state(model, State(rows=rows, repeat=repeat), "routed"):
         yield

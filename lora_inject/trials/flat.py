@@ -118,8 +118,10 @@ class Flat:
         self, parameters: Mapping[str, nn.Parameter], trial: Trial, buffer: Buffer
     ) -> None:
         self._lr = (trial.lr, trial.lr * trial.b_lr_ratio)
-        of_B = [p for key, p in parameters.items() if key.endswith("lora_B")]
-        self._members = [[p for key, p in parameters.items() if not key.endswith("lora_B")], of_B]
+        # By identity: the copy of a tied tensor stands under each of its names.
+        of_B = dict.fromkeys(p for key, p in parameters.items() if key.endswith("lora_B"))
+        rest = dict.fromkeys(p for p in parameters.values() if p not in of_B)
+        self._members = [list(rest), list(of_B)]
         self.vectors = [buffer.vector(members) for members in self._members]
         self.groups: list[dict[str, Any]] = [
             {"params": [vector], "lr": lr, "betas": trial.betas, "weight_decay": trial.weight_decay}

@@ -62,9 +62,9 @@ class Trials:
         ConfigError: A config is not valid.
         MatchError: A config's pattern matches nothing.
         LayerError: A site cannot be adapted.
-        StateError: There are no trials, a name is in use, or a site is read as a whole weight, as
-            stacked experts, `train` entries and `lora_bias` are: rows cannot differ there. The
-            model is then unchanged.
+        StateError: There are no trials, a name is in use, or rows cannot differ at a site: stacked
+            experts, `lora_bias`, and `train` entries of other layers than linear ones and torch's
+            norms. The model is then unchanged.
 
     Attributes:
         model: The model.
