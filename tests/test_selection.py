@@ -434,8 +434,9 @@ VERBS: dict[str, Callable[[Net], Any]] = {
 }
 
 
+@modes
 @pytest.mark.parametrize("verb", VERBS)
-def test_verbs_inside_a_checkpointed_function_are_refused(verb: str) -> None:
+def test_verbs_inside_a_checkpointed_function_are_refused(verb: str, mode: bool) -> None:
     """What they change would not be undone for the recomputation."""
     model = net()
     x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -446,24 +447,9 @@ def test_verbs_inside_a_checkpointed_function_are_refused(verb: str) -> None:
         return model.first(x)
 
     with pytest.raises(li.StateError, match="inside a checkpointed function"):
-        checkpoint(inside, x, use_reentrant=False)
+        backward(checkpoint(inside, x, use_reentrant=mode))
     assert snapshot(model) == before
     assert li.summary(model) == listed
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_verbs_inside_a_reentrant_checkpoint_are_refused_in_backward_at_the_latest(
-    verb: str,
-) -> None:
-    model = net()
-    x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
-
-    def inside(x: Tensor) -> Tensor:
-        VERBS[verb](model)
-        return model.first(x)
-
-    with pytest.raises(li.StateError):
-        backward(checkpoint(inside, x, use_reentrant=True))
 
 
 def test_verbs_in_a_backward_are_refused() -> None:
@@ -477,27 +463,18 @@ def test_verbs_in_a_backward_are_refused() -> None:
 
 
 @modes
-def test_a_merge_between_forward_and_backward_is_no_silent_doubling(mode: bool) -> None:
-    model = net()
-    model.mode = mode
-    x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
-    y = model(x)
-    li.merge(model)
-    with pytest.raises((li.StateError, RuntimeError)):
-        backward(y)
-    assert all(g is None for g in gradients(model).values())
-
-
-@modes
-def test_an_eject_between_forward_and_backward_is_no_silent_loss(mode: bool) -> None:
+@pytest.mark.parametrize("verb", [li.merge, lambda m: li.eject(m, "b")], ids=["merge", "eject"])
+def test_a_merge_or_eject_between_forward_and_backward_is_refused(verb: Any, mode: bool) -> None:
+    """Never silently doubled or lost."""
     model = net()
     model.mode = mode
     li.activate(model, {"a": 0.5, "b": 0.5})
     x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
     y = model(x)
-    li.eject(model, "b")
+    verb(model)
     with pytest.raises((li.StateError, RuntimeError)):
         backward(y)
+    assert all(g is None for g in gradients(model).values())
 
 
 @modes
