@@ -201,6 +201,18 @@ def test_products_with_a_stack_are_thin(how: str, layout: str, formed: list[LowR
     assert not formed
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", THIN_STACK)
+def test_products_are_thin_without_gradients(how: str, mode: Any, formed: list[LowRank]) -> None:
+    """In inference mode torch hands on operations such as `.T` whole."""
+    use, shape = THIN_STACK[how]
+    case, x = Case(site("out_in")), tokens(*shape)
+    with mode():
+        found = use(case.lazy(), x)
+    assert not formed
+    assert equal(found, use(case.dense(), x))
+
+
 @pytest.mark.parametrize("layout", ["out_in", "in_out"])
 @pytest.mark.parametrize("how", FORMS_STACK)
 def test_everything_else_forms_the_weight(how: str, layout: str, formed: list[LowRank]) -> None:
