@@ -151,6 +151,8 @@ def test_configs_without_numbers_are_refused(value: Any, tmp_path: Path) -> None
     said = json.loads((path / "adapter_config.json").read_text())
     field = "alpha_pattern" if isinstance(value, dict) else "lora_alpha"
     field = "modules_to_save" if isinstance(value, list) else field
-    (path / "adapter_config.json").write_text(json.dumps({**said, field: value}))
-    with pytest.raises(FormatError, match=r"is not a (number above 0|list of names)"):
-        li.check_adapter(path, "vllm")
+    for kind in ("LORA", "IA3"):
+        text = json.dumps({**said, field: value, "peft_type": kind})
+        (path / "adapter_config.json").write_text(text)
+        with pytest.raises(FormatError, match=r"is not a (number above 0|list of names)"):
+            li.check_adapter(path, "diffusers")

@@ -304,9 +304,13 @@ def test_models_and_other_families_are_refused(tmp_path: Path) -> None:
     for architecture, kind, words in [
         ("llama", gguf.GGUFType.MODEL, "not a model"),
         ("gpt2", gguf.GGUFType.ADAPTER, "architecture is 'gpt2'"),
+        (["llama"], gguf.GGUFType.ADAPTER, "architecture is "),
     ]:
-        path = tmp_path / f"{architecture}.gguf"
-        writer = gguf.GGUFWriter(path, architecture)
+        path = tmp_path / f"{len(architecture)}.gguf"
+        writer = gguf.GGUFWriter(path, str(architecture))
+        if isinstance(architecture, list):
+            writer.kv_data[0].pop("general.architecture")
+            writer.add_array("general.architecture", architecture)
         writer.add_type(kind)
         writer.add_string("adapter.type", "lora")
         writer.write_header_to_file()

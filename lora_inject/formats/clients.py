@@ -130,8 +130,6 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
     config: Any = parse_json((path / CONFIG).read_bytes(), f"{asked}, {CONFIG}")
     if not isinstance(config, dict):
         raise FormatError(f"{asked}, {CONFIG}", "it is not a table of fields", "Fetch it again")
-    if layout == "peft" and config.get("peft_type") in (None, "LORA"):
-        _check_config(config, f"{asked}, {CONFIG}")
     header = read_header(path / file, FormatError)
     pairs: dict[str, list[Shape]] = {}
     others = []
@@ -141,6 +139,8 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
             others.append(key.removeprefix(PREFIX))
         else:
             pairs.setdefault(match[1], [None, None])[match[2] in "Bb"] = entry.shape
+    if layout == "peft" and (pairs or config.get("peft_type") == "LORA"):
+        _check_config(config, f"{asked}, {CONFIG}")
     return {
         "config": config,
         "pairs": {name: (a, b) for name, (a, b) in pairs.items()},

@@ -117,10 +117,11 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None) -> AdapterState
     types = {key: fields.get(key) for key in ("general.type", "adapter.type")}
     if types != {"general.type": "adapter", "adapter.type": "lora"}:
         raise FormatError(asked, f"it says {types}", "Give a LoRA adapter, not a model")
-    architecture, alpha = fields.get("general.architecture"), fields.get("adapter.lora.alpha")
+    architecture = str(fields.get("general.architecture"))
+    alpha = fields.get("adapter.lora.alpha")
     known = dict(FAMILIES.values())
     if architecture not in known:
-        found = f"its architecture is {str(architecture)[:40]!r}"
+        found = f"its architecture is {architecture[:40]!r}"
         raise FormatError(asked, found, f"Supported are {', '.join(FAMILIES)}")
     if config is not None and _family(config, asked)[0] != architecture:
         raise FormatError(asked, f"its architecture is '{architecture}'", "Name its own base")
