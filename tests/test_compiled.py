@@ -17,6 +17,7 @@ from conftest import conv1d, error, fill, same_bits
 from helpers.reference import EXACT, Block, config, dense, random, saved
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
 
@@ -191,6 +192,62 @@ def test_what_a_graph_chooses_by_is_on_every_device_of_the_model() -> None:
 
 
 @pytest.mark.slow
+def two_frozen() -> nn.Sequential:
+    """A layer with two frozen adapters, of which the second is active."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    for name in "ab":
+        fill(li.inject(model, {"rank": 2, "targets": ["0"]}, name), name)
+    li.train_only(model, None)
+    return model
+
+
+def change(model: nn.Module, verb: str) -> None:
+    if verb == "activate":
+        li.activate(model, "a")
+    elif verb == "swap_adapter":
+        li.swap_adapter(model, li.adapter_state(model, "a"), "b")
+    else:
+        li.eject(model, "b")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("verb", ["activate", "routed", "swap_adapter", "eject"])
+def test_a_compiled_block_in_a_checkpoint_is_recomputed_under_its_forwards_selection(
+    verb: str, reentrant: bool
+) -> None:
+    """Or refused. In the first step it is compiled, in later ones the graph is there."""
+    model = two_frozen()
+    block, _ = compiled(model)
+    x = torch.randn(2, 4, requires_grad=True)
+    with li.routed(model, ["a", "b"]) if verb == "routed" else nullcontext():
+        (wanted,) = torch.autograd.grad(model(x).tanh().sum(), x)
+    for _ in range(1 if verb == "eject" else 2):
+        li.activate(model, "b")
+        with li.routed(model, ["a", "b"]) if verb == "routed" else nullcontext():
+            y = checkpoint(lambda t: block(t).tanh(), x, use_reentrant=reentrant)
+        if verb != "routed":
+            change(model, verb)
+        if verb in ("swap_adapter", "eject"):
+            with pytest.raises(li.StateError, match="backward through a checkpoint"):
+                y.sum().backward()
+            continue
+        y.sum().backward()
+        assert error(x.grad, wanted) < 1e-6
+        x.grad = None
+
+
+def test_a_compiled_block_in_a_checkpoint_is_compiled_once_where_nothing_changed() -> None:
+    model = two_frozen()
+    block, counter = compiled(model)
+    x = torch.randn(2, 4, requires_grad=True)
+    for _ in range(2):
+        checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert counter.frame_count == 1
+    whole = torch.compile(lambda t: checkpoint(model, t, use_reentrant=False), backend="eager",
+                          fullgraph=True)  # fmt: skip
+    torch.testing.assert_close(whole(x), model(x))
+
+
 @pytest.mark.parametrize("first", ["compile", "inject"])
 def test_compiled_before_or_after_inject(first: str, tmp_path: Path) -> None:
     plain, x = nn.Sequential(Block(), Block()).double(), random(3, 4)

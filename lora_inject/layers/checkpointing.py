@@ -4,14 +4,19 @@ Both modes of `torch.utils.checkpoint` keep the function that they will run agai
 their own. While a layer runs inside, that object can be found: the non-reentrant mode's in its hook
 on saved tensors, the reentrant mode's on the call stack, as it is an autograd Function. The kept
 function is wrapped, so that it enters the selection first in any thread.
+
+In a compiled graph nothing of this package runs. So once a layer was compiled, every checkpoint
+remembers the states of all selections as it begins (`watch_checkpoints`).
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
@@ -28,20 +33,65 @@ class Recomputed:
 
     Attributes:
         states: The state of each selection when the checkpoint began.
+        compiled: The same as compiled code saw it, for layers that may run in a graph.
         values: For each selection what `Selection.values` was then.
     """
 
     def __init__(self, function: Any) -> None:
         self.function = function
         self.states: dict[Any, Any] = {}
+        self.compiled: dict[Any, Any] = {}
         self.values: dict[Any, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function."""
-        for selection, state in self.states.items():
+        # Under a state that is in force already a graph would be compiled again.
+        changed = {s: state for s, state in self.compiled.items() if s.of_thread() is not state}
+        for selection, state in {**self.compiled, **self.states}.items():
             selection.check_recomputable(state, self.values[selection])
-        with within(self.states, recomputes=True):
+        with within({**changed, **self.states}, recomputes=True):
             return self.function(*args, **kwargs)
+
+
+SELECTIONS: WeakSet[Any] = WeakSet()
+"""Every selection of the process."""
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def watch_checkpoints() -> bool:
+    """Let checkpoints remember for compiled layers; it runs while a graph is traced, not in it."""
+    _watch()
+    for frame in filter(None, map(_frame_of, _pack_hooks())):
+        frame.recompute_fn = _as_compiled(frame.recompute_fn)
+    for call in _reentrant_calls():
+        ctx = call.f_locals["ctx"]
+        ctx.run_function = _as_compiled(ctx.run_function)
+    return True
+
+
+@functools.cache
+def _watch() -> None:
+    """Wrap the functions of all checkpoints that begin from now on."""
+    begin, apply = _CheckpointFrame.__init__, CheckpointFunction.apply
+
+    @functools.wraps(begin)
+    def beginning(self: Any, recompute_fn: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, _as_compiled(recompute_fn), *args, **kwargs)
+
+    def applying(run_function: Any, *args: Any) -> Any:
+        return apply(_as_compiled(run_function), *args)  # type: ignore[no-untyped-call]
+
+    _CheckpointFrame.__init__ = beginning  # type: ignore[method-assign]
+    CheckpointFunction.apply = staticmethod(applying)  # type: ignore[method-assign]
+
+
+def _as_compiled(function: Any) -> Recomputed:
+    """Return a checkpointed function that runs again under what compiled code sees now."""
+    wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
+    for selection in tuple(SELECTIONS):
+        wrapped.compiled.setdefault(selection, selection.of_thread())
+        wrapped.values.setdefault(selection, selection.values)
+    return wrapped
 
 
 def remember(selection: Any, state: Any) -> None:
@@ -82,8 +132,8 @@ def refuse_dead_checkpoint() -> None:
 
 def _wrapped(function: Any, selection: Any, state: Any) -> Recomputed:
     wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
-    if selection not in wrapped.states:
-        wrapped.states[selection], wrapped.values[selection] = state, selection.values
+    wrapped.states.setdefault(selection, state)
+    wrapped.values.setdefault(selection, selection.values)
     return wrapped
 
 

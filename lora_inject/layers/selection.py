@@ -17,7 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_inject.errors import StateError
-from lora_inject.layers.checkpointing import are_running, remember
+from lora_inject.layers.checkpointing import (
+    SELECTIONS,
+    are_running,
+    remember,
+    watch_checkpoints,
+)
 from lora_inject.layers.contexts import Context, entered, innermost
 from lora_inject.layers.state_dict import Loading, watch_loading
 
@@ -103,6 +108,7 @@ class Selection:
         self._of_thread = threading.local()
         # Autograd's number of the first node that may be made after the last change.
         self._changed = 0
+        SELECTIONS.add(self)
 
     # ------------------------------------------------------------------------------- adapters
 
@@ -155,6 +161,11 @@ class Selection:
                 "A coroutine or generator holds routed() or disabled(), and compiled code cannot "
                 "tell whose forward it is. Enter the context in a plain function instead."
             )
+        watch_checkpoints()
+        return self.of_thread()
+
+    def of_thread(self) -> State:
+        """Return the state that compiled code sees in this thread."""
         state: State | None = getattr(self._of_thread, "state", None)
         return self.state if state is None else state
 
