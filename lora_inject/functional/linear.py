@@ -188,19 +188,13 @@ def differentiate(
 
 
 class Kept(NamedTuple):
-    """What the backward of one update needs besides x.
+    """What the backward of one update needs besides x."""
 
-    Attributes:
-        h: `drop(x) A^T`, `(n, rank * parts)`.
-        A: The factor A in the dtype of the product.
-        B: The factor B likewise.
-        dropped: None without dropout. Else the kept elements of x, bool `(n, in)`; on a CPU the
-            gaps between dropped elements, `(m,)`, integers.
-    """
-
-    h: Tensor
-    A: Tensor
+    h: Tensor  # `drop(x) A^T`, `(n, rank * parts)`
+    A: Tensor  # both factors in the dtype of the product
     B: Tensor
+    # None without dropout; else the kept elements of x, bool `(n, in)`, or on a CPU the gaps
+    # between dropped elements, `(m,)`, integers
     dropped: Tensor | None
 
 
@@ -278,19 +272,12 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor | Non
 
 
 class _How(NamedTuple):
-    """What the Function needs besides tensors.
+    """What the Function needs besides tensors."""
 
-    Attributes:
-        transposed: Whether the layer is a Conv1D.
-        float32: Whether the low-rank arithmetic is in float32.
-        dtype: What autocast casts to; None outside.
-        terms: Scale, spans and dropout of each update.
-    """
-
-    transposed: bool
-    float32: bool
-    dtype: torch.dtype | None
-    terms: Sequence[tuple[Any, ...]]
+    transposed: bool  # whether the layer is a Conv1D
+    float32: bool  # whether the low-rank arithmetic is in float32
+    dtype: torch.dtype | None  # what autocast casts to; None outside
+    terms: Sequence[tuple[Any, ...]]  # scale, spans and dropout of each update
 
     def updates(self, factors: Sequence[Tensor]) -> list[Factors]:
         pairs = zip(factors[::2], factors[1::2], strict=True)

@@ -24,19 +24,13 @@ Update = tuple[SiteSpec, Tensor, Tensor, float]
 
 
 class LowRank(NamedTuple):
-    """A weight and its updates: `base + sum of scale * left @ right`.
+    """A weight and its updates: `base + sum of scale * left @ right`."""
 
-    Attributes:
-        base: `(..., m, n)`.
-        terms: `(left, right, scale)` of each update, `(..., m, R)` and `(..., R, n)`, in float32 or
-            wider.
-        float32: Whether a product is to keep its low-rank arithmetic in float32 over a 16-bit base.
-        gain: The factor on the outputs of the sum, and whether these are its last axis; or None
-    """
-
-    base: Tensor
+    base: Tensor  # `(..., m, n)`
+    # `(left, right, scale)` of each: `(..., m, R)` and `(..., R, n)`, in float32 or wider
     terms: tuple[tuple[Tensor, Tensor, float], ...]
-    float32: bool = False
+    float32: bool = False  # whether products keep their low-rank arithmetic in float32
+    # the factor on the outputs of the sum, and whether these are its last axis
     gain: tuple[Gain, bool] | None = None
 
     def formed(self, dtype: torch.dtype) -> Tensor:

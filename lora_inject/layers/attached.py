@@ -42,24 +42,15 @@ def attribute(role: str, adapter: str, param: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One adapter on one tensor of one module.
-
-    Attributes:
-        spec: The site, or None for a full trained copy.
-        param: Name of the parameter in the module that is adapted.
-        names: Role (`A`, `B`, `A0`, `B0`, those of a variant, `T` of a copy) to flat name.
-        shape: For a trained copy, its shape.
-        rows: For a copy of some rows of the tensor, their indices.
-        scale: The factor on values that are added to the tensor; None if they replace it.
-    """
+    """One adapter on one tensor of one module."""
 
     adapter: str
-    spec: SiteSpec | None
-    param: str
-    names: Mapping[str, str]
-    shape: tuple[int, ...] = ()
-    rows: tuple[int, ...] | None = None
-    scale: float | None = None
+    spec: SiteSpec | None  # None for a full trained copy
+    param: str  # name of the parameter in the module that is adapted
+    names: Mapping[str, str]  # role (`A`, `B`, `A0`, `B0`, a variant's, `T` of a copy) to flat name
+    shape: tuple[int, ...] = ()  # of a trained copy
+    rows: tuple[int, ...] | None = None  # indices of the rows that a copy holds, None for all
+    scale: float | None = None  # factor on values that are added; None if they replace the tensor
 
     @property
     def mark(self) -> str:
@@ -127,29 +118,20 @@ def factors_of(
 
 
 class Attached:
-    """What one module carries.
-
-    Attributes:
-        selection: The cell that says which adapters take part.
-        forward: Adapter name to its entry on the output of this layer.
-        reads: Parameter name to adapter name to its entry on that parameter.
-        old_forward: The `_old_forward` that a hook had saved on the module, or None.
-        float32: Whether an adapter on the output asks for float32 arithmetic.
-        gains: Whether an adapter on the output has a gain.
-        took_part: Marks of the entries that a forward has used so far; see `Entry.mark`.
-        read_from_outside: Marks of entries that another module read while this one did not run.
-        running: For each thread that runs a forward of the module: the effective weights read in
-            it, and the hooks on saved tensors that it was entered with.
-    """
+    """What one module carries."""
 
     def __init__(self, selection: Selection) -> None:
-        self.selection = selection
-        self.forward: dict[str, Entry] = {}
-        self.reads: dict[str, dict[str, Entry]] = {}
-        self.old_forward: Any = None
+        self.selection = selection  # says which adapters take part
+        self.forward: dict[str, Entry] = {}  # by adapter, on the output of this layer
+        self.reads: dict[str, dict[str, Entry]] = {}  # by parameter and adapter
+        self.old_forward: Any = None  # the `_old_forward` that a hook had saved on the module
+        # For each thread that runs a forward of the module: the effective weights read in it, and
+        # the hooks on saved tensors that it was entered with.
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
-        self.float32 = False
-        self.gains = False
+        self.float32 = False  # whether an adapter on the output asks for float32 arithmetic
+        self.gains = False  # whether an adapter on the output has a gain
+        # Marks of the entries that a forward has used so far; and of those that another module read
+        # while this one did not run.
         self.took_part: frozenset[str] = frozenset()
         self.read_from_outside: frozenset[str] = frozenset()
         self._n_tensors = 0

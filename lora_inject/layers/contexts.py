@@ -24,23 +24,16 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 class Context:
-    """One entered `routed` or `disabled`, or one recomputation of a checkpointed function.
-
-    Attributes:
-        states: The state of each selection inside.
-        shadowed: What compiled forwards of this thread ran under before.
-        recomputes: Whether a checkpointed function is recomputed inside.
-        left: Whether it was left.
-        may_wait: Whether a generator or a coroutine entered it, which others may interrupt.
-    """
+    """One entered `routed` or `disabled`, or one recomputation of a checkpointed function."""
 
     def __init__(self, states: Mapping[Any, Any], *, recomputes: bool = False) -> None:
-        self.states = states
-        self.shadowed: dict[Any, Any] = {}
+        self.states = states  # of each selection inside
+        self.shadowed: dict[Any, Any] = {}  # what compiled forwards of this thread ran under before
         self.recomputes = recomputes
         self.left = False
         frame = _entering_frame()
         flags = frame.f_code.co_flags
+        # A generator or a coroutine, which others may interrupt.
         self.may_wait = bool(flags & (_GENERATOR | inspect.CO_COROUTINE))
         self._generator = frame if flags & _GENERATOR else None
         self._task = _task() if flags & inspect.CO_ASYNC_GENERATOR else None

@@ -18,19 +18,12 @@ from lora_inject.layers.selection import State
 
 
 class Routing(NamedTuple):
-    """The adapters of a batch that are on a layer, and which each row has.
-
-    Attributes:
-        entries: Their entries.
-        places: `(batch,)`, int64: 0 for the base, else 1 + the place in `entries`.
-        recipes: Their updates.
-        blocks: `places` with one entry for each run of rows of one adapter, if these runs are
-            equally long; else `places`.
-    """
+    """The adapters of a batch that are on a layer, and which each row has."""
 
     entries: Sequence[Entry]
-    places: Tensor
+    places: Tensor  # `(batch,)`, int64: 0 for the base, else 1 + the place in `entries`
     recipes: Sequence[Sequence[Recipe]] = ()
+    # `places` with one for each run of rows of one adapter where all runs are equally long
     blocks: Tensor | None = None
 
     def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:

@@ -29,38 +29,27 @@ from lora_inject.layers.state_dict import Loading, watch_loading
 
 @dataclass(frozen=True)
 class State:
-    """One selection of adapters.
+    """One selection of adapters."""
 
-    Attributes:
-        active: `(name, weight)` of each active adapter; empty for the plain base.
-        rows: For `routed`: the adapter of each row of the batch, None for the base; else None.
-        repeat: How many consecutive rows of an input share one entry of `rows` (beams).
-        merged: Whether the weights hold a merged adapter, and no other may be added.
-        routed: Whether there are `rows`.
-        parts: The names of the adapters that take part, as the keys of a dict: a compiled graph can
-            depend on a single key.
-        numbers: The numbers of the adapters that take part, by which they are recognized.
-        choices: For compiled graphs, in which a name would be a constant: `(n, 2)` on each device
-            of the model; the number of each active adapter, or of each row's (-1 for the base),
-            and its weight.
-        draws: Dropout for trials with random numbers of their own: a function of the layer's input
-            and the updates by adapter. None: torch's generator.
-        stack: Stacks factors of the rows' adapters, for trials. None: torch's.
-        kept: What layers keep for one context: rows as tensors.
-    """
-
-    active: tuple[tuple[str, float], ...] = ()
+    active: tuple[tuple[str, float], ...] = ()  # name and weight of each; empty for the plain base
+    # for `routed`: the adapter of each row of the batch, None for the base
     rows: tuple[str | None, ...] | None = None
-    repeat: int = 1
-    merged: bool = False
-    routed: bool = field(init=False, repr=False, compare=False)
+    repeat: int = 1  # how many consecutive rows of an input share one entry of `rows` (beams)
+    merged: bool = False  # whether the weights hold a merged adapter, and no other may be added
+    routed: bool = field(init=False, repr=False, compare=False)  # whether there are `rows`
+    # the names of those that take part: a compiled graph can depend on a single key of a dict
     parts: Mapping[str, None] = field(init=False, repr=False, compare=False)
-    numbers: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    numbers: tuple[int, ...] = field(default=(), repr=False, compare=False)  # of those
+    # for compiled graphs, in which a name would be a constant: `(n, 2)` on each device, the number
+    # of each active adapter, or of each row's (-1 for the base), and its weight
     choices: Mapping[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    # dropout of trials, of the layer's input and the updates by adapter; None: torch's generator
     draws: Callable[..., Tensor] | None = field(default=None, repr=False, compare=False)
+    # stacks factors of the rows' adapters, for trials; None: torch's
     stack: Callable[[tuple[Tensor, ...]], Tensor] | None = field(
         default=None, repr=False, compare=False
     )
+    # what layers keep for one context: rows as tensors
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
