@@ -183,10 +183,11 @@ def two_adapters(model: Any) -> Any:
     return model
 
 
-def shard(model: Any, **how: Any) -> Any:
+def shard(model: Any, shape: tuple[int, ...] = (WORLD,), **how: Any) -> Any:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+    names = ("replicated", "sharded")[-len(shape) :]
+    mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, **how)
     return fully_shard(model, mesh=mesh, **how)
@@ -233,14 +234,16 @@ def fsdp_swapped(rank: int, model: Any) -> dict[str, Any]:
     return found
 
 
-def fsdp_loaded(rank: int, model: Any, *, late: bool = False) -> dict[str, Any]:
+def fsdp_loaded(
+    rank: int, model: Any, *, late: bool = False, shape: tuple[int, ...] = (WORLD,)
+) -> dict[str, Any]:
     """An adapter from files onto a model that was sharded, and maybe has run, before."""
-    folder = f"{os.environ['DCP_FOLDER']}/loaded-{late}"
+    folder = f"{os.environ['DCP_FOLDER']}/loaded-{late}-{len(shape)}"
     if rank == 0:
         li.save_adapter(model, folder)
     dist.barrier()
     state = li.adapter_state(other_values(build()))
-    shard(li.eject(model))
+    shard(li.eject(model), shape)
     warnings.filterwarnings("error", "FSDP2-wrapped module")  # that returns a view
     if late:
         with torch.no_grad():
@@ -261,6 +264,10 @@ def fsdp_loaded(rank: int, model: Any, *, late: bool = False) -> dict[str, Any]:
 
 def fsdp_loaded_late(rank: int, model: Any) -> dict[str, Any]:
     return fsdp_loaded(rank, model, late=True)
+
+
+def fsdp_loaded_replicated(rank: int, model: Any) -> dict[str, Any]:
+    return fsdp_loaded(rank, model, shape=(WORLD, 1))
 
 
 def other_values(model: Any) -> Any:
@@ -347,6 +354,7 @@ JOBS = {
     "swapped": (fsdp_swapped, CONFIG),
     "loaded": (fsdp_loaded, CONFIG),
     "loaded late": (fsdp_loaded_late, CONFIG),
+    "loaded, HSDP": (fsdp_loaded_replicated, CONFIG),
     "tensor parallel": (tensor_parallel, TENSOR),
     "tp_plan": (tp_plan, FORWARD),
 }
@@ -473,7 +481,7 @@ def test_fsdp_in_bfloat16_with_offload_trains_as_near_as_bfloat16_is(ranks: Any)
             assert far(found["state"][key].float(), tensor.float()) < 0.02, key
 
 
-@pytest.mark.parametrize("job", ["loaded", "loaded late"])
+@pytest.mark.parametrize("job", [job for job in JOBS if "loaded" in job])
 def test_an_adapter_loaded_onto_shards_trains_like_one_process(job: str, ranks: Any) -> None:
     model = build()
     first = values(model)["state"]
