@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def routed_update(
         y3 = y.reshape(places.shape[0], -1, y.shape[-1])
         x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
         # Thin products have the rank as rows: on a CPU `x A^T` takes up to twice as long.
-        h = torch.bmm(A_bank.index_select(0, places), x3.to(dtype).mT).mT
+        h = _thin(A_bank.index_select(0, places), x3).mT
         right = B_bank.index_select(0, places).mT
         if y3.dtype != dtype:
             out = torch.baddbmm(y3.to(dtype), h, right).to(y3.dtype)
@@ -79,6 +80,30 @@ def routed_update(
         else:
             out = torch.baddbmm(y3, h, right)
         return out.view(y.shape)
+
+
+def _thin(A: Tensor, x3: Tensor) -> Tensor:
+    """Return `A x^T` in the dtype of A; for the backward a narrower x is kept as it is."""
+    if x3.dtype == A.dtype or needs_plain_operations() or not torch.is_grad_enabled():
+        return torch.bmm(A, x3.to(A.dtype).mT)
+    found: Tensor = _Widened.apply(A, x3)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, x3: Tensor) -> Tensor:
+        ctx.save_for_backward(A, x3)
+        return torch.bmm(A, x3.to(A.dtype).mT)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        A, x3 = ctx.saved_tensors
+        of_A, of_x = ctx.needs_input_grad
+        return (
+            torch.bmm(g, x3.to(A.dtype)) if of_A else None,
+            torch.bmm(g.mT, A).to(x3.dtype) if of_x else None,
+        )
 
 
 def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
