@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_inject.errors import FormatError
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft import number_patterns
 from lora_inject.formats.peft.module_fields import bias_setting, target_modules, whole_modules
 from lora_inject.formats.peft.number_patterns import pattern_keys, values_of
@@ -121,10 +122,10 @@ def test_many_experts_take_no_time() -> None:
 
 
 def test_target_names() -> None:
-    assert target_modules(["b", "a"], parameters=False, module_names=None) == ["a", "b"]
-    assert target_modules([], parameters=True, module_names=["a"]) == []
+    assert target_modules(["b", "a"], ModelFacts(), parameters=False) == ["a", "b"]
+    assert target_modules([], ModelFacts(["a"]), parameters=True) == []
     found = target_modules(
-        ["lin", "a+b"], parameters=False, module_names=["lin", "a+b", "x.lin", "aab"]
+        ["lin", "a+b"], ModelFacts(["lin", "a+b", "x.lin", "aab"]), parameters=False
     )
     assert isinstance(found, str)
     assert [bool(re.fullmatch(found, n)) for n in ("lin", "a+b", "x.lin", "aab", "xlin")] == [
@@ -172,7 +173,7 @@ TENSORS = [
     ],
 )
 def test_whole_modules(trained: list[str], whole: list[str]) -> None:
-    assert whole_modules(trained, sites=["h.fc"], tensor_names=TENSORS, module_names=None) == whole
+    assert whole_modules(trained, ModelFacts(None, TENSORS), sites=["h.fc"]) == whole
 
 
 @pytest.mark.parametrize(("site", "whole"), [("axb.fc", []), ("axc.fc", ["a.b"])])
@@ -180,7 +181,7 @@ def test_no_module_is_kept_whole_that_hides_a_site(site: str, whole: list[str]) 
     """PEFT adapts nothing under a name that `modules_to_save`, taken as an expression, hits."""
     names = ["a.b.weight", f"{site}.weight"]
     assert re.match(r"(^|.*\.)a.b($|\..*)", "axb.fc")
-    found = whole_modules(["a.b.weight"], sites=[site], tensor_names=names, module_names=None)
+    found = whole_modules(["a.b.weight"], ModelFacts(None, names), sites=[site])
     assert found == whole
 
 

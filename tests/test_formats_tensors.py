@@ -117,7 +117,11 @@ def test_a_format_of_ones_own_need_not_leave_values_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = AdapterState({})
-    own = Format(lambda state, path: path, lambda path: state, lambda path: path.suffix == ".own")
+    own = Format(
+        lambda state, path, facts: path,
+        lambda path, facts: state,
+        lambda path: path.suffix == ".own",
+    )
     monkeypatch.setitem(FORMATS, "own", own)
     (tmp_path / "a.own").touch()
     assert read_adapter(tmp_path / "a.own", on_disk=True) is state

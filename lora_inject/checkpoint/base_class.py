@@ -18,8 +18,8 @@ from torch import nn
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.side_files import changed_config
 from lora_inject.errors import CheckpointError
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.older_names import Place, places
-from lora_inject.formats.peft import options_for_reading
 
 UNTIED = {"tie_word_embeddings": False}
 """What `config.json` has to say so that a class loads tied tensors apart."""
@@ -83,15 +83,13 @@ class BaseClass:
                 found.setdefault(place.expert, {})[place.part] = theirs
         return [[of[part] for part in sorted(of)] for _, of in sorted(found.items())]
 
-    def reading_options(self) -> dict[str, Any]:
-        """Return what the class says of stacked experts, as options for `formats.peft.read`."""
-        inner = f"{self.model.base_model_prefix}."
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        found = options_for_reading(modules, self._shapes)
-        return {
-            option: (*names, *(n.removeprefix(inner) for n in names if n.startswith(inner)))
-            for option, names in found.items()
-        }
+    def facts(self) -> ModelFacts:
+        """Return what formats need to know; an adapter's names may lack the class's prefix."""
+        inner, modules = f"{self.model.base_model_prefix}.", self.model.named_modules
+        named: list[dict[str, Any]] = [dict(modules(remove_duplicate=False)), {**self._shapes}]
+        for each in named:
+            each |= {n.removeprefix(inner): v for n, v in each.items() if n.startswith(inner)}
+        return ModelFacts.of(self.model, *named)
 
     @cached_property
     def ties(self) -> tuple[frozenset[str], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass, meta_model
 from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.errors import CheckpointError
-from lora_inject.formats import FORMATS, detected, losses_of, read_adapter, taken_by, write_adapter
+from lora_inject.formats import ModelFacts, losses_of, read_adapter, write_adapter
 from lora_inject.formats.clients import Finding, findings
-from lora_inject.formats.peft import options_for_writing
 from lora_inject.storage.strict_json import parse_json
 
 
@@ -58,53 +58,54 @@ def convert(
         ...     li.read_adapter(made).sites["0"].scale
         1.0
     """
-    known = {} if base is None else facts_of(Path(base))
+    facts = facts_of(base)
     if isinstance(adapter, AdapterState):
-        state, said = adapter, {}
+        state = adapter
     else:
-        name, path = (reading or {}).get("format"), Path(adapter)
-        row = FORMATS.get(name or detected(path))
-        known_here = {} if row is None else taken_by(row.read, known)
-        state = read_adapter(path, **{**known_here, **(reading or {})})
-        said = _said(path)
-    lost = losses_of(state, to)
-    offered = {k: v for k, v in {**said, **known}.items() if v is not None}
+        state = read_adapter(adapter, facts=facts, **(reading or {}))
+        facts = _completed(facts, Path(adapter))
     if tell is not None:
-        for words in lost:
+        for words in losses_of(state, to):
             tell(words)
-    return write_adapter(state, output, to, **{**taken_by(FORMATS[to].write, offered), **options})
+    return write_adapter(state, output, to, facts=facts, **options)
 
 
-def facts_of(base: Path) -> dict[str, Any]:
-    """Return facts from a base's files, as options for formats; see `formats.taken_by`."""
+def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
+    """Return what a base's files tell."""
+    if base is None:
+        return ModelFacts()
+    base = Path(base)
     config = read_config(base)
     if config.get("model_type"):
         asked = f"read the names of '{base}'"
         with contextlib.suppress(CheckpointError):  # no class: read the files
             model = meta_model(config, asked, "give a base of a known class")
             modules = dict(model.named_modules(remove_duplicate=False))
-            found = options_for_writing(model, modules, model.state_dict())  # defaults filled in
+            facts = ModelFacts.of(model, modules, model.state_dict())  # defaults filled in
             with contextlib.suppress(CheckpointError):  # a config alone names no tensors
-                found["separate"] = BaseClass(Checkpoint.open(base)).separate
-            return found
+                return replace(facts, separate=BaseClass(Checkpoint.open(base)).separate)
+            return facts
     try:
         names = list(Checkpoint.open(base).tensors)
     except CheckpointError:
         if not config:
             raise
-        return {"config": dict(config)}  # enough for some formats
+        return ModelFacts(config=config)  # enough for some formats
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    return {"tensor_names": names, "module_names": tuple(modules), "config": dict(config) or None}
+    return ModelFacts(tuple(modules), names, config=config or None)
 
 
-def _said(path: Path) -> dict[str, Any]:
-    """Return the base and the task that a PEFT folder states, for the new files."""
+def _completed(facts: ModelFacts, path: Path) -> ModelFacts:
+    """Return facts with the base and the task that a PEFT folder states, where not known."""
     file = path / "adapter_config.json"
     if not file.is_file():
-        return {}
-    config = parse_json(file.read_bytes(), f"read '{file}'")
-    fields = {"base_model": "base_model_name_or_path", "task_type": "task_type"}
-    return {k: v for k, f in fields.items() if isinstance(v := config.get(f), str)}
+        return facts
+    said = parse_json(file.read_bytes(), f"read '{file}'")
+    base, task = (
+        field if isinstance(field := said.get(name), str) else None
+        for name in ("base_model_name_or_path", "task_type")
+    )
+    return replace(facts, base_model=facts.base_model or base, task_type=facts.task_type or task)
 
 
 def check_adapter(
@@ -134,5 +135,4 @@ def check_adapter(
         ...     [finding.problem for finding in li.check_adapter(f"{parent}/a", "sglang")]
         ["SGLang would apply another scale to '0 (1.5 for 2.121)'"]
     """
-    known = {} if base is None else facts_of(Path(base))
-    return findings(Path(adapter), client, **taken_by(findings, known))
+    return findings(Path(adapter), client, facts_of(base))

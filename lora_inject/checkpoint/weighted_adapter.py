@@ -22,7 +22,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.errors import CheckpointError
-from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
+from lora_inject.formats import ModelFacts, read_adapter
 from lora_inject.formats.peft import PREFIX
 from lora_inject.functional import all_finite
 from lora_inject.storage.strict_json import parse_json
@@ -82,19 +82,16 @@ def read_weighted(
     """
     path = Path(path)
     options["on_disk"] = True  # an adapter may be large, and each of its tensors is needed seldom
+    modules = {name.rpartition(".")[0]: None for name in base.tensors}
+    names = _tensor_names(path, base.tensors)
+    facts = ModelFacts(tuple(modules), names, config=base.config or None)
     config_file = path / "adapter_config.json"
-    row = FORMATS.get(options.get("format") or detected(path))
-    if row is not None and row.read is FORMATS["peft"].read and config_file.is_file():
+    if config_file.is_file():
         said = parse_json(config_file.read_bytes(), f"read adapter '{path}', {config_file.name}")
         if isinstance(said, dict) and said.get("target_parameters"):  # building a class is slow
             with contextlib.suppress(CheckpointError):  # a class that cannot be built
-                options = taken_by(row.read, BaseClass(base).reading_options()) | options
-        options.setdefault("tensor_names", _tensor_names(path, base.tensors))
-    elif row is not None:
-        modules = tuple({name.rpartition(".")[0]: None for name in base.tensors})
-        known = {"module_names": modules, "config": base.config or None}
-        options = taken_by(row.read, known) | options
-    return WeightedAdapter(read_adapter(path, **options), weight, str(path))
+                facts = BaseClass(base).facts()
+    return WeightedAdapter(read_adapter(path, facts=facts, **options), weight, str(path))
 
 
 def _tensor_names(path: Path, there: Iterable[str]) -> Sequence[str]:

@@ -48,14 +48,14 @@ def convert(
     Prints what the format cannot express; refuses what would change the outputs.
     """
     from lora_inject.checkpoint.conversion import convert as converted
-    from lora_inject.formats import FORMATS, taken_by
+    from lora_inject.formats import FORMATS, options_of
 
     [how] = reading.options([adapter])
     options = {"dtype": dtype, "rank": rank, "component": to_component}
     chosen = {key: value for key, value in options.items() if value is not None}
     lost: list[str] = []
     for name in chosen:
-        takers = [key for key, row in FORMATS.items() if taken_by(row.write, {name: None})]
+        takers = [key for key, row in FORMATS.items() if name in options_of(row.write)]
         if to in FORMATS and to not in takers:
             found = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
             raise BadParameter(found, param_hint=f"--{name}")

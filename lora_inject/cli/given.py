@@ -129,7 +129,7 @@ class Reading:
         `known` is the format; by default it is detected.
         """
         from lora_inject.errors import FormatError
-        from lora_inject.formats import FORMATS, detected, taken_by
+        from lora_inject.formats import FORMATS, detected, options_of
 
         given = {f.name: value for f in fields(self) if (value := getattr(self, f.name))}
         if self.alpha is not None:
@@ -143,7 +143,8 @@ class Reading:
         taken: list[dict[str, Any]] = []
         for path in paths:
             try:
-                taken.append(taken_by(FORMATS[known or detected(path)].read, given))
+                names = options_of(FORMATS[known or detected(path)].read)
+                taken.append({name: given[name] for name in names if name in given})
             except (FormatError, KeyError):  # reading it will report the error
                 taken.append({})
         for name in given:

@@ -1,8 +1,8 @@
 """Adapters as files: one row of a table for each format.
 
-A format is a module with three functions: `write(state, path, **options)`,
-`read(path, **options)` and `detects(path)`. The table below is the only place that knows them all,
-so a new format is one file and one row.
+A format is a module with three functions: `write(state, path, facts, **options)`,
+`read(path, facts, **options)` and `detects(path)`; `facts` are of the model, see `model_facts`. The
+table below is the only place that knows them all, so a new format is one file and one row.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,17 @@ from lora_inject.formats import (
     vllm,
 )
 from lora_inject.formats.losses import EVERYTHING, NUMBERS, ONE, RANKS, losses
+from lora_inject.formats.model_facts import ModelFacts
 
 __all__ = [
     "FORMATS",
     "Format",
+    "ModelFacts",
     "detected",
     "losses_of",
+    "options_of",
     "read_adapter",
     "register_format",
-    "taken_by",
     "write_adapter",
 ]
 
@@ -48,8 +50,8 @@ class Format:
     """One row of the table.
 
     Attributes:
-        write: `write(state, path, *, overwrite=False, **options) -> Path`.
-        read: `read(path, **options) -> AdapterState`, of tensors that nobody else holds.
+        write: `write(state, path, facts, *, overwrite=False, **options) -> Path`.
+        read: `read(path, facts, **options) -> AdapterState`, of tensors that nobody else holds.
         detects: `detects(path) -> bool`, by content; the first row that says yes reads.
         keeps: What its files can express besides the deltas; see `formats.losses`.
     """
@@ -59,6 +61,8 @@ class Format:
     detects: Callable[[Path], bool]
     keeps: frozenset[str] = EVERYTHING
 
+
+FACTS = [field.name for field in fields(ModelFacts)]
 
 FORMATS = {
     # The folder of mlx-lm, which also has an adapter_config.json.
@@ -100,10 +104,10 @@ def register_format(name: str, row: Format) -> Format:
 
     Examples:
         >>> import torch
-        >>> def write(state, path, *, overwrite=False):
+        >>> def write(state, path, facts, *, overwrite=False):
         ...     torch.save(state, path)
         ...     return path
-        >>> def read(path):
+        >>> def read(path, facts):
         ...     return torch.load(path, weights_only=False)
         >>> row = register_format("torch", Format(write, read, lambda path: path.suffix == ".x"))
         >>> FORMATS.pop("torch") is row
@@ -121,6 +125,8 @@ def write_adapter(
     state: AdapterState,
     path: str | os.PathLike[str],
     format: str = "peft",  # noqa: A002
+    *,
+    facts: ModelFacts | None = None,
     **options: Any,
 ) -> Path:
     """Write an adapter to files, in one step: all of it, or nothing.
@@ -129,6 +135,7 @@ def write_adapter(
         state: The adapter.
         path: Where to.
         format: Name of a row of `FORMATS`.
+        facts: What is known of the model; single facts may be given as options.
         options: `overwrite=True` replaces an adapter that is there; others are the format's own,
             see its `write`.
 
@@ -154,13 +161,15 @@ def write_adapter(
     check_path("write adapter", path)
     check_type(asked, state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
     row = _row(format, asked)
-    _check_options(row.write, options, f"{asked} as '{format}'")
-    return row.write(state, Path(path), **options)
+    facts, own = _split(row.write, facts, options, f"{asked} as '{format}'")
+    return row.write(state, Path(path), facts, **own)
 
 
 def read_adapter(
     path: str | os.PathLike[str],
     format: str | None = None,  # noqa: A002
+    *,
+    facts: ModelFacts | None = None,
     **options: Any,
 ) -> AdapterState:
     """Read an adapter from files.
@@ -174,6 +183,7 @@ def read_adapter(
     Args:
         path: Where from.
         format: Name of a row of `FORMATS`, or None: found from what is there.
+        facts: What is known of the model; single facts may be given as options.
         options: `on_disk`, and the format's own, see its `read`.
 
     Returns:
@@ -187,10 +197,10 @@ def read_adapter(
     if format is None:
         format = detected(place)  # noqa: A001
     row = _row(format, asked)
-    if "on_disk" not in inspect.signature(row.read).parameters:
+    if "on_disk" not in options_of(row.read):
         options.pop("on_disk", None)  # it saves memory, and changes nothing that is read
-    _check_options(row.read, options, f"{asked} as '{format}'")
-    return row.read(place, **options)
+    facts, own = _split(row.read, facts, options, f"{asked} as '{format}'")
+    return row.read(place, facts, **own)
 
 
 def detected(path: Path) -> str:
@@ -208,20 +218,15 @@ def detected(path: Path) -> str:
     )
 
 
-def taken_by(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a format's `read` or `write` takes.
-
-    So facts about a live model or the base can be offered to every format.
+def options_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the options that a format's `read` or `write` has of its own.
 
     Examples:
-        >>> taken_by(loralib.read, {"alpha": 8, "tensor_names": ()})
-        {'alpha': 8}
+        >>> options_of(FORMATS["diffusers"].read)
+        ['component', 'on_disk']
     """
     parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(offered)
-    own = _own_options(function)
-    return {name: value for name, value in offered.items() if name in own}
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
@@ -234,18 +239,18 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
     return losses(state, _row(format, f"convert to '{format}'").keeps)
 
 
-def _own_options(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-
-
-def _check_options(function: Callable[..., Any], options: Mapping[str, Any], asked: str) -> None:
-    """Refuse options that a format does not have."""
-    for option in options.keys() - taken_by(function, options).keys():
-        own = ", ".join(_own_options(function))
-        raise FormatError(
-            asked, f"{option!r} is not an option of this format", f"Its options: {own}"
-        )
+def _split(
+    function: Callable[..., Any], facts: ModelFacts | None, options: Mapping[str, Any], asked: str
+) -> tuple[ModelFacts, dict[str, Any]]:
+    """Return the facts with those among the options, and the options that a format has itself."""
+    stated = {name: value for name, value in options.items() if name in FACTS}
+    own = {name: value for name, value in options.items() if name not in FACTS}
+    known = options_of(function)
+    for option in own.keys() - known:
+        found = f"{option!r} is not an option of this format"
+        remedy = f"Its options: {', '.join(known)}; facts of the model: {', '.join(FACTS)}"
+        raise FormatError(asked, found, remedy)
+    return replace(facts or ModelFacts(), **stated), own
 
 
 def _row(name: str, asked: str) -> Format:

@@ -12,6 +12,7 @@ import shlex
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.version import __version__
 
 
@@ -46,20 +47,20 @@ _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 def model_card(
     state: AdapterState,
+    facts: ModelFacts,
     *,
-    base_model: str | None = None,
-    task_type: str | None = None,
     trained_on: str | None = None,
     published_as: str | None = None,
 ) -> str:
     """Return the text of README.md: YAML front matter and Markdown.
 
-    `task_type` is PEFT's, `trained_on` a data set of the hub or a description of the data,
-    `published_as` where readers find the adapter; by default a placeholder path.
+    `trained_on` is a data set of the hub or a description of the data, `published_as` where readers
+    find the adapter; by default a placeholder path.
     """
     import yaml  # reading an adapter, as merging does, must not wait for it
 
-    tag, cls = _TASKS.get(task_type or "", (None, None))
+    base_model = facts.base_model
+    tag, cls = _TASKS.get(facts.task_type or "", (None, None))
     front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "lora-inject"]}
     if base_model:
         front |= {"base_model": base_model, "base_model_relation": "adapter"}

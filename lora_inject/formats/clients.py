@@ -23,6 +23,7 @@ from lora_inject.formats import detected, mlx
 from lora_inject.formats.base_config import text_config
 from lora_inject.formats.checks import one_line
 from lora_inject.formats.gguf_file import FAMILIES
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.files import CONFIG, MODEL
 from lora_inject.formats.peft.number_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
@@ -99,13 +100,7 @@ class Files:
         return float(self.config["lora_alpha"]) / (math.sqrt(rank) if root else rank)
 
 
-def findings(
-    path: Path,
-    client: str,
-    *,
-    module_names: Collection[str] | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> list[Finding]:
+def findings(path: Path, client: str, facts: ModelFacts) -> list[Finding]:
     """Return what a program, a name of `CLIENTS`, would refuse, ignore or compute differently.
 
     Those that stop come first. The base's module names and config are compared where given.
@@ -113,8 +108,8 @@ def findings(
     if client not in CLIENTS:
         found = f"there is no client '{client}'"
         raise FormatError(f"check '{path}'", found, f"Known are {', '.join(CLIENTS)}")
-    base = text_config(config, "", "") if config else {}
-    files = Files(path, detected(path), module_names, base)
+    base = text_config(facts.config, "", "") if facts.config else {}
+    files = Files(path, detected(path), facts.module_names, base)
     files = replace(files, **_read(path, files.layout))
     return sorted(CLIENTS[client](files), key=lambda finding: not finding.stops)
 

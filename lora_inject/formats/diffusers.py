@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
@@ -60,6 +61,7 @@ def detects(path: Path) -> bool:
 def write(
     state: AdapterState,
     path: Path,
+    _facts: ModelFacts,
     *,
     overwrite: bool = False,
     component: str | None = None,
@@ -84,7 +86,9 @@ def write(
     return write_directory(path, {FILE: content}, overwrite=overwrite)
 
 
-def read(path: Path, *, component: str | None = None, on_disk: bool = False) -> AdapterState:
+def read(
+    path: Path, _facts: ModelFacts, *, component: str | None = None, on_disk: bool = False
+) -> AdapterState:
     """Read the adapter of one component, which is named where the file holds several."""
     asked = f"read diffusers adapter '{path}'"
     tensors, said = read_tensors(path / FILE if path.is_dir() else path, on_disk=on_disk)

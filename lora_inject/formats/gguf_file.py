@@ -21,6 +21,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import refuse_tied
 from lora_inject.formats.decoder_names import Decoder, model_type
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import plain_site, plain_sites
 from lora_inject.storage.atomic import write_file
 
@@ -68,14 +69,14 @@ def detects(path: Path) -> bool:
 def write(
     state: AdapterState,
     path: Path,
+    facts: ModelFacts,
     *,
     overwrite: bool = False,
-    config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> Path:
     """Write an adapter of linear layers and embeddings of a model of `FAMILIES` for llama.cpp.
 
-    `config` is the base's, for its architecture, heads and ties. `dtype` is `float32`, the default,
+    The base's config says its architecture, heads and ties. `dtype` is `float32`, the default,
     or `float16`.
     """
     asked = f"write GGUF adapter to '{path}'"
@@ -84,13 +85,13 @@ def write(
         raise FormatError(asked, "its name does not end in .gguf", "Rename it")
     if dtype not in (None, "float32", "float16"):
         raise FormatError(asked, f"dtype is {dtype!r}", "Give float32 or float16")
-    architecture, decoder = _family(config, asked)
+    architecture, decoder = _family(facts.config, asked)
     kinds = ("linear", "embedding")
     sites = plain_sites(state, asked, "llama.cpp", kinds, dtype=dtype or "float32", alpha="one")
     for name in _OUTSIDE:
         if name in sites:
-            refuse_tied(config, name, asked, "llama.cpp")
-    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, config, asked)
+            refuse_tied(facts.config, name, asked, "llama.cpp")
+    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts.config, asked)
     first = next(iter(sites.values()))
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "adapter.gguf")
@@ -107,10 +108,10 @@ def write(
         return write_file(path, file.read_bytes(), overwrite=overwrite)
 
 
-def read(path: Path, *, config: Mapping[str, Any] | None = None) -> AdapterState:
+def read(path: Path, facts: ModelFacts) -> AdapterState:
     """Read an adapter for llama.cpp, under transformers' names.
 
-    `config` is the base's, for the heads of the architecture `llama`.
+    The base's config says the heads of the architecture `llama`.
     """
     asked = f"read GGUF adapter '{path}'"
     fields, tensors = _content(path, asked)
@@ -123,13 +124,13 @@ def read(path: Path, *, config: Mapping[str, Any] | None = None) -> AdapterState
     if architecture not in known:
         found = f"its architecture is {architecture[:40]!r}"
         raise FormatError(asked, found, f"Supported are {', '.join(FAMILIES)}")
-    if config is not None and _family(config, asked)[0] != architecture:
+    if facts.config is not None and _family(facts.config, asked)[0] != architecture:
         raise FormatError(asked, f"its architecture is '{architecture}'", "Name its own base")
     if not isinstance(alpha, float):
         raise FormatError(asked, f"its 'adapter.lora.alpha' is {alpha!r}", "Fetch it again")
     decoder, remedy = known[architecture], "Norms and experts of GGUF adapters are not read"
     sites = {}
-    for name, (a, b) in decoder.read(tensors, config, asked, remedy).items():
+    for name, (a, b) in decoder.read(tensors, facts.config, asked, remedy).items():
         where, embedding = f"{asked}, '{name[:200]}'", name == decoder.turned
         sites[name] = plain_site(name, a, b, alpha, where, embedding=embedding)
     return AdapterState(sites)

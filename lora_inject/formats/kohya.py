@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, nearest
 from lora_inject.formats.checks import check_no_clash, one_line
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import (
     check_component,
@@ -63,6 +64,7 @@ def detects(path: Path) -> bool:
 def write(
     state: AdapterState,
     path: Path,
+    _facts: ModelFacts,
     *,
     overwrite: bool = False,
     component: str | None = None,
@@ -95,15 +97,11 @@ def write(
 
 
 def read(
-    path: Path,
-    *,
-    component: str | None = None,
-    module_names: Collection[str] | None = None,
-    on_disk: bool = False,
+    path: Path, facts: ModelFacts, *, component: str | None = None, on_disk: bool = False
 ) -> AdapterState:
     """Read the adapter of one component, which is named where the file holds several.
 
-    `module_names` are all names of the model, not needed for a file that was written here.
+    The model's module names are not needed for a file that was written here.
     """
     asked = f"read kohya adapter '{path}'"
     tensors, said = read_tensors(path, on_disk=on_disk)
@@ -115,9 +113,9 @@ def read(
     start = prefix if prefix == "lycoris" else f"lora_{prefix}"
     names = _names_in(said, asked)
     known: dict[str, list[str]] = {}
-    for module in module_names or ():
+    for module in facts.module_names or ():
         known.setdefault(module.replace(".", "_"), []).append(module)
-    by_flat = None if module_names is None else known
+    by_flat = None if facts.module_names is None else known
     sites = {}
     for flat, pair in pairs_of(modules, "lora_down.weight", "lora_up.weight", asked).items():
         where = f"{asked}, site '{start}_{flat[:200]}'"

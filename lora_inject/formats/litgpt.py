@@ -22,6 +22,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import Heads, heads
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole, model_type
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site, plain_sites
 from lora_inject.storage.atomic import write_directory
@@ -50,28 +51,26 @@ def detects(path: Path) -> bool:
 def write(
     state: AdapterState,
     path: Path,
+    facts: ModelFacts,
     *,
     overwrite: bool = False,
-    config: Mapping[str, Any] | None = None,
-    base_model: str | None = None,
     dtype: str | None = None,
 ) -> Path:
     """Write an adapter of linear layers as litgpt's `finetune lora` does.
 
-    `config` is the base's, for its model_type and heads, `base_model` litgpt's folder of it
-    (`checkpoint_dir`).
+    The base's config says its model_type and heads, `base_model` litgpt's folder of it.
     """
     asked = f"write litgpt adapter to '{path}'"
     sites = plain_sites(
         state, asked, "litgpt", ("linear",), dtype=dtype, one_rank=True, alpha="one"
     )
-    sizes = _base(config, asked)
+    sizes = _base(facts.config, asked)
     check_whole(sites, sizes.n_layers, asked, "litgpt")
     pairs = _fused({n: (s.A, s.B) for n, s in sites.items()}, sizes, asked)
-    tensors = _DECODER.stored(pairs, config, asked)
+    tensors = _DECODER.stored(pairs, facts.config, asked)
     first, ends = next(iter(sites.values())), {name.rpartition(".")[2] for name in sites}
     said = {
-        "checkpoint_dir": base_model or "",
+        "checkpoint_dir": facts.base_model or "",
         "lora_r": first.spec.rank,
         "lora_alpha": first.scale * first.spec.rank,
         "lora_dropout": 0.0,
@@ -109,19 +108,17 @@ def _width(end: str, sizes: Heads) -> int:
     return (sizes.n_heads if end == "q_proj" else sizes.n_kv_heads) * sizes.head_dim
 
 
-def read(
-    path: Path, *, config: Mapping[str, Any] | None = None, allow_pickle: bool = False
-) -> AdapterState:
+def read(path: Path, facts: ModelFacts, *, allow_pickle: bool = False) -> AdapterState:
     """Read an adapter of litgpt, under transformers' names.
 
-    `config` is the base's of transformers, for its heads, `allow_pickle` as in
+    The base's config, as of transformers, says its heads; `allow_pickle` as in
     `pickles.read_pickle`.
     """
     asked = f"read litgpt adapter '{path}'"
     tensors = read_pickle(path / FILE, asked, allow=allow_pickle, inside="model")
-    said, sizes = _hyperparameters(path, asked), _base(config, asked)
+    said, sizes = _hyperparameters(path, asked), _base(facts.config, asked)
     sites = {}
-    pairs = _DECODER.read(tensors, config, asked, "Give a LoRA of litgpt")
+    pairs = _DECODER.read(tensors, facts.config, asked, "Give a LoRA of litgpt")
     for fused, pair in pairs.items():
         where = f"{asked}, '{fused[:200]}'"
         for name, a, b in _split(fused, *pair, said, sizes, where):

@@ -19,6 +19,7 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_no_clash, check_state, one_line
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.spec.names import joined, leaf, parent
 from lora_inject.spec.sites import SiteSpec, Slices
@@ -44,6 +45,7 @@ def detects(path: Path) -> bool:
 
 def read(
     path: Path,
+    _facts: ModelFacts,
     *,
     alpha: float | None = None,
     allow_pickle: bool = False,
@@ -56,6 +58,7 @@ def read(
 
     Args:
         path: A `.safetensors` file, or a pickled `.pt`, `.bin` or `.pth`.
+        _facts: Not needed.
         alpha: The `lora_alpha` that the layers were made with; the file does not hold it.
         allow_pickle: Read a pickle, by torch.load(weights_only=True), which builds tensors only.
         fan_in_fan_out: Whether the layers' weights are (in, out): for all, or the names, or ends of
@@ -109,7 +112,7 @@ def read(
     return check_state(AdapterState(sites, trained), asked)
 
 
-def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
+def write(state: AdapterState, path: Path, _facts: ModelFacts, *, overwrite: bool = False) -> Path:
     """Write a loralib state dict: `.safetensors`, or pickled as `.pt`, `.bin` or `.pth`.
 
     Its sites are linear, conv1d and embedding ones with one rank and one alpha, which is what

@@ -12,13 +12,13 @@ Source: mlx-lm 0.32.2, tuner/utils.py (`load_adapters`, `linear_to_lora_layers`)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import refuse_tied
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import matrices, plain_site, plain_sites
 from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.strict_json import parse_json
@@ -35,15 +35,15 @@ def detects(path: Path) -> bool:
 def write(
     state: AdapterState,
     path: Path,
+    facts: ModelFacts,
     *,
     overwrite: bool = False,
     dtype: str | None = None,
-    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter of linear layers and embeddings as a folder of mlx-lm.
 
     Where sites differ in rank or scale, ranks are padded with zeros and scales folded into B. The
-    base's `config` is needed where an embedding is adapted: mlx-lm computes the head of a tied
+    base's config is needed where an embedding is adapted: mlx-lm computes the head of a tied
     model with the adapted embedding.
     """
     asked = f"write MLX adapter to '{path}'"
@@ -52,7 +52,7 @@ def write(
     )
     for name, site in sites.items():
         if site.spec.kind == "embedding":
-            refuse_tied(config, name, asked, "mlx-lm")
+            refuse_tied(facts.config, name, asked, "mlx-lm")
     tensors = {f"{n}.lora_a": s.A.T for n, s in sites.items()}
     tensors |= {f"{n}.lora_b": s.B.T for n, s in sites.items()}
     first = next(iter(sites.values()))
@@ -69,7 +69,7 @@ def write(
     return write_directory(path, files, overwrite=overwrite)
 
 
-def read(path: Path, *, on_disk: bool = False) -> AdapterState:
+def read(path: Path, _facts: ModelFacts, *, on_disk: bool = False) -> AdapterState:
     """Read a folder of mlx-lm; embeddings are recognized when it is loaded onto a model."""
     asked = f"read MLX adapter '{path}'"
     rank, scale = _numbers(path, asked)

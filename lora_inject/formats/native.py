@@ -16,6 +16,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
 from lora_inject.formats.checks import check_keys, check_state
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.storage.atomic import write_file
 from lora_inject.storage.tensors import read_names, read_tensors, serialize
 
@@ -27,7 +28,7 @@ def detects(path: Path) -> bool:
     return words.is_native(read_names(path)[1], "native")
 
 
-def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
+def write(state: AdapterState, path: Path, _facts: ModelFacts, *, overwrite: bool = False) -> Path:
     """Write an adapter as one file, whose name ends in `.safetensors`."""
     asked = f"write adapter to '{path}'"
     if Path(path).suffix != ".safetensors":
@@ -39,7 +40,7 @@ def write(state: AdapterState, path: Path, *, overwrite: bool = False) -> Path:
     return write_file(path, content, overwrite=overwrite)
 
 
-def read(path: Path, *, on_disk: bool = False) -> AdapterState:
+def read(path: Path, _facts: ModelFacts, *, on_disk: bool = False) -> AdapterState:
     """Read what `write` wrote, bit for bit; `on_disk` as in `storage.tensors.read_tensors`."""
     asked = f"read adapter '{path}'"
     tensors, text = read_tensors(path, on_disk=on_disk)

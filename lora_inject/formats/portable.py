@@ -10,11 +10,12 @@ LoRAX (adapters/lora.py) and llama.cpp (convert_lora_to_gguf.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.formats import peft
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import plain_sites
 
 KINDS = ("linear", "conv1d", "embedding", "conv")
@@ -29,32 +30,21 @@ def detects(path: Path) -> bool:
 def write(
     state: AdapterState,
     path: Path,
+    facts: ModelFacts,
     *,
     overwrite: bool = False,
     dtype: str | None = None,
     rank: int | None = None,
-    tensor_names: Sequence[str] | None = None,
-    expert_names: Collection[str] = (),
-    base_model: str | None = None,
-    task_type: str | None = None,
 ) -> Path:
     """Write an adapter of sites on modules as a PEFT directory with one rank and scale 1.
 
     `dtype` is by default each tensor's own, `rank` the largest: give that of a server which takes
-    only some. Other options as for `formats.peft.write`.
+    only some.
     """
     asked = f"write portable adapter to '{path}'"
     client = "a portable PEFT file"
     sites = plain_sites(
         state, asked, client, KINDS, dtype=dtype, one_rank=True, alpha="rank", rank=rank
     )
-    return peft.write(
-        AdapterState(sites),
-        path,
-        overwrite=overwrite,
-        metadata=False,
-        tensor_names=tensor_names,
-        expert_names=expert_names,
-        base_model=base_model,
-        task_type=task_type,
-    )
+    plain = replace(facts, module_names=None)  # with them there may be a regular expression
+    return peft.write(AdapterState(sites), path, plain, overwrite=overwrite, metadata=False)

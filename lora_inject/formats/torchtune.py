@@ -20,6 +20,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import heads
 from lora_inject.formats.decoder_names import Decoder, check_whole, model_type
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site, plain_sites
 from lora_inject.storage.atomic import write_directory
@@ -53,23 +54,23 @@ def _file(path: Path) -> Path | None:
 def write(
     state: AdapterState,
     path: Path,
+    facts: ModelFacts,
     *,
     overwrite: bool = False,
-    config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> Path:
     """Write an adapter of linear layers as torchtune's `adapter_checkpoint`.
 
-    `config` is the base's, for its kind and heads. The folder's adapter_config.json states the rank
+    The base's config says its kind and heads. The folder's adapter_config.json states the rank
     and the alpha to set in the recipe's config.
     """
     asked = f"write torchtune adapter to '{path}'"
     sites = plain_sites(
         state, asked, "torchtune", ("linear",), dtype=dtype, one_rank=True, alpha="one"
     )
-    decoder = _decoder(config, asked)
-    check_whole(sites, heads(config, asked, "").n_layers, asked, "torchtune")
-    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, config, asked)
+    decoder = _decoder(facts.config, asked)
+    check_whole(sites, heads(facts.config, asked, "").n_layers, asked, "torchtune")
+    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts.config, asked)
     first = next(iter(sites.values()))
     said = {
         "r": first.spec.rank,
@@ -83,15 +84,15 @@ def write(
 
 def read(
     path: Path,
+    facts: ModelFacts,
     *,
-    config: Mapping[str, Any] | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
 ) -> AdapterState:
     """Read an adapter checkpoint of torchtune, under transformers' names.
 
-    `config` is the base's, `alpha` the recipe's `lora_alpha`, for folders without an
-    adapter_config.json, `allow_pickle` as in `pickles.read_pickle`.
+    `alpha` is the recipe's `lora_alpha`, for folders without an adapter_config.json, `allow_pickle`
+    as in `pickles.read_pickle`.
     """
     asked = f"read torchtune adapter '{path}'"
     file = _file(path)
@@ -105,7 +106,7 @@ def read(
         found = f"no {CONFIG} says its alpha"
         raise FormatError(asked, found, "Pass alpha=..., the recipe's lora_alpha")
     remedy = "DoRA and modules of several parts are not read"
-    pairs = _decoder(config, asked).read(tensors, config, asked, remedy)
+    pairs = _decoder(facts.config, asked).read(tensors, facts.config, asked, remedy)
     return AdapterState(
         {n: plain_site(n, a, b, alpha, f"{asked}, site '{n}'") for n, (a, b) in pairs.items()}
     )

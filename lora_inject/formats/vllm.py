@@ -10,8 +10,8 @@ Source: vLLM 0.33, lora/model_manager.py (`_create_merged_loras_inplace`,
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lora_inject.adapter.reshape import renamed, split, split_experts
@@ -19,52 +19,43 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import portable
-
-Separate = Callable[[str], Sequence[Sequence[str]]]
-"""For each expert the names of its matrices in the base's files."""
+from lora_inject.formats.model_facts import ModelFacts
 
 
 def write(
     state: AdapterState,
     path: Path,
+    facts: ModelFacts,
     *,
     overwrite: bool = False,
-    separate: Separate | None = None,
     dtype: str | None = None,
     rank: int | None = None,
-    tensor_names: Sequence[str] | None = None,
-    base_model: str | None = None,
-    task_type: str | None = None,
 ) -> Path:
     """Write a portable PEFT folder with a pair for each expert; options as for `portable.write`.
 
-    `separate` names a stack's matrices in the base's files; `li.convert(base=...)` passes it.
+    `facts.separate` names a stack's matrices in the base's files; `li.convert(base=...)` gives it.
     """
     asked = f"write vLLM adapter to '{path}'"
     sites: dict[str, SiteState] = {}
     for name, site in state.sites.items():
         stacked = site.spec.experts is not None
-        sites |= _matrices(site, separate, f"{asked}, site '{name}'") if stacked else {name: site}
+        sites |= _matrices(site, facts, f"{asked}, site '{name}'") if stacked else {name: site}
     return portable.write(
-        dataclasses.replace(state, sites=sites),
+        replace(state, sites=sites),
         path,
+        replace(facts, expert_names=()),
         overwrite=overwrite,
         dtype=dtype,
         rank=rank,
-        tensor_names=tensor_names,
-        base_model=base_model,
-        task_type=task_type,
     )
 
 
-def _matrices(
-    site: SiteState, separate: Separate | None, where: str
-) -> Iterator[tuple[str, SiteState]]:
+def _matrices(site: SiteState, facts: ModelFacts, where: str) -> Iterator[tuple[str, SiteState]]:
     """Yield sites on single experts' matrices with their names in the base's files."""
-    if separate is None:
+    if facts.separate is None:
         found = "the names of single experts depend on the base's files"
         raise FormatError(where, found, "Name the base: --base BASE, li.convert(base=...)")
-    names, n_experts = separate(site.spec.name), site.spec.experts
+    names, n_experts = facts.separate(site.spec.name), site.spec.experts
     if len(names) != n_experts:
         found = f"the base's files hold {len(names)} of its {n_experts} experts separately"
         raise FormatError(where, found, 'Write stacks as they are: format="peft"')
@@ -77,4 +68,4 @@ def _matrices(
         pieces = [expert] if len(parts) == 1 else split(expert, sizes, where).values()
         for part, piece in zip(parts, pieces, strict=True):
             module = part.removesuffix(".weight")
-            yield module, dataclasses.replace(piece, spec=renamed(piece.spec, module))
+            yield module, replace(piece, spec=renamed(piece.spec, module))

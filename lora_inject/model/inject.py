@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_inject.formats.peft import expert_names
+from lora_inject.formats.model_facts import expert_names
 from lora_inject.functional import master_dtype, norms_of
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey, memory_of

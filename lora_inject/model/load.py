@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, StateError, check_path, check_type
-from lora_inject.formats import FORMATS, detected, read_adapter, taken_by
-from lora_inject.formats.peft import options_for_reading, plain_config
+from lora_inject.formats import detected, read_adapter
 from lora_inject.functional import master_dtype
 from lora_inject.layers.survey import Survey
 from lora_inject.model.attach import Place, attach, places, survey_for
@@ -20,7 +19,7 @@ from lora_inject.model.carried import reach, records_of
 from lora_inject.model.fit_state import Base, fit
 from lora_inject.model.fsdp2 import check_layers, shard_adapter
 from lora_inject.model.peft_reading import refuse_first_places
-from lora_inject.model.save import base_weights
+from lora_inject.model.save import model_facts
 from lora_inject.model.sharding import fsdp2_modules
 from lora_inject.storage.hub import download, is_repo
 
@@ -75,11 +74,7 @@ def load_adapter(
         found = "a revision is for repositories, and this is a path"
         raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
     format = format or detected(Path(path))  # noqa: A001
-    if format in FORMATS:
-        live = options_for_reading(survey.by_name, base_weights(survey))
-        live["config"] = plain_config(model)
-        options = taken_by(FORMATS[format].read, live) | options
-    state = read_adapter(path, format=format, **options)
+    state = read_adapter(path, format, facts=model_facts(survey), **options)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked=asked)
     if format == "peft" and state.fingerprint is None:  # as PEFT understands it
         refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)

@@ -17,9 +17,8 @@ from lora_inject.adapter.fingerprint import Fingerprint, packing, samples
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import StateError, check_path
-from lora_inject.formats import FORMATS, taken_by, write_adapter
+from lora_inject.formats import ModelFacts, write_adapter
 from lora_inject.formats.checks import FLOATS
-from lora_inject.formats.peft import options_for_writing
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.carried import entries, reach, refuse_merged, roots_of, whole_adapter
@@ -187,12 +186,12 @@ def save_adapter(
     """
     check_path("save adapter", path)
     survey = Survey(model)
-    state, live = read_off(survey, name), format_options(survey, format, name)
+    state, facts = read_off(survey, name), facts_for(survey, format, name)
     target = Path(path) if version is None else Path(path, str(version))
     if writes_here(model):
         if version is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
-        write_adapter(state, target, format=format, **live | options)
+        write_adapter(state, target, format=format, facts=facts, **options)
         if version is not None:
             replace_file(Path(path, LATEST), f"{version}\n".encode())
             remove_old_versions(Path(path), version, keep)
@@ -212,14 +211,16 @@ def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
         shutil.rmtree(doomed)
 
 
-def format_options(survey: Survey, format: str, name: str) -> dict[str, Any]:  # noqa: A002
-    """Return the options of a format's `write` that the live model determines."""
+def facts_for(survey: Survey, format: str, name: str) -> ModelFacts:  # noqa: A002
+    """Return what a format may need to know; refuse what PEFT would compute wrong."""
     if format == "peft":
         refuse_misread(survey, name)
-    if format not in FORMATS:
-        return {}
-    live = options_for_writing(survey.model, survey.by_name, base_weights(survey))
-    return taken_by(FORMATS[format].write, live)
+    return model_facts(survey)
+
+
+def model_facts(survey: Survey) -> ModelFacts:
+    """Return what files depend on of a live model."""
+    return ModelFacts.of(survey.model, survey.by_name, base_weights(survey))
 
 
 def adapter_tensors(survey: Survey) -> dict[str, Tensor]:

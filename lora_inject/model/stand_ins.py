@@ -28,7 +28,7 @@ from lora_inject.formats.card import joined_cards
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey, base_parameters
 from lora_inject.model.carried import reach
-from lora_inject.model.save import adapter_tensors, format_options, read_off
+from lora_inject.model.save import adapter_tensors, facts_for, read_off
 from lora_inject.storage.disk import replace_file
 
 SAVE, RESIZE = "save_pretrained", "resize_token_embeddings"
@@ -125,7 +125,7 @@ def _files_of(survey: Survey, name: str, state: AdapterState, format: str) -> di
     """Return the files of an adapter by name: their folder may hold others, which stay."""
     with tempfile.TemporaryDirectory() as place:
         target = Path(place, "adapter" if format == "peft" else "adapter.safetensors")
-        made = write_adapter(state, target, format, **format_options(survey, format, name))
+        made = write_adapter(state, target, format, facts=facts_for(survey, format, name))
         paths = sorted(made.iterdir()) if made.is_dir() else [made]
         return {path.name: path.read_bytes() for path in paths}
 

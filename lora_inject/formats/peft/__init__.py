@@ -2,21 +2,6 @@
 
 from lora_inject.formats.peft.files import detects
 from lora_inject.formats.peft.folder import read, write
-from lora_inject.formats.peft.live_model import (
-    expert_names,
-    options_for_reading,
-    options_for_writing,
-    plain_config,
-)
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
-__all__ = [
-    "PREFIX",
-    "detects",
-    "expert_names",
-    "options_for_reading",
-    "options_for_writing",
-    "plain_config",
-    "read",
-    "write",
-]
+__all__ = ["PREFIX", "detects", "read", "write"]

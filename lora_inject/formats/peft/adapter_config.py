@@ -17,6 +17,7 @@ from typing import Any
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import one_line
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.module_fields import (
     allowed_task,
     bias_setting,
@@ -35,16 +36,8 @@ PEFT_VERSION = "0.21.2"
 # Writing ----------------------------------------------------------------------------------------
 
 
-def build(
-    state: AdapterState,
-    *,
-    module_names: Collection[str] | None,
-    tensor_names: Sequence[str] | None,
-    expert_names: Collection[str],
-    base_model: str | None,
-    task_type: str | None,
-) -> dict[str, Any]:
-    """Return adapter_config.json as plain data; options as for `folder.write`.
+def build(state: AdapterState, facts: ModelFacts) -> dict[str, Any]:
+    """Return adapter_config.json as plain data.
 
     Only fields that PEFT has had since 0.12 are written, newer ones where they are needed: an older
     PEFT warns of a field that it does not know, or fails.
@@ -55,7 +48,7 @@ def build(
     alphas: dict[str, float] = {}
     modules: dict[str, str] = {}
     for site in state.sites.values():
-        name, derived = _target(site.spec, expert_names), site.A0 is not None
+        name, derived = _target(site.spec, facts.expert_names), site.A0 is not None
         alpha = file_alpha(site.spec, derived=derived, rslora=rslora)
         alphas[name] = int(alpha) if alpha == int(alpha) else alpha  # PEFT's alpha is an int
         ranks[name] = file_rank(site.spec, derived=derived)
@@ -65,11 +58,11 @@ def build(
     rank, most = common(ranks.values()), common(alphas.values())
     full = [name for name in state.trained if name not in state.rows]
     adapted, kinds = {wrapped(spec) for spec in specs}, set(modules.values())
-    whole = whole_modules(full, sites=adapted, tensor_names=tensor_names, module_names=module_names)
+    whole = whole_modules(full, facts, sites=adapted)
     config: dict[str, Any] = {
         "alpha_pattern": pattern_keys(alphas, most),
         "auto_mapping": None,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": facts.base_model,
         "bias": bias_setting(full, sites=adapted, whole=whole),
         "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
         "inference_mode": True,
@@ -83,10 +76,8 @@ def build(
         "r": 8 if rank is None else rank,
         "rank_pattern": pattern_keys(ranks, rank),
         "revision": None,
-        "target_modules": target_modules(
-            modules, parameters=bool(parameters), module_names=module_names
-        ),
-        "task_type": allowed_task(task_type, whole=whole),
+        "target_modules": target_modules(modules, facts, parameters=bool(parameters)),
+        "task_type": allowed_task(facts.task_type, whole=whole),
         "use_dora": any(spec.variant == "dora" for spec in specs),
         "use_rslora": rslora,
     }

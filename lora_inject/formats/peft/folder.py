@@ -31,6 +31,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats import metadata as words
 from lora_inject.formats.card import model_card
 from lora_inject.formats.checks import check_keys, check_no_clash, check_state
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, build, read_claims
 from lora_inject.formats.peft.files import (
     CARD,
@@ -66,15 +67,10 @@ _IN_PROJ = ".in_proj_weight"  # of a MultiheadAttention
 def write(
     state: AdapterState,
     path: Path,
+    facts: ModelFacts,
     *,
     overwrite: bool = False,
     metadata: bool = True,
-    module_names: Collection[str] | None = None,
-    tensor_names: Sequence[str] | None = None,
-    transposed_modules: Collection[str] | None = None,
-    expert_names: Collection[str] = (),
-    base_model: str | None = None,
-    task_type: str | None = None,
     trained_on: str | None = None,
     published_as: str | None = None,
 ) -> Path:
@@ -83,21 +79,10 @@ def write(
     Args:
         state: The adapter.
         path: The directory.
+        facts: What is known of the model. The task type is left out where PEFT would look for the
+            task's head and the adapter does not hold it.
         overwrite: Replace an adapter that is there already.
         metadata: Write what PEFT cannot express into the header too, for this package.
-        module_names: All module names of the model; with them, names that PEFT would take for
-            other modules too are written as one anchored expression.
-        tensor_names: All names of the model's state dict, in order; with them, trained tensors
-            that make up whole modules are written as PEFT's `modules_to_save`.
-        transposed_modules: Names of the modules that have transformers' `is_transposed`, which hold
-            their experts as (experts, in, out); without them every module is taken to hold them as
-            its sites say.
-        expert_names: Last parts of names that PEFT takes for experts in this model; linear layers
-            called so, and those with a forward of their own, are written as `target_parameters`,
-            with the same tensors.
-        base_model: Name or path of the base, for the config and the model card.
-        task_type: PEFT's task type, such as `CAUSAL_LM`. Left out where PEFT would look for the
-            task's head and the adapter does not hold it.
         trained_on: For the card: a data set of the hub, or a description.
         published_as: For the card: where readers find the adapter, such as `user/name`.
 
@@ -108,12 +93,12 @@ def write(
         FormatError: PEFT cannot express the adapter, or the target must not be replaced.
     """
     asked = f"write adapter to '{path}'"
-    state = _in_order(_rows_once(check_state(state, asked), asked), tensor_names)
+    state = _in_order(_rows_once(check_state(state, asked), asked), facts.tensor_names)
     specs = [site.spec for site in state.sites.values()]
-    _check_expressible(specs, asked, tensor_names)
+    _check_expressible(specs, asked, facts.tensor_names)
     layout = plan(specs, state.trained, state.rows)
     check_no_clash(layout.keys, asked)
-    turned = {spec.name for spec in specs if is_turned(spec, transposed_modules)}
+    turned = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
     tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
     for name, site in state.sites.items():
         shapes = file_shapes(site.spec)
@@ -121,25 +106,12 @@ def write(
         of_pair = zip("AB", pack(site, turned=name in turned), strict=True)
         for role, tensor in {**dict(of_pair), **further}.items():
             tensors[layout.sites[name][role]] = tensor
-    config = build(
-        state,
-        module_names=module_names,
-        tensor_names=tensor_names,
-        expert_names=expert_names,
-        base_model=base_model,
-        task_type=task_type,
-    )
+    config = build(state, facts)
     said = words.describe(state, "peft", turned) if metadata else {"format": "pt"}
     # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
     prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
     said["lora_adapter_metadata"] = json.dumps(prefixed, sort_keys=True)
-    card = model_card(
-        state,
-        base_model=base_model,
-        task_type=task_type,
-        trained_on=trained_on,
-        published_as=published_as,
-    )
+    card = model_card(state, facts, trained_on=trained_on, published_as=published_as)
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         MODEL: serialize(tensors, said),
@@ -150,11 +122,10 @@ def write(
 
 def read(
     path: Path,
+    facts: ModelFacts,
     *,
     prefer: Literal["metadata", "config"] | None = None,
     allow: Collection[str] = (),
-    tensor_names: Sequence[str] | None = None,
-    transposed_modules: Collection[str] | None = None,
     expert_major: bool = False,
     on_disk: bool = False,
 ) -> AdapterState:
@@ -162,15 +133,11 @@ def read(
 
     Args:
         path: The directory that holds adapter_config.json.
+        facts: What is known of the model; only files of others with adapted parameters need it.
         prefer: Which to believe where the metadata and adapter_config.json disagree; `config` reads
             the file as any PEFT would, without slices and frozen starts.
         allow: Fields of adapter_config.json to accept although they are unknown, or
             `init_lora_weights` where the base at hand is the one that PEFT's init has changed.
-        tensor_names: All names of the model's state dict, in order: needed only for files of
-            others with two adapted parameters on one module, whose names the file does not hold.
-        transposed_modules: Names of the modules that have transformers' `is_transposed`: needed
-            only for files of others with stacks of square experts, whose class the file does not
-            name.
         expert_major: Whether the columns of a stacked B are ordered by expert first, as unsloth
             writes them; the file does not tell.
         on_disk: Leave the values in the file until they are used (`storage.tensors.read_tensors`).
@@ -196,7 +163,7 @@ def read(
         found = f"its {MODEL} holds no metadata of this package"
         raise FormatError(asked, found, "Leave prefer out")
     if claims is not None and (prefer == "config" or not ours):
-        return Foreign(asked, claims, tensor_names, transposed_modules, expert_major).read(tensors)
+        return Foreign(asked, claims, facts, expert_major).read(tensors)
     said = words.parse(text, f"{asked}, {MODEL}")
     if claims is not None:
         _check_agreement(said, claims, asked)

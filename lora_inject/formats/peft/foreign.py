@@ -11,7 +11,7 @@ Source: peft 0.12 to 0.21, utils/save_and_load.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import check_state, one_line
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.module_fields import ancestors
 from lora_inject.formats.peft.number_patterns import ends
@@ -70,12 +71,11 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Foreign:
-    """How to read a PEFT file of others: the config's claims, and the options of `folder.read`."""
+    """How to read a PEFT file of others: the config's claims, and what `folder.read` is told."""
 
     asked: str
     claims: Claims
-    tensor_names: Sequence[str] | None = None
-    transposed_modules: Collection[str] | None = None
+    facts: ModelFacts
     expert_major: bool = False
 
     def read(self, tensors: Mapping[str, Tensor]) -> AdapterState:
@@ -191,7 +191,7 @@ class Foreign:
 
     def _names(self, module: str) -> list[str]:
         """The sites of a module: its own name, or those of its parameters in the model's order."""
-        where, known = f"module '{module[:200]}'", self.tensor_names
+        where, known = f"module '{module[:200]}'", self.facts.tensor_names
         if ".base_layer." in module:
             raise self._error(
                 where,
@@ -222,7 +222,7 @@ class Foreign:
 
     @cached_property
     def _position(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.tensor_names or ())}
+        return {name: place for place, name in enumerate(self.facts.tensor_names or ())}
 
     # Sites ------------------------------------------------------------------------------------
 
@@ -298,7 +298,7 @@ class Foreign:
         Until 0.18 it took every stack so, since then those whose module has `is_transposed`. Of a
         square matrix neither is seen in the file: it names no class, and before 0.18 no version.
         """
-        version, modules = self.claims.peft_version, self.transposed_modules
+        version, modules = self.claims.peft_version, self.facts.transposed_modules
         if version is not None and version < (0, 19):
             return True
         if n_in == n_out and None in (modules, version):

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.number_patterns import ends
 from lora_inject.spec.names import leaf, parent
 
@@ -25,7 +26,7 @@ _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def target_modules(
-    names: Collection[str], *, parameters: bool, module_names: Collection[str] | None
+    names: Collection[str], facts: ModelFacts, *, parameters: bool
 ) -> list[str] | str:
     """Return PEFT's `target_modules` for exactly these modules (full names).
 
@@ -34,18 +35,14 @@ def target_modules(
     """
     if not names:
         return [] if parameters else _NOTHING
-    others = set(module_names or ()) - set(names)
+    others = set(facts.module_names or ()) - set(names)
     if {end for other in others for end in ends(other)}.isdisjoint(names):
         return sorted(names)
     return f"(?:{'|'.join(re.escape(name) for name in sorted(names))})"
 
 
 def whole_modules(
-    trained: Iterable[str],
-    *,
-    sites: Collection[str],
-    tensor_names: Collection[str] | None,
-    module_names: Collection[str] | None,
+    trained: Iterable[str], facts: ModelFacts, *, sites: Collection[str]
 ) -> list[str]:
     """Return the modules whose tensors are all in `trained`, for PEFT's `modules_to_save`.
 
@@ -53,13 +50,13 @@ def whole_modules(
     it does with biases: right for one adapter, and not undone when the adapter is switched off.
     Without the names of the base's tensors no module is known to be whole.
     """
-    if tensor_names is None:
+    if facts.tensor_names is None:
         return []
     trained = list(trained)
-    held = Counter(module for name in tensor_names for module in ancestors(name))
+    held = Counter(module for name in facts.tensor_names for module in ancestors(name))
     given = Counter(module for name in trained for module in ancestors(name))
     whole = {module for module, n in given.items() if held[module] == n}
-    modules = set(module_names or ()) | set(held)
+    modules = set(facts.module_names or ()) | set(held)
     chosen = {_outermost(name, whole) for name in trained} - {""}
     chosen = {module for module in chosen if chosen.isdisjoint(ancestors(module))}
     return sorted(name for name in chosen if _hits_only_itself(name, modules, sites))

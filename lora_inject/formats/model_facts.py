@@ -1,0 +1,121 @@
+"""What files depend on of the model that an adapter is for, as one value for all formats."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts about a model; each format uses those that it needs, and None is what is not known.
+
+    Whatever reads or writes adapters takes each of them as a keyword too.
+
+    Attributes:
+        module_names: Names of all modules. In kohya's names dots are lost; PEFT would take some
+            names for other modules too, which is then avoided by one anchored expression.
+        tensor_names: Names of the state dict, in order. Files of others with two adapted
+            parameters on one module do not hold their names; trained tensors that make up whole
+            modules are PEFT's `modules_to_save`.
+        transposed_modules: Names of the modules that have transformers' `is_transposed`, which hold
+            their experts as (experts, in, out): needed to read stacks of square experts in files of
+            others, whose class the file does not name. In writing None means: as the sites say.
+        expert_names: Last parts of names that PEFT takes for experts in this model; linear layers
+            called so are written as `target_parameters`, with the same tensors.
+        config: The contents of its config.json: kind, heads, ties.
+        base_model: Its name or path, for the config and the model card; for litgpt its folder
+            (`checkpoint_dir`).
+        task_type: PEFT's task type, such as `CAUSAL_LM`.
+        separate: For the name of a stack of experts that the base's files hold apart: for each
+            expert the names of its matrices there.
+    """
+
+    module_names: Collection[str] | None = None
+    tensor_names: Sequence[str] | None = None
+    transposed_modules: Collection[str] | None = None
+    expert_names: Collection[str] = ()
+    config: Mapping[str, Any] | None = None
+    base_model: str | None = None
+    task_type: str | None = None
+    separate: Callable[[str], Sequence[Sequence[str]]] | None = None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, modules: Mapping[str, nn.Module], tensor_names: Iterable[str]
+    ) -> ModelFacts:
+        """Return what a model answers; its modules and tensors by all their names."""
+        config: Any = getattr(model, "config", None)
+        plain = config.to_dict() if hasattr(config, "to_dict") else config
+        return cls(
+            module_names=tuple(name for name in modules if name),
+            tensor_names=tuple(tensor_names),
+            transposed_modules=tuple(
+                name for name, m in modules.items() if getattr(m, "is_transposed", False)
+            ),
+            expert_names=expert_names(model),
+            config=dict(plain) if isinstance(plain, Mapping) else None,
+            base_model=getattr(config, "_name_or_path", None) or None,
+            task_type=_task_type(model, getattr(config, "model_type", None)),
+        )
+
+
+# peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).
+_EXPERT_NAMES: dict[str | None, dict[str, str]] = {
+    "qwen2_moe": {
+        "gate": "gate.weight",
+        "gate_proj": "gate_up_proj",
+        "up_proj": "gate_up_proj",
+        "down_proj": "down_proj",
+    },
+    "mixtral": {
+        "gate": "gate.weight",
+        "w1": "gate_up_proj",
+        "w2": "down_proj",
+        "w3": "gate_up_proj",
+    },
+}
+
+
+def expert_names(model: nn.Module) -> dict[str, str]:
+    """Return what PEFT on transformers 5 takes for experts in any `target_modules` of a model.
+
+    It renames the targets of adapters from before transformers 5, where experts were modules, by
+    the model's type alone. Dense layers of the same names get no adapter then. The new name of each
+    is that of a parameter.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None or "transformers" not in sys.modules:
+        return {}
+    try:
+        table = import_module("transformers.conversion_mapping")._MODEL_TO_CONVERSION_PATTERN
+    except (ImportError, AttributeError):
+        return {}  # transformers 4 has no stacked experts, and PEFT renames nothing
+    family = "mixtral" if model_type == "mixtral" else table.get(model_type)
+    return _EXPERT_NAMES.get(family, {})
+
+
+_TASKS = {
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "CAUSAL_LM",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "SEQ_2_SEQ_LM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "SEQ_CLS",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "TOKEN_CLS",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "QUESTION_ANS",
+}
+
+
+def _task_type(model: nn.Module, model_type: str | None) -> str | None:
+    """Return PEFT's task type of a model whose class transformers registers for one task."""
+    if model_type is None or "transformers" not in sys.modules:
+        return None
+    auto = import_module("transformers.models.auto.modeling_auto")
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    for table, task in _TASKS.items():
+        if getattr(auto, table, {}).get(model_type) in classes:
+            return task
+    return None
