@@ -286,6 +286,8 @@ def lines_figure(
     lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, *, logarithmic: bool = False
 ) -> Any:
     """Return points by name, joined by a line each; the x axis may be logarithmic."""
+    from matplotlib.ticker import LogLocator
+
     figure = _figure(2.6 + 0.16 * len(lines), WIDTH, "constrained")
     axes = figure.subplots()
     for number, (label, points) in enumerate(lines.items()):
@@ -295,6 +297,9 @@ def lines_figure(
     _plain_axes(axes, x, y)
     if logarithmic:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter("")
     figure.legend(fontsize=SMALL, loc="outside lower left", ncols=2)
     return figure
 

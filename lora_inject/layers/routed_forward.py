@@ -70,8 +70,6 @@ def with_rows(plain: type[nn.Module], forward: Callable[..., Any]) -> Callable[.
 
 def _apart(module: Any, forward: Callable[..., Any], x: Tensor, state: State) -> Tensor:
     """Run a layer for each run of rows, with what their adapter has trained of it."""
-    if torch.compiler.is_compiling():  # dynamo shows the text of no exception of ours
-        raise RuntimeError("A layer that adapters train in full cannot be routed in a graph.")
     attached, held = attached_to(module), held_by(module)
     assert attached is not None
     assert state.rows is not None
@@ -79,6 +77,8 @@ def _apart(module: Any, forward: Callable[..., Any], x: Tensor, state: State) ->
     if not entries or any(entry.spec is not None for entry in entries):
         plainly: Tensor = forward(module, x)  # in which reading a weight says what cannot be
         return plainly
+    if torch.compiler.is_compiling():  # dynamo cannot raise our exception: it shows the text
+        raise RuntimeError("A layer that adapters train in full cannot be routed in a graph.")
     routing_of(module, {}, x, state)  # which checks the number of rows
     attached.used(entries)
     module._lora_refuse_vain(held[entry.mark] for entry in entries)

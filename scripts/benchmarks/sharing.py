@@ -251,6 +251,9 @@ def _trials(
         target = {"at once": goals[i]} if goals else None
         where = f"{case}, {n_tokens} tokens each"
         result.ratios(where, times, "time / in turn", "in turn", target)
+        peak = peak_bytes(runs["at once"]) / peak_bytes(runs["the base at once"])
+        goal = 1.25 if goals and n_tokens == 128 else None
+        result.add(where, "at once", "peak / peak of the base at once", peak, goal)
 
 
 def _in_turn(model: Any, ids: Tensor) -> Callable[[], None]:

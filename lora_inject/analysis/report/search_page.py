@@ -14,7 +14,7 @@ from lora_inject.trials.rungs import behind, ranked
 from lora_inject.trials.search import Search
 from lora_inject.version import __version__
 
-SMOOTH = 8
+SMOOTH = 4
 """One point of a curve is the mean over this share of the steps of a rung."""
 
 
