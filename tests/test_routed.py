@@ -16,9 +16,10 @@ import lora_inject as li
 from lora_inject.functional import Factors, routed_update
 
 Rows = list[str | None]
-# Eight rows of two adapters of one rank, or of three of unequal rank.
+# Eight rows of two adapters of one rank, in their order too, or of three of unequal rank.
 ROWS: dict[str, Rows] = {
     "few adapters": ["default", "wide", None, "default", "wide", "default", "wide", None],
+    "in order": ["default"] * 4 + ["wide"] * 4,
     "many adapters": ["thin", "wide", None, "default", "thin", "wide", "default", "thin"],
 }
 

@@ -39,6 +39,7 @@ def routed_update(
     *,
     float32: bool,
     in_place: bool = False,
+    in_order: bool = False,
     stack: Stack = torch.stack,
 ) -> Tensor:
     """Add to each row of a batch the update of its own adapter.
@@ -51,7 +52,8 @@ def routed_update(
         adapters: The updates of each adapter, of any ranks.
         float32: Keep the arithmetic in float32 over a 16-bit base.
         in_place: Whether y may be modified where no gradient is needed: nobody else has it.
-        stack: Stacks the A, or the B, of all adapters, after one of zeros.
+        in_order: Whether the places are 1, 2, ... to the number of adapters: none is gathered.
+        stack: Stacks the A, or the B, of all adapters; if not in order, after one of zeros.
 
     Returns:
         `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
@@ -66,19 +68,20 @@ def routed_update(
     """
     with without_autocast(y) or nullcontext():
         dtype = compute_dtype(y.dtype, float32)
-        A_bank, B_bank = _bank(adapters, y.shape[-1], dtype, base=True, stack=stack)
+        A, B = _bank(adapters, y.shape[-1], dtype, base=not in_order, stack=stack)
+        if not in_order:
+            A, B = A.index_select(0, places), B.index_select(0, places)
         x3 = x.reshape(places.shape[0], -1, x.shape[-1])
         y3 = y.reshape(places.shape[0], -1, y.shape[-1])
         x3 = _routed_dropout(x3, places, [updates[0].dropout for updates in adapters])
         # Thin products have the rank as rows: on a CPU `x A^T` takes up to twice as long.
-        h = _thin(A_bank.index_select(0, places), x3).mT
-        right = B_bank.index_select(0, places).mT
+        h = _thin(A, x3).mT
         if y3.dtype != dtype:
-            out = torch.baddbmm(y3.to(dtype), h, right).to(y3.dtype)
+            out = torch.baddbmm(y3.to(dtype), h, B.mT).to(y3.dtype)
         elif in_place and not torch.is_grad_enabled() and not needs_plain_operations():
-            out = y3.baddbmm_(h, right)
+            out = y3.baddbmm_(h, B.mT)
         else:
-            out = torch.baddbmm(y3, h, right)
+            out = torch.baddbmm(y3, h, B.mT)
         return out.view(y.shape)
 
 

@@ -90,10 +90,15 @@ class ForwardUpdate(Adapted):
             x = state.draws(x, one)
             adapters = [[u._replace(dropout=0.0) for u in us] for us in adapters]
         blocks = routing.places if routing.blocks is None else routing.blocks
-        float32 = self._lora.float32
-        stack = torch.stack if state.stack is None else state.stack
         return routed_update(
-            y, x, blocks, adapters, float32=float32, in_place=in_place, stack=stack
+            y,
+            x,
+            blocks,
+            adapters,
+            float32=self._lora.float32,
+            in_place=in_place,
+            in_order=routing.in_order,
+            stack=torch.stack if state.stack is None else state.stack,
         )
 
     # ------------------------------------------------------------------------------------- gains

@@ -25,6 +25,7 @@ class Routing(NamedTuple):
     recipes: Sequence[Sequence[Recipe]] = ()
     # `places` with one for each run of rows of one adapter where all runs are equally long
     blocks: Tensor | None = None
+    in_order: bool = False  # whether `blocks` has each entry once, in their order
 
     def factors(self, held: Mapping[str, Any], *, training: bool) -> list[list[Factors]]:
         """Return the updates of each adapter."""
@@ -61,23 +62,27 @@ def routing_of(
     if not entries:
         return NOTHING
     key = (*(e.adapter for e in entries), x.shape[0], x.device)
-    known: tuple[Tensor, Tensor] | None = state.kept.get(key)
+    known: tuple[Tensor, Tensor, bool] | None = state.kept.get(key)
     if known is None:
         place = {e.adapter: i + 1 for i, e in enumerate(entries)}
         each = [place.get(n or "", 0) for n in names for _ in range(repeat)]
         run = math.gcd(*(len(list(rows)) for _, rows in groupby(each)))
+        blocks = each[::run]
         with torch.inference_mode(False):  # a later backward may need them
             known = (
                 torch.tensor(each, device=x.device),
-                torch.tensor(each[::run], device=x.device),
+                torch.tensor(blocks, device=x.device),
+                blocks == list(place.values()),
             )
         state.kept[key] = known
     return _routing(entries, *known)
 
 
-def _routing(entries: Sequence[Entry], places: Tensor, blocks: Tensor | None = None) -> Routing:
+def _routing(
+    entries: Sequence[Entry], places: Tensor, blocks: Tensor | None = None, in_order: bool = False
+) -> Routing:
     recipes = [tuple(entry.recipes(1.0)) for entry in entries]
-    return Routing(entries, places, recipes, places if blocks is None else blocks)
+    return Routing(entries, places, recipes, places if blocks is None else blocks, in_order)
 
 
 def eligible(

@@ -138,5 +138,7 @@ def causal_losses(outputs: Any, batch: Mapping[str, Tensor], n: int) -> Tensor:
 
 
 def _next_tokens(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    logits, labels = outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    """Return logits and the labels that they predict, one after the other, without a copy."""
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    logits = outputs.logits.flatten(0, 1)
     return logits.float() if logits.dtype.itemsize < 4 else logits, labels

@@ -53,25 +53,24 @@ class Buffer:
         self._runs.clear()
 
     def stack(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Return `torch.stack(tensors)`, the first of zeros and the others Parameters if possible.
+        """Return `torch.stack(tensors)`, of Parameters, after one of zeros perhaps.
 
         Their gradients are added to in one launch for each run of Parameters evenly apart.
         """
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        start = 0 if tensors[0].requires_grad else 1
+        members = tensors[start:]
+        plainly = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        if plainly or not all(t.is_leaf and t.grad is not None for t in members):
             return torch.stack(tensors)
-        key = tuple(map(id, tensors[1:]))
+        key = tuple(map(id, members))
         if key not in self._runs:
-            inside = all(t.is_leaf and t.grad is not None for t in tensors[1:])
-            self._runs[key] = _runs(tensors[1:]) if inside else []
-        runs = self._runs[key]
-        if not runs:
-            return torch.stack(tensors)
-        found: Tensor = _Stacked.apply(runs, *tensors)  # type: ignore[no-untyped-call]
+            self._runs[key] = _runs(members)
+        found: Tensor = _Stacked.apply(start, self._runs[key], *tensors)  # type: ignore[no-untyped-call]
         return found
 
 
 def _runs(members: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """Return where each run of members evenly apart starts, and its gradients as one view."""
+    """Return where each run of members evenly apart begins, and its gradients as one view."""
     grads = [member.grad for member in members if member.grad is not None]
     at = [grad.storage_offset() for grad in grads]
     found, start = [], 0
@@ -89,15 +88,15 @@ class _Stacked(torch.autograd.Function):
     """A stack whose backward adds to the gradients itself."""
 
     @staticmethod
-    def forward(ctx: Any, runs: list[tuple[int, Tensor]], *tensors: Tensor) -> Tensor:
-        ctx.runs = runs
+    def forward(ctx: Any, first: int, runs: list[tuple[int, Tensor]], *tensors: Tensor) -> Tensor:
+        ctx.first, ctx.runs = first, runs
         return torch.stack(tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
         for start, grads in ctx.runs:
-            grads.add_(g[1 + start : 1 + start + len(grads)])
+            grads.add_(g[ctx.first + start : ctx.first + start + len(grads)])
         return (None,) * len(ctx.needs_input_grad)
 
 
