@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import torch
 from helpers.adapter_states import FINGERPRINT, KIND_SPECS, make_site, make_state
 from safetensors.torch import save_file
 
+import lora_inject as li
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
+from lora_inject.checkpoint import Checkpoint
+from lora_inject.errors import CheckpointError, FormatError
 from lora_inject.formats import read_adapter, write_adapter
 from lora_inject.storage.tensors import read_names, read_tensors
 
@@ -518,6 +522,22 @@ def test_no_adapter_at_all(name: str, tmp_path: Path) -> None:
         read_adapter(tmp_path / name, format="peft")
 
 
+def test_a_json_file_of_a_terabyte_is_refused_before_it_is_read(
+    foreign: Path, tmp_path: Path
+) -> None:
+    os.truncate(foreign / CONFIG, 1 << 40)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"fc.weight": torch.ones(6, 4)}, base / "model.safetensors")
+    for read in (read_adapter, partial(li.check_adapter, client="peft")):
+        with pytest.raises(FormatError, match="more than 32,000,000 bytes"):
+            read(foreign)
+    (base / "config.json").touch()
+    os.truncate(base / "config.json", 1 << 40)
+    with pytest.raises(CheckpointError, match=r"config.json.* more than 20,000,000 bytes"):
+        Checkpoint.open(base)
+
+
 def test_unknown_formats_and_choices(foreign: Path) -> None:
     with pytest.raises(FormatError, match="Nearest: peft"):
         read_adapter(foreign, format="pfet")
@@ -527,7 +547,9 @@ def test_unknown_formats_and_choices(foreign: Path) -> None:
         read_adapter(foreign, prefer="metadata")
     with pytest.raises(FormatError, match=r"'prefers' is not an option .* Its options: prefer,"):
         read_adapter(foreign, prefers="metadata")
-    with pytest.raises(FormatError, match=r"'base' is not an option .* Its options: overwrite"):
+    with pytest.raises(
+        FormatError, match=r"'base' is not .* Its options: overwrite; facts .*base_model"
+    ):
         write_adapter(make_state(KIND_SPECS["linear"]), foreign, format="native", base="org/base")
 
 

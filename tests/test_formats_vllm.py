@@ -33,7 +33,9 @@ def test_experts_become_the_matrices_that_the_base_has(tmp_path: Path) -> None:
     targets = [{"match": r"experts\.(gate_up|down)_proj", "rank": 2, "alpha": 3}, "q_proj"]
     model = fill(li.inject(moe(), {"rank": 3, "scaling": "rslora", "targets": targets}))
     state = li.adapter_state(model)
-    path = li.convert(state, tmp_path / "a", "vllm", base=tmp_path / "base")
+    stacked = write_adapter(state, tmp_path / "stacked", base_model="org/base")
+    path = li.convert(stacked, tmp_path / "a", "vllm", base=tmp_path / "base")
+    assert '"base_model_name_or_path": "org/base"' in (path / "adapter_config.json").read_text()
     tensors = load_file(path / "adapter_model.safetensors")
     experts = "model.layers.0.mlp.experts"
     gate_up = effect(state.sites[f"{experts}.gate_up_proj"]).float()

@@ -15,7 +15,7 @@ from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import ModelFacts, losses_of, read_adapter, write_adapter
 from lora_inject.formats.clients import Finding, findings
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 
 
 def convert(
@@ -100,7 +100,7 @@ def _completed(facts: ModelFacts, path: Path) -> ModelFacts:
     file = path / "adapter_config.json"
     if not file.is_file():
         return facts
-    said = parse_json(file.read_bytes(), f"read '{file}'")
+    said = read_json(file, f"read '{file}'")
     base, task = (
         field if isinstance(field := said.get(name), str) else None
         for name in ("base_model_name_or_path", "task_type")

@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import Header, TensorEntry, read_header
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000
@@ -124,7 +124,7 @@ def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
     if not os.path.lexists(path):
         return {}
     real = resolve_inside(folder, name)  # a dangling link, a folder and a FIFO are refused there
-    config = _read_json(real, MAX_CONFIG_BYTES)
+    config = read_json(real, f"read '{real.name}'", CheckpointError, MAX_CONFIG_BYTES)
     if not isinstance(config, dict):
         raise CheckpointError(f"read '{path}'", "it is not a JSON object", "Fetch it again")
     return config
@@ -140,7 +140,8 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
             found = f"it holds both '{stem}.safetensors' and '{index_name}'"
             remedy = "Programs differ in which they load; remove the one that is not meant"
             raise CheckpointError(asked, found, remedy)
-        index = _read_json(resolve_inside(folder, index_name), MAX_INDEX_BYTES)
+        file = resolve_inside(folder, index_name)
+        index = read_json(file, f"read '{file.name}'", CheckpointError, MAX_INDEX_BYTES)
         return index_name, set(_weight_map(index_name, index).values()), index
     files = [name for name in files if not name.startswith("adapter_model")]
     name = _prefer_model(files, asked)
@@ -174,14 +175,6 @@ def _weight_map(name: str, index: Any) -> dict[str, str]:
             remedy = "Do not use this checkpoint: such an index reaches outside its folder"
             raise CheckpointError(asked, found, remedy)
     return weight_map
-
-
-def _read_json(path: Path, limit_bytes: int) -> Any:
-    asked = f"read '{path.name}'"
-    if path.stat().st_size > limit_bytes:
-        found = f"it has more than {limit_bytes:,} bytes"
-        raise CheckpointError(asked, found, "No real checkpoint's is so long; fetch it again")
-    return parse_json(path.read_bytes(), asked, CheckpointError, limit_bytes)
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

@@ -23,7 +23,7 @@ from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import fsync_dir, replace_file, write_new
 from lora_inject.storage.safetensors_file import read_header
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 
 SPARE_BYTES = 64 << 20
 """Left free for small files and the file system's own needs."""
@@ -102,7 +102,7 @@ class Staging:
                 new.replace(manifest)
         new.unlink(missing_ok=True)
         asked = f"resume the merge in '{self.output}'"
-        found = parse_json(manifest.read_bytes(), asked, CheckpointError)
+        found = read_json(manifest, asked, CheckpointError)
         wanted = json.loads(json.dumps(identity))
         if found != wanted:
             difference = f"it was of something else: {_difference(found, wanted)}"
@@ -133,7 +133,7 @@ class Staging:
             return None
         with contextlib.suppress(CheckpointError):
             if read_header(file).raw == shard.header.raw:
-                return parse_json(path.read_bytes(), "resume", CheckpointError)  # type: ignore[no-any-return]
+                return read_json(path, "resume", CheckpointError)  # type: ignore[no-any-return]
         return None
 
     def _record(self, shard: OutputShard) -> Path:

@@ -25,7 +25,7 @@ from lora_inject.errors import CheckpointError
 from lora_inject.formats import ModelFacts, read_adapter
 from lora_inject.formats.peft import PREFIX
 from lora_inject.functional import all_finite
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import bytes_of, in_memory, read_names
 
 _STACKS = ("gate_up_proj", "down_proj")
@@ -87,7 +87,7 @@ def read_weighted(
     facts = ModelFacts(tuple(modules), names, config=base.config or None)
     config_file = path / "adapter_config.json"
     if config_file.is_file():
-        said = parse_json(config_file.read_bytes(), f"read adapter '{path}', {config_file.name}")
+        said = read_json(config_file, f"read adapter '{path}', {config_file.name}")
         if isinstance(said, dict) and said.get("target_parameters"):  # building a class is slow
             with contextlib.suppress(CheckpointError):  # a class that cannot be built
                 facts = BaseClass(base).facts()

@@ -28,7 +28,7 @@ from lora_inject.formats.peft.files import CONFIG, MODEL
 from lora_inject.formats.peft.number_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.storage.safetensors_file import read_header
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 
 CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"
@@ -122,7 +122,7 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
     for name in (CONFIG, file):
         if not (path / name).is_file():
             raise FormatError(asked, f"there is no {name} in it", "Give the whole folder")
-    config: Any = parse_json((path / CONFIG).read_bytes(), f"{asked}, {CONFIG}")
+    config: Any = read_json(path / CONFIG, f"{asked}, {CONFIG}")
     if not isinstance(config, dict):
         raise FormatError(f"{asked}, {CONFIG}", "it is not a table of fields", "Fetch it again")
     header = read_header(path / file, FormatError)

@@ -21,7 +21,7 @@ from lora_inject.formats.base_config import refuse_tied
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import matrices, plain_site, plain_sites
 from lora_inject.storage.atomic import write_directory
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import contiguous, read_tensors, serialize
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -90,7 +90,7 @@ def _numbers(path: Path, asked: str) -> tuple[int, float]:
     where = f"{asked}, {CONFIG}"
     if not (path / CONFIG).is_file():
         raise FormatError(where, "there is no such file", "Copy the whole folder")
-    config: Any = parse_json((path / CONFIG).read_bytes(), where)
+    config: Any = read_json(path / CONFIG, where)
     kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
     if kind != "lora":
         raise FormatError(where, f"fine_tune_type is {kind!r}", "Fuse it with mlx_lm.fuse")

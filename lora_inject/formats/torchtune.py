@@ -24,7 +24,7 @@ from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site, plain_sites
 from lora_inject.storage.atomic import write_directory
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 
 FILES, CONFIG = ("adapter_model.pt", "adapter_0.pt"), "adapter_config.json"
 _NAMES = {
@@ -100,7 +100,7 @@ def read(
         raise FormatError(asked, f"there is no {FILES[0]} in it", "Give the folder of an epoch")
     tensors = read_pickle(file, asked, allow=allow_pickle)
     if alpha is None and (path / CONFIG).is_file():
-        said: Any = parse_json((path / CONFIG).read_bytes(), f"{asked}, {CONFIG}")
+        said: Any = read_json(path / CONFIG, f"{asked}, {CONFIG}")
         alpha = said.get("lora_alpha") if isinstance(said, dict) else None
     if type(alpha) not in (int, float):
         found = f"no {CONFIG} says its alpha"

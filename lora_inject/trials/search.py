@@ -25,7 +25,7 @@ from lora_inject.model.save import adapter_state
 from lora_inject.spec.config import Config
 from lora_inject.spec.space import Candidate, Space
 from lora_inject.storage.atomic import write_file
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 from lora_inject.trials.batches import Forward, Loss, causal_loss, evaluating, n_rows, plain_forward
 from lora_inject.trials.rungs import behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
@@ -204,7 +204,7 @@ class _Saved:
         self.data: dict[str, Any] = {}
         if self.folder is None or not (path := self.folder / "search.json").exists():
             return
-        self.data = parse_json(path.read_bytes(), f"search in '{folder}'")
+        self.data = read_json(path, f"search in '{folder}'")
         for what, value in key.items():
             if self.data.get("key", {}).get(what) != value:
                 found = f"it holds a search with another {what}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_inject.errors import FormatError
 from lora_inject.formats.checks import one_line
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import read_names, read_tensors
 
 CONFIG, MODEL, CARD, PICKLE = (
@@ -64,19 +64,12 @@ def check_files(path: Path, asked: str) -> None:
         raise FormatError(asked, f"there is no {MODEL} in it", "Copy the whole directory")
 
 
-def read_config(path: Path, asked: str) -> Any:
-    """Return adapter_config.json as parsed."""
-    if (path / CONFIG).stat().st_size > 32_000_000:
-        raise FormatError(asked, "it has more than 32 MB", "Check the file: no config is that long")
-    return parse_json((path / CONFIG).read_bytes(), asked)
-
-
 def read_all(path: Path, asked: str, *, on_disk: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors, of one file or of all that the index names, and the metadata."""
     if (path / MODEL).is_file():
         return read_tensors(path / MODEL, on_disk=on_disk)
     where = f"{asked}, {_INDEX}"
-    index: Any = parse_json((path / _INDEX).read_bytes(), where)
+    index: Any = read_json(path / _INDEX, where)
     table: Any = index.get("weight_map") if isinstance(index, dict) else None
     names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
     if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):

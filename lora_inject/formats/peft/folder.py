@@ -40,7 +40,6 @@ from lora_inject.formats.peft.files import (
     PICKLE,
     check_files,
     read_all,
-    read_config,
 )
 from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
@@ -58,6 +57,7 @@ from lora_inject.formats.peft.tensor_layout import (
 from lora_inject.spec.names import parent
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.atomic import write_directory
+from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import serialize
 
 _OTHER = 'Write it with format="native"'
@@ -156,7 +156,7 @@ def read(
     check_files(path, asked)
     where, claims = f"{asked}, {CONFIG}", None
     if prefer != "metadata":
-        claims = read_claims(read_config(path, where), where, allow)
+        claims = read_claims(read_json(path / CONFIG, where), where, allow)
     tensors, text = read_all(path, asked, on_disk=on_disk)
     ours = words.is_native(text, "peft")
     if claims is None and not ours:
