@@ -56,7 +56,7 @@ def search(
     from lora_inject.spec.space import Space
     from lora_inject.trials.search import search as run
 
-    template("search.html.j2")  # which says what is not installed
+    template("search.html.j2")  # raises if a package is missing
     wanted = Space.from_yaml(space)
     rows = texts.read_rows(data)
     judged = [] if held_out is None else texts.read_rows(held_out)
@@ -102,7 +102,7 @@ def _loaded(model: str, device: str) -> tuple[Any, Any]:
 
 @contextmanager
 def _live() -> Iterator[Callable[[Search], None]]:
-    """Show a table that follows the search, where stderr is a terminal; else a line each rung."""
+    """Show a live table if stderr is a terminal; else print a line for each rung."""
     forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"  # as rich
     if sys.stderr is None or not (sys.stderr.isatty() or forced):
         yield _line
@@ -124,7 +124,7 @@ def _line(search: Search) -> None:
 
 
 def table(search: Search) -> Any:
-    """Return the running rung as a table of rich: losses, curves, and the rungs before."""
+    """Return the running rung as a table of rich: losses, curves, and earlier held-out losses."""
     from rich.table import Table
 
     rung, n = search.rungs[-1], len(search.rungs)
@@ -143,7 +143,7 @@ def table(search: Search) -> Any:
 
 
 def curve(losses: list[float], steps: int) -> str:
-    """Return losses as a line of bars, as long as the share of the steps that is done.
+    """Return losses as a line of bars; its length is the share of the steps that is done.
 
     Examples:
         >>> curve([4.0, 3.0, 2.0, 1.0], 48)

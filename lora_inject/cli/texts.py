@@ -18,8 +18,8 @@ Tokens = tuple[list[int], int]
 def read_rows(path: Path) -> list[Row]:
     """Read prompt and completion of each row.
 
-    A `.jsonl` file has `{"text": ...}` or `{"prompt": ..., "completion": ...}` in each line; of any
-    other file each line is a text.
+    Each line of a `.jsonl` file is `{"text": ...}` or `{"prompt": ..., "completion": ...}`. Each
+    line of any other file is a text.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -46,7 +46,7 @@ def _row(line: str, asked: str) -> Row:
 
 
 def encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Tokens]:
-    """Return tokens, at most so many, and how many are the prompt's; rows without more are out."""
+    """Return each row's first `most` tokens and how many are the prompt's; skip rows without more."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = []
     for prompt, completion in rows:
@@ -59,14 +59,14 @@ def encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Tokens]:
 
 
 def split(rows: Sequence[Row], n: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Hold out a tenth of the rows, one batch of `n` at least, drawn by the seed."""
+    """Hold out a tenth of the rows, but at least one batch of `n`; the seed draws them."""
     mixed = random.Random(seed).sample(list(rows), len(rows))  # noqa: S311  (no secrets)
     held_out = max(n, len(rows) // 10)
     return mixed[held_out:], mixed[:held_out]
 
 
 def batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[dict[str, Any]]:
-    """Cut rows into batches of `n`, padded on the right, where no token before can see it."""
+    """Cut rows into batches of `n`, padded on the right, which no earlier token attends to."""
     import torch
 
     if len(rows) < n:

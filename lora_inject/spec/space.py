@@ -28,12 +28,12 @@ from lora_inject.spec.matching import resolve
 from lora_inject.spec.yaml import Document, read_text
 
 BYTES_EACH = 4
-"""Bytes of a parameter in a saved adapter: float32, over a 16-bit base as well."""
+"""Bytes of a parameter in a saved adapter: float32, also for a 16-bit base."""
 SEARCHED = ("targets", "rank", "alpha", "variant", "expect")
 
 
 class Range(_Strict):
-    """`{from: 1e-4, to: 1e-2}`: drawn evenly on a logarithmic scale."""
+    """`{from: 1e-4, to: 1e-2}`: values are drawn evenly on a logarithmic scale."""
 
     from_: float = Field(alias="from", gt=0, allow_inf_nan=False)
     """The smallest value."""
@@ -84,16 +84,16 @@ Rules = Annotated[tuple[Rule, ...], Field(min_length=1), _Read]
 
 
 class Budget(_Strict):
-    """What the result and the search may cost."""
+    """Limits on the adapter and on the search."""
 
     parameters: Annotated[int, Field(ge=1)] | None = None
-    """Most trainable parameters of the adapter."""
+    """Largest number of trainable parameters of the adapter."""
     bytes: Annotated[int, Field(ge=1)] | None = None
-    """Most bytes of the adapter's tensors, of 4 bytes for each parameter."""
+    """Largest number of bytes of the adapter's tensors, at 4 bytes for each parameter."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Steps of the longest run."""
     minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Minutes of the whole search, from which the steps follow."""
+    """Minutes of the whole search; the steps are computed from them."""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -103,13 +103,13 @@ class Budget(_Strict):
         return self
 
     def allows(self, parameters: int) -> bool:
-        """Return whether an adapter of so many parameters fits."""
+        """Return whether an adapter with a number of parameters fits."""
         most = (self.parameters, None if self.bytes is None else self.bytes // BYTES_EACH)
         return all(limit is None or parameters <= limit for limit in most)
 
 
 class Training(_Strict):
-    """What all trials share of their optimizer."""
+    """Optimizer settings that all trials share."""
 
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls to 0 over the steps of a run."""
@@ -121,7 +121,7 @@ class Training(_Strict):
 
 
 class Candidate(NamedTuple):
-    """A point of a space: a config with its counts, and a learning rate."""
+    """A point of a space: a config with its counts in `expect`, and a learning rate."""
 
     config: Config
     lr: float
@@ -131,11 +131,11 @@ class Candidate(NamedTuple):
 class Space(_Strict):
     r"""What a search tries.
 
-    A value, a list of choices, or a range `{from: 1e-4, to: 1e-2}` may stand for `rank`, `scale`
-    and `lr`; `variant` takes a value or a list.
+    `rank`, `scale` and `lr` each take a value, a list of choices, or a range
+    `{from: 1e-4, to: 1e-2}`; `variant` takes a value or a list.
 
     Raises:
-        ConfigError: Anything is wrong; the message names the place.
+        ConfigError: A key or a value is not valid; the message gives its place.
 
     Examples:
         >>> space = Space.from_text('''
@@ -151,7 +151,7 @@ class Space(_Strict):
     """
 
     targets: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Rules], Field(min_length=1)]
-    """Choices of layers: names, which the tables show, to rules as in a config."""
+    """Choices of layers: a name, which the tables show, to rules as in a config."""
     rank: Ranks = (8,)
     scale: Numbers = (2.0,)
     """alpha / rank."""
@@ -159,9 +159,9 @@ class Space(_Strict):
     """Largest learning rate in the schedule."""
     variant: Annotated[tuple[Variant, ...], _Check, _Read] = ("lora",)
     trials: Annotated[int, Field(ge=2)] | None = None
-    """Most trials; with a range needed, else all combinations by default."""
+    """Largest number of trials; required with a range, else all combinations by default."""
     seed: int = 0
-    """Of the draws, and of each trial's start and dropout."""
+    """Seed of the draws, and of each trial's start and dropout."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Further keys of every config, such as dropout or exclude."""
     training: Training = Training()
@@ -194,7 +194,7 @@ class Space(_Strict):
 
     @classmethod
     def coerce(cls, space: Any) -> Self:
-        """Return a space that was given as such, as a mapping, or as the path of a YAML file."""
+        """Return a space, given as a `Space`, as a mapping, or as the path of a YAML file."""
         if isinstance(space, cls):
             return space
         if isinstance(space, Mapping):
@@ -218,21 +218,21 @@ class Space(_Strict):
             raise config_error(error, models, data, document) from None
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
-        """Return what has choices, and them."""
+        """Return each key that has choices, and its choices."""
         keys: dict[str, Any] = {"targets": tuple(self.targets), "variant": self.variant}
         keys |= {"rank": self.rank, "scale": self.scale, "lr": self.lr}
         return {key: value for key, value in keys.items() if isinstance(value, tuple)}
 
     def ranges(self) -> dict[str, Range]:
-        """Return what is a range."""
+        """Return each key that has a range, and its range."""
         keys = {"rank": self.rank, "scale": self.scale, "lr": self.lr}
         return {key: value for key, value in keys.items() if isinstance(value, Range)}
 
     def points(self) -> list[dict[str, Any]]:
-        """Return the points that are tried, by the seed.
+        """Return the points to try, as the seed draws them.
 
-        Combinations of choices are taken in turn, in random order where not all are. Each range is
-        cut into as many pieces as there are points, and each piece has one (a Latin hypercube).
+        Combinations of choices are taken in turn, in random order unless all are taken. Each range
+        is cut into one piece for each point, and each piece has one value (a Latin hypercube).
         """
         random = Random(self.seed)  # noqa: S311  (draws, no secrets)
         choices, ranges = self.choices(), self.ranges()

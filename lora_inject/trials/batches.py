@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def n_rows(batch: Any, whose: str) -> int:
-    """Return the number of rows, which must be equal in all tensors of a batch."""
+    """Return the number of rows of a batch, which must be equal in all its tensors."""
     sizes = {t.shape[0] for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()}
     if len(sizes) != 1:
         found = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
@@ -38,7 +38,7 @@ def joined(batches: Mapping[str, Any]) -> Any:
     """Concatenate the rows of all batches.
 
     Raises:
-        StateError: Their structures differ, or dimensions other than the first.
+        StateError: The batches differ in structure, or in a dimension other than the first.
     """
     (first, one), *others = batches.items()
     leaves, form = tree_flatten(one)
@@ -67,10 +67,10 @@ def joined(batches: Mapping[str, Any]) -> Any:
 def parted(outputs: Any, rows: Mapping[str, int]) -> dict[str, Any]:
     """Return each trial's rows of the outputs.
 
-    Uses `split`, since the backward of a slice fills a tensor of full size for each trial.
+    Uses `split`, because the backward of a slice fills a tensor of full size for each trial.
 
     Raises:
-        StateError: A tensor does not have the batch's rows.
+        StateError: A tensor does not have as many rows as the batch.
     """
     leaves, form = tree_flatten(outputs)
     total, columns = sum(rows.values()), []
@@ -96,7 +96,7 @@ def _shape(leaf: Any) -> str:
 
 
 def plain_forward(model: nn.Module) -> Forward:
-    """Return the call of a model with a batch: keywords without `labels`, or positions."""
+    """Return a call of a model with a batch: by keyword without `labels`, or by position."""
 
     def forward(batch: Any) -> Any:
         if isinstance(batch, Mapping):
@@ -110,7 +110,7 @@ def plain_forward(model: nn.Module) -> Forward:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the body in eval mode; afterwards each module has its own mode again."""
+    """Run the body in eval mode, then give each module its previous mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -138,7 +138,7 @@ def causal_losses(outputs: Any, batch: Mapping[str, Tensor], n: int) -> Tensor:
 
 
 def _next_tokens(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return logits and the labels that they predict, one after the other, without a copy."""
+    """Return all logits `(rows * tokens, vocabulary)`, not copied, and the label of each."""
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
     logits = outputs.logits.flatten(0, 1)
     return logits.float() if logits.dtype.itemsize < 4 else logits, labels

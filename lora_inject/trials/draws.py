@@ -1,8 +1,8 @@
 """Dropout of trials: each draws from its own generator, for its own rows only.
 
-So a trial drops the same elements whatever other trials run. A checkpoint that recomputes a layer
-restores only torch's global generator. So a number drawn from it is the key under which the states
-of the trials' generators are stored for the recomputation.
+So a trial drops the same elements, whatever other trials run. A checkpoint that recomputes a layer
+restores only torch's global generator. So each forward draws a number from the global generator and
+stores the states of the trials' generators under it; the recomputation draws the same number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Draws:
 
     Args:
         rows: Name and number of rows of each trial, in the order of the batch.
-        states: State of each trial's generator; replaced as numbers are drawn.
+        states: State of each trial's generator; each draw replaces the state.
     """
 
     def __init__(self, rows: Sequence[tuple[str, int]], states: dict[str, Tensor]) -> None:
@@ -32,7 +32,7 @@ class Draws:
         self._known: dict[int, dict[str, Tensor]] = {}
 
     def __call__(self, x: Tensor, updates: Mapping[str, Factors]) -> Tensor:
-        """Return x `(batch, ..., in)` with the elements dropped that each trial draws."""
+        """Return x `(batch, ..., in)` after dropout, which each trial draws for its own rows."""
         if not any(u.dropout for u in updates.values()):
             return x
         key = int(torch.empty((), dtype=torch.int64).random_())  # on the CPU: no device waits
@@ -61,7 +61,7 @@ class Draws:
 
 @contextmanager
 def _generator(device: torch.device, state: Tensor) -> Iterator[list[Tensor]]:
-    """Draw with a given generator state; the new state is put into the list."""
+    """Draw with a given generator state, and put the new state into the yielded list."""
     source: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
     before, left = source.get_rng_state(), [state]
     source.set_rng_state(state)

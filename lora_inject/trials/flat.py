@@ -1,9 +1,9 @@
 """The trainable tensors of each trial as two flat vectors; the Parameters are views of them.
 
 An optimizer then steps two tensors for each trial, whatever the number of sites: for 32 trials one
-fused AdamW takes half the time of 32 optimizers. All vectors lie in one buffer, their gradients at
-the same places in another, so that trials of equal shapes are evenly apart: gradients of all of
-them are set to zero, and added to, in one launch.
+fused AdamW takes half the time of 32 optimizers. All vectors are in one buffer, and their gradients
+at the same offsets in another, so the tensors of trials with equal shapes are evenly spaced. One
+launch sets the gradients of all of them to zero, and one launch adds to them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_inject.trials.trial import Trial
 
 
 class Buffer:
-    """The memory of all trials; what a dropped one had is free with the last of them.
+    """The memory of all trials; the memory of a dropped trial is freed with the whole buffer.
 
     Args:
         members: The Parameters of all trials.
@@ -33,7 +33,7 @@ class Buffer:
         self._runs: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
 
     def vector(self, members: Sequence[nn.Parameter]) -> nn.Parameter:
-        """Move Parameters into the buffer; return one vector of them all."""
+        """Move Parameters into the buffer and return one vector of all of them."""
         begin = self._end
         for member in members:
             start, self._end = self._end, self._end + member.numel()
@@ -45,17 +45,17 @@ class Buffer:
         return vector
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero in place, since those of the Parameters are views."""
+        """Set all gradients to zero in place: the Parameters' gradients are views of them."""
         self._grads.zero_()
 
     def forget(self) -> None:
-        """Note that Parameters are gone or frozen."""
+        """Forget the known runs, because Parameters were removed or frozen."""
         self._runs.clear()
 
     def stack(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Return `torch.stack(tensors)`, of Parameters, after one of zeros perhaps.
+        """Return `torch.stack(tensors)` of Parameters; the first tensor may be zeros instead.
 
-        Their gradients are added to in one launch for each run of Parameters evenly apart.
+        The backward adds to their gradients in one launch for each run of evenly spaced Parameters.
         """
         start = 0 if tensors[0].requires_grad else 1
         members = tensors[start:]
@@ -70,7 +70,7 @@ class Buffer:
 
 
 def _runs(members: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """Return where each run of members evenly apart begins, and its gradients as one view."""
+    """Return the start of each run of evenly spaced members, and its gradients as one view."""
     grads = [member.grad for member in members if member.grad is not None]
     at = [grad.storage_offset() for grad in grads]
     found, start = [], 0
@@ -85,7 +85,7 @@ def _runs(members: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
 
 
 class _Stacked(torch.autograd.Function):
-    """A stack whose backward adds to the gradients itself."""
+    """A stack whose backward adds directly to the gradients of its tensors."""
 
     @staticmethod
     def forward(ctx: Any, first: int, runs: list[tuple[int, Tensor]], *tensors: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Flat:
     Args:
         parameters: Names such as `SITE.lora_A` to Parameters, which become views.
         trial: The settings.
-        buffer: Where they lie from here on.
+        buffer: The memory that the tensors move to.
 
     Attributes:
         vectors: Two flat Parameters, of all A and of all B.
@@ -117,7 +117,7 @@ class Flat:
         self, parameters: Mapping[str, nn.Parameter], trial: Trial, buffer: Buffer
     ) -> None:
         self._lr = (trial.lr, trial.lr * trial.b_lr_ratio)
-        # By identity: the copy of a tied tensor stands under each of its names.
+        # By identity: the copy of a tied tensor is listed under each of its names.
         of_B = dict.fromkeys(p for key, p in parameters.items() if key.endswith("lora_B"))
         rest = dict.fromkeys(p for p in parameters.values() if p not in of_B)
         self._members = [list(rest), list(of_B)]
@@ -133,7 +133,7 @@ class Flat:
         return sum(vector.numel() for vector in self.vectors)
 
     def set_rate(self, factor: float) -> None:
-        """Set the learning rates to a factor of the trial's."""
+        """Set the learning rates to the trial's own, times a factor."""
         for group, lr in zip(self.groups, self._lr, strict=True):
             group["lr"] = lr * factor
 
@@ -162,14 +162,14 @@ class Flat:
 
 
 def norms(flats: Sequence[Flat]) -> list[float]:
-    """Return the norm of each trial's gradient; the host waits for the device once."""
+    """Return the norm of each trial's gradient. The host waits for the device once."""
     grads: Any = [vector.grad for flat in flats for vector in flat.vectors]
     each = torch.stack(torch._foreach_norm(grads)).view(len(flats), -1)
     return [float(norm) for norm in each.norm(dim=1).tolist()]
 
 
 def clip(flats: Sequence[Flat], found: Sequence[float], most: Sequence[float | None]) -> None:
-    """Scale the gradients whose norm is above the most, as torch's `clip_grad_norm_` does."""
+    """Scale the gradients whose norm is above its limit, as torch's `clip_grad_norm_` does."""
     factors = [
         1.0 if m is None else min(1.0, m / (n + 1e-6)) for n, m in zip(found, most, strict=True)
     ]

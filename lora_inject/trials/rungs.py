@@ -1,7 +1,8 @@
 """Successive halving (arXiv:1502.07943) in which each rung gives its trials a whole run.
 
-A loss in the middle of a schedule says little about its end: a large learning rate looks bad until
-it falls. So the trials of a rung start anew, with a schedule that falls to 0 at the rung's end.
+A loss in the middle of a schedule says little about the loss at its end: a large learning rate
+looks bad until it falls. So the trials of a rung start again from the beginning, with a schedule
+that falls to 0 at the rung's end.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 KEEP = 4
-"""One of so many trials goes on, with so many times the steps: all rungs cost the same."""
+"""One of so many trials continues, with so many times the steps: all rungs cost the same."""
 LEAST_STEPS = 4
 """Steps of the first rung: a shorter run ranks nothing."""
 
 
 def rungs(trials: int, steps: int) -> list[tuple[int, int]]:
-    """Return trials and steps of each rung; the last has at most four trials, where steps allow.
+    """Return trials and steps of each rung; the last has four trials at most, if steps allow it.
 
     Examples:
         >>> rungs(16, 64), rungs(5, 64), rungs(3, 64), rungs(64, 32)
@@ -31,12 +32,12 @@ def rungs(trials: int, steps: int) -> list[tuple[int, int]]:
 
 
 def steps_within(seconds: float, trials: int, per_step: float) -> int:
-    """Return the steps of the last rung with which a search takes so long.
+    """Return the steps of the last rung of a search that takes a given time.
 
     Args:
-        seconds: Of the whole search.
-        trials: In the first rung.
-        per_step: Seconds of a step of them all.
+        seconds: Time of the whole search.
+        trials: Number of trials in the first rung.
+        per_step: Seconds of one step of all trials.
 
     Examples:
         >>> steps_within(64.0, 16, 1.0), rungs(16, 128)
@@ -47,13 +48,13 @@ def steps_within(seconds: float, trials: int, per_step: float) -> int:
 
 
 def ranked(losses: Mapping[str, Sequence[float]]) -> list[str]:
-    """Return the trials whose loss is a number, the best first."""
+    """Return the trials whose mean loss is finite, the best first."""
     means = {name: fmean(values) for name, values in losses.items()}
     return sorted((n for n, v in means.items() if math.isfinite(v)), key=means.__getitem__)
 
 
 def behind(losses: Sequence[float], best: Sequence[float]) -> tuple[float, float]:
-    """Return how far losses are behind others of the same batches, and the standard error.
+    """Return how much higher losses are than the best on the same batches, and the standard error.
 
     Examples:
         >>> behind([2.0, 3.0], [1.0, 2.0])

@@ -55,7 +55,7 @@ class Trials:
     Args:
         model: The model. Injected, not copied; without adapters of the trials' names.
         trials: Name to trial.
-        max_tokens: Largest number of tokens (rows times positions) of one pass; beyond it the
+        max_tokens: Largest number of tokens (rows times positions) of one pass. With more, the
             trials run in groups.
 
     Raises:
@@ -63,14 +63,14 @@ class Trials:
         MatchError: A config's pattern matches nothing.
         LayerError: A site cannot be adapted.
         StateError: There are no trials, a name is in use, or rows cannot differ at a site: stacked
-            experts, `lora_bias`, and `train` entries of other layers than linear ones and torch's
-            norms. The model is then unchanged.
+            experts, `lora_bias`, and `train` entries other than linear layers and torch's norms.
+            The model is then unchanged.
 
     Attributes:
         model: The model.
-        trials: Name to trial, of those that were not dropped.
+        trials: Name to trial; without dropped trials.
         n_steps: Steps done.
-        stopped: Name to the reason, of trials whose loss or gradient was not finite.
+        stopped: Name to reason, for each trial whose loss or gradient was not finite.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -127,22 +127,22 @@ class Trials:
     def step(
         self, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None
     ) -> dict[str, float]:
-        """Train every trial that still runs for one step.
+        """Train every running trial for one step.
 
         Args:
-            batch: One batch for all, or a dict of one for each running trial by its name. A batch
-                is a tensor, or a dict or tuple of tensors, with one row for each example.
-            forward: Runs the model on a joined batch and returns outputs with its rows. By
+            batch: One batch for all trials, or a dict from each running trial's name to its batch.
+                A batch is a tensor, or a dict or tuple of tensors, with one row for each example.
+            forward: Runs the model on a joined batch and returns outputs with the same rows. By
                 default the model is called with the batch, without `labels`.
-            loss: From a trial's outputs and its batch to a scalar; by default the loss of the next
-                token of `logits` and `labels`.
+            loss: Takes a trial's outputs and its batch and returns a scalar. By default it is the
+                loss of the next token, from `logits` and `labels`.
 
         Returns:
-            Name to loss. A trial whose loss or gradient is not finite is in `stopped` afterwards,
-            and was not stepped; the gradients of the others are what they would have been.
+            Name to loss. A trial whose loss or gradient is not finite is not stepped and is in
+            `stopped` afterwards; the gradients of the other trials are not affected.
 
         Raises:
-            StateError: A batch is missing, or does not fit; or trials would leak into each other:
+            StateError: A batch is missing or does not fit, or trials would affect each other:
                 the forward mixes rows, returns a mean over them, or draws random numbers.
         """
         forward, loss = forward or plain_forward(self.model), loss or causal_loss
@@ -166,7 +166,7 @@ class Trials:
 
     @contextmanager
     def _dropping(self) -> Iterator[None]:
-        """Put adapted layers into training mode, so that dropout acts over a base in eval mode."""
+        """Put adapted layers into training mode: their dropout runs on a base in eval mode, too."""
         layers = [m for _, m, _ in adapted_modules(Survey(self.model)) if not m.training]
         for layer in layers:
             layer.training = True
@@ -195,7 +195,7 @@ class Trials:
         """Run forward and backward of some trials; stop those whose loss is not finite."""
         parts, outputs, batch = self._forward(batches, forward, self._random)
         if loss is causal_loss and len({n_rows(one, name) for name, one in batches.items()}) == 1:
-            each = causal_losses(outputs, batch, len(batches))  # as many launches for any number
+            each = causal_losses(outputs, batch, len(batches))  # launches do not grow
             values = each.tolist()
             if all(map(math.isfinite, values)):
                 each.sum().backward()  # type: ignore[no-untyped-call]
@@ -216,7 +216,7 @@ class Trials:
     ) -> tuple[dict[str, Any], Any, Any]:
         """Run the base once; without dropout if `random` is None.
 
-        Returns the outputs by trial, all outputs, and the batch of all.
+        Returns the outputs by trial, all outputs, and the joined batch.
         """
         rows = {name: n_rows(batch, name) for name, batch in batches.items()}
         each = tuple(name for name, n in rows.items() for _ in range(n))
@@ -241,7 +241,7 @@ class Trials:
         return {name: batch[name] for name in running}
 
     def _groups(self, batches: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield groups of batches with at most `max_tokens`, of one trial at least."""
+        """Yield groups of batches with at most `max_tokens`; each has one trial at least."""
         group: dict[str, Any] = {}
         tokens = 0
         for name, batch in batches.items():
@@ -256,7 +256,7 @@ class Trials:
     def _check_apart(self, batches: Mapping[str, Any], forward: Forward) -> None:
         """Check that no trial's rows change another's outputs, and that the base draws no numbers.
 
-        With one trial's A set to NaN the outputs of the others must keep their bits.
+        With one trial's A set to NaN, the outputs of the others must stay the same bit for bit.
         """
         name, *others = batches
         before = torch.get_rng_state()
@@ -295,14 +295,14 @@ class Trials:
 
     @property
     def running(self) -> list[str]:
-        """Names of the trials that were neither stopped nor dropped."""
+        """Names of the trials that were not stopped or dropped."""
         return [name for name in self.trials if name not in self.stopped]
 
     @torch.no_grad()
     def evaluate(
         self, batch: Any, *, forward: Forward | None = None, loss: Loss | None = None
     ) -> dict[str, float]:
-        """Return each running trial's loss on held-out rows, without dropout, and keep it.
+        """Return and store each running trial's loss on held-out rows, without dropout.
 
         Args:
             batch: As for `step`.
@@ -327,7 +327,7 @@ class Trials:
         return {name: list(values) for name, values in self._losses.items()}
 
     def best(self) -> str:
-        """Return the running trial with the least held-out loss.
+        """Return the running trial with the lowest held-out loss.
 
         Raises:
             StateError: Nothing was evaluated.
@@ -338,7 +338,7 @@ class Trials:
         return min(known, key=known.__getitem__)
 
     def drop(self, name: str) -> None:
-        """Take a trial's adapter off the model and forget the trial.
+        """Eject a trial's adapter from the model and remove the trial.
 
         Raises:
             StateError: There is no such trial.
@@ -383,7 +383,7 @@ class Trials:
         """Write everything that a resumed run needs into one file, atomically.
 
         Args:
-            path: The file; one of an earlier save is replaced.
+            path: The file. An existing file is replaced.
 
         Returns:
             The path.
@@ -410,14 +410,14 @@ class Trials:
 
     @classmethod
     def resume(cls, model: nn.Module, path: str | PathLike[str]) -> Self:
-        """Put saved trials onto a model, and continue with the same bits.
+        """Put saved trials onto a model. Training continues bit for bit.
 
         Args:
             model: The base, as it was before the trials.
-            path: What `save` wrote.
+            path: A file that `save` wrote.
 
         Raises:
-            FormatError: It is not such a file, or was written with another base.
+            FormatError: `save` did not write the file, or wrote it with another base.
         """
         try:
             held = torch.load(path, weights_only=True, map_location="cpu")
@@ -436,7 +436,7 @@ class Trials:
         for name, vectors in held["values"].items():
             new._flats[name].fill(vectors)
         new._optimizer.load_state_dict(held["optimizer"])
-        groups = iter(new._optimizer.param_groups)  # others than before
+        groups = iter(new._optimizer.param_groups)  # load_state_dict replaced them
         for flat in new._flats.values():
             flat.groups = [next(groups) for _ in flat.groups]
         new._random = held["random"]
@@ -448,7 +448,7 @@ class Trials:
 
 
 def _refuse_dropout(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse dropout on embeddings and convolutions, where it is not drawn by trial."""
+    """Refuse dropout on embeddings and convolutions, which do not draw it by trial."""
     for name in names:
         for site, state in adapter_state(model, name).sites.items():
             if state.spec.dropout and state.spec.kind not in {"linear", "conv1d"}:

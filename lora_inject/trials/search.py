@@ -1,4 +1,4 @@
-"""Search: the trials of a space on one base, rung by rung, and the config of the best."""
+"""Train the trials of a space on one base, rung by rung, and return the best config."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from lora_inject.trials.runs import Trials
 from lora_inject.trials.trial import Trial
 
 SAVE_SECONDS = 20.0
-"""Between two saves of the running rung; what an interrupt may lose."""
+"""Time between two saves of the running rung: an interrupt loses at most this much."""
 TIMED_STEPS = 2
 PASS_TOKENS = 4096
 
 
 @dataclass
 class Rung:
-    """One rung: trials that got a whole run each.
+    """One rung: trials that each train for a whole run.
 
     Attributes:
         steps: Steps of the run.
         losses: Trial to its training loss at each step.
-        held_out: Trial to its loss on each held-out batch, at the end; without those stopped.
+        held_out: Trial to its loss on each held-out batch, at the end; without stopped trials.
         stopped: Trial to the reason why it was stopped.
-        seconds: Time that it took, evaluation included.
+        seconds: Time of the rung, evaluation included.
     """
 
     steps: int
@@ -58,14 +58,14 @@ class Rung:
 
 @dataclass
 class Search:
-    """A search that runs or has ended, with its evidence.
+    """A running or finished search, with its evidence.
 
     Attributes:
-        space: What was tried.
+        space: What the search tries.
         candidates: Trial to its config, learning rate and parameters.
-        over_budget: Trials that were left out.
+        over_budget: Trials that are left out, because they are over the budget.
         plan: Trials and steps of each rung.
-        rungs: Those that ended, and the one that runs.
+        rungs: The finished rungs, and the running one.
         base: Loss of the base on each held-out batch.
         adapter: The best trial's adapter; None until the end.
     """
@@ -80,7 +80,7 @@ class Search:
 
     @property
     def best(self) -> str:
-        """The trial with the least held-out loss of the last rung."""
+        """The trial with the lowest held-out loss in the last rung."""
         return ranked(self.rungs[-1].held_out)[0]
 
     @property
@@ -94,7 +94,7 @@ class Search:
         return sum(rung.seconds for rung in self.rungs)
 
     def trial(self, name: str, steps: int) -> Trial:
-        """Return a trial as it runs in a rung of so many steps."""
+        """Return a candidate as a trial for a rung of `steps` steps."""
         config, lr, _ = self.candidates[name]
         settings = self.space.training.model_dump()
         warmup = min(math.ceil(settings.pop("warmup") * steps), steps - 1)
@@ -139,18 +139,18 @@ def search(
 ) -> Search:
     """Find the config and learning rate of a space that fit the data best, in one run.
 
-    All trials of a rung train together on the same batches. Each rung is a whole run with its
-    schedule; the best quarter starts anew in the next one, with four times the steps.
+    All trials of a rung train together on the same batches. Each rung is a whole run with its own
+    schedule. The best quarter starts again in the next rung, with four times the steps.
 
     Args:
-        model: The base, which is the same afterwards: without adapters.
+        model: The base. Afterwards it is unchanged and has no adapters of the search.
         space: What to try, as a `Space`, a mapping, or the path of a YAML file.
-        batches: A batch for each step, as `Trials.step` takes it; after the last the first again.
-        held_out: Batches to judge by; their losses are averaged by rows.
+        batches: A batch for each step, as `Trials.step` takes it; used again from the first on.
+        held_out: Batches whose mean loss ranks the trials.
         forward: As for `Trials.step`.
         loss: As for `Trials.step`.
-        folder: Where the state is saved every 20 seconds. A call with the same arguments goes
-            on from there, after an interrupt for instance.
+        folder: Where the state is saved every 20 seconds. After an interrupt, a call with the same
+            arguments continues from the saved state.
         max_tokens: As for `Trials`.
         watch: Called with the search after each step.
 
@@ -160,7 +160,7 @@ def search(
     Raises:
         ConfigError: The space or a config is not valid.
         MatchError: A rule matches nothing, or no trial fits the budget.
-        StateError: There is no batch, all trials diverged, or as for `Trials`. The model is then
+        StateError: There is no batch, all trials diverged, or `Trials` raises it. The model is then
             unchanged.
         FormatError: The folder holds another search.
 
@@ -196,7 +196,7 @@ def search(
 
 
 class _Saved:
-    """The state of a search in a folder, or none."""
+    """The saved state of a search in a folder; empty without a folder."""
 
     def __init__(self, folder: str | PathLike[str] | None, key: dict[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -211,11 +211,11 @@ class _Saved:
                 raise FormatError(f"search in '{folder}'", found, "Give another folder")
 
     def rung(self, n: int) -> Path | None:
-        """Return the file of the trials of the n-th rung."""
+        """Return the file of the n-th rung's trials."""
         return None if self.folder is None else self.folder / f"rung-{n}.pt"
 
     def write(self, search: Search, trials: Trials) -> None:
-        """Save the search and the trials of its last rung; those before are done."""
+        """Save the search and the trials of its last rung, and delete those of earlier rungs."""
         path = self.rung(len(search.rungs))
         if self.folder is None or path is None:
             return
@@ -237,7 +237,7 @@ class _Runner:
         self.calls, self.max_tokens, self.watch, self.saved = calls, max_tokens, watch, saved
 
     def run(self, search: Search) -> None:
-        """Run what is missing of a search; of one that has ended, this reads the adapter."""
+        """Run the missing rungs of a search; for a finished one, read the adapter."""
         kept = self.saved.data
         search.base = kept.get("base") or self._base()
         search.plan = [tuple(pair) for pair in kept.get("plan", ())] or self._plan(search)
@@ -253,7 +253,7 @@ class _Runner:
                 raise StateError("search", found, "Give smaller learning rates")
 
     def _rung(self, search: Search, names: Sequence[str]) -> None:
-        """Train the trials of the last rung to its end, and judge them."""
+        """Train the trials of the last rung to its end, and evaluate them."""
         rung, file = search.rungs[-1], self.saved.rung(len(search.rungs))
         began = time.monotonic() - rung.seconds
         with self._trials(search, names, rung.steps, file) as trials:
@@ -287,7 +287,7 @@ class _Runner:
     def _trials(
         self, search: Search, names: Sequence[str], steps: int, file: Path | None = None
     ) -> Iterator[Trials]:
-        """Put trials onto the model, as they were saved if they were; take them off at the end."""
+        """Put trials onto the model, from their file if it exists; eject them at the end."""
         if file is not None and file.exists():
             trials = Trials.resume(self.model, file)
         else:
@@ -308,7 +308,7 @@ class _Runner:
             return [loss(forward(batch), batch).item() for batch in self.held_out]
 
     def _plan(self, search: Search) -> list[tuple[int, int]]:
-        """Return the rungs; where the budget is minutes, after timing some steps of all trials."""
+        """Return the rungs; if the budget is in minutes, time some steps of all trials first."""
         n, budget = len(search.candidates), search.space.budget
         if budget.steps is not None:
             return rungs(n, budget.steps)
@@ -327,7 +327,7 @@ def _plain(space: Space) -> dict[str, Any]:
 
 
 def _sums(batches: Sequence[Any]) -> list[float]:
-    """Return sums that tell other data, or another order, from these."""
+    """Return sums that differ for other data or another order."""
     tensors = [t.detach().double().flatten().cpu()
                for t in tree_leaves(list(batches)) if isinstance(t, Tensor)]  # fmt: skip
     return [x for t in tensors for x in (len(t), t.sum().item(), t.dot(_weights(len(t))).item())]
@@ -338,6 +338,6 @@ def _weights(n: int) -> Tensor:
 
 
 def _copied(state: AdapterState) -> AdapterState:
-    """Return an adapter that shares no memory with the model."""
+    """Return a copy of an adapter that shares no memory with the model."""
     sites = {name: site.mapped(torch.clone) for name, site in state.sites.items()}
     return replace(state, sites=sites)
