@@ -46,7 +46,7 @@ def _row(line: str, asked: str) -> Row:
 
 
 def encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Tokens]:
-    """Return each row's first `most` tokens and how many are the prompt's; skip rows without more."""
+    """Return each row's first `most` tokens and its prompt's count; skip rows without more."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = []
     for prompt, completion in rows:
