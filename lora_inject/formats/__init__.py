@@ -1,8 +1,8 @@
 """Adapters as files: one row of a table for each format.
 
-A format is a module with three functions: `write(state, path, facts, **options)`,
-`read(path, facts, **options)` and `detects(path)`; `facts` are of the model, see `model_facts`. The
-table below is the only place that knows them all, so a new format is one file and one row.
+A format is a module with three functions: `write(state, path, facts, **options)`, `read(path,
+facts, **options)` and `detects(path)`; for `facts` see `model_facts`. Only the table below lists
+all formats, so a new format is one file and one row.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Format:
 
     Attributes:
         write: `write(state, path, facts, *, overwrite=False, **options) -> Path`.
-        read: `read(path, facts, **options) -> AdapterState`, of tensors that nobody else holds.
-        detects: `detects(path) -> bool`, by content; the first row that says yes reads.
-        keeps: What its files can express besides the deltas; see `formats.losses`.
+        read: `read(path, facts, **options) -> AdapterState`, whose tensors share no memory.
+        detects: `detects(path) -> bool`, by content; the first row that returns True reads.
+        keeps: What files of the format can express besides the deltas; see `formats.losses`.
     """
 
     write: Callable[..., Path]
@@ -93,7 +93,7 @@ def register_format(name: str, row: Format) -> Format:
     """Add a format from outside the package; detection tries it before the built-in ones.
 
     Args:
-        name: What `format=` calls it.
+        name: The name for `format=`.
         row: Its functions.
 
     Returns:
@@ -129,22 +129,22 @@ def write_adapter(
     facts: ModelFacts | None = None,
     **options: Any,
 ) -> Path:
-    """Write an adapter to files, in one step: all of it, or nothing.
+    """Write an adapter to files, all or nothing.
 
     Args:
         state: The adapter.
         path: Where to.
         format: Name of a row of `FORMATS`.
         facts: What is known of the model; single facts may be given as options.
-        options: `overwrite=True` replaces an adapter that is there; others are the format's own,
+        options: `overwrite=True` replaces an existing adapter; the others are the format's own,
             see its `write`.
 
     Returns:
-        What was written, symbolic links resolved.
+        The path of the files, symbolic links resolved.
 
     Raises:
-        FormatError: The format does not exist or cannot express the adapter, or the target must not
-            be replaced.
+        FormatError: The format does not exist or cannot express the adapter, or the target exists
+            and `overwrite` is not set.
 
     Examples:
         >>> import tempfile, torch
@@ -174,15 +174,15 @@ def read_adapter(
 ) -> AdapterState:
     """Read an adapter from files.
 
-    The values are read into memory, so that whoever writes into the files later, as PEFT does when
-    it saves again, does not change the adapter. `on_disk=True` leaves the values of safetensors in
-    the file, which must then stay as it is, until they are used: for an adapter larger than memory,
-    or of which only the numbers are wanted. Values that are not finite are read, so that `inspect`
-    shows them; loading, merging and converting refuse them.
+    The values are read into memory. So a program that writes the files again, as PEFT does when it
+    saves, does not change the adapter. `on_disk=True` leaves the values of safetensors in the file
+    until they are used; the file must not change until then. Use it for an adapter larger than
+    memory, or if only the numbers are needed. Values that are not finite are read, so that
+    `inspect` shows them; loading, merging and converting refuse them.
 
     Args:
         path: Where from.
-        format: Name of a row of `FORMATS`, or None: found from what is there.
+        format: Name of a row of `FORMATS`; None detects it from the files.
         facts: What is known of the model; single facts may be given as options.
         options: `on_disk`, and the format's own, see its `read`.
 
@@ -198,13 +198,13 @@ def read_adapter(
         format = detected(place)  # noqa: A001
     row = _row(format, asked)
     if "on_disk" not in options_of(row.read):
-        options.pop("on_disk", None)  # it saves memory, and changes nothing that is read
+        options.pop("on_disk", None)  # it saves memory and does not change the result
     facts, own = _split(row.read, facts, options, f"{asked} as '{format}'")
     return row.read(place, facts, **own)
 
 
 def detected(path: Path) -> str:
-    """Return the first format that a path looks like; raise if there is none."""
+    """Return the first format that detects a path as its own; raise if there is none."""
     asked = f"read adapter '{path}'"
     if not path.exists():
         raise FormatError(asked, "there is no such file or directory", "Check the path")
@@ -219,7 +219,7 @@ def detected(path: Path) -> str:
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:
-    """Return the names of the options that a format's `read` or `write` has of its own.
+    """Return the names of the options that only this format's `read` or `write` has.
 
     Examples:
         >>> options_of(FORMATS["diffusers"].read)

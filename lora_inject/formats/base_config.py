@@ -49,7 +49,7 @@ def _count(config: Mapping[str, Any], field: str, asked: str) -> int:
 def refuse_tied(config: Mapping[str, Any] | None, name: str, asked: str, client: str) -> None:
     """Refuse a site on an embedding or a head that the client holds as one tensor.
 
-    There the update of one would be applied to the other as well.
+    In that client the update of one would change the other as well.
     """
     config = text_config(config, asked, "whether the embedding and the head are tied")
     tied, where = config.get("tie_word_embeddings"), f"{asked}, site '{name}'"

@@ -1,7 +1,7 @@
 """The model card of an adapter: README.md with the front matter that model hubs read.
 
-It says what the adapter is, for which base and task, and how to load it with this package, PEFT and
-vLLM, and states only what the adapter or its author states.
+The card says what the adapter is, for which base and task, and how to load it with this package,
+PEFT and vLLM. It states only what the adapter or its author states.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def model_card(
 ) -> str:
     """Return the text of README.md: YAML front matter and Markdown.
 
-    `trained_on` is a data set of the hub or a description of the data, `published_as` where readers
-    find the adapter; by default a placeholder path.
+    `trained_on` is a data set of the hub or a description of the data. `published_as` is where
+    readers find the adapter; by default a placeholder path.
     """
     import yaml  # reading an adapter, as merging does, must not wait for it
 

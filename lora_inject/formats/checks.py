@@ -28,7 +28,7 @@ def one_line(names: Iterable[str], n: int = 3) -> str:
 
 
 def check_state(state: AdapterState, asked: str) -> AdapterState:
-    """Return an adapter whose tensors fit what is said about them; refuse another."""
+    """Return an adapter if its tensors fit its specs; raise if they do not."""
     trained: Mapping[str, object] = state.trained
     if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
         raise FormatError(asked, f"{one_line(wrong)} is not a tensor", "Pass tensors only")
@@ -65,7 +65,7 @@ def check_site(site: SiteState, asked: str) -> None:
 
 
 def check_keys(found: Iterable[str], due: Iterable[str], asked: str) -> None:
-    """Refuse a file whose tensors are not exactly the ones that are due."""
+    """Refuse a file whose tensors are not exactly the expected ones."""
     found, due = set(found), set(due)
     parts = [f"it lacks {one_line(sorted(due - found))}"] if due - found else []
     if found - due:
@@ -75,7 +75,7 @@ def check_keys(found: Iterable[str], due: Iterable[str], asked: str) -> None:
 
 
 def check_no_clash(keys: Iterable[str], asked: str) -> None:
-    """Refuse two tensors of one name."""
+    """Refuse two tensors with the same name."""
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise FormatError(

@@ -1,7 +1,8 @@
 """Checks of adapter files for programs that load them.
 
-Each program is one function of the config and of the names and shapes of the tensors; no values are
-read. What the program would refuse, ignore or scale differently is a finding with a remedy.
+Each program is one function of the config and of the names and shapes of the tensors. It reads no
+values. Anything that the program would refuse, ignore or scale differently is a finding with a
+remedy.
 
 Sources: vLLM 0.33, lora/peft_helper.py, lora/lora_model.py, lora/utils.py; SGLang 0.5.23,
 srt/lora/lora_config.py, lora.py, utils.py; llama.cpp, convert_lora_to_gguf.py,
@@ -47,7 +48,7 @@ class Finding:
     Attributes:
         problem: What the program would do, and where.
         fix: The remedy.
-        stops: Whether the adapter cannot be used there as it is; else it is a note.
+        stops: Whether the program cannot use the adapter as it is; otherwise the finding is a note.
     """
 
     problem: str
@@ -63,8 +64,8 @@ Shape = tuple[int, ...] | None
 class Files:
     """An adapter's files and, if known, the names of the base's modules and its config.
 
-    Of PEFT's and mlx-lm's folders the `pairs` are the shapes of A and B by module, None for a
-    missing one, and `others` the names of all other tensors.
+    For PEFT's and mlx-lm's folders `pairs` has the shapes of A and B by module, with None for a
+    missing one, and `others` has the names of all other tensors.
     """
 
     path: Path
@@ -103,7 +104,7 @@ class Files:
 def findings(path: Path, client: str, facts: ModelFacts) -> list[Finding]:
     """Return what a program, a name of `CLIENTS`, would refuse, ignore or compute differently.
 
-    Those that stop come first. The base's module names and config are compared where given.
+    Findings that stop come first. The base's module names and config are compared if given.
     """
     if client not in CLIENTS:
         found = f"there is no client '{client}'"
@@ -178,7 +179,7 @@ _ALL = {**_METHODS, "alora_invocation_tokens": "activated LoRA", "bias": "traine
 def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
     """Return the rules of a program that reads LoRA in PEFT folders; `own` are rules of its own.
 
-    `methods` are the fields of the config that it refuses, with what they mean.
+    `methods` are the fields of the config that it refuses, with their meaning.
     """
 
     def rules(files: Files) -> Findings:

@@ -2,7 +2,7 @@
 
 Llama's rotary embedding rotates pairs of values. Transformers stores the first values of all pairs
 of a head, then the second ones; Meta's code, and programs that follow it, store each pair side by
-side. So the rows of q and k, and of their B, have another order there.
+side. So these programs have the rows of q and k, and of their B, in another order.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Decoder(NamedTuple):
     """A program's keys of the A and B of a decoder's modules.
 
     Attributes:
-        names: Transformers' name of a module within its layer, or its full name outside of layers,
-            to the program's.
+        names: Transformers' name of a module (within its layer; outside of layers the full name)
+            to the program's name.
         layer: The program's prefix of a layer, such as `blk.{}.`.
-        ends: How its keys of A and B end.
+        ends: The ends of the program's keys of A and B.
         in_pairs: Whether the rows of q and k are in the order of Meta's code.
-        turned: The module whose A is transposed, if any.
+        turned: The module whose A is stored transposed, if any.
     """
 
     names: Mapping[str, str]
@@ -74,7 +74,7 @@ class Decoder(NamedTuple):
         asked: str,
         remedy: str,
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the pairs of a file by transformers' names; `remedy` is that for other tensors."""
+        """Return the pairs of a file by transformers' names; `remedy` is for any other tensor."""
         found = {}
         for key, (a, b) in matrices(tensors, self.ends, asked, remedy).items():
             where = f"{asked}, '{key[:200]}'"
@@ -145,7 +145,7 @@ def model_type(
 def check_whole(names: Collection[str], n_layers: int, asked: str, client: str) -> None:
     """Refuse an adapter of a module in some layers, or of a part of an MLP.
 
-    For clients that adapt a module in all layers or none, and gate, up and down together.
+    This is for clients that adapt a module in all layers or none, and gate, up and down together.
     """
     parts = {part_of(name) for name in names if _LAYER.fullmatch(name)}
     due = [f"model.layers.{i}.{part}" for i in range(n_layers) for part in sorted(parts)]

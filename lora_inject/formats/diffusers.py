@@ -2,7 +2,7 @@
 
 Keys are PEFT's under the name of a component: `unet.NAME.lora_A.weight`. Scales are not
 tensors: diffusers reads them from the header's `lora_adapter_metadata`, with default 1; ComfyUI
-always takes 1. So scales are folded into B on writing. Older names are read as in diffusers:
+always uses 1. So `write` folds scales into B. `read` accepts older names as diffusers does:
 `.lora.down.weight`, `.lora_linear_layer.down.weight`, and `.processor.to_q_lora.down.weight` of
 attention processors. Files of a single model (`save_lora_adapter`) name no component.
 
@@ -89,7 +89,7 @@ def write(
 def read(
     path: Path, _facts: ModelFacts, *, component: str | None = None, on_disk: bool = False
 ) -> AdapterState:
-    """Read the adapter of one component, which is named where the file holds several."""
+    """Read the adapter of one component; name the component if the file holds several."""
     asked = f"read diffusers adapter '{path}'"
     tensors, said = read_tensors(path / FILE if path.is_dir() else path, on_disk=on_disk)
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
@@ -127,7 +127,7 @@ def read(
 
 
 def _module(path: str, old: bool) -> str:
-    """Return the module of a path; attention processors formerly held the LoRA of their layers."""
+    """Return the module of a path; attention processors used to hold the LoRA of their layers."""
     name = path.replace(".processor.", ".") if old else path
     return f"{name}.0" if old and name.endswith(".to_out") else name
 

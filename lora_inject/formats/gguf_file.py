@@ -76,7 +76,7 @@ def write(
 ) -> Path:
     """Write an adapter of linear layers and embeddings of a model of `FAMILIES` for llama.cpp.
 
-    The base's config says its architecture, heads and ties. `dtype` is `float32`, the default,
+    The base's config gives its architecture, heads and ties. `dtype` is `float32`, the default,
     or `float16`.
     """
     asked = f"write GGUF adapter to '{path}'"
@@ -111,7 +111,7 @@ def write(
 def read(path: Path, facts: ModelFacts) -> AdapterState:
     """Read an adapter for llama.cpp, under transformers' names.
 
-    The base's config says the heads of the architecture `llama`.
+    The base's config gives the heads of the architecture `llama`.
     """
     asked = f"read GGUF adapter '{path}'"
     fields, tensors = _content(path, asked)

@@ -2,8 +2,8 @@
 
 Each module has `lora_unet_NAME.lora_down.weight` (A), `.lora_up.weight` (B) and the scalar
 `.alpha`. The scale is alpha over the rank of the tensors; without alpha it is 1. NAME is the
-module's name with `_` for each dot, which is ambiguous: it is looked up among the names of the
-model, or of the base's files. A file written here also has the names in its metadata.
+module's name with `_` for each dot. This is ambiguous, so NAME is looked up among the names of the
+model or of the base's files. A file written here also has the names in its metadata.
 
 Source: kohya-ss/sd-scripts, networks/lora.py (`LoRAModule`, `create_network_from_weights`);
 ComfyUI, comfy/lora.py and comfy/weight_adapter/lora.py.
@@ -99,7 +99,7 @@ def write(
 def read(
     path: Path, facts: ModelFacts, *, component: str | None = None, on_disk: bool = False
 ) -> AdapterState:
-    """Read the adapter of one component, which is named where the file holds several.
+    """Read the adapter of one component; name the component if the file holds several.
 
     The model's module names are not needed for a file that was written here.
     """
@@ -160,7 +160,7 @@ def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str]:
 
 
 def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None, where: str) -> str:
-    """Return the one module of `known`, by names with `_` for dots, that a name stands for."""
+    """Return the one module of `known`, by names with `_` for dots, that a flat name means."""
     if known is None:
         raise FormatError(
             where,

@@ -1,9 +1,9 @@
 """The folder of litgpt's `finetune lora`: `lit_model.pth.lora` and `hyperparameters.yaml`.
 
-q, k and v are one layer there, `transformer.h.0.attn.qkv`, with the A and the B of the adapted ones
-stacked, as in a site with slices. All sites have one rank and one alpha, a module is adapted in all
-layers, and all matrices of an MLP or none. `litgpt merge_lora` needs the files of the base's folder
-(model_config.yaml, tokenizer) in the same folder.
+litgpt has q, k and v as one layer, `transformer.h.0.attn.qkv`, with the A and the B of the adapted
+ones stacked, as in a site with slices. All sites have one rank and one alpha. A module is adapted
+in all layers or none, and so are the matrices of an MLP together. `litgpt merge_lora` needs the
+files of the base's folder (model_config.yaml, tokenizer) in the same folder.
 
 Source: litgpt 0.5.13, lora.py (`LoRAQKVLinear`), scripts/merge_lora.py,
 scripts/convert_hf_checkpoint.py.
@@ -29,7 +29,7 @@ from lora_inject.storage.atomic import write_directory
 
 FILE, CONFIG = "lit_model.pth.lora", "hyperparameters.yaml"
 _PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
-_QKV = "|".join(_PARTS.values())  # stands for the three of a layer; no module is called so
+_QKV = "|".join(_PARTS.values())  # the three of a layer; no module has this name
 _NAMES = {
     "lm_head": "lm_head",
     f"self_attn.{_QKV}": "attn.qkv",
@@ -58,7 +58,7 @@ def write(
 ) -> Path:
     """Write an adapter of linear layers as litgpt's `finetune lora` does.
 
-    The base's config says its model_type and heads, `base_model` litgpt's folder of it.
+    The base's config gives its model_type and heads; `base_model` is litgpt's folder of the base.
     """
     asked = f"write litgpt adapter to '{path}'"
     sites = plain_sites(
@@ -87,7 +87,7 @@ def write(
 
 
 def _fused(pairs: Pairs, sizes: Heads, asked: str) -> Pairs:
-    """Put q, k and v of each layer on top of each other, in this order."""
+    """Stack q, k and v of each layer, in this order."""
     found = dict(pairs)
     several: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for end in _PARTS.values():
@@ -111,7 +111,7 @@ def _width(end: str, sizes: Heads) -> int:
 def read(path: Path, facts: ModelFacts, *, allow_pickle: bool = False) -> AdapterState:
     """Read an adapter of litgpt, under transformers' names.
 
-    The base's config, as of transformers, says its heads; `allow_pickle` as in
+    The base's config, in transformers' form, gives its heads. `allow_pickle` is as in
     `pickles.read_pickle`.
     """
     asked = f"read litgpt adapter '{path}'"

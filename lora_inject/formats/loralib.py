@@ -1,11 +1,11 @@
 """State dicts of microsoft/loralib, the paper's own package.
 
-Its files hold `PATH.lora_A` and `PATH.lora_B` and full tensors beside them, and nothing else, so
-alpha and the kinds of the layers are asked of the caller; they are never guessed. A fused
-`MergedLinear` with some of its parts enabled is exactly a site with slices.
+Its files hold `PATH.lora_A`, `PATH.lora_B` and full tensors, and nothing else. So the caller gives
+alpha and the kinds of the layers; they are never guessed. A fused `MergedLinear` with some of its
+parts enabled is exactly a site with slices.
 
 Source: microsoft/LoRA, loralib/layers.py and utils.py (`lora_state_dict`).
-Its convolutions are not read: their factors have another shape than everybody else's.
+Its convolutions are not read, because their factors have another shape than in other programs.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def read(
         _facts: Not needed.
         alpha: The `lora_alpha` that the layers were made with; the file does not hold it.
         allow_pickle: Read a pickle, by torch.load(weights_only=True), which builds tensors only.
-        fan_in_fan_out: Whether the layers' weights are (in, out): for all, or the names, or ends of
-            names after a dot, of those that are.
+        fan_in_fan_out: Whether the layers' weights are (in, out): for all layers, or the names of
+            such layers, or ends of these names after a dot.
         embeddings: Names, or ends of names after a dot, of the embeddings: their A and B look like
             a linear layer's.
         enable_lora: The argument of `MergedLinear`, for all fused layers of the file, or by name or
@@ -115,8 +115,8 @@ def read(
 def write(state: AdapterState, path: Path, _facts: ModelFacts, *, overwrite: bool = False) -> Path:
     """Write a loralib state dict: `.safetensors`, or pickled as `.pt`, `.bin` or `.pth`.
 
-    Its sites are linear, conv1d and embedding ones with one rank and one alpha, which is what
-    loralib's layers are made with. The file does not hold alpha, which readers must know.
+    The sites must be linear, conv1d or embedding ones, with one rank and one alpha, as loralib's
+    layers are made. The file does not hold alpha; readers must know it.
     """
     path = Path(path)
     asked = f"write loralib adapter to '{path}'"

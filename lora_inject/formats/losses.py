@@ -1,6 +1,7 @@
-"""What a format's files lose of an adapter although its deltas are kept.
+"""What an adapter loses in a format's files, although its deltas are kept.
 
-A row of the table of formats states what it keeps; the losses of a given adapter follow from it.
+A row of the table of formats states what the format keeps. From this follow the losses of an
+adapter.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What an adapter's file says about itself, beyond its tensors.
 
-What the tensors do not tell (alpha, slices, kinds, the config, the base's fingerprint) travels as
-text in the same file, so it cannot be lost or exchanged for another adapter's. Reading it back is
-strict: an unknown field, a wrong type or an impossible number is an error.
+What the tensors do not say (alpha, slices, kinds, the config, the base's fingerprint) is stored as
+text in the same file, so it cannot be lost or mixed up with another adapter's. Reading is strict:
+an unknown field, a wrong type or an impossible number is an error.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ _FLAGS = {"derived", "turned"}
 class Described:
     """The metadata of a file that this package wrote: specs are in the order of the model.
 
-    `derived` names the sites that carry A0 and B0, `turned` those whose pair has changed places in
-    the file (`peft.tensor_layout`), `trained` the tensors of the base that travel in full, or of
-    which `rows` do.
+    `derived` names the sites that carry A0 and B0. `turned` names those whose A and B are exchanged
+    in the file (`peft.tensor_layout`). `trained` names the tensors of the base that the file has in
+    full, or of which it has `rows`.
     """
 
     specs: Mapping[str, SiteSpec]
@@ -102,7 +102,8 @@ class Described:
 def describe(state: AdapterState, layout: str, turned: Collection[str] = ()) -> dict[str, str]:
     """Return the text metadata of a state, for the header of a safetensors file.
 
-    What sites have in common is stated once, as a kind: thousands of sites have a handful of kinds.
+    The fields that sites share are stated once, as a kind: thousands of sites have only a few
+    kinds.
     """
     kinds: dict[str, int] = {}
     plain: list[dict[str, Any]] = []
@@ -137,7 +138,7 @@ def is_native(metadata: Mapping[str, str], layout: str) -> bool:
 
 
 def parse(metadata: Mapping[str, str], asked: str) -> Described:
-    """Read back what `describe` wrote; strictly, since files are edited."""
+    """Read what `describe` wrote, strictly, because users edit files."""
     version = metadata[_VERSION]
     if version != FORMAT_VERSION:
         raise FormatError(
@@ -218,7 +219,7 @@ def _to_json(value: Any) -> str:
 def _fingerprint_to_plain(mark: Fingerprint | None) -> dict[str, Any] | None:
     """Return a fingerprint with its samples as base64 of little-endian float32.
 
-    As numbers they would be two thirds of a header, and take most of the time to parse it.
+    As numbers they would be two thirds of a header and most of the time to parse it.
     """
     if mark is None:
         return None

@@ -3,8 +3,8 @@
 Pairs are transposed: `NAME.lora_a` is `(in, r)` and `NAME.lora_b` is `(r, out)`, for an embedding
 `(tokens, r)` and `(r, width)`. The config has one rank and one scale (not alpha) for all of them.
 Names are those of transformers for the models that mlx-lm loads unchanged; a name that its model
-lacks is an error there. With full names as keys exactly these layers are adapted, whatever the
-number of layers.
+lacks is an error there. With full names as keys mlx-lm adapts exactly these layers, whatever its
+config's number of layers.
 
 Source: mlx-lm 0.32.2, tuner/utils.py (`load_adapters`, `linear_to_lora_layers`), tuner/lora.py.
 """
@@ -42,9 +42,9 @@ def write(
 ) -> Path:
     """Write an adapter of linear layers and embeddings as a folder of mlx-lm.
 
-    Where sites differ in rank or scale, ranks are padded with zeros and scales folded into B. The
-    base's config is needed where an embedding is adapted: mlx-lm computes the head of a tied
-    model with the adapted embedding.
+    If sites differ in rank or scale, ranks are padded with zeros and scales folded into B. If an
+    embedding is adapted, the base's config is needed: mlx-lm computes the head of a tied model
+    with the adapted embedding.
     """
     asked = f"write MLX adapter to '{path}'"
     sites = plain_sites(

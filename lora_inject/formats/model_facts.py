@@ -1,4 +1,4 @@
-"""What files depend on of the model that an adapter is for, as one value for all formats."""
+"""Facts about an adapter's model that files depend on, as one value for all formats."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts about a model; each format uses those that it needs, and None is what is not known.
+    """Facts about a model; None is an unknown fact, and each format uses those that it needs.
 
-    Whatever reads or writes adapters takes each of them as a keyword too.
+    Every function that reads or writes adapters also takes each fact as a keyword.
 
     Attributes:
         module_names: Names of all modules. In kohya's names dots are lost; PEFT would take some

@@ -1,6 +1,6 @@
 """One safetensors file with the tensors as this package holds them.
 
-No other program has to understand it, so nothing is re-arranged and everything can be said: sites
+No other program reads this file, so tensors keep their form and every adapter can be written: sites
 that PEFT cannot express (a MultiheadAttention's output projection, convolutions in groups,
 parameters of the root) are saved by the same call.
 

@@ -1,8 +1,8 @@
 """Adapters under the names that older versions of transformers gave to a model's tensors.
 
-Transformers 5 turns the names in older files into those of its classes, and stacks experts that
-were modules of their own; its own conversions say how, for each class. The same is done here to an
-adapter: sites are renamed, and the sites of single experts become one site on the stack.
+Transformers 5 changes the names in older files to those of its classes, and stacks experts that
+were separate modules. It has a table of these conversions for each class. This file does the same
+to an adapter: it renames sites, and makes the sites of single experts one site on the stack.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Place(NamedTuple):
 
 
 def places(model: Any, weights: Mapping[str, object]) -> Callable[[str], Place | None]:
-    """Return what tells the place of a tensor by its name in a file of any age.
+    """Return a function from a tensor's name in a file of any age to its place.
 
-    None where the tensor is converted in another way than by stacking. ImportError: transformers is
-    older, or has no such conversions any more.
+    The function returns None for a tensor that is converted in another way than by stacking. Raises
+    ImportError if transformers is older, or no longer has such conversions.
     """
     conversions = import_module("transformers.conversion_mapping")
     loading = import_module("transformers.core_model_loading")
@@ -79,8 +79,8 @@ def in_names_of(
 ) -> AdapterState:
     """Return an adapter under the names of a model, where transformers knows its older names.
 
-    `weights` are the model's base tensors by each of their names. What is still unknown keeps its
-    name; an adapter that has the model's names already is returned as it is.
+    `weights` are the model's base tensors by each of their names. Sites that remain unknown keep
+    their names. An adapter that already has the model's names is returned as it is.
     """
     named = [*(site.spec.weight for site in state.sites.values()), *state.trained]
     if all(name in weights for name in (*named, *state.base_copies)):

@@ -1,7 +1,7 @@
 """Adapters in the form of most programs: for each module a plain pair of matrices and a scale.
 
-Slices become block-diagonal, frozen starts further ranks. For programs with one rank and one scale,
-scales are folded into B and ranks padded with zeros. Deltas do not change.
+Slices become block-diagonal matrices, and frozen starts become further ranks. For programs with one
+rank and one scale, scales are folded into B and ranks padded with zeros. Deltas do not change.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def plain_sites(
 ) -> dict[str, SiteState]:
     """Return an adapter's sites as a program reads them, with the same deltas.
 
-    They have no slices and no frozen starts; other kinds than `kinds`, trained tensors and further
-    tensors of variants are refused. With `one_rank` ranks are padded with zeros to `rank`, by
-    default the largest. `alpha` is each site's `own`, `one` for all, or the `rank`, for a scale of
-    1: B is multiplied in float32 at least and rounded once, to `dtype` or each tensor's own. NaN
-    and infinity are refused, also those from a cast to a narrower dtype.
+    The sites have no slices and no frozen starts. Kinds that are not in `kinds`, trained tensors
+    and further tensors of variants are refused. With `one_rank` ranks are padded with zeros to
+    `rank`, by default the largest. `alpha` is each site's `own`, `one` for all, or the `rank`, for
+    a scale of 1: B is multiplied in float32 at least and rounded once, to `dtype` or each tensor's
+    own dtype. NaN and infinity are refused, also if they come from a cast to a narrower dtype.
     """
     if state.trained:
         found = f"{client} cannot hold trained tensors, such as {one_line(state.trained)}"
@@ -155,7 +155,7 @@ def plain_site(
 
 
 def check_shapes(a: Tensor, b: Tensor, where: str) -> None:
-    """Refuse what is not A `(rank, in, ...)` and B `(out, rank, 1, ...)`."""
+    """Refuse a pair unless A is `(rank, in, ...)` and B is `(out, rank, 1, ...)`."""
     found = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
     if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
         raise FormatError(where, f"{found}, which is not a low-rank pair", _DAMAGED)
@@ -172,7 +172,7 @@ def pairs_of(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return complete pairs by module.
 
-    `parts` are a file's tensors by module and by role, `a` and `b` the roles of a pair.
+    `parts` are a file's tensors by module and by role; `a` and `b` are the roles of a pair.
     """
     for module, found in parts.items():
         for role in (a, b):
@@ -186,9 +186,9 @@ def pairs_of(
 def matrices(
     tensors: Mapping[str, Tensor], ends: tuple[str, str], asked: str, remedy: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the pairs of a file that may hold nothing else, by the keys without their ends.
+    """Return the pairs of a file, which must hold nothing else, by the keys without their ends.
 
-    `remedy` is the one for another tensor.
+    `remedy` is for any other tensor.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

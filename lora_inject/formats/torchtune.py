@@ -1,8 +1,8 @@
 """The folder of torchtune's adapter checkpoints: `adapter_model.pt` and `adapter_config.json`.
 
 Names are torchtune's (`layers.0.attn.q_proj.lora_a.weight`), and the rows of B of q and k have the
-order of Meta's code if torchtune permutes them. All sites have one rank and one alpha, a module is
-adapted in all layers, and all matrices of an MLP or none. A folder that also has
+order of Meta's code if torchtune permutes them. All sites have one rank and one alpha. A module is
+adapted in all layers or none; the matrices of an MLP are adapted together. A folder that also has
 `adapter_model.safetensors`, as torchtune writes for models of transformers, is PEFT's.
 
 Source: torchtune 0.6.1, models/convert_weights.py (`tune_to_peft_adapter_weights`, `_FROM_HF`),
@@ -61,7 +61,7 @@ def write(
 ) -> Path:
     """Write an adapter of linear layers as torchtune's `adapter_checkpoint`.
 
-    The base's config says its kind and heads. The folder's adapter_config.json states the rank
+    The base's config gives its kind and heads. The folder's adapter_config.json states the rank
     and the alpha to set in the recipe's config.
     """
     asked = f"write torchtune adapter to '{path}'"

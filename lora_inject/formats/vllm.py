@@ -1,8 +1,8 @@
 """A portable PEFT folder whose stacked experts are single matrices, as vLLM wants most models'.
 
-vLLM names experts as the base's files do (`experts.0.gate_proj`), and takes A and B of each. It
+vLLM names experts as the base's files do (`experts.0.gate_proj`) and reads A and B of each. It
 reads PEFT's stacks correctly only for models whose files hold stacks (`is_3d_moe_weight`); for
-others it takes every second row of `gate_up_proj` for the gate. `format="peft"` writes stacks.
+other models it reads every second row of `gate_up_proj` as the gate. `format="peft"` writes stacks.
 
 Source: vLLM 0.33, lora/model_manager.py (`_create_merged_loras_inplace`,
 `_stack_moe_lora_weights`), lora/utils.py (`process_packed_modules_mapping`).

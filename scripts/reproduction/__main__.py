@@ -71,14 +71,14 @@ ORDER = (
 HEAD = """\
 # The paper, reproduced
 
-What "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., arXiv:2106.09685) claims, and
-what this package shows of it on small pretrained models and a processor. Written by
-`bash scripts/reproduce.sh`; do not edit by hand.
+This page compares the claims of "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al.,
+arXiv:2106.09685) with results of this package on small pretrained models and a CPU. It is written
+by `bash scripts/reproduce.sh`; do not edit it by hand.
 
-*Holds* and *does not hold* are said where the difference is more than two standard errors from the
-bound; *undecided* where it is not. The models here have 23 and 135 million parameters and the runs
-are short, so a claim that holds here is shown at this scale only, and one that does not may still
-hold at the paper's."""
+A claim *holds* or *does not hold* if the difference is more than two standard errors from the
+bound; otherwise it is *undecided*. The models here have 23 and 135 million parameters and the runs
+are short. So a claim that holds here is shown at this scale only, and a claim that does not hold
+here may still hold at the paper's scale."""
 RANDOM = """
 
 **These are tiny random models and made-up sentences: the numbers mean nothing.**"""

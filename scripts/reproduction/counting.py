@@ -97,11 +97,12 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
             f"{n_bytes(2 * whole)} at 16 bits."
         ),
         table(("config", "trainable", "times fewer", "bytes at 16 bits"), rows),
-        "Weights, gradients and optimizer state, by count; activations come on top:",
+        "Weights, gradients and optimizer state, by count, without activations:",
         table(("layout", "full", "LoRA q, v r = 4", "ratio"), memory),
         (
-            "The paper's 1.2 TB lies below both layouts, so its full fine-tuning kept something "
-            "smaller than these; the 350 GB are the frozen weights at 16 bits, and hold."
+            "The paper's 1.2 TB is below both layouts, so its full fine-tuning used a smaller "
+            "layout. "
+            "The 350 GB are the frozen weights at 16 bits; this figure holds."
         ),
     ]
     return Section("Counting GPT-3 175B (sections 1, 4.2)", claims, text)

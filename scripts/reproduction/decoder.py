@@ -226,20 +226,21 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         (
             f"SmolLM2-135M (from 4 bits, computed in float32) on {sizes.pair_steps} batches of "
             f"{BATCH} "
-            "pairs of a function's code and its one-line summary, the loss on the summary alone. "
-            f"Perplexity of {sizes.n_pairs} pairs of modules that training never sees; rate "
-            "chosen on "
-            f"{sizes.n_pairs // 2} further pairs of the training modules. One seed."
+            "pairs of a function's code and its one-line summary, with the loss on the summary "
+            f"only. Perplexity is that of {sizes.n_pairs} pairs of modules that are not in the "
+            f"training data. The rate is chosen on {sizes.n_pairs // 2} further pairs of the "
+            "training "
+            "modules. One seed."
         ),
         table(("method", "parameters", "rate", "perplexity", "nats behind full", "s"), rows),
         (
             "*Nats behind full* are for each target token, ± one standard error over pairs. "
-            "LoRA at r = 1 and 16 takes the rate of r = 4."
+            "LoRA at r = 1 and 16 uses the rate of r = 4."
         ),
     ]
     notes = [
-        "No BitFit and no head alone: the model has no biases, and its head is its embedding.",
-        f"A short run: {sizes.pair_steps * BATCH} pairs show the start of training, no more.",
+        "There is no BitFit and no head alone: the model has no biases; its head is its embedding.",
+        f"The run is short: {sizes.pair_steps * BATCH} pairs show only the start of training.",
     ]
     return Section("Quality at equal data: a decoder on pairs (sections 2, 5)", claims, text, notes)
 

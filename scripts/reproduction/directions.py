@@ -144,9 +144,11 @@ def section(lab: Lab, document: Path) -> Section | None:
         (
             f"The adapters of the first section, q and v at r = 8 and r = 64, seeds {seeds}. "
             "phi(i, j) "
-            "of A, eq. (4): how much of the first i directions of one lies in the first j of the "
-            "other; "
-            "all pairs of different seeds, mean over pairs and sites, beside what chance gives."
+            "of A, eq. (4), says how much of the first i directions of one lies in the first j "
+            "of the "
+            "other. The table has the mean over all pairs of different seeds and all sites, and "
+            "the "
+            "value of random matrices (chance)."
         ),
         table(
             ("", "phi(1, 1)", "chance", "phi(1, 8)", "chance", "phi of all", "chance"),
@@ -167,8 +169,8 @@ def section(lab: Lab, document: Path) -> Section | None:
         picture(pictures[0], document, "Figure 3: r = 8 against r = 64"),
         picture(pictures[1], document, "Figure 4: two seeds at r = 64"),
         (
-            "Table 7, Frobenius norms, medians over sites and seeds; W is projected onto the top r "
-            "directions of the delta, of W itself, and of chance:"
+            "Table 7 has Frobenius norms, as medians over sites and seeds. W is projected onto the "
+            "top r directions of the delta, of W itself, and of a random matrix:"
         ),
         _table_7(seven),
     ]

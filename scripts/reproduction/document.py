@@ -130,8 +130,8 @@ def where(found: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str
     ]
     if loads:
         lines.append(
-            f"processes that wanted a core at the end of a run: {loads[len(loads) // 2]:.1f} in "
-            f"the middle, {loads[-1]:.1f} at most; processor time grows a little with it, time by "
-            "the clock much"
+            f"processes that wanted a core at the end of a run: median "
+            f"{loads[len(loads) // 2]:.1f}, at most {loads[-1]:.1f}; with more of them processor "
+            "time grows a little and wall-clock time much"
         )
     return "\n".join(f"- {line}" for line in lines)

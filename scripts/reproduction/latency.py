@@ -128,13 +128,11 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
             "LoRA on "
             f"q and v at r = 4; adapter layers of about {SHARE:.0%} of the layers' parameters, "
             "as in "
-            f"the paper (widths {widths['Adapter-L']} and {widths['Adapter-H']}). Milliseconds "
-            "of the "
-            "plain model, and what each variant adds, medians over rounds that take all in turn, "
-            "± the "
-            "quartiles' distance over the root of the rounds. *Plain again* is the plain model "
-            "itself "
-            "a second time: the noise."
+            f"the paper (widths {widths['Adapter-L']} and {widths['Adapter-H']}). The table has "
+            "the milliseconds of the plain model and the share that each variant adds, as medians "
+            "over rounds that run all variants in turn, ± the distance of the quartiles over the "
+            "root of the rounds. *Plain again* is the plain model measured a second time, which "
+            "shows the noise."
         ),
         table(("batch x length", "plain, ms", *names), rows),
         "In the paper (GPT-2 medium on a GPU), Adapter-L and Adapter-H add "

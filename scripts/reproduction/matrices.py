@@ -54,7 +54,7 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         ),
     ]
     text = [
-        "The same budget for every row; sentences, training and errors as above.",
+        "Every row has the same budget. Sentences, training and errors are as above.",
         table((*head, "accuracy here, %", "deviation", "seeds"), rows),
     ]
     return Section("Which matrices, under one budget (Table 5)", claims, text)

@@ -152,9 +152,9 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         (
             f"SmolLM2-135M in float32, batch {shape}, the loss on the last quarter; AdamW. Bytes "
             "of "
-            "weights, gradients and optimizer state are those of their tensors, activations what "
-            "autograd keeps for the backward, the peak what torch has allocated at most during a "
-            "step."
+            "weights, gradients and optimizer state are those of their tensors. Activations are "
+            "what autograd keeps for the backward. The peak is the most that torch has allocated "
+            "during a step."
         ),
         table(("", "trained", *PARTS, "peak", "tokens/s"), rows),
     ]

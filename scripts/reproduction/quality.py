@@ -46,16 +46,18 @@ def section(lab: Lab, document: Path) -> Section | None:
     sizes = lab.sizes
     what = (
         f"{sizes.n_train:,} movie snippets, one pass, batches of {sizes.batch}, at most "
-        f"{sizes.max_tokens} tokens; good or bad; {sizes.n_test:,} others to test on. "
-        "all-MiniLM-L6-v2 (6 layers of 384), its mean over tokens, and a linear head. AdamW, "
+        f"{sizes.max_tokens} tokens; the task is good or bad; {sizes.n_test:,} other "
+        "snippets are the test part. The model is all-MiniLM-L6-v2 (6 layers of 384), its mean "
+        "over tokens, and a linear head. AdamW, "
         f"linear schedule with {WARM_UP:.0%} warm-up, weight decay 0.01, no dropout. "
-        f"Seeds {', '.join(map(str, sizes.seeds))} decide the head, A and the order of the rows. "
+        f"Seeds {', '.join(map(str, sizes.seeds))} set the head, A and the order of the rows. "
         "LoRA: alpha 16 for every rank."
     )
     how = (
-        "*Against full* is in points of accuracy, ± one standard error: of the test part, row by "
-        "row against full fine-tuning with the same seed, and of the seeds. Time is processor time "
-        "of one thread; memory is the peak of the process during training beyond the loaded model."
+        "*Against full* is in points of accuracy, ± one standard error. The error is that of the "
+        "test part, row by row against full fine-tuning with the same seed, and that of the seeds. "
+        "Time is processor time of one thread. Memory is the peak of the process during training, "
+        "without the loaded model."
     )
     drawn = draw(found, document.parent / "pictures" / "quality.png")
     return Section(
@@ -67,26 +69,24 @@ def section(lab: Lab, document: Path) -> Section | None:
             how,
             picture(drawn, document, "Accuracy against the number of trained parameters"),
             (
-                "Learning rates, by accuracy on "
-                f"{sizes.n_dev:,} further snippets with one seed of its own:"
+                "Learning rates, chosen by accuracy on "
+                f"{sizes.n_dev:,} further snippets with a separate seed:"
             ),
             rates(lab),
         ],
         [
             (
-                "One task, one small encoder, one pass over few rows: that is what these numbers "
-                "are "
-                "about. A difference below a point is not told apart here."
+                "These numbers are of one task, one small encoder and one pass over few rows. They "
+                "cannot show a difference below a point."
             ),
             (
-                "Methods that were not tuned themselves take the rate of the nearest tuned one: "
+                "Methods that were not tuned use the rate of the nearest tuned method: "
                 "ranks 1 and 2 that of q, v r = 1, ranks 4 and 8 that of r = 8, other sites "
                 "likewise."
             ),
             (
-                "Adapter layers are written in `scripts/reproduction/adapter_layers.py`, as no "
-                "kept "
-                "library of them runs with transformers 5. Prefix tuning is PEFT's."
+                "Adapter layers are written in `scripts/reproduction/adapter_layers.py`, because "
+                "no maintained library of them runs with transformers 5. Prefix tuning is PEFT's."
             ),
         ],
     )

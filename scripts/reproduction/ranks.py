@@ -50,6 +50,6 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
     if not claims:
         return None
     head = ("matrices", *(f"r = {rank}" for rank in RANKS), "WikiSQL (paper)")
-    text = ["Mean accuracy in %, seeds and errors as above.", table(head, rows)]
-    note = "The best rank is picked after the fact, which makes the claim a little harder to meet."
+    text = ["Mean accuracy in %; seeds and errors are as above.", table(head, rows)]
+    note = "The best rank is chosen after the runs, which makes the claim a little harder to meet."
     return Section("How large a rank (Table 6)", claims, text, [note])

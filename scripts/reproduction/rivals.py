@@ -49,8 +49,8 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
     text = [
         (
             f"{ours.method.title}: {ours.middle('parameters'):,.0f} parameters, "
-            f"{100 * ours.mean:.1f} %. Adapter layers and the prefix were made to have about "
-            "as many. Points that LoRA is ahead of each, ± one standard error:"
+            f"{100 * ours.mean:.1f} %. The sizes of adapter layers and the prefix were "
+            "chosen to have about as many. *LoRA ahead* is in points, ± one standard error:"
         ),
         table(("method", "parameters", "accuracy, %", "LoRA ahead", "ahead at all"), rows),
     ]

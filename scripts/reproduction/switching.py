@@ -169,11 +169,10 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
     ]
     text = [
         (
-            "Three kinds of sentences, one adapter (q, v, r = 8) and head for each, all on one "
-            "model. "
-            f"Accuracy in % on up to {max(result['rows'].values())} rows of each task, by the "
-            "adapter "
-            "that is active:"
+            "There are three kinds of sentences, with one adapter (q, v, r = 8) and one head for "
+            "each, "
+            "all on one model. The table has the accuracy in % on up to "
+            f"{max(result['rows'].values())} rows of each task, by the active adapter:"
         ),
         table(("adapter", *(f"on {task}" for task in TASKS)), accuracies),
         table(
@@ -182,7 +181,7 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         ),
     ]
     note = (
-        "A file of this size is read from memory, not from a disk: with a base that is larger than "
-        "memory the full copy loses by more. Loading checks a fingerprint of the base each time."
+        "A file of this size is read from memory, not from a disk. With a base that is larger than "
+        "memory the full copy would be slower still. Each load checks a fingerprint of the base."
     )
     return Section("Switching tasks (sections 1, 4.2)", claims, text, [note])

@@ -114,13 +114,11 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
     ]
     text = [
         (
-            "Every attention and MLP matrix of the encoder is moved at random by "
-            f"{CHANGE:.0%} of its size, and every bias too. LoRA on all of them at rank "
-            f"{result['rank']} "
-            "with `bias: all`, its factors the SVD of the update, gives that model's outputs to "
-            f"{result['full']:.0e} (relative, float64); without adapters they are "
-            f"{result['base']:.2f} "
-            f"off, at half the rank {result['half']:.2f}."
+            "Every attention and MLP matrix of the encoder is changed at random by "
+            f"{CHANGE:.0%} of its size, and so is every bias. LoRA on all of them at rank "
+            f"{result['rank']} with `bias: all` has the SVD of the update as its factors. It gives "
+            f"that model's outputs to {result['full']:.0e} (relative, float64). Without adapters "
+            f"the outputs differ by {result['base']:.2f}, at half the rank by {result['half']:.2f}."
         )
     ]
     found = {name: scores for name in COMBINED if (scores := trials.scores(lab, name))}
@@ -138,9 +136,9 @@ def section(lab: Lab, document: Path) -> Section | None:  # noqa: ARG001 - it ha
         ]
         text += [
             (
-                "The prefix is PEFT's; LoRA is injected into the model that PEFT has wrapped, "
-                "and its "
-                "config names the prefix under `train`, so it trains and travels with the adapter."
+                "The prefix is PEFT's. LoRA is injected into the model that PEFT has wrapped. The "
+                "config of LoRA names the prefix under `train`, so the prefix trains and is saved "
+                "with the adapter."
             ),
             table(("method", "trainable besides the head", "accuracy, %", "seeds"), rows),
         ]
