@@ -43,6 +43,7 @@ methods, trials, classifier = (
     script(f"reproduction.{n}") for n in ("methods", "trials", "classifier")
 )
 together, toy, decoder = (script(f"reproduction.{n}") for n in ("together", "toy", "decoder"))
+searching = script("reproduction.searching")
 
 
 @pytest.fixture(autouse=True)
@@ -515,3 +516,17 @@ def test_without_weights_only_the_quick_mode_runs(tmp_path, monkeypatch, capsys)
     assert "reproduce.sh" in capsys.readouterr().err
     assert main([*line, "--quick"]) == 0
     assert "tiny random models instead" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_page_of_searches_compares_each_with_its_trials_alone(lab, tmp_path):
+    searching.do(lab, "movies", 0, quick=True)
+    searching.write(lab, tmp_path / "search.md")
+    text = (tmp_path / "search.md").read_text()
+    [row] = [line.split(" | ") for line in text.splitlines() if line.startswith("| 0 |")]
+    assert 1 <= int(row[2]) <= 16
+    assert float(row[4]) >= float(row[5])
+    record = lab.record("search/movies/seed0/found")["result"]
+    for name, loss in record["losses"][-1].items():
+        alone = lab.record(f"search/movies/seed0/alone/{name.replace(' ', '-')}")["result"]
+        assert loss == pytest.approx(alone["loss"], rel=1e-4)

@@ -64,7 +64,6 @@ class Task:
             "rank": [1, 4],
             "lr": [5e-4, 2e-3, 8e-3, 3.2e-2],
             "seed": seed,
-            "config": {"exclude": ["pooler"]} if "movie" in self.title else {},
             "training": {"schedule": "linear"},
             "budget": {"steps": 16 if quick else self.steps},
         }
@@ -199,7 +198,7 @@ def alone(task: Task, parts: tuple[Any, ...], seed: int, quick: bool, name: str)
 # ------------------------------------------------------------------------------------ the page
 
 
-def rows_of(lab: Lab, name: str) -> list[tuple[object, ...]]:
+def rows_of(lab: Lab, name: str) -> list[tuple[Any, ...]]:
     """Return a row for each seed of which all is done."""
     found = []
     for seed in SEEDS:
@@ -216,18 +215,19 @@ def rows_of(lab: Lab, name: str) -> list[tuple[object, ...]]:
     return found
 
 
-def row_of(seed: int, searched: Result, full: dict[str, Result]) -> tuple[object, ...]:
+def row_of(seed: int, searched: Result, full: dict[str, Result]) -> tuple[Any, ...]:
     """Say what a search found, and what the trials alone say of it."""
     losses = {name: result["loss"] for name, result in full.items()}
     order = sorted(losses, key=losses.__getitem__)
     best = searched["best"]
     times = sum(result["seconds"] for result in full.values())
-    uniform = min(losses[name] for name in losses if name.startswith("all"))
-    qv = min(losses[name] for name in losses if name.startswith("qv"))
+    first = sorted(searched["losses"][0], key=searched["losses"][0].__getitem__)
+    uniform, qv = (min(v for n, v in losses.items() if n.startswith(m)) for m in MATCHED)
     return (
         seed,
         best,
         order.index(best) + 1,
+        first.index(order[0]) + 1 if order[0] in first else "diverged",
         f"{losses[best]:.4f}",
         f"{losses[order[0]]:.4f}",
         f"{losses[order[len(order) // 2]]:.4f}",
@@ -239,8 +239,11 @@ def row_of(seed: int, searched: Result, full: dict[str, Result]) -> tuple[object
     )
 
 
-HEADS = ("seed", "found", "rank of 16", "its loss", "best", "median", "base", "best all-linear",
-         "best q, v", "time / in turn", "in turn, s")  # fmt: skip
+HEADS = (
+    *("seed", "found", "rank of 16", "the best, after rung 1", "its loss", "best", "median"),
+    *("base", "all-linear, r = 1", "q, v, r = 4", "time / in turn", "in turn, s"),
+)
+MATCHED = ("all r1", "qv r4")  # of about as many parameters
 
 
 def write(lab: Lab, path: Path) -> None:
@@ -248,8 +251,16 @@ def write(lab: Lab, path: Path) -> None:
     parts = [(Path(__file__).parent / "searching.md").read_text(encoding="utf-8").strip()]
     for name, task in TASKS.items():
         if rows := rows_of(lab, name):
-            what = f"{task.steps} steps of {task.batch} rows, {task.n_held_out} held-out rows"
-            parts += [f"## {task.title}", f"{what}.", document.table(HEADS, rows, words=2)]
+            counts = lab.record(f"search/{name}/seed{rows[0][0]}/found")["result"]["trials"]
+            uniform, qv = (next(n for t, n in counts.items() if t.startswith(m)) for m in MATCHED)
+            what = (
+                f"{task.steps} steps of {task.batch} row{'s' * (task.batch > 1)}, "
+                f"{task.n_held_out} held-out rows. All linear layers at r = 1 have {uniform:,} "
+                f"parameters, q and v at r = 4 {qv:,}; of each the best learning rate is shown."
+            )
+            hits = sum(row[2] <= 2 for row in rows)
+            said = f"Best or second best of 16: {hits} of {len(rows)} searches."
+            parts += [f"## {task.title}", what, document.table(HEADS, rows, words=2), said]
     records = [r for r in lab.records() if "trial" in r["settings"] or "targets" in r["settings"]]
     if records:
         where = document.where(report.machine("cpu"), records)
