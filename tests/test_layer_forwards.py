@@ -53,6 +53,18 @@ class DropsItsOutput(nn.Linear):
         return F.dropout(super().forward(x), 0.5, self.training)
 
 
+class Doubles(nn.Linear):
+    """Its forward is torch's, and its weight is computed of what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__(N, N)
+        self._parameters["weight"] = nn.Parameter(self._parameters["weight"].data / 2)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._parameters["weight"] * 2
+
+
 class Renumbers(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward((ids + 1) % self.num_embeddings)

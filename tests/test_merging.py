@@ -299,6 +299,7 @@ GONE = {
         m[1], "weight", nn.Parameter(torch.ones(5, 5))
     ),
     "its layer is not in the model any more": lambda m: setattr(m, "1", nn.Identity()),
+    "what was kept is not its base": lambda m: setattr(m[1].weight, "data", torch.ones(3, 5)),
 }
 
 

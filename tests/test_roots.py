@@ -84,6 +84,18 @@ def test_a_part_that_was_injected_first_has_the_names_of_the_whole(tmp_path: Pat
     assert same_bits(li.load_adapter(plain, path)(X), model(X))
 
 
+def test_towers_that_became_one_root_keep_both_of_their_adapters() -> None:
+    model = two_towers()
+    wanted, before = model(X), snapshot(li.eject(copy.deepcopy(model)))
+    li.inject(model, {**RULE, "targets": [r"left\.0"]}, "whole")
+    assert list(li.adapter_state(model, "a").sites) == ["left.2", "right.2"]
+    assert same_bits(li.activate(model, "a")(X), wanted)
+    li.eject(model, "a")
+    assert list(li.adapters(model)) == ["whole"]
+    li.eject(model)
+    assert snapshot(model) == before
+
+
 def test_eject_of_one_model_leaves_another_that_shares_its_encoder() -> None:
     encoder = layers()
     one, two = Encoded(encoder), Encoded(encoder)

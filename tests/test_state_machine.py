@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import pickle
 import re
@@ -39,6 +40,8 @@ FURTHER: list[set[str]] = [set(), set(), {"dora"}, {"lora_bias"}, {"lora_bias", 
 TOKENS = (3, 1)
 NAMES = ("a", "b.c", "weight")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
+SUMS = ("add", "svd", "linear")
+COMPUTED = (*SUMS, "scale", "truncate", "cut")  # the first that is not refused
 Mix = dict[str, float]
 
 
@@ -225,15 +228,27 @@ def allowed(further: set[str], of: trees.SiteOf) -> dict[str, Any]:
     return {"variant": "dora"} if "dora" in further and of.delta is not trees.stack else {}
 
 
-def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool]:
-    """Whether a value cannot be computed of adapters, and whether it could not be installed."""
+def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool, bool]:
+    """Whether a value cannot be computed of adapters, could not be installed, or may be refused."""
     one, two, reads = parts[0], parts[-1], [part.reads() for part in parts]
     gained = {key for read in reads for key, is_gained in read.items() if is_gained}
-    if how != "add":
-        return bool(gained or (how == "scale" and one.copies)), False
+    if how not in SUMS:
+        return bool(gained or (how == "scale" and one.copies)), False, False
     shared, copies = reads[0].keys() & reads[1].keys(), one.copies.keys() & two.copies.keys()
     overlap = shared & {*one.copies, *two.copies}
-    return bool(one.rows or two.rows or gained & shared or copies), bool(overlap)
+    must = bool(one.rows or two.rows or gained & shared or copies)
+    return must, bool(overlap), how == "linear" or (how == "svd" and bool(gained))
+
+
+def of_mixed_factors(parts: list[Adapter], base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the method `linear`, which mixes the A and the B by the roots of scales."""
+    due = {}
+    for key in {key for part in parts for key in part.sites}:
+        there = [part.sites[key] for part in parts if key in part.sites]
+        A, B = (sum(math.sqrt(s.scale) * getattr(s, role) for s in there) for role in "AB")
+        W = base[there[0].weight]
+        due[there[0].weight] = W + there[0].of.delta(A, B).reshape(W.shape)
+    return due
 
 
 def exactly(name: str) -> str:
@@ -243,6 +258,14 @@ def exactly(name: str) -> str:
 def assert_close(found: Tensor, due: Tensor, dtype: torch.dtype) -> None:
     error = (found.detach().double() - due.detach()).abs().max() / due.detach().abs().max().clamp(1)
     assert error < TOLERANCE[dtype], f"off by {error:.1e}"
+
+
+def assert_nearest(found: list[Tensor], due: list[Tensor], dtype: torch.dtype) -> None:
+    """Each matrix has rank 1, and is as near as one can be: off by the other singular values."""
+    for one, wanted in zip(found, due, strict=True):
+        rest, least = (torch.linalg.svdvals(matrix)[1:].norm() for matrix in (one, wanted))
+        assert_close(rest, torch.zeros_like(rest), dtype)
+        assert_close((wanted - one).norm(), least, dtype)
 
 
 def add_one(module: nn.Module, args: Any, output: Any) -> Any:
@@ -504,7 +527,7 @@ class Machine(RuleBasedStateMachine):
 
     @is_unmerged
     @has_adapters
-    @rule(data=st.data(), hows=st.permutations(["scale", "add", "truncate"]))
+    @rule(data=st.data(), hows=st.permutations(COMPUTED))
     def compute_a_value(self, data: Any, hows: list[str]) -> None:
         """Compute with adapters as values, and put the result in the place of one."""
         root = self.some_adapted_root(data)
@@ -516,16 +539,19 @@ class Machine(RuleBasedStateMachine):
         """Do one of these, if it is not refused."""
         name, other = self.some_adapter(data, root), self.some_adapter(data, root)
         factor, new = data.draw(st.sampled_from([0.5, -1.0])), self.some_free_name(data, name)
-        names = [name, other] if how == "add" else [name]
+        names = [name, other] if how in SUMS else [name]
         parts = [copy.deepcopy(self.truth.adapters[n]).part(under(root)) for n in names]
         values = [copy.deepcopy(li.adapter_state(self.at(root), n)) for n in names]
         if sum(site.spec.rank for value in values for site in value.sites.values()) > 20:
             return False
-        must, overlap = refused_value(how, parts)
+        must, overlap, may = refused_value(how, parts)
         compute = {
             "scale": lambda: values[0] * factor,
             "add": lambda: values[0] + values[-1],
             "truncate": lambda: values[0].truncate(energy=1.0),
+            "cut": lambda: values[0].truncate(rank=1),
+            "svd": lambda: li.combine(values, method="svd", rank=20),
+            "linear": lambda: li.combine(values, method="linear"),
         }[how]
         made: Any = None
 
@@ -533,10 +559,13 @@ class Machine(RuleBasedStateMachine):
             nonlocal made
             made = compute()
 
-        if self.refused(make, must=must):
+        if self.refused(make, must=must, may=may):
             return False
-        weights = {"scale": {name: factor}, "add": dict.fromkeys(names, 1.0 + (name == other))}
-        due = self.truth.weights(weights.get(how, {name: 1.0}))
+        weights = {name: factor} if how == "scale" else {name: 1.0}
+        weights = dict.fromkeys(names, 1.0 + (name == other)) if how in SUMS else weights
+        due = self.truth.weights(weights)
+        if how == "linear":
+            due |= of_mixed_factors(parts, self.truth.base())
         result = Adapter()
         for part in parts:
             result.take(part)
@@ -548,9 +577,15 @@ class Machine(RuleBasedStateMachine):
             self.adopt(new)
             found, base = self.truth.weights({new: 1.0}), named(self.truth.plain)
             exact = self.truth.dtype == torch.float64
+            dtype = torch.float64 if exact else torch.float32
+            cut = {s.weight: s.of for s in result.sites.values()} if how == "cut" else {}
             for key in filter(under(root), {**found, **due}):
-                pair = (w.get(key, base[key].double()) for w in (found, due))
-                assert_close(*pair, torch.float64 if exact else torch.float32)
+                W = base[key].double()
+                pair = [w.get(key, W) for w in (found, due)]
+                if key in cut:
+                    assert_nearest(*(cut[key].matrices(w - W) for w in pair), dtype)
+                else:
+                    assert_close(*pair, dtype)
         return True
 
     @has_adapters
