@@ -53,18 +53,6 @@ class DropsItsOutput(nn.Linear):
         return F.dropout(super().forward(x), 0.5, self.training)
 
 
-class Doubles(nn.Linear):
-    """Its forward is torch's, and its weight is computed of what it holds."""
-
-    def __init__(self) -> None:
-        super().__init__(N, N)
-        self._parameters["weight"] = nn.Parameter(self._parameters["weight"].data / 2)
-
-    @property
-    def weight(self) -> Tensor:
-        return self._parameters["weight"] * 2
-
-
 class Renumbers(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward((ids + 1) % self.num_embeddings)
@@ -280,6 +268,17 @@ def test_a_weight_that_cannot_be_read_under_a_forward_that_is_not_known() -> Non
     layer = Packed(N, N)
     layer.weight = nn.Parameter(torch.ones(N, N, dtype=torch.int8), requires_grad=False)
     refused(Host(layer), r"'layer'.*packed.*forward of Packed is not known.*register_kind")
+
+
+def test_a_weight_that_the_class_computes() -> None:
+    class Doubles(nn.Linear):
+        @property
+        def weight(self) -> Tensor:  # type: ignore[override]
+            return 2 * self._parameters["weight"]  # type: ignore[operator]
+
+    layer = nn.Linear(N, N)
+    layer.__class__ = Doubles
+    refused(Host(layer), r"'layer'.*Doubles\.weight is computed by the class")
 
 
 def test_a_complex_weight() -> None:
