@@ -83,6 +83,7 @@ VERBS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], Any]]] = {
     "inject": (Several, lambda m: li.inject(m, OTHER, "new")),
     "inject a second": (_two, lambda m: li.inject(m, {"rank": 1, "targets": ["conv"]}, "new")),
     "eject": (_two, li.eject),
+    "activate": (_two, lambda m: li.activate(m, "one")),
     "train_only": (_two, lambda m: li.train_only(m, "one")),
     "merge": (_two, li.merge),
     "merge and eject": (lambda: _untied(), lambda m: li.merge(m, eject=True)),

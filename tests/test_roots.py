@@ -85,8 +85,11 @@ def test_a_part_that_was_injected_first_has_the_names_of_the_whole(tmp_path: Pat
 
 
 def test_towers_that_became_one_root_keep_both_of_their_adapters() -> None:
-    model = two_towers()
-    wanted, before = model(X), snapshot(li.eject(copy.deepcopy(model)))
+    model = Towers()
+    before = snapshot(model)
+    for tower in (model.left, model.right):
+        fill(li.inject(tower, RULE, "a"), "a")
+    wanted = model(X)
     li.inject(model, {**RULE, "targets": [r"left\.0"]}, "whole")
     assert list(li.adapter_state(model, "a").sites) == ["left.2", "right.2"]
     assert same_bits(li.activate(model, "a")(X), wanted)

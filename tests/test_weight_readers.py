@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,12 +199,14 @@ def test_a_question_about_a_weight_is_no_use_of_it() -> None:
         model(x)
 
 
-def test_the_summary_names_what_no_forward_has_used() -> None:
+def test_the_summary_and_the_card_name_what_no_forward_has_used(tmp_path: Path) -> None:
     _, model, x = made("all")
     assert li.adapters(model)["default"].idle == ()
     model.called(x)
     assert li.adapters(model)["default"].idle == ("read", "both")
     assert "default: no forward has used 'read', 'both' (2) so far" in li.summary(model)
+    card = (li.save_adapter(model, tmp_path / "a") / "README.md").read_text()
+    assert "used 2 of them when it was saved: `read`, `both`" in card
     model(x)
     assert li.adapters(model)["default"].idle == ()
     assert "so far" not in li.summary(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
@@ -84,6 +85,7 @@ def model_card(
             "",
             *_table(state),
             *_trained(state),
+            *_idle(facts.idle),
             "## Use",
             "",
             *_commands(state, base_model, cls, published_as or "path/to/this/folder"),
@@ -135,3 +137,11 @@ def _trained(state: AdapterState) -> list[str]:
         return []
     numel = sum(tensor.numel() for tensor in state.trained.values())
     return [f"{len(state.trained):,} tensors of the base travel in full ({numel:,} values).", ""]
+
+
+def _idle(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    some = ", ".join(map(_inline, names[:3])) + (", ..." if len(names) > 3 else "")
+    found = f"No forward of the model had used {len(names):,} of them when it was saved: {some}."
+    return [f"{found} An adapter that is never used changes nothing.", ""]

@@ -32,6 +32,7 @@ class ModelFacts:
         base_model: Its name or path, for the config and the model card; for litgpt its folder
             (`checkpoint_dir`).
         task_type: PEFT's task type, such as `CAUSAL_LM`.
+        idle: For the card: sites and trained tensors of the adapter that no forward had used.
         separate: For the name of a stack of experts that the base's files hold apart: for each
             expert the names of its matrices there.
     """
@@ -43,6 +44,7 @@ class ModelFacts:
     config: Mapping[str, Any] | None = None
     base_model: str | None = None
     task_type: str | None = None
+    idle: Sequence[str] = ()
     separate: Callable[[str], Sequence[Sequence[str]]] | None = None
 
     @classmethod

@@ -6,7 +6,7 @@ which modules each adapter was put on. All names are those of the model that a v
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
@@ -80,6 +80,16 @@ def _named(path: str, entry: Entry) -> Entry:
     aliases = tuple(path.removesuffix(owner) + alias for alias in spec.aliases if inside)
     name = weight if spec.name == spec.weight else path
     return replace(entry, spec=spec.at(name, weight, aliases))
+
+
+def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
+    """Return the names of sites and trained tensors that no forward has used, where others were."""
+    idle = tuple(
+        joined(path, entry.param) if entry.spec is None else entry.spec.name
+        for path, module, entry in items
+        if (attached := attached_to(module)) is not None and entry.mark not in attached.took_part
+    )
+    return idle if len(idle) < len(items) else ()
 
 
 def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:

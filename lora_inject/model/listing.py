@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import Carried, entries, reach, roots_of
+from lora_inject.model.carried import Carried, entries, idle_among, reach, roots_of
 from lora_inject.spec.columns import columns
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
@@ -77,18 +76,13 @@ def adapters(model: nn.Module) -> dict[str, AdapterInfo]:
 
 def _info(items: list[Carried], weight: float | None) -> AdapterInfo:
     tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if e.trains(r)]
-    idle = tuple(
-        joined(path, e.param) if e.spec is None else e.spec.name
-        for path, m, e in items
-        if (attached := attached_to(m)) is not None and e.mark not in attached.took_part
-    )
     return AdapterInfo(
         sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
         trained=tuple(joined(path, e.param) for path, _, e in items if "T" in e.names),
         n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
         weight=weight,
         trainable=any(t.requires_grad for t in tensors),
-        idle=idle if len(idle) < len(items) else (),
+        idle=idle_among(items),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,14 @@ from lora_inject.formats import ModelFacts, write_adapter
 from lora_inject.formats.checks import FLOATS
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor
-from lora_inject.model.carried import entries, reach, refuse_merged, roots_of, whole_adapter
+from lora_inject.model.carried import (
+    entries,
+    idle_among,
+    reach,
+    refuse_merged,
+    roots_of,
+    whole_adapter,
+)
 from lora_inject.model.peft_reading import refuse_misread
 from lora_inject.model.sharding import is_sharded, reshard, samples_of_shards, writes_here
 from lora_inject.spec.names import joined
@@ -215,7 +223,7 @@ def facts_for(survey: Survey, format: str, name: str) -> ModelFacts:  # noqa: A0
     """Return what a format may need to know; refuse what PEFT would compute wrong."""
     if format == "peft":
         refuse_misread(survey, name)
-    return model_facts(survey)
+    return replace(model_facts(survey), idle=idle_among([*entries(survey, name)]))
 
 
 def model_facts(survey: Survey) -> ModelFacts:
