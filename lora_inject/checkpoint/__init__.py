@@ -1,8 +1,8 @@
-"""Folding adapters into safetensors checkpoints, without building the model.
+"""Merge adapters into safetensors checkpoints, without building the model.
 
-An output file is the base's file with some rows computed anew, so merging is copying with
-a few detours. `plan_merge` says what would happen, `merge_checkpoint` does it,
-`verify_checkpoint` checks it, and `extract_adapter` goes the other way.
+An output file is the base's file with some rows computed again, so most of a merge is copying.
+`plan_merge` says what would happen, `merge_checkpoint` does it, `verify_checkpoint` checks it, and
+`extract_adapter` is the reverse.
 """
 
 from lora_inject.checkpoint.extract import ExtractReport, difference_of, extract_adapter

@@ -1,7 +1,7 @@
-"""What the class of a checkpoint says of its tensors: names, ties, kinds and orientations.
+"""What the class of a checkpoint says about its tensors: names, ties, kinds and orientations.
 
-The class is built on the meta device, and only when it is asked. Ties are the parameters that are
-one object there; names are those that transformers gives to a file's tensors when it loads them.
+The class is built on the meta device, on first use. Ties are the parameters that are one object
+there; names are those that transformers gives to a file's tensors when it loads them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.older_names import Place, places
 
 UNTIED = {"tie_word_embeddings": False}
-"""What `config.json` has to say so that a class loads tied tensors apart."""
+"""What `config.json` must contain so that a class loads tied tensors separately."""
 MAX_SAID = 300  # characters of another library's message
 
 # What a wrong or unknown config can make a constructor of transformers raise.
@@ -44,12 +44,12 @@ class BaseClass:
 
     @property
     def known(self) -> bool:
-        """Whether the base says which class it is of: a file without a config says it all."""
+        """Whether the base says which class it has; a single file without a config is complete."""
         return bool(self.checkpoint.config.get("model_type"))
 
     @cached_property
     def model(self) -> Any:
-        """The class on the meta device; a `CheckpointError` where it cannot be built."""
+        """The class on the meta device; raises `CheckpointError` if it cannot be built."""
         asked = f"ask the class of '{self.checkpoint.folder}' what its tensors are"
         return meta_model(self.checkpoint.config, asked, _REMEDY)
 
@@ -59,7 +59,7 @@ class BaseClass:
         return f"names of {type(self.model).__name__}"
 
     def __call__(self, name: str) -> str:
-        """Return the file's name of a tensor that an adapter calls by any name the class knows."""
+        """Return the file's name of a tensor, given any name of it that the class knows."""
         place = self.place_of(name)
         if place is None:
             return next(self._with_prefix(name), name)
@@ -72,9 +72,9 @@ class BaseClass:
         return Place(name) if name in self._shapes else self._places(name)
 
     def separate(self, name: str) -> list[list[str]]:
-        """Return the file's names of the matrices of a stack that it keeps apart.
+        """Return the file's names of the matrices of a stack that it stores separately.
 
-        For each expert the names whose rows follow each other; empty where there are none.
+        For each expert these are the names whose rows follow each other; empty if there are none.
         """
         mine = self.place_of(name)
         found: dict[int, dict[int, str]] = {}
@@ -93,14 +93,14 @@ class BaseClass:
 
     @cached_property
     def ties(self) -> tuple[frozenset[str], ...]:
-        """Groups of tensors that are one and the same, by their names in the file."""
+        """Groups of tensors that are one tensor, by their names in the file."""
         if self.told is not None:
             return tuple(frozenset(pair) for pair in self.told.items())
         return tuple(_groups(self.model, self)) if self.known else ()
 
     @cached_property
     def inseparable(self) -> frozenset[str]:
-        """Tensors that stay tied whatever the config says, as those of T5."""
+        """Tensors that stay tied whatever the config says, such as those of T5."""
         if self.told is not None or not self.known:
             return frozenset()
         apart = changed_config(self.checkpoint.config, UNTIED)
@@ -108,11 +108,11 @@ class BaseClass:
         return frozenset(name for group in _groups(model, self) for name in group)
 
     def tie_of(self, name: str) -> frozenset[str]:
-        """Return the names of the tensors that are one with this one; without any, none."""
+        """Return the names of the tensors that are tied to this one; empty if there are none."""
         return next((group for group in self.ties if name in group), frozenset())
 
     def source_of(self, name: str) -> str | None:
-        """Return the stored tensor that an absent one equals, None where there is none."""
+        """Return the stored tensor that an absent tensor equals, or None."""
         there = self.checkpoint.tensors
         return next((other for other in sorted(self.tie_of(name)) if other in there), None)
 
@@ -126,12 +126,12 @@ class BaseClass:
         return frozenset(self(name) for name, p in names if id(p) in weights)
 
     def module_of(self, name: str) -> nn.Module | None:
-        """Return the module that holds a tensor of the file, None where the class has no such."""
+        """Return the module that holds a tensor of the file; None if the class has none."""
         modules = dict(self.model.named_modules(remove_duplicate=False))
         return modules.get(self._mine.get(name, name).rpartition(".")[0])
 
     def transposed(self, name: str) -> bool | None:
-        """Return whether a tensor is held as `(in, out)`; None where the class does not say."""
+        """Return whether a tensor is stored as `(in, out)`; None if the class does not say."""
         module: Any = self.module_of(name)
         if hasattr(module, "is_transposed"):  # transformers' stacks of experts
             return bool(module.is_transposed)
@@ -151,7 +151,7 @@ class BaseClass:
 
     @cached_property
     def _table(self) -> dict[Place, str]:
-        """Place in the class to the name in the file, of every tensor that both have."""
+        """Place in the class to the name in the file, for every tensor that both have."""
         table = {}
         for name in self.checkpoint.tensors:
             place = self._places(name)
@@ -195,7 +195,7 @@ def _groups(model: nn.Module, rule: BaseClass) -> Iterator[frozenset[str]]:
 
 
 def _beginnings(mine: str, theirs: str) -> tuple[str, str]:
-    """Return what two names begin with, before the end that they share."""
+    """Return the beginnings of two names, without the end that they share."""
     a, b = mine.split("."), theirs.split(".")
     while a and b and a[-1] == b[-1]:
         a, b = a[:-1], b[:-1]

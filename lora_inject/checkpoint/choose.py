@@ -1,7 +1,8 @@
-"""Where every tensor of an adapter belongs in a checkpoint.
+"""The place of every tensor of an adapter in a checkpoint.
 
 The names are the checkpoint's own, or renamed as the user says, or as the checkpoint's class says.
-Nothing is ever left over: what finds no place is listed, with the reason and the nearest name.
+No tensor is left out silently: an error lists those without a place, with the reason and the
+nearest name.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def choose(
 ) -> Fit:
     """Find the place of every tensor of an adapter, or refuse it.
 
-    Of the options `allow_new`, `rename` and `tie` are read; `of` is the class of the base, where it
-    is known already.
+    Reads the options `allow_new`, `rename` and `tie`. `of` is the class of the base, if it is
+    already known.
     """
     options = options or MergeOptions()
     of = of or BaseClass(checkpoint, options.tie)
@@ -60,7 +61,7 @@ def choose(
     def fit(rule: Rule, label: str) -> Fit:
         way = Orientation(of)
         found = Fit(rule, label, adapter, way, options.allow_new)
-        if way.contradicted is not None:  # earlier square sites were judged without it
+        if way.contradicted is not None:  # earlier square sites were placed without it
             found = Fit(rule, label, adapter, way, options.allow_new)
         return found
 
@@ -77,7 +78,7 @@ def choose(
 
 
 def _told(rename: Mapping[str, str]) -> Rule:
-    """Return the rule that replaces the longest of some beginnings."""
+    """Return the rule that replaces the longest matching beginning of a name."""
     longest_first = sorted(rename, key=len, reverse=True)
 
     def renamed(name: str) -> str:
@@ -106,15 +107,15 @@ def _nothing_fits(best: Fit) -> CheckpointError:
 
 
 class Fit:
-    """The placement of one adapter on a checkpoint, for one rule to read names."""
+    """The placement of one adapter on a checkpoint, under one rule for names."""
 
     def __init__(
         self, rule: Rule, label: str, adapter: WeightedAdapter, way: Orientation, allow_new: bool
     ) -> None:
         """Place every tensor.
 
-        `label` says what the rule is, `way` what is known of orientations and of the base's class,
-        and `allow_new` whether trained tensors may be new to the base.
+        `label` names the rule, `way` is what is known of orientations and of the base's class, and
+        `allow_new` is whether trained tensors may be new to the base.
         """
         self.rule, self.label, self.adapter, self.way = rule, label, adapter, way
         self.checkpoint, self.allow_new = way.of.checkpoint, allow_new
@@ -147,7 +148,7 @@ class Fit:
             self.left.append((original, str(reason)))
 
     def job(self, name: str, entry: TensorEntry | None) -> TensorJob:
-        """Return the job of an output tensor; make it if there is none yet."""
+        """Return the job of an output tensor; create it if there is none."""
         if name not in self.jobs:
             self.jobs[name] = TensorJob.of(self.checkpoint, name, entry)
         return self.jobs[name]
@@ -253,7 +254,7 @@ def _biases(state: AdapterState) -> dict[str, Tensor]:
 
 
 def _grew(entry: TensorEntry, value: Tensor) -> bool:
-    """Whether a tensor is the base's matrix with more rows, for a larger vocabulary."""
+    """Whether a tensor is the base's matrix with further rows, for a larger vocabulary."""
     if value.dim() != 2 or len(entry.shape) != 2:
         return False
     return value.shape[1] == entry.shape[1] and value.shape[0] > entry.shape[0]

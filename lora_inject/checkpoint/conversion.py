@@ -34,10 +34,10 @@ def convert(
         adapter: Files in any format that can be read, or an `AdapterState`.
         output: Where to write.
         to: Name of the format, a row of `formats.FORMATS`.
-        base: Folder of the base, for the names, heads and ties that some formats depend on. For
-            models of transformers its config.json is enough.
+        base: Folder of the base, for the names, heads and ties that some formats need. For models
+            of transformers its config.json is enough.
         reading: Options for reading the adapter.
-        tell: Called before writing, with a sentence for each thing that the target cannot express.
+        tell: Called before writing, with one sentence for each loss in the target format.
         **options: Options for writing: those of the format, and `overwrite=True`.
 
     Returns:
@@ -71,7 +71,7 @@ def convert(
 
 
 def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
-    """Return what a base's files tell."""
+    """Return the facts that a base's files state."""
     if base is None:
         return ModelFacts()
     base = Path(base)
@@ -96,7 +96,7 @@ def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
 
 
 def _completed(facts: ModelFacts, path: Path) -> ModelFacts:
-    """Return facts with the base and the task that a PEFT folder states, where not known."""
+    """Return facts, with the base and the task of a PEFT folder if they are not known."""
     file = path / "adapter_config.json"
     if not file.is_file():
         return facts
@@ -111,7 +111,7 @@ def _completed(facts: ModelFacts, path: Path) -> ModelFacts:
 def check_adapter(
     adapter: str | os.PathLike[str], client: str, *, base: str | os.PathLike[str] | None = None
 ) -> list[Finding]:
-    """Return where a program that loads adapters would refuse or misread one.
+    """Return what a program that loads adapters would refuse or misread in an adapter.
 
     Args:
         adapter: The adapter's files.

@@ -1,7 +1,8 @@
 """The reverse of merging: the difference of two checkpoints as an adapter.
 
 The best adapter of a given rank is the delta's truncated SVD (Eckart and Young). Tensors are
-streamed; what no low rank can carry (norms, biases) is stored in full when asked, else listed.
+streamed. Tensors without a low-rank form (norms, biases) are stored in full on request, else
+listed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from lora_inject.storage.tensor_rows import FLOATS, RowReader
 
 @dataclass(frozen=True)
 class Extracted:
-    """The result for one tensor that differs."""
+    """The result for one tensor that differs between the checkpoints."""
 
     name: str  # the tensor
     kept: str  # `low rank`, `in full`, or `left` if neither was possible or asked for
@@ -50,7 +51,7 @@ class ExtractReport:
 
     Attributes:
         tensors: Every tensor that differs.
-        n_equal: How many do not.
+        n_equal: Number of equal tensors.
         n_sites: Sites of the adapter; a tied tensor has one for each layer that shares it.
     """
 
@@ -88,17 +89,19 @@ def extract_adapter(
         output: Where to write the adapter.
         rank: Rank of every site, at most.
         energy: Share of each delta's sum of squares to keep, in (0, 1]; the rank follows.
-        full: Store in full what has fewer than two dimensions or another shape than the base's.
+        full: Store tensors in full that have fewer than two dimensions or another shape than the
+            base's.
         format: Format to write.
-        overwrite: Replace an adapter that is there.
+        overwrite: Replace an existing adapter.
         progress: Called with bytes done and bytes in all.
 
     Returns:
         What the adapter holds of each tensor.
 
     Raises:
-        CheckpointError: Neither or an impossible measure given, or the tensor names differ.
-        FormatError: The format cannot hold the adapter, or the output is in the way.
+        CheckpointError: Neither `rank` nor `energy` is given, one is out of its range, or the
+            tensor names differ.
+        FormatError: The format cannot express the adapter, or the output exists.
 
     Examples:
         >>> import tempfile
@@ -129,7 +132,7 @@ def difference_of(
     full: bool = False,
     progress: Progress | None = None,
 ) -> tuple[AdapterState, ExtractReport]:
-    """Return the difference of two checkpoints as an adapter, and what it holds of each tensor.
+    """Return the difference of two checkpoints as an adapter, with a report of each tensor.
 
     The adapter's scale is 1 everywhere, and it has the base's fingerprint. Arguments and errors are
     those of `extract_adapter`.
@@ -173,7 +176,7 @@ def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
 
 @dataclass
 class _Taking:
-    """Takes the differences of tensors, one after the other, into an adapter."""
+    """Adds the differences of tensors to an adapter, one after the other."""
 
     base: Checkpoint
     tuned: Checkpoint
@@ -211,11 +214,11 @@ class _Taking:
             yield Extracted(name, "low rank", relative, site.spec.rank, held, exact)
 
     def _whole(self, after: TensorEntry, relative: float | None) -> Extracted:
-        """Store what no low rank can carry, if that was asked for."""
+        """Store a tensor without a low-rank form in full, if `full` is set."""
         if self.full:
             value = RowReader(self.tuned.path_of(after.name)).whole(after)
             self.trained[after.name] = value
-            if len(after.shape) > 1:  # a reader takes a tied tensor name by name
+            if len(after.shape) > 1:  # readers look a tied tensor up under each name
                 apart = self.of.tie_of(after.name) - self.base.tensors.keys()
                 self.trained |= dict.fromkeys(sorted(apart), value)
         return Extracted(after.name, "in full" if self.full else "left", relative)
@@ -232,7 +235,7 @@ class _Taking:
         return delta.view(after.shape), math.sqrt(squares)
 
     def _site(self, name: str, difference: Tensor) -> tuple[SiteState, float, bool]:
-        """Decompose one tensor; a stack of matrices matrix by matrix, to one rank."""
+        """Decompose one tensor; decompose a stack matrix by matrix, to one rank."""
         shape = tuple(difference.shape)
         stacked = len(shape) == 3 and not name.endswith(".weight")
         matrices = difference.reshape(-1, *matrix_of(shape[1:] if stacked else shape))
@@ -247,7 +250,7 @@ class _Taking:
         return SiteState(spec, A, B), held, all(d.exact for d in found)
 
     def _tied(self, name: str, site: SiteState) -> Iterator[SiteState]:
-        """Yield the same update for layers that share a tensor which the files name only once."""
+        """Yield the same update for each layer that shares a tensor, which the files name once."""
         if not self.of.known or len(site.spec.weight_shape) != 2:
             return
         modules = [self.of.module_of(name)]

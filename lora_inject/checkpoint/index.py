@@ -1,6 +1,6 @@
-"""A checkpoint folder: its shards, its index, and where each tensor lies.
+"""A checkpoint folder: its shards, its index, and the place of each tensor.
 
-The headers are the truth and the index only repeats them, so both are read and must say the same.
+The index only repeats what the headers say. Both are read and must agree.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Checkpoint:
         shards: File name to shard, in the order of the names.
         index_name: File name of the index, None for a single file.
         index: The index as parsed, None for a single file.
-        config: `config.json` as parsed, empty where there is none.
+        config: `config.json` as parsed, empty if there is none.
         packed: Quantized tensors that are shown dequantized, by name; see `quantized`.
-        shown: Their entries as they are shown, without bytes in any file.
+        shown: The entries of `packed` as they are shown, without bytes in any file.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Checkpoint:
             path: The folder, or one `.safetensors` file.
 
         Raises:
-            CheckpointError: There is no safetensors checkpoint, or it contradicts itself.
+            CheckpointError: There is no safetensors checkpoint, or its headers and index disagree.
         """
         path = Path(path)
         asked = f"open the checkpoint '{path}'"
@@ -109,7 +109,7 @@ class Checkpoint:
 
     @property
     def stem(self) -> str:
-        """What the weight files' names begin with: `model`, `diffusion_pytorch_model`, ..."""
+        """The beginning of the weight files' names: `model`, `diffusion_pytorch_model`, ..."""
         if self.index_name is not None:
             return self.index_name.removesuffix(_INDEX_SUFFIX)
         return next(iter(self.shards)).removesuffix(".safetensors")
@@ -119,7 +119,7 @@ class Checkpoint:
 
 
 def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
-    """Return `config.json` of a folder as parsed, empty where there is none."""
+    """Return `config.json` of a folder as parsed, empty if there is none."""
     path = folder / name
     if not os.path.lexists(path):
         return {}
@@ -178,9 +178,9 @@ def _weight_map(name: str, index: Any) -> dict[str, str]:
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """Resolve a plain file name and refuse links that lead somewhere else.
+    """Resolve a plain file name and refuse links to other places.
 
-    A link may lead to a file below the folder itself, or into `blobs` of the hub's cache, which
+    A link may point to a file below the folder itself, or into `blobs` of the hub's cache, which
     keeps every file as `snapshots/REVISION/NAME -> ../../blobs/HASH`.
     """
     path = folder / name

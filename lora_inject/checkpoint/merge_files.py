@@ -1,4 +1,4 @@
-"""Folding adapters into a checkpoint on disk: plan, write each weight file, publish in one step."""
+"""Merge adapters into a checkpoint on disk: plan, write each weight file, publish in one step."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def merge_checkpoint(
     """Fold adapters into a safetensors checkpoint, without building the model.
 
     Memory does not grow with the model: row blocks are read, updated in float32, rounded once and
-    written. Tensors that no adapter touches keep their bytes. Killed at any moment, the output is
-    absent or complete, and the same call goes on with what was finished. The processes of torchrun
-    share the work.
+    written. Tensors that no adapter changes keep their bytes. If the process is killed, the output
+    is absent or complete, and the same call continues with the finished files. The processes of
+    torchrun share the work.
 
     Args:
         base: Folder of the base, or one `.safetensors` file.
         adapters: Paths of adapters, adapters as values, or `WeightedAdapter`s.
-        output: Folder to make; it must not exist, or be empty.
-        options: How; the defaults where None.
-        progress: Called as bytes are done.
+        output: Folder to create; it must not exist, or must be empty.
+        options: Options of the merge; None for the defaults.
+        progress: Called with bytes done and bytes in all.
 
     Returns:
-        What was done, per tensor.
+        A report for each tensor.
 
     Raises:
-        CheckpointError: Anything that is wrong with the base, the adapters, the disk or the result.
-        FormatError: An adapter's files cannot be read right.
+        CheckpointError: Something is wrong with the base, the adapters, the disk or the result.
+        FormatError: An adapter's files cannot be read correctly.
 
     Examples:
         >>> import tempfile, torch, lora_inject as li
@@ -154,7 +154,7 @@ class _Run:
             partial.unlink(missing_ok=True)
 
     def _lost(self) -> dict[str, float]:
-        """Return what is kept of each tensor of whose delta too little is, the least first."""
+        """Return the kept part of each tensor that keeps too little of its delta, least first."""
         least = -math.inf if self.plan.options.min_kept is None else self.plan.options.min_kept
         tensors = [tensor for tensors in self.records.values() for tensor in tensors]
         lost = [(t.kept, t.name) for t in tensors if t.kept is not None and t.kept < least]
@@ -180,9 +180,9 @@ class _Run:
 
     @contextlib.contextmanager
     def _tidy(self) -> Iterator[None]:
-        """Leave nothing behind after a failure that nothing can be resumed from.
+        """Remove the folder after a failure if nothing in it can be resumed.
 
-        What the system says about the disk becomes one clear error.
+        Errors of the system about the disk become one clear error.
         """
         try:
             yield
@@ -202,7 +202,7 @@ class _Run:
 
 
 def _below(kept: float, least: float) -> str:
-    """Return a share with as many digits as show that it is less than another."""
+    """Return a share as text, with enough digits to show that it is less than another."""
     shown = (f"{kept:.{n_digits}f}" for n_digits in range(3, 17))
     return next((text for text in shown if float(text) < least), repr(kept))
 
@@ -212,7 +212,7 @@ class _LostError(CheckpointError):
 
 
 def _identity(plan: MergePlan) -> dict[str, Any]:
-    """Return what a rerun must agree with."""
+    """Return the values that must be equal when a merge is run again."""
     base = {
         s.name: {"bytes": s.header.size_bytes, "mtime_ns": s.mtime_ns, "header": s.header.digest}
         for s in plan.base.shards.values()
@@ -228,7 +228,7 @@ def _identity(plan: MergePlan) -> dict[str, Any]:
 
 def _peak_memory_bytes() -> int | None:
     """Return the most memory that this process ever held, None where the system is not Linux."""
-    # Not getrusage: it starts from what the process held that started this one.
+    # Not getrusage: it starts from the memory of the parent process.
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text(encoding="ascii")
         if found := re.search(r"VmHWM:\s*(\d+)", status):

@@ -1,7 +1,7 @@
-"""What a merge will do, in full, before it does anything.
+"""Plan a merge in full, before anything is written.
 
-Planning reads headers and adapters only, and ends with every output file laid out to the byte.
-Every refusal that can be known beforehand happens here; what remains is the disk and the rounding.
+Planning reads only headers and adapters, and lays every output file out to the byte. Every error
+that can be known in advance is raised here; only errors of the disk and of rounding come later.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class MergePlan:
     Attributes:
         base: The checkpoint that is read.
         adapters: The adapters.
-        options: How.
+        options: Options of the merge.
         shards: The output's weight files, in the order of the base's.
         rules: How each adapter's names were read, by its label.
         config_changes: Keys of `config.json` that change.
-        index: New content of the index, None where it is copied or there is none.
-        side_files: Other files that come along.
-        notes: What a reader should know.
+        index: New content of the index; None if it is copied or there is none.
+        side_files: Other files that are copied.
+        notes: Notes for the user.
     """
 
     base: Checkpoint
@@ -80,7 +80,7 @@ class MergePlan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the output will be made of, adapters' values apart."""
+        """SHA-256 of everything that determines the output, except adapters' values."""
         shards = [
             (s.name, s.header.digest, [(j.name, j.action, sorted(j.sites)) for j in s.jobs])
             for s in self.shards
@@ -130,7 +130,7 @@ def plan_merge(
     Args:
         base: Folder of the base, or the base as opened.
         adapters: Paths of adapters, adapters as values, or `WeightedAdapter`s.
-        options: How; the defaults where None.
+        options: Options of the merge; None for the defaults.
 
     Returns:
         The plan.
@@ -182,7 +182,7 @@ def _joined(fits: Sequence[Fit], options: MergeOptions) -> dict[str, TensorJob]:
 
 
 def _new_index(checkpoint: Checkpoint, shards: Sequence[OutputShard]) -> bytes | None:
-    """Return the index of a changed layout, None where the base's own still holds."""
+    """Return the index of a changed layout; None if the base's own index is still right."""
     if checkpoint.index is None or all(shard.same_layout for shard in shards):
         return None
     index = dict(checkpoint.index)

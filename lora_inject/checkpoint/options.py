@@ -20,21 +20,21 @@ class MergeOptions:
     Attributes:
         dtype: `float32`, `bfloat16` or `float16` to write every float tensor so; None keeps each
             tensor's own. `fp32`, `bf16` and `fp16` are understood.
-        min_kept: Least share of every delta that must survive rounding, in [0, 1]; None: any.
-        on_lost: What to do where less survives: `fail` before anything is visible, or `warn`, which
+        min_kept: Least share of every delta that must be left after rounding, in [0, 1]; None: any.
+        on_lost: What to do if less is left: `fail` before anything is visible, or `warn`, which
             lists the tensors in the report.
-        verify: Re-derive every merged tensor and compare every other byte before publishing.
-        copy_code: Take the base's `*.py` files along.
+        verify: Before publishing, compute every merged tensor again and compare every other byte.
+        copy_code: Copy the base's `*.py` files.
         allow_new: Add trained tensors that the base lacks (a new classifier) instead of refusing.
         dequantize: `bfloat16`, `float16` or `float32`: write every quantized tensor of the base as
-            plain floats, and a config that says nothing of quantization.
+            plain floats, and a config without quantization.
         requantize: Quantize merged weights of a quantized base again, in their own format.
         any_base: Merge although the adapter's fingerprint says that it was made on another base.
         workers: Threads that compute; None: one for each core, at most four.
-        rename: How names of the adapters begin to how the base's names begin, where they differ
-            and the base's class does not say it.
-        tie: Name of a tensor that the base's files lack to the stored one that it equals; empty
-            where nothing is tied. None asks the base's class, where an update touches an end.
+        rename: Beginnings of the adapters' names to beginnings of the base's names, if they differ
+            and the base's class does not say so.
+        tie: Name of a tensor that the base's files lack to the stored tensor that it equals; empty
+            if nothing is tied. None asks the base's class if an update may concern a tie.
     """
 
     dtype: str | None = None
@@ -75,12 +75,12 @@ class MergeOptions:
 
     @property
     def n_threads(self) -> int:
-        """How many threads compute."""
+        """Number of threads that compute."""
         return self.workers or min(4, os.cpu_count() or 1)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The choices that decide what the output is; a rerun must agree on them."""
+        """The choices that determine the output; a rerun must have the same."""
         names = ("dtype", "copy_code", "allow_new", "rename", "tie", "dequantize", "requantize")
         chosen = {name: getattr(self, name) for name in names}
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in chosen.items()}

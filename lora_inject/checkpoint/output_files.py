@@ -1,8 +1,8 @@
-"""What each output file will hold, byte for byte, and where each byte comes from.
+"""The content of each output file, byte for byte, and the source of each byte.
 
-An output file is a header, some ranges copied from the base, and some tensors that are computed.
-Where nothing changes shape or dtype the header is the base's own and every offset stays, so that
-all but the merged tensors is copied in long runs by the kernel.
+An output file is a header, some ranges copied from the base, and some tensors that are computed. If
+no tensor changes shape or dtype, the header is the base's own and every offset stays the same. The
+kernel then copies everything but the merged tensors in long runs.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class TensorJob:
         return torch.Size(self.shape).numel() // n_cols, n_cols
 
     def report(self, tally: Tally) -> TensorReport:
-        """Return what became of it."""
+        """Return a report of what was done to the tensor."""
         dtype = str(FLOATS.get(self.dtype, self.dtype)).removeprefix("torch.")
         return TensorReport(self.name, self.action, dtype, self.shape, self.sites).counted(tally)
 
@@ -128,7 +128,7 @@ def clash(name: str, found: str) -> CheckpointError:
 
 
 class Copy(NamedTuple):
-    """A range of bytes that stays as it is: its place in the base's shard and in the output's."""
+    """An unchanged range of bytes: its place in the base's shard and in the output's."""
 
     source_start: int
     target_start: int
@@ -157,12 +157,12 @@ class OutputShard:
 
     @property
     def same_layout(self) -> bool:
-        """Whether every offset is the base's, so that the whole file may be cloned."""
+        """Whether every offset is the base's, so that the whole file can be cloned."""
         return self.base is not None and self.header.raw == self.base.header.raw
 
 
 def lay_out(checkpoint: Checkpoint, jobs: Mapping[str, TensorJob]) -> tuple[OutputShard, ...]:
-    """Lay out the output's files; tensors that the base lacks go into a file of their own."""
+    """Lay out the output's files; tensors that the base lacks get a separate file."""
     alone, dropped = checkpoint.index_name is None, checkpoint.hidden - jobs.keys()
     if any(entry.dtype not in FLOATS for entry in checkpoint.shown.values()):
         dropped = frozenset()  # quantized tensors stay so

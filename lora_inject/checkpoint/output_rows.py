@@ -1,9 +1,9 @@
 """Computing the rows of an output tensor from the base's rows and the adapters.
 
-Every output row depends on the same row of the base and on small factors only, so a tensor of any
-size is worked through in blocks of one size, which can be dealt to threads. The arithmetic is that
-of `functional.fold_rows`: float32 (float64 for float64), one rounding at the end, however many
-adapters take part.
+Every output row depends only on the same row of the base and on small factors. So a tensor of any
+size is computed in blocks of one size, which threads share. The arithmetic is that of
+`functional.fold_rows`: float32 (float64 for float64), with one rounding at the end for any number
+of adapters.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Span(NamedTuple):
 
     @property
     def first_byte(self) -> int:
-        """Where its rows begin in the tensor; all of one that is quantized again is one span."""
+        """First byte of its rows in the tensor; a tensor that is quantized again is one span."""
         return self.start and self.start * self.n_cols * FLOATS[self.job.dtype].itemsize
 
 
@@ -65,9 +65,9 @@ def spans_of(job: TensorJob) -> Iterator[Span]:
 class Folding:
     """Computes the rows of a span block by block.
 
-    `reader` reads the base's shard of the source, None without a source. Computed rows overwrite
-    the rows that were read where possible, which halves the memory; otherwise they are in `room`.
-    `tally` counts the part of the delta that rounding keeps.
+    `reader` reads the base's shard of the source; None without a source. If possible, computed rows
+    overwrite the rows that were read, which halves the memory; otherwise they are in `room`.
+    `tally` counts the part of the delta that is left after rounding.
     """
 
     def __init__(self, span: Span, reader: RowReader | None, room: Room, tally: Tally) -> None:
@@ -155,7 +155,7 @@ class Folding:
         return total
 
     def _with_rows(self, rows: Tensor, start: int) -> Tensor:
-        """Return rows from `start` on with those that adapters replace; deltas come on top."""
+        """Return rows from `start` on, with replaced rows of adapters; deltas are added later."""
         inside = [
             (index - start, values[at])
             for indices, values in self.job.rows
@@ -169,7 +169,7 @@ class Folding:
         return rows
 
     def stored(self, start: int, stop: int) -> Tensor:
-        """Return W, which an adapter may carry, or be the only one to have."""
+        """Return W, from the base, or from an adapter that holds it."""
         job, n_cols = self.job, self.span.n_cols
         if job.base_copy is not None:
             return _rows_of(job.base_copy, n_cols, start, stop)
@@ -187,12 +187,12 @@ def _rows_of(tensor: Tensor, n_cols: int, start: int, stop: int) -> Tensor:
 
 
 def _kept_finite(rows: Tensor, merged: Tensor) -> bool:
-    """Return whether a cast can have made nothing infinite, by a quick look."""
+    """Return whether a quick check shows that a cast made nothing infinite."""
     return merged.dtype == rows.dtype or math.isfinite(float(merged.sum(dtype=torch.float64)))
 
 
 def _check_finite(job: TensorJob, rows: Tensor, merged: Tensor) -> None:
-    """Look closely: a mask's own -Inf may stay, what became Inf may not."""
+    """Check each value: -Inf of a mask may stay; a value that became Inf is an error."""
     finite, finite_before = torch.isfinite(merged), torch.isfinite(rows)
     if job.placed and not bool(finite_before.all()):
         found, remedy = "the base holds NaN or Inf there", "The base is damaged; fetch it again"

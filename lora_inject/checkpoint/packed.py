@@ -40,7 +40,7 @@ class Packed(ABC):
 
     @property
     def form(self) -> str:
-        """What it is called in reports."""
+        """The name of the format in reports."""
         return type(self).__name__.lower()
 
     @abstractmethod
@@ -49,11 +49,11 @@ class Packed(ABC):
 
     @property
     def unit(self) -> int:
-        """How many rows can be encoded without the others."""
+        """Number of rows that can be encoded independently of the others."""
         return 1
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:
-        """Return what parts hold for some rows of values, float32, that begin at a `unit`."""
+        """Return the contents of parts for some rows of float32 values; they begin at a `unit`."""
         raise NotImplementedError(self.form)
 
     def packing(self) -> str:
@@ -133,7 +133,7 @@ class Int8(Packed):
 
 @dataclass(frozen=True)
 class FourBit(Packed):
-    """4 bits of bitsandbytes: a table's value times the scale of its block; scales may be packed.
+    """4 bits of bitsandbytes: a table's value times its block's scale; scales may be packed.
 
     Source: `bitsandbytes/functional.py`, QuantState and dequantize_4bit.
     """
@@ -179,7 +179,7 @@ class FourBit(Packed):
         return n_values // math.gcd(n_values, self.shape[1])
 
     def encoded(self, values: Tensor) -> dict[str, Tensor]:
-        """Return what parts hold; packed scales are relative to the offset that the base has."""
+        """Return the contents of parts; packed scales are relative to the base's offset."""
         codes, absmax = _nearest(self.part("quant_map"), values, self.state["blocksize"])
         codes = codes[: values.numel() + values.numel() % 2]
         packed = codes[::2] << 4 | codes[1::2]

@@ -1,9 +1,9 @@
 """The place of one site's update in a checkpoint: tensors, rows and orientation.
 
-Whatever the adapter and the file each call a weight, and however they stack it, an update ends as
-low-rank terms on a range of rows of one tensor seen as a matrix. A plain site is one such range;
-a stack of experts is one for each expert, in one tensor or in many. Shapes decide the orientation;
-only a square matrix needs to be told.
+Whatever names and stacks the adapter and the file use, an update becomes low-rank terms on a range
+of rows of one tensor, read as a matrix. A plain site is one such range; a stack of experts is one
+for each expert, in one tensor or in many. Shapes decide the orientation, except for a square
+matrix.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Update:
     def places(self, entry: TensorEntry | None) -> list[Placed]:
         """Return the places of the terms; empty if the weight is absent.
 
-        `entry` is the base's tensor of that name, or the one that it is tied to, with the rows that
-        the adapter adds to it.
+        `entry` is the base's tensor of that name, or the tensor that it is tied to, with the rows
+        that the adapter adds to it.
         """
         if entry is not None:
             return self._in_one(entry)
@@ -132,7 +132,7 @@ class Update:
         return Placed(name, entry, start, start + matrix[0], matrix[1], tuple(terms), gain)
 
     def _in_one(self, entry: TensorEntry) -> list[Placed]:
-        """Place it on one tensor, or on one stack of experts."""
+        """Place the update on one tensor, or on one stack of experts."""
         spec, shape, name = self.state.spec, entry.shape, self.name
         stacked = spec.experts is not None
         if spec.kind == "parameter" and len(spec.weight_shape) > 2 + stacked:  # of many axes

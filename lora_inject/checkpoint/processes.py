@@ -15,8 +15,9 @@ from lora_inject.errors import CheckpointError
 class Processes:
     """This process, number `rank` of `world`, among those that share a merge.
 
-    Joins the process group that is there, or that torchrun's variables describe; else it is alone.
-    A group made here serves every later merge and is destroyed when the process ends.
+    Joins the existing process group, or the one that torchrun's variables describe; otherwise the
+    process is alone. A group created here serves every later merge and is destroyed when the
+    process ends.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,7 @@ def _destroy_group() -> None:  # if it lives until exit, gloo's threads abort th
 
 
 def deal(sizes: Sequence[int], world: int) -> list[int]:
-    """Return the process of each of several files: the largest first, to who has least so far."""
+    """Return the process of each file: largest file first, to the process with least so far."""
     loads, dealt = [0] * world, [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         dealt[i] = min(range(world), key=lambda rank: (loads[rank], rank))

@@ -1,8 +1,8 @@
 """Quantized weights of a checkpoint: recognized, refused with a remedy, or shown as floats.
 
-A quantized weight gives itself away by its neighbors (`qweight`, `weight.absmax`,
-`weight_scale_inv`, `_blocks`) or by its dtype, so the answer is about the tensors that the adapter
-needs, and an adapter on the layers that were left in 16 bits merges as usual.
+A quantized weight is recognized by its neighbors (`qweight`, `weight.absmax`, `weight_scale_inv`,
+`_blocks`) or by its dtype. Only the tensors that the adapter needs are checked, so an adapter on
+layers that stayed in 16 bits merges as usual.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ROLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES) 
 
 
 def method_of(checkpoint: Checkpoint, name: str) -> str | None:
-    """Return how one weight is quantized, None where it is a plain float tensor or absent."""
+    """Return how one weight is quantized; None if it is a plain float tensor or absent."""
     tensors, module = checkpoint.tensors, name.removesuffix(".weight")
     for mark, method in _MARKS.items():
         if f"{module}.{mark}" in tensors:
@@ -52,7 +52,7 @@ def method_of(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, str] | None:
-    """Return why some weights take no update and what to do; None if none of them is quantized."""
+    """Return why some weights take no update, and a remedy; None if none is quantized."""
     for name in names:
         if method := method_of(checkpoint, name):
             remedy = (
@@ -68,8 +68,8 @@ def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, str] | N
 def unpacked(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     """Return a checkpoint that shows quantized tensors as float tensors of a dtype.
 
-    Each has its plain name and shape, so that adapters are placed as on any base. Without a dtype
-    they are to be quantized again, and have the name of their format in its place.
+    Each tensor has its plain name and shape, so adapters are placed as on any base. Without a dtype
+    the tensors will be quantized again, and have the name of their format as dtype.
     """
     packed = dict(_find(checkpoint))
     parts = {part.name for each in packed.values() for part in each.parts.values()}

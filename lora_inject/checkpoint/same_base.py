@@ -1,9 +1,9 @@
-"""Telling whether an adapter was made on the base at hand, by the base's values that it holds.
+"""Check that an adapter was made on this base, by the base's values that it holds.
 
-The adapter's fingerprint holds sixteen values of every adapted weight; the same places are read
-from the checkpoint and compared as loading onto a model does it (`adapter.fingerprint`). PEFT
-stores a whole embedding with an adapter on it, which must equal the base; where the vocabulary
-grew, the copy is the only place that has the new rows, and is used as the base.
+The adapter's fingerprint holds sixteen values of every adapted weight. The same places are read
+from the checkpoint and compared as when loading onto a model (`adapter.fingerprint`). PEFT stores a
+whole embedding with an adapter on it. This copy must equal the base; if the vocabulary grew, only
+the copy has the new rows, and it is used as the base.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_same_base(fit: Fit) -> None:
         if entry.name in checkpoint.packed:
             if name in saved.quantized and (said := checkpoint.packed[entry.name].packing()):
                 shapes[name], packed[name] = tuple(shape), said
-        # Stacked, cut and grown tensors have their places by shape; their values lie elsewhere.
+        # Places depend on the shape, so in stacked, cut and grown tensors they hold other values.
         elif entry.shape == tuple(shape) and entry.dtype in FLOATS:
             shapes[name], samples[name] = entry.shape, _sample(checkpoint, entry)
     known = Fingerprint(

@@ -1,6 +1,6 @@
-"""Changes that follow from the updates of a merge, and updates that cannot be carried out.
+"""Changes that follow from the updates of a merge, and updates that are refused.
 
-Ties are cut, tensors are dequantized or cast, a vocabulary grows; each may change `config.json`.
+Ties are cut, tensors are dequantized or cast, a vocabulary grows. Each may change `config.json`.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Settled:
 
     def _untie(self) -> None:
         """Write every tensor of a cut tie separately."""
-        # Replaced rows are the exception: PEFT gives them to the tied head as well.
+        # Replaced rows are the exception: PEFT writes them into the tied head, too.
         touched = {name for name, job in self.jobs.items() if job.placed or not job.rows}
         if not any(_may_be_tied(self.jobs[name]) for name in touched):
             return
@@ -145,7 +145,7 @@ class Settled:
 
 
 def _may_be_tied(job: TensorJob) -> bool:
-    """Whether an update may concern a tie: only then the class is built.
+    """Whether an update may concern a tie; only then is the class built.
 
     Ties join embeddings, heads and whole stacks of layers. So an update counts if its site is an
     embedding, its tensor is not in the files, or its name has no layer number.

@@ -1,8 +1,8 @@
-"""The small files of a checkpoint: which come along, and what changes in config.json.
+"""The small files of a checkpoint: which are copied, and what changes in config.json.
 
-A list of what belongs, not of what does not. Weights of other formats, optimizer states
-and hidden files stay behind; code comes only when asked for, as nobody should run code because an
-adapter was merged.
+The list names the files to copy, not those to leave out. Weights of other formats, optimizer states
+and hidden files are not copied. Code is copied only on request: a merge must not make anybody run
+code.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _NOT = ("adapter_config.json", "trainer_state.json", "config.json")
 
 
 def find_side_files(folder: Path, *, code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return relative paths of what comes along with the weights, and of code that stays behind.
+    """Return relative paths of the files to copy, and of code that is not copied.
 
-    `config.json` and weight indexes are neither: they are written apart, last.
+    `config.json` and weight indexes are neither: they are written separately, last.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(_walk(folder, MAX_DEPTH))}
     scripts = {name for name, path in paths.items() if path.suffix == ".py"}
@@ -54,7 +54,7 @@ def _belongs(path: Path, relative: str) -> bool:
 
 
 def read_side_file(folder: Path, relative: str) -> bytes:
-    """Return the bytes of a file of the base that is no larger than any tokenizer."""
+    """Return the bytes of a file of the base; refuse one that is larger than any tokenizer."""
     path = resolve_inside(folder, relative)
     if (size := path.stat().st_size) > MAX_SIDE_FILE_BYTES:
         found = f"it has {size} bytes, more than {MAX_SIDE_FILE_BYTES}"
@@ -64,9 +64,9 @@ def read_side_file(folder: Path, relative: str) -> bytes:
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with some values changed and everything else kept, in its order.
+    """Return a config with some values changed and everything else unchanged, in its order.
 
-    A key that inner configs (`text_config`) hold is changed there too; None removes it.
+    A key that inner configs (`text_config`) hold is changed there, too; None removes it.
     """
     edited: dict[str, Any] = {}
     for key, value in config.items():

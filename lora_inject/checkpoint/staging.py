@@ -1,9 +1,9 @@
 """The folder of an unfinished merge, next to its output.
 
 Weight files and side files are written to `files` inside it, which gets the output's name in one
-rename when all of them are there. So a process that dies leaves no output, and what it finished can
-be resumed: `manifest.json` says what the merge is of, and each finished weight file has a record of
-its own, so that several processes never write one file.
+rename when all of them are complete. So a process that dies leaves no output, and a later run can
+continue with its finished files: `manifest.json` identifies the merge, and each finished weight
+file has a separate record, so several processes never write one file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPARE_BYTES = 64 << 20
 
 
 def check_output(base: Checkpoint, output: Path) -> Path:
-    """Return an output folder, links resolved, that can be written without touching what is there.
+    """Return an output folder, links resolved, that can be written without changing other files.
 
     Raises:
         CheckpointError: It is the base, inside or around it, a file, a mount point, or not empty.
@@ -83,9 +83,9 @@ class Staging:
         self._records = self.folder / "records"
 
     def open(self, identity: Mapping[str, Any]) -> None:
-        """Create the folder, or resume what is in it, unless it is of something else.
+        """Create the folder, or resume the merge in it; refuse another merge's folder.
 
-        `identity` is what the merge is of, as plain data. Half-written files are removed.
+        `identity` identifies the merge, as plain data. Half-written files are removed.
         """
         for folder in (self.files, self._records):
             folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class Staging:
         return self.folder / f"{secrets.token_hex(8)}.partial"
 
     def finish(self, partial: Path, shard: OutputShard, record: Mapping[str, Any]) -> None:
-        """Take in a finished, durable weight file and write its record."""
+        """Add a finished, durable weight file and write its record."""
         try:
             partial.replace(self.files / shard.name)
         except FileNotFoundError:
@@ -127,7 +127,7 @@ class Staging:
         replace_file(self._record(shard), json.dumps(record, sort_keys=True).encode())
 
     def record(self, shard: OutputShard) -> dict[str, Any] | None:
-        """Return the record of a finished weight file, None where it has to be made again."""
+        """Return the record of a finished weight file; None if it must be written again."""
         path, file = self._record(shard), self.files / shard.name
         if not path.exists() or not file.is_file():
             return None

@@ -1,7 +1,7 @@
-"""Checking a merged checkpoint against what it should be, byte by byte.
+"""Check a merged checkpoint byte by byte.
 
-The plan is made anew from base and adapters, every touched tensor is computed again, and every
-other byte is compared with the base's. Nothing that the merge wrote down is believed.
+The plan is made again from base and adapters, every changed tensor is computed again, and every
+other byte is compared with the base's. No record of the merge is used.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class VerifyReport:
         n_values: Values in them.
         n_neighbors: Values that are one unit in the last place off.
         copied_bytes: Bytes that were compared with the base's.
-        problems: What is wrong; empty for a checkpoint that is what it should be.
+        problems: What is wrong; empty for a correct checkpoint.
     """
 
     n_tensors: int = 0
@@ -62,7 +62,7 @@ class VerifyReport:
         return {**asdict(self), "problems": list(self.problems)}
 
     def check(self) -> None:
-        """Raise what was found.
+        """Raise an error if there are problems.
 
         Raises:
             CheckpointError: There are problems.
@@ -86,13 +86,13 @@ def verify_checkpoint(
 
     Args:
         base: Folder of the base.
-        adapters: As they were given to the merge.
+        adapters: The adapters of the merge.
         merged: The folder to check.
-        options: As they were given to the merge.
+        options: The options of the merge.
         progress: Called with bytes done and bytes in all.
 
     Returns:
-        What was found; `check()` raises it.
+        A report; its `check()` raises if there are problems.
 
     Raises:
         CheckpointError: The merge could not be planned, or `merged` is not a folder.
@@ -133,7 +133,7 @@ def _other_files(plan: MergePlan, folder: Path) -> list[str]:
 def verify_shards(
     plan: MergePlan, places: Mapping[str, Path], progress: Progress | None = None
 ) -> VerifyReport:
-    """Check output shards wherever they lie; those without a place are passed over."""
+    """Check output shards at any path; shards without a path are skipped."""
     shards = [shard for shard in plan.shards if shard.name in places]
     counter = BytesDone(sum(shard.data_bytes for shard in shards), progress)
     each = (_verify_shard(plan, shard, places[shard.name], counter) for shard in shards)
@@ -160,7 +160,7 @@ def _verify_shard(
 
 
 class _Compared:
-    """A file that is there, compared with what should be in it."""
+    """An existing file, compared with its expected content."""
 
     def __init__(self, shard: OutputShard, fd: int) -> None:
         self.shard, self.fd, self.lock = shard, fd, threading.Lock()

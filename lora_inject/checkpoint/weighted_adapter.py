@@ -1,7 +1,7 @@
 """Adapters to merge: values, each with a mixing weight, read and checked before the base is read.
 
-A PEFT file of stacked experts says neither which of a module's parameters a pair belongs to, which
-their order in the model does, nor which way round the model holds them, which its class does.
+A PEFT file of stacked experts does not say which of a module's parameters a pair belongs to; their
+order in the model does. It does not say their orientation either; the model's class does.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _FACTS = attrgetter(
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """One adapter to fold in.
+    """One adapter to merge.
 
     Attributes:
         state: The adapter.
         weight: Mixing weight: the base gets `weight` times its delta.
-        label: What to call it in messages, such as its path.
+        label: Its name in messages, such as its path.
     """
 
     state: AdapterState
@@ -53,7 +53,7 @@ class WeightedAdapter:
 
 
 Given = WeightedAdapter | AdapterState | str | os.PathLike[str]
-"""An adapter as a caller may name it: with a weight, as a value, or by its path."""
+"""An adapter as a caller may give it: with a weight, as a value, or by its path."""
 
 
 def weighted_adapter(given: Given, base: Checkpoint) -> WeightedAdapter:
@@ -78,10 +78,10 @@ def read_weighted(
         The adapter, labeled with its path.
 
     Raises:
-        FormatError: The adapter cannot be read right.
+        FormatError: The adapter cannot be read correctly.
     """
     path = Path(path)
-    options["on_disk"] = True  # an adapter may be large, and each of its tensors is needed seldom
+    options["on_disk"] = True  # an adapter may be large, and each of its tensors is rarely needed
     modules = {name.rpartition(".")[0]: None for name in base.tensors}
     names = _tensor_names(path, base.tensors)
     facts = ModelFacts(tuple(modules), names, config=base.config or None)
@@ -150,7 +150,7 @@ def _check_values(adapter: WeightedAdapter) -> None:
 
 
 def _steps(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor's values in their order, in pieces that memory does not notice."""
+    """Yield a tensor's values in their order, in small pieces."""
     flat = tensor.detach().contiguous().flatten()
     for start in range(0, flat.numel(), _STEP_ELEMENTS):
         yield in_memory(flat[start : start + _STEP_ELEMENTS])

@@ -1,9 +1,9 @@
-"""An output file worked through by threads: written and made durable, or compared with one there.
+"""Threads compute an output file, and write it durably or compare it with an existing one.
 
-Everything is read from the base and nothing from the output, so that doing a file again is always
-right: an update can never be added twice. Writing and verifying differ only in what is done with
-each piece of bytes, the sink. A file grows under a temporary name that no program loads, and gets
-its name only after it was read back.
+Everything is read from the base and nothing from the output. So writing a file again is always
+right: no update can be added twice. Writing and verifying differ only in the sink, which takes each
+piece of bytes. A file is written under a temporary name that no program loads, and gets its name
+only after it was read back.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BytesDone:
 
 
 class Sink(Protocol):
-    """What is done with the pieces of an output file, from any thread."""
+    """Takes the pieces of an output file, from any thread."""
 
     def computed(self, entry: TensorEntry, at: int, data: memoryview) -> None:
         """Take computed rows of a tensor, which belong at byte `at` of the file."""
@@ -66,8 +66,8 @@ class Sink(Protocol):
 class _Written:
     """The file being written.
 
-    Only one thread writes at a time: Linux lets no two write to one file, and those that it holds
-    back burn a core while they wait (`i_rwsem`, a sixth of a merge's processor time).
+    Only one thread writes at a time: Linux lets one thread write to a file, and waiting threads
+    keep a core busy (`i_rwsem`, a sixth of a merge's processor time).
     """
 
     def __init__(self, fd: int) -> None:
@@ -109,7 +109,7 @@ def write_shard(
 
 
 def _read_back(shard: OutputShard, path: Path) -> None:
-    """Open the finished file as a stranger would: our parser, then the reference library."""
+    """Open the finished file with our parser, then with the reference library."""
     found, remedy = "", "Report this"
     if read_header(path).raw != shard.header.raw:
         found = "its header is not what was written"
@@ -126,7 +126,7 @@ def _read_back(shard: OutputShard, path: Path) -> None:
 
 
 def check_unchanged(source: Shard) -> None:
-    """Refuse to go on with a base that is not the one that was planned, by size and time."""
+    """Refuse a base that changed since the plan, by size and time."""
     try:
         stat = source.path.stat()
         same = (stat.st_size, stat.st_mtime_ns) == (source.header.size_bytes, source.mtime_ns)
@@ -140,7 +140,7 @@ def check_unchanged(source: Shard) -> None:
 
 @contextlib.contextmanager
 def _open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, int]]:
-    """Give descriptors of the base's shards that an output file is made of, by their names."""
+    """Yield open descriptors of the base's shards that an output file needs, by name."""
     names = {job.source_shard for job in shard.jobs if job.source_shard is not None}
     names |= {shard.base.name} if shard.base is not None else set()
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The arithmetic: low-rank forward and backward, the effective weight, the dense delta, the fold.
+"""The arithmetic: low-rank forward and backward, effective weight, dense delta, and merging.
 
 The same fact, `W' = W + scale * B @ A`, is stated once for each use. `linear` adds the
 update to a layer's output and never forms the delta (arXiv:2106.09685, eq. 3); `routed` does so

@@ -1,4 +1,4 @@
-"""The words of the arithmetic: one update as a forward uses it, and which operations to use.
+"""Definitions of the arithmetic: one update as a forward uses it, and which operations to use.
 
 An update is a pair of thin matrices, a scale and the spans of the output that it reaches.
 """
@@ -34,9 +34,9 @@ class Factors(NamedTuple):
 
 
 def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of adapters over a base of `dtype`: float32, or float64 over float64.
+    """Return the dtype of adapters for a base of `dtype`: float32, or float64 for float64.
 
-    In 16 bits small optimizer steps would be rounded away.
+    In 16 bits, rounding would lose small optimizer steps.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -47,7 +47,7 @@ def compute_dtype(dtype: torch.dtype, float32: bool) -> torch.dtype:
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `t.to(dtype)`, at the price of a comparison where nothing is to be done."""
+    """Return `t.to(dtype)`; if the dtype is right already, this costs only a comparison."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
@@ -59,7 +59,7 @@ def plus_product(y2: Tensor, left: Tensor, right: Tensor, scale: float) -> Tenso
 
 
 def needs_plain_operations() -> bool:
-    """Whether a tracer or a function transform is watching, which a Function would hide from."""
+    """Whether a tracer or a function transform is active, which cannot look into a Function."""
     return torch.compiler.is_compiling() or is_watched()
 
 
@@ -73,9 +73,9 @@ def is_watched() -> bool:
 
 
 def without_autocast(y: Tensor) -> torch.autocast | None:
-    """Return a context that is needed only inside autocast, which is dear to enter."""
+    """Return a context that is needed only inside autocast, because entering it is slow."""
     kind = y.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch refuses to ask about meta
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch raises for meta
         return None
     return torch.autocast(kind, enabled=False)
 

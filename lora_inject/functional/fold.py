@@ -1,8 +1,8 @@
-"""Folding: the delta added to rows of W in float32, and rounded once.
+"""Add the delta to rows of W in float32, and round once.
 
-Rows of a weight matrix can be merged one block of rows at a time, so that the float32
-copies stay in the cache of a core and no tensor is ever held twice. What rounding to 16 bits leaves
-of the delta is counted on the way, while the block is at hand.
+A weight matrix is merged one block of rows at a time, so the float32 copies stay in the cache of a
+core and no tensor is held twice. A tally counts in the same pass how much of the delta is left
+after rounding to 16 bits.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def block_rows(matrix: Tensor) -> int:
 
 
 def all_finite(t: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no Inf: a sum tells in most cases, in a fifth of the time.
+    """Whether a tensor holds no NaN and no Inf; mostly by a sum, in a fifth of the time.
 
     Examples:
         >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, torch.nan]))
@@ -48,7 +48,7 @@ def mix_copies(
 ) -> Tensor:
     """Return `W + sum of w (T - W)` over trained copies `(T, w)` of some rows of W, a new tensor.
 
-    For one copy of weight 1 that is exactly T.
+    For one copy of weight 1 the result is exactly T.
 
     Examples:
         >>> W, T = torch.zeros(2, 2), torch.ones(2, 2)
@@ -92,7 +92,7 @@ class _Part(NamedTuple):
 
 
 class Delta:
-    """What several terms add to one weight matrix: prepared once, asked for block by block.
+    """The sum of several terms for one weight matrix: prepared once, computed block by block.
 
     Args:
         terms: The updates.
@@ -137,7 +137,7 @@ class Delta:
         return rows
 
     def norms_of(self, blocks: Iterable[tuple[int, Tensor]]) -> None:
-        """Compute the norms of outputs that are columns, which need all rows, before `gain_`.
+        """Compute the norms of outputs that are columns before `gain_`, since they need all rows.
 
         `blocks` are `(first row, rows)` of W. Outputs that are rows need no such pass.
         """
@@ -175,7 +175,7 @@ def _parts(term: Term, dtype: torch.dtype) -> list[_Part]:
 
 @dataclass
 class Tally:
-    """What rounding left of the delta D of a tensor W: sums over its rows.
+    """How much of the delta D of a tensor W is left after rounding: sums over its rows.
 
     R is `W + D - W_merged`, and `eps` of the dtype that W and D were added in.
     """
@@ -195,7 +195,7 @@ class Tally:
         self.__dict__.update((self + mine).__dict__)
 
     def __add__(self, other: Tally) -> Tally:
-        """Return what was counted in either: other rows of the same tensor."""
+        """Return the sum of two tallies of different rows of the same tensor."""
         ww, dd, rd, rr = (
             getattr(self, key) + getattr(other, key) for key in ("ww", "dd", "rd", "rr")
         )
@@ -208,7 +208,7 @@ class Tally:
 
     @property
     def counted(self) -> bool:
-        """Whether any delta was."""
+        """Whether any delta was counted."""
         return self.eps > 0
 
     @property
@@ -227,13 +227,13 @@ class Tally:
         if not self.dd:
             return 1.0
         effect = self.dd - self.rd
-        # W + D is itself rounded, to float32: less than that is nothing.
+        # W + D is itself rounded to float32: a smaller error counts as zero.
         noise = self.eps / 2 * math.sqrt(self.ww * self.dd)
         return effect / self.dd if not abs(effect) <= noise else 0.0
 
     @property
     def error(self) -> float:
-        """`|W_merged - W - D| / |D|`: relative error of the delta that the weights really got."""
+        """`|W_merged - W - D| / |D|`: relative error of the delta in the merged weights."""
         return math.sqrt(self.rr / self.dd) if self.dd else 0.0
 
 
@@ -246,8 +246,9 @@ def fold_rows(
 ) -> Tensor:
     """Return rows `(n, cols)` from `start` on with the delta added in its dtype, rounded once.
 
-    The result goes to `out`, possibly `rows` itself. A tally counts what rounding left, which takes
-    as long as the rest. Values outside every block of the delta come back with the same bits.
+    The result is written to `out`, possibly `rows` itself. A tally counts how much of the delta is
+    left after rounding, which takes as long as the rest. Values outside every block of the delta
+    keep their bits.
     """
     out = torch.empty_like(rows) if out is None else out
     step = min(block_rows(rows), rows.shape[0])
@@ -266,7 +267,7 @@ def fold_rows(
                 merged.copy_(wanted)
                 tally.count(before, wanted - before, wanted - merged.to(delta.dtype))
                 continue
-            # -0.0, which added to any value leaves all of its bits.
+            # -0.0: adding it to any value keeps all bits.
             delta.add_(change.fill_(-0.0), start + first)
             merged.copy_(torch.add(before, change, out=wanted))
             tally.count(before, change, wanted.sub_(merged))

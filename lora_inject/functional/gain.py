@@ -25,7 +25,7 @@ class Gain:
     """The gain of one weight's outputs.
 
     Attributes:
-        formula: Function of some outputs' rows of the tensors and norms to their gains.
+        formula: Function from rows of the tensors and norms of some outputs to their gains.
         tensors: By role, each with one row for each adapted output.
         spans: `(start, stop)` along the output of each adapted part; other outputs have gain 1.
     """
@@ -72,8 +72,8 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
     """Return the norms of `W + sum of scale * B @ A` by thin products, without forming it.
 
     `|w + d|^2 = |w|^2 + 2 w d + d^2` for each output w with update `d = b A`. Where B is zero,
-    these are exactly the norms of W. Where the update nearly cancels w, the error of the square
-    is that of rounding `|w|^2` to float32.
+    these are exactly the norms of W. If the update nearly cancels w, the error of the square is
+    that of rounding `|w|^2` to float32.
 
     Examples:
         >>> W, A, B = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
@@ -97,5 +97,5 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
 
 
 def gained(y: Tensor, base: Tensor, gain: Tensor) -> Tensor:
-    """Return `y + (gain - 1) * base`; base is the part of y that the gain multiplies: no bias."""
+    """Return `y + (gain - 1) * base`; base is the part of y that the gain multiplies: y - bias."""
     return torch.addcmul(y, base, (gain - 1).to(y.dtype))

@@ -1,10 +1,10 @@
-"""A weight with its updates that is formed only where it must be.
+"""A weight with its updates that is formed only if an operation needs it.
 
-Most models do nothing with a weight but pick a matrix out of a stack of them, turn it and multiply
-with it. `LazyWeight` is a tensor with the shape, dtype and graph of the effective weight, but
-without memory. Products with it are thin (`weight.LowRank`), and what is picked of it or turned is
-lazy again. Any other operation finds the effective weight, formed beneath autograd, and its
-gradient finds the way to A and B (`_Deferred`). Nothing ever finds the raw weight.
+Most models only select a matrix from a stack, transpose it and multiply with it. `LazyWeight` is a
+tensor with the shape, dtype and graph of the effective weight, but without memory. Products with it
+are thin (`weight.LowRank`), and selecting or transposing gives a lazy weight again. Any other
+operation gets the effective weight, formed below autograd, and its gradient reaches A and B
+(`_Deferred`). No operation gets the raw weight.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def lazy_weight(
     used: Callable[[], None] = lambda: None,
     gain: Gain | None = None,
 ) -> Tensor:
-    """Return what `effective_weight` does: a `LazyWeight` where it can wait, else formed at once.
+    """Return the result of `effective_weight`: a `LazyWeight` if possible, else formed at once.
 
-    It can wait where the weight is a plain matrix or a stack of them, and nobody traces or
-    transforms what is computed. `used` is called when the value is first used, before it is; it may
-    raise. A question about shape, dtype or device is no use, where the weight can wait.
+    It is lazy if the weight is a plain matrix or a stack of matrices, and nothing traces or
+    transforms the computation. `used` is called right before the first use of the value, and may
+    raise. Reading shape, dtype or device of a lazy weight is not a use.
 
     Examples:
         >>> from lora_inject.spec.sites import SiteSpec
@@ -69,7 +69,7 @@ def lazy_weight(
 
 
 class _Read:
-    """One reading of a weight, which everything that is taken of it shares.
+    """One reading of a weight, shared by all lazy weights that come from it.
 
     Attributes:
         leaves: The weight, and every tensor of its updates and of its gain.
@@ -97,7 +97,7 @@ class _Read:
         return [0 if t.is_inference() else t._version for t in self.leaves]
 
     def check(self) -> None:
-        """Raise if the weight or its adapter has changed since, and report the first use."""
+        """Raise if the weight or its adapter has changed since; report the first use."""
         if self._versions_now() != self._versions:
             raise LayerError(
                 "using a weight that was read in an earlier forward",
@@ -109,20 +109,21 @@ class _Read:
             self._used = None
 
     def sum(self) -> LowRank:
-        """Return the weight and its updates, with the graph of who asks."""
+        """Return the weight and its updates, with the graph of the caller."""
         return low_rank(self.weight, self.updates, self.gain)
 
     @cached_property
     def whole(self) -> LowRank:
-        """The same with the graph of the reading, for products."""
+        """Return the same with the graph of the reading, for products."""
         with torch.set_grad_enabled(self.mode):
             return self.sum()
 
     def matrix(self, index: int) -> LowRank:
         """Return one matrix of a stack for products.
 
-        In training all are cast to the dtype of the products and cut at once, so the gradient of A
-        is joined and cast once. In inference few of many experts may be used, and none is.
+        In training all matrices are cast to the dtype of the products and unbound together, so the
+        gradient of A is joined and cast once. In inference each matrix is taken separately, because
+        few of many experts may be used.
         """
         base, terms, float32, _ = self.whole
         if not self.mode:
@@ -138,7 +139,7 @@ class _Read:
 
 
 class LazyWeight(Tensor):
-    """The whole weight that was read, one matrix of it, or some (`index`), maybe transposed."""
+    """The weight that was read, or one or some of its matrices (`index`); maybe transposed."""
 
     _read: _Read
     _index: int | Tensor | None
@@ -177,7 +178,7 @@ class LazyWeight(Tensor):
         return self._formed
 
     def beneath(self) -> Tensor:
-        """Return the effective weight beneath autograd, which has done its part, formed once."""
+        """Return the effective weight, formed once, for code that runs below autograd."""
         self._read.check()
         if self._beneath is None:
             self._beneath = self._form().detach()
@@ -185,14 +186,14 @@ class LazyWeight(Tensor):
 
     def _form(self) -> Tensor:
         found = self._read.sum() if self._index is None else self._read.sum().at(self._index)
-        formed = found.formed(self.dtype)  # in the weight's own layout, as what is formed at once
+        formed = found.formed(self.dtype)  # in the weight's own layout, as in `effective_weight`
         return formed.mT if self._is_turned else formed
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Compute a product thinly; form the weight for who needs it at once."""
+        """Compute a product thinly; form the weight for a function that needs it at once."""
         kwargs = kwargs or {}
         product = _PRODUCTS.get(func) or _PRODUCTS_BY_NAME.get(str(func))
         if product is not None and _is_thin(product, args, kwargs):
@@ -213,7 +214,7 @@ class LazyWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Pick or turn lazily, beneath autograd; form the weight for everything else."""
+        """Select or transpose lazily, below autograd; form the weight for everything else."""
         kwargs = kwargs or {}
         found = _PARTS[func](*args) if func in _PARTS else func.decompose(*args, **kwargs)
         if found is not NotImplemented:
@@ -227,7 +228,7 @@ class LazyWeight(Tensor):
 
 
 def formed(weight: Any) -> Any:
-    """Return a weight that may be lazy as a plain tensor, for who hands it to a kernel at once."""
+    """Return a weight, lazy or not, as a plain tensor, for a caller that passes it to a kernel."""
     return weight.formed() if isinstance(weight, LazyWeight) else weight
 
 
@@ -274,7 +275,7 @@ def _cut(stack: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Cut(torch.autograd.Function):
-    """`stack.unbind()`, whose backward makes one zero for all matrices that were not used."""
+    """`stack.unbind()`; its backward makes one zero tensor for all matrices that were not used."""
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor) -> tuple[Tensor, ...]:
@@ -335,7 +336,7 @@ _PARTS: dict[Any, Callable[..., Any]] = {
 
 
 def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a product knows these arguments by number and name, and all of them allow it.
+    """Whether a product supports these arguments, and each of them allows thin products.
 
     Tensors of other classes have their own arithmetic.
     """
@@ -347,7 +348,7 @@ def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def _fit(x: Any, weight: Any) -> bool:
-    """Whether torch would multiply a plain x by a lazy weight; if not, its own message is best."""
+    """Whether torch would multiply a plain x by a lazy weight; if not, torch raises its error."""
     if type(x) not in PLAIN or not isinstance(weight, LazyWeight) or x.device != weight.device:
         return False
     return x.dtype == weight.dtype or _is_autocast(x)
@@ -408,7 +409,7 @@ def _grouped_mm(
 
 
 def _grouped_fallback(x: Tensor, weight: Any, offs: Tensor) -> Any:
-    """`transformers.integrations.moe`: what stands in for `torch._grouped_mm`."""
+    """`transformers.integrations.moe`: the replacement for `torch._grouped_mm`."""
     return _grouped(torch.ops.transformers.grouped_mm_fallback, x, weight, offs)
 
 
@@ -436,7 +437,7 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
 _PRODUCTS_BY_NAME = {"transformers.grouped_mm_fallback": _grouped_fallback}
 
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
-# They look into the memory; attention forms its weights once, else it would be again in backward.
+# They read the memory. Attention forms its weights once; otherwise backward would form them again.
 _GET_IT_FORMED = {
     F.multi_head_attention_forward,
     Tensor.__array__,

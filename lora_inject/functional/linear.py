@@ -1,14 +1,14 @@
 """A frozen linear layer and its low-rank updates, forward and backward.
 
-With gradients, layer and updates are one autograd Function. It keeps x, which its neighbors keep
-too, and `h = x A^T`, which is thin. It casts the thin factors and never x, except where the
-low-rank arithmetic is wider than x, and it looks at no value and no size: every forward is the same
+With gradients, layer and updates are one autograd Function. It keeps x, which the frozen layers
+around it keep too, and `h = x A^T`, which is thin. It casts the thin factors and never x, unless
+the low-rank arithmetic is wider than x. It reads no value and no size: every forward is the same
 sequence of operations, on every device.
 
-A quantized or unknown base is called untouched, and `add_updates` adds to its output out of place:
-such a layer may need its output in its own backward, or hand out a view.
+A quantized or unknown base runs unchanged, and `add_updates` adds to its output out of place: such
+a layer may need its output in its own backward, or return a view.
 
-Tracers and function transforms see plain operations, which they can transform and fuse.
+Tracers and function transforms get plain operations, which they can transform and fuse.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def linear(
     transposed: bool = False,
     float32: bool = False,
 ) -> Tensor:
-    """Apply a frozen linear layer and its low-rank updates, where nobody compiles.
+    """Apply a frozen linear layer and its low-rank updates, outside of compiled graphs.
 
     Args:
         x: `(..., in)`.
@@ -53,7 +53,7 @@ def linear(
         bias: `(out,)` or None.
         updates: The updates to add.
         transposed: Whether the weight is stored as transformers' Conv1D stores it.
-        float32: Keep the low-rank arithmetic in float32 over a 16-bit base.
+        float32: Keep the low-rank arithmetic in float32 on a 16-bit base.
 
     Returns:
         `(..., out)`, in the dtype of the plain layer's output.
@@ -70,7 +70,7 @@ def linear(
     context = without_autocast(x)
     if context is None:
         if len(updates) == 1 and not torch.is_grad_enabled() and cpu.are_few(x, updates[0]):
-            y = _base(x, weight, bias, transposed, None)  # the shortest way through Python
+            y = _base(x, weight, bias, transposed, None)  # the shortest path through Python
             cpu.add_few_(y, x, updates[0])
             return y
         return _run(x, None, weight, bias, updates, transposed, float32, None)
@@ -151,7 +151,7 @@ def _plain(
     masks: Sequence[Tensor | None],
     float32: bool,
 ) -> Tensor:
-    """The formula in operations that autograd, torch.func and torch.compile know."""
+    """The formula in operations that autograd, torch.func and torch.compile support."""
     x2, out = cast(_matrix(x), compute_dtype(y.dtype, float32)), _matrix(y)
     for u, mask in zip(updates, masks, strict=True):
         kept = x2
@@ -227,17 +227,17 @@ def _add(
 def _parts(
     spans: Spans | None, wide: Tensor, thin: Tensor, B: Tensor
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return views of what belongs together: output, `x A^T` or its gradient, and B.
+    """Return matching views of the output, of `x A^T` or its gradient, and of B.
 
-    Of `(n, out)`, `(n, rank * parts)` and `(adapted out, rank)` there is one matrix for each span;
-    or one stack, where the spans are alike and as far from each other: one product is enough then.
+    Of `(n, out)`, `(n, rank * parts)` and `(adapted out, rank)` there is one matrix for each span.
+    If the spans are equal in size and evenly spaced, it is one stack, which needs only one product.
     """
     if spans is None:
         return [(wide, thin, B)]
     starts, widths = [a for a, _ in spans], [b - a for a, b in spans]
     rank, n_parts, width = B.shape[1], len(spans), widths[0]
     steps = {b - a for a, b in pairwise(starts)}
-    # oneDNN, which multiplies in 16 bits on a CPU, cannot describe matrices that lie side by side.
+    # oneDNN, which multiplies in 16 bits on a CPU, does not support matrices side by side.
     one_product = not (wide.element_size() == 2 and cpu.is_cpu(wide))
     if one_product and len(steps) == len(set(widths)) == 1:
         rows, cols = wide.stride()
@@ -347,9 +347,9 @@ class _Function(torch.autograd.Function):
 def _backward_one(
     g2: Tensor, x2: Tensor, gx2: Tensor | None, u: Factors, kept: Kept, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x so far, of A and of B, where they are wanted.
+    """Return the gradients of x so far, of A and of B, as far as they are needed.
 
-    `gx2` `(n, in)` may be written over; None where nothing has reached x yet.
+    `gx2` `(n, in)` may be overwritten; it is None if x has no gradient yet.
     """
     gA, gB, scale = None, None, u.scale / (1 - u.dropout)
     gh = torch.empty_like(kept.h)  # without the scale
@@ -372,7 +372,7 @@ def _backward_one(
 
 
 def _plus_share(gx2: Tensor | None, gh: Tensor, kept: Kept, scale: float) -> Tensor:
-    """Return `gx2 + scale * gh A`, without what was dropped, in the memory of `gx2` if any."""
+    """Return `gx2 + scale * gh A` without dropped elements, in the memory of `gx2` if any."""
     if kept.dropped is None:
         return _plus_product(gx2, gh, kept.A, scale)
     if kept.dropped.dtype != torch.bool:

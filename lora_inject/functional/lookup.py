@@ -32,7 +32,7 @@ def embedding(
     """Add low-rank updates to looked-up rows: `base + scale * A[:, ids]^T B^T`, out of place.
 
     `base` is `(..., dim)` of the frozen table for ids `(...)`; A is `(rank, num)`, B `(dim, rank)`.
-    Dropout drops whole tokens, as the input of A is a one-hot vector. The row `padding_idx`
+    Dropout drops whole tokens, because the input of A is a one-hot vector. The row `padding_idx`
     receives no gradient, as in `nn.Embedding`.
     """
     dtype = compute_dtype(base.dtype, float32)
@@ -44,17 +44,17 @@ def embedding(
                 h = h * F.dropout(h.new_ones(len(h), 1), u.dropout)
             out = plus_product(out, h.to(dtype), u.B.to(dtype).t(), u.scale)
     if padding_idx is not None:
-        # Padding tokens see the updates but teach them nothing, as in the dense table.
+        # Padding tokens get the updates but no gradient, as in the dense table.
         out = torch.where((ids.reshape(-1, 1) == padding_idx), out.detach(), out)
-    # As of a plain embedding no view, which FSDP2 warns of; nobody else holds what it is of.
+    # Not a view, like a plain embedding's output: FSDP2 warns of views. The memory is not shared.
     return torch.ops.aten._unsafe_view.default(out, base.shape)  # type: ignore[no-any-return]
 
 
 def renormalized(rows: Tensor, max_norm: float, p: float) -> Tensor:
     """Scale rows `(..., dim)` down to a p-norm of `max_norm`, differentiably, out of place.
 
-    The values are bit for bit what `torch.embedding_renorm_` would leave in those rows, unless a
-    tracer or a function transform is watching; the derivative is that of its formula.
+    The values are bit for bit those that `torch.embedding_renorm_` would write into these rows,
+    unless a tracer or a function transform is active; the derivative is that of its formula.
     """
     norm = torch.linalg.vector_norm(rows, p, dim=-1, keepdim=True)
     formula = torch.where(norm > max_norm, rows * (max_norm / (norm + 1e-7)), rows)
@@ -81,7 +81,7 @@ def routed_embedding(
     """
     out = base
     for index, updates in enumerate(adapters):
-        # A look at which rows these are would wait for the device, and a tracer cannot tell.
+        # Checking which rows these are would wait for the device, and a tracer cannot do it.
         mine = (rows == index + 1).view(-1, *[1] * ids.dim())
         changed = embedding(base, ids, updates, padding_idx, float32=float32)
         out = torch.where(mine, changed, out)

@@ -1,12 +1,12 @@
-"""Adapters stacked in a bank, from which a tensor picks: one for each row of a batch, or one mix.
+"""Adapters stacked in a bank; a tensor selects one for each row of a batch, or one mix.
 
 Factors are gathered by row, so the cost does not grow with the number of adapters (Punica,
-arXiv:2310.18547, has the same idea as a GPU kernel), and a row meets the factors of its own adapter
-only: what is broken in another one does not reach it. Nothing is kept from one forward to the next:
-no version counter tells of what fused optimizers write.
+arXiv:2310.18547, has the same idea as a GPU kernel). A row uses the factors of its own adapter
+only, so NaN in another adapter does not reach it. Nothing is kept from one forward to the next,
+because fused optimizers write tensors without a change of their version counters.
 
-In a compiled graph an adapter's name would be a constant. Numbers that come in as a tensor are
-other data for the same graph, and nothing is compiled again.
+In a compiled graph an adapter's name would be a constant. Numbers in an input tensor are only other
+data for the same graph, and nothing is compiled again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def routed_update(
             stand for as many equal runs of rows.
         adapters: The updates of each adapter, of any ranks.
         float32: Keep the arithmetic in float32 over a 16-bit base.
-        in_place: Whether y may be modified where no gradient is needed: nobody else has it.
+        in_place: Whether y may be modified if no gradient is needed, because y is not shared.
         in_order: Whether the places are 1, 2, ... to the number of adapters: none is gathered.
         stack: Stacks the A, or the B, of all adapters; if not in order, after one of zeros.
 
@@ -110,7 +110,7 @@ class _Widened(torch.autograd.Function):
 
 
 def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Tensor:
-    """Drop elements of each row with the probability of its adapter."""
+    """Drop elements of each row with its adapter's probability."""
     if not any(dropouts):
         return x3
     # Filled on the device: a tensor of Python numbers would be copied there in each forward.

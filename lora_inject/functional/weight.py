@@ -1,8 +1,8 @@
-"""The weight with its updates: as a sum that can wait, multiplied with, formed, and in one formula.
+"""A weight with its updates: products with the sum, the sum itself, and the textbook formula.
 
 A weight and its updates are `base + sum of scale * left @ right`, matrix by matrix over the
-weight's own memory. `x (W + s L R) = x W + s (x L) R`: the second product is as thin as the rank,
-and so are its gradients, and nothing of the size of the weight is made, forward or backward.
+weight's own memory. `x (W + s L R) = x W + s (x L) R`: the second product and its gradients are as
+thin as the rank, and neither forward nor backward creates a tensor of the weight's size.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class LowRank(NamedTuple):
         """
         y = multiply(x, self.base, offs=offs)
         for left, right, scale in self.terms:
-            # The kernels want rows of a multiple of 16 bytes, which a small rank is not.
+            # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
             missing = -left.shape[-1] % max(1, 16 // y.element_size())
             h = multiply(x, F.pad(left, (0, missing)).to(x.dtype), offs=offs)
             update = multiply(h, F.pad(right, (0, 0, 0, missing)).to(h.dtype), offs=offs)
@@ -124,7 +124,7 @@ def effective_weight(
 ) -> Tensor:
     """Form `W + sum of scale * B @ A`, times its gain, differentiably.
 
-    Over a 16-bit weight the sum is formed in float32 and rounded once, with `float32` not at all.
+    For a 16-bit weight the sum is formed in float32 and rounded once; with `float32` not at all.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32) if float32 else weight.dtype
     return low_rank(weight, updates, gain).formed(dtype).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""What one module carries: which adapters, on what of it, under which names.
+"""The adapters of one module, the tensors that they adapt, and the names of their tensors.
 
 Adapter tensors are plain Parameters of their module with flat names, found through its
 `Attached` and never through their names. They are looked up at each use, because FSDP2 and `.to()`
@@ -25,7 +25,7 @@ from lora_inject.spec.sites import SiteSpec
 
 
 def encode(adapter: str) -> str:
-    """Return an adapter's name as it can stand in a parameter's name, which may hold no dot."""
+    """Return an adapter's name in a form for parameters' names, which cannot have a dot."""
     return adapter.replace("%", "%25").replace(".", "%2E")
 
 
@@ -110,7 +110,7 @@ class Recipe(NamedTuple):
 def factors_of(
     recipes: Iterable[Recipe], held: Mapping[str, Any], *, training: bool
 ) -> list[Factors]:
-    """Return updates with their tensors, which are looked up anew each time."""
+    """Return updates with their tensors, which are looked up at each call."""
     return [
         Factors(held[A], held[B], scale, spans, dropout if training else 0.0)
         for A, B, scale, spans, dropout in recipes
@@ -136,7 +136,7 @@ class Attached:
         self.read_from_outside: frozenset[str] = frozenset()
         self._n_tensors = 0
         self._base: tuple[str, ...] = ()
-        # One object, which another thread cannot change between two looks at it.
+        # One object, which another thread cannot change between two reads.
         self.last_chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
 
     def entries(self, adapter: str | None = None) -> Iterator[Entry]:
@@ -171,7 +171,7 @@ class Attached:
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
-        """Return the parameters but the adapters', at one cost however many adapters there are."""
+        """Return the parameters without the adapters'; the cost does not depend on their number."""
         names = self._base
         if len(parameters) != len(names) + self._n_tensors or not parameters.keys() >= set(names):
             flat = {flat for entry in self.entries() for flat in entry.names.values()}

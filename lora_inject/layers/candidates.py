@@ -1,7 +1,7 @@
-"""What of a model can become a site, and how: the names that `matching` works on.
+"""Find what can become a site in a model, and how: the names that `matching` works on.
 
-Here, and only here, it is decided how a module would carry an adapter: by its output where its
-forward is known to be linear in W, else by its weight, or not at all and why.
+Only this file decides how a module would carry an adapter: by its output if its forward is known to
+be linear in W, else by its weight, or not at all, with the reason.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Activation checkpoints: the function that runs again in backward, under its forward's selection.
 
-Both modes of `torch.utils.checkpoint` keep the function that they will run again in an object of
-their own. While a layer runs inside, that object can be found: the non-reentrant mode's in its hook
-on saved tensors, the reentrant mode's on the call stack, as it is an autograd Function. The kept
-function is wrapped, so that it enters the selection first in any thread.
+Both modes of `torch.utils.checkpoint` keep the function that they will run again in an object.
+While a layer runs inside, this object can be found: in the non-reentrant mode through its hook on
+saved tensors, in the reentrant mode on the call stack, because it is an autograd Function. The kept
+function is wrapped, so that it first enters the selection, in any thread.
 
-In a compiled graph nothing of this package runs. So once a layer was compiled, every checkpoint
-remembers the states of all selections as it begins (`watch_checkpoints`).
+In a compiled graph no Python code of this package runs. So after a layer was compiled, every
+checkpoint stores the states of all selections when it begins (`watch_checkpoints`).
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def _as_compiled(function: Any) -> Recomputed:
 def remember(selection: Any, state: Any) -> None:
     """Let the checkpoints that the caller runs in be recomputed under `state`.
 
-    What was remembered for a checkpoint earlier stays: it was in force when the checkpoint began.
+    A state that was stored earlier for a checkpoint stays: it was in force when the checkpoint
+    began.
     """
     hooks = _top(False)
     frame = None if hooks is None else _frame_of(hooks[0])

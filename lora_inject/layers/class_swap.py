@@ -1,7 +1,7 @@
-"""Changing the class of a module that gets its first adapter, its next, or loses its last.
+"""Change the class of a module that gets its first or next adapter, or loses its last.
 
-The swapped class is put on and taken off by one assignment, and what others have put on
-top of it (FSDP2, hooks that saved the old forward) stays there.
+One assignment sets or removes the swapped class. Classes and hooks that others have put on top of
+it (FSDP2, hooks that saved the old forward) stay there.
 """
 
 from __future__ import annotations

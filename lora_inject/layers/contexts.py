@@ -1,7 +1,7 @@
 """Whose `routed` or `disabled` it is: the contexts of a thread, an asyncio task or a generator.
 
-A context variable keeps threads and tasks apart; what a thread or task inherits, it sees. A
-generator shares that variable with whoever consumes it, so its contexts are also found by its
+A context variable keeps threads and tasks apart; a thread or task sees the contexts that it
+inherits. A generator shares this variable with its consumer, so its contexts are also found by its
 frame, which is on the stack while it runs.
 """
 
@@ -58,9 +58,9 @@ class Context:
         self._is_open = True
 
     def leave(self) -> None:
-        """Undo `enter`, as far as it came; again where a call was interrupted.
+        """Undo `enter`, as far as it came; call it again if a call was interrupted.
 
-        A context that is not the caller's innermost is left all the same, and then it raises.
+        A context that is not the caller's innermost is left, too; then an error is raised.
         """
         if self._is_closed:
             return

@@ -2,11 +2,11 @@
 
 The table is a weight `(num, dim)` whose input is a one-hot vector, so `x A^T` is a lookup
 in A. As in the paper's code (loralib `layers.Embedding`), A starts at zero and B is random: rows
-of tokens that training never saw stay what they were.
+of tokens that are not in the training data do not change.
 
-With `max_norm` torch renormalizes rows of W in place during the forward. What a plain table with
-the weight `W + delta` would return is renormalized `W + delta`; that is computed here out of place,
-and the adapter never changes W.
+With `max_norm` torch renormalizes rows of W in place during the forward. A plain table with the
+weight `W + delta` would return renormalized `W + delta`. This is computed here out of place, and
+the adapter never changes W.
 """
 
 from __future__ import annotations

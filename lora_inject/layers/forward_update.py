@@ -1,8 +1,8 @@
-"""What a forward update adds to the output: which updates take part, looked up at each forward.
+"""The updates that a forward update adds to the output, looked up at each forward.
 
-Three questions of every forward. Which adapters are active, with their weights? Under
-`routed`, which adapter has each row of the batch? And in a compiled graph, where a name would be a
-constant: which adapters *could* be chosen, by a tensor that comes in?
+There are three cases. Usually the active adapters take part, with their weights. Under `routed`
+each row of the batch has its own adapter. In a compiled graph, in which a name would be a constant,
+an input tensor chooses among all adapters that could take part.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Linear layers: `nn.Linear` and transformers' Conv1D, and quantized subclasses of them.
 
-Where the layer's forward is the stock one over a plain tensor, layer and update run as one fused
-step; else the layer is called untouched and the update is added to its output. The second way is
-what quantized layers get, and kinds from outside that add to their output.
+If the layer's forward is the stock one on a plain tensor, layer and update run as one fused step.
+Otherwise the layer runs unchanged and the update is added to its output; quantized layers, and
+kinds from outside that add to their output, use this second way.
 """
 
 from __future__ import annotations

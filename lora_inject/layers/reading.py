@@ -1,4 +1,4 @@
-"""The value of a weight that a forward reads: W + delta, or an error where it cannot be formed.
+"""The value of a weight that a forward reads: W + delta, or an error if it cannot be formed.
 
 `layers.readers` detects who reads. The sum is formed as late as possible: reading a weight's dtype
 or shape costs nothing and is never refused.
@@ -69,7 +69,7 @@ class Reading(nn.Module):
     _lora: Attached
 
     def _lora_refuse_vain(self, tensors: Iterable[Tensor]) -> None:
-        """Raise if adapters are to train and no gradient would reach them."""
+        """Raise if adapters should train but no gradient would reach them."""
         if not self.training or torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled():

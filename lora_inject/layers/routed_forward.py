@@ -1,7 +1,7 @@
 """Layers whose parameters are read, under `routed`.
 
-Of a convolution the weight stays W, and each row's update is added to the output. A layer that is
-trained in full runs once for each run of rows, with the tensors of their own adapter.
+A convolution keeps the weight W, and each row's update is added to the output. A layer with a
+trained copy runs once for each run of rows, with the tensors of these rows' adapter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Putting an adapter onto a model: everything is checked before the first change.
+"""Put an adapter onto a model; everything is checked before the first change.
 
-`places` finds the module of each tensor and checks that it can take it; `attach` changes classes
-and takes back what was done where a step fails. Injecting and loading both begin and end here.
+`places` finds the module of each tensor and checks that it can take the tensor. `attach` changes
+classes, and undoes all changes if a step fails. Injecting and loading both use these two functions.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def attach(
     train: bool = True,
     probe: Callable[[], Any] | None = None,
 ) -> None:
-    """Put a new adapter onto a model, all of it or nothing, at what `places` returned.
+    """Put a new adapter onto a model, all or nothing, at the places that `places` returned.
 
     `tensors` gives those of a place by role; trained copies for which `tied` is equal are one
     Parameter. With `train` the adapter becomes the only one that trains and, if it is to be active,
@@ -187,7 +187,7 @@ def attach(
     if not activate:
         _check_mixable(name, found, dict(selection.state.active))
     modules = [module for _, module in survey.modules]
-    # Only what these records name: looking at every tensor of every adapter would be quadratic.
+    # Only tensors of these records: checking every tensor of every adapter would be quadratic.
     named = {each for record in records for each in record.trainable} if records else (None,)
     flags = [p for _, p in survey.parameters()]
     flags += [p for each in named for *_, p in trainable_tensors(survey, each)]

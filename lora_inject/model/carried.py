@@ -1,7 +1,7 @@
-"""What a model carries: roots, layers, adapters, read off its modules whenever somebody asks.
+"""The roots, adapted modules and adapters of a model, read from its modules on each call.
 
-The model is the only state. A small record on the root remembers what `eject` must restore and
-which modules each adapter was put on. All names are those of the model that a verb is called on.
+The model is the only state. A small record on the root holds what `eject` must restore and which
+modules each adapter was put on. All names are those of the model that a verb is called on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Root:
     kept: tuple[int, Reach] | None = None  # a walk of the model and its generation; see `reach`
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy carries: what was read off another model is of no use to it."""
+        """Return the state of a copy, without values that were read from another model."""
         return {**self.__dict__, "kept": None}
 
 
@@ -103,7 +103,7 @@ def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
 
 
 def whole_adapter(survey: Survey, name: str, asked: str) -> list[Carried]:
-    """Return the entries of an adapter; raise where the model does not hold all of them."""
+    """Return the entries of an adapter; raise if the model does not hold all of them."""
     recorded = {known for record in roots_of(survey).values() for known in record.configs}
     check_names(reach(survey.model, survey).names | recorded, [name], asked)
     records = records_of(survey, name)
@@ -148,7 +148,7 @@ _generation = 0
 
 
 def structure_changed() -> None:
-    """Say that adapters came or went, here or on another model: every kept walk is out of date."""
+    """Mark every kept walk as out of date, after adapters were added or removed on any model."""
     global _generation  # noqa: PLW0603 - counts inject and eject, so that roots can keep a walk
     _generation += 1
 
@@ -156,7 +156,7 @@ def structure_changed() -> None:
 def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
     """Return the selections and adapters in a model.
 
-    What was found is kept on the root until somebody injects or ejects, so that switching does not
+    The result is kept on the root until the next inject or eject, so the cost of switching does not
     depend on the size of the model.
     """
     model = unwrapped(model)
@@ -191,7 +191,7 @@ def _whole(reads: Iterable[Carried]) -> dict[str, str]:
 def keep_with(
     root: Root, before: Reach, name: str, reads: Iterable[Carried], *, gained: bool
 ) -> None:
-    """Keep what a root reaches with one adapter more, so that adding it costs what it is.
+    """Update a root's kept walk with one new adapter, at a cost of this adapter's size only.
 
     `reads` are its weight updates; all adapters inside share the root's selection.
     """
@@ -236,7 +236,7 @@ def check_new_name(found: Reach, name: str) -> None:
 
 
 def refuse_merged(asked: str, *selections: Selection) -> None:
-    """Raise where the weights hold a merged adapter."""
+    """Raise if the weights hold a merged adapter."""
     for state in (selection.merged for selection in selections):
         if state is not None:
             merged = ", ".join(name for name, _ in state.active)

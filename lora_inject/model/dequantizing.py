@@ -70,7 +70,7 @@ def _row_scales(module: nn.Module, weight: Any) -> Tensor | None:
 
 @torch.no_grad()
 def dense(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return the values of a quantized weight that its layer computes with: a new float32."""
+    """Return the values that a quantized weight stands for in its layer, as new float32."""
     held: Any = weight
     layer: Any = module
     kind = _kind(module, weight)
@@ -134,7 +134,7 @@ def _becomes_linear(module: nn.Module, weight: Tensor) -> bool:
 
 
 def refuse_fixed_class(module: nn.Module, weight: Tensor, asked: str) -> None:
-    """Check that a layer can become an `nn.Linear` where it must, by asking Python."""
+    """Check that a layer can become an `nn.Linear` if it must: Python allows the class."""
     plain: Any = plain_class(type(module))
     try:
         if _becomes_linear(module, weight):

@@ -1,4 +1,4 @@
-"""Taking adapters off a model again, exactly."""
+"""Remove adapters from a model, exactly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def eject(model: M, name: str | None = None) -> M:
-    """Take one adapter, or all, off a model again.
+    """Remove one adapter, or all, from a model.
 
     Objects, classes, keys, their order, values and `requires_grad` flags are what they were before
     the first inject, also on layers that were replaced since. Ejecting all adapters of a merged
@@ -84,7 +84,7 @@ def eject(model: M, name: str | None = None) -> M:
 
 
 def _refuse_fsdp2(survey: Survey, gone: Set[str]) -> None:
-    """Refuse to take off what FSDP2's groups hold: each forward would put it back."""
+    """Refuse to eject an adapter in FSDP2's groups: each forward would put it back."""
     reshard(survey)
     for path, module, entry in entries(survey) if fsdp2_modules(survey) else ():
         if entry.adapter in gone and any(sharded_by(entry.tensor(module, r)) for r in entry.names):
@@ -96,7 +96,7 @@ def _refuse_fsdp2(survey: Survey, gone: Set[str]) -> None:
 
 
 def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
-    """Take adapters off one root; without adapters its record goes too."""
+    """Remove adapters from one root; without adapters its record is removed, too."""
     for name in gone:
         for layer in record.carrying.pop(name):
             _detach(layer, name)
@@ -113,7 +113,7 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
 
 
 def _detach(module: nn.Module, name: str) -> None:
-    """Take an adapter off one module; the last one gives the class back."""
+    """Remove an adapter from one module; with the last one its class is restored."""
     if (attached := attached_to(module)) is None:
         return
     for entry in attached.remove(name):
@@ -128,7 +128,7 @@ def _detach(module: nn.Module, name: str) -> None:
 def _unfreeze(survey: Survey, record: Root) -> None:
     """Restore the flags of base parameters; another root that holds one restores it instead.
 
-    Layers that were moved keep theirs; a layer that replaced another gets its flag.
+    Layers that were moved keep their flags; a layer that replaced another gets that layer's flag.
     """
     others = [m for m in ROOT_MODULES if ROOT in m.__dict__]
     held = {

@@ -1,8 +1,8 @@
-"""Fitting an adapter, as a value, to a model: its sites, its trained copies, its base.
+"""Fit an adapter, as a value, to a model: its sites, its trained copies, its base.
 
-The one place where a site that came from a file or from another model meets the module that the
-model has under its name. It goes by the names and shapes of the adapter's own tensors, never by
-patterns from a file, and refuses where the two cannot be one site.
+Only this file matches a site from a file or from another model with the module of that name. It
+uses the names and shapes of the adapter's own tensors, never patterns from a file, and raises an
+error if site and module do not fit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
 
 Base = Literal["same", "quantized", "any"]
-# What a site is of a model, and not of an adapter.
+# Fields of a site that come from the model, not from the adapter.
 _OF_MODEL = ("name", "kind", "weight_shape", "weight", "update", "aliases")
 
 
@@ -67,7 +67,7 @@ def fit(
 
 
 def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
-    """Leave out what the caller's patterns name; each must name something."""
+    """Leave out what the caller's patterns match; each must match something."""
     gone: set[str] = set()
     names = [*state.trained, *state.sites]
     for pattern in patterns:
@@ -184,7 +184,7 @@ def _fit_trained(
 def _why_not_copied(
     key: str, tensor: Tensor, rows: tuple[int, ...] | None, weight: Tensor | None
 ) -> tuple[str, str] | None:
-    """Return why a tensor is no copy of a model's, or of rows of it, and what to do."""
+    """Return why a tensor is not a copy of a model's tensor, or of its rows, and what to do."""
     leave = "Load the adapter onto the model that it was made for, or leave this tensor out with "
     leave += f"leave_out=[{key!r}]"
     if weight is None:

@@ -1,8 +1,8 @@
 """Loading onto a model that `fully_shard` has sharded: the adapter becomes shards as well.
 
-A parameter group of FSDP2 takes no new parameters. So each layer that gets an adapter becomes a
-module of `fully_shard` itself, over the mesh of its weight: its new Parameters are a group of their
-own, and the others, `ignored_params` there, stay in theirs.
+A parameter group of FSDP2 takes no new parameters. So `fully_shard` is called on each layer that
+gets an adapter, with the mesh of its weight. The new Parameters become a separate group; the
+layer's other Parameters are `ignored_params` of this call and stay in their group.
 """
 
 from __future__ import annotations

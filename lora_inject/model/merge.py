@@ -1,7 +1,7 @@
-"""Folding what is active into the frozen weights, or into new ones, and restoring them.
+"""Merge the active adapters into the frozen weights, or into new ones, and restore the weights.
 
-A weight whose memory another module shares is untied first: the adapted module gets a tensor of its
-own, the others keep theirs.
+A weight that shares memory with another module is untied first: the adapted module gets a separate
+tensor, and the others keep theirs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class _Merged:
-    """What the root keeps while merged; None for `undos` where nothing was kept."""
+    """What the root keeps while merged; `undos` is None if nothing was kept."""
 
     was: State
     trainable: list[nn.Parameter]
@@ -58,7 +58,7 @@ class _Merged:
     said_quantized: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
     def say_again(self) -> None:
-        """Let the configs say what they did before the merge."""
+        """Restore the configs from before the merge."""
         say_tied(self.tie_flags, True)
         say_again(self.said_quantized)
 
@@ -82,10 +82,10 @@ def merge(
         model: The injected root.
         name: Fold this adapter, or mix; by default what is active.
         undo: Keep the original values, so that `unmerge` restores them bit for bit. Without them a
-            failure in the middle of writing cannot be taken back, and says so; Ctrl-C waits.
-        min_kept: Refuse, before any change, where less than this share of a delta would survive
-            the rounding to a 16-bit weight.
-        eject: Take all adapters off afterwards, which leaves a plain model with merged weights.
+            failure in the middle of writing cannot be undone; its error says so. Ctrl-C waits.
+        min_kept: Raise, before any change, if less than this share of a delta would be left after
+            rounding to a 16-bit weight.
+        eject: Eject all adapters afterwards, which leaves a plain model with merged weights.
         dequantize: `bfloat16`, `float16` or `float32`: make every quantized layer of the model a
             plain one of this dtype. Give the dtype that the rest of the model computes in.
         requantize: Quantize merged weights again, in their own format.
@@ -150,7 +150,7 @@ def merge(
 
 @contextmanager
 def _taken_back(kept: _Merged, undos: list[Undo], n: int) -> Iterator[None]:
-    """Where the body raises, put configs and weights back, as far as these were kept."""
+    """If the body raises, restore configs and weights, as far as these were kept."""
     try:
         yield
     except BaseException as error:
@@ -222,7 +222,7 @@ def _write(targets: list[Target], undo: bool, undos: list[Undo]) -> None:
 
 
 def _write_rows(target: Target, undo: Undo) -> None:
-    """Write all merged rows; count what rounding leaves where nobody has yet."""
+    """Write all merged rows; count what is left after rounding unless it was counted."""
     tally = Tally() if target.narrow and target.tally is None else None
     for start, rows in target.blocks():
         undo.keep(rows, start)
@@ -310,8 +310,8 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
 def unmerge(model: M, *, discard: bool = False) -> M:
     """Restore the weights that `merge` folded an adapter into, bit for bit.
 
-    Ctrl-C waits until all are restored. What `merge` kept is forgotten last, so that a call that
-    fails can be made again.
+    Ctrl-C waits until all are restored. The values that `merge` kept are dropped last, so a call
+    that fails can be repeated.
 
     Args:
         model: The injected root.

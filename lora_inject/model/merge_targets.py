@@ -1,4 +1,4 @@
-"""The tensors that a merge writes: what goes into each, who shares its memory, what forbids it."""
+"""The tensors that a merge writes, their updates, and the reasons to refuse a merge."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Holder(NamedTuple):
 
     @property
     def plain(self) -> Holder:
-        """The place of the weight once the layer is an `nn.Linear`."""
+        """The place of the weight after the layer became an `nn.Linear`."""
         name = self.name.removesuffix(self.param) + "weight"
         return Holder(name, self.module, "weight")
 
@@ -106,7 +106,7 @@ class Target:
         return delta
 
     def may_overflow(self) -> bool:
-        """Whether the largest value that a delta could have comes near the largest of the dtype."""
+        """Whether the largest possible value of a delta is near the largest of the dtype."""
         if self.gain is not None:
             return True
         norm = torch.linalg.vector_norm
@@ -305,11 +305,11 @@ def _once_if_tied(found: Mapping[Holder, Target]) -> list[Target]:
 
 
 def check_results(targets: list[Target], min_kept: float | None, undo: bool) -> None:
-    """Refuse, before any change, what must not be written.
+    """Refuse, before any change, results that must not be written.
 
-    Most merges can be judged without being carried out: where no delta can come near the largest
-    value of the dtype, the merged weight is finite if W is, which is asked now only where a merge
-    cannot be taken back when it comes to light. The others are formed once without being written.
+    Most merges can be checked without forming them. If no delta can come near the largest value of
+    the dtype, the merged weight is finite if W is. This is checked now only if the merge cannot be
+    undone later. All other targets are formed once without being written.
     """
     for target in targets:
         if target.narrow and not undo and not target.into and not all_finite(target.weight):

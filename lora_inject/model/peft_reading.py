@@ -1,4 +1,4 @@
-"""Refuse files from which PEFT would compute another model.
+"""Refuse files with which PEFT would compute other outputs.
 
 PEFT adds to the output of layers that it finds by name, and swaps a weight while its owner runs.
 Whether that equals W + delta depends on the live model, not on the file.
@@ -25,9 +25,9 @@ from lora_inject.spec.sites import SiteSpec
 
 
 def refuse_misread(survey: Survey, name: str) -> None:
-    """Raise if PEFT would load the adapter's file without an error and compute another model.
+    """Raise if PEFT would load the adapter's file without an error and compute other outputs.
 
-    That is where a site is read by another module than its own, its layer's forward is not linear
+    This happens if a site is read by another module than its own, its layer's forward is not linear
     in the weight as PEFT assumes, the layer stands in several places, or PEFT would look for it
     under another name.
     """

@@ -1,4 +1,4 @@
-"""Reading an adapter off a live model, as a value, and saving it."""
+"""Read an adapter from a live model, as a value, and save it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LATEST = "LATEST"
 
 
 def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
-    """Read an adapter off a model, as a value.
+    """Read an adapter from a model, as a value.
 
     Args:
         model: The root, or any module that holds roots.
@@ -67,7 +67,7 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
 def read_off(
     survey: Survey, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
 ) -> AdapterState:
-    """Read an adapter off a model; see `adapter_state`.
+    """Read an adapter from a model; see `adapter_state`.
 
     `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
     """
@@ -130,9 +130,9 @@ _N_WITNESSES = 8
 
 
 def witnesses(weights: Mapping[str, Tensor], trained: Collection[str]) -> dict[str, Tensor]:
-    """Return some matrices of a base that tell it from another, for an adapter without sites.
+    """Return some matrices that identify a base, for an adapter without sites.
 
-    What the adapter replaces cannot: a head that is new has other values in every run.
+    Tensors that the adapter replaces cannot: a new head has other values in every run.
     """
     names = [name for name, weight in weights.items() if weight.ndim > 1 and name not in trained]
     n = min(_N_WITNESSES, len(names))
@@ -220,14 +220,14 @@ def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:
 
 
 def facts_for(survey: Survey, format: str, name: str) -> ModelFacts:  # noqa: A002
-    """Return what a format may need to know; refuse what PEFT would compute wrong."""
+    """Return the facts that a format may need; refuse what PEFT would compute wrong."""
     if format == "peft":
         refuse_misread(survey, name)
     return replace(model_facts(survey), idle=idle_among([*entries(survey, name)]))
 
 
 def model_facts(survey: Survey) -> ModelFacts:
-    """Return what files depend on of a live model."""
+    """Return the facts about a live model that files depend on."""
     return ModelFacts.of(survey.model, survey.by_name, base_weights(survey))
 
 

@@ -2,7 +2,8 @@
 
 It is a uniform rank on all linear layers but the head. At an equal number of parameters neither
 ranks by gradient energy, nor pruning after brief training, nor q and v at a higher rank were better
-beyond noise. A wrong learning rate costs several times more: find it with a few short runs.
+beyond noise. A wrong learning rate costs several times more than these differences: find the right
+one with a few short runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lora_inject.spec.matching import resolve
 
 ALPHA_OVER_RANK = 2.0
 """The defaults' ratio (alpha 16, rank 8). With it the best learning rate hardly depends on the
-rank, so it can be found at a small one."""
+rank, so it can be found at a small rank."""
 
 
 def advised(inventory: Inventory, budget: int) -> Config:

@@ -15,7 +15,7 @@ from lora_inject.spec.names import templates
 def columns(
     rows: Sequence[Sequence[str]], n_left: int, width: int, indent: str = "  "
 ) -> Iterator[str]:
-    """Yield rows with aligned columns; where they do not fit, each name is on a line of its own.
+    """Yield rows with aligned columns; if they do not fit, each name is on a separate line.
 
     The first cell of a row is a name; the first `n_left` columns are aligned to the left.
     """
@@ -50,7 +50,7 @@ class Rows:
         return [tuple(map(_shown, row)) for row in self.cells]
 
     def by_kind(self) -> Rows:
-        """Join the rows of one kind that differ in figures only: `h.{0..11}.fc x12`.
+        """Join the rows of one kind that differ only in figures: `h.{0..11}.fc x12`.
 
         Examples:
             >>> rows = Rows(("site", "rank", "|D|"), (("h.0.q", 4, 1.0), ("h.1.q", 4, 3.0)))

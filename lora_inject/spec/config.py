@@ -87,7 +87,7 @@ def _read_list(value: Any) -> Any:
 
 
 def _either_way(value: Any) -> str:
-    """Tell the plain way to write a value from the mapping, so that only one reports errors."""
+    """Distinguish a plain value from a mapping, so that only one of the two reports errors."""
     return "mapping" if isinstance(value, (Mapping, BaseModel)) else "plain"
 
 
@@ -169,7 +169,7 @@ def _for_editors(schema: dict[str, Any]) -> None:
 
 
 class _Strict(BaseModel):
-    """Unknown keys and wrong types are errors; an integer may stand where a float is meant."""
+    """Unknown keys and wrong types are errors; an integer is accepted for a float."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -213,7 +213,7 @@ class Axes(_Strict):
     in_: _Axes = Field(alias="in")
     """Axes that are summed over, in order."""
     out: _Axes
-    """Axes of the result, in order. What is in neither counts stacked matrices."""
+    """Axes of the result, in order. Axes in neither list count stacked matrices."""
 
 
 Init = Annotated[
@@ -234,7 +234,7 @@ Layout = Annotated[
 
 
 class Rule(_Strict):
-    r"""One entry of `targets`: what it matches, and what differs from the config's defaults.
+    r"""One entry of `targets`: what it matches, and values that differ from the config's.
 
     Raises:
         ConfigError: A value is wrong; the message names the key.
@@ -329,7 +329,7 @@ class HasFields(Protocol):
 
 
 class Expect(_Strict):
-    """Counts that must come out, or inject fails before it changes anything."""
+    """Expected counts; inject raises an error before any change if one differs."""
 
     sites: Count | None = None
     """Number of adapted sites."""
@@ -389,13 +389,13 @@ class Config(_Strict):
     exclude: Patterns = ()
     """Names that no rule may take, with all that lies below them."""
     train: Patterns = ()
-    """Further parameters, or modules, that train and travel with the adapter."""
+    """Further parameters, or modules, that train and are saved with the adapter."""
     tokens: Tokens = ()  # type: ignore[assignment]
     """Rows of embeddings that train, tied heads included: a pattern of the module, and the ids."""
     bias: Literal["none", "adapted", "all"] = "none"
     """Which biases train too: none, those of adapted modules, or all."""
     expect: Expect | None = None
-    """Counts that must come out, or inject fails before any change."""
+    """Expected counts; inject raises an error before any change if one differs."""
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
@@ -405,7 +405,7 @@ class Config(_Strict):
         return self
 
     def hyper(self, rule: Rule) -> Hyper:
-        """Return what holds for a rule of `targets`: its own values, else this config's.
+        """Return the values of a rule of `targets`; this config's for those that it does not set.
 
         Examples:
             >>> Config(alpha=32, targets=["q"]).hyper(Rule(match="q", rank=2)).alpha
@@ -433,7 +433,7 @@ class Config(_Strict):
 
         Args:
             text: The YAML.
-            source: What messages call it.
+            source: Its name in messages.
 
         Raises:
             ConfigError: As in `from_yaml`.

@@ -31,7 +31,7 @@ _NAMES = {
     "lr": ("learning_rate",),
 }
 _ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others}
-"""What the same thing is called in PEFT and elsewhere, to our word."""
+"""Names of the same thing in PEFT and elsewhere, to ours."""
 
 _MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
 
@@ -70,7 +70,7 @@ def config_error(
 
 
 def _path(loc: Loc, data: Any) -> Loc:
-    """Return the steps of a location that lie in the data; pydantic adds the tags of unions."""
+    """Return the steps of a location that are in the data; pydantic adds tags of unions."""
     path: Loc = ()
     for step in loc:
         inside = step in data if isinstance(data, Mapping) else isinstance(step, int)
@@ -118,7 +118,7 @@ def _other_key(path: Loc, models: Mapping[str, type[BaseModel]]) -> str:
 
 
 def _suggestion(word: Any, choices: list[str]) -> str:
-    """Return a question with the choice that the word is in PEFT, or nearly spells."""
+    """Return a question with the choice that the word means in PEFT, or nearly spells."""
     if not isinstance(word, str):
         return ""
     near = [_ELSEWHERE[word]] if _ELSEWHERE.get(word) in choices else nearest(word, choices, n=1)

@@ -1,4 +1,4 @@
-"""What fits a site: its orientation, slices and rank, and what of it the user should know."""
+"""Make the site of a rule: its orientation, slices and rank, and notes for the user."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _sliced(candidate: Candidate, shape: _Shape, rule: Rule, asked: str) -> Slic
 
 
 def notes(found: Sequence[Candidate], sites: Sequence[SiteSpec]) -> Iterator[str]:
-    """Yield what the user should know of the sites, in sentences."""
+    """Yield notes about the sites for the user, in sentences."""
     wide = [site for site in sites if site.rank > _limit(site)]
     if wide:
         yield (

@@ -1,8 +1,8 @@
 """Translate PEFT's LoraConfig to a config of this package; refuse other fields by name.
 
-PEFT looks numbers up in tables of patterns, and selects names that end in a target; here the first
-rule that matches decides. Each pair of a target and a key of a table becomes a rule, unless they
-cannot match a common name, or, with the names of the model given, match none.
+PEFT looks numbers up in tables of patterns, and selects names that end in a target. Here the first
+rule that matches decides. Each pair of a target and a key of a table becomes a rule, unless both
+cannot match the same name, or match no name of the model, if its names are given.
 
 Source: peft 0.21.2, tuners/lora/config.py; tuners/tuners_utils.py, `check_target_module_exists`;
 utils/other.py, `get_pattern_key`.
@@ -62,12 +62,12 @@ _REFUSED = {
     "use_qalora": ("QALoRA, with pooled inputs", _MERGE),
     "velora_config": ("VeLoRA, a backward pass of its own", "Leave it out"),
 }
-"""Refused fields: what they ask for, and the remedy. Empty values are accepted."""
+"""Refused fields: what they request, and the remedy. Empty values are accepted."""
 
 _NO_MEANING = {
     *("auto_mapping", "base_model_name_or_path", "peft_version", "revision"),  # about the file
     *("fan_in_fan_out", "inference_mode"),  # known from the layer; see train_only
-    *("megatron_core", "qalora_group_size"),  # parts of what is refused above
+    *("megatron_core", "qalora_group_size"),  # options of fields that are refused above
 }
 _INITS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 _HEADS = {
@@ -93,7 +93,7 @@ _TRUTH, _NAMES, _SOME = "True or False", "a list of names", "a list of names, or
 
 
 class _Lora(BaseModel):
-    """The fields that are translated, with PEFT's defaults; the description is what they may be."""
+    """The translated fields, with PEFT's defaults; the description says which values are valid."""
 
     peft_type: StrictStr = Field("LORA", description="a name")
     task_type: StrictStr | None = Field(None, description="a name")
@@ -131,10 +131,10 @@ def translated(
     inventory: Inventory | None = None,
     expert_names: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    r"""Return a LoraConfig, its fields, or what a path holds of them, as plain data of a `Config`.
+    r"""Return a LoraConfig, its fields, or the fields in a file, as plain data of a `Config`.
 
-    With an `inventory` rules that would match nothing are left out. `expert_names` are ends of
-    names that PEFT takes for experts of this model, to parameters.
+    With an `inventory`, rules that would match nothing are left out. `expert_names` maps ends of
+    names that PEFT reads as experts of this model to parameters.
 
     Examples:
         >>> found = translated({"r": 4, "target_modules": ["q", "v"], "rank_pattern": {"v": 2}})
@@ -146,12 +146,12 @@ def translated(
     heads = _HEADS.get(lora.task_type or "", ())
     saved = [re.escape(name) for name in lora.modules_to_save if name not in heads]
     saved += [f"({'|'.join(heads)})"] if len(heads) > 1 else heads
-    train = [f"[^.]*{name}" for name in saved]  # PEFT asks for the end of a name, without a dot
+    train = [f"[^.]*{name}" for name in saved]  # PEFT matches the end of a name, without a dot
     exclude = [re.escape(name) for name in sorted(lora.exclude_modules)]
     if isinstance(lora.exclude_modules, str):
         exclude = [f"^(?:{lora.exclude_modules})"]
     if isinstance(lora.target_modules, str):
-        exclude += saved  # not adapted, and here PEFT asks for whole segments
+        exclude += saved  # not adapted; here PEFT matches whole segments
     if inventory is not None:
         _check_saved(train, inventory, asked)
         lora = _with_experts(lora, inventory, expert_names, asked)
@@ -177,7 +177,7 @@ def is_of_peft(config: object) -> bool:
 
 
 def _fields_of(config: Any) -> tuple[str, dict[str, Any]]:
-    """Return what messages call the config, and its fields as plain data."""
+    """Return the config's name in messages, and its fields as plain data."""
     if isinstance(config, str | PathLike):
         return f"from_peft '{config}'", _fields_in(Path(config))
     if isinstance(config, Mapping):
@@ -208,7 +208,7 @@ def _error(asked: str, field: str, found: str, remedy: str) -> ConfigError:
 
 
 def _read(fields: Mapping[str, Any], asked: str) -> _Lora:
-    """Return the fields that are translated; refuse others that are set."""
+    """Return the translated fields; refuse other fields that are set."""
     plain = {k: v.value if isinstance(v, Enum) else v for k, v in fields.items() if v is not None}
     kind = plain.get("peft_type", "LORA")
     if kind != "LORA":
@@ -241,7 +241,7 @@ def _read(fields: Mapping[str, Any], asked: str) -> _Lora:
 def _with_experts(
     lora: _Lora, inventory: Inventory, new_names: Mapping[str, str], asked: str
 ) -> _Lora:
-    """Replace targets that PEFT, on transformers 5, takes for experts by parameters.
+    """Replace targets that PEFT, on transformers 5, reads as experts by parameters.
 
     Source: peft/utils/transformers_weight_conversion.py, `_convert_peft_config_moe`.
     """
@@ -271,7 +271,7 @@ def _with_experts(
 def _ends_of(
     given: str, inventory: Inventory, new_names: Mapping[str, str], asked: str
 ) -> list[str]:
-    """Return the ends of names by which PEFT replaces all-linear, or a regex, on such a model."""
+    """Return the ends of names that PEFT uses for all-linear, or for a regex, on such a model."""
     if given.lower() == "all-linear":
         linear = (leaf(c.name) for c in inventory.candidates if _is_linear(c, inventory))
         return list(dict.fromkeys([*linear, *new_names]))
@@ -303,7 +303,7 @@ def _init(init: bool | str, asked: str) -> str:
 
 
 def _check_saved(train: Iterable[str], inventory: Inventory, asked: str) -> None:
-    """Refuse what names a parameter, which trains here and which PEFT passes over."""
+    """Refuse the name of a parameter: PEFT skips it, and here it would train."""
     for pattern in train:
         below = Below(matching(pattern, inventory.modules, asked=asked))
         for name in matching(pattern, inventory.listed, asked=asked):
@@ -346,12 +346,12 @@ class _Pattern(NamedTuple):
         return cls(key)
 
     def covers(self, other: _Pattern) -> bool:
-        """Return whether it certainly matches every name that the other matches."""
+        """Return whether this pattern surely matches every name that the other matches."""
         spelled = self.literal and other.literal and not self.whole
         return bool(spelled) and f".{other.literal}".endswith(f".{self.literal}")
 
     def met(self, other: _Pattern) -> _Pattern | None:
-        """Return a pattern for names that both match, None if there are none."""
+        """Return a pattern for the names that both match; None if there are none."""
         if other is _ALL or self.regex == other.regex:
             return self
         if self.literal is None or other.literal is None:
@@ -379,7 +379,7 @@ class _Rules:
         self.left: dict[str, None] = {}  # names that no rule has taken
 
     def rules(self, exclude: Iterable[str], saved: Iterable[str]) -> list[dict[str, Any]]:
-        """Return the rules in order; the patterns are of names that are not targeted."""
+        """Return the rules in order; the patterns match names that are not targeted."""
         if self.inventory is not None:
             self._look(self.inventory, exclude, saved)
             self._check_left()
@@ -415,9 +415,9 @@ class _Rules:
         return targets
 
     def _combinations(self) -> Iterator[dict[str, str]]:
-        """Yield the keys that a rule takes its numbers from, in the order of each table.
+        """Yield the keys that give a rule its numbers, in the order of each table.
 
-        Of a name that both keys match each must be the first in its table.
+        For a name that both keys match, each key must be the first match in its table.
         """
         ranks, alphas = ([*table, None] for table in self.tables.values())
         at, alpha_at = ({key: i for i, key in enumerate(keys)} for keys in (ranks, alphas))
@@ -439,7 +439,7 @@ class _Rules:
     def _rule(
         self, pattern: _Pattern, target: _Pattern, values: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """Return one rule, or one per kind for `all-linear`; none that matches nothing."""
+        """Return one rule, or one per kind for `all-linear`, without rules that match nothing."""
         rule: dict[str, Any] = {"match": pattern.regex, **values}
         if self.layers and not target.parameter:  # PEFT looks at modules only
             if names := self.lora.layers_pattern:
@@ -460,7 +460,7 @@ class _Rules:
         if hits and narrowed:
             return [rule | {"kind": kind} for kind in dict.fromkeys(self.kinds[n] for n in hits)]
         if hits or not (values or whole or self._matching(pattern.regex, self.kinds)):
-            return [rule]  # where it matches no name, matching raises, with the nearest names
+            return [rule]  # if it matches no name, matching raises with the nearest names
         return []
 
     def _matching(self, regex: str, names: Iterable[str]) -> list[str]:
@@ -508,7 +508,7 @@ class _Rules:
         return self._matching(target.regex, self.kinds)
 
     def _check_left(self) -> None:
-        """Refuse keys of no targeted name, and names of which PEFT finds another layer number."""
+        """Refuse keys that match no target, and names in which PEFT finds another layer number."""
         for table, keys in self.tables.items():
             for key in keys:
                 if not self._matching(key, self.left):
@@ -527,8 +527,8 @@ def _in_layers(regex: str, names: str | Iterable[str], layers: Iterable[int]) ->
     """Return a pattern for names whose first number after one of some names is one of `layers`."""
     several = [names] if isinstance(names, str) else list(names)
     numbers = "|".join(map(str, layers))
-    # As in PEFT the first number after the first of the names decides; the group is atomic so that
-    # no other is tried.
+    # As in PEFT, the first number after the first of the names decides. The group is atomic, so no
+    # other number is tried.
     found, before = [], ""
     for name in several:
         place = rf"(?:.*?\.)??{name}\.(?=\d+\.)"

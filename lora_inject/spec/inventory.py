@@ -1,7 +1,8 @@
 """All names of a model or a checkpoint, with what matching and its messages need to know.
 
 A live model, a model on the meta device and a checkpoint's key list all become one
-`Inventory`, so the same code plans them all. Of a key list the kinds are guessed, and it says so.
+`Inventory`, so the same code plans all of them. For a key list the kinds are assumed, and the
+inventory says so.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Inventory:
 
     @classmethod
     def from_keys(cls, shapes: Mapping[str, tuple[int, ...]]) -> Inventory:
-        """Make an inventory of a checkpoint's keys and shapes, which tell no kinds.
+        """Make an inventory of a checkpoint's keys and shapes, which do not state kinds.
 
         A two-dimensional `X.weight` is taken for a linear layer, `(in, out)` where the length of
         `X.bias` says so; one of three to five dimensions for a convolution. Other tensors of two

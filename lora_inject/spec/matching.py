@@ -1,7 +1,7 @@
 r"""Which names a config means: from patterns and an inventory of names to a plan of sites.
 
-Matching works on names and shapes alone: `resolve` is a pure function of a config and an inventory,
-so whatever can be planned can be checked, counted and refused before anything changes.
+Matching works only on names and shapes: `resolve` is a pure function of a config and an inventory.
+So a plan can be checked, counted and refused before anything changes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Taken(NamedTuple):
 
 
 class _Rules:
-    """The rules of a config at work: each takes what it matches and no earlier rule has."""
+    """The rules of a config: each takes the names that it matches and no earlier rule took."""
 
     def __init__(self, config: Config, inventory: Inventory) -> None:
         self.config = config
@@ -143,7 +143,7 @@ class _Rules:
         return inside
 
     def _taker(self, candidate: Candidate) -> str:
-        """Return who took a candidate before: `exclude`, an earlier rule, or nobody."""
+        """Return what took a candidate before: `exclude`, an earlier rule, or nothing."""
         if self.config.exclude:
             names = (candidate.name, *candidate.aliases, *candidate.weight_names)
             if any(name in self.excluded for name in names):

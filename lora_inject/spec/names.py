@@ -1,6 +1,6 @@
-"""Dotted names: their canonical form, patterns on their ends, and what they nearly spell.
+"""Dotted names: their canonical form, patterns on their ends, and nearest spellings.
 
-Everything is matched, shown and filed under one name, free of what wrappers put into it.
+Everything is matched, shown and saved under one name, without the segments of wrappers.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def matching(
 
 
 def regex_problem(pattern: str) -> str | None:
-    """Return why a pattern is not a regex that can be meant, None where it is one."""
+    """Return why a pattern is not a valid regex for names; None if it is one."""
     try:
         pattern.encode()  # half a surrogate pair is not text
         with warnings.catch_warnings():
@@ -203,7 +203,7 @@ def _plain(pattern: str) -> str:
 
 
 def nearest_names(pattern: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """Names in which some run of segments is spelled most like the pattern, ends first."""
+    """Names with a run of segments that is most similar to the pattern, ends first."""
     plain = _plain(pattern)
     width = plain.count(".") + 1
     ends: dict[str, str] = {}
@@ -277,9 +277,9 @@ def _collapse(groups: dict[tuple[str, ...], int], at: int) -> dict[tuple[str, ..
 
 
 def printable(text: str, keep: str = "") -> str:
-    r"""Return text as a terminal and a page may show it: what is not printable is spelled out.
+    r"""Return text that a terminal and a page can show safely: other characters are escaped.
 
-    Names come from files of others, and a terminal obeys escape sequences. `keep` is left alone.
+    Names come from untrusted files, and a terminal runs escape sequences. `keep` is not escaped.
 
     Examples:
         >>> printable("h.0\x1b[2J.q\n"), printable("a\n", keep="\n")

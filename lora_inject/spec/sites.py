@@ -2,8 +2,8 @@
 
 Every kind of weight is a matrix (`matrix_shape`), and an adapter adds to it a few
 low-rank blocks. A plain linear layer has one block; a fused projection has one for each adapted
-slice; a bank of experts has one for each expert. All that merging, exporting and counting need to
-know about a site is therefore a list of `Block`s, stated once, here.
+slice; a bank of experts has one for each expert. So merging, exporting and counting need only a
+list of `Block`s, which is stated once, here.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SiteSpec:
     form: tuple[object, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Compute what follows; torch.compile cannot trace a cached property."""
+        """Compute derived fields; torch.compile cannot trace a cached property."""
         divisor = math.sqrt(self.rank) if self.scaling == "rslora" else self.rank
         spans = self.slices.spans if self.slices else ((0, self.out_features),)
         lead = () if self.experts is None else (self.experts,)
@@ -111,9 +111,9 @@ class SiteSpec:
         )
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
-        """Return the same site in another place, for a fraction of the cost of a new one.
+        """Return the same site under another name, at a fraction of the cost of a new one.
 
-        Models have thousands of sites that differ in nothing else.
+        Models have thousands of sites that differ only in their names.
 
         Examples:
             >>> q = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=2)
