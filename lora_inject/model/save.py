@@ -183,7 +183,8 @@ def save_adapter(
         version: Write to `path/VERSION`, then replace the file `path/LATEST`, which has the name of
             the newest version: for servers that follow a training run.
         keep: With `version`: the number of newest versions to keep; by default all.
-        **options: For the format.
+        **options: For the format: `overwrite=True` replaces an adapter that is there; `base_model`,
+            `task_type` and others stand over what the model says (`formats.ModelFacts`).
 
     Returns:
         The path that was written.
