@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import KINDS, Host, fill, host, same_bits, snapshot
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lora_inject as li
@@ -77,6 +78,17 @@ def test_files_are_swapped_in_too(layout: str, tmp_path: Path) -> None:
     li.swap_adapter(net, path, "slot")
     assert same_bits(net(IDS), wanted(IDS))
     assert list(li.adapters(net)) == ["slot"]
+
+
+def test_files_whose_names_only_the_model_tells_are_swapped_in(tmp_path: Path) -> None:
+    net = fill(li.inject(nn.Sequential(nn.Linear(4, 6)), {**RULE, "targets": ["0"]}))
+    state = li.adapter_state(net)
+    path = li.write_adapter(state, tmp_path / "k.safetensors", "kohya", component="unet")
+    save_file(load_file(path), path)  # without the names that this package adds
+    A = state.sites["0"].A.clone()
+    fill(net)
+    li.swap_adapter(net, path)
+    assert same_bits(li.adapter_state(net).sites["0"].A, A)
 
 
 def test_an_optimizer_keeps_hold_and_the_slot_stays_what_it_was() -> None:

@@ -22,7 +22,7 @@ from lora_inject.formats import read_adapter
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import Carried, reach, records_of, refuse_merged, whole_adapter
 from lora_inject.model.fit_state import Base, check_base, check_base_copies, check_finite
-from lora_inject.model.save import base_weights, fingerprint
+from lora_inject.model.save import base_weights, fingerprint, model_facts
 from lora_inject.model.sharding import copy_into, reshard
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
@@ -86,7 +86,9 @@ def swap_adapter(
     slot = whole_adapter(survey, name, "swap_adapter of")
     selections = reach(model, survey).selections
     refuse_merged(asked, *selections)
-    state = source if isinstance(source, AdapterState) else read_adapter(source, format, **options)
+    state = source
+    if not isinstance(state, AdapterState):
+        state = read_adapter(state, format, facts=model_facts(survey), **options)
     into, values, weights = _paired(slot, state, asked)
     check_finite(state, asked if state is source else f"{asked} for {str(source)!r}")
     if state.fingerprint is not None and base != "any":
