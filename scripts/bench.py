@@ -35,16 +35,16 @@ METHOD = """\
 
 All variants of a case run in one process, in an order that is shuffled for each round. A ratio is
 formed within a round; the tables show the median of the rounds. The JSON file beside this page has
-the range and the number of the rounds, and the floor measured a second time, which says how far
-any ratio may be off.
+the range and the number of the rounds. It also has the floor measured a second time, which shows
+the error of the ratios.
 
 The *floor* of a training step is the same model with every parameter frozen and the output of its
 embedding requiring a gradient: forward and the gradient of the input, without an optimizer. No
 adapter can train faster. *bare operations* are the least that the mathematics needs: one thin
-product each way, and the additions, in an autograd Function without a check; AdamW for everybody
-is the fused one. What is judged is our time over theirs, in the same run.
+product each way, and the additions, in an autograd Function without a check. AdamW is the fused one
+in all variants. The bounds below are for our time over that of the bare operations in the same run.
 
-Launches, bytes and errors do not depend on the machine; launches are held by a test.
+Launches, bytes and errors do not depend on the machine; a test checks the launches.
 """
 
 Row = Callable[[Options], Result]

@@ -97,5 +97,5 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
 
 
 def gained(y: Tensor, base: Tensor, gain: Tensor) -> Tensor:
-    """Return `y + (gain - 1) * base`; base is the part of y that the gain multiplies: y - bias."""
+    """Return `y + (gain - 1) * base`; the gain multiplies base, y without bias."""
     return torch.addcmul(y, base, (gain - 1).to(y.dtype))
