@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -103,60 +104,36 @@ def backward(y: Tensor) -> None:
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
 
 
-def nothing_changes(model: Net, x: Tensor) -> None:
-    backward(model(x))
+Scenario = Callable[[Net, Tensor], None]
 
 
-def activate_another(model: Net, x: Tensor) -> None:
-    y = model(x)
-    li.activate(model, "b")
-    backward(y)
+def selecting(before: Any, *after: Any) -> Scenario:
+    """A forward under one selection, and a backward after others."""
 
-
-def activate_from_none(model: Net, x: Tensor) -> None:
-    li.activate(model, None)
-    y = model(x)
-    li.activate(model, "a")
-    backward(y)
-
-
-def change_the_mix(model: Net, x: Tensor) -> None:
-    li.activate(model, {"a": 0.7, "b": -0.2})
-    y = model(x)
-    li.activate(model, {"b": 0.7, "a": -0.2})
-    backward(y)
-
-
-def there_and_back(model: Net, x: Tensor) -> None:
-    y = model(x)
-    for name in ("b", None, "a"):
-        li.activate(model, name)
-    backward(y)
-
-
-def backward_in_disabled(model: Net, x: Tensor) -> None:
-    y = model(x)
-    with li.disabled(model):
+    def scenario(model: Net, x: Tensor) -> None:
+        li.activate(model, before)
+        y = model(x)
+        for which in after:
+            li.activate(model, which)
         backward(y)
 
-
-def forward_in_disabled(model: Net, x: Tensor) -> None:
-    with li.disabled(model):
-        y = model(x)
-    backward(y)
+    return scenario
 
 
-def forward_in_routed(model: Net, x: Tensor) -> None:
-    with li.routed(model, ["a", None, "b", "c"]):
-        y = model(x)
-    backward(y)
+def routed(*rows: str | None) -> Callable[[Net], Any]:
+    return lambda model: li.routed(model, rows)
 
 
-def backward_in_other_routes(model: Net, x: Tensor) -> None:
-    with li.routed(model, ["a", "b", "b", "a"]):
-        y = model(x)
-    with li.routed(model, ["b", "a", "a", "b"]):
-        backward(y)
+def within(outer: Callable[[Net], Any], inner: Callable[[Net], Any] = nullcontext) -> Scenario:
+    """A forward in one context and its backward in another, or after it."""
+
+    def scenario(model: Net, x: Tensor) -> None:
+        with outer(model):
+            y = model(x)
+        with inner(model):
+            backward(y)
+
+    return scenario
 
 
 def routed_in_disabled(model: Net, x: Tensor) -> None:
@@ -235,93 +212,86 @@ def another_ejected_in_between(model: Net, x: Tensor) -> None:
     backward(y)
 
 
-SCENARIOS = [
-    nothing_changes,
-    activate_another,
-    activate_from_none,
-    change_the_mix,
-    there_and_back,
-    backward_in_disabled,
-    forward_in_disabled,
-    forward_in_routed,
-    backward_in_other_routes,
-    routed_in_disabled,
-    two_forwards_one_backward,
-    late_backward_of_the_first,
-    evaluation_in_between,
-    an_exception_in_between,
-    backward_twice,
-    forward_after_backward,
-    an_adapter_more_in_between,
-    another_ejected_in_between,
-]
+SCENARIOS: dict[str, Scenario] = {
+    "nothing changes": selecting("a"),
+    "activate another": selecting("a", "b"),
+    "activate from none": selecting(None, "a"),
+    "change the mix": selecting({"a": 0.7, "b": -0.2}, {"b": 0.7, "a": -0.2}),
+    "there and back": selecting("a", "b", None, "a"),
+    "backward in disabled": within(nullcontext, li.disabled),
+    "forward in disabled": within(li.disabled),
+    "two forwards, one backward": two_forwards_one_backward,
+    "late backward of the first": late_backward_of_the_first,
+    "backward twice": backward_twice,
+    "forward after backward": forward_after_backward,
+    "another ejected in between": another_ejected_in_between,
+}
+ROUTES: dict[str, Scenario] = {
+    "forward in routed": within(routed("a", None, "b", "c")),
+    "backward in other routes": within(routed("a", "b", "b", "a"), routed("b", "a", "a", "b")),
+    "routed in disabled": routed_in_disabled,
+    "evaluation in between": evaluation_in_between,
+    "an exception in between": an_exception_in_between,
+}
+# It freezes the others before their backward, and torch refuses that recomputation by itself.
+FREEZES: dict[str, Scenario] = {"an adapter more in between": an_adapter_more_in_between}
 
 
-def run(scenario: Callable[[Net, Tensor], None], model: Net) -> Grads:
+def run(scenario: Scenario, model: Net) -> Grads:
     x = torch.linspace(-1, 1, 4 * 3 * 4, dtype=torch.float64).view(4, 3, 4).requires_grad_()
     torch.manual_seed(1)
     scenario(model, x)
     return gradients(model, x)
 
 
+def assert_recomputed(
+    scenario: Scenario, plain: Net, mode: bool, nested: bool | None = None
+) -> None:
+    """Checkpoints must give the gradients of the same run without."""
+    model = copy.deepcopy(plain)
+    model.mode, model.nested = mode, nested
+    assert_same(run(scenario, model), run(scenario, plain))
+
+
 modes = pytest.mark.parametrize("mode", [True, False], ids=["reentrant", "non-reentrant"])
+inner_modes = pytest.mark.parametrize("nested", [True, False], ids=["reentrant", "non-reentrant"])
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @modes
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("name", SCENARIOS | ROUTES | FREEZES)
 def test_recomputation_runs_under_the_selection_of_its_forward(
-    scenario: Callable[[Net, Tensor], None], mode: bool, dropout: float
+    name: str, mode: bool, dropout: float
 ) -> None:
-    plain, model = net(dropout), None
-    model = copy.deepcopy(plain)
-    model.mode = mode
-    assert_same(run(scenario, model), run(scenario, plain))
+    assert_recomputed((SCENARIOS | ROUTES | FREEZES)[name], net(dropout), mode)
 
 
 READ = {
     "weights": {"targets": [r"fc\.weight", r"out\.weight"]},
     "copies": {"targets": ["qkv"], "train": ["out"], "bias": "all"},
 }
-ROUTES = {
-    forward_in_routed,
-    backward_in_other_routes,
-    routed_in_disabled,
-    evaluation_in_between,
-    an_exception_in_between,
-}
-# It freezes the others before their backward, and torch refuses that recomputation by itself.
-FREEZES = {an_adapter_more_in_between}
 
 
 @modes
 @pytest.mark.parametrize("update", READ)
-@pytest.mark.parametrize(
-    "scenario", [s for s in SCENARIOS if s not in ROUTES | FREEZES], ids=lambda s: s.__name__
-)
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_reads_are_recomputed_under_the_selection_of_their_forward(
-    scenario: Callable[[Net, Tensor], None], update: str, mode: bool
+    name: str, update: str, mode: bool
 ) -> None:
     """Weight updates and trained copies, which read where others add to the output."""
     plain = Net().double()
-    for name in "abc":
+    for adapter in "abc":
         config = {"rank": 2, "alpha": 2, **READ[update]}
-        fill(li.inject(plain, config, name), name)
+        fill(li.inject(plain, config, adapter), adapter)
     li.train_only(plain, ["a", "b", "c"])
-    li.activate(plain, "a")
-    model = copy.deepcopy(plain)
-    model.mode = mode
-    assert_same(run(scenario, model), run(scenario, plain))
+    assert_recomputed(SCENARIOS[name], li.activate(plain, "a"), mode)
 
 
 # ------------------------------------------------------------- contexts inside what is checkpointed
 
 
-NESTED = [activate_another, forward_in_routed, two_forwards_one_backward, backward_twice]
-INSIDE: dict[str, Callable[[Net], Any]] = {
-    "disabled": li.disabled,
-    "routed": lambda model: li.routed(model, ["b", "a", None, "c"]),
-}
+NESTED = ["activate another", "two forwards, one backward", "backward twice", "forward in routed"]
+INSIDE = {"disabled": li.disabled, "routed": routed("b", "a", None, "c")}
 
 
 @modes
@@ -332,30 +302,17 @@ def test_contexts_inside_the_checkpointed_function(
 ) -> None:
     plain = net()
     plain.inside = INSIDE[inside]
-    model = copy.deepcopy(plain)
-    model.mode = mode
-
-    def scenario(model: Net, x: Tensor) -> None:
-        y = model(x)
-        li.activate(model, change)
-        backward(y)
-
-    assert_same(run(scenario, model), run(scenario, plain))
+    assert_recomputed(selecting("a", change), plain, mode)
 
 
-@pytest.mark.parametrize("nested", [True, False], ids=["reentrant", "non-reentrant"])
+@inner_modes
 @modes
-@pytest.mark.parametrize("scenario", NESTED, ids=lambda s: s.__name__)
-def test_nested_checkpoints(
-    scenario: Callable[[Net, Tensor], None], mode: bool, nested: bool
-) -> None:
-    plain = net()
-    model = copy.deepcopy(plain)
-    model.mode, model.nested = mode, nested
-    assert_same(run(scenario, model), run(scenario, plain))
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_checkpoints(name: str, mode: bool, nested: bool) -> None:
+    assert_recomputed((SCENARIOS | ROUTES)[name], net(), mode, nested)
 
 
-@pytest.mark.parametrize("nested", [True, False], ids=["reentrant", "non-reentrant"])
+@inner_modes
 @modes
 def test_a_checkpoint_inside_a_context_inside_a_checkpoint(mode: bool, nested: bool) -> None:
     def scenario(model: Net, x: Tensor) -> None:
@@ -367,10 +324,7 @@ def test_a_checkpoint_inside_a_context_inside_a_checkpoint(mode: bool, nested: b
         li.activate(model, "c")
         backward(y)
 
-    plain = net()
-    model = copy.deepcopy(plain)
-    model.mode = True
-    assert_same(run(scenario, model), run(scenario, plain))
+    assert_recomputed(scenario, net(), mode=True)
 
 
 def test_a_checkpoint_under_hooks_on_saved_tensors() -> None:
@@ -383,10 +337,7 @@ def test_a_checkpoint_under_hooks_on_saved_tensors() -> None:
         li.activate(model, "b")
         backward(y)
 
-    plain = net()
-    model = copy.deepcopy(plain)
-    model.mode = False
-    assert_same(run(scenario, model), run(scenario, plain))
+    assert_recomputed(scenario, net(), mode=False)
 
 
 class _Foreign(torch.autograd.Function):
