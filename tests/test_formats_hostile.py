@@ -50,11 +50,11 @@ def foreign(tmp_path: Path) -> Path:
     return path
 
 
-def pair(name: str, rank: int = 2) -> dict[str, torch.Tensor]:
-    return {
-        f"{P}{name}.lora_A.weight": torch.ones(rank, 4),
-        f"{P}{name}.lora_B.weight": torch.ones(6, rank),
-    }
+TWO, SIX = torch.ones(2, 4), torch.ones(6, 2)  # an A and a B of rank 2
+
+
+def pair(name: str, A: torch.Tensor = TWO, B: torch.Tensor = SIX) -> dict[str, torch.Tensor]:
+    return {f"{P}{name}.lora_A.weight": A.clone(), f"{P}{name}.lora_B.weight": B.clone()}
 
 
 def write_foreign(path: Path, tensors: dict[str, torch.Tensor], **config: Any) -> None:
@@ -110,9 +110,7 @@ def test_values_outside_the_slices_are_not_dropped(ours: Path) -> None:
     tensors, metadata = read_tensors(ours / MODEL)
     tensors[f"{P}h.0.qkv.lora_B.weight"][4, 0] = 1e-30
     save_file(tensors, ours / MODEL, metadata)
-    with pytest.raises(
-        FormatError, match=r"1 values of B lie outside the adapted slices \['q', 'v'\]"
-    ):
+    with pytest.raises(FormatError, match=r"1 values of B lie outside .* slices \['q', 'v'\]"):
         read_adapter(ours)
     assert read_adapter(ours, prefer="config").sites["h.0.qkv"].B[4, 0] == torch.tensor(1e-30)
 
@@ -278,10 +276,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rank differs": ({"r": 3}, "rank 2, adapter_config.json says 3"),
     "rank huge": ({"r": 10**9}, "rank 2"),
     "rank negative": ({"r": -1}, "'r' is not"),
-    "rank pattern text": (
-        {"rank_pattern": {"fc": "8"}},
-        "fc: '8' is impossible",
-    ),
+    "rank pattern text": ({"rank_pattern": {"fc": "8"}}, "fc: '8' is impossible"),
     "pattern list": ({"alpha_pattern": ["fc"]}, "not a table"),
     "dropout": ({"lora_dropout": 1.0}, "lora_dropout"),
     "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
@@ -326,58 +321,24 @@ def test_what_is_let_through_is_named(foreign: Path) -> None:
 
 
 KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "no B": ({f"{P}fc.lora_A.weight": torch.ones(2, 4)}, "'fc': its B is missing"),
-    "no A": ({f"{P}fc.lora_B.weight": torch.ones(6, 2)}, "'fc': its A is missing"),
+    "no B": ({f"{P}fc.lora_A.weight": TWO}, "'fc': its B is missing"),
+    "no A": ({f"{P}fc.lora_B.weight": SIX}, "'fc': its A is missing"),
     "mixed prefix": ({**pair("fc"), "x.weight": torch.ones(1)}, "does not begin with"),
-    "ranks differ": (
-        {f"{P}fc.lora_A.weight": torch.ones(3, 4), f"{P}fc.lora_B.weight": torch.ones(6, 2)},
-        "the ranks differ",
-    ),
-    "one dimension": (
-        {f"{P}fc.lora_A.weight": torch.ones(2), f"{P}fc.lora_B.weight": torch.ones(6, 2)},
-        "not a low-rank pair",
-    ),
-    "dtypes differ": (
-        {f"{P}fc.lora_A.weight": torch.ones(2, 4).half(), f"{P}fc.lora_B.weight": torch.ones(6, 2)},
-        "torch.float16 and B torch.float32",
-    ),
-    "whole numbers": (
-        {
-            f"{P}fc.lora_A.weight": torch.ones(2, 4).int(),
-            f"{P}fc.lora_B.weight": torch.ones(6, 2).int(),
-        },
-        "must be of one of",
-    ),
+    "ranks differ": (pair("fc", torch.ones(3, 4)), "the ranks differ"),
+    "one dimension": (pair("fc", torch.ones(2)), "not a low-rank pair"),
+    "dtypes differ": (pair("fc", TWO.half()), "torch.float16 and B torch.float32"),
+    "whole numbers": (pair("fc", TWO.int(), SIX.int()), "must be of one of"),
     "magnitude": ({**pair("fc"), f"{P}fc.lora_magnitude_vector": torch.ones(6)}, "DoRA"),
-    "magnitude.weight": (
-        {**pair("fc"), f"{P}fc.lora_magnitude_vector.weight": torch.ones(6)},
-        "DoRA",
-    ),
-    "tokens": (
-        {**pair("fc"), ROWS: torch.ones(2, 2)},
-        "does not say which rows",
-    ),
+    "its weight": ({**pair("fc"), f"{P}fc.lora_magnitude_vector.weight": torch.ones(6)}, "DoRA"),
+    "tokens": ({**pair("fc"), ROWS: torch.ones(2, 2)}, "does not say which rows"),
     "B bias": ({**pair("fc"), f"{P}fc.lora_B.bias": torch.ones(6)}, "bias of lora_B"),
     "unknown lora": ({**pair("fc"), f"{P}fc.lora_C.weight": torch.ones(6)}, "no known kind"),
-    "twice": (
-        {**pair("fc"), f"{P}fc.lora_A.default.weight": torch.ones(2, 4)},
-        "a second time",
-    ),
+    "twice": ({**pair("fc"), f"{P}fc.lora_A.default.weight": TWO}, "a second time"),
     "trained and adapted": (
-        {**pair("fc"), f"{P}fc.weight": torch.ones(6, 4)},
-        "has a site as well",
+        {**pair("fc"), f"{P}fc.weight": torch.ones(6, 4)}, "has a site as well",
     ),
-    "grouped conv": (
-        {f"{P}c.lora_A.weight": torch.ones(4, 4, 3), f"{P}c.lora_B.weight": torch.ones(6, 2, 1)},
-        "grouped convolutions",
-    ),
-    "rows twice": (
-        {
-            f"e.token_adapter.trainable_tokens_delta{end}": torch.ones(2, 2)
-            for end in ("", ".default")
-        },
-        "a second time",
-    ),
+    "grouped conv": (pair("c", torch.ones(4, 4, 3), torch.ones(6, 2, 1)), "grouped convolutions"),
+    "rows twice": ({ROWS: torch.ones(2, 2), f"{ROWS}.default": torch.ones(2, 2)}, "a second time"),
     "attention's output twice": (
         {**pair("a"), **pair("a.base_layer.out_proj"), **pair("a.out_proj")},
         "two of its pairs are of one site",
@@ -386,14 +347,8 @@ KEYS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
         {**pair("a"), **pair("a.base_layer.out_proj.base_layer")},
         "are not those of 'a.out_proj'",
     ),
-    "stray level": (
-        {
-            f"{P}fc.base_layer.{n}.weight": t
-            for n, t in (("lora_A", torch.ones(2, 4)), ("lora_B", torch.ones(6, 2)))
-        },
-        "are not those of 'fc'",
-    ),
-}
+    "stray level": (pair("fc.base_layer"), "are not those of 'fc'"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", KEYS)
@@ -429,12 +384,9 @@ def test_a_module_called_lora_in_may_be_trained(tmp_path: Path) -> None:
 
 
 def test_keys_without_prefix_and_with_adapter_name(tmp_path: Path) -> None:
-    a, b = torch.ones(2, 4), torch.ones(6, 2)
-    for keys in (
-        ("fc.lora_A.weight", "fc.lora_B.weight"),
-        (f"{P}fc.lora_A.default.weight", f"{P}fc.lora_B.default.weight"),
-    ):
-        write_foreign(tmp_path, dict(zip(keys, (a, b), strict=True)))
+    for prefix, end in (("", ""), (P, ".default")):
+        keys = (f"{prefix}fc.lora_A{end}.weight", f"{prefix}fc.lora_B{end}.weight")
+        write_foreign(tmp_path, dict(zip(keys, (TWO, SIX), strict=True)))
         assert list(read_adapter(tmp_path).sites) == ["fc"]
 
 
