@@ -220,14 +220,13 @@ def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> Mat
     return MatchError(label, f"matches only what cannot take an adapter: {some}{more}", remedy)
 
 
-def _head_notes(config: Config, inventory: Inventory) -> Iterator[str]:
+def _head_notes(config: Config, inventory: Inventory) -> list[str]:
     """Say which layer `all-linear` took for the output head."""
-    if any(rule.match == ALL_LINEAR for rule in config.targets):
-        yield (
-            f"all-linear leaves out the output head {quoted(inventory.heads)}"
-            if inventory.heads
-            else "all-linear takes every linear layer: the model states no output head"
-        )
+    if all(rule.match != ALL_LINEAR for rule in config.targets):
+        return []
+    if inventory.heads:
+        return [f"all-linear leaves out the output head {quoted(inventory.heads)}"]
+    return ["all-linear takes every linear layer: the model states no output head"]
 
 
 def _check_expect(plan: Plan) -> None:

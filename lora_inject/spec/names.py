@@ -9,7 +9,6 @@ import re
 import time
 import warnings
 from collections.abc import Iterable
-from difflib import SequenceMatcher
 from functools import lru_cache
 
 import regex
@@ -188,7 +187,6 @@ def quoted(names: Iterable[str]) -> str:
 # Nearest spellings --------------------------------------------------------------------------------
 
 _MAX_SPELLINGS = 4000
-_ALIKE = 0.75  # further names are shown if they are nearly as like as the best
 
 
 def _plain(pattern: str) -> str:
@@ -206,9 +204,10 @@ def nearest_names(pattern: str, names: Iterable[str], n: int = 3) -> list[str]:
     """Names with a run of segments that is most similar to the pattern, ends first."""
     plain = _plain(pattern)
     width = plain.count(".") + 1
+    distinct = {re.sub(r"\d+", "0", name): name for name in reversed(list(names))}
     ends: dict[str, str] = {}
     inner: dict[str, str] = {}
-    for name in _distinct(names):
+    for name in reversed(distinct.values()):  # the first of all that differ in numbers only
         segments = name.split(".")
         ends.setdefault(".".join(segments[-width:]), name)
         for start in range(max(0, len(segments) - width)):
@@ -217,14 +216,7 @@ def nearest_names(pattern: str, names: Iterable[str], n: int = 3) -> list[str]:
             break
     spellings = {**ends, **inner, **ends}  # ends first, and their names before those of inner runs
     near = nearest(plain, spellings, n=n) if plain else []
-    likeness = [SequenceMatcher(None, plain, spelling).ratio() for spelling in near]
-    like = [x for x, ratio in zip(near, likeness, strict=True) if ratio > _ALIKE * max(likeness)]
-    return list(dict.fromkeys(spellings[spelling] for spelling in like))
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    """The first of all names that differ in numbers only."""
-    return list({re.sub(r"\d+", "0", name): name for name in reversed(list(names))}.values())[::-1]
+    return list(dict.fromkeys(map(spellings.__getitem__, near)))
 
 
 # Names that differ in numbers ---------------------------------------------------------------------

@@ -148,11 +148,9 @@ def _lines(plan: Plan, width: int) -> Iterator[str]:
         names = templates(dict.fromkeys(e.name for e in plan.skipped if e.reason == reason))
         some = ", ".join(list(names)[:4]) + (", ..." if len(names) > 4 else "")
         yield from _filled(f"skipped, {reason}: {some}", width)
-    for tied in plan.tied:
-        yield from _filled(f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}", width)
-    for note in plan.notes:
-        yield from _filled(f"note: {note}", width)
-    yield from _filled(_totals(plan), width)
+    closing = [f"tied: {' = '.join(tied.names)}; {_tied_text(tied)}" for tied in plan.tied]
+    for line in (*closing, *(f"note: {note}" for note in plan.notes), _totals(plan)):
+        yield from _filled(line, width)
 
 
 def _filled(line: str, width: int) -> list[str]:
@@ -205,9 +203,8 @@ def _tied_text(tied: Tied) -> str:
 
 
 def _totals(plan: Plan) -> str:
-    share = (
-        f", {100 * plan.n_trainable / plan.n_base:.3g} % of {plan.n_base:,}" if plan.n_base else ""
-    )
+    percent = 100 * plan.n_trainable / max(plan.n_base, 1)
+    share = f", {percent:.3g} % of {plan.n_base:,}" if plan.n_base else ""
     extra = f" + {plan.n_trained:,} trained in full" if plan.trained else ""
     return (
         f"{counted(plan.n_sites, 'site')}: {plan.n_lora:,} in A and B{extra} = "

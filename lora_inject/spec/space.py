@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import product
 from os import PathLike
 from random import Random
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -30,6 +30,9 @@ from lora_inject.spec.yaml import Document, read_text
 BYTES_EACH = 4
 """Bytes of a parameter in a saved adapter: float32, also for a 16-bit base."""
 SEARCHED = ("targets", "rank", "alpha", "variant", "expect")
+_NAMES = {"targets": "{}", "rank": "r{}", "scale": "x{:g}", "variant": "{}", "lr": "lr {:g}"}
+"""What may vary, to what a trial's name says of it."""
+_DRAWN = ("targets", "variant", "rank", "scale", "lr")  # in this order: it is part of a seed
 
 
 class Range(_Strict):
@@ -70,13 +73,9 @@ _Read = BeforeValidator(_read_choices)
 _Check = AfterValidator(_check_choices)
 _EitherWay = Discriminator(lambda value: "range" if isinstance(value, (Mapping, Range)) else "list")
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Ranks = Annotated[
-    Annotated[tuple[Rank, ...], _Check, Tag("list")] | Annotated[Range, Tag("range")],
-    _EitherWay,
-    _Read,
-]
-Numbers = Annotated[
-    Annotated[tuple[_Positive, ...], _Check, Tag("list")] | Annotated[Range, Tag("range")],
+_T = TypeVar("_T")
+Varied = Annotated[
+    Annotated[tuple[_T, ...], _Check, Tag("list")] | Annotated[Range, Tag("range")],
     _EitherWay,
     _Read,
 ]
@@ -152,10 +151,10 @@ class Space(_Strict):
 
     targets: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Rules], Field(min_length=1)]
     """Choices of layers: a name, which the tables show, to rules as in a config."""
-    rank: Ranks = (8,)
-    scale: Numbers = (2.0,)
+    rank: Varied[Rank] = (8,)
+    scale: Varied[_Positive] = (2.0,)
     """alpha / rank."""
-    lr: Numbers
+    lr: Varied[_Positive]
     """Largest learning rate in the schedule."""
     variant: Annotated[tuple[Variant, ...], _Check, _Read] = ("lora",)
     trials: Annotated[int, Field(ge=2)] | None = None
@@ -209,24 +208,17 @@ class Space(_Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            models: dict[str, type[BaseModel]] = {
-                "": cls,
-                "targets": Rule,
-                "budget": Budget,
-                "training": Training,
-            }
+            inner: dict[str, type[BaseModel]] = {"budget": Budget, "training": Training}
+            models = {"": cls, "targets": Rule, **inner}
             raise config_error(error, models, data, document) from None
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Return each key that has choices, and its choices."""
-        keys: dict[str, Any] = {"targets": tuple(self.targets), "variant": self.variant}
-        keys |= {"rank": self.rank, "scale": self.scale, "lr": self.lr}
-        return {key: value for key, value in keys.items() if isinstance(value, tuple)}
+        return {key: tuple(v) for key in _DRAWN if not isinstance(v := getattr(self, key), Range)}
 
     def ranges(self) -> dict[str, Range]:
         """Return each key that has a range, and its range."""
-        keys = {"rank": self.rank, "scale": self.scale, "lr": self.lr}
-        return {key: value for key, value in keys.items() if isinstance(value, Range)}
+        return {key: v for key in _DRAWN if isinstance(v := getattr(self, key), Range)}
 
     def points(self) -> list[dict[str, Any]]:
         """Return the points to try, as the seed draws them.
@@ -260,15 +252,13 @@ class Space(_Strict):
         fitting: dict[str, Candidate] = {}
         over: dict[str, int] = {}
         for point in self.points():
-            config = Config.from_dict(
-                {
-                    **self.config,
-                    "targets": self.targets[point["targets"]],
-                    "rank": point["rank"],
-                    "alpha": point["scale"] * point["rank"],
-                    "variant": point["variant"],
-                }
-            )
+            of_point = {
+                "targets": self.targets[point["targets"]],
+                "rank": point["rank"],
+                "alpha": point["scale"] * point["rank"],
+                "variant": point["variant"],
+            }
+            config = Config.from_dict({**self.config, **of_point})
             plan = resolve(config, inventory)
             name = " ".join(_NAMES[key].format(point[key]) for key in _NAMES if key in varied)
             if not self.budget.allows(plan.n_trainable):
@@ -279,19 +269,8 @@ class Space(_Strict):
             fitting[name] = Candidate(counted, point["lr"], plan.n_trainable)
         if not fitting:
             name, least = min(over.items(), key=lambda item: item[1])
-            raise MatchError(
-                f"a search within {self.budget.model_dump(exclude_none=True)}",
-                f"the smallest trial, {name!r}, has {least:,} parameters "
-                f"({BYTES_EACH * least:,} bytes)",
-                "Give a larger budget, a smaller rank or fewer layers",
-            )
+            asked = f"a search within {self.budget.model_dump(exclude_none=True)}"
+            size = f"{least:,} parameters ({BYTES_EACH * least:,} bytes)"
+            found = f"the smallest trial, {name!r}, has {size}"
+            raise MatchError(asked, found, "Give a larger budget, a smaller rank or fewer layers")
         return fitting, list(over)
-
-
-_NAMES = {
-    "targets": "{}",
-    "rank": "r{}",
-    "scale": "x{:g}",
-    "variant": "{}",
-    "lr": "lr {:g}",
-}

@@ -230,8 +230,7 @@ def _yaml_help(problem: str) -> str:
 def show(value: Any) -> str:
     """Return the value as the user would recognize it, short and printable."""
     text = f"'{value}'" if isinstance(value, str) else repr(value)
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def dotted(path: Loc) -> str:
