@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,284 +113,223 @@ def test_configs_are_values() -> None:
 
 # What is refused, and the words
 
+# A key alone is followed by a line `targets: [q]`.
 REFUSED = r"""
 rnak: 4
-targets: [q]
-=> lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
+=> f:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
 
 targets: [q]
 expect: {sits: 3}
-=> lora.yaml:2:10 (expect.sits): unknown key 'sits'. Did you mean 'sites'?
+=> f:2:10 (expect.sits): unknown key 'sits'. Did you mean 'sites'?
 
 targets: [q]
 init: {std: 0.1}
-=> lora.yaml:2:8 (init.std): unknown key 'std'. Did you mean 'normal'? Also: lora.yaml:2:7
-   (init): 'normal' is missing.
+=> f:2:8 (init.std): unknown key 'std'. Did you mean 'normal'? Also: f:2:7 (init): 'normal' is
+   missing.
 
 lora_alpha: 4
-targets: [q]
-=> lora.yaml:1:1 (lora_alpha): unknown key 'lora_alpha'. Did you mean 'alpha'?
+=> f:1:1 (lora_alpha): unknown key 'lora_alpha'. Did you mean 'alpha'?
 
 targets: [{match: q, train: [a]}]
-=> lora.yaml:1:22 (targets[0].train): unknown key 'train'. 'train' belongs at the top level.
+=> f:1:22 (targets[0].train): unknown key 'train'. 'train' belongs at the top level.
 
 targets: [q]
 slices: [q, k]
-=> lora.yaml:2:1 (slices): unknown key 'slices'. 'slices' belongs under targets.
+=> f:2:1 (slices): unknown key 'slices'. 'slices' belongs under targets.
 
 foo: 1
 rank: 0
 alpha: 0
 targets: [q]
-=> lora.yaml:1:1 (foo): unknown key 'foo'. The keys are version, rank, alpha, dropout, init,
-   scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect. Also:
-   lora.yaml:2:7 (rank): 0 is not accepted; lora.yaml:3:8 (alpha): 0 is not accepted.
-
-rank: 1.5
-targets: [q]
-=> lora.yaml:1:7 (rank): 1.5 is not accepted. Input should be a valid integer.
+=> f:1:1 (foo): unknown key 'foo'. The keys are version, rank, alpha, dropout, init, scaling,
+   compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect. Also: f:2:7 (rank): 0
+   is not accepted; f:3:8 (alpha): 0 is not accepted.
 
 rank: '8'
-targets: [q]
-=> lora.yaml:1:7 (rank): '8' is not accepted. Input should be a valid integer.
+=> f:1:7 (rank): '8' is not accepted. Input should be a valid integer.
 
 rank: true
-targets: [q]
-=> lora.yaml:1:7 (rank): True is not accepted. Input should be a valid integer.
+=> f:1:7 (rank): True is not accepted. Input should be a valid integer.
 
 rank:
-targets: [q]
-=> lora.yaml:1:6 (rank): there is no value. Write one, or remove the key.
+=> f:1:6 (rank): there is no value. Write one, or remove the key.
 
 rank: 010
-targets: [q]
-=> lora.yaml:1:7 (rank): '010' is not accepted. Input should be a valid integer.
+=> f:1:7 (rank): '010' is not accepted. Input should be a valid integer.
 
 alpha: 0
-targets: [q]
-=> lora.yaml:1:8 (alpha): 0 is not accepted. Input should be greater than 0.
+=> f:1:8 (alpha): 0 is not accepted. Input should be greater than 0.
 
 alpha: .nan
-targets: [q]
-=> lora.yaml:1:8 (alpha): nan is not accepted. Input should be a finite number.
+=> f:1:8 (alpha): nan is not accepted. Input should be a finite number.
 
 alpha: 1e999
-targets: [q]
-=> lora.yaml:1:8 (alpha): inf is not accepted. Input should be a finite number.
+=> f:1:8 (alpha): inf is not accepted. Input should be a finite number.
 
 dropout: 1
-targets: [q]
-=> lora.yaml:1:10 (dropout): 1 is not accepted. Input should be less than 1.
-
-bias: adaptd
-targets: [q]
-=> lora.yaml:1:7 (bias): 'adaptd' is not accepted. Did you mean 'adapted'?
+=> f:1:10 (dropout): 1 is not accepted. Input should be less than 1.
 
 bias: no
-targets: [q]
-=> lora.yaml:1:7 (bias): 'no' is not accepted. Did you mean 'none'?
+=> f:1:7 (bias): 'no' is not accepted. Did you mean 'none'?
 
 init: gausian
-targets: [q]
-=> lora.yaml:1:7 (init): 'gausian' is not accepted. Did you mean 'gaussian'?
+=> f:1:7 (init): 'gausian' is not accepted. Did you mean 'gaussian'?
 
 init: 3
-targets: [q]
-=> lora.yaml:1:7 (init): 3 is not accepted. Input should be 'kaiming', 'gaussian', 'pissa' or
-   'olora', or {normal: 0.02}.
+=> f:1:7 (init): 3 is not accepted. Input should be 'kaiming', 'gaussian', 'pissa' or 'olora', or
+   {normal: 0.02}.
 
 variant: dor
-targets: [q]
-=> lora.yaml:1:10 (variant): there is no variant 'dor'. Did you mean 'dora'?
-
-init: {normal: 0}
-targets: [q]
-=> lora.yaml:1:16 (init.normal): 0 is not accepted. Input should be greater than 0.
+=> f:1:10 (variant): there is no variant 'dor'. Did you mean 'dora'?
 
 version: 2
-targets: [q]
-=> lora.yaml:1:10 (version): 2 is not accepted. Input should be 1.
+=> f:1:10 (version): 2 is not accepted. Input should be 1.
 
 targets: q_proj
-=> lora.yaml:1:10 (targets): 'q_proj' is not accepted. Write a list: [q_proj].
+=> f:1:10 (targets): 'q_proj' is not accepted. Write a list: [q_proj].
 
 targets: [12]
-=> lora.yaml:1:11 (targets[0]): 12 is not a rule. Write a pattern in single quotes, or a
-   mapping with 'match'.
+=> f:1:11 (targets[0]): 12 is not a rule. Write a pattern in single quotes, or a mapping with
+   'match'.
 
 targets: [{rank: 3}]
-=> lora.yaml:1:11 (targets[0]): 'match' is missing. Add match: with its value.
+=> f:1:11 (targets[0]): 'match' is missing. Add match: with its value.
 
 targets: [q]
 exclude: [3]
-=> lora.yaml:2:11 (exclude[0]): 3 is not accepted. Input should be a valid string.
+=> f:2:11 (exclude[0]): 3 is not accepted. Input should be a valid string.
 
 targets:
   - q
   - '(q'
-=> lora.yaml:3:5 (targets[1]): '(q' is not a regex: missing ), unterminated subpattern at
-   position 0. Patterns are Python regexes; a literal dot is '\.'.
+=> f:3:5 (targets[1]): '(q' is not a regex: missing ), unterminated subpattern at position 0.
+   Patterns are Python regexes; a literal dot is '\.'.
 
 targets: [q]
 train: ['a**']
-=> lora.yaml:2:9 (train[0]): 'a**' is not a regex: multiple repeat at position 2. Patterns are
-   Python regexes; a literal dot is '\.'.
+=> f:2:9 (train[0]): 'a**' is not a regex: multiple repeat at position 2. Patterns are Python
+   regexes; a literal dot is '\.'.
 
 targets: ['[[a]']
-=> lora.yaml:1:11 (targets[0]): '[[a]' is not a regex: Possible nested set at position 1.
-   Patterns are Python regexes; a literal dot is '\.'.
-
-targets: ['']
-=> lora.yaml:1:11 (targets[0]): '' also matches an empty name. Write what must be there; '.+'
-   matches every name, '^$' the root.
+=> f:1:11 (targets[0]): '[[a]' is not a regex: Possible nested set at position 1. Patterns are
+   Python regexes; a literal dot is '\.'.
 
 targets: ['.*']
-=> lora.yaml:1:11 (targets[0]): '.*' also matches an empty name. Write what must be there;
-   '.+' matches every name, '^$' the root.
+=> f:1:11 (targets[0]): '.*' also matches an empty name. Write what must be there; '.+' matches
+   every name, '^$' the root.
 
 targets: [{match: q, adapt: [q]}]
-=> lora.yaml:1:29 (targets[0].adapt): there is no slice 'q'. Add slices: [q, k, v].
+=> f:1:29 (targets[0].adapt): there is no slice 'q'. Add slices: [q, k, v].
 
 targets: [{match: q, slices: [q, k]}]
-=> lora.yaml:1:11 (targets[0]): slices are given, but not which of them to adapt. Add adapt:
-   with some of q, k.
+=> f:1:11 (targets[0]): slices are given, but not which of them to adapt. Add adapt: with some of q,
+   k.
 
 targets: [{match: q, slices: [q, k], adapt: [q, x]}]
-=> lora.yaml:1:45 (targets[0].adapt): there is no slice 'x'. The slices are q, k.
+=> f:1:45 (targets[0].adapt): there is no slice 'x'. The slices are q, k.
 
 targets: [{match: q, slices: [q, k], adapt: [q, q]}]
-=> lora.yaml:1:45 (targets[0].adapt): ['q', 'q'] has a repeated entry. Write each once.
+=> f:1:45 (targets[0].adapt): ['q', 'q'] has a repeated entry. Write each once.
 
 targets: [{match: q, slices: [q, q], adapt: [q]}]
-=> lora.yaml:1:30 (targets[0].slices): ['q', 'q'] has a repeated entry. Write each once.
+=> f:1:30 (targets[0].slices): ['q', 'q'] has a repeated entry. Write each once.
 
 targets: [{match: q, slices: {q: 8, k: 0}, adapt: [q]}]
-=> lora.yaml:1:40 (targets[0].slices.k): 0 is not accepted. Input should be greater than or
-   equal to 1.
+=> f:1:40 (targets[0].slices.k): 0 is not accepted. Input should be greater than or equal to 1.
 
 targets: [{match: q, slices: ['a b', k], adapt: [k]}]
-=> lora.yaml:1:31 (targets[0].slices[0]): 'a b' is not accepted. String should match pattern
+=> f:1:31 (targets[0].slices[0]): 'a b' is not accepted. String should match pattern
    '^[A-Za-z_][A-Za-z0-9_]*$'.
 
 targets: [{match: q, layout: out-in}]
-=> lora.yaml:1:30 (targets[0].layout): 'out-in' is not accepted. Did you mean 'out_in'?
+=> f:1:30 (targets[0].layout): 'out-in' is not accepted. Did you mean 'out_in'?
 
 targets: [q]
 expect: {}
-=> lora.yaml:2:9 (expect): nothing is expected. Give sites, lora or trainable.
+=> f:2:9 (expect): nothing is expected. Give sites, lora or trainable.
 
-rank: 3
-=> lora.yaml:1:1: it selects nothing: no targets, no train, tokens or bias. Add targets:
-   with patterns such as 'q_proj' (or train:, tokens: or bias:).
-
-targets: [q]
-rank: 3
-targets: [k]
-=> lora.yaml:3:1 (targets): the key 'targets' is given twice, first in line 1. Remove one of
-   them.
+{rank: 3}
+=> f:1:1: it selects nothing: no targets, no train, tokens or bias. Add targets: with patterns such
+   as 'q_proj' (or train:, tokens: or bias:).
 
 1: 2
-=> lora.yaml:1:1: 1 is not a key: keys are strings. Write it in quotes, if it is meant.
+=> f:1:1: 1 is not a key: keys are strings. Write it in quotes, if it is meant.
 
 rank: !!int x
-targets: [q]
-=> lora.yaml:1:7 (rank): x is not int. Remove the tag.
-
-targets: [!!python/name:os.system ]
-=> lora.yaml:1:11 (targets[0]): the tag !!python/name:os.system is not allowed. A config has
-   strings, numbers, lists and mappings only; remove the tag.
+=> f:1:7 (rank): x is not int. Remove the tag.
 
 !x {targets: [q]}
-=> lora.yaml:1:1: the tag !x is not allowed. A config has strings, numbers, lists and mappings
-   only; remove the tag.
+=> f:1:1: the tag !x is not allowed. A config has strings, numbers, lists and mappings only; remove
+   the tag.
 
 targets: !!python/object/apply:os.system ['touch /tmp/pwned']
-=> lora.yaml:1:10 (targets): the tag !!python/object/apply:os.system is not allowed. A config
-   has strings, numbers, lists and mappings only; remove the tag.
+=> f:1:10 (targets): the tag !!python/object/apply:os.system is not allowed. A config has strings,
+   numbers, lists and mappings only; remove the tag.
 
 targets: ["h\.d"]
-=> lora.yaml:1:14: this is not valid YAML: found unknown escape character '.'. Write patterns
-   in single quotes: there a backslash is only a backslash.
+=> f:1:14: this is not valid YAML: found unknown escape character '.'. Write patterns in single
+   quotes: there a backslash is only a backslash.
 
 targets: [*q_proj]
-=> lora.yaml:1:11: this is not valid YAML: found undefined alias 'q_proj'. Define the anchor
-   before it is used; a pattern that begins with * needs quotes.
+=> f:1:11: this is not valid YAML: found undefined alias 'q_proj'. Define the anchor before it is
+   used; a pattern that begins with * needs quotes.
 
 targets: &a [*a]
-=> lora.yaml:1:10 (targets[0]): an alias contains itself. Write the value out.
+=> f:1:10 (targets[0]): an alias contains itself. Write the value out.
 
 targets: [q]
 ---
 rank: 3
-=> lora.yaml:2:1: this is not valid YAML: but found another document. Check indentation,
-   brackets and quotes there.
+=> f:2:1: this is not valid YAML: but found another document. Check indentation, brackets and quotes
+   there.
 
 [q_proj]
-=> lora.yaml:1:1: the config is not a mapping. Write keys and values, such as targets:
-   [q_proj].
-
-use_dora: true
-targets: [q]
-=> lora.yaml:1:1 (use_dora): unknown key 'use_dora'. The keys are version, rank, alpha,
-   dropout, init, scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias,
-   expect.
-
-layers: 3
-targets: [q]
-=> lora.yaml:1:1 (layers): unknown key 'layers'. 'layers' belongs under targets.
+=> f:1:1: the config is not a mapping. Write keys and values, such as targets: [q_proj].
 
 use_rslora: true
-targets: [q]
-=> lora.yaml:1:1 (use_rslora): unknown key 'use_rslora'. Did you mean 'scaling'?
+=> f:1:1 (use_rslora): unknown key 'use_rslora'. Did you mean 'scaling'?
 
 init: corda
-targets: [q]
-=> lora.yaml:1:7 (init): 'corda' is not accepted. Input should be 'kaiming', 'gaussian',
-   'pissa' or 'olora', or {normal: 0.02}.
+=> f:1:7 (init): 'corda' is not accepted. Input should be 'kaiming', 'gaussian', 'pissa' or 'olora',
+   or {normal: 0.02}.
 
 bias: lora_only
-targets: [q]
-=> lora.yaml:1:7 (bias): 'lora_only' is not accepted. Did you mean 'adapted'?
+=> f:1:7 (bias): 'lora_only' is not accepted. Did you mean 'adapted'?
 
 targets: [{match: q, alhpa: 3}]
-=> lora.yaml:1:22 (targets[0].alhpa): unknown key 'alhpa'. Did you mean 'alpha'?
+=> f:1:22 (targets[0].alhpa): unknown key 'alhpa'. Did you mean 'alpha'?
 
 targets: [{match: q, layers: 5-3}]
-=> lora.yaml:1:30 (targets[0].layers): '5-3' is not a range of layers. Write 16-31, or [0, 4,
-   8-11].
+=> f:1:30 (targets[0].layers): '5-3' is not a range of layers. Write 16-31, or [0, 4, 8-11].
 
 targets: [{match: q, layers: []}]
-=> lora.yaml:1:30 (targets[0].layers): [] is not a range of layers. Write 16-31, or [0, 4, 8-11].
+=> f:1:30 (targets[0].layers): [] is not a range of layers. Write 16-31, or [0, 4, 8-11].
 
 targets: [{match: q, layout: {in: [0], ou: [1]}}]
-=> lora.yaml:1:40 (targets[0].layout.ou): unknown key 'ou'. Did you mean 'out'? Also:
-   lora.yaml:1:30 (targets[0].layout): 'out' is missing.
+=> f:1:40 (targets[0].layout.ou): unknown key 'ou'. Did you mean 'out'? Also: f:1:30
+   (targets[0].layout): 'out' is missing.
 
 targets: [{match: q, layout: {in: [0, 0], out: [1]}}]
-=> lora.yaml:1:35 (targets[0].layout.in): [0, 0] has a repeated entry. Write each
-   once.
+=> f:1:35 (targets[0].layout.in): [0, 0] has a repeated entry. Write each once.
 
 targets:
 - match: q
   rank: 3
   rank: 4
-=> lora.yaml:4:3 (targets[0].rank): the key 'rank' is given twice, first in line 3. Remove one
-   of them.
-
-targets: all-linear
-=> lora.yaml:1:10 (targets): 'all-linear' is not accepted. Write a list: [all-linear].
+=> f:4:3 (targets[0].rank): the key 'rank' is given twice, first in line 3. Remove one of them.
 
 targets: [{match: q, use_dora: true}]
-=> lora.yaml:1:22 (targets[0].use_dora): unknown key 'use_dora'. The keys are match, kind,
-   layers, rank, alpha, dropout, init, scaling, compute, variant, lora_bias, slices, adapt, layout.
+=> f:1:22 (targets[0].use_dora): unknown key 'use_dora'. The keys are match, kind, layers, rank,
+   alpha, dropout, init, scaling, compute, variant, lora_bias, slices, adapt, layout.
 """
 
 
 @pytest.mark.parametrize("case", REFUSED.strip().split("\n\n"))
 def test_an_error_names_the_place_in_the_file_what_was_found_and_the_way_out(case: str) -> None:
     text, message = case.split("\n=> ")
+    text += "\ntargets: [q]" if re.fullmatch(r"(?!targets)\w+:.*", text) else ""
     with pytest.raises(ConfigError) as caught:
-        Config.from_text(text, source="lora.yaml")
+        Config.from_text(text, source="f")
     assert str(caught.value) == " ".join(message.split())
 
 
@@ -472,10 +412,6 @@ def test_words_are_words_where_yaml_1_1_reads_booleans_dates_and_octal_numbers()
     assert tuple(rule.match for rule in config.targets) == words
 
 
-def test_the_root_module_has_a_pattern_of_its_own() -> None:
-    assert Config(targets=["^$"]).targets[0].match == "^$"
-
-
 # Files
 
 
@@ -491,27 +427,22 @@ def test_files_are_read_and_written(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     missing, binary, huge = tmp_path / "no.yaml", tmp_path / "model.bin", tmp_path / "huge.yaml"
+    faulty = tmp_path / "faulty.yaml"
+    faulty.write_text("targets: [q]\nrank: 0")
     binary.write_bytes(b"targets: [q]\n\xff\xfe")
     huge.write_bytes(b"#" * (1 << 20) + b"\ntargets: [q]")
     for path, found in [
-        (missing, "No such file or directory. Give the path of a YAML file."),
-        (tmp_path, "Is a directory. Give the path of a YAML file."),
-        (binary, "byte 13 is not UTF-8. Save it as UTF-8 text."),
-        (huge, "more than 1,048,576 characters. "),
+        (missing, " No such file or directory. Give the path of a YAML file."),
+        (tmp_path, " Is a directory. Give the path of a YAML file."),
+        (binary, " byte 13 is not UTF-8. Save it as UTF-8 text."),
+        (faulty, "2:7 (rank): 0 is not accepted"),
+        (huge, " more than 1,048,576 characters. "),
     ]:
         with pytest.raises(ConfigError) as caught:
             Config.from_yaml(path)
-        assert str(caught.value).startswith(f"{path}: {found}")
+        assert str(caught.value).startswith(f"{path}:{found}")
     with pytest.raises(ConfigError, match="No such file or directory"):
         Config(targets=["q"]).to_yaml(tmp_path / "no" / "lora.yaml")
-
-
-def test_faults_in_a_file_name_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "lora.yaml"
-    path.write_text("targets: [q]\nrank: 0")
-    with pytest.raises(ConfigError) as caught:
-        Config.from_yaml(path)
-    assert str(caught.value).startswith(f"{path}:2:7 (rank): ")
 
 
 def test_yaml_is_short_and_in_the_order_of_the_schema() -> None:
@@ -595,12 +526,8 @@ configs = st.builds(
 
 
 @given(configs)
-def test_config_to_yaml_to_config_is_the_identity(config: Config) -> None:
+def test_a_config_is_the_same_after_yaml_and_after_json(config: Config) -> None:
     assert Config.from_text(config.to_yaml()) == config
-
-
-@given(configs)
-def test_config_to_json_to_config_is_the_identity(config: Config) -> None:
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

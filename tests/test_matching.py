@@ -220,20 +220,6 @@ def test_all_hyper_parameters_reach_the_site() -> None:
     assert (site.scaling, site.compute, site.scale) == ("rslora", "float32", 3.0)
 
 
-def test_the_first_rule_wins() -> None:
-    config = Config(targets=[Rule(match=r"0\.attn\.q_proj", rank=1), Rule(match="q_proj", rank=2)])
-    assert [site.rank for site in resolve(config, tower()).sites] == [1, 2]
-
-
-def test_exclude_goes_first() -> None:
-    config = Config(targets=["q_proj"], exclude=[r"layers\.0\..*"])
-    plan = resolve(config, tower())
-    assert site_names(plan) == ["model.layers.1.attn.q_proj"]
-    assert [(s.name, s.rule, s.reason) for s in plan.skipped] == [
-        ("model.layers.0.attn.q_proj", 0, "excluded")
-    ]
-
-
 @pytest.mark.parametrize(
     ("exclude", "left"),
     [
@@ -255,8 +241,8 @@ def test_an_excluded_module_is_no_parameter_either() -> None:
 
 def test_a_module_and_its_weight_are_excluded_once() -> None:
     config = Config(targets=[r".*(q|k)_proj(\.weight)?"], exclude=["q_proj"])
-    skipped = [s.name for s in resolve(config, tower()).skipped]
-    assert skipped == ["model.layers.0.attn.q_proj", "model.layers.1.attn.q_proj"]
+    skipped = [(s.name, s.rule, s.reason) for s in resolve(config, tower()).skipped]
+    assert skipped == [(f"model.layers.{i}.attn.q_proj", 0, "excluded") for i in range(2)]
 
 
 def test_exclude_leaves_train_and_bias_alone() -> None:
@@ -363,16 +349,16 @@ targets: [q_proj, v_prj]
    'model.layers.0.attn.q_proj', 'model.layers.0.attn.k_proj'.
 
 targets: ['model\.layer\.\d+\.mlp']
-=> rule 1 ('model\.layer\.\d+\.mlp'): matched none of 51 names. Nearest:
-   'model.layers.0.mlp.up', 'model.layers.0.attn.q_proj'.
+=> rule 1 ('model\.layer\.\d+\.mlp'): matched none of 51 names. Nearest: 'model.layers.0.mlp.up',
+   'model.layers.0.attn.q_proj'.
 
 targets: ['^model\.layers\.\d+\.attention\.(k|v)_proj$']
 => rule 1 ('^model\.layers\.\d+\.attention\.(k|v)_proj$'): matched none of 51 names. Nearest:
    'model.layers.0.attn.k_proj', 'model.layers.0.attn.v_proj', 'model.layers.0.attn.q_proj'.
 
 targets: [zzz]
-=> rule 1 ('zzz'): matched none of 51 names. Nothing is spelled like it; there is
-   'model.embed', 'model.layers.{0..1}.attn.q_proj', 'model.layers.{0..1}.attn.k_proj',
+=> rule 1 ('zzz'): matched none of 51 names. Nothing is spelled like it; there is 'model.embed',
+   'model.layers.{0..1}.attn.q_proj', 'model.layers.{0..1}.attn.k_proj',
    'model.layers.{0..1}.attn.v_proj'.
 
 {targets: [q_proj], exclude: [lm_haed]}
@@ -382,11 +368,7 @@ targets: [zzz]
 => train 1 ('norms'): matched none of 52 names. Nearest: 'model.layers.0.norm'.
 
 {targets: ['[qk]_proj', q_proj], exclude: ['layers\.0']}
-=> rule 2 ('q_proj'): all that it matches is taken by exclude (1), rule 1 (1). Put the
-   narrower rule first, or remove this one.
-
-{targets: [q_proj], exclude: [attn]}
-=> rule 1 ('q_proj'): all that it matches is taken by exclude (2). Put the narrower rule
+=> rule 2 ('q_proj'): all that it matches is taken by exclude (1), rule 1 (1). Put the narrower rule
    first, or remove this one.
 
 targets: [mlp]
@@ -395,17 +377,16 @@ targets: [mlp]
    'model.layers.0.mlp.down'.
 
 targets: [norm]
-=> rule 1 ('norm'): matches only what cannot take an adapter: 'model.layers.0.norm'
-   (LayerNorm), 'model.layers.1.norm' (LayerNorm). Name modules or parameters that hold a
-   matrix.
+=> rule 1 ('norm'): matches only what cannot take an adapter: 'model.layers.0.norm' (LayerNorm),
+   'model.layers.1.norm' (LayerNorm). Name modules or parameters that hold a matrix.
 
 targets: [running_mean]
-=> rule 1 ('running_mean'): matches only buffers: 'model.norm.running_mean'. Name a module or
-   a parameter; buffers do not train.
+=> rule 1 ('running_mean'): matches only buffers: 'model.norm.running_mean'. Name a module or a
+   parameter; buffers do not train.
 
 {targets: [q_proj], train: [running_mean]}
-=> train 1 ('running_mean'): matches only buffers: 'model.norm.running_mean'. Name a module or
-   a parameter; buffers do not train.
+=> train 1 ('running_mean'): matches only buffers: 'model.norm.running_mean'. Name a module or a
+   parameter; buffers do not train.
 
 targets: [{match: up, layers: 2-3}]
 => rule 1 ('up'): nothing that it matches lies in layers 2-3. Its layers are 0 to 1.
@@ -415,35 +396,35 @@ targets: [{match: lm_head, layers: 0}]
    matches has one.
 
 targets: [{match: .+proj, kind: linaer}]
-=> rule 1 ('.+proj'): nothing that it matches is of kind 'linaer', but of linear (8). Did you
-   mean 'linear'?
+=> rule 1 ('.+proj'): nothing that it matches is of kind 'linaer', but of linear (8). Did you mean
+   'linear'?
 
 targets: [{match: .+, kind: conv, layers: [1]}]
 => rule 1 ('.+'): nothing that it matches is of kind 'conv', but of linear (6). Correct kind.
 
 targets: [{match: up, rank: 9, init: pissa}]
-=> 'model.layers.0.mlp.up', matched by rule 1 ('up'): init pissa with rank 9, but W has a rank
-   of at most 8. Give the rule rank: 8, or another init.
+=> 'model.layers.0.mlp.up', matched by rule 1 ('up'): init pissa with rank 9, but W has a rank of at
+   most 8. Give the rule rank: 8, or another init.
 
 targets: [{match: up, slices: {a: 13, b: 3}, adapt: [b], rank: 4, init: olora}]
-=> 'model.layers.0.mlp.up', matched by rule 1 ('up'): init olora with rank 4, but W has a rank
-   of at most 3. Give the rule rank: 3, or another init.
+=> 'model.layers.0.mlp.up', matched by rule 1 ('up'): init olora with rank 4, but W has a rank of at
+   most 3. Give the rule rank: 3, or another init.
 
 targets: [{match: up, slices: {a: 12, b: 3}, adapt: [a]}]
-=> 'model.layers.0.mlp.up', matched by rule 1 ('up'): slices of 12 + 3 = 15, but it has 16
-   outputs. Give the widths along its output.
+=> 'model.layers.0.mlp.up', matched by rule 1 ('up'): slices of 12 + 3 = 15, but it has 16 outputs.
+   Give the widths along its output.
 
 targets: [{match: up, slices: [a, b, c], adapt: [a]}]
-=> 'model.layers.0.mlp.up', matched by rule 1 ('up'): 3 equal slices, but 16 outputs do not
-   divide. Give the widths: {a: ..., ...}.
+=> 'model.layers.0.mlp.up', matched by rule 1 ('up'): 3 equal slices, but 16 outputs do not divide.
+   Give the widths: {a: ..., ...}.
 
 targets: [{match: embed, slices: [a, b], adapt: [a]}]
-=> 'model.embed', matched by rule 1 ('embed'): slices, but it is of kind embedding. Slices are
-   for linear layers, Conv1D and 2-d parameters.
+=> 'model.embed', matched by rule 1 ('embed'): slices, but it is of kind embedding. Slices are for
+   linear layers, Conv1D and 2-d parameters.
 
 targets: [{match: q_proj, layout: in_out}]
-=> 'model.layers.0.attn.q_proj', matched by rule 1 ('q_proj'): a layout, but a linear of shape
-   (8, 8) has its own. Remove layout; it is for parameters.
+=> 'model.layers.0.attn.q_proj', matched by rule 1 ('q_proj'): a layout, but a linear of shape (8,
+   8) has its own. Remove layout; it is for parameters.
 
 {targets: ['q_proj\.weight'], dropout: 0.1}
 => 'model.layers.0.attn.q_proj.weight', matched by rule 1 ('q_proj\.weight'): dropout 0.1 on a
@@ -451,8 +432,8 @@ targets: [{match: q_proj, layout: in_out}]
 
 {targets: [q_proj], train: ['layers\.1']}
 => train 1 ('layers\.1'): 'model.layers.1.attn.q_proj.weight' is the weight of the site
-   'model.layers.1.attn.q_proj': adapted and trained both. Exclude
-   'model.layers.1.attn.q_proj', or narrow the pattern.
+   'model.layers.1.attn.q_proj': adapted and trained both. Exclude 'model.layers.1.attn.q_proj', or
+   narrow the pattern.
 
 {targets: [q_proj], train: [drop]}
 => train 1 ('drop'): matches 'model.layers.0.attn.drop', 'model.layers.1.attn.drop', with no
@@ -463,9 +444,8 @@ targets: [{match: q_proj, layout: in_out}]
 
 {targets: [q_proj, k_proj], rank: 2, train: [lm_head],
   expect: {sites: 3, lora: 128, trainable: 400}}
-=> expect {sites: 3, trainable: 400}: found sites: 4, trainable: 384 (rule 1 ('q_proj') 2
-   sites; rule 2 ('k_proj') 2 sites; train and bias 256 elements). Correct the rules, or the
-   counts.
+=> expect {sites: 3, trainable: 400}: found sites: 4, trainable: 384 (rule 1 ('q_proj') 2 sites;
+   rule 2 ('k_proj') 2 sites; train and bias 256 elements). Correct the rules, or the counts.
 """
 
 
@@ -533,16 +513,13 @@ def test_a_stacked_parameter_needs_its_layout(
 
 
 def test_a_layout_that_the_class_states_need_not_be_given_and_cannot_be_contradicted() -> None:
-    known = parameter("experts.up", 4, 12, 8)._replace(
-        needs_layout=False, in_features=12, out_features=8, transposed=True
-    )
+    stated = {"needs_layout": False, "in_features": 12, "out_features": 8, "transposed": True}
+    known = inventory(parameter("experts.up", 4, 12, 8)._replace(**stated))
     for layout in (None, "in_out", {"in": [1], "out": [2]}):
         config = Config(targets=[Rule(match="up", layout=layout)])
-        assert resolve(config, inventory(known)).sites[0].a_shape == (4, 8, 12)
-    config = Config(targets=[Rule(match="up", layout="out_in")])
-    assert "a layout other than in_out, which is the one that its class states" in refused(
-        config, inventory(known)
-    )
+        assert resolve(config, known).sites[0].a_shape == (4, 8, 12)
+    message = refused(Config(targets=[Rule(match="up", layout="out_in")]), known)
+    assert "a layout other than in_out, which is the one that its class states" in message
 
 
 @pytest.mark.parametrize(
@@ -559,10 +536,8 @@ def test_a_layout_that_the_class_states_need_not_be_given_and_cannot_be_contradi
 def test_a_layout_may_say_which_axes_are_in_and_which_are_out(
     axes: Any, shape: tuple[int, ...], maps: tuple[Any, ...], transposed: bool
 ) -> None:
-    plan = resolve(
-        Config(targets=[Rule(match="Wq", rank=2, layout=axes)]), inventory(parameter("Wq", *shape))
-    )
-    site = plan.sites[0]
+    config = Config(targets=[Rule(match="Wq", rank=2, layout=axes)])
+    (site,) = resolve(config, inventory(parameter("Wq", *shape))).sites
     assert (site.experts, site.in_features, site.out_features) == maps
     assert site.transposed is transposed
     assert math.prod(site.matrix_shape) == math.prod(shape)
@@ -577,16 +552,12 @@ def test_axes_that_are_no_matrix_in_memory_order_are_refused(axes: Any) -> None:
     assert f"a layout of in {axes[0]} and out {axes[1]}, but the shape is (6, 4, 3)" in message
 
 
-def test_the_weight_of_a_convolution_has_its_own_layout() -> None:
+def test_a_layout_of_a_convolution_and_slices_of_a_stack_are_refused() -> None:
     conv = Candidate("conv", "conv", 24, 4, (4, 8, 3), "conv.weight")
+    names = inventory(parameter("up", 4, 12, 8), conv)
     config = Config(targets=[Rule(match=r"conv\.weight", layout="out_in")])
-    assert "a layout, but a parameter of shape (4, 8, 3) has its own" in refused(
-        config, inventory(conv)
-    )
-
-
-def test_slices_of_a_stack_are_refused() -> None:
-    names = inventory(parameter("up", 4, 12, 8))
+    found = "a layout, but a parameter of shape (4, 8, 3) has its own"
+    assert found in refused(config, names)
     rule = Rule(match="up", layout="out_in", slices=["a", "b"], adapt=["a"])
     assert "slices, but it is a stack of matrices" in refused(Config(targets=[rule]), names)
 
@@ -608,9 +579,8 @@ def test_all_linear_is_every_linear_layer_but_the_head_that_the_model_states() -
         message = refused(Config(targets=[rule]), keys)
         assert "a list of keys does not say which kind of layer" in message
     head_only = inventory(linear("head"), heads=("head",))
-    assert "no linear layers but its output head" in refused(
-        Config(targets=["all-linear"]), head_only
-    )
+    message = refused(Config(targets=["all-linear"]), head_only)
+    assert "no linear layers but its output head" in message
 
 
 def test_kind_and_layers_narrow_a_rule() -> None:
@@ -702,16 +672,15 @@ def test_a_tied_tensor_trains_under_either_name_and_once() -> None:
 
 def test_train_names_parameters_or_whole_modules() -> None:
     plan = resolve(Config(targets=["q_proj"], train=["norm", r"1\.norm\.bias", "mlp"]), tower())
-    assert [(t.name, t.shape, t.why) for t in plan.trained] == [
-        ("model.layers.0.mlp.up.weight", (16, 8), "train 3 ('mlp')"),
-        ("model.layers.0.mlp.down.weight", (8, 16), "train 3 ('mlp')"),
-        ("model.layers.1.mlp.up.weight", (16, 8), "train 3 ('mlp')"),
-        ("model.layers.1.mlp.down.weight", (8, 16), "train 3 ('mlp')"),
-        ("model.layers.0.norm.weight", (8,), "train 1 ('norm')"),
-        ("model.layers.0.norm.bias", (8,), "train 1 ('norm')"),
-        ("model.layers.1.norm.weight", (8,), "train 1 ('norm')"),
-        ("model.layers.1.norm.bias", (8,), "train 1 ('norm')"),
-    ]
+    wanted = {
+        "mlp.up.weight": ((16, 8), "train 3 ('mlp')"),
+        "mlp.down.weight": ((8, 16), "train 3 ('mlp')"),
+        "norm.weight": ((8,), "train 1 ('norm')"),
+        "norm.bias": ((8,), "train 1 ('norm')"),
+    }
+    assert {t.name: (t.shape, t.why) for t in plan.trained} == {
+        f"model.layers.{i}.{name}": found for i in range(2) for name, found in wanted.items()
+    }
     assert plan.n_trained == 4 * 128 + 4 * 8
     assert plan.n_trainable == plan.n_lora + plan.n_trained
 
@@ -724,9 +693,8 @@ def test_train_knows_every_name_of_a_parameter() -> None:
         aliases={"b.norm.weight": "a.norm.weight"},
     )
     for pattern in ("a", r"b\.norm", r"b\.norm\.weight"):
-        assert [t.name for t in resolve(Config(train=[pattern]), names).trained] == [
-            "a.norm.weight"
-        ]
+        (trained,) = resolve(Config(train=[pattern]), names).trained
+        assert trained.name == "a.norm.weight"
 
 
 def test_biases_of_adapted_modules_or_all() -> None:
@@ -764,11 +732,6 @@ def test_train_and_bias_name_a_tensor_once() -> None:
     assert len(plan.trained) == 10
     assert {t.why for t in plan.trained if "q_proj" in t.name} == {"train 1 ('q_proj\\.bias')"}
     assert {t.why for t in plan.trained if "q_proj" not in t.name} == {"bias: all"}
-
-
-def test_bitfit_needs_no_targets() -> None:
-    plan = resolve(Config(bias="all"), tower())
-    assert (plan.n_sites, plan.n_lora, plan.n_trainable) == (0, 0, 80)
 
 
 def test_expect_passes_when_the_counts_come_out() -> None:
@@ -913,7 +876,7 @@ def test_no_rules_ever_give_one_tensor_two_sites(
         assert site.rule is not None
         known = {site.name, *site.aliases}
         hit_by = [i for i, p in enumerate(patterns) if matching(p, known, asked="")]
-        assert site.rule in hit_by
+        assert site.rule == hit_by[0]
         assert not any(matching(p, known, asked="") for p in exclude)
 
 
@@ -943,15 +906,12 @@ def test_of_keys_only_a_bias_says_which_side_is_the_output() -> None:
         "h.0.attn.c_attn": ("conv1d", 8, 24),
         "h.0.attn.c_proj": ("linear", 8, 8),  # square: its bias says nothing
     }
+    biases = ["h.0.ln_1.bias", "h.0.attn.c_attn.bias", "h.0.attn.c_proj.bias"]
     assert names.others == {
+        **dict.fromkeys(biases, "bias"),
+        **dict.fromkeys(["h.0.attn", "h.0", "h"], "container"),
         "h.0.ln_1.weight": "1-d tensor",
-        "h.0.ln_1.bias": "bias",
-        "h.0.attn.c_attn.bias": "bias",
-        "h.0.attn.c_proj.bias": "bias",
         "h.0.ln_1": "no matrix",
-        "h.0.attn": "container",
-        "h.0": "container",
-        "h": "container",
     }
     rule = Rule(match="c_attn", slices=["q", "k", "v"], adapt=["q", "v"], rank=4)
     plan = resolve(Config(targets=[rule]), names)
@@ -961,11 +921,8 @@ def test_of_keys_only_a_bias_says_which_side_is_the_output() -> None:
 
 def test_keys_of_other_models() -> None:
     keys = {
-        "model.embed_tokens.weight": (50, 8),
         "model.layers.0.q_proj.weight": (16, 8),
         "model.layers.0.q_proj.bias": (16,),
-        "model.layers.0.o_proj.weight": (8, 8),
-        "model.layers.0.o_proj.bias": (8,),
         "model.layers.0.experts.gate_up": (4, 32, 8),
         "model.layers.0.experts.up_bias": (4, 32),
         "model.layers.0.scale": (),
@@ -975,18 +932,14 @@ def test_keys_of_other_models() -> None:
     }
     names = Inventory.from_keys(keys)
     assert kinds(names) == {
-        "model.embed_tokens": ("linear", 8, 50),
         "model.layers.0.q_proj": ("linear", 8, 16),
-        "model.layers.0.o_proj": ("linear", 8, 8),
         "model.layers.0.experts.gate_up": ("parameter", 8, 32),
         "patch": ("conv", 48, 8),
         "table": ("parameter", 8, 5),
     }
-    by_name = {c.name: c for c in names.candidates}
-    assert by_name["model.layers.0.experts.gate_up"].needs_layout
-    assert by_name["model.layers.0.experts.gate_up"].experts == 4
-    assert by_name["model.layers.0.experts.gate_up"].owner == "model.layers.0.experts"
-    assert not by_name["table"].needs_layout
+    stack, table = (c for c in names.candidates if c.kind == "parameter")
+    assert (stack.needs_layout, stack.experts, table.needs_layout) == (True, 4, False)
+    assert stack.owner == "model.layers.0.experts"
     assert names.others["model.layers.0.experts.up_bias"] == "bias"
     assert names.parameters == keys
 
