@@ -10,8 +10,10 @@ reason. int4 weights of torchao need its kernel package `mslk`, which has no bui
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import importlib
 import re
 import warnings
 from abc import ABC
@@ -35,11 +37,15 @@ def plain_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequentia
     return nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 32)).to(dtype)
 
 
-def imported(package: str) -> Any:
-    """Import quietly: both packages warn of what this machine lacks."""
-    with warnings.catch_warnings():
+def found(package: str) -> Any:
+    """Import quietly, since the packages warn of what this machine lacks; None without it."""
+    with warnings.catch_warnings(), contextlib.suppress(ImportError):
         warnings.simplefilter("ignore")
-        return pytest.importorskip(package)
+        return importlib.import_module(package)
+
+
+def imported(package: str) -> Any:
+    return found(package) or pytest.skip(f"{package} is not installed")
 
 
 def torchao(config_name: str, seed: int, **options: Any) -> nn.Module:
@@ -53,8 +59,8 @@ def torchao(config_name: str, seed: int, **options: Any) -> nn.Module:
 
 
 def bitsandbytes(cls: str, seed: int, **options: Any) -> nn.Module:
-    layers = imported("bitsandbytes").nn
-    make = getattr(layers, cls)
+    make = getattr(imported("bitsandbytes").nn, cls)
+    options |= {"compute_dtype": torch.float32} if cls == "Linear4bit" else {}
     net = nn.Sequential(make(N, N, **options), nn.Tanh(), make(N, 32, **options))
     net.load_state_dict(plain_net(seed=seed).state_dict())
     return net.to("cpu")  # this is what quantizes
@@ -149,22 +155,14 @@ def replaced(make: Callable[[Any], nn.Module], seed: int) -> nn.Module:
 
 
 def hqq(plain: nn.Linear) -> nn.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from hqq.core import quantize
-    except ImportError:
+    if (quantize := found("hqq.core.quantize")) is None:
         return HQQLinear(plain)
     how = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
     return quantize.HQQLinear(plain, how, compute_dtype=torch.float32, device="cpu")
 
 
 def quanto(bits: str, seed: int) -> nn.Module:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from optimum import quanto
-    except ImportError:
+    if (quanto := found("optimum.quanto")) is None:
         return replaced(QLinear.of, seed)
     net = plain_net(seed=seed)
     quanto.quantize(net, weights=getattr(quanto, bits))
@@ -185,11 +183,8 @@ def quantized_forward(self, input):
 def compressed_tensors(seed: int) -> nn.Module:
     """As its first forward leaves a model: weights unpacked, a forward on each instance."""
     net: Any = plain_net(seed=seed).requires_grad_(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from compressed_tensors import compressors, quantization
-    except ImportError:
+    quantization = found("compressed_tensors.quantization")
+    if quantization is None:
         made: dict[str, Any] = {"__name__": "compressed_tensors.quantization.lifecycle.forward"}
         exec(FORWARD, made)
         for layer in (net[0], net[2]):
@@ -200,6 +195,7 @@ def compressed_tensors(seed: int) -> nn.Module:
                 layer
             )
         return net
+    compressors = found("compressed_tensors.compressors")
     weights = quantization.QuantizationArgs(num_bits=4, strategy="group", group_size=32)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
     how = {"format": "pack-quantized", "quantization_status": "frozen"}
@@ -222,12 +218,8 @@ FORMATS: dict[str, Callable[..., nn.Module]] = {
     "torchao int4": lambda seed=0: torchao("Int4WeightOnlyConfig", seed, group_size=32),
     "torchao float8": lambda seed=0: torchao("Float8WeightOnlyConfig", seed),
     "bitsandbytes 8-bit": lambda seed=0: bitsandbytes("Linear8bitLt", seed, has_fp16_weights=False),
-    "bitsandbytes 4-bit": lambda seed=0: bitsandbytes(
-        "Linear4bit", seed, compute_dtype=torch.float32
-    ),
-    "bitsandbytes nf4": lambda seed=0: bitsandbytes(
-        "Linear4bit", seed, compute_dtype=torch.float32, quant_type="nf4"
-    ),
+    "bitsandbytes 4-bit": lambda seed=0: bitsandbytes("Linear4bit", seed, quant_type="fp4"),
+    "bitsandbytes nf4": lambda seed=0: bitsandbytes("Linear4bit", seed, quant_type="nf4"),
 }
 
 every = pytest.mark.parametrize("form", FORMATS)
@@ -481,31 +473,25 @@ def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(
     assert error(base(x), wide(x.double())) < 1e-5
 
 
+BEYOND: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
+    "read as a whole": (lambda weight: config(re.escape(weight)), "quantized|is a buffer"),
+    "trained in full": (
+        lambda _: {"rank": 2, "targets": ["2"], "train": ["0"]},
+        "quantized.*Adapt the layer|no parameters|is a buffer",
+    ),
+    "a start from its values": (lambda _: config("0", init="pissa"), "pissa"),
+}
+
+
 @packed
-def test_a_quantized_weight_cannot_be_read_as_a_whole(form: str) -> None:
+@pytest.mark.parametrize("wish", BEYOND)
+def test_what_needs_the_values_of_a_quantized_weight_is_refused(form: str, wish: str) -> None:
     net, _ = build(form)
     held = objects(net)
+    make, words = BEYOND[wish]
     weight = li.plan(net, config("0")).sites[0].weight
-    with pytest.raises(li.LoraInjectError, match=rf"'{weight}'.*(quantized|is a buffer)"):
-        li.inject(net, config(re.escape(weight)))
-    assert objects(net) == held
-
-
-@pytest.mark.parametrize("form", ["bitsandbytes 8-bit", "bitsandbytes nf4"])
-def test_a_quantized_weight_cannot_be_trained_in_full(form: str) -> None:
-    net, _ = build(form)
-    held = objects(net)
-    with pytest.raises(li.LayerError, match=r"'0\.weight': it is quantized.*Adapt the layer"):
-        li.inject(net, {"rank": 2, "targets": ["2"], "train": ["0"]})
-    assert objects(net) == held
-
-
-@packed
-def test_no_start_comes_from_a_quantized_weight(form: str) -> None:
-    net, _ = build(form)
-    held = objects(net)
-    with pytest.raises(li.LayerError, match=r"'0'.*pissa"):
-        li.inject(net, config("0", init="pissa"))
+    with pytest.raises(li.LoraInjectError, match=rf"'0.*({words})"):
+        li.inject(net, make(weight))
     assert objects(net) == held
 
 
