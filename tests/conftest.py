@@ -151,7 +151,7 @@ class Kind:
         spans: `(start, stop)` along the output of each adapted slice.
         transposed: Whether the weight is `(in, out)`.
         experts: Length of a leading dimension.
-        mount: `forward` or `weight`.
+        update: `forward` or `weight`.
         formula: The layer as a function of the weight, where the plain layer has side effects.
     """
 
@@ -191,132 +191,76 @@ def renormalized(weight: Tensor, ids: Tensor) -> Tensor:
     return torch.where(norm > 1.0, rows / (norm + 1e-7), rows)
 
 
-def _slices(n: Sequence[int], *adapt: str) -> dict[str, Any]:
-    return {"slices": dict(zip("qkv", n, strict=True)), "adapt": list(adapt)}
+def _slices(*adapt: str) -> dict[str, Any]:
+    """Options of a kind with slices of 4, 2 and 3 outputs."""
+    spans = {"q": (0, 4), "k": (4, 6), "v": (6, 9)}
+    rule = {"slices": {"q": 4, "k": 2, "v": 3}, "adapt": list(adapt)}
+    return {"rule": rule, "spans": tuple(span for name, span in spans.items() if name in adapt)}
 
 
-EQUAL = {"slices": ["q", "k", "v"], "adapt": ["q", "v"]}
+EQUAL: dict[str, Any] = {"slices": ["q", "k", "v"], "adapt": ["q", "v"]}
+THIRDS: dict[str, Any] = {"rule": EQUAL, "spans": ((0, 3), (6, 9))}
+TABLE: dict[str, Any] = {"shapes": ["ids"], "transposed": True}
+READ: dict[str, Any] = {"update": "weight"}
+MATRIX: dict[str, Any] = {"weight": "matrix", "site": "layer.matrix", **READ}
+STACK: dict[str, Any] = {
+    "shapes": [(4, 5)], "weight": "up", "site": "layer.up", "experts": 3, **READ,
+}  # fmt: skip
 
 KINDS: dict[str, Kind] = {
     "linear": Kind(lambda: nn.Linear(5, 6), (5, 6)),
     "linear without bias": Kind(lambda: nn.Linear(5, 6, bias=False), (5, 6)),
     "stock subclass": Kind(lambda: StockSubclass(5, 6), (5, 6)),
-    "own linear forward": Kind(lambda: OwnForward(5, 6), (5, 6), update="weight"),
-    "activation inside": Kind(lambda: ActivationInside(5, 6), (5, 6), update="weight"),
+    "own linear forward": Kind(lambda: OwnForward(5, 6), (5, 6), **READ),
+    "activation inside": Kind(lambda: ActivationInside(5, 6), (5, 6), **READ),
     "conv1d": Kind(lambda: conv1d(6, 5), (5, 6), transposed=True),
-    "embedding": Kind(lambda: nn.Embedding(7, 5), (7, 5), ["ids"], transposed=True),
-    "embedding padding": Kind(
-        lambda: nn.Embedding(7, 5, padding_idx=1), (7, 5), ["ids"], transposed=True
-    ),
+    "embedding": Kind(lambda: nn.Embedding(7, 5), (7, 5), **TABLE),
+    "embedding padding": Kind(lambda: nn.Embedding(7, 5, padding_idx=1), (7, 5), **TABLE),
     "embedding max_norm": Kind(
-        lambda: nn.Embedding(7, 5, max_norm=1.0),
-        (7, 5),
-        ["ids"],
-        transposed=True,
-        formula=renormalized,
+        lambda: nn.Embedding(7, 5, max_norm=1.0), (7, 5), **TABLE, formula=renormalized
     ),
-    "scaled embedding": Kind(
-        lambda: ScaledEmbedding(7, 5), (7, 5), ["ids"], transposed=True, update="weight"
-    ),
-    "equal slices": Kind(lambda: nn.Linear(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9))),
-    "unequal slices": Kind(
-        lambda: nn.Linear(5, 9), (5, 9), rule=_slices((4, 2, 3), "v", "q"), spans=((0, 4), (6, 9))
-    ),
-    "one slice": Kind(
-        lambda: nn.Linear(5, 9), (5, 9), rule=_slices((4, 2, 3), "k"), spans=((4, 6),)
-    ),
-    "all slices": Kind(
-        lambda: nn.Linear(5, 9),
-        (5, 9),
-        rule=_slices((4, 2, 3), "q", "k", "v"),
-        spans=((0, 4), (4, 6), (6, 9)),
-    ),
-    "slices of own forward": Kind(
-        lambda: OwnForward(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), update="weight"
-    ),
-    "slices of activation inside": Kind(
-        lambda: ActivationInside(5, 9), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), update="weight"
-    ),
-    "equal slices of conv1d": Kind(
-        lambda: conv1d(9, 5), (5, 9), rule=EQUAL, spans=((0, 3), (6, 9)), transposed=True
-    ),
+    "scaled embedding": Kind(lambda: ScaledEmbedding(7, 5), (7, 5), **TABLE, **READ),
+    "equal slices": Kind(lambda: nn.Linear(5, 9), (5, 9), **THIRDS),
+    "unequal slices": Kind(lambda: nn.Linear(5, 9), (5, 9), **_slices("v", "q")),
+    "one slice": Kind(lambda: nn.Linear(5, 9), (5, 9), **_slices("k")),
+    "all slices": Kind(lambda: nn.Linear(5, 9), (5, 9), **_slices("q", "k", "v")),
+    "slices of own forward": Kind(lambda: OwnForward(5, 9), (5, 9), **THIRDS, **READ),
+    "slices of activation inside": Kind(lambda: ActivationInside(5, 9), (5, 9), **THIRDS, **READ),
+    "equal slices of conv1d": Kind(lambda: conv1d(9, 5), (5, 9), **THIRDS, transposed=True),
     "unequal slices of conv1d": Kind(
-        lambda: conv1d(9, 5),
-        (5, 9),
-        rule=_slices((4, 2, 3), "k", "v"),
-        spans=((4, 6), (6, 9)),
-        transposed=True,
+        lambda: conv1d(9, 5), (5, 9), **_slices("k", "v"), transposed=True
     ),
     "conv 1d": Kind(
         lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, padding_mode="circular"),
-        (12, 6),
-        [(2, 4, 9)],
-        update="weight",
+        (12, 6), [(2, 4, 9)], **READ,
     ),
     "conv 2d": Kind(
         lambda: nn.Conv2d(4, 6, (3, 2), groups=2, padding="same", padding_mode="reflect"),
-        (12, 6),
-        [(2, 4, 6, 5)],
-        update="weight",
+        (12, 6), [(2, 4, 6, 5)], **READ,
     ),
     "conv 3d": Kind(
-        lambda: nn.Conv3d(2, 3, (1, 2, 3), bias=False), (12, 3), [(1, 2, 3, 4, 5)], update="weight"
+        lambda: nn.Conv3d(2, 3, (1, 2, 3), bias=False), (12, 3), [(1, 2, 3, 4, 5)], **READ
     ),
     "conv_transpose 2d": Kind(
         lambda: nn.ConvTranspose2d(4, 6, (2, 3), stride=2, output_padding=1, groups=2),
-        (4, 18),
-        [(2, 4, 3, 3)],
-        transposed=True,
-        update="weight",
+        (4, 18), [(2, 4, 3, 3)], transposed=True, **READ,
     ),
     "conv_transpose 1d": Kind(
-        lambda: nn.ConvTranspose1d(4, 3, 2), (4, 6), [(2, 4, 3)], transposed=True, update="weight"
+        lambda: nn.ConvTranspose1d(4, 3, 2), (4, 6), [(2, 4, 3)], transposed=True, **READ
     ),
-    "bilinear": Kind(lambda: nn.Bilinear(3, 4, 5), (12, 5), [(4, 3), (4, 4)], update="weight"),
-    "parameter": Kind(Mix, (5, 6), weight="matrix", site="layer.matrix", update="weight"),
-    "turned parameter": Kind(
-        Mix,
-        (6, 5),
-        weight="matrix",
-        site="layer.matrix",
-        rule={"layout": "in_out"},
-        transposed=True,
-        update="weight",
-    ),
-    "slices of a parameter": Kind(
-        Mix,
-        (5, 6),
-        weight="matrix",
-        site="layer.matrix",
-        rule=EQUAL,
-        spans=((0, 2), (4, 6)),
-        update="weight",
-    ),
-    "weight of a linear": Kind(
-        lambda: nn.Linear(5, 6), (5, 6), site="layer.weight", update="weight"
-    ),
+    "bilinear": Kind(lambda: nn.Bilinear(3, 4, 5), (12, 5), [(4, 3), (4, 4)], **READ),
+    "parameter": Kind(Mix, (5, 6), **MATRIX),
+    "turned parameter": Kind(Mix, (6, 5), rule={"layout": "in_out"}, transposed=True, **MATRIX),
+    "slices of a parameter": Kind(Mix, (5, 6), rule=EQUAL, spans=((0, 2), (4, 6)), **MATRIX),
+    "weight of a linear": Kind(lambda: nn.Linear(5, 6), (5, 6), site="layer.weight", **READ),
     "experts": Kind(
-        lambda: Experts("bi,eoi->beo", 3, 6, 5),
-        (5, 6),
-        [(4, 5)],
-        weight="up",
-        site="layer.up",
-        rule={"layout": "out_in"},
-        experts=3,
-        update="weight",
+        lambda: Experts("bi,eoi->beo", 3, 6, 5), (5, 6), rule={"layout": "out_in"}, **STACK
     ),
     "turned experts": Kind(
         lambda: Experts("bi,eio->beo", 3, 5, 6),
-        (5, 6),
-        [(4, 5)],
-        weight="up",
-        site="layer.up",
-        rule={"layout": "in_out"},
-        transposed=True,
-        experts=3,
-        update="weight",
+        (5, 6), rule={"layout": "in_out"}, transposed=True, **STACK,
     ),
-}
+}  # fmt: skip
 
 
 class Host(nn.Module):

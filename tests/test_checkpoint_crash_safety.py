@@ -49,15 +49,19 @@ def content(path):
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
-def at_writing(monkeypatch, n, act):
-    """Do something with the temporary name of the n-th weight file before it is written."""
+def at_writing(monkeypatch, n, act, *, after=False):
+    """Do something with the temporary name of the n-th weight file before or after writing."""
     real, calls = merging.write_shard, []
 
     def write_shard(*args):
         calls.append(args)
-        if len(calls) == n:
+        now = len(calls) == n
+        if now and not after:
             act(args[2])
-        return real(*args)
+        result = real(*args)
+        if now and after:
+            act(args[2])
+        return result
 
     monkeypatch.setattr(merging, "write_shard", write_shard)
 
@@ -228,18 +232,13 @@ def test_what_a_kill_left_after_the_last_rename_is_removed(case, monkeypatch):
 def test_second_merge_into_one_output_never_mixes(case, monkeypatch):
     """Another adapter is refused; the same merge may finish, and then the first says so."""
     base, tensors, state, out = case
-    real, seen = merging.write_shard, []
 
-    def write_shard(*args):
-        result = real(*args)
-        if not seen:
-            seen.append(None)
-            with pytest.raises(CheckpointError, match="it was of something else"):
-                merge(base, [llama_adapter(tensors, seed=5)], out)
-            merge(base, [state], out)
-        return result
+    def merge_too(_):
+        with pytest.raises(CheckpointError, match="it was of something else"):
+            merge(base, [llama_adapter(tensors, seed=5)], out)
+        merge(base, [state], out)
 
-    monkeypatch.setattr(merging, "write_shard", write_shard)
+    at_writing(monkeypatch, 1, merge_too, after=True)
     with pytest.raises(CheckpointError, match="another merge works on the same output"):
         merge(base, [state], out)
     assert_verified(base, [state], out)
@@ -473,14 +472,8 @@ def test_merge_verifies_before_it_publishes(case, monkeypatch):
     report = merge(base, [state], out, verify=True)
     assert report.verified
     shutil.rmtree(out)
-    real = merging.write_shard
-
-    def write_shard(*args):
-        result = real(*args)
-        flip(args[2], -1, bit=64)  # what a failing disk does
-        return result
-
-    monkeypatch.setattr(merging, "write_shard", write_shard)
+    # What a failing disk does:
+    at_writing(monkeypatch, 2, lambda path: flip(path, -1, bit=64), after=True)
     with pytest.raises(CheckpointError, match="verify the merged checkpoint"):
         merge(base, [state], out, verify=True)
     assert not out.exists()
