@@ -208,8 +208,12 @@ class Space(_Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            inner: dict[str, type[BaseModel]] = {"budget": Budget, "training": Training}
-            models = {"": cls, "targets": Rule, **inner}
+            models: dict[str, type[BaseModel]] = {
+                "": cls,
+                "targets": Rule,
+                "budget": Budget,
+                "training": Training,
+            }
             raise config_error(error, models, data, document) from None
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
