@@ -13,7 +13,7 @@ Tracers and function transforms get plain operations, which they can transform a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -85,6 +85,8 @@ def add_updates(
     y: Tensor, x: Tensor, updates: Sequence[Factors], *, float32: bool = False
 ) -> Tensor:
     """Add low-rank updates, out of place, to the output y of a layer that was called with x."""
+    if y.is_nested:
+        return _add_to_nested(y, x, updates)
     with without_autocast(y) or nullcontext():
         if needs_plain_operations():
             return _plain(y, x, updates, [None] * len(updates), float32)
@@ -162,6 +164,15 @@ def _plain(
             B = spread(B, u.spans, out.shape[1])
         out = plus_product(out, h, B.t(), u.scale)
     return out.reshape(y.shape)
+
+
+def _add_to_nested(y: Tensor, x: Tensor, updates: Iterable[Factors]) -> Tensor:
+    """Likewise for nested tensors, in the few operations that torch has for them."""
+    for u in updates:
+        B = u.B if u.spans is None else spread(u.B, u.spans, y.size(-1))
+        h = F.dropout(x, u.dropout) if u.dropout else x
+        y = y + F.linear(F.linear(h, u.A.to(y.dtype)), B.to(y.dtype)) * u.scale
+    return y
 
 
 def differentiate(

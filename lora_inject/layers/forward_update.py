@@ -147,4 +147,4 @@ class ForwardUpdate(Adapted):
         if len({u.dropout for us in adapters for u in us}) > 1:
             return self._lora_updates(state, compiling=True)
         dtype = compute_dtype(y.dtype, self._lora.float32)
-        return [chosen_factors(choice, numbers, adapters, y.shape[-1], dtype)]
+        return [chosen_factors(choice, numbers, adapters, y.size(-1), dtype)]

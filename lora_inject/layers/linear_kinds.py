@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import add_updates, linear
-from lora_inject.functional.factors import spread
 from lora_inject.functional.gain import gained
 from lora_inject.layers.adapted import Geometry, plain_class
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.forward_update import ForwardUpdate
 from lora_inject.layers.reading import PLAIN
-from lora_inject.layers.routing import Routing
 from lora_inject.layers.selection import State
 
 # Classes of other libraries are known by where they are defined, so that none need be imported.
@@ -81,39 +79,33 @@ class LoRALinear(ForwardUpdate):
         return cls.stock(plain) or _defines_forward(plain) in MULTIPLY or _packed(plain) is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the layer with the adapters that take part.
+        """Compute the layer with the adapters that take part: by rows, with a gain, or as a sum.
 
         The arguments are those of the layer's own forward, whose first is x, `(..., in_features)`.
+        A sum is one fused step where the layer is stock; else it is added to the layer's output.
         """
         if not isinstance(self, LoRALinear):  # somebody kept this method; the adapter is gone
             return type(self).forward(self, *args, **kwargs)
         attached = self._lora
         x = args[0] if len(args) == 1 and not kwargs else self._lora_input(args, kwargs)
         state = attached.selection.current()
-        if x.is_nested:
-            return self._lora_nested(x, state)
         if state.routed:
-            routing = self._lora_routing(x, state)
-            y = self._lora_plain_forward(args, kwargs)
-            fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
-            y = self._lora_routed(y, x, routing, state, in_place=fresh)
-            return self._lora_gained_rows(y, routing) if attached.gains else y
+            return self._lora_by_rows(x, state, args, kwargs)
         if attached.gains and (alone := attached.gained(state)) is not None:
-            return self._lora_gained(alone, args, kwargs)
-        float32 = attached.float32
-        if torch.compiler.is_compiling():
-            y = self._lora_plain_forward(args, kwargs)
-            updates = self._lora_compiled(y, state)
-            return add_updates(y, x, updates, float32=float32) if updates else y
-        updates = self._lora_updates(state, compiling=False)
-        if updates and self._lora_stock:
+            return self._lora_gained(alone, x, state, args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        updates = [] if compiling else self._lora_updates(state, compiling=False)
+        if updates and self._lora_stock and not x.is_nested:
             weight, bias = self._lora_weight_and_bias()
             if type(weight) in PLAIN:
-                return linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
+                transposed, float32 = self.transposed, attached.float32
+                return linear(x, weight, bias, updates, transposed=transposed, float32=float32)
             if hasattr(weight, "full_tensor") and any(u.spans for u in updates):
                 return self._lora_formula(x, self._lora_formed(), bias)
         y = self._lora_plain_forward(args, kwargs)
-        return add_updates(y, x, updates, float32=float32) if updates else y
+        if compiling:
+            updates = self._lora_compiled(y, state)
+        return add_updates(y, x, updates, float32=attached.float32) if updates else y
 
     def _lora_plain_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute the layer without its forward updates."""
@@ -122,34 +114,17 @@ class LoRALinear(ForwardUpdate):
         # The plain forward would read the effective weight.
         return self._lora_formula(self._lora_input(args, kwargs), *self._lora_weight_and_bias())
 
-    def _lora_gained(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Compute the layer with the one adapter that has a gain.
-
-        `g (W x + u) + b = (W x + b + u) + (g - 1) (W x + u)`, which is the plain output to the bit
-        where g is 1 and u is 0. With dropout the second W x uses the dropped x, as in PEFT.
-        """
-        x, float32 = self._lora_input(args, kwargs), self._lora.float32
-        state, compiling = self._lora.selection.current(), torch.compiler.is_compiling()
-        updates = self._lora_updates(state, compiling=compiling)
-        weight, bias = self._lora_weight_and_bias()
-        gain = self._lora_gain(entry, weight, self._lora.chosen(state, compiling))
-        p = updates[0].dropout
-        if p:
-            kept = F.dropout(x, p)
-            updates = [u._replace(dropout=0.0) for u in updates]
-            y = add_updates(self._lora_plain_forward(args, kwargs), kept, updates, float32=float32)
-            base = self._lora_plain_forward((kept,), {})
-            base = add_updates(base, kept, updates, float32=float32)
-        elif self._lora_stock and not compiling:
-            y = base = linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
-        else:
-            y = base = add_updates(
-                self._lora_plain_forward(args, kwargs), x, updates, float32=float32
-            )
-        return gained(y, base if bias is None else base - bias, gain)
-
-    def _lora_gained_rows(self, y: Tensor, routing: Routing) -> Tensor:
-        """Multiply each row of y `(batch, ..., out)` by the gain of its own adapter."""
+    def _lora_by_rows(
+        self, x: Tensor, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Compute the layer with the update, and the gain, of each row's own adapter."""
+        self._lora_refuse_nested(x, "routed()")
+        routing = self._lora_routing(x, state)
+        y = self._lora_plain_forward(args, kwargs)
+        fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
+        y = self._lora_routed(y, x, routing, state, in_place=fresh)
+        if not self._lora.gains:
+            return y
         weight, bias = self._lora_weight_and_bias()
         gains = self._lora_gains(routing, weight, y.dim())
         if gains is None:
@@ -163,20 +138,38 @@ class LoRALinear(ForwardUpdate):
             )
         return gained(y, y if bias is None else y - bias, gains)
 
-    def _lora_nested(self, x: Tensor, state: State) -> Tensor:
-        """Compute a nested tensor's rows, with the few operations that torch has for them."""
-        if state.routed or (self._lora.gains and self._lora.gained(state) is not None):
-            raise LayerError(
-                "routed()" if state.routed else "an adapter with a gain",
-                f"a {type(self).__name__} got a nested tensor",
-                "Pad the batch, or run each adapter's rows by themselves",
-            )
-        y: Tensor = self._lora_plain_forward((x,), {})
-        for u in self._lora_updates(state, compiling=torch.compiler.is_compiling()):
-            B = u.B if u.spans is None else spread(u.B, u.spans, y.size(-1))
-            h = F.dropout(x, u.dropout) if u.dropout else x
-            y = y + F.linear(F.linear(h, u.A.to(y.dtype)), B.to(y.dtype)) * u.scale
-        return y
+    def _lora_gained(
+        self, entry: Entry, x: Tensor, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Compute the layer with the one adapter that has a gain.
+
+        `g (W x + u) + b = (W x + b + u) + (g - 1) (W x + u)`, which is the plain output to the bit
+        where g is 1 and u is 0. With dropout the second W x uses the dropped x, as in PEFT.
+        """
+        self._lora_refuse_nested(x, "an adapter with a gain")
+        float32, compiling = self._lora.float32, torch.compiler.is_compiling()
+        updates = self._lora_updates(state, compiling=compiling)
+        weight, bias = self._lora_weight_and_bias()
+        gain = self._lora_gain(entry, weight, self._lora.chosen(state, compiling))
+        p = updates[0].dropout
+        if p:
+            kept = F.dropout(x, p)
+            updates = [u._replace(dropout=0.0) for u in updates]
+            y = add_updates(self._lora_plain_forward(args, kwargs), kept, updates, float32=float32)
+            base = self._lora_plain_forward((kept,), {})
+            base = add_updates(base, kept, updates, float32=float32)
+        elif self._lora_stock and not compiling:
+            y = base = linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
+        else:
+            y = self._lora_plain_forward(args, kwargs)
+            y = base = add_updates(y, x, updates, float32=float32)
+        return gained(y, base if bias is None else base - bias, gain)
+
+    def _lora_refuse_nested(self, x: Tensor, asked: str) -> None:
+        if x.is_nested:
+            found = f"a {type(self).__name__} got a nested tensor"
+            remedy = "Pad the batch, or run each adapter's rows by themselves"
+            raise LayerError(asked, found, remedy)
 
     def _lora_weight_and_bias(self) -> tuple[Any, Any]:
         held = self._parameters

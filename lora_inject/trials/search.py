@@ -220,21 +220,24 @@ class _Saved:
         if self.folder is None or path is None:
             return
         trials.save(path)
-        self.data = {"key": self.key, "plan": search.plan, "base": search.base,
-                     "rungs": [asdict(rung) for rung in search.rungs]}  # fmt: skip
+        done = [asdict(rung) for rung in search.rungs]
+        self.data = {"key": self.key, "plan": search.plan, "base": search.base, "rungs": done}
         write_file(self.folder / "search.json", json.dumps(self.data).encode(), overwrite=True)
         for other in set(self.folder.glob("rung-*.pt")) - {path}:
             other.unlink()
 
 
+@dataclass
 class _Runner:
     """Runs the rungs of a search on a model."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], held_out: Sequence[Any],
-                 calls: dict[str, Any], max_tokens: int | None, watch: Watch | None,
-                 saved: _Saved) -> None:  # fmt: skip
-        self.model, self.batches, self.held_out = model, batches, held_out
-        self.calls, self.max_tokens, self.watch, self.saved = calls, max_tokens, watch, saved
+    model: nn.Module
+    batches: Sequence[Any]
+    held_out: Sequence[Any]
+    calls: dict[str, Any]
+    max_tokens: int | None
+    watch: Watch | None
+    saved: _Saved
 
     def run(self, search: Search) -> None:
         """Run the missing rungs of a search; for a finished one, read the adapter."""
@@ -262,8 +265,8 @@ class _Runner:
             while trials.n_steps < rung.steps and trials.running:
                 batch = self.batches[trials.n_steps % len(self.batches)]
                 trials.step(batch, **self.calls)
-                rung.losses = {n: [v for v in values if math.isfinite(v)]
-                               for n, values in trials.losses.items()}  # fmt: skip
+                for name, values in trials.losses.items():
+                    rung.losses[name] = [loss for loss in values if math.isfinite(loss)]
                 rung.stopped = dict(trials.stopped)
                 rung.seconds = time.monotonic() - began
                 if self.watch is not None:
@@ -328,8 +331,8 @@ def _plain(space: Space) -> dict[str, Any]:
 
 def _sums(batches: Sequence[Any]) -> list[float]:
     """Return sums that differ for other data or another order."""
-    tensors = [t.detach().double().flatten().cpu()
-               for t in tree_leaves(list(batches)) if isinstance(t, Tensor)]  # fmt: skip
+    leaves = [leaf for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
+    tensors = [leaf.detach().double().flatten().cpu() for leaf in leaves]
     return [x for t in tensors for x in (len(t), t.sum().item(), t.dot(_weights(len(t))).item())]
 
 
