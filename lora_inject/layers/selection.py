@@ -35,7 +35,8 @@ class State:
     # for `routed`: the adapter of each row of the batch, None for the base
     rows: tuple[str | None, ...] | None = None
     repeat: int = 1  # how many consecutive rows of an input share one entry of `rows` (beams)
-    merged: bool = False  # whether the weights hold a merged adapter, and no other may be added
+    # what is folded into the weights, where no other adapter may then be added
+    merged: tuple[tuple[str, float], ...] = ()
     routed: bool = field(init=False, repr=False, compare=False)  # whether there are `rows`
     # the names of those that take part: a compiled graph can depend on a single key of a dict
     parts: Mapping[str, None] = field(init=False, repr=False, compare=False)
@@ -76,16 +77,14 @@ class Selection:
 
     Attributes:
         state: The setting of the model, which holds where no context does.
-        merged: The state that is folded into the weights, or None.
         devices: Where adapters are, or were.
         contexts: The contexts of this selection that are open anywhere.
         may_wait: Whether a generator or coroutine holds one of them.
         values: How often the values of each adapter were swapped; a new mapping each time.
     """
 
-    def __init__(self, state: State = BASE, merged: State | None = None) -> None:
+    def __init__(self, state: State = BASE) -> None:
         self.state = state
-        self.merged = merged
         self.devices: frozenset[torch.device] = frozenset()
         self.contexts: set[Context] = set()
         self.may_wait = False
@@ -256,16 +255,15 @@ class Selection:
         """Return what a copy carries: the setting and the numbers, but no open context."""
         bare = replace(self.state, numbers=(), choices={})
         numbers = (self._numbers, self._n_numbered)
-        devices = self.devices
-        return {"state": bare, "merged": self.merged, "devices": devices, "numbers": numbers}
+        return {"state": bare, "devices": self.devices, "numbers": numbers}
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        Selection.__init__(self, saved["state"], saved["merged"])
+        Selection.__init__(self, saved["state"])
         numbers, self._n_numbered = saved["numbers"]
         self._numbers = dict(numbers)
         self.devices = saved["devices"]
         self.state = self.prepared(self.state)
-        if self.merged is not None:
+        if self.state.merged:
             watch_loading()
 
 

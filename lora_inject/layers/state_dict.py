@@ -55,7 +55,7 @@ def watch_loading() -> None:
 def refuse_loading(module: nn.Module) -> None:
     """Raise if the weights of a module hold a merged adapter."""
     attached = module.__dict__.get("_lora")
-    if attached is not None and attached.selection.merged is not None:
+    if attached is not None and attached.selection.state.merged:
         raise StateError(
             "load_state_dict",
             "the weights hold a merged adapter, and unmerge would write over what is loaded",

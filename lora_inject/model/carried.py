@@ -237,8 +237,8 @@ def check_new_name(found: Reach, name: str) -> None:
 
 def refuse_merged(asked: str, *selections: Selection) -> None:
     """Raise if the weights hold a merged adapter."""
-    for state in (selection.merged for selection in selections):
-        if state is not None:
-            merged = ", ".join(name for name, _ in state.active)
+    for selection in selections:
+        if selection.state.merged:
+            merged = ", ".join(name for name, _ in selection.state.merged)
             found = f"{merged!r} is merged into the weights"
             raise StateError(asked, found, "Call unmerge(model) first")

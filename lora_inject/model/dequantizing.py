@@ -7,7 +7,7 @@ The layer stays the same object. Its weight, and the class of a bitsandbytes lay
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -116,7 +116,7 @@ def quantized_again(module: nn.Module, weight: Tensor, values: Tensor) -> nn.Par
     return made
 
 
-def quantized_weights(survey: Survey) -> Iterable[tuple[nn.Module, str]]:
+def quantized_weights(survey: Survey) -> Iterator[tuple[nn.Module, str]]:
     """Yield every layer that holds a quantized weight of a library, and the weight's name."""
     for _, module in survey.modules:
         for key, weight in survey.own[id(module)].items():
@@ -208,20 +208,14 @@ def _linear_attributes() -> frozenset[str]:
         return frozenset(nn.Linear(1, 1).__dict__)
 
 
-def say_plain(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
-    """Remove the quantization from models and configs; return the argument of `say_again`."""
+def said_quantized(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
+    """Return the models and configs that say they are quantized, with the attributes that do."""
     owners: list[tuple[Any, tuple[str, ...]]] = []
     for _, module in survey.modules:
         if "hf_quantizer" in module.__dict__:
             owners += [(module, _ON_MODEL), (getattr(module, "config", None), _ON_CONFIG)]
     return [
-        (owner, {name: owner.__dict__.pop(name) for name in names if name in owner.__dict__})
+        (owner, {name: owner.__dict__[name] for name in names if name in owner.__dict__})
         for owner, names in owners
         if owner is not None
     ]
-
-
-def say_again(said: Iterable[tuple[Any, dict[str, Any]]]) -> None:
-    """Undo `say_plain`."""
-    for owner, values in said:
-        owner.__dict__.update(values)

@@ -103,11 +103,10 @@ def _take_off(survey: Survey, record: Root, gone: Set[str]) -> None:
         del record.configs[name]
         record.trainable.discard(name)
     record.selection.forget(gone)
-    active = tuple(item for item in record.selection.state.active if item[0] not in gone)
-    if active != record.selection.state.active:
-        record.selection.replace(State(active=active))
+    left = State(tuple(item for item in record.selection.state.active if item[0] not in gone))
+    if left != record.selection.state:
+        record.selection.replace(left)
     if not record.configs:
-        record.selection.merged = None
         del survey.model.__dict__[ROOT]
         _unfreeze(survey, record)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import StateError, check_type
 from lora_inject.functional import MergeReport, Tally, TensorReport
-from lora_inject.layers.selection import Selection, State
+from lora_inject.layers.selection import State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import watch_loading
 from lora_inject.layers.survey import Survey, memory_of
@@ -26,8 +26,7 @@ from lora_inject.model.dequantizing import (
     dtype_of,
     refuse_fixed_class,
     replace_weight,
-    say_again,
-    say_plain,
+    said_quantized,
 )
 from lora_inject.model.eject import eject as take_off
 from lora_inject.model.merge_targets import (
@@ -41,10 +40,11 @@ from lora_inject.model.merge_targets import (
 from lora_inject.model.select import weights_of
 from lora_inject.model.train import trainable_tensors
 from lora_inject.model.undo import Undo, held_back_interrupts, restore
-from lora_inject.model.untying import check_ties, refuse_new_ties, say_tied, tied_configs
+from lora_inject.model.untying import check_ties, refuse_new_ties, tied_configs
 from lora_inject.spec.names import joined
 
 M = TypeVar("M", bound=nn.Module)
+Mix = tuple[tuple[str, float], ...]
 
 
 @dataclass
@@ -54,13 +54,26 @@ class _Merged:
     was: State
     trainable: list[nn.Parameter]
     undos: list[Undo] | None
-    tie_flags: list[Any] = field(default_factory=list)
-    said_quantized: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    # What models and configs said of quantization and ties: each with attributes of its.
+    said: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+
+    def say_no_more(self, survey: Survey, *, quantized: bool, tied: bool) -> None:
+        """Remove from models and configs what is not true of merged weights any more."""
+        if quantized:
+            self.said += said_quantized(survey)
+        for owner, attributes in self.said:
+            for name in attributes:
+                delattr(owner, name)
+        configs = tied_configs(survey) if tied else []
+        self.said += ((config, {"tie_word_embeddings": True}) for config in configs)
+        for config in configs:
+            config.tie_word_embeddings = False
 
     def say_again(self) -> None:
-        """Restore the configs from before the merge."""
-        say_tied(self.tie_flags, True)
-        say_again(self.said_quantized)
+        """Restore what models and configs said before the merge."""
+        for owner, attributes in self.said:
+            for name, value in attributes.items():
+                setattr(owner, name, value)
 
 
 def merge(
@@ -111,10 +124,7 @@ def merge(
     survey = Survey(model)
     root = root_of(survey)
     selection = root.selection
-    refuse_merged("merge", selection)
-    selection.check_settled("merge", others=True)
-    state = state_to_merge(survey, selection, name)
-    targets = merge_targets(survey, state.active, into)
+    mix, targets = _mix_and_targets(survey, name, into, "merge")
     untied = {target.name: target.sharers[0].name for target in targets if target.sharers}
     check_ties(survey, untied, eject)
     for target in targets:
@@ -130,19 +140,16 @@ def merge(
     whole = all_or_nothing((module for _, module in survey.modules), (selection, root))
     with waiting, whole, _taken_back(kept, undos, len(targets)):
         root.undo = kept
-        selection.replace(State(merged=True))
-        selection.merged = state
+        selection.replace(State(merged=mix))
         watch_loading()
         for parameter in trainable:
             parameter.requires_grad_(False)
         _write(targets, undo, undos)
-        if any(isinstance(target.into, torch.dtype) for target in targets):
-            kept.said_quantized = say_plain(survey)
-        if untied:  # without this a saved merged model would be tied again when it is loaded
-            kept.tie_flags = tied_configs(survey)
-            say_tied(kept.tie_flags, False)
-            refuse_new_ties(survey, untied)
-        report = _report(targets, state)
+        plain = any(isinstance(target.into, torch.dtype) for target in targets)
+        # With the old flag a saved merged model would be tied again when it is loaded.
+        kept.say_no_more(survey, quantized=plain, tied=bool(untied))
+        refuse_new_ties(survey, untied)
+        report = _report(targets, mix)
         if eject:
             take_off(model)
     return report
@@ -179,19 +186,22 @@ def root_of(survey: Survey) -> Root:
     )
 
 
-def state_to_merge(
-    survey: Survey, selection: Selection, name: str | Mapping[str, float] | None
-) -> State:
-    """Return which adapters are to be folded: what was asked for, or else what is active."""
-    state = selection.state
+def _mix_and_targets(
+    survey: Survey, name: str | Mapping[str, float] | None, into: Into, verb: str
+) -> tuple[Mix, list[Target]]:
+    """Return what is to be folded, by default what is active, and the tensors to write."""
+    selection = root_of(survey).selection
+    refuse_merged(verb, selection)
+    selection.check_settled(verb, others=True)
+    mix = selection.state.active
     if name is not None:
         weights = weights_of(name, "merge, name")
         check_names(reach(survey.model, survey).names, weights, "merge")
-        state = State(active=tuple(weights.items()))
-    if not state.active or state.rows is not None:
+        mix = tuple(weights.items())
+    if not mix:
         remedy = "Call activate(model, name), or merge(model, name=name)"
         raise StateError("merge", "no adapter is active", remedy)
-    return state
+    return mix, merge_targets(survey, mix, into)
 
 
 def _write(targets: list[Target], undo: bool, undos: list[Undo]) -> None:
@@ -235,7 +245,7 @@ def _write_rows(target: Target, undo: Undo) -> None:
         raise not_finite(target, undo.before if undo.original is None else undo.original)
 
 
-def _report(targets: list[Target], state: State) -> MergeReport:
+def _report(targets: list[Target], mix: Mix) -> MergeReport:
     tensors, notes = {}, []
     for target in targets:
         action = "untied" if target.sharers else "folded" if target.terms else "replaced"
@@ -246,7 +256,7 @@ def _report(targets: list[Target], state: State) -> MergeReport:
         if target.sharers:
             others = ", ".join(repr(holder.name) for holder in target.sharers)
             notes.append(f"untied: {target.name!r} no longer is the tensor of {others}")
-    return MergeReport(state.active, tensors, len(targets), notes=tuple(notes))
+    return MergeReport(mix, tensors, len(targets), notes=tuple(notes))
 
 
 def merged_weights(
@@ -280,11 +290,8 @@ def merged_weights(
         [('0.weight', (6, 4)), ('0.bias', (6,))]
     """
     survey = Survey(model)
-    selection = root_of(survey).selection
-    refuse_merged("merged_weights", selection)
-    selection.check_settled("merged_weights", others=True)
     into = None if dequantize is None else dtype_of(dequantize)
-    targets = merge_targets(survey, state_to_merge(survey, selection, name).active, into)
+    _, targets = _mix_and_targets(survey, name, into, "merged_weights")
     check_results(targets, None, undo=True)
     return _folded(survey, targets)
 
@@ -296,7 +303,7 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
     packed = {id(target.holder.module): target for target in targets if target.into}
     for path, module in survey.modules:
         if target := packed.get(id(module)):
-            weight = target.merged_values()
+            weight = target.formed()
             yield target.holder.plain.name, weight
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 yield joined(path, "bias"), bias.detach().to(weight.dtype)
@@ -304,7 +311,7 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
         for key, parameter in survey.own[id(module)].items():
             full = joined(path, key)
             target = by_name.get(full) or tied.get(memory_of(parameter))
-            yield full, parameter.detach() if target is None else target.merged_values()
+            yield full, parameter.detach() if target is None else target.formed()
 
 
 def unmerge(model: M, *, discard: bool = False) -> M:
@@ -344,7 +351,6 @@ def unmerge(model: M, *, discard: bool = False) -> M:
         restore(kept.undos)
         with all_or_nothing((module for _, module in survey.modules), (selection, root)):
             selection.replace(kept.was)
-            selection.merged = None
             kept.say_again()
             for parameter in kept.trainable:
                 parameter.requires_grad_(True)

@@ -135,23 +135,27 @@ class Target:
         """Return some merged rows, possibly into `rows` itself."""
         if not self.copies:
             return fold_rows(rows, start, self.delta, tally, out)
-        stop, wide = start + rows.shape[0], self.delta.dtype
-        shape = self.matrix_shape
-        copies = [(t.reshape(shape)[start:stop], w) for t, w, some in self.copies if some is None]
+        wide = self.delta.dtype
         before = rows.to(wide, copy=True)
-        wanted = mix_copies(rows, copies, wide)
-        for t, w, some in self.copies:
-            for at, row in enumerate(some or ()):
-                if start <= row < stop:
-                    new = t.detach()[at].to(wide)
-                    whole = w == 1 and len(self.copies) == 1
-                    change = new - before[row - start]
-                    wanted[row - start] = new if whole else wanted[row - start] + w * change
-        self.delta.add_(wanted, start)
+        wanted = self.delta.add_(mix_copies(rows, self._copied(before, start), wide), start)
         merged = wanted.to(rows.dtype) if out is None else out.copy_(wanted)
         if tally is not None:
             tally.count(before, wanted - before, wanted - merged.to(wide))
         return merged
+
+    def _copied(self, before: Tensor, start: int) -> list[tuple[Tensor, float]]:
+        """Return some rows of each trained copy; a copy of other rows has those of before."""
+        found, stop = [], start + before.shape[0]
+        for copy, weight, some in self.copies:
+            if some is None:
+                mine = copy.reshape(self.matrix_shape)[start:stop]
+            else:
+                mine = before.clone()
+                for at, row in enumerate(some):
+                    if start <= row < stop:
+                        mine[row - start] = copy.detach()[at]
+            found.append((mine, weight))
+        return found
 
     def rehearse(self) -> None:
         """Form all merged rows and count, without writing."""
@@ -164,24 +168,19 @@ class Target:
 
     @torch.no_grad()
     def formed(self, tally: Tally | None = None) -> Tensor:
-        """Return all merged values, a new tensor in the shape that the layer states."""
+        """Return all merged values, finite, a new tensor in the shape that the layer states."""
         values = self._values()
         formed = torch.empty(values.shape, dtype=self.dtype, device=values.device)
         out = formed.view(self.matrix_shape)
         for start, rows in self._split(values):
             self.merged(rows, start, tally, out[start : start + len(rows)])
+        if not all_finite(formed):
+            raise not_finite(self, values)
         return formed
-
-    def merged_values(self, tally: Tally | None = None) -> Tensor:
-        """Return what `formed` does, checked to be finite."""
-        values = self.formed(tally)
-        if not all_finite(values):
-            raise not_finite(self, self._values())
-        return values
 
     def replacement(self, tally: Tally | None) -> nn.Parameter:
         """Return the replacement of a quantized weight."""
-        values = self.merged_values(None if self.into == "same" else tally)
+        values = self.formed(None if self.into == "same" else tally)
         if self.into != "same":
             return nn.Parameter(values, requires_grad=False)
         weight = quantized_again(self.holder.module, self.weight, values)

@@ -80,7 +80,7 @@ class _SaveAdapters:
         if push_to_hub:
             found = "an adapted model takes no push_to_hub=True"
             raise StateError(SAVE, found, "Call model.push_to_hub(repo_id)")
-        if any(selection.merged is not None for selection in there.selections):
+        if any(selection.state.merged for selection in there.selections):
             raise StateError(
                 SAVE,
                 "an adapter is merged into the weights",

@@ -7,7 +7,7 @@ tensor that it was.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from lora_inject.errors import LayerError
@@ -85,15 +85,9 @@ def tied_configs(survey: Survey) -> list[Any]:
     return found
 
 
-def say_tied(configs: Iterable[Any], tied: bool) -> None:
-    """Say in configs whether embeddings are tied."""
-    for config in configs:
-        config.tie_word_embeddings = tied
-
-
 def refuse_new_ties(survey: Survey, untied: Mapping[str, str]) -> None:
     """Refuse where a transformers class ties what was untied whatever its config says."""
-    for path, module in survey.modules:
+    for path, module in survey.modules if untied else ():
         asks = getattr(module, "get_expanded_tied_weights_keys", None)
         for pair in asks(all_submodels=False).items() if callable(asks) else ():
             for name in untied.keys() & {joined(path, key) for key in pair}:
