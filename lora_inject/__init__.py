@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from lora_inject.model.listing import adapters, summary
     from lora_inject.model.load import install, load_adapter
     from lora_inject.model.merge import merge, merged_weights, unmerge
-    from lora_inject.model.publish import push
     from lora_inject.model.reached import unreached
-    from lora_inject.model.save import adapter_state, save_adapter
+    from lora_inject.model.save import adapter_state, push, save_adapter
     from lora_inject.model.select import activate, disabled, routed
     from lora_inject.model.swap import swap_adapter
     from lora_inject.model.train import adapter_parameters, parameter_groups, train_only
@@ -136,10 +135,9 @@ _HOMES = {
     "model.inject": "inject plan",
     "model.listing": "adapters summary",
     "model.merge": "merge merged_weights unmerge",
-    "model.publish": "push",
     "model.reached": "unreached",
     "model.load": "install load_adapter",
-    "model.save": "adapter_state save_adapter",
+    "model.save": "adapter_state push save_adapter",
     "model.select": "activate disabled routed",
     "model.swap": "swap_adapter",
     "model.train": "adapter_parameters parameter_groups train_only",

@@ -7,7 +7,7 @@ kinds from outside that add to their output, use this second way.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +118,8 @@ class LoRALinear(ForwardUpdate):
         self, x: Tensor, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """Compute the layer with the update, and the gain, of each row's own adapter."""
-        self._lora_refuse_nested(x, "routed()")
+        if x.is_nested:
+            self._lora_refuse_nested("routed()")
         routing = self._lora_routing(x, state)
         y = self._lora_plain_forward(args, kwargs)
         fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
@@ -146,7 +147,8 @@ class LoRALinear(ForwardUpdate):
         `g (W x + u) + b = (W x + b + u) + (g - 1) (W x + u)`, which is the plain output to the bit
         where g is 1 and u is 0. With dropout the second W x uses the dropped x, as in PEFT.
         """
-        self._lora_refuse_nested(x, "an adapter with a gain")
+        if x.is_nested:
+            self._lora_refuse_nested("an adapter with a gain")
         float32, compiling = self._lora.float32, torch.compiler.is_compiling()
         updates = self._lora_updates(state, compiling=compiling)
         weight, bias = self._lora_weight_and_bias()
@@ -165,11 +167,9 @@ class LoRALinear(ForwardUpdate):
             y = base = add_updates(y, x, updates, float32=float32)
         return gained(y, base if bias is None else base - bias, gain)
 
-    def _lora_refuse_nested(self, x: Tensor, asked: str) -> None:
-        if x.is_nested:
-            found = f"a {type(self).__name__} got a nested tensor"
-            remedy = "Pad the batch, or run each adapter's rows by themselves"
-            raise LayerError(asked, found, remedy)
+    def _lora_refuse_nested(self, asked: str) -> NoReturn:
+        found = f"a {type(self).__name__} got a nested tensor"
+        raise LayerError(asked, found, "Pad the batch, or run each adapter's rows by themselves")
 
     def _lora_weight_and_bias(self) -> tuple[Any, Any]:
         held = self._parameters

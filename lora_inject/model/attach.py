@@ -7,6 +7,7 @@ classes, and undoes all changes if a step fails. Injecting and loading both use 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -81,16 +82,12 @@ def places(
     """
     modules = survey.by_name
     found = []
-    flat: dict[tuple[str | None, bool, str], dict[str, str]] = {}  # shared by all sites alike
+    flat_names = cache(lambda roles, read: {role: attribute(role, name, read) for role in roles})
     for spec in sites:
-        forward, derived = spec.update == "forward", spec.init in FROM_WEIGHT
+        forward, starts = spec.update == "forward", ("A0", "B0") * (spec.init in FROM_WEIGHT)
         owner, _, param = spec.weight.rpartition(".")
-        read = None if forward else param
-        names = flat.get((read, derived, spec.variant))
-        if names is None:
-            roles = (*(r for r in spec.shapes if r != "b"), *(("A0", "B0") if derived else ()))
-            names = {role: attribute(role, name, read) for role in roles}
-            flat[read, derived, spec.variant] = names
+        roles = (*(role for role in spec.shapes if role != "b"), *starts)
+        names = flat_names(roles, None if forward else param)  # sites alike share a dict
         found.append(Place(spec.name, modules[owner], Entry(name, spec, param, names), forward))
         if spec.lora_bias:
             b = {"b": attribute("b", name, "bias")}

@@ -205,8 +205,9 @@ def refuse_mixes(model: nn.Module, found: Reach, weights: Mapping[str, float]) -
     if not found.gained & weights.keys() or (len(weights) == 1 and 1.0 in weights.values()):
         return
     taking: dict[tuple[int, str], list[tuple[Entry, float]]] = {}
+    survey = Survey(model)
     for name, weight in weights.items():
-        for _, module, entry in entries(Survey(model), name):
+        for _, module, entry in entries(survey, name):
             taking.setdefault((id(module), entry.param), []).append((entry, weight))
     for each in taking.values():
         refuse_mixed(each)

@@ -65,10 +65,11 @@ def eject(model: M, name: str | None = None) -> M:
         record.selection.check_settled("eject", others=True)
         if name is not None or not gone >= record.configs.keys():
             refuse_merged(f"ejecting {min(gone)!r}", record.selection)
-    surveys = [(Survey(m), record) for m, record in records.values()]
-    for one in (survey, *(s for s, _ in surveys)):
+    surveys = [(survey if m is survey.model else Survey(m), r) for m, r in records.values()]
+    walked = [survey, *(one for one, _ in surveys)]
+    for one in walked:
         _refuse_fsdp2(one, gone)
-    modules = {id(m): m for one in (survey, *(s for s, _ in surveys)) for _, m in one.modules}
+    modules = {id(m): m for one in walked for _, m in one.modules}
     modules |= {id(m): m for _, r in surveys for each in gone for m in r.carrying.get(each, ())}
     values = [value for _, record in surveys for value in (record, record.selection)]
     flags = [p for one, _ in surveys for _, p in one.parameters()]

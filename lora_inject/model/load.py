@@ -123,17 +123,15 @@ def _put_on(
     copies = {key: state.rows.get(key) for key in state.trained}
     found = places(survey, name, [site.spec for site in state.sites.values()], copies)
 
-    def source(place: Place) -> Mapping[str, Tensor]:
-        if "T" in place.entry.names:
-            return {"T": state.trained[place.name]}
-        return state.sites[place.name].tensors
+    tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
+    tensors |= {key: {"T": tensor} for key, tensor in state.trained.items()}
 
     def given(place: Place) -> Mapping[str, Tensor]:
-        tensors = source(place)
-        return {role: taken(tensors[role], place.weight) for role in place.entry.names}
+        mine = tensors[place.name]
+        return {role: taken(mine[role], place.weight) for role in place.entry.names}
 
     def tied(place: Place) -> Hashable:
-        return id(source(place)[next(iter(place.entry.names))])
+        return id(tensors[place.name][next(iter(place.entry.names))])
 
     sharded = bool(fsdp2_modules(survey))
     if sharded:

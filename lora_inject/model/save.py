@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from os import PathLike
@@ -35,6 +36,7 @@ from lora_inject.model.sharding import is_sharded, reshard, samples_of_shards, w
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.disk import replace_file
+from lora_inject.storage.hub import upload
 
 LATEST = "LATEST"
 """File with the name of an adapter's newest version."""
@@ -197,7 +199,7 @@ def save_adapter(
     survey = Survey(model)
     state, facts = read_off(survey, name), facts_for(survey, format, name)
     target = Path(path) if version is None else Path(path, str(version))
-    if writes_here(model):
+    if writes_here(survey):
         if version is not None:
             target.parent.mkdir(parents=True, exist_ok=True)
         write_adapter(state, target, format=format, facts=facts, **options)
@@ -207,6 +209,55 @@ def save_adapter(
     if is_sharded(survey):
         torch.distributed.barrier()
     return target
+
+
+def push(
+    model: nn.Module,
+    repo: str,
+    name: str = "default",
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    message: str = "Upload adapter",
+    token: str | None = None,
+    **options: Any,
+) -> str | None:
+    """Upload an adapter with its card as one commit: what `save_adapter` writes.
+
+    `load_adapter(model, repo)`, PEFT and vLLM read it there.
+
+    Args:
+        model: The root, or any module that holds roots.
+        repo: `user/name`; created if missing.
+        name: The adapter.
+        revision: A branch; created if missing.
+        private: Whether a new repository is private.
+        message: The message of the commit.
+        token: The token; by default that of the login.
+        **options: Options of `save_adapter` for PEFT's format, such as `trained_on`.
+
+    Returns:
+        The URL of the commit. Of several processes with shards one uploads; the others return None.
+
+    Raises:
+        StateError: There is no such adapter.
+        FormatError: PEFT's format cannot express it, or the hub refuses or cannot be reached.
+
+    Examples:
+        >>> from lora_inject.model.inject import inject
+        >>> net = inject(nn.Sequential(nn.Linear(4, 6)), {"rank": 2, "targets": ["0"]})
+        >>> push(net, "adapter")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        lora_inject.errors.FormatError: push to 'adapter': it is not the id of a repository. ...
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, "adapter")
+        save_adapter(model, folder, name, published_as=repo, **options)
+        if not writes_here(Survey(model)):
+            return None
+        how: dict[str, Any] = {"revision": revision, "private": private, "token": token}
+        return upload(folder, repo, message=message, **how)
 
 
 def remove_old_versions(folder: Path, newest: int, keep: int | None) -> None:

@@ -56,9 +56,9 @@ def is_sharded(survey: Survey) -> bool:
     return any(hasattr(p, "full_tensor") for _, m in survey.modules for p in m._parameters.values())
 
 
-def writes_here(model: nn.Module) -> bool:
+def writes_here(survey: Survey) -> bool:
     """Return whether this process writes a model's files: one of several with shards."""
-    return not is_sharded(Survey(model)) or torch.distributed.get_rank() == 0
+    return not is_sharded(survey) or torch.distributed.get_rank() == 0
 
 
 def reshard(survey: Survey) -> None:
@@ -126,14 +126,9 @@ def _local_samples(weight: Any) -> Tensor:
     mesh, placements, whole = weight.device_mesh, weight.placements, tuple(weight.shape)
     shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
     local = weight.to_local()
-    positions = sample_positions(whole)
+    positions = torch.tensor(sample_positions(whole), dtype=torch.long)
+    index = torch.stack(torch.unravel_index(positions, whole), dim=1) - torch.tensor(offset)
+    here = ((index >= 0) & (index < torch.tensor(shape))).all(dim=1)
     values = torch.zeros(len(positions), device=local.device)
-    for i, position in enumerate(positions):
-        at: list[int] = []
-        for size in reversed(whole):
-            position, index = divmod(position, size)  # noqa: PLW2901
-            at.insert(0, index)
-        here = [index - first for index, first in zip(at, offset, strict=True)]
-        if all(0 <= index < size for index, size in zip(here, shape, strict=True)):
-            values[i] = local[tuple(here)]
+    values[here] = local[index[here].unbind(dim=1)].to(values.dtype)
     return values

@@ -8,7 +8,7 @@ write.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -19,7 +19,8 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.attached import Entry
+from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.carried import Carried, reach, records_of, refuse_merged, whole_adapter
 from lora_inject.model.fit_state import Base, check_base, check_base_copies, check_finite
 from lora_inject.model.save import base_weights, fingerprint, model_facts
@@ -28,7 +29,6 @@ from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 
 M = TypeVar("M", bound=nn.Module)
-T = TypeVar("T")
 
 _BESIDE = "Load it under another name and activate that"
 
@@ -110,59 +110,61 @@ def _paired(
 
     The weights have the names that the state knows them by.
     """
-    pairs: list[tuple[Any, Tensor]] = []
-    copies: dict[str, Any] = {}
-    known: set[str] = set()
-    weights: dict[str, Any] = {}
-    biases = {path: m._parameters[e.mark] for path, m, e in slot if e.scale is not None}
+    sites: dict[str, tuple[nn.Module, Entry]] = {}  # by the state's names
+    copies: dict[str, tuple[nn.Module, Entry]] = {}
+    biases: dict[int, Tensor] = {}  # of B, by the id of the module
     for path, module, entry in slot:
-        spec, held = entry.spec, module._parameters
-        if spec is not None:
-            known.update((spec.name, *spec.aliases))
-            name = next((n for n in (spec.name, *spec.aliases) if n in state.sites), spec.name)
-            site = _held_by(state.sites, "site", name, asked)
-            new = dict(site.tensors)
-            if spec.lora_bias and "b" in new:
-                pairs.append((biases[path], new.pop("b")))
-            if site.spec.form != spec.form or new.keys() != entry.names.keys():
-                _check_alike(site, spec, entry.names.keys(), asked)
-            pairs += [(held[entry.names[role]], tensor) for role, tensor in new.items()]
-            weights[site.spec.weight] = held[entry.param]
-        elif entry.scale is None:
-            key = joined(path, entry.param)
-            copies[key] = held[entry.mark]
-            if key in state.trained and state.rows.get(key) != entry.rows:
-                found = "it holds other rows than the adapter on the model"
-                raise FormatError(f"{asked}, trained tensor {key!r}", found, _BESIDE)
-    _check_none_left("site", state.sites.keys() - known, known, asked)
-    _check_none_left("trained tensor", state.trained.keys() - copies.keys(), copies, asked)
-    first: dict[int, Tensor] = {}  # the copy of a tied tensor has several names
-    for name, parameter in copies.items():
-        value = _held_by(state.trained, "trained tensor", name, asked)
-        same = first.setdefault(id(parameter), value)
-        if same is value:
-            pairs.append((parameter, value))
-        elif not torch.equal(value, same):
-            found = "it has another value than under its other name, and both are one copy here"
-            raise FormatError(f"{asked}, trained tensor {name!r}", found, _BESIDE)
+        if entry.spec is not None:
+            names = (entry.spec.name, *entry.spec.aliases)
+            sites[next((n for n in names if n in state.sites), names[0])] = module, entry
+        elif entry.scale is not None:
+            biases[id(module)] = entry.tensor(module, "b")
+        else:
+            copies[joined(path, entry.param)] = module, entry
+    _check_same("site", sites.keys(), state.sites.keys(), asked)
+    _check_same("trained tensor", copies.keys(), state.trained.keys(), asked)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    weights: dict[str, Tensor] = {}
+    for name, (module, entry) in sites.items():
+        site, spec = state.sites[name], entry.spec
+        assert spec is not None
+        held = {role: entry.tensor(module, role) for role in entry.names}
+        if spec.lora_bias:
+            held["b"] = biases[id(module)]
+        if site.spec.form != spec.form or site.tensors.keys() != held.keys():
+            _check_alike(site, spec, held.keys(), asked)
+        pairs += [(held[role], tensor) for role, tensor in site.tensors.items()]
+        weights[site.spec.weight] = base_tensor(module, entry.param)
+    pairs += _paired_copies(copies, state, asked)
     into, values = [p for p, _ in pairs], [value for _, value in pairs]
     _check_fit(into, values, asked)
     return into, values, weights
 
 
-def _held_by(there: Mapping[str, T], what: str, name: str, asked: str) -> T:
-    """Return what the adapter to be swapped in has under a name of the slot."""
-    if name not in there:
+def _paired_copies(
+    copies: Mapping[str, tuple[nn.Module, Entry]], state: AdapterState, asked: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    first: dict[int, Tensor] = {}  # the copy of a tied tensor has several names
+    for name, (module, entry) in copies.items():
+        parameter, value = entry.tensor(module, "T"), state.trained[name]
+        same = first.setdefault(id(parameter), value)
+        if state.rows.get(name) != entry.rows:
+            found = "it holds other rows than the adapter on the model"
+        elif same is value or torch.equal(value, same):
+            yield parameter, same
+            continue
+        else:
+            found = "it has another value than under its other name, and both are one copy here"
+        raise FormatError(f"{asked}, trained tensor {name!r}", found, _BESIDE)
+
+
+def _check_same(what: str, here: Set[str], there: Set[str], asked: str) -> None:
+    """Check that the adapter to be swapped in, `there`, has what the slot has, and no more."""
+    for name in sorted(here ^ there)[:1]:
         found = "the adapter on the model has it, and the one to be swapped in has not"
-        raise FormatError(f"{asked}, {what} {name!r}", found, _BESIDE)
-    return there[name]
-
-
-def _check_none_left(what: str, left: Collection[str], known: Iterable[str], asked: str) -> None:
-    if left:
-        name = min(left)
-        close = ", ".join(map(repr, nearest(name, known))) or "none"
-        found = f"the adapter on the model has no such {what} (nearest: {close})"
+        if name in there:
+            close = ", ".join(map(repr, nearest(name, here))) or "none"
+            found = f"the adapter on the model has no such {what} (nearest: {close})"
         raise FormatError(f"{asked}, {what} {name!r}", found, _BESIDE)
 
 
