@@ -272,3 +272,14 @@ def test_a_shared_module_is_found_under_any_of_its_names() -> None:
     li.swap_adapter(model, state, base="any")
     (site,) = state.sites.values()
     assert same_bits(li.adapter_parameters(model)["a.lora_A"].detach(), site.A)
+
+
+def test_sites_of_two_layers_are_refused_where_both_are_one_layer() -> None:
+    apart, shared = (nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}) for _ in range(2))
+    shared["b"] = shared["a"]
+    state = li.adapter_state(fill(li.inject(apart, {**RULE, "targets": ["a", "b"]})))
+    li.inject(shared, {**RULE, "targets": ["a"]})
+    before = snapshot(shared)
+    with pytest.raises(li.FormatError, match="site 'b': the adapter on the model has no such site"):
+        li.swap_adapter(shared, state, base="any")
+    assert snapshot(shared) == before
