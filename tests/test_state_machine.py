@@ -324,6 +324,8 @@ class Machine(RuleBasedStateMachine):
         for rank in (2, 1):
             further = data.draw(st.sampled_from(FURTHER), "further")
             self.inject(data, rank, 3.0, "kaiming", further, True)
+        if self.truth.adapters:  # of the rules, hypothesis chooses this one seldom
+            self.compute_a_value(data, data.draw(st.sampled_from(COMPUTED), "first"))
 
     # What rules use ------------------------------------------------------------------------------
 
