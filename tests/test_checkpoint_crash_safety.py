@@ -90,6 +90,14 @@ def test_output_that_would_touch_the_base_is_refused(case, tmp_path):
     assert content(base) == before
 
 
+def test_output_that_safetensors_could_not_read_back_is_refused_first(case, tmp_path):
+    base, _, state, _ = case
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="not UTF-8"):
+        merge(base, [state], tmp_path / os.fsdecode(b"out\xff"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("there", ["a file", "other files", "a finished merge"])
 def test_output_with_something_in_it_is_refused_and_kept(case, there):
     base, _, state, out = case

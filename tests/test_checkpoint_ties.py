@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import peft
 import pytest
 import torch
 import transformers
@@ -24,6 +25,7 @@ import lora_inject as li
 from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import (
     Checkpoint,
+    MergeOptions,
     WeightedAdapter,
     extract_adapter,
     plan_merge,
@@ -160,6 +162,66 @@ def test_square_transposed_experts_take_their_orientation_from_the_class(tmp_pat
     merge(tmp_path / "base", [adapter(s)], tmp_path / "out")
     delta = s.scale * torch.einsum("eor,eri->eio", s.B, s.A)
     assert torch.allclose(load_checkpoint(tmp_path / "out")[name], tensors[name] + delta, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT's
+@torch.no_grad()
+def test_the_difference_of_square_transposed_experts_is_merged_loaded_and_read_by_peft(tmp_path):
+    """As GPT-OSS has them: 2880 x 2880. The update came out transposed."""
+    config = transformers.GptOssConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj += torch.randn(2, 16, 1) @ torch.randn(2, 1, 16)
+    experts.gate_up_proj += torch.randn(2, 16, 1) @ torch.randn(2, 1, 32)
+    model.save_pretrained(tmp_path / "tuned")
+    ids = torch.arange(20)[None]
+    extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    found = load_checkpoint(tmp_path / "out")
+    for name, tensor in load_checkpoint(tmp_path / "tuned").items():
+        assert torch.allclose(found[name], tensor, atol=1e-5), name
+    loaded = type(model).from_pretrained(tmp_path / "base").eval()
+    li.load_adapter(loaded, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(
+        type(model).from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    for reader in (loaded, theirs.eval()):
+        assert torch.allclose(reader(input_ids=ids).logits, model(ids).logits, atol=1e-4)
+
+
+def test_one_file_of_a_folder_with_a_config_has_its_class_and_its_ties(tied):
+    """The update of the embedding was silently left on the head as well, which has no config."""
+    base, tensors, out = tied
+    state = on_embedding()
+    merge(base / "model.safetensors", [state], out)
+    assert_merged(out, {**tensors, HEAD: tensors[EMBEDDING]}, state)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("told", "found"),
+    [
+        ({EMBEDDING: EMBEDDING}, f"the files hold '{EMBEDDING}'"),
+        ({HEAD: "embed_tokens.weight"}, "the files lack 'embed_tokens.weight'"),
+    ],
+)
+def test_a_tie_that_contradicts_the_files_is_refused(tied, told, found):
+    with pytest.raises(CheckpointError, match=found):
+        plan_merge(tied[0], [on_embedding()], MergeOptions(tie=told))
+
+
+def test_asking_the_class_leaves_the_messages_of_transformers_as_they_are(tied):
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_info()
+    try:
+        plan_merge(tied[0], [on_embedding()])
+        assert transformers.logging.get_verbosity() == transformers.logging.INFO
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize("kind", ["dangling link", "folder", "FIFO"])

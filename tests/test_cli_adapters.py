@@ -10,6 +10,7 @@ from helpers.adapter_states import KIND_SPECS, dense, make_state
 from safetensors.torch import save_file
 
 import lora_inject as li
+from lora_inject.adapter import renaming
 
 
 @pytest.fixture
@@ -39,6 +40,16 @@ def test_combine_writes_the_weighted_sum(run, files, tmp_path):
     found = run("combine", one, two, "-o", tmp_path / "x", "--method", "ties")
     assert (found.code, (tmp_path / "x").exists()) == (1, False)
     assert "density is missing" in found.err
+
+
+def test_combine_does_not_hand_nan_on(run, files, tmp_path):
+    (path, state), two = files[0], files[1][0]
+    next(iter(state.sites.values())).A[0, 0] = torch.nan
+    li.write_adapter(state, path, overwrite=True)
+    found = run("combine", path, two, "-o", tmp_path / "both")
+    assert found.code == 1
+    assert "holds NaN or Inf" in found.err
+    assert not (tmp_path / "both").exists()
 
 
 def test_truncate_says_the_error_of_each_site(run, files, tmp_path):
@@ -88,6 +99,14 @@ def test_rename_writes_other_names(run, files, tmp_path):
     assert run("rename", one, "nothing", "-o", tmp_path / "x").code == 2
     found = run("rename", one, "x=y", "-o", tmp_path / "x")
     assert "rename 'x': it occurs in no name" in found.err
+
+
+def test_a_regex_that_would_take_forever_is_refused(run, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(renaming, "MATCH_SECONDS", 0.05)
+    run("rename", files[0][0], "h=model.decoder.layers.self_attention", "-o", tmp_path / "long")
+    found = run("rename", tmp_path / "long", r"(\w|\w\w|.)*\1\1[^\w.]=y", "-o", tmp_path / "x")
+    assert found.code == 1
+    assert "it took more than 0.05 s" in found.err
 
 
 def test_a_file_of_a_pipeline_is_read_part_by_part(run, tmp_path):

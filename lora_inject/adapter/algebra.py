@@ -62,7 +62,7 @@ def check_alike(specs: Sequence[SiteSpec], asked: str) -> None:
 
 
 def check_finite(site: SiteState, asked: str) -> None:
-    """Refuse NaN and Inf, which cannot be decomposed."""
+    """Refuse NaN and Inf, which can be neither decomposed nor handed on."""
     for A, B, _ in site.pairs:
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             found = "its A or B holds NaN or Inf"

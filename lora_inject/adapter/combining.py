@@ -88,6 +88,8 @@ class Method:
             return with_sites(states, weights, make, self.asked)
         summed = weighted_sum(states, weights, self.asked)
         if self.name == "cat":
+            for site in summed.sites.values():
+                check_finite(site, self.asked)
             return summed
         sites = {}
         for name, site in summed.sites.items():

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import regex
+
 from lora_inject.errors import StateError, check_type, nearest
-from lora_inject.spec.names import Below, matching, parent
+from lora_inject.spec.names import MATCH_SECONDS, Below, matching, parent
 
 T = TypeVar("T")
 
@@ -54,24 +56,32 @@ def renaming(
     return checked
 
 
+def _rule(old: str, text: str) -> regex.Pattern[str]:
+    """Compile the regex of whole segments, which `regex` applies within a time limit."""
+    for part in (old, text):
+        check_type(f"rename {old!r}", part, str, "Give the new name as text")
+    try:
+        re.compile(old)
+        return regex.compile(rf"(?<![^.])(?:{old})(?![^.])")
+    except (re.error, regex.error) as error:
+        remedy = "Escape literal characters with a backslash"
+        raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
+
+
 def _substitution(new: Mapping[str, str], names: Sequence[str]) -> Callable[[str], str]:
     """Return the function that replaces segments of a name, checked on all names."""
-    rules = {}
-    for old, text in new.items():
-        for part in (old, text):
-            check_type(f"rename {old!r}", part, str, "Give the new name as text")
-        try:
-            rules[old] = re.compile(rf"(?<![^.])(?:{old})(?![^.])")
-        except re.error as error:
-            remedy = "Escape literal characters with a backslash"
-            raise StateError(f"rename {old!r}", f"it is not a regex ({error})", remedy) from None
+    rules = {old: _rule(old, text) for old, text in new.items()}
     used = set()
 
     def change(name: str) -> str:
-        for old, regex in rules.items():
+        for old, rule in rules.items():
             try:
-                changed, n = regex.subn(new[old], name)
-            except (re.error, IndexError) as error:
+                changed, n = rule.subn(new[old], name, timeout=MATCH_SECONDS)
+            except TimeoutError:
+                found = f"it took more than {MATCH_SECONDS:g} s (on '{name[:60]}')"
+                remedy = "Write it without repetition inside repetition, such as (a+)+"
+                raise StateError(f"rename {old!r}", found, remedy) from None
+            except (regex.error, IndexError) as error:
                 found, remedy = f"{new[old]!r} does not fit it ({error})", "Write \\1 for a group"
                 raise StateError(f"rename {old!r}", found, remedy) from None
             if n:

@@ -216,6 +216,7 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
         raise CheckpointError(asked, found, f"Run pip install transformers, or {remedy}") from None
     transformers: Any = library
     refused: Any = errors.StrictDataclassError
+    verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     # Private keys of a downloaded config made older versions fetch and run code.
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -236,6 +237,8 @@ def meta_model(config: Mapping[str, Any], asked: str, remedy: str) -> nn.Module:
         said = said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]}..."
         found = f"transformers {transformers.__version__} cannot build it: {said.rstrip('.')}"
         raise CheckpointError(asked, found, f"Upgrade transformers, or {remedy}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     assert isinstance(model, nn.Module)
     return model
 

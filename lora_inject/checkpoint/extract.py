@@ -21,6 +21,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.adapter.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import weight_name
+from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.same_base import fingerprint
@@ -119,7 +120,9 @@ def extract_adapter(
     state, report = difference_of(
         base, tuned, rank=rank, energy=energy, full=full, progress=progress
     )
-    write_adapter(state, output, format=format, overwrite=overwrite)
+    opened = Checkpoint.open(base)
+    facts = facts_of(opened.folder if opened.config.get("model_type") else None)
+    write_adapter(state, output, format, facts=facts, overwrite=overwrite)
     return report
 
 
@@ -155,7 +158,7 @@ def difference_of(
     n_equal = len(taking.tuned.tensors) - len(found)
     if not taking.sites and not taking.trained:
         held = f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank"
-        remedy = "Check the paths; store small tensors in full (full) if only they were trained"
+        remedy = "Check the paths; where only small tensors were trained, pass full=True"
         raise CheckpointError(f"extract an adapter from '{tuned}'", held, remedy)
     names = [weight_name(site.spec) for site in taking.sites.values()]
     known = fingerprint(taking.base, [name for name in names if name in taking.base.tensors])
@@ -171,7 +174,8 @@ def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
         what += [f"'{name}' is only in the fine-tuned one" for name in new[:3]]
         asked = f"compare '{base.folder}' and '{tuned.folder}'"
         found = f"{len(lost) + len(new)} tensor names differ: {'; '.join(what)}"
-        raise CheckpointError(asked, found, "Save both with the same version of the same library")
+        remedy = "Save both with the same version of the same library"
+        raise CheckpointError(asked, found, f"{remedy}, and tied tensors alike: apart or as one")
 
 
 @dataclass
@@ -279,6 +283,8 @@ class _Taking:
         else:
             kind = "conv1d" if matrix and self.of.transposed(weight) else "linear"
         transposed = kind in {"conv1d", "embedding"}
+        if kind == "parameter" and self.of.known:  # of square experts the shape says nothing
+            transposed = bool(self.of.transposed(weight))
         n_out, n_in = matrix_of(shape if experts is None else shape[1:])[:: -1 if transposed else 1]
         name = weight.removesuffix(".weight")
         spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(rank), weight=weight)

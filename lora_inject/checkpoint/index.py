@@ -69,7 +69,9 @@ class Checkpoint:
         asked = f"open the checkpoint '{path}'"
         if path.is_file() and path.suffix == ".safetensors":
             folder = path.parent.resolve()
-            return cls(folder, _read_shards(folder, [path.name]), None, None, {})
+            alone = not any(folder.glob("*" + _INDEX_SUFFIX))
+            config = read_config(folder) if alone else {}  # else it is that of all files together
+            return cls(folder, _read_shards(folder, [path.name]), None, None, config)
         if not path.is_dir():
             found = "it is not a folder" if path.exists() else "there is no such folder"
             remedy = "Give the folder that holds config.json and the .safetensors files"

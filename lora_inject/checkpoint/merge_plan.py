@@ -28,6 +28,7 @@ from lora_inject.checkpoint.weighted_adapter import (
     check_adapters,
     weighted_adapter,
 )
+from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import DTYPE_BITS
 
 
@@ -122,6 +123,17 @@ class MergePlan:
         }
 
 
+def _check_ties(checkpoint: Checkpoint, told: Mapping[str, str]) -> None:
+    """Refuse ties of which the files hold both tensors, or not the one that is said to be there."""
+    for absent, stored in told.items():
+        found = f"the files hold '{absent}'" if absent in checkpoint.tensors else ""
+        if stored not in checkpoint.tensors:
+            found = f"the files lack '{stored}'"
+        if found:
+            remedy = "Name a tensor that the files lack, and the one in them that it equals"
+            raise CheckpointError(f"tie '{absent}' to '{stored}'", found, remedy)
+
+
 def plan_merge(
     base: str | Path | Checkpoint, adapters: Sequence[Given], options: MergeOptions | None = None
 ) -> MergePlan:
@@ -145,6 +157,7 @@ def plan_merge(
         checkpoint = unpacked(checkpoint, options.dequantize)
     weighted = [weighted_adapter(adapter, checkpoint) for adapter in adapters]
     check_adapters(weighted)
+    _check_ties(checkpoint, options.tie or {})
     of = BaseClass(checkpoint, options.tie)
     fits = [choose(adapter, checkpoint, options, of) for adapter in weighted]
     settled = Settled(of, options, _joined(fits, options))

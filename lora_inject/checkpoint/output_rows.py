@@ -203,5 +203,5 @@ def _check_finite(job: TensorJob, rows: Tensor, merged: Tensor) -> None:
 
 def _too_large(job: TensorJob) -> CheckpointError:
     found = f"the result is too large for {job.dtype}: it would become Inf"
-    remedy = "Write float32 or bfloat16 (dtype), or merge with a smaller weight"
+    remedy = 'Pass dtype="float32" or dtype="bfloat16", or merge with a smaller weight'
     return CheckpointError(f"merge into '{job.name}'", found, remedy)

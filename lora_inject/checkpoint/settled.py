@@ -164,9 +164,8 @@ def _check(checkpoint: Checkpoint, job: TensorJob) -> None:
         if job.grows or not job.stored:
             found = "it is quantized, and would grow or become a tensor of its own"
         if found:
-            raise CheckpointError(
-                f"merge into '{job.name}'", found, "Write plain floats: dequantize"
-            )
+            remedy = 'Write plain floats: pass dequantize="bfloat16"'
+            raise CheckpointError(f"merge into '{job.name}'", found, remedy)
     places = [(p.start, p.stop) for p in job.placed]
     gained = [p for p in job.placed if p.gain is not None]
     scaled = any(abs(term.weight) != 1 for p in gained for term in p.terms)

@@ -33,12 +33,18 @@ def check_output(base: Checkpoint, output: Path) -> Path:
     """Return an output folder, links resolved, that can be written without changing other files.
 
     Raises:
-        CheckpointError: It is the base, inside or around it, a file, a mount point, or not empty.
+        CheckpointError: It is the base, inside or around it, a file, a mount point, not empty,
+            or its path is not text.
     """
     asked, folder = f"write to '{output}'", output.resolve()
     if folder == base.folder or base.folder in folder.parents or folder in base.folder.parents:
         found = f"it is the base '{base.folder}', or one is inside the other"
         raise CheckpointError(asked, found, "Give a folder of its own")
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        found = "its path is not UTF-8, and safetensors opens no such file"
+        raise CheckpointError(asked, found, "Give a folder with another path") from None
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(asked, "it is a file", "Give the name of a folder")
     if folder.is_dir():

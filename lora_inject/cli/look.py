@@ -66,7 +66,8 @@ def advise(
     config = advised(inventory, most)
     show.say(
         "# One rank on all linear layers: at an equal number of parameters hard to beat.\n"
-        "# Tune the learning rate at a small rank: it matters more, and hardly depends on the rank."
+        "# Tune the learning rate at a small rank: it matters more, and hardly depends\n"
+        "# on the rank."
     )
     show.say(config.to_yaml().rstrip())
 

@@ -138,8 +138,12 @@ def in_options(message: str, options: Iterable[str]) -> str:
         'pass --allow x --allow y, --any-base or a=1'
         >>> in_options("pass component='unet' (--from-component)", [])
         'pass --from-component unet'
+        >>> in_options('write format="peft"', ["--to"])  # of convert
+        'write --to peft'
     """
     known = {opt[2:].replace("-", "_"): opt for opt in options if opt.startswith("--")}
+    if "to" in known:
+        known.setdefault("format", "--to")
     value = r"""(\[[^\]]*\]|"[^"]*"|'[^']*'|True|\.\.\.|[\w.]*\w)"""
 
     def option(found: re.Match[str]) -> str:

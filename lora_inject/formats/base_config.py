@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from lora_inject.errors import FormatError
 
-_REMEDY = "Pass config, the base's config.json as plain data, or name the base: --base BASE"
+_REMEDY = "Pass config, the base's config.json as plain data, or convert it with its base: "
+_REMEDY += "lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
 
 
 class Heads(NamedTuple):

@@ -57,9 +57,10 @@ def check_site(site: SiteState, asked: str) -> None:
             )
         of_pair = role not in site.further
         if tensor.dtype not in FLOATS or (of_pair and tensor.dtype != site.A.dtype):
+            other, what = ("B", site.B) if role == "A" else (role, tensor)
             raise FormatError(
                 where,
-                f"A is {site.A.dtype} and {role} {tensor.dtype}",
+                f"A is {site.A.dtype} and {other} {what.dtype}",
                 "Both must be of one of float16, bfloat16, float32 and float64",
             )
 

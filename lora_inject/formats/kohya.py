@@ -165,7 +165,8 @@ def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None, where: st
         raise FormatError(
             where,
             "dots of names are written as '_', so the file alone does not give the names",
-            "Load it onto the model, pass module_names, or name the base: --base BASE",
+            "Load it onto the model, pass module_names, or convert it with its base: "
+            "lora-inject convert ADAPTER OUT --to peft --base BASE",
         )
     found = known.get(flat, ())
     if len(found) > 1:

@@ -215,8 +215,8 @@ class Foreign:
             raise self._error(
                 where,
                 f"the file does not say which pair is whose of {one_line(map(leaf, names))}",
-                "Load it onto the model, pass tensor_names=list(model.state_dict()), or name the "
-                "base: lora-inject inspect ADAPTER --base BASE",
+                "Load it onto the model, pass tensor_names=list(model.state_dict()), or "
+                "convert it with its base: lora-inject convert ADAPTER OUT --to peft --base BASE",
             )
         return [*names] or [module]
 
@@ -309,8 +309,8 @@ class Foreign:
                 "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
                 if version is None
                 else "Load it onto the model, pass transposed_modules (the names of the modules "
-                "that have is_transposed, or ()), or name the base: lora-inject analyze ADAPTER "
-                "--base BASE",
+                "that have is_transposed, or ()), or convert it with its base: "
+                "lora-inject convert ADAPTER OUT --to peft --base BASE",
             )
         return parent(name) in (modules or ())
 
