@@ -312,3 +312,11 @@ def test_rows_of_a_nested_tensor(layout: torch.layout, rule: dict[str, Any]) -> 
         li.routed(model, ["default", None]),
     ):
         model(nested)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_beside_an_adapter_with_a_gain_is_refused() -> None:
+    model = fill(li.inject(Host(nn.Linear(N, N)).double(), {**CONFIG, "variant": "dora"}))
+    nested = torch.nested.nested_tensor([X[:1], X[1:]], layout=torch.jagged)
+    with pytest.raises(li.LayerError, match="an adapter with a gain: a Linear got a nested tensor"):
+        model(nested)
