@@ -33,9 +33,9 @@ class Reads(nn.Module):
 class Asks(nn.Module):
     """Calls a child after a look at the dtype of its weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, child: nn.Module) -> None:
         super().__init__()
-        self.child = nn.Linear(4, 4)
+        self.child = child
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.child(x.to(self.child.weight.dtype))
@@ -87,8 +87,12 @@ def test_what_peft_would_compute_otherwise_is_not_written_for_it(case: str, tmp_
 
 @pytest.mark.parametrize(
     ("make", "site", "x"),
-    [(Asks, "child", X), (lambda: nn.Sequential(Scaled()), "0", IDS)],
-    ids=["asked for its dtype", "a gain that PEFT knows"],
+    [
+        (lambda: Asks(nn.Linear(4, 4)), "child", X),
+        (lambda: Asks(nn.Conv1d(4, 4, 1)), "child", X[..., None]),
+        (lambda: nn.Sequential(Scaled()), "0", IDS),
+    ],
+    ids=["asked for its dtype", "a kernel asked for its dtype", "a gain that PEFT knows"],
 )
 def test_what_peft_computes_the_same_is_written(
     make: Any, site: str, x: Tensor, tmp_path: Path

@@ -34,12 +34,13 @@ def lazy_weight(
     float32: bool,
     used: Callable[[], None] = lambda: None,
     gain: Gain | None = None,
+    any_shape: bool = False,
 ) -> Tensor:
     """Return the result of `effective_weight`: a `LazyWeight` if possible, else formed at once.
 
-    It is lazy if the weight is a plain matrix or a stack of matrices, and nothing traces or
-    transforms the computation. `used` is called right before the first use of the value, and may
-    raise. Reading shape, dtype or device of a lazy weight is not a use.
+    It is lazy if the weight is a plain matrix or a stack of matrices (with `any_shape` a kernel
+    too), and nothing traces or transforms the computation. `used` is called right before the first
+    use of the value, and may raise. Reading shape, dtype or device of a lazy weight is not a use.
 
     Examples:
         >>> from lora_inject.spec.sites import SiteSpec
@@ -51,9 +52,10 @@ def lazy_weight(
         True
     """
     stacked = updates[0][0].experts is not None if updates else weight.dim() == 3
+    matrices = weight.dim() == (3 if stacked else 2)
     can_wait = (
         type(weight) in PLAIN
-        and weight.dim() == (3 if stacked else 2)
+        and (matrices or any_shape)
         and weight.is_floating_point()
         and not (float32 and weight.dtype.itemsize < 4)
         and not needs_plain_operations()
@@ -61,7 +63,7 @@ def lazy_weight(
     if not can_wait:
         used()
         return effective_weight(weight, updates, float32=float32, gain=gain)
-    read = _Read(weight, updates, gain, used)
+    read = _Read(weight, updates, gain, used, matrices)
     if not torch.is_grad_enabled():
         return _made(read, weight.shape, weight.stride())
     found: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
@@ -73,8 +75,9 @@ class _Read:
 
     Attributes:
         leaves: The weight, and every tensor of its updates and of its gain.
+        is_stack: Whether the weight is a stack, of which matrices are picked.
         is_thin: Whether products are thin. A gain applies to the sum, not to its terms; and a hook
-            wants the gradient of the sum.
+            wants the gradient of the sum. A kernel is no factor of a product.
     """
 
     def __init__(
@@ -83,11 +86,13 @@ class _Read:
         updates: Sequence[Update],
         gain: Gain | None,
         used: Callable[[], None],
+        matrices: bool,
     ) -> None:
         self.weight, self.updates, self.gain = weight, updates, gain
         factors = [t for _, A, B, _ in updates for t in (A, B)]
         self.leaves = [weight, *factors, *(gain.tensors.values() if gain is not None else ())]
-        self.is_thin = gain is None
+        self.is_stack = matrices and weight.dim() == 3
+        self.is_thin = matrices and gain is None
         self.mode = torch.is_grad_enabled()
         self._used: Callable[[], None] | None = used
         self._versions = self._versions_now()
@@ -111,6 +116,10 @@ class _Read:
     def sum(self) -> LowRank:
         """Return the weight and its updates, with the graph of the caller."""
         return low_rank(self.weight, self.updates, self.gain)
+
+    def formed(self) -> Tensor:
+        """Return the same as one tensor in the weight's shape."""
+        return self.sum().formed(self.weight.dtype).reshape(self.weight.shape)
 
     @cached_property
     def whole(self) -> LowRank:
@@ -185,8 +194,9 @@ class LazyWeight(Tensor):
         return self._beneath
 
     def _form(self) -> Tensor:
-        found = self._read.sum() if self._index is None else self._read.sum().at(self._index)
-        formed = found.formed(self.dtype)  # in the weight's own layout, as in `effective_weight`
+        read, index = self._read, self._index
+        # In the weight's own layout, as in `effective_weight`.
+        formed = read.formed() if index is None else read.sum().at(index).formed(self.dtype)
         return formed.mT if self._is_turned else formed
 
     @classmethod
@@ -265,7 +275,7 @@ class _Deferred(torch.autograd.Function):
         read, again = ctx.read, torch.is_grad_enabled()
         read.check()
         with torch.enable_grad():
-            out = read.sum().formed(read.weight.dtype)
+            out = read.formed()
         return None, *differentiate(out, read.leaves, ctx.needs_input_grad[1:], g, again=again)
 
 
@@ -320,7 +330,7 @@ def _gathered(lazy: LazyWeight, indices: Sequence[Tensor | None]) -> Any:
 
 
 def _is_whole_stack(lazy: LazyWeight) -> bool:
-    return lazy.dim() == 3 and lazy._index is None
+    return lazy._read.is_stack and lazy._index is None
 
 
 _PARTS: dict[Any, Callable[..., Any]] = {

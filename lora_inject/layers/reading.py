@@ -180,7 +180,9 @@ class Reading(nn.Module):
                     self._lora.read_from_outside |= {entry.mark}
 
         if low_rank:
-            return lazy_weight(value, low_rank, float32=float32, used=used, gain=gain)
+            return lazy_weight(
+                value, low_rank, float32=float32, used=used, gain=gain, any_shape=outside
+            )
         used()
         return value
 
@@ -214,7 +216,7 @@ class Reading(nn.Module):
                 "Leave this layer out of adapters that are routed",
             )
 
-        return lazy_weight(raw, (), float32=False, used=used)
+        return lazy_weight(raw, (), float32=False, used=used, any_shape=True)
 
     def _lora_refuse_replaced(self, name: str) -> None:
         """Raise if a parameter becomes computed, as in parametrize, prune and weight_norm.
