@@ -25,6 +25,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 import lora_inject as li
@@ -58,6 +60,9 @@ def models():
         **SMALL, **LAYERS, num_experts=2, moe_intermediate_size=6,
         shared_expert_intermediate_size=6, mlp_only_layers=[1],
     )  # fmt: skip
+    dense = Qwen3MoeConfig(
+        **SMALL, **LAYERS, num_experts=2, moe_intermediate_size=6, head_dim=4, mlp_only_layers=[1]
+    )
     return {
         "llama": LlamaForCausalLM(LlamaConfig(**SMALL, **LAYERS)),
         "gpt2": GPT2LMHeadModel(gpt2),
@@ -65,6 +70,7 @@ def models():
         "distilbert": DistilBertForSequenceClassification(distil),
         "mixtral": MixtralForCausalLM(moe),
         "qwen": Qwen2MoeForCausalLM(qwen),
+        "dense": Qwen3MoeForCausalLM(dense),
         "nested": Nested(),
     }
 
@@ -194,6 +200,11 @@ CASES = {
             "modules_to_save": ["lm_head"],
         },
     ),
+    "names of experts that dense layers have": (
+        "qwen",
+        {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    ),
+    "all-linear beside dense layers": ("dense", {"target_modules": "all-linear"}),
     "a regex of experts": ("mixtral", {"target_modules": r".*\.(w[123]|v_proj)"}),
     "a regex of the router": ("mixtral", {"target_modules": r".*\.(gate|q_proj)"}),
     "layers of modules, not of parameters": (

@@ -92,6 +92,13 @@ def test_copies_of_peft_are_read_live_and_merged_on_disk(saved: list[str], tmp_p
     assert off(logits(merged_on_disk(tmp_path, "peft")), logits(wrapped)) < 1e-6
 
 
+def test_an_optimizer_gets_the_copy_of_a_tied_tensor_once() -> None:
+    model = li.inject(tied_llama(), {"rank": 2, "targets": ["q_proj"], "train": ["lm_head"]})
+    found = li.adapter_parameters(model)
+    assert EMBEDDING in found
+    assert len({id(parameter) for parameter in found.values()}) == len(found)
+
+
 @pytest.mark.parametrize("train", [r"model\.embed_tokens\.weight", r"lm_head\.weight"])
 def test_a_tied_copy_that_was_trained_is_read_the_same_by_peft(train: str, tmp_path: Path) -> None:
     model = li.inject(tied_llama(), {"rank": 2, "targets": ["q_proj"], "train": [train]})

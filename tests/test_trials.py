@@ -277,6 +277,23 @@ def test_what_would_leak_or_does_not_fit_is_refused_before_a_step(make, batch, m
             assert torch.equal(value, before[name][key])
 
 
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda out, b: 1.0, "loss of trial 'a': it is a float. Return a scalar tensor"),
+        (lambda out, b: out[:, 0], r"it has the shape \(3,\). Return its mean"),
+        (lambda out, b: out.detach().sum(), "no gradient leads from it to A and B"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused(loss, message) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    trials = Trials(net, {"a": Trial({"rank": 1, "targets": ["0"]}, lr=1e-3)})
+    with pytest.raises(li.StateError, match=message):
+        trials.step(torch.ones(3, 4), forward=net, loss=loss)
+    with pytest.raises(li.StateError, match=r"its tensors have \[0\] rows"):
+        trials.step(torch.ones(0, 4), forward=net, loss=loss)
+
+
 def test_a_mean_over_the_batch_is_refused() -> None:
     model = of_llama()
     running = Trials(model, LLAMA_TRIALS)

@@ -55,6 +55,17 @@ CALLS = {
     "diff": (lambda m, s: li.diff(3, 4), "it is an int"),
     "a zero byte": (lambda m, s: li.inject(m, "a\0b", "b"), r"^a\\x00b: .*null byte"),
     "a rank beyond memory": (lambda m, s: li.inject(m, Q | {"rank": 10**11}, "b"), "rank.*1048576"),
+    "names to train": (lambda m, s: li.train_only(m, 3), "train_only: it is an int"),
+    "a list of lists": (
+        lambda m, s: li.train_only(m, [["a"]]),
+        "it is a list. Give the name",
+    ),
+    "several to eject": (lambda m, s: li.eject(m, ["default"]), "eject .*: it is a list"),
+    "no rate": (lambda m, s: li.parameter_groups(m, None), "parameter_groups, lr: it is None"),
+    "rate below 0": (lambda m, s: li.parameter_groups(m, {"default": -1}), "lr: it is -1"),
+    "B at rest": (lambda m, s: li.parameter_groups(m, 1.0, 0), "b_lr_ratio: it is 0. Give a pos"),
+    "no rate of a trial": (lambda m, s: li.Trial(Q, lr=None), "Trial.lr: it is None. Give a pos"),
+    "warmup as text": (lambda m, s: li.Trial(Q, lr=1, warmup="a"), "Trial.warmup: it is 'a'"),
     "rows below 0": (
         lambda m, s: li.plan(m, Q | {"tokens": {"0": [-1]}}),
         r"\(tokens.0\[0\]\): there is no row -1. Rows are counted from 0.$",

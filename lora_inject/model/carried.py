@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from lora_inject.errors import StateError, nearest
+from lora_inject.errors import StateError, check_type, nearest
 from lora_inject.layers.attached import Attached, Entry, attached_to, refuse_mixed
 from lora_inject.layers.class_swap import refuse_replaced_class
 from lora_inject.layers.routed_forward import routes_rows
@@ -213,14 +213,17 @@ def refuse_mixes(model: nn.Module, found: Reach, weights: Mapping[str, float]) -
         refuse_mixed(each)
 
 
-def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> None:
-    """Raise if a name is not an adapter of the model."""
-    for name in names:
+def check_names(known: frozenset[str], names: Iterable[str], verb: str) -> set[str]:
+    """Return the names, or raise if one is not an adapter of the model."""
+    listed = list(names)
+    for name in listed:
+        check_type(f"{verb} {name!r}", name, str, "Give the name of an adapter")
         if name not in known:
             there = ", ".join(map(repr, sorted(known))) or "none"
-            close = nearest(str(name), known, n=1)
+            close = nearest(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else "Inject or load it first"
             raise StateError(f"{verb} {name!r}", f"the model's adapters are: {there}", hint)
+    return set(listed)
 
 
 def check_new_name(found: Reach, name: str) -> None:

@@ -5,13 +5,15 @@ An adapter's tensors require gradients where `train_only` named it, and the base
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lora_inject.errors import LayerError, StateError
+from lora_inject.errors import LayerError, StateError, check_type
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey
@@ -41,9 +43,10 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
         StateError: A name is unknown, or the model is merged.
         LayerError: A quantized layer hands no gradient to its input.
     """
-    wanted = {names} if isinstance(names, str) else set(names or ())
+    listed = [names] if isinstance(names, str) else [] if names is None else names
+    check_type("train_only", listed, Iterable, "Give a name, several, or None")
     found = reach(model)
-    check_names(found.names, wanted, "train_only")
+    wanted = check_names(found.names, listed, "train_only")
     refuse_merged("train_only", *found.selections)
     survey = Survey(model)
     if wanted:
@@ -111,8 +114,10 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
             is more than one.
 
     Returns:
-        `SITE.lora_A`, `SITE.lora_B` and the names of trained base tensors, to the Parameters. Ask
-        again after `.to()` or sharding: those may put new Parameters in place.
+        `SITE.lora_A`, `SITE.lora_B` and the names of trained base tensors, to the Parameters, each
+        once: the copy of a tied tensor under its first name. `torch.func` needs the names of
+        `model.named_parameters()`. Ask again after `.to()` or sharding: those may put new
+        Parameters in place.
 
     Raises:
         StateError: There is no such adapter.
@@ -120,10 +125,11 @@ def adapter_parameters(model: nn.Module, name: str | None = None) -> dict[str, n
     known = reach(model).names
     check_names(known, [] if name is None else [name], "adapter_parameters of")
     several = name is None and len(known) > 1
-    return {
-        f"{entry.adapter}:{key}" if several else key: parameter
-        for key, entry, _, parameter in trainable_tensors(Survey(model), name)
-    }
+    # By identity: an optimizer would step a Parameter that is given twice twice.
+    found = dict[int, tuple[str, nn.Parameter]]()
+    for key, entry, _, parameter in trainable_tensors(Survey(model), name):
+        found.setdefault(id(parameter), (f"{entry.adapter}:{key}" if several else key, parameter))
+    return dict(found.values())
 
 
 def parameter_groups(
@@ -143,7 +149,8 @@ def parameter_groups(
         out.
 
     Raises:
-        StateError: No adapter is trainable, or `lr` does not name just those that are.
+        StateError: No adapter is trainable, `lr` does not name just those that are, or a rate is
+            not a positive number.
 
     Examples:
         >>> from lora_inject.model.inject import inject
@@ -161,6 +168,11 @@ def parameter_groups(
         found = "no adapter of the model is trainable"
         raise StateError("parameter_groups", found, "Call train_only(model, name)")
     rates = lr if isinstance(lr, Mapping) else {"": lr}
+    for rate, what in [(b_lr_ratio, "b_lr_ratio"), *((rate, "lr") for rate in rates.values())]:
+        asked, remedy = f"parameter_groups, {what}", "Give a positive number, such as 1e-3"
+        check_type(asked, rate, (Real, Tensor), remedy)
+        if not 0 < rate < math.inf:
+            raise StateError(asked, f"it is {rate}", remedy)
     known = {adapter for adapter, _ in groups}
     if wrong := rates.keys() ^ known:
         asked = f"parameter_groups, learning rate of {min(wrong)!r}"

@@ -449,17 +449,20 @@ class _Rules:
         whole, narrowed = pattern is _ALL, target is _ALL and pattern is not _ALL
         if self.inventory is None:
             return [rule | ({"kind": "linear"} if narrowed else {})]
+        beside = set[bool]() if whole else {*map(self._is_tensor, self._known_by(pattern))}
+        both = target is not _ALL and len(beside) == 2
         hits = [
             name
             for name in (list(self.left) if whole else self._matching(rule["match"], self.left))
             if ("layers" not in rule or first_number(name) in self.layers)
             and (target is not _ALL or self.kinds[name] in _LINEAR)
+            and (not both or self._is_tensor(name) == target.parameter)
         ]
         for name in hits:
             del self.left[name]
-        if hits and narrowed:
+        if hits and (narrowed or both):
             return [rule | {"kind": kind} for kind in dict.fromkeys(self.kinds[n] for n in hits)]
-        if hits or not (values or whole or self._matching(pattern.regex, self.kinds)):
+        if hits or not (values or whole or self._known_by(pattern)):
             return [rule]  # if it matches no name, matching raises with the nearest names
         return []
 
@@ -505,7 +508,16 @@ class _Rules:
     def _matched(self, target: _Pattern) -> list[str]:
         if target is _ALL:
             return [name for name, kind in self.kinds.items() if kind in _LINEAR]
-        return self._matching(target.regex, self.kinds)
+        found = self._known_by(target)
+        meant = [name for name in found if self._is_tensor(name) == target.parameter]
+        return meant if meant or target.parameter else found
+
+    def _known_by(self, pattern: _Pattern) -> list[str]:
+        return self._matching(pattern.regex, self.kinds)
+
+    def _is_tensor(self, name: str) -> bool:
+        """Whether `target_parameters` means a name, and not `target_modules`."""
+        return self.kinds[name] == "parameter"
 
     def _check_left(self) -> None:
         """Refuse keys that match no target, and names in which PEFT finds another layer number."""

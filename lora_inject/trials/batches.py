@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lora_inject.errors import StateError
+from lora_inject.errors import StateError, check_type
 
 Forward = Callable[[Any], Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -22,10 +22,19 @@ IGNORED = -100
 def n_rows(batch: Any, whose: str) -> int:
     """Return the number of rows of a batch, which must be equal in all its tensors."""
     sizes = {t.shape[0] for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()}
-    if len(sizes) != 1:
+    if len(sizes) != 1 or not all(sizes):
         found = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
         raise StateError(f"step, batch of {whose!r}", found, "Give tensors with one row an example")
     return int(sizes.pop())
+
+
+def scalar_loss(loss: Loss, outputs: Any, batch: Any, whose: str) -> Tensor:
+    """Return one trial's loss, which must be a single number in a tensor."""
+    value, asked = loss(outputs, batch), f"loss of trial {whose!r}"
+    check_type(asked, value, Tensor, "Return a scalar tensor")
+    if value.numel() != 1:
+        raise StateError(asked, f"it has the shape {tuple(value.shape)}", "Return its mean")
+    return value.reshape(())
 
 
 def n_tokens(batch: Any) -> int:

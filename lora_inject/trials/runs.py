@@ -40,6 +40,7 @@ from lora_inject.trials.batches import (
     n_tokens,
     parted,
     plain_forward,
+    scalar_loss,
 )
 from lora_inject.trials.draws import Draws, seeded
 from lora_inject.trials.flat import Buffer, Flat, clip, norms
@@ -200,7 +201,11 @@ class Trials:
             if all(map(math.isfinite, values)):
                 each.sum().backward()  # type: ignore[no-untyped-call]
                 return dict(zip(batches, values, strict=True))
-        losses = {name: loss(parts[name], one) for name, one in batches.items()}
+        losses = {name: scalar_loss(loss, parts[name], one, name) for name, one in batches.items()}
+        for name, one_loss in losses.items():
+            if not one_loss.requires_grad:
+                what = "no gradient leads from it to A and B"
+                raise StateError(f"loss of trial {name!r}", what, "Compute it from the outputs")
         values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
         found = dict(zip(losses, values, strict=True))
         for name, value in found.items():
@@ -317,7 +322,8 @@ class Trials:
         with evaluating(self.model):
             for group in self._groups(self._by_trial(batch)):
                 outputs, *_ = self._forward(group, forward, None)
-                found |= {name: loss(outputs[name], one).item() for name, one in group.items()}
+                for name, one in group.items():
+                    found[name] = scalar_loss(loss, outputs[name], one, name).item()
         self._held_out |= found
         return found
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
+from numbers import Real
 from os import PathLike
 from typing import Any, Literal
 
@@ -17,6 +19,11 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
+
+
+def _is_number(value: Any, above: float = -1.0) -> bool:
+    """Whether a value is a finite number from 0, and more than `above`."""
+    return isinstance(value, Real) and 0 <= float(value) < math.inf and float(value) > above
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,15 @@ class Trial:
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", Config.coerce(self.config))
         object.__setattr__(self, "betas", tuple(self.betas))
+        positive = partial(_is_number, above=0.0)
         for name, fits, wanted in (
-            ("lr", 0 < self.lr < math.inf, "a positive number, such as 1e-3"),
-            ("b_lr_ratio", 0 < self.b_lr_ratio < math.inf, "a positive number, such as 4"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "a number from 0"),
-            ("clip", self.clip is None or 0 < self.clip < math.inf, "a positive number or None"),
-            ("schedule", self.schedule in _SHAPES, f"one of {', '.join(_SHAPES)}"),
-            ("warmup", self.warmup >= 0, "a number of steps from 0"),
+            ("lr", positive(self.lr), "a positive number, such as 1e-3"),
+            ("b_lr_ratio", positive(self.b_lr_ratio), "a positive number, such as 4"),
+            ("weight_decay", _is_number(self.weight_decay), "a number from 0"),
+            ("clip", self.clip is None or positive(self.clip), "a positive number or None"),
+            ("schedule", self.schedule in [*_SHAPES], f"one of {', '.join(_SHAPES)}"),
+            ("warmup", _is_number(self.warmup), "a number of steps from 0"),
+            ("steps", self.steps is None or positive(self.steps), "a number of steps, or None"),
             (
                 "steps",
                 self.schedule == "constant" or (self.steps or 0) > self.warmup,
