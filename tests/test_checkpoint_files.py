@@ -224,6 +224,12 @@ def test_consolidated_file_beside_an_index_is_left_aside(tmp_path):
     assert "other" not in Checkpoint.open(folder).tensors
 
 
+def test_the_outer_folder_of_the_hub_cache_is_told_its_snapshot(tmp_path):
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="give its folder 'snapshots/abc'"):
+        Checkpoint.open(tmp_path)
+
+
 def test_pickle_only_says_what_to_do(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="save_pretrained"):

@@ -149,6 +149,8 @@ def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
     name = _prefer_model(files, asked)
     if name is None:
         remedy = "Convert it first: load it and call save_pretrained, which writes safetensors"
+        if revisions := sorted(p.name for p in folder.glob("snapshots/*")):
+            remedy = f"It is the hub's cache: give its folder 'snapshots/{revisions[-1]}'"
         raise CheckpointError(asked, "it holds no .safetensors weights", remedy)
     return None, {name}, None
 
