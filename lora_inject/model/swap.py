@@ -49,7 +49,7 @@ def swap_adapter(
     is not compiled again. What the slot is stays, too: whether it is active and trainable, its
     dropout, its init and its `compute`. Gradients and the optimizer's moments are not touched.
     A backward through a checkpoint whose forward ran before is a StateError, as it would compute
-    with the new values.
+    with the new values. A forward that runs on another thread meanwhile may compute with both.
 
     Args:
         model: The root, or any module that holds roots.
