@@ -591,6 +591,16 @@ def test_zeros_outside_the_delta_keep_their_sign(
     assert same_bits(k, torch.full_like(k, -0.0))
 
 
+def test_a_delta_of_zero_is_named_in_the_report() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).bfloat16()
+    li.inject(model, {"rank": 2, "targets": [r"\d"]})
+    assert "every delta at 2 of 2 tensors, such as '0.weight' is 0" in str(li.merge(model))
+    li.unmerge(model)
+    with torch.no_grad():
+        li.adapter_parameters(model)["0.lora_B"].fill_(1.0)
+    assert "the delta at 1 of 2 tensors, such as '1.weight' is 0" in str(li.merge(model))
+
+
 def test_a_delta_that_rounding_swallows_is_named_in_the_report() -> None:
     model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
     li.inject(model, {"rank": 2, "alpha": 2, "targets": ["0"]})

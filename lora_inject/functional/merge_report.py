@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,18 @@ class MergeReport:
 
     @property
     def warning(self) -> str | None:
-        """What must not be overlooked: deltas of which rounding left nothing; None without any."""
-        if not self.inert:
-            return None
-        of = "every delta" if len(self.inert) == len(self.counted) else "the delta"
-        where = f"{len(self.inert)} of {len(self.counted)} tensors, such as '{self.inert[0]}'"
-        return f"rounding left 0.0000 of {of} at {where}: there the adapter has no effect"
+        """What must not be overlooked: deltas that are 0, or of which rounding left nothing."""
+        zero = [t.name for t in self.counted if t.relative == 0]
+        found = []
+        if self.inert:
+            found.append(f"rounding left 0.0000 of {self._where(self.inert)}")
+        if zero:
+            found.append(f"{self._where(zero)} is 0, as before training")
+        return f"{'; '.join(found)}: there the adapter has no effect" if found else None
+
+    def _where(self, names: Sequence[str]) -> str:
+        of = "every delta" if len(names) == len(self.counted) else "the delta"
+        return f"{of} at {len(names)} of {len(self.counted)} tensors, such as '{names[0]}'"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data."""
