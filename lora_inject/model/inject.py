@@ -55,7 +55,8 @@ def inject(
 ) -> M:
     """Put a new adapter onto a model, in place, and freeze everything else.
 
-    The adapter becomes the only active and the only trainable one; others keep their values.
+    The adapter becomes the only active and the only trainable one; others keep their values. That
+    holds for another model's adapters as well if it shares a layer with this one.
 
     Args:
         model: Any module; stays the same object.
