@@ -17,7 +17,11 @@ from lora_inject.errors import LayerError
 from lora_inject.layers.adapted import Adapted, WeightUpdate, adapted_class, plain_class
 from lora_inject.layers.attached import Attached, attached_to
 from lora_inject.layers.reading import cached_forward
+from lora_inject.layers.routed_forward import with_rows
 from lora_inject.layers.selection import Selection
+
+# Modules whose functions wrap a plain forward; `functools.wraps` hides that from `__module__`.
+_WRITE_FORWARDS = {cached_forward.__module__, with_rows.__module__}
 
 
 def swap(
@@ -98,8 +102,10 @@ def _is_ours(method: Any, module: nn.Module) -> bool:
     ours = _own_class(type(module))
     if function is None or function is ours._lora_mixin.forward:
         return function is not None
-    wraps = getattr(function, "__wrapped__", None) is ours._lora_plain.forward
-    return wraps and function.__globals__ is cached_forward.__globals__
+    plain = function
+    while getattr(plain, "__globals__", {}).get("__name__") in _WRITE_FORWARDS:
+        plain = plain.__wrapped__
+    return plain is not function and plain is ours._lora_plain.forward
 
 
 def _own_class(cls: type) -> type[Adapted]:

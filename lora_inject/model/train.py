@@ -149,8 +149,8 @@ def parameter_groups(
         out.
 
     Raises:
-        StateError: No adapter is trainable, `lr` does not name just those that are, or a rate is
-            not a positive number.
+        StateError: No adapter is trainable, `lr` does not name just those that are, a rate is
+            negative or not a number, or the ratio is 0.
 
     Examples:
         >>> from lora_inject.model.inject import inject
@@ -171,7 +171,8 @@ def parameter_groups(
     for rate, what in [(b_lr_ratio, "b_lr_ratio"), *((rate, "lr") for rate in rates.values())]:
         asked, remedy = f"parameter_groups, {what}", "Give a positive number, such as 1e-3"
         check_type(asked, rate, (Real, Tensor), remedy)
-        if not 0 < rate < math.inf:
+        # A rate of 0 is asked for in words; a ratio of 0 would leave B, and so the update, at 0.
+        if not (0 < rate < math.inf or (what == "lr" and rate == 0)):
             raise StateError(asked, f"it is {rate}", remedy)
     known = {adapter for adapter, _ in groups}
     if wrong := rates.keys() ^ known:
