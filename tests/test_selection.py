@@ -528,7 +528,6 @@ def test_a_root_above_roots_takes_their_adapters_over() -> None:
     [
         ("aa", "activate 'aa': the model's adapters are: 'a', 'b', 'c'. Did you mean 'a'?"),
         ({"a": float("nan")}, "activate 'a': its weight is nan. Give a finite number."),
-        ({}, "activate {}: it names no adapter. Name one, or give None."),
         ({"a": "1"}, "activate 'a': its weight is '1'. Give a finite number."),
         (["a"], "activate: it is a list. Give a name, a mapping of names to weights, or None."),
     ],

@@ -34,8 +34,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
         The same object.
 
     Raises:
-        StateError: A name is unknown, a mix is empty, a weight is not finite, or the model is
-            merged.
+        StateError: A name is unknown, a weight is not finite, or the model is merged.
         LayerError: An adapter with a gain (DoRA) is not the only one at one of its sites.
 
     Examples:
@@ -65,8 +64,6 @@ def weights_of(which: str | Mapping[str, float] | None, verb: str) -> dict[str, 
     if which is None or isinstance(which, str):
         return {} if which is None else {which: 1.0}
     check_type(verb, which, Mapping, "Give a name, a mapping of names to weights, or None")
-    if not which:
-        raise StateError(f"{verb} {{}}", "it names no adapter", "Name one, or give None")
     for name, weight in which.items():
         asked = f"{verb} {name!r}"
         if not isinstance(weight, int | float) or not math.isfinite(weight):
