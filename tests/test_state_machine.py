@@ -228,16 +228,16 @@ def allowed(further: set[str], of: trees.SiteOf) -> dict[str, Any]:
     return {"variant": "dora"} if "dora" in further and of.delta is not trees.stack else {}
 
 
-def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool, bool]:
-    """Whether a value cannot be computed of adapters, could not be installed, or may be refused."""
+def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool]:
+    """Whether a value cannot be computed of adapters, or may be refused."""
     one, two, reads = parts[0], parts[-1], [part.reads() for part in parts]
     gained = {key for read in reads for key, is_gained in read.items() if is_gained}
     if how not in SUMS:
-        return bool(gained or (how == "scale" and one.copies)), False, False
+        return bool(gained or (how == "scale" and one.copies)), False
     shared, copies = reads[0].keys() & reads[1].keys(), one.copies.keys() & two.copies.keys()
     overlap = shared & {*one.copies, *two.copies}
-    must = bool(one.rows or two.rows or gained & shared or copies)
-    return must, bool(overlap), how == "linear" or (how == "svd" and bool(gained))
+    must = bool(one.rows or two.rows or gained & shared or copies or overlap)
+    return must, how == "linear" or (how == "svd" and bool(gained))
 
 
 def of_mixed_factors(parts: list[Adapter], base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -365,7 +365,16 @@ class Machine(RuleBasedStateMachine):
         return [n for n, t in tensors.items() if t.data_ptr() == tensors[name].data_ptr()]
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
-        return li.adapter_parameters(self.model, name)
+        """An adapter's Parameters; a copy of a tied tensor by each name that the tensor had."""
+        found, base = li.adapter_parameters(self.model, name), self.truth.base()
+        known = self.truth.adapters[name].copies if name in self.truth.adapters else {}
+        further = {
+            same: found[key]
+            for key in found.keys() & base.keys()
+            for same in (*self.tied(key), *(n for n in known if known[n] is known.get(key)))
+            if same in base
+        }
+        return {**further, **found}
 
     def adopt(self, name: str) -> None:
         """Take over the values of an adapter; a copy under several names is one tensor."""
@@ -511,7 +520,6 @@ class Machine(RuleBasedStateMachine):
         new: str,
         adapter: Adapter,
         load: Callable[[], Any],
-        must: bool = False,
     ) -> bool:
         """Eject an adapter and load another; whether it was, and not refused."""
         li.eject(self.at(root), name)
@@ -522,7 +530,7 @@ class Machine(RuleBasedStateMachine):
         if not mix.keys() & {*self.truth.on(root), new}:  # beside adapters of the other tower
             self.truth.active[root] = {**mix, new: 1.0}
         # A mix that names adapters of the other tower may name this one.
-        if self.refused(load, must=must or not self.truth.may_mix(self.truth.active[root], root)):
+        if self.refused(load, must=not self.truth.may_mix(self.truth.active[root], root)):
             self.truth.adapters, self.truth.active = before
             return False
         return True
@@ -546,7 +554,7 @@ class Machine(RuleBasedStateMachine):
         values = [copy.deepcopy(li.adapter_state(self.at(root), n)) for n in names]
         if sum(site.spec.rank for value in values for site in value.sites.values()) > 20:
             return False
-        must, overlap, may = refused_value(how, parts)
+        must, may = refused_value(how, parts)
         compute = {
             "scale": lambda: values[0] * factor,
             "add": lambda: values[0] + values[-1],
@@ -575,7 +583,7 @@ class Machine(RuleBasedStateMachine):
             scale = made.sites[key.removeprefix(root)].scale
             result.sites[key] = Site(site.of, site.weight, scale)
         model = self.at(root)
-        if self.replaced(root, name, new, result, lambda: li.install(model, made, new), overlap):
+        if self.replaced(root, name, new, result, lambda: li.install(model, made, new)):
             self.adopt(new)
             found, base = self.truth.weights({new: 1.0}), named(self.truth.plain)
             exact = self.truth.dtype == torch.float64
