@@ -221,7 +221,7 @@ def hot_swap(options: Options) -> Result:
     moved = sum(p is not q for p, q in zip(slot, adapter_parameters(tree).values(), strict=True))
     result.add(case, OURS, "Parameters replaced", float(moved), 0.0)
     result.notes.append(
-        "`swap_adapter` checks sites, ranks, scales and the base's fingerprint before it copies; "
+        "`swap_adapter` checks sites, ranks, scales, values and the base's fingerprint first; "
         "copying into what `adapter_parameters` returns checks nothing but shapes."
     )
     return result
