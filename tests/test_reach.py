@@ -1,6 +1,10 @@
-"""A probe and `unreached` find sites that take no part, and leave no trace."""
+"""A probe, `unreached` and saving after training find sites that take no part."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +101,100 @@ def test_a_convolution_under_routed_took_part() -> None:
     li.inject(model, {"rank": 1, "targets": ["0"]})
     with li.routed(model, ["default", None]):
         assert li.unreached(model, lambda: model(torch.ones(2, 3, 4))) == []
+
+
+# ------------------------------------------------------- what training has left unused, when saved
+
+
+class Routed(nn.Module):
+    """Experts, of which a batch uses one, a layer that is dropped, and one that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+        self.tasks = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("code", "text")})
+        self.spare = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.tasks["text"](self.layers[1](self.experts[2](self.first(x))))
+        return found
+
+
+def trained(model: nn.Module, *targets: str, compiled: bool = False, **options: Any) -> nn.Module:
+    li.inject(model, config(*targets, **options))
+    optimizer = torch.optim.SGD(li.adapter_parameters(model).values(), 0.1)
+    run = torch.compile(model, backend="eager") if compiled else model
+    for _ in range(2):
+        run(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+EXPERTS = (r"experts\.\d", r"layers\.\d\.0", r"tasks\..*")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_a_trained_adapter_with_a_site_that_nothing_reached_is_not_saved(
+    compiled: bool, init: str, tmp_path: Path
+) -> None:
+    targets = ("first", "spare", *EXPERTS)
+    model = trained(Routed(), *targets, compiled=compiled, init=init)
+    with pytest.raises(li.StateError, match=r"save adapter.*reached 'spare' \(1 such sites\)"):
+        li.save_adapter(model, tmp_path / "a")
+    assert not any(tmp_path.iterdir())
+    li.save_adapter(model, tmp_path / "a", unused=["spare"])
+    assert (
+        li.read_adapter(tmp_path / "a").sites.keys() == li.adapters(model)["default"].sites.keys()
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_members_of_a_list_may_be_unused(compiled: bool, tmp_path: Path) -> None:
+    model = trained(Routed(), "first", *EXPERTS, compiled=compiled)
+    if not compiled:
+        assert li.adapters(model)["default"].idle == (
+            "experts.0", "experts.1", "layers.0.0", "tasks.code",
+        )  # fmt: skip
+    li.save_adapter(model, tmp_path / "a")
+
+
+def test_a_trained_copy_that_nothing_read_is_not_saved(tmp_path: Path) -> None:
+    for train, options in ((["spare"], {}), ([], {"tokens": {"other": [1]}})):
+        model = Routed()
+        model.other = nn.Embedding(3, 4)
+        trained(model, "first", train=train, **options)
+        with pytest.raises(li.StateError, match=r"reached '(spare|other)\.weight'"):
+            li.save_adapter(model, tmp_path / "a")
+
+
+BEFORE: dict[str, Callable[[nn.Module], Any]] = {
+    "not trained": lambda m: li.inject(m, config("first", "spare")),
+    "not trained, but run": lambda m: li.inject(m, config("first", "spare"))(torch.ones(1, 4)),
+    "loaded": lambda m: li.install(m, filled(), base="any")(torch.ones(1, 4)),
+    "another is trained": lambda m: (
+        trained(m, "first", "spare"),
+        li.inject(m, config("first"), "other"),
+    ),
+    "frozen there": lambda m: (
+        trained(m, "first", "spare"),
+        m.spare.requires_grad_(False),
+    ),
+}
+
+
+def filled() -> li.AdapterState:
+    other = li.inject(Routed(), config("first", "spare"))
+    nn.init.ones_(li.adapter_parameters(other)["first.lora_B"])
+    return li.adapter_state(other)
+
+
+@pytest.mark.parametrize("how", BEFORE)
+def test_what_does_not_train_may_be_unused(how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Routed()
+    BEFORE[how](model)
+    li.save_adapter(model, tmp_path / "a")

@@ -15,7 +15,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_models import CONFIG, KillAt, KilledError, curve, injected, llama, rows, trainer
+from training_models import (
+    CONFIG,
+    SIZES,
+    KillAt,
+    KilledError,
+    curve,
+    injected,
+    llama,
+    rows,
+    trainer,
+)
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
@@ -231,6 +241,36 @@ def test_parameters_that_would_not_be_saved_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(li.StateError, match="has no adapter"):
         trainer(tmp_path, llama()).train()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_layer_that_the_model_never_uses_is_refused(step: int, tmp_path: Path) -> None:
+    """In the first step by the callback, and without it when Trainer saves."""
+    model: Any = llama()
+    model.spare = torch.nn.Linear(16, 16)
+    li.inject(model, CONFIG | {"targets": ["q_proj", "spare"]})
+    words = r"(train|save) adapter 'default': .* reached 'spare'"
+    made = trainer(tmp_path, model, checkpoint=None if step == 0 else False)
+    with pytest.raises(li.StateError, match=words):
+        made.train()
+    assert made.state.global_step == step
+    assert not any(tmp_path.rglob("adapter*"))
+    allowed = li.AdapterCheckpoint(unused=["spare"])
+    trainer(tmp_path / "allowed", model, checkpoint=allowed, max_steps=2).train()
+    assert (tmp_path / "allowed" / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_a_head_that_is_read_and_not_called_trains(tmp_path: Path) -> None:
+    """MobileBERT's decoder, whose weight is concatenated with another."""
+    from transformers import MobileBertConfig, MobileBertForMaskedLM
+
+    sizes = {**SIZES, "embedding_size": 8, "intra_bottleneck_size": 8, "num_attention_heads": 2}
+    config = MobileBertConfig(vocab_size=17, num_feedforward_networks=1, **sizes)
+    model = li.inject(MobileBertForMaskedLM(config), {"rank": 2, "targets": ["query", "decoder"]})
+    native = li.AdapterCheckpoint(format="native")  # PEFT would not compute it
+    trainer(tmp_path, model, checkpoint=native, max_steps=2).train()
+    found = li.read_adapter(tmp_path / "checkpoint-2" / "adapter.safetensors").sites
+    assert not any(site.is_zero for site in found.values())
 
 
 def test_only_one_of_two_adapters_may_train(tmp_path: Path) -> None:

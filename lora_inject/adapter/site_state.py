@@ -77,6 +77,13 @@ class SiteState:
         roles = ("A", "B") if self.A0 is None or self.B0 is None else ("A", "B", "A0", "B0")
         return {**{role: getattr(self, role) for role in roles}, **self.further}
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update is that before training: A or B is 0, or both are their start."""
+        if self.A0 is not None and self.B0 is not None:
+            return torch.equal(self.A, self.A0) and torch.equal(self.B, self.B0)
+        return not (bool(self.A.any()) and bool(self.B.any()))
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> SiteState:
         """Return the site with each tensor changed."""
         return self.of(self.spec, {role: change(tensor) for role, tensor in self.tensors.items()})

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lora_inject.errors import StateError
+from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, unwrapped
+from lora_inject.model.carried import reach
+from lora_inject.model.reached import refuse_unused
 from lora_inject.model.save import adapter_tensors
 from lora_inject.model.stand_ins import SAVE
 from lora_inject.model.train import adapter_parameters
@@ -31,6 +35,7 @@ class AdapterCheckpoint:
     - When the Trainer is made, half-written checkpoints in `args.output_dir` are renamed to
       `checkpoint-N.incomplete`.
     - Resuming does not warn that checkpoints of adapters lack the base.
+    - What the first step did not use is an error at once, and not when it is saved.
 
     Schedules, file names, rotation, best model and resuming are left to Trainer. PEFT and
     `load_adapter` can read each `checkpoint-N`.
@@ -38,10 +43,13 @@ class AdapterCheckpoint:
     Args:
         format: Format of the copy that `load_adapter` reads: `peft`, or `native` for adapters that
             PEFT's files cannot express.
+        unused: Patterns of sites that may be without use in the first step, such as those of a part
+            that only later batches reach; see `save_adapter`.
 
     Raises:
         StateError: At the start of training: the model has no adapter, or parameters outside of
-            adapters train, which would not be saved.
+            adapters train, which would not be saved. In the first step: a site of an adapter that
+            trains is inert.
 
     Examples:
         >>> import tempfile, torch, lora_inject as li
@@ -62,9 +70,10 @@ class AdapterCheckpoint:
         ['checkpoint-1', 'checkpoint-2']
     """
 
-    def __init__(self, format: str = "peft") -> None:  # noqa: A002
-        self.format = format
+    def __init__(self, format: str = "peft", *, unused: Sequence[str] = ()) -> None:  # noqa: A002
+        self.format, self.unused = format, unused
         self._hook: Any = None
+        self._stepped = False
 
     def __getattr__(self, event: str) -> Any:
         # Trainer calls every event of every callback, and its list of events grows.
@@ -77,7 +86,7 @@ class AdapterCheckpoint:
         del state, control
         model = unwrapped(model)
         if (saves := model.__dict__.get(SAVE)) is not None:
-            saves.format = self.format
+            saves.format, saves.unused = self.format, self.unused
         self._hook = model.register_load_state_dict_post_hook(_forgive_base)  # type: ignore[no-untyped-call]
         folder = Path(args.output_dir)
         for path in folder.iterdir() if args.should_save and folder.is_dir() else ():
@@ -103,6 +112,16 @@ class AdapterCheckpoint:
             remedy = "Inject first, and list other trained parameters under `train` in the config"
             raise StateError("AdapterCheckpoint", found, remedy)
 
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
+    ) -> None:
+        """Refuse inert sites when the first gradients are there."""
+        del args, state, control
+        if not self._stepped:
+            survey, self._stepped = Survey(model), True
+            for name in reach(survey.model, survey).names:
+                refuse_unused(survey, name, _has_gradient, self.unused, f"train adapter {name!r}")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log at each save, so that the losses since the last log are not lost."""
         del state
@@ -122,6 +141,10 @@ class AdapterCheckpoint:
         del args, state, control
         if self._hook is not None:
             self._hook.remove()
+
+
+def _has_gradient(module: nn.Module, entry: Entry, _: str) -> bool:
+    return any(entry.tensor(module, role).grad is not None for role in entry.names)
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -82,10 +82,15 @@ def _named(path: str, entry: Entry) -> Entry:
     return replace(entry, spec=spec.at(name, weight, aliases))
 
 
+def named_entry(path: str, entry: Entry) -> str:
+    """Return the name of an entry's site, or of the tensor that it has a copy of."""
+    return joined(path, entry.param) if entry.spec is None else entry.spec.name
+
+
 def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
     """Return the names of sites and trained tensors that no forward has used, where others were."""
     idle = tuple(
-        joined(path, entry.param) if entry.spec is None else entry.spec.name
+        named_entry(path, entry)
         for path, module, entry in items
         if (attached := attached_to(module)) is not None and entry.mark not in attached.took_part
     )

@@ -1,20 +1,22 @@
 """Which adapters take part when a model runs: an adapter that no forward reaches is inert.
 
-Layers note which of their adapters took part; this module compares the notes of one run.
+Layers note which of their adapters took part; this module compares the notes of one run, or what
+training has left unused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_inject.errors import LayerError, StateError
+from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import adapted_modules, entries, reach, refuse_merged
-from lora_inject.spec.names import joined
+from lora_inject.model.carried import adapted_modules, entries, named_entry, reach, refuse_merged
+from lora_inject.spec.names import matching, quoted
 
 
 def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
@@ -73,10 +75,57 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         with torch.compiler.set_stance("force_eager"):  # compiled graphs do not note anything
             run()
         return [
-            entry.spec.name if entry.spec is not None else joined(path, entry.param)
+            named_entry(path, entry)
             for path, module, entry in entries(survey)
             if entry.adapter in active and entry.mark not in carried[id(module)][0].took_part
         ]
     finally:
         for attached, before in carried.values():
             attached.took_part |= before
+
+
+def refuse_unused(
+    survey: Survey,
+    name: str,
+    changed: Callable[[nn.Module, Entry, str], bool],
+    unused: Iterable[str],
+    asked: str,
+) -> None:
+    """Raise if an adapter was trained and a site of it neither changed nor took part in a forward.
+
+    What stands in a ModuleList or ModuleDict may be skipped, as experts and dropped layers are:
+    members of one list count together. `changed` says whether training has reached an entry, which
+    it also does in compiled graphs; `unused` are patterns of sites that may stay without use.
+    """
+    items = [(path, m, e, named_entry(path, e)) for path, m, e in entries(survey, name)]
+    names = [site for *_, site in items]
+    may = {n for each in unused for n in matching(each, names, asked=asked, error=StateError)}
+    used: set[str] = set()
+    idle: dict[str, list[str]] = {}
+    for _, module, entry, site in items:
+        attached, group = attached_to(module), _in_any_member(survey, site)
+        if attached is None or entry.mark in attached.took_part:
+            used.add(group)
+        elif site not in may and entry.tensor(module, next(iter(entry.names))).requires_grad:
+            idle.setdefault(group, []).append(site)
+    if used.issuperset(idle):
+        return
+    reached = {_in_any_member(survey, site) for _, m, e, site in items if changed(m, e, site)}
+    missed = [site for group in idle.keys() - used - reached for site in idle[group]]
+    if reached and missed:
+        missed.sort(key=names.index)
+        raise StateError(
+            asked,
+            f"neither a forward nor training has reached {quoted(missed[:3])} ({len(missed)} such "
+            "sites): the adapter is inert there",
+            f"Inject without them, or give unused=[{missed[0]!r}] for what may be without use",
+        )
+
+
+def _in_any_member(survey: Survey, site: str) -> str:
+    """Return a site's name with `*` for the member of each list or dict of modules."""
+    parts = site.split(".")
+    owners = (survey.by_name.get(".".join(parts[:i])) for i in range(len(parts)))
+    stacks = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    both = zip(parts, owners, strict=True)
+    return ".".join("*" if isinstance(owner, stacks) else part for part, owner in both)

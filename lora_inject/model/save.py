@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -32,6 +32,7 @@ from lora_inject.model.carried import (
     whole_adapter,
 )
 from lora_inject.model.peft_reading import refuse_misread
+from lora_inject.model.reached import refuse_unused
 from lora_inject.model.sharding import is_sharded, reshard, samples_of_shards, writes_here
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
@@ -170,6 +171,7 @@ def save_adapter(
     format: str = "peft",  # noqa: A002 - the word that users look for
     version: int | None = None,
     keep: int | None = None,
+    unused: Sequence[str] = (),
     **options: Any,
 ) -> Path:
     """Write an adapter to files, atomically.
@@ -185,6 +187,9 @@ def save_adapter(
         version: Write to `path/VERSION`, then replace the file `path/LATEST`, which has the name of
             the newest version: for servers that follow a training run.
         keep: With `version`: the number of newest versions to keep; by default all.
+        unused: Patterns (as in a config) of sites and trained tensors that may be without use. Else
+            what no forward has used is an error once the adapter was trained, unless other members
+            of the same ModuleList or ModuleDict were used: experts, layers that are dropped.
         **options: For the format: `overwrite=True` replaces an adapter that is there; `base_model`,
             `task_type` and others stand over what the model says (`formats.ModelFacts`).
 
@@ -192,12 +197,13 @@ def save_adapter(
         The path that was written.
 
     Raises:
-        StateError: There is no such adapter.
+        StateError: There is no such adapter, or a site of it is inert.
         FormatError: The format cannot express it, or the path cannot be written.
     """
     check_path("save adapter", path)
     survey = Survey(model)
     state, facts = read_off(survey, name), facts_for(survey, format, name)
+    refuse_inert(survey, name, state, unused)
     target = Path(path) if version is None else Path(path, str(version))
     if writes_here(survey):
         if version is not None:
@@ -209,6 +215,25 @@ def save_adapter(
     if is_sharded(survey):
         torch.distributed.barrier()
     return target
+
+
+def refuse_inert(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
+    """Raise if an adapter that was trained has sites that no forward has used; see `save_adapter`.
+
+    `state` is the adapter as it was read from the model.
+    """
+
+    def changed(module: nn.Module, entry: Entry, site: str) -> bool:
+        if entry.spec is not None:
+            return not state.sites[site].is_zero
+        copy = entry.tensor(module, next(iter(entry.names))).detach()
+        if hasattr(copy, "full_tensor"):  # a comparison would have to be made by all processes
+            return True
+        base = base_tensor(module, entry.param).detach()
+        start = torch.zeros_like(copy) if entry.scale is not None else base.to(copy.dtype)
+        return not torch.equal(copy, start if entry.rows is None else start[list(entry.rows)])
+
+    refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
 
 
 def push(

@@ -28,7 +28,7 @@ from lora_inject.formats.card import joined_cards
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey, base_parameters
 from lora_inject.model.carried import reach
-from lora_inject.model.save import adapter_tensors, facts_for, read_off
+from lora_inject.model.save import adapter_tensors, facts_for, read_off, refuse_inert
 from lora_inject.storage.disk import replace_file
 
 SAVE, RESIZE = "save_pretrained", "resize_token_embeddings"
@@ -40,17 +40,20 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX
 
 
 class _SaveAdapters:
-    """The replacement of `save_pretrained`; `format` is a row of `formats.FORMATS`."""
+    """The replacement of `save_pretrained`.
+
+    `format` is a row of `formats.FORMATS`, `unused` as in `save_adapter`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.format = "peft"
+        self.format, self.unused = "peft", ()
         self._model = weakref.ref(model)  # else the model would hold itself
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self._model(), "format": self.format}
+        return {**self.__dict__, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model, self.format = weakref.ref(state["model"]), state["format"]
+        self.__dict__.update(state, _model=weakref.ref(state["_model"]))
 
     def _survey(self) -> Survey:
         model = self._model()
@@ -92,6 +95,8 @@ class _SaveAdapters:
                 found = f"the adapter's name {name!r} is not that of a folder"
                 raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
         states = {name: read_off(survey, name, given) for name in names}
+        for name, state in states.items():
+            refuse_inert(survey, name, state, self.unused)
         if not is_main_process:
             return
         for name, state in states.items():
