@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lora_inject.formats import read_adapter, register_format, write_adapter
     from lora_inject.formats.combine_files import combine, diff, truncate
     from lora_inject.functional.merge_report import MergeReport
+    from lora_inject.integrations.mxfp4 import packed_experts
     from lora_inject.integrations.trainer import AdapterCheckpoint
     from lora_inject.integrations.trl import reference
     from lora_inject.layers.kinds import register_kind
@@ -95,6 +96,7 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "merged_weights",
+    "packed_experts",
     "parameter_groups",
     "plan",
     "push",
@@ -128,6 +130,7 @@ _HOMES = {
     "formats": "read_adapter register_format write_adapter",
     "formats.combine_files": "combine diff truncate",
     "functional.merge_report": "MergeReport",
+    "integrations.mxfp4": "packed_experts",
     "integrations.trainer": "AdapterCheckpoint",
     "integrations.trl": "reference",
     "layers.kinds": "register_kind",

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from lora_inject.adapter.fingerprint import glimpse
 from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.functional.packed_experts import unpacked_mxfp4
 from lora_inject.storage.safetensors_file import TensorEntry
 from lora_inject.storage.tensor_rows import DTYPES, FLOATS, RowReader
 
@@ -203,8 +204,6 @@ class Mxfp4(Packed):
     """
 
     def rows(self) -> Rows:  # noqa: D102
-        positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-        code = torch.cat([positive, -positive])
         read_codes, read_scales = self.read(), self.read("scales")
         n_in, n_out = self.shape[1:]
         latest: dict[int, Tensor] = {}
@@ -212,11 +211,10 @@ class Mxfp4(Packed):
         def expert(index: int) -> Tensor:
             if index not in latest:
                 size = n_out * n_in // 2
-                packed = read_codes(index * size, (index + 1) * size).int()
-                codes = torch.cat([packed & 15, packed >> 4], dim=1).view(-1, 32)
-                powers = read_scales(index * size // 16, (index + 1) * size // 16).int() - 127
+                codes = read_codes(index * size, (index + 1) * size).view(n_out, -1)
+                scales = read_scales(index * size // 16, (index + 1) * size // 16).view(n_out, -1)
                 latest.clear()
-                latest[index] = torch.ldexp(code[codes], powers).view(n_out, n_in).t()
+                latest[index] = unpacked_mxfp4(codes, scales).t()
             return latest[index]
 
         def read(start: int, stop: int) -> Tensor:

@@ -22,6 +22,8 @@ from lora_inject.errors import LayerError
 from lora_inject.functional.factors import needs_plain_operations
 from lora_inject.functional.gain import Gain
 from lora_inject.functional.linear import differentiate
+from lora_inject.functional.packed_experts import PackedExperts
+from lora_inject.functional.picking import PICKED
 from lora_inject.functional.weight import LowRank, Update, effective_weight, low_rank
 
 PLAIN = (Tensor, nn.Parameter)
@@ -54,7 +56,7 @@ def lazy_weight(
     stacked = updates[0][0].experts is not None if updates else weight.dim() == 3
     matrices = weight.dim() == (3 if stacked else 2)
     can_wait = (
-        type(weight) in PLAIN
+        type(weight) in (*PLAIN, PackedExperts)
         and (matrices or any_shape)
         and weight.is_floating_point()
         and not (float32 and weight.dtype.itemsize < 4)
@@ -156,6 +158,11 @@ class LazyWeight(Tensor):
     _formed: Tensor | None
     _beneath: Tensor | None
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a whole stack, of which matrices can be picked."""
+        return self._read.is_stack and self._index is None
+
     def part(self, index: int | Tensor) -> LazyWeight:
         """Return one matrix of a stack, or some."""
         size = self.shape[1:]
@@ -226,7 +233,7 @@ class LazyWeight(Tensor):
     ) -> Any:
         """Select or transpose lazily, below autograd; form the weight for everything else."""
         kwargs = kwargs or {}
-        found = _PARTS[func](*args) if func in _PARTS else func.decompose(*args, **kwargs)
+        found = PICKED[func](*args) if func in PICKED else func.decompose(*args, **kwargs)
         if found is not NotImplemented:
             return found
         for i, argument in enumerate(func._schema.arguments):
@@ -298,49 +305,6 @@ class _Cut(torch.autograd.Function):
         zero = some.new_zeros(()).expand_as(some)
         return torch.stack([zero if g is None else g for g in grads])
 
-
-# ------------------------------------------------------------------------------ picked or turned
-
-
-def _permuted(lazy: LazyWeight, dims: Sequence[int] = (1, 0)) -> Any:
-    last, n = [lazy.dim() - 1, lazy.dim() - 2], lazy.dim()
-    return lazy.turned() if [d % n for d in dims] == [*range(n - 2), *last] else NotImplemented
-
-
-def _transposed(lazy: LazyWeight, dim0: int, dim1: int) -> Any:
-    n = lazy.dim()
-    return lazy.turned() if {dim0 % n, dim1 % n} == {n - 2, n - 1} else NotImplemented
-
-
-def _selected(lazy: LazyWeight, dim: int, index: int) -> Any:
-    picks = _is_whole_stack(lazy) and dim in (0, -3)
-    return lazy.part(index % len(lazy)) if picks else NotImplemented
-
-
-def _unbound(lazy: LazyWeight, dim: int = 0) -> Any:
-    picks = _is_whole_stack(lazy) and dim in (0, -3)
-    return [lazy.part(i) for i in range(len(lazy))] if picks else NotImplemented
-
-
-def _gathered(lazy: LazyWeight, indices: Sequence[Tensor | None]) -> Any:
-    (index, *others) = indices
-    if others or not _is_whole_stack(lazy) or index is None or index.dim() != 1:
-        return NotImplemented
-    return NotImplemented if index.dtype in (torch.bool, torch.uint8) else lazy.part(index)
-
-
-def _is_whole_stack(lazy: LazyWeight) -> bool:
-    return lazy._read.is_stack and lazy._index is None
-
-
-_PARTS: dict[Any, Callable[..., Any]] = {
-    torch.ops.aten.t.default: _permuted,
-    torch.ops.aten.permute.default: _permuted,
-    torch.ops.aten.transpose.int: _transposed,
-    torch.ops.aten.select.int: _selected,
-    torch.ops.aten.unbind.int: _unbound,
-    torch.ops.aten.index.Tensor: _gathered,
-}
 
 # --------------------------------------------------------------------------------------- products
 

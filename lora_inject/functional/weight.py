@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_inject.functional.factors import Factors, spread, without_autocast
 from lora_inject.functional.gain import Gain, norms_of
 from lora_inject.functional.linear import linear
+from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.spec.sites import SiteSpec
 
 Update = tuple[SiteSpec, Tensor, Tensor, float]
@@ -115,7 +116,8 @@ def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None
             left = spread(left, site.spans, site.out_features)
         terms.append((right.mT, left.mT, scale) if site.transposed else (left, right, scale))
     float32 = any(site.compute == "float32" for site, *_ in updates)
-    matrix = weight.reshape(*lead, -1, spec.matrix_shape[1])
+    packed = isinstance(weight, PackedExperts)
+    matrix = weight if packed else weight.reshape(*lead, -1, spec.matrix_shape[1])
     return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
 
 

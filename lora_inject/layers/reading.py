@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from lora_inject.errors import LayerError, article
 from lora_inject.functional import lazy_weight
 from lora_inject.functional.factors import needs_plain_operations
+from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.attached import (
     Attached,
     Entry,
@@ -119,7 +120,7 @@ class Reading(nn.Module):
         taking = [(entries[name], weight) for name, weight in state.active if name in entries]
         if not taking:
             return raw
-        if type(raw) not in PLAIN:
+        if type(raw) not in (*PLAIN, PackedExperts):
             return self._lora_other(raw, taking, outside)
         # A value read under no_grad would cut the gradient of a later read in the same forward.
         key, cache = (param, torch.is_grad_enabled()), attached.reads_so_far()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_inject.errors import LayerError, StateError
+from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.adapted import WeightUpdate
 from lora_inject.layers.attached import Entry, attached_to, attribute, refuse_mixed
 from lora_inject.layers.class_swap import check_swappable, swap
@@ -145,9 +146,12 @@ def _why_not_values(place: Place) -> Iterator[tuple[str, str]]:
     if gained and spec.why_no_gain:
         found = f"variant {spec.variant} on {spec.why_no_gain}"
         yield found, "Train it with variant: lora"
-    if packed and (gained or derived or not place.forward):
+    fits = place.forward or isinstance(weight, PackedExperts)
+    if packed and not place.forward and fits and spec.compute == "float32":
+        yield "compute: float32 would unpack all experts at once", "Use compute: base"
+    if packed and (gained or derived or not fits):
         reader = f"init {spec.init}" if derived else f"variant {spec.variant}"
-        reader = reader if place.forward else "a weight update"
+        reader = reader if fits else "a weight update"
         remedy = "Target the layer rather than its weight, with variant: lora and an init that "
         yield f"{reader} reads its values, and they are {packed}", remedy + "does not start from W"
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_inject.adapter.fingerprint import codes_of
 from lora_inject.errors import LayerError
+from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.class_swap import change_plain_class
 from lora_inject.layers.reading import is_quantized
@@ -172,6 +173,9 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
     """
     plain, own = plain_class(type(module)), module.__dict__
     before = Layer(module, plain, {}, dict(module._parameters))
+    if isinstance(module._parameters[key], PackedExperts):
+        module._parameters[key] = weight
+        return before
     if type(weight) is not nn.Parameter:  # in the same format
         if (state := own.get("state")) is not None:  # of int8: as before its first forward
             before.attributes["state"] = state

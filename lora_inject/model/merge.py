@@ -213,9 +213,9 @@ def _write(targets: list[Target], undo: bool, undos: list[Undo]) -> None:
         if target.into is not None:
             target.tally = Tally() if target.terms else None
             weight = target.replacement(target.tally)
+            plain = holder if target.into == "same" else holder.plain
             layer = replace_weight(holder.module, holder.param, weight)
-            if target.into != "same":
-                target.holder = holder = holder.plain
+            target.holder = holder = plain
             undos.append(Undo(holder, weight, before, layer=layer))
         elif left := [other for other in target.sharers if other not in untied]:
             own = nn.Parameter(before.detach().clone(), requires_grad=False)
@@ -300,7 +300,7 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
     by_name = {target.name: target for target in targets}
     # One trained copy under all names of a tied tensor is one target.
     tied = {memory_of(target.weight): target for target in targets if not target.sharers}
-    packed = {id(target.holder.module): target for target in targets if target.into}
+    packed = {id(target.holder.module): target for target in targets if target.becomes_linear}
     for path, module in survey.modules:
         if target := packed.get(id(module)):
             weight = target.formed()

@@ -21,6 +21,7 @@ from lora_inject.functional import (
     fold_rows,
     mix_copies,
 )
+from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.attached import Entry, refuse_mixed
 from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Survey, base_tensor, memory_of
@@ -43,7 +44,9 @@ class Holder(NamedTuple):
 
     @property
     def plain(self) -> Holder:
-        """The place of the weight after the layer became an `nn.Linear`."""
+        """The place of a quantized weight once it is plain: a layer is an `nn.Linear` then."""
+        if isinstance(self.tensor, PackedExperts):
+            return self
         name = self.name.removesuffix(self.param) + "weight"
         return Holder(name, self.module, "weight")
 
@@ -83,6 +86,11 @@ class Target:
         if self.terms:
             return self.terms[0].spec.matrix_shape
         return (self.weight.shape[0] if self.weight.dim() and not self.into else 1, -1)
+
+    @property
+    def becomes_linear(self) -> bool:
+        """Whether the weight is that of a quantized layer."""
+        return self.into is not None and not isinstance(self.weight, PackedExperts)
 
     @property
     def dtype(self) -> torch.dtype:

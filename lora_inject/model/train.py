@@ -87,7 +87,10 @@ def _dead(survey: Survey) -> Iterator[tuple[str, str, str]]:
             remedy = "Load the base with CompressedTensorsConfig(dequantize=True)"
             yield name, f"{type(module).__name__} quantizes activations as it runs", remedy
         if isinstance(module, mxfp4):
-            remedy = "Load the base with Mxfp4Config(dequantize=True)"
+            remedy = (
+                "Load the base within lora_inject.packed_experts(), which keeps the experts in "
+            )
+            remedy += "4 bits, or with Mxfp4Config(dequantize=True)"
             yield name, "experts compute in MXFP4 by kernels for inference", remedy
 
 

@@ -1,0 +1,49 @@
+"""Operations that pick matrices of a stack or transpose them, for tensors that stay lazy or packed.
+
+Such a tensor has `part`, `turned` and `is_stack`. What is not a pick returns NotImplemented.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _permuted(stack: Any, dims: Sequence[int] = (1, 0)) -> Any:
+    last, n = [stack.dim() - 1, stack.dim() - 2], stack.dim()
+    return stack.turned() if [d % n for d in dims] == [*range(n - 2), *last] else NotImplemented
+
+
+def _transposed(stack: Any, dim0: int, dim1: int) -> Any:
+    n = stack.dim()
+    return stack.turned() if {dim0 % n, dim1 % n} == {n - 2, n - 1} else NotImplemented
+
+
+def _selected(stack: Any, dim: int, index: int) -> Any:
+    picks = stack.is_stack and dim in (0, -3)
+    return stack.part(index % len(stack)) if picks else NotImplemented
+
+
+def _unbound(stack: Any, dim: int = 0) -> Any:
+    picks = stack.is_stack and dim in (0, -3)
+    return [stack.part(i) for i in range(len(stack))] if picks else NotImplemented
+
+
+def _gathered(stack: Any, indices: Sequence[Tensor | None]) -> Any:
+    (index, *others) = indices
+    if others or not stack.is_stack or index is None or index.dim() != 1:
+        return NotImplemented
+    return NotImplemented if index.dtype in (torch.bool, torch.uint8) else stack.part(index)
+
+
+PICKED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.t.default: _permuted,
+    torch.ops.aten.permute.default: _permuted,
+    torch.ops.aten.transpose.int: _transposed,
+    torch.ops.aten.select.int: _selected,
+    torch.ops.aten.unbind.int: _unbound,
+    torch.ops.aten.index.Tensor: _gathered,
+}
