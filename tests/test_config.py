@@ -271,11 +271,15 @@ targets: ["h\.d"]
    quotes: there a backslash is only a backslash.
 
 targets: [*q_proj]
-=> f:1:11: this is not valid YAML: found undefined alias 'q_proj'. Define the anchor before it is
-   used; a pattern that begins with * needs quotes.
+=> f:1:11: this is not valid YAML: the alias *q_proj is not supported. Write the value out; a pattern
+   that begins with * needs quotes.
 
 targets: &a [*a]
-=> f:1:10 (targets[0]): an alias contains itself. Write the value out.
+=> f:1:14: this is not valid YAML: the alias *a is not supported. Write the value out; a pattern that
+   begins with * needs quotes.
+
+{<<: {rank: 4}, targets: [q]}
+=> f:1:2: << is not a key: keys are strings. Write it in quotes, if it is meant.
 
 targets: [q]
 ---
@@ -356,7 +360,7 @@ AS_VALUE: list[tuple[Callable[[], Any], str]] = [
     (lambda: Config.from_yaml(None), "read a config, path: it is None. Give the path of a "),
     (lambda: Config.coerce("rank: 1\n"), "config: YAML text where a path "),
     (lambda: Config.from_text(b"a: 1"), "<config>: it is a bytes. Give YAML text."),
-    (lambda: Config(targets=["q"]).to_yaml("a\0b"), "a\\x00b: embedded null byte. Give a path "),
+    (lambda: Config.from_yaml("a\0b"), "a\\x00b: embedded null byte. Give the path "),
     (lambda: Config.from_text(""), "<config>: the config is empty. Add targets: with patterns."),
     (lambda: Config.from_text("targets: " + "[" * 5000), "<config>:1:25: this is not valid YAML: "),
     (lambda: Config.from_text("targets: [\x01]"), "<config>, character 10: YAML does not allow "),
@@ -381,22 +385,6 @@ def test_an_unsafe_tag_runs_nothing(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_a_billion_laughs_are_refused_and_a_few_aliases_are_not() -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
-    with pytest.raises(ConfigError, match="more than 50,000 values once its aliases are written"):
-        Config.from_text("\n".join(lines))
-    config = Config.from_text(
-        "targets:\n- &wide {match: q, rank: 64, alpha: 2}\n- {<<: *wide, match: k}\n"
-        "- {<<: [*wide, {rank: 1, dropout: 0.5}], alpha: 3, match: v}\nexclude: &x [a]\ntrain: *x"
-    )
-    assert config.targets[1] == Rule(match="k", rank=64, alpha=2)
-    assert config.targets[2] == Rule(match="v", rank=64, alpha=3, dropout=0.5)
-    assert config.train == config.exclude == ("a",)
-    with pytest.raises(ConfigError, match="'<<' takes a mapping"):
-        Config.from_text("targets:\n- &a {match: q}\n- {<<: 3, match: k}")
-
-
 @pytest.mark.parametrize(
     ("text", "alpha"),
     [("1e-3", 1e-3), ("1.0e3", 1e3), ("2E2", 200.0), (".5", 0.5), ("1_000", 1e3), ("+4", 4.0)],
@@ -418,14 +406,14 @@ def test_words_are_words_where_yaml_1_1_reads_booleans_dates_and_octal_numbers()
 def test_files_are_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "lora.yaml"
     config = Config(targets=["größe", Rule(match="v", rank=2)])
-    assert config.to_yaml(path) == path.read_text(encoding="utf-8")
+    path.write_text(config.to_yaml(), encoding="utf-8")
     for source in (path, str(path), config, config.to_dict()):
         assert Config.coerce(source) == config
     path.write_bytes(b"\xef\xbb\xbf" + config.to_yaml().encode())  # a BOM, as Windows editors write
     assert Config.from_yaml(path) == config
 
 
-def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing, binary, huge = tmp_path / "no.yaml", tmp_path / "model.bin", tmp_path / "huge.yaml"
     faulty = tmp_path / "faulty.yaml"
     faulty.write_text("targets: [q]\nrank: 0")
@@ -441,8 +429,6 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             Config.from_yaml(path)
         assert str(caught.value).startswith(f"{path}:{found}")
-    with pytest.raises(ConfigError, match="No such file or directory"):
-        Config(targets=["q"]).to_yaml(tmp_path / "no" / "lora.yaml")
 
 
 def test_yaml_is_short_and_in_the_order_of_the_schema() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, cast
 
@@ -36,7 +35,7 @@ from lora_inject.errors import ConfigError, check_type, nearest
 from lora_inject.spec.config_errors import config_error
 from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.names import printable, regex_problem
+from lora_inject.spec.names import regex_problem
 from lora_inject.spec.roles import FURTHER
 from lora_inject.spec.yaml import Document, Dumper, read_text, show
 
@@ -533,26 +532,11 @@ class Config(_Strict):
         default = [key for key, value in data.items() if value in ([], {}) or value is False]
         return {key: value for key, value in data.items() if key not in default or key == "targets"}
 
-    def to_yaml(self, path: str | PathLike[str] | None = None) -> str:
-        """Return the config as YAML, from which `from_text` makes an equal one.
-
-        Args:
-            path: Where to write it too, or None.
-
-        Raises:
-            ConfigError: The file cannot be written.
-        """
-        text = yaml.dump(
+    def to_yaml(self) -> str:
+        """Return the config as YAML, from which `from_text` makes an equal one."""
+        return yaml.dump(
             self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1 << 16
         )
-        if path is not None:
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-                found = getattr(error, "strerror", None) or str(error)
-                place, remedy = printable(str(path)), "Give a path that can be written"
-                raise ConfigError(place, found, remedy) from None
-        return text
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:

@@ -23,23 +23,15 @@ MATCH_SECONDS = 5.0  # for one pattern and all names; a harmless pattern takes m
 _NOT_A_REGEX = (re.error, OverflowError, RecursionError)
 
 
-def canonical(name: str, *, ddp: bool = False) -> str:
+def canonical(name: str) -> str:
     """Return a dotted name without the segments that wrappers put into it.
-
-    With `ddp` also without a leading `module`, as DistributedDataParallel adds one: only the caller
-    knows, as a model may have a child called `module`.
 
     Examples:
         >>> canonical("_orig_mod.layers.0._checkpoint_wrapped_module.q_proj")
         'layers.0.q_proj'
-        >>> canonical("module.head"), canonical("module.head", ddp=True)
-        ('module.head', 'head')
     """
-    if ddp or "_orig_mod" in name or "_wrapped_module" in name:
-        segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
-        if ddp and segments[:1] == ["module"]:
-            del segments[0]
-        return ".".join(segments)
+    if "_orig_mod" in name or "_wrapped_module" in name:
+        return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS)
     return name
 
 
@@ -48,22 +40,21 @@ def matching(
     names: Iterable[str],
     *,
     asked: str,
-    whole: bool = False,
     error: type[LoraInjectError] = MatchError,
     seconds: float = MATCH_SECONDS,
 ) -> list[str]:
     r"""Return the names that a pattern matches: their ends, from the start or just after a dot.
 
-    With `whole` it must match whole names. A backtracking regex can take exponential time on a
-    short name, so the processor time for all names together is limited, in `seconds`; `error` is
-    raised then. `asked` is what messages call the pattern.
+    A backtracking regex can take exponential time on a short name, so the processor time for all
+    names together is limited, in `seconds`; `error` is raised then. `asked` is what messages call
+    the pattern.
 
     Examples:
         >>> matching("q_proj", ["a.q_proj", "a.my_q_proj", "a.q_proj_norm"], asked="rule 1")
         ['a.q_proj']
     """
     try:
-        compiled = _compiled(pattern, whole=whole)
+        compiled = _compiled(pattern)
     except (*_NOT_A_REGEX, regex.error) as problem:  # such as [a[:b], which only `re` reads
         raise error(asked, f"it is not a regex: {problem}", "Escape its brackets") from None
     end = time.process_time() + seconds  # the clock that `timeout` is counted on
@@ -92,8 +83,8 @@ def regex_problem(pattern: str) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _compiled(pattern: str, *, whole: bool) -> regex.Pattern[str]:
-    """Compile a Python regex for a name's end, or a whole name; `regex` has the time limits.
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    """Compile a Python regex for a name's end; `regex` has the time limits.
 
     Everything inside the pattern keeps its meaning: alternations, a leading `^` (the name's start),
     inline flags, verbose mode, group numbers and names.
@@ -107,8 +98,7 @@ def _compiled(pattern: str, *, whole: bool) -> regex.Pattern[str]:
     body = re.sub(r"(?<!\\)((?:\\\\)*)(?<!\\N)\{(?!\d+(?:,\d*)?\}|,\d*\})", r"\1\\{", body)
     # In verbose mode the line break ends a comment that would swallow the bracket.
     close = "\n)" if verbose else ")"
-    start = "" if whole else r"(?s:.*\.)?"
-    return regex.compile(rf"{flags[0] if flags else ''}{start}(?:{body}{close}\Z")
+    return regex.compile(rf"{flags[0] if flags else ''}(?s:.*\.)?(?:{body}{close}\Z")
 
 
 def parent(name: str) -> str:
@@ -200,8 +190,8 @@ def _plain(pattern: str) -> str:
     return re.sub(r"\\[AbBZ]|[\\^$()+*?]|\{[^}]*\}|\|.*", "", text).strip(".")
 
 
-def nearest_names(pattern: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """Names with a run of segments that is most similar to the pattern, ends first."""
+def nearest_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """Return up to three names with a run of segments that is similar to the pattern."""
     plain = _plain(pattern)
     width = plain.count(".") + 1
     distinct = {re.sub(r"\d+", "0", name): name for name in reversed(list(names))}
@@ -215,7 +205,7 @@ def nearest_names(pattern: str, names: Iterable[str], n: int = 3) -> list[str]:
         if len(ends) + len(inner) > _MAX_SPELLINGS:
             break
     spellings = {**ends, **inner, **ends}  # ends first, and their names before those of inner runs
-    near = nearest(plain, spellings, n=n) if plain else []
+    near = nearest(plain, spellings) if plain else []
     return list(dict.fromkeys(map(spellings.__getitem__, near)))
 
 
