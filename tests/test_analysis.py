@@ -279,7 +279,7 @@ def test_the_expected_norm_of_random_directions_is_that_of_table_7(rank, wanted)
 
 def test_the_random_directions_meet_their_expectation():
     W, delta = gaussian(12, 10), ThinProduct.of(gaussian(2, 10), gaussian(12, 2))
-    squares = [amplification(W, delta, own=False, seed=2 * s).of_random ** 2 for s in range(200)]
+    squares = [amplification(W, delta, seed=2 * s).of_random ** 2 for s in range(200)]
     expected = amplification(W, delta).of_random_expected ** 2
     error = np.std(squares) / math.sqrt(len(squares))
     assert abs(np.mean(squares) - expected) < 5 * error
@@ -369,7 +369,7 @@ def test_rounding_in_the_stored_dtype_is_what_merging_reports():
     site = state.sites["layer"]
     W = model.layer._parameters["weight"].detach().clone()
     delta = dense_delta(KINDS["linear"], site.A.float(), site.B.float())[0]
-    found = rounding(W, delta, ["bfloat16"])["bfloat16"]
+    found = rounding(W, delta)["bfloat16"]
     report = li.merge(model)
     merged = next(iter(report.tensors.values()))
     assert found.kept == pytest.approx(merged.kept, rel=1e-5)
@@ -467,16 +467,15 @@ def test_a_delta_of_zero_has_no_directions_to_compare():
     assert pair.right.whole == pytest.approx(1)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_layers_are_compared_by_their_whole_spans(side):
+def test_layers_are_compared_by_their_whole_spans():
     state = adapter("h.0.q", "h.1.q", "h.2.q", "head")
     zero = replace(state.sites["h.2.q"], A=torch.zeros(4, 9), B=torch.zeros(7, 4))
     state = AdapterState({**state.sites, "h.2.q": zero})
-    (kind, (names, table)), = across_layers(state, side).items()  # fmt: skip
+    (kind, (names, table)), = across_layers(state).items()  # fmt: skip
     assert (kind, names) == ("h.*.q", ["h.0.q", "h.1.q", "h.2.q"])
-    matrices = [s.A if side == "right" else s.B for s in list(state.sites.values())[:2]]
+    matrices = [site.A for site in list(state.sites.values())[:2]]
     for i, j in product(range(2), repeat=2):
-        wanted = subspace_similarity(matrices[i], matrices[j], side)[-1, -1]
+        wanted = subspace_similarity(matrices[i], matrices[j])[-1, -1]
         assert float(table[i, j]) == pytest.approx(float(wanted), abs=FLOAT64)
     assert table[2].isnan().all()
 

@@ -1,8 +1,8 @@
 """What a delta amplifies: Table 7 of the paper.
 
-`|U^T W V|_F`, with U and V the top directions of the delta, is how much of W lies where
-the delta acts. It takes thin products only, summed over blocks of rows, so W may be streamed.
-`|D|_F` over it is the amplification factor.
+`|U^T W V|_F`, with U and V the top directions of the delta, is the part of W in these directions.
+It takes only thin products, summed over blocks of rows, so W may be streamed. `|D|_F` over it is
+the amplification factor.
 Source: arXiv:2106.09685, section 7.3, Table 7.
 """
 
@@ -38,9 +38,9 @@ class Amplification(Figures):
         delta_norm: `|D|`, of the whole delta.
         weight_norm: `|W|`.
         of_delta: `|U^T W V|`, U and V the top r singular directions of the delta.
-        of_weight: The same with W's own top r directions; None where it was not asked for. For a W
-            of more than `EXACT_ELEMENTS` it comes from a randomized SVD, which errs to the low
-            side: by 1e-6 where singular values fall, by a few per cent where W is pure noise.
+        of_weight: The same with W's own top r directions. For a W of more than `EXACT_ELEMENTS` it
+            comes from a randomized SVD, which errs to the low side: by 1e-6 where singular values
+            fall, by a few per cent where W is pure noise.
         of_random: The same with random directions, drawn once.
         of_random_expected: Root of the mean square of that, `r |W| / sqrt(out in)`.
     """
@@ -49,7 +49,7 @@ class Amplification(Figures):
     delta_norm: float
     weight_norm: float
     of_delta: float
-    of_weight: float | None
+    of_weight: float
     of_random: float
     of_random_expected: float
 
@@ -74,7 +74,6 @@ def amplification(
     rank: int | None = None,
     *,
     transposed: bool = False,
-    own: bool = True,
     seed: int = 0,
 ) -> Amplification:
     """Say how much a delta amplifies directions of W.
@@ -85,7 +84,6 @@ def amplification(
         delta: Of the same shape: `ThinProduct.of(A, B, scale)`, or the `delta` of a block.
         rank: How many directions; the delta's rank by default and at most.
         transposed: Whether W is `(in, out)`, as in a Conv1D or an embedding.
-        own: Whether to compare with W's own directions, which takes an SVD of W.
         seed: Of the random directions.
 
     Returns:
@@ -121,7 +119,7 @@ def amplification(
         delta_norm=float(torch.linalg.vector_norm(S)),
         weight_norm=norm,
         of_delta=float(torch.linalg.matrix_norm(product[:rank, :rank])) if rank else 0.0,
-        of_weight=_own(rows, shape, rank) if own else None,
+        of_weight=_own(rows, shape, rank),
         of_random=float(torch.linalg.matrix_norm(product[rank:, rank:])) if rank else 0.0,
         of_random_expected=rank * norm / math.sqrt(shape[0] * shape[1]),
     )

@@ -37,11 +37,6 @@ class Overlap(Figures):
         return float(self.phi[0, 0]) if self.phi.numel() else math.nan
 
     @property
-    def first_by_chance(self) -> float:
-        """The mean of `first` over random subspaces, `1 / d`."""
-        return 1 / self.dim
-
-    @property
     def whole(self) -> float:
         """`phi(k1, k2)`; NaN where a side has no directions."""
         return float(self.phi[-1, -1]) if self.phi.numel() else math.nan
@@ -136,12 +131,11 @@ def _overlap(one: SiteBlock, two: SiteBlock, side: Side) -> Overlap:
     return Overlap(similarity(first, block_directions(two, side)), first.shape[0])
 
 
-def across_layers(state: AdapterState, side: Side = "right") -> dict[str, tuple[list[str], Tensor]]:
-    """Compare the layers of one adapter with each other, kind by kind, each by its whole span.
+def across_layers(state: AdapterState) -> dict[str, tuple[list[str], Tensor]]:
+    """Compare the layers of one adapter by their whole spans of A, kind by kind.
 
     Args:
         state: The adapter.
-        side: `right` for A, `left` for B.
 
     Returns:
         Kind to the names of its blocks and `(n, n)` of `phi(k, k)`; NaN where a block has no
@@ -152,7 +146,7 @@ def across_layers(state: AdapterState, side: Side = "right") -> dict[str, tuple[
     """
     found = {}
     for kind, blocks in by_kind(b for s in state.sites.values() for b in site_blocks(s)).items():
-        spans = [block_directions(block, side) for block in blocks]
+        spans = [block_directions(block) for block in blocks]
         if 1 < len(spans) <= MOST_LAYERS and len({U.shape[0] for U in spans}) == 1:
             found[kind] = [block.name for block in blocks], _all_pairs(spans)
     return found

@@ -5,7 +5,7 @@ An `Analysis` is plain numbers. What prints, draws or warns reads it and compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,22 +57,16 @@ def analyze(
     state: AdapterState,
     base: Weights | str | Path | None = None,
     *,
-    rank: int | None = None,
-    own: bool = True,
-    formats: Collection[str] | None = None,
     any_base: bool = False,
     label: str = "the adapter",
     progress: Progress | None = None,
 ) -> Analysis:
-    """Put an adapter into numbers, and compare it with its base where that is given.
+    """Compute the figures of an adapter, compared with its base if that is given.
 
     Args:
         state: The adapter.
         base: Its base, a safetensors checkpoint that is streamed, possibly as `Weights` of this
             adapter; None: the adapter alone.
-        rank: Directions that amplification compares; those of each delta by default.
-        own: Whether to compare with W's own directions, which takes an SVD of each W.
-        formats: Formats of `rounding` to try; all by default.
         any_base: Compare although the adapter was made on another base.
         label: What to call the adapter in messages.
         progress: Called with bytes done and bytes in all.
@@ -111,7 +105,7 @@ def analyze(
             for b in site_blocks(state.sites[name])
         ]
         if base is not None:
-            compared[name] = base.look(name, rank, own=own, formats=formats)
+            compared[name] = base.look(name)
     folder = None if base is None else str(base.checkpoint.folder)
     return Analysis(tuple(blocks), compared, folder)
 

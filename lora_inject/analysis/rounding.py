@@ -19,7 +19,7 @@ W and W + D have scales of their own: quantizing comes after merging.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -58,39 +58,34 @@ class Rounded(Figures):
         return 0.0 if square <= 0 else self.kept / math.sqrt(square)  # 0: nothing changed
 
 
-def rounding(
-    weight: Tensor, delta: Tensor, formats: Collection[str] | None = None
-) -> dict[str, Rounded]:
-    """Say what each format leaves of a delta after merging.
+def rounding(weight: Tensor, delta: Tensor) -> dict[str, Rounded]:
+    """Return what each format leaves of a delta after merging.
 
     Args:
         weight: W, two dimensions, as the file stores it (the scales of `int8` and `int4` go by its
             rows).
         delta: D, the same shape and way round.
-        formats: Names from `FORMATS`; all by default.
 
     Returns:
-        Format to what it leaves.
+        Name from `FORMATS` to what it leaves.
 
     Raises:
         StateError: The shapes differ.
 
     Examples:
         >>> W, D = torch.ones(2, 64), torch.full((2, 64), 0.001)
-        >>> rounding(W, D, ["bfloat16"])["bfloat16"].kept  # 1.001 is not a number of 8 bits
+        >>> rounding(W, D)["bfloat16"].kept  # 1.001 is not a number of 8 bits
         0.0
     """
     if weight.shape != delta.shape or weight.dim() != 2:
         found = f"W is {list(weight.shape)}, the delta {list(delta.shape)}"
         raise StateError("round a merged weight", found, "Give two matrices of one shape")
-    return rounding_of_rows([(weight, delta)], formats)
+    return rounding_of_rows([(weight, delta)])
 
 
-def rounding_of_rows(
-    rows: Iterable[tuple[Tensor, Tensor]], formats: Collection[str] | None = None
-) -> dict[str, Rounded]:
+def rounding_of_rows(rows: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Rounded]:
     """Do the same for whole rows of W and of D, `(n, cols)` each, block by block."""
-    tallies = {name: Tally() for name in (FORMATS if formats is None else formats)}
+    tallies = {name: Tally() for name in FORMATS}
     for some, delta in rows:
         wide = torch.float64 if some.dtype == torch.float64 else torch.float32
         before, change = some.detach().to(wide), delta.detach().to(wide)

@@ -7,7 +7,7 @@ block by block and looked at instead of written, so memory does not grow with W.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -88,27 +88,20 @@ class Weights:
             for placed in self._fit.places(site)
         )
 
-    def look(
-        self,
-        site: str,
-        rank: int | None = None,
-        *,
-        own: bool = True,
-        formats: Collection[str] | None = None,
-    ) -> SiteOnWeight:
+    def look(self, site: str) -> SiteOnWeight:
         """Read the weight of a site and compare the update with it, as `analyze` says."""
         places = self._fit.places(site)
         n_experts = self._state.sites[site].spec.experts
         blocks: list[BlockOnWeight] = []
         rows = [self._open(placed) for placed in places]
         pairs = (pair for each in rows for pair in each.with_delta())
-        rounded = rounding_of_rows(pairs, formats)
+        rounded = rounding_of_rows(pairs)
         for number, each in enumerate(rows):
             # Places are in the order of the experts, several of each where the file cuts them.
             expert = f"expert {number * n_experts // len(places)} " if n_experts else ""
             for block in blocks_of_terms(each.placed.terms):
-                turned, of_block = block.transposed, partial(each.of, block)
-                norms = amplification(of_block, block.delta, rank, transposed=turned, own=own)
+                of_block = partial(each.of, block)
+                norms = amplification(of_block, block.delta, transposed=block.transposed)
                 label = f"{expert}{block.label}".strip()
                 blocks.append(BlockOnWeight(site, label, each.placed.source.name, norms))
         stored = str(FLOATS[places[0].source.dtype]).removeprefix("torch.")
