@@ -239,20 +239,6 @@ def test_min_kept_fails_at_the_shard_and_leaves_no_other_behind(tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_a_share_has_the_digits_that_show_it_is_less():
-    assert merging._below(0.4567, 0.98) == "0.457"
-    assert merging._below(0.9999996, 1.0) == "0.9999996"
-    assert merging._below(1 - 2**-53, 1.0) == "0.9999999999999999"
-
-
-def test_min_kept_warns_if_asked(tmp_path):
-    tensors, state = tiny_delta(0.001)
-    base = save_checkpoint(tmp_path / "base", tensors)
-    report = merge(base, [state], tmp_path / "out", min_kept=0.98, on_lost="warn")
-    assert report.lost == ("q.weight",)
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
 def test_float32_output_keeps_a_delta_that_bfloat16_loses(tmp_path):
     tensors, state = tiny_delta(0.001)
     base = save_checkpoint(tmp_path / "base", tensors)

@@ -373,7 +373,6 @@ def test_nothing_to_merge_is_refused(tmp_path, parts, found):
         ({"dtype": "int8"}, "int8"),
         ({"min_kept": 2.0}, "not a share"),
         ({"min_kept": float("nan")}, "not a share"),
-        ({"on_lost": "shrug"}, "shrug"),
         ({"workers": 0}, "0 workers"),
     ],
 )

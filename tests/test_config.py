@@ -271,12 +271,12 @@ targets: ["h\.d"]
    quotes: there a backslash is only a backslash.
 
 targets: [*q_proj]
-=> f:1:11: this is not valid YAML: the alias *q_proj is not supported. Write the value out; a pattern
-   that begins with * needs quotes.
+=> f:1:11: this is not valid YAML: the alias *q_proj is not supported. Write the value out; a
+   pattern that begins with * needs quotes.
 
 targets: &a [*a]
-=> f:1:14: this is not valid YAML: the alias *a is not supported. Write the value out; a pattern that
-   begins with * needs quotes.
+=> f:1:14: this is not valid YAML: the alias *a is not supported. Write the value out; a pattern
+   that begins with * needs quotes.
 
 {<<: {rank: 4}, targets: [q]}
 => f:1:2: << is not a key: keys are strings. Write it in quotes, if it is meant.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
-from lora_inject.checkpoint.processes import Processes, deal
+from lora_inject.checkpoint.processes import Processes
 from lora_inject.checkpoint.staging import Staging, check_output, check_space
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.weighted_adapter import Given, digest
@@ -81,21 +80,15 @@ def merge_planned(
 ) -> MergeReport:
     """Carry out what `plan_merge` planned; the rest as for `merge_checkpoint`."""
     began = time.perf_counter()
-    folder = check_output(plan.base, Path(output))
-    with contextlib.closing(Processes()) as processes:
-        return _Run(plan, processes, folder, progress).all(began)
+    return _Run(plan, check_output(plan.base, Path(output)), progress).all(began)
 
 
 class _Run:
     """One process's work on one merge."""
 
-    def __init__(
-        self, plan: MergePlan, processes: Processes, folder: Path, progress: Progress | None
-    ) -> None:
-        self.plan, self.processes, self.staging = plan, processes, Staging(folder)
-        dealt = deal([shard.n_bytes for shard in plan.shards], processes.world)
-        rows = zip(plan.shards, dealt, strict=True)
-        self.mine = [shard for shard, rank in rows if rank == processes.rank]
+    def __init__(self, plan: MergePlan, folder: Path, progress: Progress | None) -> None:
+        self.plan, self.processes, self.staging = plan, Processes(), Staging(folder)
+        self.mine = plan.shards[self.processes.rank :: self.processes.world]
         self.counted = BytesDone(sum(s.data_bytes for s in self.mine), progress)
         self.fsync_seconds = 0.0
         self.records: dict[str, list[TensorReport]] = {}
@@ -125,7 +118,6 @@ class _Run:
             adapters=tuple((adapter.label, adapter.weight) for adapter in self.plan.adapters),
             tensors={tensor.name: tensor for tensor in tensors},
             n_tensors=sum(len(shard.header.tensors) for shard in self.plan.shards),
-            lost=tuple(self._lost()),
             notes=self.plan.notes,
             output=self.staging.output,
             n_bytes=self.plan.n_bytes,
@@ -153,18 +145,14 @@ class _Run:
         finally:
             partial.unlink(missing_ok=True)
 
-    def _lost(self) -> dict[str, float]:
-        """Return the kept part of each tensor that keeps too little of its delta, least first."""
-        least = -math.inf if self.plan.options.min_kept is None else self.plan.options.min_kept
-        tensors = [tensor for tensors in self.records.values() for tensor in tensors]
-        lost = [(t.kept, t.name) for t in tensors if t.kept is not None and t.kept < least]
-        return {name: kept for kept, name in sorted(lost)}
-
     def _check_kept(self) -> None:
-        lost = self._lost()
-        if lost and self.plan.options.on_lost == "fail":
-            least = self.plan.options.min_kept or 0.0
-            worst = ", ".join(f"'{name}' {_below(lost[name], least)}" for name in list(lost)[:5])
+        least = self.plan.options.min_kept
+        if least is None:
+            return
+        tensors = [tensor for tensors in self.records.values() for tensor in tensors]
+        lost = sorted((t.kept, t.name) for t in tensors if t.kept is not None and t.kept < least)
+        if lost:
+            worst = ", ".join(f"'{name}' {kept!r}" for kept, name in lost[:5])
             found = f"rounding leaves less in {len(lost)} tensors: {worst}"
             wide = "floats (--dequantize)" if self.plan.options.requantize else "float32 (--dtype)"
             remedy = f"Write {wide}, keep the adapter unmerged, or accept less (--min-kept)"
@@ -201,12 +189,6 @@ class _Run:
             ) from error
 
 
-def _below(kept: float, least: float) -> str:
-    """Return a share as text, with enough digits to show that it is less than another."""
-    shown = (f"{kept:.{n_digits}f}" for n_digits in range(3, 17))
-    return next((text for text in shown if float(text) < least), repr(kept))
-
-
 class _LostError(CheckpointError):
     """Rounding left too little of a delta."""
 
@@ -220,7 +202,6 @@ def _identity(plan: MergePlan) -> dict[str, Any]:
     return {
         "tool": f"lora_inject {__version__}",
         "plan": plan.digest,
-        "options": plan.options.identity,
         "adapters": [digest(adapter) for adapter in plan.adapters],
         "base": base,
     }

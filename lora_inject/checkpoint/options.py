@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from lora_inject.checkpoint.quantized import FORMAT_DTYPES
 from lora_inject.errors import CheckpointError
@@ -20,9 +19,8 @@ class MergeOptions:
     Attributes:
         dtype: `float32`, `bfloat16` or `float16` to write every float tensor so; None keeps each
             tensor's own. `fp32`, `bf16` and `fp16` are understood.
-        min_kept: Least share of every delta that must be left after rounding, in [0, 1]; None: any.
-        on_lost: What to do if less is left: `fail` before anything is visible, or `warn`, which
-            lists the tensors in the report.
+        min_kept: Least share of every delta that must be left after rounding, in [0, 1]; if less is
+            left, the merge fails before anything is visible. None: any.
         verify: Before publishing, compute every merged tensor again and compare every other byte.
         copy_code: Copy the base's `*.py` files.
         allow_new: Add trained tensors that the base lacks (a new classifier) instead of refusing.
@@ -39,7 +37,6 @@ class MergeOptions:
 
     dtype: str | None = None
     min_kept: float | None = None
-    on_lost: str = "fail"
     verify: bool = False
     copy_code: bool = False
     allow_new: bool = False
@@ -66,21 +63,10 @@ class MergeOptions:
             asked = f"keep at least {self.min_kept} of every delta"
             remedy = "Give a number from 0 to 1, such as 0.98"
             raise CheckpointError(asked, "it is not a share", remedy)
-        if self.on_lost not in {"fail", "warn"}:
-            asked = f"on_lost {self.on_lost!r}"
-            raise CheckpointError(asked, "it is not known", "Use 'fail' or 'warn'")
         if self.workers is not None and self.workers < 1:
-            asked = f"{self.workers} workers"
-            raise CheckpointError(asked, "that is none at all", "Give 1 or more")
+            raise CheckpointError(f"{self.workers} workers", "it is below 1", "Give 1 or more")
 
     @property
     def n_threads(self) -> int:
         """Number of threads that compute."""
         return self.workers or min(4, os.cpu_count() or 1)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The choices that determine the output; a rerun must have the same."""
-        names = ("dtype", "copy_code", "allow_new", "rename", "tie", "dequantize", "requantize")
-        chosen = {name: getattr(self, name) for name in names}
-        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in chosen.items()}

@@ -33,18 +33,12 @@ def check_output(base: Checkpoint, output: Path) -> Path:
     """Return an output folder, links resolved, that can be written without changing other files.
 
     Raises:
-        CheckpointError: It is the base, inside or around it, a file, a mount point, not empty,
-            or its path is not text.
+        CheckpointError: It is the base, inside or around it, a file, a mount point, or not empty.
     """
     asked, folder = f"write to '{output}'", output.resolve()
     if folder == base.folder or base.folder in folder.parents or folder in base.folder.parents:
         found = f"it is the base '{base.folder}', or one is inside the other"
         raise CheckpointError(asked, found, "Give a folder of its own")
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError:
-        found = "its path is not UTF-8, and safetensors opens no such file"
-        raise CheckpointError(asked, found, "Give a folder with another path") from None
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(asked, "it is a file", "Give the name of a folder")
     if folder.is_dir():
@@ -97,21 +91,13 @@ class Staging:
             folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob("*.partial"):
             stale.unlink(missing_ok=True)
-        manifest, new = self.folder / "manifest.json", self.partial()
-        write_new(new, json.dumps(identity, indent=1, sort_keys=True).encode())
-        try:
-            os.link(new, manifest)  # unlike a rename, this never replaces another merge's
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            if not manifest.exists():
-                new.replace(manifest)
-        new.unlink(missing_ok=True)
+        manifest = self.folder / "manifest.json"
+        if not manifest.exists():
+            replace_file(manifest, json.dumps(identity, indent=1, sort_keys=True).encode())
         asked = f"resume the merge in '{self.output}'"
         found = read_json(manifest, asked, CheckpointError)
-        wanted = json.loads(json.dumps(identity))
-        if found != wanted:
-            difference = f"it was of something else: {_difference(found, wanted)}"
+        if found != identity:
+            difference = f"it was of something else: {_difference(found, identity)}"
             remedy = f"Remove '{self.folder}' to begin again, or give another output folder"
             raise CheckpointError(asked, difference, remedy)
 

@@ -213,17 +213,9 @@ def _read(fd: int, at: int, n_bytes: int) -> bytearray:
 def _compare(found: Tensor, wanted: Tensor) -> tuple[int, int]:
     """Count values that are one unit in the last place off, and those that are further off."""
     bits = _BITS[wanted.element_size()]
-    a, b = found.view(bits), wanted.view(bits)
-    wrong = a != b
-    near = int(((_ordered(a[wrong]) - _ordered(b[wrong])).abs() == 1).sum())
-    return near, int(wrong.sum()) - near
-
-
-def _ordered(bits: Tensor) -> Tensor:
-    """Map the bits of floats to integers of the same order, so that neighbors differ by 1."""
-    wide = bits.to(torch.int64)
-    least = torch.iinfo(bits.dtype).min
-    return torch.where(wide < 0, least - wide, wide)
+    apart = (found.view(bits).long() - wanted.view(bits).long()).abs()  # of floats of one sign
+    near = int((apart == 1).sum())
+    return near, int(apart.count_nonzero()) - near
 
 
 def _where(shard: OutputShard, position: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +16,6 @@ from lora_inject.cli.program import app
 if TYPE_CHECKING:
     from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
 
-OnLost = StrEnum("OnLost", "fail warn")
 BasePath = Annotated[
     Path, Argument(metavar="BASE", help="Folder of the base, or one .safetensors file.")
 ]
@@ -102,9 +100,6 @@ def merge(
         float | None,
         Option(min=0, max=1, help="Least share of each delta that must survive rounding."),
     ] = None,
-    on_lost: Annotated[
-        OnLost, Option(help="Where less survives: refuse, or write and list it.")
-    ] = OnLost.fail,
     workers: Annotated[
         int | None, Option(min=1, help="Threads. (default: one per core, at most four)")
     ] = None,
@@ -122,7 +117,7 @@ def merge(
 
     if output is None and not dry_run:
         raise BadParameter("say where to write: --output FOLDER (or --dry-run)")
-    options = merging.options(min_kept=min_kept, on_lost=on_lost, verify=verify, workers=workers)
+    options = merging.options(min_kept=min_kept, verify=verify, workers=workers)
     checkpoint, weighted = merging.read(base, adapters, reading)
     planned = on_disk.plan_merge(checkpoint, weighted, options)
     if output is None or dry_run:

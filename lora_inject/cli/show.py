@@ -283,8 +283,6 @@ def print_merge(report: MergeReport, *, everything: bool) -> None:
         say_words(f"note: {text}")
     if report.resumed:
         say(f"resumed: {count(len(report.resumed), 'file')} finished earlier")
-    head = f"lost more than allowed in {len(report.lost):,}:"
-    say_list(head, report.lost, everything=everything)
     say_words(_merge_totals(report))
     if report.warning:
         note(f"warning: {report.warning}")

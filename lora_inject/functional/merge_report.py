@@ -67,7 +67,6 @@ class MergeReport:
         tensors: Every tensor that was computed, by name. On a live model only tensors that are
             stored in 16 bits are counted, as wider ones keep all of a delta.
         n_tensors: Tensors written; on disk those that were copied too.
-        lost: Names of tensors of whose delta less than `min_kept` survived, where that is allowed.
         notes: What a reader should know.
         output: The folder that was written; None for a live model, like all that follows.
         n_bytes: Size of all weight files.
@@ -81,7 +80,6 @@ class MergeReport:
     adapters: tuple[tuple[str, float], ...]
     tensors: Mapping[str, TensorReport] = field(default_factory=dict)
     n_tensors: int = 0
-    lost: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     output: Path | None = None
     n_bytes: int = 0
@@ -127,7 +125,7 @@ class MergeReport:
         data = {**self.__dict__, "output": None if self.output is None else str(self.output)}
         data["tensors"] = [tensor.to_dict() for tensor in self.tensors.values()]
         data["adapters"] = [list(row) for row in self.adapters]
-        data |= {key: list(data[key]) for key in ("lost", "notes", "resumed")}
+        data |= {key: list(data[key]) for key in ("notes", "resumed")}
         return {**data, "inert": list(self.inert), "warning": self.warning}
 
     def __str__(self) -> str:
