@@ -43,7 +43,7 @@ def net(n: int = N_ADAPTERS, **config: Any) -> nn.Sequential:
         init = "pissa" if i % 3 == 1 else "kaiming"
         settings = {"rank": 1 + i % 2, "alpha": 2 + i, "init": init, "targets": targets}
         fill(li.inject(model, {**settings, **config}, f"a{i}"), f"a{i}")
-    return model.eval()
+    return model.double().eval()
 
 
 def compiled(model: nn.Module) -> tuple[Any, CompileCounter]:
@@ -60,12 +60,12 @@ def test_switching_compiles_nothing_again(grad: bool) -> None:
         for _ in range(2):
             for i in range(N_ADAPTERS):
                 li.activate(model, f"a{i}")
-                assert error(call(IDS), model(IDS)) < 1e-6
+                assert error(call(IDS), model(IDS)) < EXACT
         for weight in (0.5, -2.0):
             li.activate(model, {"a3": weight})
-            assert error(call(IDS), model(IDS)) < 1e-6
+            assert error(call(IDS), model(IDS)) < EXACT
         fill(model, "a3")
-        assert error(call(IDS), model(IDS)) < 1e-6
+        assert error(call(IDS), model(IDS)) < EXACT
     assert counter.frame_count == 1 + grad  # with the one that trains, and without it
 
 
@@ -76,7 +76,7 @@ def test_mixes_compile_once_for_each_length() -> None:
     with torch.no_grad():
         for names in (("a0", "a1"), ("a4", "a2"), ("a11", "a3")):
             li.activate(model, dict(zip(names, (0.7, -0.3), strict=True)))
-            assert error(call(IDS), model(IDS)) < 1e-6
+            assert error(call(IDS), model(IDS)) < EXACT
         assert counter.frame_count == 1
         li.activate(model, None)
         assert torch.equal(call(IDS), model(IDS))
@@ -91,7 +91,7 @@ def test_other_rows_compile_nothing_again(grad: bool) -> None:
         for rows in (["a0", "a1", None, "a2"], ["a3", "a3", "a1", None], [None] * 4):
             with li.routed(model, rows):
                 found = call(IDS)
-                assert error(found, model(IDS)) < 1e-6
+                assert error(found, model(IDS)) < EXACT
     assert counter.frame_count == 1 + grad
 
 
@@ -103,9 +103,9 @@ def test_an_adapter_that_is_not_chosen_spoils_nothing() -> None:
             parameter.fill_(torch.nan)
     call, _ = compiled(model)
     li.activate(model, "a1")
-    assert error(call(IDS), model(IDS)) < 1e-6
+    assert error(call(IDS), model(IDS)) < EXACT
     with li.routed(model, ["a1", "a2", None, "a1"]):
-        assert error(call(IDS), model(IDS)) < 1e-6
+        assert error(call(IDS), model(IDS)) < EXACT
 
 
 def gradients(model: nn.Module, run: Any) -> dict[str, Tensor | None]:
@@ -127,7 +127,7 @@ def test_gradients_are_those_of_the_eager_model_and_none_for_idle_adapters() -> 
         for name, gradient in wanted.items():
             assert (found[name] is None) == (gradient is None), name
             if gradient is not None:
-                assert error(found[name], gradient) < 1e-5
+                assert error(found[name], gradient) < EXACT
 
 
 @pytest.mark.slow
