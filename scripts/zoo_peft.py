@@ -1,4 +1,4 @@
-"""Hold PEFT to the zoo's steps, beside this package: two counts and two run times.
+"""Hold PEFT to the zoo's steps, compared with this package: two counts and two run times.
 
 `tests/zoo/steps.py` knows no library, so PEFT gets the same models, targets, random
 numbers and checks. Counted are the steps that both could meet: zero start, freezing, an effect of

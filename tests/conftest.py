@@ -147,7 +147,7 @@ class Kind:
         shapes: Shapes of its inputs; a string `ids` for integer ids below `in`.
         weight: Name of the adapted parameter in the layer.
         site: Name of the site in a `Host`.
-        rule: What the rule says beside the match.
+        rule: What the rule says besides the match.
         spans: `(start, stop)` along the output of each adapted slice.
         transposed: Whether the weight is `(in, out)`.
         experts: Length of a leading dimension.

@@ -229,7 +229,7 @@ def test_a_quantized_base_is_refused(tmp_path, mark):
         analyze(state, tmp_path)
 
 
-# ---------------------------------------------------------------------------- beside the inspection
+# ---------------------------------------------------------------------------- and the inspection
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -274,7 +274,7 @@ def test_every_file_is_tested() -> None:
     assert sorted({*RUNS, *(row[0] for row in FAMILIES)}) == FILES
 
 
-# What the papers' and the scripts' runs say, beside their counts: rank, alpha, dropout, init.
+# What the papers' and the scripts' runs say, besides their counts: rank, alpha, dropout, init.
 SETTINGS = {
     "roberta_base_glue_script": (8, 16, 0.0, "kaiming"),
     "roberta_base_glue_paper": (8, 8, 0.0, "kaiming"),

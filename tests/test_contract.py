@@ -222,7 +222,7 @@ def test_merged_equals_adapted(kind: Kind, dtype: torch.dtype, undo: bool) -> No
     li.merge(model, undo=undo)
     W, Wm = (dict(m.named_parameters())[kind.key].detach() for m in (plain, model))
     exact = dense_weight(kind, W.double(), A, B)
-    # Rounded once: half an eps, beside the rounding of sums of 2 terms in the wider dtype.
+    # Rounded once: half an eps, plus the rounding of sums of 2 terms in the wider dtype.
     wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     slack = 4 * wide * (W.double().abs() + (exact - W).abs())
     half = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 0.0

@@ -51,7 +51,7 @@ def test_mixed_dtypes(kind: str, compute: str, routed: bool) -> None:
     assert wide == []
     copies = {t.data_ptr() for t in saved if t.numel() == x.numel() and t.shape[-1] == 5}
     if not routed:
-        assert copies <= {x.data_ptr()}, "a copy of x is kept beside x"
+        assert copies <= {x.data_ptr()}, "a copy of x is kept besides x"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors file, beside the reference library in both directions."""
+"""The tensors of a safetensors file, compared with the reference library in both directions."""
 
 from __future__ import annotations
 

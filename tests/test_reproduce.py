@@ -209,7 +209,7 @@ def test_training_moves_what_trains_and_nothing_else(lab, name):
 
 
 def trained(name: str) -> list[int]:
-    """Elements that train beside the head, and in the head."""
+    """Elements that train besides the head, and in the head."""
     torch.manual_seed(0)
     model = classifier.Classifier(toy.encoder()[0])
     methods.METHODS[name].apply(model)

@@ -1,4 +1,4 @@
-"""All verbs in any order on random models, against a dense float64 model that is kept beside them.
+"""All verbs in any order on random models, against a dense float64 model that is kept with them.
 
 `Truth` knows W and, for each adapter, A, B and copies T of a tensor or of rows, and nothing of the
 package: a weight is `W + sum of weight * (T - W) + sum of weight * scale * B @ A`, and with DoRA

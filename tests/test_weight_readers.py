@@ -1,6 +1,6 @@
 """Who reads a weight finds what it needs: a forward W + delta, everybody else W itself.
 
-A parent may compute with the weight of a child instead of calling it, or beside calling it.
+A parent may compute with the weight of a child instead of calling it, or besides calling it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Reading(nn.Module):
 
 
 class TiedByHand(nn.Module):
-    """`hidden @ emb.weight.T` beside a look-up, one of them by hand, in a child that is called."""
+    """`hidden @ emb.weight.T` and a look-up, one of them by hand, in a child that is called."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -79,7 +79,7 @@ class _Read:
         leaves: The weight, and every tensor of its updates and of its gain.
         is_stack: Whether the weight is a stack, of which matrices are picked.
         is_thin: Whether products are thin. A gain applies to the sum, not to its terms; and a hook
-            wants the gradient of the sum. A kernel is no factor of a product.
+            wants the gradient of the sum. A kernel is not a factor of a product.
     """
 
     def __init__(

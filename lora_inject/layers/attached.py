@@ -278,7 +278,7 @@ def held_by(module: nn.Module) -> Mapping[str, Any]:
 
 
 def _refuse_views(module: nn.Module, own: Mapping[str, Any], held: Mapping[str, Any]) -> None:
-    """Raise in a forward of FSDP1: attributes beside the parameters hold what these are to be."""
+    """Raise in a forward of FSDP1: other attributes hold what the parameters will be."""
     attached = attached_to(module)
     for entry in attached.entries() if attached is not None else ():
         name = next((n for n in entry.names.values() if n not in held or n in own), None)

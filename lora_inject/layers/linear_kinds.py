@@ -37,7 +37,7 @@ MULTIPLY = {
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
 }
 
-# Layers that are no nn.Linear and multiply likewise, with the tensor of theirs that is the weight:
+# Layers that are not nn.Linear and multiply likewise, with the tensor of theirs that is the weight:
 # whatever class of these families transformers loads for a base in HQQ, GPTQ or AWQ.
 PACKED = {
     ("hqq.core.quantize", "HQQLinear"): "W_q",

@@ -1,6 +1,6 @@
 """Models whose tensors are spread over processes: what must come before sharding is refused after.
 
-An adapter that is put onto a sharded model would be plain Parameters beside shards, whose
+An adapter that is put onto a sharded model would be plain Parameters among shards, whose
 gradients nobody reduces. `fsdp2` loads onto what FSDP2 has sharded.
 """
 

@@ -111,7 +111,7 @@ class Result:
 
     Attributes:
         lines: The numbers.
-        notes: What a reader must know beside them.
+        notes: What a reader must know about them.
     """
 
     lines: list[Line] = field(default_factory=list)

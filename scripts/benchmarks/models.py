@@ -184,7 +184,7 @@ def with_kernels(model: Any, who: str) -> Any:
 
     Args:
         model: A Llama on the GPU.
-        who: `unsloth`, whose LoRA is its own, or `liger`, whose other layers are beside PEFT's.
+        who: `unsloth`, whose LoRA is its own, or `liger`, whose other layers run with PEFT's.
 
     Raises:
         ImportError: It is not installed.

@@ -227,7 +227,7 @@ def _tables(row: Mapping[str, Any]) -> list[str]:
 
 
 def picture(rows: Mapping[str, Any], path: Path) -> None:
-    """Draw what an adapter adds to the time of the same work without one, beside PEFT."""
+    """Draw what an adapter adds to the time of the same work without one, compared with PEFT."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -3,7 +3,7 @@
     python scripts/examples/vllm_merged.py BASE ADAPTER OUT [--serve] [--prompt TEXT]
 
 The merge reads one tensor at a time, so the machine needs disk, not memory, for the model. Without
-vLLM the folder is ready for any server of safetensors checkpoints. To serve the adapter beside the
+vLLM the folder is ready for any server of safetensors checkpoints. To serve the adapter next to the
 base instead, give vLLM its folder: `vllm serve BASE --enable-lora --lora-modules NAME=ADAPTER`.
 """
 

@@ -126,7 +126,7 @@ def draw(found: dict[str, Scores], path: Path) -> Path:
                 marker="o", capsize=2, linestyle="-" if len(points) > 1 else "", label=title,
             )  # fmt: skip
     if "head" in found:
-        axes.axhline(100 * found["head"].mean, color="grey", linestyle=":", label="head only")
+        axes.axhline(100 * found["head"].mean, color="gray", linestyle=":", label="head only")
     axes.set(xscale="log", xlabel="trainable besides the head", ylabel="test accuracy, %")
     figure.legend(fontsize="small", loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)

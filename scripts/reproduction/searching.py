@@ -1,4 +1,4 @@
-"""What `lora_inject.search` finds, beside every one of its trials run in full, alone.
+"""What `lora_inject.search` finds, compared with every one of its trials run in full, alone.
 
     PYTHONPATH=scripts python -m reproduction.searching             writes docs/search.md
     PYTHONPATH=scripts python -m reproduction.searching --quick     tiny random models

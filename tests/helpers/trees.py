@@ -46,7 +46,7 @@ class SiteOf:
         name: Its name in the branch.
         weight: Name of its weight in the branch.
         delta: `B @ A` as the weight lies, but for its shape.
-        rule: What its rule says beside the match.
+        rule: What its rule says besides the match.
         routed: Whether it can have another adapter for each row.
         bias: Name of the layer's bias in the branch, to which a bias of B can be added.
     """

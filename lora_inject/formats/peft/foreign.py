@@ -43,7 +43,7 @@ _KEY = re.compile(
     r"|lora_B(?:\.default)?\.(?P<b>b)ias"
     r"|(?P<rows>token_adapter)\.trainable_tokens_delta(?:\.default)?)"
 )
-# What PEFT puts around a module: the original inside of its wrapper, or beside a trained copy.
+# What PEFT puts around a module: the original inside its wrapper, or next to a trained copy.
 _AROUND = re.compile(r"(?<![^.])(?:base_layer|original_module|modules_to_save(?:\.default)?)\.")
 _OUT = ".base_layer.out_proj"
 
