@@ -1,4 +1,4 @@
-"""How fast lora_inject is, compared with the frozen floor, PEFT and loralib: one row for each promise.
+"""How fast lora_inject is, compared with the frozen floor, PEFT and loralib, promise by promise.
 
     python scripts/bench.py                                   every row, ten minutes
     python scripts/bench.py decode merge --rounds 15          some rows

@@ -44,25 +44,25 @@ def demo(args: argparse.Namespace) -> bool:
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     base, adapter, merged = (out / name for name in ("base", "adapter", "merged"))
-    title("Base: SmolLM2-135M-Instruct out of its GGUF file, float32")
+    print("\n== Base: SmolLM2-135M-Instruct out of its GGUF file, float32", flush=True)
     if not base.exists():
         print(f"perplexity {smollm2.save(smollm2.find(), base):.2f} on two sentences about Paris")
-    title("Data: a function's code, and what its docstring says")
+    print("\n== Data: a function's code, and what its docstring says", flush=True)
     split = pairs.collect()
     print(f"{len(split.train):,} pairs to train on, {len(split.held_out):,} of other modules")
     print(f"{split.held_out[0].code}\n  -> {split.held_out[0].summary}")
-    title("Plan: what the config means for this model")
+    print("\n== Plan: what the config means for this model", flush=True)
     command("lora-inject", "plan", args.config, base)
-    title("Before: the base by plain transformers")
+    print("\n== Before: the base by plain transformers", flush=True)
     before = in_a_process(base, out / "before.json", args.pairs)
-    title("Train: inject, loss on the target's tokens only, save")
+    print("\n== Train: inject, loss on the target's tokens only, save", flush=True)
     weights = train(args, base, adapter, split.train)
-    title("Adapted: the adapter, loaded into a fresh model")
+    print("\n== Adapted: the adapter, loaded into a fresh model", flush=True)
     adapted = measure(base, args.pairs, adapter)
-    title("Merge: fold the adapter into the checkpoint, on disk")
+    print("\n== Merge: fold the adapter into the checkpoint, on disk", flush=True)
     shutil.rmtree(merged, ignore_errors=True)
     command("lora-inject", "merge", base, adapter, "--output", merged)
-    title("Merged: by plain transformers")
+    print("\n== Merged: by plain transformers", flush=True)
     after = in_a_process(merged, out / "merged.json", args.pairs)
     return show(before, adapted, after, weights, out)
 
@@ -111,22 +111,14 @@ def measure(folder: Path, n: int, adapter: Path | None = None) -> dict[str, Any]
             li.load_adapter(model, adapter)
             with li.disabled(model):
                 found["disabled_is_base"] = torch.equal(model(tokens).logits, plain)
-        scores = log_probs(model, tokenizer, examples)
+        batches = (pairs.collate(batch, tokenizer.pad_token_id)
+                   for batch in pairs.batches(examples, BATCH))  # fmt: skip
+        scores = torch.cat([pairs.target_log_probs(model, *batch) for batch in batches]).double()
         small = [pair for pair in split.held_out if len(pair.code) <= SHOWN_CHARS][:4]
         found["said"] = [(p.code, p.summary, say(model, tokenizer, p)) for p in small]
-    flat = torch.tensor([x for row in scores for x in row]).double()
-    found |= {"perplexity": float((-flat.mean()).exp()), "log_probs": scores}
+    found |= {"perplexity": float((-scores.mean()).exp()), "log_probs": scores.tolist()}
     found["plain"] = "lora_inject" not in sys.modules
-    print(f"perplexity of {len(flat):,} target tokens: {found['perplexity']:.2f}")
-    return found
-
-
-def log_probs(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
-    """Log-probability of each target token, example by example."""
-    found: list[list[float]] = []
-    for batch in pairs.batches(examples, BATCH):
-        flat = pairs.target_log_probs(model, *pairs.collate(batch, tokenizer.pad_token_id))
-        found += [row.tolist() for row in flat.split([len(e.tokens) - e.n_prompt for e in batch])]
+    print(f"perplexity of {len(scores):,} target tokens: {found['perplexity']:.2f}")
     return found
 
 
@@ -152,25 +144,19 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
-def changed(one: Path, other: Path) -> list[str]:
-    """Names of the tensors that differ, bit for bit, in two checkpoints of one file."""
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    same = {name for name in a.keys() & b.keys() if a[name].equal(b[name])}
-    return sorted((a.keys() | b.keys()) - same)
-
-
 def show(before: Any, adapted: Any, merged: Any, weights: list[str], out: Path) -> bool:
     """Print what came out; return whether every check holds."""
-    title("Results")
+    print("\n== Results")
     for (code, human, base), (*_, tuned) in zip(before["said"], adapted["said"], strict=True):
         print(f"{code}\n  human:   {human}\n  base:    {base}\n  adapted: {tuned}\n")
     for name, found in (("base", before), ("adapter", adapted), ("merged", merged)):
         n_bytes = sum(file.stat().st_size for file in (out / name).glob("*.safetensors"))
         print(f"{name:8} perplexity {found['perplexity']:7.2f}  {n_bytes / 1e6:7.1f} MB")
     both = zip(adapted["log_probs"], merged["log_probs"], strict=True)
-    apart = max(abs(a - b) for one, two in both for a, b in zip(one, two, strict=True))
+    apart = max(abs(a - b) for a, b in both)
     ratio = adapted["perplexity"] / before["perplexity"]
-    moved = changed(out / "base", out / "merged")
+    plain, folded = (load_file(out / name / "model.safetensors") for name in ("base", "merged"))
+    moved = sorted(n for n in folded if n not in plain or not plain[n].equal(folded[n]))
     checks = [
         (ratio < ADAPTED_BOUND, f"adapted below {ADAPTED_BOUND} of before: {ratio:.3f}"),
         (apart < ROUNDING_BOUND, f"merged equals adapted within rounding: {apart:.0e} nats"),
@@ -183,10 +169,6 @@ def show(before: Any, adapted: Any, merged: Any, weights: list[str], out: Path) 
     return all(good for good, _ in checks)
 
 
-def title(text: str) -> None:
-    print(f"\n== {text}", flush=True)
-
-
 def command(*words: object) -> None:
     """Run a command of the package as a user would."""
     print(f"$ {shlex.join(map(str, words))}", flush=True)
@@ -195,24 +177,21 @@ def command(*words: object) -> None:
 
 def in_a_process(folder: Path, result: Path, n: int) -> dict[str, Any]:
     """Measure a checkpoint in a process of its own, which has nothing of this one."""
-    words = ["--pairs", str(n), "--measure", str(folder), str(result)]
-    subprocess.run([sys.executable, __file__, *words], check=True)
+    words = [sys.executable, __file__, "--pairs", str(n), "--measure", folder, result]
+    subprocess.run(words, check=True)
     return dict(json.loads(result.read_text(encoding="utf-8")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/demo.sh", description=__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="20 steps, 32 held-out pairs")
-    add("--steps", type=int, help="training steps of 8 pairs (64)")
-    add("--pairs", type=int, help="held-out pairs to measure on (96)")
+    add("--steps", type=int, default=64, help="training steps of 8 pairs (%(default)s)")
+    add("--pairs", type=int, default=96, help="held-out pairs to measure on (%(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     add("--config", type=Path, default=CONFIG, help="adapter config")
     add("--out", type=Path, default=Path(".demo"), help="work folder (%(default)s)")
     add("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.steps = args.steps or (20 if args.quick else 64)
-    args.pairs = args.pairs or (32 if args.quick else 96)
     if args.measure:
         write_json(args.measure[1], measure(args.measure[0], args.pairs))
     elif not demo(args):

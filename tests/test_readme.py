@@ -27,7 +27,7 @@ from lora_inject import formats
 from lora_inject.adapter.variants import VARIANTS
 from lora_inject.cli import app
 from lora_inject.layers import KINDS
-from lora_inject.spec.roles import FURTHER, GAINED
+from lora_inject.spec.roles import ROLES
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
@@ -157,8 +157,7 @@ def test_every_step_of_the_architecture_runs(session, capsys):
         formats.FORMATS.clear()
         formats.FORMATS.update(readers)
         VARIANTS.pop("gated", None)
-        FURTHER.pop("gated", None)
-        GAINED.discard("gated")
+        ROLES.pop("gated", None)
 
 
 def test_the_architecture_names_every_folder():

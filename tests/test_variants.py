@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.adapter.variants import VARIANTS, Variant, register_variant
-from lora_inject.spec.roles import FURTHER
+from lora_inject.spec.roles import ROLES
 
 NO_GAIN = ("conv_transpose 2d", "conv_transpose 1d", "experts", "turned experts")
 GAINED = {name: kind for name, kind in KINDS.items() if name not in NO_GAIN}
@@ -305,7 +305,7 @@ def test_a_variant_from_outside_the_package(tmp_path: Path) -> None:
         li.merge(model)
         assert error(model(x), wanted) <= 1e-6
     finally:
-        del VARIANTS["gate"], FURTHER["gate"]
+        del VARIANTS["gate"], ROLES["gate"]
     with pytest.raises(li.FormatError, match="'gate' is not registered"):
         li.read_adapter(tmp_path / "a.safetensors")
 

@@ -1,7 +1,7 @@
 """Variants: how an adapter's tensors become an update of W, and how they start.
 
-`W' = gain * (W + scale * (B A - B0 A0))`. A variant is a class and a row in `VARIANTS`; forward,
-merging, files and counting follow from it. LoRA, the first row, has no gain.
+`W' = gain * (W + scale * (B A - B0 A0))`. A variant is a registered class and a row in
+`spec.roles`; forward, merging, files and counting follow from them. LoRA has no gain.
 
 One factor starts at zero, so that the adapted layer starts equal to the plain one; the other is
 random. For a linear layer B is zero (paper, section 4.1). For an embedding A is zero, so that
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import LayerError
-from lora_inject.spec.roles import FROM_WEIGHT, FURTHER, GAINED, Shape
+from lora_inject.spec.roles import FROM_WEIGHT, ROLES, Roles, ShapeOf
 from lora_inject.spec.sites import SiteSpec
 
 
@@ -37,7 +37,7 @@ class Variant:
     """
 
     name: ClassVar[str] = "lora"
-    roles: ClassVar[Mapping[str, Callable[[Shape, Shape], Shape]]] = FURTHER["lora"]
+    roles: ClassVar[Mapping[str, ShapeOf]] = ROLES["lora"].further
     gained: ClassVar[bool] = False
 
     def start(
@@ -68,33 +68,11 @@ class Variant:
         raise NotImplementedError
 
 
-class Dora(Variant):
-    """DoRA (arXiv:2402.09353): `W' = m * (W + scale * B A) / |W + scale * B A|`.
-
-    The magnitude m, one number for each output, starts as the norm of W over the inputs; no
-    gradient flows through the norm (section 4.3). PEFT computes the same.
-    """
-
-    name = "dora"
-    roles = FURTHER["dora"]
-    gained = True
-
-    def start(
-        self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
-    ) -> dict[str, Tensor]:
-        """Return A, B and the magnitude; the layer starts equal to the plain one."""
-        return {**super().start(spec, weight, dtype, norms), "m": norms().to(dtype)}
-
-    def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
-        """Return `m / norms`; an output of zeros stays zero."""
-        return tensors["m"] / norms.clamp(min=1e-30)
-
-
-VARIANTS: dict[str, Variant] = {"lora": Variant(), "dora": Dora()}
+VARIANTS: dict[str, Variant] = {"lora": Variant()}
 
 
 def register_variant(cls: type[Variant]) -> type[Variant]:
-    """Add a variant from outside the package.
+    """Add a variant.
 
     Args:
         cls: A class with a `name` of its own, which configs and saved adapters can then use.
@@ -109,7 +87,7 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
         >>> class Same(Variant):
         ...     name = "same"
         >>> _ = register_variant(Same)
-        >>> del VARIANTS["same"], FURTHER["same"]
+        >>> del VARIANTS["same"], ROLES["same"]
     """
     asked, name = f"register_variant({cls.__name__})", cls.__dict__.get("name")
     if not name or not issubclass(cls, Variant):
@@ -118,14 +96,32 @@ def register_variant(cls: type[Variant]) -> type[Variant]:
     known = type(VARIANTS.get(name))
     same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
     if name in VARIANTS and not same:
-        raise LayerError(
-            asked,
-            f"variant {name!r} is {known.__module__}.{known.__qualname__}",
-            "Choose another name",
-        )
-    VARIANTS[name], FURTHER[name] = cls(), cls.roles
-    (GAINED.add if cls.gained else GAINED.discard)(name)
+        found = f"variant {name!r} is {known.__module__}.{known.__qualname__}"
+        raise LayerError(asked, found, "Choose another name")
+    VARIANTS[name], ROLES[name] = cls(), Roles(cls.roles, cls.gained)
     return cls
+
+
+@register_variant
+class Dora(Variant):
+    """DoRA (arXiv:2402.09353): `W' = m * (W + scale * B A) / |W + scale * B A|`.
+
+    The magnitude m, one number for each output, starts as the norm of W over the inputs; no
+    gradient flows through the norm (section 4.3). PEFT computes the same.
+    """
+
+    name = "dora"
+    roles, gained = ROLES["dora"]
+
+    def start(
+        self, spec: SiteSpec, weight: Tensor, dtype: torch.dtype, norms: Callable[[], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return A, B and the magnitude; the layer starts equal to the plain one."""
+        return {**super().start(spec, weight, dtype, norms), "m": norms().to(dtype)}
+
+    def gain(self, tensors: Mapping[str, Tensor], norms: Tensor) -> Tensor:
+        """Return `m / norms`; an output of zeros stays zero."""
+        return tensors["m"] / norms.clamp(min=1e-30)
 
 
 def initial_tensors(spec: SiteSpec, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

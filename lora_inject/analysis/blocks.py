@@ -18,7 +18,7 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.thin import ThinProduct
 from lora_inject.errors import StateError
 from lora_inject.functional import Term
-from lora_inject.spec.roles import GAINED
+from lora_inject.spec.roles import ROLES
 from lora_inject.spec.sites import Block
 
 
@@ -149,7 +149,7 @@ def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ..
 def blocks_of_terms(terms: Sequence[Term], *, checked: bool = True) -> tuple[SiteBlock, ...]:
     """Take the terms of one weight apart: the update, less its frozen start where there is one."""
     spec = terms[0].spec
-    if checked and spec.variant in GAINED:
+    if checked and ROLES[spec.variant].gained:
         found = f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank"
         remedy = "Merge it, and extract the difference as an adapter"
         raise StateError(f"analyze '{spec.name}'", found, remedy)

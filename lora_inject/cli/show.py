@@ -23,7 +23,7 @@ import typer
 from lora_inject.spec.columns import Rows, columns, sides
 from lora_inject.spec.names import counted as count
 from lora_inject.spec.names import printable, templates
-from lora_inject.spec.roles import GAINED
+from lora_inject.spec.roles import ROLES
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison
@@ -173,7 +173,7 @@ def print_inspection(found: Inspection, *, everything: bool) -> None:
         rows = Rows(("site", "kind", "shape", "rank", "scale", *norms), cells)
         joined = "Norms of several sites are medians; --all lists each site."
         print_rows(rows, everything=everything, joined=joined)
-        if any(site.spec.variant in GAINED for site in found.sites):
+        if any(ROLES[site.spec.variant].gained for site in found.sites):
             say_words("Of DoRA |delta| is |scale B A|, without the gain by m.")
         say()
     tensors = {name: ("trained", figures) for name, figures in found.trained.items()}

@@ -22,7 +22,7 @@ from lora_inject.adapter.fingerprint import Fingerprint
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.spec.roles import FURTHER
+from lora_inject.spec.roles import ROLES
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.strict_json import Maybe, misfit, parse_json
 from lora_inject.version import __version__
@@ -189,7 +189,7 @@ def _spec(kind: Mapping[str, Any], where: str) -> SiteSpec:
     fields = {field: value for field, value in kind.items() if field not in _FLAGS}
     elements = kind["in_features"] * kind["out_features"] * (kind["experts"] or 1)
     found = f"the variant '{kind['variant'][:80]}' is not registered here"
-    _require(kind["variant"] in FURTHER, where, found)
+    _require(kind["variant"] in ROLES, where, found)
     fits = math.prod(kind["weight_shape"]) == elements
     _require(fits, where, "weight_shape does not fit in_features and out_features")
     if kind["slices"] is not None:

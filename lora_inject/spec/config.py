@@ -36,7 +36,7 @@ from lora_inject.spec.config_errors import config_error
 from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
 from lora_inject.spec.names import regex_problem
-from lora_inject.spec.roles import FURTHER
+from lora_inject.spec.roles import ROLES
 from lora_inject.spec.yaml import Document, Dumper, read_text, show
 
 ALL_LINEAR = "all-linear"
@@ -74,9 +74,9 @@ def _check_distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_variant(name: str) -> str:
-    if name not in FURTHER:
-        near = nearest(name, FURTHER, n=1)
-        remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(FURTHER)}"
+    if name not in ROLES:
+        near = nearest(name, ROLES, n=1)
+        remedy = f"Did you mean {show(near[0])}?" if near else f"Known are {', '.join(ROLES)}"
         raise ValueError(f"there is no variant {show(name)}", remedy)
     return name
 

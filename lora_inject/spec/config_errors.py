@@ -53,7 +53,7 @@ def config_error(
         path = _path(detail["loc"], data)
         found, remedy = _explain(detail, path, models)
         unknown = detail["type"] == "extra_forbidden"
-        missing = detail["type"] == "missing"  # sorted last: a misspelled key explains a missing one
+        missing = detail["type"] == "missing"  # sorted last: a misspelled key explains it
         if document is None:
             outer = models[""].__name__.replace("Config", "config")
             place, order = f"{outer} ({dotted(path)})" if path else outer, (0, 0)

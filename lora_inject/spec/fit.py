@@ -10,7 +10,7 @@ from lora_inject.errors import MatchError, article
 from lora_inject.spec.config import Axes, Hyper, Rule
 from lora_inject.spec.inventory import Candidate
 from lora_inject.spec.names import counted
-from lora_inject.spec.roles import GAINED
+from lora_inject.spec.roles import ROLES
 from lora_inject.spec.sites import SiteSpec, Slices
 
 BIASED_KINDS = ("linear", "conv1d", "conv")
@@ -49,7 +49,7 @@ def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> S
         what = f"variant {site.variant}" if site.variant != "lora" else article(site.kind)
         found = f"lora_bias on {'slices' if slices else what}"
         raise MatchError(asked, found, "Give the rule lora_bias: false")
-    if site.variant in GAINED and site.why_no_gain:
+    if ROLES[site.variant].gained and site.why_no_gain:
         found = f"variant {site.variant} on {site.why_no_gain}"
         raise MatchError(asked, found, "Give the rule variant: lora")
     if site.init in ("pissa", "olora") and site.rank > _limit(site):

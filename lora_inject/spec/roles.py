@@ -1,23 +1,30 @@
-"""The names of the variants, and the tensors that each trains besides A and B, by role and shape.
+"""The variants by name, and the tensors that each trains besides A and B.
 
-Planning, counting and the checks of a config need only these. The computations are in
-`adapter.variants`, whose `register_variant` also adds a row here.
+Planning, counting and the checks of a config need only these rows. The computations are in
+`adapter.variants`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 Shape = tuple[int, ...]
+ShapeOf = Callable[[Shape, Shape], Shape]
+"""The shape of a tensor, by those of A `(..., rank, in)` and B `(..., out, rank)`."""
 
-FURTHER: dict[str, Mapping[str, Callable[[Shape, Shape], Shape]]] = {
-    "lora": {},
-    "dora": {"m": lambda a, b: b[:-1]},  # noqa: ARG005 - one magnitude for each adapted output
+
+class Roles(NamedTuple):
+    """A variant as planning sees it."""
+
+    further: Mapping[str, ShapeOf]  # tensors besides A and B, by role
+    gained: bool = False  # whether its outputs have a gain besides the update of W
+
+
+ROLES = {
+    "lora": Roles({}),
+    "dora": Roles({"m": lambda a, b: b[:-1]}, gained=True),  # noqa: ARG005 - one for each output
 }
-"""Variant to role to its shape, by the shapes of A `(..., rank, in)` and B `(..., out, rank)`."""
-
-GAINED = {"dora"}
-"""Variants whose outputs have a gain besides the update of W."""
 
 FROM_WEIGHT = ("pissa", "olora")
 """Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""
@@ -30,5 +37,5 @@ def shapes_of(variant: str, a: Shape, b: Shape, lora_bias: bool = False) -> dict
         >>> shapes_of("lora", (2, 4), (6, 2))
         {'A': (2, 4), 'B': (6, 2)}
     """
-    further = {role: shape(a, b) for role, shape in FURTHER[variant].items()}
+    further = {role: shape(a, b) for role, shape in ROLES[variant].further.items()}
     return {"A": a, "B": b, **further, **({"b": b[:-1]} if lora_bias else {})}
