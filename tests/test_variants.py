@@ -466,6 +466,24 @@ def test_files_hold_rows(layout: str, tmp_path: Path) -> None:
     refused(small, lambda: li.load_adapter(small, path), li.FormatError, "Resize the vocabulary")
 
 
+def test_peft_reads_rows_of_every_name_and_table(tmp_path: Path) -> None:
+    """PEFT knows ties by the config of transformers only; files on disk have no memory to share."""
+    model = fill(li.inject(Tied(), TOKENS))
+    li.save_adapter(model, tmp_path / "a")
+    plain = li.eject(copy.deepcopy(model))
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+    assert error(theirs(IDS), model(IDS)) <= 1e-5
+    names = [f"{n}.weight" for n in range(6)]
+    state = li.AdapterState({}, {n: torch.randn(2, 8) for n in names}, rows=dict.fromkeys(names, (1, 2)))
+    path = li.write_adapter(state, tmp_path / "b.safetensors", "native")
+    again = li.write_adapter(li.read_adapter(path, on_disk=True), tmp_path / "c")
+    assert li.read_adapter(again) == state
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "pos_embed": nn.Embedding(9, 4)})
+    li.inject(model, {"tokens": {"^embed": [7]}})
+    with pytest.raises(li.FormatError, match="rows of 'pos_embed' too"):
+        li.save_adapter(model, tmp_path / "d")
+
+
 def test_tokens_are_refused_where_they_cannot_train() -> None:
     for config, words in (
         ({"tokens": {"embed": [9]}}, "'embed.weight' has no row 9: it has 9 rows"),

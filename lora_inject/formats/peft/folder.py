@@ -93,7 +93,8 @@ def write(
         FormatError: PEFT cannot express the adapter, or the target must not be replaced.
     """
     asked = f"write adapter to '{path}'"
-    state = _in_order(_rows_once(check_state(state, asked), asked), facts.tensor_names)
+    state = _in_order(check_state(state, asked), facts.tensor_names)
+    _check_rows(state.rows, facts.module_names or (), asked)
     specs = [site.spec for site in state.sites.values()]
     _check_expressible(specs, asked, facts.tensor_names)
     layout = plan(specs, state.trained, state.rows)
@@ -219,16 +220,15 @@ def _check_agreement(said: words.Described, claims: Claims, asked: str) -> None:
         )
 
 
-def _rows_once(state: AdapterState, asked: str) -> AdapterState:
-    """Leave out rows under further names of a tied tensor: PEFT copies them itself."""
-    first: dict[int, str] = {}
-    for name in state.rows:
-        if not name.endswith(".weight"):
+def _check_rows(rows: Collection[str], modules: Collection[str], asked: str) -> None:
+    for name in rows:
+        found, module = "", name.removesuffix(".weight")
+        if module == name:
             found = "PEFT trains rows of the weight of a module only"
+        if longer := [m for m in modules if m.endswith(module) and m != module]:
+            found = f"PEFT would train rows of '{longer[0]}' too, whose name ends so"
+        if found:
             raise FormatError(f"{asked}, trained tensor '{name}'", found, _OTHER)
-        first.setdefault(state.trained[name].data_ptr(), name)
-    kept = {n: t for n, t in state.trained.items() if n not in state.rows or n in first.values()}
-    return replace(state, trained=kept, rows={n: r for n, r in state.rows.items() if n in kept})
 
 
 def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> AdapterState:
