@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.adapter_states import KIND_SPECS, dense, make_state
+from helpers.checkpoints import save_checkpoint
 from safetensors.torch import save_file
 
 import lora_inject as li
@@ -83,6 +88,34 @@ def test_diff_compares_site_by_site(run, files):
     )
 
 
+@pytest.mark.parametrize(
+    "args",
+    ["combine x x -o", "truncate x --rank 1 -o", "rename x a=b -o", "extract x x --rank 1 -o",
+     "convert x --to peft", "merge BASE x -o"],
+)  # fmt: skip
+def test_an_output_that_exists_is_noticed_before_an_adapter_is_read(run, files, tmp_path, args):
+    save_checkpoint(tmp_path / "base", {"fc.weight": torch.ones(2, 2)})
+    (command, *rest), path = args.replace("BASE", str(tmp_path / "base")).split(), files[0][0]
+    if command == "convert":
+        rest.insert(1, path)
+        found = run(command, *rest)
+    else:
+        found = run(command, *rest, path)
+    assert found.code == 1
+    assert "it is not empty" in found.err if command == "merge" else "exists already" in found.err
+    assert li.read_adapter(path) == files[0][1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
+def test_a_full_disk_on_stdout_does_not_deny_what_was_written(files, tmp_path):
+    args = [sys.executable, "-m", "lora_inject", "combine", files[0][0], "-o", tmp_path / "sum"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "No space left on device. The command has done its work" in done.stderr
+    assert li.read_adapter(tmp_path / "sum").sites
+
+
 def test_rename_writes_other_names(run, files, tmp_path):
     one = files[0][0]
     found = run("rename", one, "h=model.layers", "fc=mlp", "-o", tmp_path / "new", "--json")
@@ -95,7 +128,13 @@ def test_rename_writes_other_names(run, files, tmp_path):
         "model.layers.0.c",
     ]
     shorter = run("rename", one, r"h\.0=", "-o", tmp_path / "short")
-    assert "its sites are now 'fc', 'c'" in shorter.out  # an empty one removes segments: it is told
+    assert "its names are now 'fc', 'c'" in shorter.out  # an empty one removes segments: it is told
+    rows = replace(
+        files[0][1], trained={"h.wte.weight": torch.ones(1, 4)}, rows={"h.wte.weight": (3,)}
+    )
+    li.write_adapter(rows, tmp_path / "rows")
+    found = run("rename", tmp_path / "rows", "h=m", "-o", tmp_path / "r", "--json")
+    assert json.loads(found.out)["names"]["h.wte.weight"] == "m.wte.weight"
     assert run("rename", one, "nothing", "-o", tmp_path / "x").code == 2
     found = run("rename", one, "x=y", "-o", tmp_path / "x")
     assert "rename 'x': it occurs in no name" in found.err

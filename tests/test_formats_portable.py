@@ -108,8 +108,15 @@ def test_the_command_says_before_writing_what_is_lost(tmp_path: Path) -> None:
         app, ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "portable"]
     )
     assert again.exit_code == 1
-    assert "there is an adapter already" in again.stderr
-    assert "left out" in again.stderr.partition("there is an adapter already")[0]
+    assert "it exists already" in again.stderr
+    assert "left out" not in again.stderr
+
+    def stop(words: str) -> None:
+        raise InterruptedError(words)
+
+    with pytest.raises(InterruptedError, match="left out"):
+        li.convert(tmp_path / "a", tmp_path / "c", "portable", tell=stop)
+    assert not (tmp_path / "c").exists()
     other = CliRunner().invoke(
         app, ["convert", str(tmp_path / "a"), "c", "--to", "peft", "--dtype", "f"]
     )

@@ -196,5 +196,5 @@ def test_a_server_of_rollouts_gets_each_version_whole(tmp_path: Path) -> None:
     key = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
     assert all(torch.equal(t[key], A) for (_, t), A in zip(Receiver.received, sent, strict=True))
     assert {path.name for path in sync.iterdir()} == {"LATEST", "10", "11"}
-    with pytest.raises(li.FormatError, match="there is an adapter already"):
+    with pytest.raises(li.FormatError, match="it exists already"):
         li.save_adapter(model, sync, version=11)

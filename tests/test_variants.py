@@ -474,7 +474,9 @@ def test_peft_reads_rows_of_every_name_and_table(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
     assert error(theirs(IDS), model(IDS)) <= 1e-5
     names = [f"{n}.weight" for n in range(6)]
-    state = li.AdapterState({}, {n: torch.randn(2, 8) for n in names}, rows=dict.fromkeys(names, (1, 2)))
+    state = li.AdapterState(
+        {}, {n: torch.randn(2, 8) for n in names}, rows=dict.fromkeys(names, (1, 2))
+    )
     path = li.write_adapter(state, tmp_path / "b.safetensors", "native")
     again = li.write_adapter(li.read_adapter(path, on_disk=True), tmp_path / "c")
     assert li.read_adapter(again) == state

@@ -15,6 +15,7 @@ from lora_inject.checkpoint.index import Checkpoint, read_config
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import ModelFacts, losses_of, read_adapter, write_adapter
 from lora_inject.formats.clients import Finding, findings
+from lora_inject.storage.atomic import check_free
 from lora_inject.storage.strict_json import read_json
 
 
@@ -58,6 +59,7 @@ def convert(
         ...     li.read_adapter(made).sites["0"].scale
         1.0
     """
+    check_free(output, overwrite=options.get("overwrite", False))
     facts = facts_of(base)
     if isinstance(adapter, AdapterState):
         state = adapter

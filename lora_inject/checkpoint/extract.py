@@ -29,6 +29,7 @@ from lora_inject.checkpoint.write import Progress
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import write_adapter
 from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.atomic import check_free
 from lora_inject.storage.safetensors_file import TensorEntry
 from lora_inject.storage.tensor_rows import FLOATS, RowReader
 
@@ -117,6 +118,7 @@ def extract_adapter(
         >>> round(report.tensors[0].energy, 4)
         1.0
     """
+    check_free(output, overwrite=overwrite)
     state, report = difference_of(
         base, tuned, rank=rank, energy=energy, full=full, progress=progress
     )

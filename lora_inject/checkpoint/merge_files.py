@@ -72,7 +72,9 @@ def merge_checkpoint(
         >>> torch.allclose(merged, net[0].weight + 0.25)
         True
     """
-    return merge_planned(plan_merge(base, adapters, options), output, progress)
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    check_output(checkpoint, Path(output))
+    return merge_planned(plan_merge(checkpoint, adapters, options), output, progress)
 
 
 def merge_planned(

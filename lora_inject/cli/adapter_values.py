@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,12 +72,10 @@ def truncate(
 
     [state] = reading.read([adapter], on_disk=True)
     made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
-    if not listing.as_json:
-        cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
-        rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
-        show.print_rows(rows, everything=listing.everything)
+    cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
+    rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
     sites = {name: cut._asdict() for name, cut in cuts.items()}
-    _write(made, writing, listing, dtype, sites=sites)
+    _write(made, writing, listing, dtype, partial(show.print_rows, rows), sites=sites)
 
 
 @app.command()
@@ -113,9 +113,10 @@ def rename(
     pairs = given.pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")
     [state] = reading.read([adapter], on_disk=True)
     made = state.rename(pairs)
-    _write(made, writing, output, names=dict(zip(state.sites, made.sites, strict=True)))
-    if not output.as_json:
-        show.say_words(f"its sites are now {one_line(templates(made.sites), 6)}")
+    old, new = ([*s.sites, *s.trained, *s.base_copies] for s in (state, made))
+    words = f"its names are now {one_line(templates(new), 6)}"
+    now = dict(zip(old, new, strict=True))
+    _write(made, writing, output, tell=lambda **_: show.say_words(words), names=now)
 
 
 def _write(
@@ -123,9 +124,10 @@ def _write(
     writing: given.Writing,
     output: given.Output,
     dtype: given.Dtype | None = None,
+    tell: Callable[..., None] | None = None,
     **found: Any,
 ) -> None:
-    """Write the new adapter atomically, and print its path and size."""
+    """Write the new adapter atomically, and print what `tell` does, its path and its size."""
     import torch
 
     from lora_inject.formats import write_adapter
@@ -136,7 +138,13 @@ def _write(
     ranks = {name: site.spec.rank for name, site in state.sites.items()}
     text = str(state).removeprefix("AdapterState(").removesuffix(")")
     data = {"output": str(path), "ranks": ranks, **found}
-    output.show(data, lambda **_: show.say(f"wrote {path}: {text}"))
+
+    def show_it(**options: bool) -> None:
+        if tell is not None:
+            tell(**options)
+        show.say(f"wrote {path}: {text}")
+
+    output.show(data, show_it)
 
 
 def _print_difference(found: Difference, *, everything: bool) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, BadParameter, Option
 
 from lora_inject.cli.show import print_json
+from lora_inject.errors import LoraInjectError
+from lora_inject.storage.atomic import check_free
 
 if TYPE_CHECKING:
     from lora_inject.adapter.state import AdapterState
@@ -40,10 +42,14 @@ class Output:
     def show(self, data: Mapping[str, Any], print_it: Callable[..., None], *found: Any) -> None:
         """Print a result: its plain data as JSON, or as `print_it` does."""
         options = {name: value for name, value in vars(self).items() if name != "as_json"}
-        if self.as_json:
-            print_json(data)
-        else:
-            print_it(*found, **options)
+        try:
+            if self.as_json:
+                print_json(data)
+            else:
+                print_it(*found, **options)
+        except OSError as error:
+            done = "The command has done its work, files included; only this is lost"
+            raise LoraInjectError("print the result", str(error.strerror), done) from error
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,10 @@ class Writing:
     output: Annotated[Path, Option("--output", "-o", help="Where to write the adapter.")]
     adapter_format: Annotated[str, Option("--format", help="Format to write.")] = "peft"
     overwrite: Overwrite = False
+
+    def __post_init__(self) -> None:
+        """Refuse an output that exists, before anything is computed."""
+        check_free(self.output, overwrite=self.overwrite)
 
 
 @dataclass(frozen=True)

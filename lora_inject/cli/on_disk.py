@@ -68,10 +68,14 @@ class Merging:
         return MergeOptions(**more)
 
     def read(
-        self, base: Path, adapters: Sequence[Path], reading: given.Reading
+        self,
+        base: Path,
+        adapters: Sequence[Path],
+        reading: given.Reading,
+        output: Path | None = None,
     ) -> tuple[Checkpoint, list[WeightedAdapter]]:
-        """Open the base and read the adapters."""
-        from lora_inject.checkpoint import Checkpoint, read_weighted
+        """Open the base, check the output and read the adapters."""
+        from lora_inject.checkpoint import Checkpoint, check_output, read_weighted
 
         weights = self.weight or [1.0] * len(adapters)
         if len(weights) != len(adapters):
@@ -80,7 +84,10 @@ class Merging:
         for weight in weights:
             if not math.isfinite(weight) or weight == 0:
                 raise BadParameter(f"{weight} is not a weight", param_hint="--weight")
-        checkpoint, options = Checkpoint.open(base), reading.options(adapters)
+        checkpoint = Checkpoint.open(base)
+        if output is not None:
+            check_output(checkpoint, output)
+        options = reading.options(adapters)
         rows = zip(adapters, weights, options, strict=True)
         return checkpoint, [read_weighted(path, checkpoint, w, **how) for path, w, how in rows]
 
@@ -118,10 +125,10 @@ def merge(
     if output is None and not dry_run:
         raise BadParameter("say where to write: --output FOLDER (or --dry-run)")
     options = merging.options(min_kept=min_kept, verify=verify, workers=workers)
-    checkpoint, weighted = merging.read(base, adapters, reading)
+    checkpoint, weighted = merging.read(base, adapters, reading, output)
     planned = on_disk.plan_merge(checkpoint, weighted, options)
     if output is None or dry_run:
-        where = Path.cwd() if output is None else on_disk.check_output(checkpoint, output)
+        where = output or Path.cwd()
         free = on_disk.free_bytes(where)
         data = {**planned.to_dict(), "free_bytes": free}
         listing.show(data, show.print_merge_plan, planned, where, free)

@@ -24,6 +24,15 @@ _RENAME_EXCHANGE = 2
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
+def check_free(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Refuse a target that holds anything, unless it may be replaced; return it, links resolved."""
+    target = Path(os.path.realpath(path))
+    if not overwrite and (any(target.iterdir()) if target.is_dir() else target.exists()):
+        remedy = "Choose another path, or pass overwrite=True to replace an adapter"
+        raise FormatError(f"write '{target}'", "it exists already", remedy)
+    return target
+
+
 def write_directory(
     path: str | os.PathLike[str],
     files: Mapping[str, bytes],
@@ -37,8 +46,8 @@ def write_directory(
     else than `files` and the names of an older adapter's files in `replaceable`. Returns the path
     with symbolic links resolved.
     """
-    target = Path(os.path.realpath(path))
-    _check_directory(target, files.keys() | set(replaceable), overwrite=overwrite)
+    target = check_free(path, overwrite=overwrite)
+    _check_directory(target, files.keys() | set(replaceable))
     temporary = temporary_name(target)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,11 +66,9 @@ def write_directory(
 
 def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool = False) -> Path:
     """Write one file in one step, as `write_directory` does a directory."""
-    target = Path(os.path.realpath(path))
+    target = check_free(path, overwrite=overwrite)
     if target.is_dir():
         raise FormatError(f"write '{target}'", "it is a directory", "Give the name of a file")
-    if target.exists() and not overwrite:
-        raise FormatError(f"write '{target}'", "it exists already", _OVERWRITE)
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(target, content)
@@ -78,23 +85,16 @@ def _explained(target: Path) -> Iterator[None]:
         raise FormatError(f"write '{target}'", found, remedy_for(error)) from error
 
 
-_OVERWRITE = "Choose another path, or pass overwrite=True"
-
-
-def _check_directory(target: Path, names: Collection[str], *, overwrite: bool) -> None:
-    """Refuse a target that is not free and not an adapter that may be replaced."""
+def _check_directory(target: Path, names: Collection[str]) -> None:
+    """Refuse a target that is neither free nor an adapter, which may be replaced."""
     asked = f"write adapter to '{target}'"
     if not target.exists():
         return
     if not target.is_dir():
         raise FormatError(asked, "it is a file; an adapter is a directory", "Choose another path")
-    present = sorted(entry.name for entry in target.iterdir())
-    foreign = [name for name in present if name not in names]
-    if foreign:
+    if foreign := sorted({entry.name for entry in target.iterdir()} - {*names}):
         found = f"the directory holds '{foreign[0]}', which no adapter has and would be lost"
         raise FormatError(asked, found, "Choose a directory of its own for the adapter")
-    if present and not overwrite:
-        raise FormatError(asked, "there is an adapter already", _OVERWRITE)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
