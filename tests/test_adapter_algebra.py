@@ -153,6 +153,24 @@ def test_sites_that_do_not_fit_are_refused_by_name():
         poor.truncate(rank=1)
 
 
+def test_what_would_overflow_or_has_no_values_is_refused():
+    spec = KIND_SPECS["linear"]
+    a = one_site(spec)
+    tiny = a * 1e-40
+    assert_close(delta(tiny + a), delta(a), 1e-6)  # B of the first term is not scaled by 1e40
+    for weight in (1e308, 1e-320):
+        with pytest.raises(StateError, match=r"site 'h.0.fc': its alpha would become (inf|0.0)"):
+            (a * weight) * weight
+    big = AdapterState({spec.name: a.sites[spec.name].mapped(lambda t: t * 1e6)})
+    with pytest.raises(StateError, match=r"to\(torch.float16\), 'h.0.fc'.* become infinite"):
+        big.to(torch.float16)
+    meta = AdapterState({spec.name: a.sites[spec.name].mapped(lambda t: t.to("meta"))})
+    assert meta == meta + AdapterState({}) != a
+    for act in (lambda: meta.truncate(rank=1), lambda: a.distance(meta), lambda: meta.cosine(a)):
+        with pytest.raises(StateError, match=r"meta device and has no values"):
+            act()
+
+
 # Truncation -------------------------------------------------------------------------------------
 
 

@@ -216,7 +216,7 @@ class Mistakes:
     def merging_nothing(self, path):
         """CheckpointError: merge: no adapter was given. Name at least one."""
         save_file({"other.weight": torch.zeros(3, 3)}, path / "model.safetensors")
-        merge_checkpoint(path, [], path / "out")
+        merge_checkpoint(path / "model.safetensors", [], path.parent / "out")
 
 
 MISTAKES = [method for name, method in vars(Mistakes).items() if name[0] != "_"]

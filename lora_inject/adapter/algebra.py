@@ -62,8 +62,11 @@ def check_alike(specs: Sequence[SiteSpec], asked: str) -> None:
 
 
 def check_finite(site: SiteState, asked: str) -> None:
-    """Refuse NaN and Inf, which can be neither decomposed nor handed on."""
+    """Refuse NaN and Inf, which can be neither decomposed nor handed on, and the meta device."""
     for A, B, _ in site.pairs:
+        if A.is_meta or B.is_meta:
+            found = "it is on the meta device and has no values"
+            raise StateError(f"{asked}, site '{site.spec.name}'", found, "Load its values first")
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             found = "its A or B holds NaN or Inf"
             remedy = "Its training diverged; take an earlier checkpoint of the adapter"
@@ -99,9 +102,17 @@ def _common(specs: Sequence[SiteSpec]) -> Slices | None:
     return Slices(all_parts, tuple(name for name, _ in all_parts if name in named))
 
 
-def gathered(terms: Sequence[Term], dtype: torch.dtype = torch.float64, unit: float = 1.0) -> Parts:
-    """Return the parts of `sum of weight * delta / unit`: ranks concatenated, in one dtype."""
-    specs = [site.spec for site, _ in terms]
+def gathered(
+    terms: Sequence[Term],
+    dtype: torch.dtype = torch.float64,
+    unit: float = 1.0,
+    place: torch.device | None = None,
+) -> Parts:
+    """Return the parts of `sum of weight * delta / unit`: ranks concatenated, in one dtype.
+
+    `place` is their device, by default that of the first term.
+    """
+    specs, place = [site.spec for site, _ in terms], place or terms[0][0].A.device
     slices = _common(specs)
     found: Parts = []
     rows = [row for term in terms for row in _contributions(term, unit)]
@@ -109,9 +120,10 @@ def gathered(terms: Sequence[Term], dtype: torch.dtype = torch.float64, unit: fl
         lefts, rights = [], []
         for (first, last), a, b, factor in rows:
             if start <= first and last <= stop:
-                left = b.to(dtype) if factor == 1 else (b.double() * factor).to(dtype)
-                lefts.append(F.pad(left, (0, 0, first - start, stop - last)))
-                rights.append(a.to(dtype))
+                left = b if factor == 1 else b.double() * factor
+                left = F.pad(left.to(place, dtype), (0, 0, first - start, stop - last))
+                lefts.append(left)
+                rights.append(a.to(place, dtype))
         found.append(((start, stop), torch.cat(lefts, 2), torch.cat(rights, 1)))
     return found
 
@@ -119,14 +131,14 @@ def gathered(terms: Sequence[Term], dtype: torch.dtype = torch.float64, unit: fl
 def total(terms: Sequence[Term], like: SiteSpec) -> SiteState:
     """Return `sum of weight * delta` as one site, with all ranks side by side.
 
-    The scale is that of the first term. The B of a term with another scale is multiplied by the
+    The scale is the largest of the terms'. The B of a term with another scale is multiplied by the
     ratio, in float32 at least. A frozen start becomes further ranks with the opposite sign.
     """
     specs = [site.spec for site, _ in terms]
-    unit = abs(terms[0][1]) * specs[0].scale
     pairs = [pair for site, _ in terms for pair in site.pairs]
     dtype = reduce(torch.promote_types, (t.dtype for A, B, _ in pairs for t in (A, B)))
     scales = [abs(weight) * site.scale for site, weight in terms]
+    unit = max(scales)
     if not all(math.isclose(scale, unit, rel_tol=_SAME) for scale in scales):
         dtype = torch.promote_types(dtype, torch.float32)
     rslora = all(spec.scaling == "rslora" for spec in specs)
@@ -187,7 +199,7 @@ def truncated(
 def product(one: SiteState, two: SiteState) -> float:
     """Return `<D1, D2>`, the sum over all elements, by traces of products of k1 by k2."""
     found = 0.0
-    theirs = gathered([(two, 1.0)])
+    theirs = gathered([(two, 1.0)], place=one.A.device)
     for (start, stop), left, right in gathered([(one, 1.0)]):
         for (first, last), left2, right2 in theirs:
             low, high = max(start, first), min(stop, last)

@@ -116,7 +116,8 @@ def plain(site: SiteState, asked: str, *, bias: bool = False) -> SiteState:
 def same(one: Any, other: Any) -> bool:
     """Whether two values are equal, with tensors in mappings compared bit for bit."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        alike = (one.dtype, one.shape, one.is_meta) == (other.dtype, other.shape, other.is_meta)
+        return alike and (one.is_meta or torch.equal(one, other.to(one.device)))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return bool(one == other)

@@ -157,18 +157,24 @@ class AdapterState:
             dtype: A floating point dtype.
 
         Raises:
-            StateError: `dtype` is not one.
+            StateError: `dtype` is not one, or a finite value would become infinite.
         """
         check_type("to, dtype", dtype, torch.dtype, "Give torch.bfloat16")
         if not dtype.is_floating_point:
             found = "it is not a floating point dtype"
             raise StateError(f"to({dtype})", found, "Give torch.bfloat16")
 
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        def cast(name: str, tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            made = tensor.to(dtype)
+            if not made.is_meta and int(made.isinf().sum()) > int(tensor.isinf().sum()):
+                found = "it holds values that would become infinite"
+                raise StateError(f"to({dtype}), '{name}'", found, "Give torch.bfloat16")
+            return made
 
-        sites = {name: site.mapped(cast) for name, site in self.sites.items()}
-        trained = {name: cast(tensor) for name, tensor in self.trained.items()}
+        sites = {name: site.mapped(partial(cast, name)) for name, site in self.sites.items()}
+        trained = {name: cast(name, tensor) for name, tensor in self.trained.items()}
         return replace(self, sites=sites, trained=trained)
 
     def select(self, *patterns: str) -> AdapterState:
@@ -419,6 +425,9 @@ def weighted_sum(
             return total(sites, like)
         ((site, weight),) = sites
         spec = replace(site.spec, alpha=site.spec.alpha * abs(weight))
+        if not 0 < spec.alpha < math.inf:
+            found = f"its alpha would become {spec.alpha}"
+            raise StateError(f"{asked}, site '{spec.name}'", found, "Give a weight nearer to 1")
         turned = {r: t if r[0] == "A" or weight > 0 else -t for r, t in site.tensors.items()}
         return SiteState.of(spec, turned)
 
