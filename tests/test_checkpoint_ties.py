@@ -193,6 +193,21 @@ def test_the_difference_of_square_transposed_experts_is_merged_loaded_and_read_b
         assert torch.allclose(reader(input_ids=ids).logits, model(ids).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("names", [(EMBEDDING, HEAD), (HEAD, EMBEDDING)])
+def test_rows_of_a_tied_table_are_placed_in_whatever_order_its_names_are(tied, names):
+    base, tensors, out = tied
+    rows = torch.randn(2, 16)
+    merge(
+        base, [AdapterState({}, dict.fromkeys(names, rows), rows=dict.fromkeys(names, (5, 3)))], out
+    )
+    due = tensors[EMBEDDING].index_copy(0, torch.tensor([5, 3]), rows.to(tensors[EMBEDDING].dtype))
+    assert torch.equal(load_checkpoint(out)[EMBEDDING], due)
+    assert HEAD not in load_checkpoint(out)
+    only = AdapterState({}, {HEAD: rows}, rows={HEAD: (5, 3)})
+    with pytest.raises(CheckpointError, match="which gets other rows"):
+        plan_merge(base, [only])
+
+
 def test_one_file_of_a_folder_with_a_config_has_its_class_and_its_ties(tied):
     """The update of the embedding was silently left on the head as well, which has no config."""
     base, tensors, out = tied

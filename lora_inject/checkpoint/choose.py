@@ -137,8 +137,9 @@ class Fit:
             self._place(name, self._copy, value)
         for name, value in _biases(state).items():
             self._place(name, self._added, value)
-        for name, at in state.rows.items():
-            self._place(name, self._rows, (at, state.trained[name]))
+        stored = self.checkpoint.tensors  # first: a tied head follows its embedding
+        for name in sorted(state.rows, key=lambda name: self.rule(name) not in stored):
+            self._place(name, self._rows, (state.rows[name], state.trained[name]))
 
     def _place(self, original: str, put: Callable[[str, Any], None], value: Any) -> None:
         """Place one tensor of the adapter under its name in the files."""
@@ -203,7 +204,6 @@ class Fit:
             return
         mine = self.jobs[entry.name].rows if entry.name in self.jobs else ()
         if not any(at == indices and torch.equal(t, rows) for at, t in mine):
-            # A tied head follows its embedding.
             raise NoPlace(f"'{name}' is the same tensor as '{entry.name}', which gets other rows")
 
     def _find(self, name: str) -> TensorEntry | None:
