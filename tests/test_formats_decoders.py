@@ -260,13 +260,21 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         file.write_text(yaml.safe_dump({**said, **change}))
         with pytest.raises(FormatError, match=words):
             read_adapter(tmp_path / "a", config=config, allow_pickle=True)
-    file.write_text("a: [")
-    with pytest.raises(FormatError, match="not valid YAML"):
-        read_adapter(tmp_path / "a", config=config, allow_pickle=True)
+    for text, words in [
+        ("a: [", "not valid YAML"),
+        (yaml.safe_dump(said) + "'lora_alpha': 400\n", "'lora_alpha' is given twice"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(FormatError, match=words):
+            read_adapter(tmp_path / "a", config=config, allow_pickle=True)
 
 
 def test_torchtunes_alpha_is_asked_for_where_no_config_says_it(tmp_path: Path) -> None:
     _, state, _ = held("torchtune", tmp_path, "o_proj")
+    file = tmp_path / "a/adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 10**400}))
+    with pytest.raises(FormatError, match="its alpha is 1000"):
+        read_adapter(tmp_path / "a", config=base_model().config.to_dict(), allow_pickle=True)
     (tmp_path / "a/adapter_config.json").unlink()
     options = {"config": base_model().config.to_dict(), "allow_pickle": True}
     with pytest.raises(FormatError, match="Pass alpha="):

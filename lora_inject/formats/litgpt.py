@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import Heads, heads
+from lora_inject.formats.checks import one_line
 from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole, model_type
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
@@ -154,11 +155,16 @@ def _hyperparameters(path: Path, asked: str) -> Mapping[str, Any]:
     if not (path / CONFIG).is_file() or (path / CONFIG).stat().st_size > 1_000_000:
         raise FormatError(where, "the file is missing or too long", "Copy the whole folder")
     try:
-        said: Any = yaml.safe_load((path / CONFIG).read_bytes())
+        text = (path / CONFIG).read_bytes()
+        said: Any = yaml.safe_load(text)
+        root: Any = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         found = f"it is not valid YAML ({error})"[:300]
         raise FormatError(where, found, "Fetch it again") from error
     fields: dict[str, Any] = said if isinstance(said, dict) else {}
+    keys = [key.value for key, _ in root.value] if fields else []
+    if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+        raise FormatError(where, f"{one_line(twice)} is given twice", "Keep one of them")
     for field in ("lora_r", "lora_alpha"):
         number: Any = fields.get(field)
         if type(number) not in (int, float) or not 0 < number < 1e300:

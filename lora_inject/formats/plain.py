@@ -7,9 +7,8 @@ rank and one scale, scales are folded into B and ranks padded with zeros. Deltas
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -138,16 +137,16 @@ def plain_site(
     check_shapes(a, b, where)
     if isinstance(alpha, Tensor) and (alpha.numel() != 1 or alpha.ndim > 1):
         raise FormatError(where, f"its alpha has shape {tuple(alpha.shape)}", _DAMAGED)
-    number = float(len(a) if alpha is None else alpha)
-    if not 0 < number < math.inf:
-        raise FormatError(where, f"its alpha is {number}", _DAMAGED)
+    number: Any = alpha.item() if isinstance(alpha, Tensor) else len(a) if alpha is None else alpha
+    if type(number) not in (int, float) or not 0 < number < 1e300:
+        raise FormatError(where, f"its alpha is {str(number)[:40]}", _DAMAGED)
     rank, n_in, n_out = int(a.shape[0]), a[0].numel(), int(b.shape[0])
     kind, shape = ("conv", (n_out, *a.shape[1:])) if a.ndim > 2 else ("linear", (n_out, n_in))
     if embedding:
         kind, shape = "embedding", (n_in, n_out)
     weight = f"{name}.weight"
     spec = SiteSpec(
-        name, kind, n_in, n_out, shape, rank, number, transposed=embedding, weight=weight
+        name, kind, n_in, n_out, shape, rank, float(number), transposed=embedding, weight=weight
     )
     site = SiteState(spec, a.reshape(spec.a_shape), b.reshape(spec.b_shape))
     check_site(site, where)
