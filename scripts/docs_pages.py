@@ -1,53 +1,101 @@
-"""Pages of the documentation that are read off the package: the config, the commands, the errors.
+"""Pages of the documentation that are read off the package: names, config, commands, errors.
 
-mkdocs calls `on_page_markdown` for each page. A line `<!-- generated: NAME -->` is replaced by what
-the function of that name returns, so that these tables cannot disagree with the code.
+mkdocs calls the functions `on_...` for each page. A line `<!-- generated: NAME ARGUMENTS -->` is
+replaced by what the function of that name returns, so that pages cannot disagree with the code.
 """
 
 from __future__ import annotations
 
-import inspect
+import ast
+import importlib
 import re
 from collections.abc import Callable
+from dataclasses import fields
+from enum import EnumType
+from pathlib import Path
 from typing import Any
 
 import typer.main
 
 from lora_inject import errors
 from lora_inject.cli import app
+from lora_inject.cli.given import Reading
+from lora_inject.cli.program import EXAMPLES
 from lora_inject.spec.config import Config
 
-MARK = re.compile(r"<!-- generated: (\w+) -->")
+MARK = re.compile(r"<!-- generated: (\w+) ?(.*?) -->")
+MESSAGES = Path(__file__).parents[1] / "tests" / "test_messages.py"
+STAGES = {
+    "ConfigError": "Reading a config",
+    "MatchError": "Matching names",
+    "LayerError": "Adapting layers",
+    "StateError": "Using a verb",
+    "FormatError": "Adapter files",
+    "CheckpointError": "Checkpoints on disk",
+}
+SHARED = {option.name for option in fields(Reading)}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill a page's marks."""
-    return MARK.sub(lambda mark: TABLES[mark[1]](), markdown)
+    return MARK.sub(lambda mark: PARTS[mark[1]](*mark[2].split()), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Give each cell the head of its column: narrow screens show a table's rows as blocks."""
+    return re.sub(r"<table>.*?</table>", _labeled, html, flags=re.DOTALL)
+
+
+def _labeled(table: re.Match[str]) -> str:
+    heads = [re.sub("<.*?>", "", head) for head in re.findall(r"<th.*?>(.*?)</th>", table[0])]
+    if "text-align" in table[0]:
+        return table[0]  # columns of numbers
+
+    def row(found: re.Match[str]) -> str:
+        labels = iter(heads)
+        return re.sub(r"<td>", lambda _: f'<td data-label="{next(labels)}">', found[0])
+
+    return re.sub(r"<tr>.*?</tr>", row, table[0], flags=re.DOTALL)
+
+
+def names(module: str) -> str:
+    """Every public name of a module, for mkdocstrings."""
+    public = importlib.import_module(module).__all__
+    return "\n".join(f"::: {module}.{name}" for name in public)
 
 
 def config_keys() -> str:
     """Every key of the config with its type, default and meaning, from the JSON Schema."""
     schema = Config.json_schema()
-    parts = [_keys("The file", schema)]
-    for name, part in schema.get("$defs", {}).items():
-        if "properties" in part:
-            parts.append(_keys(name, part))
-    return "\n".join(parts)
+    named = ("Rule", "Expect", "Axes", "Normal")
+    parts = [_keys(name, schema["$defs"][name]) for name in named]
+    return "\n".join([_keys("The file", schema), *parts])
 
 
 def _keys(title: str, schema: dict[str, Any]) -> str:
-    rows = [f"## {title}\n", schema.get("description", ""), ""]
-    rows += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    rows = [f"## {title}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
+    required = schema.get("required", ())
     for key, value in schema["properties"].items():
-        default = f"`{value['default']}`" if "default" in value else ""
+        default = f"`{_yaml(value['default'])}`" if "default" in value else "none"
+        if key in required:
+            default = "required"
         meaning = str(value.get("description", "")).replace("\n", " ").replace("|", "\\|")
+        if title == "Rule" and key in Config.model_fields:
+            default, meaning = "the file's", "As for the whole file, for this rule."
         rows.append(f"| `{key}` | {_type(value)} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
+def _yaml(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+
+
 def _type(value: dict[str, Any]) -> str:
-    if "anyOf" in value:
-        return " or ".join(dict.fromkeys(_type(option) for option in value["anyOf"]))
+    kind = value.get("type", "any")
+    if options := value.get("anyOf") or value.get("oneOf"):
+        return " or ".join(dict.fromkeys(_type(option) for option in options))
+    if isinstance(kind, list):
+        return " or ".join(kind)
     if "enum" in value:
         return ", ".join(f"`{option}`" for option in value["enum"])
     if "const" in value:
@@ -55,47 +103,88 @@ def _type(value: dict[str, Any]) -> str:
     if "$ref" in value:
         name = str(value["$ref"]).rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
-    if value.get("type") == "array":
+    if kind == "array":
         return f"list of {_type(value.get('items', {}))}"
-    return str(value.get("type", "any"))
+    if kind == "object" and isinstance(inner := value.get("additionalProperties"), dict):
+        return f"mapping to {_type(inner)}"
+    return str(kind)
 
 
 def commands() -> str:
-    """Every command with its arguments, options and help."""
+    """Every command with its help, an example, and its arguments and options."""
     group: Any = typer.main.get_command(app)
     parts = []
-    for name in group.list_commands(None):
+    shared: dict[str, str] = {}
+    for name, example in EXAMPLES.items():
         command = group.commands[name]
-        parts.append(f"## lora-inject {name}\n\n{_prose(command.help or '')}\n")
-        parts.append("| argument or option | default | meaning |\n|---|---|---|")
+        parts.append(f"## {name}\n\n{_prose(command.help or '')}\n\n`{example}`\n")
+        rows, reads = [], False
         for parameter in command.params:
-            names = ", ".join(f"`{n}`" for n in (*parameter.opts, *parameter.secondary_opts))
-            if parameter.param_type_name == "argument":
-                names = f"`{(parameter.metavar or parameter.name or '').strip('{}')}`"
-            plain = parameter.default not in (None, (), []) and not callable(parameter.default)
-            default = f"`{parameter.default}`" if plain else ""
-            meaning = (getattr(parameter, "help", "") or "").replace("|", "\\|").replace("\n", " ")
-            parts.append(f"| {names} | {default} | {meaning} |")
+            if parameter.name in SHARED:
+                shared[parameter.name] = _parameter(parameter)
+                reads = True
+            else:
+                rows.append(_parameter(parameter))
+        if rows:
+            parts.append("\n".join(["| argument or option | meaning |", "|---|---|", *rows]))
+        if reads:
+            parts.append("\nAlso [the options for reading adapters](#reading-adapters).")
         parts.append("")
+    parts += ["## Reading adapters\n", "| option | meaning |", "|---|---|", *shared.values()]
     return "\n".join(parts)
+
+
+def _parameter(parameter: Any) -> str:
+    words = ", ".join(f"`{n}`" for n in (*parameter.opts, *parameter.secondary_opts))
+    if parameter.param_type_name == "argument":
+        words = f"`{(parameter.metavar or parameter.name or '').strip('{}')}`"
+    meaning = (getattr(parameter, "help", "") or "").replace("|", "\\|").replace("\n", " ")
+    kind = parameter.type_descriptor.annotation
+    if isinstance(kind, EnumType):
+        meaning += f" {' or '.join(f'`{choice}`' for choice in kind)}."
+    flag = getattr(parameter, "is_flag", False)
+    if (
+        not flag
+        and parameter.default not in (None, (), [], ...)
+        and not callable(parameter.default)
+    ):
+        meaning += f" (default: `{parameter.default}`)"
+    if parameter.required and parameter.param_type_name == "option":
+        meaning += " Required."
+    return f"| {words} | {meaning} |"
 
 
 def _prose(text: str) -> str:
     return re.sub(r"^\s*[\b\f]\s*$", "", text, flags=re.MULTILINE).strip()
 
 
-def error_classes() -> str:
-    """Every class of error with what it means."""
-    rows = ["| error | stands for |", "|---|---|"]
-    for name, cls in inspect.getmembers(errors, inspect.isclass):
-        if issubclass(cls, errors.LoraInjectError):
-            first = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
-            rows.append(f"| `{name}` | {first} |")
-    return "\n".join(rows)
+def error_messages() -> str:
+    """Every class of error with its messages, by stage, from the test of their wording."""
+    tree = ast.parse(MESSAGES.read_text(encoding="utf-8"))
+    [mistakes] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Mistakes"]
+    said: dict[str, list[str]] = {name: [] for name in STAGES}
+    for mistake in mistakes.body:
+        if isinstance(mistake, ast.FunctionDef):
+            text = " ".join((ast.get_docstring(mistake) or "").split())
+            name, _, message = text.partition(": ")
+            title = mistake.name.replace("_", " ").capitalize()
+            said[name].append(f"| {title} | {_code(message)} |")
+    parts = []
+    for name, rows in said.items():
+        meaning = " ".join((getattr(errors, name).__doc__ or "").split())
+        parts += [f"## {STAGES[name]}\n", f"`{name}`: {meaning}\n"]
+        parts += ["| mistake | message |", "|---|---|", *rows, ""]
+    return "\n".join(parts)
 
 
-TABLES: dict[str, Callable[[], str]] = {
+def _code(message: str) -> str:
+    ticks = "``" if "`" in message else "`"
+    return f"{ticks}{message}{ticks}".replace("|", "\\|")
+
+
+PARTS: dict[str, Callable[..., str]] = {
+    "names": names,
     "config_keys": config_keys,
     "commands": commands,
-    "error_classes": error_classes,
+    "error_messages": error_messages,
 }

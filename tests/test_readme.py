@@ -8,7 +8,7 @@ out with `...`.
 from __future__ import annotations
 
 import doctest
-import inspect
+import importlib
 import json
 import re
 import shlex
@@ -20,6 +20,9 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
+import yaml
+from conftest import script
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_inject as li
@@ -31,13 +34,10 @@ from lora_inject.spec.roles import ROLES
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"
-PAGES = sorted(
-    str(p.relative_to(REPO))
-    for p in (REPO / "docs").rglob("*.md")
-    if p.parent.name in ("guide", "reference")
-    or p.stem in ("index", "from-peft", "from-others", "how-it-works")
-)
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", *PAGES)
+PAGES = sorted(str(p.relative_to(REPO)) for p in REPO.glob("docs/**/*.md"))
+OTHERS = [str(p.relative_to(REPO)) for p in (*REPO.glob("*.md"), *REPO.glob("scripts/**/*.md"))]
+DOCUMENTS = (*sorted(OTHERS), *PAGES)
+docs_pages = script("docs_pages")
 LANGUAGES = {"python", "yaml", "console", "text"}
 CHECKER = doctest.OutputChecker()
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -45,11 +45,12 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a document."""
+    """A fenced block of a document, and the line before it."""
 
     language: str
     text: str
     line: int
+    before: str
 
 
 def blocks(text: str) -> list[Block]:
@@ -61,7 +62,8 @@ def blocks(text: str) -> list[Block]:
         if language is None:
             language, start = line.strip().removeprefix("```"), number + 1
         else:
-            found.append(Block(language, "\n".join(lines[start:number]) + "\n", start + 1))
+            text = "\n".join(lines[start:number]) + "\n"
+            found.append(Block(language, text, start + 1, lines[max(start - 2, 0)]))
             language = None
     assert language is None, f"the block at line {start} does not end"
     return found
@@ -91,9 +93,10 @@ def run_python(block: Block, names: dict[str, Any], source: str) -> None:
 
 def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(command)
-    if words[0] == "bash":
-        script = REPO / words[1]
-        assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
+    if "=" in words[0]:  # a variable of the environment
+        words.pop(0)
+    if words[0] in ("bash", "python"):
+        check_options(REPO / words[1], command)
     elif words[:2] == ["pip", "install"]:
         extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
         for extra in re.findall(r"\[([\w,]+)\]", command):
@@ -108,6 +111,16 @@ def run_command(command: str, output: str, capsys: pytest.CaptureFixture[str]) -
             assert CHECKER.check_output(output, printed, FLAGS), f"{command}\n{printed}"
     else:
         pytest.fail(f"do not know how to check: {command}")
+
+
+def check_options(program: Path, command: str) -> None:
+    """Scripts take too long to run here; their own tests do that."""
+    source = program.read_text()
+    if program.suffix == ".sh":
+        assert subprocess.run(["bash", "-n", program], check=False).returncode == 0
+        source += "".join((REPO / p).read_text() for p in re.findall(r"scripts/[\w/]+\.py", source))
+    for option in re.findall(r"(?<= )--[\w-]+", command):
+        assert f'"{option}"' in source, option
 
 
 def run_document(text: str, source: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -170,9 +183,14 @@ def test_the_architecture_names_every_folder():
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_block_says_what_it_is(name):
-    for block in blocks((REPO / name).read_text()):
+def test_every_block_says_what_it_is_and_runs_or_says_why_not(name):
+    text = (REPO / name).read_text()
+    for block in blocks(text):
         assert block.language in LANGUAGES, f"{name}:{block.line}"
+        if block.language == "text":
+            assert re.fullmatch(r"<!-- not run: .+ -->", block.before), f"{name}:{block.line}"
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"^[^-*\d\s].*\n\n    \S", prose, re.MULTILINE), "code without a fence"
 
 
 def test_the_first_screen_shows_it():
@@ -185,20 +203,67 @@ def test_the_first_screen_shows_it():
         assert f"\n| {row} |" in first
 
 
-def test_the_documents_name_the_whole_interface():
-    readme = README.read_text()
-    reference = {p.stem: p.read_text() for p in (REPO / "docs/reference").glob("*.md")}
-    verbs = [name for name in li.__all__ if inspect.isfunction(getattr(li, name))]
-    assert len(verbs) > 15
-    for name in verbs:
-        assert f"::: lora_inject.{name}\n" in reference["api"], name
-    schema = li.Config.json_schema()
-    for key in (*schema["properties"], *schema["$defs"]["Rule"]["properties"]):
-        assert re.search(rf"\b{key}:", reference["config"]), key
-    for info in app.registered_commands:
-        assert info.callback is not None
-        assert f"| `{info.callback.__name__}" in readme
-    assert len(readme.splitlines()) <= 220
+def reference(page: str) -> str:
+    return docs_pages.on_page_markdown((REPO / "docs" / "reference" / f"{page}.md").read_text())
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """The cells of each row by its first cell."""
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:3] == "| `"]
+    return {cells[0].strip("`"): cells[1:] for cells in lines}
+
+
+@pytest.mark.parametrize(
+    "module", ["", ".analysis", ".checkpoint", ".formats", ".functional", ".layers"]
+)
+def test_the_reference_has_every_public_name(module):
+    pages = reference("api") + reference("modules")
+    for name in {*importlib.import_module(f"lora_inject{module}").__all__} - {"__version__"}:
+        assert f"::: lora_inject{module}.{name}\n" in pages + "\n", name
+
+
+@pytest.mark.parametrize("model", [li.Config, li.Rule, li.Expect])
+def test_the_reference_has_every_key_of_the_config_with_its_default(model):
+    title = "The file" if model is li.Config else model.__name__
+    cells = rows(reference("config").partition(f"## {title}\n")[2].partition("\n## ")[0])
+    assert cells.keys() == model.model_fields.keys()
+    for key, field in model.model_fields.items():
+        shown = cells[key][1].strip("`")
+        if field.is_required():
+            assert shown == "required"
+        elif model is li.Rule and key in li.Config.model_fields:
+            assert shown == "the file's"
+        elif field.default is None:
+            assert shown == "none"
+        else:
+            value = yaml.safe_load(shown)
+            assert value == field.default or (not value and not field.default)
+
+
+def test_the_reference_has_every_command_with_every_option():
+    *parts, shared = re.split(r"^## ", reference("cli"), flags=re.MULTILINE)[1:]
+    group = typer.main.get_command(app)
+    named = [part.split("\n")[0] for part in parts]
+    assert named == group.list_commands(None)
+    for name, part in zip(named, parts, strict=True):
+        listed = part + (shared if "reading adapters" in part else "")
+        for parameter in group.commands[name].params:
+            for word in parameter.opts:
+                if parameter.param_type_name == "argument":
+                    word = parameter.metavar.strip("{}.")
+                assert f"`{word}`" in listed, f"{name} {word}"
+    table = README.read_text().partition("| command |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)", table, re.MULTILINE) == named
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 200
+
+
+def test_the_reference_has_every_class_of_error():
+    page = reference("errors")
+    for error in li.LoraInjectError.__subclasses__():
+        assert f"`{error.__name__}`: " in page
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -242,11 +307,12 @@ def test_no_path_of_some_machine_is_written_anywhere():
         "```console\n$ lora-inject nonsense\n```\n",
         "```console\n$ lora-inject schema\nsomething else\n```\n",
         "```console\n$ bash scripts/nowhere.sh\n```\n",
+        "```console\n$ python scripts/bench.py --nonsense\n```\n",
         "```console\n$ pip install '.[nonsense]'\n```\n",
     ],
 )
 def test_a_wrong_block_is_found(session, capsys, text):
-    with pytest.raises((AssertionError, li.ConfigError)):
+    with pytest.raises((AssertionError, OSError, li.ConfigError)):
         run_document(text, "wrong.md", capsys)
 
 

@@ -128,6 +128,7 @@ Tokens = Annotated[
     BeforeValidator(lambda value: dict(value) if isinstance(value, tuple) else value),
     AfterValidator(lambda ids: tuple(ids.items())),  # hashable
     PlainSerializer(dict),
+    Field(json_schema_extra={"default": {}}),
 ]
 
 # The hyper-parameters: fields of a config, with defaults, and of a rule, which may override them.

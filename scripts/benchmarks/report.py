@@ -176,15 +176,22 @@ def document(found: Mapping[str, Any], path: Path, method: str, raw: Path | None
     if raw is not None:
         where += f" Every number: [{raw.name}]({os.path.relpath(raw, path.parent)})."
     parts = ["# Performance", method, where, "## Times and bytes", markdown(_times(rows))]
+    when = markdown([("row", "measured"), *((name, _when(row)) for name, row in rows.items())])
+    parts.append(_folded("When each row was measured", when))
+    for name in (name for name in rows if name in EXACT):
+        parts += [f"## {name.capitalize()}", rows[name]["title"], *rows[name]["notes"]]
+        parts.append(_folded("The tables", *_tables(rows[name])))
     parts += [
-        " ".join(["Measured:", *(f"{n} {_when(row)};" for n, row in rows.items())])[:-1] + "."
+        "## What is judged",
+        _folded("Every number that has a target", markdown(summary(rows))),
     ]
-    for name in set(EXACT) & set(rows):
-        parts += [f"## {name}", rows[name]["title"], *_tables(rows[name]), *rows[name]["notes"]]
-    parts += ["## What is judged", markdown(summary(rows))]
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     by_hand = old.split(BY_HAND, 1)[1].strip() if BY_HAND in old else ""
     return "\n\n".join([*parts, BY_HAND, *([by_hand] if by_hand else [])]) + "\n"
+
+
+def _folded(title: str, *parts: str) -> str:
+    return "\n\n".join([f'<details markdown="1"><summary>{title}</summary>', *parts, "</details>"])
 
 
 def _when(row: Mapping[str, Any]) -> str:
