@@ -111,6 +111,71 @@ def test_each_trial_equals_the_same_run_alone(make, trials, rows, checkpointing)
             assert error < 1e-12, (name, key, error)
 
 
+@pytest.mark.parametrize("compute", ["base", "float32"])
+def test_in_16_bits_a_trial_equals_the_same_run_alone(compute) -> None:
+    rules = {"rank": 2, "dropout": 0.1, "compute": compute, "targets": ["all-linear"]}
+    trials = {f"lr {lr}": Trial(rules, lr=lr, seed=i) for i, lr in enumerate((1e-3, 1e-2))}
+    together = train(llama(vocab=31).bfloat16().train(), trials, 3, {})
+    assert len(together.losses["lr 0.001"]) == 3
+    for name, trial in trials.items():
+        alone = train(llama(vocab=31).bfloat16().train(), {name: trial}, 3, {})
+        for key, value in values(alone.model, name).items():
+            mine = values(together.model, name)[key]
+            assert (mine - value).norm() < 0.05 * value.norm()
+
+
+def test_under_autocast_a_trial_equals_the_same_run_alone() -> None:
+    def run(trials: dict[str, Trial]) -> Trials:
+        model = llama(vocab=31).train()
+        running = Trials(model, trials)
+
+        def forward(batch: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(batch["input_ids"])
+
+        for step in range(3):
+            running.step(batches(trials, step, {}), forward=forward)
+        return running
+
+    together = run(LLAMA_TRIALS)
+    for name in ("all", "qv"):
+        alone = run({name: LLAMA_TRIALS[name]})
+        for key, value in values(alone.model, name).items():
+            mine = values(together.model, name)[key]
+            assert (mine - value).norm() < 0.05 * value.norm()
+
+
+def test_a_derivative_within_a_loss_adds_to_no_gradient() -> None:
+    def run(inner: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        rules = {"rank": 2, "targets": ["all-linear"]}
+        running = Trials(model, {n: Trial(rules, lr=1e-2) for n in "ab"})
+        x = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+
+        def loss(out: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            if inner:
+                torch.autograd.grad(out.sum(), batch, retain_graph=True)
+            return out.square().mean()
+
+        for _ in range(2):
+            running.step({"a": x, "b": x.detach().requires_grad_()}, loss=loss)
+        return model
+
+    plain, penal = run(False), run(True)
+    for name in "ab":
+        for key, value in values(plain, name).items():
+            assert torch.equal(values(penal, name)[key], value)
+
+
+def test_a_model_that_was_moved_since_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    running = Trials(model, {"a": Trial({"rank": 1, "targets": ["0"]}, lr=1e-3)})
+    model.double()
+    with pytest.raises(li.StateError, match="moved or cast since the trials were made"):
+        running.step(torch.ones(3, 4), loss=lambda out, _: out.double().sum())
+
+
 def test_heads_that_trials_train_in_full_equal_the_same_run_alone() -> None:
     def head() -> nn.Module:
         torch.manual_seed(0)

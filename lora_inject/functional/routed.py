@@ -28,8 +28,6 @@ from lora_inject.functional.factors import (
     without_autocast,
 )
 
-Stack = Callable[[tuple[Tensor, ...]], Tensor]
-
 
 def routed_update(
     y: Tensor,
@@ -40,7 +38,6 @@ def routed_update(
     float32: bool,
     in_place: bool = False,
     in_order: bool = False,
-    stack: Stack = torch.stack,
 ) -> Tensor:
     """Add to each row of a batch the update of its own adapter.
 
@@ -53,7 +50,6 @@ def routed_update(
         float32: Keep the arithmetic in float32 over a 16-bit base.
         in_place: Whether y may be modified if no gradient is needed, because y is not shared.
         in_order: Whether the places are 1, 2, ... to the number of adapters: none is gathered.
-        stack: Stacks the A, or the B, of all adapters; if not in order, after one of zeros.
 
     Returns:
         `(batch, ..., out)`, in the dtype of `y`. Rows of the base keep their bits.
@@ -68,7 +64,7 @@ def routed_update(
     """
     with without_autocast(y) or nullcontext():
         dtype = compute_dtype(y.dtype, float32)
-        A, B = _bank(adapters, y.shape[-1], dtype, base=not in_order, stack=stack)
+        A, B = _bank(adapters, y.shape[-1], dtype, base=not in_order)
         if not in_order:
             A, B = A.index_select(0, places), B.index_select(0, places)
         x3 = x.reshape(places.shape[0], -1, x.shape[-1])
@@ -119,9 +115,9 @@ def _routed_dropout(x3: Tensor, places: Tensor, dropouts: Sequence[float]) -> Te
     return x3 * (torch.rand_like(x3) >= p) / (1 - p)
 
 
-def dropped(x: Tensor, u: Factors) -> Tensor:
+def dropped(x: Tensor, p: float) -> Tensor:
     """Return `(..., in)` with the same elements dropped as for the adapter alone."""
-    return cpu.drop(x.reshape(-1, x.shape[-1]), u.dropout)[0].view(x.shape)
+    return cpu.drop(x.reshape(-1, x.shape[-1]), p)[0].view(x.shape)
 
 
 def routed_convolution(
@@ -197,7 +193,6 @@ def _bank(
     dtype: torch.dtype,
     *,
     base: bool = False,
-    stack: Stack = torch.stack,
 ) -> tuple[Tensor, Tensor]:
     """Stack adapters as A `(n, R, in)` and B `(n, out, R)`, scale and spans included.
 
@@ -212,7 +207,7 @@ def _bank(
         A, B = padded[0]
         padded.insert(0, (torch.zeros_like(A), torch.zeros_like(B)))
     # Cast as a stack: that is one launch for any number of adapters.
-    A, B = (stack(factors).to(dtype) for factors in zip(*padded, strict=True))
+    A, B = (torch.stack(factors).to(dtype) for factors in zip(*padded, strict=True))
     return A, B if scale == 1.0 else B * scale
 
 

@@ -85,9 +85,11 @@ class ForwardUpdate(Adapted):
         if not routing.entries:
             return y
         adapters = routing.factors(held_by(self), training=self.training)
-        if state.draws is not None:
-            one = {e.adapter: us[0] for e, us in zip(routing.entries, adapters, strict=True)}
-            x = state.draws(x, one)
+        if state.one_pass is not None:
+            one = {
+                e.adapter: us[0].dropout for e, us in zip(routing.entries, adapters, strict=True)
+            }
+            x = state.one_pass.dropped(x, one)
             adapters = [[u._replace(dropout=0.0) for u in us] for us in adapters]
         blocks = routing.places if routing.blocks is None else routing.blocks
         return routed_update(
@@ -98,7 +100,6 @@ class ForwardUpdate(Adapted):
             float32=self._lora.float32,
             in_place=in_place,
             in_order=routing.in_order,
-            stack=torch.stack if state.stack is None else state.stack,
         )
 
     # ------------------------------------------------------------------------------------- gains

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import add_updates, linear
+from lora_inject.functional.factors import compute_dtype, needs_plain_operations
 from lora_inject.functional.gain import gained
+from lora_inject.functional.ranges import ranged_linear
 from lora_inject.layers.adapted import Geometry, plain_class
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.forward_update import ForwardUpdate
@@ -120,12 +122,16 @@ class LoRALinear(ForwardUpdate):
         """Compute the layer with the update, and the gain, of each row's own adapter."""
         if x.is_nested:
             self._lora_refuse_nested("routed()")
-        routing = self._lora_routing(x, state)
-        y = self._lora_plain_forward(args, kwargs)
         fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
-        y = self._lora_routed(y, x, routing, state, in_place=fresh)
+        if fresh and self._lora_in_trials(x, state):
+            y = self._lora_by_ranges(x, state)
+        else:
+            routing = self._lora_routing(x, state)
+            y = self._lora_plain_forward(args, kwargs)
+            y = self._lora_routed(y, x, routing, state, in_place=fresh)
         if not self._lora.gains:
             return y
+        routing = self._lora_routing(x, state)
         weight, bias = self._lora_weight_and_bias()
         gains = self._lora_gains(routing, weight, y.dim())
         if gains is None:
@@ -138,6 +144,20 @@ class LoRALinear(ForwardUpdate):
                 "Give it dropout: 0, or train it alone",
             )
         return gained(y, y if bias is None else y - bias, gains)
+
+    def _lora_in_trials(self, x: Tensor, state: State) -> bool:
+        """Whether trials train here, in the dtype of the layer."""
+        if state.one_pass is None or needs_plain_operations():
+            return False
+        dtype = _product_dtype(x)
+        return compute_dtype(dtype, self._lora.float32) == dtype
+
+    def _lora_by_ranges(self, x: Tensor, state: State) -> Tensor:
+        """Compute a stock layer with the update of each trial's own tokens."""
+        kept, ranges, anchor = state.one_pass.of_layer(self, x, _product_dtype(x))
+        self._lora_refuse_vain((anchor,))
+        weight, bias = self._lora_weight_and_bias()
+        return ranged_linear(x, kept, weight, bias, ranges, anchor, transposed=self.transposed)
 
     def _lora_gained(
         self, entry: Entry, x: Tensor, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -211,6 +231,13 @@ class LoRAConv1D(LoRALinear):
         assert bias is not None
         y = torch.addmm(bias, x.view(-1, x.size(-1)), weight)
         return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a plain layer multiplies x."""
+    kind = x.device.type
+    lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if lowers else x.dtype
 
 
 def _packed(cls: type) -> str | None:

@@ -8,7 +8,7 @@ Every layer asks for the state in force, so switching costs the same for any num
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,12 +44,8 @@ class State:
     # for compiled graphs, in which a name would be a constant: `(n, 2)` on each device, the number
     # of each active adapter, or of each row's (-1 for the base), and its weight
     choices: Mapping[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    # dropout of trials, of the layer's input and the updates by adapter; None: torch's generator
-    draws: Callable[..., Tensor] | None = field(default=None, repr=False, compare=False)
-    # stacks factors of the rows' adapters, for trials; None: torch's
-    stack: Callable[[tuple[Tensor, ...]], Tensor] | None = field(
-        default=None, repr=False, compare=False
-    )
+    # for trials: the ranges and the dropout of one pass
+    one_pass: Any = field(default=None, repr=False, compare=False)
     # what layers keep for one context: rows as tensors
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -2,21 +2,31 @@
 
 An optimizer then steps two tensors for each trial, whatever the number of sites: for 32 trials one
 fused AdamW takes half the time of 32 optimizers. All vectors are in one buffer, and their gradients
-at the same offsets in another, so the tensors of trials with equal shapes are evenly spaced. One
-launch sets the gradients of all of them to zero, and one launch adds to them.
+at the same offsets in another, so the tensors of trials with equal shapes are evenly spaced: one
+view of them is the stack that a product takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lora_inject.functional.ranges import Range
+from lora_inject.layers.attached import Attached, Entry, Recipe
 from lora_inject.trials.trial import Trial
+
+
+class Stacked(NamedTuple):
+    """What a layer has of some trials."""
+
+    entries: tuple[Entry, ...]
+    stacks: list[tuple[int, Range]]  # each with the place of its first trial, tokens left open
+    dropout: dict[str, float]  # of the trials that have one
 
 
 class Buffer:
@@ -24,13 +34,18 @@ class Buffer:
 
     Args:
         members: The Parameters of all trials.
+
+    Attributes:
+        anchor: A leaf for which the backward of `ranged_linear` runs.
     """
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
         self._values = members[0].new_empty(sum(member.numel() for member in members))
         self._grads = torch.zeros_like(self._values)
+        self._lowered: dict[torch.dtype, Tensor] = {}
         self._end = 0
-        self._runs: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        self._stacked: dict[tuple[Any, ...], Stacked] = {}
+        self.anchor = members[0].new_zeros(()).requires_grad_()
 
     def vector(self, members: Sequence[nn.Parameter]) -> nn.Parameter:
         """Move Parameters into the buffer and return one vector of all of them."""
@@ -49,59 +64,98 @@ class Buffer:
         self._grads.zero_()
 
     def forget(self) -> None:
-        """Forget the known runs, because Parameters were removed or frozen."""
-        self._runs.clear()
+        """Forget the known stacks, because Parameters were removed or frozen."""
+        self._stacked.clear()
 
-    def stack(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """Return `torch.stack(tensors)` of Parameters; the first tensor may be zeros instead.
+    def refresh(self) -> None:
+        """Cast all values again to the dtypes of the products."""
+        for lowered in self._lowered.values():
+            lowered.copy_(self._values)
 
-        The backward adds to their gradients in one launch for each run of evenly spaced Parameters.
-        """
-        start = 0 if tensors[0].requires_grad else 1
-        members = tensors[start:]
-        plainly = torch.compiler.is_compiling() or not torch.is_grad_enabled()
-        if plainly or not all(t.is_leaf and t.grad is not None for t in members):
-            return torch.stack(tensors)
-        key = tuple(map(id, members))
-        if key not in self._runs:
-            self._runs[key] = _runs(members)
-        found: Tensor = _Stacked.apply(start, self._runs[key], *tensors)  # type: ignore[no-untyped-call]
+    def stacked(
+        self,
+        attached: Attached,
+        held: Mapping[str, Any],
+        names: tuple[str, ...],
+        dtype: torch.dtype,
+    ) -> Stacked:
+        """Return the factors that a layer has of the named trials."""
+        key = (attached, names, dtype)
+        found = self._stacked.get(key)
+        if found is None:
+            entries = {n: attached.forward[n] for n in names if n in attached.forward}
+            stacks = [*self._stacks(entries, held, names, dtype)]
+            dropout = {n: e.spec.dropout for n, e in entries.items() if e.spec and e.spec.dropout}
+            found = self._stacked[key] = Stacked(tuple(entries.values()), stacks, dropout)
+        if not attached.took_part.issuperset(entry.mark for entry in found.entries):
+            attached.used(found.entries)
         return found
 
+    def _stacks(
+        self,
+        entries: Mapping[str, Entry],
+        held: Mapping[str, Any],
+        names: Sequence[str],
+        dtype: torch.dtype,
+    ) -> Iterator[tuple[int, Range]]:
+        """Yield stacks of as many adapters that follow each other as possible.
 
-def _runs(members: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """Return the start of each run of evenly spaced members, and its gradients as one view."""
-    grads = [member.grad for member in members if member.grad is not None]
-    at = [grad.storage_offset() for grad in grads]
-    found, start = [], 0
-    while start < len(grads):
-        end, apart = start + 1, at[min(start + 1, len(at) - 1)] - at[start]
-        while end < len(grads) and at[end] - at[end - 1] == apart:
-            end += 1
-        size, strides = (end - start, *grads[start].shape), (apart, *grads[start].stride())
-        found.append((start, grads[start].as_strided(size, strides)))
-        start = end
-    return found
+        Their shapes, scales and spans agree, and their tensors are evenly spaced.
+        """
+        apart: tuple[int, ...] | None = None
+        kept: list[tuple[int, Recipe]] = []
+        for i, name in enumerate(names):
+            if name not in entries:
+                continue
+            one, *frozen = entries[name].recipes(1.0)
+            for other in frozen:
+                A, B = (held[key].detach().to(dtype)[None] for key in (other.A, other.B))
+                yield i, Range((0, 0), A, B, other.scale, other.spans)
+            step = _step(kept[-1], (i, one), held) if kept else None
+            if kept and (step is None or apart not in (None, step)):
+                yield self._stack(kept, held, dtype)
+                kept, step = [], None
+            kept.append((i, one))
+            apart = step
+        if kept:
+            yield self._stack(kept, held, dtype)
+
+    def _stack(
+        self, kept: Sequence[tuple[int, Recipe]], held: Mapping[str, Any], dtype: torch.dtype
+    ) -> tuple[int, Range]:
+        i, one = kept[0]
+        apart = held[kept[-1][1].A].storage_offset() - held[one.A].storage_offset()
+        apart //= max(1, len(kept) - 1)
+        A, B, gA, gB = (
+            memory.as_strided((len(kept), *t.shape), (apart, *t.stride()), t.storage_offset())
+            for memory in (self._low(dtype), self._grads)
+            for t in (held[one.A], held[one.B])
+        )
+        return i, Range((0, 0), A, B, one.scale, one.spans, (gA, gB))
+
+    def _low(self, dtype: torch.dtype) -> Tensor:
+        """Return all values in the dtype of a product."""
+        if dtype == self._values.dtype:
+            return self._values
+        if dtype not in self._lowered:
+            self._lowered[dtype] = self._values.to(dtype)
+        return self._lowered[dtype]
 
 
-class _Stacked(torch.autograd.Function):
-    """A stack whose backward adds directly to the gradients of its tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, first: int, runs: list[tuple[int, Tensor]], *tensors: Tensor) -> Tensor:
-        ctx.first, ctx.runs = first, runs
-        return torch.stack(tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[None, ...]:
-        for start, grads in ctx.runs:
-            grads.add_(g[ctx.first + start : ctx.first + start + len(grads)])
-        return (None,) * len(ctx.needs_input_grad)
+def _step(
+    one: tuple[int, Recipe], other: tuple[int, Recipe], held: Mapping[str, Any]
+) -> tuple[int, ...] | None:
+    """Return how far apart two updates are in memory; None if they cannot be in one stack."""
+    (i, first), (j, second) = one, other
+    pairs = [(held[first.A], held[second.A]), (held[first.B], held[second.B])]
+    alike = all(a.shape == b.shape for a, b in pairs)
+    alike = alike and (first.scale, first.spans) == (second.scale, second.spans)
+    steps = {b.storage_offset() - a.storage_offset() for a, b in pairs}
+    return (*steps,) if j == i + 1 and alike and len(steps) == 1 and min(steps) > 0 else None
 
 
 class Flat:
-    """The tensors of a trial, and their groups for an optimizer.
+    """The tensors of a trial.
 
     Args:
         parameters: Names such as `SITE.lora_A` to Parameters, which become views.
@@ -109,41 +163,44 @@ class Flat:
         buffer: The memory that the tensors move to.
 
     Attributes:
-        vectors: Two flat Parameters, of all A and of all B.
-        groups: Their groups for AdamW.
+        trial: The settings.
+        vectors: One flat Parameter of all, or two, of all A and of all B, if their rates differ.
     """
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], trial: Trial, buffer: Buffer
     ) -> None:
-        self._lr = (trial.lr, trial.lr * trial.b_lr_ratio)
         # By identity: the copy of a tied tensor is listed under each of its names.
         of_B = dict.fromkeys(p for key, p in parameters.items() if key.endswith("lora_B"))
         rest = dict.fromkeys(p for p in parameters.values() if p not in of_B)
-        self._members = [list(rest), list(of_B)]
-        self.vectors = [buffer.vector(members) for members in self._members]
-        self.groups: list[dict[str, Any]] = [
-            {"params": [vector], "lr": lr, "betas": trial.betas, "weight_decay": trial.weight_decay}
-            for vector, lr in zip(self.vectors, self._lr, strict=True)
-        ]
+        self.trial, self._of_A, self._members = trial, [*rest], [*rest, *of_B]
+        whole = trial.b_lr_ratio == 1.0
+        parts = [self._members] if whole else [self._of_A, [*of_B]]
+        self.vectors = [buffer.vector(members) for members in parts if members]
+        self._rates = [trial.lr, trial.lr * trial.b_lr_ratio][-len(self.vectors) :]
 
     @property
     def n_parameters(self) -> int:
         """The number of trained parameters."""
         return sum(vector.numel() for vector in self.vectors)
 
-    def set_rate(self, factor: float) -> None:
-        """Set the learning rates to the trial's own, times a factor."""
-        for group, lr in zip(self.groups, self._lr, strict=True):
-            group["lr"] = lr * factor
+    def settings(self) -> Iterator[tuple[nn.Parameter, tuple[Any, ...]]]:
+        """Yield each vector, and what it shares with others of one group of the optimizer."""
+        t = self.trial
+        for vector, rate in zip(self.vectors, self._rates, strict=True):
+            yield vector, (rate, t.betas, t.weight_decay, t.schedule, t.steps, t.warmup)
+
+    def is_in_place(self) -> bool:
+        """Whether the Parameters are still views of the vectors."""
+        where = self.vectors[0].data_ptr()
+        return not self._members or self._members[0].data_ptr() == where
 
     def freeze(self) -> None:
         """Remove the gradients, so that an optimizer skips the vectors."""
-        for vector, members in zip(self.vectors, self._members, strict=True):
-            vector.grad = None
-            for member in members:
-                member.grad = None
-                member.requires_grad_(False)
+        for tensor in (*self.vectors, *self._members):
+            tensor.grad = None
+        for member in self._members:
+            member.requires_grad_(False)
 
     def fill(self, vectors: Sequence[Tensor]) -> None:
         """Write values into the vectors."""
@@ -152,20 +209,57 @@ class Flat:
 
     @contextmanager
     def broken(self) -> Iterator[None]:
-        """Set A to NaN within the context."""
-        kept = self.vectors[0].detach().clone()
-        self.vectors[0].data.fill_(float("nan"))
+        """Set all but B to NaN within the context."""
+        kept = [member.detach().clone() for member in self._of_A]
+        for member in self._of_A:
+            member.data.fill_(float("nan"))
         try:
             yield
         finally:
-            self.vectors[0].data.copy_(kept)
+            for member, values in zip(self._of_A, kept, strict=True):
+                member.data.copy_(values)
+
+
+class Optimizer:
+    """One fused AdamW for all trials, with a group for all vectors of the same settings."""
+
+    def __init__(self, flats: Iterable[Flat]) -> None:
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for flat in flats:
+            for vector, key in flat.settings():
+                rate, betas, decay, *_ = key
+                group = {"params": [], "betas": betas, "weight_decay": decay, "peak": rate}
+                groups.setdefault(key, {**group, "trial": flat.trial})["params"].append(vector)
+        self._adamw = torch.optim.AdamW(groups.values(), fused=True)
+
+    def step(self, n: int) -> None:
+        """Take the n-th step, counted from 0, of all vectors that have a gradient."""
+        for group in self._adamw.param_groups:
+            group["lr"] = group["peak"] * group["trial"].factor(n)
+        self._adamw.step()
+
+    def drop(self, flat: Flat) -> None:
+        """Forget a trial's vectors."""
+        for group in self._adamw.param_groups:
+            group["params"] = [p for p in group["params"] if all(p is not v for v in flat.vectors)]
+        for vector in flat.vectors:
+            self._adamw.state.pop(vector, None)
+
+    def state_of(self, flat: Flat) -> list[dict[str, Any]]:
+        """Return the state of each of a trial's vectors."""
+        return [dict(self._adamw.state[vector]) for vector in flat.vectors]
+
+    def restore(self, flat: Flat, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Set the state of each of a trial's vectors."""
+        for vector, state in zip(flat.vectors, states, strict=True):
+            self._adamw.state[vector] = {k: v.to(vector.device) for k, v in state.items()}
 
 
 def norms(flats: Sequence[Flat]) -> list[float]:
     """Return the norm of each trial's gradient. The host waits for the device once."""
     grads: Any = [vector.grad for flat in flats for vector in flat.vectors]
-    each = torch.stack(torch._foreach_norm(grads)).view(len(flats), -1)
-    return [float(norm) for norm in each.norm(dim=1).tolist()]
+    each = iter(torch.stack(torch._foreach_norm(grads)).tolist())
+    return [math.hypot(*(next(each) for _ in flat.vectors)) for flat in flats]
 
 
 def clip(flats: Sequence[Flat], found: Sequence[float], most: Sequence[float | None]) -> None:

@@ -42,8 +42,8 @@ from lora_inject.trials.batches import (
     plain_forward,
     scalar_loss,
 )
-from lora_inject.trials.draws import Draws, seeded
-from lora_inject.trials.flat import Buffer, Flat, clip, norms
+from lora_inject.trials.flat import Buffer, Flat, Optimizer, clip, norms
+from lora_inject.trials.passes import Pass, seeded
 from lora_inject.trials.trial import Trial
 
 RECENT = 10
@@ -114,13 +114,13 @@ class Trials:
             for name in done:
                 eject(model, name)
             raise
+        self._layers = [module for _, module, _ in adapted_modules(Survey(model))]
         parameters = {name: adapter_parameters(model, name) for name in self.trials}
         self._buffer = Buffer([p for found in parameters.values() for p in found.values()])
         for name, trial in self.trials.items():
             self._flats[name] = Flat(parameters[name], trial, self._buffer)
-        groups = [group for flat in self._flats.values() for group in flat.groups]
-        self._optimizer = torch.optim.AdamW(groups, fused=True)
-        device = groups[0]["params"][0].device
+        self._optimizer = Optimizer(self._flats.values())
+        device = self._buffer.anchor.device
         self._random = {name: seeded(trial.seed, device) for name, trial in self.trials.items()}
 
     # ----------------------------------------------------------------------------------- a step
@@ -148,6 +148,9 @@ class Trials:
         """
         forward, loss = forward or plain_forward(self.model), loss or causal_loss
         batches = self._by_trial(batch)
+        if not all(self._flats[name].is_in_place() for name in batches):
+            moved = "the model was moved or cast since the trials were made"
+            raise StateError("step", moved, "Make the trials after .to()")
         if not self._apart:
             self._check_apart(batches, forward)
             self._apart = True
@@ -157,9 +160,7 @@ class Trials:
             for group in self._groups(batches):
                 found |= self._backward(group, forward, loss)
         self._clip()
-        for name in self.running:
-            self._flats[name].set_rate(self.trials[name].factor(self.n_steps))
-        self._optimizer.step()
+        self._optimizer.step(self.n_steps)
         for name, value in found.items():
             self._losses[name].append(value)
         self.n_steps += 1
@@ -168,7 +169,7 @@ class Trials:
     @contextmanager
     def _dropping(self) -> Iterator[None]:
         """Put adapted layers into training mode: their dropout runs on a base in eval mode, too."""
-        layers = [m for _, m, _ in adapted_modules(Survey(self.model)) if not m.training]
+        layers = [layer for layer in self._layers if not layer.training]
         for layer in layers:
             layer.training = True
         try:
@@ -225,8 +226,9 @@ class Trials:
         """
         rows = {name: n_rows(batch, name) for name, batch in batches.items()}
         each = tuple(name for name, n in rows.items() for _ in range(n))
-        draws = _undropped if random is None else Draws(list(rows.items()), random)
-        state, batch = State(rows=each, draws=draws, stack=self._buffer.stack), joined(batches)
+        state = State(rows=each, one_pass=Pass(rows, self._buffer, random))
+        batch = joined(batches)
+        self._buffer.refresh()
         with within_state(self.model, state, "Trials.step"):
             outputs = forward(batch)
         return parted(outputs, rows), outputs, batch
@@ -353,14 +355,8 @@ class Trials:
             raise StateError(f"drop {name!r}", "there is no such trial", f"Known: {self.running}")
         eject(self.model, name)
         self._buffer.forget()
-        flat = self._flats.pop(name)
-        self._optimizer.param_groups = [
-            group
-            for group in self._optimizer.param_groups
-            if all(group is not mine for mine in flat.groups)
-        ]
-        for vector in flat.vectors:
-            self._optimizer.state.pop(vector, None)
+        self._optimizer.drop(self._flats.pop(name))
+        self._layers = [module for _, module, _ in adapted_modules(Survey(self.model))]
         for mapping in (self.trials, self.stopped, self._losses, self._held_out, self._random):
             mapping.pop(name, None)
 
@@ -407,7 +403,7 @@ class Trials:
             "about": json.dumps(about),
             "base": {name: _base_of(state) for name, state in states.items()},
             "values": {name: flat.vectors for name, flat in self._flats.items()},
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": {n: self._optimizer.state_of(flat) for n, flat in self._flats.items()},
             "random": self._random,
         }
         content = io.BytesIO()
@@ -441,10 +437,7 @@ class Trials:
                 raise FormatError(f"resume {str(path)!r}", found, "Give the model as it was before")
         for name, vectors in held["values"].items():
             new._flats[name].fill(vectors)
-        new._optimizer.load_state_dict(held["optimizer"])
-        groups = iter(new._optimizer.param_groups)  # load_state_dict replaced them
-        for flat in new._flats.values():
-            flat.groups = [next(groups) for _ in flat.groups]
+            new._optimizer.restore(new._flats[name], held["optimizer"][name])
         new._random = held["random"]
         new.n_steps, new._losses = about["n_steps"], about["losses"]
         new._held_out = about["held_out"]
@@ -463,10 +456,6 @@ def _refuse_dropout(model: nn.Module, names: Iterable[str]) -> None:
                     f"site {site!r} ({state.spec.kind}) has dropout, which is not drawn by trial",
                     "Give its rule dropout 0",
                 )
-
-
-def _undropped(x: Tensor, _: Any) -> Tensor:
-    return x
 
 
 def _same(first: Any, second: Any) -> bool:
