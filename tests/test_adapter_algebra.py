@@ -197,6 +197,17 @@ def test_truncation_is_the_best_of_its_rank(kind, rank, derived, seed):
     assert math.isclose(small.scale, 1)
 
 
+@pytest.mark.parametrize(("small", "rank"), [(1e-7, 2), (1e-13, 2), (1e-18, 1)])
+def test_all_of_the_energy_keeps_all_but_rounding(small: float, rank: int) -> None:
+    site = make_site(replace(KIND_SPECS["linear"], rank=2), dtype=torch.float64)
+    A, B = torch.eye(*site.A.shape).double(), torch.eye(*site.B.shape).double()
+    A[1] *= small
+    a = AdapterState({site.spec.name: replace(site, A=A, B=B)})
+    found = a.truncate(energy=1.0)
+    assert found.sites[site.spec.name].spec.rank == rank
+    assert (delta(found) - delta(a)).norm() <= 1e-14 * delta(a).norm()
+
+
 def test_energy_chooses_the_smallest_rank_that_holds_it():
     spec = replace(KIND_SPECS["linear"], rank=3, alpha=3.0)
     B = torch.eye(7, 3) * torch.tensor([4.0, 3.0, 0.0])

@@ -297,6 +297,42 @@ def test_adapters_train_and_the_base_does_not(form: str) -> None:
         assert same_bits(net(x), base)
 
 
+@pytest.mark.parametrize("when", ["before inject", "in training", "before train_only"])
+@every
+def test_an_evaluation_changes_no_gradient_of_later_training(form: str, when: str) -> None:
+    """On some CPUs bitsandbytes rearranges 4-bit codes for a kernel without a backward pass."""
+
+    def gradients(when: str) -> list[Tensor]:
+        net, x = build(form)
+        if isinstance(net[0], nn.Linear):
+            net[0].bias = net[2].bias = None  # without it bitsandbytes does not even raise
+        evaluate = torch.no_grad()(lambda: net.eval()(x) * net.train().training)
+        if when == "before inject":
+            evaluate()
+        torch.manual_seed(1)
+        li.inject(net, config("0", "2"))
+        if when == "before train_only":
+            li.train_only(net, None)
+            evaluate()
+            li.train_only(net, "default")
+        torch.manual_seed(2)
+        fill(net, std=0.1)
+        if when == "in training":
+            evaluate()
+        torch.manual_seed(3)
+        net(torch.randn(3, N).to(x.dtype)).float().square().sum().backward()
+        found = [p.grad for p in li.adapter_parameters(net).values()]
+        assert all(grad is not None for grad in found)
+        li.eject(net)
+        assert net[0].__dict__.keys() == build(form)[0][0].__dict__.keys()
+        packs = "support_avx512bf16_for_cpu"
+        assert net[0].__dict__.get(packs) == build(form)[0][0].__dict__.get(packs)
+        return found
+
+    for found, due in zip(gradients(when), gradients("never"), strict=True):
+        assert (found - due).norm() < 0.01 * due.norm()
+
+
 @every
 def test_gradients_are_those_of_the_update(form: str) -> None:
     net, x = build(form)

@@ -233,3 +233,11 @@ def test_towers_are_not_joined_while_another_thread_is_inside_a_context(verb: st
         with pytest.raises(li.StateError, match="another thread or task is inside"):
             pool.submit(add).result()
         assert snapshot(model) == before
+
+
+def test_unreached_asks_each_tower_for_its_own_adapters() -> None:
+    model = Towers()
+    for tower, active, other in ((model.left, "a", "b"), (model.right, "b", "a")):
+        for name in (other, active):
+            li.inject(tower, {**RULE, "targets": ["0"]}, name)
+    assert li.unreached(model, lambda: model(X)) == []

@@ -40,8 +40,10 @@ FURTHER: list[set[str]] = [set(), set(), {"dora"}, {"lora_bias"}, {"lora_bias", 
 TOKENS = (3, 1)
 NAMES = ("a", "b.c", "weight")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
-SUMS = ("add", "svd", "linear")
+ON_FACTORS = ("linear", "ties", "dare_linear", "magnitude_prune")
+SUMS = ("add", "svd", "dare_linear_svd", *ON_FACTORS)
 COMPUTED = (*SUMS, "scale", "truncate", "cut")
+DENSITY = 0.5  # of the methods that keep the largest values; dare drops none here
 Mix = dict[str, float]
 
 
@@ -237,18 +239,36 @@ def refused_value(how: str, parts: list[Adapter]) -> tuple[bool, bool]:
     shared, copies = reads[0].keys() & reads[1].keys(), one.copies.keys() & two.copies.keys()
     overlap = shared & {*one.copies, *two.copies}
     must = bool(one.rows or two.rows or gained & shared or copies or overlap)
-    return must, how == "linear" or (how == "svd" and bool(gained))
+    biased = any(site.b is not None for part in parts for site in part.sites.values())
+    return must, how in ON_FACTORS or (how != "add" and bool(gained or biased))
 
 
-def of_mixed_factors(parts: list[Adapter], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the method `linear`, which mixes the A and the B by the roots of scales."""
+def of_mixed_factors(parts: list[Adapter], base: dict[str, Tensor], how: str) -> dict[str, Tensor]:
+    """The weights of the methods that mix the A and the B, by the roots of scales."""
     due = {}
     for key in {key for part in parts for key in part.sites}:
         there = [part.sites[key] for part in parts if key in part.sites]
-        A, B = (sum(math.sqrt(s.scale) * getattr(s, role) for s in there) for role in "AB")
+        A, B = (mixed_factors([getattr(s, r) for s in there], there, how) for r in "AB")
         W = base[there[0].weight]
         due[there[0].weight] = W + there[0].of.delta(A, B).reshape(W.shape)
     return due
+
+
+def mixed_factors(tensors: list[Any], sites: list[Site], how: str) -> Tensor:
+    """One factor of TIES (arXiv:2306.01708) or of a plain sum, of the largest values."""
+    if how in ("ties", "magnitude_prune"):
+        places = [t.abs().flatten().argsort(descending=True).argsort() for t in tensors]
+        kept = [
+            place.view(t.shape) < int(DENSITY * t.numel())
+            for t, place in zip(tensors, places, strict=True)
+        ]
+        tensors = [t * keep for t, keep in zip(tensors, kept, strict=True)]
+    found = torch.zeros_like(tensors[0])
+    elected = torch.where(sum(tensors) >= 0, 1.0, -1.0)
+    agree = [t.sign() == elected if how == "ties" else torch.ones_like(t) for t in tensors]
+    for t, site, mine in zip(tensors, sites, agree, strict=True):
+        found = found + mine * t * math.sqrt(site.scale)
+    return found / sum(agree).clamp(min=1) if how == "ties" else found
 
 
 def exactly(name: str) -> str:
@@ -479,12 +499,21 @@ class Machine(RuleBasedStateMachine):
             self.truth.drop(gone, where)
 
     @has_adapters
-    @rule(data=st.data(), how=st.sampled_from(["peft", "native", "value"]))
-    def leave_and_return(self, data: Any, how: str) -> None:
-        """Save, eject, and load under another name."""
+    @rule(
+        data=st.data(),
+        how=st.sampled_from(["peft", "native", "value"]),
+        leave=st.sampled_from([False, False, True]),
+    )
+    def leave_and_return(self, data: Any, how: str, leave: bool) -> None:
+        """Save, eject, and load under another name, all of it or without one site or copy."""
         root = self.some_adapted_root(data)
         name, model = self.some_adapter(data, root), self.at(root)
         new, due = self.some_free_name(data, name), self.parameters(name)
+        moved = copy.deepcopy(self.truth.adapters[name]).part(under(root))
+        parts = sorted([*moved.sites, *moved.copies]) if leave else []
+        gone = {data.draw(st.sampled_from(parts), "gone")} if len(parts) > 1 else set[str]()
+        gone.update(*(self.tied(key) for key in gone & moved.copies.keys()))
+        out = [exactly(key.removeprefix(root)) for key in gone]
         state: Any = None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.safetensors"
@@ -498,13 +527,13 @@ class Machine(RuleBasedStateMachine):
 
             def load() -> None:
                 if how == "value":
-                    li.install(model, state, new)
+                    li.install(model, state, new, leave_out=out)
                 else:
-                    li.load_adapter(model, path, new)
+                    li.load_adapter(model, path, new, leave_out=out)
 
             if self.refused(save, must=root in self.truth.merged, may=how == "peft"):
                 return
-            moved = copy.deepcopy(self.truth.adapters[name]).part(under(root))
+            moved = moved.part(lambda key: key not in gone)
             if self.replaced(root, name, new, moved, load):
                 for key in moved.tensors():
                     assert same_bits(self.parameters(new)[key], due[key])
@@ -552,7 +581,7 @@ class Machine(RuleBasedStateMachine):
         names = [name, other] if how in SUMS else [name]
         parts = [copy.deepcopy(self.truth.adapters[n]).part(under(root)) for n in names]
         values = [copy.deepcopy(li.adapter_state(self.at(root), n)) for n in names]
-        if sum(site.spec.rank for value in values for site in value.sites.values()) > 20:
+        if self.leaves_out(how, [site.spec for value in values for site in value.sites.values()]):
             return False
         must, may = refused_value(how, parts)
         compute = {
@@ -562,6 +591,14 @@ class Machine(RuleBasedStateMachine):
             "cut": lambda: values[0].truncate(rank=1),
             "svd": lambda: li.combine(values, method="svd", rank=20),
             "linear": lambda: li.combine(values, method="linear"),
+            "ties": lambda: li.combine(values, method="ties", density=DENSITY),
+            "dare_linear": lambda: li.combine(values, method="dare_linear", density=1.0),
+            "dare_linear_svd": lambda: li.combine(
+                values, method="dare_linear_svd", density=1.0, rank=20
+            ),
+            "magnitude_prune": lambda: li.combine(
+                values, method="magnitude_prune", density=DENSITY
+            ),
         }[how]
         made: Any = None
 
@@ -574,8 +611,8 @@ class Machine(RuleBasedStateMachine):
         weights = {name: factor} if how == "scale" else {name: 1.0}
         weights = dict.fromkeys(names, 1.0 + (name == other)) if how in SUMS else weights
         due = self.truth.weights(weights)
-        if how == "linear":
-            due |= of_mixed_factors(parts, self.truth.base())
+        if how in ON_FACTORS:
+            due |= of_mixed_factors(parts, self.truth.base(), how)
         result = Adapter()
         for part in parts:
             result.take(part)
@@ -597,6 +634,11 @@ class Machine(RuleBasedStateMachine):
                 else:
                     assert_close(*pair, dtype)
         return True
+
+    def leaves_out(self, how: str, specs: list[Any]) -> bool:
+        """Whether ranks are high, or slices would become one matrix, which the truth has not."""
+        sliced = any(spec.slices is not None for spec in specs)
+        return sum(spec.rank for spec in specs) > 20 or (how == "dare_linear_svd" and sliced)
 
     @has_adapters
     @rule(data=st.data())
@@ -689,6 +731,21 @@ class Machine(RuleBasedStateMachine):
             with torch.no_grad():
                 assert_close(self.out(), self.truth.run(self.x, self.ids, {}), self.truth.dtype)
 
+    @has_adapters
+    @rule()
+    def looks(self) -> None:
+        """What only looks at a model: every active site takes part, and the base is the base."""
+        must = bool(self.truth.merged) or not any(self.truth.active.values())
+        missed: list[str] = []
+        if not self.refused(lambda: missed.extend(li.unreached(self.model, self.out)), must=must):
+            assert not missed
+        assert all(repr(name)[1:-1] in li.summary(self.model) for name in self.truth.on(""))
+        if not self.truth.merged:
+            base = li.reference(self.model)
+            with torch.no_grad():
+                found = base(self.x.to(self.truth.dtype), self.ids)
+                assert_close(found, self.truth.run(self.x, self.ids, {}), self.truth.dtype)
+
     def in_step(self, together: threading.Barrier | None) -> Tensor:
         if together is not None:
             together.wait(60)
@@ -772,9 +829,17 @@ class Machine(RuleBasedStateMachine):
         self.truth.active[root] = before
 
     @is_merged
-    @rule(data=st.data())
-    def unmerge(self, data: Any) -> None:
+    @rule(data=st.data(), spoil=st.booleans())
+    def unmerge(self, data: Any, spoil: bool) -> None:
         root = data.draw(st.sampled_from(sorted(self.truth.merged)), "root")
+        changed = sorted(self.changed_by(root, self.truth.active[root]))
+        if spoil and self.undo[root] and changed:  # anybody writes to a merged weight
+            with torch.no_grad():
+                named(self.model)[changed[0]].flatten()[0].add_(64)
+            self.refused(lambda: li.unmerge(self.at(root)), must=True)
+            li.unmerge(self.at(root), discard=True)
+            self.truth.active[root] = self.truth.merged.pop(root)
+            return
         if not self.refused(lambda: li.unmerge(self.at(root)), must=not self.undo[root]):
             self.truth.active[root] = self.truth.merged.pop(root)
 

@@ -178,14 +178,16 @@ def truncated(
     squares = torch.zeros(max(S.shape[-1] for _, S, _ in found), dtype=torch.float64)
     for _, S, _ in found:
         squares[: S.shape[-1]] += S.square().sum(0).cpu()
-    held = squares.cumsum(0)
-    whole = float(held[-1])
+    rest = squares.flip(0).cumsum(0).flip(0)  # what a cut in front of each leaves out
+    whole = float(rest[0])
     best = max(1, int(squares.count_nonzero()))
     if rank is not None:
         best = min(best, rank)
     if energy is not None and whole:
-        enough = (held >= (energy - 1e-12) * whole).nonzero()
-        best = min(best, int(enough[0]) + 1 if len(enough) else best)
+        # What is below the rounding of A and B is no part of the update.
+        noise = (4 * torch.finfo(torch.promote_types(site.A.dtype, torch.float32)).eps) ** 2
+        enough = (rest <= (1 - energy + noise) * whole).nonzero()
+        best = min(best, max(1, int(enough[0])) if len(enough) else best)
     error = math.sqrt(float(squares[best:].sum()) / whole) if whole else 0.0
     thin = []
     for (span, _, _), (U, S, V) in zip(parts, found, strict=True):

@@ -26,6 +26,7 @@ KEYS = frozenset(
         "_hf_peft_config_loaded",
         "resize_token_embeddings",
         "save_pretrained",
+        "support_avx512bf16_for_cpu",
     )
 )
 

@@ -36,6 +36,7 @@ from lora_inject.model.carried import (
     roots_of,
     structure_changed,
 )
+from lora_inject.model.cpu_packing import forbid_packing
 from lora_inject.model.reached import refuse_unreached
 from lora_inject.model.sharding import fsdp2_modules, refuse_sharded, reshard
 from lora_inject.model.stand_ins import stand_in
@@ -211,6 +212,8 @@ def attach(
             gained = any(place.entry.variant.gained for place in found)
             keep_with(root, before, name, reads, gained=gained)
         stand_in(modules, root.carrying[name])
+        if train:
+            forbid_packing(modules)
         if activate:
             others = () if train else selection.state.active  # of other parts of the model
             selection.replace(State(active=(*others, (name, 1.0))))

@@ -27,6 +27,7 @@ from lora_inject.model.carried import (
     structure_changed,
     whole_adapter,
 )
+from lora_inject.model.cpu_packing import allow_packing
 from lora_inject.model.sharding import fsdp2_modules, reshard, sharded_by
 from lora_inject.model.stand_ins import give_back
 from lora_inject.spec.names import joined
@@ -81,6 +82,8 @@ def eject(model: M, name: str | None = None) -> M:
             _take_off(one, record, gone & record.configs.keys())
         structure_changed()
         give_back(modules.values())
+        if not any(reach(one.model).names for one in walked):
+            allow_packing(modules.values())
     return model
 
 

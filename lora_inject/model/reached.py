@@ -64,12 +64,11 @@ def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
 def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
     """Return the sites of active adapters that took no part when `run()` ran the model."""
     survey = Survey(model)
-    states = [selection.current() for selection in reach(model, survey).selections]
-    active = {name for state in states for name in state.parts}
+    states = {one: one.current() for one in reach(model, survey).selections}
     carried = {id(m): (a, a.took_part) for _, m, a in adapted_modules(survey)}
     for attached, _ in carried.values():
         attached.forget_use()
-    for state in states:
+    for state in states.values():
         state.kept.clear()
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled graphs do not note anything
@@ -77,7 +76,9 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         return [
             named_entry(path, entry)
             for path, module, entry in entries(survey)
-            if entry.adapter in active and entry.mark not in carried[id(module)][0].took_part
+            for attached in (carried[id(module)][0],)
+            if entry.adapter in states[attached.selection].parts
+            and entry.mark not in attached.took_part
         ]
     finally:
         for attached, before in carried.values():

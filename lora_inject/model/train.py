@@ -25,6 +25,7 @@ from lora_inject.model.carried import (
     records_of,
     refuse_merged,
 )
+from lora_inject.model.cpu_packing import forbid_packing
 from lora_inject.model.sharding import reshard
 from lora_inject.spec.names import joined
 
@@ -55,6 +56,8 @@ def train_only(model: nn.Module, names: str | Iterable[str] | None) -> None:
     with all_or_nothing((module for _, module, _ in adapted_modules(survey)), records):
         for _, entry, _, parameter in trainable_tensors(survey):
             parameter.requires_grad_(entry.adapter in wanted)
+        if wanted:
+            forbid_packing(module for _, module in survey.modules)
         for record in records:
             record.trainable |= wanted & record.carrying.keys()
 
