@@ -32,6 +32,7 @@ from lora_inject.checkpoint import (
     read_weighted,
 )
 from lora_inject.errors import CheckpointError
+from lora_inject.formats import read_adapter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TINY = {
@@ -191,6 +192,23 @@ def test_the_difference_of_square_transposed_experts_is_merged_loaded_and_read_b
     )
     for reader in (loaded, theirs.eval()):
         assert torch.allclose(reader(input_ids=ids).logits, model(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("ends", ["embedding", "head", "both"])
+def test_what_a_merge_parted_is_extracted_for_each_name(tied, tmp_path, ends):
+    base, _, out = tied
+    head = site("lm_head", (32, 16))
+    states = {"embedding": [on_embedding()], "head": [adapter(head)]}
+    merge(base, states.get(ends, [on_embedding(), adapter(head)]), out, dtype="float32")
+    extract_adapter(base, out, tmp_path / "a", rank=4)
+    found = read_adapter(tmp_path / "a")
+    assert set(found.sites) == {
+        "embedding": {"model.embed_tokens"}, "head": {"lm_head"}
+    }.get(ends, {"model.embed_tokens", "lm_head"})  # fmt: skip
+    merge(base, [tmp_path / "a"], tmp_path / "again", dtype="float32")
+    again = load_checkpoint(tmp_path / "again")
+    for name, tensor in load_checkpoint(out).items():
+        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("names", [(EMBEDDING, HEAD), (HEAD, EMBEDDING)])

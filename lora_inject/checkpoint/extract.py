@@ -150,7 +150,7 @@ def difference_of(
         remedy = "Give a number above 0, at most 1"
         raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
     taking = _Taking(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
-    _check_names(taking.base, taking.tuned)
+    _check_names(taking)
     found, done = list[Extracted](), 0
     for entry in taking.tuned:
         found += taking.take(entry)
@@ -168,9 +168,10 @@ def difference_of(
     return state, ExtractReport(tuple(found), n_equal, len(state.sites))
 
 
-def _check_names(base: Checkpoint, tuned: Checkpoint) -> None:
+def _check_names(taking: _Taking) -> None:
+    base, tuned = taking.base, taking.tuned
     lost = sorted(base.tensors.keys() - tuned.tensors.keys())
-    new = sorted(tuned.tensors.keys() - base.tensors.keys())
+    new = sorted(name for name in tuned.tensors if taking.before(name) is None)
     if lost or new:
         what = [f"'{name}' is only in the base" for name in lost[:3]]
         what += [f"'{name}' is only in the fine-tuned one" for name in new[:3]]
@@ -195,9 +196,16 @@ class _Taking:
         self.sites: dict[str, SiteState] = {}
         self.trained: dict[str, Tensor] = {}
 
+    def before(self, name: str) -> TensorEntry | None:
+        """Return the base's tensor of a name, or the one that it is tied to there."""
+        stored = self.base.tensors
+        source = self.of.source_of(name) if name not in stored and self.of.known else name
+        return stored.get(source or "")
+
     def take(self, after: TensorEntry) -> Iterator[Extracted]:
         """Add one tensor's difference to the adapter, and yield its result if it differs."""
-        name, before = after.name, self.base.tensors[after.name]
+        name, before = after.name, self.before(after.name)
+        assert before is not None  # as checked
         if not {after.dtype, before.dtype} <= FLOATS.keys() or not after.n_elements:
             if after.shape != before.shape:
                 yield Extracted(name, "left")
@@ -225,15 +233,14 @@ class _Taking:
             value = RowReader(self.tuned.path_of(after.name)).whole(after)
             self.trained[after.name] = value
             if len(after.shape) > 1:  # readers look a tied tensor up under each name
-                apart = self.of.tie_of(after.name) - self.base.tensors.keys()
-                self.trained |= dict.fromkeys(sorted(apart), value)
+                self.trained |= dict.fromkeys(self._further(after.name), value)
         return Extracted(after.name, "in full" if self.full else "left", relative)
 
     def _difference(self, after: TensorEntry, before: TensorEntry) -> tuple[Tensor, float]:
         """Return the delta, float32, of the tensor's shape, and `|W|`."""
         n_cols, squares = matrix_of(after.shape)[1], 0.0
         delta = torch.empty(after.n_elements // n_cols, n_cols)
-        mine = RowReader(self.base.path_of(after.name)).blocks(before, n_cols)
+        mine = RowReader(self.base.path_of(before.name)).blocks(before, n_cols)
         theirs = RowReader(self.tuned.path_of(after.name)).blocks(after, n_cols)
         for (start, old), (_, new) in zip(mine, theirs, strict=True):
             delta[start : start + len(new)] = new.to(torch.float32) - old.to(torch.float32)
@@ -255,12 +262,16 @@ class _Taking:
         held = sum(d.energy * d.total for d in found) / total if total else 1.0
         return SiteState(spec, A, B), held, all(d.exact for d in found)
 
+    def _further(self, name: str) -> list[str]:
+        """Return the names of tied tensors that neither checkpoint holds apart."""
+        return sorted(self.of.tie_of(name) - self.base.tensors.keys() - self.tuned.tensors.keys())
+
     def _tied(self, name: str, site: SiteState) -> Iterator[SiteState]:
         """Yield the same update for each layer that shares a tensor, which the files name once."""
         if not self.of.known or len(site.spec.weight_shape) != 2:
             return
         modules = [self.of.module_of(name)]
-        for other in sorted(self.of.tie_of(name) - self.base.tensors.keys()):
+        for other in self._further(name):
             module = self.of.module_of(other)
             if any(module is known for known in modules):
                 continue  # one layer of several names

@@ -174,11 +174,11 @@ def read_adapter(
 ) -> AdapterState:
     """Read an adapter from files.
 
-    The values are read into memory. So a program that writes the files again, as PEFT does when it
-    saves, does not change the adapter. `on_disk=True` leaves the values of safetensors in the file
-    until they are used; the file must not change until then. Use it for an adapter larger than
-    memory, or if only the numbers are needed. Values that are not finite are read, so that
-    `inspect` shows them; loading, merging and converting refuse them.
+    The values are read into memory, because PEFT saves into the file that is there: a value that
+    was read later would be another. `on_disk=True` leaves the values of safetensors in the file
+    until they are used, and raises if the file was written to since. The commands use it, and so
+    can you for an adapter larger than memory, or if only the numbers are needed. Values that are
+    not finite are read, so that `inspect` shows them; loading, merging and converting refuse them.
 
     Args:
         path: Where from.

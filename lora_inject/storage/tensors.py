@@ -85,6 +85,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path, self.fd = path, open_read(path)
+        self._written = self._when()
         self._last = threading.local()
         weakref.finalize(self, os.close, self.fd)
 
@@ -95,9 +96,18 @@ class _File:
     def elements(self, entry: TensorEntry, first: int, n: int) -> Tensor:
         """Return some elements of a tensor, `(n,)`."""
         try:
-            return RowReader(self.fd).rows(entry, 1, first, first + n).flatten()
+            values = RowReader(self.fd).rows(entry, 1, first, first + n).flatten()
         except CheckpointError as error:
             raise FormatError(f"read '{self.path}'", error.found, error.remedy) from None
+        if self._when() != self._written:
+            found = "the file was written to after it was opened"
+            raise FormatError(f"read '{self.path}'", found, "Read the adapter again")
+        return values
+
+    def _when(self) -> tuple[int, int]:
+        """Return what changes where the file is written again in place, as PEFT does."""
+        now = os.fstat(self.fd)
+        return now.st_mtime_ns, now.st_size
 
     def last(self, entry: TensorEntry) -> Tensor:
         """Return one tensor, the same as before where this thread read it last.
