@@ -36,6 +36,7 @@ CHAR = 0.088  # inches: a character of a label, at least
 PANEL = 2.6  # inches: side of a panel of phi
 MOST_TICKS = 10
 FEW = 5  # lines that a legend names where there are many
+MANY = 100  # points of a line from which they are not marked
 SMALL = 8.5  # points
 INK = "#010203"  # stands for the page's own color of text
 # Fonts that a browser may find; text is measured with the one that matplotlib brings.
@@ -269,32 +270,28 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
 
 
 @_styled()
-def norms_figure(kinds: Mapping[str, Sequence[float]]) -> Any:
-    """Return the norm of each delta by depth, a line for each kind."""
-    figure = _figure(2.4 + 0.1 * len(kinds), WIDTH, "constrained")
-    axes = figure.subplots()
-    for line, (label, values) in enumerate(zip(_short(kinds), kinds.values(), strict=True)):
-        axes.plot(values, marker="os^Dv"[line % 5], ms=3, lw=0.9, label=label)
-    _plain_axes(axes, "blocks of a kind, in the order of the model", "|D|")
-    axes.set_ylim(bottom=0)
-    figure.legend(fontsize=SMALL, loc="outside lower left", ncols=2)
-    return figure
-
-
-@_styled()
 def lines_figure(
-    lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, *, logarithmic: bool = False
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x: str,
+    y: str,
+    *,
+    logarithmic: bool = False,
+    bottom: float | None = None,
 ) -> Any:
-    """Return points by name, joined by a line each; the x axis may be logarithmic."""
+    """Return points by name, joined by a line each.
+
+    The x axis may be logarithmic; the y axis begins at `bottom`, by default below the least value.
+    """
     from matplotlib.ticker import LogLocator
 
     figure = _figure(2.6 + 0.16 * len(lines), WIDTH, "constrained")
     axes = figure.subplots()
     for number, (label, points) in enumerate(lines.items()):
-        look = {"marker": "os^Dv"[number % 5] if logarithmic else "", "ms": 3, "lw": 0.9}
+        look = {"marker": "os^Dv"[number % 5] if len(points) < MANY else "", "ms": 3, "lw": 0.9}
         color = _shade(number, len(lines))
         axes.plot(*zip(*points, strict=True), **look, color=color, label=printable(label))
     _plain_axes(axes, x, y)
+    axes.set_ylim(bottom=bottom)
     if logarithmic:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))

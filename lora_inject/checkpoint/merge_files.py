@@ -202,7 +202,7 @@ def _identity(plan: MergePlan) -> dict[str, Any]:
         for s in plan.base.shards.values()
     }
     return {
-        "tool": f"lora_inject {__version__}",
+        "version of lora_inject": __version__,
         "plan": plan.digest,
         "adapters": [digest(adapter) for adapter in plan.adapters],
         "base": base,

@@ -15,13 +15,13 @@ from typing import Any
 
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.index import Checkpoint, resolve_inside
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
 from lora_inject.checkpoint.quantized import unpacked
 from lora_inject.checkpoint.same_base import check_same_base, grown_copies
 from lora_inject.checkpoint.settled import Settled
-from lora_inject.checkpoint.side_files import edit_config, find_side_files, read_side_file
+from lora_inject.checkpoint.side_files import edit_config, find_side_files
 from lora_inject.checkpoint.weighted_adapter import (
     Given,
     WeightedAdapter,
@@ -71,12 +71,13 @@ class MergePlan:
     def other_files(self) -> dict[str, bytes]:
         """Return the content of every file of the output but the weight files."""
         base, changes = self.base, self.config_changes
-        files = {name: read_side_file(base.folder, name) for name in self.side_files}
-        if base.index_name is not None:
-            files[base.index_name] = self.index or read_side_file(base.folder, base.index_name)
-        if base.config:
-            edited = edit_config(base.config, changes) if changes else None
-            files["config.json"] = edited or read_side_file(base.folder, "config.json")
+        copied = [*self.side_files, *([base.index_name] if base.index_name else ())]
+        copied += ["config.json"] if base.config else []
+        files = {name: resolve_inside(base.folder, name).read_bytes() for name in copied}
+        if base.index_name is not None and self.index is not None:
+            files[base.index_name] = self.index
+        if base.config and changes:
+            files["config.json"] = edit_config(base.config, changes)
         return files
 
     @property

@@ -12,10 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_inject.checkpoint.index import resolve_inside
-from lora_inject.errors import CheckpointError
-
-MAX_SIDE_FILE_BYTES = 512 << 20
 MAX_DEPTH = 2
 
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"}
@@ -51,16 +47,6 @@ def _belongs(path: Path, relative: str) -> bool:
     if relative in _NOT or path.name.endswith(".index.json") or path.name.startswith(_STARTS):
         return False
     return path.suffix in _SUFFIXES or path.name.startswith(_NAMES)
-
-
-def read_side_file(folder: Path, relative: str) -> bytes:
-    """Return the bytes of a file of the base; refuse one that is larger than any tokenizer."""
-    path = resolve_inside(folder, relative)
-    if (size := path.stat().st_size) > MAX_SIDE_FILE_BYTES:
-        found = f"it has {size} bytes, more than {MAX_SIDE_FILE_BYTES}"
-        remedy = "Move it out of the base's folder if it does not belong to the model"
-        raise CheckpointError(f"copy '{relative}'", found, remedy)
-    return path.read_bytes()
 
 
 def changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,11 +95,13 @@ class Staging:
         if not manifest.exists():
             replace_file(manifest, json.dumps(identity, indent=1, sort_keys=True).encode())
         asked = f"resume the merge in '{self.output}'"
-        found = read_json(manifest, asked, CheckpointError)
-        if found != identity:
-            difference = f"it was of something else: {_difference(found, identity)}"
+        known = read_json(manifest, asked, CheckpointError)
+        if known != identity:
+            known = known if isinstance(known, dict) else {}
+            other = [name for name in identity if known.get(name) != identity[name]]
+            found = f"it was of something else: {', '.join(other)} differ"
             remedy = f"Remove '{self.folder}' to begin again, or give another output folder"
-            raise CheckpointError(asked, difference, remedy)
+            raise CheckpointError(asked, found, remedy)
 
     def partial(self) -> Path:
         """Return a new name for a file that is being written."""
@@ -153,13 +155,3 @@ class Staging:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _difference(found: Any, wanted: Any, place: str = "") -> str:
-    """Name the first place where two manifests differ."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            if found.get(key) != wanted.get(key):
-                where = f"{place}.{key}" if place else key
-                return _difference(found.get(key), wanted.get(key), where)
-    return f"'{place}' was {str(found)[:60]!r} and is {str(wanted)[:60]!r}"

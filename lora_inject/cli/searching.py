@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_inject.cli.program import app
+from lora_inject.cli.show import is_live, note, print_rows, say
 
 if TYPE_CHECKING:
     from lora_inject.trials.search import Search
@@ -51,7 +50,6 @@ def search(
     from lora_inject.analysis.report.search_page import search_report, trial_rows
     from lora_inject.analysis.report.write_page import template, write_report
     from lora_inject.cli import texts
-    from lora_inject.cli.show import note, print_rows, say
     from lora_inject.formats import write_adapter
     from lora_inject.spec.space import Space
     from lora_inject.trials.search import search as run
@@ -103,8 +101,7 @@ def _loaded(model: str, device: str) -> tuple[Any, Any]:
 @contextmanager
 def _live() -> Iterator[Callable[[Search], None]]:
     """Show a live table if stderr is a terminal; else print a line for each rung."""
-    forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"  # as rich
-    if sys.stderr is None or not (sys.stderr.isatty() or forced):
+    if not is_live():
         yield _line
         return
     from rich.console import Console
@@ -115,8 +112,6 @@ def _live() -> Iterator[Callable[[Search], None]]:
 
 
 def _line(search: Search) -> None:
-    from lora_inject.cli.show import note
-
     rung = search.rungs[-1]
     if max(map(len, rung.losses.values())) == 1:
         size, steps = search.plan[len(search.rungs) - 1]

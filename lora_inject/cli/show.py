@@ -98,26 +98,26 @@ def _finite(data: Any) -> Any:
     return data
 
 
+def is_live() -> bool:
+    """Return whether stderr can show something that moves: a terminal, or as rich is told."""
+    forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"
+    return sys.stderr is not None and bool(sys.stderr.isatty() or forced)
+
+
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of bytes on stderr while the body runs, where stderr is a terminal.
+    """Show a bar of bytes on stderr while the body runs, if stderr is a terminal.
 
     Yields a function of bytes done and bytes in all, for any thread.
     """
-    forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"  # as rich
-    if sys.stderr is None or not (sys.stderr.isatty() or forced):
+    if not is_live():
         yield lambda *_: None
         return
-    from rich import progress as bars  # not before somebody looks: commands start sooner
+    from rich import progress as bars  # only now: commands start sooner
     from rich.console import Console
 
-    columns = (
-        bars.BarColumn,
-        bars.DownloadColumn,
-        bars.TransferSpeedColumn,
-        bars.TimeRemainingColumn,
-    )
-    shown = (bars.TextColumn("{task.description}"), *(column() for column in columns))
+    columns = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+    shown = (bars.TextColumn("{task.description}"), bars.BarColumn(), *columns)
     with bars.Progress(*shown, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)
 

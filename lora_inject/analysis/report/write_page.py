@@ -18,8 +18,8 @@ from lora_inject.analysis.blocks import Place, by_kind
 from lora_inject.analysis.comparison import Comparison, across_layers
 from lora_inject.analysis.drawings import (
     heat_map,
+    lines_figure,
     need_matplotlib,
-    norms_figure,
     ranks_figure,
     shared_prefix,
     similarity_figure,
@@ -75,7 +75,10 @@ def report(
     """
     kinds = by_kind(analysis.blocks)
     ranks = ranks_figure([block.spectrum.rank_for(0.99) for block in analysis.blocks])
-    norms = norms_figure({kind: [b.spectrum.norm for b in found] for kind, found in kinds.items()})
+    prefix = shared_prefix(kinds)
+    by_depth = {kind.removeprefix(prefix): list(enumerate(block.spectrum.norm for block in found))
+                for kind, found in kinds.items()}  # fmt: skip
+    norms = lines_figure(by_depth, "blocks of a kind, in the order of the model", "|D|", bottom=0)
     spectra = {
         kind: spectra_figure([(b.at, b.spectrum.values) for b in found], "layer")
         for kind, found in kinds.items()
@@ -91,7 +94,7 @@ def report(
             facts=_facts(analysis, state, date or dt.date.today()),
             tiles=_tiles(analysis),
             findings=[(f.serious, f, list(templates(f.names))) for f in findings(analysis)],
-            prefix=shared_prefix(kinds),
+            prefix=prefix,
             maps=list(_maps(analysis)),
             kinds=tables.kind_rows(analysis),
             needed=svg(ranks, "number of blocks by the rank that holds 99%"),
