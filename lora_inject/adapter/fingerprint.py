@@ -1,8 +1,8 @@
-"""Telling one base from another of the same shape, by a few of its values.
+"""Recognize the base of an adapter among others of the same shape, by a few of its values.
 
-Sixteen values at evenly spaced places of each adapted weight say which base it is. They
-are compared to the precision of bfloat16, so the same base in another dtype passes and another base
-does not. Of a quantized weight the class, the settings and a few packed bytes are compared.
+Sixteen values at evenly spaced places of each adapted weight identify the base. They are compared
+to the precision of bfloat16, so the same base in another dtype passes and another base does not. Of
+a quantized weight the class, the settings and a few packed bytes are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ABSOLUTE = 2.0**-24
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the base looked like at the adapted sites, to recognize another base of the same shape.
+    """Values of the base at the adapted sites, to recognize another base of the same shape.
 
     Attributes:
         shapes: Shape of each adapted weight, by its name in the state dict.
@@ -80,7 +80,7 @@ def sample_positions(shape: tuple[int, ...], n: int = N_SAMPLES) -> tuple[int, .
 def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
     """Return values of plain floating point tensors at their `sample_positions`, as float32.
 
-    Tensors alike are sampled together: one transfer from a GPU and not one for each.
+    Equal shapes are sampled together, in one transfer from a GPU.
     """
     alike: dict[object, list[str]] = {}
     for name, weight in weights.items():
@@ -96,10 +96,10 @@ def samples(weights: Mapping[str, Tensor]) -> dict[str, tuple[float, ...]]:
 
 
 def packing(weight: Tensor) -> str:
-    """Say how a quantized weight is packed, and a few of its bytes: class, format, block size.
+    """Describe a quantized weight: class, format, block size, and a few of its bytes.
 
-    What a device may round in another way, the scales, is given with three digits. Nothing is said
-    of a tensor of which this process does not hold the values.
+    Scales, which devices may round differently, have three digits. The result is empty for a tensor
+    whose values this process does not hold.
 
     Examples:
         >>> packing(torch.arange(3, dtype=torch.int8))
@@ -111,7 +111,7 @@ def packing(weight: Tensor) -> str:
 
 
 def _parts(weight: Tensor) -> Iterator[str]:
-    """What a packed tensor consists of: its settings and its inner tensors."""
+    """Yield the settings and the inner tensors of a packed tensor."""
     state = getattr(weight, "quant_state", None)  # bitsandbytes, 4 bits
     if state is not None:
         yield f"{state.quant_type}, blocks of {state.blocksize}, {tuple(state.shape)}"

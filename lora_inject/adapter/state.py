@@ -58,11 +58,11 @@ class AdapterState:
     Attributes:
         sites: Site name to its state, in the order of the model.
         trained: Full trained copies by the name of the base's tensor (`classifier.weight`).
-        config: The config it was made from, as plain data, or None where it is not known.
-        fingerprint: What the base looked like, or None where it is not known.
+        config: The config it was made from, as plain data, or None if it is not known.
+        fingerprint: Values that identify the base, or None if it is not known.
         base_copies: Tensors of the base that the file holds with the adapter, by the base's
-            name: PEFT stores a whole embedding that way. They are not part of the adapter; whoever
-            loads it compares them with the base (equal: dropped, else: refused).
+            name: PEFT stores a whole embedding that way. They are not part of the adapter: loading
+            compares them with the base, and refuses others.
         rows: For a trained tensor of which only some rows are held: their indices in the base.
     """
 

@@ -95,7 +95,7 @@ P = TypeVar("P", bound=Place)
 
 
 def by_kind(places: Iterable[P]) -> dict[str, list[P]]:
-    """Group what lies somewhere by its kind, in order."""
+    """Group blocks or pairs by their kind, in order."""
     kinds: dict[str, list[P]] = {}
     for place in places:
         kinds.setdefault(place.kind, []).append(place)
@@ -120,7 +120,7 @@ class SiteBlock(Place):
 
 
 def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ...]:
-    """Take a site apart into its low-rank blocks, in the order of `SiteSpec.blocks`.
+    """Split a site into its low-rank blocks, in the order of `SiteSpec.blocks`.
 
     Args:
         site: The site.
@@ -147,7 +147,7 @@ def site_blocks(site: SiteState, *, checked: bool = True) -> tuple[SiteBlock, ..
 
 
 def blocks_of_terms(terms: Sequence[Term], *, checked: bool = True) -> tuple[SiteBlock, ...]:
-    """Take the terms of one weight apart: the update, less its frozen start where there is one."""
+    """Split the terms of one weight: the update, less its frozen start if it has one."""
     spec = terms[0].spec
     if checked and ROLES[spec.variant].gained:
         found = f"it is a DoRA adapter ({spec.variant}), whose update is not low-rank"

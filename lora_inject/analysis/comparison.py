@@ -21,7 +21,7 @@ from lora_inject.analysis.subspaces import Side, block_directions, similarity
 from lora_inject.errors import StateError
 
 MOST_LAYERS = 256
-"""Kinds with more blocks than this are left out of `across_layers`: their table would be no use."""
+"""Kinds with more blocks are left out of `across_layers`: their table would be unreadable."""
 
 
 @dataclass(frozen=True)

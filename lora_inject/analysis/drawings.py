@@ -1,8 +1,8 @@
 """Drawings of an analysis: figures of matplotlib, as SVG inside the report and as PNG files.
 
 Phi is shown as in the paper's figures 3, 4 and 6 to 8: heat maps with i downwards and j to the
-right, the first in the corner above on the left. In the page, text stays text in the color of the
-page around it. Whatever a drawing shows by color is also a number in one of the report's tables.
+right, the first at the top left. In the page, text stays text in the color of the page. Each value
+that a drawing shows by color is also in one of the report's tables.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 def need_matplotlib() -> None:
-    """Refuse now rather than after minutes of computing.
+    """Raise an error before a long computation if matplotlib is missing.
 
     Raises:
         StateError: matplotlib is not installed.
@@ -67,7 +67,7 @@ def need_matplotlib() -> None:
 
 @contextmanager
 def _styled() -> Iterator[None]:
-    """Draw or write in our style, whatever the user's own is."""
+    """Draw or write in the style above, not in the user's."""
     need_matplotlib()
     import matplotlib as mpl
 
@@ -148,7 +148,7 @@ def png(figure: Any, path: str | os.PathLike[str]) -> Path:
 
 @_styled()
 def svg(figure: Any, about: str) -> str:
-    """Return a figure as an `<svg>` element, with what it is about for those who cannot see it."""
+    """Return a figure as an `<svg>` element with a label for screen readers."""
     from markupsafe import escape
 
     written = io.StringIO()

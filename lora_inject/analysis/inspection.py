@@ -1,4 +1,4 @@
-"""What `lora-inject inspect` says of an adapter: sizes, norms, and values that are not finite."""
+"""What `lora-inject inspect` shows of an adapter: sizes, norms, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OF_SPEC = (
 
 @dataclass(frozen=True)
 class TensorFigures(Figures):
-    """One tensor in numbers: its norm is Frobenius', NaN or Inf where a value is."""
+    """One tensor in numbers: its Frobenius norm is NaN or Inf if a value is."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -107,7 +107,7 @@ class Inspection(Figures):
 
 
 def inspect_state(state: AdapterState) -> Inspection:
-    """Put an adapter into numbers.
+    """Compute the figures of an adapter.
 
     Args:
         state: The adapter.

@@ -1,9 +1,9 @@
 """What rounding or quantizing the merged weight leaves of a delta.
 
-A model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. What the delta
-really did is the difference of the two, and it is judged as merging judges it: `kept` is `<Q(W + D)
-- Q(W), D> / <D, D>`, `error` is `|Q(W + D) - Q(W) - D| / |D|`. Where W is stored in the format at
-hand, `Q(W) = W` and both are what `merge` reports.
+A model of 16, 8 or 4 bits holds `Q(W)`, and after merging `Q(W + D)`. The effective delta is their
+difference, measured as in a merge: `kept` is `<Q(W + D) - Q(W), D> / <D, D>`, `error` is
+`|Q(W + D) - Q(W) - D| / |D|`. If W is stored in that format, `Q(W) = W`, and both are what `merge`
+reports.
 
 The formats are round trips, values in and values out:
 
@@ -38,11 +38,9 @@ class Rounded(Figures):
     """What a format leaves of a delta.
 
     Attributes:
-        kept: 1 where the delta survived, 0 where it was rounded away; NaN where a value
-            overflows. Where steps are larger than the delta, chance may push it far above 1 or
-            below 0: see `likeness`.
-        error: Relative error of the delta that the weights really got; besides a noise that is
-            larger than the delta it is above 1.
+        kept: 1 if the delta survived, 0 if it was rounded away, NaN if a value overflows. If steps
+            are larger than the delta, it may be far above 1 or below 0 by chance: see `likeness`.
+        error: Relative error of the effective delta; above 1 if rounding noise is larger than D.
     """
 
     kept: float

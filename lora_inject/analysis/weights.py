@@ -1,8 +1,7 @@
 """The weights that an adapter updates, streamed from a checkpoint.
 
-Where each update lands is what merging has found out already (`checkpoint.choose`), with
-names translated, experts cut or stacked and the way round settled. Here the same rows are read
-block by block and looked at instead of written, so memory does not grow with W.
+`checkpoint.choose` finds the place of each update, as for a merge. Here the same rows are read
+block by block and analyzed instead of written, so memory does not grow with W.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class Weights:
         *,
         any_base: bool = False,
     ) -> None:
-        # Trained copies replace tensors; what is asked here is about updates only.
+        # Trained copies replace tensors; only updates are compared.
         updates = replace(state, trained=MappingProxyType({}), rows=MappingProxyType({}))
         part = WeightedAdapter(updates, label=label)
         self.checkpoint = checkpoint
@@ -160,7 +159,7 @@ def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fi
         fit = choose(part, checkpoint)
         if not any_base:
             check_same_base(fit)
-    except CheckpointError as error:  # which speaks of merging
+    except CheckpointError as error:  # its words are about merging
         raise CheckpointError(asked, error.found, error.remedy) from None
     entries = [placed.source for job in fit.jobs.values() for placed in job.placed]
     quantized = why_not(checkpoint, [entry.name for entry in entries])

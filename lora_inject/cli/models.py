@@ -1,8 +1,7 @@
 """What `lora-inject plan` plans on: the names and shapes of a model that is never loaded.
 
-A `config.json` is enough to build the model on the meta device, where weights have shapes
-but no memory, and then every kind of layer is known exactly. Where there is only a checkpoint, its
-key list has to do, and kinds are assumed from names and shapes.
+A `config.json` is enough to build the model on the meta device, where every kind of layer is known.
+If there is only a checkpoint, its key list is used, and kinds are assumed from names and shapes.
 """
 
 from __future__ import annotations

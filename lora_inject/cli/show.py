@@ -1,7 +1,6 @@
-"""How results look: tables for people, JSON for machines, a progress bar while it runs.
+"""How results are printed: tables for people, JSON for machines, a progress bar.
 
-Stdout carries the result and nothing else, so that it can be piped; progress and remarks go to
-stderr, the bar only where that is a terminal.
+Only the result goes to stdout, so it can be piped; progress and remarks go to stderr.
 """
 
 from __future__ import annotations
@@ -36,16 +35,15 @@ MOST_NAMES = 6
 
 
 def say(text: str = "", *, err: bool = False) -> None:
-    """Print text; every line of this program passes here.
+    """Print text, with escape sequences and other unprintable characters escaped.
 
-    Names come from files of others: what a terminal would obey, an escape sequence for instance,
-    is spelled out.
+    Every line of this program is printed here, and names come from untrusted files.
     """
     _write(printable(text, keep="\n"), err=err)
 
 
 def _write(text: str, *, err: bool = False) -> None:
-    """Write text; where its reader has gone, the command does its work and nobody sees it."""
+    """Write text; if its reader has closed the pipe, the command goes on without output."""
     try:
         typer.echo(text, err=err)
     except BrokenPipeError:
@@ -60,14 +58,14 @@ def note(text: str) -> None:
 
 
 def say_words(text: str) -> None:
-    """Print a sentence in lines that fit; no word is broken, which may be a name or a path."""
+    """Print a sentence in lines that fit; words, which may be paths, are not broken."""
     text = printable(text)
     for line in textwrap.wrap(text, width(), break_long_words=False, break_on_hyphens=False):
         say(line)
 
 
 def say_list(head: str, names: Iterable[str], *, everything: bool) -> None:
-    """Print names, if any, in lines that fit, no name broken; a few unless all are asked for."""
+    """Print names, if any, in lines that fit; only a few unless `everything`."""
     shown = [printable(name) for name in names]
     if not shown:
         return
@@ -84,8 +82,8 @@ def say_list(head: str, names: Iterable[str], *, everything: bool) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print plain data as JSON; numbers that are not finite become null, which JSON can say."""
-    _write(json.dumps(_finite(data), indent=2, allow_nan=False))  # which escapes by itself
+    """Print plain data as JSON, with null for numbers that are not finite."""
+    _write(json.dumps(_finite(data), indent=2, allow_nan=False))
 
 
 def _finite(data: Any) -> Any:
@@ -128,9 +126,9 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_rows(rows: Rows, *, everything: bool = False, joined: str = "") -> None:
-    """Print a table of sites, grouped by kind unless `everything`; without rows nothing.
+    """Print a table of sites, if there are any, grouped by kind unless `everything`.
 
-    `joined` is the note on how figures of several sites are summarized.
+    `joined` states how figures of several sites are summarized.
     """
     if not rows.cells:
         return
@@ -149,7 +147,7 @@ def width() -> int:
 
 
 def _size(n_bytes: float) -> str:
-    """Bytes as people read them.
+    """Return bytes with a unit.
 
     Examples:
         >>> _size(512), _size(538_090_408)
@@ -165,7 +163,7 @@ def _size(n_bytes: float) -> str:
 
 
 def print_inspection(found: Inspection, *, everything: bool) -> None:
-    """Print what is in an adapter, by kind of site unless everything is asked for."""
+    """Print what is in an adapter, by kind of site unless `everything`."""
     if found.sites:
         further = tuple(found.n_further)
         norms = ("|A|", "|B|", "|delta|", *(f"|{role}|" for role in further))
@@ -314,7 +312,7 @@ def print_verification(report: VerifyReport) -> None:
 
 
 def print_extraction(report: ExtractReport, written: Path, *, everything: bool) -> None:
-    """Print what of the difference the adapter holds, and what was left behind."""
+    """Print the parts of the difference that the adapter holds, and what was left behind."""
     low = [tensor for tensor in report.tensors if tensor.kept == "low rank"]
     low.sort(key=lambda tensor: tensor.energy or 0.0)
     cells = tuple((t.name, float(t.rank or 0), t.relative, t.energy) for t in low)

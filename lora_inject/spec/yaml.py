@@ -1,4 +1,4 @@
-"""A YAML document as plain data that remembers the place of every value.
+"""A YAML document as plain data, with the place of every value.
 
 YAML is parsed as untrusted input: composed into nodes and never built into objects. Duplicate keys,
 tags and aliases are errors. Words and numbers are those of YAML 1.2.
@@ -82,7 +82,7 @@ for _reader in (_Loader, Dumper):
 def read_text(
     path: str | PathLike[str], asked: str = "", remedy: str = "Give the path of a YAML file"
 ) -> str:
-    """Return the text of a file, UTF-8; of one that is too long for a config the beginning."""
+    """Return the text of a UTF-8 file, at most a byte more than a config may have."""
     asked = asked or printable(str(path))
     try:
         check_type("read a config, path", path, (str, PathLike), remedy, ConfigError)
@@ -96,9 +96,9 @@ def read_text(
 
 
 class Document:
-    """YAML text as plain data that remembers where each of its values stands.
+    """YAML text as plain data, with the place of each value.
 
-    `source` is what messages call it. Anything that a config may not hold is a ConfigError.
+    `source` is its name in messages. What a config may not contain is a `ConfigError`.
     """
 
     def __init__(self, text: str, source: str) -> None:
@@ -118,7 +118,7 @@ class Document:
         return self._at(self._keys[path] if key else self._node(path), path)
 
     def order(self, path: Loc) -> tuple[int, int]:
-        """Return where a value stands, to sort by."""
+        """Return the line and column of a value, to sort by."""
         mark = self._node(path).start_mark
         return mark.line, mark.column
 

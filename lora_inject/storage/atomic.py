@@ -1,9 +1,9 @@
-"""Write an adapter's files so that no half of it can ever be read.
+"""Write an adapter's files atomically.
 
-Everything is written under a temporary name in the target's folder, flushed to the disk, and put in
-place by one rename. A directory that is there is exchanged in the same step where the system can
-(Linux); elsewhere it is moved aside first, so that for a moment there is no adapter, but never half
-of one. Whatever goes wrong, Ctrl-C included, the old adapter is where it was.
+Everything is written under a temporary name in the target's folder, flushed to the disk, and
+renamed. An existing directory is exchanged in the same step if the system can (Linux); otherwise it
+is moved aside first, so for a moment there is no adapter. If anything fails, Ctrl-C included, the
+old adapter is restored.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def write_directory(
 ) -> Path:
     """Write a directory of small files, content by plain name, in one step; parents are made.
 
-    With `overwrite` an adapter that is there is replaced, but never a directory that holds anything
-    else than `files` and the names of an older adapter's files in `replaceable`. Returns the path
-    with symbolic links resolved.
+    With `overwrite` an existing adapter is replaced, but never a directory with other files than
+    `files` and those in `replaceable`, which an older adapter may have. Returns the path with
+    symbolic links resolved.
     """
     target = check_free(path, overwrite=overwrite)
     _check_directory(target, files.keys() | set(replaceable))
@@ -58,7 +58,7 @@ def write_directory(
             fsync_dir(temporary)
             _put_in_place(temporary, target)
         finally:
-            # After an exchange this is the old adapter, after a failure what was half written.
+            # after an exchange the old adapter, after a failure unfinished files
             shutil.rmtree(temporary, ignore_errors=True)
         fsync_dir(target.parent)
     return target
@@ -77,7 +77,7 @@ def write_file(path: str | os.PathLike[str], content: bytes, *, overwrite: bool 
 
 @contextlib.contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Say of what the system refuses, a full disk above all, what was asked and what to do."""
+    """Raise an error of the system, such as a full disk, as a `FormatError`."""
     try:
         yield
     except OSError as error:
@@ -86,7 +86,7 @@ def _explained(target: Path) -> Iterator[None]:
 
 
 def _check_directory(target: Path, names: Collection[str]) -> None:
-    """Refuse a target that is neither free nor an adapter, which may be replaced."""
+    """Refuse a target that exists and is not an adapter that may be replaced."""
     asked = f"write adapter to '{target}'"
     if not target.exists():
         return
@@ -98,7 +98,7 @@ def _check_directory(target: Path, names: Collection[str]) -> None:
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    """Give `temporary` the name of `target`; what was there ends up under the temporary name."""
+    """Rename `temporary` to `target`; what had that name gets the temporary one."""
     if not target.exists() or not any(target.iterdir()):
         # POSIX renames over an empty directory; Windows needs the name to be free.
         if os.name != "posix" and target.exists():
@@ -116,7 +116,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names in one step; return False if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):

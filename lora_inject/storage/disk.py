@@ -1,7 +1,7 @@
 """Bytes on disk: read and write at an offset, copy in the kernel, reserve, make durable.
 
-Each operation takes the best call that the platform has and falls back by what the system answers.
-Nothing depends on a file position, so that several threads can share one descriptor.
+Each operation uses the best call of the platform and falls back if the system does not support it.
+Nothing depends on a file position, so threads can share a descriptor.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_at(fd: int, buffer: memoryview, offset: int) -> None:
                 f"read {n_bytes} bytes at {offset}",
                 f"the file ends after {done} of them",
             )
-            remedy = "It was cut while it was being read; restore it and run again"
+            remedy = "It was truncated while it was being read; restore it and run again"
             raise CheckpointError(asked, found, remedy)
         done += n
 
@@ -85,7 +85,7 @@ def _write_some(fd: int, view: memoryview, offset: int) -> int:
 def copy_range(
     source: int, target: int, source_offset: int, target_offset: int, n_bytes: int
 ) -> None:
-    """Copy `n_bytes` between two descriptors, in the kernel where it can, else in memory."""
+    """Copy `n_bytes` between two descriptors, in the kernel if it can, else in memory."""
     done = 0
     while done < n_bytes:
         first, to = source_offset + done, target_offset + done
@@ -99,7 +99,7 @@ def copy_range(
 
 
 def _copy_some(source: int, target: int, n_bytes: int, first: int, to: int) -> int:
-    """Copy some bytes in the kernel; 0 where it cannot, or the file ends: reading will tell."""
+    """Copy some bytes in the kernel; return 0 if it cannot, or if the file ends."""
     if not hasattr(os, "copy_file_range"):
         return 0
     try:
@@ -111,7 +111,7 @@ def _copy_some(source: int, target: int, n_bytes: int, first: int, to: int) -> i
 
 
 def clone(source: Path, target: int) -> bool:
-    """Make `target` share all of `source`'s extents, copy on write; False where not supported."""
+    """Make `target` share all of `source`'s extents; return False if this is not supported."""
     if fcntl is None or not hasattr(os, "copy_file_range"):
         return False
     with source.open("rb") as file:
@@ -123,9 +123,9 @@ def clone(source: Path, target: int) -> bool:
 
 
 def reserve(fd: int, n_bytes: int) -> None:
-    """Give the file its full size, with its blocks set aside where the platform can.
+    """Give the file its full size, with its blocks reserved if the platform can.
 
-    So that a full disk is an `OSError` before anything was written.
+    A full disk is then an `OSError` before anything is written.
     """
     os.ftruncate(fd, 0)
     if n_bytes and hasattr(os, "posix_fallocate"):
@@ -138,7 +138,7 @@ def reserve(fd: int, n_bytes: int) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make the names in a folder durable; a no-op where folders cannot be opened (Windows)."""
+    """Make the names in a folder durable; does nothing on Windows, which opens no folders."""
     try:
         fd = os.open(folder, os.O_RDONLY)
     except PermissionError:
@@ -150,7 +150,7 @@ def fsync_dir(folder: Path) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Create a file that must be new (mode 0666 less the umask) and wait until it is on disk."""
+    """Create a new file and wait until it is on the disk."""
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -158,12 +158,12 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def temporary_name(target: Path) -> Path:
-    """Return a free name in the target's own folder: a rename never crosses file systems there."""
+    """Return a free name in the target's own folder, so that it can be renamed to the target."""
     return target.with_name(f".{target.name[:30]}.{secrets.token_hex(6)}.tmp")
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file, durable, so that it is there whole or not at all."""
+    """Write a file atomically and durably."""
     temporary = temporary_name(path)
     try:
         write_new(temporary, data)
@@ -174,5 +174,5 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def remedy_for(error: OSError) -> str:
-    """Return what to do where the system refuses to write."""
+    """Return what to do about an error of the system."""
     return _REMEDIES.get(error.errno or 0, "Check the disk and run again")

@@ -25,7 +25,7 @@ MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's limit on N."""
 MAX_NAME_LENGTH = 1024
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What would change a terminal or the direction of a line, and half characters."""
+"""Control characters, changes of direction, and halves of surrogate pairs."""
 MAX_DIMENSIONS = 16
 MAX_DIMENSION = 1 << 48
 
@@ -84,7 +84,7 @@ class Header:
 def read_header(path: Path, error: type[LoraInjectError] = CheckpointError) -> Header:
     """Read and check the header of a safetensors file.
 
-    `error` says whether a checkpoint or an adapter (`FormatError`) is read.
+    `error` is the class of errors: of a checkpoint, or `FormatError` for an adapter.
     """
     asked = f"read '{path}'"
     try:
@@ -104,7 +104,7 @@ _DAMAGED = "The file is damaged; fetch it again"
 
 
 class _HeaderError(Exception):
-    """What is wrong with a header, before it is told as an error of this package."""
+    """What is wrong with a header, before it becomes an error of this package."""
 
 
 def _parse_header(raw: bytes, size_bytes: int, asked: str, error: type[LoraInjectError]) -> Header:
@@ -151,7 +151,7 @@ def _entry(name: str, entry: object, data_start: int) -> TensorEntry:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a tensor may be called so: not too long, and without control characters."""
+    """Whether a tensor may have this name: not too long, and without control characters."""
     return len(name) <= MAX_NAME_LENGTH and not _CONTROL.search(name)
 
 
@@ -162,10 +162,10 @@ def _naturals(value: object) -> TypeGuard[list[int]]:
 def build_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> Header:
-    """Lay tensors `(name, dtype, shape)` end to end and build the header that says so.
+    """Build the header of tensors `(name, dtype, shape)` that are stored end to end.
 
-    Its length is padded with spaces to a multiple of 8, as the format's own writer does, so that
-    the data begins aligned.
+    Its length is padded with spaces to a multiple of 8, as the reference library does, so the data
+    begins aligned.
     """
     table: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position, rows = 0, []

@@ -1,4 +1,4 @@
-"""JSON of files that are not trusted: under a limit, without duplicate keys and without NaN."""
+"""JSON of untrusted files: of limited size, without duplicate keys and without NaN."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parse_json(
 ) -> Any:
     """Parse JSON as untrusted input: not too long or deep, no key twice, no NaN or Infinity.
 
-    `asked` says what it is, `error` whether an adapter or a checkpoint is being read.
+    `asked` is what messages call it, `error` the class of errors: of an adapter or a checkpoint.
     """
     if len(text) > max_bytes:
         found = f"it has more than {max_bytes:,} bytes"
@@ -45,7 +45,7 @@ def read_json(
     error: type[LoraInjectError] = FormatError,
     max_bytes: int = MAX_BYTES,
 ) -> Any:
-    """Parse a file as `parse_json` does; no more of it is read than the limit."""
+    """Parse a file as `parse_json` does; reads at most `max_bytes + 1`."""
     with path.open("rb") as file:
         n_bytes = min(os.fstat(file.fileno()).st_size, max_bytes)  # `read` allocates all at once
         return parse_json(file.read(n_bytes + 1), asked, error, max_bytes)

@@ -1,7 +1,7 @@
 """Rows of a tensor in a safetensors file, read with memory that does not depend on its size.
 
-One buffer for each thread, filled by positioned reads. The file is not mapped: the pages of a
-mapping count as the process's own memory, and would make it look as large as the checkpoint.
+Each thread has one buffer, filled by positioned reads. The file is not mapped: the pages of a
+mapping count as memory of the process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 BLOCK_ELEMENTS = 1 << 20
 """Elements read and written at a time.
 
-2 MiB of a 16-bit weight: the kernel gives a longer write larger pages, and asks less for each."""
+2 MiB of a 16-bit weight: longer writes cost less in the kernel."""
 
 
 def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
@@ -50,9 +50,9 @@ def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
 
 
 class Room:
-    """Memory for one block of rows, used again for the next.
+    """Memory for one block of rows, reused for the next.
 
-    Fresh memory for each block would cost more in page faults than all of the arithmetic.
+    New memory for each block costs more in page faults than the arithmetic.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Room:
         """The bytes of the last result of `rows`."""
 
     def rows(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
-        """Return the memory as `(n_rows, n_cols)`; it holds what it held before."""
+        """Return the memory as `(n_rows, n_cols)`, with its previous contents."""
         n_bytes = n_rows * n_cols * dtype.itemsize
         if len(self._buffer) < n_bytes:
             self._buffer = bytearray(n_bytes)
@@ -74,7 +74,7 @@ class Room:
 class RowReader:
     """Reads rows of tensors of one file into `room`, which it reuses.
 
-    The file is a path, open as long as the reader is used, or a descriptor of the caller's.
+    The file is a path, which is open while the reader exists, or a descriptor of the caller.
     """
 
     def __init__(self, file: Path | int) -> None:

@@ -1,9 +1,9 @@
 """The tensors of an adapter's safetensors file: read at once or when they are used, and written.
 
-Unlike the reference library, a tensor name that occurs twice is refused (the library takes the last
-of the two), and the same values give the same bytes (the library's metadata is in random order).
-No file is mapped: the pages of a mapping count as the process's own memory, and whoever cuts the
-file off would kill the process. NaN is allowed here; merging refuses it.
+Unlike in the reference library, a duplicate tensor name is refused (the library takes the last
+one), and equal values give equal bytes (the library's metadata is in random order). No file is
+mapped: the pages of a mapping count as memory of the process, and truncating the file would kill
+it. NaN is allowed here; merging refuses it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a whole safetensors file: tensors by name, and the metadata.
 
-    On disk: the values stay in the file, each operation reads those that it needs and keeps none.
-    Else each tensor has memory of its own.
+    With `on_disk` the values stay in the file, and each operation reads those that it needs.
     """
     path = Path(path)
     asked = f"read '{path}'"
@@ -67,7 +66,7 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """Return a tensor with its values in order; one on disk stays there, in whatever order."""
+    """Return a tensor with contiguous values; a tensor on disk is returned as it is."""
     return tensor if isinstance(tensor, _TensorOnDisk) else tensor.contiguous()
 
 
@@ -81,7 +80,7 @@ def bytes_of(tensor: Tensor) -> bytearray:
 
 
 class _File:
-    """An open file; it stays open, and the file itself on the disk, while a tensor needs it."""
+    """A file that is open while a tensor needs it."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.fd = path, open_read(path)
@@ -110,9 +109,9 @@ class _File:
         return now.st_mtime_ns, now.st_size
 
     def last(self, entry: TensorEntry) -> Tensor:
-        """Return one tensor, the same as before where this thread read it last.
+        """Return one tensor, cached if this thread read it last.
 
-        Experts whose values lie between those of others are read one after the other.
+        Experts with interleaved values are read one after the other.
         """
         if getattr(self._last, "entry", None) is not entry:
             self._last.entry, self._last.values = entry, self.read(entry)
@@ -125,7 +124,7 @@ _WITHOUT_VALUES = frozenset(
     | {"flatten", "is_contiguous", "is_floating_point", "numel", "permute", "reshape", "size"}
     | {"stride", "storage_offset", "t", "transpose", "unbind", "view"}
 )
-"""Methods, and all attributes, that are answered from the shape where they make no copy."""
+"""Methods, and all attributes, that need no values unless they copy."""
 
 
 class _TensorOnDisk(Tensor):
@@ -175,16 +174,16 @@ class _TensorOnDisk(Tensor):
 
 
 def _view(of: _TensorOnDisk, made: Tensor) -> _TensorOnDisk | None:
-    """Return what was made of a tensor as one on disk, None where it is not a view of it."""
+    """Return a result as a tensor on disk; None if it is not a view of the tensor."""
     shared = made.untyped_storage()._cdata == of.untyped_storage()._cdata
     return _TensorOnDisk.of(of.file, of.entry, made) if shared and made.dtype == of.dtype else None
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes of a safetensors file, the same bytes for the same values.
+    """Return the bytes of a safetensors file; equal values give equal bytes.
 
-    Tensors may have any strides and be on any device but meta; a tensor's dtype and name must be
-    such as `read_tensors` accepts. Shared memory is written twice.
+    Tensors may have any strides and be on any device but meta; dtypes and names must be such as
+    `read_tensors` accepts. Shared memory is written twice.
     """
     for name, tensor in tensors.items():
         asked = f"write tensor {name[:80]!r}"
