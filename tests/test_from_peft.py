@@ -331,7 +331,7 @@ def test_what_would_mean_something_else_is_refused(models):
     refused = [
         ("llama", {"exclude_modules": ["0.self_attn"]}, "PEFT adapts 'model.layers.0.self_attn"),
         ("llama", {"rank_pattern": {"k_proj": 3}}, "'rank_pattern'.* 'k_proj' matches none"),
-        ("llama", {"layers_to_transform": [7]}, "no targeted module lies in a layer of .7."),
+        ("llama", {"layers_to_transform": [7]}, "no targeted module is in a layer of .7."),
         ("gpt2", {"modules_to_save": ["bias"]}, "'transformer.h.0.ln_1.bias' is a parameter"),
         ("llama", {"init_lora_weights": False}, "would not start at zero"),
         ("llama", {"r": 0}, "LoraConfig.*'r': 0 is not a whole number from 1"),

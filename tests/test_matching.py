@@ -368,7 +368,7 @@ targets: [zzz]
 
 targets: [mlp]
 => rule 1 ('mlp'): matches only what cannot take an adapter: 'model.layers.0.mlp' (container),
-   'model.layers.1.mlp' (container). Name what lies in it: 'model.layers.0.mlp.up',
+   'model.layers.1.mlp' (container). Name what is in it: 'model.layers.0.mlp.up',
    'model.layers.0.mlp.down'.
 
 targets: [norm]
@@ -384,10 +384,10 @@ targets: [running_mean]
    parameter; buffers do not train.
 
 targets: [{match: up, layers: 2-3}]
-=> rule 1 ('up'): nothing that it matches lies in layers 2-3. Its layers are 0 to 1.
+=> rule 1 ('up'): nothing that it matches is in layers 2-3. Its layers are 0 to 1.
 
 targets: [{match: lm_head, layers: 0}]
-=> rule 1 ('lm_head'): nothing that it matches lies in layers 0. Remove layers; no name that it
+=> rule 1 ('lm_head'): nothing that it matches is in layers 0. Remove layers; no name that it
    matches has one.
 
 targets: [{match: .+proj, kind: linaer}]

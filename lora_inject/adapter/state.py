@@ -332,7 +332,7 @@ class AdapterState:
         if over := [name for group in stacks.values() for e, name in group.items() if e >= n]:
             raise StateError(asked, f"'{over[0]}' is beyond {n} experts", "Correct n")
         put = partial(reshape.join_experts, n=n, asked=asked)
-        return self._joined(stacks, put, asked, "no site lies in a numbered module there")
+        return self._joined(stacks, put, asked, "no site is in a numbered module there")
 
     def _joined(
         self,

@@ -65,7 +65,7 @@ def choose(
             found = Fit(rule, label, adapter, way, options.allow_new)
         return found
 
-    label = "names as told" if options.rename else "names as they are"
+    label = "names as given" if options.rename else "names as they are"
     best, refusal = fit(_told(options.rename), label), None
     if best.left and not options.rename and of.known:
         try:

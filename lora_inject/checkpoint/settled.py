@@ -79,7 +79,7 @@ class Settled:
         self._store_apart()
         for name, job in self.jobs.items():
             if not job.stored and job.source is not None:
-                self.notes.append(f"'{name}' was tied and becomes a tensor of its own")
+                self.notes.append(f"'{name}' was tied and becomes a separate tensor")
         if self.checkpoint.config:
             self.config_changes |= UNTIED
 
@@ -162,7 +162,7 @@ def _check(checkpoint: Checkpoint, job: TensorJob) -> None:
     if job.packed is not None and job.again:
         found = "" if job.packed.written else f"quantizing to {job.dtype} is not supported"
         if job.grows or not job.stored:
-            found = "it is quantized, and would grow or become a tensor of its own"
+            found = "it is quantized, and would grow or become a separate tensor"
         if found:
             remedy = 'Write plain floats: pass dequantize="bfloat16"'
             raise CheckpointError(f"merge into '{job.name}'", found, remedy)

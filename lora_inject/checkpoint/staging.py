@@ -38,7 +38,7 @@ def check_output(base: Checkpoint, output: Path) -> Path:
     asked, folder = f"write to '{output}'", output.resolve()
     if folder == base.folder or base.folder in folder.parents or folder in base.folder.parents:
         found = f"it is the base '{base.folder}', or one is inside the other"
-        raise CheckpointError(asked, found, "Give a folder of its own")
+        raise CheckpointError(asked, found, "Give another folder")
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(asked, "it is a file", "Give the name of a folder")
     if folder.is_dir():

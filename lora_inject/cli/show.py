@@ -97,7 +97,7 @@ def _finite(data: Any) -> Any:
 
 
 def is_live() -> bool:
-    """Return whether stderr can show something that moves: a terminal, or as rich is told."""
+    """Return whether stderr is a terminal, or rich is told to treat it as one."""
     forced = os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"
     return sys.stderr is not None and bool(sys.stderr.isatty() or forced)
 

@@ -563,7 +563,7 @@ ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
 
 
 _INNER = dict[str, type[BaseModel]](targets=Rule, expect=Expect, init=Normal, layout=Axes)
-"""The models inside a config, by the key that they stand under."""
+"""The models inside a config, by their key."""
 
 
 class _FileSchema(GenerateJsonSchema):

@@ -394,7 +394,7 @@ class _Rules:
                     found += self._rule(pattern, target, values)
         if self.left and self.layers and not found:
             some = min(self.left)
-            none = f"no targeted module lies in a layer of {self.layers}, such as '{some}'"
+            none = f"no targeted module is in a layer of {self.layers}, such as '{some}'"
             raise _error(self.asked, "layers_to_transform", none, "Layers are counted from 0")
         return found
 

@@ -183,7 +183,7 @@ class Inventory:
 
 
 def _modules_around(parameters: Iterable[str], known: set[str]) -> dict[str, str]:
-    """Return the modules that parameters lie in and that are not candidates, with the reason."""
+    """Return the modules around parameters that are not candidates, with the reason."""
     owners = dict.fromkeys(map(parent, parameters), "no matrix")
     reasons = owners | dict.fromkeys(around(owners), "container")
     return {name: why for name, why in reasons.items() if name and name not in known}

@@ -137,7 +137,7 @@ class _Rules:
         inside = [name for name in names if rule.covers(first_number(name))]
         if not inside:
             numbers = [n for name in names if (n := first_number(name)) is not None]
-            found = f"nothing that it matches lies in layers {', '.join(rule.layers or ())}"
+            found = f"nothing that it matches is in layers {', '.join(rule.layers or ())}"
             span = f"Its layers are {min(numbers)} to {max(numbers)}" if numbers else ""
             raise MatchError(label, found, span or "Remove layers; no name that it matches has one")
         return inside
@@ -215,7 +215,7 @@ def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> Mat
     more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
     below = Below(others[:1])
     inside = quoted([c.name for c in inventory.candidates if c.name in below][:4])
-    in_it = f"Name what lies in it: {inside}"
+    in_it = f"Name what is in it: {inside}"
     remedy = in_it if inside else "Name modules or parameters that hold a matrix"
     return MatchError(label, f"matches only what cannot take an adapter: {some}{more}", remedy)
 

@@ -102,12 +102,12 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 
 def parent(name: str) -> str:
-    """Return the name of the module that a name lies in, empty at the top."""
+    """Return the name of the module around a name, empty at the top."""
     return name.rpartition(".")[0]
 
 
 def around(names: Iterable[str]) -> list[str]:
-    """Return the modules that names lie in, the innermost first, each once."""
+    """Return the modules around names, the innermost first, each once."""
     found: dict[str, None] = {}
     for name in names:
         module = parent(name)
@@ -133,7 +133,7 @@ def leaf(name: str) -> str:
 
 
 def first_number(name: str) -> int | None:
-    """Return the first number among the segments of a name: the layer that it lies in.
+    """Return the first number among the segments of a name: its layer.
 
     Examples:
         >>> first_number("model.layers.3.experts.0.up"), first_number("lm_head")
@@ -143,7 +143,7 @@ def first_number(name: str) -> int | None:
 
 
 class Below:
-    """Whether a name, or a module that it lies in, is in a set; each module is asked once."""
+    """Whether a name, or a module around it, is in a set; each module is looked up once."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._known = dict.fromkeys(names, True)

@@ -94,7 +94,7 @@ def _check_directory(target: Path, names: Collection[str]) -> None:
         raise FormatError(asked, "it is a file; an adapter is a directory", "Choose another path")
     if foreign := sorted({entry.name for entry in target.iterdir()} - {*names}):
         found = f"the directory holds '{foreign[0]}', which no adapter has and would be lost"
-        raise FormatError(asked, found, "Choose a directory of its own for the adapter")
+        raise FormatError(asked, found, "Choose a separate directory for the adapter")
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
