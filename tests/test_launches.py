@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +116,21 @@ def test_routed_rows_need_no_sync_and_no_cpu_tensor(kind: str, tokens: int, grad
                 y.backward(torch.ones_like(y))
     assert counted.syncs == []
     assert counted.on_cpu == []
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 4, 8), (8, 1, 3, 3)])
+def test_launches_of_a_routed_layer_depend_on_no_number_and_no_rank(ranks: Sequence[int]) -> None:
+    model = nn.Sequential(nn.Linear(16, 24)).eval()
+    names = [f"a{i}" for i in range(len(ranks))]
+    for name, rank in zip(names, ranks, strict=True):
+        li.inject(model, {"rank": rank, "alpha": 2 * rank, "targets": ["0"]}, name)
+    model.to("meta")
+    x = torch.empty(10, 1, 16, device="meta")
+    with torch.inference_mode(), li.routed(model, [None, *names * 3][:10]):
+        model(x)
+        with table.Counted() as counted:
+            model(x)
+    assert counted.total == 9, counted.launches
 
 
 @pytest.mark.parametrize("float32", [False, True])
