@@ -573,6 +573,19 @@ def test_fold_says_when_the_result_is_not_finite() -> None:
         assert tally.finite is finite
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_found_among_many_tensors(bad: float) -> None:
+    floats = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    tensors = [torch.full((n % 7, 5000), 6e4, dtype=floats[n % 4]) for n in range(60)]
+    tensors += [torch.ones(3, 900_000).mT, torch.ones(2).to(torch.float8_e5m2), torch.arange(3)]
+    tensors += [torch.empty(2, device="meta"), torch.ones((), requires_grad=True)]
+    assert functional.all_finite(*tensors)  # sums in 16 bits are not
+    for i in (1, 2, 3, 4, 58, 60, 61):
+        flat = tensors[i].detach().clone()
+        flat[-1, ...] = bad
+        assert not functional.all_finite(*tensors[:i], flat, *tensors[i + 1 :]), i
+
+
 def test_masters_have_at_least_32_bits() -> None:
     narrow = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
     assert {functional.master_dtype(dtype) for dtype in narrow} == {torch.float32}

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten
 
 from lora_inject.functional.gain import Gain, norms_of
 from lora_inject.spec.sites import SiteSpec
@@ -32,15 +33,33 @@ def block_rows(matrix: Tensor) -> int:
     return max(1, n_blocks * BLOCK_ELEMENTS // max(1, matrix.shape[1]))
 
 
-def all_finite(t: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no Inf; mostly by a sum, in a fifth of the time.
+@torch.no_grad()
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether tensors hold no NaN and no Inf, mostly by a few sums; on meta they hold nothing.
 
     Examples:
-        >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, torch.nan]))
+        >>> all_finite(torch.ones(2)), all_finite(torch.ones(2), torch.tensor([1.0, torch.nan]))
         (True, False)
     """
-    quick = t.is_floating_point() and t.element_size() > 1  # float8 has no sum
-    return (quick and math.isfinite(float(t.detach().sum()))) or bool(torch.isfinite(t).all())
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for t in tensors:
+        alike.setdefault((t.device, t.dtype), []).append(t)
+    held = [group for (device, _), group in alike.items() if device.type != "meta"]
+    return all(map(_have_finite_sum, held)) or all(
+        bool(torch.isfinite(t).all()) for group in held for t in group
+    )
+
+
+def _have_finite_sum(alike: list[Tensor]) -> bool:
+    """Whether tensors of one dtype and device have finite sums."""
+    # Small ones are joined, in blocks that stay in the cache: a sum for each takes 4 times as long.
+    step = max(1, BLOCK_ELEMENTS // 2 * len(alike) // max(1, sum(t.numel() for t in alike)))
+    sums = []
+    for i in range(0, len(alike), step):
+        some = alike[i : i + step]
+        joined: Tensor = some[0] if step == 1 else flatten(some)  # type: ignore[no-untyped-call]
+        sums.append((joined.float() if joined.element_size() == 1 else joined).sum())
+    return bool(torch.isfinite(torch.stack(sums)).all())
 
 
 def mix_copies(

@@ -119,8 +119,8 @@ class Adapted(Reading):
 
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         for entry in self._lora.entries():
-            for role in entry.names:
-                self._lora.selection.extend_to(entry.tensor(self, role).device)
+            for tensor in entry.tensors(self).values():
+                self._lora.selection.extend_to(tensor.device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

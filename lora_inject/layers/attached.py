@@ -62,6 +62,11 @@ class Entry:
         found: Tensor = held_by(module)[self.names[role]]
         return found
 
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return the current tensor of each role."""
+        held = held_by(module)
+        return {role: held[flat] for role, flat in self.names.items()}
+
     def shape_of(self, role: str) -> tuple[int, ...]:
         """Return the shape that the tensor of a role has, unsharded."""
         return self.shape if self.spec is None else self.spec.shapes[role.removesuffix("0")]

@@ -91,7 +91,7 @@ def _refuse_fsdp2(survey: Survey, gone: Set[str]) -> None:
     """Refuse to eject an adapter in FSDP2's groups: each forward would put it back."""
     reshard(survey)
     for path, module, entry in entries(survey) if fsdp2_modules(survey) else ():
-        if entry.adapter in gone and any(sharded_by(entry.tensor(module, r)) for r in entry.names):
+        if entry.adapter in gone and any(map(sharded_by, entry.tensors(module).values())):
             raise LayerError(
                 f"eject {entry.adapter!r} of {path!r}",
                 "fully_shard holds its tensors, and each forward would put them back",

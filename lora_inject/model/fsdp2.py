@@ -52,7 +52,7 @@ def shard_adapter(survey: Survey, name: str) -> None:
     meshes: dict[nn.Module, Any] = {}
     depths: dict[nn.Module, int] = {}
     for path, module, entry in entries(survey, name):
-        new.setdefault(module, set()).update(entry.tensor(module, role) for role in entry.names)
+        new.setdefault(module, set()).update(entry.tensors(module).values())
         meshes[module] = base_tensor(module, entry.param).device_mesh  # type: ignore[attr-defined]
         depths[module] = path.count(".")
     for module in sorted(new, key=depths.__getitem__, reverse=True):  # as fully_shard asks

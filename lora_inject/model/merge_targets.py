@@ -231,12 +231,12 @@ def merge_targets(
 
 def _add_entry(target: Target, entry: Entry, weight: float) -> None:
     module, asked = target.holder.module, f"merge {entry.adapter!r}"
-    for role in entry.names:
-        tensor, what = entry.tensor(module, role), f"{role} of site {target.name!r}"
+    for role, tensor in entry.tensors(module).items():
+        what = f"{role} of site {target.name!r}"
         if how := sharded_by(tensor):
             found = f"{what} is sharded by {how}"
             raise LayerError(asked, found, "Merge into an unsharded copy")
-        if tensor.device.type != "meta" and not all_finite(tensor):
+        if not all_finite(tensor):
             found = f"{what} is NaN or Inf in {int((~torch.isfinite(tensor)).sum())} places"
             remedy = "The adapter is broken; merge another checkpoint of it"
             raise StateError(asked, found, remedy)

@@ -86,10 +86,10 @@ def read_off(
     whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
     for path, module, entry in items:
         tensors: dict[str, Tensor] = {}
-        for role, flat in entry.names.items():
-            held = entry.tensor(module, role)
+        for role, held in entry.tensors(module).items():
             if id(held) not in whole:
-                whole[id(held)] = _whole(gathered.get(joined(path, flat), held), entry, role)
+                there = gathered.get(joined(path, entry.names[role]), held)
+                whole[id(held)] = _whole(there, entry, role)
             tensors[role] = whole[id(held)]
         if entry.spec is not None:
             found.append((entry.spec, tensors))

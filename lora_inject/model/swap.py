@@ -115,8 +115,10 @@ def _paired(
     biases: dict[int, Tensor] = {}  # of B, by the id of the module
     for path, module, entry in slot:
         if entry.spec is not None:
-            names = (entry.spec.name, *entry.spec.aliases)
-            sites[next((n for n in names if n in state.sites), names[0])] = module, entry
+            name = entry.spec.name
+            if name not in state.sites:
+                name = next((n for n in entry.spec.aliases if n in state.sites), name)
+            sites[name] = module, entry
         elif entry.scale is not None:
             biases[id(module)] = entry.tensor(module, "b")
         else:
@@ -126,14 +128,14 @@ def _paired(
     pairs: list[tuple[Tensor, Tensor]] = []
     weights: dict[str, Tensor] = {}
     for name, (module, entry) in sites.items():
-        site, spec = state.sites[name], entry.spec
+        site, spec, held = state.sites[name], entry.spec, entry.tensors(module)
         assert spec is not None
-        held = {role: entry.tensor(module, role) for role in entry.names}
         if spec.lora_bias:
             held["b"] = biases[id(module)]
-        if site.spec.form != spec.form or site.tensors.keys() != held.keys():
+        tensors = site.tensors
+        if site.spec.form != spec.form or tensors.keys() != held.keys():
             _check_alike(site, spec, held.keys(), asked)
-        pairs += [(held[role], tensor) for role, tensor in site.tensors.items()]
+        pairs += [(held[role], tensor) for role, tensor in tensors.items()]
         weights[site.spec.weight] = base_tensor(module, entry.param)
     pairs += _paired_copies(copies, state, asked)
     into, values = [p for p, _ in pairs], [value for _, value in pairs]
