@@ -36,7 +36,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def script(name: str) -> ModuleType:
-    """Import a module of scripts/, which is no package."""
+    """Import a module of scripts/, which is not a package."""
     sys.path.insert(0, str(SCRIPTS))
     try:
         return importlib.import_module(name)

@@ -37,7 +37,7 @@ def _torch_saved(state: AdapterState) -> AdapterState:
     [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s)), _torch_saved],
     ids=["copy", "deepcopy", "pickle", "torch.save"],
 )
-def test_a_copy_is_equal_and_a_read_only_mapping_is_no_obstacle(copied):
+def test_a_copy_is_equal_with_read_only_mappings_too(copied):
     state = dataclasses.replace(_state(), base_copies=MappingProxyType({"w": torch.ones(2)}))
     assert copied(state) == state
 

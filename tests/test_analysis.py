@@ -169,7 +169,7 @@ def test_labels_name_slices_and_experts():
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_frozen_start_is_no_part_of_the_delta(init):
+def test_a_frozen_start_is_not_part_of_the_delta(init):
     model = nn.Sequential(nn.Linear(8, 6)).double()
     li.inject(model, {"rank": 2, "alpha": 3, "init": init, "targets": ["0"]})
     block = site_blocks(li.adapter_state(model).sites["0"])[0]
@@ -221,7 +221,7 @@ def test_no_delta_has_no_rank():
     assert tiny.stable_rank == pytest.approx(1.01)
 
 
-def test_a_rank_above_the_widths_is_no_trouble():
+def test_a_rank_above_the_widths_is_analyzed():
     A, B = gaussian(6, 3), gaussian(2, 6)
     wanted = torch.linalg.svdvals(B @ A)
     torch.testing.assert_close(spectrum(ThinProduct.of(A, B)).values, wanted, atol=1e-12, rtol=0)

@@ -241,7 +241,7 @@ def test_inspection_and_spectra_agree_on_the_norm(name):
     assert inspect_state(state).sites[0].delta_norm == pytest.approx(square**0.5, rel=1e-10)
 
 
-def test_rows_of_a_table_are_no_updates_and_left_out(tmp_path):
+def test_rows_of_a_table_are_not_updates_and_left_out(tmp_path):
     net = nn.ModuleDict({"e": nn.Embedding(6, 4), "l": nn.Linear(4, 4)})
     base = saved(net, tmp_path)
     state = li.adapter_state(li.inject(net, {"rank": 1, "targets": ["l"], "tokens": {"e": [1]}}))

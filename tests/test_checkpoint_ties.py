@@ -57,7 +57,7 @@ def on_embedding():
     return adapter(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
 
 
-def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_no_embedding(tmp_path):
+def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_not_an_embedding(tmp_path):
     """GPT-2 with 256 tokens: its mlp.c_proj has 256 rows too, and is not tied to the head."""
     config = transformers.GPT2Config(vocab_size=256, n_embd=64, n_inner=256, n_layer=2, n_head=2)
     torch.manual_seed(0)
@@ -258,7 +258,7 @@ def test_asking_the_class_leaves_the_messages_of_transformers_as_they_are(tied):
 
 
 @pytest.mark.parametrize("kind", ["dangling link", "folder", "FIFO"])
-def test_a_config_that_is_no_file_is_not_taken_for_none(tied, kind):
+def test_a_config_that_is_not_a_file_is_refused(tied, kind):
     base, tensors, _ = tied
     (base / "config.json").unlink()
     if kind == "dangling link":

@@ -194,7 +194,7 @@ def test_plan_never_runs_code_of_the_model(run, files, tmp_path):
         ({"model.safetensors": "short"}, "model.safetensors"),
     ],
 )
-def test_plan_refuses_what_is_no_model(run, files, tmp_path, files_in_it, words):
+def test_plan_refuses_what_is_not_a_model(run, files, tmp_path, files_in_it, words):
     for name, text in files_in_it.items():
         (tmp_path / name).write_text(text)
     found = run("plan", files.config, tmp_path)

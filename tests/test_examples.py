@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForI
 
 import lora_inject as li
 
-# Imports of other libraries warn of things that are no concern of a test here.
+# Imports of other libraries raise warnings that do not concern these tests.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"

@@ -136,13 +136,13 @@ def test_an_adapter_is_replaced_only_when_told(tmp_path: Path) -> None:
     assert content(tmp_path / "a") == OLD
 
 
-def test_a_file_is_no_target_for_a_directory(tmp_path: Path) -> None:
+def test_a_directory_is_not_written_over_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x")
     with pytest.raises(FormatError, match="it is a file"):
         write_directory(tmp_path / "a", NEW, overwrite=True)
 
 
-def test_an_empty_directory_and_missing_parents_are_no_obstacle(tmp_path: Path) -> None:
+def test_a_directory_is_written_over_an_empty_one_and_into_missing_parents(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_directory(tmp_path / "empty", NEW)
     write_directory(tmp_path / "x" / "y" / "z", NEW)

@@ -71,7 +71,7 @@ def test_a_key_hits_what_it_hits_in_peft(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["a\\", "(", "a{2", "*", "x*" * 600])
-def test_a_key_that_is_no_expression_is_refused(key: str) -> None:
+def test_a_key_that_is_not_an_expression_is_refused(key: str) -> None:
     if key == "a{2":  # to Python this is text
         assert values_of({key: 1}, ["a{2"], 0, "a test") == {"a{2": 1}
         return

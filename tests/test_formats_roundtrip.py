@@ -313,7 +313,7 @@ def test_tensors_do_not_keep_the_file_mapped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [1e300, "0.5"])
-def test_a_sample_that_is_no_float32_is_not_written(value: object, tmp_path: Path) -> None:
+def test_a_sample_that_is_not_a_float32_is_not_written(value: object, tmp_path: Path) -> None:
     fingerprint = Fingerprint({"w": (1,)}, {"w": (value,)})  # type: ignore[dict-item]
     state = make_state(KIND_SPECS["linear"], fingerprint=fingerprint)
     with pytest.raises(FormatError, match=r"fingerprint of 'w'.*a sample is not a float32"):

@@ -261,7 +261,7 @@ DAMAGE: Mapping[str, Callable[[dict[str, Tensor], str], dict[str, Tensor]]] = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_tensors_that_do_not_fit_are_an_error(name: str, damage: str, tmp_path: Path) -> None:
     if (name, damage) == ("loralib", "mixed"):
-        pytest.skip("whatever is no pair is a trained tensor there")
+        pytest.skip("what is not a pair is a trained tensor there")
     path = written(name, tmp_path)
     file = tensors_file(name, path)
     tensors = load(file)

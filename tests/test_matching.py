@@ -229,7 +229,7 @@ def test_exclude_takes_out_what_it_names_and_all_below(exclude: str, left: list[
     assert site_names(resolve(Config(targets=["q_proj"], exclude=[exclude]), tower())) == left
 
 
-def test_an_excluded_module_is_no_parameter_either() -> None:
+def test_an_excluded_module_is_not_a_parameter_either() -> None:
     config = Config(targets=["q_proj", r"up\.weight"], exclude=[r"0\.mlp\.up"])
     assert "model.layers.0.mlp.up.weight" not in site_names(resolve(config, tower()))
 
@@ -304,7 +304,7 @@ def test_a_raw_parameter_is_a_site() -> None:
     assert site.spans == ((0, 8), (16, 24))
 
 
-def test_an_explicit_weight_candidate_is_no_second_site() -> None:
+def test_an_explicit_weight_candidate_is_not_a_second_site() -> None:
     weight = parameter("q.weight", 8, 8)._replace(owner="q")
     for order in ((linear("q"), weight), (weight, linear("q"))):
         names = inventory(*order)
@@ -541,7 +541,7 @@ def test_a_layout_may_say_which_axes_are_in_and_which_are_out(
 @pytest.mark.parametrize(
     "axes", [([0], [2]), ([1], [0, 2]), ([0], [0, 1, 2]), ([0], [2, 1]), ([0], [3])]
 )
-def test_axes_that_are_no_matrix_in_memory_order_are_refused(axes: Any) -> None:
+def test_axes_that_are_not_a_matrix_in_memory_order_are_refused(axes: Any) -> None:
     config = Config(targets=[Rule(match="Wq", layout={"in": axes[0], "out": axes[1]})])
     message = refused(config, inventory(parameter("Wq", 6, 4, 3)))
     assert f"a layout of in {axes[0]} and out {axes[1]}, but the shape is (6, 4, 3)" in message

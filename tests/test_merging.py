@@ -254,7 +254,7 @@ def test_a_class_that_ties_whatever_its_config_says_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
-def test_a_script_module_beside_a_tie_is_no_obstacle() -> None:
+def test_a_model_with_a_tie_and_a_script_module_is_merged() -> None:
     model = Tied()
     model.scripted = torch.jit.script(nn.Linear(3, 3))
     fill(li.inject(model, {**RANK2, "targets": ["head"]}))
@@ -349,7 +349,7 @@ def test_unmerge_does_not_drop_a_change_of_a_merged_weight_without_a_word(
 
 
 @pytest.mark.parametrize("share", [math.nan, -0.1, 1.5])
-def test_a_min_kept_that_is_no_share_is_refused(share: float) -> None:
+def test_a_min_kept_that_is_not_a_share_is_refused(share: float) -> None:
     model = injected(KINDS["linear"])
     with pytest.raises(li.LayerError, match="Give a number from 0 to 1"):
         li.merge(model, min_kept=share)

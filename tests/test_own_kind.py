@@ -276,7 +276,7 @@ class TakenForeign(LoRALinear):
     ],
     ids=lambda v: getattr(v, "__name__", ""),
 )
-def test_what_is_no_kind_of_its_own_is_refused(row: Any, words: str) -> None:
+def test_what_is_not_a_kind_of_its_own_is_refused(row: Any, words: str) -> None:
     before = list(KINDS)
     with pytest.raises(li.LayerError, match=words):
         register_kind(row)

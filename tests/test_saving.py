@@ -463,7 +463,7 @@ def test_peft_reads_what_a_model_saved_and_the_model_what_peft_saved(tmp_path: P
 @pytest.mark.parametrize(
     "config", [{"train": ["1"]}, {"targets": ["0"], "bias": "all"}], ids=["train", "bias"]
 )
-def test_a_norm_that_also_moves_statistics_is_no_part_of_an_adapter(config: dict[str, Any]) -> None:
+def test_a_norm_that_also_moves_statistics_is_refused(config: dict[str, Any]) -> None:
     """Saved without its statistics it would not come back, and eject would not restore them."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     before = snapshot(model)

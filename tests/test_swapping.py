@@ -203,7 +203,7 @@ def test_another_form_or_base_is_refused_and_nothing_changes(why: str) -> None:
     assert snapshot(net) == before
 
 
-def test_a_start_from_W_is_no_plain_adapter() -> None:
+def test_a_start_from_W_is_not_a_plain_adapter() -> None:
     net, _ = two({**RULE, "targets": ["up"]})
     _, derived = two({**RULE, "targets": ["up"], "init": "pissa"})
     with pytest.raises(li.FormatError, match="starts from W"):

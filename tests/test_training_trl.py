@@ -21,7 +21,7 @@ from transformers import (
 
 import lora_inject as li
 
-# Their imports warn of things that are no concern of a test here.
+# Their imports raise warnings that do not concern these tests.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 REASON = "TRL is not installed: pip install trl"
 

@@ -350,7 +350,7 @@ def test_what_would_leak_or_does_not_fit_is_refused_before_a_step(make, batch, m
         (lambda out, b: out.detach().sum(), "no gradient leads from it to A and B"),
     ],
 )
-def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused(loss, message) -> None:
+def test_a_loss_that_is_not_a_scalar_with_a_gradient_is_refused(loss, message) -> None:
     net = nn.Sequential(nn.Linear(4, 4))
     trials = Trials(net, {"a": Trial({"rank": 1, "targets": ["0"]}, lr=1e-3)})
     with pytest.raises(li.StateError, match=message):

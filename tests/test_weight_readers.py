@@ -182,7 +182,7 @@ def test_threads_do_not_see_each_others_forwards() -> None:
     assert all(w is model.read._parameters["weight"] for w in raw)
 
 
-def test_a_question_about_a_weight_is_no_use_of_it() -> None:
+def test_a_question_about_a_weight_does_not_count_as_use() -> None:
     """Dropout acts on the input of a layer, which the reader of its weight does not have."""
     _, model, x = made("asked for its dtype", dropout=0.5)
     model.train()(x)
@@ -379,6 +379,6 @@ def test_a_quantized_weight_that_a_parent_reads_is_refused_where_it_is_used(firs
     with pytest.raises(li.LayerError, match=r"reading 'weight' of a Linear.*Leave this layer out"):
         net(x)
     net.use = False
-    assert same_bits(net(x), x), "a question is no use"
+    assert same_bits(net(x), x), "a question does not count as use"
     with li.disabled(net):
         assert net(x).shape == (2, 32)

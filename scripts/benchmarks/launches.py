@@ -34,7 +34,7 @@ OURS = "lora_inject"
 GIB = 2**30
 RANK = 16
 ALLOCATES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-VIEWS = ("_unsafe_view", "lift_fresh", "_reshape_alias")  # by their schema these are no views
+VIEWS = ("_unsafe_view", "lift_fresh", "_reshape_alias")  # by their schema these are not views
 OVERWRITES = ("copy_", "fill_", "zero_", "bernoulli_", "normal_", "uniform_")
 SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
 

@@ -101,7 +101,7 @@ def load(args: argparse.Namespace, n_labels: int) -> tuple[Any, Any]:
     except (OSError, ImportError) as error:
         found, remedy = str(error).splitlines()[0].rstrip("."), f"Or one of: {', '.join(TARGETS)}"
         raise refusal(f"--model {args.model}", found, remedy) from None
-    if model.config.pad_token_id is None:  # a decoder judges the last token that is no padding
+    if model.config.pad_token_id is None:  # a decoder judges the last token that is not padding
         model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return model, tokenizer
 

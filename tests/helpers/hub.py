@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: RET503 - a refusal is no value
+    def do_GET(self) -> None:  # noqa: RET503 - a refusal has no value
         path = self.path.partition("?")[0]
         self.hub.requests.append(f"{self.command} {path}")
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):

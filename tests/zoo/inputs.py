@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 BATCH, LENGTH, TARGET_LENGTH, SAMPLES, FRAMES, GRID = 2, 12, 7, 1600, 128, 4
-LOW, HIGH = 10, 90  # ids that are no special tokens: those are at both ends of the vocabulary
+LOW, HIGH = 10, 90  # ids that are not special tokens: those are at both ends of the vocabulary
 
 
 class Maker:
