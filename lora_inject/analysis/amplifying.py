@@ -76,7 +76,7 @@ def amplification(
     transposed: bool = False,
     seed: int = 0,
 ) -> Amplification:
-    """Say how much a delta amplifies directions of W.
+    """Return how much a delta amplifies directions of W.
 
     Args:
         weight: W, `(out, in)`, any floating dtype; or a source of blocks of its rows, which is read

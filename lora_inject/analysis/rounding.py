@@ -62,7 +62,7 @@ def rounding(weight: Tensor, delta: Tensor) -> dict[str, Rounded]:
     Args:
         weight: W, two dimensions, as the file stores it (the scales of `int8` and `int4` go by its
             rows).
-        delta: D, the same shape and way round.
+        delta: D, of the same shape and orientation.
 
     Returns:
         Name from `FORMATS` to what it leaves.

@@ -26,7 +26,7 @@ def span(values: Iterable[float]) -> str:
 
 
 def kind_rows(analysis: Analysis) -> Rows:
-    """Say for each kind of site what rank it needed: the median, and the largest."""
+    """Return the needed ranks of each kind of site: the median, and the largest."""
     rows = []
     for kind, blocks in by_kind(analysis.blocks).items():
         spectra = [block.spectrum for block in blocks]
@@ -39,7 +39,7 @@ def kind_rows(analysis: Analysis) -> Rows:
 
 
 def block_rows(analysis: Analysis) -> Rows:
-    """Say for each block how large its delta is and what rank it needed."""
+    """Return the size and the needed ranks of the delta of each block."""
     figures = attrgetter("norm", "first_share", "stable_rank", "effective_rank")
     found = ((b.name, b.rank, b.spectrum) for b in analysis.blocks)
     rows = ((n, rank, *figures(s), *map(float, s.needed.values())) for n, rank, s in found)
@@ -48,7 +48,7 @@ def block_rows(analysis: Analysis) -> Rows:
 
 
 def weight_rows(analysis: Analysis) -> Rows:
-    """Say for each block how it compares with the weight that it updates."""
+    """Return how each block compares with the weight that it updates."""
     of_w = "of_delta", "of_weight", "of_random_expected", "factor"
     figures = attrgetter("weight_norm", "relative", "rank", *of_w)
     rows = ((Place(b.tensor, b.label).name, *figures(b.norms)) for b in analysis.on_weight())
@@ -57,7 +57,7 @@ def weight_rows(analysis: Analysis) -> Rows:
 
 
 def rounding_rows(analysis: Analysis) -> Rows:
-    """Say for each site what each format keeps of the delta, and its error."""
+    """Return the part of each delta that each format keeps, and the error."""
     found = analysis.weights
     formats = next(iter(found.values())).rounded if found else ()
     rows = tuple(
@@ -68,7 +68,7 @@ def rounding_rows(analysis: Analysis) -> Rows:
 
 
 def comparison_rows(compared: Comparison) -> Rows:
-    """Say for each block of two adapters how far their subspaces agree."""
+    """Return how far the subspaces of two adapters agree, for each block."""
     rows = []
     for pair in compared.pairs:
         sides = ((s.first, s.whole, s.whole_by_chance) for s in (pair.right, pair.left))

@@ -205,7 +205,7 @@ def _with_fields(run: Callable[..., Any]) -> Callable[..., Any]:
 app = _Program(
     cls=_Commands,
     name="lora-inject",
-    help="Put LoRA adapters onto torch models, look at them, and fold them into checkpoints.",
+    help="Plan, inspect, convert and combine LoRA adapters, and merge them into checkpoints.",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,

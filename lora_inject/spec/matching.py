@@ -221,7 +221,7 @@ def _all_skipped(label: str, others: Sequence[str], inventory: Inventory) -> Mat
 
 
 def _head_notes(config: Config, inventory: Inventory) -> list[str]:
-    """Say which layer `all-linear` took for the output head."""
+    """Return a note on the output head that `all-linear` leaves out."""
     if all(rule.match != ALL_LINEAR for rule in config.targets):
         return []
     if inventory.heads:

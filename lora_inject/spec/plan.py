@@ -1,4 +1,4 @@
-"""What a config does to a model, as a value to look at before it is done, and as a table.
+"""What a config does to a model, as a value before it is done, and as a table.
 
 A plan is data. It can be counted, compared, printed and written as JSON; it changes
 nothing and holds no tensor.

@@ -31,7 +31,7 @@ BYTES_EACH = 4
 """Bytes of a parameter in a saved adapter: float32, also for a 16-bit base."""
 SEARCHED = ("targets", "rank", "alpha", "variant", "expect")
 _NAMES = {"targets": "{}", "rank": "r{}", "scale": "x{:g}", "variant": "{}", "lr": "lr {:g}"}
-"""What may vary, to what a trial's name says of it."""
+"""What may vary, to its name in the name of a trial."""
 _DRAWN = ("targets", "variant", "rank", "scale", "lr")  # in this order: it is part of a seed
 
 
