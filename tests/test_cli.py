@@ -715,7 +715,7 @@ def test_tables_fit_80_columns_and_no_name_is_broken(run, files, tmp_path, monke
 @pytest.mark.parametrize(
     ("n_bytes", "text"),
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (538_090_408, "538.1 MB"),
-     (1_234_567_890_123, "1,234.6 GB")],
+     (1_234_567_890_123, "1.2 TB")],
 )  # fmt: skip
 def test_sizes(n_bytes, text):
     assert show._size(n_bytes) == text

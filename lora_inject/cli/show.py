@@ -146,17 +146,11 @@ def width() -> int:
     return shutil.get_terminal_size((WIDTH, 24)).columns
 
 
-def _size(n_bytes: float) -> str:
-    """Return bytes with a unit.
+def _size(n_bytes: int) -> str:
+    """Return bytes with a unit: `512 bytes`, `538.1 MB`."""
+    from rich.filesize import decimal  # only now: commands start sooner
 
-    Examples:
-        >>> _size(512), _size(538_090_408)
-        ('512 bytes', '538.1 MB')
-    """
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= factor:
-            return f"{n_bytes / factor:,.1f} {unit}"
-    return f"{n_bytes:.0f} bytes"
+    return decimal(n_bytes)
 
 
 # ------------------------------------------------------------------------------------------ inspect
