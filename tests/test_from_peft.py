@@ -215,6 +215,15 @@ CASES = {
             "layers_to_transform": [1],
         },
     ),
+    "whole names in every layer": (
+        "gpt2",
+        {
+            "target_modules": ["lm_head", "c_fc", "transformer.h.2.mlp.c_fc", "h.1.attn.c_attn"],
+            "layers_to_transform": [0],
+            "layers_pattern": "h",
+            "rank_pattern": {"c_fc": 3},
+        },
+    ),
     "parameters": (
         "mixtral",
         {
@@ -332,6 +341,7 @@ def test_what_would_mean_something_else_is_refused(models):
         ("llama", {"exclude_modules": ["0.self_attn"]}, "PEFT adapts 'model.layers.0.self_attn"),
         ("llama", {"rank_pattern": {"k_proj": 3}}, "'rank_pattern'.* 'k_proj' matches none"),
         ("llama", {"layers_to_transform": [7]}, "no targeted module is in a layer of .7."),
+        ("llama", {"exclude_modules": QV, "bias": "all"}, "all 6 targeted layers are excluded"),
         ("gpt2", {"modules_to_save": ["bias"]}, "'transformer.h.0.ln_1.bias' is a parameter"),
         ("llama", {"init_lora_weights": False}, "would not start at zero"),
         ("llama", {"r": 0}, "LoraConfig.*'r': 0 is not a whole number from 1"),

@@ -331,7 +331,10 @@ _LINEAR = ("linear", "conv1d")
 
 
 class _Pattern(NamedTuple):
-    """A regex for the end of a name; `literal` is the name that it spells, or None."""
+    """A regex for the end of a name; `literal` is the name that it spells, or None.
+
+    A target that is the `whole` name of a module is adapted in every layer.
+    """
 
     regex: str
     literal: str | None = None
@@ -409,7 +412,10 @@ class _Rules:
             targets = [_ALL if given.lower() == "all-linear" else _Pattern(f"^(?:{given})")]
         else:
             names.update(given or ())
+        modules = self.inventory.modules if self.inventory and self.layers else ()
         for name in sorted(names):
+            if name in modules:
+                targets.append(_Pattern(f"^{re.escape(name)}", name, whole=True))
             if not any(name.endswith(f".{other}") for other in names):
                 targets.append(_Pattern(re.escape(name), name, parameter=name in parameters))
         return targets
@@ -441,7 +447,7 @@ class _Rules:
     ) -> list[dict[str, Any]]:
         """Return one rule, or one per kind for `all-linear`, without rules that match nothing."""
         rule: dict[str, Any] = {"match": pattern.regex, **values}
-        if self.layers and not target.parameter:  # PEFT looks at modules only
+        if self.layers and not (target.parameter or target.whole):  # as PEFT does
             if names := self.lora.layers_pattern:
                 rule["match"] = _in_layers(pattern.regex, names, self.layers)
             else:
@@ -494,6 +500,9 @@ class _Rules:
                 remedy = "Exclude by a regex for full names, such as '.*vision_tower.*'"
                 raise _error(self.asked, "exclude_modules", found, remedy)
             self.left[name] = None
+        if targeted and not self.left:
+            found = f"all {len(targeted)} targeted layers are excluded, or are modules_to_save"
+            raise _error(self.asked, "target_modules", found, "Target some others")
 
     def _known(self, inventory: Inventory) -> dict[str, str]:
         """Return name to kind of everything that may be targeted."""
