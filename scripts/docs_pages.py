@@ -47,13 +47,14 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _labeled(table: re.Match[str]) -> str:
-    heads = [re.sub("<.*?>", "", head) for head in re.findall(r"<th.*?>(.*?)</th>", table[0])]
-    if "text-align" in table[0]:
-        return table[0]  # columns of numbers
+    if "text-align: right" in table[0]:  # numbers: columns stay columns
+        return table[0]
+    found = re.findall(r"<th(?: [^>]*)?>(.*?)</th>", table[0])
+    heads = [re.sub("<.*?>", "", head) for head in found]
 
-    def row(found: re.Match[str]) -> str:
+    def row(cells: re.Match[str]) -> str:
         labels = iter(heads)
-        return re.sub(r"<td>", lambda _: f'<td data-label="{next(labels)}">', found[0])
+        return re.sub(r"<td", lambda _: f'<td data-label="{next(labels)}"', cells[0])
 
     return re.sub(r"<tr>.*?</tr>", row, table[0], flags=re.DOTALL)
 

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # A virtual environment of its own for a script, made from nothing. Sourced, not run.
 #
 #   make_environment FOLDER SOURCES PIP_ARGUMENTS [-- PIP_ARGUMENTS]...

@@ -257,6 +257,11 @@ def test_the_reference_has_every_command_with_every_option():
     assert re.findall(r"^\| `(\w+)", table, re.MULTILINE) == named
 
 
+def test_the_changelog_begins_with_the_version():
+    headings = re.findall(r"^## (\S+)", (REPO / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == li.__version__
+
+
 def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 200
 

@@ -28,7 +28,7 @@ from lora_inject.errors import StateError
 from lora_inject.spec.names import printable
 
 COLORS = "viridis"
-LINES = (0.25, 0.85)  # of the color scale for lines: its ends are lost on black and on white
+LINES = (0.4, 0.85)  # of the color scale for lines: its ends are lost on black and on white
 WIDTH = 5.0  # inches: 360 units of SVG, so that text keeps its size on a narrow screen
 LEFT, RIGHT, TOP = 0.1, 0.18, 0.04  # inches around a heat map
 ROW, FOOT = 0.25, 0.8  # inches: one row of a heat map, its axis and legend

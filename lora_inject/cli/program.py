@@ -69,7 +69,8 @@ class _Command(TyperCommand):
                 records["Arguments"].append((name, record[1].replace("  [required]", "")))
             else:
                 option = re.sub(r"<([^>]*)>", _value, record[0])
-                records["Options"].append((option, LIMITS.sub(_limits, record[1])))
+                text = LIMITS.sub(_limits, record[1])
+                records["Options"].append((option, re.sub(r"  [\[(](.*?)[\])]", r" (\1)", text)))
         for title, rows in records.items():
             if rows:
                 with formatter.section(title):

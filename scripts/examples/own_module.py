@@ -3,7 +3,7 @@
     python scripts/examples/own_module.py [--steps 200] [--width 32]
 
 The model reads one of its weights (`mix`) and calls the others; both kinds are adapted. The task:
-a base that sums a sequence learns to sum it backwards weighted.
+the running sum of the reversed sequence.
 """
 
 import argparse

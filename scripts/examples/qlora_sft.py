@@ -1,6 +1,7 @@
-"""QLoRA with TRL's SFTTrainer: a base in four bits, an adapter on every linear layer, chat rows.
+r"""QLoRA with TRL's SFTTrainer: a base in four bits, an adapter on every linear layer, chat rows.
 
-    python scripts/examples/qlora_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data chat
+    python scripts/examples/qlora_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct \
+        --data chat.jsonl
 
 Each line of the data is {"messages": [{"role": "user", "content": ...}, ...]}.
 The adapter is a folder that PEFT and vLLM read as well.

@@ -6,8 +6,8 @@
         -d '{"user": "ann", "prompt": "Hello"}'
     curl -X POST localhost:8000/reload/ann      # FOLDER/ann was written anew
 
-`routed` belongs to the thread that enters it, so requests cannot see each other's rows. A reload
-waits until the requests in flight have ended, since it writes into A and B.
+`routed` belongs to the thread that enters it, so requests cannot see each other's adapters. A
+reload waits until the requests in flight have ended, since it writes into A and B.
 """
 
 import argparse
