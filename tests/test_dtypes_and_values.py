@@ -22,6 +22,7 @@ from conftest import (
 from torch import Tensor, nn
 
 import lora_inject as li
+from lora_inject.adapter import fingerprint
 
 CONFIG = {"rank": RANK, "alpha": ALPHA}
 
@@ -114,3 +115,34 @@ def test_non_finite_products_of_finite_factors(dtype: torch.dtype, size: float) 
         with pytest.raises(li.LayerError, match=r"layer\.weight"):
             li.merge(model, undo=undo)
         assert snapshot(model) == before
+
+
+def _what_verbs_give(folder: Path) -> list[Tensor]:
+    """Train, save, load, swap, mix, truncate, route and merge on a CPU; return what comes out."""
+    torch.manual_seed(0)
+    model, config = nn.Sequential(nn.Linear(40, 40, device="cpu")), {"targets": ["0"], **CONFIG}
+    x = torch.randn(64, 40, device="cpu")
+    for name, p in (("plain", 0.0), ("dropped", 0.1)):
+        fill(li.inject(model, {**config, "dropout": p}, name), name)
+        model(x).sum().backward()
+        li.save_adapter(model, folder / name, name)
+    found = [p.grad for p in li.adapter_parameters(model, "dropped").values()]
+    states = [li.read_adapter(folder / name) for name in ("plain", "dropped")]
+    for method in ("ties_svd", "dare_linear_svd"):
+        states.append(li.combine(states[:2], method=method, density=0.5, rank=2))
+    states.append(states[0].truncate(rank=1))
+    found += [t for state in states for t in state.sites["0"].tensors.values()]
+    li.swap_adapter(model, states[1], "plain")
+    with li.routed(model, ["plain", None] * 32):
+        found.append(model(x))
+    li.merge(li.load_adapter(li.eject(model), folder / "plain"))
+    return [*found, model[0].weight]
+
+
+def test_verbs_do_not_depend_on_the_default_device(tmp_path: Path) -> None:
+    """As where somebody calls `torch.set_default_device("cuda")` and has a model on the CPU."""
+    wanted = _what_verbs_give(tmp_path / "cpu")
+    fingerprint._index.cache_clear()
+    with torch.device("meta"):
+        found = _what_verbs_give(tmp_path / "meta")
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -175,7 +175,8 @@ def truncated(
     check_finite(plain(site, asked, bias=True), asked)
     parts = gathered([(site, 1.0)])
     found = [thin_svd(left, right) for _, left, right in parts]
-    squares = torch.zeros(max(S.shape[-1] for _, S, _ in found), dtype=torch.float64)
+    largest = max(S.shape[-1] for _, S, _ in found)
+    squares = torch.zeros(largest, dtype=torch.float64, device="cpu")
     for _, S, _ in found:
         squares[: S.shape[-1]] += S.square().sum(0).cpu()
     rest = squares.flip(0).cumsum(0).flip(0)  # what a cut in front of each leaves out

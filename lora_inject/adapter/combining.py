@@ -135,7 +135,7 @@ class Method:
             masks = [kept(t.shape, density, f"{name} {n}") for n, t in enumerate(tensors)]
             tensors = [t * mask / density for t, mask in zip(tensors, masks, strict=True)]
         stack = torch.stack(list(tensors))
-        mix = stack * torch.tensor(weights, dtype=stack.dtype).view(-1, *[1] * tensors[0].ndim)
+        mix = stack * stack.new_tensor(weights).view(-1, *[1] * tensors[0].ndim)
         if "ties" not in method:
             return mix.sum(0)
         agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)
@@ -153,14 +153,16 @@ def _largest(tensor: Tensor, density: float) -> Tensor:
 def kept(shape: Sequence[int], density: float, what: str) -> Tensor:
     """Return DARE's mask of 1 and 0 (arXiv:2311.03099), random with the text as its seed."""
     digest = hashlib.blake2b(what.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
-    return torch.rand(tuple(shape), generator=generator, dtype=torch.float64).lt(density).double()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest) >> 1)
+    drawn = torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.lt(density).double()
 
 
 def _dense(site: SiteState, dtype: torch.dtype) -> Tensor:
     """The delta of a site, `(experts, out, in)`."""
     spec = site.spec
-    delta = torch.zeros(spec.experts or 1, spec.out_features, spec.in_features, dtype=dtype)
+    shape = spec.experts or 1, spec.out_features, spec.in_features
+    delta = torch.zeros(shape, dtype=dtype, device="cpu")
     for (start, stop), left, right in gathered([(site, 1.0)]):
         delta[:, start:stop] = left.cpu().to(dtype) @ right.cpu().to(dtype)
     return delta

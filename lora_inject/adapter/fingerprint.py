@@ -157,7 +157,7 @@ def glimpse(tensor: Tensor) -> str:
 @lru_cache(maxsize=256)
 def _index(shape: tuple[int, ...]) -> Tensor:
     """The positions as a tensor; a model has few shapes and many weights."""
-    return torch.tensor(sample_positions(shape), dtype=torch.long)
+    return torch.tensor(sample_positions(shape), dtype=torch.long, device="cpu")
 
 
 def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:

@@ -107,7 +107,7 @@ def amplification(
     chance = [_random_directions(n, rank, seed + i) for i, n in enumerate(shape)]
     lefts = torch.cat([left[:, :rank].cpu(), chance[0]], 1)
     rights = torch.cat([right[:, :rank].cpu(), chance[1]], 1)
-    product = torch.zeros(2 * rank, 2 * rank, dtype=torch.float64)
+    product = torch.zeros(2 * rank, 2 * rank, dtype=torch.float64, device="cpu")
     square = 0.0
     for start, some in rows():
         wide = some.to("cpu", torch.float64)
@@ -152,6 +152,6 @@ def _own(rows: RowsOfW, shape: tuple[int, int], rank: int) -> float:
 
 def _random_directions(dim: int, rank: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(dim, rank, generator=generator, dtype=torch.float64)
+    gaussian = torch.randn(dim, rank, generator=generator, dtype=torch.float64, device="cpu")
     Q: Tensor = torch.linalg.qr(gaussian).Q
     return Q

@@ -153,10 +153,10 @@ def across_layers(state: AdapterState) -> dict[str, tuple[list[str], Tensor]]:
 
 
 def _all_pairs(spans: list[Tensor]) -> Tensor:
-    counts = torch.tensor([U.shape[1] for U in spans])
-    owner = torch.repeat_interleave(torch.arange(len(spans)), counts)
+    counts = torch.tensor([U.shape[1] for U in spans], device="cpu")
+    owner = torch.repeat_interleave(torch.arange(len(spans), device="cpu"), counts)
     everything = torch.cat(spans, 1)
-    table = torch.zeros(len(spans), len(spans), dtype=torch.float64)
+    table = torch.zeros(len(spans), len(spans), dtype=torch.float64, device="cpu")
     for i, U in enumerate(spans):
         table[i].index_add_(0, owner, (U.T @ everything).square().sum(0))
     smaller = torch.minimum(counts[:, None], counts[None])

@@ -133,7 +133,7 @@ def draw_spectra(spectra: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
 def _corner(grid: Tensor) -> Tensor:
     """Return `(n, n)`, n the smaller side, of a grid: blank where j > i, as the paper zooms."""
     n = min(grid.shape)
-    upper = torch.ones(n, n, dtype=torch.bool).triu(1)
+    upper = torch.ones(n, n, dtype=torch.bool, device="cpu").triu(1)
     return grid[:n, :n].detach().cpu().masked_fill(upper, math.nan)
 
 

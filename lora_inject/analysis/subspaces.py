@@ -108,6 +108,7 @@ def gaussian_similarity(rank1: int, rank2: int, dim: int, seed: int = 0) -> Tens
     """
     generator = torch.Generator().manual_seed(seed)
     first, second = (
-        torch.randn(rank, dim, generator=generator, dtype=torch.float64) for rank in (rank1, rank2)
+        torch.randn(rank, dim, generator=generator, dtype=torch.float64, device="cpu")
+        for rank in (rank1, rank2)
     )
     return subspace_similarity(first, second)

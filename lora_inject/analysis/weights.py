@@ -144,7 +144,7 @@ class _Rows:
         for start, some in self.between(0, self.placed.stop - self.placed.start):
             wide = torch.float64 if some.dtype == torch.float64 else torch.float32
             delta = Delta(self.placed.terms, wide)
-            yield some, delta.add_(torch.zeros(some.shape, dtype=wide), start)
+            yield some, delta.add_(torch.zeros(some.shape, dtype=wide, device="cpu"), start)
 
     def of(self, block: SiteBlock) -> Iterator[tuple[int, Tensor]]:
         """Yield the rows of the part of W that one block updates, counted from its first."""

@@ -239,7 +239,7 @@ class _Taking:
     def _difference(self, after: TensorEntry, before: TensorEntry) -> tuple[Tensor, float]:
         """Return the delta, float32, of the tensor's shape, and `|W|`."""
         n_cols, squares = matrix_of(after.shape)[1], 0.0
-        delta = torch.empty(after.n_elements // n_cols, n_cols)
+        delta = torch.empty(after.n_elements // n_cols, n_cols, device="cpu")
         mine = RowReader(self.base.path_of(before.name)).blocks(before, n_cols)
         theirs = RowReader(self.tuned.path_of(after.name)).blocks(after, n_cols)
         for (start, old), (_, new) in zip(mine, theirs, strict=True):

@@ -91,7 +91,7 @@ class Float8(Packed):
         codes, scales = self.read(n_cols=self.shape[1]), self.part("scales").float()
 
         def read(start: int, stop: int) -> Tensor:
-            per_row = scales[torch.arange(start, stop) // self.block[0]]
+            per_row = scales[torch.arange(start, stop, device="cpu") // self.block[0]]
             spread = per_row.repeat_interleave(self.block[1], dim=1)[:, : self.shape[1]]
             return codes(start, stop).float() * spread
 
@@ -159,7 +159,8 @@ class FourBit(Packed):
             first, last = start * n_cols, stop * n_cols
             packed = read_bytes(first // 2, -(-last // 2)).flatten().int()
             codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[first % 2 :]
-            values = code[codes[: last - first]] * absmax[torch.arange(first, last) // block]
+            of_block = torch.arange(first, last, device="cpu") // block
+            values = code[codes[: last - first]] * absmax[of_block]
             return values.to(dtype).float().view(-1, n_cols)
 
         return read
@@ -168,7 +169,7 @@ class FourBit(Packed):
         absmax = self.part("absmax").flatten()
         if not self._nested:
             return absmax.float()
-        of_block = torch.arange(absmax.numel()) // self.state["nested_blocksize"]
+        of_block = torch.arange(absmax.numel(), device="cpu") // self.state["nested_blocksize"]
         scales = self.part("nested_absmax").float().flatten()[of_block]
         offset: float = self.state["nested_offset"]
         return self.part("nested_quant_map").float()[absmax.long()] * scales + offset

@@ -85,7 +85,7 @@ def write(
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         down, up = pack(site)
-        alpha = torch.tensor(site.scale * site.spec.rank, dtype=torch.float32)
+        alpha = torch.tensor(site.scale * site.spec.rank, dtype=torch.float32, device="cpu")
         found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
         tensors |= {f"{flat[name]}.{end}": tensor for end, tensor in found.items()}
     said = {

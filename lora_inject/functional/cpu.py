@@ -122,9 +122,9 @@ def _draw_gaps(p: float, n: int) -> Tensor:
     draws = int(expected + 6 * math.sqrt(expected) + 16)
     # Uniform numbers of 24 bits tell gaps apart as long as one of them is not worth an element.
     dtype = torch.float32 if p > 2**-12 else torch.float64
-    found = torch.empty(0, dtype=torch.int64)
+    found = torch.empty(0, dtype=torch.int64, device="cpu")
     while not len(found) or int(found.sum()) < n + 1:
-        uniform = torch.empty(draws, dtype=dtype).uniform_(_LEAST, 1)
+        uniform = torch.empty(draws, dtype=dtype, device="cpu").uniform_(_LEAST, 1)
         gaps = uniform.log_().mul_(1 / math.log1p(-p)).to(torch.int64).add_(1)
         found = gaps if not len(found) else torch.cat([found, gaps])
     ends = found.cumsum(0)

@@ -126,9 +126,9 @@ def _local_samples(weight: Any) -> Tensor:
     mesh, placements, whole = weight.device_mesh, weight.placements, tuple(weight.shape)
     shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
     local = weight.to_local()
-    positions = torch.tensor(sample_positions(whole), dtype=torch.long)
-    index = torch.stack(torch.unravel_index(positions, whole), dim=1) - torch.tensor(offset)
-    here = ((index >= 0) & (index < torch.tensor(shape))).all(dim=1)
+    positions = torch.tensor(sample_positions(whole), dtype=torch.long, device="cpu")
+    index = torch.stack(torch.unravel_index(positions, whole), dim=1) - positions.new_tensor(offset)
+    here = ((index >= 0) & (index < positions.new_tensor(shape))).all(dim=1)
     values = torch.zeros(len(positions), device=local.device)
     values[here] = local[index[here].unbind(dim=1)].to(values.dtype)
     return values

@@ -67,7 +67,7 @@ class Room:
             self._buffer = bytearray(n_bytes)
         self.data = memoryview(self._buffer)[:n_bytes]
         if not n_bytes:
-            return torch.empty(n_rows, n_cols, dtype=dtype)
+            return torch.empty(n_rows, n_cols, dtype=dtype, device="cpu")
         return torch.frombuffer(self.data, dtype=dtype).view(n_rows, n_cols)
 
 

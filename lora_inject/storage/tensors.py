@@ -151,7 +151,7 @@ class _TensorOnDisk(Tensor):
         shape, strides, first = self.shape, self.stride(), int(self.storage_offset())
         n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if not self.numel():
-            return torch.empty(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=self.dtype, device="cpu")
         if n > self.numel():
             return self.file.last(self.entry).as_strided(shape, strides, first).clone()
         return self.file.elements(self.entry, first, n).as_strided(shape, strides)

@@ -80,7 +80,7 @@ class Pass:
         """Return x `(batch, ..., in)` after dropout, which each trial draws for its own rows."""
         if self._random is None or not any(dropout.values()):
             return x
-        key = int(torch.empty((), dtype=torch.int64).random_())  # on the CPU: no device waits
+        key = int(torch.empty((), dtype=torch.int64, device="cpu").random_())  # no device waits
         again = self._known.get(key)
         if again is None and torch._C._current_graph_task_id() != -1:
             raise StateError(

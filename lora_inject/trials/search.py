@@ -337,7 +337,7 @@ def _sums(batches: Sequence[Any]) -> list[float]:
 
 
 def _weights(n: int) -> Tensor:
-    return torch.arange(n, dtype=torch.float64).cos()
+    return torch.arange(n, dtype=torch.float64, device="cpu").cos()
 
 
 def _copied(state: AdapterState) -> AdapterState:
