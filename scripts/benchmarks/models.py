@@ -192,7 +192,7 @@ def with_kernels(model: Any, who: str) -> Any:
     if who == "liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
-        apply_liger_kernel_to_llama(model=model)
+        apply_liger_kernel_to_llama(rope=False, model=model)  # rope would change every model
         return with_peft(model)
     from unsloth import FastLanguageModel
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -107,8 +106,10 @@ def _steps(
         BARE: with_bare(copy.deepcopy(base)),
     }
     for who in ("unsloth", "liger") if _on_gpu() and case.startswith("Llama") else ():
-        with suppress(ImportError):
+        try:
             made[who] = with_kernels(copy.deepcopy(base), who)
+        except Exception as error:  # noqa: BLE001 - each refuses a model or a version in its own way
+            result.notes.append(f"{case} without {who}: {type(error).__name__}: {error}.")
     if dtype == torch.bfloat16:
         made[FLOAT32] = with_lora(copy.deepcopy(base), compute="float32")
     del base
