@@ -269,6 +269,9 @@ def test_dtype_selection_and_names():
     assert renamed.rename({"net": ""}) == replace(state, config=None)
     assert renamed.rename(lambda name: name.removeprefix("net.")) == replace(state, config=None)
     li.install(nn.ModuleDict({"net": net}), renamed, "again")
+    plain = SiteSpec("fc", "linear", 6, 8, (8, 6), rank=2, alpha=2.0)  # the weight is not named
+    poor = AdapterState({"fc": replace(state.sites["0"], spec=plain)}).rename({"fc": "net.fc"})
+    assert poor.sites["net.fc"].spec.weight == "net.fc.weight"
     with pytest.raises(StateError, match=r"rename 'et': it occurs in no name"):
         renamed.rename({"et": "x"})
     for bad in ("a b", "../x", "a/b", r"a\\b", "a\n", ""):

@@ -189,7 +189,8 @@ class AdapterState:
         Examples:
             >>> spec = SiteSpec("h.0.q", "linear", 4, 6, (6, 4), rank=2, alpha=4)
             >>> q = SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))
-            >>> a = AdapterState({"h.0.q": q, "h.1.q": replace(q, spec=spec.at("h.1.q", ""))})
+            >>> other = replace(q, spec=spec.at("h.1.q", "h.1.q.weight"))
+            >>> a = AdapterState({"h.0.q": q, "h.1.q": other})
             >>> list(a.select(r"h\.1").sites)
             ['h.1.q']
         """
@@ -475,9 +476,8 @@ def _check_adapters(states: Sequence[AdapterState], asked: str) -> None:
 
 def _check_once(spec: SiteSpec, trained: Mapping[str, Tensor], asked: str) -> None:
     """Refuse a tensor that is updated and trained: no one adapter holds both."""
-    weight = spec.weight or (spec.name if spec.kind == "parameter" else f"{spec.name}.weight")
-    bias = f"{weight.removesuffix('weight')}bias"
-    for name in [weight, *([bias] if spec.lora_bias else [])]:
+    bias = f"{spec.weight.removesuffix('weight')}bias"
+    for name in [spec.weight, *([bias] if spec.lora_bias else [])]:
         if name in trained:
             found = f"one adapter updates '{name}' and another holds a trained copy of it"
             raise StateError(asked, found, "Merge both adapters into the base instead")

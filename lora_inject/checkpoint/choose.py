@@ -24,7 +24,6 @@ from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
 from lora_inject.checkpoint.quantized import why_not
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError, nearest
-from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
 from lora_inject.storage.tensors import in_memory
 
@@ -32,13 +31,6 @@ MAX_SHOWN = 8
 
 Rule = Callable[[str], str]
 """Gives the checkpoint's name of a tensor that the adapter names."""
-
-
-def weight_name(spec: SiteSpec) -> str:
-    """Return the state dict key of a site's weight."""
-    if spec.weight:
-        return spec.weight
-    return spec.name if spec.kind == "parameter" else f"{spec.name}.weight"
 
 
 def choose(
@@ -126,7 +118,7 @@ class Fit:
         self.left: list[tuple[str, str]] = []  # names without a place, and the reasons
         state = adapter.state
         for site in state.sites.values():
-            self._place(weight_name(site.spec), self._site, site)
+            self._place(site.spec.weight, self._site, site)
         for name, site in _under_further_names(state).items():
             if self.rule(name) in self.checkpoint.tensors.keys() - self.jobs.keys():
                 self._place(name, self._site, site)
@@ -160,7 +152,7 @@ class Fit:
 
     def _site(self, name: str, state: SiteState) -> None:
         entry = self._find(name)
-        copy = self.adapter.state.base_copies.get(weight_name(state.spec))
+        copy = self.adapter.state.base_copies.get(state.spec.weight)
         if copy is not None and entry is not None and _grew(entry, copy):
             entry = replace(entry, shape=tuple(copy.shape))
         try:
@@ -223,7 +215,7 @@ def _under_further_names(state: AdapterState) -> dict[str, SiteState]:
     """Return the sites of layers that had several names, by the further names of their weights."""
     specs = ((site.spec, site) for site in state.sites.values())
     return {
-        alias + weight_name(spec).removeprefix(spec.name): site
+        alias + spec.weight.removeprefix(spec.name): site
         for spec, site in specs
         for alias in spec.aliases
     }
@@ -246,7 +238,7 @@ def _absent(name: str, why: str = "") -> NoPlace:
 def _biases(state: AdapterState) -> dict[str, Tensor]:
     """Return what each bias of B adds, by the name of the layer's bias."""
     return {
-        weight_name(site.spec).removesuffix("weight") + "bias": site.scale
+        site.spec.weight.removesuffix("weight") + "bias": site.scale
         * in_memory(site.further["b"].detach())
         for site in state.sites.values()
         if site.spec.lora_bias

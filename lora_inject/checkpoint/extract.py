@@ -20,7 +20,6 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.adapter.svd import Decomposed, decompose
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.checkpoint.choose import weight_name
 from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
@@ -162,7 +161,7 @@ def difference_of(
         held = f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank"
         remedy = "Check the paths; where only small tensors were trained, pass full=True"
         raise CheckpointError(f"extract an adapter from '{tuned}'", held, remedy)
-    names = [weight_name(site.spec) for site in taking.sites.values()]
+    names = [site.spec.weight for site in taking.sites.values()]
     known = fingerprint(taking.base, [name for name in names if name in taking.base.tensors])
     state = AdapterState(taking.sites, taking.trained, fingerprint=known)
     return state, ExtractReport(tuple(found), n_equal, len(state.sites))

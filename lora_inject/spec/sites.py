@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from lora_inject.spec.names import joined
 from lora_inject.spec.roles import shapes_of
 
 
@@ -72,7 +73,8 @@ class SiteSpec:
     lora_bias: bool = False  # whether B has a bias b: the layer's becomes `bias + scale * b`
     slices: Slices | None = None  # parts of a fused projection, or None
     rule: int | None = None  # index of the rule that matched, None where it came from a file
-    weight: str = ""  # name of the adapted tensor in the state dict, `NAME.weight` for a module
+    # name of the adapted tensor in the state dict; by default `NAME.weight`, a parameter's own name
+    weight: str = ""
     # `forward`: the update is added to the layer's output; `weight`: the weight reads as W + delta
     update: str = "forward"
     # other names of the same module or parameter
@@ -101,6 +103,7 @@ class SiteSpec:
         turned = self.kind == "parameter" and self.transposed
         shapes = shapes_of(self.variant, a_shape, b_shape, self.lora_bias)
         self.__dict__.update(
+            weight=self.weight or self._default_weight,
             scale=scale,
             spans=spans,
             a_shape=a_shape,
@@ -109,6 +112,10 @@ class SiteSpec:
             n_parameters=sum(map(math.prod, shapes.values())),
             form=(self.rank, scale, spans, self.experts, turned, self.variant, self.lora_bias),
         )
+
+    @property
+    def _default_weight(self) -> str:
+        return self.name if self.kind == "parameter" else joined(self.name, "weight")
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
         """Return the same site under another name, at a fraction of the cost of a new one.
