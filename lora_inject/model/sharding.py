@@ -82,7 +82,7 @@ def copy_into(parameters: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     plain: tuple[list[Tensor], list[Tensor]] = ([], [])
     for parameter, value in zip(parameters, values, strict=True):
         held: Any = parameter
-        if hasattr(held, "full_tensor"):
+        if type(held) is not nn.Parameter and hasattr(held, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
 
             value = value.detach().to(held.device, held.dtype)  # noqa: PLW2901

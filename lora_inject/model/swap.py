@@ -194,8 +194,9 @@ def _check_fit(into: list[Tensor], values: list[Tensor], asked: str) -> None:
     if any(value.is_meta for value in values):
         raise FormatError(asked, "its tensors are on the meta device", "Load their values first")
     # DeepSpeed's shards are plain Parameters of another shape, found below.
-    plain = [parameter for parameter in into if not hasattr(parameter, "full_tensor")]
-    if set(map(type, plain)) - {nn.Parameter} or any(parameter.is_meta for parameter in into):
+    others = (parameter for parameter in into if type(parameter) is not nn.Parameter)
+    known = all(hasattr(parameter, "full_tensor") for parameter in others)
+    if not known or any(parameter.is_meta for parameter in into):
         raise LayerError(
             asked,
             "the adapter on the model is on the meta device, or its tensors have an unknown class",
