@@ -460,3 +460,23 @@ def test_without_fullgraph_such_a_forward_runs_without_a_graph() -> None:
                 yield call(X)
 
     assert all(error(y, wanted["b"]) < 1e-12 for y in steps())
+
+
+def test_threads_may_list_what_others_add_to() -> None:
+    """Selections and roots of the process are in weak sets, which may not grow in an iteration."""
+    from lora_inject.layers.checkpointing import SELECTIONS, alive
+    from lora_inject.layers.selection import Selection
+
+    kept: list[Selection] = []
+    done = threading.Event()
+
+    def add() -> None:
+        kept.extend(Selection() for _ in range(20_000))
+        done.set()
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    while not done.is_set():
+        alive(SELECTIONS)
+    thread.join()
+    assert len(alive(SELECTIONS)) >= len(kept)

@@ -322,3 +322,31 @@ def test_a_layer_with_a_low_rank_update_as_well_is_not_routed() -> None:
     li.inject(model, {"rank": 1, "targets": ["0"], "bias": "adapted"}, "late")
     with pytest.raises(li.StateError, match=r"'late': it changes '0\.bias' itself"):
         li.routed(model, ["late"]).__enter__()
+
+
+class TimeMajor(nn.Module):
+    """A layer next to one with torch's default, `batch_first=False`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.fc(self.lstm(x)[0])
+        return found
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_as_long_as_time_is_refused_where_either_may_come_first(compiled: bool) -> None:
+    """Rows of a time-major input would be steps of time."""
+    model = li.inject(TimeMajor(), {"rank": 1, "targets": ["fc"]})
+    run = torch.compile(model, backend="eager") if compiled else model
+    with li.routed(model, ["default", None, None]):
+        with pytest.raises(li.LayerError, match="not the number of rows"):
+            model(torch.ones(5, 3, 4))
+        with pytest.raises((li.LayerError, RuntimeError), match="which dimension is the batch"):
+            run(torch.ones(3, 3, 4))
+    first = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True))
+    li.inject(first, {"rank": 1, "targets": ["0"]})
+    with li.routed(first, ["default", None, None]):
+        first(torch.ones(3, 3, 4))

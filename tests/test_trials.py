@@ -326,6 +326,7 @@ FC = {"rank": 1, "targets": ["fc"]}
             "draws random numbers",
         ),
         (Mixing, {"a": torch.ones(2, 4)}, "there is no batch for 'b'"),
+        (Mixing, {"typo": (torch.ones(2, 4),)}, "there is no trial 'typo'"),
         (Mixing, {n: torch.ones(2, w) for n, w in (("a", 4), ("b", 5))}, "their rows differ"),
         (Mixing, (torch.ones(2, 4), torch.ones(3, 4)), r"its tensors have \[2, 3\] rows"),
     ],

@@ -134,6 +134,7 @@ class Attached:
         # the hooks on saved tensors that it was entered with.
         self.running: dict[int, tuple[dict[tuple[str, bool], Tensor], Any]] = {}
         self.float32 = False  # whether an adapter on the output asks for float32 arithmetic
+        self.time_major = False  # whether its input may have time before batch
         self.gains = False  # whether an adapter on the output has a gain
         # Marks of the entries that a forward has used so far; and of those that another module read
         # while this one did not run.

@@ -15,7 +15,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame
 from lora_inject.errors import LayerError
 from lora_inject.layers.contexts import within
 
+T = TypeVar("T")
 _REENTRANT = CheckpointFunction.forward.__code__
 _top = torch._C._autograd._top_saved_tensors_default_hooks
 
@@ -57,6 +58,12 @@ SELECTIONS: WeakSet[Any] = WeakSet()
 """Every selection of the process."""
 
 
+def alive(members: WeakSet[T]) -> list[T]:
+    """Return the members of a weak set, to which other threads may add meanwhile."""
+    references = members.data.copy()  # type: ignore[attr-defined]  # in one step
+    return [member for reference in references if (member := reference()) is not None]
+
+
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def watch_checkpoints() -> bool:
     """Let checkpoints remember for compiled layers; it runs while a graph is traced, not in it."""
@@ -88,7 +95,7 @@ def _watch() -> None:
 def _as_compiled(function: Any) -> Recomputed:
     """Return a checkpointed function that runs again under what compiled code sees now."""
     wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
-    for selection in tuple(SELECTIONS):
+    for selection in alive(SELECTIONS):
         wrapped.compiled.setdefault(selection, selection.of_thread())
         wrapped.values.setdefault(selection, selection.values)
     return wrapped

@@ -70,7 +70,8 @@ class ForwardUpdate(Adapted):
         mine = self._lora.forward
         if torch.compiler.is_compiling():
             return routing_of(self, mine, x, state)
-        key = (self._lora, x.shape[0], x.device)
+        shape = x.shape if self._lora.time_major else x.shape[:1]
+        key = (self._lora, shape, x.device)
         found: Routing | None = state.kept.get(key)
         if found is None:
             found = state.kept[key] = routing_of(self, mine, x, state)

@@ -51,6 +51,9 @@ def routing_of(
             f"dimension is not the number of rows{multiple}",
             "Give one adapter for each row of the batch; for beams use repeat=n",
         )
+    attached = attached_to(module)
+    if attached is not None and attached.time_major:
+        _refuse_ambiguous(module, x, n_rows * state.repeat, n_rows)
     repeat = x.shape[0] // n_rows
     if choice is not None:
         entries, numbers = eligible(module, by_adapter, state)
@@ -76,6 +79,17 @@ def routing_of(
             )
         state.kept[key] = known
     return _routing(entries, *known)
+
+
+def _refuse_ambiguous(module: nn.Module, x: Tensor, *n_rows: int) -> None:
+    """Raise where time, before or after the batch, is as long as the batch."""
+    if x.dim() > (2 if x.is_floating_point() else 1) and x.shape[1] in n_rows:
+        raise LayerError(
+            f"routed() with {n_rows[-1]} rows",
+            f"a {type(module).__name__} got an input of shape {tuple(x.shape)} next to a layer "
+            "with batch_first=False: which dimension is the batch cannot be told",
+            "Give batch_first=True, or pad the batch to another length",
+        )
 
 
 def _routing(

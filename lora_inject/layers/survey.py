@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError, article
 from lora_inject.layers.attached import attached_to
-from lora_inject.spec.names import canonical, joined
+from lora_inject.spec.names import canonical, joined, parent
 
 # Deeper than torch's own train() and eval() get before Python's limit on recursion.
 MAX_DEPTH = 1000
@@ -85,6 +85,15 @@ class Survey:
     def own(self) -> dict[int, dict[str, nn.Parameter]]:
         """The base parameters of each module, without its children's, by the module's id."""
         return {id(module): base_parameters(module) for _, module in self.modules}
+
+    @cached_property
+    def time_major(self) -> tuple[str, ...]:
+        """What modules begin with, by name, that have a part with time before batch in its input.
+
+        Layers next to such a part (`batch_first=False`) may get its inputs.
+        """
+        parts = (name for name, m in self.named if m.__dict__.get("batch_first") is False)
+        return tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
 
     def holders(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """Return who holds a base parameter, or one of the same memory; if several, it is tied."""

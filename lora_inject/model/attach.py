@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lora_inject.errors import LayerError, StateError
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.adapted import WeightUpdate
-from lora_inject.layers.attached import Entry, attached_to, attribute, refuse_mixed
+from lora_inject.layers.attached import Attached, Entry, attached_to, attribute, refuse_mixed
 from lora_inject.layers.class_swap import check_swappable, swap
 from lora_inject.layers.kinds import mixin_for
 from lora_inject.layers.reading import is_quantized
@@ -153,8 +153,9 @@ def _why_not_values(place: Place) -> Iterator[tuple[str, str]]:
     if packed and (gained or derived or not fits):
         reader = f"init {spec.init}" if derived else f"variant {spec.variant}"
         reader = reader if fits else "a weight update"
-        remedy = "Target the layer rather than its weight, with variant: lora and an init that "
-        yield f"{reader} reads its values, and they are {packed}", remedy + "does not start from W"
+        wants = ["the layer rather than its weight"] * (not fits)
+        wants += ["variant: lora"] * gained + ["an init that does not start from W"] * derived
+        yield f"{reader} reads its values, and they are {packed}", f"Use {' and '.join(wants)}"
 
 
 def attach(
@@ -204,7 +205,8 @@ def attach(
         if train:
             root.trainable = {name}
         for key, place in zip(keys, found, strict=True):
-            _put(place, made[key], selection)
+            attached, path = _put(place, made[key], selection), survey.paths[id(place.module)]
+            attached.time_major = f"{path}.".startswith(survey.time_major)
         structure_changed()
         if before.selections in ((), (selection,)):
             paths = survey.paths
@@ -221,7 +223,7 @@ def attach(
             refuse_unreached(survey.model, probe)
 
 
-def _put(place: Place, parameters: Mapping[str, nn.Parameter], selection: Selection) -> None:
+def _put(place: Place, parameters: Mapping[str, nn.Parameter], selection: Selection) -> Attached:
     entry, module, spec = place.entry, place.module, place.entry.spec
     mixin = mixin_for(spec.kind) if place.forward and spec is not None else WeightUpdate
     attached = swap(module, selection, mixin, () if place.forward else (entry.param,))
@@ -229,6 +231,7 @@ def _put(place: Place, parameters: Mapping[str, nn.Parameter], selection: Select
         module._parameters[flat] = parameters[role]
         selection.extend_to(parameters[role].device)
     attached.add(entry, forward=place.forward)
+    return attached
 
 
 def _check_joinable(

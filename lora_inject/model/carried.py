@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_inject.errors import StateError, check_type, nearest
 from lora_inject.layers.attached import Attached, Entry, attached_to, refuse_mixed
+from lora_inject.layers.checkpointing import alive
 from lora_inject.layers.class_swap import refuse_replaced_class
 from lora_inject.layers.routed_forward import routes_rows
 from lora_inject.layers.selection import Selection
@@ -103,7 +104,7 @@ def records_of(survey: Survey, name: str) -> list[tuple[nn.Module, Root]]:
     if found := [item for item in inside if name in item[1].carrying]:
         return found
     selections = set(map(id, reach(survey.model, survey).selections))
-    around = [(m, m.__dict__[ROOT]) for m in ROOT_MODULES if ROOT in m.__dict__]
+    around = [(m, m.__dict__[ROOT]) for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
     return [(m, r) for m, r in around if name in r.carrying and id(r.selection) in selections]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_inject.errors import LayerError
 from lora_inject.layers.attached import attached_to
+from lora_inject.layers.checkpointing import alive
 from lora_inject.layers.class_swap import narrow, unswap
 from lora_inject.layers.selection import State
 from lora_inject.layers.snapshot import all_or_nothing
@@ -133,7 +134,7 @@ def _unfreeze(survey: Survey, record: Root) -> None:
 
     Layers that were moved keep their flags; a layer that replaced another gets that layer's flag.
     """
-    others = [m for m in ROOT_MODULES if ROOT in m.__dict__]
+    others = [m for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
     held = {
         id(parameter): (other.__dict__[ROOT], joined(path, key), (module, key))
         for other in others

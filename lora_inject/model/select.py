@@ -28,7 +28,7 @@ def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     Args:
         model: The root, or any module that holds roots.
         which: One adapter; a mix of several with their weights (`W + sum of w * scale * B @ A`);
-            or None for the plain base.
+            or None, like an empty mix, for the plain base.
 
     Returns:
         The same object.

@@ -148,6 +148,9 @@ def causal_losses(outputs: Any, batch: Mapping[str, Tensor], n: int) -> Tensor:
 
 def _next_tokens(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return all logits `(rows * tokens, vocabulary)`, not copied, and the label of each."""
+    if not isinstance(batch, Mapping) or "labels" not in batch or not hasattr(outputs, "logits"):
+        found = "the default loss needs logits of the model and a batch with 'labels'"
+        raise StateError("step", found, "Give both, or a loss of your own: loss=...")
     labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
     logits = outputs.logits.flatten(0, 1)
     return logits.float() if logits.dtype.itemsize < 4 else logits, labels

@@ -237,14 +237,18 @@ class Trials:
         running = self.running
         if not running:
             raise StateError("step", "no trial is running", "See trials.stopped for the reasons")
-        if not isinstance(batch, Mapping) or not batch.keys() & self.trials.keys():
+        by_name = isinstance(batch, Mapping) and (
+            not batch.keys().isdisjoint(self.trials)
+            or any(isinstance(each, Mapping | tuple | list) for each in batch.values())
+        )
+        if not by_name:
             return dict.fromkeys(running, batch)
+        if unknown := [name for name in batch if name not in self.trials]:
+            raise StateError("step", f"there is no trial {unknown[0]!r}", f"Known are {running}")
         if missing := [name for name in running if name not in batch]:
             raise StateError(
                 "step", f"there is no batch for {missing[0]!r}", "Give one for each running trial"
             )
-        if unknown := [name for name in batch if name not in self.trials]:
-            raise StateError("step", f"there is no trial {unknown[0]!r}", f"Known are {running}")
         return {name: batch[name] for name in running}
 
     def _groups(self, batches: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
