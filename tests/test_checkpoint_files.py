@@ -264,6 +264,8 @@ def test_side_files_that_belong_come_along(tmp_path):
     taken, left = find_side_files(tmp_path)
     assert sorted(taken) == sorted(belong)
     assert left == ("modeling_x.py",)
+    taken, left = find_side_files(tmp_path, code=True)
+    assert sorted(taken) == sorted([*belong, "modeling_x.py"])
 
 
 def test_config_edits_reach_inner_configs_and_keep_the_rest():

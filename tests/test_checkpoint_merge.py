@@ -67,6 +67,14 @@ def test_layout_is_that_of_the_base_byte_for_byte(tmp_path, shards):
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
+def test_code_comes_along_only_on_request(tmp_path):
+    tensors = llama_tensors()
+    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA)
+    (base / "modeling_x.py").write_text("x = 1")
+    merge(base, [llama_adapter(tensors)], tmp_path / "out", copy_code=True)
+    assert (tmp_path / "out" / "modeling_x.py").read_text() == "x = 1"
+
+
 def test_several_adapters_with_weights_are_rounded_once(tmp_path):
     tensors = llama_tensors(hidden=64, inner=64)
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)

@@ -73,6 +73,18 @@ def test_every_method_gives_what_peft_gives(theirs, method, monkeypatch):
         assert site.spec.rank == (6 if method == "cat" else 3)
 
 
+def test_ties_by_frequency_gives_what_peft_gives(theirs):
+    model, states = theirs
+    if "new" in model.peft_config:
+        model.delete_adapter("new")
+    options = {"density": 0.6, "majority_sign_method": "frequency"}
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "new", "ties", **options)
+    options = {"density": 0.6, "majority_sign": "frequency"}
+    site = li.combine(states, WEIGHTS, method="ties", **options).sites["fc"]
+    due = model.base_model.model.fc.get_delta_weight("new").double()
+    assert (dense(site) - due).norm() <= 2e-6 * due.norm()
+
+
 @pytest.mark.parametrize("kind", ["slices", "experts", "turned experts", "slices of conv1d"])
 def test_methods_on_the_delta_hold_for_every_kind(kind):
     """With all values kept, a mix on the dense delta is the plain sum."""

@@ -271,15 +271,11 @@ targets: ["h\.d"]
    quotes: there a backslash is only a backslash.
 
 targets: [*q_proj]
-=> f:1:11: this is not valid YAML: the alias *q_proj is not supported. Write the value out; a
-   pattern that begins with * needs quotes.
+=> f:1:11: this is not valid YAML: found undefined alias 'q_proj'. Define the anchor before it is
+   used; a pattern that begins with * needs quotes.
 
 targets: &a [*a]
-=> f:1:14: this is not valid YAML: the alias *a is not supported. Write the value out; a pattern
-   that begins with * needs quotes.
-
-{<<: {rank: 4}, targets: [q]}
-=> f:1:2: << is not a key: keys are strings. Write it in quotes, if it is meant.
+=> f:1:10 (targets[0]): an alias contains itself. Write the value out.
 
 targets: [q]
 ---
@@ -383,6 +379,22 @@ def test_an_unsafe_tag_runs_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not allowed"):
         Config.from_text(text)
     assert not target.exists()
+
+
+def test_a_billion_laughs_are_refused_and_a_few_aliases_are_not() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    with pytest.raises(ConfigError, match="more than 50,000 values once its aliases are written"):
+        Config.from_text("\n".join(lines))
+    config = Config.from_text(
+        "targets:\n- &wide {match: q, rank: 64, alpha: 2}\n- {<<: *wide, match: k}\n"
+        "- {<<: [*wide, {rank: 1, dropout: 0.5}], alpha: 3, match: v}\nexclude: &x [a]\ntrain: *x"
+    )
+    assert config.targets[1] == Rule(match="k", rank=64, alpha=2)
+    assert config.targets[2] == Rule(match="v", rank=64, alpha=3, dropout=0.5)
+    assert config.train == config.exclude == ("a",)
+    with pytest.raises(ConfigError, match="'<<' takes a mapping"):
+        Config.from_text("targets:\n- &a {match: q}\n- {<<: 3, match: k}")
 
 
 @pytest.mark.parametrize(

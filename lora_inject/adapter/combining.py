@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from numbers import Integral, Real
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 METHODS = ("cat", "svd", *ON_FACTORS, *(f"{name}_svd" for name in ON_FACTORS[1:]))
 """`cat` and `svd` are exact sums; those of ON_FACTORS work on A and B, with `_svd` on the delta."""
 
+Sign = Literal["total", "frequency"]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -35,6 +38,7 @@ class Method:
     name: str
     rank: int | None
     density: float | None
+    majority_sign: Sign
     seed: int
 
     def __post_init__(self) -> None:
@@ -60,6 +64,9 @@ class Method:
         if density is not None and not wants:
             found = "the method keeps all values, and density is given"
             raise StateError(asked, found, "Leave density out")
+        if self.majority_sign not in ("total", "frequency"):
+            found = f"majority_sign is {self.majority_sign!r}"
+            raise StateError(asked, found, "Give total or frequency")
 
     @property
     def asked(self) -> str:
@@ -138,7 +145,8 @@ class Method:
         mix = stack * stack.new_tensor(weights).view(-1, *[1] * tensors[0].ndim)
         if "ties" not in method:
             return mix.sum(0)
-        agree = stack.sign() == torch.where(stack.sum(0) >= 0, 1, -1)
+        elected = stack.sum(0) if self.majority_sign == "total" else stack.sign().sum(0)
+        agree = stack.sign() == torch.where(elected >= 0, 1, -1)
         return (mix * agree).sum(0) / agree.sum(0).clamp(min=1)
 
 

@@ -163,9 +163,9 @@ def plan_merge(
     fits = [choose(adapter, checkpoint, options, of) for adapter in weighted]
     settled = Settled(of, options, _joined(fits, options))
     shards, notes = lay_out(checkpoint, settled.jobs), list(settled.notes)
-    side_files, code = find_side_files(checkpoint.folder)
-    if code:
-        notes.append(f"code is not copied: {', '.join(code)}")
+    side_files, code_left = find_side_files(checkpoint.folder, code=options.copy_code)
+    if code_left:
+        notes.append(f"code stays behind: {', '.join(code_left)}")
     return MergePlan(
         checkpoint,
         tuple(weighted),

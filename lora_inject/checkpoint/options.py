@@ -22,6 +22,7 @@ class MergeOptions:
         min_kept: Least share of every delta that must be left after rounding, in [0, 1]; if less is
             left, the merge fails before anything is visible. None: any.
         verify: Before publishing, compute every merged tensor again and compare every other byte.
+        copy_code: Copy the base's `*.py` files.
         allow_new: Add trained tensors that the base lacks (a new classifier) instead of refusing.
         dequantize: `bfloat16`, `float16` or `float32`: write every quantized tensor of the base as
             plain floats, and a config without quantization.
@@ -37,6 +38,7 @@ class MergeOptions:
     dtype: str | None = None
     min_kept: float | None = None
     verify: bool = False
+    copy_code: bool = False
     allow_new: bool = False
     dequantize: str | None = None
     requantize: bool = False

@@ -1,7 +1,8 @@
 """The small files of a checkpoint: which are copied, and what changes in config.json.
 
 The list names the files to copy, not those to leave out. Weights of other formats, optimizer states
-and hidden files are not copied, nor is code, which a program might run.
+and hidden files are not copied. Code is copied only on request: a merge must not make anybody run
+code.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ _STARTS = ("adapter_", "optimizer", "pytorch_model", "rng_state")  # of what sta
 _NOT = ("adapter_config.json", "trainer_state.json", "config.json")
 
 
-def find_side_files(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def find_side_files(folder: Path, *, code: bool = False) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return relative paths of the files to copy, and of code that is not copied.
 
     `config.json` and weight indexes are neither: they are written separately, last.
     """
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(_walk(folder, MAX_DEPTH))}
-    code = tuple(name for name, path in paths.items() if path.suffix == ".py")
-    return tuple(name for name, path in paths.items() if _belongs(path, name)), code
+    scripts = {name for name, path in paths.items() if path.suffix == ".py"}
+    taken = (n for n, path in paths.items() if (n in scripts and code) or _belongs(path, n))
+    return tuple(taken), () if code else tuple(n for n in paths if n in scripts)
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:

@@ -40,6 +40,7 @@ def combine(
     density: Annotated[
         float | None, Option(min=0, max=1, help="Share of the values to keep.")
     ] = None,
+    majority_sign: Annotated[str, Option(help="ties: total or frequency.")] = "total",
     seed: Annotated[int, Option(help="Seed of dare's masks.")] = 0,
     dtype: WriteDtype = None,
     reading: given.Reading,
@@ -48,9 +49,9 @@ def combine(
     """Combine several adapters of one base into one."""
     from lora_inject.formats.combine_files import combine as combined
 
+    how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
     states = reading.read(adapters, on_disk=True)
-    made = combined(states, weight, method=method, rank=rank, density=density, seed=seed)
-    _write(made, writing, output, dtype)
+    _write(combined(states, weight, method=method, rank=rank, **how), writing, output, dtype)
 
 
 @app.command()

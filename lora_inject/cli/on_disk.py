@@ -29,6 +29,7 @@ class Merging:
     dtype: Annotated[
         given.Dtype | None, Option(help="Dtype of every float tensor. (default: as each tensor is)")
     ] = None
+    copy_code: Annotated[bool, Option(help="Copy the base's *.py files.")] = False
     allow_new: Annotated[bool, Option(help="Add trained tensors that the base lacks.")] = False
     dequantize: Annotated[
         given.Dtype | None, Option(help="Write a quantized base as plain floats of this dtype.")
@@ -58,7 +59,7 @@ class Merging:
         """Return these and other options as keywords of the package."""
         from lora_inject.checkpoint import MergeOptions
 
-        names = ("dtype", "allow_new", "dequantize", "requantize", "any_base")
+        names = ("dtype", "copy_code", "allow_new", "dequantize", "requantize", "any_base")
         more |= {name: getattr(self, name) for name in names}
         more["rename"] = given.pairs_of(self.rename or (), "--rename", "a.=b.")
         if self.tie:  # else the base's class decides; an empty table means that nothing is tied

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from os import PathLike
 
-from lora_inject.adapter.combining import Method
+from lora_inject.adapter.combining import Method, Sign
 from lora_inject.adapter.difference import Difference, difference
 from lora_inject.adapter.state import AdapterState, Truncated, truncation
 from lora_inject.errors import check_type
@@ -21,6 +21,7 @@ def combine(
     method: str = "cat",
     rank: int | None = None,
     density: float | None = None,
+    majority_sign: Sign = "total",
     seed: int = 0,
 ) -> AdapterState:
     """Combine several adapters of one base into one.
@@ -43,6 +44,7 @@ def combine(
         method: See above.
         rank: Of the result, for `svd` and the methods with `_svd`.
         density: Share of the values to keep, in (0, 1].
+        majority_sign: How ties elects a sign: by the sum (`total`) or the count (`frequency`).
         seed: Seed of DARE. The mask of a tensor also depends on the site and on the adapter's
             position, but not on the other adapters.
 
@@ -70,7 +72,7 @@ def combine(
     """
     for what, given in (("adapters", adapters), ("weights", () if weights is None else weights)):
         check_type(f"combine, {what}", given, Iterable, "Give a list, with one entry for each")
-    made = Method(method, rank, density, seed)
+    made = Method(method, rank, density, majority_sign, seed)
     return made.combined([_state(adapter) for adapter in adapters], weights)
 
 

@@ -1,7 +1,7 @@
 """A YAML document as plain data, with the place of every value.
 
 YAML is parsed as untrusted input: composed into nodes and never built into objects. Duplicate keys,
-tags and aliases are errors. Words and numbers are those of YAML 1.2.
+tags, and aliases that expand without bound are errors. Words and numbers are those of YAML 1.2.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lora_inject.spec.names import printable
 Loc = tuple[str | int, ...]
 
 MAX_TEXT_BYTES = 1 << 20
+MAX_NODES = 50_000  # of the document with its aliases written out
 MAX_DEPTH = 16
 _TAG = "tag:yaml.org,2002:"
 _QUOTES = "Write patterns in single quotes: there a backslash is only a backslash"
@@ -41,18 +42,15 @@ _PLAIN: dict[str, tuple[str, Callable[[str], Any] | None]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes; refuses aliases, and nesting that no config has."""
+    """Composes nodes; refuses nesting that no config has."""
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        found = f"nested more than {MAX_DEPTH} deep" if self.depth > MAX_DEPTH else ""
-        if isinstance(event, yaml.AliasEvent):
-            found = f"the alias *{event.anchor} is not supported"
-        if found:
-            raise yaml.MarkedYAMLError(None, None, found, event.start_mark)
+        if self.depth > MAX_DEPTH:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(None, None, f"nested more than {MAX_DEPTH} deep", mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -105,13 +103,14 @@ class Document:
         self.source = source
         self._nodes: dict[Loc, yaml.Node] = {}
         self._keys: dict[Loc, yaml.Node] = {}
+        self._n_nodes = 0
         root = self._compose(text)
         if root is None:
             raise ConfigError(source, "the config is empty", "Add targets: with patterns")
         if not isinstance(root, yaml.MappingNode):
             remedy = "Write keys and values, such as targets: [q_proj]"
             raise self._fault(root, (), "the config is not a mapping", remedy)
-        self.data: dict[str, Any] = self._build(root, ())
+        self.data: dict[str, Any] = self._build(root, (), ())
 
     def place(self, path: Loc, *, key: bool = False) -> str:
         """Return `FILE:LINE:COLUMN (key)` of a value, or of its key."""
@@ -142,30 +141,49 @@ class Document:
             found = f"this is not valid YAML: {error}"
             raise ConfigError(self.source, found, _QUOTES) from None
 
-    def _build(self, node: yaml.Node, path: Loc) -> Any:
-        self._nodes[path] = node
-        kind = node.tag.removeprefix(_TAG)
+    def _build(self, node: yaml.Node, path: Loc, above: tuple[yaml.Node, ...]) -> Any:
+        self._n_nodes += 1
+        if self._n_nodes > MAX_NODES:
+            found = f"more than {MAX_NODES:,} values once its aliases are written out"
+            raise self._fault(node, path, found, "Use fewer aliases")
+        if any(node is other for other in above):
+            raise self._fault(node, path, "an alias contains itself", "Write the value out")
+        self._nodes.setdefault(path, node)
+        kind, inside = node.tag.removeprefix(_TAG), (*above, node)
         if isinstance(node, yaml.MappingNode) and kind == "map":
-            return self._mapping(node, path)
+            return self._mapping(node, path, above)
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [self._build(each, (*path, i)) for i, each in enumerate(node.value)]
+            return [self._build(n, (*path, i), inside) for i, n in enumerate(node.value)]
         return self._scalar(node, kind, path)
 
-    def _mapping(self, node: yaml.MappingNode, path: Loc) -> dict[str, Any]:
-        data: dict[str, Any] = {}
+    def _mapping(self, node: yaml.MappingNode, path: Loc, above: tuple[yaml.Node, ...]) -> Any:
+        inside = (*above, node)
+        own: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            if key_node.tag == f"{_TAG}merge":  # `<<: *anchor`; what stands here goes before it
+                merged = {**self._merged(value_node, path, inside), **merged}
+                continue
             if key_node.tag != f"{_TAG}str":
                 text = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
                 found = f"{text} is not a key: keys are strings"
                 raise self._fault(key_node, path, found, "Write it in quotes, if it is meant")
             key = key_node.value
             here = (*path, key)
-            if key in data:
+            if key in own:
                 line = self._keys[here].start_mark.line + 1
                 found = f"the key '{key}' is given twice, first in line {line}"
                 raise self._fault(key_node, here, found, "Remove one of them")
             self._keys[here] = key_node
-            data[key] = self._build(value_node, here)
+            own[key] = self._build(value_node, here, inside)
+        return {**merged, **own}
+
+    def _merged(self, node: yaml.Node, path: Loc, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        for part in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+            if not isinstance(part, yaml.MappingNode):
+                raise self._fault(part, path, "'<<' takes a mapping", "Write <<: *anchor")
+            data = {**self._build(part, path, above), **data}
         return data
 
     def _scalar(self, node: yaml.Node, kind: str, path: Loc) -> Any:
@@ -205,7 +223,7 @@ def _yaml_help(problem: str) -> str:
     if "\\t" in problem:
         return "Indent with spaces, not tabs"
     if "alias" in problem:
-        return "Write the value out; a pattern that begins with * needs quotes"
+        return "Define the anchor before it is used; a pattern that begins with * needs quotes"
     return "Check indentation, brackets and quotes there"
 
 
