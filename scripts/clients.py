@@ -1,198 +1,176 @@
-"""What other programs make of the files of this package: run where they are installed.
+"""What other programs make of this package's files, and whether `lora-inject check` foretells it.
 
-    python scripts/clients.py            # what can be imported
-    python scripts/clients.py --llama-cpp DIR   # also llama.cpp's own converter, of its sources
+    python scripts/clients.py peft mlx                # installed beside this package
+    python scripts/clients.py lorax --sources DIR     # from the program's sources
+    python scripts/clients.py vllm --only slices      # cases with this word
 
-Each line compares an output, or a tensor, of the other program with this package's. The log is
-kept in docs/clients.md.
+Each case is an adapter on a tiny model with random weights in float32. The outputs of the program
+with our file are compared with those of this package; `check` must accept a file exactly if the
+program takes it and computes the same. The last table is that of docs/clients.md. The exit code is
+1 if a verdict of `check` is wrong. `merged` is a checkpoint that `merge_checkpoint` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import subprocess
+import importlib
+import logging
+import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from importlib.metadata import version
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import programs
+import transformers
+from programs import base_model, outputs
+from programs.cases import CASES, Case, adapted, make_base
+from torch import Tensor
 
 import lora_inject as li
 
-IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.3,
-}
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RULES: dict[str, list[Any]] = {
-    "plain": LAYERS,
-    "rsLoRA": [{"match": name, "scaling": "rslora"} for name in LAYERS],
-    "unequal ranks and alphas": [
-        {"match": name, "rank": 2 + n % 3, "alpha": 1.0 + n} for n, name in enumerate(LAYERS)
-    ],
-    "head": [*LAYERS, "lm_head"],
-}
+EQUAL = 1e-3  # of log-probabilities, or of the outputs of an image model
+SUFFIX = {"gguf": ".gguf", "kohya": ".safetensors"}
+COMPONENT = {"unet": "unet", "flux": "transformer"}
+MERGED = ("plain", "unequal ranks and alphas", "tied: head", "tied: embeddings", "slices")
 
 
-def plain() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+@dataclass(frozen=True)
+class Result:
+    """What became of one file; `check` is None if it was not asked, '' if it accepts the file."""
+
+    program: str
+    layout: str
+    case: str
+    effect: float = 0.0
+    off: float | None = None
+    problem: str = ""
+    check: str | None = None
+
+    @property
+    def equal(self) -> bool:
+        return self.off is not None and self.off < EQUAL
+
+    @property
+    def wrong(self) -> bool:
+        if self.check is None:
+            return self.off is not None and not self.equal
+        return self.equal is bool(self.check)
+
+    def __str__(self) -> str:
+        did = self.problem if self.off is None else f"{self.off:.1e}"
+        said = {None: "-", "": "takes it"}.get(self.check, self.check)
+        verdict = f"**WRONG**: {said}" if self.wrong else said
+        start = f"| {self.program} | `{self.layout}` | {self.case} | {self.effect:.2f}"
+        return f"{start} | {did} | {verdict} |"
 
 
-def adapted(case: str) -> Any:
-    model = li.inject(plain(), {"rank": 4, "alpha": 6.0, "targets": RULES[case]})
-    torch.manual_seed(1)
-    for parameter in li.adapter_parameters(model).values():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def of_peft(model: Any, place: Path) -> float:
-    from peft import PeftModel
-
-    path = li.convert(li.adapter_state(model), place / "portable", "portable")
-    return difference(logits(PeftModel.from_pretrained(plain(), path)), logits(model))
-
-
-def of_mlx(model: Any, place: Path) -> float:
-    import mlx.core as mx
-    from mlx_lm.tuner.utils import load_adapters
-    from mlx_lm.utils import load_model
-
-    plain().save_pretrained(place / "base")
-    li.save_adapter(model, place / "mlx", format="mlx")
-    theirs = load_adapters(load_model(place / "base")[0], str(place / "mlx"))
-    theirs.eval()
-    return difference(torch.tensor(theirs(mx.array(IDS.numpy())).tolist()), logits(model))
-
-
-def of_torchtune(model: Any, place: Path) -> float:
-    # Its package wants an older torchao; this file of it needs torch only.
-    package = importlib.util.find_spec("torchtune")
-    assert package is not None
-    assert package.origin is not None
-    file = Path(package.origin).parent / "models/convert_weights.py"
-    spec = importlib.util.spec_from_file_location("convert_weights", file)
-    assert spec is not None
-    assert spec.loader is not None
-    theirs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(theirs)
-    li.save_adapter(model, place / "tune", format="torchtune")
-    tensors = torch.load(place / "tune/adapter_model.pt", weights_only=True)
-    found = theirs.tune_to_peft_adapter_weights(tensors, num_heads=4, num_kv_heads=2, dim=32)
-    back = li.read_adapter(place / "tune", config=model.config.to_dict(), allow_pickle=True)
-    return max(
-        difference(found[f"base_model.model.{name}.lora_{role}.weight"], getattr(site, role))
-        for name, site in back.sites.items()
-        for role in "AB"
-    )
-
-
-def of_litgpt(model: Any, place: Path) -> float:
-    import yaml
-    from litgpt.lora import GPT, Config, merge_lora_weights
-    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
-
-    li.save_adapter(model, place / "lit", format="litgpt")
-    said = yaml.safe_load((place / "lit/hyperparameters.yaml").read_text())
-    config = Config(
-        n_layer=2, n_embd=32, n_head=4, n_query_groups=2, intermediate_size=48, vocab_size=320,
-        padded_vocab_size=320, bias=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
-        rotary_percentage=1.0, parallel_residual=False, norm_eps=1e-6, block_size=64,
-        **{k: v for k, v in said.items() if k.startswith("lora_")},
-    )  # fmt: skip
-    state: dict[str, torch.Tensor] = {}
-    copy_weights_hf_llama(config, {}, state, dict(plain().state_dict()))
-    theirs = GPT(config)
-    tensors = torch.load(place / "lit/lit_model.pth.lora", weights_only=True)["model"]
-    theirs.load_state_dict({**state, **tensors}, strict=True)
-    theirs.eval()
-    with torch.no_grad():
-        live = difference(theirs(IDS), logits(model))
-        merge_lora_weights(theirs)
-        return max(live, difference(theirs(IDS), logits(model)))
-
-
-def of_llama_cpp(sources: Path) -> Callable[[Any, Path], float]:
-    """Its converter on our portable folder, against our own GGUF file."""
-
-    def run(model: Any, place: Path) -> float:
-        import gguf
-
-        plain().save_pretrained(place / "base")
-        path = li.convert(li.adapter_state(model), place / "portable", "portable")
-        converter = [sys.executable, str(sources / "convert_lora_to_gguf.py"), str(path)]
-        files = ["--base", str(place / "base"), "--outfile", str(place / "theirs.gguf")]
-        subprocess.run([*converter, *files, "--outtype", "f32"], check=True, capture_output=True)
-        li.save_adapter(model, place / "ours.gguf", format="gguf")
-        deltas = []
-        for name in ("theirs", "ours"):
-            reader = gguf.GGUFReader(place / f"{name}.gguf")
-            alpha = reader.fields["adapter.lora.alpha"].contents()
-            tensors = {t.name: torch.tensor(t.data) for t in reader.tensors}
-            pairs = {key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")}
-            deltas.append(
-                {
-                    key: alpha / len(a) * tensors[f"{key}.lora_b"] @ a
-                    for key in pairs
-                    for a in [tensors[f"{key}.lora_a"]]
-                }
-            )
-        assert deltas[0].keys() == deltas[1].keys()
-        return max(difference(deltas[0][key], deltas[1][key]) for key in deltas[0])
-
-    return run
-
-
-def difference(one: torch.Tensor, two: torch.Tensor) -> float:
-    return float((one.float() - two.float()).abs().max())
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's sources")
-    sources = parser.parse_args().llama_cpp
-    clients: dict[str, tuple[str, Callable[[Any, Path], float]]] = {
-        "peft": ("peft", of_peft),
-        "mlx-lm": ("mlx_lm", of_mlx),
-        "torchtune": ("torchtune", of_torchtune),
-        "litgpt": ("litgpt", of_litgpt),
-    }
-    print("| program | adapter | largest difference | effect of the adapter |\n|---|---|---|---|")
-    for name, (module, run) in clients.items():
-        if importlib.util.find_spec(module) is None:
-            print(f"| {name} | - | not installed | - |")
+    parser.add_argument("programs", nargs="+", help="names of files in scripts/programs")
+    parser.add_argument("--sources", type=Path, help="sources of a program that is not installed")
+    parser.add_argument("--only", default="", help="run cases with this word in their names")
+    asked = parser.parse_args()
+    programs.SOURCES = asked.sources
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = []
+    print("| program | file | adapter | effect | program | check |\n|---|---|---|---|---|---|")
+    for name in asked.programs:
+        program = importlib.import_module(f"programs.{name}")
+        for result in results(program, asked.only):
+            found.append(result)
+            print(result, flush=True)
+    print_summary(found)
+    return 1 if any(result.wrong for result in found) else 0
+
+
+def results(program: Any, only: str) -> Iterator[Result]:
+    title = program.version()
+    cases = {n: case for n, case in getattr(program, "CASES", CASES).items() if only in n}
+    for name in dict.fromkeys(case.base for case in cases.values()):
+        with tempfile.TemporaryDirectory() as place:
+            base = make_base(name, Path(place))
+            alone = Result(title, "base", name)
+            try:
+                run = program.start(base)
+                yield replace(alone, off=difference(run(None), outputs(base_model(base))))
+            except Exception as error:  # noqa: BLE001
+                yield replace(alone, problem=f"does not start: {first_line(error)}")
+                continue
+            here = {n: case for n, case in cases.items() if case.base == name}
+            for n, case in here.items():
+                yield from of_case(program, run, base, replace(alone, case=n), case)
+            for n in [n for n in here if n in MERGED and "merged" in program.FILES]:
+                merged = replace(alone, layout="merged", case=n)
+                yield replace(merged, off=of_merged(program, base, here[n]))
+
+
+def of_case(program: Any, run: Any, base: Path, alone: Result, case: Case) -> Iterator[Result]:
+    """Yield a result for each format that the program is given."""
+    model = adapted(case, base)
+    state, ours = li.adapter_state(model).to(case.dtype), outputs(model)
+    effect = difference(ours, outputs(base_model(base)))
+    for layout in [layout for layout in program.FILES if layout != "merged"]:
+        result = replace(alone, layout=layout, effect=effect)
+        path = base.parent / f"{alone.case} {layout}{SUFFIX.get(layout, '')}".replace(":", "")
+        component = {"component": COMPONENT[base.name]} if base.name in COMPONENT else {}
+        try:
+            li.convert(state, path, layout, base=base, **({} if layout == "peft" else component))
+        except li.FormatError as error:
+            yield replace(result, problem=f"not written: {first_line(error)}")
             continue
-        for case in RULES:
-            report(f"{name} {version(name)}", case, run)
-    if sources is not None:
-        for case in RULES:
-            report("llama.cpp's converter", case, of_llama_cpp(sources))
+        try:
+            result = replace(result, off=difference(run(path), ours))
+        except Exception as error:  # noqa: BLE001
+            result = replace(result, problem=f"refused: {first_line(error)}")
+        if program.CHECK is not None:
+            stops = [f for f in li.check_adapter(path, program.CHECK, base=base) if f.stops]
+            result = replace(result, check=stops[0].problem if stops else "")
+        yield result
 
 
-def report(name: str, case: str, run: Callable[[Any, Path], float]) -> None:
-    model = adapted(case)
-    effect = difference(logits(model), logits(plain()))
-    with tempfile.TemporaryDirectory() as place:
-        print(f"| {name} | {case} | {run(model, Path(place)):.1e} | {effect:.2f} |", flush=True)
+def of_merged(program: Any, base: Path, case: Case) -> float:
+    """Return how far off the program is that serves the merged checkpoint as a base."""
+    model = adapted(case, base)
+    path = base.with_name("merged")
+    shutil.rmtree(path, ignore_errors=True)
+    adapter = li.save_adapter(model, base.with_name("adapter"), overwrite=True)
+    li.merge_checkpoint(base, [adapter], path)
+    return difference(program.start(path)(None), outputs(model))
+
+
+def print_summary(found: list[Result]) -> None:
+    """Print a row for each program and format: what is equal, and what becomes of the others."""
+    print("\n| program | file | equal | largest difference | not equal |\n|---|---|---|---|---|")
+    for program, layout in dict.fromkeys((result.program, result.layout) for result in found):
+        rows = [r for r in found if (r.program, r.layout) == (program, layout)]
+        equal = [result.off for result in rows if result.equal and result.off is not None]
+        others: dict[str, list[str]] = {}
+        for result in rows:
+            if not result.equal:
+                kind = result.problem.partition(":")[0] or "computed otherwise"
+                shown = "" if result.off is None else f" ({result.off:.2g})"
+                others.setdefault(kind, []).append(result.case + shown)
+        said = "; ".join(f"{kind}: {', '.join(cases)}" for kind, cases in others.items())
+        worst = f"{max(equal):.1e}" if equal else "-"
+        print(f"| {program} | `{layout}` | {len(equal)} of {len(rows)} | {worst} | {said} |")
+
+
+def first_line(error: BaseException) -> str:
+    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return re.sub(r"(to|of) '[^']*/", r"\1 '", text).replace("|", "/")[:140]
+
+
+def difference(one: Tensor, two: Tensor) -> float:
+    return float((one.double() - two.double()).abs().max())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

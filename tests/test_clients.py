@@ -25,31 +25,41 @@ FC = KIND_SPECS["linear"]
 
 def layer(n: int, name: str, **numbers: Any) -> SiteSpec:
     site = f"model.layers.{n}.self_attn.{name}"
+    numbers = {"rank": 8, "alpha": 16.0, **numbers}
     return dataclasses.replace(FC.at(site, f"{site}.weight"), **numbers)
 
 
 PLAIN = [layer(n, name) for n in (0, 1) for name in ("q_proj", "v_proj")]
+EMBEDDING = dataclasses.replace(KIND_SPECS["embedding"], rank=8, alpha=16.0)
 STATES: dict[str, Any] = {
     "plain": make_state(*PLAIN),
     "rslora": make_state(*(dataclasses.replace(spec, scaling="rslora") for spec in PLAIN)),
-    "one alpha differs": make_state(*PLAIN[:-1], layer(1, "v_proj", alpha=16.0)),
-    "one rank differs": make_state(*PLAIN[:-1], layer(1, "v_proj", rank=4, alpha=8.0)),
+    "one alpha differs": make_state(*PLAIN[:-1], layer(1, "v_proj", alpha=8.0)),
+    "one rank differs": make_state(*PLAIN[:-1], layer(1, "v_proj", rank=16, alpha=32.0)),
     "one layer only": make_state(*PLAIN[:2], layer(1, "q_proj")),
     "q without v": make_state(layer(0, "q_proj")),
+    "v without q": make_state(layer(0, "v_proj")),
+    "up without gate": make_state(layer(0, "up_proj")),
+    "an embedding": make_state(*PLAIN, EMBEDDING),
     "a norm": make_state(*PLAIN, trained={"model.norm.weight": torch.ones(3)}),
     "a head": make_state(*PLAIN, trained={"score.weight": torch.ones(3)}),
-    "rank 24": make_state(layer(0, "v_proj", rank=24, alpha=48.0)),
+    "rank 4": make_state(*(dataclasses.replace(spec, rank=4, alpha=8.0) for spec in PLAIN)),
+    "rank 24": make_state(*(dataclasses.replace(spec, rank=24, alpha=48.0) for spec in PLAIN)),
 }
-TAKEN = {
+TAKEN = {  # scripts/clients.py has the programs themselves say it
     "plain": {"vllm", "sglang", "llama.cpp", "lorax", "peft", "diffusers"},
     "rslora": {"vllm", "lorax", "peft", "diffusers"},
     "one alpha differs": {"vllm", "peft", "diffusers"},
-    "one rank differs": {"vllm", "sglang", "peft", "diffusers"},  # alpha / r is the others' too
-    "one layer only": {"vllm", "sglang", "llama.cpp", "peft", "diffusers"},
+    "one rank differs": {"vllm", "peft", "diffusers"},
+    "one layer only": {"vllm", "llama.cpp", "peft", "diffusers"},
     "q without v": {"vllm", "llama.cpp", "peft", "diffusers", "lorax"},
-    "a norm": {"peft"},
-    "a head": {"vllm", "peft"},
-    "rank 24": {"vllm", "sglang", "llama.cpp", "lorax", "peft", "diffusers"},
+    "v without q": {"vllm", "llama.cpp", "peft", "diffusers", "lorax"},
+    "up without gate": {"vllm", "llama.cpp", "peft", "diffusers", "lorax"},
+    "an embedding": {"vllm", "sglang", "llama.cpp", "peft", "diffusers"},
+    "a norm": {"peft", "diffusers"},
+    "a head": {"vllm", "peft", "diffusers"},
+    "rank 4": {"vllm", "sglang", "llama.cpp", "peft", "diffusers"},
+    "rank 24": {"vllm", "sglang", "llama.cpp", "peft", "diffusers"},
 }
 
 
@@ -122,6 +132,71 @@ def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     (found,) = li.check_adapter(path, "mlx", base=tmp_path / "base")
     assert found.stops
     assert "no module 'model.layers.0.self_attn.v_porj'" in found.problem
+
+
+@pytest.mark.parametrize(
+    ("client", "fix"), [("sglang", "--to vllm"), ("lorax", "lora-inject merge")]
+)
+def test_stacks_of_experts_are_refused(client: str, fix: str, tmp_path: Path) -> None:
+    stack = FC.at("model.layers.0.mlp.experts", "model.layers.0.mlp.experts.weight")
+    path = write_adapter(make_state(dataclasses.replace(stack, rank=8, alpha=16.0)), tmp_path / "a")
+    found = li.check_adapter(path, client)
+    assert any(
+        f.stops and "'model.layers.0.mlp.experts'" in f.problem and fix in f.fix for f in found
+    )
+
+
+@pytest.mark.parametrize(
+    ("client", "layout", "changes", "words"),
+    [
+        ("mlx", "mlx", {"tie_word_embeddings": True}, "a tied head"),
+        ("lorax", "peft", {"model_type": "phi3"}, "no LoRA for 'lm_head'"),
+    ],
+)
+def test_heads_that_a_program_has_no_adapter_for(
+    client: str, layout: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    state = make_state(dataclasses.replace(FC.at("lm_head", "lm_head.weight"), rank=8, alpha=16.0))
+    path = write_adapter(state, tmp_path / "a", layout)
+    assert not li.check_adapter(path, client, base=tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, **changes}))
+    (found,) = li.check_adapter(path, client, base=tmp_path / "base")
+    assert found.stops
+    assert words in found.problem
+
+
+def in_image_model(name: str, **numbers: Any) -> SiteSpec:
+    return dataclasses.replace(FC.at(name, f"{name}.weight"), **numbers)
+
+
+TO_OUT = "down_blocks.0.attn1.to_out.0"
+
+
+@pytest.mark.parametrize(
+    ("client", "layout", "component", "sites", "stops"),
+    [
+        ("comfyui", "diffusers", "unet", [TO_OUT], True),  # it knows .processor.to_out_lora only
+        ("comfyui", "diffusers", "unet", ["down_blocks.0.ff.net.2"], False),
+        ("comfyui", "diffusers", "transformer", ["transformer_blocks.0.attn.to_q"], False),
+        ("comfyui", "kohya", "unet", [TO_OUT], False),
+        ("comfyui", "kohya", "unet", ["transformer_blocks.0.attn.to_q"], True),
+        ("comfyui", "kohya", "transformer", ["transformer_blocks.0.attn.to_q"], False),
+        ("diffusers", "kohya", "unet", [TO_OUT, "mid_block.proj"], False),
+        ("diffusers", "kohya", "unet", [TO_OUT, "mid_block.of another alpha"], True),
+        ("diffusers", "kohya", "transformer", ["transformer_blocks.0.attn.to_q"], False),
+        ("diffusers", "kohya", "transformer", ["transformer_blocks.0.ff.net.2"], True),
+    ],
+)
+def test_files_of_image_models(
+    client: str, layout: str, component: str, sites: list[str], stops: bool, tmp_path: Path
+) -> None:
+    specs = [in_image_model(name, alpha=1.0 if "alpha" in name else 4.0) for name in sites]
+    path = tmp_path / "a.safetensors"
+    write_adapter(make_state(*specs), path, layout, component=component)
+    assert any(finding.stops for finding in li.check_adapter(path, client)) is stops
 
 
 def test_tokens_beside_an_adapter_are_noted_for_sglang(tmp_path: Path) -> None:

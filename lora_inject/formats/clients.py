@@ -1,8 +1,8 @@
 """Checks of adapter files for programs that load them.
 
-Each program is one function of the config and of the names and shapes of the tensors. It reads no
-values. Anything that the program would refuse, ignore or scale differently is a finding with a
-remedy.
+Each program is one function of the config and of the names and shapes of the tensors. Of values it
+reads only alphas. Anything that the program would refuse, ignore or scale differently is a finding
+with a remedy. `scripts/clients.py` runs the programs themselves and compares.
 
 Sources: vLLM 0.33, lora/peft_helper.py, lora/lora_model.py, lora/utils.py; SGLang 0.5.23,
 srt/lora/lora_config.py, lora.py, utils.py; llama.cpp, convert_lora_to_gguf.py,
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.errors import FormatError, nearest
-from lora_inject.formats import detected, mlx
+from lora_inject.formats import detected, diffusers, mlx
 from lora_inject.formats.base_config import text_config
 from lora_inject.formats.checks import one_line
 from lora_inject.formats.gguf_file import FAMILIES
@@ -30,14 +30,17 @@ from lora_inject.formats.peft.number_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.storage.safetensors_file import read_header
 from lora_inject.storage.strict_json import read_json
+from lora_inject.storage.tensors import read_names, read_tensors
 
 CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"
 MERGE = "Fold it into the base with `lora-inject merge` and serve the result"
 _PAIR = {
-    "peft": re.compile(r"(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?"),
-    "mlx": re.compile(r"(.+?)\.lora_([ab])"),
+    "peft": re.compile(r"(.+?)\.lora_(embedding_)?([AB])(?:\.weight)?"),
+    "mlx": re.compile(r"(.+?)\.lora_()([ab])"),
 }
+NO_HEAD = ("gemma", "gemma2", "mixtral", "phi3", "solar")
+_BLOCK = r"(single_)?transformer_blocks_\d+_"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -65,7 +68,8 @@ class Files:
     """An adapter's files and, if known, the names of the base's modules and its config.
 
     For PEFT's and mlx-lm's folders `pairs` has the shapes of A and B by module, with None for a
-    missing one, and `others` has the names of all other tensors.
+    missing one, `embeddings` the modules whose keys say that they are embeddings, and `others` the
+    names of all other tensors.
     """
 
     path: Path
@@ -74,6 +78,7 @@ class Files:
     base: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     pairs: Mapping[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    embeddings: Collection[str] = ()
     others: tuple[str, ...] = ()
     unprefixed: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -128,18 +133,21 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
         raise FormatError(f"{asked}, {CONFIG}", "it is not a table of fields", "Fetch it again")
     header = read_header(path / file, FormatError)
     pairs: dict[str, list[Shape]] = {}
-    others = []
+    embeddings, others = set(), []
     for key, entry in header.tensors.items():
         match = _PAIR[layout].fullmatch(key.removeprefix(PREFIX))
         if match is None:
             others.append(key.removeprefix(PREFIX))
         else:
-            pairs.setdefault(match[1], [None, None])[match[2] in "Bb"] = entry.shape
+            pairs.setdefault(match[1], [None, None])[match[3] in "Bb"] = entry.shape
+            if match[2]:
+                embeddings.add(match[1])
     if layout == "peft" and (pairs or config.get("peft_type") == "LORA"):
         _check_config(config, f"{asked}, {CONFIG}")
     return {
         "config": config,
         "pairs": {name: (a, b) for name, (a, b) in pairs.items()},
+        "embeddings": embeddings,
         "others": tuple(others),
         "unprefixed": tuple(key for key in header.tensors if not key.startswith(PREFIX)),
         "metadata": header.metadata or {},
@@ -299,12 +307,31 @@ def _sglang(files: Files) -> Findings:
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield Finding("SGLang reads 'target_modules' as a list, and it is a regex", PORTABLE)
-    parts = {name.rpartition(".")[2] for name in files.pairs}
-    if parts & {"q_proj", "k_proj"} and "v_proj" not in parts:
-        yield Finding(
-            "SGLang packs q, k and v, and can fill in k only: v_proj has no update",
-            "Train v_proj too, or fold it into the base (lora-inject merge)",
-        )
+    unequal = {n: rank for n, rank in files.ranks.items() if rank != files.config["r"]}
+    if unequal:
+        found = f"SGLang refuses ranks other than 'r', which is {files.config['r']}"
+        yield Finding(f"{found}: {one_line(unequal)}", PORTABLE)
+    stacks = [name for name in files.pairs if re.search(r"\.experts(\.base_layer)?$", name)]
+    if stacks:
+        fix = f"For single experts: {CONVERT}vllm --base BASE`"
+        yield Finding(f"SGLang refuses stacks of experts: {one_line(stacks)}", fix)
+    there: dict[str, set[str]] = {}
+    for name in files.pairs:
+        place, _, part = name.rpartition(".")
+        there.setdefault(place, set()).add(part)
+    for needed, packed in (({"q_proj", "v_proj"}, {"k_proj"}), ({"gate_proj"}, {"up_proj"})):
+        lost = [
+            f"{place}.{part}"
+            for place, parts in there.items()
+            if parts & (needed | packed)
+            for part in sorted(needed - parts)
+        ]
+        if lost:
+            names = " and ".join(sorted(needed | packed))
+            yield Finding(
+                f"SGLang packs {names}, and there is no update of {one_line(lost)}",
+                "Train these layers too, or fold the adapter into the base (lora-inject merge)",
+            )
     if (files.path / "added_tokens.json").exists():
         found = "SGLang refuses an added_tokens.json with numbers beyond the base's vocabulary"
         yield Finding(found, "Leave the file out if the base has these tokens", stops=False)
@@ -333,8 +360,19 @@ def _lorax(files: Files) -> Findings:
     yield from _prefixed(files, "LoRAX")
     scale = files.scale(files.config["r"])
     yield from _scaled(files, "LoRAX", lambda _: scale)
-    if len(set(files.ranks.values())) > 1:
-        yield Finding("LoRAX stacks the layers, which have unequal ranks", PORTABLE)
+    ranks = sorted({files.config["r"], *files.ranks.values()})
+    good = _padded(ranks[-1])
+    if ranks != [good]:
+        yield Finding(
+            "LoRAX pads ranks to 8 or a multiple of 16, and the padded rank of a layer scales the "
+            f"layers that it loads later. Here the ranks are {one_line(map(str, ranks))}",
+            f"{CONVERT}portable --rank {good}`",
+        )
+    ignored = [n for n in files.pairs if n in files.embeddings or re.search(r"\.experts\b", n)]
+    if files.base.get("model_type") in NO_HEAD:
+        ignored += [name for name in files.pairs if name == "lm_head"]
+    if ignored:
+        yield Finding(f"LoRAX has no LoRA for {one_line(ignored)} and ignores it", MERGE)
     layers: dict[str, set[int]] = {}
     for name in files.pairs:
         if found := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name):
@@ -346,6 +384,10 @@ def _lorax(files: Files) -> Findings:
             f"LoRAX drops a module that some layers lack from all: {one_line(partial)}",
             "Adapt all layers, or fold it into the base (lora-inject merge)",
         )
+
+
+def _padded(rank: int) -> int:
+    return 8 if rank <= 8 else -(-rank // 16) * 16
 
 
 def _peft(files: Files) -> Findings:
@@ -361,32 +403,53 @@ def _diffusers(files: Files) -> Findings:
     fix = f"{CONVERT}diffusers --component unet`"
     if files.layout == "peft":
         yield from _halves(files)
-        yield from _full(files, "diffusers", "ignores")
+        known = (".weight", ".bias", ".lora_magnitude_vector")
+        yield from _full(files, "diffusers", "ignores", known)
         if "lora_adapter_metadata" not in files.metadata:
             client = "diffusers (which reads no adapter_config.json)"
             yield from _scaled(files, client, lambda _: 1.0, fix)
         options = f'prefix="{PREFIX[:-1]}", weight_name="{MODEL}"'
         load = f"Load it with model.load_lora_adapter(path, {options})"
         yield Finding("it is a PEFT folder", load, stops=False)
-    elif files.layout not in ("diffusers", "kohya"):
+    elif files.layout == "kohya":
+        tensors = read_tensors(files.path, on_disk=True)[0]
+        unet = {n: float(t) for n, t in tensors.items() if re.match(r"lora_unet_.*\.alpha", n)}
+        lost = [name for name in unet if "_to_out_" in name]
+        if lost and len({*unet.values()}) > 1:
+            found = f"diffusers loses alphas of attention where alphas differ: {one_line(lost)}"
+            yield Finding(found, fix)
+        strange = [n for n in tensors if re.match(rf"lora_transformer_{_BLOCK}(?!attn_)", n)]
+        if strange:
+            found = "diffusers reads only attention of a transformer's blocks in kohya files"
+            yield Finding(f"{found}: {one_line(strange)}", f"{CONVERT}diffusers`")
+    elif files.layout != "diffusers":
         yield Finding(f"diffusers does not read the format '{files.layout}'", fix)
 
 
 def _comfyui(files: Files) -> Findings:
-    fix = f"{CONVERT}kohya --component unet`"
-    if files.layout == "diffusers":
+    fix = f"{CONVERT}kohya --component unet` (transformer for Flux and SD3)"
+    if files.layout not in ("diffusers", "kohya"):
+        yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
+        return
+    file = files.path / diffusers.FILE if files.path.is_dir() else files.path
+    names = read_names(file)[0]
+    new, bare = r"unet\..*\.to_(q|k|v|out\.0)\.lora_[AB]\.weight", rf"lora_unet_{_BLOCK}"
+    lost = [name for name in names if re.fullmatch(new, name) or re.match(bare, name)]
+    if lost:
+        yield Finding(f"ComfyUI does not know these names and ignores them: {one_line(lost)}", fix)
+    elif files.layout == "diffusers":
         yield Finding(
             "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read",
             f"{fix}, unless it was written by this package, which folds scales into B",
             stops=False,
         )
-    elif files.layout != "kohya":
-        yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
 
 
 def _mlx(files: Files) -> Findings:
     if files.layout == "mlx":
         yield from _names(files)
+        if files.base.get("tie_word_embeddings") and "lm_head" in files.pairs:
+            yield Finding("mlx-lm refuses an adapter of a tied head", MERGE)
     else:
         found = f"mlx-lm reads {mlx.FILE}, and this has the format '{files.layout}'"
         yield Finding(found, f"{CONVERT}mlx`")

@@ -73,7 +73,7 @@ def write(
     """Write an adapter of linear layers and convolutions of one component of a pipeline.
 
     `component` says which: `unet`, `te` (text encoder), `te1` and `te2` (of SDXL), `te3`,
-    `transformer`. ComfyUI calls every diffusion model `unet`. Alphas are float32.
+    `transformer` (Flux and SD3, for ComfyUI too). Alphas are float32.
     """
     asked = f"write kohya adapter to '{path}'"
     if path.suffix != ".safetensors":
