@@ -135,7 +135,7 @@ def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("client", "fix"), [("sglang", "--to vllm"), ("lorax", "lora-inject merge")]
+    ("client", "fix"), [("sglang", "--to vllm"), ("lorax", "merge"), ("llama.cpp", "merge")]
 )
 def test_stacks_of_experts_are_refused(client: str, fix: str, tmp_path: Path) -> None:
     stack = FC.at("model.layers.0.mlp.experts", "model.layers.0.mlp.experts.weight")

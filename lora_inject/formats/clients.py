@@ -260,6 +260,12 @@ def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ()) -
         yield Finding(f"{client} {does} tensors that are not A or B: {one_line(stray)}", MERGE)
 
 
+def _stacks(files: Files, client: str, fix: str) -> Findings:
+    stacks = [name for name in files.pairs if re.search(r"\.experts(\.base_layer)?$", name)]
+    if stacks:
+        yield Finding(f"{client} refuses stacks of experts: {one_line(stacks)}", fix)
+
+
 def _prefixed(files: Files, client: str) -> Findings:
     if files.unprefixed:
         found = f"{client} finds no key without '{PREFIX}': {one_line(files.unprefixed)}"
@@ -311,10 +317,7 @@ def _sglang(files: Files) -> Findings:
     if unequal:
         found = f"SGLang refuses ranks other than 'r', which is {files.config['r']}"
         yield Finding(f"{found}: {one_line(unequal)}", PORTABLE)
-    stacks = [name for name in files.pairs if re.search(r"\.experts(\.base_layer)?$", name)]
-    if stacks:
-        fix = f"For single experts: {CONVERT}vllm --base BASE`"
-        yield Finding(f"SGLang refuses stacks of experts: {one_line(stacks)}", fix)
+    yield from _stacks(files, "SGLang", f"For single experts: {CONVERT}vllm --base BASE`")
     there: dict[str, set[str]] = {}
     for name in files.pairs:
         place, _, part = name.rpartition(".")
@@ -344,6 +347,7 @@ def _llama_cpp(files: Files) -> Findings:
     stray = [k for k in files.others if k not in norms and not k.endswith(".base_layer.weight")]
     if stray:
         yield Finding(f"llama.cpp's converter stops at {one_line(stray)}", MERGE)
+    yield from _stacks(files, "llama.cpp's converter", MERGE)
     fix = f"{CONVERT}gguf --base BASE`"
     yield from _scaled(files, "llama.cpp", lambda rank: files.scale(rank, rslora=False), fix)
     tied = files.base.get("tie_word_embeddings")
