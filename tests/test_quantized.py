@@ -148,6 +148,23 @@ class QLinear(QModuleMixin, nn.Linear):
         return nn.functional.linear(x, self.weight.dequantize(), self.bias)
 
 
+def gptq(plain: nn.Linear) -> nn.Module:
+    """A layer of gptqmodel with symmetric codes, where that is installed."""
+    if (kernels := found("gptqmodel.nn_modules.qlinear.torch")) is None:
+        return TorchLinear(plain)
+    layer: Any = kernels.TorchLinear(
+        bits=4, group_size=plain.in_features, sym=True, desc_act=False, bias=True,
+        in_features=plain.in_features, out_features=plain.out_features,
+    )  # fmt: skip
+    like = TorchLinear(plain)
+    layer.qweight, layer.bias = like.qweight, like.bias
+    layer.scales = like.scales[None].to(torch.float16)
+    layer.qzeros.fill_(-0x77777778)  # eight times 8
+    layer.optimized = True  # nothing is compiled
+    layer.post_init()
+    return layer
+
+
 def replaced(make: Callable[[Any], nn.Module], seed: int) -> nn.Module:
     net = plain_net(seed=seed)
     net[0], net[2] = make(net[0]), make(net[2])
@@ -211,7 +228,7 @@ def compressed_tensors(seed: int) -> nn.Module:
 
 FORMATS: dict[str, Callable[..., nn.Module]] = {
     "compressed-tensors": lambda seed=0: compressed_tensors(seed),
-    "gptq": lambda seed=0: replaced(TorchLinear, seed),
+    "gptq": lambda seed=0: replaced(gptq, seed),
     "hqq": lambda seed=0: replaced(hqq, seed),
     "quanto int8": lambda seed=0: quanto("qint8", seed),
     "torchao int8": lambda seed=0: torchao("Int8WeightOnlyConfig", seed),
@@ -225,7 +242,7 @@ FORMATS: dict[str, Callable[..., nn.Module]] = {
 every = pytest.mark.parametrize("form", FORMATS)
 PACKED = [form for form in FORMATS if form != "compressed-tensors"]  # which unpacks its weights
 packed = pytest.mark.parametrize("form", PACKED)
-DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes", "hqq"))]
+DENSE = [form for form in FORMATS if form.startswith(("torchao", "bitsandbytes", "hqq", "gptq"))]
 some = pytest.mark.parametrize("form", DENSE)
 SENT = ["quanto int8", *DENSE]
 pytestmark = [
@@ -357,8 +374,7 @@ def test_merging_is_refused_and_the_way_out_named(form: str) -> None:
     way_out = r"dequantize=\"bfloat16\"" if form in SENT else "in 16 bits"
     refusals: list[tuple[dict[str, Any], str]] = [({}, way_out), ({"undo": False}, way_out)]
     if form not in DENSE:
-        words = "is not supported" if form == "gptq" else "in 16 bits"
-        refusals.append(({"dequantize": "float32"}, words))
+        refusals.append(({"dequantize": "float32"}, "in 16 bits"))
     if not form.startswith("bitsandbytes"):
         refusals.append(({"requantize": True}, "in 16 bits"))
     for options, words in refusals:
@@ -586,3 +602,25 @@ def test_float8_layers_of_transformers_merge_into_plain_floats(block: Any) -> No
     x = torch.randn(3, N)
     y = (x.double() @ wanted[0].t() + net[0].bias) @ wanted[1].t() + net[1].bias
     assert error(net(x), y) < 1e-5
+
+
+def test_a_kernel_for_inference_lets_no_adapter_train() -> None:
+    """As gptqmodel states it of Marlin and others, which hand no gradient to their input."""
+    kernel = type("MarlinLinear", (TorchLinear,), {"SUPPORTS_TRAINING": False})
+    net = replaced(kernel, 0)
+    with pytest.raises(li.LayerError, match=r"MarlinLinear is a kernel for inf.*auto_trainable"):
+        li.inject(net, config("0"))
+    trained = fill(li.inject(replaced(TorchLinear, 0), config("0")))
+    li.install(net, li.adapter_state(trained), base="any")  # to serve
+
+
+def test_a_packed_layer_that_is_not_linear_is_not_dequantized() -> None:
+    class Prepacked(TorchLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1  # a bias of its own
+
+    net = fill(li.inject(replaced(Prepacked, 0), config("0")))
+    held = layer_state(net)
+    with pytest.raises(li.LayerError, match="it makes no zero of zero"):
+        li.merge(net, dequantize="float32")
+    assert layer_state(net) == held

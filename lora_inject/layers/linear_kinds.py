@@ -56,12 +56,12 @@ class LoRALinear(ForwardUpdate):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         """Return whether the module is an `nn.Linear`, or a packed layer that stands for one."""
-        return isinstance(module, nn.Linear) or _packed(type(module)) is not None
+        return isinstance(module, nn.Linear) or packed_weight(type(module)) is not None
 
     @classmethod
     def weight_of(cls, module: nn.Module) -> str:
         """Return the name of the weight, or of what is packed in its place."""
-        return _packed(type(module)) or cls.weight_name
+        return packed_weight(type(module)) or cls.weight_name
 
     @staticmethod
     def geometry(module: Any) -> Geometry:
@@ -78,7 +78,11 @@ class LoRALinear(ForwardUpdate):
     def adds_to_output(cls, module: nn.Module) -> bool:
         """Return whether the layer is stock, or known to multiply by its weight."""
         plain = plain_class(type(module))
-        return cls.stock(plain) or _defines_forward(plain) in MULTIPLY or _packed(plain) is not None
+        return (
+            cls.stock(plain)
+            or _defines_forward(plain) in MULTIPLY
+            or packed_weight(plain) is not None
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the layer with the adapters that take part: by rows, with a gain, or as a sum.
@@ -240,7 +244,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if lowers else x.dtype
 
 
-def _packed(cls: type) -> str | None:
+def packed_weight(cls: type) -> str | None:
     """Return the name of the packed weight of a layer that is not an nn.Linear."""
     if issubclass(cls, nn.Linear):
         return None

@@ -97,7 +97,7 @@ class Survey:
 
     def holders(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
         """Return who holds a base parameter, or one of the same memory; if several, it is tied."""
-        return list(self._holders[memory_of(parameter)])
+        return list(self._holders.get(memory_of(parameter), ()))  # none of a packed buffer
 
     @cached_property
     def _holders(self) -> dict[Hashable, list[tuple[nn.Module, str]]]:

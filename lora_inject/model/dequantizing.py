@@ -20,6 +20,7 @@ from lora_inject.errors import LayerError
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.class_swap import change_plain_class
+from lora_inject.layers.linear_kinds import packed_weight
 from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Survey, base_parameters, base_tensor
 
@@ -28,6 +29,8 @@ _BITSANDBYTES = "bitsandbytes.nn.modules"
 _FP8 = ("transformers.integrations.finegrained_fp8", "FP8Linear")
 # What transformers leaves on a quantized model and on its config.
 _ON_MODEL = ("hf_quantizer", "is_quantized", "quantization_method")
+# Attributes that others leave on a layer, whatever its class: hooks, adapters.
+_KEPT = ("forward", "_lora", "_hf_", "_old_forward", "_is_")
 _ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
 
 
@@ -54,6 +57,8 @@ def why_not_dense(module: nn.Module, weight: Tensor, *, again: bool) -> str | No
 
 def _kind(module: nn.Module, weight: Tensor) -> str | None:
     plain, cls = plain_class(type(module)), type(weight)
+    if packed_weight(plain) in module._buffers:  # GPTQ and AWQ: each kernel packs in its own way
+        return "measured"
     if (plain.__module__, plain.__qualname__) == _FP8 and weight.element_size() == 1:
         return "float8"
     if cls.__module__ == _BITSANDBYTES:
@@ -75,7 +80,9 @@ def dense(module: nn.Module, weight: Tensor) -> Tensor:
     held: Any = weight
     layer: Any = module
     kind = _kind(module, weight)
-    if kind in ("tensor", "layer"):
+    if kind == "measured":
+        values = _measured(layer)
+    elif kind in ("tensor", "layer"):
         values = held.dequantize() if kind == "tensor" else layer.dequantize()
     elif kind == "4-bit":
         from bitsandbytes.functional import dequantize_4bit
@@ -92,8 +99,34 @@ def dense(module: nn.Module, weight: Tensor) -> Tensor:
     else:
         rows: Any = _row_scales(module, weight)
         values = held.data.float() * (rows.float() / 127)[:, None]
-    found: Tensor = values.to(torch.float32)
+    found: Tensor = values.to(torch.float32).contiguous()
     return found
+
+
+def _measured(layer: Any) -> Tensor:
+    """Return the values of a packed layer `(out, in)`, by what it makes of unit vectors.
+
+    That is exact: each output is a sum of one value and zeros.
+    """
+    scales, buffers = getattr(layer, "scales", None), layer._buffers
+    dtype = scales.dtype if isinstance(scales, Tensor) else torch.float16
+    plain: Any = plain_class(type(layer))
+    bias, columns, n = buffers.get("bias"), [], layer.in_features
+    if bias is not None:
+        buffers["bias"] = torch.zeros_like(bias)
+    try:
+        for start in range(0, n, 1024):
+            size = min(1024, n - start)  # and a row of zeros
+            rows = torch.zeros(size + 1, n, dtype=dtype, device=buffers["qweight"].device)
+            rows[:size, start : start + size].fill_diagonal_(1)
+            columns.append(plain.forward(layer, rows))
+    finally:
+        if bias is not None:
+            buffers["bias"] = bias
+    if any(rows[-1].any() for rows in columns):
+        asked, found = f"dequantizing a {type(layer).__name__}", "it makes no zero of zero"
+        raise LayerError(asked, found, "Load the adapter onto the base in 16 bits and merge there")
+    return torch.cat([rows[:-1] for rows in columns]).t()
 
 
 @torch.no_grad()
@@ -120,6 +153,8 @@ def quantized_again(module: nn.Module, weight: Tensor, values: Tensor) -> nn.Par
 def quantized_weights(survey: Survey) -> Iterator[tuple[nn.Module, str]]:
     """Yield every layer that holds a quantized weight of a library, and the weight's name."""
     for _, module in survey.modules:
+        if (name := packed_weight(plain_class(type(module)))) and name in module._buffers:
+            yield module, name
         for key, weight in survey.own[id(module)].items():
             packed = type(weight) is not nn.Parameter or _kind(module, weight) is not None
             if packed and is_quantized(weight):
@@ -157,13 +192,15 @@ class Layer:
     plain: type[nn.Module]
     attributes: dict[str, Any]
     parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Tensor | None]
 
     def put_back(self) -> None:
-        """Give the layer its own class, attributes and Parameters back."""
+        """Give the layer its own class, attributes, Parameters and buffers back."""
         change_plain_class(self.module, self.plain)
         self.module.__dict__.update(self.attributes)
         self.module._parameters.clear()
         self.module._parameters.update(self.parameters)
+        self.module._buffers.update(self.buffers)
 
 
 def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
@@ -172,8 +209,8 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
     With a plain one it becomes an `nn.Linear`, whose Parameters are `weight` and `bias`.
     """
     plain, own = plain_class(type(module)), module.__dict__
-    before = Layer(module, plain, {}, dict(module._parameters))
-    if isinstance(module._parameters[key], PackedExperts):
+    before = Layer(module, plain, {}, dict(module._parameters), dict(module._buffers))
+    if isinstance(base_tensor(module, key), PackedExperts):
         module._parameters[key] = weight
         return before
     if type(weight) is not nn.Parameter:  # in the same format
@@ -192,10 +229,11 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
         with torch.device("meta"):
             alone = plain(1, 1).__dict__.keys() - common
     elif changes:
-        alone = {name for name in own if not name.startswith("_")} - common - {"forward"}
+        alone = {name for name in own if not name.startswith(_KEPT)} - common
     base = base_parameters(module)
     adapters = {name: p for name, p in module._parameters.items() if name not in base}
-    bias = own["bias"] if "bias" in alone else module._parameters.get("bias")
+    held: dict[str, Any] = {**before.buffers, **before.parameters}
+    bias = own["bias"] if "bias" in alone else held.get("bias")
     if bias is not None and (type(bias) is Tensor or bias.dtype != weight.dtype):
         bias = nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
     if changes:
@@ -203,6 +241,8 @@ def replace_weight(module: nn.Module, key: str, weight: nn.Parameter) -> Layer:
     before.attributes = {name: own.pop(name) for name in sorted(alone & own.keys())}
     module._parameters.clear()
     module._parameters.update({"weight": weight, "bias": bias, **adapters})
+    if changes:
+        module._buffers.clear()
     return before
 
 

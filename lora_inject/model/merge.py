@@ -89,7 +89,7 @@ def merge(
     """Fold `scale * B @ A` of the active adapters into the frozen weights, rounding once.
 
     Quantized weights are merged into on request only: bitsandbytes' NF4, FP4 and int8, and, to
-    plain floats only, those of torchao, HQQ and transformers' `FP8Linear`.
+    plain floats only, those of torchao, HQQ, GPTQ and AWQ (gptqmodel), and `FP8Linear`.
 
     Args:
         model: The injected root.

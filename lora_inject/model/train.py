@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError, StateError, check_type
+from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Entry
+from lora_inject.layers.linear_kinds import packed_weight
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
@@ -89,12 +91,22 @@ def _dead(survey: Survey) -> Iterator[tuple[str, str, str]]:
         if any(getattr(scheme, each, None) is not None for each in acts):
             remedy = "Load the base with CompressedTensorsConfig(dequantize=True)"
             yield name, f"{type(module).__name__} quantizes activations as it runs", remedy
+        kernel = plain_class(type(module))
+        if packed_weight(kernel) and not _trains(kernel):
+            remedy = 'Load the base with a kernel that trains (backend="auto_trainable")'
+            yield name, f"{kernel.__name__} is a kernel for inference", remedy
         if isinstance(module, mxfp4):
-            remedy = (
-                "Load the base within lora_inject.packed_experts(), which keeps the experts in "
-            )
-            remedy += "4 bits, or with Mxfp4Config(dequantize=True)"
+            remedy = "Load the base within lora_inject.packed_experts(), which keeps 4 bits, "
+            remedy += "or with Mxfp4Config(dequantize=True)"
             yield name, "experts compute in MXFP4 by kernels for inference", remedy
+
+
+def _trains(kernel: Any) -> bool:
+    """Whether a layer hands a gradient to its input, as gptqmodel states it of its kernels."""
+    stated = (
+        getattr(kernel, f"SUPPORTS_TRAINING{each}", None) for each in ("", "_USE_TORCH_KERNEL")
+    )
+    return any(stated) or not hasattr(kernel, "SUPPORTS_TRAINING")
 
 
 def trainable_tensors(
