@@ -59,6 +59,10 @@ def work(rank: int, stage: int, port: int, out: str) -> None:
         engine.step()
     with deepspeed.zero.GatheredParameters(list(net.parameters()), enabled=stage == 3):
         torch.save(values(net), f"{out}.{rank}")
+    for late in (net, engine):  # its optimizer would not know the adapter
+        with pytest.raises(li.LayerError, match="Inject"):
+            li.inject(late, {"rank": 2, "targets": [r"(.*\.)?0"]}, "late")
+    torch.distributed.destroy_process_group()  # a group that lives on may abort its process
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -278,22 +278,10 @@ def held_by(module: nn.Module) -> Mapping[str, Any]:
     """Return a module's parameters by name; DataParallel keeps those of a replica elsewhere."""
     own = module.__dict__
     found: Mapping[str, Any] = own.get("_former_parameters") or own["_parameters"]
-    if "_is_fsdp_managed_module" in own:
-        _refuse_views(module, own, found)
+    if "_is_fsdp_managed_module" in own:  # gathered by FSDP1: views beside the parameters
+        views = {n: own[n] for e in own["_lora"].entries() for n in e.names.values() if n in own}
+        return {**found, **views}
     return found
-
-
-def _refuse_views(module: nn.Module, own: Mapping[str, Any], held: Mapping[str, Any]) -> None:
-    """Raise in a forward of FSDP1: other attributes hold what the parameters will be."""
-    attached = attached_to(module)
-    for entry in attached.entries() if attached is not None else ():
-        name = next((n for n in entry.names.values() if n not in held or n in own), None)
-        if name is not None:
-            raise LayerError(
-                f"a forward of a {type(module).__name__} in FullyShardedDataParallel",
-                f"it has put a view in the place of the adapter's parameter {name!r}",
-                "Inject first and shard with fully_shard (FSDP2), or use DistributedDataParallel",
-            )
 
 
 def saving_hooks() -> Any:

@@ -8,6 +8,7 @@ thread and for submodules that are called directly.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,9 @@ from lora_inject.errors import LayerError
 
 _CALL = nn.Module._call_impl.__code__
 _FUSING = {f.__code__ for f in (fusion.fuse_conv_bn_eval, fusion.fuse_linear_bn_eval)}
+
+# FSDP1 exchanges parameters and views here, in forwards and in backward passes.
+_FSDP1 = str(Path(torch.__file__).parent / "distributed" / "fsdp" / "_flat_param.py")
 
 # A forward whose module is not known: compiled or recomputed.
 SOME_FORWARD = object()
@@ -35,6 +39,8 @@ def running_module() -> Any:
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
+        if code.co_filename == _FSDP1:
+            return None
         if code is _CALL:
             return frame.f_locals["self"]
         if (found := _forward_of(frame)) is not None:

@@ -30,16 +30,20 @@ def sharded_by(tensor: Tensor) -> str | None:
 
 def refuse_sharded(survey: Survey, asked: str) -> None:
     """Check that a model is not spread over processes yet."""
-    if isinstance(survey.given, nn.parallel.DistributedDataParallel):
+    wrapper: Any = type(survey.given)
+    engine = wrapper.__module__ == "deepspeed.runtime.engine"
+    if engine or issubclass(wrapper, nn.parallel.DistributedDataParallel):
         raise LayerError(
             asked,
-            "the model is wrapped in DistributedDataParallel, which would not reduce its gradients",
+            f"the model is wrapped in {wrapper.__name__}, which would not reduce its gradients",
             "Inject into the model first, then wrap it",
         )
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     wrapped = (path for path, module in survey.modules if fsdp and isinstance(module, fsdp))
+    held = ((path, p) for path, module in survey.modules for p in module._parameters.values())
+    zero = ((path, "DeepSpeed ZeRO (its gradients)") for path, p in held if _is_stepped(p))
     parts = ((name, sharded_by(parameter)) for name, parameter in survey.parameters())
-    for path, how in chain(((path, "FullyShardedDataParallel") for path in wrapped), parts):
+    for path, how in chain(((path, "FullyShardedDataParallel") for path in wrapped), zero, parts):
         if how:
             raise LayerError(
                 asked,
@@ -49,6 +53,11 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
                 "distribute an adapter with its layer (transformers: load without tp_plan); "
                 "load_adapter and swap_adapter also work after fully_shard",
             )
+
+
+def _is_stepped(parameter: Tensor | None) -> bool:
+    """Whether DeepSpeed has made an optimizer of a parameter, which gets no others later."""
+    return hasattr(parameter, "_hp_mapping")
 
 
 def is_sharded(survey: Survey) -> bool:
