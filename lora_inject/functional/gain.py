@@ -40,8 +40,10 @@ class Gain:
         for start, stop in self.spans:
             a, b = max(start, first), min(stop, last)
             if a < b:
-                rows = slice(row + a - start, row + b - start)
-                mine = {role: tensor[rows] for role, tensor in self.tensors.items()}
+                mine = self.tensors
+                if (a, b) != (start, stop) or len(self.spans) > 1:  # a slice has a backward
+                    rows = slice(row + a - start, row + b - start)
+                    mine = {role: tensor[rows] for role, tensor in mine.items()}
                 pieces += [norms.new_ones(a - end)] if a > end else []
                 pieces.append(self.formula(mine, norms[a - first : b - first]))
                 end = b
@@ -93,7 +95,7 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
         narrow = A.to(weight.dtype)
         WA = (narrow @ weight).t() if transposed else weight @ narrow.t()
         change = torch.addmm(WA.to(wide), B, A @ A.t(), beta=2).mul_(B).sum(1)
-        return norms.square().add_(change).clamp_(min=0).sqrt_()
+        return torch.addcmul(change, norms, norms).clamp_(min=0).sqrt_()
 
 
 def gained(y: Tensor, base: Tensor, gain: Tensor) -> Tensor:

@@ -199,6 +199,7 @@ ROWS: dict[str, Row] = {
         _linear, tokens=4096, training=False, config=_FLOAT32, peft={}
     ),
     "bf16, two adapters": Row(_linear, adapters=2, peft={}),
+    "bf16, DoRA": Row(_linear, config={"variant": "dora"}, peft={"use_dora": True}),
     "bf16, Conv1D": Row(_conv1d, peft={"fan_in_fan_out": True}),
     "bf16, two slices of three": Row(_linear, config={"targets": [_QV]}),
     "bf16, two slices of three, equal": Row(_linear3, config={"targets": [_QKV]}),
