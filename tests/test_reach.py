@@ -127,9 +127,9 @@ def trained(model: nn.Module, *targets: str, compiled: bool = False, **options: 
     optimizer = torch.optim.SGD(li.adapter_parameters(model).values(), 0.1)
     run = torch.compile(model, backend="eager") if compiled else model
     for _ in range(2):
+        optimizer.zero_grad()  # what a compiled step leaves behind are its gradients
         run(torch.randn(2, 4)).sum().backward()
         optimizer.step()
-        optimizer.zero_grad()
     return model
 
 
@@ -175,6 +175,12 @@ BEFORE: dict[str, Callable[[nn.Module], Any]] = {
     "not trained": lambda m: li.inject(m, config("first", "spare")),
     "not trained, but run": lambda m: li.inject(m, config("first", "spare"))(torch.ones(1, 4)),
     "loaded": lambda m: li.install(m, filled(), base="any")(torch.ones(1, 4)),
+    "set by hand": lambda m: nn.init.ones_(
+        li.adapter_parameters(li.inject(m, config("first", "spare")))["first.lora_B"]
+    ),
+    "from a state dict": lambda m: li.inject(m, config("first", "spare")).load_state_dict(
+        trained(Routed(), "first", "spare").state_dict()
+    ),
     "another is trained": lambda m: (
         trained(m, "first", "spare"),
         li.inject(m, config("first"), "other"),

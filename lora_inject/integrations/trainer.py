@@ -16,10 +16,9 @@ from typing import Any
 from torch import nn
 
 from lora_inject.errors import StateError
-from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, unwrapped
 from lora_inject.model.carried import reach
-from lora_inject.model.reached import refuse_unused
+from lora_inject.model.reached import has_gradient, refuse_unused
 from lora_inject.model.save import adapter_tensors
 from lora_inject.model.stand_ins import SAVE
 from lora_inject.model.train import adapter_parameters
@@ -120,7 +119,8 @@ class AdapterCheckpoint:
         if not self._stepped:
             survey, self._stepped = Survey(model), True
             for name in reach(survey.model, survey).names:
-                refuse_unused(survey, name, _has_gradient, self.unused, f"train adapter {name!r}")
+                asked = f"train adapter {name!r}"
+                refuse_unused(survey, name, lambda m, e, _: has_gradient(m, e), self.unused, asked)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log at each save, so that the losses since the last log are not lost."""
@@ -141,10 +141,6 @@ class AdapterCheckpoint:
         del args, state, control
         if self._hook is not None:
             self._hook.remove()
-
-
-def _has_gradient(module: nn.Module, entry: Entry, _: str) -> bool:
-    return any(entry.tensor(module, role).grad is not None for role in entry.names)
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -96,20 +96,22 @@ def refuse_unused(
 
     What stands in a ModuleList or ModuleDict may be skipped, as experts and dropped layers are:
     members of one list count together. `changed` says whether training has reached an entry, which
-    it also does in compiled graphs; `unused` are patterns of sites that may stay without use.
+    it also does in compiled graphs; `unused` are patterns of sites that may stay without use. Where
+    there is neither a forward nor a gradient, values were only set, and nothing is said of use.
     """
     items = [(path, m, e, named_entry(path, e)) for path, m, e in entries(survey, name)]
     names = [site for *_, site in items]
     may = {n for each in unused for n in matching(each, names, asked=asked, error=StateError)}
     used: set[str] = set()
     idle: dict[str, list[str]] = {}
+    ran = any(has_gradient(module, entry) for _, module, entry, _ in items)
     for _, module, entry, site in items:
         attached, group = attached_to(module), _in_any_member(survey, site)
         if attached is None or entry.mark in attached.took_part:
             used.add(group)
         elif site not in may and entry.tensor(module, next(iter(entry.names))).requires_grad:
             idle.setdefault(group, []).append(site)
-    if used.issuperset(idle):
+    if used.issuperset(idle) or not (used or ran):
         return
     reached = {_in_any_member(survey, site) for _, m, e, site in items if changed(m, e, site)}
     missed = [site for group in idle.keys() - used - reached for site in idle[group]]
@@ -121,6 +123,11 @@ def refuse_unused(
             "sites): the adapter is inert there",
             f"Inject without them, or give unused=[{missed[0]!r}] for what may be without use",
         )
+
+
+def has_gradient(module: nn.Module, entry: Entry) -> bool:
+    """Return whether a tensor of an entry has a gradient."""
+    return any(entry.tensor(module, role).grad is not None for role in entry.names)
 
 
 def _in_any_member(survey: Survey, site: str) -> str:
