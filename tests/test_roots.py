@@ -105,6 +105,7 @@ def test_eject_of_one_model_leaves_another_that_shares_its_encoder() -> None:
     before = snapshot(one), snapshot(two)
     fill(li.inject(one, {**RULE, "targets": [r"encoder\.0"]}, "a"), "a")
     fill(li.inject(two, {**RULE, "targets": ["head", r"encoder\.\d"]}, "b"), "b")
+    assert [info.active for info in li.adapters(one).values()] == [False, True], "one selection"
     with_b, state = two(X), li.adapter_state(two, "b")
     with pytest.raises(li.StateError, match=r"shares only some of its layers.*injected model"):
         li.adapter_state(one, "b")

@@ -91,6 +91,17 @@ def test_merging_into_memory_that_overlaps_in_part_is_refused() -> None:
         li.eject(model)
 
 
+@pytest.mark.parametrize("rows", [V, 2])
+def test_merging_into_memory_that_a_buffer_holds_is_refused(rows: int) -> None:
+    model = Tied()
+    model.register_buffer("kept", model.head.weight.detach()[:rows])
+    fill(li.inject(model, {"rank": 2, "targets": ["head"]}))
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match=r"'head\.weight'.*memory.*'kept'"):
+        li.merge(model)
+    assert snapshot(model) == before
+
+
 def test_neighbors_in_one_buffer_are_not_tied() -> None:
     model = Tied()
     whole = torch.randn(2 * V, D)

@@ -10,6 +10,8 @@ import inspect
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from lora_inject.errors import LayerError
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.spec.names import joined
@@ -18,8 +20,16 @@ from lora_inject.spec.names import joined
 def refuse_overlaps(survey: Survey, written: Mapping[Hashable, str]) -> None:
     """Refuse to write a tensor of which another holds a part; who holds the whole is tied to it."""
     spans = []
-    for name, tensor in survey.parameters():
-        if isinstance(memory := memory_of(tensor), tuple):
+    held = [(name, tensor, memory_of(tensor)) for name, tensor in survey.parameters()]
+    held += [
+        (name, buffer, (buffer.data_ptr(), name))  # tied to nothing: it would not be untied
+        for path, module in survey.modules
+        for key, buffer in module._buffers.items()
+        for name in (joined(path, key),)
+        if type(buffer) is Tensor and not buffer.is_meta and buffer.data_ptr()
+    ]
+    for name, tensor, memory in held:
+        if isinstance(memory, tuple):
             steps = zip(tensor.shape, tensor.stride(), strict=True)
             n_bytes = (1 + sum((n - 1) * step for n, step in steps)) * tensor.element_size()
             spans.append((memory[0], memory[0] + n_bytes, name, memory))
