@@ -173,6 +173,16 @@ class Adapted(Reading):
         plain = super().extra_repr()
         return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register like nn.Module, but no second name of a weight that carries an adapter.
+
+        It is the first step of torch's `prune`, which later cannot be undone.
+        """
+        for adapted in {entry.param for entry in self._lora.entries()} - {name}:
+            if param is not None and self._parameters.get(adapted) is param:
+                self._lora_refuse_replaced(adapted)
+        super().register_parameter(name, param)
+
     def __delattr__(self, name: str) -> None:
         """Delete like nn.Module, but not what carries an adapter."""
         if name in self._parameters and any(e.param == name for e in self._lora.entries()):
