@@ -397,7 +397,7 @@ def _grouped(multiply: Callable[..., Tensor], x: Tensor, weight: Any, offs: Tens
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
     F.linear: _linear,
-    getattr(torch, "_grouped_mm", None): _grouped_mm,  # torch 2.8 has it
+    torch._grouped_mm: _grouped_mm,
     torch.addmm: _addmm,
     torch.bmm: _bmm,
     torch.matmul: _matmul,

@@ -127,7 +127,7 @@ Tokens = Annotated[
     dict[Pattern, Annotated[tuple[Count, ...], Field(min_length=1), _List, _Distinct]],
     BeforeValidator(lambda value: dict(value) if isinstance(value, tuple) else value),
     AfterValidator(lambda ids: tuple(ids.items())),  # hashable
-    PlainSerializer(lambda ids: dict(ids)),  # pydantic 2.7 asks for a signature
+    PlainSerializer(lambda ids: dict(ids)),  # noqa: PLW0108 - pydantic 2.7 needs a signature
     Field(json_schema_extra={"default": {}}),
 ]
 
