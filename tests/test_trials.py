@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from training_models import llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_inject as li
@@ -71,8 +71,10 @@ def values(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {k: p.detach().clone() for k, p in li.adapter_parameters(model, name).items()}
 
 
-def train(model: nn.Module, trials: dict[str, Trial], n: int, rows: dict[str, int]) -> Trials:
-    running = Trials(model, trials)
+def train(
+    model: nn.Module, trials: dict[str, Trial], n: int, rows: dict[str, int], **options: Any
+) -> Trials:
+    running = Trials(model, trials, **options)
     for step in range(n):
         running.step(batches(trials, step, rows))
     return running
@@ -109,6 +111,119 @@ def test_each_trial_equals_the_same_run_alone(make, trials, rows, checkpointing)
             mine = values(together.model, name)[key]
             error = (mine - value).norm() / value.norm()
             assert error < 1e-12, (name, key, error)
+
+
+def of_bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**sizes, **none, intermediate_size=24, vocab_size=31)
+    return BertForSequenceClassification(config)
+
+
+DENSE = "query|value|dense"
+BERT_TRIALS = {
+    "all": Trial({"rank": 2, "dropout": 0.3, "targets": [DENSE]}, lr=1e-2, clip=0.1),
+    "qv": Trial({"rank": 2, "targets": ["query|value"], "train": ["classifier"]}, lr=2e-2),
+    "more": Trial({"rank": 2, "dropout": 0.1, "targets": [DENSE]}, lr=1e-2, seed=3),
+}
+LENGTHS = {"slices": 5, "mlp": 7, "table": 6, "all": 4, "qv": 7, "pissa": 6, "more": 5}
+
+
+def own_lengths(names: Any, step: int, masked: bool) -> dict[str, Any]:
+    """Each trial's rows, of its own length, the first of them with padding of its own."""
+    found = {}
+    for name, batch in batches(names, step, {"qv": 1}).items():
+        found[name] = {key: ids[:, : LENGTHS[name]] for key, ids in batch.items()}
+        if masked:
+            found[name]["attention_mask"] = torch.ones_like(found[name]["input_ids"])
+            found[name]["attention_mask"][0, 3:] = 0
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("make", "trials"),
+    [(gpt2, GPT2_TRIALS), (of_llama, LLAMA_TRIALS), (of_bert, BERT_TRIALS)],
+    ids=["gpt2", "llama", "bert"],
+)
+def test_rows_of_unequal_lengths_give_each_trial_the_same_run_as_alone(
+    make, trials, checkpointing
+) -> None:
+    def run(some: dict[str, Trial]) -> Trials:
+        model = make().double().train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        running, bert = Trials(model, some), make is of_bert
+
+        def loss(out: Any, batch: Any) -> torch.Tensor:
+            wide = out.logits if bert else out.logits[..., :3].mean(1)
+            return nn.functional.cross_entropy(wide, batch["labels"][:, 0] % 2)
+
+        for step in range(4):
+            rows = own_lengths(some, step, bert)
+            running.step(rows, loss=loss if step % 2 or bert else None)
+        return running
+
+    together = run(trials)
+    held_out = together.evaluate(
+        own_lengths(trials, 9, make is of_bert), loss=lambda o, b: o.logits.sum()
+    )
+    for name, trial in trials.items():
+        alone = run({name: trial})
+        found = alone.evaluate(
+            own_lengths([name], 9, make is of_bert), loss=lambda o, b: o.logits.sum()
+        )
+        assert abs(found[name] - held_out[name]) < 1e-11
+        for key, value in values(alone.model, name).items():
+            assert (values(together.model, name)[key] - value).norm() < 1e-12 * value.norm(), key
+
+
+def test_padding_that_changes_an_output_is_refused() -> None:
+    running = Trials(of_bert().double(), BERT_TRIALS)
+    rows = own_lengths(BERT_TRIALS, 0, False)
+    with pytest.raises(li.StateError, match=r"padding to one length changes the outputs of 'all'"):
+        running.step(rows, loss=lambda out, batch: out.logits.sum())
+    assert running.n_steps == 0
+
+
+@pytest.mark.parametrize("make", [of_llama, gpt2], ids=["llama", "gpt2"])
+def test_packed_rows_give_each_trial_the_same_run_as_alone(make) -> None:
+    trials = LLAMA_TRIALS if make is of_llama else GPT2_TRIALS
+
+    def run(some: dict[str, Trial], packed: bool) -> Trials:
+        running = Trials(make().double().train(), some, packed=packed)
+        for step in range(4):
+            rows = own_lengths(some, step, False)
+            if packed:
+                for batch in rows.values():
+                    n, length = batch["input_ids"].shape
+                    batch["labels"] = batch["labels"].clone()
+                    batch["labels"][:, 0] = -100
+                    batch.update({key: t.reshape(1, -1) for key, t in batch.items()})
+                    batch["position_ids"] = torch.arange(length).repeat(n)[None]
+            running.step(
+                rows,
+                forward=lambda b: running.model(
+                    **{k: v for k, v in b.items() if k != "labels"}, use_cache=False
+                ),
+            )
+        return running
+
+    together = run(trials, True)
+    for name, trial in trials.items():
+        alone = run({name: trial}, packed=False)
+        for key, value in values(alone.model, name).items():
+            assert (values(together.model, name)[key] - value).norm() < 1e-11 * value.norm(), key
+
+
+def test_packed_rows_that_meet_are_refused() -> None:
+    running = Trials(of_llama(), LLAMA_TRIALS, packed=True)
+    rows = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
+    with pytest.raises(li.StateError, match="packed rows without bounds"):
+        running.step(rows, loss=lambda out, _: out.logits.sum())
+    with pytest.raises(li.StateError, match=r"\(2, 4\).*Packed, each is \(1, tokens, ...\)"):
+        running.step(torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("compute", ["base", "float32"])
@@ -327,7 +442,7 @@ FC = {"rank": 1, "targets": ["fc"]}
         ),
         (Mixing, {"a": torch.ones(2, 4)}, "there is no batch for 'b'"),
         (Mixing, {"typo": (torch.ones(2, 4),)}, "there is no trial 'typo'"),
-        (Mixing, {n: torch.ones(2, w) for n, w in (("a", 4), ("b", 5))}, "their rows differ"),
+        (Mixing, {n: torch.ones(2, w) for n, w in (("a", 4), ("b", 5))}, "4, 5 features"),
         (Mixing, (torch.ones(2, 4), torch.ones(3, 4)), r"its tensors have \[2, 3\] rows"),
     ],
 )

@@ -63,6 +63,8 @@ class LoRAEmbedding(ForwardUpdate):
             return self._lora_rows(ids, self._lora_formed(), self.max_norm)
         float32, gain = attached.float32, None
         if state.routed:
+            if state.packs(ids):
+                return self.forward(ids.flatten(0, 1)).reshape(*ids.shape, -1)
             routing = self._lora_routing(ids, state)
             if not routing.entries:
                 return self._lora_rows(ids, weight, self.max_norm)

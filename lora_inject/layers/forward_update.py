@@ -90,7 +90,7 @@ class ForwardUpdate(Adapted):
             one = {
                 e.adapter: us[0].dropout for e, us in zip(routing.entries, adapters, strict=True)
             }
-            x = state.one_pass.dropped(x, one)
+            x = state.one_pass.dropped(self, x, one)
             adapters = [[u._replace(dropout=0.0) for u in us] for us in adapters]
         blocks = routing.places if routing.blocks is None else routing.blocks
         return routed_update(

@@ -126,6 +126,10 @@ class LoRALinear(ForwardUpdate):
         """Compute the layer with the update, and the gain, of each row's own adapter."""
         if x.is_nested:
             self._lora_refuse_nested("routed()")
+        if state.packs(x):
+            flat = x.flatten(0, 1)
+            y = self._lora_by_rows(flat, state, (flat,), {})
+            return y.reshape(*x.shape[:-1], y.shape[-1])
         fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
         if fresh and self._lora_in_trials(x, state):
             y = self._lora_by_ranges(x, state)

@@ -63,6 +63,9 @@ def with_rows(plain: type[nn.Module], forward: Callable[..., Any]) -> Callable[.
         if state is None or not state.routed:
             return forward(self, *args, **kwargs)
         x = args[0] if args else kwargs["input"]
+        if by_rows is _apart and state.packs(x):
+            y = by_rows(self, forward, x.flatten(0, 1), state)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
         return by_rows(self, forward, x, state)
 
     return routed_forward

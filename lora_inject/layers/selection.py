@@ -59,6 +59,13 @@ class State:
         """Name and weight of each active adapter, or of each row's."""
         return self.active if self.rows is None else tuple((name, 1.0) for name in self.rows)
 
+    def packs(self, x: Tensor) -> bool:
+        """Whether the tokens of a layer's input `(1, tokens, ...)` are what `rows` are for."""
+        if self.one_pass is None or not self.one_pass.packed or x.dim() < 2:
+            return False
+        n = len(self.rows or ())
+        return x.shape[0] != n and x.shape[1] == n
+
     def choice_on(self, device: torch.device) -> Tensor:
         """Return the choice on a device."""
         found = self.choices.get(device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lora_inject.errors import StateError, check_type
 
@@ -19,9 +19,36 @@ IGNORED = -100
 """The label that cross entropy leaves out."""
 
 
-def n_rows(batch: Any, whose: str) -> int:
-    """Return the number of rows of a batch, which must be equal in all its tensors."""
-    sizes = {t.shape[0] for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.dim()}
+class Joined(NamedTuple):
+    """The batches of several trials as one.
+
+    Attributes:
+        batch: All rows one after the other; of packed batches, all tokens of one row.
+        sizes: Rows, or tokens, of each trial.
+        lengths: Positions of each trial's rows, where they differ: shorter rows are padded.
+        packed: Whether the batches are packed.
+    """
+
+    batch: Any
+    sizes: dict[str, int]
+    lengths: dict[str, int] | None
+    packed: bool
+
+    @property
+    def even(self) -> bool:
+        """Whether all trials have equally many rows of one length."""
+        return not self.packed and self.lengths is None and len(set(self.sizes.values())) == 1
+
+
+def size_of(batch: Any, whose: str, *, packed: bool = False) -> int:
+    """Return the rows of a batch, or its tokens if it is packed: equal in all its tensors."""
+    shapes = {
+        t.shape[: 1 + packed] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()
+    }
+    if packed and not (len(shapes) == 1 and len(shape := min(shapes)) == 2 and shape[0] == 1):
+        found = f"its tensors have the shapes {sorted(map(tuple, shapes))}"
+        raise StateError(f"step, batch of {whose!r}", found, "Packed, each is (1, tokens, ...)")
+    sizes = {shape[-1] for shape in shapes}
     if len(sizes) != 1 or not all(sizes):
         found = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
         raise StateError(f"step, batch of {whose!r}", found, "Give tensors with one row an example")
@@ -43,12 +70,13 @@ def n_tokens(batch: Any) -> int:
     return int(first.shape[:2].numel())
 
 
-def joined(batches: Mapping[str, Any]) -> Any:
-    """Concatenate the rows of all batches.
+def joined(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
+    """Concatenate the rows of all batches, padded to one length with zeros; packed, their tokens.
 
     Raises:
-        StateError: The batches differ in structure, or in a dimension other than the first.
+        StateError: The batches differ in structure, or in a dimension other than the first two.
     """
+    sizes = {name: size_of(batch, name, packed=packed) for name, batch in batches.items()}
     (first, one), *others = batches.items()
     leaves, form = tree_flatten(one)
     columns = [[leaf] for leaf in leaves]
@@ -62,41 +90,90 @@ def joined(batches: Mapping[str, Any]) -> Any:
             )
         for column, leaf in zip(columns, theirs, strict=True):
             alike = isinstance(leaf, Tensor) == isinstance(column[0], Tensor)
-            if not alike or (isinstance(leaf, Tensor) and leaf.shape[1:] != column[0].shape[1:]):
+            if alike and isinstance(leaf, Tensor):
+                alike = leaf.shape[2:] == column[0].shape[2:] and leaf.dim() == column[0].dim()
+            if not alike:
                 raise StateError(
                     f"step, batches of {first!r} and {name!r}",
                     f"their rows differ: {_shape(column[0])} and {_shape(leaf)}",
-                    "Pad the rows of one step to one length",
+                    "Pad the rows of one step to one shape",
                 )
             column.append(leaf)
-    rows = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
-    return tree_unflatten(rows, form)
+    lengths = None if packed else _lengths(columns, list(batches))
+    if lengths is not None and not any(map(_has_positions, columns)):
+        raise StateError(
+            "step",
+            f"the rows of the trials differ: {', '.join(map(str, lengths.values()))} features",
+            "Give all trials rows of one shape",
+        )
+    rows = [_one_tensor(column, packed) for column in columns]
+    return Joined(tree_unflatten(rows, form), sizes, lengths, packed)
 
 
-def parted(outputs: Any, rows: Mapping[str, int]) -> dict[str, Any]:
-    """Return each trial's rows of the outputs.
+def _lengths(columns: Iterable[Sequence[Any]], names: Sequence[str]) -> dict[str, int] | None:
+    """Return the positions of each trial's rows if they differ, in the same way in all tensors."""
+    wide = [c for c in columns if isinstance(c[0], Tensor) and c[0].dim() > 1]
+    found = {tuple(t.shape[1] for t in column) for column in wide}
+    found = {lengths for lengths in found if len(set(lengths)) > 1}
+    if len(found) > 1:
+        shown = " and ".join(map(str, sorted(found)))
+        raise StateError("step", f"the rows of the trials have the lengths {shown}", "Pad them")
+    return dict(zip(names, found.pop(), strict=True)) if found else None
+
+
+def _has_positions(column: Sequence[Any]) -> bool:
+    """Whether a second dimension that differs is that of tokens, and not of features."""
+    one = column[0]
+    if not isinstance(one, Tensor) or one.dim() < 2 or len({t.shape[1] for t in column}) == 1:
+        return False
+    return one.dim() > 2 or not one.is_floating_point()
+
+
+def _one_tensor(column: Sequence[Any], packed: bool) -> Any:
+    if not isinstance(column[0], Tensor):
+        return column[0]
+    if packed:
+        return torch.cat(list(column), dim=1)
+    longest = max(t.shape[1:2] for t in column)
+    wanted = (
+        F.pad(t, (0, 0) * (t.dim() - 2) + (0, n - t.shape[1])) for t in column for n in longest
+    )
+    return torch.cat(list(wanted) if longest else list(column))
+
+
+def parted(outputs: Any, of: Joined, positions: Sequence[bool] | None = None) -> dict[str, Any]:
+    """Return each trial's part of the outputs.
 
     Uses `split`, because the backward of a slice fills a tensor of full size for each trial.
 
+    Args:
+        outputs: Of the joined batch.
+        of: The joined batch.
+        positions: Which tensors have the positions of padded rows as their second dimension.
+
     Raises:
-        StateError: A tensor does not have as many rows as the batch.
+        StateError: A tensor does not have as many rows, or tokens, as the batch.
     """
     leaves, form = tree_flatten(outputs)
-    total, columns = sum(rows.values()), []
-    for leaf in leaves:
+    sizes, columns = list(of.sizes.values()), []
+    total, dim = sum(sizes), int(of.packed)
+    for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
-            columns.append([leaf] * len(rows))
+            columns.append([leaf] * len(sizes))
             continue
-        if not leaf.dim() or leaf.shape[0] != total:
+        if leaf.dim() <= dim or leaf.shape[dim] != total:
             raise StateError(
                 "step",
-                f"the forward returned {_shape(leaf)} for {total} rows: a mean over the batch "
-                "would mix the trials",
+                f"the forward returned {_shape(leaf)} for {total} {'tokens' if dim else 'rows'}: a "
+                "mean over the batch would mix the trials",
                 "Give a forward that returns one row of outputs for each row, without a loss",
             )
-        columns.append(list(torch.split(leaf, list(rows.values()))))
-    parts = zip(*columns, strict=True)
-    return {name: tree_unflatten(list(part), form) for name, part in zip(rows, parts, strict=True)}
+        parts = list(torch.split(leaf, sizes, dim))
+        if of.lengths is not None and positions is not None and positions[i]:
+            parts = [p[:, :n] for p, n in zip(parts, of.lengths.values(), strict=True)]
+        columns.append(parts)
+    each = zip(*columns, strict=True)
+    return {n: tree_unflatten(list(part), form) for n, part in zip(of.sizes, each, strict=True)}
 
 
 def _shape(leaf: Any) -> str:

@@ -13,12 +13,14 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.errors import LayerError, StateError
 from lora_inject.functional.ranges import Range
 from lora_inject.functional.routed import dropped
 from lora_inject.layers.attached import held_by
+from lora_inject.trials.batches import Joined
 from lora_inject.trials.flat import Buffer
 
 
@@ -26,15 +28,14 @@ class Pass:
     """What layers need to know of one pass.
 
     Args:
-        rows: Name and number of rows of each trial, in the order of the batch.
+        of: The joined batch.
         buffer: The memory of the trials' tensors.
         random: State of each trial's generator, replaced by each draw; None for no dropout.
     """
 
-    def __init__(
-        self, rows: Mapping[str, int], buffer: Buffer, random: dict[str, Tensor] | None
-    ) -> None:
-        self._names, self._rows = tuple(rows), list(rows.values())
+    def __init__(self, of: Joined, buffer: Buffer, random: dict[str, Tensor] | None) -> None:
+        self.packed, self._lengths = of.packed, of.lengths
+        self._names, self._each = tuple(of.sizes), list(of.sizes.values())
         self._buffer, self._random = buffer, random
         self._known: dict[int, dict[str, Tensor]] = {}
 
@@ -51,16 +52,9 @@ class Pass:
         Returns:
             x after dropout, the ranges of its tokens, and the anchor.
         """
-        if x.shape[0] % sum(self._rows):
-            raise LayerError(
-                f"Trials with {sum(self._rows)} rows",
-                f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose first "
-                "dimension is not the number of rows",
-                "Use a forward that keeps the rows, one after the other",
-            )
         found = self._buffer.stacked(layer._lora, held_by(layer), self._names, dtype)
-        kept = self.dropped(x, found.dropout) if layer.training else x
-        sizes = self._sizes(x.numel() // x.shape[-1])
+        kept = self.dropped(layer, x, found.dropout) if layer.training else x
+        sizes = self._sizes(layer, x)
         starts, ranges = [0, *accumulate(sizes)], []
         for first, one in found.stacks:
             n = len(one.A)
@@ -72,12 +66,19 @@ class Pass:
                 )
         return kept, ranges, self._buffer.anchor
 
-    def _sizes(self, n_tokens: int) -> list[int]:
-        each = n_tokens // sum(self._rows)
-        return [each * n for n in self._rows]
+    def _sizes(self, layer: Any, x: Tensor) -> list[int]:
+        """Return the tokens that each trial has of a layer's input."""
+        total, tokens = sum(self._each), x.numel() // x.shape[-1]
+        if x.shape[0] % total:
+            raise LayerError(
+                f"Trials with {total} {'tokens' if self.packed else 'rows'}",
+                f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}",
+                "Use a forward whose layers keep them, one after the other",
+            )
+        return [tokens // total * n for n in self._each]
 
-    def dropped(self, x: Tensor, dropout: Mapping[str, float]) -> Tensor:
-        """Return x `(batch, ..., in)` after dropout, which each trial draws for its own rows."""
+    def dropped(self, layer: Any, x: Tensor, dropout: Mapping[str, float]) -> Tensor:
+        """Return x `(batch, ..., in)` after dropout, which each trial draws for its own tokens."""
         if self._random is None or not any(dropout.values()):
             return x
         key = int(torch.empty((), dtype=torch.int64, device="cpu").random_())  # no device waits
@@ -89,17 +90,33 @@ class Pass:
                 "Use checkpoints with preserve_rng_state=True",
             )
         states = self._known.setdefault(key, dict(self._random))
+        each = torch.split(x.reshape(-1, x.shape[-1]), self._sizes(layer, x))
         parts = []
-        for name, part in zip(self._names, torch.split(x, self._sizes(len(x))), strict=True):
+        for name, n, part in zip(self._names, self._each, each, strict=True):
             p = dropout.get(name, 0.0)
             if not p:
                 parts.append(part)
                 continue
             with _generator(x.device, states[name]) as left:
-                parts.append(dropped(part, p))
+                parts.append(self._dropped(layer, x, name, part.view(n, -1, x.shape[-1]), p))
             if again is None:
                 self._random[name] = left[0]
-        return torch.cat(parts)
+        return torch.cat(parts).view(x.shape)
+
+    def _dropped(self, layer: Any, x: Tensor, name: str, part: Tensor, p: float) -> Tensor:
+        """Drop elements of one trial's rows `(rows, positions, in)`, of those not padded only."""
+        if self._lengths is None or part.shape[1] == 1:
+            return dropped(part, p).flatten(0, 1)
+        longest, own = max(self._lengths.values()), self._lengths[name]
+        if part.shape[1] != longest:
+            raise LayerError(
+                "dropout on rows of unequal lengths",
+                f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose second "
+                f"dimension is not the {longest} positions",
+                "Give rows of one length",
+            )
+        kept = dropped(part[:, :own], p)
+        return F.pad(kept, (0, 0, 0, longest - own)).flatten(0, 1)
 
 
 @contextmanager

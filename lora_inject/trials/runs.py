@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -31,18 +32,19 @@ from lora_inject.model.train import adapter_parameters, train_only
 from lora_inject.storage.atomic import write_file
 from lora_inject.trials.batches import (
     Forward,
+    Joined,
     Loss,
     causal_loss,
     causal_losses,
     evaluating,
     joined,
-    n_rows,
     n_tokens,
     parted,
     plain_forward,
     scalar_loss,
 )
 from lora_inject.trials.flat import Buffer, Flat, Optimizer, clip, norms
+from lora_inject.trials.isolation import check_apart, check_padding
 from lora_inject.trials.passes import Pass, seeded
 from lora_inject.trials.trial import Trial
 
@@ -58,6 +60,9 @@ class Trials:
         trials: Name to trial.
         max_tokens: Largest number of tokens (rows times positions) of one pass. With more, the
             trials run in groups.
+        packed: Whether batches are packed: all tensors are `(1, tokens, ...)`, and those of all
+            trials are concatenated to one row. The forward must keep sequences apart, for example
+            by `position_ids`.
 
     Raises:
         ConfigError: A config is not valid.
@@ -85,7 +90,12 @@ class Trials:
     """
 
     def __init__(
-        self, model: nn.Module, trials: Mapping[str, Trial], *, max_tokens: int | None = None
+        self,
+        model: nn.Module,
+        trials: Mapping[str, Trial],
+        *,
+        max_tokens: int | None = None,
+        packed: bool = False,
     ) -> None:
         check_type("Trials, trials", trials, Mapping, "Give a mapping of names to Trial")
         for name, trial in trials.items():
@@ -93,12 +103,13 @@ class Trials:
         if not trials:
             raise StateError("Trials", "no trial is given", "Give a mapping of names to Trial")
         self.model, self.trials = model, dict(trials)
-        self.max_tokens, self.n_steps = max_tokens, 0
+        self.max_tokens, self.packed, self.n_steps = max_tokens, packed, 0
         self.stopped: dict[str, str] = {}
         self._losses: dict[str, list[float]] = {name: [] for name in trials}
         self._held_out: dict[str, float] = {}
         self._flats: dict[str, Flat] = {}
         self._apart = False
+        self._positions: list[bool] | None = None
         done = []
         try:
             for name, trial in self.trials.items():
@@ -133,6 +144,8 @@ class Trials:
         Args:
             batch: One batch for all trials, or a dict from each running trial's name to its batch.
                 A batch is a tensor, or a dict or tuple of tensors, with one row for each example.
+                The trials' rows may differ in length: shorter ones are padded with zeros at their
+                end, and `loss` gets the outputs without padding.
             forward: Runs the model on a joined batch and returns outputs with the same rows. By
                 default the model is called with the batch, without `labels`.
             loss: Takes a trial's outputs and its batch and returns a scalar. By default it is the
@@ -144,16 +157,15 @@ class Trials:
 
         Raises:
             StateError: A batch is missing or does not fit, or trials would affect each other:
-                the forward mixes rows, returns a mean over them, or draws random numbers.
+                the forward mixes rows, returns a mean over them, or draws random numbers; or
+                padding changes outputs.
         """
         forward, loss = forward or plain_forward(self.model), loss or causal_loss
         batches = self._by_trial(batch)
         if not all(self._flats[name].is_in_place() for name in batches):
             moved = "the model was moved or cast since the trials were made"
             raise StateError("step", moved, "Make the trials after .to()")
-        if not self._apart:
-            self._check_apart(batches, forward)
-            self._apart = True
+        self._check_apart(batches, forward)
         found: dict[str, float] = {}
         self._buffer.zero_grad()
         with self._dropping():
@@ -195,9 +207,11 @@ class Trials:
         self, batches: Mapping[str, Any], forward: Forward, loss: Loss
     ) -> dict[str, float]:
         """Run forward and backward of some trials; stop those whose loss is not finite."""
-        parts, outputs, batch = self._forward(batches, forward, self._random)
-        if loss is causal_loss and len({n_rows(one, name) for name, one in batches.items()}) == 1:
-            each = causal_losses(outputs, batch, len(batches))  # launches do not grow
+        of = self._joined(batches, forward)
+        outputs = self._outputs(of, forward, self._random)
+        parts = parted(outputs, of, self._positions)
+        if loss is causal_loss and of.even:
+            each = causal_losses(outputs, of.batch, len(batches))  # launches do not grow
             values = each.tolist()
             if all(map(math.isfinite, values)):
                 each.sum().backward()  # type: ignore[no-untyped-call]
@@ -217,21 +231,29 @@ class Trials:
             torch.stack(rest).sum().backward()  # type: ignore[no-untyped-call]
         return found
 
-    def _forward(
-        self, batches: Mapping[str, Any], forward: Forward, random: dict[str, Tensor] | None
-    ) -> tuple[dict[str, Any], Any, Any]:
-        """Run the base once; without dropout if `random` is None.
-
-        Returns the outputs by trial, all outputs, and the joined batch.
-        """
-        rows = {name: n_rows(batch, name) for name, batch in batches.items()}
-        each = tuple(name for name, n in rows.items() for _ in range(n))
-        state = State(rows=each, one_pass=Pass(rows, self._buffer, random))
-        batch = joined(batches)
+    def _outputs(
+        self, of: Joined, forward: Forward, random: dict[str, Tensor] | None = None
+    ) -> Any:
+        """Run the base once; without dropout if `random` is None."""
+        each = tuple(name for name, n in of.sizes.items() for _ in range(n))
+        state = State(rows=each, one_pass=Pass(of, self._buffer, random))
         self._buffer.refresh()
         with within_state(self.model, state, "Trials.step"):
-            outputs = forward(batch)
-        return parted(outputs, rows), outputs, batch
+            return forward(of.batch)
+
+    def _check_apart(self, batches: Mapping[str, Any], forward: Forward) -> None:
+        if not self._apart:
+            of, run = joined(batches, packed=self.packed), partial(self._outputs, forward=forward)
+            check_apart(run, of, self._flats[next(iter(batches))], self._layers)
+            self._apart = True
+
+    def _joined(self, batches: Mapping[str, Any], forward: Forward) -> Joined:
+        """Join batches, and check once that their padding changes no output."""
+        of = joined(batches, packed=self.packed)
+        if of.lengths is not None and self._positions is None:
+            run = partial(self._outputs, forward=forward)
+            self._positions = check_padding(run, batches, of, self._layers)
+        return of
 
     def _by_trial(self, batch: Any) -> dict[str, Any]:
         running = self.running
@@ -264,39 +286,6 @@ class Trials:
             tokens += size
         yield group
 
-    def _check_apart(self, batches: Mapping[str, Any], forward: Forward) -> None:
-        """Check that no trial's rows change another's outputs, and that the base draws no numbers.
-
-        With one trial's A set to NaN, the outputs of the others must stay the same bit for bit.
-        """
-        name, *others = batches
-        before = torch.get_rng_state()
-        with torch.no_grad():
-            plain, *_ = self._forward(batches, forward, None)
-            if not torch.equal(torch.get_rng_state(), before):
-                torch.set_rng_state(before)
-                raise StateError(
-                    "step",
-                    "the forward of the base draws random numbers, one stream for all trials",
-                    "Set the base's own dropout to 0, or train in eval mode",
-                )
-            if not others:
-                return
-            with self._flats[name].broken():
-                broken, *_ = self._forward(batches, forward, None)
-        for other in others:
-            if not _same(plain[other], broken[other]):
-                raise StateError(
-                    "step",
-                    f"the rows of {name!r} change the outputs of {other!r}: the forward mixes rows "
-                    "(BatchNorm in training, negatives within the batch)",
-                    "Use a forward that treats rows independently, or BatchNorm in eval mode",
-                )
-        if _same(plain[name], broken[name]):
-            raise StateError(
-                "step", f"the adapter of {name!r} takes no part in the forward", "See li.unreached"
-            )
-
     def _stop(self, name: str, why: str) -> None:
         self.stopped[name] = why
         self._flats[name].freeze()
@@ -326,8 +315,11 @@ class Trials:
         forward, loss = forward or plain_forward(self.model), loss or causal_loss
         found: dict[str, float] = {}
         with evaluating(self.model):
-            for group in self._groups(self._by_trial(batch)):
-                outputs, *_ = self._forward(group, forward, None)
+            batches = self._by_trial(batch)
+            self._check_apart(batches, forward)
+            for group in self._groups(batches):
+                of = self._joined(group, forward)
+                outputs = parted(self._outputs(of, forward), of, self._positions)
                 for name, one in group.items():
                     found[name] = scalar_loss(loss, outputs[name], one, name).item()
         self._held_out |= found
@@ -397,6 +389,7 @@ class Trials:
         about = {
             "trials": {name: trial.to_dict() for name, trial in self.trials.items()},
             "max_tokens": self.max_tokens,
+            "packed": self.packed,
             "n_steps": self.n_steps,
             "stopped": self.stopped,
             "losses": self._losses,
@@ -432,7 +425,7 @@ class Trials:
             found = f"it cannot be read: {error}"
             raise FormatError(f"resume {str(path)!r}", found, "Give what save wrote") from error
         trials = {name: Trial(**kept) for name, kept in about["trials"].items()}
-        new = cls(model, trials, max_tokens=about["max_tokens"])
+        new = cls(model, trials, max_tokens=about["max_tokens"], packed=about["packed"])
         for name in trials:
             if _base_of(adapter_state(model, name)) != held["base"][name]:
                 for one in trials:
@@ -460,12 +453,6 @@ def _refuse_dropout(model: nn.Module, names: Iterable[str]) -> None:
                     f"site {site!r} ({state.spec.kind}) has dropout, which is not drawn by trial",
                     "Give its rule dropout 0",
                 )
-
-
-def _same(first: Any, second: Any) -> bool:
-    pairs = zip(*(torch.utils._pytree.tree_leaves(tree) for tree in (first, second)), strict=True)
-    tensors = ((a, b) for a, b in pairs if isinstance(a, Tensor))
-    return all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in tensors)
 
 
 def _base_of(state: Any) -> dict[str, list[float]]:

@@ -26,7 +26,14 @@ from lora_inject.spec.config import Config
 from lora_inject.spec.space import Candidate, Space
 from lora_inject.storage.atomic import write_file
 from lora_inject.storage.strict_json import read_json
-from lora_inject.trials.batches import Forward, Loss, causal_loss, evaluating, n_rows, plain_forward
+from lora_inject.trials.batches import (
+    Forward,
+    Loss,
+    causal_loss,
+    evaluating,
+    plain_forward,
+    size_of,
+)
 from lora_inject.trials.rungs import behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
 from lora_inject.trials.trial import Trial
@@ -306,7 +313,7 @@ class _Runner:
         """Return the loss of the plain base on each held-out batch."""
         forward, loss = self.calls["forward"], self.calls["loss"]
         for batch in self.held_out:
-            n_rows(batch, "held_out")
+            size_of(batch, "held_out")
         with torch.no_grad(), evaluating(self.model):
             return [loss(forward(batch), batch).item() for batch in self.held_out]
 
