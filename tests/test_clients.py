@@ -159,9 +159,9 @@ def test_heads_that_a_program_has_no_adapter_for(
     base = llama()
     base.save_pretrained(tmp_path / "base")
     state = make_state(dataclasses.replace(FC.at("lm_head", "lm_head.weight"), rank=8, alpha=16.0))
-    path = write_adapter(state, tmp_path / "a", layout)
-    assert not li.check_adapter(path, client, base=tmp_path / "base")
     config = json.loads((tmp_path / "base/config.json").read_text())
+    path = write_adapter(state, tmp_path / "a", layout, config=config)
+    assert not li.check_adapter(path, client, base=tmp_path / "base")
     (tmp_path / "base/config.json").write_text(json.dumps({**config, **changes}))
     (found,) = li.check_adapter(path, client, base=tmp_path / "base")
     assert found.stops

@@ -20,6 +20,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.base_config import refuse_tied
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import matrices, plain_site, plain_sites
+from lora_inject.spec.names import leaf
 from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import contiguous, read_tensors, serialize
@@ -43,15 +44,15 @@ def write(
     """Write an adapter of linear layers and embeddings as a folder of mlx-lm.
 
     If sites differ in rank or scale, ranks are padded with zeros and scales folded into B. If an
-    embedding is adapted, the base's config is needed: mlx-lm computes the head of a tied model
-    with the adapted embedding.
+    embedding or a head is adapted, the base's config is needed: mlx-lm computes the head of a tied
+    model with the adapted embedding, and has no layer for an adapter of such a head.
     """
     asked = f"write MLX adapter to '{path}'"
     sites = plain_sites(
         state, asked, "mlx-lm", ("linear", "embedding"), dtype=dtype, one_rank=True, alpha="one"
     )
     for name, site in sites.items():
-        if site.spec.kind == "embedding":
+        if site.spec.kind == "embedding" or leaf(name) == "lm_head":
             refuse_tied(facts.config, name, asked, "mlx-lm")
     tensors = {f"{n}.lora_a": s.A.T for n, s in sites.items()}
     tensors |= {f"{n}.lora_b": s.B.T for n, s in sites.items()}
