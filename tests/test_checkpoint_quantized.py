@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +343,152 @@ def test_what_nothing_here_knows_is_refused_with_the_way_out(tmp_path: Path) -> 
         merge_checkpoint(plain, [adapter(site("v", (8, 8)))], tmp_path / "out", options=BF16)
     with pytest.raises(CheckpointError, match="write dequantize 'int8'"):
         MergeOptions(dequantize="int8")
+
+
+def in_words(codes: Tensor, bits: int, *, is_awq: bool = False) -> Tensor:
+    """Pack each row into words of 32 bits."""
+    places = [0, 4, 1, 5, 2, 6, 3, 7] if is_awq else range(32 // bits)
+    words = [codes[:, i :: 32 // bits].long() << bits * place for i, place in enumerate(places)]
+    return sum(words, torch.zeros_like(words[0])).to(torch.int32).contiguous()
+
+
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+MADE = {"meta": {"quantizer": ["gptqmodel:7.7.0"]}}
+WORDS: dict[str, dict[str, Any]] = {
+    "gptq": GPTQ,
+    "gptq, 2 bits": {**GPTQ, "bits": 2, "checkpoint_format": "gptq"},
+    "gptq, 8 bits in one group": {**GPTQ, "bits": 8, "group_size": -1},
+    "gptq, act-order": {**GPTQ, "desc_act": True},
+    "gptq_v2": {**GPTQ, "checkpoint_format": "gptq_v2"},
+    "gptq, zeros of 0": {**GPTQ, **MADE},
+    "gptq, bits by layer": {**GPTQ, "bits": 2, "dynamic": {"q": {"bits": 4}}, "true_bits": 4},
+    "awq": AWQ,
+}
+
+
+def grouped(said: dict[str, Any], name: str, n_out: int, n_in: int) -> dict[str, Tensor]:
+    """A layer of random codes, with its values as `name.weight`."""
+    torch.manual_seed(n_out)
+    bits, is_awq = said.get("true_bits", said["bits"]), said["quant_method"] == "awq"
+    size = n_in if said["group_size"] == -1 else said["group_size"]
+    v1 = not is_awq and said.get("checkpoint_format") != "gptq_v2"
+    codes = torch.randint(0, 2**bits, (n_in, n_out))
+    zeros = torch.randint(int(v1 and "meta" not in said), 2**bits, (n_in // size, n_out))
+    scales = (0.02 * torch.rand(n_in // size, n_out) + 0.01).half()
+    group = torch.arange(n_in) // size
+    group = group[torch.randperm(n_in)] if said.get("desc_act") else group
+    made = {"scales": scales, "qzeros": in_words(zeros, bits, is_awq=is_awq)}
+    if v1:
+        made["qzeros"] -= in_words(torch.ones(1, 32 // bits), bits)
+    if is_awq:
+        made["qweight"] = in_words(codes, bits, is_awq=True)
+    else:
+        made["qweight"] = in_words(codes.t(), bits).t().contiguous()
+        made["g_idx"] = group.int()
+    made["weight"] = ((codes - zeros[group]) * scales[group]).t().contiguous()
+    return {f"{name}.{end}": tensor for end, tensor in made.items()}
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("form", WORDS)
+def test_gptq_and_awq_merge_into_plain_floats(
+    form: str, shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 300)  # groups and words must follow the rows
+    said = WORDS[form]
+    tensors = grouped(said, "q", 96, 128) | grouped(said, "v", 64, 32) | {"q.bias": torch.ones(96)}
+    wanted = {n: tensors.pop(n) for n in ("q.weight", "v.weight")} | {"q.bias": torch.ones(96)}
+    if form == "gptq":
+        del tensors["v.g_idx"]
+    base = save_checkpoint(tmp_path / "base", tensors, shards, {"quantization_config": said})
+    (base / "quantize_config.json").write_text(json.dumps(said))
+    state, out = adapter(site("q", (96, 128), size=0.1)), tmp_path / "out"
+    with pytest.raises(CheckpointError, match=r"quantized: GPTQ or AWQ.*\(--dequantize"):
+        plan_merge(base, [state])
+    with pytest.raises(CheckpointError, match=f"quantizing to {said['quant_method']} is not"):
+        plan_merge(base, [state], AGAIN)
+    for dtype in (torch.bfloat16, torch.float32):
+        options = MergeOptions(dequantize=str(dtype).removeprefix("torch."))
+        merge_checkpoint(base, [state], out, options=options)
+        due = {n: t.float() for n, t in wanted.items()}
+        due = {n: t.to(dtype) for n, t in dense(due, (state, 1.0)).items()}
+        due["q.bias"] = wanted["q.bias"]
+        assert_equal_to_dense(load_checkpoint(out), due, {"q.weight"})
+        assert {p.name for p in out.glob("*.json")} <= {
+            "config.json",
+            "model.safetensors.index.json",
+        }
+        assert "quantization_config" not in json.loads((out / "config.json").read_text())
+        assert verify_checkpoint(base, [state], out, options=options).problems == ()
+        shutil.rmtree(out)
+
+
+@quiet
+@pytest.mark.parametrize("form", [form for form in WORDS if "bits" not in form])
+def test_gptq_and_awq_have_the_values_that_the_library_reads(form: str, tmp_path: Path) -> None:
+    said = WORDS[form]
+    tensors = grouped(said, "0", 64, 128)
+    due = tensors.pop("0.weight")
+    base = save_checkpoint(tmp_path / "base", tensors, 1, {"quantization_config": said})
+    kind = "torch_awq.AwqTorch" if form == "awq" else "torch.Torch"
+    module, prefix = f"gptqmodel.nn_modules.qlinear.{kind}".rsplit(".", 1)
+    made = getattr(pytest.importorskip(module), f"{prefix}Linear")(
+        bits=4, group_size=32, sym=False, desc_act="act" in form, bias=False,
+        in_features=128, out_features=64, register_buffers=True,
+    )  # fmt: skip
+    made.load_state_dict({n.removeprefix("0."): t for n, t in tensors.items()})
+    if form.startswith("gptq") and "v2" not in form:
+        pytest.importorskip("gptqmodel.utils.model").convert_gptq_v1_to_v2_format_module(
+            made, 4, torch.int32
+        )
+    made.optimized = True  # nothing is compiled
+    made.post_init()
+    net: Any = nn.Sequential(made)
+    state = li.adapter_state(fill(li.inject(net, {"rank": 2, "targets": ["0"]})))
+    merge_checkpoint(base, [state], tmp_path / "out", options=MergeOptions(dequantize="float32"))
+    live = dict(li.merged_weights(net, dequantize="float32"))
+    assert error(load_checkpoint(tmp_path / "out")["0.weight"], live["0.weight"].double()) < 1e-6
+    held = state.sites["0"]
+    assert error(live["0.weight"], due.double() + dense_delta(held.spec, held.A, held.B)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("said", "change", "found"),
+    [
+        ({**GPTQ, "bits": 3}, {}, "gptq has 3 bits"),
+        ({**GPTQ, "bits": 8}, {}, "its parts do not fit"),
+        ({**GPTQ, "group_size": 16}, {"q.g_idx": None}, "its parts do not fit"),
+        ({**GPTQ, "desc_act": True}, {"q.g_idx": None}, "its parts do not fit"),
+        (GPTQ, {"q.g_idx": torch.full((64,), 2).int()}, "its parts do not fit"),
+        (GPTQ, {"q.scales": None}, "its scales or zeros are missing"),
+        (GPTQ, {"q.qzeros": torch.full((2, 4), -1).int()}, "some zeros are the largest"),
+        ({**GPTQ, "checkpoint_format": "marlin"}, {}, "its gptq layout is 'marlin'"),
+        ({**AWQ, "version": "gemv"}, {}, "its awq layout is 'gemv'"),
+        ({**AWQ, "bits": 8}, {}, "awq has 8 bits"),
+        ({**AWQ, "zero_point": False}, {}, "it has no zeros"),
+        ({**GPTQ, "quant_method": "auto-round"}, {}, r"packed integers \(I32\), is not"),
+    ],
+)
+def test_gptq_and_awq_of_other_layouts_are_refused_by_name(
+    said: dict[str, Any], change: dict[str, Tensor | None], found: str, tmp_path: Path
+) -> None:
+    tensors: dict[str, Any] = grouped({**said, "bits": 4, "group_size": 32}, "q", 32, 64)
+    del tensors["q.weight"]
+    tensors = {n: t for n, t in (tensors | change).items() if t is not None}
+    base = save_checkpoint(tmp_path / "base", tensors, 1, {"quantization_config": said})
+    with pytest.raises(CheckpointError, match=rf"dequantize 'q.qweight'.*{found}"):
+        merge_checkpoint(base, [adapter(site("q", (32, 64)))], tmp_path / "out", options=BF16)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("packed", ["qweight", "W_q"])
+def test_adapter_made_on_packed_layers_merges_into_the_plain_base(
+    packed: str, tmp_path: Path
+) -> None:
+    tensors = {"q.weight": torch.randn(32, 64)}
+    base, made = save_checkpoint(tmp_path / "base", tensors), site("q", (32, 64))
+    held = adapter(site("q", (32, 64), weight=f"q.{packed}"))
+    merge_checkpoint(base, [held], tmp_path / "out")
+    due = dense(tensors, (adapter(made), 1.0))
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), due, {"q.weight"})

@@ -7,6 +7,7 @@ nearest name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -118,7 +119,7 @@ class Fit:
         self.left: list[tuple[str, str]] = []  # names without a place, and the reasons
         state = adapter.state
         for site in state.sites.values():
-            self._place(site.spec.weight, self._site, site)
+            self._place(_plain(site.spec.weight), self._site, site)
         for name, site in _under_further_names(state).items():
             if self.rule(name) in self.checkpoint.tensors.keys() - self.jobs.keys():
                 self._place(name, self._site, site)
@@ -211,11 +212,16 @@ class Fit:
         return None if source is None else tensors[source]
 
 
+def _plain(weight: str) -> str:
+    """Return the name that files give to a weight; GPTQ, AWQ and HQQ pack it under another."""
+    return re.sub(r"(^|\.)(qweight|W_q)$", r"\1weight", weight)
+
+
 def _under_further_names(state: AdapterState) -> dict[str, SiteState]:
     """Return the sites of layers that had several names, by the further names of their weights."""
     specs = ((site.spec, site) for site in state.sites.values())
     return {
-        alias + spec.weight.removeprefix(spec.name): site
+        alias + _plain(spec.weight).removeprefix(spec.name): site
         for spec, site in specs
         for alias in spec.aliases
     }
@@ -238,7 +244,7 @@ def _absent(name: str, why: str = "") -> NoPlace:
 def _biases(state: AdapterState) -> dict[str, Tensor]:
     """Return what each bias of B adds, by the name of the layer's bias."""
     return {
-        site.spec.weight.removesuffix("weight") + "bias": site.scale
+        _plain(site.spec.weight).removesuffix("weight") + "bias": site.scale
         * in_memory(site.further["b"].detach())
         for site in state.sites.values()
         if site.spec.lora_bias

@@ -21,7 +21,7 @@ from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, l
 from lora_inject.checkpoint.quantized import unpacked
 from lora_inject.checkpoint.same_base import check_same_base, grown_copies
 from lora_inject.checkpoint.settled import Settled
-from lora_inject.checkpoint.side_files import edit_config, find_side_files
+from lora_inject.checkpoint.side_files import QUANTIZED_FILES, edit_config, find_side_files
 from lora_inject.checkpoint.weighted_adapter import (
     Given,
     WeightedAdapter,
@@ -164,6 +164,8 @@ def plan_merge(
     settled = Settled(of, options, _joined(fits, options))
     shards, notes = lay_out(checkpoint, settled.jobs), list(settled.notes)
     side_files, code_left = find_side_files(checkpoint.folder, code=options.copy_code)
+    if options.dequantize is not None:
+        side_files = tuple(name for name in side_files if name not in QUANTIZED_FILES)
     if code_left:
         notes.append(f"code stays behind: {', '.join(code_left)}")
     return MergePlan(

@@ -1,7 +1,8 @@
 """The formats of quantized tensors of a checkpoint: values read row by row, and encoded again.
 
 A quantized tensor is stored as several tensors, its parts: codes, scales, tables. Supported are
-bitsandbytes' 4 and 8 bits, float8 with block scales, and the MXFP4 experts of GPT-OSS.
+bitsandbytes' 4 and 8 bits, float8 with block scales, and the MXFP4 experts of GPT-OSS; for GPTQ and
+AWQ see `packed_words`.
 """
 
 from __future__ import annotations

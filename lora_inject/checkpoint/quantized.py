@@ -12,8 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.packed import Float8, FourBit, Int8, Mxfp4, Packed
+from lora_inject.checkpoint.packed_words import PackedWords
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import TensorEntry
 from lora_inject.storage.strict_json import parse_json
@@ -33,7 +36,10 @@ _MARKS = {
 }
 _INTEGER = {"U8", "I8", "I32", "U32", "F4"}
 _FLOAT8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
-_KNOWN = ("bitsandbytes", "fp8 with block", "MXFP4")  # what `unpacked` can read
+_READ_ONLY = ("MXFP4", "GPTQ or AWQ")  # what `unpacked` can read, and nothing here writes
+_KNOWN = ("bitsandbytes", "fp8 with block", *_READ_ONLY)
+_LAYOUTS = {"gptq": ("gptq", "gptq_v2"), "awq": ("gemm",)}  # of packed words; the first if unsaid
+_WORDS = {"scales": "scales", "zeros": "qzeros", "groups": "g_idx"}  # of GPTQ and AWQ
 _ROLES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES)  # of 4 bits
 
 
@@ -60,7 +66,7 @@ def why_not(checkpoint: Checkpoint, names: Iterable[str]) -> tuple[str, str] | N
             )
             if method.startswith(_KNOWN):
                 remedy += ", or write the merged one in 16 bits (--dequantize bfloat16)"
-                remedy += "" if method == "MXFP4" else " or in its own format (--requantize)"
+                remedy += "" if method in _READ_ONLY else " or in its own format (--requantize)"
             return f"'{name}' is quantized: {method}", remedy
     return None
 
@@ -111,6 +117,8 @@ def _find(checkpoint: Checkpoint) -> Iterator[tuple[str, Packed]]:
         elif name.endswith("_blocks") and said.get("quant_method") == "mxfp4":
             stem = name.removesuffix("_blocks")
             yield stem, _mxfp4(checkpoint, entry, tensors.get(f"{stem}_scales"))
+        elif name.endswith(".qweight") and said.get("quant_method") in _LAYOUTS:
+            yield f"{name.removesuffix('qweight')}weight", _words(checkpoint, entry, said)
 
 
 def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourBit:
@@ -165,6 +173,48 @@ def _mxfp4(checkpoint: Checkpoint, entry: TensorEntry, scales: TensorEntry | Non
     return Mxfp4(checkpoint, (n_experts, n_groups * 32, n_out), parts)
 
 
+def _words(checkpoint: Checkpoint, entry: TensorEntry, said: Mapping[str, Any]) -> PackedWords:
+    module, method = entry.name.removesuffix("qweight"), str(said["quant_method"])
+    near = {role: checkpoint.tensors.get(module + end) for role, end in _WORDS.items()}
+    parts = {"codes": entry, **{role: part for role, part in near.items() if part is not None}}
+    spoken = (said.get(key) for key in ("checkpoint_format", "version", "format"))
+    layout = str(next(filter(None, spoken), _LAYOUTS[method][0])).lower()
+    _check(entry, layout in _LAYOUTS[method], f"its {method} layout is '{layout}'")
+    good = {"scales", "zeros"} <= parts.keys() and entry.dtype == parts["zeros"].dtype == "I32"
+    good = good and all(len(parts[role].shape) == 2 for role in ("codes", "scales", "zeros"))
+    good = good and parts["scales"].dtype in FORMAT_DTYPES.values()
+    _check(entry, good and parts["scales"].n_elements > 0, "its scales or zeros are missing")
+    n_out, is_awq = parts["scales"].shape[1], method == "awq"
+    bits: Any = parts["zeros"].shape[1] * 32 // n_out if said.get("dynamic") else said.get("bits")
+    good = type(bits) is int and bits in ((4,) if is_awq else (2, 4, 8))
+    _check(entry, good, f"{method} has {bits} bits")
+    _check(entry, said.get("zero_point", True) is True, "it has no zeros")
+    n_in = entry.shape[0] if is_awq else entry.shape[0] * 32 // bits
+    size: Any = n_in if said.get("group_size") == -1 else said.get("group_size")
+    words = PackedWords(
+        checkpoint, (n_out, n_in), parts, method, bits, size, less_one=layout == "gptq"
+    )
+    _check(entry, _words_fit(words, bool(said.get("desc_act"))), "its parts do not fit each other")
+    same = said.get("sym") is True or "gptqmodel" in str(said.get("meta")) or not words.wraps()
+    _check(entry, same, "some zeros are the largest code, which programs read differently")
+    return words
+
+
+def _words_fit(words: PackedWords, is_ordered: bool) -> bool:
+    """Whether the parts have the shapes, and every input a group; `is_ordered` by activations."""
+    (n_out, n_in), parts, is_awq = words.shape, words.parts, words.method == "awq"
+    n_groups, n_packed = parts["scales"].shape[0], n_out * words.bits // 32
+    fits = parts["zeros"].shape == (n_groups, n_packed) and n_packed * 32 == n_out * words.bits
+    fits = fits and parts["codes"].shape[1] == (n_packed if is_awq else n_out)
+    if "groups" not in parts:
+        fits = fits and type(words.size) is int and words.size > 0 and not is_ordered
+        return fits and -(-n_in // words.size) == n_groups
+    form = (parts["groups"].shape, parts["groups"].dtype)
+    fits = fits and not is_awq and n_in > 0 and form == ((n_in,), "I32")
+    groups = words.part("groups") if fits else torch.tensor([-1])
+    return 0 <= int(groups.min()) <= int(groups.max()) < n_groups
+
+
 def _check(entry: TensorEntry, fits: bool, found: str) -> None:
     if not fits:
         raise _misfit(entry, found)
@@ -174,6 +224,7 @@ def _misfit(entry: TensorEntry, found: str) -> CheckpointError:
     return CheckpointError(
         f"dequantize '{entry.name}'",
         found,
-        "Supported: 4 and 8 bits of bitsandbytes, float8 (e4m3) with block scales, and MXFP4; "
+        "Supported: 4 and 8 bits of bitsandbytes, float8 (e4m3) with block scales, MXFP4, GPTQ in "
+        "2, 4 and 8 bits, and AWQ (gemm) in 4; "
         "merge into the 16-bit checkpoint that it was made from",
     )

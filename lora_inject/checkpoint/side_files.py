@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 MAX_DEPTH = 2
+QUANTIZED_FILES = ("quantize_config.json", "quant_config.json")
+"""What GPTQ and AWQ say of a quantized checkpoint beside its config; untrue of plain floats."""
 
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"}
 _SUFFIXES |= {".tiktoken", ".bpe", ".spm", ".vocab"}
