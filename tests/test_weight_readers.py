@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import error, fill, same_bits
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -264,7 +265,6 @@ def test_a_wavlm_whose_attention_reads_its_projections() -> None:
 
 def test_torchvisions_swin() -> None:
     """`shifted_window_attention(x, self.qkv.weight, self.proj.weight, ...)` reads both."""
-    torchvision = pytest.importorskip("torchvision")
     torch.manual_seed(0)
     plain = torchvision.models.SwinTransformer(
         [4, 4], 8, [1, 1], [2, 2], [2, 2], num_classes=3, stochastic_depth_prob=0.0
@@ -324,22 +324,30 @@ def test_a_write_from_outside_reaches_the_base(kind: str, write: str) -> None:
     assert error(net(x), dense(plain, net)(x)) < 1e-12
 
 
+REPLACING: dict[str, Callable[[Any], Any]] = {
+    "parametrize": lambda m: nn.utils.parametrize.register_parametrization(
+        m, "weight", nn.Identity()
+    ),
+    "parametrizations.weight_norm": lambda m: nn.utils.parametrizations.weight_norm(m),
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda m: prune.l1_unstructured(m, "weight", 2),
+    "None": lambda m: setattr(m, "weight", None),
+    "register None": lambda m: m.register_parameter("weight", None),
+}
+
+
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("how", ["parametrize", "parametrizations.weight_norm", "prune"])
+@pytest.mark.parametrize("how", REPLACING)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_a_weight_that_would_be_computed_from_now_on_is_refused(kind: str, how: str) -> None:
     _, m = layer(kind)
     held, cls = dict(m._parameters), type(m)
-    verbs: dict[str, Callable[[], Any]] = {
-        "parametrize": lambda: nn.utils.parametrize.register_parametrization(
-            m, "weight", nn.Identity()
-        ),
-        "parametrizations.weight_norm": lambda: nn.utils.parametrizations.weight_norm(m),
-        "prune": lambda: prune.l1_unstructured(m, "weight", 2),
-    }
-    with pytest.raises(li.LayerError, match=r"'weight'.*Eject the adapter first"):
-        verbs[how]()
+    with pytest.raises(li.LayerError, match=r"Eject the adapter first|merge.*then normalize"):
+        REPLACING[how](m)
     assert type(m) is cls
     assert not m._buffers
+    assert not m._forward_pre_hooks
     assert [(k, id(p)) for k, p in m._parameters.items()] == [(k, id(p)) for k, p in held.items()]
 
 

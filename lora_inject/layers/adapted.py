@@ -174,12 +174,13 @@ class Adapted(Reading):
         return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register like nn.Module, but no second name of a weight that carries an adapter.
+        """Register like nn.Module, but no None and no second name for an adapted weight.
 
-        It is the first step of torch's `prune`, which later cannot be undone.
+        A second name is the first step of torch's `prune`, which later cannot be undone.
         """
-        for adapted in {entry.param for entry in self._lora.entries()} - {name}:
-            if param is not None and self._parameters.get(adapted) is param:
+        for adapted in {entry.param for entry in self._lora.entries()}:
+            held = self._parameters.get(adapted)
+            if held is not None and param is (None if name == adapted else held):
                 self._lora_refuse_replaced(adapted)
         super().register_parameter(name, param)
 

@@ -7,6 +7,7 @@ thread and for submodules that are called directly.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from types import FrameType
@@ -15,11 +16,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import fusion
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_inject.errors import LayerError
 
 _CALL = nn.Module._call_impl.__code__
-_FUSING = {f.__code__ for f in (fusion.fuse_conv_bn_eval, fusion.fuse_linear_bn_eval)}
+# Functions of torch that read a weight to put another in its place, to the name of the step.
+_REPLACING = {
+    inspect.unwrap(function).__code__: (name, step)
+    for function, name, step in (
+        (fusion.fuse_conv_bn_eval, "fuse_conv_bn_eval", "fuse"),
+        (fusion.fuse_linear_bn_eval, "fuse_linear_bn_eval", "fuse"),
+        (WeightNorm.apply, "weight_norm", "normalize"),
+    )
+}
 
 # FSDP1 exchanges parameters and views here, in forwards and in backward passes.
 _FSDP1 = str(Path(torch.__file__).parent / "distributed" / "fsdp" / "_flat_param.py")
@@ -45,11 +55,12 @@ def running_module() -> Any:
             return frame.f_locals["self"]
         if (found := _forward_of(frame)) is not None:
             return found
-        if code in _FUSING:
+        if code in _REPLACING:
+            name, step = _REPLACING[code]
             raise LayerError(
-                f"torch.nn.utils.{code.co_name}",
-                "the layer has an adapter, whose update would not be fused",
-                "Call merge(model, eject=True) first, then fuse",
+                f"torch.nn.utils.{name}",
+                "the layer has an adapter, whose update the new weight would not have",
+                f"Call merge(model, eject=True) first, then {step}",
             )
         frame = frame.f_back  # type: ignore[assignment]
     return SOME_FORWARD if torch._C._current_graph_task_id() != -1 else None
