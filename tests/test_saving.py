@@ -472,3 +472,61 @@ def test_a_norm_that_also_moves_statistics_is_refused(config: dict[str, Any]) ->
     assert snapshot(model) == before
     still = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
     li.inject(still, {"rank": 1, **config})
+
+
+def test_a_module_in_train_with_a_norm_inside_that_moves_statistics_is_refused() -> None:
+    """The norm has no parameters, so that no trained tensor tells of it."""
+    head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+    model = nn.ModuleDict({"body": nn.Linear(3, 4), "head": head})
+    before = snapshot(model)
+    with pytest.raises(li.LayerError, match=r"train 1 \('head'\), 'head\.1': .*moves running_mean"):
+        li.inject(model, {"rank": 1, "targets": ["body"], "train": ["head"]})
+    assert snapshot(model) == before
+    li.inject(model, {"rank": 1, "targets": ["body"], "train": [r"head\.0"]})
+
+
+class Centers(nn.Module):
+    """Subtracts a moving average, times a gain."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.gain, self.how = nn.Parameter(torch.ones(4)), how
+        self.register_buffer("mean", torch.full((4,), torch.nan) if how == "nan" else torch.ones(4))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x.detach().mean(0)
+        if self.training and self.how == "in place":
+            self.mean.mul_(0.9).add_(self.last, alpha=0.1)
+        if self.training and self.how == "data":  # leaves the version counter alone
+            self.mean.data.mul_(0.9)
+        if self.training and self.how == "another":
+            self.mean = 0.9 * self.mean
+        if self.training and self.how == "counter":
+            self.seen += 1
+        return (x - self.mean) * self.gain
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "another", "counter"])
+def test_a_module_in_train_that_moves_its_buffers_is_refused_at_its_first_step(how: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Centers(how))
+    li.inject(model, {"rank": 1, "targets": ["0"], "train": ["1"]})
+    held = model[1].state_dict(keep_vars=True)
+    before = {name: tensor.detach().clone() for name, tensor in held.items()}
+    for _ in range(2):
+        with pytest.raises(li.LayerError, match=r"moves its buffer '(mean|seen)'.*Leave it out"):
+            model(torch.randn(5, 3))
+        for name, tensor in model[1].state_dict(keep_vars=True).items():
+            assert tensor is held[name]
+            assert same_bits(tensor, before[name])
+    model[1].eval()
+    model(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("how", ["none", "nan"])
+def test_constant_buffers_of_a_module_in_train_are_asked_about_once(how: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Centers(how))
+    li.inject(model, {"rank": 1, "targets": ["0"], "train": ["1"]})
+    model(torch.randn(5, 3))
+    assert model[1]._lora.still

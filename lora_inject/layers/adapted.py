@@ -178,7 +178,8 @@ class Adapted(Reading):
 
         A second name is the first step of torch's `prune`, which later cannot be undone.
         """
-        for adapted in {entry.param for entry in self._lora.entries()}:
+        attached = self._lora
+        for adapted in (*attached.reads, *((self.weight_name,) if attached.forward else ())):
             held = self._parameters.get(adapted)
             if held is not None and param is (None if name == adapted else held):
                 self._lora_refuse_replaced(adapted)

@@ -136,6 +136,7 @@ class Attached:
         self.float32 = False  # whether an adapter on the output asks for float32 arithmetic
         self.time_major = False  # whether its input may have time before batch
         self.gains = False  # whether an adapter on the output has a gain
+        self.still = False  # whether a forward in training has left the module's buffers alone
         # Marks of the entries that a forward has used so far; and of those that another module read
         # while this one did not run.
         self.took_part: frozenset[str] = frozenset()

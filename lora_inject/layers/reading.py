@@ -29,6 +29,7 @@ from lora_inject.layers.attached import (
     saving_hooks,
 )
 from lora_inject.layers.checkpointing import refuse_dead_checkpoint
+from lora_inject.layers.moving_buffers import buffers_to_watch, refuse_moved
 from lora_inject.layers.readers import computes, running_module
 from lora_inject.layers.routed_forward import adds_rows
 from lora_inject.layers.selection import State
@@ -271,7 +272,11 @@ def cached_forward(plain: type[nn.Module]) -> Callable[..., Any]:
         thread, running = threading.get_ident(), attached.running
         outer, running[thread] = running.get(thread), ({}, saving_hooks())
         try:
-            return plain.forward(self, *args, **kwargs)
+            buffers = buffers_to_watch(self, attached) if self._buffers else {}
+            outputs = plain.forward(self, *args, **kwargs)
+            if buffers:
+                refuse_moved(self, attached, buffers)
+            return outputs
         finally:
             if outer is None:
                 del running[thread]

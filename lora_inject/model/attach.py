@@ -6,7 +6,7 @@ classes, and undoes all changes if a step fails. Injecting and loading both use 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ from lora_inject.model.reached import refuse_unreached
 from lora_inject.model.sharding import fsdp2_modules, refuse_sharded, reshard
 from lora_inject.model.stand_ins import stand_in
 from lora_inject.model.train import trainable_tensors
-from lora_inject.spec.names import joined
+from lora_inject.spec.names import Below, joined
 from lora_inject.spec.roles import FROM_WEIGHT
 from lora_inject.spec.sites import SiteSpec
 
@@ -129,6 +129,25 @@ def _why_not_here(place: Place, taken: set[tuple[int, str]]) -> Iterator[tuple[s
         yield found, "A parameter that is itself computed cannot take an update"
 
 
+def moves_statistics(module: nn.Module) -> bool:
+    """Return whether a layer moves statistics, which are buffers, while it trains."""
+    return isinstance(module, _NormBase) and module.running_mean is not None
+
+
+def refuse_statistics(survey: Survey, modules: Collection[str], asked: str) -> None:
+    """Raise if one of the modules that are to train in full has a layer with statistics inside."""
+    below = Below(modules)
+    for name, module in survey.by_name.items() if modules else ():
+        if name in below and moves_statistics(module):
+            raise LayerError(f"{asked}, {name!r}", *_moves(module))
+
+
+def _moves(module: nn.Module) -> tuple[str, str]:
+    found = f"its {type(module).__name__} moves running_mean and running_var as well while it "
+    found += "trains: those are the base's buffers, which an adapter neither holds nor restores"
+    return found, "Leave it out, or give the layer track_running_stats=False and no running_mean"
+
+
 def _why_not_values(place: Place) -> Iterator[tuple[str, str]]:
     """Yield why an entry cannot read or copy the values of its tensor, and what to do."""
     module, spec, weight = place.module, place.entry.spec, place.weight
@@ -136,11 +155,8 @@ def _why_not_values(place: Place) -> Iterator[tuple[str, str]]:
     if spec is None and packed:
         remedy = "Adapt the layer with a rule (targets) instead, or load the base unquantized"
         yield f"it is {packed}: no copy of it can train", remedy
-    if spec is None and isinstance(module, _NormBase) and module.running_mean is not None:
-        found = f"its {type(module).__name__} moves running_mean and running_var as well while it "
-        found += "trains: those are the base's buffers, which an adapter neither holds nor restores"
-        remedy = "Leave it out, or give the layer track_running_stats=False and no running_mean"
-        yield found, remedy
+    if spec is None and moves_statistics(module):
+        yield _moves(module)
     if spec is None:
         return
     gained, derived = place.entry.variant.gained, spec.init in FROM_WEIGHT

@@ -12,10 +12,11 @@ from lora_inject.formats.model_facts import expert_names
 from lora_inject.functional import master_dtype, norms_of
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey, memory_of
-from lora_inject.model.attach import Place, attach, places, survey_for
+from lora_inject.model.attach import Place, attach, places, refuse_statistics, survey_for
 from lora_inject.model.train import refuse_dead_inputs
 from lora_inject.spec.config import Config, ConfigLike
 from lora_inject.spec.matching import resolve
+from lora_inject.spec.names import matching
 from lora_inject.spec.plan import Plan
 from lora_inject.spec.sites import SiteSpec
 
@@ -88,6 +89,9 @@ def inject(
         key: trained.rows for trained in planned.trained for key in survey.names_of(trained.name)
     }
     found = places(survey, name, planned.sites, named)
+    for i, pattern in enumerate(planned.config.train):
+        asked = f"train {i + 1} ('{pattern}')"
+        refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
 
     def initial(place: Place) -> Mapping[str, Tensor]:
         entry, weight = place.entry, place.weight
