@@ -121,6 +121,13 @@ CASES = {
         "llama",
         {"target_modules": "all-linear", "exclude_modules": r".*layers\.1\..*|lm_head"},
     ),
+    "flags": (
+        "llama",
+        {
+            "target_modules": "(?x) .* (q|v)_proj  # attention",
+            "exclude_modules": r"(?i)(?s).*LAYERS\.1\..*",
+        },
+    ),
     "layers": ("llama", {"target_modules": QV, "layers_to_transform": [0, 2]}),
     "one layer": ("gpt2", {"target_modules": ["c_attn"], "layers_to_transform": 1}),
     "layers of a list": (

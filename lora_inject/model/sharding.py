@@ -40,8 +40,14 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
         )
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     wrapped = (path for path, module in survey.modules if fsdp and isinstance(module, fsdp))
-    held = ((path, p) for path, module in survey.modules for p in module._parameters.values())
-    zero = ((path, "DeepSpeed ZeRO (its gradients)") for path, p in held if _is_stepped(p))
+    # A list: one call, and not one for each tensor of all adapters.
+    stepped = [
+        path
+        for path, module in survey.modules
+        for parameter in module._parameters.values()
+        if hasattr(parameter, "_hp_mapping")  # what DeepSpeed's optimizer has, others come too late
+    ]
+    zero = ((path, "DeepSpeed ZeRO (its gradients)") for path in stepped)
     parts = ((name, sharded_by(parameter)) for name, parameter in survey.parameters())
     for path, how in chain(((path, "FullyShardedDataParallel") for path in wrapped), zero, parts):
         if how:
@@ -53,11 +59,6 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
                 "distribute an adapter with its layer (transformers: load without tp_plan); "
                 "load_adapter and swap_adapter also work after fully_shard",
             )
-
-
-def _is_stepped(parameter: Tensor | None) -> bool:
-    """Whether DeepSpeed has made an optimizer of a parameter, which gets no others later."""
-    return hasattr(parameter, "_hp_mapping")
 
 
 def is_sharded(survey: Survey) -> bool:

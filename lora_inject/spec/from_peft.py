@@ -149,7 +149,7 @@ def translated(
     train = [f"[^.]*{name}" for name in saved]  # PEFT matches the end of a name, without a dot
     exclude = [re.escape(name) for name in sorted(lora.exclude_modules)]
     if isinstance(lora.exclude_modules, str):
-        exclude = [f"^(?:{lora.exclude_modules})"]
+        exclude = [_from_start(lora.exclude_modules)]
     if isinstance(lora.target_modules, str):
         exclude += saved  # not adapted; here PEFT matches whole segments
     if inventory is not None:
@@ -278,7 +278,7 @@ def _ends_of(
     names = list(inventory.modules)
     for stack in (candidate for candidate in inventory.candidates if candidate.experts):
         names += [joined(stack.owner, o) for o, n in new_names.items() if n == leaf(stack.name)]
-    taken = dict.fromkeys(matching(f"^(?:{given})", names, asked=asked))
+    taken = dict.fromkeys(matching(_from_start(given), names, asked=asked))
     ends = dict.fromkeys(leaf(name) for name in taken)
     for name in names:
         if leaf(name) in ends and name not in taken:
@@ -328,6 +328,14 @@ def _tokens(given: Any, inventory: Inventory | None, asked: str) -> dict[str, li
 
 _LITERAL = re.compile(r"\^?(?:[\w-]|\\?\.)+")
 _LINEAR = ("linear", "conv1d")
+
+
+def _from_start(given: str) -> str:
+    """Return a pattern for a regex of PEFT's for whole names, whose flags hold for itself only."""
+    first = re.match(r"(?:\(\?[imsx]+\))*", given)
+    end = first.end() if first else 0
+    flags = "".join(sorted({*given[:end]} - {*"(?)"}))
+    return f"^(?{flags}:{given[end:]}" + ("\n)" if "x" in flags else ")")  # ends a comment
 
 
 class _Pattern(NamedTuple):
@@ -409,7 +417,7 @@ class _Rules:
             raise _error(self.asked, "target_modules", found, remedy)
         targets, names = [], {*parameters}
         if isinstance(given, str):
-            targets = [_ALL if given.lower() == "all-linear" else _Pattern(f"^(?:{given})")]
+            targets = [_ALL if given.lower() == "all-linear" else _Pattern(_from_start(given))]
         else:
             names.update(given or ())
         modules = self.inventory.modules if self.inventory and self.layers else ()
