@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from training_models import llama
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_inject as li
@@ -187,6 +194,23 @@ def test_padding_that_changes_an_output_is_refused() -> None:
     assert running.n_steps == 0
 
 
+def test_the_batches_of_a_collator_train_as_dicts_in_any_order_of_entries() -> None:
+    def run(kind: Any, names: list[str]) -> dict[str, float]:
+        rows = batches(LLAMA_TRIALS, 0, {})
+        given = {t: {k: b[k] for k in (names if t == "qv" else sorted(b))} for t, b in rows.items()}
+        return Trials(of_llama(), LLAMA_TRIALS).step({t: kind(b) for t, b in given.items()})
+
+    assert run(BatchEncoding, ["labels", "input_ids"]) == run(dict, ["input_ids", "labels"])
+
+
+def test_outputs_of_a_class_that_hides_its_tensors_are_refused() -> None:
+    running = Trials(of_llama(), LLAMA_TRIALS)
+    hidden = lambda b: SimpleNamespace(logits=running.model(b["input_ids"]).logits)  # noqa: E731
+    with pytest.raises(li.StateError, match=r"a SimpleNamespace, in which there is no tensor"):
+        running.step(batches(LLAMA_TRIALS, 0, {}), forward=hidden)
+    assert running.n_steps == 0
+
+
 @pytest.mark.parametrize("make", [of_llama, gpt2], ids=["llama", "gpt2"])
 def test_packed_rows_give_each_trial_the_same_run_as_alone(make) -> None:
     trials = LLAMA_TRIALS if make is of_llama else GPT2_TRIALS
@@ -220,7 +244,7 @@ def test_packed_rows_give_each_trial_the_same_run_as_alone(make) -> None:
 def test_packed_rows_that_meet_are_refused() -> None:
     running = Trials(of_llama(), LLAMA_TRIALS, packed=True)
     rows = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
-    with pytest.raises(li.StateError, match="packed rows without bounds"):
+    with pytest.raises(li.StateError, match=r"does not keep packed .*use_cache"):
         running.step(rows, loss=lambda out, _: out.logits.sum())
     with pytest.raises(li.StateError, match=r"\(2, 4\).*Packed, each is \(1, tokens, ...\)"):
         running.step(torch.ones(2, 4))

@@ -121,7 +121,8 @@ def refuse_unused(
             asked,
             f"neither a forward nor training has reached {quoted(missed[:3])} ({len(missed)} such "
             "sites): the adapter is inert there",
-            f"Inject without them, or give unused=[{missed[0]!r}] for what may be without use",
+            "Inject without them, or give patterns of all that may be without use: "
+            f"unused=[{missed[0]!r}{', ...' if missed[1:] else ''}]",
         )
 
 

@@ -40,6 +40,22 @@ class Joined(NamedTuple):
         return not self.packed and self.lengths is None and len(set(self.sizes.values())) == 1
 
 
+def in_one_order(batches: Mapping[str, Any]) -> dict[str, Any]:
+    """Return batches with each mapping as a dict, its entries in the order of the first batch.
+
+    pytree looks into no other mapping, such as the BatchEncoding of a collator.
+    """
+    first = next(iter(batches.values()))
+    order = dict.fromkeys(first) if isinstance(first, Mapping) else {}
+
+    def as_dict(batch: Any) -> Any:
+        if not isinstance(batch, Mapping):
+            return batch
+        return {key: batch[key] for key in (order if batch.keys() == order.keys() else batch)}
+
+    return {name: as_dict(batch) for name, batch in batches.items()}
+
+
 def size_of(batch: Any, whose: str, *, packed: bool = False) -> int:
     """Return the rows of a batch, or its tokens if it is packed: equal in all its tensors."""
     shapes = {
@@ -152,9 +168,15 @@ def parted(outputs: Any, of: Joined, positions: Sequence[bool] | None = None) ->
         positions: Which tensors have the positions of padded rows as their second dimension.
 
     Raises:
-        StateError: A tensor does not have as many rows, or tokens, as the batch.
+        StateError: A tensor does not have as many rows, or tokens, as the batch, or there is none.
     """
     leaves, form = tree_flatten(outputs)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise StateError(
+            "step",
+            f"the forward returned a {type(outputs).__name__}, in which there is no tensor to see",
+            "Give a forward that returns tensors, or a dict or tuple of them, and a loss for these",
+        )
     sizes, columns = list(of.sizes.values()), []
     total, dim = sum(sizes), int(of.packed)
     for i, leaf in enumerate(leaves):

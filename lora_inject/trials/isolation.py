@@ -46,12 +46,16 @@ def check_apart(run: Run, of: Joined, flat: Flat, layers: Sequence[nn.Module]) -
         broken = parted(run(of), of)
     for other in others:
         if not _same(plain[other], broken[other]):
-            raise StateError(
-                "step",
-                f"the rows of {name!r} change the outputs of {other!r}: the forward mixes rows "
-                "(BatchNorm in training, negatives within the batch, packed rows without bounds)",
-                "Use a forward that treats rows independently, or BatchNorm in eval mode",
-            )
+            mixes = "mixes rows (BatchNorm in training, negatives within the batch)"
+            remedy = "Use a forward that treats rows independently, or BatchNorm in eval mode"
+            if of.packed:
+                mixes = "does not keep packed sequences apart"
+                remedy = (
+                    "Give position_ids that start at 0 in each sequence; transformers reads them "
+                    "so without attention_mask and with model.config.use_cache = False only"
+                )
+            found = f"the rows of {name!r} change the outputs of {other!r}: the forward {mixes}"
+            raise StateError("step", found, remedy)
     if _same(plain[name], broken[name]):
         raise StateError(
             "step", f"the adapter of {name!r} takes no part in the forward", "See li.unreached"

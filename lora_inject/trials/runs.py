@@ -37,6 +37,7 @@ from lora_inject.trials.batches import (
     causal_loss,
     causal_losses,
     evaluating,
+    in_one_order,
     joined,
     n_tokens,
     parted,
@@ -264,14 +265,15 @@ class Trials:
             or any(isinstance(each, Mapping | tuple | list) for each in batch.values())
         )
         if not by_name:
-            return dict.fromkeys(running, batch)
+            return in_one_order(dict.fromkeys(running, batch))
         if unknown := [name for name in batch if name not in self.trials]:
-            raise StateError("step", f"there is no trial {unknown[0]!r}", f"Known are {running}")
+            remedy = f"Known are {running}; of one batch for all, each entry is a tensor"
+            raise StateError("step", f"there is no trial {unknown[0]!r}", remedy)
         if missing := [name for name in running if name not in batch]:
             raise StateError(
                 "step", f"there is no batch for {missing[0]!r}", "Give one for each running trial"
             )
-        return {name: batch[name] for name in running}
+        return in_one_order({name: batch[name] for name in running})
 
     def _groups(self, batches: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield groups of batches with at most `max_tokens`; each has one trial at least."""

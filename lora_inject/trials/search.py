@@ -31,6 +31,7 @@ from lora_inject.trials.batches import (
     Loss,
     causal_loss,
     evaluating,
+    in_one_order,
     plain_forward,
     size_of,
 )
@@ -188,6 +189,10 @@ def search(
         check_type(f"search, {name}", given, Sequence, "Give a list of batches, one for each step")
         if not given:
             raise StateError(f"search, {name}", "there is no batch", "Give one at least")
+    batches, held_out = (
+        [*in_one_order({str(i): one for i, one in enumerate(given)}).values()]
+        for given in (batches, held_out)
+    )
     candidates, over = space.candidates(inventory(Survey(model)))
     found = Search(space, candidates, over)
     state = _Saved(folder, {"space": _plain(space), "data": _sums(batches) + _sums(held_out)})
