@@ -90,9 +90,11 @@ def test_what_the_file_does_not_hold_is_asked_for(case, capsys):
 
 
 def test_options_of_loralib_without_a_file_of_it_are_wrong_usage(tmp_path, capsys):
-    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    (tmp_path / "folder").mkdir()
-    arguments = (tmp_path / "model.safetensors", tmp_path / "folder", "-o", tmp_path / "out")
+    for name in ("base", "folder"):
+        (tmp_path / name).mkdir()
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "base" / "model.safetensors")
+    base = tmp_path / "base" / "model.safetensors"
+    arguments = (base, tmp_path / "folder", "-o", tmp_path / "out")
     assert run("merge", *arguments, "--alpha", "6") == 2
     assert "no adapter has a format with this option" in capsys.readouterr().err
 

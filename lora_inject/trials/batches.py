@@ -151,10 +151,11 @@ def _one_tensor(column: Sequence[Any], packed: bool) -> Any:
     if packed:
         return torch.cat(list(column), dim=1)
     longest = max(t.shape[1:2] for t in column)
-    wanted = (
-        F.pad(t, (0, 0) * (t.dim() - 2) + (0, n - t.shape[1])) for t in column for n in longest
-    )
-    return torch.cat(list(wanted) if longest else list(column))
+    return torch.cat([t if t.shape[1:2] == longest else _padded(t, longest[0]) for t in column])
+
+
+def _padded(t: Tensor, n: int) -> Tensor:
+    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, n - t.shape[1]))
 
 
 def parted(outputs: Any, of: Joined, positions: Sequence[bool] | None = None) -> dict[str, Any]:
