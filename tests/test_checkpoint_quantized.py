@@ -492,3 +492,14 @@ def test_adapter_made_on_packed_layers_merges_into_the_plain_base(
     merge_checkpoint(base, [held], tmp_path / "out")
     due = dense(tensors, (adapter(made), 1.0))
     assert_equal_to_dense(load_checkpoint(tmp_path / "out"), due, {"q.weight"})
+
+
+def test_a_raw_parameter_keeps_its_name_though_packed_layers_have_such_names(
+    tmp_path: Path,
+) -> None:
+    tensors = {name: torch.randn(32, 64) for name in ("q.qweight", "q.weight")}
+    base = save_checkpoint(tmp_path / "base", tensors)
+    made = site("q.qweight", (32, 64), kind="parameter", weight="q.qweight")
+    merge_checkpoint(base, [adapter(made)], tmp_path / "out")
+    due = dense(tensors, (adapter(made), 1.0))
+    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), due, {"q.qweight"})

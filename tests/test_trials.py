@@ -194,6 +194,18 @@ def test_padding_that_changes_an_output_is_refused() -> None:
     assert running.n_steps == 0
 
 
+def test_outputs_whose_tensors_depend_on_the_rows_are_refused_where_rows_are_padded() -> None:
+    running = Trials(of_bert().double(), BERT_TRIALS)
+
+    def forward(batch: Any) -> tuple[torch.Tensor, ...]:
+        logits = running.model(batch["input_ids"], batch["attention_mask"]).logits
+        return (logits,) * len(logits)
+
+    with pytest.raises(li.StateError, match="padding to one length changes the outputs of 'all'"):
+        running.step(own_lengths(BERT_TRIALS, 0, True), forward=forward, loss=lambda out, _: out[0])
+    assert running.n_steps == 0
+
+
 def test_the_batches_of_a_collator_train_as_dicts_in_any_order_of_entries() -> None:
     def run(kind: Any, names: list[str]) -> dict[str, float]:
         rows = batches(LLAMA_TRIALS, 0, {})

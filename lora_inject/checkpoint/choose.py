@@ -25,6 +25,7 @@ from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
 from lora_inject.checkpoint.quantized import why_not
 from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError, nearest
+from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
 from lora_inject.storage.tensors import in_memory
 
@@ -119,7 +120,7 @@ class Fit:
         self.left: list[tuple[str, str]] = []  # names without a place, and the reasons
         state = adapter.state
         for site in state.sites.values():
-            self._place(_plain(site.spec.weight), self._site, site)
+            self._place(_plain(site.spec), self._site, site)
         for name, site in _under_further_names(state).items():
             if self.rule(name) in self.checkpoint.tensors.keys() - self.jobs.keys():
                 self._place(name, self._site, site)
@@ -212,16 +213,21 @@ class Fit:
         return None if source is None else tensors[source]
 
 
-def _plain(weight: str) -> str:
-    """Return the name that files give to a weight; GPTQ, AWQ and HQQ pack it under another."""
-    return re.sub(r"(^|\.)(qweight|W_q)$", r"\1weight", weight)
+def _plain(spec: SiteSpec) -> str:
+    """Return the name that files give to a weight; layers of GPTQ, AWQ and HQQ pack it as another.
+
+    A raw parameter keeps its name, whatever that is.
+    """
+    if spec.kind == "parameter":
+        return spec.weight
+    return re.sub(r"(^|\.)(qweight|W_q)$", r"\1weight", spec.weight)
 
 
 def _under_further_names(state: AdapterState) -> dict[str, SiteState]:
     """Return the sites of layers that had several names, by the further names of their weights."""
     specs = ((site.spec, site) for site in state.sites.values())
     return {
-        alias + _plain(spec.weight).removeprefix(spec.name): site
+        alias + _plain(spec).removeprefix(spec.name): site
         for spec, site in specs
         for alias in spec.aliases
     }
@@ -244,7 +250,7 @@ def _absent(name: str, why: str = "") -> NoPlace:
 def _biases(state: AdapterState) -> dict[str, Tensor]:
     """Return what each bias of B adds, by the name of the layer's bias."""
     return {
-        _plain(site.spec.weight).removesuffix("weight") + "bias": site.scale
+        _plain(site.spec).removesuffix("weight") + "bias": site.scale
         * in_memory(site.further["b"].detach())
         for site in state.sites.values()
         if site.spec.lora_bias

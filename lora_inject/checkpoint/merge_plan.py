@@ -167,7 +167,7 @@ def plan_merge(
     if options.dequantize is not None:
         side_files = tuple(name for name in side_files if name not in QUANTIZED_FILES)
     if code_left:
-        notes.append(f"code stays behind: {', '.join(code_left)}")
+        notes.append(f"code is copied on request only: {', '.join(code_left)}")
     return MergePlan(
         checkpoint,
         tuple(weighted),

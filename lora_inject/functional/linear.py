@@ -66,17 +66,19 @@ def linear(
         True
     """
     if is_watched():
-        return add_updates(_base(x, weight, bias, transposed, None), x, updates, float32=float32)
+        return add_updates(
+            frozen_output(x, weight, bias, transposed, None), x, updates, float32=float32
+        )
     context = without_autocast(x)
     if context is None:
         if len(updates) == 1 and not torch.is_grad_enabled() and cpu.are_few(x, updates[0]):
-            y = _base(x, weight, bias, transposed, None)  # the shortest path through Python
+            y = frozen_output(x, weight, bias, transposed, None)  # the shortest path through Python
             cpu.add_few_(y, x, updates[0])
             return y
         return _run(x, None, weight, bias, updates, transposed, float32, None)
     dtype = torch.get_autocast_dtype(x.device.type)
     if not float32:  # by autograd, so that the layer and A share one copy, and x gets a gradient
-        x = _lowered(x, dtype)
+        x = lowered(x, dtype)
     with context:
         return _run(x, None, weight, bias, updates, transposed, float32, dtype)
 
@@ -110,17 +112,17 @@ def _run(
             found: Tensor = _Function.apply(x, y, weight, bias, how, *factors)  # type: ignore[no-untyped-call]
             return found
     if weight is not None:
-        y = _base(x, weight, bias, transposed, dtype)
+        y = frozen_output(x, weight, bias, transposed, dtype)
     assert y is not None
     return _add(y, x, updates, float32, in_place=weight is not None)[0]
 
 
-def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
+def lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor as autocast gives it to a matrix product."""
     return t if t.dtype in (dtype, torch.float64) else t.to(dtype)
 
 
-def _base(
+def frozen_output(
     x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, dtype: torch.dtype | None
 ) -> Tensor:
     """Compute the frozen layer exactly as its own class does, bit for bit.
@@ -128,8 +130,8 @@ def _base(
     `dtype` is what autocast casts to, None outside.
     """
     if dtype is not None:
-        x, weight = _lowered(x, dtype), _lowered(weight, dtype)
-        bias = None if bias is None else _lowered(bias, dtype)
+        x, weight = lowered(x, dtype), lowered(weight, dtype)
+        bias = None if bias is None else lowered(bias, dtype)
     if not transposed:
         return F.linear(x, weight, bias).contiguous()
     # transformers.pytorch_utils.Conv1D.forward
@@ -139,7 +141,8 @@ def _base(
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(size_out)
 
 
-def _matrix(t: Tensor) -> Tensor:
+def as_matrix(t: Tensor) -> Tensor:
+    """Return a tensor `(..., width)` as `(n, width)`, a view where it can be one."""
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
@@ -154,7 +157,7 @@ def _plain(
     float32: bool,
 ) -> Tensor:
     """The formula in operations that autograd, torch.func and torch.compile support."""
-    x2, out = cast(_matrix(x), compute_dtype(y.dtype, float32)), _matrix(y)
+    x2, out = cast(as_matrix(x), compute_dtype(y.dtype, float32)), as_matrix(y)
     for u, mask in zip(updates, masks, strict=True):
         kept = x2
         if u.dropout:
@@ -213,7 +216,7 @@ def _add(
     y: Tensor, x: Tensor, updates: Sequence[Factors], float32: bool, *, in_place: bool
 ) -> tuple[Tensor, list[Kept]]:
     """Return the sum of y and all updates, and what their backward needs."""
-    y2, x2, dtype = _matrix(y), _matrix(x), compute_dtype(y.dtype, float32)
+    y2, x2, dtype = as_matrix(y), as_matrix(x), compute_dtype(y.dtype, float32)
     kept = []
     for u in updates:
         A, B, dropped = cast(u.A, dtype), cast(u.B, dtype), None
@@ -310,7 +313,7 @@ class _Function(torch.autograd.Function):
     ) -> Tensor:
         in_place = weight is not None
         if weight is not None:
-            y = _base(x, weight, bias, how.transposed, how.dtype)
+            y = frozen_output(x, weight, bias, how.transposed, how.dtype)
         assert y is not None
         out, kept = _add(y, x, how.updates(factors), how.float32, in_place=in_place)
         ctx.how = how
@@ -328,17 +331,21 @@ class _Function(torch.autograd.Function):
         needs, updates = ctx.needs_input_grad, how.updates(factors)
         if torch.is_grad_enabled():  # by autograd, as this backward is itself differentiated
             frozen = weight is not None
-            y = _base(x, weight, bias, how.transposed, how.dtype) if frozen else torch.zeros_like(g)
-            masks = [cpu.mask(one.dropped, _matrix(x)) for one in kept]
+            y = (
+                frozen_output(x, weight, bias, how.transposed, how.dtype)
+                if frozen
+                else torch.zeros_like(g)
+            )
+            masks = [cpu.mask(one.dropped, as_matrix(x)) for one in kept]
             out = _plain(y, x, updates, masks, how.float32)
             inputs, wanted = (x, None, weight, bias, None, *factors), (needs[0], False, *needs[2:])
             gx, _, *others = differentiate(out, inputs, wanted, g)
             return gx, g if needs[1] else None, *others
-        g2, gx2, gw, gb = _matrix(g), None, None, None
+        g2, gx2, gw, gb = as_matrix(g), None, None, None
         if weight is not None and needs[0]:
             gx2 = torch.mm(g2, cast(weight.t() if how.transposed else weight, g.dtype))
         if weight is not None and needs[2]:
-            x2 = cast(_matrix(x), g.dtype)
+            x2 = cast(as_matrix(x), g.dtype)
             gw = cast(x2.t() @ g2 if how.transposed else g2.t() @ x2, weight.dtype)
         if bias is not None and needs[3]:
             gb = cast(g2.sum(0), bias.dtype)
@@ -348,7 +355,7 @@ class _Function(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for i, (u, one) in enumerate(zip(updates, kept, strict=True)):
             g2, wanted = cast(g2, dtype), (needs[0], *needs[5 + 2 * i : 7 + 2 * i])
-            gx2, gA, gB = _backward_one(g2, _matrix(x), gx2, u, one, wanted)
+            gx2, gA, gB = _backward_one(g2, as_matrix(x), gx2, u, one, wanted)
             grads.append(None if gA is None else cast(gA, u.A.dtype))
             grads.append(None if gB is None else cast(gB, u.B.dtype))
         gx = None if gx2 is None else cast(gx2.view(x.shape), x.dtype)

@@ -160,7 +160,7 @@ def _alike(one: Any, two: Any) -> bool:
 
 
 def _product(x: Tensor, stack: Any, offs: Any = None, bias: Any = None, out: Any = None) -> Any:
-    """`torch._grouped_mm` of rows that are sorted by expert."""
+    """`torch._grouped_mm` of rows that are sorted by expert; waits for their numbers."""
     packed = isinstance(stack, PackedExperts) and stack.dim() == 3 and x.dim() == 2
     if not packed or offs is None or bias is not None or out is not None:
         return NotImplemented

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from lora_inject.functional.factors import Spans, cast, without_autocast
-from lora_inject.functional.linear import _base, _lowered, _matrix
+from lora_inject.functional.linear import as_matrix, frozen_output, lowered
 
 
 class Range(NamedTuple):
@@ -93,8 +93,8 @@ def ranged_linear(
     if context is not None:
         dtype = torch.get_autocast_dtype(x.device.type)
         same = kept is x
-        x = _lowered(x, dtype)
-        kept = x if same else _lowered(kept, dtype)
+        x = lowered(x, dtype)
+        kept = x if same else lowered(kept, dtype)
     with context or nullcontext():
         found: Tensor = _Ranged.apply(  # type: ignore[no-untyped-call]
             x, kept, weight, bias, anchor, (ranges, transposed, dtype)
@@ -114,8 +114,8 @@ class _Ranged(torch.autograd.Function):
         how: tuple[Sequence[Range], bool, torch.dtype | None],
     ) -> Tensor:
         ranges, transposed, dtype = how
-        out = _base(x, weight, bias, transposed, dtype)
-        x2, y2, thin = _matrix(kept), _matrix(out), []
+        out = frozen_output(x, weight, bias, transposed, dtype)
+        x2, y2, thin = as_matrix(kept), as_matrix(out), []
         for one in ranges:
             # The rank as rows: on a CPU `x A^T` takes up to twice as long.
             h = torch.bmm(one.A, one.of(x2).mT)
@@ -132,7 +132,7 @@ class _Ranged(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, *thin = ctx.saved_tensors
         of_x, of_kept, *_ = ctx.needs_input_grad
-        g2, x2, gx, into = _matrix(g), _matrix(kept), None, None
+        g2, x2, gx, into = as_matrix(g), as_matrix(kept), None, None
         if of_x:
             gx = torch.mm(g2, cast(weight.t() if ctx.transposed else weight, g.dtype))
         if of_kept:

@@ -82,23 +82,24 @@ def check_padding(
     alone = [t for t in tree_leaves(run(one)) if isinstance(t, Tensor)]
     outputs = run(both)
     tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
-    same_form = len(alone) == len(tensors)
+    differs = StateError(
+        f"step, rows of {lengths[short]} and {lengths[long]} positions",
+        f"padding to one length changes the outputs of {short!r}",
+        "Give a mask of padding (attention_mask) that the model uses, or rows of one length",
+    )
+    if len(alone) != len(tensors):
+        raise differs
     positions = [
         a.shape[1:2] == (lengths[short],) and t.shape[1:2] == (lengths[long],)
         for a, t in zip(alone, tensors, strict=True)
-        if same_form
     ]
     each = [lengths[name] for name, size in both.sizes.items() for _ in range(size)]
     padded = torch.arange(lengths[long]) >= torch.tensor(each)[:, None]
     with _changed(layers, padded):
         other = parted(run(both), both, positions)[short]
     found = parted(outputs, both, positions)[short]
-    if not same_form or not _same(found, other) or not _close(tree_leaves(found), alone):
-        raise StateError(
-            f"step, rows of {lengths[short]} and {lengths[long]} positions",
-            f"padding to one length changes the outputs of {short!r}",
-            "Give a mask of padding (attention_mask) that the model uses, or rows of one length",
-        )
+    if not _same(found, other) or not _close(tree_leaves(found), alone):
+        raise differs
     return positions
 
 
