@@ -175,3 +175,22 @@ def test_a_step_waits_for_nothing_and_is_captured_in_a_graph(dropout: float, com
     assert torch.isfinite(y).all()
     if not dropout:
         assert error(y.cpu(), model(x).cpu()) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA can refuse a sync")
+def test_choosing_adapters_and_routing_rows_wait_for_nothing() -> None:
+    model, _ = _layer(torch.bfloat16)
+    li.inject(model, {"rank": 4, "targets": ["0"]}, "two")
+    x = torch.randn(4, 8, 96, device=DEVICE, dtype=torch.bfloat16)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for name in ("two", None, "default"):
+            li.activate(model, name)
+            model(x)
+        for rows in (["two", None, "default", "two"], ["two"] * 4):
+            with li.routed(model, rows):
+                model(x).sum().backward()
+        with li.disabled(model):
+            model(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.functional import Factors, cpu, linear
+from lora_inject.layers import forward_update, routing, sending
 
 table = script("benchmarks.launches")
 ROWS = table.ROWS
@@ -117,6 +119,28 @@ def test_routed_rows_need_no_sync_and_no_cpu_tensor(kind: str, tokens: int, grad
                 y.backward(torch.ones_like(y))
     assert counted.syncs == []
     assert counted.on_cpu == []
+
+
+def test_rows_go_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Mock()
+    monkeypatch.setattr(torch, "tensor", made)
+    sending.sent([1, 2], torch.device("cuda"))
+    made.assert_called_once_with([1, 2], dtype=None, device="cpu", pin_memory=True)
+    made().to.assert_called_once_with(torch.device("cuda"), non_blocking=True)
+
+
+def test_rows_are_sent_once_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams, sent = iter("aabba"), Mock(wraps=sending.sent)
+    net = li.inject(nn.Sequential(nn.Linear(8, 8)), {"rank": 2, "targets": ["0"]}, "one")
+    monkeypatch.setattr(forward_update, "queue_of", lambda _: next(streams))
+    monkeypatch.setattr(routing, "queue_of", lambda _: "b" if sent.called else "a")
+    monkeypatch.setattr(routing, "sent", sent)
+    with li.routed(net, ["one", None]):
+        for _ in range(5):
+            net(torch.randn(2, 8))
+    assert sent.call_count == 2 * 2  # all rows, and one for each run of equal ones
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 4, 8), (8, 1, 3, 3)])

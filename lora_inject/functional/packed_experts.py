@@ -24,9 +24,12 @@ def unpacked_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
 
     Returns float32 `(..., n)`. Source: the OCP Microscaling formats, version 1.0.
     """
-    positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=codes.device)
-    table, pairs = torch.cat([positive, -positive]), torch.arange(256, device=codes.device)
-    table = torch.stack([table[pairs & 15], table[pairs >> 4]], dim=1)
+    # Formed on the device: a table of Python numbers would be sent there for each product.
+    pairs = torch.arange(256, device=codes.device)
+    four = torch.stack([pairs & 15, pairs >> 4], dim=1)
+    exponent, half = four >> 1 & 3, (four & 1) / 2
+    size = torch.where(exponent > 0, torch.ldexp(1 + half, exponent - 1), half)
+    table = torch.where(four < 8, size, -size)
     values = F.embedding(codes.int(), table).view(*scales.shape, -1)
     return torch.ldexp(values, scales.int().unsqueeze(-1) - 127).flatten(-2)
 
@@ -160,7 +163,11 @@ def _alike(one: Any, two: Any) -> bool:
 
 
 def _product(x: Tensor, stack: Any, offs: Any = None, bias: Any = None, out: Any = None) -> Any:
-    """`torch._grouped_mm` of rows that are sorted by expert; waits for their numbers."""
+    """`torch._grouped_mm` of rows that are sorted by expert.
+
+    The host has to wait for their numbers, as in transformers' fallback: an expert without rows is
+    not unpacked.
+    """
     packed = isinstance(stack, PackedExperts) and stack.dim() == 3 and x.dim() == 2
     if not packed or offs is None or bias is not None or out is not None:
         return NotImplemented

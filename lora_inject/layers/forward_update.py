@@ -23,6 +23,7 @@ from lora_inject.layers.attached import Entry, Recipe, factors_of, held_by
 from lora_inject.layers.reading import PLAIN
 from lora_inject.layers.routing import Routing, eligible, routing_of
 from lora_inject.layers.selection import State
+from lora_inject.layers.sending import queue_of
 
 
 class ForwardUpdate(Adapted):
@@ -71,7 +72,7 @@ class ForwardUpdate(Adapted):
         if torch.compiler.is_compiling():
             return routing_of(self, mine, x, state)
         shape = x.shape if self._lora.time_major else x.shape[:1]
-        key = (self._lora, shape, x.device)
+        key = (self._lora, shape, queue_of(x.device))
         found: Routing | None = state.kept.get(key)
         if found is None:
             found = state.kept[key] = routing_of(self, mine, x, state)

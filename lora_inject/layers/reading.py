@@ -33,6 +33,7 @@ from lora_inject.layers.moving_buffers import buffers_to_watch, refuse_moved
 from lora_inject.layers.readers import computes, running_module
 from lora_inject.layers.routed_forward import adds_rows
 from lora_inject.layers.selection import State
+from lora_inject.layers.sending import queue_of, sent
 
 # Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
 PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
@@ -248,15 +249,15 @@ def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: flo
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a later backward may need it
-        return torch.tensor(rows, device=device)
+def _kept_index(rows: tuple[int, ...], device: torch.device, queue: Any) -> Tensor:
+    del queue  # what is sent is there for later work in it
+    return sent(rows, device)
 
 
 def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
     """Return row indices as a cached tensor, to save a transfer in each forward."""
     if type(like) in (nn.Parameter, Tensor) and not needs_plain_operations():
-        return _kept_index(rows, like.device)
+        return _kept_index(rows, like.device, queue_of(like.device))
     return torch.tensor(rows, device=like.device)
 
 

@@ -15,6 +15,7 @@ from lora_inject.functional import Factors
 from lora_inject.functional.routed import chosen_rows
 from lora_inject.layers.attached import Entry, Recipe, attached_to, factors_of, held_by
 from lora_inject.layers.selection import State
+from lora_inject.layers.sending import queue_of, sent
 
 
 class Routing(NamedTuple):
@@ -64,19 +65,15 @@ def routing_of(
     entries = [by_adapter[n] for n in state.parts if n in by_adapter]
     if not entries:
         return NOTHING
-    key = (*(e.adapter for e in entries), x.shape[0], x.device)
+    key = (*(e.adapter for e in entries), x.shape[0], queue_of(x.device))
     known: tuple[Tensor, Tensor, bool] | None = state.kept.get(key)
     if known is None:
         place = {e.adapter: i + 1 for i, e in enumerate(entries)}
         each = [place.get(n or "", 0) for n in names for _ in range(repeat)]
         run = math.gcd(*(len(list(rows)) for _, rows in groupby(each)))
         blocks = each[::run]
-        with torch.inference_mode(False):  # a later backward may need them
-            known = (
-                torch.tensor(each, device=x.device),
-                torch.tensor(blocks, device=x.device),
-                blocks == list(place.values()),
-            )
+        in_order = blocks == list(place.values())
+        known = sent(each, x.device), sent(blocks, x.device), in_order
         state.kept[key] = known
     return _routing(entries, *known)
 

@@ -24,6 +24,7 @@ from lora_inject.layers.checkpointing import (
     watch_checkpoints,
 )
 from lora_inject.layers.contexts import Context, entered, innermost
+from lora_inject.layers.sending import sent
 from lora_inject.layers.state_dict import Loading, watch_loading
 
 
@@ -271,10 +272,7 @@ class Selection:
 
 
 def _as_tensor(pairs: list[tuple[int, float]], device: torch.device) -> Tensor:
-    """Return `(n, 2)`, a plain tensor whatever mode the caller is in, since it outlives the mode.
-
-    A fake tensor would be in the way of later graphs, one of inference mode of a later backward.
-    """
+    """Return `(n, 2)`; a fake tensor, of the mode that the caller is in, would outlive the mode."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    with torch.inference_mode(False), _disable_current_modes():
-        return torch.tensor(pairs, dtype=dtype, device=device).view(-1, 2)
+    with _disable_current_modes():
+        return sent(pairs, device, dtype).view(-1, 2)

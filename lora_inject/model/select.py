@@ -25,6 +25,9 @@ M = TypeVar("M", bound=nn.Module)
 def activate(model: M, which: str | Mapping[str, float] | None) -> M:
     """Choose the adapters that take part from here on, in all threads.
 
+    On CUDA this is an operation of the current stream: compiled forwards in another stream have to
+    wait for it.
+
     Args:
         model: The root, or any module that holds roots.
         which: One adapter; a mix of several with their weights (`W + sum of w * scale * B @ A`);

@@ -1,0 +1,26 @@
+"""Numbers of Python, sent to a device without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sent(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return numbers as a tensor on a device, for a later backward too.
+
+    On CUDA the copy is from pinned memory, since a copy of other memory waits for all that the
+    device has to do. It is in the order of the current stream.
+    """
+    pinned = device.type == "cuda"
+    with torch.inference_mode(False):
+        made = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned)
+        return made.to(device, non_blocking=True)
+
+
+def queue_of(device: torch.device) -> Any:
+    """Return what orders the work of the caller on a device: on CUDA its current stream."""
+    return (device, torch.cuda.current_stream(device)) if device.type == "cuda" else device
