@@ -8,6 +8,7 @@ show that it is PEFT's: it raises by itself, or contradicts its own merge.
 
 from __future__ import annotations
 
+import copy
 import re
 import tempfile
 from pathlib import Path
@@ -32,14 +33,14 @@ class Exchange:
     """One model type, in both directions."""
 
     def __init__(self, model_type: str) -> None:
-        self.model_type = model_type
+        self.base = build(model_type).requires_grad_(False)
         model = self.fresh()
         self.calls = dummy_inputs(model, model_type)
         self.targets = targets_of(model)
         self.plain = self.outputs(model)
 
     def fresh(self) -> nn.Module:
-        return build(self.model_type).requires_grad_(False)
+        return copy.deepcopy(self.base)
 
     def outputs(self, model: nn.Module) -> list[Tensor]:
         with torch.no_grad():
@@ -84,6 +85,7 @@ class Exchange:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 wrapped = self.peft(modules)
+                wrapped.create_or_update_model_card = lambda _: None  # compiles a template each time
                 wrapped.save_pretrained(folder, save_embedding_layers=False)
             except FAULTS:
                 return RAISES
