@@ -85,7 +85,7 @@ class Exchange:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 wrapped = self.peft(modules)
-                wrapped.create_or_update_model_card = lambda _: None  # compiles a template each time
+                wrapped.create_or_update_model_card = lambda _: None  # slow
                 wrapped.save_pretrained(folder, save_embedding_layers=False)
             except FAULTS:
                 return RAISES
