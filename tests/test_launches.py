@@ -34,6 +34,7 @@ EXPECTED = {
     "prefill, low rank in float32": (5, 0.44),  # 7; 0.45
     "bf16, two adapters": (22, 1.32),  # twice what one adds
     "bf16, DoRA": (37, 1.76),  # PEFT 39; 6.29
+    "decode, DoRA": (22, 0.1),  # PEFT 19; 0.69
     "bf16, Conv1D": (12, 0.82),
     "bf16, two slices of three": (15, 0.76),
     "bf16, two slices of three, equal": (12, 1.44),

@@ -181,6 +181,7 @@ _EXPERTS = {"targets": [{"match": r"0\.weight", "layout": "out_in"}]}
 _QV = {"match": "0", "slices": {"q": 2048, "k": 1024, "v": 1024}, "adapt": ["q", "v"]}
 _QKV = {"match": "0", "slices": dict.fromkeys("qkv", 4096), "adapt": ["q", "v"]}
 _FLOAT32 = {"compute": "float32"}
+_DORA = {"variant": "dora"}
 
 ROWS: dict[str, Row] = {
     "bf16": Row(_linear, peft={}),
@@ -199,7 +200,10 @@ ROWS: dict[str, Row] = {
         _linear, tokens=4096, training=False, config=_FLOAT32, peft={}
     ),
     "bf16, two adapters": Row(_linear, adapters=2, peft={}),
-    "bf16, DoRA": Row(_linear, config={"variant": "dora"}, peft={"use_dora": True}),
+    "bf16, DoRA": Row(_linear, config=_DORA, peft={"use_dora": True}),
+    "decode, DoRA": Row(
+        _linear, tokens=1, training=False, config=_DORA, peft={"use_dora": True}
+    ),
     "bf16, Conv1D": Row(_conv1d, peft={"fan_in_fan_out": True}),
     "bf16, two slices of three": Row(_linear, config={"targets": [_QV]}),
     "bf16, two slices of three, equal": Row(_linear3, config={"targets": [_QKV]}),
