@@ -40,7 +40,7 @@ def test_combine_writes_the_weighted_sum(run, files, tmp_path):
     found = run(*again)
     assert (found.code, found.out) == (1, "")
     found = run(*again, "--overwrite", "--method", "svd", "--rank", 1, "--dtype", "bfloat16")
-    assert found.out.endswith("sum: 2 sites, rank 1, 0 trained, 23 parameters\n")
+    assert found.out.endswith("sum: 2 sites, rank 1, 0 trained tensors, 23 parameters\n")
     assert li.read_adapter(tmp_path / "sum").sites["h.0.fc"].A.dtype == torch.bfloat16
     found = run("combine", one, two, "-o", tmp_path / "x", "--method", "ties")
     assert (found.code, (tmp_path / "x").exists()) == (1, False)

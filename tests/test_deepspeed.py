@@ -122,7 +122,7 @@ def train(_: int, stage: int, port: int, out: str) -> None:
     model = llama()
     model.spare = nn.Linear(16, 16)  # type: ignore[assignment]
     li.inject(model, CONFIG | {"targets": ["q_proj", "spare"]})
-    with pytest.raises(li.StateError, match=r"reached 'spare' \(1 such sites\)"):
+    with pytest.raises(li.StateError, match=r"reached 'spare' \(1 such site\)"):
         trainer(Path(out, "spare"), model, deepspeed=how, use_cpu=False, **STEPS).train()
     torch.distributed.destroy_process_group()
 

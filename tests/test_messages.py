@@ -139,6 +139,16 @@ class Mistakes:
         """StateError: activate 'default': its weight is inf. Give a finite number."""
         li.activate(injected(), {"default": math.inf})
 
+    def saving_what_training_left_out(self, path):
+        """StateError: save adapter 'default': neither a forward nor training has reached 'head' (1
+        such site): the adapter is inert there. Inject without them, or give patterns of all that
+        may be without use: unused=['head']."""
+        model = li.inject(net(), {"rank": 2, "targets": ["q_proj", "head"]})
+        for layer in model["layers"]:
+            layer["q_proj"](torch.ones(1, 6)).sum().backward()
+        torch.optim.SGD(li.adapter_parameters(model).values(), lr=1.0).step()
+        li.save_adapter(model, path / "sql")
+
     def routing_a_weight_update(self, path):
         """StateError: routed to 'default': it changes '0.weight' itself, which all rows of a batch
         share. Route adapters on layers that are called, without lora_bias; train in full only

@@ -143,7 +143,7 @@ def test_a_trained_adapter_with_a_site_that_nothing_reached_is_not_saved(
 ) -> None:
     targets = ("first", "spare", *EXPERTS)
     model = trained(Routed(), *targets, compiled=compiled, init=init)
-    with pytest.raises(li.StateError, match=r"save adapter.*reached 'spare' \(1 such sites\)"):
+    with pytest.raises(li.StateError, match=r"save adapter.*reached 'spare' \(1 such site\)"):
         li.save_adapter(model, tmp_path / "a")
     assert not any(tmp_path.iterdir())
     li.save_adapter(model, tmp_path / "a", unused=["spare"])

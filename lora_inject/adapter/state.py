@@ -34,7 +34,7 @@ from lora_inject.adapter.mixing import common_copies, mixed
 from lora_inject.adapter.renaming import distinct, named, renaming, some_of
 from lora_inject.adapter.site_state import SiteState, plain, same
 from lora_inject.errors import StateError, check_type
-from lora_inject.spec.names import joined, matching
+from lora_inject.spec.names import counted, joined, matching
 from lora_inject.spec.sites import SiteSpec
 
 
@@ -51,7 +51,7 @@ class AdapterState:
         >>> spec = SiteSpec("fc", "linear", 4, 6, (6, 4), rank=2, alpha=4)
         >>> a = AdapterState({"fc": SiteState(spec, torch.ones(2, 4), torch.ones(6, 2))})
         >>> a + a * 0.5
-        AdapterState(1 sites, rank 4, 0 trained, 40 parameters)
+        AdapterState(1 site, rank 4, 0 trained tensors, 40 parameters)
         >>> round((a + a).distance(a * 2), 12), round(a.cosine(-a), 12)
         (0.0, -1.0)
 
@@ -88,13 +88,12 @@ class AdapterState:
 
     def __repr__(self) -> str:
         """Show the size, not the contents."""
-        ranks = ", ".join(map(str, sorted({site.spec.rank for site in self.sites.values()})))
+        ranks = sorted({site.spec.rank for site in self.sites.values()}) or [0]
+        rank = f"ranks {ranks[0]} to {ranks[-1]}" if ranks[1:] else f"rank {ranks[0]}"
         n_parameters = sum(site.spec.n_parameters for site in self.sites.values())
         n_parameters += sum(t.numel() for t in self.trained.values())
-        return (
-            f"AdapterState({len(self.sites)} sites, rank {ranks or '-'}, "
-            f"{len(self.trained)} trained, {n_parameters:,} parameters)"
-        )
+        counts = counted(len(self.sites), "site"), counted(len(self.trained), "trained tensor")
+        return f"AdapterState({counts[0]}, {rank}, {counts[1]}, {n_parameters:,} parameters)"
 
     # Arithmetic ---------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from lora_inject.errors import LayerError, StateError
 from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import adapted_modules, entries, named_entry, reach, refuse_merged
-from lora_inject.spec.names import matching, quoted
+from lora_inject.spec.names import counted, matching, quoted
 
 
 def unreached(model: nn.Module, run: Callable[[], Any]) -> list[str]:
@@ -55,8 +55,8 @@ def refuse_unreached(model: nn.Module, probe: Callable[[], Any]) -> None:
         some = ", ".join(map(repr, missed[:3]))
         raise LayerError(
             f"inject, site {missed[0]!r}",
-            f"the probe neither reached its layer nor read its weight ({len(missed)} such sites: "
-            f"{some}): its adapter would be inert",
+            "the probe neither reached its layer nor read its weight "
+            f"({counted(len(missed), 'such site')}: {some}): its adapter would be inert",
             "Leave it out of the adapter",
         )
 
@@ -119,8 +119,8 @@ def refuse_unused(
         missed.sort(key=names.index)
         raise StateError(
             asked,
-            f"neither a forward nor training has reached {quoted(missed[:3])} ({len(missed)} such "
-            "sites): the adapter is inert there",
+            f"neither a forward nor training has reached {quoted(missed[:3])} "
+            f"({counted(len(missed), 'such site')}): the adapter is inert there",
             "Inject without them, or give patterns of all that may be without use: "
             f"unused=[{missed[0]!r}{', ...' if missed[1:] else ''}]",
         )
