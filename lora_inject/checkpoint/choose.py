@@ -92,11 +92,14 @@ def _nothing_fits(best: Fit) -> CheckpointError:
     close = nearest(best.rule(left[0][0]), checkpoint.tensors)
     near = f"Nearest names in the checkpoint: {', '.join(map(repr, close))}. " if close else ""
     n_tensors = sum(map(len, (state.sites, state.trained, state.base_copies)))
+    whole = state.trained.keys() - state.rows.keys()
+    new = all(name in whole and best.rule(name) not in checkpoint.tensors for name, _ in left)
+    add = "Add them, such as a new head, with --allow-new. " if new else ""
     return CheckpointError(
         asked,
         f"{len(left)} of {n_tensors} tensors have no place in it ({'; '.join(shown)})",
-        f"{near}Use the checkpoint that the adapter was trained on, or say how its names differ: "
-        "--rename OLD=NEW. Nothing was written",
+        f"{near}{add}Use the checkpoint that the adapter was trained on, or say how its names "
+        "differ: --rename OLD=NEW. Nothing was written",
     )
 
 
