@@ -12,7 +12,9 @@ from transformers import AutoModelForImageClassification
 
 import lora_inject as li
 
-CONFIG = {"rank": 8, "targets": [r"attention\.[qv]_proj"], "train": ["classifier"]}
+# Older releases of transformers call the two layers query and value.
+TARGETS = [r"attention\.([qv]_proj|query|value)"]
+CONFIG = {"rank": 8, "targets": TARGETS, "train": ["classifier"]}
 
 
 def batch(size: int, channels: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
