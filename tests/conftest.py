@@ -32,12 +32,6 @@ from lora_inject.cli import app
 settings.register_profile("suite", deadline=None, derandomize="CI" in os.environ, max_examples=60)
 settings.load_profile("suite")
 
-if torch.__version__.startswith("2.8."):
-    # It has `_grouped_mm` for CUDA only, and transformers calls it wherever the name is there.
-    from transformers.integrations import moe
-
-    moe._can_use_grouped_mm = lambda *_: False
-
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
