@@ -8,7 +8,8 @@ class and one child for each stage of the work, so that a caller can catch a sta
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 
 
@@ -59,6 +60,28 @@ class FormatError(LoraInjectError):
 
 class CheckpointError(LoraInjectError):
     """A model checkpoint on disk cannot be read, merged or written as asked."""
+
+
+@contextmanager
+def within(asked: str) -> Iterator[None]:
+    """Put what was asked for before the place that an error of the body names.
+
+    So a function names only the place that it knows, or "" for all of what its caller was asked.
+
+    Examples:
+        >>> try:
+        ...     with within("read adapter 'sql'"), within("site 'q'"):
+        ...         raise FormatError("", "its A is missing", "Fetch the file again")
+        ... except FormatError as error:
+        ...     print(error)
+        read adapter 'sql', site 'q': its A is missing. Fetch the file again.
+    """
+    try:
+        yield
+    except LoraInjectError as error:
+        error.asked = f"{asked}, {error.asked}" if error.asked else asked
+        error.args = (error.asked, *error.args[1:])
+        raise
 
 
 def article(word: str) -> str:

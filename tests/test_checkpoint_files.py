@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint
 from lora_inject.checkpoint.side_files import edit_config, find_side_files
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.disk import copy_range, open_read, open_write, read_at
+from lora_inject.storage.disk import copy_range, open_read, read_at
 from lora_inject.storage.safetensors_file import build_header, read_header
 
 
@@ -280,13 +280,16 @@ def test_config_edits_reach_inner_configs_and_keep_the_rest():
     assert list(edited)[:3] == list(config)
 
 
+WRITE = os.O_WRONLY | os.O_CREAT
+
+
 @pytest.mark.parametrize("kernel", [True, False])
 def test_copy_range_copies_exactly(tmp_path, monkeypatch, kernel):
     if not kernel:
         monkeypatch.delattr(os, "copy_file_range", raising=False)
     data = os.urandom(100_001)
     (tmp_path / "a").write_bytes(data)
-    source, target = open_read(tmp_path / "a"), open_write(tmp_path / "b")
+    source, target = open_read(tmp_path / "a"), os.open(tmp_path / "b", WRITE)
     copy_range(source, target, 17, 5, 99_000)
     os.close(source)
     os.close(target)
@@ -312,7 +315,7 @@ def test_copy_range_falls_back_across_file_systems(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "copy_file_range", exdev)
     (tmp_path / "a").write_bytes(b"0123456789")
-    source, target = open_read(tmp_path / "a"), open_write(tmp_path / "b")
+    source, target = open_read(tmp_path / "a"), os.open(tmp_path / "b", WRITE)
     copy_range(source, target, 0, 0, 10)
     with pytest.raises(CheckpointError, match="ends after"):
         copy_range(source, target, 5, 0, 10)

@@ -131,7 +131,7 @@ def test_names_are_those_of_llama_cpp(model_type: str) -> None:
     for mine in decoder.names:
         full = mine if mine in ("model.embed_tokens", "lm_head") else f"model.layers.2.{mine}"
         due = names.get_name(f"{full}.weight", try_suffixes=(".weight",))
-        assert due in {f"{decoder.theirs(full, '')}.weight", None}, full
+        assert due in {f"{decoder.theirs(full)}.weight", None}, full
         assert due is not None or (mine, model_type[:5]) == ("lm_head", "gemma")
 
 
@@ -148,7 +148,7 @@ def test_llama_cpp_adds_to_its_weights_what_we_add_to_ours(tmp_path: Path) -> No
     model, state, tensors = held("gguf", tmp_path, *targets)
     alpha, _ = content(tmp_path / "a.gguf")
     for name, site in state.sites.items():
-        key = gguf_file.FAMILIES["llama"][1].theirs(name, "") + ".weight"
+        key = gguf_file.FAMILIES["llama"][1].theirs(name) + ".weight"
         a, b = tensors.pop(f"{key}.lora_a"), tensors.pop(f"{key}.lora_b")
         a = a.T if name == "model.embed_tokens" else a  # as its loader wants it
         found, due = alpha / b.shape[1] * b @ a, effect(site).float()

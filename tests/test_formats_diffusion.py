@@ -217,7 +217,7 @@ HALF = {f"{A}__lora_down__weight": torch.ones(2, 4)}
 @pytest.mark.parametrize(
     ("modules", "further", "said", "words"),
     [
-        ([], HALF, None, "lora_up.weight is missing"),
+        ([], HALF, None, "its B is missing"),
         ([A], {"lora_unet_b__hada_w1_a": torch.ones(1)}, None, "belongs to a LoHa"),
         ([A], {f"{A}__dora_scale": torch.ones(6)}, None, "a DoRA magnitude"),
         ([A], {"x": torch.ones(6)}, None, "'x' is not known"),

@@ -295,7 +295,7 @@ def test_the_card_says_what_the_adapter_is(tmp_path: Path) -> None:
         "library_name": "peft",
         "tags": ["lora", "lora-inject"],
     }
-    assert "| 1 | embedding | 2 | 8 | 4 | `wte` |" in text
+    assert "| `wte` | embedding | 2 | 8 | 4 |" in text
     assert "1 tensors of the base travel in full (3 values)" in text
     assert "base_model" not in (write_adapter(state, tmp_path / "b") / "README.md").read_text()
 

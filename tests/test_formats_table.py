@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats import FORMATS, losses_of, read_adapter, write_adapter
+from lora_inject.formats import FORMATS, Format, losses_of, read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.tensors import read_names
 
@@ -315,3 +315,20 @@ def test_losses_are_said() -> None:
     assert losses_of(state, "native") == losses_of(state, "peft") == []
     lost = [words.split()[0] for words in losses_of(state, "portable")]
     assert lost == ["the", "slices", "frozen", "scales"]
+
+
+def test_what_any_format_reads_and_writes_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = make_state(KIND_SPECS["linear"])
+    [(name, site)] = state.sites.items()
+    wrong = replace(state, sites={name: replace(site, A=site.A[:, 1:])})
+    own = Format(lambda state, path, facts: b"own", lambda path, facts: wrong, Path.is_file)
+    monkeypatch.setitem(FORMATS, "own", own)
+    path = write_adapter(state, tmp_path / "a", "own")
+    assert path.read_bytes() == b"own"
+    with pytest.raises(FormatError, match=f"read own adapter '.*a', site '{name}': A has shape"):
+        read_adapter(path, "own")
+    with pytest.raises(FormatError, match=f"write own adapter to '.*b', site '{name}': A has"):
+        write_adapter(wrong, tmp_path / "b", "own")
+    assert not (tmp_path / "b").exists()

@@ -123,7 +123,7 @@ def test_a_format_of_ones_own_need_not_leave_values_on_disk(
 ) -> None:
     state = AdapterState({})
     own = Format(
-        lambda state, path, facts: path,
+        lambda state, path, facts: b"",
         lambda path, facts: state,
         lambda path: path.suffix == ".own",
     )

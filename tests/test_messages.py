@@ -193,7 +193,7 @@ class Mistakes:
         li.load_adapter(other, saved(path))
 
     def half_an_adapter(self, path):
-        """FormatError: read adapter 'TMP/sql', adapter_model.safetensors: it lacks
+        """FormatError: read peft adapter 'TMP/sql', adapter_model.safetensors: it lacks
         'base_model.model.layers.0.q_proj.lora_B.weight'. The file is incomplete or was edited."""
         path = saved(path) / "adapter_model.safetensors"
         with safe_open(path, "pt") as file:

@@ -127,11 +127,9 @@ def amplification(
 
 def _rows_of(weight: Tensor, delta: ThinProduct, transposed: bool) -> RowsOfW:
     if tuple(weight.shape) != (delta.shape[::-1] if transposed else delta.shape):
-        raise StateError(
-            "compare a delta with W",
-            f"W is {list(weight.shape)}, the delta {list(delta.shape)}",
-            "Give W as (out, in), or transposed=True for a Conv1D or an embedding",
-        )
+        found = f"W is {list(weight.shape)}, the delta {list(delta.shape)}"
+        remedy = "Give W as (out, in), or transposed=True for a Conv1D or an embedding"
+        raise StateError("compare a delta with W", found, remedy)
     W = weight.detach()
     return lambda: ((i, W[i : i + STEP_ROWS]) for i in range(0, len(W), STEP_ROWS))
 

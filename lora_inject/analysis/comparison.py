@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, by_kind, site_blocks
-from lora_inject.analysis.figures import Progress, counted
 from lora_inject.analysis.subspaces import Side, block_directions, similarity
+from lora_inject.checkpoint.write import Progress, counted
 from lora_inject.errors import StateError
 
 MOST_LAYERS = 256
@@ -117,11 +117,9 @@ def _pairs(name: str, first: AdapterState, second: AdapterState) -> Iterator[Pai
         if two is None:
             continue
         if one.delta.shape != two.delta.shape:
-            raise StateError(
-                f"compare '{name}' of two adapters",
-                f"one updates {list(one.delta.shape)}, the other {list(two.delta.shape)}",
-                "Compare adapters of one base",
-            )
+            found = f"one updates {list(one.delta.shape)}, the other {list(two.delta.shape)}"
+            remedy = "Compare adapters of one base"
+            raise StateError(f"compare '{name}' of two adapters", found, remedy)
         ranks = one.rank, two.rank
         yield Pair(name, one.label, ranks, _overlap(one, two, "right"), _overlap(one, two, "left"))
 

@@ -246,13 +246,10 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
 
     The legend, titled `named`, names up to `most` of them, evenly spaced.
     """
-    from matplotlib.ticker import LogLocator
-
     found = ((label, values[values > 0].tolist()) for label, values in lines)
     drawn = [(label, values) for label, values in found if values]
     below = any(len(label) > FEW for label, _ in drawn)
-    figure = _figure(2.2 + 0.3 * len(drawn) * below, WIDTH, "constrained")
-    axes = figure.subplots()
+    figure, axes = _one_plot(2.2 + 0.3 * len(drawn) * below)
     in_legend = set(spread(range(len(drawn)), most))
     for number, (label, values) in enumerate(drawn):
         relative = [value / values[0] for value in values]
@@ -260,10 +257,8 @@ def spectra_figure(lines: Sequence[tuple[str, Tensor]], named: str, most: int = 
         axes.semilogy(range(1, len(values) + 1), relative, marker=".", ms=3, lw=0.9,
                       color=_shade(number, len(drawn)), label=text)  # fmt: skip
     _plain_axes(axes, "direction", "singular value / largest")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter("")
     if drawn:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        _label_decades(axes.yaxis)
         where = "outside lower left" if below else "outside right upper"
         figure.legend(title=named, fontsize=SMALL, title_fontsize=SMALL, loc=where)
     return figure
@@ -282,10 +277,7 @@ def lines_figure(
 
     The x axis may be logarithmic; the y axis begins at `bottom`, by default below the least value.
     """
-    from matplotlib.ticker import LogLocator
-
-    figure = _figure(2.6 + 0.16 * len(lines), WIDTH, "constrained")
-    axes = figure.subplots()
+    figure, axes = _one_plot(2.6 + 0.16 * len(lines))
     for number, (label, points) in enumerate(lines.items()):
         look = {"marker": "os^Dv"[number % 5] if len(points) < MANY else "", "ms": 3, "lw": 0.9}
         color = _shade(number, len(lines))
@@ -294,9 +286,7 @@ def lines_figure(
     axes.set_ylim(bottom=bottom)
     if logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter("")
+        _label_decades(axes.xaxis)
     figure.legend(fontsize=SMALL, loc="outside lower left", ncols=2)
     return figure
 
@@ -304,8 +294,7 @@ def lines_figure(
 @_styled()
 def ranks_figure(ranks: Sequence[int]) -> Any:
     """Return how many blocks need which rank."""
-    figure = _figure(1.9, WIDTH, "constrained")
-    axes = figure.subplots()
+    figure, axes = _one_plot(1.9)
     counts = [ranks.count(rank) for rank in range(max(ranks) + 1)]
     bars = axes.bar(range(len(counts)), counts, color=_shade(2, 5))
     if len(counts) <= 24:
@@ -354,6 +343,21 @@ def _figure(height: float, width: float, layout: Any = None) -> Any:
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
+
+
+def _one_plot(height: float) -> tuple[Any, Any]:
+    """Return a figure as wide as the page, and its only axes."""
+    figure = _figure(height, WIDTH, "constrained")
+    return figure, figure.subplots()
+
+
+def _label_decades(axis: Any) -> None:
+    """Label 1 and 3 of each decade of a logarithmic axis, without powers."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter("")
 
 
 def _check_drawable(drawable: bool) -> None:

@@ -5,7 +5,6 @@ An `Analysis` is plain numbers. What prints, draws or warns reads it and compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +13,8 @@ from lora_inject.analysis.blocks import Figures, Place, site_blocks
 from lora_inject.analysis.spectra import Spectrum, spectrum
 from lora_inject.analysis.weights import BlockOnWeight, SiteOnWeight, Weights
 from lora_inject.checkpoint import Checkpoint
+from lora_inject.checkpoint.write import Progress, counted
 from lora_inject.errors import StateError
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +105,3 @@ def analyze(
             compared[name] = base.look(name)
     folder = None if base is None else str(base.checkpoint.folder)
     return Analysis(tuple(blocks), compared, folder)
-
-
-def counted(sizes: Mapping[str, int], progress: Progress | None) -> Iterator[str]:
-    """Yield each name, and report its bytes when the next one is asked for."""
-    done = 0
-    for name, size in sizes.items():
-        yield name
-        done += size
-        if progress is not None:
-            progress(done, sum(sizes.values()))

@@ -62,8 +62,8 @@ def findings(analysis: Analysis) -> tuple[Finding, ...]:
         return tuple(block.name for block in analysis.blocks if holds(block))
 
     def rounded(form: str, holds: Callable[[Rounded], bool]) -> tuple[str, ...]:
-        found = {site: beside.rounded.get(form) for site, beside in analysis.weights.items()}
-        return tuple(site for site, left in found.items() if left is not None and holds(left))
+        found = {name: site.rounded.get(form) for name, site in analysis.weights.items()}
+        return tuple(name for name, left in found.items() if left is not None and holds(left))
 
     loud = [b.name for b in analysis.on_weight() if b.norms.relative > LOUD]
     rules = (

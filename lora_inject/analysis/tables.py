@@ -61,8 +61,8 @@ def rounding_rows(analysis: Analysis) -> Rows:
     found = analysis.weights
     formats = next(iter(found.values())).rounded if found else ()
     rows = tuple(
-        (site, beside.stored, *((r.kept, r.error) for r in beside.rounded.values()))
-        for site, beside in found.items()
+        (name, site.stored, *((r.kept, r.error) for r in site.rounded.values()))
+        for name, site in found.items()
     )
     return Rows(("kept (error) after merging in", "stored", *formats), rows)
 

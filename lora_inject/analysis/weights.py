@@ -26,7 +26,7 @@ from lora_inject.checkpoint.quantized import why_not
 from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Delta
-from lora_inject.storage.tensor_rows import FLOATS, RowReader, rows_per_block
+from lora_inject.storage.tensor_rows import FLOATS, RowReader
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,8 @@ class _Rows:
     def between(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Yield `(first row, rows)`."""
         entry, n_cols, first = self.placed.source, self.placed.n_cols, self.placed.start
-        step = rows_per_block(n_cols)
-        for at in range(start, stop, step):
-            end = min(stop, at + step)
-            yield at, self.reader.rows(entry, n_cols, first + at, first + end)
+        for at, rows in self.reader.blocks(entry, n_cols, first + start, first + stop):
+            yield at - first, rows
 
     def with_delta(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all rows of W, and those of D."""

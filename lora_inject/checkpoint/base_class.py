@@ -40,7 +40,7 @@ class BaseClass:
     checkpoint: Checkpoint
     # ties that the user gives: name of a tensor that the file lacks to the stored one that it
     # equals; None to take those of the class
-    told: Mapping[str, str] | None = None
+    given_ties: Mapping[str, str] | None = None
 
     @property
     def known(self) -> bool:
@@ -94,14 +94,14 @@ class BaseClass:
     @cached_property
     def ties(self) -> tuple[frozenset[str], ...]:
         """Groups of tensors that are one tensor, by their names in the file."""
-        if self.told is not None:
-            return tuple(frozenset(pair) for pair in self.told.items())
+        if self.given_ties is not None:
+            return tuple(frozenset(pair) for pair in self.given_ties.items())
         return tuple(_groups(self.model, self)) if self.known else ()
 
     @cached_property
     def inseparable(self) -> frozenset[str]:
         """Tensors that stay tied whatever the config says, such as those of T5."""
-        if self.told is not None or not self.known:
+        if self.given_ties is not None or not self.known:
             return frozenset()
         apart = changed_config(self.checkpoint.config, UNTIED)
         model = meta_model(apart, f"untie tensors of '{self.checkpoint.folder}'", _REMEDY)

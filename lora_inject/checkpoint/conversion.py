@@ -88,13 +88,11 @@ def facts_of(base: str | os.PathLike[str] | None) -> ModelFacts:
                 return replace(facts, separate=BaseClass(Checkpoint.open(base)).separate)
             return facts
     try:
-        names = list(Checkpoint.open(base).tensors)
+        return Checkpoint.open(base).facts
     except CheckpointError:
         if not config:
             raise
         return ModelFacts(config=config)  # enough for some formats
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in names)
-    return ModelFacts(tuple(modules), names, config=config or None)
 
 
 def _completed(facts: ModelFacts, path: Path) -> ModelFacts:

@@ -24,7 +24,7 @@ from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
 from lora_inject.checkpoint.same_base import fingerprint
-from lora_inject.checkpoint.write import Progress
+from lora_inject.checkpoint.write import Progress, counted
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import write_adapter
 from lora_inject.spec.sites import SiteSpec
@@ -148,29 +148,26 @@ def difference_of(
     if energy is not None and not 0 < energy <= 1:
         remedy = "Give a number above 0, at most 1"
         raise CheckpointError(f"extract energy {energy}", "it is not a share", remedy)
-    taking = _Taking(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
-    _check_names(taking)
-    found, done = list[Extracted](), 0
-    for entry in taking.tuned:
-        found += taking.take(entry)
-        done += entry.n_bytes
-        if progress is not None:
-            progress(done, taking.tuned.n_bytes)
-    n_equal = len(taking.tuned.tensors) - len(found)
-    if not taking.sites and not taking.trained:
+    extraction = _Extraction(Checkpoint.open(base), Checkpoint.open(tuned), rank, energy, full)
+    _check_names(extraction)
+    found, tensors = list[Extracted](), extraction.tuned.tensors
+    for name in counted({name: entry.n_bytes for name, entry in tensors.items()}, progress):
+        found += extraction.take(tensors[name])
+    n_equal = len(tensors) - len(found)
+    if not extraction.sites and not extraction.trained:
         held = f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank"
         remedy = "Check the paths; where only small tensors were trained, pass full=True"
         raise CheckpointError(f"extract an adapter from '{tuned}'", held, remedy)
-    names = [site.spec.weight for site in taking.sites.values()]
-    known = fingerprint(taking.base, [name for name in names if name in taking.base.tensors])
-    state = AdapterState(taking.sites, taking.trained, fingerprint=known)
+    names = {site.spec.weight for site in extraction.sites.values()}
+    known = fingerprint(extraction.base, sorted(names & extraction.base.tensors.keys()))
+    state = AdapterState(extraction.sites, extraction.trained, fingerprint=known)
     return state, ExtractReport(tuple(found), n_equal, len(state.sites))
 
 
-def _check_names(taking: _Taking) -> None:
-    base, tuned = taking.base, taking.tuned
+def _check_names(extraction: _Extraction) -> None:
+    base, tuned = extraction.base, extraction.tuned
     lost = sorted(base.tensors.keys() - tuned.tensors.keys())
-    new = sorted(name for name in tuned.tensors if taking.before(name) is None)
+    new = sorted(name for name in tuned.tensors if extraction.before(name) is None)
     if lost or new:
         what = [f"'{name}' is only in the base" for name in lost[:3]]
         what += [f"'{name}' is only in the fine-tuned one" for name in new[:3]]
@@ -181,7 +178,7 @@ def _check_names(taking: _Taking) -> None:
 
 
 @dataclass
-class _Taking:
+class _Extraction:
     """Adds the differences of tensors to an adapter, one after the other."""
 
     base: Checkpoint

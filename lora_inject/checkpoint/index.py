@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.errors import CheckpointError
+from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.spec.names import leaf, parent
 from lora_inject.storage.safetensors_file import Header, TensorEntry, read_header
 from lora_inject.storage.strict_json import read_json
 
@@ -103,6 +105,17 @@ class Checkpoint:
     def path_of(self, name: str) -> Path:
         """Return the file that a tensor is in."""
         return self.shards[self.shard_of[name]].path
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the names and the config say of the model, without its class.
+
+        PEFT's files need the order of stacked experts in the model, which a checkpoint's files
+        do not keep: transformers' classes have `gate_up_proj` before `down_proj`.
+        """
+        modules = dict.fromkeys(map(parent, self.tensors))
+        names = sorted(self.tensors, key=lambda name: leaf(name) == "down_proj")
+        return ModelFacts(tuple(modules), names, config=self.config or None)
 
     @property
     def n_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import re
 import time
@@ -9,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
-from lora_inject.checkpoint.processes import Processes
 from lora_inject.checkpoint.staging import Staging, check_output, check_space
 from lora_inject.checkpoint.verify import verify_shards
 from lora_inject.checkpoint.weighted_adapter import Given, digest
@@ -89,7 +91,7 @@ class _Run:
     """One process's work on one merge."""
 
     def __init__(self, plan: MergePlan, folder: Path, progress: Progress | None) -> None:
-        self.plan, self.processes, self.staging = plan, Processes(), Staging(folder)
+        self.plan, self.processes, self.staging = plan, _Processes(), Staging(folder)
         self.mine = plan.shards[self.processes.rank :: self.processes.world]
         self.counted = BytesDone(sum(s.data_bytes for s in self.mine), progress)
         self.fsync_seconds = 0.0
@@ -184,11 +186,53 @@ class _Run:
             if not isinstance(error, OSError):
                 raise
             kept = f"; {n_finished} finished files are kept in '{self.staging.folder}'"
-            raise CheckpointError(
-                f"write to '{self.staging.output}'",
-                error.strerror or str(error),
-                remedy_for(error) + (kept if n_finished else ""),
-            ) from error
+            found = error.strerror or str(error)
+            remedy = remedy_for(error) + (kept if n_finished else "")
+            raise CheckpointError(f"write to '{self.staging.output}'", found, remedy) from error
+
+
+class _Processes:
+    """This process, number `rank` of `world`, among those that share a merge.
+
+    Joins the existing process group, or makes the one that torchrun's variables describe and
+    destroys it when the process ends; otherwise the process is alone.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world = 0, 1
+        if not distributed.is_available():
+            return
+        if not distributed.is_initialized() and distributed.is_torchelastic_launched():
+            distributed.init_process_group("gloo")
+            atexit.register(_destroy_group)
+        if distributed.is_initialized():
+            self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait at the end until every process has left the block; if one failed, all fail."""
+        try:
+            yield
+        except Exception as error:
+            self._gathered(str(error))
+            raise
+        for rank, failure in enumerate(self._gathered(None)):
+            if failure is not None:
+                asked, found = f"merge with {self.world} processes", f"process {rank} failed"
+                remedy = "Mend that and start all of them again"
+                raise CheckpointError(asked, f"{found}: {failure}", remedy)
+
+    def _gathered(self, failure: str | None) -> list[str | None]:
+        """Return what failed in each process; waits for all of them."""
+        failures = [failure] * self.world
+        if self.world > 1:
+            distributed.all_gather_object(failures, failure)
+        return failures
+
+
+def _destroy_group() -> None:  # if it lives until exit, gloo's threads abort the process
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class _LostError(CheckpointError):

@@ -124,9 +124,9 @@ class MergePlan:
         }
 
 
-def _check_ties(checkpoint: Checkpoint, told: Mapping[str, str]) -> None:
+def _check_ties(checkpoint: Checkpoint, given_ties: Mapping[str, str]) -> None:
     """Refuse ties of which the files hold both tensors, or not the one that is said to be there."""
-    for absent, stored in told.items():
+    for absent, stored in given_ties.items():
         found = f"the files hold '{absent}'" if absent in checkpoint.tensors else ""
         if stored not in checkpoint.tensors:
             found = f"the files lack '{stored}'"

@@ -174,8 +174,6 @@ class Folding:
         if job.base_copy is not None:
             return _rows_of(job.base_copy, n_cols, start, stop)
         if job.source is None or self.reader is None or job.grows:
-            if not job.trained:
-                raise CheckpointError(f"merge into '{job.name}'", "it has no values", "Report this")
             return _rows_of(job.trained[0][0], n_cols, start, stop)
         if self.values is not None:
             return self.values(start, stop)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.packed import Float8, FourBit, Int8, Mxfp4, Packed
-from lora_inject.checkpoint.packed_words import PackedWords
+from lora_inject.checkpoint.packed import Float8, FourBit, Int8, Mxfp4, Packed, PackedWords
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import TensorEntry
 from lora_inject.storage.strict_json import parse_json

@@ -14,7 +14,7 @@ from typing import Any
 
 MAX_DEPTH = 2
 QUANTIZED_FILES = ("quantize_config.json", "quant_config.json")
-"""What GPTQ and AWQ say of a quantized checkpoint beside its config; untrue of plain floats."""
+"""Files in which GPTQ and AWQ describe a quantized checkpoint; wrong for plain floats."""
 
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md", ".yaml", ".yml"}
 _SUFFIXES |= {".tiktoken", ".bpe", ".spm", ".vocab"}

@@ -112,11 +112,9 @@ class Staging:
         try:
             partial.replace(self.files / shard.name)
         except FileNotFoundError:
-            raise CheckpointError(
-                f"write '{shard.name}'",
-                f"'{partial}' was removed: another merge works on the same output",
-                "Wait until it ends; to share one merge, start both with torchrun",
-            ) from None
+            found = f"'{partial}' was removed: another merge works on the same output"
+            remedy = "Wait until it ends; to share one merge, start both with torchrun"
+            raise CheckpointError(f"write '{shard.name}'", found, remedy) from None
         fsync_dir(self.files)
         replace_file(self._record(shard), json.dumps(record, sort_keys=True).encode())
 

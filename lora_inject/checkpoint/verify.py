@@ -6,7 +6,6 @@ other byte is compared with the base's. No record of the merge is used.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.weighted_adapter import Given
 from lora_inject.checkpoint.write import BytesDone, Progress, work_through
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.disk import open_read, read_at
+from lora_inject.storage.disk import read_at
 from lora_inject.storage.safetensors_file import TensorEntry, read_header
 from lora_inject.storage.tensor_rows import FLOATS
 
@@ -150,12 +149,9 @@ def _verify_shard(
         found = error.found
     if found:
         return VerifyReport(problems=(f"'{shard.name}': {found}",))
-    fd = open_read(path)
-    try:
-        compared = _Compared(shard, fd)
+    with path.open("rb") as file:
+        compared = _Compared(shard, file.fileno())
         work_through(shard, plan, shard.copies, compared, counter)
-    finally:
-        os.close(fd)
     return compared.report()
 
 

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -22,13 +22,11 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.errors import CheckpointError
-from lora_inject.formats import ModelFacts, read_adapter
-from lora_inject.formats.peft import PREFIX
+from lora_inject.formats import read_adapter
 from lora_inject.functional import all_finite
 from lora_inject.storage.strict_json import read_json
-from lora_inject.storage.tensors import bytes_of, in_memory, read_names
+from lora_inject.storage.tensors import bytes_of, in_memory
 
-_STACKS = ("gate_up_proj", "down_proj")
 _STEP_ELEMENTS = 1 << 20
 _FACTS = attrgetter(
     *("weight", "kind", "in_features", "out_features", "rank", "alpha", "scaling", "transposed"),
@@ -82,9 +80,7 @@ def read_weighted(
     """
     path = Path(path)
     options["on_disk"] = True  # an adapter may be large, and each of its tensors is rarely needed
-    modules = {name.rpartition(".")[0]: None for name in base.tensors}
-    names = _tensor_names(path, base.tensors)
-    facts = ModelFacts(tuple(modules), names, config=base.config or None)
+    facts = base.facts
     config_file = path / "adapter_config.json"
     if config_file.is_file():
         said = read_json(config_file, f"read adapter '{path}', {config_file.name}")
@@ -92,17 +88,6 @@ def read_weighted(
             with contextlib.suppress(CheckpointError):  # a class that cannot be built
                 facts = BaseClass(base).facts()
     return WeightedAdapter(read_adapter(path, facts=facts, **options), weight, str(path))
-
-
-def _tensor_names(path: Path, there: Iterable[str]) -> Sequence[str]:
-    """Return the base's names, and those that transformers 5 gives to stacked experts."""
-    file = path / "adapter_model.safetensors"
-    keys = read_names(file)[0] if file.is_file() else ()
-    modules = {
-        key.removeprefix(PREFIX).split(".lora_")[0].replace(".base_layer", "") for key in keys
-    }
-    stacks = [f"{m}.{stack}" for m in sorted(modules) if m.endswith("experts") for stack in _STACKS]
-    return list(dict.fromkeys([*stacks, *there]))
 
 
 def _tensors_of(adapter: WeightedAdapter) -> Iterator[tuple[str, Tensor]]:
@@ -125,11 +110,9 @@ def check_adapters(adapters: Sequence[WeightedAdapter]) -> None:
             return
         first = seen.setdefault(digest(replace(adapter, weight=1.0)), adapter)
         if first is not adapter:
-            raise CheckpointError(
-                f"merge {first.label} and {adapter.label}",
-                "they are the same adapter, which would count twice",
-                "Give it once, with the weight that is meant",
-            )
+            found = "they are the same adapter, which would count twice"
+            remedy = "Give it once, with the weight that is meant"
+            raise CheckpointError(f"merge {first.label} and {adapter.label}", found, remedy)
 
 
 def _check_values(adapter: WeightedAdapter) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ from lora_inject.checkpoint.output_files import Copy, OutputShard
 from lora_inject.checkpoint.output_rows import Folding, Span, spans_of
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Tally, TensorReport
-from lora_inject.storage.disk import clone, copy_range, open_read, open_write, reserve, write_at
+from lora_inject.storage.disk import clone, copy_range, reserve, write_at
 from lora_inject.storage.safetensors_file import TensorEntry
 from lora_inject.storage.tensor_rows import Room, RowReader
 
@@ -49,6 +49,16 @@ class BytesDone:
             self.done += n_bytes
             if self.progress is not None and n_bytes:
                 self.progress(min(self.done, self.total), self.total)
+
+
+def counted(sizes: Mapping[str, int], progress: Progress | None) -> Iterator[str]:
+    """Yield each name, and report its bytes when the next one is asked for."""
+    done = 0
+    for name, size in sizes.items():
+        yield name
+        done += size
+        if progress is not None:
+            progress(done, sum(sizes.values()))
 
 
 class Sink(Protocol):
@@ -87,9 +97,8 @@ def write_shard(
 
     Returns the reports of its computed tensors, and the seconds spent on waiting for the disk.
     """
-    fd, copies = open_write(partial), shard.copies
-    try:
-        os.ftruncate(fd, 0)
+    with partial.open("wb", buffering=0) as file:
+        fd, copies = file.fileno(), shard.copies
         if shard.base is not None and shard.same_layout and clone(shard.base.path, fd):
             counted(sum(copy.n_bytes for copy in copies))
             copies = ()
@@ -99,10 +108,7 @@ def write_shard(
         reports = work_through(shard, plan, copies, _Written(fd), counted)
         before = time.perf_counter()
         os.fsync(fd)
-        fsync_seconds = time.perf_counter() - before
-    finally:
-        os.close(fd)
-    return reports, fsync_seconds
+        return reports, time.perf_counter() - before
 
 
 def check_unchanged(source: Shard) -> None:
@@ -127,8 +133,7 @@ def _open_sources(shard: OutputShard, base: Checkpoint) -> Iterator[dict[str, in
         sources = {}
         for name in sorted(names):
             check_unchanged(base.shards[name])
-            sources[name] = open_read(base.shards[name].path)
-            stack.callback(os.close, sources[name])
+            sources[name] = stack.enter_context(base.shards[name].path.open("rb")).fileno()
         yield sources
         for name in sources:
             check_unchanged(base.shards[name])

@@ -121,7 +121,7 @@ def analyze(
     With --base also the size of the update compared with W, the directions that it amplifies, and
     the part that a merge in 16, 8 and 4 bits keeps. With OTHER also the overlap of the subspaces.
     """
-    from lora_inject import analysis as figures
+    from lora_inject import analysis
     from lora_inject.checkpoint import Checkpoint
 
     if any_base and base is None:
@@ -129,27 +129,27 @@ def analyze(
     if report is not None and report.is_dir():
         raise BadParameter(f"'{report}' is a folder", param_hint="--report")
     if pictures is not None or report is not None:
-        figures.need_matplotlib()
+        analysis.need_matplotlib()
     checkpoint = None if base is None else Checkpoint.open(base)
     state, *second = reading.read([adapter, *([other] if other else [])], checkpoint)
     weights = None
     if checkpoint is not None:
-        weights = figures.Weights(state, checkpoint, str(adapter), any_base=any_base)
+        weights = analysis.Weights(state, checkpoint, str(adapter), any_base=any_base)
     with show.progress_bar("analyzing") as progress:
-        found = figures.analyze(state, weights, label=str(adapter), progress=progress)
+        found = analysis.analyze(state, weights, label=str(adapter), progress=progress)
     compared = None
     if second:
         with show.progress_bar("comparing") as progress:
-            compared = figures.compare(state, second[0], progress)
+            compared = analysis.compare(state, second[0], progress)
     written: list[Path] = []
     if pictures is not None:
-        written += figures.draw_gallery(pictures, state, comparison=compared, weights=weights)
+        written += analysis.draw_gallery(pictures, state, comparison=compared, weights=weights)
     if report is not None:
         name = "the other adapter" if other is None else other.name
-        page = figures.report(found, state, adapter.name, comparison=compared, other=name)
-        written.append(figures.write_report(report, page))
+        page = analysis.report(found, state, adapter.name, comparison=compared, other=name)
+        written.append(analysis.write_report(report, page))
     more = {
-        "findings": [finding.to_dict() for finding in figures.findings(found)],
+        "findings": [finding.to_dict() for finding in analysis.findings(found)],
         "comparison": None if compared is None else compared.to_dict(),
         "written": [str(path) for path in written],
     }

@@ -120,21 +120,21 @@ def merge(
     Tensors that no adapter touches keep their bytes. Stopped at any moment, the output is absent,
     complete, or finished by the same command.
     """
-    from lora_inject import checkpoint as on_disk
+    from lora_inject.checkpoint import free_bytes, merge_planned, plan_merge
 
     if output is None and not dry_run:
         raise BadParameter("say where to write: --output FOLDER (or --dry-run)")
     options = merging.options(min_kept=min_kept, verify=verify, workers=workers)
     checkpoint, weighted = merging.read(base, adapters, reading, output)
-    planned = on_disk.plan_merge(checkpoint, weighted, options)
+    planned = plan_merge(checkpoint, weighted, options)
     if output is None or dry_run:
         where = output or Path.cwd()
-        free = on_disk.free_bytes(where)
+        free = free_bytes(where)
         data = {**planned.to_dict(), "free_bytes": free}
         listing.show(data, show.print_merge_plan, planned, where, free)
         return
     with show.progress_bar("merging") as progress:
-        report = on_disk.merge_planned(planned, output, progress)
+        report = merge_planned(planned, output, progress)
     listing.show(report.to_dict(), show.print_merge, report)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,7 @@ import typer
 
 from lora_inject.cli.program import app
 from lora_inject.cli.show import is_live, note, print_rows, say
+from lora_inject.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from lora_inject.trials.search import Search
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # characters
 RECENT = 8  # steps over which the loss in the table is averaged
+IGNORED = -100  # the label that cross entropy leaves out
+Row = tuple[str, str]
+Tokens = tuple[list[int], int]
 
 
 @app.command()
@@ -49,24 +55,23 @@ def search(
     """
     from lora_inject.analysis.report.search_page import search_report, trial_rows
     from lora_inject.analysis.report.write_page import template, write_report
-    from lora_inject.cli import texts
     from lora_inject.formats import write_adapter
     from lora_inject.spec.space import Space
     from lora_inject.trials.search import search as run
 
     template("search.html.j2")  # raises if a package is missing
     wanted = Space.from_yaml(space)
-    rows = texts.read_rows(data)
-    judged = [] if held_out is None else texts.read_rows(held_out)
+    rows = _read_rows(data)
+    judged = [] if held_out is None else _read_rows(held_out)
     if held_out is None:
-        rows, judged = texts.split(rows, batch, wanted.seed)
+        rows, judged = _split(rows, batch, wanted.seed)
     base, tokenizer = _loaded(model, device)
     parts = []
     for path, part in ((data, rows), (held_out or data, judged)):
-        encoded = texts.encode(tokenizer, part, length)
+        encoded = _encode(tokenizer, part, length)
         if len(encoded) < len(part):
             note(f"'{path}': {len(part) - len(encoded)} rows have no completion within --length")
-        parts.append(texts.batches(encoded, batch, path, device))
+        parts.append(_batches(encoded, batch, path, device))
     with _live() as watch:
         found = run(base, wanted, *parts, folder=output, watch=watch)
     (output / "config.yaml").write_text(found.to_yaml(), encoding="utf-8")
@@ -79,10 +84,77 @@ def search(
         note(f"wrote {output / name}")
 
 
+def _read_rows(path: Path) -> list[Row]:
+    """Read prompt and completion of each row.
+
+    Each line of a `.jsonl` file is `{"text": ...}` or `{"prompt": ..., "completion": ...}`. Each
+    line of any other file is a text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"data '{path}'", found, "Give a file of UTF-8 text") from None
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix != ".jsonl":
+        return [("", line) for _, line in filled]
+    return [_row(line, f"data '{path}', line {number}") for number, line in filled]
+
+
+def _row(line: str, asked: str) -> Row:
+    remedy = 'Write {"text": "..."} or {"prompt": "...", "completion": "..."}'
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(asked, f"it is not JSON: {error}", remedy) from None
+    row = data if isinstance(data, dict) else {}
+    prompt, completion = row.get("prompt", ""), row.get("completion", row.get("text"))
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise ConfigError(asked, f"its keys are {sorted(row)}", remedy)
+    return prompt, completion
+
+
+def _encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Tokens]:
+    """Return each row's first `most` tokens and its prompt's count; skip rows without more."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    found = []
+    for prompt, completion in rows:
+        start = tokenizer.encode(prompt) if prompt else []
+        rest = tokenizer.encode(completion, add_special_tokens=not prompt)
+        tokens = (start + rest + end)[:most]
+        if len(tokens) > max(len(start), 1):
+            found.append((tokens, len(start)))
+    return found
+
+
+def _split(rows: Sequence[Row], n: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Hold out a tenth of the rows, but at least one batch of `n`; the seed draws them."""
+    mixed = random.Random(seed).sample(list(rows), len(rows))  # noqa: S311  (no secrets)
+    held_out = max(n, len(rows) // 10)
+    return mixed[held_out:], mixed[:held_out]
+
+
+def _batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[dict[str, Any]]:
+    """Cut rows into batches of `n`, padded on the right, which no earlier token attends to."""
+    import torch
+
+    if len(rows) < n:
+        found = f"it has {len(rows)} rows, and a batch takes {n}"
+        raise ConfigError(f"data '{path}'", found, "Give more rows, or a smaller --batch")
+    made = []
+    for start in range(0, len(rows) - n + 1, n):
+        cut = rows[start : start + n]
+        ids = torch.zeros(n, max(len(tokens) for tokens, _ in cut), dtype=torch.long)
+        labels = torch.full_like(ids, IGNORED)
+        for i, (tokens, n_prompt) in enumerate(cut):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            labels[i, n_prompt : len(tokens)] = ids[i, n_prompt : len(tokens)]
+        made.append({"input_ids": ids.to(device), "labels": labels.to(device)})
+    return made
+
+
 def _loaded(model: str, device: str) -> tuple[Any, Any]:
     """Return a causal language model in eval mode, in the dtype of its files, and its tokenizer."""
-    from lora_inject.errors import CheckpointError
-
     asked = f"load '{model}'"
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer

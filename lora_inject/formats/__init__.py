@@ -2,7 +2,8 @@
 
 A format is a module with three functions: `write(state, path, facts, **options)`, `read(path,
 facts, **options)` and `detects(path)`; for `facts` see `model_facts`. Only the table below lists
-all formats, so a new format is one file and one row.
+all formats, so a new format is one file and one row. What holds for every format is done here: the
+checks of an adapter, writing all or nothing, and saying in errors which adapter was asked for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError, check_path, check_type, nearest
+from lora_inject.errors import FormatError, check_path, check_type, nearest, within
 from lora_inject.formats import (
     diffusers,
     gguf_file,
@@ -27,10 +28,11 @@ from lora_inject.formats import (
     peft,
     portable,
     torchtune,
-    vllm,
 )
-from lora_inject.formats.losses import EVERYTHING, NUMBERS, ONE, RANKS, losses
+from lora_inject.formats.checks import check_state
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.peft.tensor_layout import file_rank
+from lora_inject.storage.atomic import write_directory, write_file
 
 __all__ = [
     "FORMATS",
@@ -45,47 +47,68 @@ __all__ = [
 ]
 
 
+NUMBERS, ONE, RANKS = "numbers", "one", "ranks"
+EVERYTHING = frozenset({"config", "fingerprint", "training", "slices", "start", NUMBERS})
+"""`config` and `fingerprint` of the state; `training`: dropout, init and compute of each site;
+`slices` of fused projections; `start`: the frozen start of pissa and olora; `numbers`: rank, alpha
+and scaling of each site; or `one`: those numbers only if all sites agree;
+or `ranks`: the rank of each site alone."""
+
+
 @dataclass(frozen=True)
 class Format:
     """One row of the table.
 
     Attributes:
-        write: `write(state, path, facts, *, overwrite=False, **options) -> Path`.
-        read: `read(path, facts, **options) -> AdapterState`, whose tensors share no memory.
+        write: `write(state, path, facts, **options)`: the content of the file that `path` will be,
+            or of each file of the folder, by name. The adapter's shapes and dtypes are checked.
+        read: `read(path, facts, **options) -> AdapterState`, whose tensors share no memory; they
+            are checked afterwards.
         detects: `detects(path) -> bool`, by content; the first row that returns True reads.
-        keeps: What files of the format can express besides the deltas; see `formats.losses`.
+        keeps: What files of the format can express besides the deltas, of `EVERYTHING`.
+        endings: The endings that a file's name may have to be written; empty for any.
     """
 
-    write: Callable[..., Path]
+    write: Callable[..., bytes | Mapping[str, bytes]]
     read: Callable[..., AdapterState]
     detects: Callable[[Path], bool]
     keeps: frozenset[str] = EVERYTHING
+    endings: tuple[str, ...] = ()
 
 
 FACTS = [field.name for field in fields(ModelFacts)]
+SAFE = (".safetensors",)
+# Files that an older adapter may have and a new one need not, so that they may be replaced.
+OLDER_FILES = {"adapter_model.bin", "adapter_model.pt", "adapter_0.pt"}
+
+
+def _of(module: Any, *keeps: str, endings: tuple[str, ...] = ()) -> Format:
+    """Return the row of a format whose files keep less than everything."""
+    return Format(module.write, module.read, module.detects, frozenset(keeps), endings)
+
 
 FORMATS = {
     # The folder of mlx-lm, which also has an adapter_config.json.
-    "mlx": Format(mlx.write, mlx.read, mlx.detects, frozenset({ONE})),
+    "mlx": _of(mlx, ONE),
     # Folders of torchtune and of litgpt, which hold pickles.
-    "torchtune": Format(torchtune.write, torchtune.read, torchtune.detects, frozenset({ONE})),
-    "litgpt": Format(litgpt.write, litgpt.read, litgpt.detects, frozenset({ONE})),
+    "torchtune": _of(torchtune, ONE),
+    "litgpt": _of(litgpt, ONE),
     # A directory of Hugging Face PEFT.
     "peft": Format(peft.write, peft.read, peft.detects),
     # The same with one rank and scale 1, for servers that read little of the config.
     "portable": Format(portable.write, peft.read, portable.detects, frozenset()),
     # A file of llama.cpp.
-    "gguf": Format(gguf_file.write, gguf_file.read, gguf_file.detects, frozenset({RANKS})),
-    # The same with a pair for each expert.
-    "vllm": Format(vllm.write, peft.read, portable.detects, frozenset()),
+    "gguf": _of(gguf_file, RANKS, endings=(".gguf",)),
+    # The portable directory with a pair for each expert.
+    "vllm": Format(portable.write_experts, peft.read, portable.detects, frozenset()),
     # One safetensors file of this package.
-    "native": Format(native.write, native.read, native.detects),
+    "native": Format(native.write, native.read, native.detects, endings=SAFE),
     # One file of sd-scripts, LyCORIS, ComfyUI.
-    "kohya": Format(kohya.write, kohya.read, kohya.detects, frozenset({NUMBERS})),
+    "kohya": _of(kohya, NUMBERS, endings=SAFE),
     # One file of a pipeline, or the folder that holds it.
-    "diffusers": Format(diffusers.write, diffusers.read, diffusers.detects, frozenset({RANKS})),
+    "diffusers": _of(diffusers, RANKS),
     # Microsoft's state dict.
-    "loralib": Format(loralib.write, loralib.read, loralib.detects, frozenset({"slices", NUMBERS})),
+    "loralib": _of(loralib, "slices", NUMBERS, endings=(*SAFE, *loralib.PICKLES)),
 }
 
 
@@ -103,14 +126,13 @@ def register_format(name: str, row: Format) -> Format:
         FormatError: The name is taken.
 
     Examples:
-        >>> import torch
-        >>> def write(state, path, facts, *, overwrite=False):
-        ...     torch.save(state, path)
-        ...     return path
+        >>> import pickle
+        >>> def write(state, path, facts):
+        ...     return pickle.dumps(state)
         >>> def read(path, facts):
-        ...     return torch.load(path, weights_only=False)
-        >>> row = register_format("torch", Format(write, read, lambda path: path.suffix == ".x"))
-        >>> FORMATS.pop("torch") is row
+        ...     return pickle.loads(path.read_bytes())
+        >>> row = register_format("pickle", Format(write, read, lambda path: path.suffix == ".x"))
+        >>> FORMATS.pop("pickle") is row
         True
     """
     if name in FORMATS:
@@ -127,6 +149,7 @@ def write_adapter(
     format: str = "peft",  # noqa: A002
     *,
     facts: ModelFacts | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> Path:
     """Write an adapter to files, all or nothing.
@@ -136,8 +159,8 @@ def write_adapter(
         path: Where to.
         format: Name of a row of `FORMATS`.
         facts: What is known of the model; single facts may be given as options.
-        options: `overwrite=True` replaces an existing adapter; the others are the format's own,
-            see its `write`.
+        overwrite: Replace an existing adapter.
+        options: The format's own, see its `write`.
 
     Returns:
         The path of the files, symbolic links resolved.
@@ -157,12 +180,18 @@ def write_adapter(
         >>> back.sites["fc"].scale
         2.0
     """
-    asked = f"write adapter to '{path}'"
     check_path("write adapter", path)
-    check_type(asked, state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
-    row = _row(format, asked)
-    facts, own = _split(row.write, facts, options, f"{asked} as '{format}'")
-    return row.write(state, Path(path), facts, **own)
+    row, target = _row(format, f"write adapter to '{path}'"), Path(path)
+    with within(f"write {format} adapter to '{path}'"):
+        check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
+        facts, own = _split(row.write, facts, options)
+        if row.endings and target.suffix not in row.endings:
+            found = f"its name does not end in {' or '.join(row.endings)}"
+            raise FormatError("", found, "Rename it")
+        content = row.write(check_state(state), target, facts, **own)
+    if isinstance(content, bytes):
+        return write_file(target, content, overwrite=overwrite)
+    return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)
 
 
 def read_adapter(
@@ -193,14 +222,15 @@ def read_adapter(
         FormatError: There is no adapter, or it cannot be read.
     """
     check_path("read adapter", path)
-    place, asked = Path(path), f"read adapter '{path}'"
+    place = Path(path)
     if format is None:
         format = detected(place)  # noqa: A001
-    row = _row(format, asked)
+    row = _row(format, f"read adapter '{path}'")
     if "on_disk" not in options_of(row.read):
         options.pop("on_disk", None)  # it saves memory and does not change the result
-    facts, own = _split(row.read, facts, options, f"{asked} as '{format}'")
-    return row.read(place, facts, **own)
+    with within(f"read {format} adapter '{path}'"):
+        facts, own = _split(row.read, facts, options)
+        return check_state(row.read(place, facts, **own))
 
 
 def detected(path: Path) -> str:
@@ -211,11 +241,9 @@ def detected(path: Path) -> str:
     for name, row in FORMATS.items():
         if row.detects(path):
             return name
-    raise FormatError(
-        asked,
-        "it is not an adapter of a known format",
-        f"Give a PEFT directory or a file of one of: {', '.join(FORMATS)}",
-    )
+    found = "it is not an adapter of a known format"
+    remedy = f"Give a PEFT directory or a file of one of: {', '.join(FORMATS)}"
+    raise FormatError(asked, found, remedy)
 
 
 def options_of(function: Callable[..., Any]) -> list[str]:
@@ -236,11 +264,41 @@ def losses_of(state: AdapterState, format: str) -> list[str]:  # noqa: A002
         >>> losses_of(AdapterState({}, config={"rank": 8}), "portable")
         ['the config is left out']
     """
-    return losses(state, _row(format, f"convert to '{format}'").keeps)
+    keeps = _row(format, f"convert to '{format}'").keeps
+    specs = [site.spec for site in state.sites.values()]
+    numbers = {
+        (file_rank(site.spec, derived=site.A0 is not None), site.scale)
+        for site in state.sites.values()
+    }
+    mixed = len(numbers) > 1 or ONE not in keeps
+    folded = mixed and any(scale != 1 for _, scale in numbers) and NUMBERS not in keeps
+    padded = len({rank for rank, _ in numbers}) > 1 and not {NUMBERS, RANKS} & keeps
+    there = {
+        "config": (state.config is not None, "the config is left out"),
+        "fingerprint": (
+            state.fingerprint is not None,
+            "the base's fingerprint is left out: another base of the same shape is not noticed",
+        ),
+        "training": (
+            any(spec.dropout or spec.compute != "base" for spec in specs),
+            "dropout and the dtype of the arithmetic are left out",
+        ),
+        "slices": (
+            any(spec.slices for spec in specs),
+            "slices of fused projections become pairs of the whole projection, of higher rank",
+        ),
+        "start": (
+            any(site.A0 is not None for site in state.sites.values()),
+            "frozen starts become further ranks, which train on like all others",
+        ),
+        "scales": (folded, "scales are folded into B"),
+        RANKS: (padded, "ranks are padded with zeros"),
+    }
+    return [words for part, (holds, words) in there.items() if holds and part not in keeps]
 
 
 def _split(
-    function: Callable[..., Any], facts: ModelFacts | None, options: Mapping[str, Any], asked: str
+    function: Callable[..., Any], facts: ModelFacts | None, options: Mapping[str, Any]
 ) -> tuple[ModelFacts, dict[str, Any]]:
     """Return the facts with those among the options, and the options that a format has itself."""
     stated = {name: value for name, value in options.items() if name in FACTS}
@@ -248,16 +306,14 @@ def _split(
     known = options_of(function)
     for option in own.keys() - known:
         found = f"{option!r} is not an option of this format"
-        remedy = f"Its options: {', '.join(known)}; facts of the model: {', '.join(FACTS)}"
-        raise FormatError(asked, found, remedy)
+        its = ", ".join(known) or "none"
+        remedy = f"Its options: {its}; facts of the model: {', '.join(FACTS)}"
+        raise FormatError("", found, remedy)
     return replace(facts or ModelFacts(), **stated), own
 
 
 def _row(name: str, asked: str) -> Format:
     if name not in FORMATS:
-        raise FormatError(
-            asked,
-            f"there is no format '{name}'",
-            f"Nearest: {', '.join(nearest(name, FORMATS) or FORMATS)}",
-        )
+        near = ", ".join(nearest(name, FORMATS) or FORMATS)
+        raise FormatError(asked, f"there is no format '{name}'", f"Nearest: {near}")
     return FORMATS[name]

@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.spec.columns import Rows
 from lora_inject.version import __version__
 
 
@@ -119,17 +120,16 @@ def _inline(text: str) -> str:
 
 def _table(state: AdapterState) -> list[str]:
     """One row for all sites of one kind and the same numbers."""
-    alike: dict[tuple[str, int, float, float], list[str]] = {}
-    for name, site in state.sites.items():
-        spec = site.spec
-        alike.setdefault((spec.kind, spec.rank, spec.alpha, spec.scale), []).append(name)
-    if not alike:
-        return []
-    lines = ["| sites | kind | rank | alpha | scale | first |", "|---|---|---|---|---|---|"]
-    for (kind, rank, alpha, scale), names in alike.items():
-        name = names[0].replace("|", "\\|").replace("`", "'")
-        lines.append(f"| {len(names):,} | {kind} | {rank} | {alpha:g} | {scale:g} | `{name}` |")
-    return [*lines, ""]
+    cells = (
+        (name, s.spec.kind, s.spec.rank, f"{s.spec.alpha:g}", f"{s.spec.scale:g}")
+        for name, s in state.sites.items()
+    )
+    rows = Rows(("sites", "kind", "rank", "alpha", "scale"), tuple(cells)).by_kind()
+    lines = [f"| {' | '.join(rows.heads)} |", "|---|---|---|---|---|"]
+    for name, *others in rows.text():
+        sites = _inline(name.replace("|", "\\|"))
+        lines.append(f"| {' | '.join([sites, *others])} |")
+    return [*lines, ""] if rows.cells else []
 
 
 def _trained(state: AdapterState) -> list[str]:

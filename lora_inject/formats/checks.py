@@ -1,4 +1,4 @@
-"""Checks that every format makes before it writes, and after it read."""
+"""Checks of every adapter before it is written and after it is read, and names for messages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from lora_inject.errors import FormatError
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+CONVERT = "convert it with its base: lora-inject convert ADAPTER OUT --to FORMAT --base BASE"
+
+
 def one_line(names: Iterable[str], n: int = 3) -> str:
     """The first few names for a message, and how many more there are.
 
@@ -27,58 +30,51 @@ def one_line(names: Iterable[str], n: int = 3) -> str:
     return shown if len(listed) <= n else f"{shown} and {len(listed) - n} more"
 
 
-def check_state(state: AdapterState, asked: str) -> AdapterState:
+def check_state(state: AdapterState) -> AdapterState:
     """Return an adapter if its tensors fit its specs; raise if they do not."""
     trained: Mapping[str, object] = state.trained
     if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
-        raise FormatError(asked, f"{one_line(wrong)} is not a tensor", "Pass tensors only")
+        raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
     for name, rows in state.rows.items():
         tensor = state.trained.get(name)
         if tensor is None or tensor.dim() != 2 or len(tensor) != len(rows) or not rows:
             found = f"it has {len(rows)} row numbers for a tensor of other rows"
-            raise FormatError(f"{asked}, trained tensor '{name}'", found, "Give one for each row")
+            raise FormatError(f"trained tensor '{name}'", found, "Give one for each row")
     for site in state.sites.values():
-        check_site(site, asked)
+        _check_site(site, f"site '{site.spec.name[:200]}'")
     return state
 
 
-def check_site(site: SiteState, asked: str) -> None:
+def _check_site(site: SiteState, where: str) -> None:
     """Refuse a site whose tensors have other shapes or dtypes than its spec states."""
-    where = f"{asked}, site '{site.spec.name}'"
     if (site.A0 is None) != (site.B0 is None):
         raise FormatError(where, "it has only one of A0 and B0", "Give both or neither")
     for role, tensor in site.tensors.items():
         due = site.spec.shapes[role.removesuffix("0")]
         if tensor.shape != due:
-            raise FormatError(
-                where,
-                f"{role} has shape {tuple(tensor.shape)} where {due} is due",
-                "The tensors and what is said about them do not belong together",
-            )
+            found = f"{role} has shape {tuple(tensor.shape)} where {due} is due"
+            remedy = "The tensors and what is said about them do not belong together"
+            raise FormatError(where, found, remedy)
         of_pair = role not in site.further
         if tensor.dtype not in FLOATS or (of_pair and tensor.dtype != site.A.dtype):
             other, what = ("B", site.B) if role == "A" else (role, tensor)
-            raise FormatError(
-                where,
-                f"A is {site.A.dtype} and {other} {what.dtype}",
-                "Both must be of one of float16, bfloat16, float32 and float64",
-            )
+            found = f"A is {site.A.dtype} and {other} {what.dtype}"
+            remedy = "Both must be of one of float16, bfloat16, float32 and float64"
+            raise FormatError(where, found, remedy)
 
 
-def check_keys(found: Iterable[str], due: Iterable[str], asked: str) -> None:
+def check_keys(found: Iterable[str], due: Iterable[str]) -> None:
     """Refuse a file whose tensors are not exactly the expected ones."""
     found, due = set(found), set(due)
     parts = [f"it lacks {one_line(sorted(due - found))}"] if due - found else []
     if found - due:
         parts.append(f"it holds {one_line(sorted(found - due))}, which nothing accounts for")
     if parts:
-        raise FormatError(asked, "; ".join(parts), "The file is incomplete or was edited")
+        raise FormatError("", "; ".join(parts), "The file is incomplete or was edited")
 
 
-def check_no_clash(keys: Iterable[str], asked: str) -> None:
+def check_no_clash(keys: Iterable[str]) -> None:
     """Refuse two tensors with the same name."""
-    twice = [key for key, count in Counter(keys).items() if count > 1]
-    if twice:
-        raise FormatError(
-            asked, f"two tensors would be called {one_line(twice)}", 'Use format="native"'
-        )
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        found = f"two tensors would be called {one_line(twice)}"
+        raise FormatError("", found, 'Use format="native"')

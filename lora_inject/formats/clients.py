@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_inject.errors import FormatError, nearest
+from lora_inject.errors import FormatError, nearest, within
 from lora_inject.formats import detected, diffusers, mlx
-from lora_inject.formats.base_config import text_config
 from lora_inject.formats.checks import one_line
 from lora_inject.formats.gguf_file import FAMILIES
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.peft.adapter_config import check_field
 from lora_inject.formats.peft.files import CONFIG, MODEL
 from lora_inject.formats.peft.number_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
+from lora_inject.spec.names import leaf, parent
 from lora_inject.storage.safetensors_file import read_header
 from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import read_names, read_tensors
@@ -98,12 +99,15 @@ class Files:
     def numbers(self, table: str, default: str, names: Collection[str]) -> dict[str, Any]:
         """Return the config's value for each module."""
         said, other = self.config.get(table) or {}, self.config.get(default)
-        return values_of(said, names, other, f"check {CONFIG}")
+        return values_of(said, names, other)
+
+    def divisor(self, rank: float, *, rslora: bool = True) -> float:
+        """Return what alpha is divided by; `rslora` is whether the program knows `use_rslora`."""
+        return math.sqrt(rank) if rslora and self.config.get("use_rslora") else rank
 
     def scale(self, rank: float, *, rslora: bool = True) -> float:
         """Return the scale by the one `lora_alpha`, with `use_rslora` if the program knows it."""
-        root = rslora and self.config.get("use_rslora")
-        return float(self.config["lora_alpha"]) / (math.sqrt(rank) if root else rank)
+        return float(self.config["lora_alpha"]) / self.divisor(rank, rslora=rslora)
 
 
 def findings(path: Path, client: str, facts: ModelFacts) -> list[Finding]:
@@ -114,23 +118,24 @@ def findings(path: Path, client: str, facts: ModelFacts) -> list[Finding]:
     if client not in CLIENTS:
         found = f"there is no client '{client}'"
         raise FormatError(f"check '{path}'", found, f"Known are {', '.join(CLIENTS)}")
-    base = text_config(facts.config, "", "") if facts.config else {}
+    base = facts.text_config("") if facts.config else {}
     files = Files(path, detected(path), facts.module_names, base)
-    files = replace(files, **_read(path, files.layout))
-    return sorted(CLIENTS[client](files), key=lambda finding: not finding.stops)
+    with within(f"check '{path}'"):
+        files = replace(files, **_read(path, files.layout))
+        return sorted(CLIENTS[client](files), key=lambda finding: not finding.stops)
 
 
 def _read(path: Path, layout: str) -> dict[str, Any]:
     """Return what is known of the tensors and the config of PEFT's and mlx-lm's folders."""
     if layout not in ("peft", "mlx"):
         return {}
-    asked, file = f"check '{path}'", MODEL if layout == "peft" else mlx.FILE
+    file = MODEL if layout == "peft" else mlx.FILE
     for name in (CONFIG, file):
         if not (path / name).is_file():
-            raise FormatError(asked, f"there is no {name} in it", "Give the whole folder")
-    config: Any = read_json(path / CONFIG, f"{asked}, {CONFIG}")
+            raise FormatError("", f"there is no {name} in it", "Give the whole folder")
+    config: Any = read_json(path / CONFIG, CONFIG)
     if not isinstance(config, dict):
-        raise FormatError(f"{asked}, {CONFIG}", "it is not a table of fields", "Fetch it again")
+        raise FormatError(CONFIG, "it is not a table of fields", "Fetch it again")
     header = read_header(path / file, FormatError)
     pairs: dict[str, list[Shape]] = {}
     embeddings, others = set(), []
@@ -143,7 +148,8 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
             if match[2]:
                 embeddings.add(match[1])
     if layout == "peft" and (pairs or config.get("peft_type") == "LORA"):
-        _check_config(config, f"{asked}, {CONFIG}")
+        with within(CONFIG):
+            _check_config(config)
     return {
         "config": config,
         "pairs": {name: (a, b) for name, (a, b) in pairs.items()},
@@ -154,20 +160,12 @@ def _read(path: Path, layout: str) -> dict[str, Any]:
     }
 
 
-def _check_config(config: Mapping[str, Any], where: str) -> None:
+def _check_config(config: Mapping[str, Any]) -> None:
     """Refuse a LoRA's config whose ranks and alphas are not numbers."""
-    numbers: dict[str, list[Any]] = {name: [config.get(name)] for name in ("r", "lora_alpha")}
-    for name in ("rank_pattern", "alpha_pattern"):
-        table = config.get(name) or {}
-        numbers[name] = [*table.values()] if isinstance(table, dict) else [table]
-    for name, values in numbers.items():
-        for value in values:
-            if type(value) not in (int, float) or not 0 < value < 1e300:
-                found = f"{str(value)[:40]!r} in '{name}' is not a number above 0"
-                raise FormatError(where, found, "Correct the file")
-    saved = config.get("modules_to_save") or []
-    if not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
-        raise FormatError(where, "'modules_to_save' is not a list of names", "Correct the file")
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        value = config.get(name)
+        if value is not None or name in ("r", "lora_alpha"):
+            check_field(name, value)
 
 
 # What several programs have in common -------------------------------------------------------------
@@ -184,6 +182,14 @@ _METHODS = {
 _ALL = {**_METHODS, "alora_invocation_tokens": "activated LoRA", "bias": "trained biases"}
 
 
+def _about(
+    names: Iterable[str], problem: str, fix: str, *, n: int = 3, stops: bool = True
+) -> Findings:
+    """Yield a finding about some names, `{}` in the problem, if there are any."""
+    if listed := list(names):
+        yield Finding(problem.replace("{}", one_line(listed, n)), fix, stops)
+
+
 def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
     """Return the rules of a program that reads LoRA in PEFT folders; `own` are rules of its own.
 
@@ -191,85 +197,71 @@ def _of_peft(client: str, methods: Mapping[str, str], own: Rules) -> Rules:
     """
 
     def rules(files: Files) -> Findings:
+        kind = files.config.get("peft_type")
         if files.layout != "peft":
             found = f"{client} reads PEFT folders, and this has the format '{files.layout}'"
             yield Finding(found, PORTABLE)
-            return
-        kind = files.config.get("peft_type")
-        if kind is None:
+        elif kind is None:
             yield Finding(f"'peft_type' is missing, without which {client} refuses it", "Add it")
-            return
-        if kind != "LORA":
-            if client != "PEFT":
-                yield Finding(f"{client} reads LoRA, and 'peft_type' is {str(kind)[:40]!r}", MERGE)
-            return
-        yield from _halves(files)
-        for name, what in methods.items():
-            if files.config.get(name) not in (None, False, [], {}, "none"):
-                yield Finding(f"{client} does not know {what} ('{name}' is set)", MERGE)
-        yield from own(files)
-        yield from _names(files)
+        elif kind == "LORA":
+            yield from _halves(files)
+            for name, what in methods.items():
+                if files.config.get(name) not in (None, False, [], {}, "none"):
+                    yield Finding(f"{client} does not know {what} ('{name}' is set)", MERGE)
+            yield from own(files)
+            yield from _names(files)
+        elif client != "PEFT":
+            yield Finding(f"{client} reads LoRA, and 'peft_type' is {str(kind)[:40]!r}", MERGE)
 
     return rules
 
 
 def _halves(files: Files) -> Findings:
-    lost = [name for name, pair in files.pairs.items() if None in pair]
-    if lost:
-        yield Finding(f"A or B is missing of {one_line(lost)}", "Fetch the file again")
+    lost = (name for name, pair in files.pairs.items() if None in pair)
+    return _about(lost, "A or B is missing of {}", "Fetch the file again")
 
 
 def _names(files: Files) -> Findings:
     """Find modules that the base lacks: their updates would be ignored silently."""
-    if files.modules is None:
-        return
-    known = set(files.modules)
+    known = set(files.modules or ())
     bare = (
         re.sub(r"\.experts\.\d+\..+", ".experts", name.removesuffix(".base_layer"))
         for name in files.pairs
     )
     lost = [name for name in dict.fromkeys(bare) if name not in known]
-    if lost:
+    if lost and files.modules is not None:
         near = one_line(nearest(lost[0], known, 1)) or "none"
-        yield Finding(
-            f"the base has no module {one_line(lost)}, so that the update would be ignored",
-            f"Rename it (lora-inject rename); nearest to the first: {near}",
-        )
+        found = f"the base has no module {one_line(lost)}, so that the update would be ignored"
+        yield Finding(found, f"Rename it (lora-inject rename); nearest to the first: {near}")
 
 
 def _scaled(
     files: Files, client: str, scale: Callable[[int], float], fix: str = PORTABLE
 ) -> Findings:
     """Compare the scale that a program applies with PEFT's."""
-    ranks = files.ranks
-    alphas = files.numbers("alpha_pattern", "lora_alpha", ranks)
-    root = bool(files.config.get("use_rslora"))
-    due = {n: alphas[n] / (math.sqrt(rank) if root else rank) for n, rank in ranks.items()}
-    wrong = [
+    alphas = files.numbers("alpha_pattern", "lora_alpha", files.ranks)
+    due = {n: alphas[n] / files.divisor(rank) for n, rank in files.ranks.items()}
+    wrong = (
         f"{name} ({scale(rank):.4g} for {due[name]:.4g})"
-        for name, rank in ranks.items()
+        for name, rank in files.ranks.items()
         if not math.isclose(scale(rank), due[name], rel_tol=1e-6)
-    ]
-    if wrong:
-        yield Finding(f"{client} would apply another scale to {one_line(wrong, 2)}", fix)
+    )
+    return _about(wrong, f"{client} would apply another scale to {{}}", fix, n=2)
 
 
-def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ()) -> Findings:
-    stray = [key for key in files.others if not key.endswith(allowed or ("\0",))]
-    if stray:
-        yield Finding(f"{client} {does} tensors that are not A or B: {one_line(stray)}", MERGE)
+def _full(files: Files, client: str, does: str, allowed: tuple[str, ...] = ("\0",)) -> Findings:
+    stray = (key for key in files.others if not key.endswith(allowed))
+    return _about(stray, f"{client} {does} tensors that are not A or B: {{}}", MERGE)
 
 
 def _stacks(files: Files, client: str, fix: str) -> Findings:
-    stacks = [name for name in files.pairs if re.search(r"\.experts(\.base_layer)?$", name)]
-    if stacks:
-        yield Finding(f"{client} refuses stacks of experts: {one_line(stacks)}", fix)
+    stacks = (name for name in files.pairs if re.search(r"\.experts(\.base_layer)?$", name))
+    return _about(stacks, f"{client} refuses stacks of experts: {{}}", fix)
 
 
 def _prefixed(files: Files, client: str) -> Findings:
-    if files.unprefixed:
-        found = f"{client} finds no key without '{PREFIX}': {one_line(files.unprefixed)}"
-        yield Finding(found, PORTABLE)
+    found = f"{client} finds no key without '{PREFIX}': {{}}"
+    return _about(files.unprefixed, found, PORTABLE)
 
 
 # One function for each program --------------------------------------------------------------------
@@ -277,8 +269,7 @@ def _prefixed(files: Files, client: str) -> Findings:
 
 def _vllm(files: Files) -> Findings:
     saved = set(files.config.get("modules_to_save") or ()) - {"classifier", "score"}
-    if saved:
-        yield Finding(f"vLLM refuses 'modules_to_save' {one_line(sorted(saved))}", MERGE)
+    yield from _about(sorted(saved), "vLLM refuses 'modules_to_save' {}", MERGE)
     heads = tuple(f"{head}.{end}" for head in ("classifier", "score") for end in ("weight", "bias"))
     copies = tuple(f"{name}.base_layer.weight" for name in ("embed_tokens", "lm_head"))
     yield from _full(files, "vLLM", "refuses", (*heads, *copies))
@@ -291,9 +282,8 @@ def _vllm(files: Files) -> Findings:
     modules = {name.removesuffix(".base_layer") for name in files.pairs}
     stacks = {name for name in modules if name.endswith(".experts")}
     half = [n for n in sorted(stacks) if not {n, f"{n}.base_layer"} <= files.pairs.keys()]
-    if half:
-        yield Finding(f"vLLM wants both stacks of experts adapted: {one_line(half)}", MERGE)
-    elif stacks:
+    yield from _about(half, "vLLM wants both stacks of experts adapted: {}", MERGE)
+    if stacks and not half:
         found = "vLLM reads stacks of experts right only for models whose files hold stacks"
         yield Finding(found, f"For others: {CONVERT}vllm --base BASE`", stops=False)
     largest = max([*files.ranks.values(), 0])
@@ -313,28 +303,23 @@ def _sglang(files: Files) -> Findings:
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         yield Finding("SGLang reads 'target_modules' as a list, and it is a regex", PORTABLE)
-    unequal = {n: rank for n, rank in files.ranks.items() if rank != files.config["r"]}
-    if unequal:
-        found = f"SGLang refuses ranks other than 'r', which is {files.config['r']}"
-        yield Finding(f"{found}: {one_line(unequal)}", PORTABLE)
+    unequal = (n for n, rank in files.ranks.items() if rank != files.config["r"])
+    found = f"SGLang refuses ranks other than 'r', which is {files.config['r']}: {{}}"
+    yield from _about(unequal, found, PORTABLE)
     yield from _stacks(files, "SGLang", f"For single experts: {CONVERT}vllm --base BASE`")
     there: dict[str, set[str]] = {}
     for name in files.pairs:
-        place, _, part = name.rpartition(".")
-        there.setdefault(place, set()).add(part)
+        there.setdefault(parent(name), set()).add(leaf(name))
     for needed, packed in (({"q_proj", "v_proj"}, {"k_proj"}), ({"gate_proj"}, {"up_proj"})):
-        lost = [
+        lost = (
             f"{place}.{part}"
             for place, parts in there.items()
             if parts & (needed | packed)
             for part in sorted(needed - parts)
-        ]
-        if lost:
-            names = " and ".join(sorted(needed | packed))
-            yield Finding(
-                f"SGLang packs {names}, and there is no update of {one_line(lost)}",
-                "Train these layers too, or fold the adapter into the base (lora-inject merge)",
-            )
+        )
+        names = " and ".join(sorted(needed | packed))
+        fix = "Train these layers too, or fold the adapter into the base (lora-inject merge)"
+        yield from _about(lost, f"SGLang packs {names}, and there is no update of {{}}", fix)
     if (files.path / "added_tokens.json").exists():
         found = "SGLang refuses an added_tokens.json with numbers beyond the base's vocabulary"
         yield Finding(found, "Leave the file out if the base has these tokens", stops=False)
@@ -342,11 +327,9 @@ def _sglang(files: Files) -> Findings:
 
 def _llama_cpp(files: Files) -> Findings:
     norms = [key for key in files.others if re.search(r"_layernorm|\.norm", key)]
-    if norms:
-        yield Finding(f"llama.cpp ignores trained norms: {one_line(norms)}", MERGE)
-    stray = [k for k in files.others if k not in norms and not k.endswith(".base_layer.weight")]
-    if stray:
-        yield Finding(f"llama.cpp's converter stops at {one_line(stray)}", MERGE)
+    yield from _about(norms, "llama.cpp ignores trained norms: {}", MERGE)
+    stray = (k for k in files.others if k not in norms and not k.endswith(".base_layer.weight"))
+    yield from _about(stray, "llama.cpp's converter stops at {}", MERGE)
     yield from _stacks(files, "llama.cpp's converter", MERGE)
     fix = f"{CONVERT}gguf --base BASE`"
     yield from _scaled(files, "llama.cpp", lambda rank: files.scale(rank, rslora=False), fix)
@@ -365,42 +348,31 @@ def _lorax(files: Files) -> Findings:
     scale = files.scale(files.config["r"])
     yield from _scaled(files, "LoRAX", lambda _: scale)
     ranks = sorted({files.config["r"], *files.ranks.values()})
-    good = _padded(ranks[-1])
+    good = 8 if ranks[-1] <= 8 else -(-ranks[-1] // 16) * 16
     if ranks != [good]:
-        yield Finding(
-            "LoRAX pads ranks to 8 or a multiple of 16, and the padded rank of a layer scales the "
-            f"layers that it loads later. Here the ranks are {one_line(map(str, ranks))}",
-            f"{CONVERT}portable --rank {good}`",
-        )
+        found = "LoRAX pads ranks to 8 or a multiple of 16, and the padded rank of a layer scales "
+        found += f"the layers that it loads later. Here the ranks are {one_line(map(str, ranks))}"
+        yield Finding(found, f"{CONVERT}portable --rank {good}`")
     ignored = [n for n in files.pairs if n in files.embeddings or re.search(r"\.experts\b", n)]
     if files.base.get("model_type") in NO_HEAD:
         ignored += [name for name in files.pairs if name == "lm_head"]
-    if ignored:
-        yield Finding(f"LoRAX has no LoRA for {one_line(ignored)} and ignores it", MERGE)
+    yield from _about(ignored, "LoRAX has no LoRA for {} and ignores it", MERGE)
     layers: dict[str, set[int]] = {}
     for name in files.pairs:
-        if found := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name):
-            layers.setdefault(found[1] + "*" + found[3], set()).add(int(found[2]))
+        if match := re.fullmatch(r"(.*?\.)(\d+)(\..+)", name):
+            layers.setdefault(match[1] + "*" + match[3], set()).add(int(match[2]))
     n_layers = files.base.get("num_hidden_layers", len(set().union(*layers.values())))
-    partial = [name for name, there in layers.items() if len(there) < n_layers]
-    if partial:
-        yield Finding(
-            f"LoRAX drops a module that some layers lack from all: {one_line(partial)}",
-            "Adapt all layers, or fold it into the base (lora-inject merge)",
-        )
-
-
-def _padded(rank: int) -> int:
-    return 8 if rank <= 8 else -(-rank // 16) * 16
+    partial = (name for name, there in layers.items() if len(there) < n_layers)
+    fix = "Adapt all layers, or fold it into the base (lora-inject merge)"
+    yield from _about(partial, "LoRAX drops a module that some layers lack from all: {}", fix)
 
 
 def _peft(files: Files) -> Findings:
     yield from _prefixed(files, "PEFT")
     if not files.config.get("target_parameters"):
         due = files.numbers("rank_pattern", "r", files.ranks)
-        wrong = [f"{n} ({r} for {due[n]})" for n, r in files.ranks.items() if r != due[n]]
-        if wrong:
-            yield Finding(f"the ranks of tensors and config differ: {one_line(wrong)}", PORTABLE)
+        wrong = (f"{n} ({r} for {due[n]})" for n, r in files.ranks.items() if r != due[n])
+        yield from _about(wrong, "the ranks of tensors and config differ: {}", PORTABLE)
 
 
 def _diffusers(files: Files) -> Findings:
@@ -418,14 +390,12 @@ def _diffusers(files: Files) -> Findings:
     elif files.layout == "kohya":
         tensors = read_tensors(files.path, on_disk=True)[0]
         unet = {n: float(t) for n, t in tensors.items() if re.match(r"lora_unet_.*\.alpha", n)}
-        lost = [name for name in unet if "_to_out_" in name]
-        if lost and len({*unet.values()}) > 1:
-            found = f"diffusers loses alphas of attention where alphas differ: {one_line(lost)}"
-            yield Finding(found, fix)
-        strange = [n for n in tensors if re.match(rf"lora_transformer_{_BLOCK}(?!attn_)", n)]
-        if strange:
-            found = "diffusers reads only attention of a transformer's blocks in kohya files"
-            yield Finding(f"{found}: {one_line(strange)}", f"{CONVERT}diffusers`")
+        lost = (name for name in unet if "_to_out_" in name and len({*unet.values()}) > 1)
+        found = "diffusers loses alphas of attention where alphas differ: {}"
+        yield from _about(lost, found, fix)
+        strange = (n for n in tensors if re.match(rf"lora_transformer_{_BLOCK}(?!attn_)", n))
+        found = "diffusers reads only attention of a transformer's blocks in kohya files: {}"
+        yield from _about(strange, found, f"{CONVERT}diffusers`")
     elif files.layout != "diffusers":
         yield Finding(f"diffusers does not read the format '{files.layout}'", fix)
 
@@ -436,17 +406,13 @@ def _comfyui(files: Files) -> Findings:
         yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
         return
     file = files.path / diffusers.FILE if files.path.is_dir() else files.path
-    names = read_names(file)[0]
     new, bare = r"unet\..*\.to_(q|k|v|out\.0)\.lora_[AB]\.weight", rf"lora_unet_{_BLOCK}"
-    lost = [name for name in names if re.fullmatch(new, name) or re.match(bare, name)]
-    if lost:
-        yield Finding(f"ComfyUI does not know these names and ignores them: {one_line(lost)}", fix)
-    elif files.layout == "diffusers":
-        yield Finding(
-            "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read",
-            f"{fix}, unless it was written by this package, which folds scales into B",
-            stops=False,
-        )
+    lost = [n for n in read_names(file)[0] if re.fullmatch(new, n) or re.match(bare, n)]
+    yield from _about(lost, "ComfyUI does not know these names and ignores them: {}", fix)
+    if files.layout == "diffusers" and not lost:
+        found = "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read"
+        ours = f"{fix}, unless it was written by this package, which folds scales into B"
+        yield Finding(found, ours, stops=False)
 
 
 def _mlx(files: Files) -> Findings:

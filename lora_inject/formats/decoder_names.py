@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import heads, text_config
+from lora_inject.errors import FormatError, within
 from lora_inject.formats.checks import one_line
+from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import matrices
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,4})\.(.+)")
@@ -55,68 +55,59 @@ class Decoder(NamedTuple):
     in_pairs: bool = False
     turned: str | None = None
 
-    def stored(
-        self, pairs: Pairs, config: Mapping[str, Any] | None, asked: str
-    ) -> dict[str, Tensor]:
+    def stored(self, pairs: Pairs, facts: ModelFacts) -> dict[str, Tensor]:
         """Return the tensors of a file; the base's config says how many heads q and k have."""
         found = {}
         for name, (a, b) in pairs.items():
-            key = self.theirs(name, asked)
-            n_heads = self._n_heads(name, config, len(b), f"{asked}, '{name}'")
+            with within(f"site '{name}'"):
+                key, n_heads = self.theirs(name), self._n_heads(name, facts, len(b))
             found[key + self.ends[0]] = a.T if name == self.turned else a
             found[key + self.ends[1]] = in_pairs(b, n_heads) if n_heads else b
         return found
 
     def read(
-        self,
-        tensors: Mapping[str, Tensor],
-        config: Mapping[str, Any] | None,
-        asked: str,
-        remedy: str,
+        self, tensors: Mapping[str, Tensor], facts: ModelFacts, remedy: str
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the pairs of a file by transformers' names; `remedy` is for any other tensor."""
         found = {}
-        for key, (a, b) in matrices(tensors, self.ends, asked, remedy).items():
-            where = f"{asked}, '{key[:200]}'"
-            name = self.ours(key, where)
-            n_heads = self._n_heads(name, config, len(b), where)
+        for key, (a, b) in matrices(tensors, self.ends, remedy).items():
+            with within(f"'{key[:200]}'"):
+                name = self.ours(key)
+                n_heads = self._n_heads(name, facts, len(b))
             rows = in_pairs(b, n_heads, back=True) if n_heads else b
             found[name] = (a.T.contiguous() if name == self.turned else a), rows
         return found
 
-    def theirs(self, name: str, asked: str) -> str:
+    def theirs(self, name: str) -> str:
         """Return the program's name of a module."""
         found = _LAYER.fullmatch(name)
         part = name if found is None else found[2]
         if part not in self.names:
-            raise FormatError(
-                f"{asked}, site '{name}'",
-                "the format has no name for this module",
-                f"It names {one_line(self.names, 12)}; merge the adapter into its base instead",
-            )
+            known = one_line(self.names, 12)
+            remedy = f"It names {known}; merge the adapter into its base instead"
+            raise FormatError("", "the format has no name for this module", remedy)
         return (self.layer.format(found[1]) if found else "") + self.names[part]
 
-    def ours(self, key: str, where: str) -> str:
+    def ours(self, key: str) -> str:
         """Return transformers' name of a module of the program."""
         names = {theirs: mine for mine, theirs in self.names.items()}
         layer = re.escape(self.layer).replace(re.escape("{}"), r"(\d{1,4})")
         found = re.fullmatch(layer + "(.+)", key)
         part = key if found is None else found[2]
         if part not in names:
-            unknown = f"the module '{key[:200]}' is not known"
-            raise FormatError(where, unknown, "Give an adapter of such a model")
+            raise FormatError("", "this module is not known", "Give an adapter of such a model")
         return (f"model.layers.{found[1]}." if found else "") + names[part]
 
-    def _n_heads(self, name: str, config: Mapping[str, Any] | None, n_rows: int, where: str) -> int:
+    def _n_heads(self, name: str, facts: ModelFacts, n_rows: int) -> int:
         """Return the number of heads of q or k if their rows are in pairs, else 0."""
         part = part_of(name)
         if not self.in_pairs or part not in ("self_attn.q_proj", "self_attn.k_proj"):
             return 0
-        sizes = heads(config, where, "how many heads q and k have")
+        sizes = facts.heads("how many heads q and k have")
         n_heads = sizes.n_heads if part == "self_attn.q_proj" else sizes.n_kv_heads
         if n_rows != n_heads * sizes.head_dim or sizes.head_dim % 2:
             found = f"B has {n_rows} rows, and the base has {n_heads} heads of {sizes.head_dim}"
-            raise FormatError(where, found, "Name the base that the adapter was made for")
+            raise FormatError("", found, "Name the base that the adapter was made for")
         return n_heads
 
 
@@ -131,30 +122,17 @@ def part_of(name: str) -> str:
     return name if found is None else found[2]
 
 
-def model_type(
-    config: Mapping[str, Any] | None, known: Collection[str], asked: str, why: str, others: str = ""
-) -> str:
-    """Return the `model_type` of the base, one of `known`; `others` is the remedy for others."""
-    kind = str(text_config(config, asked, why).get("model_type"))
-    if kind not in known:
-        found = f"the base's model_type is {kind[:40]!r}"
-        raise FormatError(asked, found, f"Supported are {', '.join(known)}{others}")
-    return kind
-
-
-def check_whole(names: Collection[str], n_layers: int, asked: str, client: str) -> None:
+def check_whole(names: Collection[str], n_layers: int, client: str) -> None:
     """Refuse an adapter of a module in some layers, or of a part of an MLP.
 
     This is for clients that adapt a module in all layers or none, and gate, up and down together.
     """
     parts = {part_of(name) for name in names if _LAYER.fullmatch(name)}
     due = [f"model.layers.{i}.{part}" for i in range(n_layers) for part in sorted(parts)]
+    mlp = {part for part in parts if part.startswith("mlp.")}
     if missing := [name for name in due if name not in names]:
         found = f"{client} adapts a module in all layers, and {one_line(missing)} have no update"
-        raise FormatError(asked, found, _MERGE)
-    mlp = {part for part in parts if part.startswith("mlp.")}
+        raise FormatError("", found, _MERGE)
     if len(mlp) in (1, 2):
-        found = (
-            f"{client} adapts gate, up and down of an MLP together, and there is {one_line(mlp)}"
-        )
-        raise FormatError(asked, found, _MERGE)
+        found = f"{client} adapts gate, up and down of an MLP together, and there is "
+        raise FormatError("", found + one_line(mlp), _MERGE)

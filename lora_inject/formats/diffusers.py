@@ -15,27 +15,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
 from lora_inject.formats.peft.tensor_layout import pack
-from lora_inject.formats.plain import (
-    check_component,
-    check_shapes,
-    one_component,
-    pairs_of,
-    plain_site,
-    plain_sites,
-)
-from lora_inject.storage.atomic import write_directory, write_file
+from lora_inject.formats.plain import check_component, in_component, plain_site, plain_sites
 from lora_inject.storage.strict_json import parse_json
-from lora_inject.storage.tensors import read_names, read_tensors, serialize
+from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
 FILE = "pytorch_lora_weights.safetensors"
 COMPONENTS = (
@@ -52,9 +45,7 @@ _KEY = re.compile(
 def detects(path: Path) -> bool:
     """Whether a path is such a file, by its keys, or a folder that holds one."""
     file = path / FILE if path.is_dir() else path
-    if not file.is_file() or file.suffix != ".safetensors":
-        return False
-    found = [_KEY.fullmatch(key) for key in read_names(file)[0]]
+    found = [_KEY.fullmatch(key) for key in read_names(file)[0]] if is_safetensors(file) else []
     return any(match and (match[1] or file.name == FILE) for match in found)
 
 
@@ -63,82 +54,60 @@ def write(
     path: Path,
     _facts: ModelFacts,
     *,
-    overwrite: bool = False,
     component: str | None = None,
     dtype: str | None = None,
-) -> Path:
+) -> bytes | dict[str, bytes]:
     """Write an adapter of linear layers and convolutions of one component of a pipeline.
 
     `component` is the adapted model's name in the pipeline, such as `unet`, `transformer` or
     `text_encoder`; `diffusion_model` for ComfyUI. The path is a folder or a `.safetensors` file.
     """
-    asked = f"write diffusers adapter to '{path}'"
-    check_component(component, COMPONENTS, asked)
-    client, kinds = "a pipeline of diffusers", ("linear", "conv")
-    sites = plain_sites(state, asked, client, kinds, dtype=dtype, alpha="rank")
+    check_component(component, COMPONENTS)
+    kinds = ("linear", "conv")
+    sites = plain_sites(state, "a pipeline of diffusers", kinds, dtype=dtype, alpha="rank")
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
-        a, b = pack(site)
-        tensors |= {f"{component}.{name}.lora_{role}.weight": t for role, t in (("A", a), ("B", b))}
+        pair = zip("AB", pack(site), strict=True)
+        tensors |= {f"{component}.{name}.lora_{role}.weight": tensor for role, tensor in pair}
     content = serialize(tensors, {"format": "pt"})
-    if path.suffix == ".safetensors":
-        return write_file(path, content, overwrite=overwrite)
-    return write_directory(path, {FILE: content}, overwrite=overwrite)
+    return content if path.suffix == ".safetensors" else {FILE: content}
 
 
 def read(
     path: Path, _facts: ModelFacts, *, component: str | None = None, on_disk: bool = False
 ) -> AdapterState:
     """Read the adapter of one component; name the component if the file holds several."""
-    asked = f"read diffusers adapter '{path}'"
     tensors, said = read_tensors(path / FILE if path.is_dir() else path, on_disk=on_disk)
-    found: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise FormatError(
-                asked,
-                f"the tensor '{key[:200]}' is not known",
-                "Give a LoRA of a pipeline; other variants are merged by diffusers (fuse_lora)",
-            )
-        side = next(filter(None, (match[3], match[4], match[6], match[7])))
-        role = {"down": "A", "up": "B"}.get(side, side)
-        place = found.setdefault(match[1] or "", {}).setdefault(
-            _module(match[2], bool(match[5])), {}
-        )
-        if role in place:
-            raise FormatError(
-                f"{asked}, '{key[:200]}'", "its site has this tensor twice", "Fetch it again"
-            )
-        place[role] = tensor
-    component, chosen = one_component(found, component, asked)
-    pairs = pairs_of(chosen, "A", "B", asked)
-    claims = _claims(said, f"{component}." if component else "", asked)
-    numbers = None if claims is None else claims.numbers(pairs)
-    sites = {}
-    for name, (a, b) in pairs.items():
-        where = f"{asked}, site '{name[:200]}'"
-        check_shapes(a, b, where)
-        alpha: Tensor | float | None = chosen[name].get("alpha")
-        if claims is not None and numbers is not None:
-            alpha = claims.scale(numbers[name][1], len(a)) * len(a)
-        sites[name] = plain_site(name, a, b, alpha, where)
+    component, pairs = in_component(tensors, _parsed, component)
+    claims = _claims(said, f"{component}." if component else "")
+    sites = {name: plain_site(name, *pair) for name, pair in pairs.items()}
+    if claims is not None:
+        for name, (_, alpha) in claims.numbers(pairs).items():
+            spec = replace(sites[name].spec, alpha=alpha, scaling=claims.scaling)
+            sites[name] = replace(sites[name], spec=spec)
     return AdapterState(sites)
 
 
-def _module(path: str, old: bool) -> str:
-    """Return the module of a path; attention processors used to hold the LoRA of their layers."""
-    name = path.replace(".processor.", ".") if old else path
-    return f"{name}.0" if old and name.endswith(".to_out") else name
+def _parsed(key: str) -> tuple[str, str, str]:
+    """Return the component, the module and the role of a tensor."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        remedy = "Give a LoRA of a pipeline; other variants are merged by diffusers (fuse_lora)"
+        raise FormatError("", f"the tensor '{key[:200]}' is not known", remedy)
+    module, side = match[2], match[3] or match[4] or match[6] or match[7]
+    if match[5]:  # attention processors used to hold the LoRA of their layers
+        module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor.", "."))
+    return match[1] or "", module, {"down": "A", "up": "B"}.get(side, side)
 
 
-def _claims(said: Mapping[str, str], prefix: str, asked: str) -> Claims | None:
+def _claims(said: Mapping[str, str], prefix: str) -> Claims | None:
     """Return the header's config of a component, None if there is none."""
     if _METADATA not in said:
         return None
-    where = f"{asked}, metadata '{_METADATA}'"
+    where = f"metadata '{_METADATA}'"
     config: Any = parse_json(said[_METADATA], where)
     if not isinstance(config, dict):
         raise FormatError(where, "it is not a table of fields", "Fetch the file again")
     mine = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-    return read_claims({"peft_type": "LORA", **mine}, where) if mine else None
+    with within(where):
+        return read_claims({"peft_type": "LORA", **mine}) if mine else None

@@ -10,7 +10,6 @@ Source: llama.cpp, convert_lora_to_gguf.py, conversion/llama.py (`permute`), src
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import refuse_tied
-from lora_inject.formats.decoder_names import Decoder, model_type
+from lora_inject.formats.decoder_names import Decoder
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import plain_site, plain_sites
-from lora_inject.storage.atomic import write_file
 
 _OUTSIDE = {"model.embed_tokens": "token_embd", "lm_head": "output"}
 _NAMES = {
@@ -44,6 +41,7 @@ _FUSED = {
     "mlp.down_proj": "ffn_down",
 }
 _ENDS = (".weight.lora_a", ".weight.lora_b")
+_DTYPES = {"F32": "float32", "F16": "float16"}
 _PLAIN = Decoder(_NAMES, "blk.{}.", _ENDS, turned="model.embed_tokens")
 FAMILIES = {
     "llama": ("llama", _PLAIN._replace(in_pairs=True)),
@@ -67,31 +65,22 @@ def detects(path: Path) -> bool:
 
 
 def write(
-    state: AdapterState,
-    path: Path,
-    facts: ModelFacts,
-    *,
-    overwrite: bool = False,
-    dtype: str | None = None,
-) -> Path:
+    state: AdapterState, _path: Path, facts: ModelFacts, *, dtype: str | None = None
+) -> bytes:
     """Write an adapter of linear layers and embeddings of a model of `FAMILIES` for llama.cpp.
 
     The base's config gives its architecture, heads and ties. `dtype` is `float32`, the default,
     or `float16`.
     """
-    asked = f"write GGUF adapter to '{path}'"
-    gguf = _library(asked)
-    if path.suffix != ".gguf":
-        raise FormatError(asked, "its name does not end in .gguf", "Rename it")
+    gguf = _library()
     if dtype not in (None, "float32", "float16"):
-        raise FormatError(asked, f"dtype is {dtype!r}", "Give float32 or float16")
-    architecture, decoder = _family(facts.config, asked)
+        raise FormatError("", f"dtype is {dtype!r}", "Give float32 or float16")
+    architecture, decoder = _family(facts)
     kinds = ("linear", "embedding")
-    sites = plain_sites(state, asked, "llama.cpp", kinds, dtype=dtype or "float32", alpha="one")
-    for name in _OUTSIDE:
-        if name in sites:
-            refuse_tied(facts.config, name, asked, "llama.cpp")
-    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts.config, asked)
+    sites = plain_sites(state, "llama.cpp", kinds, dtype=dtype or "float32", alpha="one")
+    for name in filter(sites.__contains__, _OUTSIDE):
+        facts.refuse_tied(name, "llama.cpp")
+    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts)
     first = next(iter(sites.values()))
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "adapter.gguf")
@@ -105,7 +94,7 @@ def write(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return write_file(path, file.read_bytes(), overwrite=overwrite)
+        return file.read_bytes()
 
 
 def read(path: Path, facts: ModelFacts) -> AdapterState:
@@ -113,45 +102,44 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
 
     The base's config gives the heads of the architecture `llama`.
     """
-    asked = f"read GGUF adapter '{path}'"
-    fields, tensors = _content(path, asked)
+    fields, tensors = _content(path)
     types = {key: fields.get(key) for key in ("general.type", "adapter.type")}
     if types != {"general.type": "adapter", "adapter.type": "lora"}:
-        raise FormatError(asked, f"it says {types}", "Give a LoRA adapter, not a model")
+        raise FormatError("", f"it says {types}", "Give a LoRA adapter, not a model")
     architecture = str(fields.get("general.architecture"))
     alpha = fields.get("adapter.lora.alpha")
     known = dict(FAMILIES.values())
     if architecture not in known:
         found = f"its architecture is {architecture[:40]!r}"
-        raise FormatError(asked, found, f"Supported are {', '.join(FAMILIES)}")
-    if facts.config is not None and _family(facts.config, asked)[0] != architecture:
-        raise FormatError(asked, f"its architecture is '{architecture}'", "Name its own base")
+        raise FormatError("", found, f"Supported are {', '.join(FAMILIES)}")
+    if facts.config is not None and _family(facts)[0] != architecture:
+        raise FormatError("", f"its architecture is '{architecture}'", "Name its own base")
     if not isinstance(alpha, float):
-        raise FormatError(asked, f"its 'adapter.lora.alpha' is {alpha!r}", "Fetch it again")
+        raise FormatError("", f"its 'adapter.lora.alpha' is {alpha!r}", "Fetch it again")
     decoder, remedy = known[architecture], "Norms and experts of GGUF adapters are not read"
     sites = {}
-    for name, (a, b) in decoder.read(tensors, facts.config, asked, remedy).items():
-        where, embedding = f"{asked}, '{name[:200]}'", name == decoder.turned
-        sites[name] = plain_site(name, a, b, alpha, where, embedding=embedding)
+    for name, pair in decoder.read(tensors, facts, remedy).items():
+        kind = "embedding" if name == decoder.turned else "linear"
+        sites[name] = plain_site(name, *pair, alpha, kind)
     return AdapterState(sites)
 
 
-def _family(config: Mapping[str, Any] | None, asked: str) -> tuple[str, Decoder]:
+def _family(facts: ModelFacts) -> tuple[str, Decoder]:
     others = "; for others write --to portable and use llama.cpp's convert_lora_to_gguf.py"
-    return FAMILIES[model_type(config, FAMILIES, asked, "how llama.cpp calls its tensors", others)]
+    return FAMILIES[facts.model_type(FAMILIES, "how llama.cpp calls its tensors", others)]
 
 
-def _library(asked: str) -> Any:
+def _library() -> Any:
     try:
         import gguf
     except ImportError:
-        raise FormatError(asked, "the package gguf is missing", "Run pip install gguf") from None
+        raise FormatError("", "the package gguf is missing", "Run pip install gguf") from None
     return gguf
 
 
-def _content(path: Path, asked: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the scalar fields and the tensors of a file, copied."""
-    gguf = _library(asked)
+    gguf = _library()
     try:
         reader = gguf.GGUFReader(path)
         fields = {
@@ -159,15 +147,11 @@ def _content(path: Path, asked: str) -> tuple[dict[str, Any], dict[str, Tensor]]
             for name, field in reader.fields.items()
             if name.startswith(("general.", "adapter.")) and len(field.data) == 1
         }
-        tensors = {}
-        for tensor in reader.tensors:
-            if tensor.tensor_type.name not in ("F32", "F16"):
-                found = f"'{tensor.name[:200]}' is of type {tensor.tensor_type.name}"
-                raise FormatError(asked, found, "Convert it with --outtype f32")
-            wanted = "float16" if tensor.tensor_type.name == "F16" else "float32"
-            tensors[tensor.name] = torch.from_numpy(tensor.data.astype(wanted))
-    except FormatError:
-        raise
+        stored = {t.name: (t.tensor_type.name, t.data) for t in reader.tensors}
     except (ValueError, KeyError, IndexError, OverflowError, TypeError, RecursionError) as error:
-        raise FormatError(asked, f"it is damaged ({error})"[:300], "Fetch it again") from error
-    return fields, tensors
+        raise FormatError("", f"it is damaged ({error})"[:300], "Fetch it again") from error
+    for name, (kind, _) in stored.items():
+        if kind not in _DTYPES:
+            found = f"'{name[:200]}' is of type {kind}"
+            raise FormatError("", found, "Convert it with --outtype f32")
+    return fields, {n: torch.from_numpy(d.astype(_DTYPES[k])) for n, (k, d) in stored.items()}

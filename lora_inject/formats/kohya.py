@@ -21,24 +21,18 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError, nearest
-from lora_inject.formats.checks import check_no_clash, one_line
+from lora_inject.errors import FormatError, nearest, within
+from lora_inject.formats.checks import CONVERT, check_no_clash, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.tensor_layout import pack
-from lora_inject.formats.plain import (
-    check_component,
-    one_component,
-    pairs_of,
-    plain_site,
-    plain_sites,
-)
-from lora_inject.storage.atomic import write_file
+from lora_inject.formats.plain import check_component, in_component, plain_site, plain_sites
 from lora_inject.storage.strict_json import parse_json
-from lora_inject.storage.tensors import read_names, read_tensors, serialize
+from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
 COMPONENTS = ("unet", "te", "te1", "te2", "te3", "transformer")
 _KEY = re.compile(r"((?:lora|lycoris)_[^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)")
 _PREFIX = re.compile(rf"(?:lora_({'|'.join(COMPONENTS)})|(lycoris))_(.+)")
+_ROLES = {"lora_down.weight": "A", "lora_up.weight": "B"}
 _NAMES = "lora_inject.names"
 _OTHER = {
     "lora_mid.weight": "a Tucker decomposition (LyCORIS)",
@@ -56,44 +50,35 @@ _OTHER = {
 
 def detects(path: Path) -> bool:
     """Whether a path is such a file, by its keys."""
-    if not path.is_file() or path.suffix != ".safetensors":
-        return False
-    return any(_KEY.fullmatch(key) for key in read_names(path)[0])
+    return is_safetensors(path) and any(_KEY.fullmatch(key) for key in read_names(path)[0])
 
 
 def write(
     state: AdapterState,
-    path: Path,
+    _path: Path,
     _facts: ModelFacts,
     *,
-    overwrite: bool = False,
     component: str | None = None,
     dtype: str | None = None,
-) -> Path:
+) -> bytes:
     """Write an adapter of linear layers and convolutions of one component of a pipeline.
 
     `component` says which: `unet`, `te` (text encoder), `te1` and `te2` (of SDXL), `te3`,
     `transformer` (Flux and SD3, for ComfyUI too). Alphas are float32.
     """
-    asked = f"write kohya adapter to '{path}'"
-    if path.suffix != ".safetensors":
-        raise FormatError(asked, "its name does not end in .safetensors", "Rename it")
-    check_component(component, COMPONENTS, asked)
-    sites = plain_sites(state, asked, "a file of kohya's", ("linear", "conv"), dtype=dtype)
+    check_component(component, COMPONENTS)
+    sites = plain_sites(state, "a file of kohya's", ("linear", "conv"), dtype=dtype)
     flat = {name: f"lora_{component}_{name.replace('.', '_')}" for name in sites}
-    check_no_clash(flat.values(), asked)
+    check_no_clash(flat.values())
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
         down, up = pack(site)
         alpha = torch.tensor(site.scale * site.spec.rank, dtype=torch.float32, device="cpu")
         found = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
         tensors |= {f"{flat[name]}.{end}": tensor for end, tensor in found.items()}
-    said = {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        _NAMES: json.dumps({flat[name]: name for name in sites}),
-    }
-    return write_file(path, serialize(tensors, said), overwrite=overwrite)
+    names = json.dumps({flat[name]: name for name in sites})
+    said = {"format": "pt", "ss_network_module": "networks.lora", _NAMES: names}
+    return serialize(tensors, said)
 
 
 def read(
@@ -103,52 +88,47 @@ def read(
 
     The model's module names are not needed for a file that was written here.
     """
-    asked = f"read kohya adapter '{path}'"
     tensors, said = read_tensors(path, on_disk=on_disk)
-    parts: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in tensors.items():
-        prefix, flat, role = _parsed(key, asked)
-        parts.setdefault(prefix, {}).setdefault(flat, {})[role] = tensor
-    prefix, modules = one_component(parts, component, asked)
+    prefix, modules = in_component(tensors, _parsed, component)
     start = prefix if prefix == "lycoris" else f"lora_{prefix}"
-    names = _names_in(said, asked)
+    names = _names_in(said)
     known: dict[str, list[str]] = {}
     for module in facts.module_names or ():
         known.setdefault(module.replace(".", "_"), []).append(module)
     by_flat = None if facts.module_names is None else known
     sites = {}
-    for flat, pair in pairs_of(modules, "lora_down.weight", "lora_up.weight", asked).items():
-        where = f"{asked}, site '{start}_{flat[:200]}'"
-        name = names.get(f"{start}_{flat}") or _unflattened(flat, by_flat, where)
-        if name in sites:
-            raise FormatError(where, f"the file holds '{name}' twice", "Fetch it again")
-        sites[name] = plain_site(name, *pair, modules[flat].get("alpha"), where)
+    for flat, pair in modules.items():
+        with within(f"site '{start}_{flat[:200]}'"):
+            name = names.get(f"{start}_{flat}") or _unflattened(flat, by_flat)
+            if name in sites:
+                raise FormatError("", f"the file holds '{name}' twice", "Fetch it again")
+        sites[name] = plain_site(name, *pair)
     return AdapterState(sites)
 
 
-def _parsed(key: str, asked: str) -> tuple[str, str, str]:
+def _parsed(key: str) -> tuple[str, str, str]:
     """Return the component, the flat name of the module and the role of a tensor."""
     for end, what in _OTHER.items():
         if key.endswith(f".{end}"):
             remedy = "Merge it into the base with the program that made it, and extract a LoRA"
             found = f"'{key[:200]}' belongs to {what}, not to a LoRA"
-            raise FormatError(asked, found, f"{remedy} (lora-inject extract)")
+            raise FormatError("", found, f"{remedy} (lora-inject extract)")
     match = _KEY.fullmatch(key)
     if match is None:
         found = f"the tensor '{key[:200]}' is not known"
-        raise FormatError(asked, found, "Give a LoRA of sd-scripts")
+        raise FormatError("", found, "Give a LoRA of sd-scripts")
     prefix = _PREFIX.fullmatch(match[1])
     if prefix is None:
         found = f"'{match[1][:200]}' does not begin with a component"
-        raise FormatError(asked, found, f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris")
-    return prefix[1] or prefix[2], prefix[3], match[2]
+        raise FormatError("", found, f"Known are lora_{', lora_'.join(COMPONENTS)} and lycoris")
+    return prefix[1] or prefix[2], prefix[3], _ROLES.get(match[2], match[2])
 
 
-def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str]:
+def _names_in(said: Mapping[str, str]) -> dict[str, str]:
     """Return names by their form in the file, from the metadata."""
     if _NAMES not in said:
         return {}
-    where = f"{asked}, metadata '{_NAMES}'"
+    where = f"metadata '{_NAMES}'"
     names: Any = parse_json(said[_NAMES], where)
     good = isinstance(names, dict) and all(
         isinstance(name, str) and flat.endswith("_" + name.replace(".", "_"))
@@ -159,20 +139,17 @@ def _names_in(said: Mapping[str, str], asked: str) -> dict[str, str]:
     return dict(names)
 
 
-def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None, where: str) -> str:
+def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None) -> str:
     """Return the one module of `known`, by names with `_` for dots, that a flat name means."""
     if known is None:
-        raise FormatError(
-            where,
-            "dots of names are written as '_', so the file alone does not give the names",
-            "Load it onto the model, pass module_names, or convert it with its base: "
-            "lora-inject convert ADAPTER OUT --to peft --base BASE",
-        )
-    found = known.get(flat, ())
-    if len(found) > 1:
-        raise FormatError(where, f"it can mean any of {one_line(found)}", "Rename one of them")
-    if not found:
+        found = "dots of names are written as '_', so the file alone does not give the names"
+        remedy = f"Load it onto the model, pass module_names, or {CONVERT}"
+        raise FormatError("", found, remedy)
+    names = known.get(flat, ())
+    if len(names) > 1:
+        raise FormatError("", f"it can mean any of {one_line(names)}", "Rename one of them")
+    if not names:
         near = one_line(nearest(flat, known)) or "none"
         others = "Files for SDXL and for other programs name modules in their own way"
-        raise FormatError(where, "the model has no such module", f"Nearest: {near}. {others}")
-    return found[0]
+        raise FormatError("", "the model has no such module", f"Nearest: {near}. {others}")
+    return names[0]

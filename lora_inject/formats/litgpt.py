@@ -20,13 +20,12 @@ from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import Heads, heads
 from lora_inject.formats.checks import one_line
-from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole, model_type
-from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.decoder_names import Decoder, Pairs, check_whole
+from lora_inject.formats.model_facts import Heads, ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site, plain_sites
-from lora_inject.storage.atomic import write_directory
+from lora_inject.spec.names import leaf
 
 FILE, CONFIG = "lit_model.pth.lora", "hyperparameters.yaml"
 _PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
@@ -50,26 +49,20 @@ def detects(path: Path) -> bool:
 
 
 def write(
-    state: AdapterState,
-    path: Path,
-    facts: ModelFacts,
-    *,
-    overwrite: bool = False,
-    dtype: str | None = None,
-) -> Path:
+    state: AdapterState, _path: Path, facts: ModelFacts, *, dtype: str | None = None
+) -> dict[str, bytes]:
     """Write an adapter of linear layers as litgpt's `finetune lora` does.
 
     The base's config gives its model_type and heads; `base_model` is litgpt's folder of the base.
     """
-    asked = f"write litgpt adapter to '{path}'"
-    sites = plain_sites(
-        state, asked, "litgpt", ("linear",), dtype=dtype, one_rank=True, alpha="one"
-    )
-    sizes = _base(facts.config, asked)
-    check_whole(sites, sizes.n_layers, asked, "litgpt")
-    pairs = _fused({n: (s.A, s.B) for n, s in sites.items()}, sizes, asked)
-    tensors = _DECODER.stored(pairs, facts.config, asked)
-    first, ends = next(iter(sites.values())), {name.rpartition(".")[2] for name in sites}
+    import yaml
+
+    kinds = ("linear",)
+    sites = plain_sites(state, "litgpt", kinds, dtype=dtype, one_rank=True, alpha="one")
+    sizes = _base(facts)
+    check_whole(sites, sizes.n_layers, "litgpt")
+    pairs = _fused({n: (s.A, s.B) for n, s in sites.items()}, sizes)
+    first, ends = next(iter(sites.values())), {leaf(name) for name in sites}
     said = {
         "checkpoint_dir": facts.base_model or "",
         "lora_r": first.spec.rank,
@@ -80,14 +73,11 @@ def write(
         "lora_mlp": "down_proj" in ends,
         "lora_head": "lm_head" in ends,
     }
-    import yaml
-
     text = yaml.safe_dump(said, sort_keys=False)  # as `merge_lora` reads it
-    files = {FILE: pickled(tensors, "model"), CONFIG: text.encode()}
-    return write_directory(path, files, overwrite=overwrite)
+    return {FILE: pickled(_DECODER.stored(pairs, facts), "model"), CONFIG: text.encode()}
 
 
-def _fused(pairs: Pairs, sizes: Heads, asked: str) -> Pairs:
+def _fused(pairs: Pairs, sizes: Heads) -> Pairs:
     """Stack q, k and v of each layer, in this order."""
     found = dict(pairs)
     several: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -97,7 +87,7 @@ def _fused(pairs: Pairs, sizes: Heads, asked: str) -> Pairs:
                 if len(b) != _width(end, sizes):
                     what = f"B has {len(b)} rows, and the base's {end} {_width(end, sizes)}"
                     remedy = "Name the base that the adapter was made for"
-                    raise FormatError(f"{asked}, site '{name}'", what, remedy)
+                    raise FormatError(f"site '{name}'", what, remedy)
                 several.setdefault(name.removesuffix(end) + _QKV, []).append(found.pop(name))
     for name, parts in several.items():
         A, B = zip(*parts, strict=True)
@@ -115,23 +105,20 @@ def read(path: Path, facts: ModelFacts, *, allow_pickle: bool = False) -> Adapte
     The base's config, in transformers' form, gives its heads. `allow_pickle` is as in
     `pickles.read_pickle`.
     """
-    asked = f"read litgpt adapter '{path}'"
-    tensors = read_pickle(path / FILE, asked, allow=allow_pickle, inside="model")
-    said, sizes = _hyperparameters(path, asked), _base(facts.config, asked)
+    tensors = read_pickle(path / FILE, allow=allow_pickle, inside="model")
+    said, sizes = _hyperparameters(path / CONFIG), _base(facts)
     sites = {}
-    pairs = _DECODER.read(tensors, facts.config, asked, "Give a LoRA of litgpt")
-    for fused, pair in pairs.items():
-        where = f"{asked}, '{fused[:200]}'"
-        for name, a, b in _split(fused, *pair, said, sizes, where):
-            sites[name] = plain_site(name, a, b, said["lora_alpha"], where)
-            if sites[name].spec.rank != said["lora_r"]:
-                found = f"its rank is {sites[name].spec.rank}, {CONFIG} says {said['lora_r']}"
-                raise FormatError(where, found, "The two do not belong together")
+    for fused, pair in _DECODER.read(tensors, facts, "Give a LoRA of litgpt").items():
+        for name, a, b in _split(fused, *pair, said, sizes):
+            sites[name] = plain_site(name, a, b, said["lora_alpha"])
+            if len(a) != said["lora_r"]:
+                found = f"its rank is {len(a)}, {CONFIG} says {said['lora_r']}"
+                raise FormatError(f"site '{name}'", found, "The two do not belong together")
     return AdapterState(sites)
 
 
 def _split(
-    name: str, a: Tensor, b: Tensor, said: Mapping[str, Any], sizes: Heads, where: str
+    name: str, a: Tensor, b: Tensor, said: Mapping[str, Any], sizes: Heads
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the pairs of q, k and v in their fused layer; those of another as they are."""
     if not name.endswith(_QKV):
@@ -141,37 +128,37 @@ def _split(
     widths = [_width(end, sizes) for end in adapted]
     if not adapted or len(a) != len(adapted) * b.shape[1] or sum(widths) != len(b):
         found = f"A has {len(a)} rows and B {len(b)}, which are not those of {adapted}"
-        raise FormatError(where, found, f"Restore {CONFIG}, or name the adapter's own base")
+        remedy = f"Restore {CONFIG}, or name the adapter's own base"
+        raise FormatError(f"'{name[:200]}'", found, remedy)
     pieces = zip(adapted, a.chunk(len(adapted)), torch.split(b, widths), strict=True)
     for end, one_a, one_b in pieces:
         yield name.removesuffix(_QKV) + end, one_a.clone(), one_b.clone()
 
 
-def _hyperparameters(path: Path, asked: str) -> Mapping[str, Any]:
+def _hyperparameters(file: Path) -> Mapping[str, Any]:
     """Return the contents of `hyperparameters.yaml`, as plain data."""
     import yaml
 
-    where = f"{asked}, {CONFIG}"
-    if not (path / CONFIG).is_file() or (path / CONFIG).stat().st_size > 1_000_000:
-        raise FormatError(where, "the file is missing or too long", "Copy the whole folder")
+    if not file.is_file() or file.stat().st_size > 1_000_000:
+        raise FormatError(CONFIG, "the file is missing or too long", "Copy the whole folder")
     try:
-        text = (path / CONFIG).read_bytes()
+        text = file.read_bytes()
         said: Any = yaml.safe_load(text)
         root: Any = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         found = f"it is not valid YAML ({error})"[:300]
-        raise FormatError(where, found, "Fetch it again") from error
+        raise FormatError(CONFIG, found, "Fetch it again") from error
     fields: dict[str, Any] = said if isinstance(said, dict) else {}
     keys = [key.value for key, _ in root.value] if fields else []
     if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-        raise FormatError(where, f"{one_line(twice)} is given twice", "Keep one of them")
+        raise FormatError(CONFIG, f"{one_line(twice)} is given twice", "Keep one of them")
     for field in ("lora_r", "lora_alpha"):
         number: Any = fields.get(field)
         if type(number) not in (int, float) or not 0 < number < 1e300:
-            raise FormatError(where, f"{field} is {str(number)[:40]!r}", "Correct the file")
+            raise FormatError(CONFIG, f"{field} is {str(number)[:40]!r}", "Correct the file")
     return fields
 
 
-def _base(config: Mapping[str, Any] | None, asked: str) -> Heads:
-    model_type(config, MODEL_TYPES, asked, "how wide q, k and v are")
-    return heads(config, asked, "")
+def _base(facts: ModelFacts) -> Heads:
+    facts.model_type(MODEL_TYPES, "how wide q, k and v are")
+    return facts.heads("")

@@ -11,22 +11,23 @@ Its convolutions are not read, because their factors have another shape than in 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
-from lora_inject.formats.checks import check_no_clash, check_state, one_line
+from lora_inject.errors import FormatError, within
+from lora_inject.formats.checks import check_no_clash, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
+from lora_inject.formats.plain import plain_site
 from lora_inject.spec.names import joined, leaf, parent
-from lora_inject.spec.sites import SiteSpec, Slices
-from lora_inject.storage.atomic import write_file
-from lora_inject.storage.tensors import read_names, read_tensors, serialize
+from lora_inject.spec.sites import Slices
+from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
-_PICKLES = {".pt", ".bin", ".pth"}
+PICKLES = (".pt", ".bin", ".pth")
 _EDITED = "The file is incomplete or was edited; fetch it again"
 _OTHER = 'Use format="peft"'
 _Flags = Sequence[bool] | Mapping[str, Sequence[bool]] | None
@@ -34,13 +35,9 @@ _Flags = Sequence[bool] | Mapping[str, Sequence[bool]] | None
 
 def detects(path: Path) -> bool:
     """Whether a path may be such a file: a pickle, or safetensors with bare `lora_A` keys."""
-    if not path.is_file():
-        return False
-    if path.suffix in _PICKLES:
-        return True
-    if path.suffix != ".safetensors":
-        return False
-    return any(key.endswith(".lora_A") for key in read_names(path)[0])
+    if is_safetensors(path):
+        return any(key.endswith(".lora_A") for key in read_names(path)[0])
+    return path.suffix in PICKLES and path.is_file()
 
 
 def read(
@@ -76,75 +73,57 @@ def read(
         FormatError: alpha is not given, the file is a pickle and that is not allowed, or tensors
             are missing or do not fit.
     """
-    path = Path(path)
-    asked = f"read loralib adapter '{path}'"
     if alpha is None or not 0 < alpha < float("inf"):
-        raise FormatError(
-            asked, "loralib files do not hold alpha", "Pass alpha=..., the layers' lora_alpha"
-        )
-    if path.suffix in _PICKLES:
-        tensors = read_pickle(path, asked, allow=allow_pickle)
+        remedy = "Pass alpha=..., the layers' lora_alpha"
+        raise FormatError("", "loralib files do not hold alpha", remedy)
+    if path.suffix in PICKLES:
+        tensors = read_pickle(path, allow=allow_pickle)
     else:
         tensors = read_tensors(path, on_disk=on_disk)[0]
     all_turned = fan_in_fan_out is True
     turned = () if isinstance(fan_in_fan_out, bool) else fan_in_fan_out
     halves = [key for key in tensors if leaf(key) in ("lora_A", "lora_B")]
     sites: dict[str, SiteState] = {}
-    for key in halves:
-        name, other = parent(key), "lora_A" if leaf(key) == "lora_B" else "lora_B"
-        where = f"{asked}, site '{name}'"
-        if joined(name, other) not in tensors:
-            raise FormatError(where, f"its {other} is missing", _EDITED)
-        if other == "lora_A":
-            continue
-        kind = "conv1d" if all_turned or _named(name, turned) else "linear"
-        kind = "embedding" if _named(name, embeddings) else kind
-        pair = tensors[key], tensors[joined(name, other)]
-        sites[name] = _site(name, *pair, kind, alpha, enable_lora, where)
+    for name in dict.fromkeys(map(parent, halves)):
+        with within(f"site '{name}'"):
+            for role in ("lora_A", "lora_B"):
+                if joined(name, role) not in tensors:
+                    raise FormatError("", f"its {role} is missing", _EDITED)
+            kind = "conv1d" if all_turned or _named(name, turned) else "linear"
+            kind = "embedding" if _named(name, embeddings) else kind
+            a, b = (tensors[joined(name, role)] for role in ("lora_A", "lora_B"))
+            sites[name] = _site(name, a, b, kind, alpha, enable_lora)
     if not sites:
-        raise FormatError(asked, "it holds no lora_A", "Give a state dict of loralib's layers")
+        raise FormatError("", "it holds no lora_A", "Give a state dict of loralib's layers")
     named = [*embeddings, *turned, *(enable_lora if isinstance(enable_lora, Mapping) else ())]
     if lost := [end for end in named if not any(_named(name, (end,)) for name in sites)]:
-        raise FormatError(
-            asked, f"no site is called {one_line(lost)}", f"Its sites are {one_line(sites)}"
-        )
+        found = f"no site is called {one_line(lost)}"
+        raise FormatError("", found, f"Its sites are {one_line(sites)}")
     trained = {key: tensor for key, tensor in tensors.items() if key not in halves}
-    return check_state(AdapterState(sites, trained), asked)
+    return AdapterState(sites, trained)
 
 
-def write(state: AdapterState, path: Path, _facts: ModelFacts, *, overwrite: bool = False) -> Path:
+def write(state: AdapterState, path: Path, _facts: ModelFacts) -> bytes:
     """Write a loralib state dict: `.safetensors`, or pickled as `.pt`, `.bin` or `.pth`.
 
     The sites must be linear, conv1d or embedding ones, with one rank and one alpha, as loralib's
     layers are made. The file does not hold alpha; readers must know it.
     """
-    path = Path(path)
-    asked = f"write loralib adapter to '{path}'"
-    if path.suffix not in _PICKLES | {".safetensors"}:
-        raise FormatError(
-            asked, "its name does not end in .safetensors, .pt, .bin or .pth", "Rename it"
-        )
-    check_state(state, asked)
     if state.rows:
         found = f"loralib cannot train single rows, as of {one_line(state.rows)}"
-        raise FormatError(asked, found, _OTHER)
+        raise FormatError("", found, _OTHER)
     numbers = {(s.spec.rank, s.spec.alpha, s.spec.scaling) for s in state.sites.values()}
     if len(numbers) > 1 or any(scaling != "standard" for _, _, scaling in numbers):
-        raise FormatError(
-            asked,
-            "its sites do not all have one rank, one alpha and standard scaling",
-            f"{_OTHER}; a loralib file holds neither number",
-        )
+        found = "its sites do not all have one rank, one alpha and standard scaling"
+        raise FormatError("", found, f"{_OTHER}; a loralib file holds neither number")
     for name, site in state.sites.items():
         if found := _inexpressible(site):
-            raise FormatError(f"{asked}, site '{name}'", found, _OTHER)
+            raise FormatError(f"site '{name}'", found, _OTHER)
     pairs = {f"{name}.lora_A": site.A for name, site in state.sites.items()}
     pairs |= {f"{name}.lora_B": site.B for name, site in state.sites.items()}
-    check_no_clash([*pairs, *state.trained], asked)
+    check_no_clash([*pairs, *state.trained])
     tensors = {name: t.detach().cpu() for name, t in (pairs | dict(state.trained)).items()}
-    if path.suffix == ".safetensors":
-        return write_file(path, serialize(tensors, {"format": "pt"}), overwrite=overwrite)
-    return write_file(path, pickled(tensors), overwrite=overwrite)
+    return pickled(tensors) if path.suffix in PICKLES else serialize(tensors, {"format": "pt"})
 
 
 def _named(name: str, ends: Collection[str]) -> bool:
@@ -153,46 +132,37 @@ def _named(name: str, ends: Collection[str]) -> bool:
 
 
 def _site(
-    name: str, a: Tensor, b: Tensor, kind: str, alpha: float, enable_lora: _Flags, where: str
+    name: str, a: Tensor, b: Tensor, kind: str, alpha: float, enable_lora: _Flags
 ) -> SiteState:
     if a.ndim != 2 or b.ndim != 2 or 0 in (*a.shape, *b.shape) or len(a) % b.shape[1]:
         found = f"the shapes {tuple(a.shape)} and {tuple(b.shape)} do not fit"
-        raise FormatError(where, found, _EDITED)
-    slices = _slices(name, len(a) // b.shape[1], len(b), enable_lora, where)
-    n_in, n_out = int(a.shape[1]), sum(width for _, width in slices.sizes) if slices else len(b)
-    turned = kind != "linear"
-    spec = SiteSpec(
-        name=name,
-        kind=kind,
-        in_features=n_in,
-        out_features=n_out,
-        weight_shape=(n_in, n_out) if turned else (n_out, n_in),
-        rank=int(b.shape[1]),
-        alpha=float(alpha),
-        transposed=turned,
-        slices=slices,
-        weight=f"{name}.weight",
-    )
+        raise FormatError("", found, _EDITED)
+    slices = _slices(name, len(a) // b.shape[1], len(b), enable_lora)
+    spec = plain_site(name, a[: b.shape[1]], b, alpha, kind).spec
+    if slices is not None:
+        n_in, n_out = spec.in_features, sum(width for _, width in slices.sizes)
+        shape = (n_in, n_out) if spec.transposed else (n_out, n_in)
+        spec = replace(spec, out_features=n_out, weight_shape=shape, slices=slices)
     return SiteState(spec, a, b)
 
 
-def _slices(name: str, n: int, width: int, enable_lora: _Flags, where: str) -> Slices | None:
+def _slices(name: str, n: int, width: int, enable_lora: _Flags) -> Slices | None:
     """Return the parts of a fused layer of which `n` are adapted; None for a plain layer."""
     remedy = "Pass enable_lora, the list that MergedLinear was made with"
     if isinstance(enable_lora, Mapping):
         flags = next((f for end, f in enable_lora.items() if _named(name, (end,))), None)
     elif enable_lora is not None and sum(enable_lora) == 1:
         found = "a fused layer with one part enabled cannot be distinguished from a plain layer"
-        raise FormatError(where, found, "Say which are fused: enable_lora={'c_attn': [...]}")
+        raise FormatError("", found, "Say which are fused: enable_lora={'c_attn': [...]}")
     else:
         flags = enable_lora if n > 1 else None
     if flags is None and n > 1:
-        raise FormatError(where, f"it is a fused layer with {n} adapted parts", remedy)
+        raise FormatError("", f"it is a fused layer with {n} adapted parts", remedy)
     if flags is None:
         return None
     if sum(flags) != n or width % n:
         found = f"its tensors are of {n} adapted parts and enable_lora says {list(flags)}"
-        raise FormatError(where, found, remedy)
+        raise FormatError("", found, remedy)
     names = [str(place) for place in range(len(flags))]
     adapt = tuple(part for part, flag in zip(names, flags, strict=True) if flag)
     return Slices(tuple((part, width // n) for part in names), adapt)

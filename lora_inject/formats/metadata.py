@@ -137,48 +137,44 @@ def is_native(metadata: Mapping[str, str], layout: str) -> bool:
     return _VERSION in metadata and metadata.get(_LAYOUT) == layout
 
 
-def parse(metadata: Mapping[str, str], asked: str) -> Described:
+def parse(metadata: Mapping[str, str]) -> Described:
     """Read what `describe` wrote, strictly, because users edit files."""
     version = metadata[_VERSION]
     if version != FORMAT_VERSION:
-        raise FormatError(
-            asked,
-            f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}",
-            "Install a newer lora-inject",
-        )
-    said = {part: _part(metadata, part, asked) for part in _PARTS}
+        found = f"its format version is '{version[:20]}', and this package reads {FORMAT_VERSION}"
+        raise FormatError("", found, "Install a newer lora-inject")
+    said = {part: _part(metadata, part) for part in _PARTS}
     sites, kinds, trained, rows = (said[part] for part in ("sites", "kinds", "trained", "rows"))
     aliases: dict[str, list[str]] = said["aliases"]
     specs: dict[str, SiteSpec] = {}
     first: dict[int, SiteSpec] = {}
     for name, weight, number in sites:
-        where = f"{asked}, site '{name[:200]}'"
+        where = f"site '{name[:200]}'"
         _require(name not in specs, where, "its name is there twice")
         _require(number < len(kinds), where, f"there is no kind {number}")
         if number not in first:
             first[number] = _spec(kinds[number], where)
         specs[name] = first[number].at(name, weight, tuple(aliases.get(name, ())))
-    _require(len(first) == len(kinds), asked, "it states a kind of sites that no site has")
-    _require(len(set(trained)) == len(trained), asked, "it names a trained tensor twice")
-    _require(rows.keys() <= set(trained), asked, "it has rows of a tensor that is not in the file")
+    _require(len(first) == len(kinds), "", "it states a kind of sites that no site has")
+    _require(len(set(trained)) == len(trained), "", "it names a trained tensor twice")
+    _require(rows.keys() <= set(trained), "", "it has rows of a tensor that is not in the file")
     return Described(
         specs=specs,
         derived=frozenset(name for name, _, number in sites if kinds[number]["derived"]),
         turned=frozenset(name for name, _, number in sites if kinds[number]["turned"]),
         trained=trained,
         config=said["config"],
-        fingerprint=_fingerprint(said["fingerprint"], f"{asked}, fingerprint"),
+        fingerprint=_fingerprint(said["fingerprint"], "fingerprint"),
         rows={name: tuple(indices) for name, indices in rows.items()},
     )
 
 
-def _part(metadata: Mapping[str, str], part: str, asked: str) -> Any:
-    if _PREFIX + part not in metadata:
-        raise FormatError(asked, f"its metadata lacks '{_PREFIX}{part}'", _EDITED)
-    asked = f"{asked}, metadata '{_PREFIX}{part}'"
-    value = parse_json(metadata[_PREFIX + part], asked)
+def _part(metadata: Mapping[str, str], part: str) -> Any:
+    where = f"metadata '{_PREFIX}{part}'"
+    _require(_PREFIX + part in metadata, where, "it is missing")
+    value = parse_json(metadata[_PREFIX + part], where)
     wrong = misfit(value, _PARTS[part])
-    _require(not wrong, asked, wrong.lstrip(".: "))
+    _require(not wrong, where, wrong.lstrip(".: "))
     return value
 
 
@@ -211,9 +207,8 @@ def _to_json(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise FormatError(
-            "write adapter: its config", f"it is not plain data ({error})", "Pass config.to_dict()"
-        ) from error
+        found = f"it is not plain data ({error})"
+        raise FormatError("its config", found, "Pass config.to_dict()") from error
 
 
 def _fingerprint_to_plain(mark: Fingerprint | None) -> dict[str, Any] | None:
@@ -228,11 +223,9 @@ def _fingerprint_to_plain(mark: Fingerprint | None) -> dict[str, Any] | None:
         try:
             samples[name] = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
         except (OverflowError, struct.error) as error:
-            raise FormatError(
-                f"write adapter: its fingerprint of {name!r}",
-                f"a sample is not a float32 ({error})",
-                "Take it with lora_inject.adapter.fingerprint.sample",
-            ) from error
+            found = f"a sample is not a float32 ({error})"
+            remedy = "Take it with lora_inject.adapter.fingerprint.sample"
+            raise FormatError(f"its fingerprint of {name!r}", found, remedy) from error
     return {"shapes": {**mark.shapes}, "samples": samples, "quantized": {**mark.quantized}}
 
 

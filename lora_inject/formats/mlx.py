@@ -17,11 +17,9 @@ from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import refuse_tied
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import matrices, plain_site, plain_sites
 from lora_inject.spec.names import leaf
-from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import contiguous, read_tensors, serialize
 
@@ -34,26 +32,19 @@ def detects(path: Path) -> bool:
 
 
 def write(
-    state: AdapterState,
-    path: Path,
-    facts: ModelFacts,
-    *,
-    overwrite: bool = False,
-    dtype: str | None = None,
-) -> Path:
+    state: AdapterState, _path: Path, facts: ModelFacts, *, dtype: str | None = None
+) -> dict[str, bytes]:
     """Write an adapter of linear layers and embeddings as a folder of mlx-lm.
 
     If sites differ in rank or scale, ranks are padded with zeros and scales folded into B. If an
     embedding or a head is adapted, the base's config is needed: mlx-lm computes the head of a tied
     model with the adapted embedding, and has no layer for an adapter of such a head.
     """
-    asked = f"write MLX adapter to '{path}'"
-    sites = plain_sites(
-        state, asked, "mlx-lm", ("linear", "embedding"), dtype=dtype, one_rank=True, alpha="one"
-    )
+    kinds = ("linear", "embedding")
+    sites = plain_sites(state, "mlx-lm", kinds, dtype=dtype, one_rank=True, alpha="one")
     for name, site in sites.items():
         if site.spec.kind == "embedding" or leaf(name) == "lm_head":
-            refuse_tied(facts.config, name, asked, "mlx-lm")
+            facts.refuse_tied(name, "mlx-lm")
     tensors = {f"{n}.lora_a": s.A.T for n, s in sites.items()}
     tensors |= {f"{n}.lora_b": s.B.T for n, s in sites.items()}
     first = next(iter(sites.values()))
@@ -63,44 +54,38 @@ def write(
         "num_layers": -1,
         "lora_parameters": {**numbers, "keys": sorted(sites)},
     }
-    files = {
-        FILE: serialize(tensors, {"format": "mlx"}),
-        CONFIG: (json.dumps(said, indent=2) + "\n").encode(),
-    }
-    return write_directory(path, files, overwrite=overwrite)
+    content = (json.dumps(said, indent=2) + "\n").encode()
+    return {FILE: serialize(tensors, {"format": "mlx"}), CONFIG: content}
 
 
 def read(path: Path, _facts: ModelFacts, *, on_disk: bool = False) -> AdapterState:
     """Read a folder of mlx-lm; embeddings are recognized when it is loaded onto a model."""
-    asked = f"read MLX adapter '{path}'"
-    rank, scale = _numbers(path, asked)
+    rank, scale = _numbers(path)
     tensors, _ = read_tensors(path / FILE, on_disk=on_disk)
     sites = {}
     remedy = "Fuse it with mlx_lm.fuse; experts and DoRA are not read"
-    for name, (a, b) in matrices(tensors, (".lora_a", ".lora_b"), asked, remedy).items():
-        where = f"{asked}, site '{name[:200]}'"
+    for name, (a, b) in matrices(tensors, (".lora_a", ".lora_b"), remedy).items():
         if a.shape[1] != rank:
             found = f"its tensors have rank {a.shape[1]}, {CONFIG} says {rank}"
-            raise FormatError(where, found, "The two do not belong together; fetch them again")
-        sites[name] = plain_site(name, contiguous(a.T), contiguous(b.T), scale * rank, where)
+            remedy = "The two do not belong together; fetch them again"
+            raise FormatError(f"site '{name[:200]}'", found, remedy)
+        sites[name] = plain_site(name, contiguous(a.T), contiguous(b.T), scale * rank)
     return AdapterState(sites)
 
 
-def _numbers(path: Path, asked: str) -> tuple[int, float]:
+def _numbers(path: Path) -> tuple[int, float]:
     """Return the rank and the scale of all sites."""
-    where = f"{asked}, {CONFIG}"
     if not (path / CONFIG).is_file():
-        raise FormatError(where, "there is no such file", "Copy the whole folder")
-    config: Any = read_json(path / CONFIG, where)
+        raise FormatError(CONFIG, "there is no such file", "Copy the whole folder")
+    config: Any = read_json(path / CONFIG, CONFIG)
     kind = config.get("fine_tune_type", "lora") if isinstance(config, dict) else None
     if kind != "lora":
-        raise FormatError(where, f"fine_tune_type is {kind!r}", "Fuse it with mlx_lm.fuse")
+        raise FormatError(CONFIG, f"fine_tune_type is {kind!r}", "Fuse it with mlx_lm.fuse")
     said = config.get("lora_parameters")
     numbers: dict[str, Any] = said if isinstance(said, dict) else {}
     rank: Any = numbers.get("rank")
     scale: Any = numbers.get("scale")
-    good = type(rank) is int and rank > 0 and type(scale) in (int, float)
-    if not (good and 0 < scale < 1e300):
-        found = f"'lora_parameters' gives rank {str(rank)[:40]} and scale {str(scale)[:40]}"
-        raise FormatError(where, found, "Correct the file; both are needed")
-    return int(rank), float(scale)
+    if type(rank) is int and rank > 0 and type(scale) in (int, float) and 0 < scale < 1e300:
+        return rank, float(scale)
+    found = f"'lora_parameters' gives rank {str(rank)[:40]} and scale {str(scale)[:40]}"
+    raise FormatError(CONFIG, found, "Correct the file; both are needed")

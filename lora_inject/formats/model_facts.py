@@ -6,9 +6,23 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from lora_inject.errors import FormatError
+from lora_inject.formats.checks import CONVERT
+
+_NO_CONFIG = f"Pass config, the base's config.json as plain data, or {CONVERT}"
+
+
+class Heads(NamedTuple):
+    """Sizes of a decoder: q has the rows of `n_heads` heads, k and v of `n_kv_heads`."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,55 @@ class ModelFacts:
             base_model=getattr(config, "_name_or_path", None) or None,
             task_type=_task_type(model, getattr(config, "model_type", None)),
         )
+
+    def text_config(self, why: str) -> Mapping[str, Any]:
+        """Return the config of the language model, which may be nested; `why` it is needed."""
+        if not self.config:
+            raise FormatError("", f"it depends on the base {why}", _NO_CONFIG)
+        inner = self.config.get("text_config")
+        return {**self.config, **inner} if isinstance(inner, Mapping) else self.config
+
+    def model_type(self, known: Collection[str], why: str, others: str = "") -> str:
+        """Return the `model_type`, one of `known`; `others` is the remedy for others."""
+        kind = str(self.text_config(why).get("model_type"))
+        if kind not in known:
+            found = f"the base's model_type is {kind[:40]!r}"
+            raise FormatError("", found, f"Supported are {', '.join(known)}{others}")
+        return kind
+
+    def heads(self, why: str) -> Heads:
+        """Return the sizes that permutations and fused projections depend on."""
+        config = self.text_config(why)
+
+        def size(field: str) -> int:
+            value = config.get(field)
+            if type(value) is not int or not 0 < value < 1 << 30:
+                found = f"{field!r} of the base's config is {str(value)[:40]!r}"
+                raise FormatError("", found, _NO_CONFIG)
+            return value
+
+        n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
+        grouped = config.get("num_key_value_heads") is not None
+        given = config.get("head_dim") is not None
+        head_dim = size("head_dim") if given else size("hidden_size") // n_heads
+        return Heads(
+            n_layers, n_heads, size("num_key_value_heads") if grouped else n_heads, head_dim
+        )
+
+    def refuse_tied(self, name: str, client: str) -> None:
+        """Refuse a site on an embedding or a head that the client holds as one tensor.
+
+        In that client the update of one would change the other as well.
+        """
+        config = self.text_config("whether the embedding and the head are tied")
+        tied, where = config.get("tie_word_embeddings"), f"site '{name}'"
+        if tied:
+            found = f"{client} holds the embedding and the head of this base as one tensor"
+            remedy = "Merge the adapter into the base (lora-inject merge), or leave that site out"
+            raise FormatError(where, found, remedy)
+        if tied is not False:
+            found = "the config does not say whether the embedding and the head are tied"
+            raise FormatError(where, found, _NO_CONFIG)
 
 
 # peft/utils/transformers_weight_conversion.py, `_MOE_TARGET_MODULE_MAPPING` (0.21.2).

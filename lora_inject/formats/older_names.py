@@ -169,12 +169,10 @@ def _stacked(name: str, shape: tuple[int, ...], members: Mapping[Place, SiteStat
                 "Load the adapter onto the model that it was made for",
             )
         if site.further:
-            raise FormatError(
-                where,
-                f"its experts are one tensor in this model, which cannot hold the "
-                f"{' and '.join(site.further)} of each",
-                "Merge it with the transformers and PEFT that it was made with",
-            )
+            found = "its experts are one tensor in this model, which cannot hold the "
+            found += f"{' and '.join(site.further)} of each"
+            remedy = "Merge it with the transformers and PEFT that it was made with"
+            raise FormatError(where, found, remedy)
         stacks.setdefault(str(place.part), {})[number] = site
     parts = {p: reshape.join_experts(name, of, experts, name) for p, of in sorted(stacks.items())}
     sizes = {str(part): height for part in range(n_parts)}

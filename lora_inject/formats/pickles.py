@@ -19,31 +19,26 @@ _ERRORS = (
 )
 
 
-def read_pickle(
-    path: Path, asked: str, *, allow: bool, inside: str | None = None
-) -> dict[str, Tensor]:
+def read_pickle(path: Path, *, allow: bool, inside: str | None = None) -> dict[str, Tensor]:
     """Return a pickled table of tensors by name, by torch.load(weights_only=True).
 
     `allow` says whether pickles may be read, `inside` is a key that may hold the table.
     """
     if not path.is_file():
-        raise FormatError(asked, f"there is no file '{path.name}'", "Check the path")
+        raise FormatError("", f"there is no file '{path.name}'", "Check the path")
     if not allow:
-        raise FormatError(
-            asked,
-            f"'{path.name}' is a pickle",
-            "Pass allow_pickle=True where you trust it; only tensors are built from it",
-        )
+        remedy = "Pass allow_pickle=True where you trust it; only tensors are built from it"
+        raise FormatError("", f"'{path.name}' is a pickle", remedy)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _ERRORS as error:
         found = f"it cannot be loaded ({error})"[:500]
-        raise FormatError(asked, found, "It is incomplete or was edited; fetch it again") from error
+        raise FormatError("", found, "It is incomplete or was edited; fetch it again") from error
     if inside is not None and isinstance(loaded, dict):
         loaded = loaded.get(inside, loaded)
     good = isinstance(loaded, dict) and all(isinstance(key, str) for key in loaded)
     if not good or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
-        raise FormatError(asked, "it is not a table of tensors by name", "Save a state dict")
+        raise FormatError("", "it is not a table of tensors by name", "Save a state dict")
     return {key: tensor.detach() for key, tensor in loaded.items()}
 
 

@@ -7,21 +7,19 @@ rank and one scale, scales are folded into B and ranks padded with zeros. Deltas
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
-from lora_inject.formats.checks import FLOATS, check_site, one_line
+from lora_inject.errors import FormatError, within
+from lora_inject.formats.checks import FLOATS, one_line
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
 from lora_inject.functional import all_finite
 from lora_inject.spec.sites import SiteSpec
-
-T = TypeVar("T")
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 """Dtypes that writers accept, by name."""
@@ -31,7 +29,6 @@ _MERGE = "Merge the adapter into its base (lora-inject merge)"
 
 def plain_sites(
     state: AdapterState,
-    asked: str,
     client: str,
     kinds: Collection[str],
     *,
@@ -50,26 +47,24 @@ def plain_sites(
     """
     if state.trained:
         found = f"{client} cannot hold trained tensors, such as {one_line(state.trained)}"
-        raise FormatError(asked, found, f"{_MERGE}, or train without `train`")
+        raise FormatError("", found, f"{_MERGE}, or train without `train`")
     if dtype is not None and dtype not in DTYPES:
-        raise FormatError(asked, f"dtype is {dtype!r}", f"Give one of {', '.join(DTYPES)}")
+        raise FormatError("", f"dtype is {dtype!r}", f"Give one of {', '.join(DTYPES)}")
     if not state.sites:
-        raise FormatError(asked, "it has no sites", f"Give sites: {client} holds nothing else")
+        raise FormatError("", "it has no sites", f"Give sites: {client} holds nothing else")
     sites = {}
     for name, site in state.sites.items():
-        check_site(site, asked)
-        where = f"{asked}, site '{name}'"
         if site.spec.kind not in kinds:
             found = f"{client} cannot hold a site of kind '{site.spec.kind}'"
-            raise FormatError(where, found, f"{_MERGE}; kinds: {', '.join(kinds)}")
+            raise FormatError(f"site '{name}'", found, f"{_MERGE}; kinds: {', '.join(kinds)}")
         if site.further:
             extra = f"{one_line(site.further)} of the variant '{site.spec.variant}'"
-            raise FormatError(where, f"{client} cannot hold {extra}", _MERGE)
+            raise FormatError(f"site '{name}'", f"{client} cannot hold {extra}", _MERGE)
         sites[name] = _plain(site)
     largest = max(site.spec.rank for site in sites.values())
     if rank is not None and rank < largest:
         remedy = "Give no rank, or truncate the adapter first (lora-inject truncate)"
-        raise FormatError(asked, f"rank {rank} is asked for, and a site has rank {largest}", remedy)
+        raise FormatError("", f"rank {rank} is asked for, and a site has rank {largest}", remedy)
     numbers = {(s.spec.rank if one_rank else 0, s.scale * s.spec.rank) for s in sites.values()}
     keep = alpha == "own" or (alpha == "one" and len(numbers) == 1)
     made = {}
@@ -77,18 +72,18 @@ def plain_sites(
         width = (rank or largest) if one_rank else site.spec.rank
         due = None if keep else float(largest if alpha == "one" else width)
         made[name] = _changed(site, width, due, None if dtype is None else DTYPES[dtype])
-        _check_finite(made[name], asked)
+        _check_finite(made[name])
     return made
 
 
-def _check_finite(site: SiteState, asked: str) -> None:
+def _check_finite(site: SiteState) -> None:
     for role, tensor in (("A", site.A), ("B", site.B)):
         if not all_finite(tensor):
-            raise FormatError(
-                f"{asked}, site '{site.spec.name}'",
-                f"{role} has values that are not finite in {tensor.dtype}",
-                "Look at it with `lora-inject inspect`; use a wider dtype if it is finite there",
+            found = f"{role} has values that are not finite in {tensor.dtype}"
+            remedy = (
+                "Look at it with `lora-inject inspect`; use a wider dtype if it is finite there"
             )
+            raise FormatError(f"site '{site.spec.name}'", found, remedy)
 
 
 def _plain(site: SiteState) -> SiteState:
@@ -120,70 +115,59 @@ def _changed(
 
 
 def plain_site(
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    alpha: float | Tensor | None,
-    where: str,
-    *,
-    embedding: bool = False,
+    name: str, a: Tensor, b: Tensor, alpha: float | Tensor | None, kind: str = "linear"
 ) -> SiteState:
     """Return the site of a foreign pair: A `(r, in)` or `(r, in, k, ...)`, B `(out, r)`.
 
-    Without alpha, a number or a scalar tensor, the scale is 1. Unless the kind is given, a linear
-    layer is assumed, or a convolution if A has a kernel; loading onto a model replaces the
-    assumption by the kind of the model's layer.
+    Without alpha, a number or a scalar tensor, the scale is 1. The kind is `linear`, `conv1d` or
+    `embedding`, or that of a convolution if A has a kernel; loading onto a model replaces it by the
+    kind of the model's layer.
     """
-    check_shapes(a, b, where)
-    if isinstance(alpha, Tensor) and (alpha.numel() != 1 or alpha.ndim > 1):
-        raise FormatError(where, f"its alpha has shape {tuple(alpha.shape)}", _DAMAGED)
-    number: Any = alpha.item() if isinstance(alpha, Tensor) else len(a) if alpha is None else alpha
-    if type(number) not in (int, float) or not 0 < number < 1e300:
-        raise FormatError(where, f"its alpha is {str(number)[:40]}", _DAMAGED)
+    with within(f"site '{name[:200]}'"):
+        check_shapes(a, b)
+        if isinstance(alpha, Tensor) and (alpha.numel() != 1 or alpha.ndim > 1):
+            raise FormatError("", f"its alpha has shape {tuple(alpha.shape)}", _DAMAGED)
+        number: Any = alpha.item() if isinstance(alpha, Tensor) else alpha
+        number = len(a) if number is None else number
+        if type(number) not in (int, float) or not 0 < number < 1e300:
+            raise FormatError("", f"its alpha is {str(number)[:40]}", _DAMAGED)
     rank, n_in, n_out = int(a.shape[0]), a[0].numel(), int(b.shape[0])
-    kind, shape = ("conv", (n_out, *a.shape[1:])) if a.ndim > 2 else ("linear", (n_out, n_in))
-    if embedding:
-        kind, shape = "embedding", (n_in, n_out)
-    weight = f"{name}.weight"
-    spec = SiteSpec(
-        name, kind, n_in, n_out, shape, rank, float(number), transposed=embedding, weight=weight
-    )
-    site = SiteState(spec, a.reshape(spec.a_shape), b.reshape(spec.b_shape))
-    check_site(site, where)
-    return site
+    kind, turned = "conv" if a.ndim > 2 else kind, kind != "linear" and a.ndim == 2
+    shape = (n_in, n_out) if turned else (n_out, *a.shape[1:])
+    spec = SiteSpec(name, kind, n_in, n_out, shape, rank, float(number), transposed=turned)
+    return SiteState(spec, a.reshape(spec.a_shape), b.reshape(spec.b_shape))
 
 
-def check_shapes(a: Tensor, b: Tensor, where: str) -> None:
+def check_shapes(a: Tensor, b: Tensor) -> None:
     """Refuse a pair unless A is `(rank, in, ...)` and B is `(out, rank, 1, ...)`."""
     found = f"A has shape {tuple(a.shape)} and B {tuple(b.shape)}"
     if not (a.numel() and b.numel()) or not 2 <= a.ndim <= 5 or a.ndim != b.ndim:
-        raise FormatError(where, f"{found}, which is not a low-rank pair", _DAMAGED)
+        raise FormatError("", f"{found}, which is not a low-rank pair", _DAMAGED)
     if any(size != 1 for size in b.shape[2:]):
-        raise FormatError(where, f"{found}, and a kernel in B is not supported", _DAMAGED)
+        raise FormatError("", f"{found}, and a kernel in B is not supported", _DAMAGED)
     if a.shape[0] != b.shape[1]:
         groups = a.ndim > 2 and a.shape[0] % b.shape[1] == 0
         remedy = "PEFT's grouped convolutions have no dense delta; they cannot be read"
-        raise FormatError(where, f"{found}: the ranks differ", remedy if groups else _DAMAGED)
+        raise FormatError("", f"{found}: the ranks differ", remedy if groups else _DAMAGED)
 
 
 def pairs_of(
-    parts: Mapping[str, Mapping[str, Tensor]], a: str, b: str, asked: str
+    parts: Mapping[str, Mapping[str, Tensor]], a: str, b: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return complete pairs by module.
 
     `parts` are a file's tensors by module and by role; `a` and `b` are the roles of a pair.
     """
     for module, found in parts.items():
-        for role in (a, b):
-            if role not in found:
-                raise FormatError(f"{asked}, '{module[:200]}'", f"its {role} is missing", _DAMAGED)
+        for role in {a, b} - found.keys():
+            raise FormatError(f"site '{module[:200]}'", f"its {role} is missing", _DAMAGED)
     if not parts:
-        raise FormatError(asked, "it holds no pair of matrices", "Check the path")
+        raise FormatError("", "it holds no pair of matrices", "Check the path")
     return {module: (found[a], found[b]) for module, found in parts.items()}
 
 
 def matrices(
-    tensors: Mapping[str, Tensor], ends: tuple[str, str], asked: str, remedy: str
+    tensors: Mapping[str, Tensor], ends: tuple[str, str], remedy: str
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the pairs of a file, which must hold nothing else, by the keys without their ends.
 
@@ -194,31 +178,42 @@ def matrices(
         end = next((end for end in ends if key.endswith(end)), None)
         if end is None or tensor.ndim != 2:
             found = f"'{key[:200]}' of shape {tuple(tensor.shape)} is not a matrix of a pair"
-            raise FormatError(asked, found, remedy)
+            raise FormatError("", found, remedy)
         parts.setdefault(key.removesuffix(end), {})[end.strip(".")] = tensor
-    return pairs_of(parts, ends[0].strip("."), ends[1].strip("."), asked)
+    return pairs_of(parts, ends[0].strip("."), ends[1].strip("."))
 
 
-def check_component(component: str | None, known: Collection[str], asked: str) -> None:
+def check_component(component: str | None, known: Collection[str]) -> None:
     """Refuse to write a file that does not name a part of a pipeline."""
     if component not in known:
-        found = "the file has to name the part of a pipeline that the adapted model is"
-        raise FormatError(
-            asked,
-            found if component is None else f"component is {component!r}",
-            f'Pass component="unet", or one of {", ".join(known)}',
-        )
+        unsaid = "the file has to name the part of a pipeline that the adapted model is"
+        found = unsaid if component is None else f"component is {component!r}"
+        raise FormatError("", found, f'Pass component="unet", or one of {", ".join(known)}')
 
 
-def one_component(found: Mapping[str, T], component: str | None, asked: str) -> tuple[str, T]:
-    """Return the given component with its name, or the only one in a file."""
+def in_component(
+    tensors: Mapping[str, Tensor],
+    parsed: Callable[[str], tuple[str, str, str]],
+    component: str | None,
+) -> tuple[str, dict[str, tuple[Tensor, Tensor, Tensor | None]]]:
+    """Return the given component, or the only one, and A, B and alpha of its modules.
+
+    `parsed` gives the component, the module and the role (`A`, `B`, `alpha`) of a key.
+    """
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        part, module, role = parsed(key)
+        place = found.setdefault(part, {}).setdefault(module, {})
+        if role in place:
+            raise FormatError(f"'{key[:200]}'", "its site has this tensor twice", "Fetch it again")
+        place[role] = tensor
     if component is None and len(found) == 1:
-        return next(iter(found.items()))
+        component = next(iter(found))
     if component is None or component not in found:
-        raise FormatError(
-            asked,
-            f"it holds {one_line(found)}" + (f", not '{component}'" if component else ""),
-            "Name the one to read, each onto its own model: "
-            f'component="{next(iter(found), "unet")}" (--from-component)',
-        )
-    return component, found[component]
+        held = f"it holds {one_line(found)}" + (f", not '{component}'" if component else "")
+        remedy = "Name the one to read, each onto its own model: "
+        remedy += f'component="{next(iter(found), "unet")}" (--from-component)'
+        raise FormatError("", held, remedy)
+    of = found[component]
+    pairs = pairs_of(of, "A", "B")
+    return component, {module: (*pair, of[module].get("alpha")) for module, pair in pairs.items()}

@@ -6,14 +6,26 @@ patterns, no rsLoRA, no regular expression and no metadata of this package.
 
 Source: the readers of vLLM 0.33 (lora/peft_helper.py), SGLang 0.5.23 (srt/lora/lora_config.py),
 LoRAX (adapters/lora.py) and llama.cpp (convert_lora_to_gguf.py).
+
+For vLLM, stacked experts are single matrices: it names experts as the base's files do
+(`experts.0.gate_proj`) and reads A and B of each. It reads PEFT's stacks correctly only for models
+whose files hold stacks (`is_3d_moe_weight`); for other models it reads every second row of
+`gate_up_proj` as the gate. `format="peft"` writes stacks.
+
+Source: vLLM 0.33, lora/model_manager.py (`_create_merged_loras_inplace`,
+`_stack_moe_lora_weights`), lora/utils.py (`process_packed_modules_mapping`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from lora_inject.adapter.reshape import renamed, split, split_experts
+from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
+from lora_inject.errors import FormatError
 from lora_inject.formats import peft
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import plain_sites
@@ -32,19 +44,56 @@ def write(
     path: Path,
     facts: ModelFacts,
     *,
-    overwrite: bool = False,
     dtype: str | None = None,
     rank: int | None = None,
-) -> Path:
+) -> dict[str, bytes]:
     """Write an adapter of sites on modules as a PEFT directory with one rank and scale 1.
 
     `dtype` is by default each tensor's own, `rank` the largest: give that of a server which takes
     only some.
     """
-    asked = f"write portable adapter to '{path}'"
     client = "a portable PEFT file"
-    sites = plain_sites(
-        state, asked, client, KINDS, dtype=dtype, one_rank=True, alpha="rank", rank=rank
-    )
+    sites = plain_sites(state, client, KINDS, dtype=dtype, one_rank=True, alpha="rank", rank=rank)
     plain = replace(facts, module_names=None)  # with them there may be a regular expression
-    return peft.write(AdapterState(sites), path, plain, overwrite=overwrite, metadata=False)
+    return peft.write(AdapterState(sites), path, plain, metadata=False)
+
+
+def write_experts(
+    state: AdapterState,
+    path: Path,
+    facts: ModelFacts,
+    *,
+    dtype: str | None = None,
+    rank: int | None = None,
+) -> dict[str, bytes]:
+    """Write the directory with a pair for each expert; options as for `write`.
+
+    `facts.separate` names a stack's matrices in the base's files; `li.convert(base=...)` gives it.
+    """
+    sites: dict[str, SiteState] = {}
+    for name, site in state.sites.items():
+        sites |= {name: site} if site.spec.experts is None else _matrices(site, facts)
+    plain = replace(facts, expert_names=())
+    return write(replace(state, sites=sites), path, plain, dtype=dtype, rank=rank)
+
+
+def _matrices(site: SiteState, facts: ModelFacts) -> Iterator[tuple[str, SiteState]]:
+    """Yield sites on single experts' matrices with their names in the base's files."""
+    where, n_experts = f"site '{site.spec.name}'", site.spec.experts
+    if facts.separate is None:
+        found = "the names of single experts depend on the base's files"
+        raise FormatError(where, found, "Name the base: --base BASE, li.convert(base=...)")
+    names = facts.separate(site.spec.name)
+    if len(names) != n_experts:
+        found = f"the base's files hold {len(names)} of its {n_experts} experts separately"
+        raise FormatError(where, found, 'Write stacks as they are: format="peft"')
+    for expert, parts in zip(split_experts(site).values(), names, strict=True):
+        width, stray = divmod(expert.spec.out_features, len(parts))
+        if stray:
+            found = f"{expert.spec.out_features} rows are not those of {len(parts)} matrices"
+            raise FormatError(where, found, "Name the adapter's own base")
+        sizes = {str(number): width for number in range(len(parts))}
+        pieces = [expert] if len(parts) == 1 else split(expert, sizes, where).values()
+        for part, piece in zip(parts, pieces, strict=True):
+            module = part.removesuffix(".weight")
+            yield module, replace(piece, spec=renamed(piece.spec, module))

@@ -12,18 +12,16 @@ training/checkpointing/_checkpointer.py, modules/peft/_utils.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.formats.base_config import heads
-from lora_inject.formats.decoder_names import Decoder, check_whole, model_type
+from lora_inject.formats.decoder_names import Decoder, check_whole
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site, plain_sites
-from lora_inject.storage.atomic import write_directory
+from lora_inject.spec.names import leaf
 from lora_inject.storage.strict_json import read_json
 
 FILES, CONFIG = ("adapter_model.pt", "adapter_0.pt"), "adapter_config.json"
@@ -52,67 +50,51 @@ def _file(path: Path) -> Path | None:
 
 
 def write(
-    state: AdapterState,
-    path: Path,
-    facts: ModelFacts,
-    *,
-    overwrite: bool = False,
-    dtype: str | None = None,
-) -> Path:
+    state: AdapterState, _path: Path, facts: ModelFacts, *, dtype: str | None = None
+) -> dict[str, bytes]:
     """Write an adapter of linear layers as torchtune's `adapter_checkpoint`.
 
     The base's config gives its kind and heads. The folder's adapter_config.json states the rank
     and the alpha to set in the recipe's config.
     """
-    asked = f"write torchtune adapter to '{path}'"
-    sites = plain_sites(
-        state, asked, "torchtune", ("linear",), dtype=dtype, one_rank=True, alpha="one"
-    )
-    decoder = _decoder(facts.config, asked)
-    check_whole(sites, heads(facts.config, asked, "").n_layers, asked, "torchtune")
-    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts.config, asked)
+    kinds = ("linear",)
+    sites = plain_sites(state, "torchtune", kinds, dtype=dtype, one_rank=True, alpha="one")
+    decoder = _decoder(facts)
+    check_whole(sites, facts.heads("").n_layers, "torchtune")
+    tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts)
     first = next(iter(sites.values()))
     said = {
         "r": first.spec.rank,
         "lora_alpha": first.scale * first.spec.rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in sites}),
+        "target_modules": sorted({leaf(name) for name in sites}),
         "peft_type": "LORA",
     }
-    files = {FILES[0]: pickled(tensors), CONFIG: (json.dumps(said, indent=2) + "\n").encode()}
-    return write_directory(path, files, overwrite=overwrite, replaceable=FILES)
+    return {FILES[0]: pickled(tensors), CONFIG: (json.dumps(said, indent=2) + "\n").encode()}
 
 
 def read(
-    path: Path,
-    facts: ModelFacts,
-    *,
-    alpha: float | None = None,
-    allow_pickle: bool = False,
+    path: Path, facts: ModelFacts, *, alpha: float | None = None, allow_pickle: bool = False
 ) -> AdapterState:
     """Read an adapter checkpoint of torchtune, under transformers' names.
 
     `alpha` is the recipe's `lora_alpha`, for folders without an adapter_config.json, `allow_pickle`
     as in `pickles.read_pickle`.
     """
-    asked = f"read torchtune adapter '{path}'"
     file = _file(path)
     if file is None:
-        raise FormatError(asked, f"there is no {FILES[0]} in it", "Give the folder of an epoch")
-    tensors = read_pickle(file, asked, allow=allow_pickle)
+        raise FormatError("", f"there is no {FILES[0]} in it", "Give the folder of an epoch")
+    tensors = read_pickle(file, allow=allow_pickle)
     if alpha is None and (path / CONFIG).is_file():
-        said: Any = read_json(path / CONFIG, f"{asked}, {CONFIG}")
+        said: Any = read_json(path / CONFIG, CONFIG)
         alpha = said.get("lora_alpha") if isinstance(said, dict) else None
     if type(alpha) not in (int, float):
-        found = f"no {CONFIG} says its alpha"
-        raise FormatError(asked, found, "Pass alpha=..., the recipe's lora_alpha")
+        raise FormatError("", f"no {CONFIG} says its alpha", "Pass alpha=..., as in the recipe")
     remedy = "DoRA and modules of several parts are not read"
-    pairs = _decoder(facts.config, asked).read(tensors, facts.config, asked, remedy)
-    return AdapterState(
-        {n: plain_site(n, a, b, alpha, f"{asked}, site '{n}'") for n, (a, b) in pairs.items()}
-    )
+    pairs = _decoder(facts).read(tensors, facts, remedy)
+    return AdapterState({n: plain_site(n, a, b, alpha) for n, (a, b) in pairs.items()})
 
 
-def _decoder(config: Mapping[str, Any] | None, asked: str) -> Decoder:
+def _decoder(facts: ModelFacts) -> Decoder:
     others = "; for others torchtune writes PEFT folders"
-    kind = model_type(config, IN_PAIRS, asked, "the order of the rows of q and k", others)
+    kind = facts.model_type(IN_PAIRS, "the order of the rows of q and k", others)
     return Decoder(_NAMES, "layers.{}.", _ENDS, IN_PAIRS[kind])

@@ -37,11 +37,6 @@ def open_read(path: Path) -> int:
     return os.open(path, os.O_RDONLY | _BINARY)
 
 
-def open_write(path: Path) -> int:
-    """Create or open a file for writing and return its descriptor; the mode follows the umask."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | _BINARY, 0o666)
-
-
 def read_at(fd: int, buffer: memoryview, offset: int) -> None:
     """Fill `buffer` from `fd`, beginning at byte `offset`."""
     done, n_bytes = 0, len(buffer)
@@ -127,7 +122,6 @@ def reserve(fd: int, n_bytes: int) -> None:
 
     A full disk is then an `OSError` before anything is written.
     """
-    os.ftruncate(fd, 0)
     if n_bytes and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, n_bytes)

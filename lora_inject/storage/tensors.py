@@ -32,6 +32,11 @@ from lora_inject.storage.tensor_rows import DTYPES, RowReader
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a path is a file whose name says that it is of safetensors."""
+    return path.suffix == ".safetensors" and path.is_file()
+
+
 def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
     """Return the names of a file's tensors, in the order of the data, and its text metadata."""
     header = read_header(path, FormatError)

@@ -199,9 +199,9 @@ def _maps(analysis: Analysis) -> Iterator[tuple[str, str]]:
     """Yield title and drawing of what differs by layer and kind."""
     blocks = [(block, block.spectrum) for block in analysis.blocks]
     if analysis.weights:
-        beside = analysis.on_weight()
-        yield _map("Size of the delta, |D| / |W|", [(b, b.norms.relative) for b in beside])
-        yield _map("Amplification, |D| / |U'WV|", [(b, b.norms.factor) for b in beside])
+        on_weight = analysis.on_weight()
+        yield _map("Size of the delta, |D| / |W|", [(b, b.norms.relative) for b in on_weight])
+        yield _map("Amplification, |D| / |U'WV|", [(b, b.norms.factor) for b in on_weight])
     else:
         yield _map("Size of the delta, |D|", [(b, s.norm) for b, s in blocks])
     share = [(b, s.rank_for(0.99) / b.rank) for b, s in blocks]

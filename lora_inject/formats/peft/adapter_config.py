@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, within
 from lora_inject.formats.checks import one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.module_fields import (
@@ -173,7 +173,6 @@ class Claims:
     `(major, minor)`.
     """
 
-    asked: str
     lora_alpha: float
     r: int | None = None
     use_rslora: bool = False
@@ -192,9 +191,10 @@ class Claims:
 
     def numbers(self, names: Collection[str]) -> dict[str, tuple[int | None, float]]:
         """The rank and the alpha that the file claims for each site."""
-        ranks = values_of(self.rank_pattern, names, self.r, f"{self.asked}, 'rank_pattern'")
-        asked = f"{self.asked}, 'alpha_pattern'"
-        alphas = values_of(self.alpha_pattern, names, self.lora_alpha, asked)
+        with within("'rank_pattern'"):
+            ranks = values_of(self.rank_pattern, names, self.r)
+        with within("'alpha_pattern'"):
+            alphas = values_of(self.alpha_pattern, names, self.lora_alpha)
         return {name: (ranks[name], float(alphas[name])) for name in names}
 
     @property
@@ -207,56 +207,54 @@ class Claims:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def read_claims(config: Any, asked: str, allow: Collection[str] = ()) -> Claims:
+def read_claims(config: Any, allow: Collection[str] = ()) -> Claims:
     """Check a foreign config, refusals first, and return what is needed of it.
 
     `allow` names fields to accept although they are unknown, or `init_lora_weights` where the base
     at hand is the one that the init has changed.
     """
-    _require(isinstance(config, dict), asked, "it is not a table of fields")
-    _refuse_other_methods(config, asked, allow)
+    _require(isinstance(config, dict), "it is not a table of fields")
+    _refuse_other_methods(config, allow)
     unknown = sorted(config.keys() - _FORMS.keys() - _NOT_NEEDED - _REFUSED.keys() - set(allow))
     if unknown := [name for name in unknown if config[name]]:
-        raise FormatError(
-            asked,
-            f"it sets {one_line(unknown)}, which this package does not know",
-            f"If it does not change what the tensors mean, accept it: allow={unknown[:3]}",
-        )
+        found = f"it sets {one_line(unknown)}, which this package does not know"
+        remedy = f"If it does not change what the tensors mean, accept it: allow={unknown[:3]}"
+        raise FormatError("", found, remedy)
     said = {name: config[name] for name in _FORMS if config.get(name) is not None}
     if "lora_alpha" not in said:
-        raise FormatError(
-            asked, "'lora_alpha' is missing", "Ask the author of the adapter; it is never guessed"
-        )
+        remedy = "Ask the author of the adapter; it is never guessed"
+        raise FormatError("", "'lora_alpha' is missing", remedy)
     for name, value in said.items():
-        form, words = _FORMS[name]
-        wrong = misfit(value, form)
-        _require(not wrong, asked, f"'{name}' is not {words} ({wrong.lstrip('.: ')})")
+        check_field(name, value)
     rows = said.get("trainable_token_indices") or {}
     said["trainable_token_indices"] = rows if isinstance(rows, dict) else {"": rows}
     targets = config.get("target_modules")  # never a reason to refuse: the tensors say it
     return Claims(
-        asked,
         target_modules=frozenset(map(str, targets if isinstance(targets, list) else ())),
         peft_version=_version(config.get("peft_version")),
         **said,
     )
 
 
-def _refuse_other_methods(config: Mapping[str, Any], asked: str, allow: Collection[str]) -> None:
+def check_field(name: str, value: Any) -> None:
+    """Refuse a value that a field of adapter_config.json cannot have."""
+    form, words = _FORMS[name]
+    wrong = misfit(value, form)
+    _require(not wrong, f"'{name}' is not {words} ({wrong.lstrip('.: ')})")
+
+
+def _refuse_other_methods(config: Mapping[str, Any], allow: Collection[str]) -> None:
     kind, init = config.get("peft_type"), config.get("init_lora_weights", True)
     if kind != "LORA":
-        raise FormatError(asked, f"its peft_type is {str(kind)[:40]!r}, not 'LORA'", _AS_LORA)
+        raise FormatError("", f"its peft_type is {str(kind)[:40]!r}, not 'LORA'", _AS_LORA)
     for name, (what, remedy) in _REFUSED.items():
         if config.get(name):
-            raise FormatError(asked, f"'{name}' is set: it is {what}", remedy)
+            raise FormatError("", f"'{name}' is set: it is {what}", remedy)
     if str(init).lower() not in _PLAIN_INITS and "init_lora_weights" not in allow:
-        raise FormatError(
-            asked,
-            f"'init_lora_weights' is {str(init)[:40]!r}: with it, PEFT changes the base's weights "
-            "when it loads the adapter",
-            f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
-            "allow=['init_lora_weights']",
-        )
+        found = f"'init_lora_weights' is {str(init)[:40]!r}: with it, PEFT changes the base's "
+        found += "weights when it loads the adapter"
+        remedy = f"{_RESIDUAL}; or, where your base holds the changed weights, pass "
+        raise FormatError("", found, f"{remedy}allow=['init_lora_weights']")
 
 
 def _version(value: Any) -> tuple[int, int] | None:
@@ -265,6 +263,6 @@ def _version(value: Any) -> tuple[int, int] | None:
     return (int(parts[0]), int(parts[1])) if digits == [True, True] else None
 
 
-def _require(holds: Any, asked: str, found: str) -> None:
+def _require(holds: bool, found: str) -> None:
     if not holds:
-        raise FormatError(asked, found, "Correct the file, or fetch it again")
+        raise FormatError("", found, "Correct the file, or fetch it again")

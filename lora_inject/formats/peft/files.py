@@ -13,12 +13,8 @@ from lora_inject.formats.checks import one_line
 from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import read_names, read_tensors
 
-CONFIG, MODEL, CARD, PICKLE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "README.md",
-    "adapter_model.bin",
-)
+CONFIG, CARD = "adapter_config.json", "README.md"
+MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _INDEX = f"{MODEL}.index.json"
 _WHOLE = "model.safetensors"
 
@@ -31,49 +27,41 @@ def detects(path: Path) -> bool:
     return parts or bool(_adapters_in(path)) or _in_base(path)
 
 
-def check_files(path: Path, asked: str) -> None:
+def check_files(path: Path) -> None:
     """Refuse a path that is not a directory with a config and tensors."""
     if not path.is_dir():
         found = "it is a file" if path.exists() else "there is no such directory"
-        raise FormatError(asked, found, f"Give the directory that holds {CONFIG}")
+        raise FormatError("", found, f"Give the directory that holds {CONFIG}")
     there = any((path / name).is_file() for name in (MODEL, _INDEX))
     inside = _adapters_in(path)
     if not there and _in_base(path):
-        raise FormatError(
-            asked,
-            f"its {_WHOLE} holds the base and an adapter's tensors together",
-            "Load it with the program that saved it and save the adapter alone (in PEFT: "
-            "save_pretrained of the PeftModel, not of the model inside)",
-        )
-    if not (path / CONFIG).is_file() and inside:
-        raise FormatError(
-            asked,
-            f"there is no {CONFIG} in it, but in its subfolders {one_line(inside)}",
-            f"Give the subfolder: '{path / inside[0]}'",
-        )
+        found = f"its {_WHOLE} holds the base and an adapter's tensors together"
+        remedy = "Load it with the program that saved it and save the adapter alone (in PEFT: "
+        remedy += "save_pretrained of the PeftModel, not of the model inside)"
+        raise FormatError("", found, remedy)
     if not (path / CONFIG).is_file():
-        raise FormatError(asked, f"there is no {CONFIG} in it", "Check the path")
+        found, remedy = f"there is no {CONFIG} in it", "Check the path"
+        if inside:
+            found += f", but in its subfolders {one_line(inside)}"
+            remedy = f"Give the subfolder: '{path / inside[0]}'"
+        raise FormatError("", found, remedy)
     if not there and (path / PICKLE).is_file():
-        raise FormatError(
-            asked,
-            f"its tensors are in {PICKLE}, a pickle, which can run code when it is read",
-            "Load it with PEFT where you trust it and save it again: save_pretrained writes "
-            "safetensors",
-        )
+        found = f"its tensors are in {PICKLE}, a pickle, which can run code when it is read"
+        remedy = "Load it with PEFT where you trust it and save it again: save_pretrained writes "
+        raise FormatError("", found, f"{remedy}safetensors")
     if not there:
-        raise FormatError(asked, f"there is no {MODEL} in it", "Copy the whole directory")
+        raise FormatError("", f"there is no {MODEL} in it", "Copy the whole directory")
 
 
-def read_all(path: Path, asked: str, *, on_disk: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_all(path: Path, *, on_disk: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors, of one file or of all that the index names, and the metadata."""
     if (path / MODEL).is_file():
         return read_tensors(path / MODEL, on_disk=on_disk)
-    where = f"{asked}, {_INDEX}"
-    index: Any = read_json(path / _INDEX, where)
+    index: Any = read_json(path / _INDEX, _INDEX)
     table: Any = index.get("weight_map") if isinstance(index, dict) else None
     names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
     if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
-        raise FormatError(where, "its weight_map is not a table of file names", "Fetch it again")
+        raise FormatError(_INDEX, "its weight_map is not a table of file names", "Fetch it again")
     tensors: dict[str, Tensor] = {}
     found = ""
     for name in sorted(set(names)):
@@ -84,7 +72,7 @@ def read_all(path: Path, asked: str, *, on_disk: bool) -> tuple[dict[str, Tensor
     if missing := table.keys() - tensors.keys():
         found = f"its files lack {one_line(sorted(missing))}"
     if found:
-        raise FormatError(where, found, "The files do not belong together")
+        raise FormatError(_INDEX, found, "The files do not belong together")
     return tensors, {}
 
 

@@ -7,10 +7,10 @@ adapter. Where the two disagree, somebody edited one of them, and that is an err
 decides (`prefer`).
 
 What PEFT cannot express is refused: adapters on the root module; layers whose weight their parent
-reads; parameters beside Conv1D layers, or beside a site on the module that owns them; other kinds
-than those of `KINDS`. A trained tensor that is only a part of its module (a norm's weight) travels
-under its plain name: PEFT loads it into the base for good, as it does with biases. An adapter
-without any site is written so that PEFT loads its trained tensors.
+reads; parameters together with Conv1D layers, or with a site on the module that owns them; other
+kinds than those of `KINDS`. A trained tensor that is only a part of its module (a norm's weight) is
+stored under its plain name: PEFT loads it into the base for good, as it does with biases. An
+adapter without any site is written so that PEFT loads its trained tensors.
 
 Source: peft 0.21.2, utils/save_and_load.py.
 """
@@ -27,20 +27,13 @@ from typing import Literal
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
-from lora_inject.formats import metadata as words
+from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
-from lora_inject.formats.checks import check_keys, check_no_clash, check_state
+from lora_inject.formats.checks import check_keys, check_no_clash
+from lora_inject.formats.metadata import Described, describe, is_native, parse
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, build, read_claims
-from lora_inject.formats.peft.files import (
-    CARD,
-    CONFIG,
-    MODEL,
-    PICKLE,
-    check_files,
-    read_all,
-)
+from lora_inject.formats.peft.files import CARD, CONFIG, MODEL, check_files, read_all
 from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
     KINDS,
@@ -56,7 +49,6 @@ from lora_inject.formats.peft.tensor_layout import (
 )
 from lora_inject.spec.names import parent
 from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.atomic import write_directory
 from lora_inject.storage.strict_json import read_json
 from lora_inject.storage.tensors import serialize
 
@@ -66,39 +58,36 @@ _IN_PROJ = ".in_proj_weight"  # of a MultiheadAttention
 
 def write(
     state: AdapterState,
-    path: Path,
+    _path: Path,
     facts: ModelFacts,
     *,
-    overwrite: bool = False,
     metadata: bool = True,
     trained_on: str | None = None,
     published_as: str | None = None,
-) -> Path:
+) -> dict[str, bytes]:
     """Write an adapter as a PEFT directory.
 
     Args:
         state: The adapter.
-        path: The directory.
+        _path: Not needed.
         facts: What is known of the model. The task type is left out where PEFT would look for the
             task's head and the adapter does not hold it.
-        overwrite: Replace an adapter that is there already.
         metadata: Write what PEFT cannot express into the header too, for this package.
         trained_on: For the card: a data set of the hub, or a description.
         published_as: For the card: where readers find the adapter, such as `user/name`.
 
     Returns:
-        The directory that was written.
+        The content of each file, by name.
 
     Raises:
-        FormatError: PEFT cannot express the adapter, or the target must not be replaced.
+        FormatError: PEFT cannot express the adapter.
     """
-    asked = f"write adapter to '{path}'"
-    state = _in_order(check_state(state, asked), facts.tensor_names)
-    _check_rows(state.rows, facts.module_names or (), asked)
+    state = _in_order(state, facts.tensor_names)
+    _check_rows(state.rows, facts.module_names or ())
     specs = [site.spec for site in state.sites.values()]
-    _check_expressible(specs, asked, facts.tensor_names)
+    _check_expressible(specs, facts.tensor_names)
     layout = plan(specs, state.trained, state.rows)
-    check_no_clash(layout.keys, asked)
+    check_no_clash(layout.keys)
     turned = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
     tensors = {layout.trained[name]: tensor for name, tensor in state.trained.items()}
     for name, site in state.sites.items():
@@ -108,17 +97,16 @@ def write(
         for role, tensor in {**dict(of_pair), **further}.items():
             tensors[layout.sites[name][role]] = tensor
     config = build(state, facts)
-    said = words.describe(state, "peft", turned) if metadata else {"format": "pt"}
+    said = describe(state, "peft", turned) if metadata else {"format": "pt"}
     # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
     prefixed = {f"{PREFIX}{field}": value for field, value in config.items() if value is not None}
     said["lora_adapter_metadata"] = json.dumps(prefixed, sort_keys=True)
     card = model_card(state, facts, trained_on=trained_on, published_as=published_as)
-    files = {
+    return {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         MODEL: serialize(tensors, said),
         CARD: card.encode(),
     }
-    return write_directory(path, files, overwrite=overwrite, replaceable={PICKLE})
 
 
 def read(
@@ -150,54 +138,47 @@ def read(
     Raises:
         FormatError: The files are incomplete, contradictory or of a kind that cannot be read right.
     """
-    path = Path(path)
-    asked = f"read adapter '{path}'"
     if prefer not in {None, "metadata", "config"}:
-        raise FormatError(asked, f"prefer is {prefer!r}", "Give 'metadata', 'config' or None")
-    check_files(path, asked)
-    where, claims = f"{asked}, {CONFIG}", None
+        raise FormatError("", f"prefer is {prefer!r}", "Give 'metadata', 'config' or None")
+    check_files(path)
+    claims = None
     if prefer != "metadata":
-        claims = read_claims(read_json(path / CONFIG, where), where, allow)
-    tensors, text = read_all(path, asked, on_disk=on_disk)
-    ours = words.is_native(text, "peft")
+        with within(CONFIG):
+            claims = read_claims(read_json(path / CONFIG, ""), allow)
+    tensors, text = read_all(path, on_disk=on_disk)
+    ours = is_native(text, "peft")
     if claims is None and not ours:
         found = f"its {MODEL} holds no metadata of this package"
-        raise FormatError(asked, found, "Leave prefer out")
+        raise FormatError("", found, "Leave prefer out")
     if claims is not None and (prefer == "config" or not ours):
-        return Foreign(asked, claims, facts, expert_major).read(tensors)
-    said = words.parse(text, f"{asked}, {MODEL}")
+        return Foreign(claims, facts, expert_major).read(tensors)
+    with within(MODEL):
+        said = parse(text)
     if claims is not None:
-        _check_agreement(said, claims, asked)
-    return _read_native(said, tensors, f"{asked}, {MODEL}")
+        _check_agreement(said, claims)
+    with within(MODEL):
+        return _read_native(said, tensors)
 
 
-def _read_native(said: words.Described, tensors: dict[str, Tensor], asked: str) -> AdapterState:
+def _read_native(said: Described, tensors: dict[str, Tensor]) -> AdapterState:
     """The state that `write` was given; every tensor is accounted for."""
     for name, spec in said.specs.items():
         if _odd(spec) or (name in said.turned and spec.kind != "parameter"):
-            raise FormatError(
-                f"{asked}, site '{name[:200]}'",
-                f"its metadata says what cannot be ({_odd(spec) or 'turned'})",
-                "The file was edited, or is of a newer version",
-            )
+            found = f"its metadata says what cannot be ({_odd(spec) or 'turned'})"
+            remedy = "The file was edited, or is of a newer version"
+            raise FormatError(f"site '{name[:200]}'", found, remedy)
     layout = plan(said.specs.values(), said.trained, said.rows)
-    check_no_clash(layout.keys, asked)
-    check_keys(tensors, layout.keys, asked)
-    sites = {
-        name: unpack(
-            spec,
-            {role: tensors[key] for role, key in layout.sites[name].items()},
-            f"{asked}, site '{name}'",
-            derived=name in said.derived,
-            turned=name in said.turned,
-        )
-        for name, spec in said.specs.items()
-    }
-    trained = {name: tensors[key] for name, key in layout.trained.items()}
-    return check_state(said.state(sites, trained), asked)
+    check_no_clash(layout.keys)
+    check_keys(tensors, layout.keys)
+    sites = {}
+    for name, spec in said.specs.items():
+        mine = {role: tensors[key] for role, key in layout.sites[name].items()}
+        how = {"derived": name in said.derived, "turned": name in said.turned}
+        sites[name] = unpack(spec, mine, **how)
+    return said.state(sites, {name: tensors[key] for name, key in layout.trained.items()})
 
 
-def _check_agreement(said: words.Described, claims: Claims, asked: str) -> None:
+def _check_agreement(said: Described, claims: Claims) -> None:
     """Refuse a config whose ranks or scales are not those of the metadata."""
     called = {
         name: spec.weight if spec.weight in claims.target_parameters else name
@@ -212,7 +193,7 @@ def _check_agreement(said: words.Described, claims: Claims, asked: str) -> None:
             continue
         due = file_alpha(spec, derived=derived, rslora=claims.use_rslora)
         raise FormatError(
-            f"{asked}, site '{name}'",
+            f"site '{name}'",
             f"{CONFIG} says rank {claimed or rank} and alpha {alpha:g} (scale {scale:g}), the "
             f"metadata of {MODEL} says rank {rank} and alpha {due:g} (scale {spec.scale:g})",
             'Decide which is right: prefer="metadata" is what was saved, prefer="config" what was '
@@ -220,7 +201,7 @@ def _check_agreement(said: words.Described, claims: Claims, asked: str) -> None:
         )
 
 
-def _check_rows(rows: Collection[str], modules: Collection[str], asked: str) -> None:
+def _check_rows(rows: Collection[str], modules: Collection[str]) -> None:
     for name in rows:
         found, module = "", name.removesuffix(".weight")
         if module == name:
@@ -228,7 +209,7 @@ def _check_rows(rows: Collection[str], modules: Collection[str], asked: str) -> 
         if longer := [m for m in modules if m.endswith(module) and m != module]:
             found = f"PEFT would train rows of '{longer[0]}' too, whose name ends so"
         if found:
-            raise FormatError(f"{asked}, trained tensor '{name}'", found, _OTHER)
+            raise FormatError(f"trained tensor '{name}'", found, _OTHER)
 
 
 def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> AdapterState:
@@ -246,22 +227,19 @@ def _in_order(state: AdapterState, tensor_names: Sequence[str] | None) -> Adapte
 # What PEFT can say ------------------------------------------------------------------------------
 
 
-def _check_expressible(
-    specs: Sequence[SiteSpec], asked: str, tensor_names: Sequence[str] | None
-) -> None:
+def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | None) -> None:
     """Refuse what a PEFT file cannot say, before anything is written."""
     parameters = {spec.name for spec in specs if spec.kind == "parameter"}
     modules = {spec.name for spec in specs if spec.kind != "parameter"}
     if parameters and any(spec.kind == "conv1d" for spec in specs):
-        raise FormatError(asked, "PEFT cannot adapt parameters together with Conv1D layers", _OTHER)
+        raise FormatError("", "PEFT cannot adapt parameters together with Conv1D layers", _OTHER)
     if len({(spec.variant, spec.lora_bias) for spec in specs}) > 1:
         found = "PEFT has one variant, with lora_bias or without, for all sites"
-        raise FormatError(asked, f"{found}, and these sites have several", _OTHER)
+        raise FormatError("", f"{found}, and these sites have several", _OTHER)
     known = {*(tensor_names or ()), *parameters}
     for spec in specs:
-        reason = _inexpressible(spec, modules, known)
-        if reason:
-            raise FormatError(f"{asked}, site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
+        if reason := _inexpressible(spec, modules, known):
+            raise FormatError(f"site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
 
 
 def _inexpressible(spec: SiteSpec, modules: Collection[str], tensor_names: Collection[str]) -> str:

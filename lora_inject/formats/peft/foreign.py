@@ -21,14 +21,14 @@ from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
-from lora_inject.formats.checks import check_state, one_line
+from lora_inject.errors import FormatError, within
+from lora_inject.formats.checks import CONVERT, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims
 from lora_inject.formats.peft.module_fields import ancestors
 from lora_inject.formats.peft.number_patterns import ends
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
-from lora_inject.formats.plain import check_shapes, plain_site
+from lora_inject.formats.plain import check_shapes, pairs_of, plain_site
 from lora_inject.spec.names import canonical, joined, leaf, parent
 from lora_inject.spec.sites import SiteSpec
 
@@ -73,7 +73,6 @@ class _Place(NamedTuple):
 class Foreign:
     """How to read a PEFT file of others: the config's claims, and what `folder.read` is told."""
 
-    asked: str
     claims: Claims
     facts: ModelFacts
     expert_major: bool = False
@@ -85,17 +84,13 @@ class Foreign:
         numbers = self.claims.numbers([place.called for place in places])
         sites = {place.name: self._site(place, *numbers[place.called]) for place in places}
         if len(sites) < len(places):
-            raise self._error("", "two of its pairs are of one site")
+            raise _error("", "two of its pairs are of one site")
         trained, copies = self._full_tensors(rest, sites)
         indices = {f"{path}.weight": self._indices(path, found) for path, found in rows.items()}
         if self.claims.trainable_token_indices and not rows:
-            raise self._error("", "it lacks the rows of 'trainable_token_indices'")
+            raise _error("", "it lacks the rows of 'trainable_token_indices'")
         trained |= {f"{path}.weight": found for path, found in rows.items()}
-        state = AdapterState(sites, trained, base_copies=copies, rows=indices)
-        return check_state(state, self.asked)
-
-    def _error(self, place: str, found: str, remedy: str = _REPAIR) -> FormatError:
-        return FormatError(f"{self.asked}, {place}" if place else self.asked, found, remedy)
+        return AdapterState(sites, trained, base_copies=copies, rows=indices)
 
     # Names ------------------------------------------------------------------------------------
 
@@ -121,11 +116,9 @@ class Foreign:
                 path.tensors[match[kind]] = tensor
             if twice:
                 found = f"'{key[:200]}' says a second time what its site's pair is"
-                raise self._error("", found)
-        for name, path in paths.items():
-            for role in "AB":
-                if role not in path.tensors:
-                    raise self._error(f"site '{name[:200]}'", f"its {role} is missing")
+                raise _error("", found)
+        if paths:
+            pairs_of({name: path.tensors for name, path in paths.items()}, "A", "B")
         return paths, rows, rest
 
     def _without_prefix(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,15 +127,13 @@ class Foreign:
         bare = {key: canonical(key) for key in tensors}
         without = [key for key in bare.values() if not key.startswith(PREFIX)]
         if without and len(without) < len(tensors):
-            raise self._error(
-                "",
-                f"'{without[0][:200]}' does not begin with '{PREFIX}' as other tensors do",
-                "The file was put together by hand; give all tensors the prefix",
-            )
+            what = f"'{without[0][:200]}' does not begin with '{PREFIX}' as other tensors do"
+            remedy = "The file was put together by hand; give all tensors the prefix"
+            raise _error("", what, remedy)
         for key, tensor in tensors.items():
             name = bare[key].removeprefix(PREFIX)
             if name in found:
-                raise self._error("", f"the file holds '{name[:200]}' twice")
+                raise _error("", f"the file holds '{name[:200]}' twice")
             found[name] = tensor
         return found
 
@@ -166,7 +157,7 @@ class Foreign:
             due = [module + ".base_layer" * depth for depth in reversed(range(len(names)))]
             if {*due} != {*found}:
                 words = f"its pairs at {one_line(found)} are not those of {one_line(names)}"
-                raise self._error(f"module '{module[:200]}'", words)
+                raise _error(f"module '{module[:200]}'", words)
             for name, path in zip(names, due, strict=True):
                 of, parameter = paths[path], name.startswith(f"{module}.")
                 if called is not None:
@@ -182,7 +173,7 @@ class Foreign:
         `MultiheadAttention.merge`): here it is added once, at double scale.
         """
         if self.claims.peft_version != (0, 21):
-            raise self._error(
+            raise _error(
                 f"module '{module}'",
                 "PEFT 0.21 applies the update of an attention's output projection twice, and the "
                 "file does not say that it was trained so ('peft_version')",
@@ -193,12 +184,8 @@ class Foreign:
         """The sites of a module: its own name, or those of its parameters in the model's order."""
         where, known = f"module '{module[:200]}'", self.facts.tensor_names
         if ".base_layer." in module:
-            raise self._error(
-                where,
-                "it is inside another adapted module, and is not the output projection of an "
-                "attention",
-                "Train it again with this package",
-            )
+            found = "it is inside another adapted module, and not an attention's output projection"
+            raise _error(where, found, "Train it again with this package")
         if known is None and not self.claims.target_modules.isdisjoint(ends(module)):
             return [module]
         # A target without a module, such as PEFT writes for experts, may be a parameter of any.
@@ -212,12 +199,9 @@ class Foreign:
             there = [name for name in names if name in self._position]
             return sorted(there, key=self._position.__getitem__) or [module]
         if len(names) > 1:
-            raise self._error(
-                where,
-                f"the file does not say which pair is whose of {one_line(map(leaf, names))}",
-                "Load it onto the model, pass tensor_names=list(model.state_dict()), or "
-                "convert it with its base: lora-inject convert ADAPTER OUT --to peft --base BASE",
-            )
+            found = f"the file does not say which pair is whose of {one_line(map(leaf, names))}"
+            remedy = "Load it onto the model, pass tensor_names=list(model.state_dict()), or "
+            raise _error(where, found, remedy + CONVERT)
         return [*names] or [module]
 
     @cached_property
@@ -235,45 +219,39 @@ class Foreign:
         ):
             if said != (role in tensors):
                 has = f"no {what}, which '{claim}' asks for" if said else f"a {what}"
-                raise self._error(where, f"it has {has}")
+                raise _error(where, f"it has {has}")
         a, b = place.found.pair
-        check_shapes(a, b, f"{self.asked}, {where}")
+        with within(where):
+            check_shapes(a, b)
         spec = (self._parameter if place.parameter else self._module)(place, rank, alpha)
         if self.expert_major and spec.experts:  # PEFT orders the columns by rank first
             tensors["B"] = b.reshape(len(b), spec.experts, -1).permute(0, 2, 1).reshape(b.shape)
-        return unpack(spec, tensors, f"{self.asked}, {where}")
+        return unpack(spec, tensors)
 
     def _module(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
         """A site on a module; its kind is read off the shapes as far as they go."""
         a, b = place.found.pair
         if rank not in {None, len(a)}:
-            raise self._error(
-                f"site '{place.name}'",
-                f"its tensors have rank {len(a)}, adapter_config.json says {rank}",
-                "Correct 'r' or 'rank_pattern' there; the scale depends on it",
-            )
-        on_table = "of_embedding" in place.found.kinds
-        spec = plain_site(place.name, a, b, alpha, self.asked, embedding=on_table).spec
-        turned = {"kind": "conv1d", "weight_shape": spec.weight_shape[::-1], "transposed": True}
-        known = turned if self.claims.fan_in_fan_out and spec.kind == "linear" else {}
+            found = f"its tensors have rank {len(a)}, adapter_config.json says {rank}"
+            remedy = "Correct 'r' or 'rank_pattern' there; the scale depends on it"
+            raise _error(f"site '{place.name}'", found, remedy)
+        kind = "conv1d" if self.claims.fan_in_fan_out else "linear"
+        kind = "embedding" if "of_embedding" in place.found.kinds else kind
         return replace(
-            spec,
+            plain_site(place.name, a, b, alpha, kind).spec,
             scaling=self.claims.scaling,
             dropout=self.claims.lora_dropout,
             variant="dora" if self.claims.use_dora else "lora",
             lora_bias=self.claims.lora_bias,
-            **known,  # type: ignore[arg-type]
         )
 
     def _parameter(self, place: _Place, rank: int | None, alpha: float) -> SiteSpec:
         """A site on a parameter: one matrix, or a stack of them for experts."""
         a, b = place.found.pair
         if rank is None or len(a) % rank or a.ndim != 2 or "of_embedding" in place.found.kinds:
-            raise self._error(
-                f"site '{place.name}'",
-                f"A has {len(a)} rows, which is not a multiple of the rank {rank} in the config",
-                "Correct 'r' or 'rank_pattern' in adapter_config.json",
-            )
+            found = f"A has {len(a)} rows, which is not a multiple of the rank {rank} in the config"
+            remedy = "Correct 'r' or 'rank_pattern' in adapter_config.json"
+            raise _error(f"site '{place.name}'", found, remedy)
         n_in, n_out = a.shape[1], len(b)
         experts = len(a) // rank if len(a) > rank else None
         transposed = experts is not None and self._is_transposed(place.name, n_in, n_out)
@@ -302,16 +280,19 @@ class Foreign:
         if version is not None and version < (0, 19):
             return True
         if n_in == n_out and None in (modules, version):
-            raise self._error(
-                f"site '{name}'",
+            found = (
                 f"its matrices are square ({n_in}), and the file does not say whether the model "
-                "holds them as (out, in) or, as GPT-OSS, as (in, out)",
-                "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
-                if version is None
-                else "Load it onto the model, pass transposed_modules (the names of the modules "
-                "that have is_transposed, or ()), or convert it with its base: "
-                "lora-inject convert ADAPTER OUT --to peft --base BASE",
             )
+            found += "holds them as (out, in) or, as GPT-OSS, as (in, out)"
+            remedy = (
+                "Add the version of PEFT that wrote it to adapter_config.json, as 'peft_version'"
+            )
+            if version is not None:
+                remedy = (
+                    "Load it onto the model, pass transposed_modules (the names of the modules "
+                )
+                remedy += f"that have is_transposed, or ()), or {CONVERT}"
+            raise _error(f"site '{name}'", found, remedy)
         return parent(name) in (modules or ())
 
     # Full tensors -----------------------------------------------------------------------------
@@ -321,11 +302,9 @@ class Foreign:
         claimed = self.claims.trainable_token_indices
         found_rows = [rows for end, rows in claimed.items() if not end or _ends(path, end)]
         if len(found_rows) != 1 or found.dim() != 2 or len(found) != len(found_rows[0]):
-            raise self._error(
-                f"'{path[:200]}.{ROWS}'",
-                "the config does not say which rows it replaces",
-                "Restore 'trainable_token_indices' in adapter_config.json",
-            )
+            what = "the config does not say which rows it replaces"
+            remedy = "Restore 'trainable_token_indices' in adapter_config.json"
+            raise _error(f"'{path[:200]}.{ROWS}'", what, remedy)
         return tuple(found_rows[0])
 
     def _full_tensors(
@@ -342,17 +321,15 @@ class Foreign:
             # A plain tensor may be a resized embedding; one that looks like an adapter's may not.
             adapted = any(part.startswith("lora_") for part in around)
             if adapted and not is_copy and not self._explained(name):
-                raise self._error(
-                    "",
-                    f"the tensor {where} is of no known kind",
-                    "It belongs to a variant of LoRA that cannot be read; merge it with PEFT",
-                )
+                found = f"the tensor {where} is of no known kind"
+                remedy = "It belongs to a variant of LoRA that cannot be read; merge it with PEFT"
+                raise _error("", found, remedy)
             site = sites.get(parent(name))
             if site is not None and not is_copy and name == site.spec.weight:
-                raise self._error(where, "its module has a site as well")
+                raise _error(where, "its module has a site as well")
             target = copies if is_copy else trained
             if name in target and not torch.equal(target[name], tensor):
-                raise self._error(where, "the file holds it twice, unequal")
+                raise _error(where, "the file holds it twice, unequal")
             target[name] = tensor
         return trained, copies
 
@@ -366,3 +343,7 @@ class Foreign:
 def _ends(name: str, end: str) -> bool:
     """Whether a name is this one, or ends so after a dot."""
     return f".{name}".endswith(f".{end}")
+
+
+def _error(place: str, found: str, remedy: str = _REPAIR) -> FormatError:
+    return FormatError(place, found, remedy)

@@ -27,9 +27,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 _MAX_KEY_LENGTH = 1000
 
 
-def values_of(
-    table: Mapping[str, T], names: Collection[str], default: T, asked: str
-) -> dict[str, T]:
+def values_of(table: Mapping[str, T], names: Collection[str], default: T) -> dict[str, T]:
     """Return the value that PEFT would take for each name: that of the first key that hits it."""
     values = dict.fromkeys(names, default)
     hits: dict[str, list[str]] = {key: [] for key in table}
@@ -43,14 +41,14 @@ def values_of(
         if key == _escaped(name):
             hits[key] += [name] if name in values else []
         elif not _PLAIN.fullmatch(key):
-            hits[key] += _matches(key, names, end, asked)
+            hits[key] += _matches(key, names, end)
     for key in reversed([*table]):  # so that the first key stays
         values.update(dict.fromkeys(hits[key], table[key]))
     return values
 
 
-def _matches(key: str, names: Collection[str], end: float, asked: str) -> list[str]:
-    asked = f"{asked}, the key {key[:80]!r}"
+def _matches(key: str, names: Collection[str], end: float) -> list[str]:
+    asked = f"the key {key[:80]!r}"
     if len(key) > _MAX_KEY_LENGTH:
         raise FormatError(asked, f"it has {len(key):,} characters", "Write shorter patterns")
     seconds = max(end - time.process_time(), 0.001)

@@ -158,7 +158,6 @@ def plain_pair(site: SiteState) -> tuple[Tensor, Tensor]:
 def unpack(
     spec: SiteSpec,
     tensors: Mapping[str, Tensor],
-    where: str,
     *,
     derived: bool = False,
     turned: bool = False,
@@ -170,26 +169,23 @@ def unpack(
     """
     for role, due in file_shapes(spec, derived=derived, turned=turned).items():
         if tensors[role].shape != due:
-            raise FormatError(
-                where,
-                f"its {role} has the shape {tuple(tensors[role].shape)} where {due} is due",
-                "The file was edited; fetch it again",
-            )
-    found = {role: tensors[role].reshape(spec.shapes[role]) for role in spec.shapes if role in "mb"}
+            found = f"its {role} has the shape {tuple(tensors[role].shape)} where {due} is due"
+            raise FormatError(f"site '{spec.name}'", found, "The file was edited; fetch it again")
+    further = {r: tensors[r].reshape(spec.shapes[r]) for r in spec.shapes if r in "mb"}
     a, b = tensors["A"], tensors["B"]
     if not turned and (a.shape, b.shape) == (spec.a_shape, spec.b_shape):
-        return SiteState(spec, a, b, further=found)
+        return SiteState(spec, a, b, further=further)
     experts, rank = spec.experts or 1, file_rank(spec, derived=derived)
     a = a.reshape(experts, rank, -1)
     b = b.reshape(b.shape[0], rank, experts).permute(2, 0, 1)
     if turned:
         a, b = b.mT, a.mT
     if not derived:
-        return SiteState(spec, *_native(spec, a, b, where), further=found)
+        return SiteState(spec, *_native(spec, a, b), further=further)
     half = rank // 2
-    pair = _native(spec, a[:, :half], b[:, :, :half], where)
-    start = _native(spec, a[:, half:], -b[:, :, half:], where)
-    return SiteState(spec, *pair, *start, found)
+    pair = _native(spec, a[:, :half], b[:, :, :half])
+    start = _native(spec, a[:, half:], -b[:, :, half:])
+    return SiteState(spec, *pair, *start, further)
 
 
 def _plain(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,19 +196,18 @@ def _plain(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.detach().reshape(experts, -1, spec.in_features), b
 
 
-def _native(spec: SiteSpec, a: Tensor, b: Tensor, where: str) -> tuple[Tensor, Tensor]:
+def _native(spec: SiteSpec, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Plain to native; the zeros outside the adapted slices are checked, not believed."""
     if spec.slices is not None:
         rank, spans = spec.rank, enumerate(spec.spans)
         parts = [b[:, start:stop, n * rank : (n + 1) * rank] for n, (start, stop) in spans]
         whole, b = b, torch.cat(parts, dim=1)
         if n_stray := int(torch.count_nonzero(whole) - torch.count_nonzero(b)):
-            raise FormatError(
-                where,
-                f"{n_stray} values of B lie outside the adapted slices {list(spec.slices.adapt)}",
-                'The file was changed after it was written; pass prefer="config" to read it as a '
-                "plain adapter of the whole projection",
-            )
+            slices = list(spec.slices.adapt)
+            found = f"{n_stray} values of B lie outside the adapted slices {slices}"
+            remedy = 'The file was changed after it was written; pass prefer="config" to read it '
+            remedy += "as a plain adapter of the whole projection"
+            raise FormatError(f"site '{spec.name}'", found, remedy)
     return contiguous(a.reshape(spec.a_shape)), contiguous(b.reshape(spec.b_shape))
 
 
