@@ -41,7 +41,7 @@ class MergePlan:
         adapters: The adapters.
         options: Options of the merge.
         shards: The output's weight files, in the order of the base's.
-        rules: How each adapter's names were read, by its label.
+        rules: How each adapter's names were read.
         config_changes: Keys of `config.json` that change.
         index: New content of the index; None if it is copied or there is none.
         side_files: Other files that are copied.
@@ -52,7 +52,7 @@ class MergePlan:
     adapters: tuple[WeightedAdapter, ...]
     options: MergeOptions
     shards: tuple[OutputShard, ...]
-    rules: tuple[tuple[str, str], ...]
+    rules: tuple[str, ...]
     config_changes: Mapping[str, Any]
     index: bytes | None
     side_files: tuple[str, ...]
@@ -94,7 +94,7 @@ class MergePlan:
         """Return the plan as plain data, for printing and for machines."""
         adapters = [
             {"label": a.label, "weight": a.weight, "sites": len(a.state.sites), "names": rule}
-            for a, (_, rule) in zip(self.adapters, self.rules, strict=True)
+            for a, rule in zip(self.adapters, self.rules, strict=True)
         ]
         shards = [
             {
@@ -173,7 +173,7 @@ def plan_merge(
         tuple(weighted),
         options,
         shards,
-        tuple((fit.adapter.label, fit.label) for fit in fits),
+        tuple(fit.label for fit in fits),
         settled.config_changes,
         _new_index(checkpoint, shards),
         side_files,

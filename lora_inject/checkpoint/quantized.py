@@ -18,7 +18,7 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.packed import Float8, FourBit, Int8, Mxfp4, Packed, PackedWords
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import TensorEntry
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import misfit, parse_json
 
 FORMAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The format's names of dtypes that a checkpoint can be written in."""
@@ -33,6 +33,7 @@ _MARKS = {
     "weight_scale_inv": "fp8 with block scales",
     "weight_scale": "fp8 or int8 with scales",
 }
+_COUNT = range(1, 2**63)
 _INTEGER = {"U8", "I8", "I32", "U32", "F4"}
 _FLOAT8 = {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 _READ_ONLY = ("MXFP4", "GPTQ or AWQ")  # what `unpacked` can read, and nothing here writes
@@ -125,15 +126,16 @@ def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourB
     found = FourBit(checkpoint, (), parts, {})
     text = found.read("state", as_bytes=True)(0, parts["state"].n_bytes).flatten().tolist()
     state = parse_json(bytes(text), f"read the quantization of '{entry.name}'", CheckpointError)
+    form: dict[str, Any] = {
+        "shape": (_COUNT, _COUNT),
+        "blocksize": _COUNT,
+        "dtype": (*FORMAT_DTYPES,).__contains__,
+    }
+    form |= {"nested_blocksize": _COUNT, "nested_offset": float} if nested else {}
     good = isinstance(state, dict) and {"quant_map", "absmax"} <= parts.keys()
-    shape: Any = state.get("shape") if good else None
-    good = good and isinstance(shape, list) and len(shape) == 2
-    numbers = ("blocksize", *(("nested_blocksize",) if nested else ()))
-    counts = [*shape, *map(state.get, numbers)] if good else []
-    good = good and all(type(n) is int and n > 0 for n in counts)
-    good = good and state.get("dtype") in FORMAT_DTYPES
+    good = good and not misfit({key: state.get(key) for key in form}, form)
     _check(entry, good, f"its settings are {str(state)[:80]}")
-    n_values = math.prod(shape)
+    n_values = math.prod(state["shape"])
     n_blocks = -(-n_values // state["blocksize"])
     fits = [entry.n_bytes * 2 in (n_values, n_values + 1), parts["absmax"].n_elements == n_blocks]
     fits.append(parts["quant_map"].n_elements == 16)
@@ -142,18 +144,16 @@ def _four_bit(checkpoint: Checkpoint, parts: Mapping[str, TensorEntry]) -> FourB
         fits.append(parts["absmax"].dtype == "U8")
         fits.append(parts["nested_absmax"].n_elements == n_nested)
         fits.append(parts.get("nested_quant_map", entry).n_elements == 256)
-        fits.append(isinstance(state.get("nested_offset"), float))
     _check(entry, all(fits), "its parts do not fit each other")
     said = {**state, "dtype": FORMAT_DTYPES[state["dtype"]]}
-    return replace(found, shape=tuple(shape), state=said)
+    return replace(found, shape=tuple(state["shape"]), state=said)
 
 
 def _float8(
     checkpoint: Checkpoint, entry: TensorEntry, scales: TensorEntry, said: Mapping[str, Any]
 ) -> Float8:
     block = said.get("weight_block_size", [128, 128])
-    good = isinstance(block, list) and len(block) == 2
-    if not good or not all(type(b) is int and b > 0 for b in block):
+    if misfit(block, (_COUNT, _COUNT)):
         found = f"config.json has the block size {str(block)[:40]}"
         raise CheckpointError("dequantize", found, "Give it two numbers")
     wanted = tuple(-(-size // b) for size, b in zip(entry.shape, block, strict=True))

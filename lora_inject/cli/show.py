@@ -248,7 +248,7 @@ def print_merge_plan(plan: MergePlan, where: Path, free_bytes: int, *, everythin
     """Print what a merge would do, and whether the disk of `where` has room for it."""
     cells = tuple((job.name, job.action, job.dtype, sides(job.shape)) for job in plan.jobs)
     print_rows(Rows(("tensor", "action", "dtype", "shape"), cells), everything=everything)
-    for adapter, (_, rule) in zip(plan.adapters, plan.rules, strict=True):
+    for adapter, rule in zip(plan.adapters, plan.rules, strict=True):
         n_sites = len(adapter.state.sites)
         say_words(f"{adapter.label} x {adapter.weight:g}: {count(n_sites, 'site')}, {rule}")
     for key, value in plan.config_changes.items():

@@ -26,7 +26,7 @@ from lora_inject.formats.checks import CONVERT, check_no_clash, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.tensor_layout import pack
 from lora_inject.formats.plain import check_component, in_component, plain_site, plain_sites
-from lora_inject.storage.strict_json import parse_json
+from lora_inject.storage.strict_json import misfit, parse_json
 from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
 COMPONENTS = ("unet", "te", "te1", "te2", "te3", "transformer")
@@ -130,11 +130,9 @@ def _names_in(said: Mapping[str, str]) -> dict[str, str]:
         return {}
     where = f"metadata '{_NAMES}'"
     names: Any = parse_json(said[_NAMES], where)
-    good = isinstance(names, dict) and all(
-        isinstance(name, str) and flat.endswith("_" + name.replace(".", "_"))
-        for flat, name in names.items()
-    )
-    if not good:
+    if misfit(names, {...: str}) or not all(
+        flat.endswith("_" + name.replace(".", "_")) for flat, name in names.items()
+    ):
         raise FormatError(where, "it is not a table of names", "Fetch the file again")
     return dict(names)
 

@@ -26,6 +26,7 @@ from lora_inject.formats.model_facts import Heads, ModelFacts
 from lora_inject.formats.pickles import pickled, read_pickle
 from lora_inject.formats.plain import plain_site, plain_sites
 from lora_inject.spec.names import leaf
+from lora_inject.storage.strict_json import is_positive
 
 FILE, CONFIG = "lit_model.pth.lora", "hyperparameters.yaml"
 _PARTS = {"lora_query": "q_proj", "lora_key": "k_proj", "lora_value": "v_proj"}
@@ -153,8 +154,7 @@ def _hyperparameters(file: Path) -> Mapping[str, Any]:
     if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
         raise FormatError(CONFIG, f"{one_line(twice)} is given twice", "Keep one of them")
     for field in ("lora_r", "lora_alpha"):
-        number: Any = fields.get(field)
-        if type(number) not in (int, float) or not 0 < number < 1e300:
+        if not is_positive(number := fields.get(field)):
             raise FormatError(CONFIG, f"{field} is {str(number)[:40]!r}", "Correct the file")
     return fields
 

@@ -24,7 +24,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.spec.roles import ROLES
 from lora_inject.spec.sites import SiteSpec, Slices
-from lora_inject.storage.strict_json import Maybe, misfit, parse_json
+from lora_inject.storage.strict_json import Maybe, is_positive, misfit, parse_json
 from lora_inject.version import __version__
 
 FORMAT_VERSION = "1"
@@ -55,7 +55,7 @@ def _is_number(value: Any) -> bool:
 
 # What sites have in common but for their names. `rule` belongs to a config: it is not written.
 _KIND: dict[str, Any] = {
-    "alpha": lambda value: _is_number(value) and value > 0,
+    "alpha": is_positive,
     "compute": ("base", "float32").__contains__,
     "derived": bool,
     "dropout": lambda value: _is_number(value) and 0 <= value < 1,

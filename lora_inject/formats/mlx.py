@@ -20,7 +20,7 @@ from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.plain import matrices, plain_site, plain_sites
 from lora_inject.spec.names import leaf
-from lora_inject.storage.strict_json import read_json
+from lora_inject.storage.strict_json import is_positive, read_json
 from lora_inject.storage.tensors import contiguous, read_tensors, serialize
 
 FILE, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -85,7 +85,7 @@ def _numbers(path: Path) -> tuple[int, float]:
     numbers: dict[str, Any] = said if isinstance(said, dict) else {}
     rank: Any = numbers.get("rank")
     scale: Any = numbers.get("scale")
-    if type(rank) is int and rank > 0 and type(scale) in (int, float) and 0 < scale < 1e300:
+    if type(rank) is int and is_positive(rank) and is_positive(scale):
         return rank, float(scale)
     found = f"'lora_parameters' gives rank {str(rank)[:40]} and scale {str(scale)[:40]}"
     raise FormatError(CONFIG, found, "Correct the file; both are needed")

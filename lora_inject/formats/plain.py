@@ -20,6 +20,7 @@ from lora_inject.formats.checks import FLOATS, one_line
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, plain_pair
 from lora_inject.functional import all_finite
 from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.strict_json import is_positive
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 """Dtypes that writers accept, by name."""
@@ -129,7 +130,7 @@ def plain_site(
             raise FormatError("", f"its alpha has shape {tuple(alpha.shape)}", _DAMAGED)
         number: Any = alpha.item() if isinstance(alpha, Tensor) else alpha
         number = len(a) if number is None else number
-        if type(number) not in (int, float) or not 0 < number < 1e300:
+        if not is_positive(number):
             raise FormatError("", f"its alpha is {str(number)[:40]}", _DAMAGED)
     rank, n_in, n_out = int(a.shape[0]), a[0].numel(), int(b.shape[0])
     kind, turned = "conv" if a.ndim > 2 else kind, kind != "linear" and a.ndim == 2

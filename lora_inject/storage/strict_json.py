@@ -63,6 +63,11 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
 
 
+def is_positive(value: Any) -> bool:
+    """Whether a parsed value is a finite number above 0; true is not."""
+    return type(value) in (int, float) and 0 < value < 1e300
+
+
 class Maybe(NamedTuple):
     """A form, or null."""
 

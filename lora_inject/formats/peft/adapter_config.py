@@ -28,7 +28,7 @@ from lora_inject.formats.peft.number_patterns import common, pattern_keys, value
 from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, wrapped
 from lora_inject.spec.names import leaf, parent
 from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage.strict_json import misfit
+from lora_inject.storage.strict_json import is_positive, misfit
 
 # The PEFT whose layout the files follow.
 PEFT_VERSION = "0.21.2"
@@ -129,14 +129,6 @@ _NOT_NEEDED = {
 }  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e300
-
-
-def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
 def _are_rows(value: Any) -> bool:
     several = [*value.values()] if isinstance(value, dict) else [value] if value else []
     right = not misfit(several, [[range(2**63)]])
@@ -149,8 +141,8 @@ _FLAG = bool, "true or false"
 # Field: its form, and the form in words.
 _FORMS: dict[str, tuple[Any, str]] = {
     "r": (_RANK, "a whole number above 0"),
-    "lora_alpha": (_is_alpha, "a number above 0"),
-    "lora_dropout": (lambda value: _is_number(value) and value < 1, "in [0, 1)"),
+    "lora_alpha": (is_positive, "a number above 0"),
+    "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "in [0, 1)"),
     "use_rslora": _FLAG,
     "use_dora": _FLAG,
     "lora_bias": _FLAG,
@@ -160,7 +152,7 @@ _FORMS: dict[str, tuple[Any, str]] = {
     "target_parameters": _NAMES,
     "trainable_token_indices": (_are_rows, "a list of rows, or one for a name"),
     "rank_pattern": ({...: _RANK}, "a table of whole numbers above 0"),
-    "alpha_pattern": ({...: _is_alpha}, "a table of numbers above 0"),
+    "alpha_pattern": ({...: is_positive}, "a table of numbers above 0"),
 }
 
 
