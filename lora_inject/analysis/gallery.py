@@ -29,6 +29,7 @@ from lora_inject.analysis.weights import Weights
 
 WEIGHT_DIRECTIONS = 128
 MOST_BLOCKS = 4
+LAYERS = ("layer, from 1", "layer, from 1")  # what rows and columns of layers compared are
 
 
 def draw_gallery(
@@ -58,7 +59,7 @@ def draw_gallery(
     spectra = {block.name: spectrum(block.delta).values for block in middle}
     drawn = [draw_spectra(spectra, place / "spectra.png")]
     for kind, (_, phi) in across_layers(state).items():
-        figure = similarity_figure([("", phi)], ("layer, from 1", "layer, from 1"), title=kind)
+        figure = similarity_figure([("", phi)], LAYERS, title=kind)
         drawn.append(png(figure, place / f"layers-{_slug(kind)}.png"))
     if comparison is not None:
         for kind, pairs in comparable(comparison).items():

@@ -28,14 +28,12 @@ from lora_inject.analysis.drawings import (
 )
 from lora_inject.analysis.figures import Analysis
 from lora_inject.analysis.findings import findings
-from lora_inject.analysis.gallery import comparable
+from lora_inject.analysis.gallery import LAYERS, comparable
 from lora_inject.errors import StateError
 from lora_inject.spec.columns import number
 from lora_inject.spec.names import printable, templates
 from lora_inject.storage.atomic import write_file
 from lora_inject.version import __version__
-
-ACROSS = ("layer, from 1", "layer, from 1")
 
 
 def report(
@@ -102,7 +100,7 @@ def report(
             spectra=[(k, svg(figure, f"singular values of {k}")) for k, figure in spectra.items()],
             rounding=list(_rounding(analysis)),
             across=[
-                _phi(kind, [("", phi)], f"phi between layers of {kind}", ACROSS)
+                _phi(kind, [("", phi)], f"phi between layers of {kind}", LAYERS)
                 for kind, (_, phi) in across
             ],
             compared=list(_compared(comparison)) if comparison else None,
