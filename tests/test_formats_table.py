@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, StateError
 from lora_inject.formats import FORMATS, Format, losses_of, read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.tensors import read_names
@@ -332,3 +332,9 @@ def test_what_any_format_reads_and_writes_is_checked(
     with pytest.raises(FormatError, match=f"write own adapter to '.*b', site '{name}': A has"):
         write_adapter(wrong, tmp_path / "b", "own")
     assert not (tmp_path / "b").exists()
+    other = Format(lambda state, path, facts: path, lambda path, facts: {}, Path.is_file)
+    monkeypatch.setitem(FORMATS, "own", other)
+    with pytest.raises(FormatError, match="what the format wrote: it is a PosixPath"):
+        write_adapter(state, tmp_path / "b", "own")
+    with pytest.raises(StateError, match=r"read own adapter '.*a': it is a dict"):
+        read_adapter(path, "own")

@@ -183,12 +183,13 @@ def write_adapter(
     check_path("write adapter", path)
     row, target = _row(format, f"write adapter to '{path}'"), Path(path)
     with within(f"write {format} adapter to '{path}'"):
-        check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
         facts, own = _split(row.write, facts, options)
         if row.endings and target.suffix not in row.endings:
             found = f"its name does not end in {' or '.join(row.endings)}"
             raise FormatError("", found, "Rename it")
         content = row.write(check_state(state), target, facts, **own)
+        remedy = "Return the bytes of the file, or of each file by its name"
+        check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
     if isinstance(content, bytes):
         return write_file(target, content, overwrite=overwrite)
     return write_directory(target, content, overwrite=overwrite, replaceable=OLDER_FILES)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import FormatError
+from lora_inject.errors import FormatError, check_type
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,6 +32,7 @@ def one_line(names: Iterable[str], n: int = 3) -> str:
 
 def check_state(state: AdapterState) -> AdapterState:
     """Return an adapter if its tensors fit its specs; raise if they do not."""
+    check_type("", state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
     trained: Mapping[str, object] = state.trained
     if wrong := [name for name, tensor in trained.items() if not isinstance(tensor, Tensor)]:
         raise FormatError("", f"{one_line(wrong)} is not a tensor", "Pass tensors only")
