@@ -370,9 +370,12 @@ def _backward_one(
     `gx2` `(n, in)` may be overwritten; it is None if x has no gradient yet.
     """
     gA, gB, scale = None, None, u.scale / (1 - u.dropout)
-    gh = torch.empty_like(kept.h)  # without the scale
-    for g_part, gh_part, B_part in _parts(u.spans, g2, gh, kept.B):
-        torch.matmul(g_part, B_part, out=gh_part)
+    if u.spans is None:  # without out=, which DTensors of torch 2.11 do not know
+        gh = torch.mm(g2, kept.B)
+    else:
+        gh = torch.empty_like(kept.h)
+        for g_part, gh_part, B_part in _parts(u.spans, g2, gh, kept.B):
+            torch.matmul(g_part, B_part, out=gh_part)
     if needs[2] and u.spans is None and cpu.is_cpu(g2):
         # With the thin matrix on the left: 2 points of a step, 7 of one in float32 over bfloat16.
         gB = _scaled_product(kept.h.t(), g2, u.scale).t()
