@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lora_inject.spec.plan import Plan
     from lora_inject.spec.space import Space
     from lora_inject.trials.advise import advise
-    from lora_inject.trials.batches import causal_loss
+    from lora_inject.trials.losses import causal_loss
     from lora_inject.trials.runs import Trials
     from lora_inject.trials.search import Search, search
     from lora_inject.trials.trial import Trial
@@ -148,7 +148,7 @@ _HOMES = {
     "spec.plan": "Plan",
     "spec.space": "Space",
     "trials.advise": "advise",
-    "trials.batches": "causal_loss",
+    "trials.losses": "causal_loss",
     "trials.trial": "Trial",
     "trials.runs": "Trials",
     "trials.search": "Search search",

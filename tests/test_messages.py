@@ -151,8 +151,8 @@ class Mistakes:
 
     def routing_a_weight_update(self, path):
         """StateError: routed to 'default': it changes '0.weight' itself, which all rows of a batch
-        share. Route adapters on layers that are called, without lora_bias; train in full only
-        linear layers and norms that have no site."""
+        share. Route adapters on layers that are called, and train in full only linear layers and
+        norms."""
         model = li.inject(nn.Sequential(nn.Linear(4, 4)), {"rank": 1, "targets": [r"0\.weight"]})
         with li.routed(model, ["default"]):
             pass

@@ -280,25 +280,33 @@ def test_a_convolution_without_a_batch_is_refused() -> None:
 
 
 def with_trained_layers() -> nn.Module:
-    """Adapters that train a head, or a norm and a bias, in full; and one that does not."""
+    """Adapters that train a head, a norm or biases, and some that adapt the same layers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
-    for name, train in (("head", ["2"]), ("norm", [r"1\.weight", r"2\.bias"]), ("none", [])):
-        config = {"rank": 1, "targets": ["0"], "train": train}
-        fill(li.inject(model, config, name), name)
+    for name, config in {
+        "head": {"targets": ["0"], "train": ["2"]},
+        "norm": {"targets": ["0"], "train": [r"1\.weight", r"2\.bias"]},
+        "none": {"targets": ["0"]},
+        "low": {"targets": ["2"], "bias": "adapted"},
+        "of B": {"targets": ["0", "2"], "lora_bias": True},
+        "dora": {"targets": ["0"], "variant": "dora", "bias": "adapted"},
+    }.items():
+        fill(li.inject(model, {"rank": 1, **config}, name), name)
         for key, parameter in li.adapter_parameters(model, name).items():
-            if "lora" not in key:
+            if "lora_A" not in key and "lora_B" not in key:
                 torch.nn.init.normal_(parameter)
     return model
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
-def test_rows_get_the_layers_that_their_adapters_train_in_full(checkpointed: bool) -> None:
-    model, rows = with_trained_layers(), ["head", "head", "norm", None, "none", "norm", "head"]
-    li.train_only(model, ["head", "norm", "none"])
-    x = torch.randn(7, 5, 4, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(7, 5, 3, dtype=torch.float64)
-    parameters = {n: li.adapter_parameters(model, n) for n in ("head", "norm", "none")}
+def test_rows_get_the_layers_and_biases_that_their_adapters_train(checkpointed: bool) -> None:
+    model = with_trained_layers()
+    rows = ["head", "head", "norm", None, "none", "low", "of B", "dora", "norm", "head"]
+    names = [name for name in dict.fromkeys(rows) if name is not None]
+    li.train_only(model, names)
+    x = torch.randn(len(rows), 5, 4, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(len(rows), 5, 3, dtype=torch.float64)
+    parameters = {n: li.adapter_parameters(model, n) for n in names}
     trained = [x, *(p for found in parameters.values() for p in found.values())]
     with li.routed(model, rows):
         y = checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
@@ -312,16 +320,6 @@ def test_rows_get_the_layers_that_their_adapters_train_in_full(checkpointed: boo
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
     with li.routed(model, rows), pytest.raises(li.LayerError, match="not the number of rows"):
         model[2](torch.ones(3, 6, dtype=torch.float64))
-
-
-def test_a_layer_with_a_low_rank_update_as_well_is_not_routed() -> None:
-    model = with_trained_layers()
-    li.inject(model, {"rank": 1, "targets": ["2"]}, "low")
-    with li.routed(model, ["head"]), pytest.raises(li.LayerError, match="rows have adapters of"):
-        model(torch.ones(1, 4, dtype=torch.float64))
-    li.inject(model, {"rank": 1, "targets": ["0"], "bias": "adapted"}, "late")
-    with pytest.raises(li.StateError, match=r"'late': it changes '0\.bias' itself"):
-        li.routed(model, ["late"]).__enter__()
 
 
 class TimeMajor(nn.Module):

@@ -685,7 +685,6 @@ def test_routed_refuses_at_entry(rows: list[str], repeat: int, words: str) -> No
     [
         {"targets": ["up"]},
         {"targets": [r"fc\.weight"]},
-        {"targets": ["fc"], "bias": "adapted"},
         {"targets": ["fc"], "train": ["conv"]},
     ],
     ids=str,

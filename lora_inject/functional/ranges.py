@@ -7,7 +7,7 @@ stacked or copied, and the number of operations does not grow with the number of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -71,6 +71,7 @@ def ranged_linear(
     bias: Tensor | None,
     ranges: Sequence[Range],
     anchor: Tensor,
+    reached: Callable[[], Any],
     *,
     transposed: bool = False,
 ) -> Tensor:
@@ -84,6 +85,7 @@ def ranged_linear(
         ranges: Factors in the dtype of the product.
         anchor: A leaf that requires a gradient and gets none: the backward runs for it, and adds to
             the gradients of the ranges.
+        reached: Called where the backward has added to these gradients.
         transposed: Whether the weight is stored as transformers' Conv1D stores it.
 
     Returns:
@@ -97,7 +99,7 @@ def ranged_linear(
         kept = x if same else lowered(kept, dtype)
     with context or nullcontext():
         found: Tensor = _Ranged.apply(  # type: ignore[no-untyped-call]
-            x, kept, weight, bias, anchor, (ranges, transposed, dtype)
+            x, kept, weight, bias, anchor, (ranges, reached, transposed, dtype)
         )
         return found
 
@@ -111,9 +113,9 @@ class _Ranged(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         anchor: Tensor,
-        how: tuple[Sequence[Range], bool, torch.dtype | None],
+        how: tuple[Sequence[Range], Callable[[], Any], bool, torch.dtype | None],
     ) -> Tensor:
-        ranges, transposed, dtype = how
+        ranges, ctx.reached, transposed, dtype = how
         out = frozen_output(x, weight, bias, transposed, dtype)
         x2, y2, thin = as_matrix(kept), as_matrix(out), []
         for one in ranges:
@@ -139,6 +141,8 @@ class _Ranged(torch.autograd.Function):
             into = torch.zeros_like(x2) if ctx.apart else gx
         # A derivative with respect to other tensors must leave these gradients as they are.
         trains = torch._C._will_engine_execute_node(ctx.anchor)
+        if trains:
+            ctx.reached()
         for one, h in zip(ctx.ranges, thin, strict=True):
             g3, x3, gh = one.of(g2), one.of(x2), torch.empty_like(h)
             for g_part, gh_part, B_part in one.parts(g3, gh, one.B):

@@ -11,6 +11,7 @@ the adapter never changes W.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from lora_inject.functional.lookup import embedding, renormalized, routed_embedd
 from lora_inject.layers.adapted import Geometry
 from lora_inject.layers.attached import held_by
 from lora_inject.layers.forward_update import ForwardUpdate
+from lora_inject.layers.routed_forward import apart
+from lora_inject.layers.selection import State
 
 
 class LoRAEmbedding(ForwardUpdate):
@@ -61,32 +64,40 @@ class LoRAEmbedding(ForwardUpdate):
         weight, state = self._lora_own("weight"), attached.selection.current()
         if hasattr(weight, "full_tensor"):  # a DTensor does not support adding to single rows
             return self._lora_rows(ids, self._lora_formed(), self.max_norm)
-        float32, gain = attached.float32, None
         if state.routed:
-            if state.packs(ids):
-                return self.forward(ids.flatten(0, 1)).reshape(*ids.shape, -1)
-            routing = self._lora_routing(ids, state)
-            if not routing.entries:
-                return self._lora_rows(ids, weight, self.max_norm)
-            adapters = routing.factors(held_by(self), training=self.training)
-            base, rows = self._lora_rows(ids, weight, None), routing.places
-            found = routed_embedding(base, ids, rows, adapters, self.padding_idx, float32=float32)
-            if attached.gains:
-                gain = self._lora_gains(routing, weight, found.dim())
+            return self._lora_by_rows(ids, weight, state)
+        alone, gain = attached.gained(state) if attached.gains else None, None
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            updates = self._lora_compiled(weight, state)
         else:
-            alone = attached.gained(state) if attached.gains else None
-            compiling = torch.compiler.is_compiling()
-            if compiling:
-                updates = self._lora_compiled(weight, state)
-            else:
-                updates = self._lora_updates(state, compiling=False)
-            if not updates:
-                return self._lora_rows(ids, weight, self.max_norm)
-            self._lora_refuse_resized(updates[0].A.shape[1])
-            base = self._lora_rows(ids, weight, None)
-            found = embedding(base, ids, updates, self.padding_idx, float32=float32)
-            if alone is not None:
-                gain = self._lora_gain(alone, weight, attached.chosen(state, compiling))
+            updates = self._lora_updates(state, compiling=False)
+        if not updates:
+            return self._lora_rows(ids, weight, self.max_norm)
+        self._lora_refuse_resized(updates[0].A.shape[1])
+        base = self._lora_rows(ids, weight, None)
+        found = embedding(base, ids, updates, self.padding_idx, float32=attached.float32)
+        if alone is not None:
+            gain = self._lora_gain(alone, weight, attached.chosen(state, compiling))
+        return self._lora_finished(found, ids, gain)
+
+    def _lora_by_rows(self, ids: Tensor, weight: Any, state: State) -> Any:
+        """Look rows up with the update, and the gain, of each row's own adapter."""
+        if state.one_pass is not None and not state.alone:
+            return apart(self, functools.partial(LoRAEmbedding.forward, self), state, (ids,), {})
+        if state.packs(ids):
+            return self.forward(ids.flatten(0, 1)).reshape(*ids.shape, -1)
+        routing = self._lora_routing(ids, state)
+        if not routing.entries:
+            return self._lora_rows(ids, weight, self.max_norm)
+        attached, gain = self._lora, None
+        adapters = routing.factors(held_by(self), training=self.training)
+        base, rows = self._lora_rows(ids, weight, None), routing.places
+        found = routed_embedding(
+            base, ids, rows, adapters, self.padding_idx, float32=attached.float32
+        )
+        if attached.gains:
+            gain = self._lora_gains(routing, weight, found.dim())
         return self._lora_finished(found, ids, gain)
 
     def _lora_finished(self, rows: Tensor, ids: Tensor, gain: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ kinds from outside that add to their output, use this second way.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
@@ -19,9 +20,11 @@ from lora_inject.functional.factors import compute_dtype, needs_plain_operations
 from lora_inject.functional.gain import gained
 from lora_inject.functional.ranges import ranged_linear
 from lora_inject.layers.adapted import Geometry, plain_class
-from lora_inject.layers.attached import Entry
+from lora_inject.layers.attached import Entry, held_by
 from lora_inject.layers.forward_update import ForwardUpdate
-from lora_inject.layers.reading import PLAIN
+from lora_inject.layers.reading import PLAIN, trained
+from lora_inject.layers.routed_forward import adds_bias, apart
+from lora_inject.layers.routing import routing_of
 from lora_inject.layers.selection import State
 
 # Classes of other libraries are known by where they are defined, so that none need be imported.
@@ -130,15 +133,39 @@ class LoRALinear(ForwardUpdate):
             flat = x.flatten(0, 1)
             y = self._lora_by_rows(flat, state, (flat,), {})
             return y.reshape(*x.shape[:-1], y.shape[-1])
-        fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN
+        reads, names = self._lora.reads, state.parts.keys()
+        added = "bias" if adds_bias(type(self), "bias") else None
+        whole = any(names & table.keys() for param, table in reads.items() if param != added)
+        if whole and not state.alone:
+            by_itself = functools.partial(LoRALinear.forward, self)
+            found: Tensor = apart(self, by_itself, state, args, kwargs)
+            return found
+        fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN and not whole
         if fresh and self._lora_in_trials(x, state):
             y = self._lora_by_ranges(x, state)
         else:
             routing = self._lora_routing(x, state)
             y = self._lora_plain_forward(args, kwargs)
             y = self._lora_routed(y, x, routing, state, in_place=fresh)
-        if not self._lora.gains:
-            return y
+        biases = self._lora_biases(x, state) if added in reads else None
+        y = self._lora_gained_rows(y, x, state) if self._lora.gains else y
+        return y if biases is None else y + biases
+
+    def _lora_biases(self, x: Tensor, state: State) -> Tensor | None:
+        """Return what to add to the bias for each row `(batch, 1, ..., out)`, None for nothing."""
+        routing = routing_of(self, self._lora.reads["bias"], x, state)
+        if not routing.entries:
+            return None
+        if not torch.compiler.is_compiling():
+            self._lora.used(routing.entries)
+        held, raw = held_by(self), self._lora_raw("bias")
+        self._lora_refuse_vain(held[e.mark] for e in routing.entries)
+        each = [trained(e, raw, raw, held[e.mark], 1.0) - raw for e in routing.entries]
+        found = torch.stack([torch.zeros_like(raw), *each]).index_select(0, routing.places)
+        return found.view(-1, *[1] * (x.dim() - 2), found.shape[-1])
+
+    def _lora_gained_rows(self, y: Tensor, x: Tensor, state: State) -> Tensor:
+        """Multiply each row's output by the gain of its own adapter."""
         routing = self._lora_routing(x, state)
         weight, bias = self._lora_weight_and_bias()
         gains = self._lora_gains(routing, weight, y.dim())
@@ -162,10 +189,10 @@ class LoRALinear(ForwardUpdate):
 
     def _lora_by_ranges(self, x: Tensor, state: State) -> Tensor:
         """Compute a stock layer with the update of each trial's own tokens."""
-        kept, ranges, anchor = state.one_pass.of_layer(self, x, _product_dtype(x))
-        self._lora_refuse_vain((anchor,))
+        kept, *ranges = state.one_pass.of_layer(self, x, _product_dtype(x))
+        self._lora_refuse_vain(ranges[1:2])
         weight, bias = self._lora_weight_and_bias()
-        return ranged_linear(x, kept, weight, bias, ranges, anchor, transposed=self.transposed)
+        return ranged_linear(x, kept, weight, bias, *ranges, transposed=self.transposed)
 
     def _lora_gained(
         self, entry: Entry, x: Tensor, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -31,7 +31,7 @@ from lora_inject.layers.attached import (
 from lora_inject.layers.checkpointing import refuse_dead_checkpoint
 from lora_inject.layers.moving_buffers import buffers_to_watch, refuse_moved
 from lora_inject.layers.readers import computes, running_module
-from lora_inject.layers.routed_forward import adds_rows
+from lora_inject.layers.routed_forward import adds_bias, adds_rows
 from lora_inject.layers.selection import State
 from lora_inject.layers.sending import queue_of, sent
 
@@ -102,7 +102,7 @@ class Reading(nn.Module):
         if attached.forward and reader is not self and param == self.weight_name:
             entries = {**attached.forward, **entries}
         by_rows = reader is self and adds_rows(self._lora_plain, param)
-        if by_rows and attached.selection.current().routed:
+        if by_rows and (state := attached.selection.current()).routed and not state.alone:
             return raw
         outside = reader is not self and not attached.running and isinstance(reader, nn.Module)
         return self._lora_value(param, raw, entries, outside=outside)
@@ -117,9 +117,12 @@ class Reading(nn.Module):
             self._lora_refuse_replaced(param)
         attached = self._lora
         state = attached.selection.current()
-        if state.routed:
+        if state.routed and adds_bias(type(self), param) and not outside:
+            return raw  # the layer's own forward, which adds to each row's output
+        if state.routed and not state.alone:
             return self._lora_refuse_routed(param, raw, entries, state)
-        taking = [(entries[name], weight) for name, weight in state.active if name in entries]
+        active = state.chosen[:1] if state.alone else state.active
+        taking = [(entries[n], weight) for n, weight in active if n is not None and n in entries]
         if not taking:
             return raw
         if type(raw) not in (*PLAIN, PackedExperts):
@@ -167,7 +170,7 @@ class Reading(nn.Module):
         for entry, weight in taking:
             spec = entry.spec
             if spec is None:
-                value = _trained(entry, value, raw, held[entry.mark], weight)
+                value = trained(entry, value, raw, held[entry.mark], weight)
                 continue
             # The weight of a layer keeps its dtype, which the layer's input has.
             float32 = float32 or (spec.compute == "float32" and spec.kind == "parameter")
@@ -235,7 +238,7 @@ class Reading(nn.Module):
             )
 
 
-def _trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
+def trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: float) -> Tensor:
     """Return a tensor with the values of an entry without a site added or put in its place."""
     if entry.scale is not None:
         return (value.to(copy.dtype) + weight * entry.scale * copy).to(raw.dtype)

@@ -44,7 +44,8 @@ def routing_of(
     choice = state.choice_on(x.device) if torch.compiler.is_compiling() else None
     names = (state.rows or ()) if choice is None else ()
     n_rows = len(names) if choice is None else choice.shape[0]
-    if x.shape[0] not in (n_rows, n_rows * state.repeat):
+    fits = x.shape[0] in (n_rows, n_rows * state.repeat)
+    if not fits and (state.one_pass is None or x.shape[0] % n_rows):
         multiple = f", nor {state.repeat} times that" if state.repeat > 1 else ""
         raise LayerError(
             f"routed() with {n_rows} rows",
@@ -92,7 +93,7 @@ def _refuse_ambiguous(module: nn.Module, x: Tensor, *n_rows: int) -> None:
 def _routing(
     entries: Sequence[Entry], places: Tensor, blocks: Tensor | None = None, in_order: bool = False
 ) -> Routing:
-    recipes = [tuple(entry.recipes(1.0)) for entry in entries]
+    recipes = [tuple(entry.recipes(1.0)) if entry.spec else () for entry in entries]
     return Routing(entries, places, recipes, places if blocks is None else blocks, in_order)
 
 

@@ -47,6 +47,7 @@ class State:
     choices: Mapping[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
     # for trials: the ranges and the dropout of one pass
     one_pass: Any = field(default=None, repr=False, compare=False)
+    alone: bool = False  # whether all `rows` have one adapter, so that weights are read with it
     # what layers keep for one context: rows as tensors
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -59,6 +60,11 @@ class State:
     def chosen(self) -> tuple[tuple[str | None, float], ...]:
         """Name and weight of each active adapter, or of each row's."""
         return self.active if self.rows is None else tuple((name, 1.0) for name in self.rows)
+
+    def of(self, name: str | None, n: int) -> State:
+        """Return the selection of n rows of one adapter by themselves."""
+        one = None if self.one_pass is None else self.one_pass.only(name, n)
+        return replace(self, rows=(name,) * n, alone=True, one_pass=one)
 
     def packs(self, x: Tensor) -> bool:
         """Whether the tokens of a layer's input `(1, tokens, ...)` are what `rows` are for."""

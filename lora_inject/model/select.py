@@ -115,8 +115,8 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
 
     Raises:
         StateError: A name is unknown, the model is merged, or an adapter has what all rows share:
-            sites that are read as a whole weight, lora_bias, or trained copies of other layers
-            than linear ones and torch's norms. On leaving: a context that was entered later is
+            sites that are read as a whole weight, or trained copies of other layers than linear
+            ones and torch's norms. On leaving: a context that was entered later is
             still open.
         LayerError: In a forward, the batch is not as long as `adapters`, nor its multiple.
 
@@ -140,8 +140,8 @@ def routed(model: nn.Module, adapters: Sequence[str | None], *, repeat: int = 1)
         raise StateError(
             f"routed to {name!r}",
             f"it changes {found.whole[name]!r} itself, which all rows of a batch share",
-            "Route adapters on layers that are called, without lora_bias; train in full only "
-            "linear layers and norms that have no site",
+            "Route adapters on layers that are called, and train in full only linear layers and "
+            "norms",
         )
     with within_state(model, State(rows=rows, repeat=repeat), "routed"):
         yield

@@ -11,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lora_inject.errors import StateError, check_type
+from lora_inject.errors import StateError
 
 Forward = Callable[[Any], Any]
-Loss = Callable[[Any, Any], Tensor]
-IGNORED = -100
-"""The label that cross entropy leaves out."""
 
 
 class Joined(NamedTuple):
@@ -69,15 +66,6 @@ def size_of(batch: Any, whose: str, *, packed: bool = False) -> int:
         found = f"its tensors have {sorted(sizes)} rows" if sizes else "it holds no tensor"
         raise StateError(f"step, batch of {whose!r}", found, "Give tensors with one row an example")
     return int(sizes.pop())
-
-
-def scalar_loss(loss: Loss, outputs: Any, batch: Any, whose: str) -> Tensor:
-    """Return one trial's loss, which must be a single number in a tensor."""
-    value, asked = loss(outputs, batch), f"loss of trial {whose!r}"
-    check_type(asked, value, Tensor, "Return a scalar tensor")
-    if value.numel() != 1:
-        raise StateError(asked, f"it has the shape {tuple(value.shape)}", "Return its mean")
-    return value.reshape(())
 
 
 def n_tokens(batch: Any) -> int:
@@ -227,30 +215,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def causal_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean loss of the next token, as transformers' causal models compute it.
-
-    Args:
-        outputs: With `logits (rows, tokens, vocabulary)`.
-        batch: With `labels (rows, tokens)`; -100 is ignored.
-    """
-    return F.cross_entropy(*_next_tokens(outputs, batch))
-
-
-def causal_losses(outputs: Any, batch: Mapping[str, Tensor], n: int) -> Tensor:
-    """Return the causal loss `(n,)` of each of n equal parts of a batch, in one pass."""
-    logits, labels = _next_tokens(outputs, batch)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return losses.view(n, -1).sum(1) / (labels != IGNORED).view(n, -1).sum(1)
-
-
-def _next_tokens(outputs: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return all logits `(rows * tokens, vocabulary)`, not copied, and the label of each."""
-    if not isinstance(batch, Mapping) or "labels" not in batch or not hasattr(outputs, "logits"):
-        found = "the default loss needs logits of the model and a batch with 'labels'"
-        raise StateError("step", found, "Give both, or a loss of your own: loss=...")
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
-    logits = outputs.logits.flatten(0, 1)
-    return logits.float() if logits.dtype.itemsize < 4 else logits, labels

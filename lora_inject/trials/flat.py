@@ -9,9 +9,12 @@ view of them is the stack that a product takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +24,29 @@ from lora_inject.layers.attached import Attached, Entry, Recipe
 from lora_inject.trials.trial import Trial
 
 
-class Stacked(NamedTuple):
+@dataclass
+class Stacked:
     """What a layer has of some trials."""
 
     entries: tuple[Entry, ...]
     stacks: list[tuple[int, Range]]  # each with the place of its first trial, tokens left open
     dropout: dict[str, float]  # of the trials that have one
+    trained: tuple[nn.Parameter, ...]
+    last: tuple[tuple[int, ...], list[Range]] = field(default=((), []))
+
+    def ranges(self, sizes: tuple[int, ...]) -> list[Range]:
+        """Return the stacks as ranges of tokens, for the tokens of each trial."""
+        if self.last[0] != sizes:  # most steps have the sizes of the step before
+            starts, ranges = [0, *accumulate(sizes)], []
+            for first, one in self.stacks:
+                n = len(one.A)
+                equal = len(set(sizes[first : first + n])) == 1
+                for i in range(0, n, n if equal else 1):
+                    part = one if equal else one.part(i)
+                    tokens = (starts[first + i], starts[first + i + len(part.A)])
+                    ranges.append(part._replace(tokens=tokens))
+            self.last = (sizes, ranges)
+        return self.last[1]
 
 
 class Buffer:
@@ -37,6 +57,7 @@ class Buffer:
 
     Attributes:
         anchor: A leaf for which the backward of `ranged_linear` runs.
+        reached: The members that have got a gradient since `zero_grad`, if it be zero.
     """
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
@@ -46,6 +67,7 @@ class Buffer:
         self._end = 0
         self._stacked: dict[tuple[Any, ...], Stacked] = {}
         self.anchor = members[0].new_zeros(()).requires_grad_()
+        self.reached: set[Tensor] = set()
 
     def vector(self, members: Sequence[nn.Parameter]) -> nn.Parameter:
         """Move Parameters into the buffer and return one vector of all of them."""
@@ -55,6 +77,7 @@ class Buffer:
             place = self._values[start : self._end].view(member.shape)
             member.data = place.copy_(member.data)
             member.grad = self._grads[start : self._end].view(member.shape)
+            member.register_post_accumulate_grad_hook(self.reached.add)  # type: ignore[no-untyped-call]
         vector = nn.Parameter(self._values[begin : self._end])
         vector.grad = self._grads[begin : self._end]
         return vector
@@ -62,6 +85,7 @@ class Buffer:
     def zero_grad(self) -> None:
         """Set all gradients to zero in place: the Parameters' gradients are views of them."""
         self._grads.zero_()
+        self.reached.clear()
 
     def forget(self) -> None:
         """Forget the known stacks, because Parameters were removed or frozen."""
@@ -86,7 +110,9 @@ class Buffer:
             entries = {n: attached.forward[n] for n in names if n in attached.forward}
             stacks = [*self._stacks(entries, held, names, dtype)]
             dropout = {n: e.spec.dropout for n, e in entries.items() if e.spec and e.spec.dropout}
-            found = self._stacked[key] = Stacked(tuple(entries.values()), stacks, dropout)
+            trained = tuple(held[e.names[role]] for e in entries.values() for role in ("A", "B"))
+            found = Stacked(tuple(entries.values()), stacks, dropout, trained)
+            self._stacked[key] = found
         if not attached.took_part.issuperset(entry.mark for entry in found.entries):
             attached.used(found.entries)
         return found
@@ -175,8 +201,8 @@ class Flat:
         rest = dict.fromkeys(p for p in parameters.values() if p not in of_B)
         self.trial, self._of_A, self._members = trial, [*rest], [*rest, *of_B]
         whole = trial.b_lr_ratio == 1.0
-        parts = [self._members] if whole else [self._of_A, [*of_B]]
-        self.vectors = [buffer.vector(members) for members in parts if members]
+        self._parts = [part for part in ([self._members] if whole else [[*rest], [*of_B]]) if part]
+        self.vectors = [buffer.vector(members) for members in self._parts]
         self._rates = [trial.lr, trial.lr * trial.b_lr_ratio][-len(self.vectors) :]
 
     @property
@@ -195,6 +221,30 @@ class Flat:
         where = self.vectors[0].data_ptr()
         return not self._members or self._members[0].data_ptr() == where
 
+    def cut(self, runs: Callable[[list[nn.Parameter]], list[int]], optimizer: Optimizer) -> None:
+        """Cut vectors into runs of members; `runs` says for each member which it belongs to."""
+        for vector, members in [*zip(self.vectors, self._parts, strict=True)]:
+            pairs = zip(runs(members), members, strict=True)
+            parts = [[m for _, m in run] for _, run in groupby(pairs, itemgetter(0))]
+            if len(parts) == 1:
+                continue
+            sizes = [sum(member.numel() for member in part) for part in parts]
+            assert vector.grad is not None
+            made = [nn.Parameter(piece) for piece in torch.split(vector.detach(), sizes)]
+            for piece, grad in zip(made, torch.split(vector.grad, sizes), strict=True):
+                piece.grad = grad
+            i = next(i for i, v in enumerate(self.vectors) if v is vector)
+            self.vectors[i : i + 1], self._parts[i : i + 1] = made, parts
+            optimizer.cut(vector, made)
+
+    def idle(self, reached: Collection[Tensor], optimizer: Optimizer) -> list[nn.Parameter]:
+        """Return the vectors of the members without a gradient, cut off from others if need be."""
+        if all(member in reached for member in self._members):
+            return []
+        self.cut(lambda members: [member in reached for member in members], optimizer)
+        both = zip(self.vectors, self._parts, strict=True)
+        return [vector for vector, members in both if members[0] not in reached]
+
     def freeze(self) -> None:
         """Remove the gradients, so that an optimizer skips the vectors."""
         for tensor in (*self.vectors, *self._members):
@@ -202,8 +252,14 @@ class Flat:
         for member in self._members:
             member.requires_grad_(False)
 
-    def fill(self, vectors: Sequence[Tensor]) -> None:
-        """Write values into the vectors."""
+    def fill(self, vectors: Sequence[Tensor], optimizer: Optimizer) -> None:
+        """Write values into the vectors, which are cut as these are."""
+        which = {}
+        ends, end, done = [*accumulate(v.numel() for v in vectors)], 0, 0
+        for member in self._members:
+            which[member], end = done, end + member.numel()
+            done += end == ends[done]
+        self.cut(lambda members: [which[member] for member in members], optimizer)
         for mine, value in zip(self.vectors, vectors, strict=True):
             mine.data.copy_(value)
 
@@ -232,11 +288,28 @@ class Optimizer:
                 groups.setdefault(key, {**group, "trial": flat.trial})["params"].append(vector)
         self._adamw = torch.optim.AdamW(groups.values(), fused=True)
 
-    def step(self, n: int) -> None:
-        """Take the n-th step, counted from 0, of all vectors that have a gradient."""
+    def step(self, n: int, idle: Sequence[nn.Parameter]) -> None:
+        """Take the n-th step, counted from 0, of all vectors that have a gradient; none is idle."""
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * group["trial"].factor(n)
+        grads = [vector.grad for vector in idle]
+        for vector in idle:
+            vector.grad = None
         self._adamw.step()
+        for vector, grad in zip(idle, grads, strict=True):
+            vector.grad = grad
+
+    def cut(self, vector: nn.Parameter, pieces: Sequence[nn.Parameter]) -> None:
+        """Put pieces in the place of a vector, with its state."""
+        for group in self._adamw.param_groups:
+            each = [pieces if p is vector else [p] for p in group["params"]]
+            group["params"] = [p for some in each for p in some]
+        state, start = self._adamw.state.pop(vector, {}), 0
+        for piece in pieces:
+            part = slice(start, start := start + piece.numel())
+            self._adamw.state[piece] = {
+                key: (t[part] if t.dim() else t).clone() for key, t in state.items()
+            }
 
     def drop(self, flat: Flat) -> None:
         """Forget a trial's vectors."""

@@ -7,9 +7,10 @@ stores the states of the trials' generators under it; the recomputation draws th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import accumulate
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +40,15 @@ class Pass:
         self._buffer, self._random = buffer, random
         self._known: dict[int, dict[str, Tensor]] = {}
 
+    def only(self, name: str | None, n: int) -> Pass:
+        """Return the pass of n rows of one trial by themselves; it draws the same numbers."""
+        made = copy.copy(self)
+        made._names, made._each = (str(name),), [n]
+        return made
+
     def of_layer(
         self, layer: Any, x: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, list[Range], Tensor]:
+    ) -> tuple[Tensor, list[Range], Tensor, Callable[[], None]]:
         """Return what `ranged_linear` takes.
 
         Args:
@@ -50,23 +57,19 @@ class Pass:
             dtype: Of the product.
 
         Returns:
-            x after dropout, the ranges of its tokens, and the anchor.
+            x after dropout, the ranges of its tokens, the anchor, and what notes a gradient.
         """
         found = self._buffer.stacked(layer._lora, held_by(layer), self._names, dtype)
         kept = self.dropped(layer, x, found.dropout) if layer.training else x
-        sizes = self._sizes(layer, x)
-        starts, ranges = [0, *accumulate(sizes)], []
-        for first, one in found.stacks:
-            n = len(one.A)
-            equal = len(set(sizes[first : first + n])) == 1
-            for i in range(0, n, n if equal else 1):
-                part = one if equal else one.part(i)
-                ranges.append(
-                    part._replace(tokens=(starts[first + i], starts[first + i + len(part.A)]))
-                )
-        return kept, ranges, self._buffer.anchor
+        ranges = found.ranges(self._sizes(layer, x))
+        return (
+            kept,
+            ranges,
+            self._buffer.anchor,
+            partial(self._buffer.reached.update, found.trained),
+        )
 
-    def _sizes(self, layer: Any, x: Tensor) -> list[int]:
+    def _sizes(self, layer: Any, x: Tensor) -> tuple[int, ...]:
         """Return the tokens that each trial has of a layer's input."""
         total, tokens = sum(self._each), x.numel() // x.shape[-1]
         if x.shape[0] % total:
@@ -75,7 +78,7 @@ class Pass:
                 f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}",
                 "Use a forward whose layers keep them, one after the other",
             )
-        return [tokens // total * n for n in self._each]
+        return tuple([tokens // total * n for n in self._each])
 
     def dropped(self, layer: Any, x: Tensor, dropout: Mapping[str, float]) -> Tensor:
         """Return x `(batch, ..., in)` after dropout, which each trial draws for its own tokens."""
@@ -90,7 +93,7 @@ class Pass:
                 "Use checkpoints with preserve_rng_state=True",
             )
         states = self._known.setdefault(key, dict(self._random))
-        each = torch.split(x.reshape(-1, x.shape[-1]), self._sizes(layer, x))
+        each = torch.split(x.reshape(-1, x.shape[-1]), list(self._sizes(layer, x)))
         parts = []
         for name, n, part in zip(self._names, self._each, each, strict=True):
             p = dropout.get(name, 0.0)

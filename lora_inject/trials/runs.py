@@ -21,31 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import FormatError, StateError, check_type
+from lora_inject.layers.routed_forward import routes_rows, runs_apart
 from lora_inject.layers.selection import State
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import adapted_modules
 from lora_inject.model.eject import eject
 from lora_inject.model.inject import inject
 from lora_inject.model.save import adapter_state
-from lora_inject.model.select import routed, within_state
+from lora_inject.model.select import within_state
 from lora_inject.model.train import adapter_parameters, train_only
+from lora_inject.spec.names import joined as joined_name
 from lora_inject.storage.atomic import write_file
 from lora_inject.trials.batches import (
     Forward,
     Joined,
-    Loss,
-    causal_loss,
-    causal_losses,
     evaluating,
     in_one_order,
     joined,
     n_tokens,
     parted,
     plain_forward,
-    scalar_loss,
 )
 from lora_inject.trials.flat import Buffer, Flat, Optimizer, clip, norms
 from lora_inject.trials.isolation import check_apart, check_padding
+from lora_inject.trials.losses import Loss, causal_loss, causal_losses, scalar_loss
 from lora_inject.trials.passes import Pass, seeded
 from lora_inject.trials.trial import Trial
 
@@ -69,9 +68,9 @@ class Trials:
         ConfigError: A config is not valid.
         MatchError: A config's pattern matches nothing.
         LayerError: A site cannot be adapted.
-        StateError: There are no trials, a name is in use, or rows cannot differ at a site: stacked
-            experts, `lora_bias`, and `train` entries other than linear layers and torch's norms.
-            The model is then unchanged.
+        StateError: There are no trials, a name is in use, or rows cannot differ in a weight: the
+            forward that reads it takes more than one tensor, and is no stack of experts of
+            transformers. The model is then unchanged.
 
     Attributes:
         model: The model.
@@ -118,8 +117,7 @@ class Trials:
                     torch.manual_seed(trial.seed)
                     inject(model, trial.config, name)
                 done.append(name)
-            with routed(model, list(trials)):  # refuses what cannot differ by row
-                pass
+            _refuse_shared(model, list(trials))
             _refuse_dropout(model, list(trials))
             train_only(model, list(trials))
         except BaseException:
@@ -173,7 +171,10 @@ class Trials:
             for group in self._groups(batches):
                 found |= self._backward(group, forward, loss)
         self._clip()
-        self._optimizer.step(self.n_steps)
+        reached = self._buffer.reached
+        flats = [self._flats[name] for name in self.running]
+        idle = [vector for flat in flats for vector in flat.idle(reached, self._optimizer)]
+        self._optimizer.step(self.n_steps, idle)
         for name, value in found.items():
             self._losses[name].append(value)
         self.n_steps += 1
@@ -211,13 +212,11 @@ class Trials:
         of = self._joined(batches, forward)
         outputs = self._outputs(of, forward, self._random)
         parts = parted(outputs, of, self._positions)
-        if loss is causal_loss and of.even:
-            each = causal_losses(outputs, of.batch, len(batches))  # launches do not grow
-            values = each.tolist()
-            if all(map(math.isfinite, values)):
-                each.sum().backward()  # type: ignore[no-untyped-call]
-                return dict(zip(batches, values, strict=True))
-        losses = {name: scalar_loss(loss, parts[name], one, name) for name, one in batches.items()}
+        if loss is causal_loss:
+            losses = dict(zip(batches, causal_losses(outputs, batches, of), strict=True))
+        else:
+            losses = {name: scalar_loss(loss, parts[name], b, name) for name, b in batches.items()}
+        del outputs, parts  # of the size of the logits
         for name, one_loss in losses.items():
             if not one_loss.requires_grad:
                 what = "no gradient leads from it to A and B"
@@ -435,7 +434,7 @@ class Trials:
                 found = f"the base of trial {name!r} has other values"
                 raise FormatError(f"resume {str(path)!r}", found, "Give the model as it was before")
         for name, vectors in held["values"].items():
-            new._flats[name].fill(vectors)
+            new._flats[name].fill(vectors, new._optimizer)
             new._optimizer.restore(new._flats[name], held["optimizer"][name])
         new._random = held["random"]
         new.n_steps, new._losses = about["n_steps"], about["losses"]
@@ -443,6 +442,20 @@ class Trials:
         for name, why in about["stopped"].items():
             new._stop(name, why)
         return new
+
+
+def _refuse_shared(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse what cannot differ by row: weights of modules whose rows cannot run apart."""
+    for path, module, attached in adapted_modules(Survey(model)):
+        for entry in (entry for name in names for entry in attached.entries(name)):
+            reads = attached.forward.get(entry.adapter) is not entry
+            if reads and not routes_rows(module, entry) and not runs_apart(module):
+                raise StateError(
+                    f"Trials, {entry.adapter!r}",
+                    f"it changes {joined_name(path, entry.param)!r}, and the forward of a "
+                    f"{type(module).__name__} takes more than one tensor with the rows first",
+                    "Leave it out of the config, or train that adapter by itself",
+                )
 
 
 def _refuse_dropout(model: nn.Module, names: Iterable[str]) -> None:

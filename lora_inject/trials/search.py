@@ -28,13 +28,12 @@ from lora_inject.storage.atomic import write_file
 from lora_inject.storage.strict_json import read_json
 from lora_inject.trials.batches import (
     Forward,
-    Loss,
-    causal_loss,
     evaluating,
     in_one_order,
     plain_forward,
     size_of,
 )
+from lora_inject.trials.losses import Loss, causal_loss
 from lora_inject.trials.rungs import behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
 from lora_inject.trials.trial import Trial
