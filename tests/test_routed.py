@@ -322,6 +322,15 @@ def test_rows_get_the_layers_and_biases_that_their_adapters_train(checkpointed: 
         model[2](torch.ones(3, 6, dtype=torch.float64))
 
 
+def test_compiled_rows_get_their_biases() -> None:
+    model = with_trained_layers()
+    li.train_only(model, None)
+    x, compiled = torch.randn(3, 5, 4, dtype=torch.float64), torch.compile(model, backend="eager")
+    for rows in (["low", None, "of B"], ["of B", "of B", "low"]):
+        with li.routed(model, rows):
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-13)
+
+
 class TimeMajor(nn.Module):
     """A layer next to one with torch's default, `batch_first=False`."""
 

@@ -224,7 +224,7 @@ def test_a_wrong_space_is_an_error_at_its_place(tmp_path, text, message) -> None
         (SPACE, {"held_out": [(torch.ones(2, 4), torch.ones(3, 2))]}, "'held_out': its tensors"),
         (SPACE | {"targets": {"a": ["q_proj"]}}, {}, "matched none"),
         (SPACE | {"config": {"dropuot": 0.1}}, {}, "unknown key 'dropuot'"),
-        (SPACE | {"config": {"train": ["2.weight"]}}, {}, "'weight' is adapted and trained"),
+        (SPACE | {"config": {"train": ["2.weight"]}}, {}, "adapted and trained both"),
         ([SPACE], {}, "space: a value of type list. Give a Space"),
     ],
 )  # fmt: skip

@@ -133,9 +133,9 @@ class LoRALinear(ForwardUpdate):
             flat = x.flatten(0, 1)
             y = self._lora_by_rows(flat, state, (flat,), {})
             return y.reshape(*x.shape[:-1], y.shape[-1])
-        reads, names = self._lora.reads, state.parts.keys()
+        reads, parts = self._lora.reads, state.parts
         added = "bias" if adds_bias(type(self), "bias") else None
-        whole = any(names & table.keys() for param, table in reads.items() if param != added)
+        whole = any(n in parts for param, table in reads.items() if param != added for n in table)
         if whole and not state.alone:
             by_itself = functools.partial(LoRALinear.forward, self)
             found: Tensor = apart(self, by_itself, state, args, kwargs)
