@@ -53,14 +53,18 @@ def routes_rows(module: nn.Module, entry: Entry) -> bool:
     return entry.rows is None and entry.scale is None and cls._lora_plain.forward in _ROWWISE
 
 
+def sorts_tokens(module: nn.Module) -> bool:
+    """Whether a module is a stack of experts that takes the tokens and the experts of each."""
+    return hasattr(module, "_is_expert_parallel")  # by transformers' use_experts_implementation
+
+
 def runs_apart(module: Any) -> bool:
     """Whether a module can run for the rows of each adapter by themselves, as far as is known now.
 
-    Its forward takes one tensor, or it is a stack of experts whose tensors all have its tokens
-    first (transformers' `use_experts_implementation`).
+    Its forward takes one tensor, or the tensors of a stack of experts, which have its tokens first.
     """
     cls = type(module)
-    if hasattr(module, "_is_expert_parallel"):
+    if sorts_tokens(module):
         return True
     needed = [
         p
@@ -116,7 +120,7 @@ def apart(
     dim = int(state.packs(x))
     if not dim:
         routing_of(module, {}, x, state)  # which checks the number of rows
-    several = len(tensors) > 1 and not hasattr(module, "_is_expert_parallel")
+    several = len(tensors) > 1 and not sorts_tokens(module)
     if several or any(t.shape[dim : dim + 1] != x.shape[dim : dim + 1] for t in tensors):
         _refuse_apart(module, "takes", tensors)
     repeat = x.shape[dim] // len(rows)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import FormatError, StateError, check_type
-from lora_inject.layers.routed_forward import routes_rows, runs_apart
+from lora_inject.layers.routed_forward import routes_rows, runs_apart, sorts_tokens
 from lora_inject.layers.selection import State
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import adapted_modules
@@ -125,6 +125,7 @@ class Trials:
                 eject(model, name)
             raise
         self._layers = [module for _, module, _ in adapted_modules(Survey(model))]
+        self._exact = not any(map(sorts_tokens, model.modules()))
         parameters = {name: adapter_parameters(model, name) for name in self.trials}
         self._buffer = Buffer([p for found in parameters.values() for p in found.values()])
         for name, trial in self.trials.items():
@@ -244,7 +245,8 @@ class Trials:
     def _check_apart(self, batches: Mapping[str, Any], forward: Forward) -> None:
         if not self._apart:
             of, run = joined(batches, packed=self.packed), partial(self._outputs, forward=forward)
-            check_apart(run, of, self._flats[next(iter(batches))], self._layers)
+            flat = self._flats[next(iter(batches))]
+            check_apart(run, of, flat, self._layers, exact=self._exact)
             self._apart = True
 
     def _joined(self, batches: Mapping[str, Any], forward: Forward) -> Joined:
@@ -252,7 +254,7 @@ class Trials:
         of = joined(batches, packed=self.packed)
         if of.lengths is not None and self._positions is None:
             run = partial(self._outputs, forward=forward)
-            self._positions = check_padding(run, batches, of, self._layers)
+            self._positions = check_padding(run, batches, of, self._layers, exact=self._exact)
         return of
 
     def _by_trial(self, batch: Any) -> dict[str, Any]:
