@@ -322,6 +322,18 @@ def test_rows_get_the_layers_and_biases_that_their_adapters_train(checkpointed: 
         model[2](torch.ones(3, 6, dtype=torch.float64))
 
 
+def test_biases_by_row_keep_the_dtype_of_autocast() -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    li.inject(model, {"rank": 1, "targets": ["0"], "bias": "adapted"})
+    for parameter in li.adapter_parameters(model).values():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        alone = model(x)
+        with li.routed(model, ["default", "default"]):
+            torch.testing.assert_close(model(x), alone, rtol=2e-2, atol=2e-2)
+
+
 def test_compiled_rows_get_their_biases() -> None:
     model = with_trained_layers()
     li.train_only(model, None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_experts import MOE, expert_rule, experts
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_models import llama
 from transformers import (
     BatchEncoding,
@@ -64,6 +65,7 @@ GPT2_TRIALS = {
         {"rank": 3, "dropout": 0.1, "targets": ["c_fc"]}, lr=3e-3, weight_decay=0.1, seed=1
     ),
     "table": Trial({"rank": 1, "targets": ["wte", "c_proj"]}, lr=1e-2, b_lr_ratio=4, **COSINE),
+    "tied": Trial({"rank": 1, "targets": ["c_fc"], "train": ["wte"]}, lr=1e-2),
 }
 LLAMA_TRIALS = {
     "all": Trial({"rank": 2, "dropout": 0.05, "targets": ["all-linear"]}, lr=1e-2, **COSINE),
@@ -529,10 +531,77 @@ def test_experts_with_nan_change_no_other_trial() -> None:
         check_equal(found.model, others.model, name)
 
 
+class Products(TorchDispatchMode):
+    """Counts grouped products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += "grouped_mm" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_grouped_products_of_experts_are_as_many_for_any_number_of_trials() -> None:
+    def products(n: int) -> int:
+        rules = {"rank": 2, "targets": [expert_rule("out_in")]}
+        trials = {str(i): Trial(rules, lr=1e-3) for i in range(n)}
+        running = Trials(of_experts("mixtral", "grouped_mm"), trials)
+        running.step(batches(trials, 0, {}))
+        with Products() as counted:
+            running.step(batches(trials, 1, {}))
+        return counted.n
+
+    assert 0 < products(2) == products(5)
+
+
 def test_a_stack_whose_tokens_are_sorted_by_expert_is_refused() -> None:
     model = experts("llama4")[0]
     with pytest.raises(li.StateError, match=r"'a': it changes .*gate_up_proj.* Llama4TextExperts"):
         Trials(model, {"a": Trial({"rank": 1, "targets": [expert_rule("in_out")]}, lr=1e-2)})
+    assert not li.adapters(model)
+
+
+class Images(nn.Module):
+    """Convolutions, whose weights are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.same = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 4, 3, padding=1)
+        self.up, self.fc = nn.ConvTranspose2d(4, 2, 2), nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.up(self.same(self.down(x)).relu()).relu().mean((2, 3)))
+
+
+def test_convolutions_equal_a_plain_loop() -> None:
+    trials = {
+        "low": Trial({"rank": 2, "targets": ["down", "same", "up"]}, lr=1e-2, clip=0.1),
+        "dora": Trial({"rank": 1, "targets": ["down", "fc"], "variant": "dora"}, lr=1e-2),
+        "full": Trial({"rank": 1, "targets": ["same"], "train": ["down", "fc"]}, lr=1e-2),
+        "bias": Trial({"rank": 1, "targets": ["same"], "bias": "all"}, lr=1e-2, weight_decay=0.1),
+    }
+    running = Trials(Images().double(), trials)
+    xs = torch.randn(4, 3, 3, 7, 7, generator=torch.Generator().manual_seed(1)).double()
+    for x in xs:
+        running.step(x, loss=lambda out, _: (out - 1).square().mean())
+    for name, trial in trials.items():
+        alone = Images().double()
+        by_hand(alone, name, trial, [{"x": x} for x in xs], lambda o, _: (o - 1).square().mean())
+        check_equal(running.model, alone, name)
+
+
+@pytest.mark.parametrize(
+    ("layer", "target"),
+    [(nn.LSTM(4, 4), "0.weight_ih_l0"), (nn.Bilinear(4, 4, 4), "0")],
+    ids=["LSTM", "Bilinear"],
+)
+def test_weights_of_layers_whose_rows_cannot_run_apart_are_refused(layer, target) -> None:
+    model = nn.Sequential(layer)
+    with pytest.raises(li.StateError, match=f"'a': it changes '0.weight.*{type(layer).__name__}"):
+        Trials(model, {"a": Trial({"rank": 1, "targets": [target]}, lr=1e-2)})
     assert not li.adapters(model)
 
 

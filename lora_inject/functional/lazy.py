@@ -24,7 +24,13 @@ from lora_inject.functional.gain import Gain
 from lora_inject.functional.linear import differentiate
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.functional.picking import PICKED
-from lora_inject.functional.weight import LowRank, Update, effective_weight, low_rank
+from lora_inject.functional.weight import (
+    LowRank,
+    Update,
+    effective_weight,
+    low_rank,
+    low_rank_of_each,
+)
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -72,11 +78,24 @@ def lazy_weight(
     return found
 
 
+def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
+    """Return stacked experts with each matrix once for each adapter, with the adapter's updates.
+
+    Adapter by adapter for one expert, then the next expert; see `low_rank_of_each`.
+    """
+    read = _ReadForEach(weight, each)
+    if not torch.is_grad_enabled():
+        return _made(read, read.shape, weight.stride())
+    found: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
+    return found
+
+
 class _Read:
     """One reading of a weight, shared by all lazy weights that come from it.
 
     Attributes:
         leaves: The weight, and every tensor of its updates and of its gain.
+        shape: That of the value.
         is_stack: Whether the weight is a stack, of which matrices are picked.
         is_thin: Whether products are thin. A gain applies to the sum, not to its terms; and a hook
             wants the gradient of the sum. A kernel is not a factor of a product.
@@ -90,7 +109,7 @@ class _Read:
         used: Callable[[], None],
         matrices: bool,
     ) -> None:
-        self.weight, self.updates, self.gain = weight, updates, gain
+        self.weight, self.updates, self.gain, self.shape = weight, updates, gain, weight.shape
         factors = [t for _, A, B, _ in updates for t in (A, B)]
         self.leaves = [weight, *factors, *(gain.tensors.values() if gain is not None else ())]
         self.is_stack = matrices and weight.dim() == 3
@@ -121,7 +140,7 @@ class _Read:
 
     def formed(self) -> Tensor:
         """Return the same as one tensor in the weight's shape."""
-        return self.sum().formed(self.weight.dtype).reshape(self.weight.shape)
+        return self.sum().formed(self.weight.dtype).reshape(self.shape)
 
     @cached_property
     def whole(self) -> LowRank:
@@ -136,7 +155,7 @@ class _Read:
         gradient of A is joined and cast once. In inference each matrix is taken separately, because
         few of many experts may be used.
         """
-        base, terms, float32, _ = self.whole
+        base, terms, float32, _, repeat = self.whole
         if not self.mode:
             return self.whole.at(index)
         dtype = None if float32 or _is_autocast(base) else base.dtype
@@ -144,9 +163,22 @@ class _Read:
             cut = [(_cut(left.to(dtype)), _cut(right.to(dtype)), s) for left, right, s in terms]
             self._matrices[dtype] = [
                 LowRank(one, tuple((left[i], right[i], s) for left, right, s in cut), float32)
-                for i, one in enumerate(base.unbind())
+                for i, one in enumerate(o for o in base.unbind() for _ in range(repeat))
             ]
         return self._matrices[dtype][index]
+
+
+class _ReadForEach(_Read):
+    """Likewise of stacked experts with the updates of several adapters."""
+
+    def __init__(self, weight: Tensor, each: Sequence[Sequence[Update]]) -> None:
+        self._each = each
+        super().__init__(weight, [u for us in each for u in us], None, lambda: None, True)
+        self.shape = torch.Size((len(weight) * len(each), *weight.shape[1:]))
+
+    def sum(self) -> LowRank:
+        """Return the matrices and their updates, with the graph of the caller."""
+        return low_rank_of_each(self.weight, self._each)
 
 
 class LazyWeight(Tensor):
@@ -275,7 +307,7 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, read: _Read, *_: Tensor) -> LazyWeight:
         ctx.read = read
-        return _made(read, read.weight.shape, read.weight.stride())
+        return _made(read, read.shape, read.weight.stride())
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

@@ -33,12 +33,17 @@ class LowRank(NamedTuple):
     float32: bool = False  # whether products keep their low-rank arithmetic in float32
     # the factor on the outputs of the sum, and whether these are its last axis
     gain: tuple[Gain, bool] | None = None
+    repeat: int = 1  # how many matrices in a row have one of the base
+
+    def whole_base(self) -> Tensor:
+        """Return the base with a matrix for each of the sum."""
+        return self.base if self.repeat == 1 else self.base.repeat_interleave(self.repeat, 0)
 
     def formed(self, dtype: torch.dtype) -> Tensor:
         """Carry out the sum, differentiably: `(..., m, n)`, rounded once to `dtype`."""
         wide = torch.promote_types(self.base.dtype, torch.float32)
         add = torch.addmm if self.base.dim() == 2 else torch.baddbmm
-        total = self.base.to(wide)
+        total = self.whole_base().to(wide)
         with without_autocast(total) or nullcontext():
             for left, right, scale in self.terms:
                 total = add(total, left.to(wide), right.to(wide), alpha=scale)
@@ -51,12 +56,12 @@ class LowRank(NamedTuple):
     def turned(self) -> LowRank:
         """Return the transposed matrices, which have no gain."""
         terms = tuple((right.mT, left.mT, scale) for left, right, scale in self.terms)
-        return LowRank(self.base.mT, terms, self.float32)
+        return LowRank(self.base.mT, terms, self.float32, None, self.repeat)
 
     def at(self, index: int | Tensor) -> LowRank:
         """Return one or some matrices of a stack, which has no gain."""
         terms = tuple((left[index], right[index], scale) for left, right, scale in self.terms)
-        return LowRank(self.base[index], terms, self.float32)
+        return LowRank(self.base[index // self.repeat], terms, self.float32)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `x @ self + bias`, as `torch.matmul` gives it; a bias is for one matrix only."""
@@ -65,7 +70,7 @@ class LowRank(NamedTuple):
             in_out = not self.base.mT.is_contiguous()
             weight = self.base if in_out else self.base.mT
             return linear(x, weight, bias, updates, transposed=in_out, float32=self.float32)
-        y = torch.matmul(x, self.base)
+        y = torch.matmul(x, self.whole_base())
         with without_autocast(y) or nullcontext():
             x = x.to(y.dtype)
             for left, right, scale in self.terms:
@@ -92,7 +97,7 @@ class LowRank(NamedTuple):
         `multiply` is called as `torch._grouped_mm` is: x `(rows, m)`, sorted by group, a stack of
         matrices, and the end of each group. Rows behind the last are what it leaves there.
         """
-        y = multiply(x, self.base, offs=offs)
+        y = multiply(x, self.base, offs=offs[self.repeat - 1 :: self.repeat].contiguous())
         for left, right, scale in self.terms:
             # The kernels need rows of a multiple of 16 bytes, which a small rank does not give.
             missing = -left.shape[-1] % max(1, 16 // y.element_size())
@@ -119,6 +124,33 @@ def low_rank(weight: Tensor, updates: Sequence[Update], gain: Gain | None = None
     packed = isinstance(weight, PackedExperts)
     matrix = weight if packed else weight.reshape(*lead, -1, spec.matrix_shape[1])
     return LowRank(matrix, tuple(terms), float32, (gain, spec.transposed) if gain else None)
+
+
+def low_rank_of_each(weight: Tensor, each: Sequence[Sequence[Update]]) -> LowRank:
+    """Return stacked experts in which each has its matrix once with the updates of each adapter.
+
+    All updates are one term, padded with zeros to one rank. `each` has the updates of an adapter,
+    none if it leaves the weight as it is.
+    """
+    pairs = [_one_term(weight, updates) for updates in each]
+    known = [pair for pair in pairs if pair is not None]
+    if not known:
+        return LowRank(weight, (), repeat=len(each))
+    rank, (left, right) = max(left.shape[2] for left, _ in known), known[0]
+    none = (torch.zeros_like(left), torch.zeros_like(right))
+    lefts, rights = zip(*(none if pair is None else pair for pair in pairs), strict=True)
+    left = torch.stack([F.pad(t, (0, rank - t.shape[2])) for t in lefts], 1).flatten(0, 1)
+    right = torch.stack([F.pad(t, (0, 0, 0, rank - t.shape[1])) for t in rights], 1).flatten(0, 1)
+    return LowRank(weight, ((left, right, 1.0),), repeat=len(each))
+
+
+def _one_term(weight: Tensor, updates: Sequence[Update]) -> tuple[Tensor, Tensor] | None:
+    """Return all updates of stacked matrices as one product, scales included."""
+    if not updates:
+        return None
+    terms = low_rank(weight, updates).terms
+    left = torch.cat([left * scale for left, _, scale in terms], 2)
+    return left, torch.cat([right for _, right, _ in terms], 1)
 
 
 def effective_weight(

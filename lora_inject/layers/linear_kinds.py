@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.functional import add_updates, linear
-from lora_inject.functional.factors import compute_dtype, needs_plain_operations
+from lora_inject.functional.factors import cast, compute_dtype, needs_plain_operations
 from lora_inject.functional.gain import gained
 from lora_inject.functional.ranges import ranged_linear
 from lora_inject.layers.adapted import Geometry, plain_class
@@ -149,7 +149,7 @@ class LoRALinear(ForwardUpdate):
             y = self._lora_routed(y, x, routing, state, in_place=fresh)
         biases = self._lora_biases(x, state) if added in reads else None
         y = self._lora_gained_rows(y, x, state) if self._lora.gains else y
-        return y if biases is None else y + biases
+        return y if biases is None else y + cast(biases, y.dtype)
 
     def _lora_biases(self, x: Tensor, state: State) -> Tensor | None:
         """Return what to add to the bias for each row `(batch, 1, ..., out)`, None for nothing."""

@@ -21,6 +21,7 @@ from lora_inject.errors import LayerError
 from lora_inject.functional.routed import routed_convolution
 from lora_inject.layers.attached import Entry, attached_to, held_by
 from lora_inject.layers.contexts import within
+from lora_inject.layers.expert_rows import by_expert, sorts_tokens
 from lora_inject.layers.routing import routing_of
 from lora_inject.layers.selection import State
 
@@ -53,11 +54,6 @@ def routes_rows(module: nn.Module, entry: Entry) -> bool:
     return entry.rows is None and entry.scale is None and cls._lora_plain.forward in _ROWWISE
 
 
-def sorts_tokens(module: nn.Module) -> bool:
-    """Whether a module is a stack of experts that takes the tokens and the experts of each."""
-    return hasattr(module, "_is_expert_parallel")  # by transformers' use_experts_implementation
-
-
 def runs_apart(module: Any) -> bool:
     """Whether a module can run for the rows of each adapter by themselves, as far as is known now.
 
@@ -88,7 +84,7 @@ def with_rows(plain: type[nn.Module], forward: Callable[..., Any]) -> Callable[.
         if not state.routed or state.alone:
             return forward(self, *args, **kwargs)
         entries = [table[n] for table in attached.reads.values() for n in state.parts if n in table]
-        if adds and all(entry.spec is not None for entry in entries):
+        if adds and all(e.spec is not None and not e.variant.gained for e in entries):
             return _added(self, forward, args[0] if args else kwargs["input"], state)
         known = rowwise and all(entry.spec is None for entry in entries)
         if not entries or not (known or state.one_pass is not None):
@@ -120,12 +116,18 @@ def apart(
     dim = int(state.packs(x))
     if not dim:
         routing_of(module, {}, x, state)  # which checks the number of rows
-    several = len(tensors) > 1 and not sorts_tokens(module)
-    if several or any(t.shape[dim : dim + 1] != x.shape[dim : dim + 1] for t in tensors):
+    sorts = sorts_tokens(module)
+    if (len(tensors) > 1 and not sorts) or any(
+        t.shape[dim : dim + 1] != x.shape[dim : dim + 1] for t in tensors
+    ):
         _refuse_apart(module, "takes", tensors)
     repeat = x.shape[dim] // len(rows)
     runs = [(name, len(list(each))) for name, each in groupby(rows)]
     sizes = [repeat * n for _, n in runs]
+    if sorts and len(runs) > 1 and not dim:
+        of_tokens = [(name, n) for (name, _), n in zip(runs, sizes, strict=True)]
+        if (mine := by_expert(module, of_tokens, args, kwargs)) is not None:
+            return mine
     columns = [
         torch.split(t, sizes, dim) if isinstance(t, Tensor) else (t,) * len(runs) for t in given
     ]

@@ -9,9 +9,10 @@ view of them is the stack that a product takes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import Any
@@ -31,7 +32,8 @@ class Stacked:
     entries: tuple[Entry, ...]
     stacks: list[tuple[int, Range]]  # each with the place of its first trial, tokens left open
     dropout: dict[str, float]  # of the trials that have one
-    trained: tuple[nn.Parameter, ...]
+    trained: frozenset[int]  # where the A and B of these trials are in the buffer
+    marks: frozenset[str]  # of the entries
     last: tuple[tuple[int, ...], list[Range]] = field(default=((), []))
 
     def ranges(self, sizes: tuple[int, ...]) -> list[Range]:
@@ -57,7 +59,7 @@ class Buffer:
 
     Attributes:
         anchor: A leaf for which the backward of `ranged_linear` runs.
-        reached: The members that have got a gradient since `zero_grad`, if it be zero.
+        reached: Where the members begin that have got a gradient, maybe 0, since `zero_grad`.
     """
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
@@ -67,7 +69,7 @@ class Buffer:
         self._end = 0
         self._stacked: dict[tuple[Any, ...], Stacked] = {}
         self.anchor = members[0].new_zeros(()).requires_grad_()
-        self.reached: set[Tensor] = set()
+        self.reached: set[int] = set()
 
     def vector(self, members: Sequence[nn.Parameter]) -> nn.Parameter:
         """Move Parameters into the buffer and return one vector of all of them."""
@@ -77,10 +79,14 @@ class Buffer:
             place = self._values[start : self._end].view(member.shape)
             member.data = place.copy_(member.data)
             member.grad = self._grads[start : self._end].view(member.shape)
-            member.register_post_accumulate_grad_hook(self.reached.add)  # type: ignore[no-untyped-call]
+            note = partial(self._note, start)
+            member.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
         vector = nn.Parameter(self._values[begin : self._end])
         vector.grad = self._grads[begin : self._end]
         return vector
+
+    def _note(self, start: int, _: Tensor) -> None:
+        self.reached.add(start)
 
     def zero_grad(self) -> None:
         """Set all gradients to zero in place: the Parameters' gradients are views of them."""
@@ -110,10 +116,12 @@ class Buffer:
             entries = {n: attached.forward[n] for n in names if n in attached.forward}
             stacks = [*self._stacks(entries, held, names, dtype)]
             dropout = {n: e.spec.dropout for n, e in entries.items() if e.spec and e.spec.dropout}
-            trained = tuple(held[e.names[role]] for e in entries.values() for role in ("A", "B"))
-            found = Stacked(tuple(entries.values()), stacks, dropout, trained)
+            both = (held[e.names[role]] for e in entries.values() for role in ("A", "B"))
+            trained = frozenset(t.storage_offset() for t in both)
+            marks = frozenset(entry.mark for entry in entries.values())
+            found = Stacked(tuple(entries.values()), stacks, dropout, trained, marks)
             self._stacked[key] = found
-        if not attached.took_part.issuperset(entry.mark for entry in found.entries):
+        if not found.marks <= attached.took_part:
             attached.used(found.entries)
         return found
 
@@ -203,6 +211,7 @@ class Flat:
         whole = trial.b_lr_ratio == 1.0
         self._parts = [part for part in ([self._members] if whole else [[*rest], [*of_B]]) if part]
         self.vectors = [buffer.vector(members) for members in self._parts]
+        self._starts = frozenset(member.storage_offset() for member in self._members)
         self._rates = [trial.lr, trial.lr * trial.b_lr_ratio][-len(self.vectors) :]
 
     @property
@@ -237,13 +246,12 @@ class Flat:
             self.vectors[i : i + 1], self._parts[i : i + 1] = made, parts
             optimizer.cut(vector, made)
 
-    def idle(self, reached: Collection[Tensor], optimizer: Optimizer) -> list[nn.Parameter]:
+    def idle(self, reached: Set[int], optimizer: Optimizer) -> list[nn.Parameter]:
         """Return the vectors of the members without a gradient, cut off from others if need be."""
-        if all(member in reached for member in self._members):
+        if self._starts <= reached:
             return []
-        self.cut(lambda members: [member in reached for member in members], optimizer)
-        both = zip(self.vectors, self._parts, strict=True)
-        return [vector for vector, members in both if members[0] not in reached]
+        self.cut(lambda members: [m.storage_offset() in reached for m in members], optimizer)
+        return [vector for vector in self.vectors if vector.storage_offset() not in reached]
 
     def freeze(self) -> None:
         """Remove the gradients, so that an optimizer skips the vectors."""

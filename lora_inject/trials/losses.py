@@ -56,6 +56,9 @@ def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple
         length = of.batch["labels"].shape[1]
         each = [_next(b["labels"], 0 if of.packed else length) for b in batches.values()]
         labels = torch.cat([one.flatten() for one in each])
+    if labels.numel() != logits.shape[:2].numel():
+        found = f"logits of shape {tuple(logits.shape)} for {labels.numel()} labels"
+        raise StateError("step", found, "Give a loss of your own: loss=...")
     repeat = labels.numel() // sum(of.sizes.values())
     sizes, kept = [repeat * n for n in of.sizes.values()], labels != IGNORED
     counts = _sums(kept, sizes).repeat_interleave(torch.tensor(sizes, device=kept.device))

@@ -37,13 +37,14 @@ class Pass:
     def __init__(self, of: Joined, buffer: Buffer, random: dict[str, Tensor] | None) -> None:
         self.packed, self._lengths = of.packed, of.lengths
         self._names, self._each = tuple(of.sizes), list(of.sizes.values())
+        self._total, self._tokens = sum(self._each), dict[int, tuple[int, ...]]()
         self._buffer, self._random = buffer, random
         self._known: dict[int, dict[str, Tensor]] = {}
 
     def only(self, name: str | None, n: int) -> Pass:
         """Return the pass of n rows of one trial by themselves; it draws the same numbers."""
         made = copy.copy(self)
-        made._names, made._each = (str(name),), [n]
+        made._names, made._each, made._total, made._tokens = (str(name),), [n], n, {}
         return made
 
     def of_layer(
@@ -71,14 +72,16 @@ class Pass:
 
     def _sizes(self, layer: Any, x: Tensor) -> tuple[int, ...]:
         """Return the tokens that each trial has of a layer's input."""
-        total, tokens = sum(self._each), x.numel() // x.shape[-1]
+        total, tokens = self._total, x.numel() // x.shape[-1]
         if x.shape[0] % total:
             raise LayerError(
                 f"Trials with {total} {'tokens' if self.packed else 'rows'}",
                 f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}",
                 "Use a forward whose layers keep them, one after the other",
             )
-        return tuple([tokens // total * n for n in self._each])
+        if tokens not in self._tokens:
+            self._tokens[tokens] = tuple([tokens // total * n for n in self._each])
+        return self._tokens[tokens]
 
     def dropped(self, layer: Any, x: Tensor, dropout: Mapping[str, float]) -> Tensor:
         """Return x `(batch, ..., in)` after dropout, which each trial draws for its own tokens."""

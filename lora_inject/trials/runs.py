@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import FormatError, StateError, check_type
-from lora_inject.layers.routed_forward import routes_rows, runs_apart, sorts_tokens
+from lora_inject.layers.expert_rows import sorts_tokens
+from lora_inject.layers.routed_forward import routes_rows, runs_apart
 from lora_inject.layers.selection import State
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import adapted_modules
