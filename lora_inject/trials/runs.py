@@ -223,7 +223,7 @@ class Trials:
             if not one_loss.requires_grad:
                 what = "no gradient leads from it to A and B"
                 raise StateError(f"loss of trial {name!r}", what, "Compute it from the outputs")
-        values = torch.stack([loss.detach().double() for loss in losses.values()]).tolist()
+        values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
         found = dict(zip(losses, values, strict=True))
         for name, value in found.items():
             if not math.isfinite(value):
