@@ -43,7 +43,7 @@ def by_expert(
     assert attached is not None
     names = [name for name, _ in runs]
     entries = [e for table in attached.reads.values() for n in names if (e := table.get(n or ""))]
-    given = {**dict(enumerate(args)), **kwargs}
+    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
     numbers = [k for k, t in given.items() if isinstance(t, Tensor) and not t.is_floating_point()]
     known = getattr(module.config, "_experts_implementation", "") in _FORWARDS
     bare = all(type(p) is nn.Parameter for p in attached.base(module._parameters).values())
