@@ -43,7 +43,7 @@ def by_expert(
     assert attached is not None
     names = [name for name, _ in runs]
     entries = [e for table in attached.reads.values() for n in names if (e := table.get(n or ""))]
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     numbers = [k for k, t in given.items() if isinstance(t, Tensor) and not t.is_floating_point()]
     known = getattr(module.config, "_experts_implementation", "") in _FORWARDS
     bare = all(type(p) is nn.Parameter for p in attached.base(module._parameters).values())
@@ -56,8 +56,8 @@ def by_expert(
     sizes = torch.tensor([n for _, n in runs], device=experts.device)
     adapter = torch.arange(len(runs), device=experts.device).repeat_interleave(sizes)
     given[numbers[0]] = experts * len(runs) + adapter[:, None]
-    args, kwargs = tuple(given.pop(i) for i in range(len(args))), given
-    found: Tensor = type(module)._lora_plain.forward(_Pairs(module, names), *args, **kwargs)
+    args = tuple(given.pop(i) for i in range(len(args)))
+    found: Tensor = type(module)._lora_plain.forward(_Pairs(module, names), *args, **given)
     return found
 
 
