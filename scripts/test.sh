@@ -31,7 +31,7 @@ NO_MKDOCS_2_WARNING=1 check mkdocs build --quiet --strict
 
 echo "\$ pytest $*"
 status=0
-"$venv/bin/python" -m pytest -n 2 --durations=15 -m "not zoo" "$@" || status=$?
+"$venv/bin/python" -m pytest -n 2 --dist worksteal --durations=15 -m "not zoo" "$@" || status=$?
 if ((${#failed[@]})); then
     printf 'error: %s failed, see above\n' "${failed[@]}" >&2
     exit 1

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.forks import Forks
 from hypothesis import settings
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +32,9 @@ from lora_inject.cli import app
 # A busy machine must not fail a test by a deadline, and CI must find the same examples each time.
 settings.register_profile("suite", deadline=None, derandomize="CI" in os.environ, max_examples=60)
 settings.load_profile("suite")
+
+# No test ends in a power cut, and waiting for the disk takes a tenth of the suite's time.
+os.fsync = lambda _: None
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -48,10 +52,26 @@ RANK, ALPHA = 2, 3.0
 SCALE = 1.5  # alpha / rank, by hand
 
 
-def pytest_collection_finish() -> None:
+FORKS = pytest.StashKey[Forks]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what is imported by now out of every later garbage collection: it costs most of one."""
     gc.collect()
     gc.freeze()
+    if any("forks" in getattr(item, "fixturenames", ()) for item in session.items):
+        session.config.stash[FORKS] = Forks()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if FORKS in session.config.stash:
+        session.config.stash[FORKS].close()
+
+
+@pytest.fixture(scope="session")
+def forks(pytestconfig: pytest.Config) -> Forks:
+    """Runs functions of tests in processes of their own that have all imports done."""
+    return pytestconfig.stash[FORKS]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

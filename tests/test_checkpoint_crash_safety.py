@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from helpers.checkpoints import (
     assert_verified,
     llama_adapter,
     llama_tensors,
+    load_checkpoint,
     merge,
     save_checkpoint,
 )
@@ -30,8 +30,6 @@ from lora_inject.checkpoint import (
 from lora_inject.checkpoint import merge_files as merging
 from lora_inject.checkpoint.staging import Staging, free_bytes
 from lora_inject.errors import CheckpointError
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -284,102 +282,77 @@ def test_space_is_asked_of_the_nearest_folder_that_exists(tmp_path):
 
 # Several processes ------------------------------------------------------------------------------
 
-SHARED = """
-import os, sys
-sys.path[:0] = {path!r}
-from helpers.checkpoints import llama_adapter, load_checkpoint
-from lora_inject.checkpoint import WeightedAdapter, merge_checkpoint, merge_files
-from lora_inject.errors import CheckpointError
-base, out = sys.argv[1:]
-part = WeightedAdapter(llama_adapter(load_checkpoint(base)))
-real, rank = merge_files.write_shard, int(os.environ["RANK"])
-def fail(*args):
-    raise CheckpointError("write", "the disk of one burned", "Wait")
-if rank == 1:
-    merge_files.write_shard = fail
-try:
-    merge_checkpoint(base, [part], out)
-except CheckpointError as error:
-    assert "the disk of one burned" in str(error), error
-    assert rank == 1 or "process 1 failed" in str(error), error
-    assert not os.path.exists(out)
-merge_files.write_shard = real
-report = merge_checkpoint(base, [part], out)
-assert len(report.tensors) == 6 and report.resumed, report
-open(f"{{out}}.{{rank}}", "w").close()
-"""
+
+def share_a_merge(base, out):
+    """One of two processes, of which the second fails at first."""
+    rank = int(os.environ["RANK"])
+    part = WeightedAdapter(llama_adapter(load_checkpoint(base)))
+    real = merging.write_shard
+
+    def fail(*args):
+        raise CheckpointError("write", "the disk of one burned", "Wait")
+
+    if rank == 1:
+        merging.write_shard = fail
+    said = "the disk of one burned" if rank == 1 else "process 1 failed"
+    with pytest.raises(CheckpointError, match=said):
+        merge_checkpoint(base, [part], out)
+    assert not out.exists()
+    merging.write_shard = real
+    report = merge_checkpoint(base, [part], out)
+    return len(report.tensors), len(report.resumed)
 
 
 @pytest.mark.slow
-def test_processes_of_torchrun_share_a_merge_and_fail_together(case, tmp_path):
+def test_processes_of_torchrun_share_a_merge_and_fail_together(case, forks):
     base, tensors, state, out = case
-    script = tmp_path / "shared.py"
-    script.write_text(SHARED.format(path=[str(TESTS), str(TESTS.parent)]))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launch, script, base, out], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert all(Path(f"{out}.{rank}").exists() for rank in range(2))
+    found = [rank.result() for rank in forks.start_ranks(2, share_a_merge, base, out)]
+    assert all(n_tensors == 6 and n_resumed for n_tensors, n_resumed in found)
     assert_merged(out, tensors, state)
     assert not staging(out).exists()
 
 
 # Kills ------------------------------------------------------------------------------------------
 
-KILLED = """
-import os, sys, torch
-sys.path[:0] = {path!r}
-from helpers.checkpoints import llama_adapter, load_checkpoint
-from lora_inject.checkpoint import MergeOptions, WeightedAdapter, merge_checkpoint
-part = WeightedAdapter(llama_adapter(load_checkpoint(sys.argv[1])))
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        print(os.getpid(), flush=True)
-        merge_checkpoint(sys.argv[1], [part], sys.argv[2], options=MergeOptions(workers=1))
-        os._exit(0)
-    os.waitpid(pid, 0)
-    print("over", flush=True)
-"""
+
+def merge_alone(base, out):
+    part = WeightedAdapter(llama_adapter(load_checkpoint(base)))
+    print("begun", flush=True)
+    merge_checkpoint(base, [part], out, options=MergeOptions(workers=1))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-def test_killed_at_moments_all_over_the_merge_the_output_is_absent_or_complete(tmp_path):
+def test_killed_at_moments_all_over_the_merge_the_output_is_absent_or_complete(tmp_path, forks):
     tensors = llama_tensors(layers=6, hidden=256, inner=512, vocab=1024)
     base = save_checkpoint(tmp_path / "base", tensors, 6, LLAMA)
     out, part = tmp_path / "out", WeightedAdapter(llama_adapter(tensors))
-    script = KILLED.format(path=[str(TESTS), str(TESTS.parent)])
-    command = [sys.executable, "-c", script, str(base), str(out)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as server:
 
-        def run(delay=None):
-            server.stdin.write("go\n")
-            server.stdin.flush()
-            pid, began = int(server.stdout.readline()), time.monotonic()
-            if delay is not None:
-                time.sleep(delay)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            assert server.stdout.readline() == "over\n"
-            return time.monotonic() - began
+    def run(delay=None):
+        child = forks.start(merge_alone, base, out)
+        while "begun" not in child.out():
+            time.sleep(0.001)
+        began = time.monotonic()
+        if delay is not None:
+            time.sleep(delay)
+            os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() in (0, -signal.SIGKILL)
+        return time.monotonic() - began
 
-        whole = run()
-        shutil.rmtree(out)
-        n_resumed = n_killed = 0
-        # On a fast machine few moments lie between the first finished file and the rename: some
-        # more are tried until two were hit. Which moment is hit decides nothing else.
-        while n_killed < 8 or (n_resumed < 2 and n_killed < 60):
-            k, n_killed = n_killed, n_killed + 1
-            run((k * 0.618 + 0.06) % 1 * whole)
-            if out.exists():
-                assert_verified(base, [part], out)
-            elif staging(out).exists() and k != 2:  # and one goes on after two kills
-                report = merge(base, [part], out)
-                n_resumed += bool(report.resumed)
-                assert_verified(base, [part], out)
-            shutil.rmtree(out, ignore_errors=True)
-        server.stdin.close()
+    whole = run()
+    shutil.rmtree(out)
+    n_resumed = n_killed = 0
+    # On a fast machine few moments lie between the first finished file and the rename: some
+    # more are tried until two were hit. Which moment is hit decides nothing else.
+    while n_killed < 8 or (n_resumed < 2 and n_killed < 60):
+        k, n_killed = n_killed, n_killed + 1
+        run((k * 0.618 + 0.06) % 1 * whole)
+        if out.exists():
+            assert_verified(base, [part], out)
+        elif staging(out).exists() and k != 2:  # and one goes on after two kills
+            report = merge(base, [part], out)
+            n_resumed += bool(report.resumed)
+            assert_verified(base, [part], out)
+        shutil.rmtree(out, ignore_errors=True)
 
 
 # A full disk ------------------------------------------------------------------------------------

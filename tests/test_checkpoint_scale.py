@@ -1,12 +1,12 @@
 """Large, strange and hostile: 671B parameters, fingerprints, Ctrl-C, memory."""
 
 import json
+import os
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from helpers.checkpoints import (
     assert_verified,
     llama_adapter,
     llama_tensors,
+    load_checkpoint,
     merge,
     save_checkpoint,
     site,
@@ -28,6 +29,7 @@ from lora_inject.checkpoint import (
     Checkpoint,
     MergeOptions,
     WeightedAdapter,
+    merge_checkpoint,
     plan_merge,
     read_weighted,
 )
@@ -161,49 +163,33 @@ def test_671b_parameters_are_planned_in_seconds_and_a_shard_is_merged(tmp_path):
 
 # Processes --------------------------------------------------------------------------------------
 
-INTERRUPTED = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
-sys.path[:0] = {path!r}
-from helpers.checkpoints import llama_adapter, load_checkpoint
-from lora_inject.checkpoint import MergeOptions, WeightedAdapter, merge_checkpoint
-part = WeightedAdapter(llama_adapter(load_checkpoint(sys.argv[1])))
-def progress(done, total):
-    print("writing", flush=True)
-while True:
-    try:
-        merge_checkpoint(
-            sys.argv[1], [part], sys.argv[2], options=MergeOptions(workers=2), progress=progress
-        )
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
-        break
-    import shutil
-    shutil.rmtree(sys.argv[2])
-"""
+
+def merge_until_interrupted(base, out):
+    part = WeightedAdapter(llama_adapter(load_checkpoint(base)))
+    options = MergeOptions(workers=2)
+
+    def progress(done, total):
+        print("writing", flush=True)
+
+    while True:
+        try:
+            merge_checkpoint(base, [part], out, options=options, progress=progress)
+        except KeyboardInterrupt:
+            return
+        shutil.rmtree(out)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
-def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path):
+def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path, forks):
     tensors = llama_tensors(layers=4, hidden=512, inner=2048, vocab=2048)
     base = save_checkpoint(tmp_path / "base", tensors, 4, LLAMA)
-    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    command = [
-        sys.executable,
-        "-c",
-        INTERRUPTED.format(path=path),
-        str(base),
-        str(tmp_path / "out"),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for _ in range(30):
-            process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        said = process.stdout.read().split()
-    assert process.returncode == 0
-    assert said[-1] == "stopped"
     out = tmp_path / "out"
+    run = forks.start(merge_until_interrupted, base, out)
+    while run.out().count("writing") < 30:
+        assert not run.err()
+    os.kill(run.pid, signal.SIGINT)
+    run.result()
     assert not out.exists()
     assert not list(tmp_path.rglob("*.partial"))
     part = WeightedAdapter(llama_adapter(tensors))
@@ -211,40 +197,25 @@ def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path):
     assert_verified(base, [part], out)
 
 
-PEAK = """
-import json, sys
-from lora_inject.checkpoint import Checkpoint, read_weighted, merge_checkpoint
-base = Checkpoint.open(sys.argv[1])
-report = merge_checkpoint(base, [read_weighted(sys.argv[2], base)], sys.argv[3])
-print(report.peak_memory_bytes)
-"""
+def peak_of_merging(folder):
+    base = Checkpoint.open(folder / "base")
+    found = merge_checkpoint(base, [read_weighted(folder / "adapter", base)], folder / "out")
+    return found.peak_memory_bytes / 2**20
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads VmHWM")
-def test_memory_grows_neither_with_the_base_nor_with_the_adapter(tmp_path):
+def test_memory_grows_neither_with_the_base_nor_with_the_adapter(tmp_path, forks):
     """Six times the weights, and an adapter of 75 MB: the same peak within 16 MiB."""
-    peaks = []
-    ballast = torch.ones(200 << 20, dtype=torch.uint8)  # what this process holds must not count
     for n_layers in (2, 12):
         folder = tmp_path / str(n_layers)
         names = [f"layers.{i}.up_proj" for i in range(n_layers)]
         base = {f"{name}.weight": torch.ones(2048, 1024).bfloat16() for name in names}
         save_checkpoint(folder / "base", base, 1)
-        del base
         sites = (site(name, (2048, 1024), rank=512, size=1e-3) for name in names)
         write_adapter(adapter(*sites), folder / "adapter")
-        arguments = [folder / "base", folder / "adapter", folder / "out"]
-        said = subprocess.run(
-            [sys.executable, "-c", PEAK, *map(str, arguments)],
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
-        peaks.append(int(said.stdout) / 2**20)
-    del ballast
-    assert abs(peaks[1] - peaks[0]) < 16, peaks
+    few, many = (forks.start(peak_of_merging, tmp_path / n).result() for n in ("2", "12"))
+    assert abs(many - few) < 16, (few, many)
 
 
 # Hostile adapters -------------------------------------------------------------------------------
@@ -263,7 +234,7 @@ KEYS = [
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(changes=st.dictionaries(st.sampled_from(KEYS), JUNK, max_size=3))
 def test_any_adapter_config_is_merged_or_refused(tmp_path_factory, changes):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from helpers.adapter_states import KIND_SPECS, dense, make_state
 from helpers.checkpoints import save_checkpoint
+from helpers.forks import program
 from safetensors.torch import save_file
 
 import lora_inject as li
@@ -106,13 +106,16 @@ def test_an_output_that_exists_is_noticed_before_an_adapter_is_read(run, files, 
     assert li.read_adapter(path) == files[0][1]
 
 
+def program_on_a_full_disk(*args):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    program(*args)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
-def test_a_full_disk_on_stdout_does_not_deny_what_was_written(files, tmp_path):
-    args = [sys.executable, "-m", "lora_inject", "combine", files[0][0], "-o", tmp_path / "sum"]
-    with open("/dev/full", "w") as full:  # noqa: PTH123
-        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert "No space left on device. The command has done its work" in done.stderr
+def test_a_full_disk_on_stdout_does_not_deny_what_was_written(files, tmp_path, forks):
+    done = forks.start(program_on_a_full_disk, "combine", files[0][0], "-o", tmp_path / "sum")
+    assert done.wait() == 1
+    assert "No space left on device. The command has done its work" in done.err()
     assert li.read_adapter(tmp_path / "sum").sites
 
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.forks import program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -197,22 +198,17 @@ def test_dora_is_refused(run, files, tmp_path):
     assert "DoRA" in found.err
 
 
-def test_ctrl_c_is_exit_code_130_and_leaves_nothing(files, tmp_path):
-    code = (
-        "import signal, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it\n"
-        "import lora_inject.analysis as figures\n"
-        "from lora_inject.cli import main\n"
-        "def slow(*args, **kwargs):\n    print('ready', flush=True)\n    time.sleep(60)\n"
-        "figures.report = slow\n"
-        "main()\n"
-    )
+def interrupted_program(*args):
+    def interrupt(*_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    li.analysis.report = interrupt
+    program(*args)
+
+
+def test_ctrl_c_is_exit_code_130_and_leaves_nothing(files, tmp_path, forks):
     page = tmp_path / "report.html"
-    args = [sys.executable, "-c", code, "analyze", str(files / "r2"), "--report", str(page)]
-    child = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT)
-    out, err = child.communicate(timeout=300)
-    assert (child.returncode, out, err) == (130, "", "interrupted\n")
+    done = forks.start(interrupted_program, "analyze", files / "r2", "--report", page)
+    assert (done.wait(), done.out(), done.err()) == (130, "", "interrupted\n")
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
 
-N_ADAPTERS = 12  # torch gives up at eight recompilations
+N_ADAPTERS = 9  # torch gives up at eight recompilations
 IDS = torch.tensor([[1, 2, 3], [4, 0, 2], [3, 3, 3], [0, 1, 4]])
 
 
@@ -74,7 +74,7 @@ def test_mixes_compile_once_for_each_length() -> None:
     model = net()
     call, counter = compiled(model)
     with torch.no_grad():
-        for names in (("a0", "a1"), ("a4", "a2"), ("a11", "a3")):
+        for names in (("a0", "a1"), ("a4", "a2"), ("a8", "a3")):
             li.activate(model, dict(zip(names, (0.7, -0.3), strict=True)))
             assert error(call(IDS), model(IDS)) < EXACT
         assert counter.frame_count == 1
@@ -253,11 +253,11 @@ def test_compiled_before_or_after_inject(first: str, tmp_path: Path) -> None:
     plain, x = nn.Sequential(Block(), Block()).double(), random(3, 4)
     model: Any = copy.deepcopy(plain)
     if first == "compile":
-        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        model = torch.compile(model, backend="eager", fullgraph=True)
         assert error(model(x), plain(x)) < EXACT  # a graph of the plain model is there
     li.inject(model, config("up", r"down\.weight"))
     if first == "inject":
-        model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        model = torch.compile(model, backend="eager", fullgraph=True)
     inner = model._orig_mod
     assert same_bits(model(x), plain(x))
     fill(model)

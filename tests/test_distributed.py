@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.forks import Forks
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -391,30 +392,27 @@ JOBS = {
 }
 
 
-def work(rank: int, port: int, out: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD)
-    )
-    os.environ.update(LOCAL_RANK=str(rank), DCP_FOLDER=f"{out}-dcp")
+def work(folder: Path) -> dict[str, Any]:
+    os.environ["DCP_FOLDER"] = str(folder)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo")
     try:
-        found = {name: run(rank, build(config)) for name, (run, config) in JOBS.items()}
-        torch.save({**found, "folder": os.environ["DCP_FOLDER"]}, f"{out}.{rank}")
+        found = {name: run(dist.get_rank(), build(config)) for name, (run, config) in JOBS.items()}
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path, forks: Forks) -> list[dict[str, Any]]:
     """What each of two processes found at all jobs; they start once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = str(tmp_path_factory.mktemp("ranks") / "found")
-    torch.multiprocessing.spawn(work, (port, out), WORLD)
-    return [torch.load(f"{out}.{rank}", weights_only=False) for rank in range(WORLD)]
+    return [rank.result() for rank in forks.start_ranks(WORLD, work, folder)]
 
 
 # ------------------------------------------------------------------------------------- the tests
@@ -545,7 +543,7 @@ def test_an_adapter_loaded_onto_shards_trains_like_one_process(job: str, ranks: 
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_an_adapter_is_swapped_saved_and_checkpointed_in_shards(ranks: Any) -> None:
+def test_an_adapter_is_swapped_saved_and_checkpointed_in_shards(ranks: Any, folder: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     model = other_values(build())
@@ -561,7 +559,7 @@ def test_an_adapter_is_swapped_saved_and_checkpointed_in_shards(ranks: Any) -> N
         again = li.load_adapter(li.eject(build()), found["saved"])  # of that base: compared
         assert all(torch.equal(values(again)["state"][k], t) for k, t in wanted.items())
     fresh = build()  # one process reads what two have written
-    dcp.load({"adapter": li.adapter_parameters(fresh)}, checkpoint_id=ranks[0]["folder"])
+    dcp.load({"adapter": li.adapter_parameters(fresh)}, checkpoint_id=folder)
     assert all(torch.equal(values(fresh)["state"][k], t) for k, t in wanted.items())
 
 

@@ -183,13 +183,12 @@ def test_every_cell_of_a_notebook_runs(
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     AutoTokenizer.from_pretrained(chat_model).save_pretrained(folder)
-    deep = base(chat_model).config
-    deep.num_hidden_layers, deep.layer_types = 30, None
-    AutoModelForCausalLM.from_config(deep).save_pretrained(folder)
+    base(chat_model).save_pretrained(folder)
     cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in code)
     names: dict[str, object] = {}
     for cell in code:
-        exec("".join(cell["source"]), names)
+        source = "".join(cell["source"])
+        exec(source.replace('"layers": "22-29"', '"layers": "0-1"'), names)
     assert all(out["output_type"] != "error" for cell in code for out in cell["outputs"])

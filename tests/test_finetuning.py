@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import random
 import signal
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import script
-from helpers.forks import Forks
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    TrainerCallback,
 )
 
 import lora_inject as li
@@ -322,38 +322,31 @@ def test_the_papers_numbers_are_the_defaults():
 # ---------------------------------------------------------------------------- killed, two processes
 
 
-PROGRAM = """
-import os, signal, sys
-from finetuning import finetune
-from transformers import Trainer, TrainerCallback
-
 class Kill(TrainerCallback):
-    def __init__(self, step):
-        self.step = int(step)
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-build = finetune.build
 
-def run(step, *words):
+def run_until_killed(step: int, words: list[str]) -> None:
+    build = finetune.build
+
     def killed(*args):
         trainer = build(*args)
         trainer.add_callback(Kill(step))
         return trainer
 
     finetune.build = killed
-    finetune.WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-    finetune.FIRST = os.environ.get("RANK", "0") == "0"
     finetune.main(words)
-"""
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with contextlib.closing(Forks(PROGRAM, tmp_path_factory.mktemp("forks"))) as forks:
-        yield forks
+def run_as_a_rank(words: list[str]) -> None:
+    finetune.WORLD = int(os.environ["WORLD_SIZE"])
+    finetune.FIRST = os.environ["RANK"] == "0"
+    finetune.main(words)
 
 
 @pytest.mark.slow
@@ -361,8 +354,8 @@ def test_killed_and_resumed_equals_not_killed(place, tmp_path, forks):
     """SIGKILL at a random step; dropout is on."""
     whole = run(place, tmp_path / "whole")
     step = random.randint(3, 7)
-    fork = forks.start(str(step), *command(place, tmp_path / "killed"))
-    assert fork.wait() == -signal.SIGKILL, fork.said()
+    fork = forks.start(run_until_killed, step, command(place, tmp_path / "killed"))
+    assert fork.wait() == -signal.SIGKILL, fork.err()
     found = run(place, tmp_path / "killed", "--resume")
     for key in ("loss", "eval_nll"):
         assert curve(found, key) == curve(whole, key), f"killed at step {step}"
@@ -373,8 +366,9 @@ def test_killed_and_resumed_equals_not_killed(place, tmp_path, forks):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(place, plain, tmp_path, forks):
-    ranks = forks.start_ranks(2, "-1", *command(place, tmp_path / "two", "--dropout", "0"))
-    assert [rank.wait() for rank in ranks] == [0, 0], [rank.said()[-3000:] for rank in ranks]
+    words = command(place, tmp_path / "two", "--dropout", "0")
+    for rank in forks.start_ranks(2, run_as_a_rank, words):
+        rank.result()
     one, two = results(plain), results(tmp_path / "two")
     assert curve(two) == pytest.approx(curve(one), rel=1e-5)
     assert curve(two, "eval_nll") == pytest.approx(curve(one, "eval_nll"), rel=1e-5)

@@ -122,9 +122,11 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
     whole = _whole(start)
     assert after != whole
     assert len(lines) > 20
+    model = None
     for line, times in lines.items():
-        model = copy.deepcopy(start)
-        before = snapshot(model)
+        if model is None:
+            model = copy.deepcopy(start)
+            before = snapshot(model)
         torch.manual_seed(1)
         try:
             _traced(lambda: act(model), (line, times // 2 + 1))  # noqa: B023 - runs at once
@@ -134,3 +136,4 @@ def test_an_interrupt_at_any_line_leaves_all_or_nothing(verb: str) -> None:
             if verb == "unmerge" and _whole(model) != after:
                 li.unmerge(model)  # what was kept is kept until all is restored
         assert _whole(model) == after, f"interrupted at {line}"
+        model = None

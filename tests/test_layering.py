@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def modules() -> dict[str, str]:
 def imports(name: str, source: str, known: Iterable[str]) -> set[str]:
     """Files of the package that a file imports, wherever in it the import stands."""
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in _nodes(source):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -65,6 +66,11 @@ def imports(name: str, source: str, known: Iterable[str]) -> set[str]:
             continue
         found |= {inside for target in targets if (inside := _inside(target)) is not None}
     return found - {name}
+
+
+@cache
+def _nodes(source: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(source)))
 
 
 def _inside(target: str) -> str | None:
@@ -101,7 +107,7 @@ def violations(sources: Mapping[str, str]) -> list[str]:
 def top_level(source: str) -> set[str]:
     """Packages that a file imports when it is imported itself."""
     found: set[str] = set()
-    pending: list[ast.AST] = [ast.parse(source)]
+    pending = _nodes(source)[:1]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.Import):

@@ -7,12 +7,12 @@ so that every stage is run end to end without a download. Claims that are exact 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
 import signal
+import sys
 import tarfile
 import time
 from io import BytesIO
@@ -23,7 +23,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import script
-from helpers.forks import Forks
+from helpers.forks import Fork
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -72,28 +72,30 @@ def finished(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(records)): p.stat().st_mtime_ns for p in records.rglob("*.json")}
 
 
+def run_main(argv: list[str]) -> None:
+    sys.exit(main(argv))
+
+
 @pytest.mark.slow
-def test_all_stages_run_survive_ctrl_c_and_a_kill_and_write_the_document(tmp_path, capsys):
+def test_all_stages_run_survive_ctrl_c_and_a_kill_and_write_the_document(tmp_path, capsys, forks):
     pytest.importorskip("peft")
     pytest.importorskip("matplotlib")
     folder = tmp_path / "results"
-    code = "from reproduction.__main__ import main\ndef run(*argv): return main(argv)"
-    with contextlib.closing(Forks(code, tmp_path)) as forks:
 
-        def stop(number: signal.Signals, after: int) -> tuple[int, str]:
-            """Run until there are some more records, and send a signal."""
-            fork, wanted = forks.start(*words(folder)), len(finished(folder)) + after
-            while len(finished(folder)) < wanted:
-                time.sleep(0.01)
-            os.kill(fork.pid, number)
-            return fork.wait(), fork.said()
+    def stop(number: signal.Signals, after: int) -> Fork:
+        """Run until there are some more records, and send a signal."""
+        fork, wanted = forks.start(run_main, words(folder)), len(finished(folder)) + after
+        while len(finished(folder)) < wanted:
+            time.sleep(0.01)
+        os.kill(fork.pid, number)
+        return fork
 
-        code, said = stop(signal.SIGINT, 1)
-        assert code == 130
-        assert "goes on from there" in said
-        for name in finished(folder):
-            assert "result" in json.loads((folder / "records" / name).read_text())
-        assert stop(signal.SIGKILL, 5)[0] == -signal.SIGKILL
+    interrupted = stop(signal.SIGINT, 1)
+    assert interrupted.wait() == 130
+    assert "goes on from there" in interrupted.out() + interrupted.err()
+    for name in finished(folder):
+        assert "result" in json.loads((folder / "records" / name).read_text())
+    assert stop(signal.SIGKILL, 5).wait() == -signal.SIGKILL
     kept = finished(folder)
 
     assert main(words(folder)) == 0

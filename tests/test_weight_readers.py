@@ -147,7 +147,9 @@ def test_gradients_flow_through_what_was_read(case: str, how: str) -> None:
     check_gradients(model.train(), wide, run)
 
 
-@every_case
+@pytest.mark.parametrize(
+    "case", ["all", "its weight named", "embedding and layers", "asked for its dtype"]
+)
 def test_the_whole_is_one_compiled_graph(case: str) -> None:
     plain, model, x = made(case)
     wide = dense(plain, model)

@@ -43,7 +43,7 @@ def injected(config: dict[str, Any] | None = None, **changes: Any) -> LlamaForCa
     return li.inject(llama(**changes), config or CONFIG)
 
 
-def rows(n: int = 20, vocab: int = 17) -> list[dict[str, torch.Tensor]]:
+def rows(n: int = 12, vocab: int = 17) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, vocab, (n, 6), generator=generator)
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -67,14 +67,14 @@ class KillAt(TrainerCallback):
 def trainer(
     out: Path, model: Any, *callbacks: TrainerCallback, checkpoint: Any = None, **changes: Any
 ) -> Trainer:
-    """Trainer as a user sets it up; five steps to an epoch of twenty rows."""
+    """Trainer as a user sets it up; three steps to an epoch of twelve rows."""
     settings = {
-        "max_steps": 12,
+        "max_steps": 6,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "save_strategy": "steps",
         "save_steps": 2,
-        "logging_steps": 3,
+        "logging_steps": 1,
         "report_to": "none",
         "use_cpu": True,
         "dataloader_pin_memory": False,
