@@ -35,6 +35,7 @@ settings.load_profile("suite")
 
 # No test ends in a power cut, and waiting for the disk takes a tenth of the suite's time.
 os.fsync = lambda _: None
+gc.disable()  # until all is imported
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -59,6 +60,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what is imported by now out of every later garbage collection: it costs most of one."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     if any("forks" in getattr(item, "fixturenames", ()) for item in session.items):
         session.config.stash[FORKS] = Forks()
 
