@@ -10,6 +10,7 @@ weights are those of scripts/reproduce.sh. Each finished run is kept as there.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -139,21 +140,26 @@ TASKS = {
 
 
 def do(lab: Lab, name: str, seed: int, quick: bool) -> None:
-    """Search, then run every trial alone."""
+    """Run half of the trials alone, then search, then run the other half alone.
+
+    So the times of both are taken under the same conditions.
+    """
     task = TASKS[name]
     settings = {**task.space(seed, quick), "batch": task.batch, "held_out": task.n_held_out}
     place = f"search/{name}/seed{seed}"
-    loaded: list[tuple[Any, ...]] = []
-
-    def parts() -> tuple[Any, ...]:
-        if not loaded:
-            loaded.append(task.load(lab, task, seed))
-        return loaded[0]
-
-    found = lab.run(f"{place}/found", settings, lambda: search(task, parts(), seed, quick))
-    for trial in found["trials"]:
+    parts = functools.cache(lambda: task.load(lab, task, seed))
+    names = list(candidates(task, parts()[0], seed, quick)[1])
+    for i, trial in enumerate(names):
+        if i == len(names) // 2:
+            lab.run(f"{place}/found", settings, lambda: search(task, parts(), seed, quick))
         lab.run(f"{place}/alone/{trial.replace(' ', '-')}", {**settings, "trial": trial},
                 lambda trial=trial: alone(task, parts(), seed, quick, trial))  # fmt: skip
+
+
+def candidates(task: Task, model: nn.Module, seed: int, quick: bool) -> tuple[li.Space, Any]:
+    """Return a task's space and its trials."""
+    space = li.Space.coerce(task.space(seed, quick))
+    return space, space.candidates(inventory(Survey(model)))[0]
 
 
 def search(task: Task, parts: tuple[Any, ...], seed: int, quick: bool) -> Result:
@@ -174,9 +180,8 @@ def search(task: Task, parts: tuple[Any, ...], seed: int, quick: bool) -> Result
 def alone(task: Task, parts: tuple[Any, ...], seed: int, quick: bool, name: str) -> Result:
     """Train one trial in full by a plain loop."""
     model, batches, held_out, forward, loss = parts
-    space = li.Space.coerce(task.space(seed, quick))
-    candidates, _ = space.candidates(inventory(Survey(model)))
-    trial = li.Search(space, candidates).trial(name, space.budget.steps or 0)
+    space, trials = candidates(task, model, seed, quick)
+    trial = li.Search(space, trials).trial(name, space.budget.steps or 0)
     began = time.process_time()
     torch.manual_seed(trial.seed)
     li.inject(model, trial.config)
@@ -275,13 +280,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     repo = Path(__file__).resolve().parents[2]
     parser.add_argument("--quick", action="store_true", help="tiny random models, one seed")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
     parser.add_argument("--folder", type=Path, default=repo / ".reproduction", help="records")
     parser.add_argument("--output", type=Path, default=repo / "docs" / "search.md")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     lab = Lab(args.folder, QUICK if args.quick else FULL, args.quick)
     for seed in SEEDS[: 1 if args.quick else None]:
-        for name in TASKS:
+        for name in args.tasks:
             do(lab, name, seed, args.quick)
             write(lab, args.output)
     return 0
