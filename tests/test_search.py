@@ -42,12 +42,13 @@ def data(n: int, seed: int) -> list[tuple[Tensor, Tensor]]:
 
 
 TRAIN, HELD_OUT = data(5, 1), data(3, 2)
+NAN = (torch.full((6, 4), math.nan), torch.ones(6, 2))
 
 
 def searched(model: nn.Module, space: Any = SPACE, **more: Any) -> li.Search:
-    calls = {
+    calls: dict[str, Any] = {
         "forward": lambda batch: model(batch[0]),
-        "loss": lambda out, batch: nn.functional.mse_loss(out, batch[1]),
+        "loss": more.pop("loss", lambda out, batch: nn.functional.mse_loss(out, batch[1])),
     }
     return search(model, space, more.pop("train", TRAIN), more.pop("held_out", HELD_OUT),
                   **calls, **more)  # fmt: skip
@@ -56,7 +57,7 @@ def searched(model: nn.Module, space: Any = SPACE, **more: Any) -> li.Search:
 def test_each_rung_is_a_whole_run_equal_to_the_same_run_alone() -> None:
     model = net()
     found = searched(model)
-    assert found.plan == [(12, 4), (3, 16)]
+    assert found.plan == [(12, 4), (2, 16)]
     assert not li.adapters(model)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), net().parameters(), strict=True)
@@ -72,10 +73,11 @@ def test_each_rung_is_a_whole_run_equal_to_the_same_run_alone() -> None:
             }
             losses = [trials.step(TRAIN[i % 5], **how)[name] for i in range(steps)]
             assert losses == pytest.approx(rung.losses[name], rel=1e-4)
-            alone = [trials.evaluate(batch, **how)[name] for batch in HELD_OUT]
+            judged = HELD_OUT[::3] if steps == 4 else HELD_OUT
+            alone = [trials.evaluate(batch, **how)[name] for batch in judged]
             assert values == pytest.approx(alone, rel=1e-4)
     first, last = ({n: fmean(v) for n, v in rung.held_out.items()} for rung in found.rungs)
-    assert set(last) == set(sorted(first, key=first.__getitem__)[:3])
+    assert set(last) == set(sorted(first, key=first.__getitem__)[:2])
     assert found.best == min(last, key=last.__getitem__)
 
 
@@ -92,9 +94,10 @@ def test_the_result_is_a_config_that_injects_and_an_adapter_with_its_loss() -> N
     assert loss == pytest.approx(fmean(found.rungs[-1].held_out[found.best]), rel=1e-5)
     best = found.candidates[found.best]
     assert f"lr {best.lr:g} (cosine, 16 steps, 1 of warm-up)" in text
-    assert f"Held-out loss {loss:.4f}; the base {fmean(found.base):.4f}; 3 batches" in text
-    assert "12 for 4 steps, then 3 for 16 steps" in text
-    assert text.count("(over batches, one seed)") == 2
+    assert f"Held-out loss {loss:.4f}; the base {fmean(found.base):.4f}; batches: 3" in text
+    assert "12 for 4 steps, then 2 for 16 steps" in text
+    assert text.count(" \u00b1 ") == text.count(" (over batches, one seed)") == 1
+    assert "\u00b1" not in searched(net(), held_out=HELD_OUT[:1]).to_yaml()  # no error from one
 
 
 def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path, monkeypatch) -> None:
@@ -121,10 +124,44 @@ def test_an_interrupted_search_goes_on_to_the_same_result(tmp_path, monkeypatch)
         assert [r.held_out for r in other.rungs] == [r.held_out for r in whole.rungs]
         assert [r.losses for r in other.rungs] == [r.losses for r in whole.rungs]
         assert other.adapter == whole.adapter
-    with pytest.raises(li.FormatError, match="a search with another data"):
+    with pytest.raises(li.FormatError, match="the data of the search in it differs"):
         searched(net(), folder=tmp_path, train=TRAIN[::-1])
-    with pytest.raises(li.FormatError, match="a search with another space"):
+    with pytest.raises(li.FormatError, match="the space of the search in it differs"):
         searched(net(), SPACE | {"seed": 1}, folder=tmp_path)
+    for file, damaged, message in (
+        ("rung-2.pt", "junk", "rung-2.pt': it cannot be read"),
+        ("search.json", "[]", "the space of the search"),
+        ("search.json", "{", "not valid JSON"),
+    ):
+        (tmp_path / file).write_text(damaged)
+        with pytest.raises(li.FormatError, match=message):
+            searched(net(), folder=tmp_path)
+
+
+def test_rows_with_nan_are_the_same_data_again(tmp_path) -> None:
+    x, y = HELD_OUT[0]
+    batch = (x, y, torch.full((6,), math.nan, dtype=torch.bfloat16))
+    for _ in range(2):
+        model = net()
+        found = search(model, SPACE, [batch], [batch], folder=tmp_path,
+                       forward=lambda b, m=model: m(b[0]),
+                       loss=lambda out, b: nn.functional.mse_loss(out, b[1]))  # fmt: skip
+    assert found.adapter is not None
+
+
+def test_trials_of_a_search_whose_state_is_missing_are_not_used(tmp_path) -> None:
+    space = SPACE | {"budget": {"steps": 4}}
+    searched(net(), space, folder=tmp_path)
+    (tmp_path / "search.json").unlink()
+    assert (tmp_path / "rung-1.pt").exists()
+    other = space | {"seed": 1}
+    found = searched(net(), other, folder=tmp_path)
+    assert found.rungs[0].losses == searched(net(), other).rungs[0].losses
+
+
+def test_close_learning_rates_are_different_trials() -> None:
+    space = Space.coerce(SPACE | {"targets": {"a": ["2"]}, "rank": 1, "lr": [1e-3, 1.0000001e-3]})
+    assert list(searched(net(), space).candidates) == ["lr 0.001", "lr 0.0010000001"]
 
 
 def test_the_budget_leaves_out_what_is_too_large() -> None:
@@ -144,8 +181,8 @@ def test_minutes_become_steps_by_timing_some(monkeypatch) -> None:
     ticks = iter(range(10**6))
     clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
     monkeypatch.setattr(module, "time", clock)  # one second for each look: a step takes half of one
-    found = searched(net(), SPACE | {"budget": {"minutes": 0.2}})
-    assert found.plan == rungs(12, steps_within(12.0, 12, 0.5)) == [(12, 12), (3, 48)]
+    found = searched(net(), SPACE | {"budget": {"minutes": 0.2}})  # a held-out batch takes one
+    assert found.plan == rungs(12, steps_within(12.0 - 3.0, 12, 0.5)) == [(12, 10), (2, 40)]
 
 
 def test_a_trial_that_diverges_is_reported_and_all_of_them_are_an_error() -> None:
@@ -221,7 +258,11 @@ def test_a_wrong_space_is_an_error_at_its_place(tmp_path, text, message) -> None
         (SPACE, {"train": []}, "search, batches: there is no batch. Give one at least"),
         (SPACE, {"held_out": []}, "search, held_out: there is no batch"),
         (SPACE, {"train": iter(TRAIN)}, "search, batches: it is a list_iterator"),
-        (SPACE, {"held_out": [(torch.ones(2, 4), torch.ones(3, 2))]}, "'held_out': its tensors"),
+        (SPACE, {"held_out": [(torch.ones(2, 4), torch.ones(3, 2))]}, r"held_out\[0\]': its tens"),
+        (SPACE, {"held_out": [*HELD_OUT, NAN]}, r"held_out\[3\]: the base's loss is nan. Look"),
+        (SPACE, {"train": [NAN]}, r"batches\[0\]: the base's loss is nan. Look at its rows"),
+        (SPACE, {"train": [*TRAIN[:3], NAN]}, "is nan at step 3.*if they end at one step, look at"),
+        (SPACE, {"loss": lambda out, batch: 1.0}, "loss of trial .*: it is a float. Return"),
         (SPACE | {"targets": {"a": ["q_proj"]}}, {}, "matched none"),
         (SPACE | {"config": {"dropuot": 0.1}}, {}, "unknown key 'dropuot'"),
         (SPACE | {"config": {"train": ["2.weight"]}}, {}, "adapted and trained both"),
@@ -234,6 +275,13 @@ def test_what_cannot_be_searched_leaves_nothing_behind(space, more, message) -> 
         searched(model, space, **more)
     assert not li.adapters(model)
     assert type(model[0]) is nn.Linear
+
+
+def test_a_model_with_an_adapter_is_refused_and_keeps_it() -> None:
+    model = li.inject(net(), {"rank": 1, "targets": ["0"]}, "mine")
+    with pytest.raises(li.StateError, match="has the adapter 'mine', and trials run on the plain"):
+        searched(model)
+    assert li.adapters(model)["mine"].trainable
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -253,6 +301,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     Path("space.yaml").write_text(YAML)
     rows = [{"prompt": f"{i} and {i}", "completion": f" is {2 * i}"} for i in range(12)]
     rows += [{"text": f"{i} is a number"} for i in range(12)]
+    Path("one.txt").write_text("one row")
     Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return tmp_path
 
@@ -277,7 +326,8 @@ def test_the_command_writes_config_adapter_and_page(folder, run) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "more", "message"),
     [
-        ("rows.jsonl", '{"text": "a"}\n', (), "it has 0 rows, and a batch takes 4. Give more rows"),
+        ("rows.jsonl", '{"text": "a"}\n', (), "it has 1 row, and two batches take 8, one held out"),
+        ("rows.jsonl", None, ("--held-out", "one.txt"), "it has 1 row, and a batch takes 4. Give"),
         ("rows.jsonl", '{"txt": "a"}\n', (), "line 1: its keys are ['txt']. Write"),
         ("rows.jsonl", "a\n", (), "line 1: it is not JSON"),
         ("rows.jsonl", None, ("--length", "2"), "rows have no completion within --length"),
@@ -292,6 +342,33 @@ def test_the_command_refuses_bad_input(folder, run, name, text, more, message) -
     assert done.code == 1
     assert message in done.err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "cuda:99"), "Invalid value for --device: "),
+        (("--device", "foo"), "Invalid value for --device: Expected one of cpu"),
+        (("--device", "meta"), "Invalid value for --device: "),
+        (("--output", "rows.jsonl"), "'rows.jsonl' is a file"),
+    ],
+)
+def test_a_device_that_does_not_work_and_a_file_as_output_are_wrong_usage(
+    folder, run, words, message
+) -> None:
+    done = run(*WORDS, *words)
+    assert done.code == 2
+    assert message in done.err
+    assert not Path("out").exists()
+
+
+def test_files_of_others_are_not_replaced(folder, run) -> None:
+    Path("config.yaml").write_text("mine")
+    done = run(*WORDS, "--output", ".")
+    assert done.code == 1
+    assert "write to '.': it has 'config.yaml', which is not of a search" in done.err
+    assert Path("config.yaml").read_text() == "mine"
+    assert not Path("search.json").exists()
 
 
 def test_a_live_table_has_losses_curves_and_the_rungs_before() -> None:
@@ -321,5 +398,5 @@ def test_ctrl_c_says_that_the_same_command_goes_on(folder, run, monkeypatch) -> 
         patched.setattr(searching, "_line", interrupt)
         done = run(*WORDS)
     assert done.code == 130
-    assert "interrupted. The same call goes on from what is saved in 'out'" in done.err
+    assert "interrupted. Run the same again: it goes on from what is saved in 'out'" in done.err
     assert run(*WORDS).code == 0

@@ -15,11 +15,13 @@ import typer
 
 from lora_inject.cli.program import app
 from lora_inject.cli.show import is_live, note, print_rows, say
-from lora_inject.errors import CheckpointError, ConfigError
+from lora_inject.errors import CheckpointError, ConfigError, FormatError
+from lora_inject.spec.names import counted
 
 if TYPE_CHECKING:
     from lora_inject.trials.search import Search
 
+RESULTS = ("config.yaml", "adapter", "search.html")
 BARS = "▁▂▃▄▅▆▇█"
 CURVE = 24  # characters
 RECENT = 8  # steps over which the loss in the table is averaged
@@ -43,7 +45,10 @@ def search(
         Path | None, typer.Option(help="Rows to judge by. (default: a tenth of --data)")
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the results and of what is saved.")
+        Path,
+        typer.Option(
+            "--output", "-o", file_okay=False, help="Folder of the results and of what is saved."
+        ),
     ],
     batch: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row, at most.")] = 128,
@@ -61,10 +66,11 @@ def search(
 
     template("search.html.j2")  # raises if a package is missing
     wanted = Space.from_yaml(space)
+    _check(output, device)
     rows = _read_rows(data)
     judged = [] if held_out is None else _read_rows(held_out)
     if held_out is None:
-        rows, judged = _split(rows, batch, wanted.seed)
+        rows, judged = _split(rows, batch, data, wanted.seed)
     base, tokenizer = _loaded(model, device)
     parts = []
     for path, part in ((data, rows), (held_out or data, judged)):
@@ -80,8 +86,24 @@ def search(
     write_report(output / "search.html", search_report(found, f"Search on {model}"))
     print_rows(trial_rows(found), everything=True)
     say(f"best: {found.best}; {found.seconds:.0f} s of training")
-    for name in ("config.yaml", "adapter", "search.html"):
+    for name in RESULTS:
         note(f"wrote {output / name}")
+
+
+def _check(output: Path, device: str) -> None:
+    """Refuse a device that does not work, and a folder with files that results would replace."""
+    import torch
+
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        found = str(error).splitlines()[0]
+        raise typer.BadParameter(found, param_hint="--device") from None
+    if not (output / "search.json").exists():
+        for name in RESULTS:
+            if (output / name).exists():
+                found = f"it has '{name}', which is not of a search"
+                raise FormatError(f"write to '{output}'", found, "Give another --output")
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -127,8 +149,11 @@ def _encode(tokenizer: Any, rows: Sequence[Row], most: int) -> list[Tokens]:
     return found
 
 
-def _split(rows: Sequence[Row], n: int, seed: int) -> tuple[list[Row], list[Row]]:
+def _split(rows: Sequence[Row], n: int, path: Path, seed: int) -> tuple[list[Row], list[Row]]:
     """Hold out a tenth of the rows, but at least one batch of `n`; the seed draws them."""
+    if len(rows) < 2 * n:
+        found = f"it has {counted(len(rows), 'row')}, and two batches take {2 * n}, one held out"
+        raise ConfigError(f"data '{path}'", found, "Give more rows, or a smaller --batch")
     mixed = random.Random(seed).sample(list(rows), len(rows))  # noqa: S311  (no secrets)
     held_out = max(n, len(rows) // 10)
     return mixed[held_out:], mixed[:held_out]
@@ -139,7 +164,7 @@ def _batches(rows: Sequence[Tokens], n: int, path: Path, device: str) -> list[di
     import torch
 
     if len(rows) < n:
-        found = f"it has {len(rows)} rows, and a batch takes {n}"
+        found = f"it has {counted(len(rows), 'row')}, and a batch takes {n}"
         raise ConfigError(f"data '{path}'", found, "Give more rows, or a smaller --batch")
     made = []
     for start in range(0, len(rows) - n + 1, n):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from lora_inject.errors import FormatError
 
-# What torch.load raises of damaged files.
-_ERRORS = (
+DAMAGE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError),
-    *(LookupError, AttributeError, OverflowError),
+    *(LookupError, AttributeError, OverflowError, struct.error),
 )
+"""What torch.load raises of damaged files."""
 
 
 def read_pickle(path: Path, *, allow: bool, inside: str | None = None) -> dict[str, Tensor]:
@@ -31,7 +32,7 @@ def read_pickle(path: Path, *, allow: bool, inside: str | None = None) -> dict[s
         raise FormatError("", f"'{path.name}' is a pickle", remedy)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except _ERRORS as error:
+    except DAMAGE as error:
         found = f"it cannot be loaded ({error})"[:500]
         raise FormatError("", found, "It is incomplete or was edited; fetch it again") from error
     if inside is not None and isinstance(loaded, dict):

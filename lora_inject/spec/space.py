@@ -30,7 +30,7 @@ from lora_inject.spec.yaml import Document, read_text
 BYTES_EACH = 4
 """Bytes of a parameter in a saved adapter: float32, also for a 16-bit base."""
 SEARCHED = ("targets", "rank", "alpha", "variant", "expect")
-_NAMES = {"targets": "{}", "rank": "r{}", "scale": "x{:g}", "variant": "{}", "lr": "lr {:g}"}
+_NAMES = {"targets": "{}", "rank": "r{}", "scale": "x{}", "variant": "{}", "lr": "lr {}"}
 """What may vary, to its name in the name of a trial."""
 _DRAWN = ("targets", "variant", "rank", "scale", "lr")  # in this order: it is part of a seed
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import FormatError, StateError, check_type
+from lora_inject.formats.pickles import DAMAGE
 from lora_inject.layers.expert_rows import sorts_tokens
 from lora_inject.layers.routed_forward import routes_rows, runs_apart
 from lora_inject.layers.selection import State
@@ -425,7 +426,7 @@ class Trials:
         try:
             held = torch.load(path, weights_only=True, map_location="cpu")
             about = json.loads(held["about"])
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+        except DAMAGE as error:
             found = f"it cannot be read: {error}"
             raise FormatError(f"resume {str(path)!r}", found, "Give what save wrote") from error
         trials = {name: Trial(**kept) for name, kept in about["trials"].items()}

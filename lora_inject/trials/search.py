@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import time
@@ -21,25 +22,23 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, StateError, check_type
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey
+from lora_inject.model.listing import adapters
 from lora_inject.model.save import adapter_state
 from lora_inject.spec.config import Config
+from lora_inject.spec.names import counted
 from lora_inject.spec.space import Candidate, Space
 from lora_inject.storage.atomic import write_file
 from lora_inject.storage.strict_json import read_json
-from lora_inject.trials.batches import (
-    Forward,
-    evaluating,
-    in_one_order,
-    plain_forward,
-    size_of,
-)
-from lora_inject.trials.losses import Loss, causal_loss
-from lora_inject.trials.rungs import behind, ranked, rungs, steps_within
+from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward, size_of
+from lora_inject.trials.losses import Loss, causal_loss, scalar_loss
+from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
 from lora_inject.trials.trial import Trial
 
 SAVE_SECONDS = 20.0
 """Time between two saves of the running rung: an interrupt loses at most this much."""
+MAX_BYTES = 1_000_000_000
+"""Longest JSON of a search: every loss of every trial takes some 20 bytes."""
 TIMED_STEPS = 2
 PASS_TOKENS = 4096
 
@@ -111,18 +110,18 @@ class Search:
         """Return the best config as YAML, with the evidence for it in comments."""
         last, best = self.rungs[-1], self.best
         training, loss = self.space.training, fmean(last.held_out[best])
-        plan = ", then ".join(f"{n} for {steps} steps" for n, steps in self.plan)
+        plan = ", then ".join(f"{n} for {counted(steps, 'step')}" for n, steps in self.plan)
         warmup = self.trial(best, last.steps).warmup
-        schedule = f"{training.schedule}, {last.steps} steps, {warmup} of warm-up"
-        judged = f"the base {fmean(self.base):.4f}; {len(self.base)} batches"
+        schedule = f"{training.schedule}, {counted(last.steps, 'step')}, {warmup} of warm-up"
+        judged = f"the base {fmean(self.base):.4f}; batches: {len(self.base)}"
         lines = [
             f"Found by a search of {len(self.candidates)} trials, seed {self.space.seed}: {plan}.",
-            f"Train with lr {self.candidates[best].lr:g} ({schedule}).",
+            f"Train with lr {self.candidates[best].lr} ({schedule}).",
             f"Held-out loss {loss:.4f}; {judged}; {self.seconds:.0f} s in all.",
         ]
         for name in ranked(last.held_out)[1:]:
-            apart, error = behind(last.held_out[name], last.held_out[best])
-            lines.append(f"{name}: {apart:+.4f} +- {error:.4f} (over batches, one seed)")
+            apart = behind(last.held_out[name], last.held_out[best])
+            lines.append(f"{name}: {apart} (over batches, one seed)")
         lines += [f"{name}: stopped, {why}" for r in self.rungs for name, why in r.stopped.items()]
         if self.over_budget:
             lines.append(f"{len(self.over_budget)} more were over the budget.")
@@ -147,10 +146,11 @@ def search(
     """Find the config and learning rate of a space that fit the data best, in one run.
 
     All trials of a rung train together on the same batches. Each rung is a whole run with its own
-    schedule. The best quarter starts again in the next rung, with four times the steps.
+    schedule. The best fifth, two trials at least, starts again in the next rung, with four times
+    the steps. Rungs before the last are judged by every third held-out batch.
 
     Args:
-        model: The base. Afterwards it is unchanged and has no adapters of the search.
+        model: The base, without adapters. Afterwards it is unchanged.
         space: What to try, as a `Space`, a mapping, or the path of a YAML file.
         batches: A batch for each step, as `Trials.step` takes it; used again from the first on.
         held_out: Batches whose mean loss ranks the trials.
@@ -167,9 +167,9 @@ def search(
     Raises:
         ConfigError: The space or a config is not valid.
         MatchError: A rule matches nothing, or no trial fits the budget.
-        StateError: There is no batch, all trials diverged, or `Trials` raises it. The model is then
-            unchanged.
-        FormatError: The folder holds another search.
+        StateError: There is no batch, a loss of the base is not finite, the model has adapters, all
+            trials diverged, or `Trials` raises it. The model is then unchanged.
+        FormatError: The folder holds another search, or a damaged one.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -188,20 +188,24 @@ def search(
         check_type(f"search, {name}", given, Sequence, "Give a list of batches, one for each step")
         if not given:
             raise StateError(f"search, {name}", "there is no batch", "Give one at least")
+    if names := list(adapters(model)):
+        has = f"the model has the adapter {names[0]!r}, and trials run on the plain base"
+        raise StateError("search", has, "Eject it, and install it again afterwards")
     batches, held_out = (
         [*in_one_order({str(i): one for i, one in enumerate(given)}).values()]
         for given in (batches, held_out)
     )
     candidates, over = space.candidates(inventory(Survey(model)))
     found = Search(space, candidates, over)
-    state = _Saved(folder, {"space": _plain(space), "data": _sums(batches) + _sums(held_out)})
+    plain = space.model_dump(mode="json", by_alias=True, exclude_none=True)
+    state = _Saved(folder, {"space": plain, "data": [_digest(batches), _digest(held_out)]})
     calls = {"forward": forward or plain_forward(model), "loss": loss or causal_loss}
     runner = _Runner(model, batches, held_out, calls, max_tokens, watch, state)
     try:
         runner.run(found)
     except KeyboardInterrupt as error:
         if folder is not None:
-            error.add_note(f"The same call goes on from what is saved in '{folder}'.")
+            error.add_note(f"Run the same again: it goes on from what is saved in '{folder}'.")
         raise
     return found
 
@@ -215,10 +219,11 @@ class _Saved:
         self.data: dict[str, Any] = {}
         if self.folder is None or not (path := self.folder / "search.json").exists():
             return
-        self.data = read_json(path, f"search in '{folder}'")
+        self.data = read_json(path, f"search in '{folder}'", max_bytes=MAX_BYTES)
+        kept = self.data.get("key") if isinstance(self.data, dict) else None
         for what, value in key.items():
-            if self.data.get("key", {}).get(what) != value:
-                found = f"it holds a search with another {what}"
+            if not isinstance(kept, dict) or kept.get(what) != value:
+                found = f"the {what} of the search in it differs"
                 raise FormatError(f"search in '{folder}'", found, "Give another folder")
 
     def rung(self, n: int) -> Path | None:
@@ -264,11 +269,13 @@ class _Runner:
             if not (names := ranked(search.rungs[i].held_out)):
                 name, why = next(iter(search.rungs[i].stopped.items()))
                 found = f"all trials diverged; {name!r}: {why}"
-                raise StateError("search", found, "Give smaller learning rates")
+                remedy = "Give smaller learning rates; if they end at one step, look at its batch"
+                raise StateError("search", found, remedy)
 
     def _rung(self, search: Search, names: Sequence[str]) -> None:
         """Train the trials of the last rung to its end, and evaluate them."""
-        rung, file = search.rungs[-1], self.saved.rung(len(search.rungs))
+        rung = search.rungs[-1]
+        file = self.saved.rung(len(search.rungs)) if self.saved.data else None  # of this search
         began = time.monotonic() - rung.seconds
         with self._trials(search, names, rung.steps, file) as trials:
             saved = time.monotonic()
@@ -286,7 +293,9 @@ class _Runner:
                     self.saved.write(search, trials)
                     saved = time.monotonic()
             rung.held_out = {name: [] for name in trials.running}
-            for batch in self.held_out if trials.running else ():
+            last = len(search.rungs) == len(search.plan)
+            judged = self.held_out[:: 1 if last else JUDGED]
+            for batch in judged if trials.running else ():
                 for name, value in trials.evaluate(batch, **self.calls).items():
                     rung.held_out[name].append(value)
             for name in rung.held_out.keys() - set(ranked(rung.held_out)):
@@ -294,7 +303,7 @@ class _Runner:
                 rung.stopped[name] = "its held-out loss is not a number"
             rung.seconds = time.monotonic() - began
             self.saved.write(search, trials)
-            if len(search.rungs) == len(search.plan) and rung.held_out:
+            if last and rung.held_out:
                 search.adapter = _copied(adapter_state(self.model, search.best))
 
     @contextlib.contextmanager
@@ -314,12 +323,19 @@ class _Runner:
                 trials.drop(name)
 
     def _base(self) -> list[float]:
-        """Return the loss of the plain base on each held-out batch."""
-        forward, loss = self.calls["forward"], self.calls["loss"]
-        for batch in self.held_out:
-            size_of(batch, "held_out")
+        """Return the loss of the base on each held-out batch."""
+        self._base_loss("batches[0]", self.batches[0])  # sees data that no trial can learn from
+        return [self._base_loss(f"held_out[{i}]", each) for i, each in enumerate(self.held_out)]
+
+    def _base_loss(self, name: str, batch: Any) -> float:
+        """Return the loss of the base on a batch, which must be finite."""
+        size_of(batch, name)
         with torch.no_grad(), evaluating(self.model):
-            return [loss(forward(batch), batch).item() for batch in self.held_out]
+            outputs = self.calls["forward"](batch)
+            value = scalar_loss(self.calls["loss"], outputs, batch, name).item()
+        if not math.isfinite(value):
+            raise StateError(f"search, {name}", f"the base's loss is {value}", "Look at its rows")
+        return value
 
     def _plan(self, search: Search) -> list[tuple[int, int]]:
         """Return the rungs; if the budget is in minutes, time some steps of all trials first."""
@@ -333,22 +349,20 @@ class _Runner:
             for i in range(TIMED_STEPS):
                 trials.step(self.batches[(i + 1) % len(self.batches)], **self.calls)
             per_step = (time.monotonic() - began) / TIMED_STEPS
-        return rungs(n, steps_within(60 * budget.minutes, n, per_step))
+            began = time.monotonic()
+            trials.evaluate(self.held_out[0], **self.calls)
+            judging = len(self.held_out) * (time.monotonic() - began)  # the most it can take
+        return rungs(n, steps_within(60 * budget.minutes - judging, n, per_step))
 
 
-def _plain(space: Space) -> dict[str, Any]:
-    return space.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
-def _sums(batches: Sequence[Any]) -> list[float]:
-    """Return sums that differ for other data or another order."""
-    leaves = [leaf for leaf in tree_leaves(list(batches)) if isinstance(leaf, Tensor)]
-    tensors = [leaf.detach().double().flatten().cpu() for leaf in leaves]
-    return [x for t in tensors for x in (len(t), t.sum().item(), t.dot(_weights(len(t))).item())]
-
-
-def _weights(n: int) -> Tensor:
-    return torch.arange(n, dtype=torch.float64, device="cpu").cos()
+def _digest(batches: Sequence[Any]) -> str:
+    """Return a digest of the tensors in their order."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(list(batches)):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            found.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _copied(state: AdapterState) -> AdapterState:

@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     repo = Path(__file__).resolve().parents[2]
     parser.add_argument("--quick", action="store_true", help="tiny random models, one seed")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], help="default: all")
     parser.add_argument("--folder", type=Path, default=repo / ".reproduction", help="records")
     parser.add_argument("--output", type=Path, default=repo / "docs" / "search.md")
     args = parser.parse_args(argv)

@@ -81,11 +81,9 @@ def _judged(rung: Any, name: str) -> str:
         return "stopped"
     if name not in rung.held_out:
         return "-"
-    best = rung.held_out[ranked(rung.held_out)[0]]
-    apart, error = behind(rung.held_out[name], best)
-    return f"{fmean(rung.held_out[name]):.4f}" + (
-        f" {apart:+.4f} \u00b1 {error:.4f}" if apart else ""
-    )
+    best = ranked(rung.held_out)[0]
+    apart = "" if name == best else f" {behind(rung.held_out[name], rung.held_out[best])}"
+    return f"{fmean(rung.held_out[name]):.4f}{apart}"
 
 
 def _card(i: int, drawing: str) -> tuple[str, str]:
