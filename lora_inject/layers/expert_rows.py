@@ -3,6 +3,9 @@
 transformers sorts the tokens by expert. With `expert * n + adapter` in place of the expert the same
 forward sorts them by both, and takes a stack that has each matrix n times in a row. The low-rank
 terms are those of each adapter, and the base is multiplied once for all of them.
+
+Gain: with 8 trials of 8, 32 and 128 tokens a step takes 0.63, 0.63 and 0.80 of the time of running
+the stack for each (2 layers, 8 experts of 512 to 1,024, float32, one CPU thread).
 """
 
 from __future__ import annotations
