@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.adapter.fingerprint import Fingerprint
+from lora_inject.adapter.generators import generators_of
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
+from lora_inject.adapter.svd import decompose
 from lora_inject.errors import StateError
 from lora_inject.spec.sites import SiteSpec, Slices
 
@@ -404,3 +406,21 @@ def test_files_are_read_lazily_and_give_the_same(tmp_path):
     assert li.combine(paths, [1, 0.5]) == li.combine([a, b], [1, 0.5])
     assert li.truncate(paths[0], rank=1) == li.truncate(a, rank=1)
     assert li.diff(*paths) == li.diff(a, b)
+
+
+def test_a_decomposition_leaves_the_generators_of_all_devices_alone(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # as torch.manual_seed does
+    before = torch.get_rng_state()
+    found = [decompose(torch.ones(200, 200), rank=2) for _ in range(2)]
+    assert not found[0].exact
+    assert torch.equal(found[0].U, found[1].U)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeded == []
+
+
+def test_each_device_has_a_generator_besides_the_cpus(monkeypatch):
+    own = [torch.Generator(), torch.Generator()]
+    monkeypatch.setattr(torch.cuda, "default_generators", own)
+    devices = map(torch.device, ["cpu", "cuda:1", "meta", "cuda:1"])
+    assert generators_of(devices) == [torch.default_generator, own[1]]

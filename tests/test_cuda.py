@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_inject as li
+from lora_inject.adapter.svd import decompose
 
 DEVICE = os.environ.get("LORA_INJECT_DEVICE", "cuda")
 FORWARD = [name for name, kind in KINDS.items() if kind.update == "forward"]
@@ -194,3 +195,39 @@ def test_choosing_adapters_and_routing_rows_wait_for_nothing() -> None:
             model(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_trial_with_dropout_trains_as_it_does_alone() -> None:
+    def trained(names: str) -> dict[str, list[Tensor]]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(96, 160)).to(DEVICE).train()
+        config = {"rank": 4, "targets": ["0"], "dropout": 0.3}
+        running = li.Trials(net, {n: li.Trial(config, lr=1e-2, seed=ord(n)) for n in names})
+        for step in range(3):
+            x = torch.randn(8, 96, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+            batches = dict.fromkeys(names, x)
+            running.step(batches, forward=net, loss=lambda out, _: out.square().mean())
+        return {
+            n: [p.detach().cpu() for p in li.adapter_parameters(net, n).values()] for n in names
+        }
+
+    both = trained("ab")
+    for name in "ab":
+        for found, alone in zip(both[name], trained(name)[name], strict=True):
+            assert error(found, alone) < 1e-5
+
+
+def test_trials_over_a_base_with_dropout_are_refused() -> None:
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(96, 160)).to(DEVICE).train()
+    running = li.Trials(net, {n: li.Trial({"rank": 4, "targets": ["1"]}, lr=1e-2) for n in "ab"})
+    with pytest.raises(li.StateError, match="draws random numbers"):
+        running.step(torch.ones(2, 96, device=DEVICE), forward=net, loss=lambda out, _: out.sum())
+
+
+def test_a_decomposition_leaves_the_devices_random_numbers_alone() -> None:
+    drawn = []
+    for verb in (lambda: None, lambda: decompose(torch.ones(200, 200, device=DEVICE), rank=2)):
+        torch.manual_seed(5)
+        verb()
+        drawn.append(torch.rand(4, device=DEVICE).cpu())
+    assert torch.equal(*drawn)

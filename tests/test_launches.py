@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -104,6 +105,30 @@ def test_no_sync_and_no_cpu_tensor_between_inject_and_eject(kind: str, dropout: 
             model(*inputs)
     assert counted.syncs == []
     assert counted.on_cpu == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"variant": "dora"},
+        {"variant": "dora", "dropout": 0.1},
+        {"train": ["norm"]},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"tokens": {"embed": [1, 4]}},
+    ],
+    ids=str,
+)
+def test_what_is_trained_besides_a_and_b_needs_no_sync(more: dict[str, Any]) -> None:
+    layers = {"embed": nn.Embedding(9, 8), "fc": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}
+    model = nn.Sequential(OrderedDict(layers))
+    li.inject(model, {"rank": 2, "targets": ["fc"], **more}).to("meta")
+    ids = torch.zeros(2, 3, dtype=torch.int64, device="meta")
+    model(ids)  # the numbers of tokens are sent once
+    with table.Counted() as counted:
+        y = model(ids)
+        y.backward(torch.ones_like(y))
+    assert (counted.syncs, counted.on_cpu) == ([], [])
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -620,3 +620,12 @@ def test_trained_copies_several_adapters_and_the_selection() -> None:
     with li.disabled(model):
         assert same_bits(model(x), F.linear(x, raw[1]))
     assert model.seen == [LazyWeight, LazyWeight, nn.Parameter]
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0, M - 1, -1])
+def test_rows_are_looked_up_thinly_and_padding_has_no_gradient(
+    padding_idx: int | None, formed: list[LowRank]
+) -> None:
+    ids = torch.tensor([[M - 1, 0, 1], [0, 2, M - 1]])
+    Case(site("out_in", None)).compare(lambda w: F.embedding(ids, w, padding_idx))
+    assert formed == []

@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_inject as li
 from lora_inject import Trial, Trials
+from lora_inject.trials import isolation
 
 COSINE = {"schedule": "cosine", "steps": 6}
 
@@ -771,6 +772,21 @@ def test_what_would_leak_or_does_not_fit_is_refused_before_a_step(make, batch, m
     for name in "ab":
         for key, value in values(model, name).items():
             assert torch.equal(value, before[name][key])
+
+
+def test_a_base_that_draws_from_its_devices_own_generator_is_refused(monkeypatch) -> None:
+    own = torch.Generator()
+
+    class Noisy(Mixing):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) + torch.rand(4, generator=own)
+
+    monkeypatch.setattr(isolation, "generators_of", lambda _: [torch.default_generator, own])
+    running = Trials(Noisy().train(), {n: Trial(FC, lr=1e-2) for n in "ab"})
+    before = own.get_state()
+    with pytest.raises(li.StateError, match="draws random numbers"):
+        running.step(torch.ones(2, 4), loss=lambda out, _: out.sum())
+    assert torch.equal(own.get_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_inject.adapter.generators import seeded_generators
+
 SPARE = 16
 """Directions computed besides those that are kept (Halko et al., arXiv:0909.4061, section 4.2)."""
 POWER_STEPS = 8
@@ -63,8 +65,7 @@ def decompose(matrix: Tensor, rank: int | None, energy: float | None = None) -> 
     total = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
     tried = most if energy is None else min(most, SPARE)
     while 4 * (tried + SPARE) < limit:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded_generators(0, matrix.device):
             U, S, V = torch.svd_lowrank(matrix, tried + SPARE, niter=POWER_STEPS)
         found = Decomposed(U, S, V, total, exact=False).cut(tried, energy)
         if energy is None or tried == most or found.energy >= energy - 1e-9:

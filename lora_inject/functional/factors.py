@@ -80,8 +80,10 @@ def without_autocast(y: Tensor) -> torch.autocast | None:
     return torch.autocast(kind, enabled=False)
 
 
-def spread(B: Tensor, spans: Spans, out: int) -> Tensor:
+def spread(B: Tensor, spans: Spans | None, out: int) -> Tensor:
     """Spread a stacked B over all outputs: `(..., adapted, rank)` to `(..., out, rank * parts)`."""
+    if spans is None:
+        return B
     rank, parts, pieces, end, row = B.shape[-1], len(spans), [], 0, 0
     for part, (start, stop) in enumerate(spans):
         pieces.append(B.new_zeros(*B.shape[:-2], start - end, rank * parts))

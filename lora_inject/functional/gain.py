@@ -87,10 +87,7 @@ def updated_norms(weight: Tensor, updates: Sequence[Factors], transposed: bool) 
         norms = norms_of(weight, transposed)
         wide = norms.dtype
         right = [u.A.to(wide) for u in updates]
-        left = [
-            u.scale * (u.B if u.spans is None else spread(u.B, u.spans, norms.shape[0])).to(wide)
-            for u in updates
-        ]
+        left = [u.scale * spread(u.B, u.spans, norms.shape[0]).to(wide) for u in updates]
         A, B = (t[0] if len(t) == 1 else torch.cat(t, dim) for dim, t in enumerate((right, left)))
         narrow = A.to(weight.dtype)
         WA = (narrow @ weight).t() if transposed else weight @ narrow.t()

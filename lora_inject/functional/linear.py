@@ -114,6 +114,7 @@ def _run(
     if weight is not None:
         y = frozen_output(x, weight, bias, transposed, dtype)
     assert y is not None
+    float32 = float32 or all(cpu.are_few(x, u) for u in updates)
     return _add(y, x, updates, float32, in_place=weight is not None)[0]
 
 
@@ -162,9 +163,7 @@ def _plain(
         kept = x2
         if u.dropout:
             kept = F.dropout(x2, u.dropout) if mask is None else x2 * mask / (1 - u.dropout)
-        h, B = kept @ cast(u.A, x2.dtype).t(), cast(u.B, x2.dtype)
-        if u.spans is not None:
-            B = spread(B, u.spans, out.shape[1])
+        h, B = kept @ cast(u.A, x2.dtype).t(), spread(cast(u.B, x2.dtype), u.spans, out.shape[1])
         out = plus_product(out, h, B.t(), u.scale)
     return out.reshape(y.shape)
 
@@ -172,8 +171,7 @@ def _plain(
 def _add_to_nested(y: Tensor, x: Tensor, updates: Iterable[Factors]) -> Tensor:
     """Likewise for nested tensors, in the few operations that torch has for them."""
     for u in updates:
-        B = u.B if u.spans is None else spread(u.B, u.spans, y.size(-1))
-        h = F.dropout(x, u.dropout) if u.dropout else x
+        B, h = spread(u.B, u.spans, y.size(-1)), F.dropout(x, u.dropout) if u.dropout else x
         y = y + F.linear(F.linear(h, u.A.to(y.dtype)), B.to(y.dtype)) * u.scale
     return y
 
@@ -220,19 +218,15 @@ def _add(
     kept = []
     for u in updates:
         A, B, dropped = cast(u.A, dtype), cast(u.B, dtype), None
-        few = cpu.are_few(x2, u)
-        if not in_place and (few or u.spans is not None):
+        if not in_place and u.spans is not None:
             y2, in_place = y2.clone(memory_format=torch.contiguous_format), True
-        if few:
-            h = cast(cpu.add_few_(y2, x2, u), dtype)
-        else:
-            inputs = x2 = cast(x2, dtype)
-            if u.dropout:
-                inputs, dropped = cpu.drop(x2, u.dropout)
-            h = torch.mm(inputs, A.t())
-            for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
-                added = _plus_product(y_part, h_part, B_part.mT, u.scale, in_place=in_place)
-            y2 = added if u.spans is None else y2
+        inputs = x2 = cast(x2, dtype)
+        if u.dropout:
+            inputs, dropped = cpu.drop(x2, u.dropout)
+        h = torch.mm(inputs, A.t())
+        for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
+            added = _plus_product(y_part, h_part, B_part.mT, u.scale, in_place=in_place)
+        y2 = added if u.spans is None else y2
         kept.append(Kept(h, A, B, dropped))
         in_place = True
     return y2.view(y.shape), kept
@@ -369,19 +363,16 @@ def _backward_one(
 
     `gx2` `(n, in)` may be overwritten; it is None if x has no gradient yet.
     """
-    gA, gB, scale = None, None, u.scale / (1 - u.dropout)
+    gA, scale = None, u.scale / (1 - u.dropout)
     if u.spans is None:  # without out=, which DTensors of torch 2.11 do not know
         gh = torch.mm(g2, kept.B)
+        gB = _scaled_product(g2.t(), kept.h, u.scale) if needs[2] else None
     else:
         gh = torch.empty_like(kept.h)
         for g_part, gh_part, B_part in _parts(u.spans, g2, gh, kept.B):
             torch.matmul(g_part, B_part, out=gh_part)
-    if needs[2] and u.spans is None and cpu.is_cpu(g2):
-        # With the thin matrix on the left: 2 points of a step, 7 of one in float32 over bfloat16.
-        gB = _scaled_product(kept.h.t(), g2, u.scale).t()
-    elif needs[2]:
-        gB = torch.empty_like(kept.B)
-        for g_part, h_part, gB_part in _parts(u.spans, g2, kept.h, gB):
+        gB = torch.empty_like(kept.B) if needs[2] else None
+        for g_part, h_part, gB_part in () if gB is None else _parts(u.spans, g2, kept.h, gB):
             _scaled_product(g_part.mT, h_part, u.scale, out=gB_part)
     if needs[1]:
         inputs = cast(x2, g2.dtype)

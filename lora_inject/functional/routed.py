@@ -245,8 +245,5 @@ def _one_pair(
         u = updates[0]
         return u.A, u.B, u.scale
     As = [u.A.to(dtype) for u in updates]
-    Bs = [u.B.to(dtype) * u.scale for u in updates]
-    wide = [
-        B if u.spans is None else spread(B, u.spans, out) for B, u in zip(Bs, updates, strict=True)
-    ]
-    return torch.cat(As), torch.cat(wide, dim=1), 1.0
+    Bs = [spread(u.B.to(dtype) * u.scale, u.spans, out) for u in updates]
+    return torch.cat(As), torch.cat(Bs, dim=1), 1.0

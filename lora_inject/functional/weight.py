@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_inject.functional.factors import Factors, spread, without_autocast
 from lora_inject.functional.gain import Gain, norms_of
 from lora_inject.functional.linear import linear
+from lora_inject.functional.lookup import embedding
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.spec.sites import SiteSpec
 
@@ -66,10 +67,10 @@ class LowRank(NamedTuple):
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `x @ self + bias`, as `torch.matmul` gives it; a bias is for one matrix only."""
         if self.base.dim() == 2:
-            updates = [Factors(left.mT, right.mT, scale) for left, right, scale in self.terms]
             in_out = not self.base.mT.is_contiguous()
             weight = self.base if in_out else self.base.mT
-            return linear(x, weight, bias, updates, transposed=in_out, float32=self.float32)
+            factors = self._factors()
+            return linear(x, weight, bias, factors, transposed=in_out, float32=self.float32)
         y = torch.matmul(x, self.whole_base())
         with without_autocast(y) or nullcontext():
             x = x.to(y.dtype)
@@ -83,13 +84,12 @@ class LowRank(NamedTuple):
 
     def looked_up(self, ids: Tensor, padding_idx: int | None) -> Tensor:
         """Return `F.embedding(ids, self, padding_idx)`."""
-        y = F.embedding(ids, self.base, padding_idx)
-        for left, right, scale in self.terms:
-            update = F.embedding(ids, left) @ right
-            if padding_idx is not None:
-                update = torch.where((ids == padding_idx).unsqueeze(-1), update.detach(), update)
-            y = torch.add(y.to(update.dtype), update, alpha=scale).to(y.dtype)
-        return y
+        rows = F.embedding(ids, self.base, padding_idx)
+        padding_idx = None if padding_idx is None else padding_idx % len(self.base)
+        return embedding(rows, ids, self._factors(), padding_idx, float32=self.float32)
+
+    def _factors(self) -> list[Factors]:
+        return [Factors(left.mT, right.mT, scale) for left, right, scale in self.terms]
 
     def grouped_product(self, multiply: Callable[..., Tensor], x: Tensor, offs: Tensor) -> Tensor:
         """Return the product of groups of rows, each with a matrix of its own.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lora_inject.adapter.generators import generators_of
 from lora_inject.errors import StateError
 from lora_inject.trials.batches import Joined, joined, parted
 from lora_inject.trials.flat import Flat
@@ -33,10 +34,13 @@ def check_apart(
     tokens, because a masked attention multiplies them by 0.
     """
     name, *others = of.sizes
-    before = torch.get_rng_state()
+    sources = generators_of(p.device for layer in layers for p in layer.parameters())
+    before = [source.get_state() for source in sources]
     plain = parted(run(of), of)
-    if not torch.equal(torch.get_rng_state(), before):
-        torch.set_rng_state(before)
+    after = [source.get_state() for source in sources]
+    if not all(map(torch.equal, after, before)):
+        for source, state in zip(sources, before, strict=True):
+            source.set_state(state)
         raise StateError(
             "step",
             "the forward of the base draws random numbers, one stream for all trials",

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_inject.adapter.generators import generators_of
 from lora_inject.errors import LayerError, StateError
 from lora_inject.functional.ranges import Range
 from lora_inject.functional.routed import dropped
@@ -128,14 +129,14 @@ class Pass:
 @contextmanager
 def _generator(device: torch.device, state: Tensor) -> Iterator[list[Tensor]]:
     """Draw with a given generator state, and put the new state into the yielded list."""
-    source: Any = torch.random if device.type == "cpu" else torch.get_device_module(device)
-    before, left = source.get_rng_state(), [state]
-    source.set_rng_state(state)
+    source = generators_of([device])[-1]
+    before, left = source.get_state(), [state]
+    source.set_state(state)
     try:
         yield left
-        left[0] = source.get_rng_state()
+        left[0] = source.get_state()
     finally:
-        source.set_rng_state(before)
+        source.set_state(before)
 
 
 def seeded(seed: int, device: torch.device) -> Tensor:

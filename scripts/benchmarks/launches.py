@@ -295,4 +295,11 @@ def launches(options: Options) -> Result:  # noqa: ARG001 - counts have no small
             result.add(name, who, "GiB moved", counted.moved / GIB)
             if counted.syncs:
                 result.notes.append(f"{who} waits for the device in '{name}': {counted.syncs}.")
+    result.notes.append(
+        "The least that experts in a loop add: six thin products for each that is used (h and y; "
+        "the gradients of h, A, B and x), as the model takes the result of one before it calls the "
+        "next. Eight do not grow with their number: A and B and their gradients are cast and "
+        "joined. Joining the products for A and B at the end would save two for each expert, and "
+        "would copy all of x and of the gradient of y once more."
+    )
     return result
