@@ -79,6 +79,11 @@ def main() -> int:
     if unknown:
         print(f"error: no such row: {', '.join(unknown)}. Rows: {', '.join(ROWS)}", file=sys.stderr)
         return 2
+    machine = report.machine(args.device)
+    if args.json is not None and (other := report.other_machine(args.json, machine)):
+        remedy = "A page is of one machine: name another file, or remove this one"
+        print(f"error: {args.json} was measured on {other}. {remedy}", file=sys.stderr)
+        return 2
     options = Options(args.quick, args.full, args.rounds, args.threads)
     torch.set_num_threads(args.threads or 1)
     if args.device != "cpu":
@@ -87,7 +92,7 @@ def main() -> int:
     rows = {}
     for name in [row for row in ROWS if not args.rows or row in args.rows]:
         rows[name] = _run(name, options, args.clock)
-    found = {"machine": report.machine(args.device), "rows": rows}
+    found = {"machine": machine, "rows": rows}
     if args.json is not None:
         found = report.merged_into(args.json, found)
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -63,6 +63,13 @@ def test_an_unknown_row_is_an_error_that_names_all_rows(capsys) -> None:
     assert "step-fp32" in capsys.readouterr().err
 
 
+def test_rows_of_another_machine_are_not_joined_into_one_page(tmp_path, capsys) -> None:
+    results = tmp_path / "results.json"
+    results.write_text('{"machine": {"processor": "another"}, "rows": {}}')
+    assert run(bench, "--quick", "exactness", "--json", str(results)) == 2
+    assert "was measured on another" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_bench_of_merging_prints_a_table_and_writes_the_runs(tmp_path, capsys) -> None:
     folder, results = tmp_path / "bench", tmp_path / "runs.json"

@@ -69,7 +69,8 @@ def plus_product(y: Tensor, left: Tensor, right: Tensor, scale: float, *, in_pla
 # ------------------------------------------------------------------------------------- dropout
 #
 # What is dropped is a set of positions. Drawing the gaps between them takes a draw for each element
-# that is dropped, where a mask takes one for each element: 24 points of a step with dropout 0.05.
+# that is dropped, where a mask takes one for each element: 24 points of a step with dropout 0.05,
+# and on a Xeon with AMX 10 in float32 and 46 in bfloat16.
 # Gaps of independent draws are geometric, so the positions are distributed as a Bernoulli mask, but
 # for gaps that one draw in 30 million would have made longer.
 

@@ -363,7 +363,7 @@ def _backward_one(
 
     `gx2` `(n, in)` may be overwritten; it is None if x has no gradient yet.
     """
-    gA, scale = None, u.scale / (1 - u.dropout)
+    gA, gB, scale = None, None, u.scale / (1 - u.dropout)
     if u.spans is None:  # without out=, which DTensors of torch 2.11 do not know
         gh = torch.mm(g2, kept.B)
         gB = _scaled_product(g2.t(), kept.h, u.scale) if needs[2] else None
@@ -371,9 +371,10 @@ def _backward_one(
         gh = torch.empty_like(kept.h)
         for g_part, gh_part, B_part in _parts(u.spans, g2, gh, kept.B):
             torch.matmul(g_part, B_part, out=gh_part)
-        gB = torch.empty_like(kept.B) if needs[2] else None
-        for g_part, h_part, gB_part in () if gB is None else _parts(u.spans, g2, kept.h, gB):
-            _scaled_product(g_part.mT, h_part, u.scale, out=gB_part)
+        if needs[2]:
+            gB = torch.empty_like(kept.B)
+            for g_part, h_part, gB_part in _parts(u.spans, g2, kept.h, gB):
+                _scaled_product(g_part.mT, h_part, u.scale, out=gB_part)
     if needs[1]:
         inputs = cast(x2, g2.dtype)
         inputs = inputs if kept.dropped is None else cpu.without(inputs, kept.dropped)

@@ -100,6 +100,14 @@ def merged_into(path: Path, found: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "rows": {**old["rows"], **found["rows"]}}
 
 
+def other_machine(path: Path, here: Mapping[str, Any]) -> str | None:
+    """Return the processor, or the GPU, that measured what a file holds if it is not this one's."""
+    there = json.loads(path.read_text(encoding="utf-8"))["machine"] if path.exists() else here
+    which = [there.get(key) for key in ("processor", "gpu")]
+    same = which == [here.get(key) for key in ("processor", "gpu")]
+    return None if same else str(which[1] or which[0])
+
+
 def lines_of(row: Mapping[str, Any]) -> list[Line]:
     """Return the lines of a row of the JSON file."""
     return [Line(**{k: v for k, v in line.items() if k != "reached"}) for line in row["lines"]]
