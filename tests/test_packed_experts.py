@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +23,13 @@ from lora_inject.functional.weight import dense_delta
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.quantizers.quantizer_mxfp4")
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(
+        Version(transformers.__version__) < Version("5.24"),
+        reason="older transformers loads packed experts in another way",
+    ),
+]
 EXPERTS = [r"experts\.gate_up_proj", r"experts\.down_proj"]
 TARGETS = {"experts": EXPERTS, "attention": ["q_proj", "v_proj"], "both": [*EXPERTS, "o_proj"]}
 IDS = torch.arange(24).view(2, 12)

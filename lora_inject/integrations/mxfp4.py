@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_inject.errors import LayerError
 from lora_inject.functional.packed_experts import PackedExperts
 
 
@@ -23,12 +24,24 @@ def packed_experts() -> Iterator[None]:
     4 bits for each value of the experts. Each expert is unpacked where it is used, and again in
     the backward pass. Other threads must not load models meanwhile.
 
+    Raises:
+        LayerError: transformers is older than 5.24.
+
     Examples:
         >>> from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
         >>> with packed_experts():  # model = AutoModelForCausalLM.from_pretrained("gpt-oss-20b")
         ...     AUTO_QUANTIZER_MAPPING["mxfp4"].__name__
         'KeptPacked'
     """
+    import transformers
+    from packaging.version import Version
+
+    if Version(transformers.__version__) < Version("5.24"):
+        raise LayerError(
+            "packed_experts()",
+            f"transformers {transformers.__version__} loads packed experts in another way",
+            "Install transformers 5.24 or newer",
+        )
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ def why_not_dense(module: nn.Module, weight: Tensor, *, again: bool) -> str | No
         return f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
     if kind == "int8" and (weight.dtype != torch.int8 or _row_scales(module, weight) is None):
         return "bitsandbytes has not quantized it yet"
+    if kind == "float8" and not hasattr(import_module(_FP8[0]), "_dequantize_fp8_weight"):
+        return "transformers before 5.24 has no function for it"
     if again and kind not in ("4-bit", "int8"):
         return "only bitsandbytes' formats can be quantized again"
     return None
