@@ -64,7 +64,7 @@ def convert(
     if isinstance(adapter, AdapterState):
         state = adapter
     else:
-        state = read_adapter(adapter, facts=facts, **{"on_disk": True, **(reading or {})})
+        state = read_adapter(adapter, facts=facts, **(reading or {}))
         facts = _completed(facts, Path(adapter))
     if tell is not None:
         for words in losses_of(state, to):

@@ -79,7 +79,6 @@ def read_weighted(
         FormatError: The adapter cannot be read correctly.
     """
     path = Path(path)
-    options["on_disk"] = True  # an adapter may be large, and each of its tensors is rarely needed
     facts = base.facts
     config_file = path / "adapter_config.json"
     if config_file.is_file():

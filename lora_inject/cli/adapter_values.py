@@ -50,7 +50,7 @@ def combine(
     from lora_inject.formats.combine_files import combine as combined
 
     how: dict[str, Any] = {"density": density, "majority_sign": majority_sign, "seed": seed}
-    states = reading.read(adapters, on_disk=True)
+    states = reading.read(adapters)
     _write(combined(states, weight, method=method, rank=rank, **how), writing, output, dtype)
 
 
@@ -70,7 +70,7 @@ def truncate(
     """
     from lora_inject.formats.combine_files import truncate as truncated
 
-    [state] = reading.read([adapter], on_disk=True)
+    [state] = reading.read([adapter])
     made, cuts = truncated(state, rank=keeping.rank, energy=keeping.energy)
     cells = tuple((name, cut.before, float(cut.rank), cut.error) for name, cut in cuts.items())
     rows = Rows(("site", "rank", "now", "error"), cells, {"now": max, "error": max})
@@ -88,7 +88,7 @@ def diff(
     """Compare the adapters ONE and TWO, site by site."""
     from lora_inject.adapter.difference import difference
 
-    found = difference(*reading.read([one, two], on_disk=True))
+    found = difference(*reading.read([one, two]))
     listing.show(found.to_dict(), _print_difference, found)
 
 
@@ -111,7 +111,7 @@ def rename(
     from lora_inject.formats.checks import one_line
 
     pairs = given.pairs_of(names, "OLD=NEW", "transformer=model.decoder", whole="old")
-    [state] = reading.read([adapter], on_disk=True)
+    [state] = reading.read([adapter])
     made = state.rename(pairs)
     old, new = ([*s.sites, *s.trained, *s.base_copies] for s in (state, made))
     words = f"its names are now {one_line(templates(new), 6)}"

@@ -62,8 +62,7 @@ class Format:
     Attributes:
         write: `write(state, path, facts, **options)`: the content of the file that `path` will be,
             or of each file of the folder, by name. The adapter's shapes and dtypes are checked.
-        read: `read(path, facts, **options) -> AdapterState`, whose tensors share no memory; they
-            are checked afterwards.
+        read: `read(path, facts, **options) -> AdapterState`; its tensors are checked afterwards.
         detects: `detects(path) -> bool`, by content; the first row that returns True reads.
         keeps: What files of the format can express besides the deltas, of `EVERYTHING`.
         endings: The endings that a file's name may have to be written; empty for any.
@@ -204,17 +203,17 @@ def read_adapter(
 ) -> AdapterState:
     """Read an adapter from files.
 
-    The values are read into memory, because PEFT saves into the file that is there: a value that
-    was read later would be another. `on_disk=True` leaves the values of safetensors in the file
-    until they are used, and raises if the file was written to since. The commands use it, and so
-    can you for an adapter larger than memory, or if only the numbers are needed. Values that are
-    not finite are read, so that `inspect` shows them; loading, merging and converting refuse them.
+    Values of safetensors are read when they are used, each time, so an adapter may be larger than
+    memory. The file may be moved, deleted or replaced meanwhile. If it was written to in place, as
+    PEFT saves, using a value raises a FormatError. The tensors cannot be changed in place;
+    `copy.deepcopy` of the value reads all of it into memory. Values that are not finite are read,
+    so that `inspect` shows them; loading, merging and converting refuse them.
 
     Args:
         path: Where from.
         format: Name of a row of `FORMATS`; None detects it from the files.
         facts: What is known of the model; single facts may be given as options.
-        options: `on_disk`, and the format's own, see its `read`.
+        options: The format's own, see its `read`.
 
     Returns:
         The adapter.
@@ -227,8 +226,6 @@ def read_adapter(
     if format is None:
         format = detected(place)  # noqa: A001
     row = _row(format, f"read adapter '{path}'")
-    if "on_disk" not in options_of(row.read):
-        options.pop("on_disk", None)  # it saves memory and does not change the result
     with within(f"read {format} adapter '{path}'"):
         facts, own = _split(row.read, facts, options)
         return check_state(row.read(place, facts, **own))
@@ -252,7 +249,7 @@ def options_of(function: Callable[..., Any]) -> list[str]:
 
     Examples:
         >>> options_of(FORMATS["diffusers"].read)
-        ['component', 'on_disk']
+        ['component']
     """
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

@@ -388,7 +388,7 @@ def _diffusers(files: Files) -> Findings:
         load = f"Load it with model.load_lora_adapter(path, {options})"
         yield Finding("it is a PEFT folder", load, stops=False)
     elif files.layout == "kohya":
-        tensors = read_tensors(files.path, on_disk=True)[0]
+        tensors = read_tensors(files.path)[0]
         unet = {n: float(t) for n, t in tensors.items() if re.match(r"lora_unet_.*\.alpha", n)}
         lost = (name for name in unet if "_to_out_" in name and len({*unet.values()}) > 1)
         found = "diffusers loses alphas of attention where alphas differ: {}"

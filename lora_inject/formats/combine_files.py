@@ -143,4 +143,4 @@ def _state(adapter: Adapter) -> AdapterState:
         return adapter
     remedy = "Give an AdapterState, or the path of its files"
     check_type("an adapter", adapter, (str, PathLike), remedy)
-    return read_adapter(adapter, on_disk=True)
+    return read_adapter(adapter)

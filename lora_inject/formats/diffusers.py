@@ -73,11 +73,9 @@ def write(
     return content if path.suffix == ".safetensors" else {FILE: content}
 
 
-def read(
-    path: Path, _facts: ModelFacts, *, component: str | None = None, on_disk: bool = False
-) -> AdapterState:
+def read(path: Path, _facts: ModelFacts, *, component: str | None = None) -> AdapterState:
     """Read the adapter of one component; name the component if the file holds several."""
-    tensors, said = read_tensors(path / FILE if path.is_dir() else path, on_disk=on_disk)
+    tensors, said = read_tensors(path / FILE if path.is_dir() else path)
     component, pairs = in_component(tensors, _parsed, component)
     claims = _claims(said, f"{component}." if component else "")
     sites = {name: plain_site(name, *pair) for name, pair in pairs.items()}

@@ -81,14 +81,12 @@ def write(
     return serialize(tensors, said)
 
 
-def read(
-    path: Path, facts: ModelFacts, *, component: str | None = None, on_disk: bool = False
-) -> AdapterState:
+def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> AdapterState:
     """Read the adapter of one component; name the component if the file holds several.
 
     The model's module names are not needed for a file that was written here.
     """
-    tensors, said = read_tensors(path, on_disk=on_disk)
+    tensors, said = read_tensors(path)
     prefix, modules = in_component(tensors, _parsed, component)
     start = prefix if prefix == "lycoris" else f"lora_{prefix}"
     names = _names_in(said)

@@ -49,7 +49,6 @@ def read(
     fan_in_fan_out: bool | Collection[str] = False,
     embeddings: Collection[str] = (),
     enable_lora: Sequence[bool] | Mapping[str, Sequence[bool]] | None = None,
-    on_disk: bool = False,
 ) -> AdapterState:
     """Read a loralib state dict.
 
@@ -64,7 +63,6 @@ def read(
             a linear layer's.
         enable_lora: The argument of `MergedLinear`, for all fused layers of the file, or by name or
             end of name after a dot. Needed for fused layers.
-        on_disk: Leave the values in the file until they are used; not those of a pickle.
 
     Returns:
         The adapter; parts of a fused layer are called '0', '1', ...
@@ -79,7 +77,7 @@ def read(
     if path.suffix in PICKLES:
         tensors = read_pickle(path, allow=allow_pickle)
     else:
-        tensors = read_tensors(path, on_disk=on_disk)[0]
+        tensors = read_tensors(path)[0]
     all_turned = fan_in_fan_out is True
     turned = () if isinstance(fan_in_fan_out, bool) else fan_in_fan_out
     halves = [key for key in tensors if leaf(key) in ("lora_A", "lora_B")]

@@ -58,10 +58,10 @@ def write(
     return {FILE: serialize(tensors, {"format": "mlx"}), CONFIG: content}
 
 
-def read(path: Path, _facts: ModelFacts, *, on_disk: bool = False) -> AdapterState:
+def read(path: Path, _facts: ModelFacts) -> AdapterState:
     """Read a folder of mlx-lm; embeddings are recognized when it is loaded onto a model."""
     rank, scale = _numbers(path)
-    tensors, _ = read_tensors(path / FILE, on_disk=on_disk)
+    tensors, _ = read_tensors(path / FILE)
     sites = {}
     remedy = "Fuse it with mlx_lm.fuse; experts and DoRA are not read"
     for name, (a, b) in matrices(tensors, (".lora_a", ".lora_b"), remedy).items():

@@ -33,9 +33,9 @@ def write(state: AdapterState, _path: Path, _facts: ModelFacts) -> bytes:
     return serialize(tensors, describe(state, "native"))
 
 
-def read(path: Path, _facts: ModelFacts, *, on_disk: bool = False) -> AdapterState:
-    """Read what `write` wrote, bit for bit; `on_disk` as in `storage.tensors.read_tensors`."""
-    tensors, text = read_tensors(path, on_disk=on_disk)
+def read(path: Path, _facts: ModelFacts) -> AdapterState:
+    """Read what `write` wrote, bit for bit."""
+    tensors, text = read_tensors(path)
     if not is_native(text, "native"):
         raise FormatError("", "it is not a file of this format", "Leave format out")
     said = parse(text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,7 +78,7 @@ def load_adapter(
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked=asked)
     if format == "peft" and state.fingerprint is None:  # as PEFT understands it
         refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
-    _put_on(survey, fitted, name, _Owned())
+    _put_on(survey, fitted, name)
     return model
 
 
@@ -109,13 +109,11 @@ def install(
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
     survey = survey_for(model, name, loads=True)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
-    _put_on(survey, fitted, name, _copied)
+    _put_on(survey, fitted, name)
     return model
 
 
-def _put_on(
-    survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
-) -> None:
+def _put_on(survey: Survey, state: AdapterState, name: str) -> None:
     """Put a fitted adapter on; it becomes active if no other is active on this model.
 
     The model may be a part of a larger one: what is active in other parts is none of its business.
@@ -128,7 +126,7 @@ def _put_on(
 
     def given(place: Place) -> Mapping[str, Tensor]:
         mine = tensors[place.name]
-        return {role: taken(mine[role], place.weight) for role in place.entry.names}
+        return {role: _copied(mine[role], place.weight) for role in place.entry.names}
 
     def tied(place: Place) -> Hashable:
         return id(tensors[place.name][next(iter(place.entry.names))])
@@ -151,18 +149,4 @@ def _put_on(
 def _copied(tensor: Tensor, weight: Tensor) -> Tensor:
     """Return a tensor as an adapter over `weight` holds it, in memory of its own."""
     dtype = master_dtype(weight.dtype)
-    return tensor.detach().to(device=weight.device, dtype=dtype, copy=True)
-
-
-class _Owned:
-    """Takes tensors that nobody else holds as they are, unless two of them share memory."""
-
-    def __init__(self) -> None:
-        self.taken: set[int] = set()
-
-    def __call__(self, tensor: Tensor, weight: Tensor) -> Tensor:
-        address = tensor.data_ptr()
-        alone = address not in self.taken and tensor.untyped_storage().nbytes() == tensor.nbytes
-        self.taken.add(address)
-        fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
-        return tensor if alone and fits else _copied(tensor, weight)
+    return tensor.detach().to(device=weight.device, dtype=dtype, copy=True).contiguous()

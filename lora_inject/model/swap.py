@@ -27,6 +27,7 @@ from lora_inject.model.save import base_weights, fingerprint, model_facts
 from lora_inject.model.sharding import copy_into, reshard
 from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
+from lora_inject.storage.tensors import in_memory
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -95,6 +96,7 @@ def swap_adapter(
         check_base(state.fingerprint, fingerprint(weights), base, asked)
     if state.base_copies:
         check_base_copies(state, base_weights(survey), asked)
+    values = [*map(in_memory, values)]  # of a file, read before the first write
     for selection in selections:
         selection.note_swap(name)
     copy_into(into, values)

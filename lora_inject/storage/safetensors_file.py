@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from lora_inject.errors import CheckpointError, LoraInjectError
 from lora_inject.storage.strict_json import parse_json
@@ -86,16 +86,22 @@ def read_header(path: Path, error: type[LoraInjectError] = CheckpointError) -> H
 
     `error` is the class of errors: of a checkpoint, or `FormatError` for an adapter.
     """
+    with path.open("rb") as file:
+        return header_of(file, path, error)
+
+
+def header_of(file: BinaryIO, path: Path, error: type[LoraInjectError]) -> Header:
+    """Read and check the header of an open file; see `read_header`."""
     asked = f"read '{path}'"
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                found = f"it is cut off or not a safetensors file ({size} bytes)"
-                raise error(asked, found, _DAMAGED)
-            return _parse_header(start + file.read(length), size, asked, error)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            found = f"it is cut off or not a safetensors file ({size} bytes)"
+            raise error(asked, found, _DAMAGED)
+        return _parse_header(start + file.read(length), size, asked, error)
     except _HeaderError as cause:
         raise error(asked, str(cause), _DAMAGED) from None
 

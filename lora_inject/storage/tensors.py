@@ -1,4 +1,4 @@
-"""The tensors of an adapter's safetensors file: read at once or when they are used, and written.
+"""The tensors of an adapter's safetensors file: read when they are used, and written.
 
 Unlike in the reference library, a duplicate tensor name is refused (the library takes the last
 one), and equal values give equal bytes (the library's metadata is in random order). No file is
@@ -9,7 +9,9 @@ it. NaN is allowed here; merging refuses it.
 from __future__ import annotations
 
 import os
+import re
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +26,13 @@ from lora_inject.storage.disk import open_read
 from lora_inject.storage.safetensors_file import (
     TensorEntry,
     build_header,
+    header_of,
     is_plain_name,
     read_header,
 )
 from lora_inject.storage.tensor_rows import DTYPES, RowReader
 
+_WRITTEN = "the file was written to after it was opened", "Read the adapter again"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -43,25 +47,22 @@ def read_names(path: Path) -> tuple[list[str], dict[str, str]]:
     return list(header.tensors), dict(header.metadata or {})
 
 
-def read_tensors(
-    path: str | os.PathLike[str], *, on_disk: bool = False
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a whole safetensors file: tensors by name, and the metadata.
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors by name, and the metadata.
 
-    With `on_disk` the values stay in the file, and each operation reads those that it needs.
+    The values stay in the file, and each operation reads those that it needs.
     """
     path = Path(path)
     asked = f"read '{path}'"
     if not path.is_file():
         raise FormatError(asked, "there is no such file", "Check the path")
-    header = read_header(path, FormatError)
+    file = _File(path)
+    header = file.header
     unknown = sorted({entry.dtype for entry in header.tensors.values()} - DTYPES.keys())
     if unknown:
         found = f"no adapter's tensor has the dtype {unknown[0]}"
         raise FormatError(asked, found, "Give the adapter's file, not the base's")
-    file = _File(path)
-    read = _TensorOnDisk.of if on_disk else _File.read
-    tensors = {name: read(file, entry) for name, entry in header.tensors.items()}
+    tensors: dict[str, Tensor] = {n: _TensorOnDisk.of(file, e) for n, e in header.tensors.items()}
     return tensors, dict(header.metadata or {})
 
 
@@ -84,14 +85,34 @@ def bytes_of(tensor: Tensor) -> bytearray:
     return content
 
 
+_MOST_OPEN = 64 if os.name == "posix" else 0  # Windows replaces and deletes no open file
+_TICK_NS = 20_000_000  # the clock of a file system is not coarser on Linux
+_OPEN: weakref.WeakSet[_File] = weakref.WeakSet()
+
+
 class _File:
-    """A file that is open while a tensor needs it."""
+    """A file that stays open for the values that are read later, or all of its bytes.
+
+    Hundreds of adapters would use up the descriptors of the process, and a file that was written
+    to just now can be written to again without a change of its time: these are read at once.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.fd = path, open_read(path)
-        self._written = self._when()
-        self._last = threading.local()
-        weakref.finalize(self, os.close, self.fd)
+        close = weakref.finalize(self, os.close, self.fd)
+        self._written, self._last = self._when(), threading.local()
+        self._bytes: bytearray | None = None
+        with open(self.fd, "rb", closefd=False) as file:
+            self.header = header_of(file, path, FormatError)
+            if len(_OPEN) < _MOST_OPEN and time.time_ns() - self._written[0] > _TICK_NS:
+                _OPEN.add(self)
+                return
+            self._bytes = bytearray(self.header.size_bytes)
+            file.seek(0)
+            n = file.readinto(self._bytes)
+        close()
+        if n != len(self._bytes) or not self._bytes.startswith(self.header.raw):
+            raise FormatError(f"read '{path}'", *_WRITTEN)
 
     def read(self, entry: TensorEntry) -> Tensor:
         """Return one tensor in memory of its own."""
@@ -99,13 +120,19 @@ class _File:
 
     def elements(self, entry: TensorEntry, first: int, n: int) -> Tensor:
         """Return some elements of a tensor, `(n,)`."""
+        dtype = DTYPES[entry.dtype]
+        if self._bytes is not None:
+            start = entry.start + first * dtype.itemsize
+            return torch.frombuffer(self._bytes, dtype=dtype, count=n, offset=start).clone()
         try:
             values = RowReader(self.fd).rows(entry, 1, first, first + n).flatten()
+            now = self._when()
         except CheckpointError as error:
-            raise FormatError(f"read '{self.path}'", error.found, error.remedy) from None
-        if self._when() != self._written:
-            found = "the file was written to after it was opened"
-            raise FormatError(f"read '{self.path}'", found, "Read the adapter again")
+            raise FormatError(f"read '{self.path}'", error.found, _WRITTEN[1]) from None
+        except OSError as error:
+            raise FormatError(f"read '{self.path}'", str(error), _WRITTEN[1]) from error
+        if now != self._written:
+            raise FormatError(f"read '{self.path}'", *_WRITTEN)
         return values
 
     def _when(self) -> tuple[int, int]:
@@ -130,6 +157,10 @@ _WITHOUT_VALUES = frozenset(
     | {"stride", "storage_offset", "t", "transpose", "unbind", "view"}
 )
 """Methods, and all attributes, that need no values unless they copy."""
+_CHANGES = re.compile(
+    r"__set(item)?__|__i(add|and|div|mul|or|pow|sub|xor|\w+shift|\w+div)__|.*[^_]_"
+)
+"""Names of what changes its first argument."""
 
 
 class _TensorOnDisk(Tensor):
@@ -163,17 +194,19 @@ class _TensorOnDisk(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, first, name = kwargs or {}, args[0], func.__name__
-        if isinstance(first, cls):
-            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-                asked = f"write to a tensor of '{first.file.path}'"
-                raise FormatError(asked, "its values are in the file", "Read it without on_disk")
-            if name in _WITHOUT_VALUES:
-                with torch._C.DisableTorchFunctionSubclass():
-                    found = func(*args, **kwargs)
-                    views = tree_map_only(Tensor, lambda t: _view(first, t), found)
-                    if None not in tree_leaves(views) or found is None:
-                        return views
+        kwargs, first, name = kwargs or {}, args[0] if args else None, func.__name__
+        changed = first if _CHANGES.fullmatch(name) else None
+        for target in tree_leaves((changed, kwargs.get("out"))):
+            if isinstance(target, cls):
+                asked = f"write to a tensor of '{target.file.path}'"
+                remedy = "Change a copy: tensor.clone(), or copy.deepcopy of the adapter"
+                raise FormatError(asked, "its values are in the file", remedy)
+        if isinstance(first, cls) and name in _WITHOUT_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args, **kwargs)
+                views = tree_map_only(Tensor, lambda t: _view(first, t), found)
+                if None not in tree_leaves(views) or found is None:
+                    return views
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs))
         return func(*args, **kwargs)
 

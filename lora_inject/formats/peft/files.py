@@ -53,10 +53,10 @@ def check_files(path: Path) -> None:
         raise FormatError("", f"there is no {MODEL} in it", "Copy the whole directory")
 
 
-def read_all(path: Path, *, on_disk: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors, of one file or of all that the index names, and the metadata."""
     if (path / MODEL).is_file():
-        return read_tensors(path / MODEL, on_disk=on_disk)
+        return read_tensors(path / MODEL)
     index: Any = read_json(path / _INDEX, _INDEX)
     table: Any = index.get("weight_map") if isinstance(index, dict) else None
     names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
@@ -65,7 +65,7 @@ def read_all(path: Path, *, on_disk: bool) -> tuple[dict[str, Tensor], dict[str,
     tensors: dict[str, Tensor] = {}
     found = ""
     for name in sorted(set(names)):
-        held = read_tensors(path / name, on_disk=on_disk)[0]
+        held = read_tensors(path / name)[0]
         if strangers := [key for key in held if table.get(key) != name]:
             found = f"'{name}' holds {one_line(strangers)}, which it does not list"
         tensors |= held

@@ -116,7 +116,6 @@ def read(
     prefer: Literal["metadata", "config"] | None = None,
     allow: Collection[str] = (),
     expert_major: bool = False,
-    on_disk: bool = False,
 ) -> AdapterState:
     """Read a PEFT directory, of this package or of others.
 
@@ -129,7 +128,6 @@ def read(
             `init_lora_weights` where the base at hand is the one that PEFT's init has changed.
         expert_major: Whether the columns of a stacked B are ordered by expert first, as unsloth
             writes them; the file does not tell.
-        on_disk: Leave the values in the file until they are used (`storage.tensors.read_tensors`).
 
     Returns:
         The adapter. Without metadata its `config` and `fingerprint` are None, and the kind of each
@@ -145,7 +143,7 @@ def read(
     if prefer != "metadata":
         with within(CONFIG):
             claims = read_claims(read_json(path / CONFIG, ""), allow)
-    tensors, text = read_all(path, on_disk=on_disk)
+    tensors, text = read_all(path)
     ours = is_native(text, "peft")
     if claims is None and not ours:
         found = f"its {MODEL} holds no metadata of this package"
