@@ -45,7 +45,7 @@ def with_copies(copies: dict[str, Tensor]) -> Any:
     model = copy.deepcopy(tied_llama())
     for name, value in copies.items():
         owner, _, key = name.rpartition(".")
-        model.get_submodule(owner)._parameters[key] = nn.Parameter(value)
+        model.get_submodule(owner)._parameters[key] = nn.Parameter(value.clone())
     return model
 
 
