@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapter_states import FINGERPRINT, KIND_SPECS, make_site, make_state
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora_inject as li
 from lora_inject.adapter.state import AdapterState
@@ -107,7 +107,7 @@ def test_other_contradictions(change: dict[str, Any], ours: Path) -> None:
 
 
 def test_values_outside_the_slices_are_not_dropped(ours: Path) -> None:
-    tensors, metadata = read_tensors(ours / MODEL)
+    tensors, metadata = load_file(ours / MODEL), read_tensors(ours / MODEL)[1]
     tensors[f"{P}h.0.qkv.lora_B.weight"][4, 0] = 1e-30
     save_file(tensors, ours / MODEL, metadata)
     with pytest.raises(FormatError, match=r"1 values of B lie outside .* slices \['q', 'v'\]"):
@@ -128,7 +128,7 @@ def test_values_outside_the_slices_are_not_dropped(ours: Path) -> None:
 def test_missing_extra_and_misshapen_tensors_of_ours(
     change: Callable[[dict[str, torch.Tensor]], None], ours: Path
 ) -> None:
-    tensors, metadata = read_tensors(ours / MODEL)
+    tensors, metadata = load_file(ours / MODEL), read_tensors(ours / MODEL)[1]
     change(tensors)
     save_file(tensors, ours / MODEL, metadata)
     with pytest.raises(FormatError):

@@ -98,6 +98,7 @@ WRITES: list[Callable[[Tensor], object]] = [
     lambda w: torch.zeros(1000, out=w[:]),
     lambda w: torch._foreach_zero_([w]),
     lambda w: operator.imul(w, 2),
+    lambda w: save_file({"w": w}, "/dev/null"),
     lambda w: setattr(w, "requires_grad", True),
     lambda w: setattr(w, "data", torch.zeros(1000)),
     torch.nn.Parameter,
@@ -110,7 +111,7 @@ def test_what_is_read_from_a_file_cannot_be_written_to(
 ) -> None:
     save_file({"w": torch.ones(1000)}, tmp_path / "a.safetensors")
     w = read_tensors(tmp_path / "a.safetensors")[0]["w"]
-    with pytest.raises(FormatError, match=r"its values are in the file. Change a copy"):
+    with pytest.raises(FormatError, match=r"its values are in the file. Use a copy"):
         write(w)
     assert not w.requires_grad
     for copied in (w.clone(), copy.deepcopy(w), pickle.loads(pickle.dumps(w))):

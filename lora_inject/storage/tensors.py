@@ -159,8 +159,9 @@ _WITHOUT_VALUES = frozenset(
 """Methods, and all attributes, that need no values unless they copy."""
 _CHANGES = re.compile(
     r"__set(item)?__|__i(add|and|div|mul|or|pow|sub|xor|\w+shift|\w+div)__|.*[^_]_"
+    r"|data_ptr|.*storage"
 )
-"""Names of what changes its first argument."""
+"""Names of what changes its first argument, or needs the address of its values."""
 
 
 class _TensorOnDisk(Tensor):
@@ -198,8 +199,8 @@ class _TensorOnDisk(Tensor):
         changed = first if _CHANGES.fullmatch(name) else None
         for target in tree_leaves((changed, kwargs.get("out"))):
             if isinstance(target, cls):
-                asked = f"write to a tensor of '{target.file.path}'"
-                remedy = "Change a copy: tensor.clone(), or copy.deepcopy of the adapter"
+                asked = f"{name} of a tensor of '{target.file.path}'"
+                remedy = "Use a copy: tensor.clone(), or copy.deepcopy of the adapter"
                 raise FormatError(asked, "its values are in the file", remedy)
         if isinstance(first, cls) and name in _WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
