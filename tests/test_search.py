@@ -226,7 +226,7 @@ END = "\nbudget: {steps: 8}"
     ("text", "message"),
     [
         (f"{SHORT}lr: 1e-3{END}", "a single trial. Give two choices"),
-        (f"{SHORT}lr: []{END}", r"s.yaml:2:5 \(lr\): there is no choice. Give one value"),
+        (f"{SHORT}lr: []{END}", r"s.yaml:2:5 \(lr\): it is empty. Give one entry"),
         (f"{SHORT}lr: [1e-3, 1e-3]{END}", "has a repeated entry"),
         (f"{SHORT}lr: [1e-3, -1]{END}", r"2:12 \(lr\[1\]\): -1 is not accepted.*greater than 0"),
         (
@@ -266,7 +266,7 @@ def test_a_wrong_space_is_an_error_at_its_place(tmp_path, text, message) -> None
         (SPACE | {"targets": {"a": ["q_proj"]}}, {}, "matched none"),
         (SPACE | {"config": {"dropuot": 0.1}}, {}, "unknown key 'dropuot'"),
         (SPACE | {"config": {"train": ["2.weight"]}}, {}, "adapted and trained both"),
-        ([SPACE], {}, "space: a value of type list. Give a Space"),
+        ([SPACE], {}, "space: it is a list. Give a Space"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_searched_leaves_nothing_behind(space, more, message) -> None:

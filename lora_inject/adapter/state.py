@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from lora_inject.adapter.site_state import SiteState, plain, same
 from lora_inject.errors import StateError, check_type
 from lora_inject.spec.names import counted, joined, matching
 from lora_inject.spec.sites import SiteSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -194,13 +196,16 @@ class AdapterState:
             ['h.1.q']
         """
         kept = named([*self.sites, *self.trained], patterns, "select")
-        return replace(
-            self,
-            sites={name: site for name, site in self.sites.items() if name in kept},
-            trained={name: tensor for name, tensor in self.trained.items() if name in kept},
-            rows={name: rows for name, rows in self.rows.items() if name in kept},
-            config=None,
-        )
+        return replace(self.only(kept), config=None)
+
+    def only(self, names: Collection[str]) -> AdapterState:
+        """Return the sites and trained tensors of these names."""
+
+        def kept(values: Mapping[str, T]) -> dict[str, T]:
+            return {name: value for name, value in values.items() if name in names}
+
+        sites, trained, rows = kept(self.sites), kept(self.trained), kept(self.rows)
+        return replace(self, sites=sites, trained=trained, rows=rows)
 
     def rename(self, new: Mapping[str, str] | Callable[[str], str]) -> AdapterState:
         r"""Return the adapter with other names of sites, trained tensors and the fingerprint.

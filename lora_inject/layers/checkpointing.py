@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any, TypeVar
 from weakref import WeakSet
@@ -68,12 +68,17 @@ def alive(members: WeakSet[T]) -> list[T]:
 def watch_checkpoints() -> bool:
     """Let checkpoints remember for compiled layers; it runs while a graph is traced, not in it."""
     _watch()
-    for frame in filter(None, map(_frame_of, _pack_hooks())):
-        frame.recompute_fn = _as_compiled(frame.recompute_fn)
+    _replace_functions(_pack_hooks(), _as_compiled)
+    return True
+
+
+def _replace_functions(hooks: Iterable[Any], change: Callable[[Any], Recomputed]) -> None:
+    """Replace the function of each checkpoint that the caller runs in; `hooks` are to be asked."""
+    for frame in filter(None, map(_frame_of, hooks)):
+        frame.recompute_fn = change(frame.recompute_fn)
     for call in _reentrant_calls():
         ctx = call.f_locals["ctx"]
-        ctx.run_function = _as_compiled(ctx.run_function)
-    return True
+        ctx.run_function = change(ctx.run_function)
 
 
 @functools.cache
@@ -110,12 +115,15 @@ def remember(selection: Any, state: Any) -> None:
     hooks = _top(False)
     frame = None if hooks is None else _frame_of(hooks[0])
     known = getattr(frame, "recompute_fn", None)
-    if hooks is not None and not (isinstance(known, Recomputed) and selection in known.states):
-        for frame in filter(None, map(_frame_of, _pack_hooks())):
-            frame.recompute_fn = _wrapped(frame.recompute_fn, selection, state)
-    for call in _reentrant_calls():
-        ctx = call.f_locals["ctx"]
-        ctx.run_function = _wrapped(ctx.run_function, selection, state)
+    done = hooks is None or (isinstance(known, Recomputed) and selection in known.states)
+
+    def under_state(function: Any) -> Recomputed:
+        wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
+        wrapped.states.setdefault(selection, state)
+        wrapped.values.setdefault(selection, selection.values)
+        return wrapped
+
+    _replace_functions(() if done else _pack_hooks(), under_state)
 
 
 def are_running() -> bool:
@@ -136,13 +144,6 @@ def refuse_dead_checkpoint() -> None:
             "Checkpoint with use_reentrant=False, or let the embeddings' output require a gradient "
             "(transformers: model.enable_input_require_grads()); use model.eval() to only evaluate",
         )
-
-
-def _wrapped(function: Any, selection: Any, state: Any) -> Recomputed:
-    wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
-    wrapped.states.setdefault(selection, state)
-    wrapped.values.setdefault(selection, selection.values)
-    return wrapped
 
 
 def _reentrant_calls() -> Sequence[FrameType]:

@@ -31,20 +31,13 @@ def swap(
 
     The mixin is the kind of layer, or `WeightUpdate` where only parameters are read.
     """
-    cls = type(module)
-    attached = attached_to(module)
+    attached, ours = attached_to(module), _own_class(type(module))
     if attached is None:
         attached = module.__dict__["_lora"] = Attached(selection)
-        target = adapted_class(cls, mixin, reads)
+        _become(module, attached, ours, mixin, reads)
     else:
-        ours = _own_class(cls)
         kind = ours._lora_mixin if mixin is WeightUpdate else mixin
-        new = adapted_class(ours._lora_plain, kind, ours._lora_reads.union(reads))
-        target = _with_base(cls, ours, new)
-    if target is not cls:
-        # Past nn.Module.__setattr__, which would look for parameters and children of that name.
-        object.__setattr__(module, "__class__", target)
-    _rebind_hooked_forward(module, attached)
+        _become(module, attached, ours._lora_plain, kind, ours._lora_reads.union(reads))
     return attached
 
 
@@ -52,15 +45,10 @@ def narrow(module: nn.Module) -> None:
     """Let a swapped class read no more parameters than its attached do."""
     attached = attached_to(module)
     assert attached is not None
-    if not isinstance(module, Adapted):
-        return
-    cls = type(module)
-    ours = _own_class(cls)
-    kind = ours._lora_mixin if attached.forward else WeightUpdate
-    new = adapted_class(ours._lora_plain, kind, attached.reads)
-    if new is not ours:
-        module.__class__ = _with_base(cls, ours, new)
-        _rebind_hooked_forward(module, attached)
+    if isinstance(module, Adapted):
+        ours = _own_class(type(module))
+        kind = ours._lora_mixin if attached.forward else WeightUpdate
+        _become(module, attached, ours._lora_plain, kind, attached.reads)
 
 
 def unswap(module: nn.Module) -> None:
@@ -90,9 +78,18 @@ def change_plain_class(module: nn.Module, plain: type[nn.Module]) -> None:
         return
     if attached.old_forward is not None:
         attached.old_forward = bound
-    ours = _own_class(type(module))
-    new = adapted_class(plain, ours._lora_mixin, attached.reads)
-    module.__class__ = _with_base(type(module), ours, new)
+    _become(module, attached, plain, _own_class(type(module))._lora_mixin, attached.reads)
+
+
+def _become(
+    module: nn.Module, attached: Attached, plain: Any, mixin: type[Adapted], reads: Iterable[str]
+) -> None:
+    """Give a module the swapped class of a plain one, below what others have put on top."""
+    cls = type(module)
+    target = _with_base(cls, _own_class(cls), adapted_class(plain, mixin, reads))
+    if target is not cls:
+        # Past nn.Module.__setattr__, which would look for parameters and children of that name.
+        object.__setattr__(module, "__class__", target)
     _rebind_hooked_forward(module, attached)
 
 
@@ -108,8 +105,9 @@ def _is_ours(method: Any, module: nn.Module) -> bool:
     return plain is not function and plain is ours._lora_plain.forward
 
 
-def _own_class(cls: type) -> type[Adapted]:
-    return next(c for c in cls.__mro__ if "_lora_plain" in c.__dict__)
+def _own_class(cls: type) -> Any:
+    """Return the swapped class that a class derives from, by default itself."""
+    return next((c for c in cls.__mro__ if "_lora_plain" in c.__dict__), cls)
 
 
 def _with_base(cls: type, old: type, new: type) -> type:

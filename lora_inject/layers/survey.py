@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from functools import cached_property
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -37,6 +38,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+class Holder(NamedTuple):
+    """A base parameter, or the buffer of a packed one, in its place."""
+
+    name: str
+    module: nn.Module
+    param: str
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """What stands there now."""
+        return base_tensor(self.module, self.param)
+
+
+def base_tensor(module: nn.Module, key: str) -> nn.Parameter:
+    """Return what stands for a weight in its module: a parameter, or the buffer of a packed one."""
+    found = module._parameters.get(key)
+    return cast(nn.Parameter, module._buffers[key]) if found is None else found
 
 
 class Survey:
@@ -95,51 +115,38 @@ class Survey:
         parts = (name for name, m in self.named if m.__dict__.get("batch_first") is False)
         return tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
 
-    def holders(self, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-        """Return who holds a base parameter, or one of the same memory; if several, it is tied."""
-        return list(self._holders.get(memory_of(parameter), ()))  # none of a packed buffer
+    @cached_property
+    def holders(self) -> list[Holder]:
+        """Every base parameter of every module, by the first name of the module."""
+        own = ((name, module, self.own[id(module)]) for name, module in self.modules)
+        return [Holder(joined(name, key), m, key) for name, m, held in own for key in held]
 
     @cached_property
-    def _holders(self) -> dict[Hashable, list[tuple[nn.Module, str]]]:
-        found: dict[Hashable, list[tuple[nn.Module, str]]] = {}
-        for _, module in self.modules:
-            for key, parameter in self.own[id(module)].items():
-                found.setdefault(memory_of(parameter), []).append((module, key))
+    def _by_memory(self) -> dict[Hashable, list[Holder]]:
+        found: dict[Hashable, list[Holder]] = {}
+        for holder in self.holders:
+            found.setdefault(memory_of(holder.tensor), []).append(holder)
         return found
+
+    def sharing(self, tensor: Tensor) -> list[Holder]:
+        """Return who holds a base parameter, or one of the same memory; if several, it is tied."""
+        return self._by_memory.get(memory_of(tensor), [])  # none of a packed buffer
 
     @cached_property
     def tied(self) -> dict[Hashable, list[str]]:
         """All names of each base tensor in several modules, by its memory."""
-        return {
-            memory: [joined(self.paths[id(module)], key) for module, key in holders]
-            for memory, holders in self._holders.items()
-            if len(holders) > 1
-        }
+        several = ((memory, held) for memory, held in self._by_memory.items() if len(held) > 1)
+        return {memory: [holder.name for holder in held] for memory, held in several}
+
+    def at(self, name: str) -> Holder:
+        """Return the place of a base tensor by any of its names."""
+        owner, _, key = name.rpartition(".")
+        module = self.by_name[owner]
+        return Holder(joined(self.paths[id(module)], key), module, key)
 
     def names_of(self, name: str) -> list[str]:
         """Return every name of the tensor that a base parameter's name stands for."""
-        owner, _, key = name.rpartition(".")
-        module = self.by_name[owner]
-        names = self.tied.get(memory_of(self.own[id(module)][key]))
-        return names or [joined(self.paths[id(module)], key)]
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every base parameter once, by canonical name."""
-        seen: set[int] = set()
-        for path, module in self.modules:
-            for key, parameter in self.own[id(module)].items():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield joined(path, key), parameter
-
-
-def base_tensor(module: nn.Module, key: str) -> Tensor:
-    """Return what stands for a weight in its module: a parameter, or the buffer of a packed one."""
-    found: Tensor | None = module._parameters.get(key)
-    if found is None:
-        found = module._buffers[key]
-    assert found is not None
-    return found
+        return [holder.name for holder in self.sharing(self.at(name).tensor)]
 
 
 def memory_of(parameter: Tensor) -> Hashable:

@@ -41,7 +41,7 @@ from lora_inject.model.reached import refuse_unreached
 from lora_inject.model.sharding import fsdp2_modules, refuse_sharded, reshard
 from lora_inject.model.stand_ins import stand_in
 from lora_inject.model.train import trainable_tensors
-from lora_inject.spec.names import Below, joined
+from lora_inject.spec.names import Below
 from lora_inject.spec.roles import FROM_WEIGHT
 from lora_inject.spec.sites import SiteSpec
 
@@ -82,25 +82,24 @@ def places(
     Sites and copies have the model's own names; copies come with their rows, None for all. Nothing
     is changed.
     """
-    modules = survey.by_name
     found = []
     flat_names = cache(lambda roles, read: {role: attribute(role, name, read) for role in roles})
     for spec in sites:
         forward, starts = spec.update == "forward", ("A0", "B0") * (spec.init in FROM_WEIGHT)
-        owner, _, param = spec.weight.rpartition(".")
+        _, module, param = survey.at(spec.weight)
         roles = (*(role for role in spec.shapes if role != "b"), *starts)
         names = flat_names(roles, None if forward else param)  # sites alike share a dict
-        found.append(Place(spec.name, modules[owner], Entry(name, spec, param, names), forward))
+        found.append(Place(spec.name, module, Entry(name, spec, param, names), forward))
         if spec.lora_bias:
             b = {"b": attribute("b", name, "bias")}
             entry = Entry(name, None, "bias", b, spec.shapes["b"], None, spec.scale)
-            found.append(Place(spec.name, modules[owner], entry, forward=False))
+            found.append(Place(spec.name, module, entry, forward=False))
     for copy, rows in copies.items():
-        owner, _, param = copy.rpartition(".")
-        whole = base_tensor(modules[owner], param).shape
+        _, module, param = holder = survey.at(copy)
+        whole = holder.tensor.shape
         shape = tuple(whole) if rows is None else (len(rows), *whole[1:])
         entry = Entry(name, None, param, {"T": attribute("T", name, param)}, shape, rows)
-        found.append(Place(copy, modules[owner], entry, forward=False))
+        found.append(Place(copy, module, entry, forward=False))
     taken: set[tuple[int, str]] = set()
     for place in found:
         target = f"{'site' if place.entry.spec else 'trained tensor'} {place.name!r}"
@@ -121,8 +120,7 @@ def _why_not_here(place: Place, taken: set[tuple[int, str]]) -> Iterator[tuple[s
         found = "lora_bias is added to the layer's bias, which is None: no merge could hold the sum"
         yield found, "Leave lora_bias out there, or give the layer a bias of zeros"
     for flat in entry.names.values():
-        own = (module.__dict__, module._modules, module._parameters, module._buffers)
-        if any(flat in table for table in own) or hasattr(cls, flat):
+        if hasattr(module, flat):
             yield f"the module has an attribute {flat!r}", "Choose another adapter name"
     if not place.forward and attached_to(module) is None and hasattr(cls, entry.param):
         found = f"{cls.__name__}.{entry.param} is computed by the class"
@@ -208,7 +206,7 @@ def attach(
     modules = [module for _, module in survey.modules]
     # Only tensors of these records: checking every tensor of every adapter would be quadratic.
     named = {each for record in records for each in record.trainable} if records else (None,)
-    flags = [p for _, p in survey.parameters()]
+    flags = [holder.tensor for holder in survey.holders]
     flags += [p for each in named for *_, p in trainable_tensors(survey, each)]
     values = (selection, *before.selections, *records)
     with all_or_nothing(modules, values, flags, grows=True) as trained:
@@ -310,11 +308,7 @@ def _become_root(survey: Survey, selection: Selection) -> Root:
 
 def _freeze(survey: Survey, root: Root) -> None:
     """Freeze every base parameter and remember which ones were not, by all names of a tied one."""
-    unfrozen = []
-    for path, module in survey.modules:
-        for key, parameter in survey.own[id(module)].items():
-            if parameter.requires_grad:
-                root.required_grad[joined(path, key)] = module, key
-                unfrozen.append(parameter)
-    for parameter in unfrozen:
-        parameter.requires_grad_(False)
+    unfrozen = [holder for holder in survey.holders if holder.tensor.requires_grad]
+    root.required_grad |= {holder.name: holder for holder in unfrozen}
+    for holder in unfrozen:
+        holder.tensor.requires_grad_(False)

@@ -19,7 +19,7 @@ from lora_inject.layers.checkpointing import alive
 from lora_inject.layers.class_swap import refuse_replaced_class
 from lora_inject.layers.routed_forward import routes_rows
 from lora_inject.layers.selection import Selection
-from lora_inject.layers.survey import Survey, unwrapped
+from lora_inject.layers.survey import Holder, Survey, unwrapped
 from lora_inject.spec.names import joined
 
 ROOT = "_lora_root"
@@ -41,7 +41,7 @@ class Root:
     carrying: dict[str, list[nn.Module]] = field(default_factory=dict)
     trainable: set[str] = field(default_factory=set)  # adapters that may require gradients
     # Base parameters that required a gradient before the first inject, by their name at that time.
-    required_grad: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    required_grad: dict[str, Holder] = field(default_factory=dict)
     undo: Any = None  # what `unmerge` restores while the model is merged; see `model.merge`
     kept: tuple[int, Reach] | None = None  # a walk of the model and its generation; see `reach`
 

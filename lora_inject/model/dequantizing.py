@@ -23,7 +23,8 @@ from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.class_swap import change_plain_class
 from lora_inject.layers.linear_kinds import packed_weight
 from lora_inject.layers.reading import is_quantized
-from lora_inject.layers.survey import Survey, base_parameters, base_tensor
+from lora_inject.layers.survey import Holder, Survey, base_parameters, base_tensor
+from lora_inject.spec.names import joined
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BITSANDBYTES = "bitsandbytes.nn.modules"
@@ -153,15 +154,16 @@ def quantized_again(module: nn.Module, weight: Tensor, values: Tensor) -> nn.Par
     return made
 
 
-def quantized_weights(survey: Survey) -> Iterator[tuple[nn.Module, str]]:
+def quantized_weights(survey: Survey) -> Iterator[Holder]:
     """Yield every layer that holds a quantized weight of a library, and the weight's name."""
-    for _, module in survey.modules:
+    for path, module in survey.modules:
         if (name := packed_weight(plain_class(type(module)))) and name in module._buffers:
-            yield module, name
-        for key, weight in survey.own[id(module)].items():
-            packed = type(weight) is not nn.Parameter or _kind(module, weight) is not None
-            if packed and is_quantized(weight):
-                yield module, key
+            yield Holder(joined(path, name), module, name)
+    for holder in survey.holders:
+        weight = holder.tensor
+        packed = type(weight) is not nn.Parameter or _kind(holder.module, weight) is not None
+        if packed and is_quantized(weight):
+            yield holder
 
 
 def _becomes_linear(module: nn.Module, weight: Tensor) -> bool:

@@ -31,7 +31,6 @@ from lora_inject.model.carried import (
 from lora_inject.model.cpu_packing import allow_packing
 from lora_inject.model.sharding import fsdp2_modules, reshard, sharded_by
 from lora_inject.model.stand_ins import give_back
-from lora_inject.spec.names import joined
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,7 +73,7 @@ def eject(model: M, name: str | None = None) -> M:
     modules = {id(m): m for one in walked for _, m in one.modules}
     modules |= {id(m): m for _, r in surveys for each in gone for m in r.carrying.get(each, ())}
     values = [value for _, record in surveys for value in (record, record.selection)]
-    flags = [p for one, _ in surveys for _, p in one.parameters()]
+    flags = [holder.tensor for one, _ in surveys for holder in one.holders]
     with all_or_nothing(modules.values(), values, flags):
         for _, module, _ in adapted_modules(survey) if not records else ():
             for each in gone:  # from a copy of one layer, which has no root
@@ -134,16 +133,14 @@ def _unfreeze(survey: Survey, record: Root) -> None:
 
     Layers that were moved keep their flags; a layer that replaced another gets that layer's flag.
     """
-    others = [m for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
+    others = [(m.__dict__[ROOT], m) for m in alive(ROOT_MODULES) if ROOT in m.__dict__]
     held = {
-        id(parameter): (other.__dict__[ROOT], joined(path, key), (module, key))
-        for other in others
-        if other.__dict__[ROOT].selection is record.selection
-        for one in [Survey(other)]
-        for path, module in one.modules
-        for key, parameter in one.own[id(module)].items()
+        id(holder.tensor): (other, holder)
+        for other, model in others
+        if other.selection is record.selection
+        for holder in Survey(model).holders
     }
-    for name, (module, key) in record.required_grad.items():
+    for name, (_, module, key) in record.required_grad.items():
         here = survey.by_name.get(name.rpartition(".")[0])
         moved = here is None or id(module) in survey.paths
         for at in (module,) if moved else (module, here):
@@ -151,7 +148,7 @@ def _unfreeze(survey: Survey, record: Root) -> None:
             if parameter is None:
                 continue
             if id(parameter) in held:
-                other, its_name, holder = held[id(parameter)]
-                other.required_grad[its_name] = holder
+                other, holder = held[id(parameter)]
+                other.required_grad[holder.name] = holder
             else:
                 parameter.requires_grad_(True)

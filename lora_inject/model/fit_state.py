@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_inject.adapter.fingerprint import Fingerprint, compare, unverifiable
 from lora_inject.adapter.mixing import same_values
+from lora_inject.adapter.renaming import named
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, LayerError, nearest
@@ -23,10 +24,9 @@ from lora_inject.formats.older_names import in_names_of
 from lora_inject.functional import all_finite
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.kinds import KINDS
-from lora_inject.layers.survey import Survey, base_tensor
+from lora_inject.layers.survey import Survey
 from lora_inject.model.save import base_weights, fingerprint
 from lora_inject.spec.inventory import Candidate, Inventory
-from lora_inject.spec.names import joined, matching
 from lora_inject.spec.sites import SiteSpec
 
 Base = Literal["same", "quantized", "any"]
@@ -53,9 +53,7 @@ def fit(
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
         if not state.sites:  # `save.witnesses`: other tensors of the base, under its names
             new = {name: name for name in state.fingerprint.shapes if name in weights}
-        places = {old: name.rpartition(".") for old, name in new.items()}
-        modules = survey.by_name
-        here = {old: base_tensor(modules[owner], key) for old, (owner, _, key) in places.items()}
+        here = {old: survey.at(name).tensor for old, name in new.items()}
         check_base(state.fingerprint, fingerprint(here), base, asked)
     check_base_copies(state, weights, asked)
     check_finite(state, asked)
@@ -67,22 +65,9 @@ def fit(
 
 def _without(state: AdapterState, patterns: Iterable[str], asked: str) -> AdapterState:
     """Leave out what the caller's patterns match; each must match something."""
-    gone: set[str] = set()
     names = [*state.trained, *state.sites]
-    for pattern in patterns:
-        label = f"{asked}, leave_out {pattern!r}"
-        hits = matching(pattern, names, asked=label, error=FormatError)
-        if not hits:
-            close = ", ".join(map(repr, nearest(pattern, names))) or "none"
-            raise FormatError(label, "it matches nothing in the adapter", f"Nearest: {close}")
-        gone.update(hits)
-
-    def left(parts: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: part for name, part in parts.items() if name not in gone}
-
-    return dataclasses.replace(
-        state, sites=left(state.sites), trained=left(state.trained), rows=left(state.rows)
-    )
+    gone = named(names, patterns, f"{asked}, leave_out", FormatError)
+    return state.only(set(names) - gone.keys())
 
 
 def _found(spec: SiteSpec, names: Inventory) -> Candidate | None:
@@ -165,9 +150,7 @@ def _fit_trained(
         weight, rows = weights.get(key), state.rows.get(key)
         if reason := _why_not_copied(key, tensor, rows, weight):
             raise FormatError(f"{asked}, trained tensor {key!r}", *reason)
-        # A module with two names is one module; a tied tensor has a name in each module.
-        owner, _, param = key.rpartition(".")
-        name = joined(survey.paths[id(survey.by_name[owner])], param)
+        name = survey.at(key).name  # a module with two names is one module
         same = first.setdefault(id(weight), [])
         held = next((t for t in same if torch.equal(t, tensor)), None)
         if held is None:

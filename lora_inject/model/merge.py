@@ -20,7 +20,7 @@ from lora_inject.functional import MergeReport, Tally, TensorReport
 from lora_inject.layers.selection import State
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import watch_loading
-from lora_inject.layers.survey import Survey, memory_of
+from lora_inject.layers.survey import Holder, Survey, memory_of
 from lora_inject.model.carried import Root, check_names, reach, refuse_merged, roots_of
 from lora_inject.model.dequantizing import (
     dtype_of,
@@ -30,7 +30,6 @@ from lora_inject.model.dequantizing import (
 )
 from lora_inject.model.eject import eject as take_off
 from lora_inject.model.merge_targets import (
-    Holder,
     Into,
     Target,
     check_results,
@@ -213,9 +212,9 @@ def _write(targets: list[Target], undo: bool, undos: list[Undo]) -> None:
         if target.into is not None:
             target.tally = Tally() if target.terms else None
             weight = target.replacement(target.tally)
-            plain = holder if target.into == "same" else holder.plain
+            written = target.written
             layer = replace_weight(holder.module, holder.param, weight)
-            target.holder = holder = plain
+            target.holder = holder = written
             undos.append(Undo(holder, weight, before, layer=layer))
         elif left := [other for other in target.sharers if other not in untied]:
             own = nn.Parameter(before.detach().clone(), requires_grad=False)
@@ -304,7 +303,7 @@ def _folded(survey: Survey, targets: list[Target]) -> Iterator[tuple[str, Tensor
     for path, module in survey.modules:
         if target := packed.get(id(module)):
             weight = target.formed()
-            yield target.holder.plain.name, weight
+            yield target.written.name, weight
             if isinstance(bias := getattr(module, "bias", None), Tensor):
                 yield joined(path, "bias"), bias.detach().to(weight.dtype)
             continue

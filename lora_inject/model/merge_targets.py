@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lora_inject.functional import (
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.attached import Entry, refuse_mixed
 from lora_inject.layers.reading import is_quantized
-from lora_inject.layers.survey import Survey, base_tensor, memory_of
+from lora_inject.layers.survey import Holder, Survey, memory_of
 from lora_inject.model.carried import whole_adapter
 from lora_inject.model.dequantizing import dense, quantized_again, quantized_weights, why_not_dense
 from lora_inject.model.sharding import reshard, sharded_by
@@ -33,27 +33,6 @@ from lora_inject.spec.names import joined
 
 Into = torch.dtype | Literal["same"] | None
 """Target of a quantized weight: a plain dtype, its own format, or None for an error."""
-
-
-class Holder(NamedTuple):
-    """A base parameter in its place."""
-
-    name: str
-    module: nn.Module
-    param: str
-
-    @property
-    def plain(self) -> Holder:
-        """The place of a quantized weight once it is plain: a layer is an `nn.Linear` then."""
-        if isinstance(self.tensor, PackedExperts):
-            return self
-        name = self.name.removesuffix(self.param) + "weight"
-        return Holder(name, self.module, "weight")
-
-    @property
-    def tensor(self) -> nn.Parameter:
-        """The parameter that stands there now."""
-        return cast(nn.Parameter, base_tensor(self.module, self.param))  # checked before it is used
 
 
 @dataclass
@@ -89,8 +68,15 @@ class Target:
 
     @property
     def becomes_linear(self) -> bool:
-        """Whether the weight is that of a quantized layer."""
-        return self.into is not None and not isinstance(self.weight, PackedExperts)
+        """Whether the layer, whose weight is quantized, is written as an `nn.Linear`."""
+        return isinstance(self.into, torch.dtype) and not isinstance(self.weight, PackedExperts)
+
+    @property
+    def written(self) -> Holder:
+        """Where the weight stands once it is written."""
+        name, module, param = self.holder
+        name = name.removesuffix(param) + "weight"
+        return Holder(name, module, "weight") if self.becomes_linear else self.holder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,16 +201,13 @@ def merge_targets(
             entries.setdefault(holder, []).append((entry, weight))
     for taking in entries.values():
         refuse_mixed(taking)
-    for module, key in quantized_weights(survey) if isinstance(into, torch.dtype) else ():
-        holder = Holder(joined(survey.paths[id(module)], key), module, key)
+    for holder in quantized_weights(survey) if isinstance(into, torch.dtype) else ():
         found.setdefault(holder, Target(holder))
     for target in found.values():
         for reason in _why_not(target, into):
             raise LayerError(f"merge into {target.name!r}", *reason)
         target.into = into if is_quantized(target.weight) else None
-        holders = survey.holders(target.weight)
-        others = [Holder(joined(survey.paths[id(m)], param), m, param) for m, param in holders]
-        target.sharers = [other for other in others if other != target.holder]
+        target.sharers = [one for one in survey.sharing(target.weight) if one != target.holder]
     refuse_overlaps(survey, {memory_of(t.weight): t.name for t in found.values()})
     return _once_if_tied(found)
 

@@ -51,7 +51,7 @@ def refuse_first_places(survey: Survey, sites: Iterable[SiteSpec], asked: str) -
     """Raise if PEFT put an adapter into one of several places of a layer, which is one here."""
     held = _places(survey)
     for spec in sites:
-        n = held[id(survey.by_name[spec.weight.rpartition(".")[0]])]
+        n = held[id(survey.at(spec.weight).module)]
         if n > 1:
             raise FormatError(
                 f"{asked}, site {spec.name!r}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -67,30 +67,26 @@ def adapter_state(model: nn.Module, name: str = "default") -> AdapterState:
     return read_off(Survey(model), name)
 
 
-def read_off(
-    survey: Survey, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
-) -> AdapterState:
-    """Read an adapter from a model; see `adapter_state`.
+def values_on(
+    survey: Survey,
+    name: str,
+    asked: str,
+    taken: Callable[[Tensor, str, Entry, str], Tensor] = lambda held, *_: held,
+) -> tuple[AdapterState, dict[str, Tensor]]:
+    """Return an adapter on a model, without a fingerprint, and the frozen weights of its sites.
 
-    `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
+    `taken` says what stands in it for a Parameter, given the name of the module, the entry and the
+    role.
     """
     reshard(survey)
-    items = whole_adapter(survey, name, "adapter_state of")
-    # The fingerprint is to be that of the base, which merged weights are not.
-    refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
     found: list[tuple[SiteSpec, dict[str, Tensor]]] = []
     biases: dict[str, dict[str, Tensor]] = {}  # of B, by the name of the module
     trained: dict[str, Tensor] = {}
     rows: dict[str, tuple[int, ...]] = {}
     weights: dict[str, Tensor] = {}
-    whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
-    for path, module, entry in items:
-        tensors: dict[str, Tensor] = {}
-        for role, held in entry.tensors(module).items():
-            if id(held) not in whole:
-                there = gathered.get(joined(path, entry.names[role]), held)
-                whole[id(held)] = _whole(there, entry, role)
-            tensors[role] = whole[id(held)]
+    for path, module, entry in whole_adapter(survey, name, asked):
+        held = entry.tensors(module).items()
+        tensors = {role: taken(tensor, path, entry, role) for role, tensor in held}
         if entry.spec is not None:
             found.append((entry.spec, tensors))
             weights[entry.spec.weight] = base_tensor(module, entry.param)
@@ -106,9 +102,30 @@ def read_off(
     }
     records = roots_of(survey).values()
     config = next((root.configs[name] for root in records if name in root.configs), None)
-    if not sites:
-        weights = witnesses(base_weights(survey), trained)
-    return AdapterState(sites, trained, config, fingerprint(weights), rows=rows)
+    return AdapterState(sites, trained, config, rows=rows), weights
+
+
+def read_off(
+    survey: Survey, name: str, gathered: Mapping[str, Tensor] = MappingProxyType({})
+) -> AdapterState:
+    """Read an adapter from a model; see `adapter_state`.
+
+    `gathered` are whole tensors by their keys in the state dict, for those that are sharded.
+    """
+    whole: dict[int, Tensor] = {}  # a tied copy is gathered once, and stands under all its names
+
+    def taken(held: Tensor, path: str, entry: Entry, role: str) -> Tensor:
+        if id(held) not in whole:
+            there = gathered.get(joined(path, entry.names[role]), held)
+            whole[id(held)] = _whole(there, entry, role)
+        return whole[id(held)]
+
+    state, weights = values_on(survey, name, "adapter_state of", taken)
+    # The fingerprint is to be that of the base, which merged weights are not.
+    refuse_merged(f"saving adapter {name!r}", *reach(survey.model, survey).selections)
+    if not state.sites:
+        weights = witnesses(base_weights(survey), state.trained)
+    return replace(state, fingerprint=fingerprint(weights))
 
 
 def _whole(tensor: Tensor, entry: Entry, role: str) -> Tensor:

@@ -50,7 +50,7 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
     zero = ((path, "DeepSpeed ZeRO (its gradients)") for path in stepped)
     # Older releases of transformers keep each process's part as a plain tensor.
     split = ((path, "tp_plan") for path, m in survey.modules if "_hf_tp_plan" in m.__dict__)
-    parts = ((name, sharded_by(parameter)) for name, parameter in survey.parameters())
+    parts = ((holder.name, sharded_by(holder.tensor)) for holder in survey.holders)
     whole = ((path, "FullyShardedDataParallel") for path in wrapped)
     for path, how in chain(whole, zero, split, parts):
         if how:

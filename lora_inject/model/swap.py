@@ -8,7 +8,7 @@ write.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -19,14 +19,11 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
-from lora_inject.layers.attached import Entry
-from lora_inject.layers.survey import Survey, base_tensor
-from lora_inject.model.carried import Carried, reach, records_of, refuse_merged, whole_adapter
+from lora_inject.layers.survey import Survey
+from lora_inject.model.carried import reach, records_of, refuse_merged
 from lora_inject.model.fit_state import Base, check_base, check_base_copies, check_finite
-from lora_inject.model.save import base_weights, fingerprint, model_facts
-from lora_inject.model.sharding import copy_into, reshard
-from lora_inject.spec.names import joined
-from lora_inject.spec.sites import SiteSpec
+from lora_inject.model.save import base_weights, fingerprint, model_facts, values_on
+from lora_inject.model.sharding import copy_into
 from lora_inject.storage.tensors import in_memory
 
 M = TypeVar("M", bound=nn.Module)
@@ -83,14 +80,20 @@ def swap_adapter(
     """
     asked = f"swap adapter {name!r}"
     survey = Survey(model)
-    reshard(survey)
-    slot = whole_adapter(survey, name, "swap_adapter of")
+    slot, here = values_on(survey, name, "swap_adapter of")
     selections = reach(model, survey).selections
     refuse_merged(asked, *selections)
     state = source
     if not isinstance(state, AdapterState):
         state = read_adapter(state, format, facts=model_facts(survey), **options)
-    into, values, weights = _paired(slot, state, asked)
+    pairs, weights = list(_paired_copies(slot, state, asked)), {}
+    for key, site in _in_names_of(state, slot, asked).items():
+        new = state.sites[key]
+        _check_alike(new, site, asked)
+        pairs += [(held, new.tensors[role]) for role, held in site.tensors.items()]
+        weights[new.spec.weight] = here[site.spec.weight]
+    into, values = [held for held, _ in pairs], [value for _, value in pairs]
+    _check_fit(into, values, asked)
     check_finite(state, asked if state is source else f"{asked} for {str(source)!r}")
     if state.fingerprint is not None and base != "any":
         check_base(state.fingerprint, fingerprint(weights), base, asked)
@@ -105,54 +108,26 @@ def swap_adapter(
     return model
 
 
-def _paired(
-    slot: list[Carried], state: AdapterState, asked: str
-) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-    """Return the slot's Parameters, their new values, and the frozen weights of its sites.
-
-    The weights have the names that the state knows them by.
-    """
-    sites: dict[str, tuple[nn.Module, Entry]] = {}  # by the state's names
-    copies: dict[str, tuple[nn.Module, Entry]] = {}
-    biases: dict[int, Tensor] = {}  # of B, by the id of the module
-    for path, module, entry in slot:
-        if entry.spec is not None:
-            name = entry.spec.name
-            if name not in state.sites:
-                name = next((n for n in entry.spec.aliases if n in state.sites), name)
-            sites[name] = module, entry
-        elif entry.scale is not None:
-            biases[id(module)] = entry.tensor(module, "b")
-        else:
-            copies[joined(path, entry.param)] = module, entry
-    _check_same("site", sites.keys(), state.sites.keys(), asked)
-    _check_same("trained tensor", copies.keys(), state.trained.keys(), asked)
-    pairs: list[tuple[Tensor, Tensor]] = []
-    weights: dict[str, Tensor] = {}
-    for name, (module, entry) in sites.items():
-        site, spec, held = state.sites[name], entry.spec, entry.tensors(module)
-        assert spec is not None
-        if spec.lora_bias:
-            held["b"] = biases[id(module)]
-        tensors = site.tensors
-        if site.spec.form != spec.form or tensors.keys() != held.keys():
-            _check_alike(site, spec, held.keys(), asked)
-        pairs += [(held[role], tensor) for role, tensor in tensors.items()]
-        weights[site.spec.weight] = base_tensor(module, entry.param)
-    pairs += _paired_copies(copies, state, asked)
-    into, values = [p for p, _ in pairs], [value for _, value in pairs]
-    _check_fit(into, values, asked)
-    return into, values, weights
+def _in_names_of(state: AdapterState, slot: AdapterState, asked: str) -> dict[str, SiteState]:
+    """Return the slot's sites by the names of the new state; the two must have the same sites."""
+    named = {
+        next((n for n in (key, *site.spec.aliases) if n in state.sites), key): site
+        for key, site in slot.sites.items()
+    }
+    _check_same("site", named.keys(), state.sites.keys(), asked)
+    return named
 
 
 def _paired_copies(
-    copies: Mapping[str, tuple[nn.Module, Entry]], state: AdapterState, asked: str
+    slot: AdapterState, state: AdapterState, asked: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the trained copies of the slot with their new values."""
+    _check_same("trained tensor", slot.trained.keys(), state.trained.keys(), asked)
     first: dict[int, Tensor] = {}  # the copy of a tied tensor has several names
-    for name, (module, entry) in copies.items():
-        parameter, value = entry.tensor(module, "T"), state.trained[name]
+    for name, parameter in slot.trained.items():
+        value = state.trained[name]
         same = first.setdefault(id(parameter), value)
-        if state.rows.get(name) != entry.rows:
+        if state.rows.get(name) != slot.rows.get(name):
             found = "it holds other rows than the adapter on the model"
         elif same is value or torch.equal(value, same):
             yield parameter, same
@@ -172,13 +147,13 @@ def _check_same(what: str, here: Set[str], there: Set[str], asked: str) -> None:
         raise FormatError(f"{asked}, {what} {name!r}", found, _BESIDE)
 
 
-def _check_alike(site: SiteState, old: SiteSpec, roles: Collection[str], asked: str) -> None:
+def _check_alike(site: SiteState, held: SiteState, asked: str) -> None:
     """Check that a site is the slot's in all that values alone cannot change."""
-    new = site.spec
+    new, old = site.spec, held.spec
     if (new.variant, new.lora_bias) != (old.variant, old.lora_bias):
         kinds = [s.variant + " with lora_bias" * s.lora_bias for s in (new, old)]
         found = f"its variant is {kinds[0]}, and {kinds[1]} on the model"
-    elif site.tensors.keys() != roles:
+    elif site.tensors.keys() != held.tensors.keys():
         found = "one of the two adapters starts from W (pissa, olora), and the other does not"
     elif new.rank != old.rank:
         found = f"its rank is {new.rank}, and {old.rank} on the model"

@@ -78,7 +78,8 @@ def refuse_dead_inputs(survey: Survey, asked: str) -> None:
 
 def _dead(survey: Survey) -> Iterator[tuple[str, str, str]]:
     """Yield names of weights and layers, how each computes, and what to use instead."""
-    for name, weight in survey.parameters():
+    for holder in survey.holders:
+        name, weight = holder.name, holder.tensor
         plain = type(weight) is nn.Parameter
         if not plain and any(getattr(weight, key, None) is not None for key in _DYNAMIC):
             remedy = "Quantize the weights only (torchao: Int8WeightOnlyConfig)"

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import StateError
-from lora_inject.layers.survey import Survey
+from lora_inject.layers.survey import Holder, Survey
 from lora_inject.model.dequantizing import Layer
-from lora_inject.model.merge_targets import Holder
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 17  # words: 1 MiB, which a CPU's cache holds

@@ -21,7 +21,7 @@ def refuse_overlaps(survey: Survey, written: Mapping[Hashable, str]) -> None:
     """Refuse to write a tensor of which another holds a part; who holds the whole is tied to it."""
     spans = []
     held: list[tuple[str, Tensor, Hashable]]
-    held = [(name, tensor, memory_of(tensor)) for name, tensor in survey.parameters()]
+    held = [(h.name, h.tensor, memory_of(h.tensor)) for h in survey.holders]
     held += [
         (name, buffer, (buffer.data_ptr(), name))  # tied to nothing: it would not be untied
         for path, module in survey.modules

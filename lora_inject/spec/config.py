@@ -1,7 +1,7 @@
 """The config: what the user asks for, as a value, from YAML, a dict or keyword arguments.
 
-pydantic checks it. YAML is composed into nodes first (`spec.yaml`), so that each of pydantic's
-errors is reported at its line and column, with the nearest valid spelling.
+pydantic checks it (`spec.strict`). YAML is composed into nodes first (`spec.yaml`), so that each
+error is reported at its line and column, with the nearest valid spelling.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast
 
 import yaml
 from pydantic import (
@@ -22,7 +22,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     Tag,
-    ValidationError,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
@@ -31,13 +30,13 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from lora_inject.errors import ConfigError, check_type, nearest
-from lora_inject.spec.config_errors import config_error
+from lora_inject.errors import nearest
 from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
 from lora_inject.spec.names import regex_problem
 from lora_inject.spec.roles import ROLES
-from lora_inject.spec.yaml import Document, Dumper, read_text, show
+from lora_inject.spec.strict import Strict, YamlModel
+from lora_inject.spec.yaml import Dumper, show
 
 ALL_LINEAR = "all-linear"
 
@@ -91,7 +90,7 @@ def _either_way(value: Any) -> str:
 
 
 _List = BeforeValidator(_read_list)
-_Distinct = AfterValidator(_check_distinct)
+Distinct = AfterValidator(_check_distinct)
 _EitherWay = Discriminator(_either_way)
 
 _LAYER = {"type": ["integer", "string"], "minimum": 0, "pattern": "^[0-9]+(-[0-9]+)?$"}
@@ -112,7 +111,7 @@ Layers = Annotated[
 ]
 SliceName = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 Parts = Annotated[
-    Annotated[tuple[SliceName, ...], Field(min_length=1), _List, _Distinct, Tag("plain")]
+    Annotated[tuple[SliceName, ...], Field(min_length=1), _List, Distinct, Tag("plain")]
     | Annotated[
         dict[SliceName, Annotated[int, Field(ge=1)]],
         Field(min_length=1),
@@ -124,7 +123,7 @@ Parts = Annotated[
 ]
 
 Tokens = Annotated[
-    dict[Pattern, Annotated[tuple[Count, ...], Field(min_length=1), _List, _Distinct]],
+    dict[Pattern, Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]],
     BeforeValidator(lambda value: dict(value) if isinstance(value, tuple) else value),
     AfterValidator(lambda ids: tuple(ids.items())),  # hashable
     PlainSerializer(lambda ids: dict(ids)),  # noqa: PLW0108 - pydantic 2.7 needs a signature
@@ -161,53 +160,17 @@ LoraBias = Annotated[
 ]
 
 
-def _for_editors(schema: dict[str, Any]) -> None:
-    """Drop the docstring of a model from its schema, and the line breaks of its fields'."""
-    schema.pop("description", None)
-    for entry in schema["properties"].values():
-        entry["description"] = " ".join(entry["description"].split())
-
-
-class _Strict(BaseModel):
-    """Unknown keys and wrong types are errors; an integer is accepted for a float."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        populate_by_name=True,
-        use_attribute_docstrings=True,
-        json_schema_extra=_for_editors,
-    )
-
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise config_error(error, {"": type(self), **_INNER}, data) from None
-
-    # As in pydantic's own BaseModel: a model inside a model is validated by the outer one.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    @classmethod
-    def _validated(cls, data: Any, document: Document | None = None) -> Self:
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise config_error(error, {"": cls, **_INNER}, data, document) from None
-
-
-class Normal(_Strict):
+class Normal(Strict):
     """`init: {normal: std}`: A starts as N(0, std) and B as zero."""
 
     normal: Annotated[Number, Field(gt=0)]
     """Standard deviation of A."""
 
 
-_Axes = Annotated[tuple[Count, ...], Field(min_length=1), _List, _Distinct]
+_Axes = Annotated[tuple[Count, ...], Field(min_length=1), _List, Distinct]
 
 
-class Axes(_Strict):
+class Axes(Strict):
     """`layout: {in: [0], out: [1, 2]}`: which axes of a parameter are inputs and which outputs."""
 
     in_: _Axes = Field(alias="in")
@@ -233,7 +196,7 @@ Layout = Annotated[
 ]
 
 
-class Rule(_Strict):
+class Rule(Strict):
     r"""One entry of `targets`: what it matches, and values that differ from the config's.
 
     Raises:
@@ -263,7 +226,7 @@ class Rule(_Strict):
     slices: Parts | None = None
     """Parts of a fused projection along its output, in order: widths by name, or a list of names
     for equal parts."""
-    adapt: Annotated[tuple[str, ...], Field(min_length=1), _List, _Distinct] | None = None
+    adapt: Annotated[tuple[str, ...], Field(min_length=1), _List, Distinct] | None = None
     """Names of the slices to adapt; the others keep a delta of exactly zero."""
     layout: Layout | None = None
     """For parameters whose class does not state it: out_in if the last two dimensions are
@@ -328,7 +291,7 @@ class HasFields(Protocol):
     def to_dict(self) -> dict[str, Any]: ...  # noqa: D102
 
 
-class Expect(_Strict):
+class Expect(Strict):
     """Expected counts; inject raises an error before any change if one differs."""
 
     sites: Count | None = None
@@ -358,7 +321,7 @@ class Hyper(NamedTuple):
     lora_bias: bool
 
 
-class Config(_Strict):
+class Config(YamlModel):
     r"""Which parts of a model get which adapters.
 
     Raises:
@@ -373,6 +336,8 @@ class Config(_Strict):
     """
 
     model_config = ConfigDict(title="lora_inject config")
+    inside: ClassVar = {"targets": Rule, "expect": Expect, "init": Normal, "layout": Axes}
+    forms = "a Config, a dict, the path of a YAML file, or a LoraConfig of PEFT"
 
     version: Literal[1] = 1
     """Version of this schema."""
@@ -416,48 +381,6 @@ class Config(_Strict):
         if isinstance(full["init"], Normal):
             full["init"] = ("normal", full["init"].normal)
         return Hyper(**full)
-
-    @classmethod
-    def from_yaml(cls, path: str | PathLike[str]) -> Config:
-        """Read a config from a YAML file, UTF-8.
-
-        Raises:
-            ConfigError: The file cannot be read, is not safe YAML, or is not a valid config; the
-                message gives `FILE:LINE:COLUMN (key)`.
-        """
-        return cls.from_text(read_text(path), source=str(path))
-
-    @classmethod
-    def from_text(cls, text: str, *, source: str = "<config>") -> Config:
-        r"""Read a config from YAML text.
-
-        Args:
-            text: The YAML.
-            source: Its name in messages.
-
-        Raises:
-            ConfigError: As in `from_yaml`.
-
-        Examples:
-            >>> Config.from_text("targets: [q_proj, v_proj]").rank
-            8
-            >>> try:
-            ...     Config.from_text("rnak: 4\ntargets: [q_proj]", source="lora.yaml")
-            ... except ConfigError as error:
-            ...     print(error)
-            lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
-        """
-        document = Document(text, source)
-        return cls._validated(document.data, document)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Config:
-        """Make a config from plain data with the keys of the schema, as `to_dict` gives it.
-
-        Raises:
-            ConfigError: It is not a valid config; the message names the key.
-        """
-        return cls._validated(dict(data) if isinstance(data, Mapping) else data)
 
     @classmethod
     def from_peft(
@@ -505,18 +428,9 @@ class Config(_Strict):
         Raises:
             ConfigError: It is none of these, or not valid.
         """
-        if isinstance(config, Config):
-            return config
-        if isinstance(config, Mapping):
-            return cls.from_dict(config)
         if is_of_peft(config):
             return cls.from_peft(config, inventory=inventory, expert_names=expert_names)
-        remedy = "Give a Config, a dict, the path of a YAML file, or a LoraConfig of PEFT"
-        check_type("config", config, (str, PathLike), remedy, ConfigError)
-        if isinstance(config, str) and "\n" in config:
-            remedy = "Use Config.from_text for text; a str is the path of a file"
-            raise ConfigError("config", "YAML text where a path is meant", remedy)
-        return cls.from_yaml(config)
+        return super().coerce(config)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain data for JSON and YAML, without what is not set.
@@ -560,10 +474,6 @@ class Config(_Strict):
 
 ConfigLike = Config | Mapping[str, Any] | str | PathLike[str] | HasFields
 """Accepted forms of a config; see `Config.coerce`."""
-
-
-_INNER = dict[str, type[BaseModel]](targets=Rule, expect=Expect, init=Normal, layout=Axes)
-"""The models inside a config, by their key."""
 
 
 class _FileSchema(GenerateJsonSchema):

@@ -5,27 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import product
-from os import PathLike
 from random import Random
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     model_validator,
 )
 
-from lora_inject.errors import ConfigError, MatchError
-from lora_inject.spec.config import Config, Expect, Rank, Rule, Variant, _Strict
-from lora_inject.spec.config_errors import config_error
+from lora_inject.errors import MatchError
+from lora_inject.spec.config import Config, Distinct, Expect, Rank, Rule, Variant
 from lora_inject.spec.inventory import Inventory
 from lora_inject.spec.matching import resolve
-from lora_inject.spec.yaml import Document, read_text
+from lora_inject.spec.strict import Strict, YamlModel
 
 BYTES_EACH = 4
 """Bytes of a parameter in a saved adapter: float32, also for a 16-bit base."""
@@ -35,12 +30,16 @@ _NAMES = {"targets": "{}", "rank": "r{}", "scale": "x{}", "variant": "{}", "lr":
 _DRAWN = ("targets", "variant", "rank", "scale", "lr")  # in this order: it is part of a seed
 
 
-class Range(_Strict):
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Limit = Annotated[int, Field(ge=1)]
+
+
+class Range(Strict):
     """`{from: 1e-4, to: 1e-2}`: values are drawn evenly on a logarithmic scale."""
 
-    from_: float = Field(alias="from", gt=0, allow_inf_nan=False)
+    from_: _Positive = Field(alias="from")
     """The smallest value."""
-    to: float = Field(gt=0, allow_inf_nan=False)
+    to: _Positive
     """The largest value."""
 
     @model_validator(mode="after")
@@ -61,37 +60,28 @@ def _read_choices(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _check_choices(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not values:
-        raise ValueError("there is no choice", "Give one value at least")
-    if len(set(values)) < len(values):
-        raise ValueError(f"{list(values)} has a repeated entry", "Write each once")
-    return values
-
-
 _Read = BeforeValidator(_read_choices)
-_Check = AfterValidator(_check_choices)
+_Some = Field(min_length=1)
 _EitherWay = Discriminator(lambda value: "range" if isinstance(value, (Mapping, Range)) else "list")
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _T = TypeVar("_T")
 Varied = Annotated[
-    Annotated[tuple[_T, ...], _Check, Tag("list")] | Annotated[Range, Tag("range")],
+    Annotated[tuple[_T, ...], _Some, Distinct, Tag("list")] | Annotated[Range, Tag("range")],
     _EitherWay,
     _Read,
 ]
-Rules = Annotated[tuple[Rule, ...], Field(min_length=1), _Read]
+Rules = Annotated[tuple[Rule, ...], _Some, _Read]
 
 
-class Budget(_Strict):
+class Budget(Strict):
     """Limits on the adapter and on the search."""
 
-    parameters: Annotated[int, Field(ge=1)] | None = None
+    parameters: _Limit | None = None
     """Largest number of trainable parameters of the adapter."""
-    bytes: Annotated[int, Field(ge=1)] | None = None
+    bytes: _Limit | None = None
     """Largest number of bytes of the adapter's tensors, at 4 bytes for each parameter."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: _Limit | None = None
     """Steps of the longest run."""
-    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    minutes: _Positive | None = None
     """Minutes of the whole search; the steps are computed from them."""
 
     @model_validator(mode="after")
@@ -107,7 +97,7 @@ class Budget(_Strict):
         return all(limit is None or parameters <= limit for limit in most)
 
 
-class Training(_Strict):
+class Training(Strict):
     """Optimizer settings that all trials share."""
 
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -127,7 +117,7 @@ class Candidate(NamedTuple):
     parameters: int
 
 
-class Space(_Strict):
+class Space(YamlModel):
     r"""What a search tries.
 
     `rank`, `scale` and `lr` each take a value, a list of choices, or a range
@@ -149,14 +139,17 @@ class Space(_Strict):
         (8, True)
     """
 
-    targets: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Rules], Field(min_length=1)]
+    forms = "a Space, a dict, or the path of a YAML file"
+    inside: ClassVar = {"targets": Rule, "budget": Budget, "training": Training}
+
+    targets: Annotated[dict[Annotated[str, Field(pattern=r"^[\w-]+$")], Rules], _Some]
     """Choices of layers: a name, which the tables show, to rules as in a config."""
     rank: Varied[Rank] = (8,)
     scale: Varied[_Positive] = (2.0,)
     """alpha / rank."""
     lr: Varied[_Positive]
     """Largest learning rate in the schedule."""
-    variant: Annotated[tuple[Variant, ...], _Check, _Read] = ("lora",)
+    variant: Annotated[tuple[Variant, ...], _Some, Distinct, _Read] = ("lora",)
     trials: Annotated[int, Field(ge=2)] | None = None
     """Largest number of trials; required with a range, else all combinations by default."""
     seed: int = 0
@@ -179,42 +172,6 @@ class Space(_Strict):
                 "the space holds a single trial", "Give two choices of something, such as two lr"
             )
         return self
-
-    @classmethod
-    def from_yaml(cls, path: str | PathLike[str]) -> Self:
-        """Read a space from a YAML file; errors give `FILE:LINE:COLUMN (key)`."""
-        return cls.from_text(read_text(path), source=str(path))
-
-    @classmethod
-    def from_text(cls, text: str, *, source: str = "<space>") -> Self:
-        """Read a space from YAML text; `source` is what messages call it."""
-        document = Document(text, source)
-        return cls._read(document.data, document)
-
-    @classmethod
-    def coerce(cls, space: Any) -> Self:
-        """Return a space, given as a `Space`, as a mapping, or as the path of a YAML file."""
-        if isinstance(space, cls):
-            return space
-        if isinstance(space, Mapping):
-            return cls._read(dict(space))
-        if isinstance(space, (str, PathLike)):
-            return cls.from_yaml(space)
-        found = f"a value of type {type(space).__name__}"
-        raise ConfigError("space", found, "Give a Space, a dict, or the path of a YAML file")
-
-    @classmethod
-    def _read(cls, data: dict[str, Any], document: Document | None = None) -> Self:
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            models: dict[str, type[BaseModel]] = {
-                "": cls,
-                "targets": Rule,
-                "budget": Budget,
-                "training": Training,
-            }
-            raise config_error(error, models, data, document) from None
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Return each key that has choices, and its choices."""

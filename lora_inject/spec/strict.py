@@ -1,16 +1,17 @@
-"""From pydantic's errors to this package's: the place in the file, what was found, what to do."""
+"""Strict models of pydantic, whose errors say the place in the file, what was found, what to do."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from os import PathLike
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from lora_inject.errors import ConfigError, nearest
-from lora_inject.spec.yaml import Document, Loc, dotted, show
+from lora_inject.errors import ConfigError, check_type, nearest
+from lora_inject.spec.yaml import Document, Loc, dotted, read_text, show
 
 _ALSO = 4  # further errors that one message lists
 
@@ -36,16 +37,116 @@ _ELSEWHERE = {other: ours for ours, others in _NAMES.items() for other in others
 _MAPPINGS = {"init": "{normal: 0.02}", "layout": "{in: [0], out: [1, 2]}"}
 
 
-def config_error(
-    error: ValidationError,
-    models: Mapping[str, type[BaseModel]],
-    data: Any,
-    document: Document | None = None,
-) -> ConfigError:
-    """Turn pydantic's errors into one: the first in the order of the text, and a word on others.
+def _for_editors(schema: dict[str, Any]) -> None:
+    """Drop the docstring of a model from its schema, and the line breaks of its fields'."""
+    schema.pop("description", None)
+    for entry in schema["properties"].values():
+        entry["description"] = " ".join(entry["description"].split())
 
-    `models` has the validated model under `""`, and those inside it by their key.
-    """
+
+class Strict(BaseModel):
+    """Unknown keys and wrong types are errors; an integer is accepted for a float."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_for_editors,
+    )
+    # models inside, by their key, where an unknown key may belong
+    inside: ClassVar[Mapping[str, type[BaseModel]]] = {}
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _config_error(error, type(self), data) from None
+
+    # As in pydantic's own BaseModel: a model inside a model is validated by the outer one.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class YamlModel(Strict):
+    """A model that is a YAML file as a whole; `forms` says what `coerce` takes."""
+
+    forms: ClassVar[str]
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike[str]) -> Self:
+        """Read it from a YAML file, UTF-8.
+
+        Raises:
+            ConfigError: The file cannot be read, is not safe YAML, or is not valid; the message
+                gives `FILE:LINE:COLUMN (key)`.
+        """
+        return cls.from_text(read_text(path), source=str(path))
+
+    @classmethod
+    def from_text(cls, text: str, *, source: str = "") -> Self:
+        r"""Read it from YAML text.
+
+        Args:
+            text: The YAML.
+            source: Its name in messages.
+
+        Raises:
+            ConfigError: As in `from_yaml`.
+
+        Examples:
+            >>> from lora_inject import Config
+            >>> Config.from_text("targets: [q_proj, v_proj]").rank
+            8
+            >>> try:
+            ...     Config.from_text("rnak: 4\ntargets: [q_proj]", source="lora.yaml")
+            ... except ConfigError as error:
+            ...     print(error)
+            lora.yaml:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'?
+        """
+        document = Document(text, source or f"<{cls.__name__.lower()}>")
+        return cls._validated(document.data, document)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Make it from plain data with the keys of the schema.
+
+        Raises:
+            ConfigError: It is not valid; the message names the key.
+        """
+        return cls._validated(dict(data) if isinstance(data, Mapping) else data)
+
+    @classmethod
+    def _validated(cls, data: Any, document: Document | None = None) -> Self:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _config_error(error, cls, data, document) from None
+
+    @classmethod
+    def coerce(cls, value: Any) -> Self:
+        """Return a value of this class, a mapping, or the path of a YAML file as this class.
+
+        Raises:
+            ConfigError: It is none of these, or not valid.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        name = cls.__name__
+        check_type(name.lower(), value, (str, PathLike), f"Give {cls.forms}", ConfigError)
+        if isinstance(value, str) and "\n" in value:
+            remedy = f"Use {name}.from_text for text; a str is the path of a file"
+            raise ConfigError(name.lower(), "YAML text where a path is meant", remedy)
+        return cls.from_yaml(value)
+
+
+def _config_error(
+    error: ValidationError, cls: type[Strict], data: Any, document: Document | None = None
+) -> ConfigError:
+    """Turn pydantic's errors into one: the first in the order of the text, and a word on others."""
+    models: dict[str, type[BaseModel]] = {"": cls, **cls.inside}
     faults = []
     for detail in error.errors(include_url=False):
         if detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]:
@@ -55,7 +156,7 @@ def config_error(
         unknown = detail["type"] == "extra_forbidden"
         missing = detail["type"] == "missing"  # sorted last: a misspelled key explains it
         if document is None:
-            outer = models[""].__name__.replace("Config", "config")
+            outer = cls.__name__.replace("Config", "config")
             place, order = f"{outer} ({dotted(path)})" if path else outer, (0, 0)
         else:
             place, order = document.place(path, key=unknown), document.order(path)
@@ -91,6 +192,8 @@ def _explain(
         return f"unknown key {show(key)}", _other_key(path, models)
     if kind == "missing":
         return f"'{detail['loc'][-1]}' is missing", f"Add {detail['loc'][-1]}: with its value"
+    if kind == "too_short":
+        return "it is empty", "Give one entry at least"
     if kind == "greater_than_equal" and path[:1] == ("tokens",):
         return f"there is no row {show(value)}", "Rows are counted from 0"
     remedy = re.sub(r"valid dictionary or instance of \w+", "mapping", detail["msg"])
