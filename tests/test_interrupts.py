@@ -19,7 +19,7 @@ import lora_inject as li
 PACKAGE = Path(li.__file__).parent
 # The files whose lines change a model. What only looks at it fails as the line that calls it.
 LOOKING = {"candidates", "survey", "kinds", "linear_kinds", "embedding_kind", "initial", "sharding"}
-LOOKING |= {"fit_state", "weight_only", "checkpointing", "contexts", "routed_forward"}
+LOOKING |= {"fit_state", "checkpointing", "contexts", "routed_forward"}
 CHANGING = {
     str(path)
     for folder in ("model", "layers")

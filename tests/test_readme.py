@@ -30,7 +30,7 @@ from lora_inject import formats
 from lora_inject.adapter.variants import VARIANTS
 from lora_inject.cli import app
 from lora_inject.layers import KINDS
-from lora_inject.spec.roles import ROLES
+from lora_inject.spec.sites import ROLES
 
 REPO = Path(__file__).parents[1]
 README = REPO / "README.md"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState, plain
-from lora_inject.adapter.thin import inner, thin_svd
+from lora_inject.adapter.svd import inner, thin_svd
 from lora_inject.errors import StateError
 from lora_inject.spec.sites import SiteSpec, Slices
 

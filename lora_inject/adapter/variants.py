@@ -1,7 +1,7 @@
 """Variants: how an adapter's tensors become an update of W, and how they start.
 
 `W' = gain * (W + scale * (B A - B0 A0))`. A variant is a registered class and a row in
-`spec.roles`; forward, merging, files and counting follow from them. LoRA has no gain.
+`spec.sites.ROLES`; forward, merging, files and counting follow from them. LoRA has no gain.
 
 One factor starts at zero, so that the adapted layer starts equal to the plain one; the other is
 random. For a linear layer B is zero (paper, section 4.1). For an embedding A is zero, so that
@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_inject.errors import LayerError
-from lora_inject.spec.roles import FROM_WEIGHT, ROLES, Roles, ShapeOf
-from lora_inject.spec.sites import SiteSpec
+from lora_inject.spec.sites import FROM_WEIGHT, ROLES, Roles, ShapeOf, SiteSpec
 
 
 class Variant:

@@ -4,7 +4,7 @@ Every figure is a pure function of tensors or of an `AdapterState`; W is needed 
 them, and is then streamed from a checkpoint. Nothing here needs a model.
 """
 
-from lora_inject.adapter.thin import ThinProduct
+from lora_inject.adapter.svd import ThinProduct
 from lora_inject.analysis.amplifying import Amplification, amplification
 from lora_inject.analysis.blocks import SiteBlock, site_blocks
 from lora_inject.analysis.comparison import Comparison, across_layers, compare

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.svd import decompose
-from lora_inject.adapter.thin import ThinProduct
+from lora_inject.adapter.svd import ThinProduct, decompose
 from lora_inject.analysis.blocks import Figures
 from lora_inject.errors import StateError
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState
-from lora_inject.adapter.thin import ThinProduct
+from lora_inject.adapter.svd import ThinProduct
 from lora_inject.errors import StateError
 from lora_inject.functional import Term
-from lora_inject.spec.roles import ROLES
-from lora_inject.spec.sites import Block
+from lora_inject.spec.sites import ROLES, Block
 
 
 class Figures:

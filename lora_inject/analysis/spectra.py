@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.thin import ThinProduct
+from lora_inject.adapter.svd import ThinProduct
 from lora_inject.analysis.blocks import Figures
 
 SHARES = (0.90, 0.95, 0.99)

@@ -22,7 +22,7 @@ import typer
 from lora_inject.spec.columns import Rows, columns, sides
 from lora_inject.spec.names import counted as count
 from lora_inject.spec.names import printable, templates
-from lora_inject.spec.roles import ROLES
+from lora_inject.spec.sites import ROLES
 
 if TYPE_CHECKING:
     from lora_inject.analysis import Analysis, Comparison

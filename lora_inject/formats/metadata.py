@@ -22,8 +22,7 @@ from lora_inject.adapter.fingerprint import Fingerprint
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
-from lora_inject.spec.roles import ROLES
-from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.spec.sites import ROLES, SiteSpec, Slices
 from lora_inject.storage.strict_json import Maybe, is_positive, misfit, parse_json
 from lora_inject.version import __version__
 

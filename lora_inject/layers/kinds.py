@@ -1,14 +1,61 @@
-"""The table of layer kinds: a kind of layer is a class with a row in `KINDS`."""
+"""The table of layer kinds: a kind of layer is a class with a row in `KINDS`.
+
+A weight update is right for every layer that reads its weight, whatever it computes with it:
+stride, dilation, groups, padding modes. So the kinds in this file only state how their weight is a
+matrix. Raw parameters need no kind: the parameter itself is the site.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 from torch import nn
 
 from lora_inject.errors import LayerError
-from lora_inject.layers.adapted import Adapted
+from lora_inject.layers.adapted import Adapted, Geometry, WeightUpdate
 from lora_inject.layers.embedding_kind import LoRAEmbedding
 from lora_inject.layers.linear_kinds import LoRAConv1D, LoRALinear
-from lora_inject.layers.weight_only import LoRABilinear, LoRAConv, LoRAConvTranspose
+
+
+class LoRAConv(WeightUpdate):
+    """Weight update of convolutions: the matrix is `(out, in / groups * kernel)`."""
+
+    kind = "conv"
+    classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    @staticmethod
+    def geometry(module: Any) -> Geometry:
+        """Return channels and kernel as the layer states them."""
+        shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        return Geometry(math.prod(shape[1:]), shape[0], shape)
+
+
+class LoRAConvTranspose(WeightUpdate):
+    """Weight update of transposed convolutions: the matrix is `(in, out / groups * kernel)`."""
+
+    kind = "conv_transpose"
+    classes = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    @staticmethod
+    def geometry(module: Any) -> Geometry:
+        """Return channels and kernel as the layer states them."""
+        shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
+        return Geometry(shape[0], math.prod(shape[1:]), shape, transposed=True)
+
+
+class LoRABilinear(WeightUpdate):
+    """Weight update of `nn.Bilinear`: the matrix is `(out, in1 * in2)`."""
+
+    kind = "bilinear"
+    classes = (nn.Bilinear,)
+
+    @staticmethod
+    def geometry(module: Any) -> Geometry:
+        """Return the widths that the layer states."""
+        shape = (module.out_features, module.in1_features, module.in2_features)
+        return Geometry(shape[1] * shape[2], shape[0], shape)
+
 
 # The first row that matches a module is its kind.
 KINDS: list[type[Adapted]] = [
@@ -43,7 +90,10 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
 
     Examples:
         >>> import torch
-        >>> from torch import nn
+        >>> import math
+    from typing import Any
+
+    from torch import nn
         >>> from lora_inject.layers import Geometry
         >>> class Dense(nn.Module):
         ...     def __init__(self):

@@ -31,7 +31,6 @@ from lora_inject.model.carried import (
     Root,
     adapted_modules,
     check_new_name,
-    keep_with,
     reach,
     roots_of,
     structure_changed,
@@ -42,8 +41,7 @@ from lora_inject.model.sharding import fsdp2_modules, refuse_sharded, reshard
 from lora_inject.model.stand_ins import stand_in
 from lora_inject.model.train import trainable_tensors
 from lora_inject.spec.names import Below
-from lora_inject.spec.roles import FROM_WEIGHT
-from lora_inject.spec.sites import SiteSpec
+from lora_inject.spec.sites import FROM_WEIGHT, SiteSpec
 
 
 class Place(NamedTuple):
@@ -209,7 +207,7 @@ def attach(
     flags = [holder.tensor for holder in survey.holders]
     flags += [p for each in named for *_, p in trainable_tensors(survey, each)]
     values = (selection, *before.selections, *records)
-    with all_or_nothing(modules, values, flags, grows=True) as trained:
+    with all_or_nothing(modules, values, flags) as trained:
         root = _become_root(survey, selection)
         root.configs[name] = config
         root.carrying[name] = list({id(place.module): place.module for place in found}.values())
@@ -222,11 +220,6 @@ def attach(
             attached, path = _put(place, made[key], selection), survey.paths[id(place.module)]
             attached.time_major = f"{path}.".startswith(survey.time_major)
         structure_changed()
-        if before.selections in ((), (selection,)):
-            paths = survey.paths
-            reads = ((paths[id(p.module)], p.module, p.entry) for p in found if not p.forward)
-            gained = any(place.entry.variant.gained for place in found)
-            keep_with(root, before, name, reads, gained=gained)
         stand_in(modules, root.carrying[name])
         if train:
             forbid_packing(modules)

@@ -147,7 +147,7 @@ class Reach:
     selections: tuple[Selection, ...]
     names: frozenset[str]
     whole: Mapping[str, str]
-    gained: frozenset[str] = frozenset()
+    gained: frozenset[str]
 
 
 _generation = 0
@@ -171,39 +171,20 @@ def reach(model: nn.Module, survey: Survey | None = None) -> Reach:
         return root.kept[1]
     selections: dict[Selection, None] = {}
     names: set[str] = set()
-    reads: list[Carried] = []
+    whole: dict[str, str] = {}
     gained: set[str] = set()
     for path, module, attached in adapted_modules(survey or Survey(model)):
         selections[attached.selection] = None
         names.update(attached.forward, *attached.reads.values())
         if attached.gains or attached.reads:  # keeps later verbs fast with many adapters
             gained.update(entry.adapter for entry in attached.entries() if entry.variant.gained)
-        reads += [(path, module, e) for table in attached.reads.values() for e in table.values()]
-    found = Reach(tuple(selections), frozenset(names), _whole(reads), frozenset(gained))
+        reads = (entry for table in attached.reads.values() for entry in table.values())
+        shared = (entry for entry in reads if not routes_rows(module, entry))
+        whole |= {entry.adapter: joined(path, entry.param) for entry in shared}
+    found = Reach(tuple(selections), frozenset(names), whole, frozenset(gained))
     if root is not None:
         root.kept = (_generation, found)
     return found
-
-
-def _whole(reads: Iterable[Carried]) -> dict[str, str]:
-    """Return the adapters among weight updates that are not routed, each with one parameter."""
-    return {
-        entry.adapter: joined(path, entry.param)
-        for path, module, entry in reads
-        if not routes_rows(module, entry)
-    }
-
-
-def keep_with(
-    root: Root, before: Reach, name: str, reads: Iterable[Carried], *, gained: bool
-) -> None:
-    """Update a root's kept walk with one new adapter, at a cost of this adapter's size only.
-
-    `reads` are its weight updates; all adapters inside share the root's selection.
-    """
-    whole = {**before.whole, **_whole(reads)}
-    alone = before.gained | {name} if gained else before.gained
-    root.kept = (_generation, Reach((root.selection,), before.names | {name}, whole, alone))
 
 
 def refuse_mixes(model: nn.Module, found: Reach, weights: Mapping[str, float]) -> None:

@@ -34,7 +34,7 @@ from lora_inject.errors import nearest
 from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
 from lora_inject.spec.names import regex_problem
-from lora_inject.spec.roles import ROLES
+from lora_inject.spec.sites import ROLES
 from lora_inject.spec.strict import Strict, YamlModel
 from lora_inject.spec.yaml import Dumper, show
 

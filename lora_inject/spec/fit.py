@@ -10,8 +10,7 @@ from lora_inject.errors import MatchError, article
 from lora_inject.spec.config import Axes, Hyper, Rule
 from lora_inject.spec.inventory import Candidate
 from lora_inject.spec.names import counted
-from lora_inject.spec.roles import ROLES
-from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.spec.sites import ROLES, SiteSpec, Slices
 
 BIASED_KINDS = ("linear", "conv1d", "conv")
 SLICED_KINDS = ("linear", "conv1d", "parameter")

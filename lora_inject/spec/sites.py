@@ -3,18 +3,50 @@
 Every kind of weight is a matrix (`matrix_shape`), and an adapter adds to it a few
 low-rank blocks. A plain linear layer has one block; a fused projection has one for each adapted
 slice; a bank of experts has one for each expert. So merging, exporting and counting need only a
-list of `Block`s, which is stated once, here.
+list of `Block`s, which is stated once, here. So are the tensors that each variant trains besides A
+and B: planning, counting and the checks of a config need no more of it (`adapter.variants`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from lora_inject.spec.names import joined
-from lora_inject.spec.roles import shapes_of
+
+Shape = tuple[int, ...]
+ShapeOf = Callable[[Shape, Shape], Shape]
+"""The shape of a tensor, by those of A `(..., rank, in)` and B `(..., out, rank)`."""
+
+
+class Roles(NamedTuple):
+    """A variant as planning sees it."""
+
+    further: Mapping[str, ShapeOf]  # tensors besides A and B, by role
+    gained: bool = False  # whether its outputs have a gain besides the update of W
+
+
+ROLES = {
+    "lora": Roles({}),
+    "dora": Roles({"m": lambda a, b: b[:-1]}, gained=True),  # noqa: ARG005 - one for each output
+}
+
+FROM_WEIGHT = ("pissa", "olora")
+"""Inits that are derived from W: the site keeps a frozen copy A0, B0 of its start."""
+
+
+def shapes_of(variant: str, a: Shape, b: Shape, lora_bias: bool = False) -> dict[str, Shape]:
+    """Return the shapes of the trainable tensors of a site; `lora_bias` is that of B.
+
+    Examples:
+        >>> shapes_of("lora", (2, 4), (6, 2))
+        {'A': (2, 4), 'B': (6, 2)}
+    """
+    further = {role: shape(a, b) for role, shape in ROLES[variant].further.items()}
+    return {"A": a, "B": b, **further, **({"b": b[:-1]} if lora_bias else {})}
 
 
 @dataclass(frozen=True, slots=True)
