@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,27 +26,10 @@ from lora_inject.layers import recurrent
 from lora_inject.layers.reading import Reading, cached_forward, weight_property
 from lora_inject.layers.routed_forward import with_rows
 from lora_inject.layers.state_dict import refuse_loading
+from lora_inject.spec.inventory import Geometry
 
 # Key of the scales in a state dict's metadata.
 SCALES = "lora_scales"
-
-
-class Geometry(NamedTuple):
-    """Shapes of a layer's weight matrix, stated by the layer and never read off packed weights.
-
-    Attributes:
-        in_features: Width of the input of A.
-        out_features: Width of the output of B.
-        weight_shape: Shape of the weight as the layer states it.
-        transposed: Whether the weight matrix is `(in, out)`.
-        experts: Length of a leading dimension of stacked matrices, or None.
-    """
-
-    in_features: int
-    out_features: int
-    weight_shape: tuple[int, ...]
-    transposed: bool = False
-    experts: int | None = None
 
 
 class Adapted(Reading):

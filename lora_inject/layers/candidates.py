@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_inject.layers.adapted import Adapted, Geometry, plain_class
+from lora_inject.layers.adapted import Adapted, plain_class
 from lora_inject.layers.kinds import kind_of
 from lora_inject.layers.reading import is_quantized
-from lora_inject.layers.survey import Survey, memory_of
-from lora_inject.spec.inventory import Candidate, Inventory
-from lora_inject.spec.names import is_bias, joined
+from lora_inject.layers.survey import Holder, Survey, memory_of
+from lora_inject.spec.inventory import Candidate, Geometry, Inventory
+from lora_inject.spec.names import is_bias, joined, parent
 
 # These parents read the weights of their children, or do so in a fast path.
 READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -51,84 +51,71 @@ class _Listing:
         readers = (m for m in modules if isinstance(m, READING_PARENTS))
         self.read = {id(child) for reader in readers for child in reader._modules.values()}
         self.hooked = any("_hf_hook" in module.__dict__ for module in modules)
-        self.further = {name for names in survey.tied.values() for name in names[1:]}
+        self.aliases = self._first_names()
         self.candidates: list[Candidate] = []
         self.others: dict[str, str] = {}
-        self.parameters: dict[str, tuple[int, ...]] = {}
-        self.buffers: list[str] = []
-        self.heads: list[str] = []
 
     def inventory(self) -> Inventory:
-        for name, module in self.survey.modules:
-            self._module(name, module, self.survey.own[id(module)])
+        survey, parameters = self.survey, dict[str, tuple[int, ...]]()
+        for name, module in survey.modules:
+            self._module(name, module, survey.own[id(module)])
+        for holder in survey.holders:
+            if holder.name not in self.aliases:
+                parameters[holder.name] = _shape(holder.tensor)
+        heads = (_output_head(module) for _, module in survey.modules)
+        named = (survey.paths[id(head)] for head in heads if id(head) in survey.paths)
         return Inventory(
             candidates=tuple(self.candidates),
             others=self.others,
-            parameters=self.parameters,
-            aliases=self._first_names(),
-            heads=tuple(dict.fromkeys(self.heads)),
-            buffers=tuple(self.buffers),
+            parameters=parameters,
+            aliases=self.aliases,
+            heads=tuple(dict.fromkeys(named)),
+            buffers=tuple(joined(name, key) for name, m in survey.modules for key in m._buffers),
         )
 
     def _first_names(self) -> dict[str, str]:
         """Return every further name of a parameter, with the one that it is listed under."""
         first = {name: names[0] for names in self.survey.tied.values() for name in names[1:]}
-        further = self.survey.further
-        for name, module in self.survey.modules if further else ():
-            for alias in further.get(id(module), ()):
-                for key in self.survey.own[id(module)]:
-                    full = joined(name, key)
-                    first[joined(alias, key)] = first.get(full, full)
+        for holder in self.survey.holders if self.survey.further else ():
+            for alias in self.survey.further.get(id(holder.module), ()):
+                first[joined(alias, holder.param)] = first.get(holder.name, holder.name)
         return first
 
     def _module(self, name: str, module: nn.Module, own: dict[str, nn.Parameter]) -> None:
-        if (head := _output_head(module)) is not None and id(head) in self.survey.paths:
-            self.heads.append(self.survey.paths[id(head)])
-        self.buffers += [joined(name, key) for key, _ in module._buffers.items()]
         row = kind_of(module)
         empty = row is not None and 0 in _shape(own.get(row.weight_of(module)))
         if row is not None and not empty:
-            self.candidates.append(self._candidate(name, module, row, own))
+            self._layer(name, module, row, own)
         elif name and (members := _members(module, own)):
-            self.candidates.append(self._whole(name, module, members))
+            self._whole(name, module, members)
         else:
             kind = "empty " * empty + plain_class(type(module)).__name__
             self.others[name] = "container" if module._modules else kind
         for key, parameter in own.items():
-            full = joined(name, key)
-            if full not in self.further:
-                self.parameters[full] = _shape(parameter)
             if row is None or key != row.weight_of(module):
-                self._parameter(full, module, key, parameter)
+                self._parameter(joined(name, key), module, key, parameter)
 
-    def _candidate(
+    def _layer(
         self, name: str, module: nn.Module, row: type[Adapted], own: dict[str, nn.Parameter]
-    ) -> Candidate:
-        shapes = row.geometry(module)
-        key = row.weight_of(module)
+    ) -> None:
+        stated, key = row.geometry(module), row.weight_of(module)
         weight = own.get(key, module._buffers.get(key))
-        full = joined(name, key)
         # A forward on the instance is not that of the class; accelerate's calls it, and is rebound.
         patched = "forward" in module.__dict__ and "_old_forward" not in module.__dict__
         patched = patched and not _calls_class(module.__dict__["forward"])
         adds = not patched and id(module) not in self.read and row.adds_to_output(module)
-        refusal = self._refusal(module, key, weight) or _unfit(module, weight, shapes, adds)
-        return Candidate(
-            name=name,
-            kind=row.kind,
-            **shapes._asdict(),
-            weight=full,
-            aliases=self.survey.further.get(id(module), ()),
-            tied=self._tied(full, weight),
-            refusal=refusal,
-            update="forward" if adds else "weight",
-            dtype="" if weight is None else _dtype(weight.dtype),
+        found = self._candidate(
+            name, row.kind, stated, Holder(joined(name, key), module, key), weight
+        )
+        refusal = found.refusal or _unfit(module, weight, stated, adds)
+        self.candidates.append(
+            found._replace(refusal=refusal, update="forward" if adds else "weight")
         )
 
-    def _whole(self, name: str, module: nn.Module, members: list[str]) -> Candidate:
+    def _whole(self, name: str, module: nn.Module, members: list[str]) -> None:
         """The name of an attention or a recurrent module stands for all weights in it."""
         computed = _computed(module)
-        return Candidate(
+        candidate = Candidate(
             name,
             "attention" if "out_proj" in members else "recurrent",
             *(0, 0, (), ""),
@@ -136,36 +123,40 @@ class _Listing:
             members=() if computed else tuple(joined(name, key) for key in members),
             refusal=self._refusal(module, next(iter(computed)), None) if computed else None,
         )
+        self.candidates.append(candidate)
 
     def _parameter(self, full: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
-        n_dims = len(_shape(parameter))
-        empty = 0 in _shape(parameter)
-        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key) or empty:
+        shape = _shape(parameter)
+        n_dims = len(shape)
+        if (n_dims < 2 and not nn.parameter.is_lazy(parameter)) or is_bias(key) or 0 in shape:
             self.others[full] = "bias" if is_bias(key) else f"{n_dims}-d parameter"
             return
         known = _experts_transposed(module) if n_dims == 3 else None
-        aliases = self.survey.further.get(id(module), ())
+        stated = _raw_geometry(shape, transposed=bool(known))
+        found = self._candidate(full, "parameter", stated, Holder(full, module, key), parameter)
         self.candidates.append(
-            Candidate(
-                name=full,
-                kind="parameter",
-                **_raw_geometry(parameter, transposed=bool(known))._asdict(),
-                weight=full,
-                owner=full.rpartition(".")[0],
-                aliases=tuple(joined(alias, key) for alias in aliases),
-                tied=self._tied(full, parameter),
-                refusal=self._refusal(module, key, parameter),
+            found._replace(
+                owner=parent(full),
+                aliases=tuple(joined(alias, key) for alias in found.aliases),
                 needs_layout=n_dims > 2 and known is None,
                 update="weight",
-                dtype=_dtype(parameter.dtype),
             )
         )
 
-    def _tied(self, full: str, parameter: Tensor | None) -> tuple[str, ...]:
-        if not self.survey.tied or parameter is None:
-            return ()
-        names = self.survey.tied.get(memory_of(parameter), ())
-        return tuple(name for name in names if name != full)
+    def _candidate(
+        self, name: str, kind: str, stated: Geometry, at: Holder, weight: Tensor | None
+    ) -> Candidate:
+        tied = () if weight is None else self.survey.tied.get(memory_of(weight), ())
+        return Candidate(
+            name=name,
+            kind=kind,
+            **stated._asdict(),
+            weight=at.name,
+            aliases=self.survey.further.get(id(at.module), ()),
+            tied=tuple(name for name in tied if name != at.name),
+            refusal=self._refusal(at.module, at.param, weight),
+            dtype="" if weight is None else _dtype(weight.dtype),
+        )
 
     def _refusal(
         self, module: nn.Module, key: str, parameter: Tensor | None
@@ -248,9 +239,8 @@ def _members(module: nn.Module, own: dict[str, nn.Parameter]) -> list[str]:
     if isinstance(module, nn.MultiheadAttention):
         keys = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return [*filter(own.__contains__, keys), "out_proj"]
-    return (
-        [key for key in own if key.startswith("weight")] if isinstance(module, nn.RNNBase) else []
-    )
+    recurrent = isinstance(module, nn.RNNBase)
+    return [key for key in own if key.startswith("weight")] if recurrent else []
 
 
 @functools.cache
@@ -264,8 +254,7 @@ def _shape(parameter: nn.Parameter | None) -> tuple[int, ...]:
     return tuple(parameter.shape) if known else ()  # type: ignore[union-attr]
 
 
-def _raw_geometry(parameter: nn.Parameter, *, transposed: bool = False) -> Geometry:
-    shape = _shape(parameter)
+def _raw_geometry(shape: tuple[int, ...], *, transposed: bool) -> Geometry:
     if len(shape) < 2:
         return Geometry(0, 0, shape)
     n_out, n_in = shape[:-3:-1] if transposed else shape[-2:]

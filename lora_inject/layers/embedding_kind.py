@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError
 from lora_inject.functional.gain import gained
 from lora_inject.functional.lookup import embedding, renormalized, routed_embedding
-from lora_inject.layers.adapted import Geometry
 from lora_inject.layers.attached import held_by
 from lora_inject.layers.forward_update import ForwardUpdate
 from lora_inject.layers.routed_forward import apart
 from lora_inject.layers.selection import State
+from lora_inject.spec.inventory import Geometry
 
 
 class LoRAEmbedding(ForwardUpdate):

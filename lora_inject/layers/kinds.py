@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from lora_inject.errors import LayerError
-from lora_inject.layers.adapted import Adapted, Geometry, WeightUpdate
+from lora_inject.layers.adapted import Adapted, WeightUpdate
 from lora_inject.layers.embedding_kind import LoRAEmbedding
 from lora_inject.layers.linear_kinds import LoRAConv1D, LoRALinear
+from lora_inject.spec.inventory import Geometry
 
 
 class LoRAConv(WeightUpdate):

@@ -19,13 +19,14 @@ from lora_inject.functional import add_updates, linear
 from lora_inject.functional.factors import cast, compute_dtype, needs_plain_operations
 from lora_inject.functional.gain import gained
 from lora_inject.functional.ranges import ranged_linear
-from lora_inject.layers.adapted import Geometry, plain_class
+from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Entry, held_by
 from lora_inject.layers.forward_update import ForwardUpdate
 from lora_inject.layers.reading import PLAIN, trained
 from lora_inject.layers.routed_forward import adds_bias, apart
 from lora_inject.layers.routing import routing_of
 from lora_inject.layers.selection import State
+from lora_inject.spec.inventory import Geometry
 
 # Classes of other libraries are known by where they are defined, so that none need be imported.
 CONV1D = ("transformers.pytorch_utils", "Conv1D")

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from lora_inject.errors import MatchError, article
 from lora_inject.spec.config import Axes, Hyper, Rule
-from lora_inject.spec.inventory import Candidate
+from lora_inject.spec.inventory import Candidate, Geometry
 from lora_inject.spec.names import counted
 from lora_inject.spec.sites import ROLES, SiteSpec, Slices
 
 BIASED_KINDS = ("linear", "conv1d", "conv")
 SLICED_KINDS = ("linear", "conv1d", "parameter")
-
-
-class _Shape(NamedTuple):
-    """A weight as matrices."""
-
-    in_features: int
-    out_features: int
-    transposed: bool
-    experts: int | None
 
 
 def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> SiteSpec:
@@ -32,7 +22,6 @@ def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> S
     site = SiteSpec(
         name=candidate.name,
         kind=candidate.kind,
-        weight_shape=candidate.weight_shape,
         slices=slices,
         rule=i,
         weight=candidate.weight,
@@ -63,10 +52,9 @@ def _limit(site: SiteSpec) -> int:
     return min(site.in_features, *(stop - start for start, stop in site.spans))
 
 
-def _oriented(candidate: Candidate, rule: Rule, asked: str) -> _Shape:
+def _oriented(candidate: Candidate, rule: Rule, asked: str) -> Geometry:
     """Return which dimensions are the input; a rule may say it of a parameter."""
-    known = _Shape(*(getattr(candidate, name) for name in _Shape._fields))
-    dims = candidate.weight_shape
+    known, dims = candidate.geometry, candidate.weight_shape
     if rule.layout is None:
         if candidate.needs_layout:
             found = f"a stack of {known.experts:,} matrices, {dims[-2]:,} x {dims[-1]:,}"
@@ -87,7 +75,7 @@ def _oriented(candidate: Candidate, rule: Rule, asked: str) -> _Shape:
     return shape
 
 
-def _laid_out(dims: tuple[int, ...], rule: Rule, asked: str) -> _Shape:
+def _laid_out(dims: tuple[int, ...], rule: Rule, asked: str) -> Geometry:
     """Return the matrices that a rule's layout makes of a shape, in memory order."""
     n, layout = len(dims), rule.layout
     if isinstance(layout, Axes):
@@ -105,10 +93,10 @@ def _laid_out(dims: tuple[int, ...], rule: Rule, asked: str) -> _Shape:
         return math.prod(dims[axis] for axis in axes)
 
     transposed = order == (*stack, *n_in, *n_out)
-    return _Shape(size(n_in), size(n_out), transposed, size(stack) if stack else None)
+    return Geometry(size(n_in), size(n_out), dims, transposed, size(stack) if stack else None)
 
 
-def _sliced(candidate: Candidate, shape: _Shape, rule: Rule, asked: str) -> Slices | None:
+def _sliced(candidate: Candidate, shape: Geometry, rule: Rule, asked: str) -> Slices | None:
     """Return the slices of a site, with their widths."""
     if rule.slices is None or rule.adapt is None:
         return None

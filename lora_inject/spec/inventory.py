@@ -27,6 +27,24 @@ from lora_inject.spec.names import (
 )
 
 
+class Geometry(NamedTuple):
+    """Shapes of a weight as a matrix, stated by its layer and never read off packed weights.
+
+    Attributes:
+        in_features: Width of the input of A.
+        out_features: Width of the output of B.
+        weight_shape: Shape of the weight as the layer states it.
+        transposed: Whether the weight matrix is `(in, out)`.
+        experts: Length of a leading dimension of stacked matrices, or None.
+    """
+
+    in_features: int
+    out_features: int
+    weight_shape: tuple[int, ...]
+    transposed: bool = False
+    experts: int | None = None
+
+
 class Candidate(NamedTuple):
     """A module or a parameter that may become a site; a tuple, as a model has thousands."""
 
@@ -52,6 +70,11 @@ class Candidate(NamedTuple):
     # names of the candidates that this one stands for: an attention module for its projections.
     # Such a name is not a site itself
     members: tuple[str, ...] = ()
+
+    @property
+    def geometry(self) -> Geometry:
+        """The shapes of the weight."""
+        return Geometry(*(getattr(self, field) for field in Geometry._fields))
 
     @property
     def module(self) -> str:
