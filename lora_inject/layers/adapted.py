@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
 from lora_inject.layers import recurrent
+from lora_inject.layers.attached import held_by
 from lora_inject.layers.reading import Reading, cached_forward, weight_property
 from lora_inject.layers.routed_forward import with_rows
 from lora_inject.layers.state_dict import refuse_loading
@@ -86,13 +87,8 @@ class Adapted(Reading):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast like nn.Module, but never narrow an adapter's float32 masters."""
-        masters = {
-            id(t)
-            for entry in self._lora.entries()
-            for name in entry.names.values()
-            if (p := self._parameters[name]) is not None
-            for t in (p, p.grad)
-        }
+        held = (self._parameters[name] for name in self._lora.flat)
+        masters = {id(t) for p in held if p is not None for t in (p, p.grad)}
 
         def keep_wide(t: Tensor) -> Tensor:
             out: Tensor = fn(t)
@@ -101,9 +97,8 @@ class Adapted(Reading):
             return t.to(out.device, torch.promote_types(out.dtype, torch.float32))
 
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
-        for entry in self._lora.entries():
-            for tensor in entry.tensors(self).values():
-                self._lora.selection.extend_to(tensor.device)
+        for name in self._lora.flat:
+            self._lora.selection.extend_to(held_by(self)[name].device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -57,10 +57,20 @@ class Entry:
         """What stands for the entry among those of its module."""
         return next(iter(self.names.values()))
 
+    def held(self, module: nn.Module) -> Tensor:
+        """Return the current tensor of the first role; a copy has no other."""
+        return self.tensor(module, next(iter(self.names)))
+
     def tensor(self, module: nn.Module, role: str) -> Tensor:
         """Return the current tensor of a role."""
         found: Tensor = held_by(module)[self.names[role]]
         return found
+
+    def start(self, base: Tensor) -> Tensor:
+        """Return what a full copy or an added value is before training, for its base tensor."""
+        if self.scale is not None:
+            return torch.zeros_like(base)
+        return base.detach() if self.rows is None else base.detach()[list(self.rows)]
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         """Return the current tensor of each role."""
@@ -129,6 +139,7 @@ class Attached:
         self.selection = selection  # says which adapters take part
         self.forward: dict[str, Entry] = {}  # by adapter, on the output of this layer
         self.reads: dict[str, dict[str, Entry]] = {}  # by parameter and adapter
+        self.flat: set[str] = set()  # names of the adapters' tensors among the parameters
         self.old_forward: Any = None  # the `_old_forward` that a hook had saved on the module
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
@@ -141,8 +152,6 @@ class Attached:
         # while this one did not run.
         self.took_part: frozenset[str] = frozenset()
         self.read_from_outside: frozenset[str] = frozenset()
-        self._n_tensors = 0
-        self._base: tuple[str, ...] = ()
         # One object, which another thread cannot change between two reads.
         self.last_chosen: tuple[State | None, tuple[Recipe, ...]] = (None, ())
 
@@ -156,7 +165,7 @@ class Attached:
 
     def add(self, entry: Entry, *, forward: bool) -> None:
         """Register an entry whose tensors are on the module."""
-        self._n_tensors += len(entry.names)
+        self.flat.update(entry.names.values())
         self.last_chosen = (None, ())
         self.selection.number(entry.adapter)
         table = self.forward if forward else self.reads.setdefault(entry.param, {})
@@ -171,19 +180,16 @@ class Attached:
             table.pop(adapter, None)
         self.reads = {param: table for param, table in self.reads.items() if table}
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
-        self._n_tensors -= sum(len(entry.names) for entry in removed)
+        self.flat.difference_update(*(entry.names.values() for entry in removed))
         self.last_chosen = (None, ())
         if self.float32 or self.gains:
             self._sum_up()
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
-        """Return the parameters without the adapters'; the cost does not depend on their number."""
-        names = self._base
-        if len(parameters) != len(names) + self._n_tensors or not parameters.keys() >= set(names):
-            flat = {flat for entry in self.entries() for flat in entry.names.values()}
-            names = self._base = tuple(key for key in parameters if key not in flat)
-        return {key: p for key in names if (p := parameters[key]) is not None}
+        """Return the parameters without the adapters'."""
+        items = parameters.items()
+        return {key: p for key, p in items if p is not None and key not in self.flat}
 
     def join(self, selection: Selection) -> None:
         """Follow a selection."""
@@ -280,8 +286,7 @@ def held_by(module: nn.Module) -> Mapping[str, Any]:
     own = module.__dict__
     found: Mapping[str, Any] = own.get("_former_parameters") or own["_parameters"]
     if "_is_fsdp_managed_module" in own:  # gathered by FSDP1: views beside the parameters
-        views = {n: own[n] for e in own["_lora"].entries() for n in e.names.values() if n in own}
-        return {**found, **views}
+        return {**found, **{name: own[name] for name in own["_lora"].flat if name in own}}
     return found
 
 

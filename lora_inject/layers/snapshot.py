@@ -58,11 +58,12 @@ def _tables(value: Any) -> Iterator[Any]:
     yield from (table for table in value.__dict__.values() if type(table) in (dict, set))
 
 
-def _tables_of(module: nn.Module) -> Iterator[dict[Any, Any]]:
-    """Yield the dicts of a module that verbs change."""
+def _tables_of(module: nn.Module) -> Iterator[Any]:
+    """Yield the dicts and sets of a module that verbs change."""
     parameters: Any = module._parameters
     yield module.__dict__
     # compressed-tensors' OffloadCache is no dict; reading its items would load them.
     yield from (parameters,) if isinstance(parameters, dict) else _tables(parameters)
     if (attached := attached_to(module)) is not None:
-        yield from (attached.__dict__, attached.forward, attached.reads, *attached.reads.values())
+        yield from (attached.__dict__, attached.flat, attached.forward)
+        yield from (attached.reads, *attached.reads.values())

@@ -94,14 +94,11 @@ def inject(
         refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
 
     def initial(place: Place) -> Mapping[str, Tensor]:
-        entry, weight = place.entry, place.weight
-        spec, rows, dtype = entry.spec, entry.rows, master_dtype(weight.dtype)
-        if spec is None and entry.scale is not None:
-            return {"b": torch.zeros_like(weight, dtype=dtype)}
+        spec, weight, dtype = place.entry.spec, place.weight, master_dtype(place.weight.dtype)
         if spec is None:
-            held = weight.detach() if rows is None else weight.detach()[list(rows)]
-            return {"T": held.to(dtype, copy=True)}
-        return entry.variant.start(spec, weight, dtype, lambda: _norms(spec, weight))
+            role = next(iter(place.entry.names))
+            return {role: place.entry.start(weight).to(dtype, copy=True)}
+        return place.entry.variant.start(spec, weight, dtype, lambda: _norms(spec, weight))
 
     def tied(place: Place) -> Hashable:
         return memory_of(place.weight)

@@ -224,7 +224,7 @@ def _add_entry(target: Target, entry: Entry, weight: float) -> None:
             remedy = "The adapter is broken; merge another checkpoint of it"
             raise StateError(asked, found, remedy)
     if entry.spec is None:
-        copy = entry.tensor(module, next(iter(entry.names)))  # tied: the same under all names
+        copy = entry.held(module)  # tied: the same under all names
         if entry.scale is not None:
             copy = target.weight.detach().to(copy.dtype) + entry.scale * copy.detach()
         target.copies.append((copy, weight, entry.rows))

@@ -109,7 +109,7 @@ def refuse_unused(
         attached, group = attached_to(module), _in_any_member(survey, site)
         if attached is None or entry.mark in attached.took_part:
             used.add(group)
-        elif site not in may and entry.tensor(module, next(iter(entry.names))).requires_grad:
+        elif site not in may and entry.held(module).requires_grad:
             idle.setdefault(group, []).append(site)
     if used.issuperset(idle) or not (used or ran):
         return

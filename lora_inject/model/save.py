@@ -24,6 +24,7 @@ from lora_inject.formats.checks import FLOATS
 from lora_inject.layers.attached import Entry
 from lora_inject.layers.survey import Survey, base_tensor
 from lora_inject.model.carried import (
+    adapted_modules,
     entries,
     idle_among,
     reach,
@@ -243,12 +244,11 @@ def refuse_inert(survey: Survey, name: str, state: AdapterState, unused: Sequenc
     def changed(module: nn.Module, entry: Entry, site: str) -> bool:
         if entry.spec is not None:
             return not state.sites[site].is_zero
-        copy = entry.tensor(module, next(iter(entry.names))).detach()
-        if hasattr(copy, "full_tensor"):  # a comparison would have to be made by all processes
-            return True
-        base = base_tensor(module, entry.param).detach()
-        start = torch.zeros_like(copy) if entry.scale is not None else base.to(copy.dtype)
-        return not torch.equal(copy, start if entry.rows is None else start[list(entry.rows)])
+        held, base = entry.held(module).detach(), base_tensor(module, entry.param)
+        # Of a shard a comparison would have to be made by all processes.
+        return hasattr(held, "full_tensor") or not torch.equal(
+            held, entry.start(base).to(held.dtype)
+        )
 
     refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
 
@@ -331,8 +331,8 @@ def adapter_tensors(survey: Survey) -> dict[str, Tensor]:
     The keys include the names of wrappers inside the model.
     """
     reshard(survey)
-    flat = ((m._parameters, name) for _, m, e in entries(survey) for name in e.names.values())
-    ours = {id(parameters[name]) for parameters, name in flat}
+    carried = adapted_modules(survey)
+    ours = {id(m._parameters[name]) for _, m, attached in carried for name in attached.flat}
     state = survey.model.state_dict(keep_vars=True)
     return {key: tensor for key, tensor in state.items() if id(tensor) in ours}
 

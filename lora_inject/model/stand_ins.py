@@ -155,19 +155,19 @@ class _Refusal:
 def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
     """Put what stands in for their methods onto models with adapters, new ones on `carrying`."""
     for module in modules:
+        own = module.__dict__
         if getattr(module, "is_quantized", False) and getattr(module, LOADED, None) is False:
-            module.__dict__[LOADED] = OURS
-    for method in (SAVE, RESIZE):
-        classes = {c for c in set(map(type, modules)) if callable(getattr(c, method, None))}
-        for module in modules if classes else ():
-            own = module.__dict__
-            if type(module) not in classes or method in own:
-                continue
-            if method == SAVE and reach(module).names:
-                own[SAVE] = saving = _SaveAdapters(module)
-                own[CARD] = saving.card
-            elif method == RESIZE and (name := _vocabulary_on(module, carrying)) is not None:
-                own[RESIZE] = _Refusal(name)
+            own[LOADED] = OURS
+        if _replaceable(module, SAVE) and reach(module).names:
+            own[SAVE] = saving = _SaveAdapters(module)
+            own[CARD] = saving.card
+        if _replaceable(module, RESIZE) and (name := _vocabulary_on(module, carrying)) is not None:
+            own[RESIZE] = _Refusal(name)
+
+
+def _replaceable(module: nn.Module, method: str) -> bool:
+    """Whether a model has a method, of its class and not replaced yet."""
+    return method not in module.__dict__ and callable(getattr(type(module), method, None))
 
 
 def give_back(modules: Iterable[nn.Module]) -> None:
