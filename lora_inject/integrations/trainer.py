@@ -120,7 +120,7 @@ class AdapterCheckpoint:
             survey, self._stepped = Survey(model), True
             for name in reach(survey.model, survey).names:
                 asked = f"train adapter {name!r}"
-                refuse_unused(survey, name, lambda m, e, _: has_gradient(m, e), self.unused, asked)
+                refuse_unused(survey, name, has_gradient, self.unused, asked)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log at each save, so that the losses since the last log are not lost."""

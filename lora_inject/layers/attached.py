@@ -57,6 +57,11 @@ class Entry:
         """What stands for the entry among those of its module."""
         return next(iter(self.names.values()))
 
+    @property
+    def on_output(self) -> bool:
+        """Whether the update is added to the output of its layer, rather than read with W."""
+        return self.spec is not None and self.spec.update == "forward"
+
     def held(self, module: nn.Module) -> Tensor:
         """Return the current tensor of the first role; a copy has no other."""
         return self.tensor(module, next(iter(self.names)))
@@ -163,15 +168,17 @@ class Attached:
             elif adapter in table:
                 yield table[adapter]
 
-    def add(self, entry: Entry, *, forward: bool) -> None:
+    def add(self, entry: Entry) -> None:
         """Register an entry whose tensors are on the module."""
         self.flat.update(entry.names.values())
         self.last_chosen = (None, ())
         self.selection.number(entry.adapter)
-        table = self.forward if forward else self.reads.setdefault(entry.param, {})
-        table[entry.adapter] = entry
-        self.float32 = self.float32 or (forward and _in_float32(entry))
-        self.gains = self.gains or (forward and entry.variant.gained)
+        if not entry.on_output:
+            self.reads.setdefault(entry.param, {})[entry.adapter] = entry
+            return
+        self.forward[entry.adapter] = entry
+        self.float32 = self.float32 or _in_float32(entry)
+        self.gains = self.gains or entry.variant.gained
 
     def remove(self, adapter: str) -> list[Entry]:
         """Forget an adapter and return its entries."""

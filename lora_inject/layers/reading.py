@@ -147,7 +147,7 @@ class Reading(nn.Module):
         if hasattr(raw, "full_tensor"):
             return self._lora_effective(raw, taking, outside) if computes() else raw
         entry = taking[0][0]
-        if self._lora.forward.get(entry.adapter) is entry and not outside:
+        if entry.on_output and not outside:
             return raw  # the layer's own forward, to whose output the update is added
 
         def used() -> None:
@@ -199,8 +199,7 @@ class Reading(nn.Module):
         if entry.mark not in self._lora.took_part:
             self._lora.used((entry,))
         self._lora_refuse_vain((held_by(self)[entry.mark],))
-        forward = self._lora.forward.get(entry.adapter) is entry
-        if forward and self.training and entry.spec and entry.spec.dropout:
+        if entry.on_output and self.training and entry.spec and entry.spec.dropout:
             raise LayerError(
                 f"reading the weight of site {entry.spec.name!r} in a forward",
                 f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ from lora_inject.layers.kinds import mixin_for
 from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.selection import Selection, State
 from lora_inject.layers.snapshot import all_or_nothing
-from lora_inject.layers.survey import Survey, base_tensor
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
     ROOT,
     ROOT_MODULES,
+    Carried,
     Root,
     adapted_modules,
     check_new_name,
@@ -42,20 +43,6 @@ from lora_inject.model.stand_ins import stand_in
 from lora_inject.model.train import trainable_tensors
 from lora_inject.spec.names import Below
 from lora_inject.spec.sites import FROM_WEIGHT, SiteSpec
-
-
-class Place(NamedTuple):
-    """Where one site or one full trained copy of a new adapter, of that name, goes."""
-
-    name: str
-    module: nn.Module
-    entry: Entry
-    forward: bool
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen tensor."""
-        return base_tensor(self.module, self.entry.param)
 
 
 def survey_for(model: nn.Module, name: str, *, loads: bool = False) -> Survey:
@@ -74,7 +61,7 @@ def places(
     name: str,
     sites: Iterable[SiteSpec],
     copies: Mapping[str, tuple[int, ...] | None],
-) -> list[Place]:
+) -> list[Carried]:
     """Find the module of each site and of each name of a copied tensor; check that it can take it.
 
     Sites and copies have the model's own names; copies come with their rows, None for all. Nothing
@@ -83,21 +70,22 @@ def places(
     found = []
     flat_names = cache(lambda roles, read: {role: attribute(role, name, read) for role in roles})
     for spec in sites:
-        forward, starts = spec.update == "forward", ("A0", "B0") * (spec.init in FROM_WEIGHT)
         _, module, param = survey.at(spec.weight)
+        starts = ("A0", "B0") * (spec.init in FROM_WEIGHT)
         roles = (*(role for role in spec.shapes if role != "b"), *starts)
-        names = flat_names(roles, None if forward else param)  # sites alike share a dict
-        found.append(Place(spec.name, module, Entry(name, spec, param, names), forward))
+        names = flat_names(roles, None if spec.update == "forward" else param)  # shared by sites
+        path = survey.paths[id(module)]
+        found.append(Carried(path, module, Entry(name, spec, param, names)))
         if spec.lora_bias:
             b = {"b": attribute("b", name, "bias")}
             entry = Entry(name, None, "bias", b, spec.shapes["b"], None, spec.scale)
-            found.append(Place(spec.name, module, entry, forward=False))
+            found.append(Carried(path, module, entry))
     for copy, rows in copies.items():
         _, module, param = holder = survey.at(copy)
         whole = holder.tensor.shape
         shape = tuple(whole) if rows is None else (len(rows), *whole[1:])
         entry = Entry(name, None, param, {"T": attribute("T", name, param)}, shape, rows)
-        found.append(Place(copy, module, entry, forward=False))
+        found.append(Carried(survey.paths[id(module)], module, entry))
     taken: set[tuple[int, str]] = set()
     for place in found:
         target = f"{'site' if place.entry.spec else 'trained tensor'} {place.name!r}"
@@ -108,7 +96,7 @@ def places(
     return found
 
 
-def _why_not_here(place: Place, taken: set[tuple[int, str]]) -> Iterator[tuple[str, str]]:
+def _why_not_here(place: Carried, taken: set[tuple[int, str]]) -> Iterator[tuple[str, str]]:
     """Yield why a module cannot take an entry, and what to do."""
     module, entry, cls = place.module, place.entry, type(place.module)
     if (id(module), entry.param) in taken:
@@ -120,7 +108,7 @@ def _why_not_here(place: Place, taken: set[tuple[int, str]]) -> Iterator[tuple[s
     for flat in entry.names.values():
         if hasattr(module, flat):
             yield f"the module has an attribute {flat!r}", "Choose another adapter name"
-    if not place.forward and attached_to(module) is None and hasattr(cls, entry.param):
+    if not entry.on_output and attached_to(module) is None and hasattr(cls, entry.param):
         found = f"{cls.__name__}.{entry.param} is computed by the class"
         yield found, "A parameter that is itself computed cannot take an update"
 
@@ -144,7 +132,7 @@ def _moves(module: nn.Module) -> tuple[str, str]:
     return found, "Leave it out, or give the layer track_running_stats=False and no running_mean"
 
 
-def _why_not_values(place: Place) -> Iterator[tuple[str, str]]:
+def _why_not_values(place: Carried) -> Iterator[tuple[str, str]]:
     """Yield why an entry cannot read or copy the values of its tensor, and what to do."""
     module, spec, weight = place.module, place.entry.spec, place.weight
     packed = f"quantized ({type(weight).__name__})" if is_quantized(weight) else ""
@@ -159,8 +147,8 @@ def _why_not_values(place: Place) -> Iterator[tuple[str, str]]:
     if gained and spec.why_no_gain:
         found = f"variant {spec.variant} on {spec.why_no_gain}"
         yield found, "Train it with variant: lora"
-    fits = place.forward or isinstance(weight, PackedExperts)
-    if packed and not place.forward and fits and spec.compute == "float32":
+    fits = place.entry.on_output or isinstance(weight, PackedExperts)
+    if packed and not place.entry.on_output and fits and spec.compute == "float32":
         yield "compute: float32 would unpack all experts at once", "Use compute: base"
     if packed and (gained or derived or not fits):
         reader = f"init {spec.init}" if derived else f"variant {spec.variant}"
@@ -173,9 +161,9 @@ def _why_not_values(place: Place) -> Iterator[tuple[str, str]]:
 def attach(
     survey: Survey,
     name: str,
-    found: Sequence[Place],
-    tensors: Callable[[Place], Mapping[str, Tensor]],
-    tied: Callable[[Place], Hashable],
+    found: Sequence[Carried],
+    tensors: Callable[[Carried], Mapping[str, Tensor]],
+    tied: Callable[[Carried], Hashable],
     config: Mapping[str, Any] | None,
     *,
     activate: bool = True,
@@ -217,8 +205,8 @@ def attach(
         if train:
             root.trainable = {name}
         for key, place in zip(keys, found, strict=True):
-            attached, path = _put(place, made[key], selection), survey.paths[id(place.module)]
-            attached.time_major = f"{path}.".startswith(survey.time_major)
+            attached = _put(place, made[key], selection)
+            attached.time_major = f"{place.path}.".startswith(survey.time_major)
         structure_changed()
         stand_in(modules, root.carrying[name])
         if train:
@@ -230,14 +218,14 @@ def attach(
             refuse_unreached(survey.model, probe)
 
 
-def _put(place: Place, parameters: Mapping[str, nn.Parameter], selection: Selection) -> Attached:
+def _put(place: Carried, parameters: Mapping[str, nn.Parameter], selection: Selection) -> Attached:
     entry, module, spec = place.entry, place.module, place.entry.spec
-    mixin = mixin_for(spec.kind) if place.forward and spec is not None else WeightUpdate
-    attached = swap(module, selection, mixin, () if place.forward else (entry.param,))
+    mixin = mixin_for(spec.kind) if entry.on_output and spec is not None else WeightUpdate
+    attached = swap(module, selection, mixin, () if entry.on_output else (entry.param,))
     for role, flat in entry.names.items():
         module._parameters[flat] = parameters[role]
         selection.extend_to(parameters[role].device)
-    attached.add(entry, forward=place.forward)
+    attached.add(entry)
     return attached
 
 
@@ -265,7 +253,7 @@ def _check_joinable(
                 )
 
 
-def _check_mixable(name: str, found: Iterable[Place], active: Mapping[str, float]) -> None:
+def _check_mixable(name: str, found: Iterable[Carried], active: Mapping[str, float]) -> None:
     """Check a new adapter that takes part at once, as the mix has named one of another part."""
     for place in found if name in active else ():
         attached = attached_to(place.module)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from torch import nn
@@ -19,7 +19,7 @@ from lora_inject.layers.checkpointing import alive
 from lora_inject.layers.class_swap import refuse_replaced_class
 from lora_inject.layers.routed_forward import routes_rows
 from lora_inject.layers.selection import Selection
-from lora_inject.layers.survey import Holder, Survey, unwrapped
+from lora_inject.layers.survey import Holder, Survey, base_tensor, unwrapped
 from lora_inject.spec.names import joined
 
 ROOT = "_lora_root"
@@ -27,8 +27,24 @@ ROOT = "_lora_root"
 ROOT_MODULES: WeakSet[nn.Module] = WeakSet()
 """Modules that hold a record: two of them may share layers without one being inside the other."""
 
-Carried = tuple[str, nn.Module, Entry]
-"""One entry of an adapter: the name of its module, the module, the entry."""
+
+class Carried(NamedTuple):
+    """One entry of an adapter: the name of its module, the module, the entry."""
+
+    path: str
+    module: nn.Module
+    entry: Entry
+
+    @property
+    def name(self) -> str:
+        """Name of the site, or of the tensor that the entry has a copy of or adds to."""
+        spec = self.entry.spec
+        return joined(self.path, self.entry.param) if spec is None else spec.name
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The frozen tensor."""
+        return base_tensor(self.module, self.entry.param)
 
 
 @dataclass
@@ -68,7 +84,7 @@ def entries(survey: Survey, name: str | None = None) -> Iterator[Carried]:
     """Yield the entries of one adapter, or of all."""
     for path, module, attached in adapted_modules(survey):
         for entry in attached.entries(name):
-            yield path, module, _named(path, entry)
+            yield Carried(path, module, _named(path, entry))
 
 
 def _named(path: str, entry: Entry) -> Entry:
@@ -83,17 +99,12 @@ def _named(path: str, entry: Entry) -> Entry:
     return replace(entry, spec=spec.at(name, weight, aliases))
 
 
-def named_entry(path: str, entry: Entry) -> str:
-    """Return the name of an entry's site, or of the tensor that it has a copy of."""
-    return joined(path, entry.param) if entry.spec is None else entry.spec.name
-
-
 def idle_among(items: Collection[Carried]) -> tuple[str, ...]:
     """Return the names of sites and trained tensors that no forward has used, where others were."""
     idle = tuple(
-        named_entry(path, entry)
-        for path, module, entry in items
-        if (attached := attached_to(module)) is not None and entry.mark not in attached.took_part
+        item.name
+        for item in items
+        if (attached := attached_to(item.module)) and item.entry.mark not in attached.took_part
     )
     return idle if len(idle) < len(items) else ()
 

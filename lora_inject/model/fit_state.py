@@ -186,8 +186,8 @@ def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) ->
     """Refuse a base that is not, at the adapter's sites, the one that it was made on."""
     if saved == here and not here.quantized:
         return
-    shapes = {key: shape for key, shape in saved.shapes.items() if key in here.shapes}
-    if unknown := unverifiable(Fingerprint(shapes, saved.samples, saved.quantized), here):
+    common = saved.without(saved.shapes.keys() - here.shapes.keys())
+    if common is not None and (unknown := unverifiable(common, here)):
         if base != "quantized":
             raise FormatError(
                 asked,
@@ -196,14 +196,13 @@ def check_base(saved: Fingerprint, here: Fingerprint, base: Base, asked: str) ->
                 "or it is sharded or on the meta device",
                 'Pass base="quantized" where it is the right base',
             )
-        shapes = {key: shape for key, shape in shapes.items() if key not in unknown}
-    differences = compare(Fingerprint(shapes, saved.samples, saved.quantized), here)
-    if differences:
+        common = common.without(unknown)
+    if common is not None and (differences := compare(common, here)):
         key, what = next(iter(differences.items()))
         raise FormatError(
             asked,
             f"the adapter was made on another base: {key!r} {what} ({len(differences)} of "
-            f"{len(shapes)} sites differ)",
+            f"{len(common.shapes)} sites differ)",
             'Load it onto its own base, or pass base="any"',
         )
 

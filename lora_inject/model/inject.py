@@ -12,7 +12,8 @@ from lora_inject.formats.model_facts import expert_names
 from lora_inject.functional import master_dtype, norms_of
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.survey import Survey, memory_of
-from lora_inject.model.attach import Place, attach, places, refuse_statistics, survey_for
+from lora_inject.model.attach import attach, places, refuse_statistics, survey_for
+from lora_inject.model.carried import Carried
 from lora_inject.model.train import refuse_dead_inputs
 from lora_inject.spec.config import Config, ConfigLike
 from lora_inject.spec.matching import resolve
@@ -93,14 +94,14 @@ def inject(
         asked = f"train {i + 1} ('{pattern}')"
         refuse_statistics(survey, matching(pattern, present.modules, asked=asked), asked)
 
-    def initial(place: Place) -> Mapping[str, Tensor]:
+    def initial(place: Carried) -> Mapping[str, Tensor]:
         spec, weight, dtype = place.entry.spec, place.weight, master_dtype(place.weight.dtype)
         if spec is None:
             role = next(iter(place.entry.names))
             return {role: place.entry.start(weight).to(dtype, copy=True)}
         return place.entry.variant.start(spec, weight, dtype, lambda: _norms(spec, weight))
 
-    def tied(place: Place) -> Hashable:
+    def tied(place: Carried) -> Hashable:
         return memory_of(place.weight)
 
     attach(survey, name, found, initial, tied, planned.config.to_dict(), probe=probe)

@@ -14,7 +14,6 @@ from torch import nn
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import Carried, entries, idle_among, reach, roots_of
 from lora_inject.spec.columns import columns
-from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 
 
@@ -79,7 +78,7 @@ def _info(items: list[Carried], weight: float | None) -> AdapterInfo:
     tensors = [e.tensor(m, r) for _, m, e in items for r in e.names if e.trains(r)]
     return AdapterInfo(
         sites={e.spec.name: e.spec for _, _, e in items if e.spec is not None},
-        trained=tuple(joined(path, e.param) for path, _, e in items if "T" in e.names),
+        trained=tuple(item.name for item in items if "T" in item.entry.names),
         n_parameters=sum(t.numel() for t in {id(t): t for t in tensors}.values()),
         weight=weight,
         trainable=any(t.requires_grad for t in tensors),

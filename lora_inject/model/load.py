@@ -14,13 +14,13 @@ from lora_inject.errors import FormatError, StateError, check_path, check_type
 from lora_inject.formats import detected, read_adapter
 from lora_inject.functional import master_dtype
 from lora_inject.layers.survey import Survey
-from lora_inject.model.attach import Place, attach, places, survey_for
-from lora_inject.model.carried import reach, records_of
+from lora_inject.model.attach import attach, places, survey_for
+from lora_inject.model.carried import Carried, reach, records_of
 from lora_inject.model.fit_state import Base, fit
-from lora_inject.model.fsdp2 import check_layers, shard_adapter
 from lora_inject.model.peft_reading import refuse_first_places
 from lora_inject.model.save import model_facts
-from lora_inject.model.sharding import fsdp2_modules
+from lora_inject.model.sharding import check_shardable, fsdp2_modules, shard_adapter
+from lora_inject.spec.names import joined
 from lora_inject.storage.hub import download, is_repo
 
 M = TypeVar("M", bound=nn.Module)
@@ -122,18 +122,19 @@ def _put_on(survey: Survey, state: AdapterState, name: str) -> None:
     found = places(survey, name, [site.spec for site in state.sites.values()], copies)
 
     tensors: dict[str, Mapping[str, Tensor]] = {n: site.tensors for n, site in state.sites.items()}
+    tensors |= {joined(n, "bias"): site.tensors for n, site in state.sites.items()}  # lora_bias
     tensors |= {key: {"T": tensor} for key, tensor in state.trained.items()}
 
-    def given(place: Place) -> Mapping[str, Tensor]:
+    def given(place: Carried) -> Mapping[str, Tensor]:
         mine = tensors[place.name]
         return {role: _copied(mine[role], place.weight) for role in place.entry.names}
 
-    def tied(place: Place) -> Hashable:
+    def tied(place: Carried) -> Hashable:
         return id(tensors[place.name][next(iter(place.entry.names))])
 
     sharded = bool(fsdp2_modules(survey))
     if sharded:
-        check_layers(survey, f"adapter {name!r}", found, tied)
+        check_shardable(survey, f"adapter {name!r}", found, tied)
     there = reach(survey.model, survey)
     active = {each for selection in there.selections for each, _ in selection.state.active}
     idle = active.isdisjoint({*there.names, name})

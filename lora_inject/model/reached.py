@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from lora_inject.errors import LayerError, StateError
-from lora_inject.layers.attached import Entry, attached_to
+from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey
-from lora_inject.model.carried import adapted_modules, entries, named_entry, reach, refuse_merged
+from lora_inject.model.carried import Carried, adapted_modules, entries, reach, refuse_merged
 from lora_inject.spec.names import counted, matching, quoted
 
 
@@ -74,11 +74,11 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
         with torch.compiler.set_stance("force_eager"):  # compiled graphs do not note anything
             run()
         return [
-            named_entry(path, entry)
-            for path, module, entry in entries(survey)
-            for attached in (carried[id(module)][0],)
-            if entry.adapter in states[attached.selection].parts
-            and entry.mark not in attached.took_part
+            item.name
+            for item in entries(survey)
+            for attached in (carried[id(item.module)][0],)
+            if item.entry.adapter in states[attached.selection].parts
+            and item.entry.mark not in attached.took_part
         ]
     finally:
         for attached, before in carried.values():
@@ -88,7 +88,7 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 def refuse_unused(
     survey: Survey,
     name: str,
-    changed: Callable[[nn.Module, Entry, str], bool],
+    changed: Callable[[Carried], bool],
     unused: Iterable[str],
     asked: str,
 ) -> None:
@@ -99,13 +99,13 @@ def refuse_unused(
     it also does in compiled graphs; `unused` are patterns of sites that may stay without use. Where
     there is neither a forward nor a gradient, values were only set, and nothing is said of use.
     """
-    items = [(path, m, e, named_entry(path, e)) for path, m, e in entries(survey, name)]
-    names = [site for *_, site in items]
+    items = list(entries(survey, name))
+    names = [item.name for item in items]
     may = {n for each in unused for n in matching(each, names, asked=asked, error=StateError)}
     used: set[str] = set()
     idle: dict[str, list[str]] = {}
-    ran = any(has_gradient(module, entry) for _, module, entry, _ in items)
-    for _, module, entry, site in items:
+    ran = any(map(has_gradient, items))
+    for site, (_, module, entry) in zip(names, items, strict=True):
         attached, group = attached_to(module), _in_any_member(survey, site)
         if attached is None or entry.mark in attached.took_part:
             used.add(group)
@@ -113,7 +113,7 @@ def refuse_unused(
             idle.setdefault(group, []).append(site)
     if used.issuperset(idle) or not (used or ran):
         return
-    reached = {_in_any_member(survey, site) for _, m, e, site in items if changed(m, e, site)}
+    reached = {_in_any_member(survey, item.name) for item in items if changed(item)}
     missed = [site for group in idle.keys() - used - reached for site in idle[group]]
     if reached and missed:
         missed.sort(key=names.index)
@@ -126,9 +126,9 @@ def refuse_unused(
         )
 
 
-def has_gradient(module: nn.Module, entry: Entry) -> bool:
+def has_gradient(item: Carried) -> bool:
     """Return whether a tensor of an entry has a gradient."""
-    return any(entry.tensor(module, role).grad is not None for role in entry.names)
+    return any(t.grad is not None for t in item.entry.tensors(item.module).values())
 
 
 def _in_any_member(survey: Survey, site: str) -> str:

@@ -22,8 +22,9 @@ from lora_inject.errors import StateError, check_path
 from lora_inject.formats import ModelFacts, write_adapter
 from lora_inject.formats.checks import FLOATS
 from lora_inject.layers.attached import Entry
-from lora_inject.layers.survey import Survey, base_tensor
+from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
+    Carried,
     adapted_modules,
     entries,
     idle_among,
@@ -85,18 +86,19 @@ def values_on(
     trained: dict[str, Tensor] = {}
     rows: dict[str, tuple[int, ...]] = {}
     weights: dict[str, Tensor] = {}
-    for path, module, entry in whole_adapter(survey, name, asked):
+    for item in whole_adapter(survey, name, asked):
+        path, module, entry = item
         held = entry.tensors(module).items()
         tensors = {role: taken(tensor, path, entry, role) for role, tensor in held}
         if entry.spec is not None:
             found.append((entry.spec, tensors))
-            weights[entry.spec.weight] = base_tensor(module, entry.param)
+            weights[entry.spec.weight] = item.weight
         elif entry.scale is not None:
             biases[path] = tensors
         else:
-            trained[joined(path, entry.param)] = tensors["T"]
+            trained[item.name] = tensors["T"]
             if entry.rows is not None:
-                rows[joined(path, entry.param)] = entry.rows
+                rows[item.name] = entry.rows
     sites = {
         spec.name: SiteState.of(spec, tensors | biases.get(spec.name, {}))
         for spec, tensors in found
@@ -241,14 +243,13 @@ def refuse_inert(survey: Survey, name: str, state: AdapterState, unused: Sequenc
     `state` is the adapter as it was read from the model.
     """
 
-    def changed(module: nn.Module, entry: Entry, site: str) -> bool:
-        if entry.spec is not None:
-            return not state.sites[site].is_zero
-        held, base = entry.held(module).detach(), base_tensor(module, entry.param)
-        # Of a shard a comparison would have to be made by all processes.
-        return hasattr(held, "full_tensor") or not torch.equal(
-            held, entry.start(base).to(held.dtype)
-        )
+    def changed(item: Carried) -> bool:
+        if item.entry.spec is not None:
+            return not state.sites[item.name].is_zero
+        held = item.entry.held(item.module).detach()
+        if hasattr(held, "full_tensor"):  # a comparison would have to be made by all processes
+            return True
+        return not torch.equal(held, item.entry.start(item.weight).to(held.dtype))
 
     refuse_unused(survey, name, changed, unused, f"save adapter {name!r}")
 

@@ -1,14 +1,18 @@
 """Models whose tensors are spread over processes: what must come before sharding is refused after.
 
 An adapter that is put onto a sharded model would be plain Parameters among shards, whose
-gradients nobody reduces. `fsdp2` loads onto what FSDP2 has sharded.
+gradients nobody reduces.
+
+What FSDP2 has sharded takes an adapter from files, which becomes shards as well. A parameter group
+of FSDP2 takes no new parameters. So `fully_shard` is called on each layer that gets an adapter,
+with the mesh of its weight. The new Parameters become a separate group; the layer's other
+Parameters are `ignored_params` of this call and stay in their group.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from lora_inject.adapter.fingerprint import sample_positions
 from lora_inject.errors import LayerError
 from lora_inject.layers.survey import Survey
+from lora_inject.model.carried import Carried, entries
 
 
 def sharded_by(tensor: Tensor) -> str | None:
@@ -39,29 +44,26 @@ def refuse_sharded(survey: Survey, asked: str) -> None:
             "Inject into the model first, then wrap it",
         )
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-    wrapped = (path for path, module in survey.modules if fsdp and isinstance(module, fsdp))
-    # A list: one call, and not one for each tensor of all adapters.
-    stepped = [
-        path
-        for path, module in survey.modules
+    modules = survey.modules
+    found = [(path, "FullyShardedDataParallel") for path, m in modules if isinstance(m, fsdp)]
+    found += [
+        (path, "DeepSpeed ZeRO (its gradients)")
+        for path, module in modules
         for parameter in module._parameters.values()
         if hasattr(parameter, "_hp_mapping")  # what DeepSpeed's optimizer has, others come too late
     ]
-    zero = ((path, "DeepSpeed ZeRO (its gradients)") for path in stepped)
     # Older releases of transformers keep each process's part as a plain tensor.
-    split = ((path, "tp_plan") for path, m in survey.modules if "_hf_tp_plan" in m.__dict__)
-    parts = ((holder.name, sharded_by(holder.tensor)) for holder in survey.holders)
-    whole = ((path, "FullyShardedDataParallel") for path in wrapped)
-    for path, how in chain(whole, zero, split, parts):
-        if how:
-            raise LayerError(
-                asked,
-                f"{path or 'the model'!r} is sharded by {how}, and the adapter's gradients would "
-                "not be reduced",
-                "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
-                "distribute an adapter with its layer (transformers: load without tp_plan); "
-                "load_adapter and swap_adapter also work after fully_shard",
-            )
+    found += [(path, "tp_plan") for path, module in modules if "_hf_tp_plan" in module.__dict__]
+    found += [(h.name, how) for h in survey.holders if (how := sharded_by(h.tensor))]
+    for path, how in found:
+        raise LayerError(
+            asked,
+            f"{path or 'the model'!r} is sharded by {how}, and the adapter's gradients would "
+            "not be reduced",
+            "Inject or load first, then shard: fully_shard, parallelize_module and DeepSpeed "
+            "distribute an adapter with its layer (transformers: load without tp_plan); "
+            "load_adapter and swap_adapter also work after fully_shard",
+        )
 
 
 def is_sharded(survey: Survey) -> bool:
@@ -84,6 +86,48 @@ def fsdp2_modules(survey: Survey) -> list[Any]:
     """Return the modules that `fully_shard` was called with."""
     fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     return [module for _, module in survey.modules if isinstance(module, fsdp)]
+
+
+def check_shardable(
+    survey: Survey, asked: str, found: Iterable[Carried], tied: Callable[[Carried], Hashable]
+) -> None:
+    """Check that FSDP2 can shard a new adapter with its layers, before anything is changed."""
+    groups = {id(module): module for module in fsdp2_modules(survey)}
+    inside = {id(module) for group in groups.values() for module in group.modules()}
+    holders: dict[Hashable, nn.Module] = {}
+    for place in found:
+        module = place.module
+        *replicated, shard = getattr(place.weight, "placements", (None,))
+        along_one = shard is not None and shard.is_shard()
+        if id(module) in groups:
+            reason = "fully_shard was called with this very layer, whose group takes no parameters"
+        elif type(module).forward is nn.Module.forward:
+            reason = "it has no forward, before which FSDP2 could gather the adapter"
+        elif holders.setdefault(tied(place), module) is not module:
+            reason = "its trained copy is tied to that of another layer"
+        elif id(module) not in inside or not along_one or any(p.is_shard() for p in replicated):
+            reason = "it is not sharded by fully_shard alone"
+        else:
+            continue
+        remedy = "Load the adapter first, then shard the model"
+        raise LayerError(f"{asked}, {place.name!r}", reason, remedy)
+
+
+def shard_adapter(survey: Survey, name: str) -> None:
+    """Shard the tensors of an adapter that was just put on, layer by layer."""
+    from torch.distributed.fsdp import fully_shard
+
+    new: dict[nn.Module, set[Any]] = {}
+    meshes: dict[nn.Module, Any] = {}
+    depths: dict[nn.Module, int] = {}
+    for item in entries(survey, name):
+        path, module, entry = item
+        new.setdefault(module, set()).update(entry.tensors(module).values())
+        meshes[module] = item.weight.device_mesh  # type: ignore[attr-defined]
+        depths[module] = path.count(".")
+    for module in sorted(new, key=depths.__getitem__, reverse=True):  # as fully_shard asks
+        old = {parameter for parameter in module.parameters() if parameter not in new[module]}
+        fully_shard(module, mesh=meshes[module], reshard_after_forward=True, ignored_params=old)
 
 
 @torch.no_grad()
