@@ -224,7 +224,7 @@ def _write(targets: list[Target], undo: bool, undos: list[Undo]) -> None:
             _write_rows(target, undos[-1])
         else:  # nobody shares it, or nobody any more
             matrix = before.detach().view(target.matrix_shape)
-            undos.append(Undo(holder, before, before, torch.empty_like(matrix) if undo else None))
+            undos.append(Undo(holder, before, before, matrix.clone() if undo else None))
             _write_rows(target, undos[-1])
         if undo and target.into != "same":  # bitsandbytes rearranges its codes as it runs
             undos[-1].note_written()
@@ -234,7 +234,6 @@ def _write_rows(target: Target, undo: Undo) -> None:
     """Write all merged rows; count what is left after rounding unless it was counted."""
     tally = Tally() if target.narrow and target.tally is None else None
     for start, rows in target.blocks():
-        undo.keep(rows, start)
         if target.narrow or target.copies or target.gain is not None:
             target.merged(rows, start, tally, out=rows)
         else:

@@ -35,16 +35,12 @@ class Undo:
     original: Tensor | None = None
     partner: Holder | None = None  # of an untied tensor: who else held its memory, and still does
     layer: Layer | None = None  # of a quantized weight that was replaced: the state of its layer
-    n_kept: int = 0  # how many rows `original` holds
-    lost: bool = False  # whether values were written over that nobody kept
     written: tuple[torch.dtype, Tensor] | None = None  # dtype and `checksum` of what was written
 
-    def keep(self, rows: Tensor, start: int) -> None:
-        """Copy some rows that are about to be changed, which come in order."""
-        if self.original is not None:
-            self.original[start : start + rows.shape[0]].copy_(rows)
-            self.n_kept = start + rows.shape[0]
-        self.lost = self.original is None and self.partner is None
+    @property
+    def lost(self) -> bool:
+        """Whether values are written over that nobody keeps."""
+        return self.original is None and self.partner is None and self.layer is None
 
     def note_written(self) -> None:
         """Note what stands there now, unless running the layer changes it."""
@@ -99,8 +95,7 @@ class Undo:
                     self.before.data = there.data  # the model was cast or moved meanwhile
                 self.holder.module._parameters[self.holder.param] = self.before
             elif self.original is not None:
-                matrix = self.merged.detach().view(self.original.shape)
-                matrix[: self.n_kept].copy_(self.original[: self.n_kept])
+                self.merged.detach().view(self.original.shape).copy_(self.original)
 
 
 def restore(undos: Iterable[Undo]) -> None:

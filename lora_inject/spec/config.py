@@ -33,9 +33,8 @@ from pydantic_core import core_schema
 from lora_inject.errors import nearest
 from lora_inject.spec.from_peft import is_of_peft, translated
 from lora_inject.spec.inventory import Inventory
-from lora_inject.spec.names import regex_problem
 from lora_inject.spec.sites import ROLES
-from lora_inject.spec.strict import Strict, YamlModel
+from lora_inject.spec.strict import Strict, YamlModel, checked_regex
 from lora_inject.spec.yaml import Dumper, show
 
 ALL_LINEAR = "all-linear"
@@ -44,10 +43,9 @@ ALL_LINEAR = "all-linear"
 
 
 def _check_pattern(pattern: str) -> str:
-    if problem := regex_problem(pattern):
-        remedy = "Patterns are Python regexes; a literal dot is '\\.'"
-        raise ValueError(f"{show(pattern)} is not a regex: {problem}", remedy)
-    if re.fullmatch(pattern, "") and pattern != "^$":  # which names the root module, on purpose
+    if (
+        re.fullmatch(checked_regex(pattern), "") and pattern != "^$"
+    ):  # which names the root module, on purpose
         remedy = "Write what must be there; '.+' matches every name, '^$' the root"
         raise ValueError(f"{show(pattern)} also matches an empty name", remedy)
     return pattern

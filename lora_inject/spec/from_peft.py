@@ -42,8 +42,8 @@ from lora_inject.spec.names import (
     joined,
     leaf,
     matching,
-    regex_problem,
 )
+from lora_inject.spec.strict import checked_regex
 from lora_inject.spec.yaml import read_text
 
 _MERGE = "Train it with PEFT, merge it there and start from that model"
@@ -78,14 +78,7 @@ _HEADS = {
 """Task to the names that PEFT adds to modules_to_save (peft_model.py)."""
 
 
-def _check_regex(text: str) -> str:
-    if problem := regex_problem(text):
-        found = f"{text!r} is not a regex: {problem}"
-        raise ValueError(found, "Escape its brackets; a literal dot is '\\.'")
-    return text
-
-
-_Regex = Annotated[StrictStr, AfterValidator(_check_regex)]
+_Regex = Annotated[StrictStr, AfterValidator(checked_regex)]
 _Rank = Annotated[StrictInt, Field(ge=1)]
 _Alpha = Annotated[StrictFloat, Field(gt=0)]
 _Rows = list[Annotated[StrictInt, Field(ge=0)]]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_inject.errors import ConfigError, check_type, nearest
+from lora_inject.spec.names import regex_problem
 from lora_inject.spec.yaml import Document, Loc, dotted, read_text, show
 
 _ALSO = 4  # further errors that one message lists
@@ -66,6 +67,14 @@ class Strict(BaseModel):
 
     # As in pydantic's own BaseModel: a model inside a model is validated by the outer one.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def checked_regex(text: str) -> str:
+    """Return a regex; raise ValueError(found, remedy) where it is not one."""
+    if problem := regex_problem(text):
+        remedy = "Patterns are Python regexes; a literal dot is '\\.'"
+        raise ValueError(f"{show(text)} is not a regex: {problem}", remedy)
+    return text
 
 
 class YamlModel(Strict):
