@@ -145,6 +145,7 @@ class Attached:
         self.forward: dict[str, Entry] = {}  # by adapter, on the output of this layer
         self.reads: dict[str, dict[str, Entry]] = {}  # by parameter and adapter
         self.flat: set[str] = set()  # names of the adapters' tensors among the parameters
+        self._base: tuple[str, ...] = ()  # those of the other parameters
         self.old_forward: Any = None  # the `_old_forward` that a hook had saved on the module
         # For each thread that runs a forward of the module: the effective weights read in it, and
         # the hooks on saved tensors that it was entered with.
@@ -195,8 +196,10 @@ class Attached:
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
         """Return the parameters without the adapters'."""
-        items = parameters.items()
-        return {key: p for key, p in items if p is not None and key not in self.flat}
+        names = self._base  # else a walk would cost more with each adapter
+        if len(parameters) != len(names) + len(self.flat) or not parameters.keys() >= set(names):
+            names = self._base = tuple(key for key in parameters if key not in self.flat)
+        return {key: p for key in names if (p := parameters[key]) is not None}
 
     def join(self, selection: Selection) -> None:
         """Follow a selection."""
