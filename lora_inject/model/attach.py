@@ -113,23 +113,21 @@ def _why_not_here(place: Carried, taken: set[tuple[int, str]]) -> Iterator[tuple
         yield found, "A parameter that is itself computed cannot take an update"
 
 
-def moves_statistics(module: nn.Module) -> bool:
-    """Return whether a layer moves statistics, which are buffers, while it trains."""
-    return isinstance(module, _NormBase) and module.running_mean is not None
-
-
 def refuse_statistics(survey: Survey, modules: Collection[str], asked: str) -> None:
     """Raise if one of the modules that are to train in full has a layer with statistics inside."""
     below = Below(modules)
     for name, module in survey.by_name.items() if modules else ():
-        if name in below and moves_statistics(module):
-            raise LayerError(f"{asked}, {name!r}", *_moves(module))
+        for reason in _why_not_in_full(module) if name in below else ():
+            raise LayerError(f"{asked}, {name!r}", *reason)
 
 
-def _moves(module: nn.Module) -> tuple[str, str]:
-    found = f"its {type(module).__name__} moves running_mean and running_var as well while it "
-    found += "trains: those are the base's buffers, which an adapter neither holds nor restores"
-    return found, "Leave it out, or give the layer track_running_stats=False and no running_mean"
+def _why_not_in_full(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield why a layer that moves statistics, which are buffers, cannot train in full."""
+    if isinstance(module, _NormBase) and module.running_mean is not None:
+        found = f"its {type(module).__name__} moves running_mean and running_var as well while it "
+        found += "trains: those are the base's buffers, which an adapter neither holds nor restores"
+        remedy = "Leave it out, or give the layer track_running_stats=False and no running_mean"
+        yield found, remedy
 
 
 def _why_not_values(place: Carried) -> Iterator[tuple[str, str]]:
@@ -139,9 +137,8 @@ def _why_not_values(place: Carried) -> Iterator[tuple[str, str]]:
     if spec is None and packed:
         remedy = "Adapt the layer with a rule (targets) instead, or load the base unquantized"
         yield f"it is {packed}: no copy of it can train", remedy
-    if spec is None and moves_statistics(module):
-        yield _moves(module)
     if spec is None:
+        yield from _why_not_in_full(module)
         return
     gained, derived = place.entry.variant.gained, spec.init in FROM_WEIGHT
     if gained and spec.why_no_gain:
