@@ -53,10 +53,7 @@ class ForwardUpdate(Adapted):
 
     def _lora_updates(self, state: State, *, compiling: bool) -> list[Factors]:
         """Return the low-rank updates that take part under `state`."""
-        attached = self._lora
-        known, recipes = (None, ()) if compiling else attached.last_chosen
-        if known is not state:
-            recipes = attached.chosen(state, compiling)
+        recipes = self._lora.chosen(state, compiling)
         if not recipes:
             return []
         updates = factors_of(recipes, held_by(self), training=self.training)

@@ -17,12 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_inject.errors import StateError
-from lora_inject.layers.checkpointing import (
-    SELECTIONS,
-    are_running,
-    remember,
-    watch_checkpoints,
-)
+from lora_inject.layers.checkpointing import SELECTIONS, are_running, remember, watch_checkpoints
 from lora_inject.layers.contexts import Context, entered, innermost
 from lora_inject.layers.sending import sent
 from lora_inject.layers.state_dict import Loading, watch_loading

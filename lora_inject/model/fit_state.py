@@ -35,12 +35,7 @@ _OF_MODEL = ("name", "kind", "weight_shape", "weight", "update", "aliases")
 
 
 def fit(
-    survey: Survey,
-    state: AdapterState,
-    *,
-    leave_out: Sequence[str],
-    base: Base,
-    asked: str,
+    survey: Survey, state: AdapterState, *, leave_out: Sequence[str], base: Base, asked: str
 ) -> AdapterState:
     """Return an adapter in the names and the geometry of a model, with the tensors as they are."""
     names, weights = inventory(survey), base_weights(survey)

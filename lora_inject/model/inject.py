@@ -49,11 +49,7 @@ def plan(model: nn.Module, config: ConfigLike) -> Plan:
 
 
 def inject(
-    model: M,
-    config: ConfigLike,
-    name: str = "default",
-    *,
-    probe: Callable[[], Any] | None = None,
+    model: M, config: ConfigLike, name: str = "default", *, probe: Callable[[], Any] | None = None
 ) -> M:
     """Put a new adapter onto a model, in place, and freeze everything else.
 

@@ -29,13 +29,7 @@ from lora_inject.model.dequantizing import (
     said_quantized,
 )
 from lora_inject.model.eject import eject as take_off
-from lora_inject.model.merge_targets import (
-    Into,
-    Target,
-    check_results,
-    merge_targets,
-    not_finite,
-)
+from lora_inject.model.merge_targets import Into, Target, check_results, merge_targets, not_finite
 from lora_inject.model.select import weights_of
 from lora_inject.model.train import trainable_tensors
 from lora_inject.model.undo import Undo, held_back_interrupts, restore

@@ -86,11 +86,7 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 
 def refuse_unused(
-    survey: Survey,
-    name: str,
-    changed: Callable[[Carried], bool],
-    unused: Iterable[str],
-    asked: str,
+    survey: Survey, name: str, changed: Callable[[Carried], bool], unused: Iterable[str], asked: str
 ) -> None:
     """Raise if an adapter was trained and a site of it neither changed nor took part in a forward.
 

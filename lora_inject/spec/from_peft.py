@@ -35,14 +35,7 @@ from pydantic import (
 
 from lora_inject.errors import ConfigError
 from lora_inject.spec.inventory import Candidate, Inventory
-from lora_inject.spec.names import (
-    Below,
-    canonical,
-    first_number,
-    joined,
-    leaf,
-    matching,
-)
+from lora_inject.spec.names import Below, canonical, first_number, joined, leaf, matching
 from lora_inject.spec.strict import checked_regex
 from lora_inject.spec.yaml import read_text
 

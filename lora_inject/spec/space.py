@@ -8,13 +8,7 @@ from itertools import product
 from random import Random
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import (
-    BeforeValidator,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from lora_inject.errors import MatchError
 from lora_inject.spec.config import Config, Distinct, Expect, Rank, Rule, Variant
