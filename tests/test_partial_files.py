@@ -101,7 +101,7 @@ def test_partial_load_by_an_argument_that_names_what_is_let_go(tmp_path: Path) -
     li.save_adapter(model, tmp_path / "a")
     with pytest.raises(li.FormatError, match="matches nothing"):
         li.load_adapter(plain, tmp_path / "a", leave_out=["aftr"])
-    li.load_adapter(plain, tmp_path / "a", leave_out=["before", r"after\..*"])
+    li.load_adapter(plain, tmp_path / "a", leave_out=["before", "after"])
     info = li.adapters(plain)["default"]
     assert (list(info.sites), info.trained) == (["layer"], ())
 

@@ -48,8 +48,8 @@ def load_adapter(
         path: What `save_adapter` or PEFT wrote, or `user/name` on the Hugging Face hub if there
             is no such path. Only safetensors and the config are downloaded.
         name: Its name on this model.
-        leave_out: Patterns (as in a config) of trained tensors and sites to let go, for instance a
-            head of another task. Each must match something.
+        leave_out: Patterns (as in a config) of trained tensors and sites to let go, or of modules
+            around them, for instance a head of another task. Each must match something.
         base: `same`: the base must be the one that the adapter was made on, as far as its
             fingerprint tells, in whatever dtype, or quantized in the same way. `quantized`: what
             cannot be compared is let through, as of a base that is quantized only here, or was only
