@@ -91,10 +91,7 @@ def register_kind(row: type[Adapted]) -> type[Adapted]:
 
     Examples:
         >>> import torch
-        >>> import math
-    from typing import Any
-
-    from torch import nn
+        >>> from torch import nn
         >>> from lora_inject.layers import Geometry
         >>> class Dense(nn.Module):
         ...     def __init__(self):
