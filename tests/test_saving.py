@@ -325,7 +325,7 @@ def test_what_is_let_through_is_named(saved: Path) -> None:
     refused(
         base(),
         saved,
-        r"leave_out 'head.wieght': it matches nothing .*Nearest: 'head.weight",
+        r"leave_out 'head.wieght': it matches nothing\. Nearest: 'head.weight",
         leave_out=["head.wieght"],
     )
 

@@ -55,8 +55,8 @@ class Holder(NamedTuple):
 
 def base_tensor(module: nn.Module, key: str) -> nn.Parameter:
     """Return what stands for a weight in its module: a parameter, or the buffer of a packed one."""
-    found = module._parameters.get(key)
-    return cast(nn.Parameter, module._buffers[key]) if found is None else found
+    table = module._parameters if key in module._parameters else module._buffers
+    return cast(nn.Parameter, table[key])
 
 
 class Survey:
