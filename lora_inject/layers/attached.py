@@ -190,8 +190,8 @@ class Attached:
         self.took_part = self.took_part.difference(entry.mark for entry in removed)
         self.flat.difference_update(*(entry.names.values() for entry in removed))
         self.last_chosen = (None, ())
-        if self.float32 or self.gains:
-            self._sum_up()
+        self.float32 = self.float32 and any(map(_in_float32, self.forward.values()))
+        self.gains = self.gains and any(entry.variant.gained for entry in self.forward.values())
         return removed
 
     def base(self, parameters: Mapping[str, nn.Parameter | None]) -> dict[str, nn.Parameter]:
@@ -206,10 +206,6 @@ class Attached:
         self.selection, self.last_chosen = selection, (None, ())
         for entry in self.entries():
             selection.number(entry.adapter)
-
-    def _sum_up(self) -> None:
-        self.float32 = any(map(_in_float32, self.forward.values()))
-        self.gains = any(entry.variant.gained for entry in self.forward.values())
 
     def chosen(self, state: State, compiling: bool) -> tuple[Recipe, ...]:
         """Return what the forward update needs of each update that takes part under `state`."""

@@ -7,7 +7,6 @@ restores it. No name and no dtype tells it from a constant, so the first forward
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -40,27 +39,19 @@ def refuse_moved(
     moved = [
         name
         for name, (_, values) in before.items()
-        if (b := now.get(name)) is None or b.shape != values.shape or not _same(b, values)
+        if (b := now.get(name)) is None
+        or b.shape != values.shape
+        or not torch.allclose(b, values, rtol=0, atol=0, equal_nan=True)
     ]
     if moved:
-        _put_back(module, before, moved)
+        with torch.no_grad():
+            for name, (buffer, values) in before.items():
+                module._buffers[name] = buffer
+                buffer.copy_(values)
+        raise LayerError(
+            f"training a {type(module).__name__} in full",
+            f"its forward moves its buffer {moved[0]!r} as well: that is the base's, which an "
+            "adapter neither holds nor restores",
+            "Leave it out of train, or call eval() on it while the rest trains",
+        )
     attached.still = True
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())
-
-
-def _put_back(
-    module: nn.Module, before: Mapping[str, tuple[Tensor, Tensor]], moved: list[str]
-) -> NoReturn:
-    with torch.no_grad():
-        for name, (buffer, values) in before.items():
-            module._buffers[name] = buffer
-            buffer.copy_(values)
-    raise LayerError(
-        f"training a {type(module).__name__} in full",
-        f"its forward moves its buffer {moved[0]!r} as well: that is the base's, which an adapter "
-        "neither holds nor restores",
-        "Leave it out of train, or call eval() on it while the rest trains",
-    )

@@ -134,8 +134,9 @@ class SiteSpec:
         scale = self.alpha / divisor
         turned = self.kind == "parameter" and self.transposed
         shapes = shapes_of(self.variant, a_shape, b_shape, self.lora_bias)
+        own = self.name if self.kind == "parameter" else joined(self.name, "weight")
         self.__dict__.update(
-            weight=self.weight or self._default_weight,
+            weight=self.weight or own,
             scale=scale,
             spans=spans,
             a_shape=a_shape,
@@ -144,10 +145,6 @@ class SiteSpec:
             n_parameters=sum(map(math.prod, shapes.values())),
             form=(self.rank, scale, spans, self.experts, turned, self.variant, self.lora_bias),
         )
-
-    @property
-    def _default_weight(self) -> str:
-        return self.name if self.kind == "parameter" else joined(self.name, "weight")
 
     def at(self, name: str, weight: str, aliases: tuple[str, ...] = ()) -> SiteSpec:
         """Return the same site under another name, at a fraction of the cost of a new one.
