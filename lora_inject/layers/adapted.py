@@ -140,10 +140,7 @@ class Adapted(Reading):
             )
         loading = self._lora.selection.loading(missing_keys)
         for adapter, keys in by_adapter.items():
-            if any(key in state_dict for key in keys):
-                loading.present(adapter)
-            else:
-                loading.absent(adapter, keys)
+            loading.note(adapter, keys, found=any(key in state_dict for key in keys))
 
     def extra_repr(self) -> str:
         """Return the plain layer's description and the adapters on it."""

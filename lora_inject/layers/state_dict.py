@@ -22,16 +22,14 @@ class Loading:
         self._forgiven: dict[str, list[str]] = {}
         self._present: set[str] = set()
 
-    def absent(self, adapter: str, keys: list[str]) -> None:
-        """A layer found none of its tensors of this adapter."""
-        if adapter not in self._present:
+    def note(self, adapter: str, keys: list[str], *, found: bool) -> None:
+        """Note whether a layer, whose tensors of an adapter have these keys, found any of them."""
+        if found:
+            self._present.add(adapter)
+            self.missing_keys.extend(self._forgiven.pop(adapter, ()))
+        elif adapter not in self._present:
             self._forgiven.setdefault(adapter, []).extend(keys)
             self.missing_keys[:] = [key for key in self.missing_keys if key not in keys]
-
-    def present(self, adapter: str) -> None:
-        """A layer found some of its tensors of this adapter."""
-        self._present.add(adapter)
-        self.missing_keys.extend(self._forgiven.pop(adapter, ()))
 
 
 @functools.cache
