@@ -34,6 +34,15 @@ NAMES = [
 ]  # fmt: skip
 
 
+def test_a_layer_that_has_an_attribute_of_that_name_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    net[0].lora_A__default = 3
+    before = snapshot(net)
+    with pytest.raises(li.LayerError, match="has an attribute 'lora_A__default'. Choose another"):
+        li.inject(net, {"rank": 1, "targets": ["0"]})
+    assert snapshot(net) == before
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_name_collisions(name: str, tmp_path: Path) -> None:
     class Mlp(nn.Module):

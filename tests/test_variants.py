@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -114,6 +115,17 @@ def test_what_cannot_have_a_gain_is_refused(name: str) -> None:
     model = host(kind)
     config = {**kind.config, "variant": "dora"}
     refused(model, lambda: li.inject(model, config), li.MatchError, "variant dora on a")
+    state = li.adapter_state(injected(kind))
+    sites = {
+        name: replace(
+            site,
+            spec=replace(site.spec, variant="dora"),
+            further={"m": torch.ones(site.spec.b_shape[:-1])},
+        )
+        for name, site in state.sites.items()
+    }
+    value = li.AdapterState(sites)
+    refused(model, lambda: li.install(model, value), li.LayerError, "variant dora on a")
 
 
 def test_magnitudes_are_counted_train_and_have_a_group_of_their_own() -> None:
