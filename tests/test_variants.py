@@ -21,6 +21,7 @@ from conftest import (
     error,
     fill,
     host,
+    injected,
     same_bits,
 )
 from helpers.checkpoints import save_checkpoint
