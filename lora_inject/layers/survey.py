@@ -93,12 +93,9 @@ class Survey:
     def further(self) -> dict[int, tuple[str, ...]]:
         """The names but the first of modules that have several, by the module's id."""
         found: dict[int, tuple[str, ...]] = {}
-        if len(self.modules) < len(self.named):
-            seen: set[int] = set()
-            for name, module in self.named:
-                if id(module) in seen:
-                    found[id(module)] = (*found.get(id(module), ()), name)
-                seen.add(id(module))
+        for name, module in self.named if len(self.modules) < len(self.named) else ():
+            if name != self.paths[id(module)]:
+                found[id(module)] = (*found.get(id(module), ()), name)
         return found
 
     @cached_property
