@@ -70,7 +70,9 @@ class _Listing:
             parameters=parameters,
             aliases=self.aliases,
             heads=tuple(dict.fromkeys(named)),
-            buffers=tuple(joined(name, key) for name, m in survey.modules for key in m._buffers),
+            buffers=tuple(
+                joined(n, key) for n, m in survey.modules for key, _ in m._buffers.items()
+            ),
         )
 
     def _first_names(self) -> dict[str, str]:
