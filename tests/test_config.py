@@ -89,10 +89,10 @@ def test_the_order_of_slices_is_part_of_the_config() -> None:
 
 def test_a_rule_overrides_and_zero_dropout_is_an_override() -> None:
     config = Config(rank=8, alpha=4, dropout=0.5, init={"normal": 0.1}, targets=["a"])
-    plain = config.hyper(config.targets[0])
+    plain = config.filled(config.targets[0])
     assert (plain.rank, plain.alpha, plain.dropout) == (8, 4.0, 0.5)
-    assert plain.init == ("normal", 0.1)
-    other = config.hyper(
+    assert plain.init == Normal(normal=0.1)
+    other = config.filled(
         Rule(match="b", dropout=0.0, rank=1, init="olora", scaling="rslora", compute="float32")
     )
     assert (other.rank, other.alpha, other.dropout, other.init) == (1, 4.0, 0.0, "olora")

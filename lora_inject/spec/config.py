@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, cast
 
 import yaml
 from pydantic import (
@@ -306,17 +306,8 @@ class Expect(Strict):
         return self
 
 
-class Hyper(NamedTuple):
-    """The hyper-parameters of one rule, the config's defaults filled in."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    init: str | tuple[str, float]
-    scaling: str
-    compute: str
-    variant: str
-    lora_bias: bool
+HYPER = ("rank", "alpha", "dropout", "init", "scaling", "compute", "variant", "lora_bias")
+"""The hyper-parameters, which a rule may set."""
 
 
 class Config(YamlModel):
@@ -327,7 +318,7 @@ class Config(YamlModel):
 
     Examples:
         >>> config = Config(rank=4, targets=["q_proj", Rule(match="v_proj", rank=8)])
-        >>> [config.hyper(rule).rank for rule in config.targets]
+        >>> [config.filled(rule).rank for rule in config.targets]
         [4, 8]
         >>> Config.from_text(config.to_yaml()) == config
         True
@@ -367,18 +358,15 @@ class Config(YamlModel):
             raise ValueError("it selects nothing: no targets, no train, tokens or bias", remedy)
         return self
 
-    def hyper(self, rule: Rule) -> Hyper:
-        """Return the values of a rule of `targets`; this config's for those that it does not set.
+    def filled(self, rule: Rule) -> Rule:
+        """Return a rule of `targets` with this config's values for those that it does not set.
 
         Examples:
-            >>> Config(alpha=32, targets=["q"]).hyper(Rule(match="q", rank=2)).alpha
+            >>> Config(alpha=32, targets=["q"]).filled(Rule(match="q", rank=2)).alpha
             32.0
         """
-        own = {key: getattr(rule, key) for key in Hyper._fields}
-        full = {key: getattr(self, key) if v is None else v for key, v in own.items()}
-        if isinstance(full["init"], Normal):
-            full["init"] = ("normal", full["init"].normal)
-        return Hyper(**full)
+        missing = [key for key in HYPER if getattr(rule, key) is None]
+        return rule.model_copy(update={key: getattr(self, key) for key in missing})
 
     @classmethod
     def from_peft(

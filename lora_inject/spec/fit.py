@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from lora_inject.errors import MatchError, article
-from lora_inject.spec.config import Axes, Hyper, Rule
+from lora_inject.spec.config import HYPER, Axes, Normal, Rule
 from lora_inject.spec.inventory import Candidate, Geometry
 from lora_inject.spec.names import counted
 from lora_inject.spec.sites import ROLES, SiteSpec, Slices
@@ -15,8 +15,14 @@ BIASED_KINDS = ("linear", "conv1d", "conv")
 SLICED_KINDS = ("linear", "conv1d", "parameter")
 
 
-def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> SiteSpec:
-    """Make the site that rule `i` asks for, or refuse a layout, slices or rank that do not fit."""
+def fit(candidate: Candidate, rule: Rule, i: int, asked: str) -> SiteSpec:
+    """Make the site that rule `i` asks for, or refuse a layout, slices or rank that do not fit.
+
+    `rule` has the config's values filled in.
+    """
+    numbers = {key: getattr(rule, key) for key in HYPER}
+    if isinstance(rule.init, Normal):
+        numbers["init"] = ("normal", rule.init.normal)
     shape = _oriented(candidate, rule, asked)
     slices = _sliced(candidate, shape, rule, asked)
     site = SiteSpec(
@@ -28,7 +34,7 @@ def fit(candidate: Candidate, rule: Rule, i: int, hyper: Hyper, asked: str) -> S
         update=candidate.update,
         aliases=candidate.aliases,
         **shape._asdict(),
-        **hyper._asdict(),
+        **numbers,
     )
     if site.update == "weight" and site.dropout:
         found = f"dropout {site.dropout:g} on a weight that is read, not called with inputs"

@@ -110,8 +110,7 @@ class _Rules:
             # Sites that differ only in their names are made once.
             key = candidate._replace(name="", weight="", owner="", aliases=(), tied=())
             if (like := made.get(key)) is None:
-                hyper = self.config.hyper(rule)
-                like = made[key] = fit(candidate, rule, i, hyper, asked)
+                like = made[key] = fit(candidate, self.config.filled(rule), i, asked)
             spec = like.at(candidate.name, candidate.weight, candidate.aliases)
             self.taken[canonical(candidate.weight)] = _Taken(order, candidate, spec)
         others = _others(names, self.inventory) if rule.kind is None else []

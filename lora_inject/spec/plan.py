@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from lora_inject.spec.columns import columns, sides
-from lora_inject.spec.config import Config, Hyper
+from lora_inject.spec.config import Config, Normal, Rule
 from lora_inject.spec.names import counted, templates
 from lora_inject.spec.sites import SiteSpec
 
@@ -137,7 +137,8 @@ def _lines(plan: Plan, width: int) -> Iterator[str]:
         yield "kinds are assumed from names and shapes"
     for i, rule in enumerate(plan.config.targets):
         sites = [site for site in plan.sites if site.rule == i]
-        yield from _filled(f"rule {i + 1} '{rule.match}': {_hyper(plan.config.hyper(rule))}", width)
+        numbers = _numbers(plan.config.filled(rule))
+        yield from _filled(f"rule {i + 1} '{rule.match}': {numbers}", width)
         yield from _table([(site.name, _cells(site)) for site in sites], width)
     for why in dict.fromkeys(entry.why for entry in plan.trained):
         rows = any(entry.rows for entry in plan.trained if entry.why == why)
@@ -159,14 +160,14 @@ def _filled(line: str, width: int) -> list[str]:
     )
 
 
-def _hyper(hyper: Hyper) -> str:
-    root = f"sqrt({hyper.rank})" if hyper.scaling == "rslora" else str(hyper.rank)
-    init = hyper.init if isinstance(hyper.init, str) else f"normal({hyper.init[1]:g})"
-    parts = [f"rank {hyper.rank}", f"scale {hyper.alpha:g}/{root}", init]
-    parts += [f"dropout {hyper.dropout:g}"] if hyper.dropout else []
-    parts += ["compute float32"] if hyper.compute == "float32" else []
-    parts += [hyper.variant] if hyper.variant != "lora" else []
-    parts += ["lora_bias"] if hyper.lora_bias else []
+def _numbers(rule: Rule) -> str:
+    root = f"sqrt({rule.rank})" if rule.scaling == "rslora" else str(rule.rank)
+    init = f"normal({rule.init.normal:g})" if isinstance(rule.init, Normal) else str(rule.init)
+    parts = [f"rank {rule.rank}", f"scale {rule.alpha:g}/{root}", init]
+    parts += [f"dropout {rule.dropout:g}"] if rule.dropout else []
+    parts += ["compute float32"] if rule.compute == "float32" else []
+    parts += [str(rule.variant)] if rule.variant != "lora" else []
+    parts += ["lora_bias"] if rule.lora_bias else []
     return ", ".join(parts)
 
 
