@@ -34,7 +34,7 @@ from pydantic import (
 )
 
 from lora_inject.errors import ConfigError
-from lora_inject.spec.inventory import Candidate, Inventory
+from lora_inject.spec.inventory import LINEAR_KINDS, Inventory
 from lora_inject.spec.names import Below, canonical, first_number, joined, leaf, matching
 from lora_inject.spec.strict import checked_regex
 from lora_inject.spec.yaml import read_text
@@ -259,8 +259,7 @@ def _ends_of(
 ) -> list[str]:
     """Return the ends of names that PEFT uses for all-linear, or for a regex, on such a model."""
     if given.lower() == "all-linear":
-        linear = (leaf(c.name) for c in inventory.candidates if _is_linear(c, inventory))
-        return list(dict.fromkeys([*linear, *new_names]))
+        return list(dict.fromkeys([*map(leaf, inventory.linear), *new_names]))
     names = list(inventory.modules)
     for stack in (candidate for candidate in inventory.candidates if candidate.experts):
         names += [joined(stack.owner, o) for o, n in new_names.items() if n == leaf(stack.name)]
@@ -271,11 +270,6 @@ def _ends_of(
             found = f"of a regex PEFT takes ends of names on this model, so '{name}' too"
             raise _error(asked, "target_modules", found, "Give target_modules as a list")
     return list(ends)
-
-
-def _is_linear(candidate: Candidate, inventory: Inventory) -> bool:
-    """Return whether `all-linear` takes a layer."""
-    return candidate.kind in _LINEAR and candidate.name not in inventory.heads
 
 
 def _init(init: bool | str, asked: str) -> str:
@@ -313,7 +307,6 @@ def _tokens(given: Any, inventory: Inventory | None, asked: str) -> dict[str, li
 # Rules ------------------------------------------------------------------------------------------
 
 _LITERAL = re.compile(r"\^?(?:[\w-]|\\?\.)+")
-_LINEAR = ("linear", "conv1d")
 
 
 def _from_start(given: str) -> str:
@@ -455,7 +448,7 @@ class _Rules:
             name
             for name in (list(self.left) if whole else self._matching(rule["match"], self.left))
             if ("layers" not in rule or first_number(name) in self.layers)
-            and (target is not _ALL or self.kinds[name] in _LINEAR)
+            and (target is not _ALL or self.kinds[name] in LINEAR_KINDS)
             and (not both or self._is_tensor(name) == target.parameter)
         ]
         for name in hits:
@@ -502,7 +495,7 @@ class _Rules:
         """Return name to kind of everything that may be targeted."""
         names, everything = dict[str, str](), _ALL in self.targets
         for c in inventory.candidates:
-            if not everything or c.kind == "parameter" or _is_linear(c, inventory):
+            if not everything or c.kind == "parameter" or c.name in inventory.linear:
                 names |= dict.fromkeys((c.name, *c.aliases), c.kind)
             if not everything and c.kind != "parameter":
                 names[canonical(c.weight)] = "parameter"
@@ -510,7 +503,7 @@ class _Rules:
 
     def _matched(self, target: _Pattern) -> list[str]:
         if target is _ALL:
-            return [name for name, kind in self.kinds.items() if kind in _LINEAR]
+            return [name for name, kind in self.kinds.items() if kind in LINEAR_KINDS]
         found = self._known_by(target)
         meant = [name for name in found if self._is_tensor(name) == target.parameter]
         return meant if meant or target.parameter else found

@@ -26,6 +26,8 @@ from lora_inject.spec.names import (
     templates,
 )
 
+LINEAR_KINDS = ("linear", "conv1d")
+
 
 class Geometry(NamedTuple):
     """Shapes of a weight as a matrix, stated by its layer and never read off packed weights.
@@ -148,6 +150,12 @@ class Inventory:
             for alias in candidate.aliases:
                 sites.setdefault(alias, i)
         return sites
+
+    @cached_property
+    def linear(self) -> dict[str, None]:
+        """Names of all linear layers but the output head."""
+        linear = (c.name for c in self.candidates if c.kind in LINEAR_KINDS)
+        return dict.fromkeys(name for name in linear if name not in self.heads)
 
     @cached_property
     def weights(self) -> dict[str, int]:

@@ -20,8 +20,6 @@ from lora_inject.spec.plan import Plan, Skipped
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.spec.trained import tied_by, trained_by
 
-LINEAR_KINDS = ("linear", "conv1d")
-
 
 def resolve(config: Config, inventory: Inventory) -> Plan:
     r"""Find out which sites a config means.
@@ -122,11 +120,9 @@ class _Rules:
         """Return the names that a rule matches, in its layers."""
         rule, label, inventory = self.config.targets[i], _rule_label(self.config, i), self.inventory
         if rule.match == ALL_LINEAR:
-            heads = inventory.heads
-            linear = [c.name for c in inventory.candidates if c.kind in LINEAR_KINDS]
-            names = [name for name in linear if name not in heads]
+            names = list(inventory.linear)
             if not names:
-                but = " but its output head" if linear else ""
+                but = " but its output head" if inventory.heads else ""
                 found = f"the model has no linear layers{but}"
                 raise MatchError(label, found, "Name what to adapt")
         else:
