@@ -68,15 +68,17 @@ def alive(members: WeakSet[T]) -> list[T]:
 def watch_checkpoints() -> bool:
     """Let checkpoints remember for compiled layers; it runs while a graph is traced, not in it."""
     _watch()
-    _replace_functions(_pack_hooks(), _as_compiled)
+    _replace_functions(_pack_hooks(), _reentrant_calls(), _as_compiled)
     return True
 
 
-def _replace_functions(hooks: Iterable[Any], change: Callable[[Any], Recomputed]) -> None:
-    """Replace the function of each checkpoint that the caller runs in; `hooks` are to be asked."""
+def _replace_functions(
+    hooks: Iterable[Any], calls: Iterable[FrameType], change: Callable[[Any], Recomputed]
+) -> None:
+    """Replace the function of each checkpoint, known by its hook or its call on the stack."""
     for frame in filter(None, map(_frame_of, hooks)):
         frame.recompute_fn = change(frame.recompute_fn)
-    for call in _reentrant_calls():
+    for call in calls:
         ctx = call.f_locals["ctx"]
         ctx.run_function = change(ctx.run_function)
 
@@ -116,6 +118,9 @@ def remember(selection: Any, state: Any) -> None:
     frame = None if hooks is None else _frame_of(hooks[0])
     known = getattr(frame, "recompute_fn", None)
     done = hooks is None or (isinstance(known, Recomputed) and selection in known.states)
+    calls = _reentrant_calls()
+    if done and not calls:
+        return
 
     def under_state(function: Any) -> Recomputed:
         wrapped = function if isinstance(function, Recomputed) else Recomputed(function)
@@ -123,7 +128,7 @@ def remember(selection: Any, state: Any) -> None:
         wrapped.values.setdefault(selection, selection.values)
         return wrapped
 
-    _replace_functions(() if done else _pack_hooks(), under_state)
+    _replace_functions(() if done else _pack_hooks(), calls, under_state)
 
 
 def are_running() -> bool:

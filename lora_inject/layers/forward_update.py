@@ -53,7 +53,10 @@ class ForwardUpdate(Adapted):
 
     def _lora_updates(self, state: State, *, compiling: bool) -> list[Factors]:
         """Return the low-rank updates that take part under `state`."""
-        recipes = self._lora.chosen(state, compiling)
+        # The look into the cache is here, as a call of a function costs more.
+        known, recipes = (None, ()) if compiling else self._lora.last_chosen
+        if known is not state:
+            recipes = self._lora.chosen(state, compiling)
         if not recipes:
             return []
         updates = factors_of(recipes, held_by(self), training=self.training)
