@@ -214,17 +214,13 @@ def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked:
 
 def check_finite(state: AdapterState, asked: str) -> None:
     """Refuse an adapter with NaN or infinity: every output of the model would be NaN."""
-    sites = state.sites.items()
-    held = (tensor for _, site in sites for tensor in site.tensors.values())
-    if all_finite(*held, *state.trained.values()):
-        return
     named = {
         f"{role} of site {name!r}": tensor
-        for name, site in sites
+        for name, site in state.sites.items()
         for role, tensor in site.tensors.items()
     }
     named |= {f"trained tensor {name!r}": tensor for name, tensor in state.trained.items()}
-    for what, tensor in named.items():
+    for what, tensor in () if all_finite(*named.values()) else named.items():
         if not all_finite(tensor):
             found = f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
             remedy = "Its training diverged; take an earlier checkpoint of the adapter"
