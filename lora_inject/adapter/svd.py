@@ -1,7 +1,4 @@
-"""Singular values and sizes: of products of thin matrices without forming them, and of a matrix.
-
-A matrix is decomposed to a rank or to a share of its energy.
-"""
+"""Truncated SVDs: of a matrix, and of a product of thin matrices that is never formed."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Entry:
 
     @property
     def mark(self) -> str:
-        """What stands for the entry among those of its module."""
+        """A name that no other entry of its module has: that of its first tensor."""
         return next(iter(self.names.values()))
 
     @property

@@ -91,7 +91,7 @@ class Survey:
 
     @cached_property
     def further(self) -> dict[int, tuple[str, ...]]:
-        """The names but the first of modules that have several, by the module's id."""
+        """All names but the first of modules that have several, by the module's id."""
         found: dict[int, tuple[str, ...]] = {}
         for name, module in self.named if len(self.modules) < len(self.named) else ():
             if name != self.paths[id(module)]:
@@ -105,9 +105,9 @@ class Survey:
 
     @cached_property
     def time_major(self) -> tuple[str, ...]:
-        """What modules begin with, by name, that have a part with time before batch in its input.
+        """Prefixes of the names of layers that may get inputs with time before batch.
 
-        Layers next to such a part (`batch_first=False`) may get its inputs.
+        These are the layers next to a module with `batch_first=False`.
         """
         parts = (name for name, m in self.named if m.__dict__.get("batch_first") is False)
         return tuple({f"{parent(name)}." if parent(name) else "" for name in parts})
@@ -147,7 +147,7 @@ class Survey:
 
 
 def memory_of(parameter: Tensor) -> Hashable:
-    """Return what is equal for parameters that are one tensor.
+    """Return a key that is equal for parameters that are one tensor.
 
     That is one Parameter under several names, or several Parameters over the same elements, as
     `load_state_dict(assign=True)` of a tied checkpoint leaves them.
