@@ -438,11 +438,22 @@ def test_a_parameter_of_multihead_attention_reaches_peft_or_is_refused(tmp_path:
     assert list(read_adapter(native).sites) == list(both.sites)
 
 
-def test_multihead_attention_of_an_unknown_peft_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"rank": 3}, {"alpha": 5.0}])
+def test_multihead_attention_with_two_ranks_or_scales_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    rules = [{"match": r"attn\.in_proj_weight"}, {"match": "out_proj", **change}]
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
+    li.inject(model, {"rank": 2, "targets": rules})
+    with pytest.raises(FormatError, match=r"one rank and scale for the parts of 'attn'.*native"):
+        li.save_adapter(model, tmp_path / "a")
+
+
+def test_multihead_attention_of_a_later_peft_is_refused(tmp_path: Path) -> None:
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
     with_random_adapter(model, target_modules=["attn"], r=2).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_version": None}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_version": "0.22.0"}))
     with pytest.raises(FormatError, match="twice"):
         read_adapter(tmp_path)
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.errors import FormatError
+from lora_inject.formats.peft.tensor_layout import attentions
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Entry, attached_to
 from lora_inject.layers.kinds import mixin_for
@@ -32,10 +33,17 @@ def refuse_misread(survey: Survey, name: str) -> None:
     under another name.
     """
     renamed, held = _renaming(survey.model), _places(survey)
-    for path, module, entry in entries(survey, name):
+    carried = [*entries(survey, name)]
+    called = attentions(entry.spec for _, _, entry in carried if entry.spec is not None)
+    for path, module, entry in carried:
         if entry.spec is None:
             continue
-        found = _misread(module, entry)
+        if (attention := called.get(entry.spec.name)) is None:
+            found = _misread(module, entry)
+        elif not isinstance(survey.by_name[attention], nn.MultiheadAttention):
+            found = f"it knows the attention of torch.nn only, and '{attention}' is another"
+        else:
+            found = ""
         if held[id(module)] > 1:
             found = f"its layer stands in {held[id(module)]} places, and PEFT adapts only the first"
         key = f"{path}.lora_A.weight"

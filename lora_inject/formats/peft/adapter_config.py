@@ -25,7 +25,7 @@ from lora_inject.formats.peft.module_fields import (
     whole_modules,
 )
 from lora_inject.formats.peft.number_patterns import common, pattern_keys, values_of
-from lora_inject.formats.peft.tensor_layout import file_alpha, file_rank, wrapped
+from lora_inject.formats.peft.tensor_layout import attentions, file_alpha, file_rank, wrapped
 from lora_inject.spec.names import leaf, parent
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.strict_json import is_positive, misfit
@@ -43,12 +43,14 @@ def build(state: AdapterState, facts: ModelFacts) -> dict[str, Any]:
     PEFT warns of a field that it does not know, or fails.
     """
     specs = [site.spec for site in state.sites.values()]
+    called = attentions(specs)
     rslora = bool(specs) and all(spec.scaling == "rslora" for spec in specs)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     modules: dict[str, str] = {}
     for site in state.sites.values():
-        name, derived = _target(site.spec, facts.expert_names), site.A0 is not None
+        derived = site.A0 is not None
+        name = called.get(site.spec.name) or _target(site.spec, facts.expert_names)
         alpha = file_alpha(site.spec, derived=derived, rslora=rslora)
         alphas[name] = int(alpha) if alpha == int(alpha) else alpha  # PEFT's alpha is an int
         ranks[name] = file_rank(site.spec, derived=derived)
@@ -85,9 +87,11 @@ def build(state: AdapterState, facts: ModelFacts) -> dict[str, Any]:
         config["lora_bias"] = True
     if state.rows:
         config["trainable_token_indices"] = {parent(n): [*rows] for n, rows in state.rows.items()}
+    if parameters or called:
+        # Stacks and attentions are laid out as this PEFT lays them out: readers tell by version.
+        config["peft_version"] = PEFT_VERSION
     if parameters:
-        # Stacks of experts are laid out as this PEFT lays them out, which readers tell by version.
-        config |= {"peft_version": PEFT_VERSION, "target_parameters": parameters}
+        config["target_parameters"] = parameters
     return config
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,7 @@ from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
     KINDS,
     PREFIX,
+    attentions,
     file_alpha,
     file_rank,
     file_shapes,
@@ -86,6 +87,8 @@ def write(
     _check_rows(state.rows, facts.module_names or ())
     specs = [site.spec for site in state.sites.values()]
     _check_expressible(specs, facts.tensor_names)
+    called = attentions(specs)
+    _check_attentions(state, called)
     layout = plan(specs, state.trained, state.rows)
     check_no_clash(layout.keys)
     turned = {spec.name for spec in specs if is_turned(spec, facts.transposed_modules)}
@@ -95,7 +98,8 @@ def write(
         further = {role: t.detach().reshape(shapes[role]) for role, t in site.further.items()}
         of_pair = zip("AB", pack(site, turned=name in turned), strict=True)
         for role, tensor in {**dict(of_pair), **further}.items():
-            tensors[layout.sites[name][role]] = tensor
+            half = role == "B" and name in called and site.spec.kind == "linear"
+            tensors[layout.sites[name][role]] = tensor / 2 if half else tensor
     config = build(state, facts)
     said = describe(state, "peft", turned) if metadata else {"format": "pt"}
     # Where diffusers looks for the config: 0.42, loaders/peft.py, `load_lora_adapter(prefix=...)`.
@@ -168,6 +172,9 @@ def _read_native(said: Described, tensors: dict[str, Tensor]) -> AdapterState:
     layout = plan(said.specs.values(), said.trained, said.rows)
     check_no_clash(layout.keys)
     check_keys(tensors, layout.keys)
+    for name in attentions(said.specs.values()):
+        if said.specs[name].kind == "linear":
+            tensors[layout.sites[name]["B"]] = 2 * tensors[layout.sites[name]["B"]]
     sites = {}
     for name, spec in said.specs.items():
         mine = {role: tensors[key] for role, key in layout.sites[name].items()}
@@ -181,7 +188,7 @@ def _check_agreement(said: Described, claims: Claims) -> None:
     called = {
         name: spec.weight if spec.weight in claims.target_parameters else name
         for name, spec in said.specs.items()
-    }
+    } | attentions(said.specs.values())
     numbers = claims.numbers(called.values())
     for name, spec in said.specs.items():
         derived = name in said.derived
@@ -197,6 +204,17 @@ def _check_agreement(said: Described, claims: Claims) -> None:
             'Decide which is right: prefer="metadata" is what was saved, prefer="config" what was '
             "edited since",
         )
+
+
+def _check_attentions(state: AdapterState, called: Mapping[str, str]) -> None:
+    """Refuse an attention whose parts differ in what PEFT has once for both."""
+    numbers: dict[str, tuple[int, float]] = {}
+    for name, module in called.items():
+        site = state.sites[name]
+        mine = file_rank(site.spec, derived=site.A0 is not None), site.scale
+        if numbers.setdefault(module, mine) != mine:
+            found = f"PEFT has one rank and scale for the parts of '{module}', and these have "
+            raise FormatError(f"site '{name}'", f"{found}{numbers[module]} and {mine}", _OTHER)
 
 
 def _check_rows(rows: Collection[str], modules: Collection[str]) -> None:
@@ -235,8 +253,10 @@ def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | 
         found = "PEFT has one variant, with lora_bias or without, for all sites"
         raise FormatError("", f"{found}, and these sites have several", _OTHER)
     known = {*(tensor_names or ()), *parameters}
+    called = attentions(specs)
     for spec in specs:
-        if reason := _inexpressible(spec, modules, known):
+        reason = "" if spec.name in called else _inexpressible(spec, modules, known)
+        if reason:
             raise FormatError(f"site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
 
 

@@ -162,21 +162,17 @@ class Foreign:
                 of, parameter = paths[path], name.startswith(f"{module}.")
                 if called is not None:
                     self._check_attention(called)
-                    if not parameter:
+                    if not parameter:  # see `tensor_layout.attentions`
                         of = replace(of, tensors={**of.tensors, "B": 2 * of.tensors["B"]})
                 yield _Place(name, called or name, parameter, of)
 
     def _check_attention(self, module: str) -> None:
-        """Refuse a MultiheadAttention that was not trained as PEFT 0.21 computes.
-
-        It adds the update of the output projection twice in every forward (tuners/lora/layer.py,
-        `MultiheadAttention.merge`): here it is added once, at double scale.
-        """
-        if self.claims.peft_version != (0, 21):
+        """Refuse a MultiheadAttention of a PEFT that may compute it otherwise than 0.21 does."""
+        if (self.claims.peft_version or (0, 0)) > (0, 21):
             raise _error(
                 f"module '{module}'",
-                "PEFT 0.21 applies the update of an attention's output projection twice, and the "
-                "file does not say that it was trained so ('peft_version')",
+                "PEFT up to 0.21 applies the update of an attention's output projection twice, and "
+                "the file is of a later one ('peft_version')",
                 "Save it again with PEFT 0.21.2, if its outputs there are right",
             )
 

@@ -66,6 +66,24 @@ def wrapped(spec: SiteSpec) -> str:
     return parent(spec.name) if spec.kind == "parameter" else spec.name
 
 
+def attentions(specs: Iterable[SiteSpec]) -> dict[str, str]:
+    """Return the sites that PEFT adapts by the name of their MultiheadAttention, with that name.
+
+    These are `in_proj_weight` and `out_proj` together. PEFT adds the update of `out_proj` twice in
+    every forward and when it merges (0.14 to 0.21, tuners/lora/layer.py, `MultiheadAttention`), so
+    its files hold half of it. Since 0.18 they state the version.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    found: dict[str, str] = {}
+    for name, spec in by_name.items():
+        module = parent(name)
+        out = by_name.get(f"{module}.out_proj")
+        parts = spec.kind == "parameter" and leaf(name) == "in_proj_weight"
+        if parts and out is not None and (out.kind, out.update) == ("linear", "weight"):
+            found |= {name: module, out.name: module}
+    return found
+
+
 def plan(specs: Iterable[SiteSpec], trained: Iterable[str], rows: Collection[str] = ()) -> Layout:
     """Return the keys of an adapter's tensors in a PEFT file; specs in the order of the model.
 
