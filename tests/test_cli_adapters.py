@@ -162,3 +162,9 @@ def test_a_file_of_a_pipeline_is_read_part_by_part(run, tmp_path):
         assert "onto its own model: --from-component text_encoder." in found.err
         assert run(*args, "--from-component", "unet").code == 0
     assert run("inspect", tmp_path / "out", "--from-component", "unet").code == 2
+    to = tmp_path / "unet.safetensors"
+    found = run("convert", tmp_path / "out", to, "--to", "kohya")
+    assert found.code == 2
+    assert "kohya: " not in found.err, "no losses of a file that is not written"
+    assert "--component" in found.err
+    assert run("convert", tmp_path / "out", to, "--to", "kohya", "--component", "unet").code == 0

@@ -59,6 +59,9 @@ def convert(
         if to in FORMATS and to not in takers:
             found = f"the format {to!r} does not have it; these do: {', '.join(takers)}"
             raise BadParameter(found, param_hint=f"--{name}")
+    if to in FORMATS and "component" in options_of(FORMATS[to].write) and to_component is None:
+        found = f"a file of {to} has to name the part of a pipeline; give one, such as unet"
+        raise BadParameter(found, param_hint="--component")
 
     def tell(words: str) -> None:
         lost.append(words)

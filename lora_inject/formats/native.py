@@ -1,7 +1,7 @@
 """One safetensors file with the tensors as this package holds them.
 
 No other program reads this file, so tensors keep their form and every adapter can be written: sites
-that PEFT cannot express (a MultiheadAttention's output projection, convolutions in groups,
+that PEFT cannot express (a MultiheadAttention's output projection alone, convolutions in groups,
 parameters of the root) are saved by the same call.
 
 Keys: `ROLE/SITE` (`A/SITE`, `B/SITE`, ...), `trained/NAME`. The numbers are in the metadata.
