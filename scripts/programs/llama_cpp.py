@@ -44,7 +44,8 @@ def start(base: Path) -> Outputs:
             raise ValueError(run.stderr.strip().splitlines()[-1])
         return target
 
-    write_tokenizer(base)
+    if not (base / "tokenizer.json").exists():
+        write_tokenizer(base)
     model = converted("convert_hf_to_gguf.py", base)
 
     def run(path: Path | None) -> torch.Tensor:
