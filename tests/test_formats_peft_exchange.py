@@ -182,7 +182,7 @@ def test_peft_base_embeddings_are_recognized_as_copies(tmp_path: Path) -> None:
     state = read_adapter(tmp_path)
     assert list(state.base_copies) == ["model.embed_tokens.weight"]
     assert not state.trained
-    embedding = model.get_input_embeddings().base_layer.weight
+    embedding = model.get_input_embeddings().base_layer.weight.detach()
     torch.testing.assert_close(
         state.base_copies["model.embed_tokens.weight"], embedding, rtol=0, atol=0
     )
