@@ -366,6 +366,36 @@ def test_gradients_are_those_of_the_update(form: str) -> None:
     assert error(parameters["2.lora_B"].grad, SCALE * G @ site.A.double().t()) < tolerance
 
 
+@pytest.mark.parametrize("form", [form for form in SENT if form != "gptq"])
+def test_dora_is_that_over_the_dequantized_layer(form: str, tmp_path: Path) -> None:
+    net, x = build(form)
+    W, base, b = measured(net[0]), net[0](x), net[0].bias.detach().double()
+    li.inject(net, config("0", variant="dora"))
+    assert same_bits(net[0](x), base)
+    for key, p in li.adapter_parameters(net).items():
+        with torch.no_grad():
+            p.mul_(0.5 + torch.rand_like(p)) if key.endswith("_m") else p.normal_(0, 0.2)
+    found = {key[-1]: p for key, p in li.adapter_parameters(net).items()}
+    A, B, m = (found[role].detach().double().requires_grad_() for role in "ABm")
+    gain = (m / (W + SCALE * B @ A).norm(dim=1).detach())[:, None]
+    y, up = net[0](x), torch.randn(3, N, dtype=torch.double)
+    wanted = (base.detach().double() - b + SCALE * x.double() @ A.T @ B.T) * gain.T + b
+    (y.double() * up).sum().backward()
+    (wanted * up).sum().backward()
+    tolerance = 0.03 if x.dtype == torch.bfloat16 else 1e-5
+    assert error(y, wanted) < tolerance
+    for mine, theirs in zip((found[role] for role in "ABm"), (A, B, m), strict=True):
+        assert error(mine.grad, theirs.grad) < tolerance
+    with li.routed(net, ["default", None, "default"]):
+        rows = net[0](x)
+    assert error(rows, torch.stack([y[0], base[1], y[2]])) < tolerance
+    again = li.load_adapter(build(form)[0], li.save_adapter(net, tmp_path / "peft"))
+    assert same_bits(again[0](x), y)
+    if form in DENSE:
+        li.merge(net, dequantize="float32")
+        assert error(net[0].weight, (W + SCALE * B @ A) * gain) < tolerance
+
+
 @every
 def test_merging_is_refused_and_the_way_out_named(form: str) -> None:
     net, x = build(form)
@@ -532,6 +562,7 @@ BEYOND: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
         "quantized.*Adapt the layer|no parameters|is a buffer",
     ),
     "a start from its values": (lambda _: config("0", init="pissa"), "pissa"),
+    "a start and norms": (lambda _: config("0", init="olora", variant="dora"), "olora"),
 }
 
 
@@ -545,6 +576,12 @@ def test_what_needs_the_values_of_a_quantized_weight_is_refused(form: str, wish:
     with pytest.raises(li.LoraInjectError, match=rf"'0.*({words})"):
         li.inject(net, make(weight))
     assert objects(net) == held
+
+
+def test_norms_of_kernels_that_only_multiply_are_refused() -> None:
+    net, _ = build("gptq")
+    with pytest.raises(li.LayerError, match="each forward would have to measure the values"):
+        li.inject(net, config("0", variant="dora"))
 
 
 @pytest.mark.parametrize("form", ["bitsandbytes 8-bit", "bitsandbytes nf4"])

@@ -278,13 +278,6 @@ def test_what_cannot_carry_a_magnitude_refuses_it(tmp_path: Path) -> None:
     li.save_adapter(mixed, tmp_path / "b.safetensors", format="native")
 
 
-def test_a_quantized_weight_has_no_norm() -> None:
-    net = nn.Sequential(nn.Linear(4, 6))
-    net[0].weight = nn.Parameter(torch.ones(6, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(li.LoraInjectError):
-        li.inject(net, {"variant": "dora", "targets": ["0"]})
-
-
 def test_a_variant_from_outside_the_package(tmp_path: Path) -> None:
     class Gate(Variant):
         """Outputs have a gate that starts at 1."""

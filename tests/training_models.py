@@ -123,12 +123,12 @@ def bert_folder(out: Path) -> Path:
     return tokenizer(out)
 
 
-def as_peft(model: Any, start: dict[str, torch.Tensor]) -> Any:
+def as_peft(model: Any, start: dict[str, torch.Tensor], **options: Any) -> Any:
     """The same model under PEFT, with equal A and B."""
-    targets = ["q_proj", "v_proj"]
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
-    wrapped = get_peft_model(model, config)
+    options |= {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, **options))
     held = {k.replace(".default.weight", ""): p for k, p in wrapped.named_parameters()}
+    held = {k.replace("agnitude_vector", ""): p for k, p in held.items()}
     with torch.no_grad():
         for key, tensor in start.items():
             held[f"base_model.model.{key}"].copy_(tensor)

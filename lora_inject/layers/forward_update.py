@@ -20,7 +20,8 @@ from lora_inject.functional.gain import updated_norms
 from lora_inject.functional.routed import chosen_factors, routed_update
 from lora_inject.layers.adapted import Adapted
 from lora_inject.layers.attached import Entry, Recipe, factors_of, held_by
-from lora_inject.layers.reading import PLAIN
+from lora_inject.layers.dense_values import dense, kind_of_weight
+from lora_inject.layers.reading import PLAIN, is_quantized
 from lora_inject.layers.routing import Routing, eligible, routing_of
 from lora_inject.layers.selection import State
 from lora_inject.layers.sending import queue_of
@@ -108,7 +109,9 @@ class ForwardUpdate(Adapted):
 
     def _lora_gain(self, entry: Entry, weight: Any, recipes: Iterable[Recipe]) -> Tensor:
         """Return the gains of an adapter's outputs `(out,)`, with a gradient to its magnitude."""
-        if type(weight) not in PLAIN:
+        if is_quantized(weight) and kind_of_weight(self, weight) is not None:
+            weight = dense(self, weight)
+        elif type(weight) not in PLAIN:
             raise LayerError(
                 f"a forward of site {entry.spec.name!r}",  # type: ignore[union-attr]
                 f"its gain needs the norms of W, which is {article(type(weight).__name__)} here",

@@ -21,6 +21,7 @@ from lora_inject.functional.gain import gained
 from lora_inject.functional.ranges import ranged_linear
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Entry, held_by
+from lora_inject.layers.dense_values import packed_weight
 from lora_inject.layers.forward_update import ForwardUpdate
 from lora_inject.layers.reading import PLAIN, trained
 from lora_inject.layers.routed_forward import adds_bias, apart
@@ -41,13 +42,6 @@ MULTIPLY = {
     ("transformers.integrations.finegrained_fp8", "FP8Linear"),
     ("transformers.integrations.metal_quantization", "MetalLinear"),
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
-}
-
-# Layers that are not nn.Linear and multiply likewise, with the tensor of theirs that is the weight:
-# whatever class of these families transformers loads for a base in HQQ, GPTQ or AWQ.
-PACKED = {
-    ("hqq.core.quantize", "HQQLinear"): "W_q",
-    ("gptqmodel.nn_modules.qlinear", "BaseQuantLinear"): "qweight",
 }
 
 
@@ -179,7 +173,7 @@ class LoRALinear(ForwardUpdate):
                 f"a {type(self).__name__} has an adapter with a gain and dropout",
                 "Give it dropout: 0, or train it alone",
             )
-        return gained(y, y if bias is None else y - bias, gains)
+        return gained(y, y if bias is None else y - bias.to(y.dtype), gains)
 
     def _lora_in_trials(self, x: Tensor, state: State) -> bool:
         """Whether trials train here, in the dtype of the layer."""
@@ -216,12 +210,12 @@ class LoRALinear(ForwardUpdate):
             y = add_updates(self._lora_plain_forward(args, kwargs), kept, updates, float32=float32)
             base = self._lora_plain_forward((kept,), {})
             base = add_updates(base, kept, updates, float32=float32)
-        elif self._lora_stock and not compiling:
+        elif self._lora_stock and not compiling and type(weight) in PLAIN:
             y = base = linear(x, weight, bias, updates, transposed=self.transposed, float32=float32)
         else:
             y = self._lora_plain_forward(args, kwargs)
             y = base = add_updates(y, x, updates, float32=float32)
-        return gained(y, base if bias is None else base - bias, gain)
+        return gained(y, base if bias is None else base - bias.to(base.dtype), gain)
 
     def _lora_refuse_nested(self, asked: str) -> NoReturn:
         found = f"a {type(self).__name__} got a nested tensor"
@@ -230,7 +224,7 @@ class LoRALinear(ForwardUpdate):
     def _lora_weight_and_bias(self) -> tuple[Any, Any]:
         held = self._parameters
         if self._lora.reads or "weight" not in held or "bias" not in held:
-            return self._lora_own("weight"), self._lora_own("bias")
+            return self._lora_own(self.weight_of(self)), self._lora_own("bias")
         return held["weight"], held["bias"]
 
     @staticmethod
@@ -274,14 +268,6 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     lowers = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if lowers else x.dtype
-
-
-def packed_weight(cls: type) -> str | None:
-    """Return the name of the packed weight of a layer that is not an nn.Linear."""
-    if issubclass(cls, nn.Linear):
-        return None
-    families = ((c.__module__, c.__qualname__) for c in cls.__mro__)
-    return next((PACKED[family] for family in families if family in PACKED), None)
 
 
 def _defines_forward(plain: type) -> tuple[str, str]:

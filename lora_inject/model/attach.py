@@ -20,6 +20,7 @@ from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.adapted import WeightUpdate
 from lora_inject.layers.attached import Attached, Entry, attached_to, attribute, refuse_mixed
 from lora_inject.layers.class_swap import check_swappable, swap
+from lora_inject.layers.dense_values import why_no_norms
 from lora_inject.layers.kinds import mixin_for
 from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.selection import Selection, State
@@ -147,11 +148,13 @@ def _why_not_values(place: Carried) -> Iterator[tuple[str, str]]:
     fits = place.entry.on_output or isinstance(weight, PackedExperts)
     if packed and not place.entry.on_output and fits and spec.compute == "float32":
         yield "compute: float32 would unpack all experts at once", "Use compute: base"
-    if packed and (gained or derived or not fits):
+    hidden = why_no_norms(module, weight) if packed and gained and fits else None
+    if packed and (hidden or derived or not fits):
         reader = f"init {spec.init}" if derived else f"variant {spec.variant}"
         reader = reader if fits else "a weight update"
         wants = ["the layer rather than its weight"] * (not fits)
-        wants += ["variant: lora"] * gained + ["an init that does not start from W"] * derived
+        wants += ["variant: lora"] * bool(hidden) + ["an init that does not start from W"] * derived
+        packed += f": {hidden}" if hidden else ""
         yield f"{reader} reads its values, and they are {packed}", f"Use {' and '.join(wants)}"
 
 

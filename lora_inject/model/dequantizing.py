@@ -1,4 +1,4 @@
-"""Quantized weights of a live model: their values, and replacing them in their layers.
+"""Quantized weights of a live model, replaced in their layers.
 
 The layer stays the same object. Its weight, and the class of a bitsandbytes layer, are replaced;
 `Layer` restores the original objects.
@@ -10,25 +10,21 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_inject.adapter.fingerprint import codes_of
 from lora_inject.errors import LayerError
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.class_swap import change_plain_class
-from lora_inject.layers.linear_kinds import packed_weight
+from lora_inject.layers.dense_values import kind_of_weight, packed_weight
 from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Holder, Survey, base_parameters, base_tensor
 from lora_inject.spec.names import joined
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BITSANDBYTES = "bitsandbytes.nn.modules"
-_FP8 = ("transformers.integrations.finegrained_fp8", "FP8Linear")
 # What transformers leaves on a quantized model and on its config.
 _ON_MODEL = ("hf_quantizer", "is_quantized", "quantization_method")
 # Attributes that others leave on a layer, whatever its class: hooks, adapters.
@@ -45,94 +41,6 @@ def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-def why_not_dense(module: nn.Module, weight: Tensor, *, again: bool) -> str | None:
-    """Return why a quantized weight cannot be dequantized, or `again` quantized; None if it can."""
-    kind, plain = _kind(module, weight), plain_class(type(module))
-    if kind is None or (kind in ("4-bit", "int8") and plain.__module__ != _BITSANDBYTES):
-        return f"dequantizing a {plain.__name__} of {plain.__module__} is not supported"
-    if kind == "int8" and (weight.dtype != torch.int8 or _row_scales(module, weight) is None):
-        return "bitsandbytes has not quantized it yet"
-    if kind == "float8" and not hasattr(import_module(_FP8[0]), "_dequantize_fp8_weight"):
-        return "transformers before 5.24 has no function for it"
-    if again and kind not in ("4-bit", "int8"):
-        return "only bitsandbytes' formats can be quantized again"
-    return None
-
-
-def _kind(module: nn.Module, weight: Tensor) -> str | None:
-    plain, cls = plain_class(type(module)), type(weight)
-    if packed_weight(plain) in module._buffers:  # GPTQ and AWQ: each kernel packs in its own way
-        return "measured"
-    if (plain.__module__, plain.__qualname__) == _FP8 and weight.element_size() == 1:
-        return "float8"
-    if cls.__module__ == _BITSANDBYTES:
-        return "4-bit" if getattr(weight, "quant_state", None) is not None else "int8"
-    if cls.dequantize is not Tensor.dequantize:  # torchao, quanto
-        return "tensor"
-    return "layer" if callable(getattr(plain, "dequantize", None)) else None  # HQQ
-
-
-def _row_scales(module: nn.Module, weight: Any) -> Tensor | None:
-    """Return bitsandbytes' scales of int8 rows, which the first forward moves to the layer."""
-    found: Tensor | None = getattr(weight, "SCB", None)
-    return found if found is not None else getattr(getattr(module, "state", None), "SCB", None)
-
-
-@torch.no_grad()
-def dense(module: nn.Module, weight: Tensor) -> Tensor:
-    """Return the values that a quantized weight stands for in its layer, as new float32."""
-    held: Any = weight
-    layer: Any = module
-    kind = _kind(module, weight)
-    if kind == "measured":
-        values = _measured(layer)
-    elif kind in ("tensor", "layer"):
-        values = held.dequantize() if kind == "tensor" else layer.dequantize()
-    elif kind == "4-bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        state = copy.copy(held.quant_state)
-        if getattr(state, "packing_format_for_cpu", False):  # rearranged by inference, scales too
-            state.absmax, state.nested = state.absmax.t().reshape(-1).float(), False
-        values = dequantize_4bit(codes_of(held.data, held.quant_state), state)
-    elif kind == "float8":
-        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
-        scales, block = layer.weight_scale_inv, layer.block_size
-        values = _dequantize_fp8_weight(held, scales, block, torch.float32)
-    else:
-        rows: Any = _row_scales(module, weight)
-        values = held.data.float() * (rows.float() / 127)[:, None]
-    found: Tensor = values.to(torch.float32).contiguous()
-    return found
-
-
-def _measured(layer: Any) -> Tensor:
-    """Return the values of a packed layer `(out, in)`, by what it makes of unit vectors.
-
-    That is exact: each output is a sum of one value and zeros.
-    """
-    scales, buffers = getattr(layer, "scales", None), layer._buffers
-    dtype = scales.dtype if isinstance(scales, Tensor) else torch.float16
-    plain: Any = plain_class(type(layer))
-    bias, columns, n = buffers.get("bias"), [], layer.in_features
-    if bias is not None:
-        buffers["bias"] = torch.zeros_like(bias)
-    try:
-        for start in range(0, n, 1024):
-            size = min(1024, n - start)  # and a row of zeros
-            rows = torch.zeros(size + 1, n, dtype=dtype, device=buffers["qweight"].device)
-            rows[:size, start : start + size].fill_diagonal_(1)
-            columns.append(plain.forward(layer, rows))
-    finally:
-        if bias is not None:
-            buffers["bias"] = bias
-    if any(rows[-1].any() for rows in columns):
-        asked, found = f"dequantizing a {type(layer).__name__}", "it makes no zero of zero"
-        raise LayerError(asked, found, "Load the adapter onto the base in 16 bits and merge there")
-    return torch.cat([rows[:-1] for rows in columns]).t()
-
-
 @torch.no_grad()
 def quantized_again(module: nn.Module, weight: Tensor, values: Tensor) -> nn.Parameter:
     """Return a weight in the format of another one, for float32 values of its layer."""
@@ -141,7 +49,7 @@ def quantized_again(module: nn.Module, weight: Tensor, values: Tensor) -> nn.Par
 
     held: Any = weight
     layer: Any = module
-    if _kind(module, weight) == "int8":
+    if kind_of_weight(module, weight) == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(values.to(torch.float16))
         return Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
     how = {key: getattr(held, key) for key in ("blocksize", "compress_statistics", "quant_type")}
@@ -161,14 +69,16 @@ def quantized_weights(survey: Survey) -> Iterator[Holder]:
             yield Holder(joined(path, name), module, name)
     for holder in survey.holders:
         weight = holder.tensor
-        packed = type(weight) is not nn.Parameter or _kind(holder.module, weight) is not None
+        packed = (
+            type(weight) is not nn.Parameter or kind_of_weight(holder.module, weight) is not None
+        )
         if packed and is_quantized(weight):
             yield holder
 
 
 def _becomes_linear(module: nn.Module, weight: Tensor) -> bool:
     """Whether the class of a layer is its quantizer's; torchao exchanges weights alone."""
-    if _kind(module, weight) != "tensor":
+    if kind_of_weight(module, weight) != "tensor":
         return True
     classes = (plain_class(type(module)), type(weight))
     return len({cls.__module__.partition(".")[0] for cls in classes}) == 1

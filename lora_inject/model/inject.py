@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from lora_inject.formats.model_facts import expert_names
 from lora_inject.functional import master_dtype, norms_of
 from lora_inject.layers.candidates import inventory
+from lora_inject.layers.dense_values import dense
+from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Survey, memory_of
 from lora_inject.model.attach import attach, places, refuse_statistics, survey_for
 from lora_inject.model.carried import Carried
@@ -95,7 +97,7 @@ def inject(
         if spec is None:
             role = next(iter(place.entry.names))
             return {role: place.entry.start(weight).to(dtype, copy=True)}
-        return place.entry.variant.start(spec, weight, dtype, lambda: _norms(spec, weight))
+        return place.entry.variant.start(spec, weight, dtype, lambda: _norms(spec, place))
 
     def tied(place: Carried) -> Hashable:
         return memory_of(place.weight)
@@ -104,8 +106,11 @@ def inject(
     return model
 
 
-def _norms(spec: SiteSpec, weight: Tensor) -> Tensor:
+def _norms(spec: SiteSpec, place: Carried) -> Tensor:
     """Return the norms of the adapted outputs of W, equal in every bit to the first forward's."""
+    weight: Tensor = place.weight
+    if is_quantized(weight):
+        weight = dense(place.module, weight)
     matrix = weight.detach().reshape(spec.matrix_shape)
     if spec.update == "weight":
         matrix = matrix.to(torch.promote_types(weight.dtype, torch.float32))

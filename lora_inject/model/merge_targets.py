@@ -23,10 +23,11 @@ from lora_inject.functional import (
 )
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.attached import Entry, refuse_mixed
+from lora_inject.layers.dense_values import dense, why_not_dense
 from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Holder, Survey, memory_of
 from lora_inject.model.carried import whole_adapter
-from lora_inject.model.dequantizing import dense, quantized_again, quantized_weights, why_not_dense
+from lora_inject.model.dequantizing import quantized_again, quantized_weights
 from lora_inject.model.sharding import reshard, sharded_by
 from lora_inject.model.untying import refuse_overlaps
 from lora_inject.spec.names import joined

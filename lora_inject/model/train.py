@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_inject.errors import LayerError, StateError, check_type
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Entry
-from lora_inject.layers.linear_kinds import packed_weight
+from lora_inject.layers.dense_values import packed_weight
 from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import (
