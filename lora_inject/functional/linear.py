@@ -114,7 +114,8 @@ def _run(
     if weight is not None:
         y = frozen_output(x, weight, bias, transposed, dtype)
     assert y is not None
-    float32 = float32 or all(cpu.are_few(x, u) for u in updates)
+    if not torch.is_grad_enabled():  # with gradients on, bits do not depend on what trains
+        float32 = float32 or all(cpu.are_few(x, u) for u in updates)
     return _add(y, x, updates, float32, in_place=weight is not None)[0]
 
 
