@@ -151,6 +151,18 @@ class AdapterState:
 
     # The same update in another shape -----------------------------------------------------------
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> AdapterState:
+        """Return the adapter with each of its tensors changed; what was one tensor stays one."""
+        made: dict[int, Tensor] = {}
+
+        def once(tensor: Tensor) -> Tensor:
+            if id(tensor) not in made:
+                made[id(tensor)] = change(tensor)
+            return made[id(tensor)]
+
+        sites = {name: site.mapped(once) for name, site in self.sites.items()}
+        return replace(self, sites=sites, trained={n: once(t) for n, t in self.trained.items()})
+
     def to(self, dtype: torch.dtype) -> AdapterState:
         """Return the adapter with its floating point tensors in another dtype.
 

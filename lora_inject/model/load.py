@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from lora_inject.model.save import model_facts
 from lora_inject.model.sharding import check_shardable, fsdp2_modules, shard_adapter
 from lora_inject.spec.names import joined
 from lora_inject.storage.hub import download, is_repo
+from lora_inject.storage.tensors import in_memory
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -74,11 +75,11 @@ def load_adapter(
         found = "a revision is for repositories, and this is a path"
         raise FormatError(f"{asked} at {revision!r}", found, "Leave the revision out")
     format = format or detected(Path(path))  # noqa: A001
-    state = read_adapter(path, format, facts=model_facts(survey), **options)
+    state = read_adapter(path, format, facts=model_facts(survey), **options).mapped(in_memory)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked=asked)
     if format == "peft" and state.fingerprint is None:  # as PEFT understands it
         refuse_first_places(survey, (site.spec for site in fitted.sites.values()), asked)
-    _put_on(survey, fitted, name)
+    _put_on(survey, fitted, name, _Owned())
     return model
 
 
@@ -109,11 +110,13 @@ def install(
     check_type("install", state, AdapterState, "Give an AdapterState; load_adapter reads files")
     survey = survey_for(model, name, loads=True)
     fitted = fit(survey, state, leave_out=leave_out, base=base, asked="install")
-    _put_on(survey, fitted, name)
+    _put_on(survey, fitted, name, _copied)
     return model
 
 
-def _put_on(survey: Survey, state: AdapterState, name: str) -> None:
+def _put_on(
+    survey: Survey, state: AdapterState, name: str, taken: Callable[[Tensor, Tensor], Tensor]
+) -> None:
     """Put a fitted adapter on; it becomes active if no other is active on this model.
 
     The model may be a part of a larger one: what is active in other parts is none of its business.
@@ -127,7 +130,7 @@ def _put_on(survey: Survey, state: AdapterState, name: str) -> None:
 
     def given(place: Carried) -> Mapping[str, Tensor]:
         mine = tensors[place.name]
-        return {role: _copied(mine[role], place.weight) for role in place.entry.names}
+        return {role: taken(mine[role], place.weight) for role in place.entry.names}
 
     def tied(place: Carried) -> Hashable:
         return id(tensors[place.name][next(iter(place.entry.names))])
@@ -151,3 +154,20 @@ def _copied(tensor: Tensor, weight: Tensor) -> Tensor:
     """Return a tensor as an adapter over `weight` holds it, in memory of its own."""
     dtype = master_dtype(weight.dtype)
     return tensor.detach().to(device=weight.device, dtype=dtype, copy=True).contiguous()
+
+
+class _Owned:
+    """Takes tensors that nobody else holds as they are, unless two of them share memory.
+
+    A load takes half as long as with a copy of each tensor.
+    """
+
+    def __init__(self) -> None:
+        self.taken: set[int] = set()
+
+    def __call__(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        address = tensor.data_ptr()
+        alone = address not in self.taken and tensor.untyped_storage().nbytes() == tensor.nbytes
+        self.taken.add(address)
+        fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
+        return tensor if alone and fits else _copied(tensor, weight)

@@ -85,7 +85,7 @@ def swap_adapter(
     refuse_merged(asked, *selections)
     state = source
     if not isinstance(state, AdapterState):
-        state = read_adapter(state, format, facts=model_facts(survey), **options)
+        state = read_adapter(state, format, facts=model_facts(survey), **options).mapped(in_memory)
     pairs, weights = list(_paired_copies(slot, state, asked)), {}
     for key, site in _in_names_of(state, slot, asked).items():
         new = state.sites[key]

@@ -185,17 +185,24 @@ class _TensorOnDisk(Tensor):
 
     def read(self) -> Tensor:
         """Return the values in memory of their own."""
-        shape, strides, first = self.shape, self.stride(), int(self.storage_offset())
+        with torch._C.DisableTorchFunctionSubclass():
+            shape, strides, first = self.shape, self.stride(), int(self.storage_offset())
+            numel, dtype = self.numel(), self.dtype
         n = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        if not self.numel():
-            return torch.empty(shape, dtype=self.dtype, device="cpu")
-        if n > self.numel():
+        if not numel:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        if n > numel:
             return self.file.last(self.entry).as_strided(shape, strides, first).clone()
         return self.file.elements(self.entry, first, n).as_strided(shape, strides)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, first, name = kwargs or {}, args[0] if args else None, func.__name__
+        if name == "__get__":  # an attribute: the most frequent, so the shortest way
+            with torch._C.DisableTorchFunctionSubclass():
+                found = func(*args)
+            if not isinstance(found, Tensor):
+                return found
         changed = first if _CHANGES.fullmatch(name) else None
         for target in tree_leaves((changed, kwargs.get("out"))):
             if isinstance(target, cls):
