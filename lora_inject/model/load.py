@@ -170,4 +170,5 @@ class _Owned:
         alone = address not in self.taken and tensor.untyped_storage().nbytes() == tensor.nbytes
         self.taken.add(address)
         fits = tensor.dtype == master_dtype(weight.dtype) and tensor.device == weight.device
+        fits = fits and tensor.is_contiguous()  # as those of training: other strides, other bits
         return tensor if alone and fits else _copied(tensor, weight)
