@@ -65,6 +65,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         session.config.stash[FORKS] = Forks()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _what_modules_leave() -> Iterator[None]:
+    """Likewise of what a module's tests leave: Trainer collects in each run, 0.2 s to 1 s a time."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if FORKS in session.config.stash:
         session.config.stash[FORKS].close()
