@@ -67,7 +67,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _what_modules_leave() -> Iterator[None]:
-    """Likewise of what a module's tests leave: Trainer collects in each run, 0.2 s to 1 s a time."""
+    """Likewise of what a module leaves: Trainer collects in each run, up to a second a time."""
     yield
     gc.collect()
     gc.freeze()
