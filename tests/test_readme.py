@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import tomllib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,10 @@ def test_the_reference_has_every_key_of_the_config_with_its_default(model):
             assert value == field.default or (not value and not field.default)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, version("typer").split(".")[:2])) < (0, 20),
+    reason="the site is built with a newer typer",
+)
 def test_the_reference_has_every_command_with_every_option():
     *parts, shared = re.split(r"^## ", reference("cli"), flags=re.MULTILINE)[1:]
     group = typer.main.get_command(app)
