@@ -81,10 +81,9 @@ def ovis2() -> nn.Module:
 
 
 def dory() -> nn.Module:
-    found = pytest.importorskip("transformers.models.dory.modeling_dory")
-    config = found.DoryConfig(hidden_size=N, vocab_size=N, initializer_range=0.02)
-    head: nn.Module = found.DoryLMHead(config)
-    return head
+    from transformers.models.dory.modeling_dory import DoryConfig, DoryLMHead
+
+    return DoryLMHead(DoryConfig(hidden_size=N, vocab_size=N, initializer_range=0.02))
 
 
 BUILD: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {

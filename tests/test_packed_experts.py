@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,17 +22,20 @@ from lora_inject.functional.weight import dense_delta
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.quantizers.quantizer_mxfp4")
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(
-        Version(transformers.__version__) < Version("5.24"),
-        reason="older transformers loads packed experts in another way",
-    ),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 EXPERTS = [r"experts\.gate_up_proj", r"experts\.down_proj"]
 TARGETS = {"experts": EXPERTS, "attention": ["q_proj", "v_proj"], "both": [*EXPERTS, "o_proj"]}
 IDS = torch.arange(24).view(2, 12)
 HIDDEN, WIDE, N = 32, 64, 4
+
+
+def test_older_transformers_which_would_unpack_them_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.23.1")
+    found = r"transformers 5\.23\.1 .* Install transformers 5\.24"
+    with pytest.raises(li.LayerError, match=found), li.packed_experts():
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -609,8 +609,6 @@ def test_copies_and_hooks_follow_a_layer_that_becomes_a_plain_one(form: str) -> 
 def test_float8_layers_of_transformers_merge_into_plain_floats(block: Any) -> None:
     """Their kernels are for GPUs; the values are known."""
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
-    if not hasattr(fp8, "_dequantize_fp8_weight"):
-        pytest.skip("transformers before 5.24 has no function for it")
     torch.manual_seed(0)
     net = nn.Sequential(*[fp8.FP8Linear(N, N, block_size=block, has_bias=True) for _ in range(2)])
     wanted = []

@@ -365,7 +365,7 @@ def _backward_one(
     `gx2` `(n, in)` may be overwritten; it is None if x has no gradient yet.
     """
     gA, gB, scale = None, None, u.scale / (1 - u.dropout)
-    if u.spans is None:  # without out=, which DTensors of torch 2.11 do not know
+    if u.spans is None:  # without out=, which not every DTensor takes
         gh = torch.mm(g2, kept.B)
         gB = _scaled_product(g2.t(), kept.h, u.scale) if needs[2] else None
     else:

@@ -127,11 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 def stand_in_hub(monkeypatch: pytest.MonkeyPatch, cache: Any) -> Iterator[Hub]:
     """Serve a hub on this machine, and let `huggingface_hub` take it for the real one."""
     from huggingface_hub import constants
-    from transformers import utils
-
-    if not hasattr(utils, "hf_api"):
-        pytest.skip("transformers before 5.24 has no hf_api")
-    hf_api = utils.hf_api
+    from transformers.utils import hf_api
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     hub = _Handler.hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
