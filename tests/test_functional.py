@@ -27,7 +27,7 @@ from conftest import (
     injected,
     same_bits,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -101,10 +101,24 @@ def _input(lead: tuple[int, ...], n_in: int, layout: str, dtype: torch.dtype) ->
     return torch.randn(*lead, n_in).to(dtype)
 
 
+ONE_TOKEN: dict[str, Any] = {
+    "lead": (),
+    "n_in": 1,
+    "transposed": False,
+    "bias": False,
+    "on a cpu": True,
+    "layout": "contiguous",
+    "train": set(),
+    "updates": [(1, None, 1.0)],
+}
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     problem=problems(), dtype=st.sampled_from(list(TOLERANCE)), float32=st.booleans(), seed=SEEDS
 )
+@example(problem=ONE_TOKEN, dtype=torch.float64, float32=False, seed=0)
+@example(problem={**ONE_TOKEN, "train": {"A"}}, dtype=torch.float64, float32=False, seed=0)
 def test_linear_is_the_dense_layer(
     problem: dict[str, Any], dtype: torch.dtype, float32: bool, seed: int
 ) -> None:

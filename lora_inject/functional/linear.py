@@ -114,8 +114,6 @@ def _run(
     if weight is not None:
         y = frozen_output(x, weight, bias, transposed, dtype)
     assert y is not None
-    if not torch.is_grad_enabled():  # with gradients on, bits do not depend on what trains
-        float32 = float32 or all(cpu.are_few(x, u) for u in updates)
     return _add(y, x, updates, float32, in_place=weight is not None)[0]
 
 
@@ -219,15 +217,19 @@ def _add(
     kept = []
     for u in updates:
         A, B, dropped = cast(u.A, dtype), cast(u.B, dtype), None
-        if not in_place and u.spans is not None:
+        few = cpu.are_few(x2, u)
+        if not in_place and (few or u.spans is not None):
             y2, in_place = y2.clone(memory_format=torch.contiguous_format), True
-        inputs = x2 = cast(x2, dtype)
-        if u.dropout:
-            inputs, dropped = cpu.drop(x2, u.dropout)
-        h = torch.mm(inputs, A.t())
-        for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
-            added = _plus_product(y_part, h_part, B_part.mT, u.scale, in_place=in_place)
-        y2 = added if u.spans is None else y2
+        if few:
+            h = cast(cpu.add_few_(y2, x2, u), dtype)
+        else:
+            inputs = x2 = cast(x2, dtype)
+            if u.dropout:
+                inputs, dropped = cpu.drop(x2, u.dropout)
+            h = torch.mm(inputs, A.t())
+            for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
+                added = _plus_product(y_part, h_part, B_part.mT, u.scale, in_place=in_place)
+            y2 = added if u.spans is None else y2
         kept.append(Kept(h, A, B, dropped))
         in_place = True
     return y2.view(y.shape), kept
