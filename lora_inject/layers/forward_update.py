@@ -87,7 +87,8 @@ class ForwardUpdate(Adapted):
         """Add to each row of y `(batch, ..., out)` the update of its own adapter."""
         if not routing.entries:
             return y
-        adapters = routing.factors(held_by(self), training=self.training)
+        trains = self.training or state.one_pass is not None
+        adapters = routing.factors(held_by(self), training=trains)
         if state.one_pass is not None:
             one = {
                 e.adapter: us[0].dropout for e, us in zip(routing.entries, adapters, strict=True)

@@ -167,7 +167,7 @@ class LoRALinear(ForwardUpdate):
         if gains is None:
             return y
         mine = (entry.spec for entry in routing.entries if entry.variant.gained)
-        if self.training and any(spec is not None and spec.dropout for spec in mine):
+        if self._lora_drops() and any(spec is not None and spec.dropout for spec in mine):
             raise LayerError(
                 "routed() in training",
                 f"a {type(self).__name__} has an adapter with a gain and dropout",

@@ -199,13 +199,18 @@ class Reading(nn.Module):
         if entry.mark not in self._lora.took_part:
             self._lora.used((entry,))
         self._lora_refuse_vain((held_by(self)[entry.mark],))
-        if entry.on_output and self.training and entry.spec and entry.spec.dropout:
+        if entry.on_output and entry.spec and entry.spec.dropout and self._lora_drops():
             raise LayerError(
                 f"reading the weight of site {entry.spec.name!r} in a forward",
                 f"adapter {entry.adapter!r} has dropout {entry.spec.dropout:g} on the layer's "
                 "input, which the reader of a weight does not see",
                 "Give the site dropout: 0",
             )
+
+    def _lora_drops(self) -> bool:
+        """Whether dropout of adapters acts: trials have theirs in any mode of the base."""
+        one_pass = self._lora.selection.current().one_pass
+        return self.training if one_pass is None else bool(one_pass.drops)
 
     def _lora_refuse_routed(
         self, param: str, raw: Tensor, entries: Mapping[str, Entry], state: State

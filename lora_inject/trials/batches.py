@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,6 +16,20 @@ from lora_inject.errors import StateError
 Forward = Callable[[Any], Any]
 
 
+class Padding(NamedTuple):
+    """What has the positions of padded rows.
+
+    Attributes:
+        outputs: For each tensor of the outputs, in which dimensions.
+        layers: The layers whose input has them.
+        fixed: Layers whose input has other positions, and how many a row has.
+    """
+
+    outputs: Sequence[Sequence[int]]
+    layers: Collection[nn.Module]
+    fixed: Mapping[nn.Module, int]
+
+
 class Joined(NamedTuple):
     """The batches of several trials as one.
 
@@ -23,13 +37,17 @@ class Joined(NamedTuple):
         batch: All rows one after the other; of packed batches, all tokens of one row.
         sizes: Rows, or tokens, of each trial.
         lengths: Positions of each trial's rows, where they differ: shorter rows are padded.
+        shared: Second dimensions that are the same for all trials.
         packed: Whether the batches are packed.
+        padding: What has their positions; None until it was seen.
     """
 
     batch: Any
     sizes: dict[str, int]
     lengths: dict[str, int] | None
+    shared: frozenset[int]
     packed: bool
+    padding: Padding | None = None
 
     @property
     def even(self) -> bool:
@@ -70,7 +88,7 @@ def size_of(batch: Any, whose: str, *, packed: bool = False) -> int:
 
 def n_tokens(batch: Any) -> int:
     """Return rows times positions of the batch's first tensor."""
-    first = next(t for t in tree_flatten(batch)[0] if isinstance(t, Tensor))
+    first = next(filter(_has_rows, tree_leaves(batch)))
     return int(first.shape[:2].numel())
 
 
@@ -93,17 +111,25 @@ def joined(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
                 "Give all trials batches with the same entries",
             )
         for column, leaf in zip(columns, theirs, strict=True):
-            alike = isinstance(leaf, Tensor) == isinstance(column[0], Tensor)
-            if alike and isinstance(leaf, Tensor):
-                alike = leaf.shape[2:] == column[0].shape[2:] and leaf.dim() == column[0].dim()
-            if not alike:
+            if not _has_rows(leaf) and not _has_rows(column[0]):
+                if not _is_same(leaf, column[0]):
+                    raise StateError(
+                        f"step, batches of {first!r} and {name!r}",
+                        f"an entry without rows differs: {_shown(column[0])} and {_shown(leaf)}",
+                        "The forward gets one for all trials: give a tensor with one row an "
+                        "example, or leave it out of the batches",
+                    )
+                continue
+            if not _joins(column[0], leaf):
                 raise StateError(
                     f"step, batches of {first!r} and {name!r}",
-                    f"their rows differ: {_shape(column[0])} and {_shape(leaf)}",
+                    f"their rows differ: {_shown(column[0])} and {_shown(leaf)}",
                     "Pad the rows of one step to one shape",
                 )
             column.append(leaf)
-    lengths = None if packed else _lengths(columns, list(batches))
+    widths = {tuple(t.shape[1] for t in c) for c in columns if _has_rows(c[0]) and c[0].dim() > 1}
+    lengths = None if packed else _lengths(widths, list(batches))
+    shared = frozenset(each[0] for each in widths if len(set(each)) == 1)
     if lengths is not None and not any(map(_has_positions, columns)):
         raise StateError(
             "step",
@@ -111,14 +137,12 @@ def joined(batches: Mapping[str, Any], *, packed: bool = False) -> Joined:
             "Give all trials rows of one shape",
         )
     rows = [_one_tensor(column, packed) for column in columns]
-    return Joined(tree_unflatten(rows, form), sizes, lengths, packed)
+    return Joined(tree_unflatten(rows, form), sizes, lengths, shared, packed)
 
 
-def _lengths(columns: Iterable[Sequence[Any]], names: Sequence[str]) -> dict[str, int] | None:
+def _lengths(widths: Iterable[tuple[int, ...]], names: Sequence[str]) -> dict[str, int] | None:
     """Return the positions of each trial's rows if they differ, in the same way in all tensors."""
-    wide = [c for c in columns if isinstance(c[0], Tensor) and c[0].dim() > 1]
-    found = {tuple(t.shape[1] for t in column) for column in wide}
-    found = {lengths for lengths in found if len(set(lengths)) > 1}
+    found = {lengths for lengths in widths if len(set(lengths)) > 1}
     if len(found) > 1:
         shown = " and ".join(map(str, sorted(found)))
         raise StateError("step", f"the rows of the trials have the lengths {shown}", "Pad them")
@@ -128,13 +152,13 @@ def _lengths(columns: Iterable[Sequence[Any]], names: Sequence[str]) -> dict[str
 def _has_positions(column: Sequence[Any]) -> bool:
     """Whether a second dimension that differs is that of tokens, and not of features."""
     one = column[0]
-    if not isinstance(one, Tensor) or one.dim() < 2 or len({t.shape[1] for t in column}) == 1:
+    if not _has_rows(one) or one.dim() < 2 or len({t.shape[1] for t in column}) == 1:
         return False
     return one.dim() > 2 or not one.is_floating_point()
 
 
 def _one_tensor(column: Sequence[Any], packed: bool) -> Any:
-    if not isinstance(column[0], Tensor):
+    if not _has_rows(column[0]):
         return column[0]
     if packed:
         return torch.cat(list(column), dim=1)
@@ -146,7 +170,7 @@ def _padded(t: Tensor, n: int) -> Tensor:
     return F.pad(t, (0, 0) * (t.dim() - 2) + (0, n - t.shape[1]))
 
 
-def parted(outputs: Any, of: Joined, positions: Sequence[bool] | None = None) -> dict[str, Any]:
+def parted(outputs: Any, of: Joined) -> dict[str, Any]:
     """Return each trial's part of the outputs.
 
     Uses `split`, because the backward of a slice fills a tensor of full size for each trial.
@@ -154,7 +178,6 @@ def parted(outputs: Any, of: Joined, positions: Sequence[bool] | None = None) ->
     Args:
         outputs: Of the joined batch.
         of: The joined batch.
-        positions: Which tensors have the positions of padded rows as their second dimension.
 
     Raises:
         StateError: A tensor does not have as many rows, or tokens, as the batch, or there is none.
@@ -168,28 +191,52 @@ def parted(outputs: Any, of: Joined, positions: Sequence[bool] | None = None) ->
         )
     sizes, columns = list(of.sizes.values()), []
     total, dim = sum(sizes), int(of.packed)
-    for i, leaf in enumerate(leaves):
+    lengths = of.lengths or {}
+    padded = iter(() if of.padding is None else of.padding.outputs)
+    for leaf in leaves:
         if not isinstance(leaf, Tensor):
             columns.append([leaf] * len(sizes))
             continue
         if leaf.dim() <= dim or leaf.shape[dim] != total:
             raise StateError(
                 "step",
-                f"the forward returned {_shape(leaf)} for {total} {'tokens' if dim else 'rows'}: a "
+                f"the forward returned {_shown(leaf)} for {total} {'tokens' if dim else 'rows'}: a "
                 "mean over the batch would mix the trials",
                 "Give a forward that returns one row of outputs for each row, without a loss",
             )
         parts = list(torch.split(leaf, sizes, dim))
-        if of.lengths is not None and positions is not None and positions[i]:
-            parts = [p[:, :n] for p, n in zip(parts, of.lengths.values(), strict=True)]
+        for d in next(padded, ()):
+            each = zip(parts, lengths.values(), strict=True)
+            parts = [part.narrow(d, 0, n) for part, n in each]
         columns.append(parts)
-    each = zip(*columns, strict=True)
-    return {n: tree_unflatten(list(part), form) for n, part in zip(of.sizes, each, strict=True)}
+    found = zip(*columns, strict=True)
+    return {n: tree_unflatten(list(part), form) for n, part in zip(of.sizes, found, strict=True)}
 
 
-def _shape(leaf: Any) -> str:
-    shown = tuple(leaf.shape) if isinstance(leaf, Tensor) else ""
-    return f"{type(leaf).__name__}{shown}"
+def _has_rows(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _joins(one: Any, other: Any) -> bool:
+    """Whether the rows of two entries can be those of one tensor."""
+    if not _has_rows(one) or not _has_rows(other) or one.dtype != other.dtype:
+        return False
+    return bool(one.dim() == other.dim() and one.shape[2:] == other.shape[2:])
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two entries without rows have one value, as far as that is known."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    known = type(one) is type(other) and isinstance(one, (bool, int, float, str, bytes))
+    return one is other or (known and one == other)
+
+
+def _shown(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return f"{type(leaf).__name__} {leaf!r:.40}"
+    shown = tuple(leaf.shape) if leaf.dim() else f"({leaf.item()})"
+    return f"{type(leaf).__name__}{shown} of {leaf.dtype}"
 
 
 def plain_forward(model: nn.Module) -> Forward:

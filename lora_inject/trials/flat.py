@@ -60,6 +60,7 @@ class Buffer:
     Attributes:
         anchor: A leaf for which the backward of `ranged_linear` runs.
         reached: Where the members begin that have got a gradient, maybe 0, since `zero_grad`.
+        counted: Where the members of those trials begin whose losses the running backward is of.
     """
 
     def __init__(self, members: Sequence[nn.Parameter]) -> None:
@@ -70,6 +71,8 @@ class Buffer:
         self._stacked: dict[tuple[Any, ...], Stacked] = {}
         self.anchor = members[0].new_zeros(()).requires_grad_()
         self.reached: set[int] = set()
+        self.counted: frozenset[int] = frozenset()
+        self._views: dict[nn.Parameter, Tensor] = {}
 
     def vector(self, members: Sequence[nn.Parameter]) -> nn.Parameter:
         """Move Parameters into the buffer and return one vector of all of them."""
@@ -78,19 +81,23 @@ class Buffer:
             start, self._end = self._end, self._end + member.numel()
             place = self._values[start : self._end].view(member.shape)
             member.data = place.copy_(member.data)
-            member.grad = self._grads[start : self._end].view(member.shape)
-            note = partial(self._note, start)
+            self._views[member] = self._grads[start : self._end].view(member.shape)
+            note = partial(self.note, frozenset((start,)))
             member.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
         vector = nn.Parameter(self._values[begin : self._end])
         vector.grad = self._grads[begin : self._end]
         return vector
 
-    def _note(self, start: int, _: Tensor) -> None:
-        self.reached.add(start)
+    def note(self, starts: frozenset[int], *_: Tensor) -> None:
+        """Note that members have got a gradient."""
+        self.reached |= starts & self.counted
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero in place: the Parameters' gradients are views of them."""
+        """Set all gradients to zero in place: those of the Parameters are views of them again."""
         self._grads.zero_()
+        for member, view in self._views.items():
+            if member.grad is not view and member.requires_grad:  # somebody has set it to None
+                member.grad = view
         self.reached.clear()
 
     def forget(self) -> None:
@@ -199,6 +206,7 @@ class Flat:
     Attributes:
         trial: The settings.
         vectors: One flat Parameter of all, or two, of all A and of all B, if their rates differ.
+        starts: Where the members begin in the buffer.
     """
 
     def __init__(
@@ -211,7 +219,7 @@ class Flat:
         whole = trial.b_lr_ratio == 1.0
         self._parts = [part for part in ([self._members] if whole else [[*rest], [*of_B]]) if part]
         self.vectors = [buffer.vector(members) for members in self._parts]
-        self._starts = frozenset(member.storage_offset() for member in self._members)
+        self.starts = frozenset(int(member.storage_offset()) for member in self._members)
         self._rates = [trial.lr, trial.lr * trial.b_lr_ratio][-len(self.vectors) :]
 
     @property
@@ -225,10 +233,15 @@ class Flat:
         for vector, rate in zip(self.vectors, self._rates, strict=True):
             yield vector, (rate, t.betas, t.weight_decay, t.schedule, t.steps, t.warmup)
 
-    def is_in_place(self) -> bool:
-        """Whether the Parameters are still views of the vectors."""
-        where = self.vectors[0].data_ptr()
-        return not self._members or self._members[0].data_ptr() == where
+    def changed(self) -> tuple[str, str] | None:
+        """Return what somebody has done to the Parameters, and what to do; None for nothing."""
+        if self._members[0].data_ptr() != self.vectors[0].data_ptr():
+            what = "the model was moved or cast since the trials were made"
+            return what, "Make the trials after .to()"
+        if not all(member.requires_grad for member in self._members):
+            what = "its tensors were frozen since the trials were made"
+            return what, "Call train_only(model, trials.running)"
+        return None
 
     def cut(self, runs: Callable[[list[nn.Parameter]], list[int]], optimizer: Optimizer) -> None:
         """Cut vectors into runs of members; `runs` says for each member which it belongs to."""
@@ -248,7 +261,7 @@ class Flat:
 
     def idle(self, reached: Set[int], optimizer: Optimizer) -> list[nn.Parameter]:
         """Return the vectors of the members without a gradient, cut off from others if need be."""
-        if self._starts <= reached:
+        if self.starts <= reached:
             return []
         self.cut(lambda members: [m.storage_offset() in reached for m in members], optimizer)
         return [vector for vector in self.vectors if vector.storage_offset() not in reached]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import accumulate
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +18,91 @@ from torch.utils._pytree import tree_leaves
 
 from lora_inject.adapter.generators import generators_of
 from lora_inject.errors import StateError
-from lora_inject.trials.batches import Joined, joined, parted
+from lora_inject.layers.attached import attached_to
+from lora_inject.layers.expert_rows import sorts_tokens
+from lora_inject.trials.batches import Joined, Padding, joined, parted
 from lora_inject.trials.flat import Flat
 
 Run = Callable[[Joined], Any]
 """Runs the base on a joined batch, without dropout."""
 
 
+class Checks:
+    """What was checked of a model's trials, for a forward, modes of modules, entries of a batch.
+
+    A trial is not checked whose layers were seen to be safe, as its values do not matter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [*model.modules()]
+        self._exact = not any(map(sorts_tokens, self._modules))
+        self._sites: dict[str, frozenset[Any]] = {}
+        self._apart: dict[Any, frozenset[Any]] = {}
+        self._paddings: dict[Any, Padding] = {}
+
+    def joined(
+        self,
+        batches: Mapping[str, Any],
+        flats: Mapping[str, Flat],
+        run: Run,
+        forward: Any,
+        *,
+        packed: bool,
+    ) -> Joined:
+        """Join batches, and check that their forward keeps the trials apart.
+
+        Args:
+            batches: By trial.
+            flats: The tensors of the trials.
+            run: Runs the base on a joined batch, without dropout.
+            forward: What tells this forward from others.
+            packed: Whether the batches are packed.
+        """
+        of, alone = joined(batches, packed=packed), len(batches) == 1
+        plain = getattr(forward, "func", forward)  # of a partial
+        modes = tuple(module.training for module in self._modules)
+        entries = tuple(of.batch) if isinstance(of.batch, Mapping) else type(of.batch)
+        key = (getattr(plain, "__code__", type(plain)), modes, entries, alone)
+        known, new = self._apart.get(key), []
+        safe = known or frozenset()
+        for name in batches:
+            if not (sites := self._sites_of(name)) <= safe:
+                new.append(name)
+                safe |= sites
+        if known is None or (new and not alone):
+            check_apart(run, of, {n: flats[n] for n in new}, self._layers(), exact=self._exact)
+            self._apart[key] = safe
+        if of.lengths is None:
+            return of
+        if key not in self._paddings:
+            found = check_padding(run, batches, of, self._layers(), exact=self._exact)
+            self._paddings[key] = found
+        return of._replace(padding=self._paddings[key])
+
+    def _layers(self) -> list[nn.Module]:
+        return [module for module in self._modules if attached_to(module) is not None]
+
+    def _sites_of(self, name: str) -> frozenset[Any]:
+        """Return what tells where an adapter is."""
+        if name not in self._sites:
+            self._sites[name] = frozenset(
+                (module, entry.param, entry.spec is None)
+                for module in self._modules
+                if (attached := attached_to(module)) is not None
+                for entry in attached.entries(name)
+            )
+        return self._sites[name]
+
+
 @torch.no_grad()
 def check_apart(
-    run: Run, of: Joined, flat: Flat, layers: Sequence[nn.Module], *, exact: bool
+    run: Run, of: Joined, flats: Mapping[str, Flat], layers: Sequence[nn.Module], *, exact: bool
 ) -> None:
     """Check that no trial's rows change another's outputs, and that the base draws no numbers.
 
-    The A of the first trial, in `flat`, is set to NaN. Packed, 1 is added to the outputs of its
+    The A of each trial in `flats` is set to NaN in turn. Packed, 1 is added to the outputs of its
     tokens, because a masked attention multiplies them by 0.
     """
-    name, *others = of.sizes
     sources = generators_of(p.device for layer in layers for p in layer.parameters())
     before = [source.get_state() for source in sources]
     plain = parted(run(of), of)
@@ -46,27 +115,38 @@ def check_apart(
             "the forward of the base draws random numbers, one stream for all trials",
             "Set the base's own dropout to 0, or train in eval mode",
         )
-    if not others:
-        return
-    where = torch.arange(sum(of.sizes.values())) < of.sizes[name]
-    with _changed(layers, where[None]) if of.packed else flat.broken():
-        broken = parted(run(of), of)
-    for other in others:
-        if not _same(plain[other], broken[other], exact):
-            mixes = "mixes rows (BatchNorm in training, negatives within the batch)"
-            remedy = "Use a forward that treats rows independently, or BatchNorm in eval mode"
-            if of.packed:
-                mixes = "does not keep packed sequences apart"
-                remedy = (
-                    "Give position_ids that start at 0 in each sequence; transformers reads them "
-                    "so without attention_mask and with model.config.use_cache = False only"
-                )
-            found = f"the rows of {name!r} change the outputs of {other!r}: the forward {mixes}"
-            raise StateError("step", found, remedy)
-    if _same(plain[name], broken[name], True):
-        raise StateError(
-            "step", f"the adapter of {name!r} takes no part in the forward", "See li.unreached"
+    ends = dict(zip(of.sizes, accumulate(of.sizes.values()), strict=True))
+    for name, flat in flats.items() if len(of.sizes) > 1 else ():
+        place = torch.arange(sum(of.sizes.values()))
+        where = (place >= ends[name] - of.sizes[name]) & (place < ends[name])
+        with _changed(layers, where[None]) if of.packed else flat.broken():
+            broken = parted(run(of), of)
+        for other in of.sizes:
+            if other != name and not _same(plain[other], broken[other], exact):
+                _refuse_mixing(name, other, packed=of.packed)
+        if _same(plain[name], broken[name], True):
+            nan = any(t.isnan().any() for t in tree_leaves(plain[name]) if isinstance(t, Tensor))
+            what, remedy = (
+                f"the adapter of {name!r} takes no part in the forward",
+                "See li.unreached",
+            )
+            if nan:
+                what = f"the forward returns NaN for the rows of {name!r} before any training"
+                remedy = "Look at its batch, and at the dtype and the values of the base"
+            raise StateError("step", what, remedy)
+
+
+def _refuse_mixing(name: str, other: str, *, packed: bool) -> NoReturn:
+    mixes = "mixes rows (BatchNorm in training, negatives within the batch)"
+    remedy = "Use a forward that treats rows independently, or BatchNorm in eval mode"
+    if packed:
+        mixes = "does not keep packed sequences apart"
+        remedy = (
+            "Give position_ids that start at 0 in each sequence; transformers reads them "
+            "so without attention_mask and with model.config.use_cache = False only"
         )
+    found = f"the rows of {name!r} change the outputs of {other!r}: the forward {mixes}"
+    raise StateError("step", found, remedy)
 
 
 @torch.no_grad()
@@ -77,22 +157,21 @@ def check_padding(
     layers: Sequence[nn.Module],
     *,
     exact: bool,
-) -> list[bool]:
-    """Check that padding changes no output.
+) -> Padding:
+    """Check that padding changes no output, and return what has padded positions.
 
     The shortest rows must give the outputs that they give alone. Other values of the padding, in
     the outputs of adapted layers, must not change them by a bit.
-
-    Returns:
-        For each tensor of the outputs, whether its second dimension is the rows' positions.
     """
     assert of.lengths is not None
     lengths = of.lengths
     short, long = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
     both = joined({name: batches[name] for name in batches if name in (short, long)})
     one = joined({short: batches[short]})
-    alone = [t for t in tree_leaves(run(one)) if isinstance(t, Tensor)]
-    outputs = run(both)
+    with _seen(layers) as of_one:
+        alone = [t for t in tree_leaves(run(one)) if isinstance(t, Tensor)]
+    with _seen(layers) as of_both:
+        outputs = run(both)
     tensors = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
     differs = StateError(
         f"step, rows of {lengths[short]} and {lengths[long]} positions",
@@ -101,18 +180,46 @@ def check_padding(
     )
     if len(alone) != len(tensors):
         raise differs
-    positions = [
-        a.shape[1:2] == (lengths[short],) and t.shape[1:2] == (lengths[long],)
+    sizes, each = (
+        (sum(one.sizes.values()), sum(both.sizes.values())),
+        (lengths[short], lengths[long]),
+    )
+    padded, fixed = set[nn.Module](), dict[nn.Module, int]()
+    for layer in of_one.keys() & of_both.keys():
+        kinds = {*zip(of_one[layer], of_both[layer], strict=False)}
+        n, m = kinds.pop()
+        if kinds or len(of_one[layer]) != len(of_both[layer]):
+            continue
+        if (n, m) == (sizes[0] * each[0], sizes[1] * each[1]):
+            padded.add(layer)
+        elif n * sizes[1] == m * sizes[0]:
+            fixed[layer] = n // sizes[0]
+    dims = [
+        tuple(d for d in range(1, min(a.dim(), t.dim())) if (a.shape[d], t.shape[d]) == each)
         for a, t in zip(alone, tensors, strict=True)
     ]
-    each = [lengths[name] for name, size in both.sizes.items() for _ in range(size)]
-    padded = torch.arange(lengths[long]) >= torch.tensor(each)[:, None]
-    with _changed(layers, padded):
-        other = parted(run(both), both, positions)[short]
-    found = parted(outputs, both, positions)[short]
+    padding = Padding(dims, padded, fixed)
+    per_row = [lengths[name] for name, size in both.sizes.items() for _ in range(size)]
+    where = torch.arange(lengths[long]) >= torch.tensor(per_row)[:, None]
+    with _changed(padded, where):
+        other = parted(run(both), both._replace(padding=padding))[short]
+    found = parted(outputs, both._replace(padding=padding))[short]
     if not _same(found, other, exact) or not _close(tree_leaves(found), alone):
         raise differs
-    return positions
+    return padding
+
+
+@contextmanager
+def _seen(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[int]]]:
+    """Yield how many tokens the output of each layer has, for each of its calls."""
+    found: dict[nn.Module, list[int]] = {}
+
+    def note(layer: nn.Module, _: Any, out: Any) -> None:
+        if isinstance(out, Tensor):
+            found.setdefault(layer, []).append(out.shape[:-1].numel())
+
+    with _hooked(layers, note):
+        yield found
 
 
 @contextmanager
@@ -128,7 +235,13 @@ def _changed(layers: Iterable[nn.Module], tokens: Tensor) -> Iterator[None]:
         flat = len(out) == where.numel()
         return out + where.flatten()[:, None].to(out.dtype) if flat else out
 
-    handles = [layer.register_forward_hook(add) for layer in layers]
+    with _hooked(layers, add):
+        yield
+
+
+@contextmanager
+def _hooked(layers: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield
     finally:
@@ -151,7 +264,7 @@ def _close(found: Iterable[Any], wanted: Iterable[Tensor]) -> bool:
     """Whether tensors are equal but for what rounding may do."""
     for a, b in zip((t for t in found if isinstance(t, Tensor)), wanted, strict=True):
         if a.shape != b.shape:
-            continue  # positions in another dimension: no loss of this package reads it
+            return False
         if a.is_floating_point():
             off = (a.double() - b.double()).norm() > 8 * torch.finfo(
                 a.dtype

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves
 
 from lora_inject.errors import StateError, check_type
+from lora_inject.layers.survey import unwrapped
 from lora_inject.trials.batches import Joined
 
 Loss = Callable[[Any, Any], Tensor]
@@ -24,6 +26,17 @@ IGNORED = -100
 PARTS = 8
 LEAST = 2**20
 """Number of parts, and the fewest logits in one: the launches do not grow with the batch."""
+
+
+def default_loss(model: nn.Module) -> Loss:
+    """Return the loss of the next token, if the model has no other."""
+    plain = unwrapped(model)
+    kind, config = getattr(plain, "loss_type", None), getattr(plain, "config", None)
+    encodes = getattr(config, "is_encoder_decoder", False) is True
+    if encodes or kind not in (None, "ForCausalLM", "ForConditionalGeneration"):
+        has = f"it is that of the next token, and a {type(plain).__name__} has another"
+        raise StateError("the default loss", has, "Give a loss of your own: loss=...")
+    return causal_loss
 
 
 def scalar_loss(loss: Loss, outputs: Any, batch: Any, whose: str) -> Tensor:
@@ -67,6 +80,23 @@ def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple
     return _sums(losses, sizes).unbind()
 
 
+def ends_of(loss: Tensor, outputs: Any) -> frozenset[Any]:
+    """Return the nodes of the graph that made those outputs which a loss leads to."""
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    made = {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+    found, seen, nodes = set(), set[Any](), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in made:
+            found.add(node)
+        else:
+            nodes += [other for other, _ in node.next_functions]
+    return frozenset(found)
+
+
 def _sums(t: Tensor, sizes: list[int]) -> Tensor:
     """Return the sum of each trial's tokens."""
     if len(set(sizes)) == 1:
@@ -79,6 +109,10 @@ def _logits(outputs: Any, batch: Any) -> Tensor:
         found = "the default loss needs logits of the model and a batch with 'labels'"
         raise StateError("step", found, "Give both, or a loss of your own: loss=...")
     logits: Tensor = outputs.logits
+    if logits.dim() != 3 or batch["labels"].dim() != 2:
+        shapes = f"{tuple(logits.shape)} and {tuple(batch['labels'].shape)}"
+        found = f"the default loss needs a label for each token; logits and labels are {shapes}"
+        raise StateError("step", found, "Give a loss of your own: loss=...")
     return logits
 
 

@@ -33,13 +33,17 @@ class Pass:
         of: The joined batch.
         buffer: The memory of the trials' tensors.
         random: State of each trial's generator, replaced by each draw; None for no dropout.
+
+    Attributes:
+        packed: Whether the batch is packed.
+        drops: Whether adapters drop, in any mode of the base.
     """
 
     def __init__(self, of: Joined, buffer: Buffer, random: dict[str, Tensor] | None) -> None:
-        self.packed, self._lengths = of.packed, of.lengths
+        self.packed, self._of = of.packed, of
         self._names, self._each = tuple(of.sizes), list(of.sizes.values())
         self._total, self._tokens = sum(self._each), dict[int, tuple[int, ...]]()
-        self._buffer, self._random = buffer, random
+        self._buffer, self._random, self.drops = buffer, random, random is not None
         self._known: dict[int, dict[str, Tensor]] = {}
 
     def only(self, name: str | None, n: int) -> Pass:
@@ -62,13 +66,13 @@ class Pass:
             x after dropout, the ranges of its tokens, the anchor, and what notes a gradient.
         """
         found = self._buffer.stacked(layer._lora, held_by(layer), self._names, dtype)
-        kept = self.dropped(layer, x, found.dropout) if layer.training else x
+        kept = self.dropped(layer, x, found.dropout) if found.dropout else x
         ranges = found.ranges(self._sizes(layer, x))
         return (
             kept,
             ranges,
             self._buffer.anchor,
-            partial(self._buffer.reached.update, found.trained),
+            partial(self._buffer.note, found.trained),
         )
 
     def _sizes(self, layer: Any, x: Tensor) -> tuple[int, ...]:
@@ -112,10 +116,13 @@ class Pass:
 
     def _dropped(self, layer: Any, x: Tensor, name: str, part: Tensor, p: float) -> Tensor:
         """Drop elements of one trial's rows `(rows, positions, in)`, of those not padded only."""
-        if self._lengths is None or part.shape[1] == 1:
+        of, n = self._of, part.shape[1]
+        fixed = None if of.padding is None else of.padding.fixed.get(layer)
+        if of.padding is None or (fixed is not None and n in {fixed, *of.shared}):
             return dropped(part, p).flatten(0, 1)
-        longest, own = max(self._lengths.values()), self._lengths[name]
-        if part.shape[1] != longest:
+        assert of.lengths is not None
+        longest, own = max(of.lengths.values()), of.lengths[name]
+        if layer not in of.padding.layers or n != longest:
             raise LayerError(
                 "dropout on rows of unequal lengths",
                 f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}, whose second "

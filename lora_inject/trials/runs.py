@@ -11,18 +11,16 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import FormatError, StateError, check_type
 from lora_inject.formats.pickles import DAMAGE
-from lora_inject.layers.expert_rows import sorts_tokens
 from lora_inject.layers.routed_forward import routes_rows, runs_apart
 from lora_inject.layers.selection import State
 from lora_inject.layers.survey import Survey
@@ -39,14 +37,20 @@ from lora_inject.trials.batches import (
     Joined,
     evaluating,
     in_one_order,
-    joined,
     n_tokens,
     parted,
     plain_forward,
 )
 from lora_inject.trials.flat import Buffer, Flat, Optimizer, clip, norms
-from lora_inject.trials.isolation import check_apart, check_padding
-from lora_inject.trials.losses import Loss, causal_loss, causal_losses, scalar_loss
+from lora_inject.trials.isolation import Checks
+from lora_inject.trials.losses import (
+    Loss,
+    causal_loss,
+    causal_losses,
+    default_loss,
+    ends_of,
+    scalar_loss,
+)
 from lora_inject.trials.passes import Pass, seeded
 from lora_inject.trials.trial import Trial
 
@@ -104,14 +108,15 @@ class Trials:
             check_type(f"trial {name!r}", trial, Trial, "Give Trial(config, lr=1e-3)")
         if not trials:
             raise StateError("Trials", "no trial is given", "Give a mapping of names to Trial")
+        if max_tokens is not None:
+            check_type("Trials, max_tokens", max_tokens, int, "Give a whole number, or None")
         self.model, self.trials = model, dict(trials)
         self.max_tokens, self.packed, self.n_steps = max_tokens, packed, 0
         self.stopped: dict[str, str] = {}
         self._losses: dict[str, list[float]] = {name: [] for name in trials}
         self._held_out: dict[str, float] = {}
         self._flats: dict[str, Flat] = {}
-        self._apart = False
-        self._positions: list[bool] | None = None
+        self._checks = Checks(model)
         done = []
         try:
             for name, trial in self.trials.items():
@@ -122,14 +127,20 @@ class Trials:
             _refuse_shared(model, list(trials))
             _refuse_dropout(model, list(trials))
             train_only(model, list(trials))
+            self._put_in_buffer()
         except BaseException:
             for name in done:
                 eject(model, name)
             raise
-        self._layers = [module for _, module, _ in adapted_modules(Survey(model))]
-        self._exact = not any(map(sorts_tokens, model.modules()))
-        parameters = {name: adapter_parameters(model, name) for name in self.trials}
-        self._buffer = Buffer([p for found in parameters.values() for p in found.values()])
+
+    def _put_in_buffer(self) -> None:
+        """Move the tensors of all trials into one buffer."""
+        parameters = {name: adapter_parameters(self.model, name) for name in self.trials}
+        members = [p for found in parameters.values() for p in found.values()]
+        if len(kinds := {f"{p.dtype} on {p.device}" for p in members}) > 1:
+            found = f"their tensors are {' and '.join(sorted(kinds))}"
+            raise StateError("Trials", found, "Adapt layers of one dtype on one device")
+        self._buffer = Buffer(members)
         for name, trial in self.trials.items():
             self._flats[name] = Flat(parameters[name], trial, self._buffer)
         self._optimizer = Optimizer(self._flats.values())
@@ -162,76 +173,72 @@ class Trials:
                 the forward mixes rows, returns a mean over them, or draws random numbers; or
                 padding changes outputs.
         """
-        forward, loss = forward or plain_forward(self.model), loss or causal_loss
+        forward, loss = forward or plain_forward(self.model), loss or default_loss(self.model)
         batches = self._by_trial(batch)
-        if not all(self._flats[name].is_in_place() for name in batches):
-            moved = "the model was moved or cast since the trials were made"
-            raise StateError("step", moved, "Make the trials after .to()")
-        self._check_apart(batches, forward)
-        found: dict[str, float] = {}
-        self._buffer.zero_grad()
-        with self._dropping():
-            for group in self._groups(batches):
-                found |= self._backward(group, forward, loss)
-        self._clip()
-        reached = self._buffer.reached
-        flats = [self._flats[name] for name in self.running]
-        idle = [vector for flat in flats for vector in flat.idle(reached, self._optimizer)]
-        self._optimizer.step(self.n_steps, idle)
+        for name in batches:
+            if (changed := self._flats[name].changed()) is not None:
+                raise StateError(f"step, trial {name!r}", *changed)
+        random, groups = dict(self._random), self._groups(batches)
+        found, norm_of = self._gradients(groups, forward, loss)
+        if self.packed and not all(map(math.isfinite, (*found.values(), *norm_of.values()))):
+            # A masked attention multiplies the NaN of one trial by 0, so it is in the others, too.
+            self._random.update(random)
+            found, norm_of = self._gradients(({n: b} for n, b in batches.items()), forward, loss)
+        for name, value in found.items():
+            if not math.isfinite(value):
+                self._stop(name, f"its loss is {value} at step {self.n_steps}")
+            elif not math.isfinite(norm := norm_of[name]):
+                self._stop(name, f"its gradient has the norm {norm} at step {self.n_steps}")
+        flats = {name: self._flats[name] for name in self.running}
+        clip([*flats.values()], [norm_of[n] for n in flats], [self.trials[n].clip for n in flats])
+        reached, optimizer = self._buffer.reached, self._optimizer
+        idle = [vector for flat in flats.values() for vector in flat.idle(reached, optimizer)]
+        optimizer.step(self.n_steps, idle)
         for name, value in found.items():
             self._losses[name].append(value)
         self.n_steps += 1
         return found
 
-    @contextmanager
-    def _dropping(self) -> Iterator[None]:
-        """Put adapted layers into training mode: their dropout runs on a base in eval mode, too."""
-        layers = [layer for layer in self._layers if not layer.training]
-        for layer in layers:
-            layer.training = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.training = False
-
-    def _clip(self) -> None:
-        """Clip each trial's gradient; stop those whose gradient is not finite."""
-        if not (names := self.running):
-            return
-        found = norms([self._flats[name] for name in names])
-        for name, norm in zip(names, found, strict=True):
-            if not math.isfinite(norm):
-                self._stop(name, f"its gradient has the norm {norm} at step {self.n_steps}")
-        left = {n: norm for n, norm in zip(names, found, strict=True) if n not in self.stopped}
-        clip(
-            [self._flats[n] for n in left], list(left.values()), [self.trials[n].clip for n in left]
-        )
+    def _gradients(
+        self, groups: Iterable[Mapping[str, Any]], forward: Forward, loss: Loss
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Compute all gradients; return the loss of each trial, and the norm of its gradient."""
+        found: dict[str, float] = {}
+        self._buffer.zero_grad()
+        for group in groups:
+            found |= self._backward(group, forward, loss)
+        each = norms([self._flats[name] for name in found])
+        return found, dict(zip(found, each, strict=True))
 
     def _backward(
         self, batches: Mapping[str, Any], forward: Forward, loss: Loss
     ) -> dict[str, float]:
-        """Run forward and backward of some trials; stop those whose loss is not finite."""
+        """Run forward and backward of some trials, without losses that are not finite."""
         of = self._joined(batches, forward)
         outputs = self._outputs(of, forward, self._random)
-        parts = parted(outputs, of, self._positions)
+        parts = parted(outputs, of)
         if loss is causal_loss:
             losses = dict(zip(batches, causal_losses(outputs, batches, of), strict=True))
         else:
             losses = {name: scalar_loss(loss, parts[name], b, name) for name, b in batches.items()}
-        del outputs, parts  # of the size of the logits
-        for name, one_loss in losses.items():
-            if not one_loss.requires_grad:
-                what = "no gradient leads from it to A and B"
-                raise StateError(f"loss of trial {name!r}", what, "Compute it from the outputs")
+        if constant := [name for name, one_loss in losses.items() if not one_loss.requires_grad]:
+            _refuse_untrained(constant[0])
         values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
         found = dict(zip(losses, values, strict=True))
-        for name, value in found.items():
-            if not math.isfinite(value):
-                self._stop(name, f"its loss is {value} at step {self.n_steps}")
-        rest = [loss for name, loss in losses.items() if name not in self.stopped]
-        if rest:
-            torch.stack(rest).sum().backward()  # type: ignore[no-untyped-call]
+        # A loss that leads to other outputs than another one may leave layers out.
+        alike: dict[Any, list[str]] = {}
+        for name in (name for name, value in found.items() if math.isfinite(value)):
+            ends = None if loss is causal_loss else ends_of(losses[name], outputs)
+            alike.setdefault(ends, []).append(name)
+        del outputs, parts  # of the size of the logits
+        for i, names in enumerate(alike.values(), 1):
+            starts = {name: self._flats[name].starts for name in names}
+            self._buffer.counted = frozenset[int]().union(*starts.values())
+            total = torch.stack([losses[name] for name in names]).sum()
+            total.backward(retain_graph=i < len(alike))  # type: ignore[no-untyped-call]
+            for name in names:
+                if self._buffer.reached.isdisjoint(starts[name]):
+                    _refuse_untrained(name)
         return found
 
     def _outputs(
@@ -244,20 +251,10 @@ class Trials:
         with within_state(self.model, state, "Trials.step"):
             return forward(of.batch)
 
-    def _check_apart(self, batches: Mapping[str, Any], forward: Forward) -> None:
-        if not self._apart:
-            of, run = joined(batches, packed=self.packed), partial(self._outputs, forward=forward)
-            flat = self._flats[next(iter(batches))]
-            check_apart(run, of, flat, self._layers, exact=self._exact)
-            self._apart = True
-
     def _joined(self, batches: Mapping[str, Any], forward: Forward) -> Joined:
-        """Join batches, and check once that their padding changes no output."""
-        of = joined(batches, packed=self.packed)
-        if of.lengths is not None and self._positions is None:
-            run = partial(self._outputs, forward=forward)
-            self._positions = check_padding(run, batches, of, self._layers, exact=self._exact)
-        return of
+        """Join batches, and check once that nothing would leak from one to another."""
+        run = partial(self._outputs, forward=forward)
+        return self._checks.joined(batches, self._flats, run, forward, packed=self.packed)
 
     def _by_trial(self, batch: Any) -> dict[str, Any]:
         running = self.running
@@ -317,17 +314,25 @@ class Trials:
         Returns:
             Name to loss, which `best` and `table` also use.
         """
-        forward, loss = forward or plain_forward(self.model), loss or causal_loss
-        found: dict[str, float] = {}
+        forward, loss = forward or plain_forward(self.model), loss or default_loss(self.model)
+        batches = self._by_trial(batch)
         with evaluating(self.model):
-            batches = self._by_trial(batch)
-            self._check_apart(batches, forward)
-            for group in self._groups(batches):
-                of = self._joined(group, forward)
-                outputs = parted(self._outputs(of, forward), of, self._positions)
-                for name, one in group.items():
-                    found[name] = scalar_loss(loss, outputs[name], one, name).item()
+            found = self._evaluated(self._groups(batches), forward, loss)
+            if self.packed and not all(map(math.isfinite, found.values())):  # as in `step`
+                found = self._evaluated(({n: b} for n, b in batches.items()), forward, loss)
         self._held_out |= found
+        return found
+
+    def _evaluated(
+        self, groups: Iterable[Mapping[str, Any]], forward: Forward, loss: Loss
+    ) -> dict[str, float]:
+        """Return the loss of each trial without gradients."""
+        found: dict[str, float] = {}
+        for group in groups:
+            of = self._joined(group, forward)
+            outputs = parted(self._outputs(of, forward), of)
+            for name, one in group.items():
+                found[name] = scalar_loss(loss, outputs[name], one, name).item()
         return found
 
     @property
@@ -357,7 +362,6 @@ class Trials:
         eject(self.model, name)
         self._buffer.forget()
         self._optimizer.drop(self._flats.pop(name))
-        self._layers = [module for _, module, _ in adapted_modules(Survey(self.model))]
         for mapping in (self.trials, self.stopped, self._losses, self._held_out, self._random):
             mapping.pop(name, None)
 
@@ -446,6 +450,12 @@ class Trials:
         for name, why in about["stopped"].items():
             new._stop(name, why)
         return new
+
+
+def _refuse_untrained(name: str) -> NoReturn:
+    what = "no gradient leads from it to A and B"
+    remedy = "Compute it from the outputs; li.unreached lists layers that take no part in a forward"
+    raise StateError(f"loss of trial {name!r}", what, remedy)
 
 
 def _refuse_shared(model: nn.Module, names: Iterable[str]) -> None:

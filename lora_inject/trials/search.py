@@ -30,7 +30,7 @@ from lora_inject.spec.space import Candidate, Space
 from lora_inject.storage.atomic import write_file
 from lora_inject.storage.strict_json import read_json
 from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward, size_of
-from lora_inject.trials.losses import Loss, causal_loss, scalar_loss
+from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
 from lora_inject.trials.runs import Trials
 from lora_inject.trials.trial import Trial
@@ -199,7 +199,7 @@ def search(
     found = Search(space, candidates, over)
     plain = space.model_dump(mode="json", by_alias=True, exclude_none=True)
     state = _Saved(folder, {"space": plain, "data": [_digest(batches), _digest(held_out)]})
-    calls = {"forward": forward or plain_forward(model), "loss": loss or causal_loss}
+    calls = {"forward": forward or plain_forward(model), "loss": loss or default_loss(model)}
     runner = _Runner(model, batches, held_out, calls, max_tokens, watch, state)
     try:
         runner.run(found)

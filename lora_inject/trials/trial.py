@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from numbers import Real
 from os import PathLike
 from typing import Any, Literal
 
-from lora_inject.errors import ConfigError
+from lora_inject.errors import ConfigError, check_type
 from lora_inject.spec.config import Config
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -24,6 +24,10 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 def _is_number(value: Any, above: float = -1.0) -> bool:
     """Whether a value is a finite number from 0, and more than `above`."""
     return isinstance(value, Real) and 0 <= float(value) < math.inf and float(value) > above
+
+
+def _are_betas(values: tuple[Any, ...]) -> bool:
+    return len(values) == 2 and all(_is_number(value) and value < 1 for value in values)
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,15 @@ class Trial:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", Config.coerce(self.config))
+        check_type("Trial.betas", self.betas, Iterable, "Give two numbers", ConfigError)
         object.__setattr__(self, "betas", tuple(self.betas))
         positive = partial(_is_number, above=0.0)
         for name, fits, wanted in (
             ("lr", positive(self.lr), "a positive number, such as 1e-3"),
             ("b_lr_ratio", positive(self.b_lr_ratio), "a positive number, such as 4"),
             ("weight_decay", _is_number(self.weight_decay), "a number from 0"),
+            ("betas", _are_betas(self.betas), "two numbers from 0 and below 1"),
+            ("seed", type(self.seed) is int and -(2**63) <= self.seed < 2**64, "a whole number"),
             ("clip", self.clip is None or positive(self.clip), "a positive number or None"),
             ("schedule", self.schedule in [*_SHAPES], f"one of {', '.join(_SHAPES)}"),
             ("warmup", _is_number(self.warmup), "a number of steps from 0"),
