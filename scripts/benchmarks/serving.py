@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import AGAIN, BARE, Options, Result, Variant, interleave, many, some_ids
+from benchmarks.measure import (
+    AGAIN,
+    BARE,
+    Options,
+    Result,
+    interleave,
+    many,
+    paired,
+    some_ids,
+)
 from benchmarks.models import (
     ALPHA,
     LLAMA,
@@ -40,7 +49,7 @@ from lora_inject import (
 )
 from lora_inject.formats import write_adapter
 
-OURS = "lora_inject"
+OURS, OFF = "lora_inject", "lora_inject, disabled()"
 # Targets, over the bare operations: what finding out which adapters take part may cost.
 DECODE, ROUTED = 1.1, 1.3
 
@@ -136,34 +145,29 @@ class _Tree(nn.Module):
 def switch(options: Options) -> Result:
     """Time a change of adapter, at 560 sites and at ten times as many."""
     result = Result()
-    for n_layers in (8,) if options.quick else (80, 800):
-        config = {"rank": 4, "targets": [r".*_proj"]}
-        tree = _Tree(n_layers, 32)
+    few, many_more = (8, 16) if options.quick else (80, 800)
+    trees = {n: _Tree(n, 32) for n in (few, many_more)}
+    runs: dict[str, Callable[[], Any]] = {}
+    for n, tree in trees.items():
         for name in ("one", "two"):
-            inject(tree, config, name)
-        runs: dict[str, Variant | Callable[[], Any]] = {
-            OURS: many(_turns(lambda name, tree=tree: activate(tree, name)), 100),
-            "lora_inject, disabled()": many(lambda tree=tree: _off(tree), 100),
-        }
-        if n_layers <= 80:
-            peft = with_peft(
-                _Tree(n_layers, 32), 4, target_modules=r".*_proj", fan_in_fan_out=False
-            )
-            with quiet():
-                peft.add_adapter("two", peft.peft_config["default"])
-            turns = _turns(peft.set_adapter, ("default", "two"))
-            runs["PEFT"] = many(turns, 5)
-        times = interleave(runs, options.n_rounds(9))
-        case = f"{7 * n_layers} sites"
-        result.add(case, OURS, "ms", [10 * t for t in times[OURS]], 0.01)
-        result.add(
-            case,
-            "lora_inject, disabled()",
-            "ms",
-            [10 * t for t in times["lora_inject, disabled()"]],
-        )
-        if "PEFT" in times:
-            result.add(case, "PEFT", "ms", [200 * t for t in times["PEFT"]])
+            inject(tree, {"rank": 4, "targets": [r".*_proj"]}, name)
+        runs[f"{OURS} {n}"] = many(_turns(lambda name, tree=tree: activate(tree, name)), 100)
+        runs[f"{OFF} {n}"] = many(lambda tree=tree: _off(tree), 100)
+    peft = with_peft(_Tree(few, 32), 4, target_modules=r".*_proj", fan_in_fan_out=False)
+    with quiet():
+        peft.add_adapter("two", peft.peft_config["default"])
+    runs["PEFT"] = many(_turns(peft.set_adapter, ("default", "two")), 5)
+    times = interleave(runs, options.n_rounds(9))
+    for n in trees:
+        for name in (OURS, OFF):
+            result.add(f"{7 * n} sites", name, "ms", [10 * t for t in times[f"{name} {n}"]])
+    each = {"PEFT": [t / 5 for t in times["PEFT"]]}
+    each |= {n: [t / 100 for t in times[f"{OURS} {n}"]] for n in trees}
+    case, goal = f"{7 * few} sites", None if options.quick else 0.01
+    result.add(case, "PEFT", "ms", [1e3 * t for t in each["PEFT"]])
+    result.add(case, OURS, "time / PEFT", paired(each[few], each["PEFT"]), goal)
+    flat = paired(each[many_more], each[few])
+    result.add(f"{7 * many_more} sites", OURS, f"time / {case}", flat, goal and 1.5)
     return result
 
 
@@ -217,12 +221,14 @@ def hot_swap(options: Options) -> Result:
         }
         times = interleave(runs, options.n_rounds(9))
     for name in runs:
-        result.add(case, name, "ms", [1e3 * t for t in times[name]], 4.0 if name == OURS else None)
+        result.add(case, name, "ms", [1e3 * t for t in times[name]])
+    ratio = paired(times[OURS], times["load_state_dict"])
+    result.add(case, OURS, "time / load_state_dict", ratio, None if options.quick else 1.0)
     moved = sum(p is not q for p, q in zip(slot, adapter_parameters(tree).values(), strict=True))
     result.add(case, OURS, "Parameters replaced", float(moved), 0.0)
     result.notes.append(
         "`swap_adapter` checks sites, ranks, scales, values and the base's fingerprint first; "
-        "copying into what `adapter_parameters` returns checks nothing but shapes."
+        "`load_state_dict` checks shapes, copying into what `adapter_parameters` returns as well."
     )
     return result
 

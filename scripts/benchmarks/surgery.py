@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.measure import AGAIN, BARE, Options, Result, Variant, interleave, paired
@@ -18,7 +19,7 @@ from lora_inject import unmerge as unmerged
 OURS = "lora_inject"
 KEEPING = f"{BARE}, keeping a copy"
 # Targets, over the bare operations: what checking, counting and taking back may cost.
-INJECT, MERGE = 5.0, {"fp32": 1.3, "bf16": 2.0}
+INJECT, LOAD, MERGE = 5.0, 8.0, {"fp32": 1.3, "bf16": 2.0}
 GROVE = r"[a-z]+_proj"
 
 
@@ -37,15 +38,15 @@ def injection(options: Options) -> Result:
     model = llama(torch.bfloat16, device="meta", **shape, vocab_size=32000)
     peft_base = llama(torch.bfloat16, device="meta", **shape, vocab_size=32000)
     case = f"Llama of {7 * layers} sites, 70B shape, meta"
-    times = interleave(
-        {
-            OURS: Variant(lambda: with_lora(model), after=lambda: eject(model)),
-            "PEFT": _peft_injection(peft_base, {}),
-        },
-        options.n_rounds(5),
-    )
-    result.add(case, OURS, "s", times[OURS], None if options.quick else 0.03)
-    result.add(case, "PEFT", "s", times["PEFT"])
+    runs = {
+        OURS: Variant(lambda: with_lora(model), after=lambda: eject(model)),
+        BARE: Variant(lambda: _bare_injection(model)),
+        "PEFT": _peft_injection(peft_base, {}),
+    }
+    times = interleave(runs, options.n_rounds(5))
+    for name in runs:
+        result.add(case, name, "s", times[name])
+    result.over_bare(case, times, {OURS: None if options.quick else INJECT})
     return result
 
 
@@ -73,9 +74,10 @@ def _bare_injection(model: nn.Module) -> list[nn.Parameter]:
     made = []
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            A = nn.Parameter(torch.empty(RANK, module.in_features))
+            device = module.weight.device
+            A = nn.Parameter(torch.empty(RANK, module.in_features, device=device))
             nn.init.kaiming_uniform_(A, a=5**0.5)
-            made += [A, nn.Parameter(torch.zeros(module.out_features, RANK))]
+            made += [A, nn.Parameter(torch.zeros(module.out_features, RANK, device=device))]
     return made
 
 
@@ -92,15 +94,13 @@ def _peft_injection(base: nn.Module, config: dict[str, Any]) -> Variant:
 def load(options: Options) -> Result:
     """Time loading a second adapter from a file."""
     result = Result()
-    sizes = (100, 200) if options.quick else (5000, 20000)
-    goals = {5000: 0.3, 20000: 1.2}
-    for n_sites in sizes:
+    for n_sites in (100, 200) if options.quick else (5000, 20000):
         with tempfile.TemporaryDirectory() as folder:
-            _load(result, options, n_sites, goals.get(n_sites), Path(folder) / "adapter")
+            _load(result, options, n_sites, Path(folder) / "adapter")
     return result
 
 
-def _load(result: Result, options: Options, n_sites: int, goal: float | None, path: Path) -> None:
+def _load(result: Result, options: Options, n_sites: int, path: Path) -> None:
     grove = inject(Grove(n_sites), {"rank": RANK, "alpha": ALPHA, "targets": [GROVE]}, "first")
     save_adapter(grove, path, "first")
     case = f"{n_sites:,} sites of width 32"
@@ -109,9 +109,13 @@ def _load(result: Result, options: Options, n_sites: int, goal: float | None, pa
     second = Variant(
         lambda: load_adapter(grove, path, "second"), after=lambda: eject(grove, "second")
     )
-    times = interleave({OURS: second}, options.n_rounds(3))
-    result.add(case, OURS, "s", times[OURS], goal)
-    result.add(case, OURS, "ms a site", [1e3 * t / n_sites for t in times[OURS]])
+    weights = next(path.glob("*.safetensors"))
+    bare = Variant(lambda: [nn.Parameter(t) for t in load_file(weights).values()])
+    times = interleave({OURS: second, BARE: bare}, options.n_rounds(3))
+    for name in times:
+        result.add(case, name, "s", times[name])
+        result.add(case, name, "ms a site", [1e3 * t / n_sites for t in times[name]])
+    result.over_bare(case, times, {OURS: None if options.quick else LOAD})
     if options.full or n_sites <= 5000:
         peft = with_peft(Grove(n_sites), target_modules=f".*{GROVE}", fan_in_fan_out=False)
 
