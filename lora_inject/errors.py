@@ -67,6 +67,7 @@ def within(asked: str) -> Iterator[None]:
     """Put what was asked for before the place that an error of the body names.
 
     So a function names only the place that it knows, or "" for all of what its caller was asked.
+    A verb is said once: in `read adapter 'sql', read 'sql/model'` the second one goes.
 
     Examples:
         >>> try:
@@ -79,7 +80,8 @@ def within(asked: str) -> Iterator[None]:
     try:
         yield
     except LoraInjectError as error:
-        error.asked = f"{asked}, {error.asked}" if error.asked else asked
+        place = error.asked.removeprefix(f"{asked.partition(' ')[0]} ")
+        error.asked = f"{asked}, {place}" if place else asked
         error.args = (error.asked, *error.args[1:])
         raise
 

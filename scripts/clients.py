@@ -2,7 +2,7 @@
 
     python scripts/clients.py peft mlx                # installed beside this package
     python scripts/clients.py lorax --sources DIR     # from the program's sources
-    python scripts/clients.py vllm --only slices      # cases with this word
+    python scripts/clients.py vllm --only slices      # cases, or a base, with this word
 
 Each case is an adapter on a tiny model with random weights in float32. The outputs of the program
 with our file are compared with those of this package; `check` must accept a file exactly if the
@@ -74,7 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("programs", nargs="+", help="names of files in scripts/programs")
     parser.add_argument("--sources", type=Path, help="sources of a program that is not installed")
-    parser.add_argument("--only", default="", help="run cases with this word in their names")
+    parser.add_argument("--only", default="", help="run cases, or a base, with this word")
     asked = parser.parse_args()
     programs.SOURCES = asked.sources
     logging.disable(logging.WARNING)
@@ -94,7 +94,8 @@ def main() -> int:
 
 def results(program: Any, only: str) -> Iterator[Result]:
     title = program.version()
-    cases = {n: case for n, case in getattr(program, "CASES", CASES).items() if only in n}
+    known = getattr(program, "CASES", CASES)
+    cases = {n: case for n, case in known.items() if only in f"{case.base}: {n}"}
     for name in dict.fromkeys(case.base for case in cases.values()):
         with tempfile.TemporaryDirectory() as place:
             base = make_base(name, Path(place))

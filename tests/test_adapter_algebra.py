@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,8 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.adapter.svd import decompose
 from lora_inject.errors import StateError
 from lora_inject.spec.sites import SiteSpec, Slices
+from lora_inject.storage import tensor_rows
+from lora_inject.storage.disk import read_at
 
 KINDS = list(KIND_SPECS)
 WEIGHTS = st.sampled_from([1.0, -1.0, 0.5, -0.3, 2.0])
@@ -406,6 +409,26 @@ def test_files_are_read_lazily_and_give_the_same(tmp_path):
     assert li.combine(paths, [1, 0.5]) == li.combine([a, b], [1, 0.5])
     assert li.truncate(paths[0], rank=1) == li.truncate(a, rank=1)
     assert li.diff(*paths) == li.diff(a, b)
+
+
+@pytest.mark.parametrize(("act", "most"), [("distance", 1), ("cosine", 1), ("diff", 2)])
+def test_adapters_in_files_are_compared_in_one_reading(act, most, tmp_path, monkeypatch):
+    sizes = []
+
+    def counted(fd: int, buffer: memoryview, offset: int) -> None:
+        sizes.append(len(buffer))
+        read_at(fd, buffer, offset)
+
+    monkeypatch.setattr(tensor_rows, "read_at", counted)
+    values = []
+    for seed in (0, 1):
+        state = one_site(KIND_SPECS["linear"], seed=seed)
+        path = li.write_adapter(state, tmp_path / f"{seed}.safetensors", "native")
+        os.utime(path, (0, 0))  # younger files are read at once
+        values.append(li.read_adapter(path))
+    all_bytes = sum(t.nbytes for v in values for s in v.sites.values() for t in s.tensors.values())
+    (li.diff if act == "diff" else getattr(AdapterState, act))(*values)
+    assert all_bytes <= sum(sizes) <= most * all_bytes
 
 
 def test_a_decomposition_leaves_the_generators_of_all_devices_alone(monkeypatch):

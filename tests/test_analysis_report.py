@@ -27,7 +27,7 @@ from lora_inject.analysis import (
     report,
     write_report,
 )
-from lora_inject.analysis.drawings import _corner
+from lora_inject.analysis.drawings import _corner, lines_figure
 from lora_inject.analysis.report.search_page import search_report
 from lora_inject.analysis.tables import Rows
 from lora_inject.spec.sites import SiteSpec, Slices
@@ -275,3 +275,11 @@ def test_the_page_of_a_search_has_the_config_every_trial_and_its_losses():
     for words in ("2026-01-02", found.best, *found.candidates, "stopped", "3 over the budget"):
         assert words in page.words
     assert all(line in page.text for line in found.to_yaml().splitlines())
+
+
+def test_a_name_has_one_color_in_figures_among_the_same_names():
+    pytest.importorskip("matplotlib")
+    all_names, one = ({name: [(0.0, 1.0)] for name in names} for names in ("abc", "b"))
+    drawn = (lines_figure(lines, "x", "y", among=all_names) for lines in (all_names, one))
+    lines = [{line.get_label(): line for line in figure.axes[0].lines}["b"] for figure in drawn]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 1

@@ -203,6 +203,13 @@ class Mistakes:
         save_file(tensors, path, metadata)
         read_adapter(path.parent)
 
+    def a_file_cut_off(self, path):
+        """FormatError: read peft adapter 'TMP/sql', 'TMP/sql/adapter_model.safetensors': it is
+        cut off or not a safetensors file (4 bytes). The file is damaged; fetch it again."""
+        path = saved(path) / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:4])
+        read_adapter(path.parent)
+
     # Checkpoints
 
     def a_folder_without_weights(self, path):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_inject.adapter.site_state import SiteState, plain
-from lora_inject.adapter.svd import inner, thin_svd
+from lora_inject.adapter.svd import thin_svd
 from lora_inject.errors import StateError
 from lora_inject.spec.sites import SiteSpec, Slices
 
@@ -107,17 +107,21 @@ def gathered(
     dtype: torch.dtype = torch.float64,
     unit: float = 1.0,
     place: torch.device | None = None,
+    specs: Sequence[SiteSpec] = (),
 ) -> Parts:
     """Return the parts of `sum of weight * delta / unit`: ranks concatenated, in one dtype.
 
-    `place` is their device, by default that of the first term.
+    `place` is their device, by default that of the first term. They have the spans that `specs`
+    share, by default those of the terms; where no term has values the rank is 0.
     """
-    specs, place = [site.spec for site, _ in terms], place or terms[0][0].A.device
+    specs, place = specs or [site.spec for site, _ in terms], place or terms[0][0].A.device
     slices = _common(specs)
     found: Parts = []
     rows = [row for term in terms for row in _contributions(term, unit)]
     for start, stop in slices.spans if slices else ((0, specs[0].out_features),):
-        lefts, rights = [], []
+        n = specs[0].experts or 1
+        lefts = [torch.empty(n, stop - start, 0, dtype=dtype, device=place)]
+        rights = [torch.empty(n, 0, specs[0].in_features, dtype=dtype, device=place)]
         for (first, last), a, b, factor in rows:
             if start <= first and last <= stop:
                 left = b if factor == 1 else b.double() * factor
@@ -199,33 +203,34 @@ def truncated(
     return made, Cut(site.spec.rank, best, error)
 
 
-def product(one: SiteState, two: SiteState) -> float:
-    """Return `<D1, D2>`, the sum over all elements, by traces of products of k1 by k2."""
-    found = 0.0
-    theirs = gathered([(two, 1.0)], place=one.A.device)
-    for (start, stop), left, right in gathered([(one, 1.0)]):
-        for (first, last), left2, right2 in theirs:
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                mine = left[:, low - start : high - start], right
-                found += inner(mine, (left2[:, low - first : high - first], right2))
-    return found
+class Compared(NamedTuple):
+    """Two updates: their Frobenius norms, their inner product and the norm of their difference."""
+
+    norms: tuple[float, float]
+    dot: float
+    distance: float
 
 
-def norm(*terms: Term) -> float:
-    """Return the Frobenius norm of `sum of weight * delta`, to float64's precision.
+def compared(one: SiteState | None, two: SiteState | None) -> Compared:
+    """Compare two sites, None for no update, to float64's precision where they nearly cancel.
 
-    By QR of the thin factors: the trace of products loses half of the digits where terms cancel.
+    A QR of the factors of both gives orthonormal bases in which the updates are k by k: norms and
+    products are the same, and the difference is formed.
     """
-    squares = 0.0
-    for _, left, right in gathered(terms):
-        R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in (left, right.mT))
-        squares += float((R_l @ R_r.mT).square().sum())
-    return math.sqrt(squares)
-
-
-def apart(one: SiteState | None, two: SiteState | None) -> float:
-    """Return the Frobenius norm of the difference of two sites, of which one may be None."""
-    if one == two:
-        return 0.0
-    return norm(*((site, sign) for site, sign in ((one, 1.0), (two, -1.0)) if site is not None))
+    there = [site for site in (one, two) if site is not None]
+    specs, place = [site.spec for site in there], there[0].A.device
+    parts = (
+        gathered([(site, 1.0)] if site is not None else [], place=place, specs=specs)
+        for site in (one, two)
+    )
+    squares, dot = torch.zeros(3, dtype=torch.float64), 0.0
+    for (_, left, right), (_, left2, right2) in zip(*parts, strict=True):
+        sides = torch.cat((left, left2), 2), torch.cat((right, right2), 1).mT
+        R_l, R_r = (torch.linalg.qr(m, mode="r").R for m in sides)
+        k = left.shape[2]
+        ours, theirs = R_l[..., :k] @ R_r[..., :k].mT, R_l[..., k:] @ R_r[..., k:].mT
+        norms = [torch.linalg.vector_norm(m) for m in (ours, theirs, ours - theirs)]
+        squares += torch.stack(norms).square().cpu()
+        dot += float((ours * theirs).sum())
+    first, second, apart = squares.sqrt().tolist()
+    return Compared((first, second), dot, 0.0 if one == two else apart)

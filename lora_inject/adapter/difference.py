@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_inject.adapter.algebra import apart, norm, product
+from lora_inject.adapter.algebra import compared
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState, paired
 
@@ -59,7 +59,7 @@ class Difference:
 
 def difference(one: AdapterState, two: AdapterState) -> Difference:
     """Compare two adapters of one base; see `lora_inject.diff`."""
-    sites = {name: _site(*pair) for name, pair in paired(one, two, "diff").items()}
+    sites = {name: _site(*pair) for name, *pair in paired(one, two, "diff")}
     trained: dict[str, float | None] = {}
     for name in {**one.trained, **two.trained}:
         a, b = one.trained.get(name), two.trained.get(name)
@@ -72,6 +72,6 @@ def difference(one: AdapterState, two: AdapterState) -> Difference:
 
 def _site(one: SiteState | None, two: SiteState | None) -> SiteDifference:
     ranks = one.spec.rank if one else 0, two.spec.rank if two else 0
-    norms = norm((one, 1.0)) if one else 0.0, norm((two, 1.0)) if two else 0.0
-    cosine = product(one, two) / (norms[0] * norms[1]) if one and two and all(norms) else None
-    return SiteDifference(ranks, norms, apart(one, two), cosine)
+    norms, dot, distance = compared(one, two)
+    cosine = dot / (norms[0] * norms[1]) if all(norms) else None
+    return SiteDifference(ranks, norms, distance, cosine)

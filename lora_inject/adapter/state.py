@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from numbers import Integral, Real
@@ -21,11 +21,9 @@ from lora_inject.adapter import reshape
 from lora_inject.adapter.algebra import (
     Cut,
     Term,
-    apart,
     check_alike,
     check_finite,
-    norm,
-    product,
+    compared,
     total,
     truncated,
 )
@@ -133,21 +131,17 @@ class AdapterState:
         A site that one of them lacks counts as zero there. Trained tensors are not counted: their
         change from the base is not known.
         """
-        pairs = paired(self, other, "cosine of adapters").values()
-        dot = sum(product(a, b) for a, b in pairs if a is not None and b is not None)
-        ours, theirs = (
-            math.hypot(*(norm((site, 1.0)) for site in state.sites.values()))
-            for state in (self, other)
-        )
-        return dot / (ours * theirs) if ours and theirs else math.nan
+        found = [compared(*pair) for _, *pair in paired(self, other, "cosine of adapters")]
+        ours, theirs = (math.hypot(*(each.norms[k] for each in found)) for k in (0, 1))
+        return sum(each.dot for each in found) / (ours * theirs) if ours and theirs else math.nan
 
     def distance(self, other: AdapterState) -> float:
         """Return the Frobenius norm of the difference of two updates, over all sites.
 
         Trained tensors are not counted; `lora_inject.diff` lists them.
         """
-        pairs = paired(self, other, "distance of adapters").values()
-        return math.hypot(*(apart(a, b) for a, b in pairs))
+        pairs = paired(self, other, "distance of adapters")
+        return math.hypot(*(compared(*pair).distance for _, *pair in pairs))
 
     # The same update in another shape -----------------------------------------------------------
 
@@ -414,18 +408,25 @@ def truncation(state: AdapterState, rank: int | None, energy: float | None) -> T
 
 def paired(
     one: AdapterState, two: AdapterState, asked: str
-) -> dict[str, tuple[SiteState | None, SiteState | None]]:
-    """Return the sites of two adapters by name; check base, shapes and finite values."""
+) -> Iterator[tuple[str, SiteState | None, SiteState | None]]:
+    """Yield the sites of two adapters by name; check base, shapes and finite values.
+
+    Values that are in a file are read here, once.
+    """
     _check_adapters([one, two], asked)
-    found = {}
     for name in {**one.sites, **two.sites}:
-        pair = one.sites.get(name), two.sites.get(name)
+        pair = [state.sites.get(name) for state in (one, two)]
         there = [plain(site, asked) for site in pair if site is not None]
         check_alike([site.spec for site in there], asked)
-        for site in there:
-            check_finite(site, asked)
-        found[name] = pair
-    return found
+        first, second = (site and site.mapped(_read) for site in pair)
+        for site in (first, second):
+            if site is not None:
+                check_finite(site, asked)
+        yield name, first, second
+
+
+def _read(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def weighted_sum(

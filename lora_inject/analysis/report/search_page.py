@@ -34,6 +34,8 @@ def search_report(search: Search, title: str, *, date: dt.date | None = None) ->
     """
     page = template("search.html.j2")
     last, best = search.rungs[-1], search.best
+    by_rate = [_by_rate(search, rung.held_out) for rung in search.rungs]
+    losses = [_smooth(rung.losses) for rung in search.rungs]
     loss, base = fmean(last.held_out[best]), fmean(search.base)
     return str(
         page.render(
@@ -51,12 +53,12 @@ def search_report(search: Search, title: str, *, date: dt.date | None = None) ->
                 (f"{search.seconds:.0f} s", "of training"),
             ],
             config=search.to_yaml(),
-            rates=[_card(i, svg(lines_figure(_by_rate(search, rung.held_out), "learning rate",
-                                             "held-out loss", logarithmic=True), "loss by rate"))
-                   for i, rung in enumerate(search.rungs)],
-            curves=[_card(i, svg(lines_figure(_smooth(rung.losses), "step", "training loss"),
+            rates=[_card(i, svg(lines_figure(lines, "learning rate", "held-out loss",
+                                             logarithmic=True, among=by_rate[0]), "loss by rate"))
+                   for i, lines in enumerate(by_rate)],
+            curves=[_card(i, svg(lines_figure(lines, "step", "training loss", among=losses[0]),
                                  "training loss by step"))
-                    for i, rung in enumerate(search.rungs)],
+                    for i, lines in enumerate(losses)],
             trials=trial_rows(search),
             version=__version__,
         )
