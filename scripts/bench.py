@@ -34,15 +34,16 @@ METHOD = """\
 ![What an adapter adds to the time, beside PEFT](pictures/performance.svg)
 
 All variants of a case run in one process, in an order that is shuffled for each round. A ratio is
-formed within a round; the tables show the median of the rounds. The JSON file beside this page has
-the range and the number of the rounds. It also has the floor measured a second time, which shows
-the error of the ratios.
+formed within a round; the tables show the median of the rounds, and the JSON file their range and
+number. The floor is measured twice under two names. *error* is how far these two are apart, plus
+half the range of their ratio over the root of the number of rounds: smaller differences say nothing.
 
 The *floor* of a training step is the same model with every parameter frozen and the output of its
 embedding requiring a gradient: forward and the gradient of the input, without an optimizer. No
 adapter can train faster. *bare operations* are the least that the mathematics needs: one thin
 product each way, and the additions, in an autograd Function without a check. AdamW is the fused one
-in all variants. The bounds below are for our time over that of the bare operations in the same run.
+in all variants. The bounds below are for our time over another in the same run, mostly that of the
+bare operations.
 
 Launches, bytes and errors do not depend on the machine; a test checks the launches.
 """

@@ -182,15 +182,14 @@ def verdict(line: Line, noise: float = 0.0) -> str:
     return {True: "yes", False: "NO", None: ""}[line.reached]
 
 
-def noise_of(line: Line, control: Line) -> float:
-    """Return how far off the median of a line may be, from the control of the same case.
+def noise_of(control: Line) -> float:
+    """Return how far off a median may be, from the control of the same case.
 
     How far the median of the control is from what it should be, and half its range over the root of
     the number of rounds.
     """
     right = 1.0 if control.metric.startswith("time / ") else 0.0
-    off = abs(control.mid - right) + (control.high - control.low) / (2 * control.n**0.5)
-    return off * (100 if line.metric.startswith("points") else 1)
+    return abs(control.mid - right) + (control.high - control.low) / (2 * control.n**0.5)
 
 
 def paired(times: Sequence[float], floor: Sequence[float]) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import BARE, Line, Result, noise_of, verdict
+from benchmarks.measure import AGAIN, BARE, Line, Result, noise_of, verdict
 
 PACKAGES = ("lora-inject", "torch", "transformers", "peft", "loralib", "safetensors")
 OURS, PEERS = "lora_inject", (BARE, "PEFT", "loralib")
@@ -141,7 +141,7 @@ def _judged(line: Line, row: Mapping[str, Any]) -> str:
     if row["quick"]:
         return "not judged"
     same = [c for c in lines_of(row) if c.case == line.case and c.variant.endswith("again")]
-    return verdict(line, noise_of(line, same[0]) if same else 0.0)
+    return verdict(line, noise_of(same[0]) if same else 0.0)
 
 
 def spread(line: Line) -> str:
@@ -208,18 +208,22 @@ def _when(row: Mapping[str, Any]) -> str:
 
 def _times(rows: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return one line for each case and way of ours, with the peers that did the same."""
-    table = [("row", "case", "unit", OURS, *PEERS)]
+    table = [("row", "case", "unit", OURS, *PEERS, "error")]
     for name, row in rows.items():
         found = {(ln.case, ln.metric, ln.variant): ln.mid for ln in lines_of(row)}
+        controls = [ln for ln in lines_of(row) if ln.variant == AGAIN]
+        errors = {(ln.case, ln.metric): noise_of(ln) for ln in controls}
         for (case, unit, variant), value in found.items():
             ours, _, way = variant.partition(", ")
             if unit not in UNITS or ours != OURS or way in ONLY_JSON:
                 continue
             same = [found.get((case, unit, f"{peer}, {way}")) for peer in PEERS]
             plain = [found.get((case, unit, peer)) for peer in PEERS]
-            peers = [plain[0], *same[1:]] if any(same) else plain
-            cells = ("" if peer is None else number(peer) for peer in peers)
-            table.append((name, f"{case}; {way}" if way else case, unit, number(value), *cells))
+            others = same[1:] if any(same[1:]) else plain[1:]
+            peers = [same[0] or plain[0], *others]
+            numbers = (value, *peers, errors.get((case, unit)))
+            cells = ("" if one is None else number(one) for one in numbers)
+            table.append((name, f"{case}; {way}" if way else case, unit, *cells))
     return table
 
 

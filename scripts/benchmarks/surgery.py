@@ -17,7 +17,7 @@ from lora_inject import adapter_parameters, eject, inject, load_adapter, merge, 
 from lora_inject import unmerge as unmerged
 
 OURS = "lora_inject"
-KEEPING = f"{BARE}, keeping a copy"
+KEEPING = f"{BARE}, undo=True"
 # Targets, over the bare operations: what checking, counting and taking back may cost.
 INJECT, LOAD, MERGE = 5.0, 8.0, {"fp32": 1.3, "bf16": 2.0}
 GROVE = r"[a-z]+_proj"
