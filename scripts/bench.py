@@ -36,7 +36,7 @@ METHOD = """\
 All variants of a case run in one process, in an order that is shuffled for each round. A ratio is
 formed within a round; the tables show the median of the rounds, and the JSON file their range and
 number. The floor is measured twice under two names. *error* is how far these two are apart, plus
-half the range of their ratio over the root of the number of rounds: smaller differences say nothing.
+half the range of their ratio over the root of the number of rounds. Smaller differences are noise.
 
 The *floor* of a training step is the same model with every parameter frozen and the output of its
 embedding requiring a gradient: forward and the gradient of the input, without an optimizer. No
