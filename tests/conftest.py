@@ -5,12 +5,12 @@ nothing of the package, `dense_output` forms `W + scale * B @ A` in float64 and 
 with it, differentiably.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import importlib
+import io
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -305,8 +305,7 @@ class Host(nn.Module):
         self.before.weight.requires_grad_(False)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        found: Tensor = self.layer(*inputs)
-        return found
+        return self.layer(*inputs)
 
 
 def host(kind: Kind, dtype: torch.dtype = torch.float32) -> Host:
@@ -351,14 +350,17 @@ def dense_output(
     kind: Kind, plain: Host, A: Tensor, B: Tensor, inputs: Sequence[Tensor], scale: float = SCALE
 ) -> Tensor:
     """The plain layer in float64 with the dense weight; A, B and inputs may require gradients."""
-    wide = copy.deepcopy(plain).double()
-    W = dict(wide.named_parameters())[kind.key].detach()
-    weight = dense_weight(kind, W, A, B, scale)
+    W = dict(plain.named_parameters())[kind.key].detach().double()
+    return output_with(kind, plain, dense_weight(kind, W, A, B, scale), inputs)
+
+
+def output_with(kind: Kind, plain: nn.Module, weight: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+    """The plain layer in float64 with another weight."""
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     if kind.formula is not None:
         return kind.formula(weight, *inputs)
-    found: Tensor = torch.func.functional_call(wide, {kind.key: weight}, inputs)
-    return found
+    wide = copy.deepcopy(plain).double()
+    return torch.func.functional_call(wide, {kind.key: weight}, inputs)
 
 
 # float64: what rounding may leave, with a margin. float32 and bfloat16: sums here have at most 20
@@ -418,6 +420,20 @@ def _tensor(t: Tensor | None) -> tuple[Any, ...]:
     bits = t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     grad = None if t.grad is None else id(t.grad)
     return id(t), type(t), t.dtype, tuple(t.shape), t.requires_grad, t.is_leaf, grad, bits
+
+
+def through_torch_save(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": through_torch_save,
+}
 
 
 def refusal(run: Callable[[], Any], *classes: type[Exception]) -> Exception | None:

@@ -1,7 +1,5 @@
 """Adapters computed with: sums, truncation, products and other shapes, against dense deltas."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import replace

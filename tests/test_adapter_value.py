@@ -1,15 +1,12 @@
 """An adapter as a value: it compares by content, copies, pickles and prints short."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
-import io
-import pickle
 from types import MappingProxyType
 
 import pytest
 import torch
+from conftest import COPIES
 from torch import nn
 
 import lora_inject as li
@@ -24,19 +21,7 @@ def _state(init: str = "pissa") -> AdapterState:
     return li.adapter_state(net)
 
 
-def _torch_saved(state: AdapterState) -> AdapterState:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    loaded: AdapterState = torch.load(buffer, weights_only=False)
-    return loaded
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s)), _torch_saved],
-    ids=["copy", "deepcopy", "pickle", "torch.save"],
-)
+@pytest.mark.parametrize("copied", [copy.copy, *COPIES.values()])
 def test_a_copy_is_equal_with_read_only_mappings_too(copied):
     state = dataclasses.replace(_state(), base_copies=MappingProxyType({"w": torch.ones(2)}))
     assert copied(state) == state

@@ -4,8 +4,6 @@ Loralib is a second, independent statement of the method. Its layers are read as
 only W, bias, A and B are copied across.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,9 +52,7 @@ PAIRS = {
         lambda: conv1d(6, 5),
     ),
     "Embedding": Pair(
-        lambda: loralib.Embedding(7, 5, r=R, lora_alpha=ALPHA),
-        lambda: nn.Embedding(7, 5),
-        ids=True,
+        lambda: loralib.Embedding(7, 5, r=R, lora_alpha=ALPHA), lambda: nn.Embedding(7, 5), ids=True
     ),
     "MergedLinear q v": merged(True, False, True),
     "MergedLinear k": merged(False, True, False),

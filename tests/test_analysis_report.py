@@ -3,8 +3,6 @@
 The page is read back by `html.parser`, so that what is checked is what a browser gets.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import re
 import struct

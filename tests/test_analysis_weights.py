@@ -3,8 +3,6 @@
 The reference is the dense float64 matrix of W and of the delta, taken from the tensors
 that were saved; blocks of rows are made small, so that each weight takes several."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

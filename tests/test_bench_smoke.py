@@ -4,11 +4,8 @@ The programs are run at their tiny sizes, and their JSON is read back. Only numb
 depend on the machine are looked at: errors and counts of bytes.
 """
 
-from __future__ import annotations
-
 import json
 import os
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -25,9 +22,7 @@ def run(program: object, *words: str) -> int | None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch's and PEFT's own
-def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_hand(
-    tmp_path: Path,
-) -> None:
+def test_quick_rows_write_json_and_a_document_that_keeps_what_was_written_by_hand(tmp_path) -> None:
     pytest.importorskip("transformers")
     results, document = tmp_path / "results.json", tmp_path / "performance.md"
     write = ("--json", str(results), "--write", str(document))

@@ -18,6 +18,7 @@ from helpers.checkpoints import (
     llama_tensors,
     load_checkpoint,
     merge,
+    merged,
     save_checkpoint,
     site,
     ulps,
@@ -42,9 +43,8 @@ def names_of(folder):
 )
 def test_merge_equals_the_dense_reference(tmp_path, shards, dtype):
     tensors = llama_tensors(dtype=dtype)
-    base = save_checkpoint(tmp_path / "base", tensors, shards, LLAMA)
     state = llama_adapter(tensors)
-    merge(base, [state], tmp_path / "out")
+    merged(tmp_path, tensors, state, shards=shards, config=LLAMA)
     assert_merged(tmp_path / "out", tensors, state)
 
 
@@ -132,15 +132,9 @@ def test_dtype_is_rewritten_everywhere(tmp_path, shards, dtype):
     for name, t in wanted.items():
         assert found[name].dtype == t.dtype
         if t.dtype.is_floating_point:
-            assert (
-                torch.allclose(
-                    found[name].double(),
-                    t.double(),
-                    rtol=2e-6 if dtype == "float32" else 0,
-                    atol=2e-6,
-                )
-                or int(ulps(found[name], t).max()) <= 1
-            )
+            rtol = 2e-6 if dtype == "float32" else 0
+            near = torch.allclose(found[name].double(), t.double(), rtol=rtol, atol=2e-6)
+            assert near or int(ulps(found[name], t).max()) <= 1
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     full = {"fp16": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
     assert written["torch_dtype"] == full
@@ -178,20 +172,16 @@ def test_what_would_become_infinite_is_refused_and_nothing_appears(tmp_path, cas
 def test_values_whose_squares_overflow_are_merged_all_the_same(tmp_path):
     """The sums of the report become Inf there: that makes it look twice, and changes nothing."""
     tensors = {"q.weight": (torch.randn(8, 8) * 1e30).to(torch.bfloat16)}
-    base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("q", (8, 8), size=1e14))
-    merge(base, [state], tmp_path / "out")
-    found = load_checkpoint(tmp_path / "out")
+    found = merged(tmp_path, tensors, state)
     assert not torch.equal(found["q.weight"], tensors["q.weight"])
     assert_equal_to_dense(found, dense(tensors, (state, 1.0)), {"q.weight"})
 
 
 def test_infinite_mask_is_cast_as_it_is(tmp_path):
     tensors = {"q.weight": torch.zeros(4, 4), "mask": torch.tensor([0.0, float("-inf")])}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    state = adapter(site("q", (4, 4)))
-    merge(base, [state], tmp_path / "out", dtype="fp16")
-    assert load_checkpoint(tmp_path / "out")["mask"].tolist() == [0.0, float("-inf")]
+    found = merged(tmp_path, tensors, adapter(site("q", (4, 4))), dtype="fp16")
+    assert found["mask"].tolist() == [0.0, float("-inf")]
 
 
 # What rounding leaves ---------------------------------------------------------------------------
@@ -289,29 +279,24 @@ UNTIED = [
 
 @pytest.mark.parametrize("config", UNTIED)
 def test_embedding_without_a_tied_head_is_not_untied(tmp_path, config):
-    tensors = llama_tensors(head=False)
-    base = save_checkpoint(tmp_path / "base", tensors, 1, config)
     state = adapter(site("model.embed_tokens", (32, 16), kind="embedding", transposed=True))
-    merge(base, [state], tmp_path / "out")
-    assert "lm_head.weight" not in load_checkpoint(tmp_path / "out")
+    found = merged(tmp_path, llama_tensors(head=False), state, config=config)
+    assert "lm_head.weight" not in found
 
 
 def test_head_stored_beside_its_embedding_only_loses_the_flag(tmp_path):
-    tensors = llama_tensors()
-    base = save_checkpoint(tmp_path / "base", tensors, 1, TIED)
-    state = adapter(site("lm_head", (32, 16)))
-    merge(base, [state], tmp_path / "out")
+    tensors, state = llama_tensors(), adapter(site("lm_head", (32, 16)))
+    merged(tmp_path, tensors, state, config=TIED)
     assert_merged(tmp_path / "out", tensors, state)
-    assert (
-        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
-    )
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
 
 
 def test_untouched_tie_stays(tmp_path):
     tensors = llama_tensors(head=False)
-    base = save_checkpoint(tmp_path / "base", tensors, 1, TIED)
-    merge(base, [llama_adapter(tensors)], tmp_path / "out")
-    assert (tmp_path / "out" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    merged(tmp_path, tensors, llama_adapter(tensors), config=TIED)
+    before, after = ((tmp_path / name / "config.json").read_bytes() for name in ("base", "out"))
+    assert after == before
 
 
 # Trained tensors --------------------------------------------------------------------------------
@@ -319,26 +304,18 @@ def test_untouched_tie_stays(tmp_path):
 
 def test_trained_tensors_replace_the_base(tmp_path):
     tensors = llama_tensors()
-    base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
-    norm, head = torch.randn(16), torch.randn(32, 16)
-    state = AdapterState({}, {"model.norm.weight": norm, "lm_head.weight": head})
-    merge(base, [state], tmp_path / "out")
-    wanted = tensors | {"model.norm.weight": norm.bfloat16(), "lm_head.weight": head.bfloat16()}
-    assert_equal_to_dense(load_checkpoint(tmp_path / "out"), wanted, set())
+    trained = {"model.norm.weight": torch.randn(16), "lm_head.weight": torch.randn(32, 16)}
+    found = merged(tmp_path, tensors, AdapterState({}, trained), shards=2, config=LLAMA)
+    wanted = tensors | {name: t.bfloat16() for name, t in trained.items()}
+    assert_equal_to_dense(found, wanted, set())
 
 
 def test_trained_tensors_of_several_adapters_mix(tmp_path):
-    tensors = {"norm": torch.randn(16)}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    t = [torch.randn(16), torch.randn(16)]
-    parts = [
-        WeightedAdapter(AdapterState({}, {"norm": t[0]}), 0.7),
-        WeightedAdapter(AdapterState({}, {"norm": t[1]}), 0.5),
-    ]
-    merge(base, parts, tmp_path / "out")
-    w = tensors["norm"]
-    wanted = w + 0.7 * (t[0] - w) + 0.5 * (t[1] - w)
-    assert torch.allclose(load_checkpoint(tmp_path / "out")["norm"], wanted, atol=1e-6)
+    w, *trained = torch.randn(3, 16).unbind()
+    states = [AdapterState({}, {"norm": t}) for t in trained]
+    parts = map(WeightedAdapter, states, (0.7, 0.5))
+    wanted = w + 0.7 * (trained[0] - w) + 0.5 * (trained[1] - w)
+    assert torch.allclose(merged(tmp_path, {"norm": w}, *parts)["norm"], wanted, atol=1e-6)
 
 
 def rows_of(name, indices, values):
@@ -349,47 +326,39 @@ def rows_of(name, indices, values):
 @pytest.mark.parametrize("rows_first", [True, False])
 def test_a_delta_comes_on_top_of_replaced_rows(tmp_path, rows_first, base_dtype):
     tensors = {"e.weight": torch.randn(6, 4, dtype=base_dtype)}
-    base = save_checkpoint(tmp_path / "base", tensors)
     low = adapter(site("e", (6, 4), kind="embedding", transposed=True))
     values = torch.randn(2, 4)
-    parts = [rows_of("e.weight", (1, 4), values), low]
-    merge(base, parts if rows_first else parts[::-1], tmp_path / "out", dtype="float32")
+    parts = [rows_of("e.weight", (1, 4), values), low][:: 1 if rows_first else -1]
+    found = merged(tmp_path, tensors, *parts, dtype="float32")["e.weight"]
     replaced = tensors["e.weight"].float()
     replaced[[1, 4]] = values
     wanted = dense({"e.weight": replaced}, (low, 1.0))["e.weight"]
-    found = load_checkpoint(tmp_path / "out")["e.weight"]
     assert torch.allclose(found, wanted.float(), atol=1e-6)
 
 
 def test_replaced_rows_under_dora_are_refused(tmp_path):
-    base = save_checkpoint(tmp_path / "base", {"e.weight": torch.randn(6, 4)})
     dora = site("e", (6, 4), kind="embedding", transposed=True, variant="dora")
     parts = [rows_of("e.weight", (1,), torch.randn(1, 4)), adapter(dora)]
     with pytest.raises(CheckpointError, match="DoRA's update cannot be mixed"):
-        merge(base, parts, tmp_path / "out")
+        merged(tmp_path, {"e.weight": torch.randn(6, 4)}, *parts)
 
 
 def test_replaced_rows_of_a_table_that_is_parted_from_its_head_are_refused(tmp_path):
     """The head has had the rows too, by the tie; whether it should then is not said."""
-    tensors = llama_tensors(head=False)
-    base = save_checkpoint(tmp_path / "base", tensors, 1, LLAMA | {"tie_word_embeddings": True})
     emb = site("model.embed_tokens", (32, 16), kind="embedding", transposed=True)
     rows = rows_of("model.embed_tokens.weight", (3,), torch.randn(1, 16))
     with pytest.raises(CheckpointError, match=r"parted from 'lm_head\.weight', its tied head"):
-        merge(base, [rows, adapter(emb)], tmp_path / "out")
+        merged(tmp_path, llama_tensors(head=False), rows, adapter(emb), config=TIED)
 
 
 def test_a_bias_of_b_is_added_to_another_adapters_trained_bias(tmp_path):
     tensors = {"q.weight": torch.randn(6, 4), "q.bias": torch.randn(6)}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    low = site("q", (6, 4))
+    low, bias = site("q", (6, 4)), tensors["q.bias"]
     low = SiteState.of(replace(low.spec, lora_bias=True), {**low.tensors, "b": torch.randn(6)})
     trained = AdapterState({}, {"q.bias": torch.randn(6)})
     parts = [WeightedAdapter(adapter(low), 0.5), WeightedAdapter(trained, 0.7)]
-    merge(base, parts, tmp_path / "out")
-    bias = tensors["q.bias"]
     wanted = bias + 0.7 * (trained.trained["q.bias"] - bias) + 0.5 * low.scale * low.further["b"]
-    assert torch.allclose(load_checkpoint(tmp_path / "out")["q.bias"], wanted, atol=1e-6)
+    assert torch.allclose(merged(tmp_path, tensors, *parts)["q.bias"], wanted, atol=1e-6)
 
 
 def test_an_update_is_added_to_another_adapters_trained_copy(tmp_path):
@@ -397,11 +366,9 @@ def test_an_update_is_added_to_another_adapters_trained_copy(tmp_path):
     base = save_checkpoint(tmp_path / "base", tensors)
     low, trained = adapter(site("q", (6, 4))), AdapterState({}, {"q.weight": torch.randn(6, 4)})
     merge(base, [WeightedAdapter(low, 0.5), WeightedAdapter(trained, 0.7)], tmp_path / "out")
-    w = tensors["q.weight"]
+    w, found = tensors["q.weight"], load_checkpoint(tmp_path / "out")["q.weight"]
     wanted = dense({"q.weight": w + 0.7 * (trained.trained["q.weight"] - w)}, (low, 0.5))
-    assert torch.allclose(
-        load_checkpoint(tmp_path / "out")["q.weight"], wanted["q.weight"], atol=1e-6
-    )
+    assert torch.allclose(found, wanted["q.weight"], atol=1e-6)
     dora = adapter(site("q", (6, 4), variant="dora"))
     with pytest.raises(CheckpointError, match="DoRA's update cannot be mixed"):
         merge(base, [dora, trained], tmp_path / "no")
@@ -413,11 +380,10 @@ def test_an_update_is_added_to_another_adapters_trained_copy(tmp_path):
 @pytest.mark.parametrize("rows", [{}, {"q.weight": (0, 1, 2)}], ids=["whole", "rows"])
 def test_one_adapter_that_updates_a_tensor_and_replaces_it_is_refused(tmp_path, rows):
     """No model takes such an adapter either."""
-    base = save_checkpoint(tmp_path / "base", {"q.weight": torch.randn(6, 4)})
     values = torch.randn(3 if rows else 6, 4)
     both = replace(adapter(site("q", (6, 4))), trained={"q.weight": values}, rows=rows)
     with pytest.raises(CheckpointError, match="holds values of it and an update as well"):
-        merge(base, [both], tmp_path / "out")
+        merged(tmp_path, {"q.weight": torch.randn(6, 4)}, both)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -449,10 +415,9 @@ def test_grown_vocabulary(tmp_path, shards):
 
 
 def test_grown_embedding_without_its_head_is_refused(tmp_path):
-    base = save_checkpoint(tmp_path / "base", llama_tensors(), 1, LLAMA)
-    part = WeightedAdapter(AdapterState({}, {"model.embed_tokens.weight": torch.randn(35, 16)}))
+    grown = AdapterState({}, {"model.embed_tokens.weight": torch.randn(35, 16)})
     with pytest.raises(CheckpointError, match=r"grows to 35 rows and 'lm_head.weight' stays at 32"):
-        merge(base, [part], tmp_path / "out")
+        merged(tmp_path, llama_tensors(), grown, config=LLAMA)
 
 
 def test_copy_of_the_base_must_equal_it(tmp_path):
@@ -470,11 +435,10 @@ def test_copy_of_the_base_must_equal_it(tmp_path):
 
 def test_copy_that_grew_is_the_base_of_the_update(tmp_path):
     tensors = llama_tensors(head=False)
-    base = save_checkpoint(tmp_path / "base", tensors, 2, {**TIED, "vocab_size": 32})
     emb = site("model.embed_tokens", (35, 16), kind="embedding", transposed=True)
     copy = torch.cat([tensors["model.embed_tokens.weight"], torch.randn(3, 16).bfloat16()])
     state = replace(adapter(emb), base_copies={"model.embed_tokens.weight": copy})
-    merge(base, [state], tmp_path / "out")
+    merged(tmp_path, tensors, state, shards=2, config={**TIED, "vocab_size": 32})
     grown = tensors | {"model.embed_tokens.weight": copy, "lm_head.weight": copy.clone()}
     assert_merged(tmp_path / "out", grown, state)
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -5,6 +5,7 @@ Skipped where mlx-lm is not installed: `pip install 'mlx[cpu]' mlx-lm`, a minute
 
 import pytest
 import torch
+from helpers.models import tiny_llama
 
 from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 
@@ -19,19 +20,9 @@ PROMPT = [1, 17, 42, 5, 9]
 
 def made(tmp_path, *, tied, targets):
     """Save a tiny Llama and an adapter of PEFT, merge on disk; returns the adapted model."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        eos_token_id=95,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "eos_token_id": 95}
+    plain = tiny_llama(**sizes, max_position_embeddings=64, tie_word_embeddings=tied)
+    plain.save_pretrained(tmp_path / "base", max_shard_size="60KB")
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from helpers.checkpoints import (
     llama_tensors,
     load_checkpoint,
     merge,
+    merged,
     save_checkpoint,
     site,
 )
@@ -94,11 +95,9 @@ def test_wrong_shape_is_named_with_both_shapes(tmp_path):
 
 def test_orientation_follows_the_shape(tmp_path):
     tensors = {"h.0.attn.c_attn.weight": torch.randn(8, 24), "h.0.fc.weight": torch.randn(6, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors)
     # As a reader of a foreign file assumes: everything is (out, in).
     state = adapter(site("h.0.attn.c_attn", (24, 8)), site("h.0.fc", (6, 8)))
-    merge(base, [state], tmp_path / "out")
-    found = load_checkpoint(tmp_path / "out")
+    found = merged(tmp_path, tensors, state)
     s = state.sites["h.0.attn.c_attn"]
     wanted = tensors["h.0.attn.c_attn.weight"] + s.scale * (s.B @ s.A).T
     assert torch.allclose(found["h.0.attn.c_attn.weight"], wanted, atol=1e-5)
@@ -107,11 +106,8 @@ def test_orientation_follows_the_shape(tmp_path):
 @pytest.mark.parametrize("said", [False, True])
 def test_square_matrix_follows_what_the_adapter_says(tmp_path, said):
     tensors = {"fc.weight": torch.randn(8, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    state = adapter(site("fc", (8, 8), transposed=said, kind="conv1d" if said else "linear"))
-    merge(base, [state], tmp_path / "out")
-    found = load_checkpoint(tmp_path / "out")["fc.weight"]
-    s = state.sites["fc"]
+    s = site("fc", (8, 8), transposed=said, kind="conv1d" if said else "linear")
+    found = merged(tmp_path, tensors, adapter(s))["fc.weight"]
     delta = s.scale * s.B @ s.A
     assert torch.allclose(found, tensors["fc.weight"] + (delta.T if said else delta), atol=1e-5)
 
@@ -123,16 +119,6 @@ def test_square_matrix_of_an_adapter_that_is_wrong_elsewhere_is_refused(tmp_path
     sites = [site("a", (24, 8)), site("b", (8, 8))][::order]
     with pytest.raises(CheckpointError, match=r"square.*orientation for 'a'"):
         plan_merge(base, [adapter(*sites)])
-
-
-def test_convolution(tmp_path):
-    tensors = {"patch.weight": torch.randn(6, 3, 4, 4)}
-    base = save_checkpoint(tmp_path / "base", tensors)
-    state = adapter(site("patch", (6, 3, 4, 4), kind="conv"))
-    merge(base, [state], tmp_path / "out")
-    s = state.sites["patch"]
-    wanted = tensors["patch.weight"] + dense_delta(s.spec, s.A, s.B, torch.float32)
-    assert torch.allclose(load_checkpoint(tmp_path / "out")["patch.weight"], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
@@ -174,14 +160,10 @@ def test_slices_leave_the_other_rows_bit_identical(tmp_path):
     }
     tensors["c_attn.weight"][2, 8:16] = -0.0  # 0.0 added to it would change its sign
     tensors["qkv.weight"][9] = -0.0
-    base = save_checkpoint(tmp_path / "base", tensors)
     parts = Slices((("q", 8), ("k", 8), ("v", 8)), ("q", "v"))
-    state = adapter(
-        site("c_attn", (8, 24), transposed=True, kind="conv1d", slices=parts),
-        site("qkv", (24, 8), slices=parts),
-    )
-    merge(base, [state], tmp_path / "out")
-    found = load_checkpoint(tmp_path / "out")
+    c_attn = site("c_attn", (8, 24), transposed=True, kind="conv1d", slices=parts)
+    state = adapter(c_attn, site("qkv", (24, 8), slices=parts))
+    found = merged(tmp_path, tensors, state)
     for name, rest in (("c_attn", (slice(None), slice(8, 16))), ("qkv", slice(8, 16))):
         a, b = (t[f"{name}.weight"].view(torch.int16)[rest] for t in (found, tensors))
         assert torch.equal(a, b)
@@ -190,12 +172,10 @@ def test_slices_leave_the_other_rows_bit_identical(tmp_path):
 
 def test_frozen_start_of_derived_inits_is_subtracted(tmp_path):
     tensors = {"q.weight": torch.randn(6, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors)
     s, start = site("q", (6, 8), seed=1), site("q", (6, 8), seed=2)
-    state = adapter(SiteState(s.spec, s.A, s.B, start.A, start.B))
-    merge(base, [state], tmp_path / "out")
+    found = merged(tmp_path, tensors, adapter(SiteState(s.spec, s.A, s.B, start.A, start.B)))
     wanted = tensors["q.weight"] + s.scale * (s.B @ s.A - start.B @ start.A)
-    assert torch.allclose(load_checkpoint(tmp_path / "out")["q.weight"], wanted, atol=1e-5)
+    assert torch.allclose(found["q.weight"], wanted, atol=1e-5)
 
 
 # Experts ----------------------------------------------------------------------------------------
@@ -255,9 +235,8 @@ def test_stacked_experts_are_cut_into_the_tensors_of_the_file(tmp_path, family, 
 def test_stacked_experts_in_a_stacked_file(tmp_path, transposed):
     shape = (E, H, 2 * I) if transposed else (E, 2 * I, H)
     tensors = {"mlp.experts.gate_up_proj": torch.randn(shape).bfloat16()}
-    base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("mlp.experts.gate_up_proj", shape, experts=E, transposed=transposed))
-    merge(base, [state], tmp_path / "out")
+    merged(tmp_path, tensors, state)
     assert_merged(tmp_path / "out", tensors, state)
 
 
@@ -328,10 +307,8 @@ def test_quantized_base_is_recognized_and_the_way_out_is_named(tmp_path, method)
 
 def test_float_layers_of_a_quantized_base_merge(tmp_path):
     tensors = {**QUANTIZED["GPTQ"], "lm_head.weight": torch.randn(8, 8)}
-    base = save_checkpoint(tmp_path / "base", tensors)
     state = adapter(site("lm_head", (8, 8)))
-    merge(base, [state], tmp_path / "out")
-    found = load_checkpoint(tmp_path / "out")
+    found = merged(tmp_path, tensors, state)
     assert torch.equal(found["q.qweight"], tensors["q.qweight"])
     assert_equal_to_dense(found, dense(tensors, (state, 1.0)), {"lm_head.weight"})
 

@@ -1,7 +1,5 @@
 """Merging on disk into quantized checkpoints, as plain floats or in their format again."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +19,6 @@ from helpers.checkpoints import (
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import lora_inject as li
 from lora_inject.checkpoint import (
@@ -32,7 +29,6 @@ from lora_inject.checkpoint import (
     plan_merge,
     verify_checkpoint,
 )
-from lora_inject.cli import app
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import dense_delta
 from lora_inject.storage import tensor_rows as reading
@@ -92,8 +88,7 @@ def of_library(tensors: dict[str, Tensor], form: str) -> Tensor:
     functional = pytest.importorskip("bitsandbytes").functional
     parts = {name: t for name, t in tensors.items() if name.startswith("0.weight.")}
     state = functional.QuantState.from_dict(parts, torch.device("cpu"))
-    found: Tensor = functional.dequantize_4bit(tensors["0.weight"], state).float()
-    return found
+    return functional.dequantize_4bit(tensors["0.weight"], state).float()
 
 
 @quiet
@@ -129,9 +124,7 @@ def test_files_of_bitsandbytes_are_quantized_again_as_the_live_model_is(
     assert not (tmp_path / "lost").exists()
 
 
-def test_what_cannot_be_quantized_again_is_refused_before_anything_is_written(
-    tmp_path: Path,
-) -> None:
+def test_what_cannot_be_quantized_again_is_refused_before_anything_is_written(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="both dequantize and requantize"):
         MergeOptions(requantize=True, dequantize="bfloat16")
     plain = save_checkpoint(tmp_path / "plain", {"v.weight": torch.zeros(8, 8)})
@@ -141,9 +134,7 @@ def test_what_cannot_be_quantized_again_is_refused_before_anything_is_written(
 
 @quiet
 @pytest.mark.parametrize("form", FORMS)
-def test_files_of_bitsandbytes_merge_as_the_live_model_does(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_bitsandbytes_merge_as_the_live_model_does(form, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 1000)  # blocks of scales must follow the rows
     dtype = torch.bfloat16 if form == "nf4" else torch.float32
     net = bitsandbytes(form, dtype)
@@ -307,14 +298,13 @@ DAMAGE = {
 
 @quiet
 @pytest.mark.parametrize("how", [["--dequantize", "bfloat16"], ["--requantize"]])
-def test_the_command_dequantizes_or_quantizes_again(how: list[str], tmp_path: Path) -> None:
+def test_the_command_dequantizes_or_quantizes_again(run, how, tmp_path) -> None:
     net = bitsandbytes("nf4")
     base = stored(net, tmp_path / "base")
     fill(li.inject(net, {"rank": 2, "targets": ["0"]}))
     path, out = li.save_adapter(net, tmp_path / "adapter"), tmp_path / "out"
-    arguments = [str(base), str(path), "--output", str(out), *how]
-    result = CliRunner().invoke(app, ["merge", *arguments, "--verify"])
-    assert result.exit_code == 0, result.output
+    found = run("merge", base, path, "--output", out, *how, "--verify")
+    assert found.code == 0, found.err
     due = {torch.bfloat16} if len(how) > 1 else {torch.uint8}
     assert {t.dtype for k, t in load_checkpoint(out).items() if k.endswith("weight")} == due
 
@@ -392,9 +382,7 @@ def grouped(said: dict[str, Any], name: str, n_out: int, n_in: int) -> dict[str,
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("form", WORDS)
-def test_gptq_and_awq_merge_into_plain_floats(
-    form: str, shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gptq_and_awq_merge_into_plain_floats(form, shards, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 300)  # groups and words must follow the rows
     said = WORDS[form]
     tensors = grouped(said, "q", 96, 128) | grouped(said, "v", 64, 32) | {"q.bias": torch.ones(96)}
@@ -470,9 +458,7 @@ def test_gptq_and_awq_have_the_values_that_the_library_reads(form: str, tmp_path
         ({**GPTQ, "quant_method": "auto-round"}, {}, r"packed integers \(I32\), is not"),
     ],
 )
-def test_gptq_and_awq_of_other_layouts_are_refused_by_name(
-    said: dict[str, Any], change: dict[str, Tensor | None], found: str, tmp_path: Path
-) -> None:
+def test_gptq_and_awq_of_other_layouts_are_refused_by_name(said, change, found, tmp_path) -> None:
     tensors: dict[str, Any] = grouped({**said, "bits": 4, "group_size": 32}, "q", 32, 64)
     del tensors["q.weight"]
     tensors = {n: t for n, t in (tensors | change).items() if t is not None}
@@ -483,9 +469,7 @@ def test_gptq_and_awq_of_other_layouts_are_refused_by_name(
 
 
 @pytest.mark.parametrize("packed", ["qweight", "W_q"])
-def test_adapter_made_on_packed_layers_merges_into_the_plain_base(
-    packed: str, tmp_path: Path
-) -> None:
+def test_adapter_made_on_packed_layers_merges_into_the_plain_base(packed, tmp_path) -> None:
     tensors = {"q.weight": torch.randn(32, 64)}
     base, made = save_checkpoint(tmp_path / "base", tensors), site("q", (32, 64))
     held = adapter(site("q", (32, 64), weight=f"q.{packed}"))
@@ -494,9 +478,7 @@ def test_adapter_made_on_packed_layers_merges_into_the_plain_base(
     assert_equal_to_dense(load_checkpoint(tmp_path / "out"), due, {"q.weight"})
 
 
-def test_a_raw_parameter_keeps_its_name_though_packed_layers_have_such_names(
-    tmp_path: Path,
-) -> None:
+def test_a_raw_parameter_keeps_its_name_though_packed_layers_have_such_names(tmp_path) -> None:
     tensors = {name: torch.randn(32, 64) for name in ("q.qweight", "q.weight")}
     base = save_checkpoint(tmp_path / "base", tensors)
     made = site("q.qweight", (32, 64), kind="parameter", weight="q.qweight")

@@ -1,5 +1,6 @@
 """What a tensor is, tied or transposed, is known from its class or from the user, never guessed."""
 
+import copy
 import json
 import os
 import sys
@@ -8,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import fill
 from helpers.checkpoints import (
     LLAMA,
     adapter,
@@ -17,9 +19,11 @@ from helpers.checkpoints import (
     llama_tensors,
     load_checkpoint,
     merge,
+    merged_on_disk,
     save_checkpoint,
     site,
 )
+from helpers.models import tiny_gpt_oss, tiny_llama
 
 import lora_inject as li
 from lora_inject.adapter.state import AdapterState
@@ -63,10 +67,7 @@ def test_a_matrix_with_as_many_rows_as_the_vocabulary_is_not_an_embedding(tmp_pa
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path / "base")
-    li.inject(model, {"rank": 4, "alpha": 8, "targets": ["c_attn", "c_proj"]})
-    with torch.no_grad():
-        for parameter in li.adapter_parameters(model).values():
-            parameter.normal_(std=0.2)
+    fill(li.inject(model, {"rank": 4, "alpha": 8, "targets": ["c_attn", "c_proj"]}), std=0.2)
     li.save_adapter(model, tmp_path / "adapter")
     base = Checkpoint.open(tmp_path / "base")
     part = read_weighted(tmp_path / "adapter", base)
@@ -151,12 +152,7 @@ def test_the_class_renames_what_the_file_calls_otherwise(tmp_path):
 
 
 def test_square_transposed_experts_take_their_orientation_from_the_class(tmp_path):
-    """GPT-OSS with hidden = intermediate: the shape of down_proj says nothing."""
-    config = transformers.GptOssConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1
-    )  # fmt: skip
-    transformers.GptOssForCausalLM(config).save_pretrained(tmp_path / "base")
+    tiny_gpt_oss().save_pretrained(tmp_path / "base")
     tensors = load_checkpoint(tmp_path / "base")
     name = "model.layers.0.mlp.experts.down_proj"
     s = site(name, (2, 16, 16), experts=2)  # as PEFT's file leaves it
@@ -168,12 +164,8 @@ def test_square_transposed_experts_take_their_orientation_from_the_class(tmp_pat
 @pytest.mark.filterwarnings("ignore")  # of PEFT's
 @torch.no_grad()
 def test_the_difference_of_square_transposed_experts_is_merged_loaded_and_read_by_peft(tmp_path):
-    """As GPT-OSS has them: 2880 x 2880. The update came out transposed."""
-    config = transformers.GptOssConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1
-    )  # fmt: skip
-    model = transformers.GptOssForCausalLM(config).eval()
+    """The update came out transposed."""
+    model = tiny_gpt_oss()
     model.save_pretrained(tmp_path / "base")
     experts = model.model.layers[0].mlp.experts
     experts.down_proj += torch.randn(2, 16, 1) @ torch.randn(2, 1, 16)
@@ -215,9 +207,8 @@ def test_what_a_merge_parted_is_extracted_for_each_name(tied, tmp_path, ends):
 def test_rows_of_a_tied_table_are_placed_in_whatever_order_its_names_are(tied, names):
     base, tensors, out = tied
     rows = torch.randn(2, 16)
-    merge(
-        base, [AdapterState({}, dict.fromkeys(names, rows), rows=dict.fromkeys(names, (5, 3)))], out
-    )
+    state = AdapterState({}, dict.fromkeys(names, rows), rows=dict.fromkeys(names, (5, 3)))
+    merge(base, [state], out)
     due = tensors[EMBEDDING].index_copy(0, torch.tensor([5, 3]), rows.to(tensors[EMBEDDING].dtype))
     assert torch.equal(load_checkpoint(out)[EMBEDDING], due)
     assert HEAD not in load_checkpoint(out)
@@ -280,52 +271,10 @@ def test_the_same_adapter_twice_is_refused(tied):
         plan_merge(base, parts)
 
 
-def tied_llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**{k: v for k, v in TINY.items() if k != "torch_dtype"})
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def merged_logits(folder):
-    base = Checkpoint.open(folder / "base")
-    merge(base, [read_weighted(folder / "adapter", base)], folder / "out")
-    merged = transformers.LlamaForCausalLM.from_pretrained(folder / "out").eval()
-    return merged(torch.arange(20)[None]).logits
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("trained", [r"embed_tokens\.weight", r"lm_head\.weight"])
-def test_a_trained_tied_tensor_merges_to_what_the_live_model_computes(tmp_path, trained):
-    model = tied_llama()
-    model.save_pretrained(tmp_path / "base")
-    li.inject(model, {"rank": 2, "alpha": 4, "targets": ["q_proj"], "train": [trained]})
-    for parameter in li.adapter_parameters(model).values():
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    li.save_adapter(model, tmp_path / "adapter")
-    wanted = model(torch.arange(20)[None]).logits
-    assert torch.allclose(merged_logits(tmp_path), wanted, atol=1e-4)
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
-def test_pefts_copies_of_tied_ends_merge_to_what_its_model_computes(tmp_path, names):
-    peft = pytest.importorskip("peft")
-    model = tied_llama()
-    model.save_pretrained(tmp_path / "base")
-    asked = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=names)
-    model = peft.get_peft_model(model, asked).eval()
-    for name, parameter in model.named_parameters():
-        if "modules_to_save" in name or "lora_" in name:
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "adapter")
-    wanted = model(torch.arange(20)[None]).logits
-    assert torch.allclose(merged_logits(tmp_path), wanted, atol=1e-4)
-
-
 @torch.no_grad()
 def test_the_difference_of_tied_models_is_on_every_layer_that_shares_the_tensor(tmp_path):
-    model = tied_llama()
+    model = tiny_llama(vocab_size=32, tie_word_embeddings=True).eval()
+    base = copy.deepcopy(model)
     model.save_pretrained(tmp_path / "base")
     table = model.get_input_embeddings().weight
     table += 0.3 * torch.randn(len(table), 1) @ torch.randn(1, table.shape[1])
@@ -333,10 +282,9 @@ def test_the_difference_of_tied_models_is_on_every_layer_that_shares_the_tensor(
     wanted = model(torch.arange(20)[None]).logits
     found = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=1)
     assert (len(found.tensors), found.n_sites) == (1, 2)
-    assert torch.allclose(merged_logits(tmp_path), wanted, atol=1e-4)
-    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
-    li.load_adapter(loaded, tmp_path / "adapter")
-    assert torch.allclose(loaded(torch.arange(20)[None]).logits, wanted, atol=1e-4)
+    merged = merged_on_disk(base, tmp_path / "adapter", tmp_path)
+    for found in (merged, li.load_adapter(base, tmp_path / "adapter")):
+        assert torch.allclose(found(torch.arange(20)[None]).logits, wanted, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")

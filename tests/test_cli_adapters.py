@@ -1,7 +1,5 @@
 """The commands on adapters' files: combine, truncate, diff, rename."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import replace

@@ -3,8 +3,6 @@
 The numbers are those of a dense float64 reference made from the files.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fill
 from helpers.forks import program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -51,9 +50,7 @@ def files(tmp_path_factory) -> Path:
     save_file(model.state_dict(), folder / "base" / "model.safetensors")
     for name, rank in (("r2", 2), ("r4", 4), ("seed", 2)):
         li.inject(model, {"rank": rank, "alpha": 4, "targets": ["q_proj", "up"]}, name)
-        for parameter in li.adapter_parameters(model, name).values():
-            torch.nn.init.normal_(parameter, std=0.3)
-        li.save_adapter(model, folder / name, name)
+        li.save_adapter(fill(model, name, 0.3), folder / name, name)
     li.eject(model)
     with torch.no_grad():
         model.h[0].q_proj.weight.add_(1)

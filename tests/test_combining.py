@@ -1,11 +1,10 @@
 """Adapters combined: the methods of PEFT's `add_weighted_adapter`, with PEFT's results."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import fill
 from helpers.adapter_states import KIND_SPECS, dense, make_site, make_state
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -101,9 +100,7 @@ def test_a_combination_computes_what_the_mix_of_both_does():
     li.inject(net, {"rank": 2, "init": "pissa", "targets": ["0", "2"]}, "one")
     fused = {"match": "0", "slices": {"q": 6, "k": 2}, "adapt": ["q"], "scaling": "rslora"}
     li.inject(net, {"rank": 1, "targets": [fused]}, "two")
-    for name in ("one", "two"):
-        for parameter in li.adapter_parameters(net, name).values():
-            nn.init.normal_(parameter)
+    fill(fill(net, "one"), "two")
     x = torch.randn(5, 6)
     weights = {"one": 0.7, "two": -0.4}
     due = li.activate(net, weights)(x)

@@ -3,8 +3,6 @@
 Count the graphs, and compare each output with the eager one, which goes by names.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext

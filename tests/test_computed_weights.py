@@ -1,7 +1,5 @@
 """Weights that are computed (weight_norm, spectral_norm): what they are computed of is adapted."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The config: what is accepted, what is refused with which words, and the way there and back."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

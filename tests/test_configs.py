@@ -3,8 +3,6 @@
 The counts are those of the papers, or by hand from the widths of the layers.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from functools import cache
@@ -256,14 +254,11 @@ def test_the_papers_runs_come_out_to_the_parameter(name: str) -> None:
     plan = plan_of(name, model)
     assert (plan.n_sites, plan.n_lora, plan.n_trainable) == (n_sites, n_lora, n_trainable)
     expect = plan.config.expect
-    assert expect is not None
     assert (expect.sites, expect.lora, expect.trainable) == (n_sites, n_lora, n_trainable)
 
 
 @pytest.mark.parametrize(("name", "model", "n_sites", "n_lora", "n_trained"), FAMILIES)
-def test_families_hit_the_real_names(
-    name: str, model: Callable[[], Inventory], n_sites: int, n_lora: int, n_trained: int
-) -> None:
+def test_families_hit_the_real_names(name, model, n_sites, n_lora, n_trained) -> None:
     plan = plan_of(name, model)
     assert (plan.n_sites, plan.n_lora, plan.n_trained) == (n_sites, n_lora, n_trained)
     assert plan.skipped == ()

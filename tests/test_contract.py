@@ -4,8 +4,6 @@ Everything is compared with a dense float64 layer that the test builds itself, o
 bit with what was there before.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -92,7 +90,6 @@ def test_gradients_equal_the_dense_layers(kind: Kind, dtype: torch.dtype) -> Non
     dense_output(kind, plain, *wide, wide_inputs).backward(g.double())
     for found, wanted in zip((A, B, *inputs), (*wide, *wide_inputs), strict=True):
         if wanted.requires_grad:
-            assert found.grad is not None
             assert found.grad.dtype == found.dtype
             assert error(found.grad, wanted.grad) <= TOLERANCE[dtype]
     assert all(p.grad is None for n, p in model.named_parameters() if "lora" not in n)
@@ -104,9 +101,7 @@ def test_gradients_equal_the_dense_layers(kind: Kind, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", {"normal": 0.3}], ids=str)
 @every_dtype
 @every_kind
-def test_zero_start_is_the_plain_model_bit_for_bit(
-    kind: Kind, dtype: torch.dtype, init: Any
-) -> None:
+def test_zero_start_is_the_plain_model_bit_for_bit(kind, dtype, init) -> None:
     plain = host(kind, dtype)
     model = li.inject(copy.deepcopy(plain), {**kind.config, "init": init})
     inputs = kind.inputs(dtype)
@@ -252,7 +247,6 @@ def test_a_hundred_cycles_in_bfloat16_change_no_bit(kind: str) -> None:
     model = injected(KINDS[kind], torch.bfloat16)
     before = snapshot(model)
     W = model.get_submodule("layer")._parameters[KINDS[kind].weight]
-    assert W is not None
     original = W.detach().clone()
     for _ in range(100):
         li.merge(model)

@@ -1,7 +1,5 @@
 """DeepSpeed, where it is installed: two processes train as one does, and Trainer as without it."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

@@ -5,8 +5,6 @@ trains the same model in one process on both halves and compares values. Both si
 so that a delta counted twice or a gradient averaged wrongly cannot hide in rounding.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import os
@@ -19,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.forks import Forks
+from helpers.models import tiny_llama
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -35,22 +34,7 @@ IDS = torch.arange(4 * 6).view(4, 6) % 17
 
 def build(config: dict[str, Any] = CONFIG, **changes: Any) -> Any:
     """A tiny Llama with an adapter whose tensors are all random, the same in every process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 17,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.2,
-        **changes,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).double()
-    li.inject(model, config)
+    model = li.inject(tiny_llama(initializer_range=0.2, **changes).double(), config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in li.adapter_parameters(model).values():
@@ -78,9 +62,12 @@ def train(model: Any, wrapped: Any, batches: list[Tensor]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    with torch.no_grad():
-        logits = wrapped(IDS).logits.detach()
-    return {"losses": losses, "gradients": gradients, "logits": logits, **values(model)}
+    return {"losses": losses, "gradients": gradients, "logits": logits(wrapped), **values(model)}
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(IDS).logits.clone()
 
 
 def values(model: Any) -> dict[str, Any]:
@@ -99,26 +86,20 @@ def mine(rank: int) -> Tensor:
 
 
 def fsdp(rank: int, model: Any) -> dict[str, Any]:
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.fsdp import FSDPModule
 
-    mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    shard(model)
     found = train(model, model, [mine(rank)])
     found["refused"] = {
         "merge": said(lambda: li.merge(model)),
         "inject": said(lambda: li.inject(model, FORWARD, "default")),
     }
-    with li.disabled(model), torch.no_grad():
-        found["base"] = model(IDS).logits.detach()
-    with torch.no_grad():
-        found["again"] = model(IDS).logits.detach()
+    with li.disabled(model):
+        found["base"] = logits(model)
+    found["again"] = logits(model)
     keys = list(model.state_dict())
     found["refused"]["eject"] = said(lambda: li.eject(model))
-    li.activate(model, None)
-    with torch.no_grad():
-        found["off"] = model(IDS).logits.detach()
+    found["off"] = logits(li.activate(model, None))
     assert list(model.state_dict()) == keys
     found["sharded"] = {name for name, m in model.named_modules() if isinstance(m, FSDPModule)}
     return found
@@ -143,18 +124,15 @@ def ddp(rank: int, model: Any) -> dict[str, Any]:
     found["refused"] = {"inject": said(lambda: li.inject(wrapped, FORWARD, "b"))}
     found["names"] = sorted(li.adapters(wrapped))
     found["through"] = values(wrapped)["state"]
-    with torch.no_grad():
-        with li.disabled(wrapped):
-            found["base"] = wrapped(IDS).logits.detach()
-        li.merge(wrapped)
-        found["merged"] = wrapped(IDS).logits.detach()
-        li.unmerge(wrapped)
-        found["unmerged"] = wrapped(IDS).logits.detach()
-        li.activate(wrapped, None)
-        found["off"] = wrapped(IDS).logits.detach()
-        li.activate(wrapped, "default")
-        li.eject(wrapped)
-        found["ejected"] = wrapped(IDS).logits.detach()
+    with li.disabled(wrapped):
+        found["base"] = logits(wrapped)
+    li.merge(wrapped)
+    found["merged"] = logits(wrapped)
+    li.unmerge(wrapped)
+    found["unmerged"] = logits(wrapped)
+    found["off"] = logits(li.activate(wrapped, None))
+    li.activate(wrapped, "default")
+    found["ejected"] = logits(li.eject(wrapped))
     return found
 
 
@@ -213,13 +191,9 @@ def fsdp_swapped(rank: int, model: Any) -> dict[str, Any]:
     state = li.adapter_state(other_values(build()))
     wanted = li.adapter_state(model).fingerprint
     shard(model)
-    with torch.no_grad():
-        model(IDS)  # which leaves the root gathered
+    logits(model)  # which leaves the root gathered
     li.swap_adapter(model, state)
-    del rank
-    found = {"state": values(model)["state"]}
-    with torch.no_grad():
-        found["logits"] = model(IDS).logits.detach()
+    found = {"state": values(model)["state"], "logits": logits(model)}
     found["fingerprint"] = li.adapter_state(model).fingerprint == wanted
     elsewhere = li.adapter_state(li.inject(build(CONFIG).float().double(), CONFIG, "new"), "new")
     base = dataclasses.replace(elsewhere, fingerprint=other_base(wanted))
@@ -247,12 +221,9 @@ def fsdp_loaded(
     shard(li.eject(model), shape)
     warnings.filterwarnings("error", "FSDP2-wrapped module")  # that returns a view
     if late:
-        with torch.no_grad():
-            model(IDS)  # after which FSDP2 knows its modules
+        logits(model)  # after which FSDP2 knows its modules
     li.load_adapter(model, folder)
-    found = {"loaded": values(model)["state"]}
-    with torch.no_grad():
-        found["served"] = model(IDS).logits.detach()
+    found = {"loaded": values(model)["state"], "served": logits(model)}
     li.train_only(model, "default")
     held = li.adapter_parameters(model).values()
     found["local"] = {type(p.data).__name__ for p in held}
@@ -280,8 +251,7 @@ def other_values(model: Any) -> Any:
 
 def other_base(fingerprint: Any) -> Any:
     return dataclasses.replace(
-        fingerprint,
-        samples={k: tuple(2 * x for x in v) for k, v in fingerprint.samples.items()},
+        fingerprint, samples={k: tuple(2 * x for x in v) for k, v in fingerprint.samples.items()}
     )
 
 
@@ -301,10 +271,9 @@ def fsdp1(rank: int, model: Any) -> dict[str, Any]:
         optimizer.zero_grad()
     found = {"refused": said(lambda: li.adapter_state(model))}
     found["inject"] = said(lambda: li.inject(wrapped, FORWARD, "second"))
-    with torch.no_grad():
-        found["logits"] = wrapped(IDS).logits.clone()
-        with li.disabled(wrapped):
-            found["base"] = wrapped(IDS).logits.clone()
+    found["logits"] = logits(wrapped)
+    with li.disabled(wrapped):
+        found["base"] = logits(wrapped)
     with FullyShardedDataParallel.summon_full_params(wrapped):
         return found | values(model)
 
@@ -324,29 +293,21 @@ TENSOR = {
 
 def tensor_parallel(rank: int, model: Any) -> dict[str, Any]:
     """Every process has the whole batch and a part of each layer."""
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
+    from torch.distributed.tensor import parallel
 
-    del rank
     mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
-    plan = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel()}
+    columns, rows = parallel.ColwiseParallel, parallel.RowwiseParallel
+    plan = {"gate_proj": columns(), "up_proj": columns(), "down_proj": rows()}
     for layer in model.model.layers:
-        parallelize_module(layer.mlp, mesh, {**plan, "down_proj": RowwiseParallel()})
-    table = RowwiseParallel(input_layouts=dist.tensor.Replicate())
-    parallelize_module(model.model, mesh, {"embed_tokens": table})
+        parallel.parallelize_module(layer.mlp, mesh, plan)
+    table = rows(input_layouts=dist.tensor.Replicate())
+    parallel.parallelize_module(model.model, mesh, {"embed_tokens": table})
     return train(model, model, [IDS])
 
 
 def tp_plan(rank: int, model: Any) -> dict[str, Any]:
     """transformers distributes a model as it loads it; then in the order that works."""
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
+    from torch.distributed.tensor import parallel
 
     model = build(EVERY, num_key_value_heads=WORLD)
     state, folder = li.adapter_state(model), f"{os.environ['DCP_FOLDER']}/llama"
@@ -357,10 +318,10 @@ def tp_plan(rank: int, model: Any) -> dict[str, Any]:
     found = {"refused": said(lambda: li.inject(loaded, EVERY))}
     plain = li.install(type(model).from_pretrained(folder, dtype=torch.float64), state)
     li.train_only(plain, "default")
-    styles = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
+    styles = {"colwise": parallel.ColwiseParallel(), "rowwise": parallel.RowwiseParallel()}
     plan = {name: styles[how] for name, how in plain.config.base_model_tp_plan.items()}
     mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
-    parallelize_module(plain.model, mesh, plan)
+    parallel.parallelize_module(plain.model, mesh, plan)
     return found | train(plain, plain, [IDS])
 
 
@@ -439,9 +400,8 @@ def compare(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def base_logits(model: Any) -> Tensor:
-    with li.disabled(model), torch.no_grad():
-        found: Tensor = model(IDS).logits
-    return found
+    with li.disabled(model):
+        return logits(model)
 
 
 @pytest.mark.parametrize("job", [job for job in JOBS if "fsdp" in job])
@@ -527,9 +487,7 @@ def test_fsdp_in_bfloat16_with_offload_trains_as_near_as_bfloat16_is(ranks: Any)
 @pytest.mark.parametrize("job", [job for job in JOBS if "loaded" in job])
 def test_an_adapter_loaded_onto_shards_trains_like_one_process(job: str, ranks: Any) -> None:
     model = build()
-    first = values(model)["state"]
-    with torch.no_grad():
-        served = model(IDS).logits
+    first, served = values(model)["state"], logits(model)
     wanted = train(model, model, [mine(0), mine(1)])
     other = values(other_values(build()))["state"]
     for found in (rank[job] for rank in ranks):
@@ -552,8 +510,7 @@ def test_an_adapter_is_swapped_saved_and_checkpointed_in_shards(ranks: Any, fold
         for where in ("state", "loaded"):
             assert found[where].keys() == wanted.keys()
             assert all(torch.equal(found[where][k], t) for k, t in wanted.items()), where
-        with torch.no_grad():
-            assert far(found["logits"], model(IDS).logits) < TOLERANCE
+        assert far(found["logits"], logits(model)) < TOLERANCE
         assert found["fingerprint"], "sampled from shards as from whole weights"
         assert "made on another base" in found["refused"]
         again = li.load_adapter(li.eject(build()), found["saved"])  # of that base: compared
@@ -647,11 +604,8 @@ def test_what_fsdp2_cannot_shard_with_its_layer_is_not_loaded(one_rank: None) ->
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c = (
-                nn.Linear(4, 4),
-                nn.Linear(4, 4),
-                nn.ParameterList([torch.ones(4, 4)]),
-            )
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.c = nn.ParameterList([torch.ones(4, 4)])
 
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x)) @ self.c[0]

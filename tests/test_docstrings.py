@@ -4,8 +4,6 @@ Documentation that a test runs cannot go stale. ruff checks the form (Google sty
 it is checked that sections and signatures agree.
 """
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """No wide copies of inputs over a 16-bit base, and NaN or Inf is not merged."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -10,15 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    ALPHA,
-    KINDS,
-    RANK,
-    Host,
-    fill,
-    host,
-    snapshot,
-)
+from conftest import ALPHA, KINDS, RANK, Host, fill, host, snapshot
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -78,9 +68,7 @@ LOADED = {
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("key", LOADED)
-def test_non_finite_files_are_read_and_put_on_no_model(
-    key: str, value: float, tmp_path: Path
-) -> None:
+def test_non_finite_files_are_read_and_put_on_no_model(key, value, tmp_path) -> None:
     config = {**CONFIG, "targets": ["layer", "before"], "train": ["after"]}
     model = fill(li.inject(Host(nn.Linear(5, 6)), config))
     state = li.adapter_state(copy.deepcopy(model))

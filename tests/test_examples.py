@@ -1,7 +1,5 @@
 """Each program of scripts/examples runs from its command line to its end, on a tiny model."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fill
 from helpers.models import tiny_unet
 from training_models import llama_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTConfig, ViTForImageClassification
@@ -45,13 +44,9 @@ def written(path: Path, rows: list[dict[str, object]]) -> Path:
 
 def adapter(folder: Path, path: Path, seed: int) -> Path:
     """An adapter with effect, on disk."""
-    model = base(folder)
-    li.inject(model, {"rank": 2, "targets": ["q_proj", "down_proj"]})
+    model = li.inject(base(folder), {"rank": 2, "targets": ["q_proj", "down_proj"]})
     torch.manual_seed(seed)
-    for parameter in li.adapter_parameters(model).values():
-        torch.nn.init.normal_(parameter, std=0.5)
-    li.save_adapter(model, path)
-    return path
+    return li.save_adapter(fill(model), path)
 
 
 def test_no_example_is_longer_than_a_hundred_lines_and_the_list_names_each() -> None:
@@ -86,12 +81,7 @@ def test_qlora_with_sft_writes_an_adapter_of_the_quantized_base(
     assert all(site.B.abs().max() > 0 for site in state.sites.values())
 
 
-def test_dpo_begins_at_log_two(
-    chat_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_dpo_begins_at_log_two(chat_model, tmp_path, monkeypatch, capsys) -> None:
     pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": "say ", "chosen": "yes", "rejected": "no"}] * 4
@@ -100,9 +90,7 @@ def test_dpo_begins_at_log_two(
     assert li.read_adapter(tmp_path / "dpo-adapter").sites
 
 
-def test_lightning_saves_the_adapter_alone(
-    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lightning_saves_the_adapter_alone(chat_model, tmp_path, monkeypatch) -> None:
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
     text = tmp_path / "text.txt"
@@ -115,9 +103,7 @@ def test_lightning_saves_the_adapter_alone(
     assert li.load_adapter(base(chat_model), tmp_path / "lightning-adapter")
 
 
-def test_the_merged_folder_computes_what_the_adapted_model_does(
-    chat_model: Path, tmp_path: Path
-) -> None:
+def test_the_merged_folder_computes_what_the_adapted_model_does(chat_model, tmp_path) -> None:
     path = adapter(chat_model, tmp_path / "adapter", 0)
     run("vllm_merged", chat_model, path, tmp_path / "merged")
     ids = torch.arange(6)[None]
@@ -125,9 +111,7 @@ def test_the_merged_folder_computes_what_the_adapted_model_does(
     torch.testing.assert_close(base(tmp_path / "merged")(ids).logits, adapted(ids).logits)
 
 
-def test_vision_trains_its_new_head_with_the_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_vision_trains_its_new_head_with_the_adapter(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 16, "image_size": 16, "patch_size": 8}
@@ -177,9 +161,7 @@ def test_the_server_keeps_users_apart_and_reloads(chat_model: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["start", "choose_and_analyze"])
-def test_every_cell_of_a_notebook_runs(
-    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_every_cell_of_a_notebook_runs(chat_model, tmp_path, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
     AutoTokenizer.from_pretrained(chat_model).save_pretrained(folder)

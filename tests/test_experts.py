@@ -1,7 +1,5 @@
 """Stacked experts: equal to the dense model, in each family's way, and in files."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -9,15 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits
-from helpers.reference import (
-    EXACT,
-    SCALE,
-    base_state,
-    config,
-    logits,
-    refused,
-    saved,
-)
+from helpers.reference import EXACT, SCALE, base_state, config, logits, refused, saved
 from torch import nn
 
 import lora_inject as li
@@ -155,7 +145,6 @@ def gradients_of_experts(model: nn.Module, wide: nn.Module, layout: str) -> None
     parameters = li.adapter_parameters(model)
     for name, site in li.adapter_state(model).sites.items():
         G = wide.get_parameter(site.spec.weight).grad
-        assert G is not None
         G = G if layout == "out_in" else G.transpose(1, 2)
         A, B = parameters[f"{name}.lora_A"], parameters[f"{name}.lora_B"]
         assert error(A.grad, SCALE * B.transpose(1, 2) @ G) < 1e-10
@@ -176,9 +165,7 @@ def test_stacked_experts_in_the_family_s_own_way(family: str) -> None:
 
 @pytest.mark.parametrize("how", ["eager", "batched_mm", "default"])
 @pytest.mark.parametrize("family", MOE)
-def test_the_delta_of_experts_is_not_formed(
-    family: str, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_delta_of_experts_is_not_formed(family, how, monkeypatch) -> None:
     from lora_inject.functional.weight import LowRank
 
     plain, layout = experts(family, how)

@@ -1,7 +1,5 @@
 """scripts/finetuning/: rows from files, the objective, and the program as a user runs it."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -175,8 +173,7 @@ def run(place: Path, output: Path, *words: str, task: str = "pairs") -> dict[str
 
 
 def results(output: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((output / "results.json").read_text())
-    return found
+    return json.loads((output / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """The fingerprint: the same base in another dtype passes, another base does not."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise, product
 from pathlib import Path
@@ -68,9 +66,7 @@ def fingerprint_of(weight: torch.Tensor) -> Fingerprint:
 @pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("second", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("scale", [1e-6, 0.02, 10.0])
-def test_the_same_base_in_another_dtype(
-    first: torch.dtype, second: torch.dtype, scale: float
-) -> None:
+def test_the_same_base_in_another_dtype(first, second, scale) -> None:
     weight = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * scale
     assert compare(fingerprint_of(weight.to(first)), fingerprint_of(weight.to(second))) == {}
 

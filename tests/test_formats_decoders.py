@@ -4,8 +4,6 @@ They are held to what the program itself computes (mlx-lm runs on the CPU), or t
 and converter's formulas on the tensors of the file.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from dataclasses import replace
@@ -230,9 +228,7 @@ REFUSED: list[tuple[str, AdapterState, Any, str]] = [
     ("layout", "state", "config", "words"),
     [(layout, *row) for layouts, *row in REFUSED for layout in layouts.split()],
 )
-def test_what_they_would_miss_or_misread_is_refused(
-    layout: str, state: AdapterState, config: Any, words: str, tmp_path: Path
-) -> None:
+def test_what_they_would_miss_or_misread_is_refused(layout, state, config, words, tmp_path) -> None:
     with pytest.raises(FormatError, match=words):
         write_adapter(state, tmp_path / "a.gguf", layout, config=config)
     assert not list(tmp_path.iterdir())
@@ -354,9 +350,7 @@ def test_the_config_of_a_base_is_enough(tmp_path: Path) -> None:
         ({"lora_parameters": {"rank": 3, "scale": 1}}, "rank 2, adapter_config.json says 3"),
     ],
 )
-def test_configs_that_contradict_are_refused(
-    change: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_configs_that_contradict_are_refused(change, words, tmp_path) -> None:
     path = write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a", "mlx")
     said = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps({**said, **change}))

@@ -1,7 +1,5 @@
 """Files of diffusers and of kohya's sd-scripts: diffusers itself reads and writes them alike."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
@@ -11,14 +9,11 @@ import pytest
 import torch
 from conftest import fill
 from helpers.adapter_states import KIND_SPECS, dense, effect, make_state
-from helpers.models import denoised as run
-from helpers.models import tiny_unet
+from helpers.models import denoised, tiny_unet
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import lora_inject as li
-from lora_inject.cli import app
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
 
@@ -43,33 +38,29 @@ def adapted(unet: Any) -> Any:
 def loaded_by_diffusers(unet: Any, files: Any, **options: Any) -> Tensor:
     theirs = copy.deepcopy(unet)
     theirs.load_lora_adapter(files, prefix="unet", use_safetensors=True, **options)
-    return run(theirs)
+    return denoised(theirs)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_computes_the_same_from_its_own_format(
-    unet: Any, adapted: Any, tmp_path: Path
-) -> None:
-    due = run(adapted)
-    assert (due - run(unet)).abs().max() > 0.05
+def test_diffusers_computes_the_same_from_its_own_format(unet, adapted, tmp_path) -> None:
+    due = denoised(adapted)
+    assert (due - denoised(unet)).abs().max() > 0.05
     li.save_adapter(adapted, tmp_path / "a", format="diffusers", component="unet")
     theirs = loaded_by_diffusers(
         unet, tmp_path / "a", weight_name="pytorch_lora_weights.safetensors"
     )
     torch.testing.assert_close(theirs, due, rtol=1e-4, atol=1e-5)
     ours = li.load_adapter(copy.deepcopy(unet), tmp_path / "a")
-    torch.testing.assert_close(run(ours), due, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(denoised(ours), due, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_diffusers_computes_the_same_from_a_file_of_kohya(
-    unet: Any, adapted: Any, tmp_path: Path
-) -> None:
+def test_diffusers_computes_the_same_from_a_file_of_kohya(unet, adapted, tmp_path) -> None:
     from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 
     li.eject(adapted)
     config = {"rank": 2, "alpha": 5.0, "targets": RULES[:2]}  # their names know no convolutions
-    due = run(fill(li.inject(adapted, config)))
+    due = denoised(fill(li.inject(adapted, config)))
     path = tmp_path / "a.safetensors"
     li.save_adapter(adapted, path, format="kohya", component="unet")
     tensors, alphas = _convert_non_diffusers_lora_to_diffusers(load_file(path))
@@ -79,7 +70,7 @@ def test_diffusers_computes_the_same_from_a_file_of_kohya(
     with pytest.raises(FormatError, match="dots of names are written as '_'"):
         read_adapter(path)
     ours = li.load_adapter(copy.deepcopy(unet), path)
-    torch.testing.assert_close(run(ours), due, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(denoised(ours), due, rtol=1e-4, atol=1e-5)
 
 
 def flux() -> tuple[nn.Module, dict[str, Any]]:
@@ -135,7 +126,7 @@ def test_what_diffusers_wrote_is_read_right(unet: Any, tmp_path: Path) -> None:
             nn.init.normal_(parameter, std=0.3)
     theirs.save_lora_adapter(tmp_path)
     ours = li.load_adapter(copy.deepcopy(unet), tmp_path)
-    torch.testing.assert_close(run(ours), run(theirs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(denoised(ours), denoised(theirs), rtol=1e-4, atol=1e-5)
 
 
 def test_older_names_of_diffusers(tmp_path: Path) -> None:
@@ -229,28 +220,24 @@ HALF = {f"{A}__lora_down__weight": torch.ones(2, 4)}
         ([A], {}, {NAMES: "[]"}, "not a table of names"),
     ],
 )
-def test_files_of_kohya_are_strict(
-    modules: list[str], further: dict[str, Tensor], said: Any, words: str, tmp_path: Path
-) -> None:
+def test_files_of_kohya_are_strict(modules, further, said, words, tmp_path) -> None:
     path = kohya(tmp_path, *modules, said=said, **further)
     with pytest.raises(FormatError, match=words):
         read_adapter(path, module_names=["a"])
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_the_component_is_asked_for(layout: str, tmp_path: Path) -> None:
+def test_the_component_is_asked_for(run: Any, layout: str, tmp_path: Path) -> None:
     path, state = tmp_path / "a.safetensors", make_state(KIND_SPECS["linear"])
     with pytest.raises(FormatError, match='Pass component="unet"'):
         write_adapter(state, path, layout)
     with pytest.raises(FormatError, match="component is 'vae'"):
         write_adapter(state, path, layout, component="vae")
     write_adapter(state, tmp_path / "peft")
-    arguments = ["convert", tmp_path / "peft", path, "--to", layout]
-    refused = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert (refused.exit_code, "such as unet" in refused.stderr) == (2, True)
-    arguments += ["--component", "unet", "--json"]
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert json.loads(done.stdout)["format"] == layout
+    words = ("convert", tmp_path / "peft", path, "--to", layout)
+    refused = run(*words)
+    assert (refused.code, "such as unet" in refused.err) == (2, True)
+    assert json.loads(run(*words, "--component", "unet", "--json").out)["format"] == layout
 
 
 def test_modules_of_one_flattened_name_are_refused(tmp_path: Path) -> None:

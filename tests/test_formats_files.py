@@ -1,9 +1,6 @@
 """Atomic writing: whatever fails, and wherever, the old adapter is there and nothing else is."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,9 +18,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_a_directory_is_replaced_as_a_whole(
-    exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_is_replaced_as_a_whole(exchange, tmp_path, monkeypatch) -> None:
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda *_: False)
     write_directory(tmp_path / "a", {**OLD, "extra": b""})
@@ -65,14 +60,7 @@ RENAMES = [(Path, "rename", 1), (Path, "rename", 2)]
     [(*step, exists) for step in STEPS + RENAMES[:1] for exists in (True, False)]
     + [(*RENAMES[1], True)],  # a new directory takes one rename only
 )
-def test_a_kill_leaves_the_old_adapter(
-    owner: object,
-    name: str,
-    call: int,
-    exists: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_kill_leaves_the_old_adapter(owner, name, call, exists, tmp_path, monkeypatch) -> None:
     if exists:
         write_directory(tmp_path / "a", OLD)
     if name == "rename":
@@ -89,9 +77,7 @@ def test_a_kill_leaves_the_old_adapter(
 @pytest.mark.parametrize(
     "write", [lambda a: write_directory(a, NEW), lambda a: write_file(a, b"x")]
 )
-def test_a_full_disk_is_told_and_nothing_is_left(
-    write: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_and_nothing_is_left(write, tmp_path, monkeypatch) -> None:
     def full(path: Path, content: bytes) -> None:
         path.write_bytes(content[:1])
         raise OSError(28, "No space left on device")
@@ -105,9 +91,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(
     assert [*tmp_path.iterdir()] == []
 
 
-def test_an_exchange_that_fails_leaves_the_old_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_exchange_that_fails_leaves_the_old_adapter(tmp_path, monkeypatch) -> None:
     write_directory(tmp_path / "a", OLD)
 
     def fail(*_: object) -> bool:
@@ -127,13 +111,6 @@ def test_a_directory_with_other_files_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"optimizer\.pt"):
         write_directory(tmp_path, NEW, overwrite=True)
     assert content(tmp_path) == {"optimizer.pt": b"weeks of work"}
-
-
-def test_an_adapter_is_replaced_only_when_told(tmp_path: Path) -> None:
-    write_directory(tmp_path / "a", OLD)
-    with pytest.raises(FormatError, match="overwrite=True"):
-        write_directory(tmp_path / "a", NEW)
-    assert content(tmp_path / "a") == OLD
 
 
 def test_a_directory_is_not_written_over_a_file(tmp_path: Path) -> None:
@@ -163,9 +140,7 @@ def test_symbolic_links_are_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("owner", "name"), [(os, "fsync"), (Path, "replace")])
-def test_a_kill_leaves_the_old_file(
-    owner: object, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_leaves_the_old_file(owner, name, tmp_path, monkeypatch) -> None:
     write_file(tmp_path / "f", b"old")
     kill_at(1, monkeypatch, owner, name)
     with pytest.raises(Killed):

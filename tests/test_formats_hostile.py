@@ -1,7 +1,5 @@
 """Files that are damaged, contradictory or meant to do harm: an error, at once, that says what."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -125,9 +123,7 @@ def test_values_outside_the_slices_are_not_dropped(ours: Path) -> None:
         lambda t: t.update({f"{P}h.0.fc.lora_A.weight": torch.ones(2, 5, dtype=torch.int32)}),
     ],
 )
-def test_missing_extra_and_misshapen_tensors_of_ours(
-    change: Callable[[dict[str, torch.Tensor]], None], ours: Path
-) -> None:
+def test_missing_extra_and_misshapen_tensors_of_ours(change, ours) -> None:
     tensors, metadata = load_file(ours / MODEL), read_tensors(ours / MODEL)[1]
     change(tensors)
     save_file(tensors, ours / MODEL, metadata)
@@ -474,9 +470,7 @@ def test_no_adapter_at_all(name: str, tmp_path: Path) -> None:
         read_adapter(tmp_path / name, format="peft")
 
 
-def test_a_json_file_of_a_terabyte_is_refused_before_it_is_read(
-    foreign: Path, tmp_path: Path
-) -> None:
+def test_a_json_file_of_a_terabyte_is_refused_before_it_is_read(foreign, tmp_path) -> None:
     os.truncate(foreign / CONFIG, 1 << 40)
     base = tmp_path / "base"
     base.mkdir()
@@ -508,9 +502,7 @@ def test_unknown_formats_and_choices(foreign: Path) -> None:
 # What cannot be written -------------------------------------------------------------------------
 
 
-def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(
-    tmp_path: Path,
-) -> None:
+def test_states_that_peft_cannot_express_are_refused_before_anything_is_written(tmp_path) -> None:
     linear, table = KIND_SPECS["linear"], KIND_SPECS["parameter"]
     cases = {
         "root": [replace(linear, name="")],

@@ -1,7 +1,5 @@
 """PEFT's name patterns hit the same sites as in PEFT, and take no time."""
 
-from __future__ import annotations
-
 import re
 import time
 
@@ -16,47 +14,13 @@ from lora_inject.formats.peft.module_fields import bias_setting, target_modules,
 from lora_inject.formats.peft.number_patterns import pattern_keys, values_of
 
 NAMES = [
-    "lin",
-    "xlin",
-    "a.lin",
-    "a.b.lin",
-    "a.bxlin",
-    "a-b",
-    "a.l+n",
-    "lin.a",
-    "a.b",
-    "aXb",
-    "x.aXb",
+    "lin", "xlin", "a.lin", "a.b.lin", "a.bxlin", "a-b", "a.l+n", "lin.a", "a.b", "aXb", "x.aXb",
     "^lin",
-]
-KEYS = [
-    "lin",
-    r"a\.lin",
-    "a.lin",
-    "^lin",
-    r"^a\.lin$",
-    r".*\.lin",
-    ".*lin",
-    r"(.*\.)?lin",
-    "lin$",
-    r"a\.l\+n",
-    "a-b",
-    r"a\-b",
-    "a.b",
-    r"a\.b",
-    "b.lin",
-    r"\^lin",
-    r"^\^lin",
-    "...",
-    "",
-    "^",
-    "a|lin",
-    "[ab]+",
-    r".*[.]l\w+",
-    r"a(?!X)\S",
-    "l.n",
-    "a?",
-]
+]  # fmt: skip
+KEYS = r"""
+lin a\.lin a.lin ^lin ^a\.lin$ .*\.lin .*lin (.*\.)?lin lin$ a\.l\+n a-b a\-b a.b a\.b b.lin \^lin
+^\^lin ... ^ a|lin [ab]+ .*[.]l\w+ a(?!X)\S l.n a?
+"""
 
 
 def peft_takes(key: str, name: str) -> bool:
@@ -64,7 +28,7 @@ def peft_takes(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", ["", *KEYS.split()])
 def test_a_key_hits_what_it_hits_in_peft(key: str) -> None:
     found = values_of({key: 1}, NAMES, 0)
     assert found == {name: int(peft_takes(key, name)) for name in NAMES}
@@ -93,9 +57,7 @@ components = st.text("ab.+x0", min_size=1, max_size=5)
 
 @settings(max_examples=100)
 @given(st.dictionaries(components, st.integers(1, 3), min_size=1, max_size=6), st.integers(1, 3))
-def test_written_tables_give_each_site_its_value_in_any_order(
-    values: dict[str, int], default: int
-) -> None:
+def test_written_tables_give_each_site_its_value_in_any_order(values, default) -> None:
     keys = pattern_keys(values, default)
     for table in (list(keys.items()), list(keys.items())[::-1]):
         for name, value in values.items():
@@ -124,35 +86,16 @@ def test_many_experts_take_no_time() -> None:
 def test_target_names() -> None:
     assert target_modules(["b", "a"], ModelFacts(), parameters=False) == ["a", "b"]
     assert target_modules([], ModelFacts(["a"]), parameters=True) == []
-    found = target_modules(
-        ["lin", "a+b"], ModelFacts(["lin", "a+b", "x.lin", "aab"]), parameters=False
-    )
-    assert isinstance(found, str)
-    assert [bool(re.fullmatch(found, n)) for n in ("lin", "a+b", "x.lin", "aab", "xlin")] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
+    names = ["lin", "a+b", "x.lin", "aab"]
+    found = target_modules(names[:2], ModelFacts(names), parameters=False)
+    assert [name for name in (*names, "xlin") if re.fullmatch(found, name)] == ["lin", "a+b"]
 
 
 TENSORS = [
-    "h.ln.weight",
-    "h.ln.bias",
-    "h.norm.weight",
-    "h.fc.weight",
-    "h.fc.bias",
-    "bn.weight",
-    "bn.running_mean",
-    "classifier.dense.weight",
-    "classifier.dense.bias",
-    "classifier.out.weight",
-    "root",
-    "xh.norm.weight",
-    "list.0.a.weight",
-    "list.1.a.weight",
-]
+    "h.ln.weight", "h.ln.bias", "h.norm.weight", "h.fc.weight", "h.fc.bias", "bn.weight", "root",
+    "bn.running_mean", "classifier.dense.weight", "classifier.dense.bias", "classifier.out.weight",
+    "xh.norm.weight", "list.0.a.weight", "list.1.a.weight",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 PEFT is the reference: what it computes from a file is what the file means.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapter_states import assert_same_deltas, dense, make_site
+from helpers.models import tiny_llama
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -39,11 +38,7 @@ def gpt2() -> nn.Module:
 
 
 def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes, **heads))
+    return tiny_llama(hidden_size=12, vocab_size=30)
 
 
 def bert() -> nn.Module:
@@ -439,9 +434,7 @@ def test_a_parameter_of_multihead_attention_reaches_peft_or_is_refused(tmp_path:
 
 
 @pytest.mark.parametrize("change", [{"rank": 3}, {"alpha": 5.0}])
-def test_multihead_attention_with_two_ranks_or_scales_is_refused(
-    change: dict[str, Any], tmp_path: Path
-) -> None:
+def test_multihead_attention_with_two_ranks_or_scales_is_refused(change, tmp_path) -> None:
     rules = [{"match": r"attn\.in_proj_weight"}, {"match": "out_proj", **change}]
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)})
     li.inject(model, {"rank": 2, "targets": rules})

@@ -1,7 +1,5 @@
 """`portable`: a PEFT folder that even those who read one rank and no alpha apply right."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -12,11 +10,9 @@ import torch
 from helpers.adapter_states import KIND_SPECS, effect, make_site, make_state
 from helpers.reference import IDS, adapted, llama, logits
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 import lora_inject as li
 from lora_inject.adapter.state import AdapterState
-from lora_inject.cli import app
 from lora_inject.errors import FormatError
 from lora_inject.formats import losses_of, read_adapter, write_adapter
 from lora_inject.spec.sites import SiteSpec
@@ -82,9 +78,7 @@ def of_dora() -> AdapterState:
         ),
     ],
 )
-def test_what_a_server_would_not_take_is_refused(
-    state: AdapterState, options: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_what_a_server_would_not_take_is_refused(state, options, words, tmp_path) -> None:
     if not words:  # 1e6 is no float16
         state.sites["h.0.fc"].B.mul_(1e6)
         words = "not finite in torch.float16"
@@ -93,23 +87,20 @@ def test_what_a_server_would_not_take_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_says_before_writing_what_is_lost(tmp_path: Path) -> None:
+def test_the_command_says_before_writing_what_is_lost(run: Any, tmp_path: Path) -> None:
     state = make_state(KIND_SPECS["slices"], config={"rank": 2})
     write_adapter(state, tmp_path / "a", base_model="org/base", task_type="CAUSAL_LM")
-    run = CliRunner().invoke(
-        app, ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "portable"]
-    )
-    assert run.exit_code == 0, run.output
-    assert "portable: the config is left out" in run.stderr
-    assert "slices of fused projections become pairs" in run.stderr
+    words = ("convert", tmp_path / "a", tmp_path / "b", "--to", "portable")
+    done = run(*words)
+    assert done.code == 0
+    assert "portable: the config is left out" in done.err
+    assert "slices of fused projections become pairs" in done.err
     config = json.loads((tmp_path / "b/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["task_type"]) == ("org/base", "CAUSAL_LM")
-    again = CliRunner().invoke(
-        app, ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "portable"]
-    )
-    assert again.exit_code == 1
-    assert "it exists already" in again.stderr
-    assert "left out" not in again.stderr
+    again = run(*words)
+    assert again.code == 1
+    assert "it exists already" in again.err
+    assert "left out" not in again.err
 
     def stop(words: str) -> None:
         raise InterruptedError(words)
@@ -117,10 +108,8 @@ def test_the_command_says_before_writing_what_is_lost(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError, match="left out"):
         li.convert(tmp_path / "a", tmp_path / "c", "portable", tell=stop)
     assert not (tmp_path / "c").exists()
-    other = CliRunner().invoke(
-        app, ["convert", str(tmp_path / "a"), "c", "--to", "peft", "--dtype", "f"]
-    )
-    assert (other.exit_code, "these do: mlx" in " ".join(other.stderr.split())) == (2, True)
+    other = run("convert", tmp_path / "a", "c", "--to", "peft", "--dtype", "f")
+    assert (other.code, "these do: mlx" in " ".join(other.err.split())) == (2, True)
     assert effect(read_adapter(tmp_path / "b").sites["h.0.qkv"]).shape == (8, 5)
 
 

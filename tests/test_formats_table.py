@@ -3,8 +3,6 @@
 A format that is added needs one row here too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import tempfile
@@ -188,9 +186,7 @@ def test_what_is_there_is_not_replaced_unasked(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_damaged_bytes_are_an_error_that_names_the_file_or_harmless(
-    name: str, tmp_path: Path
-) -> None:
+def test_damaged_bytes_are_an_error_that_names_the_file_or_harmless(name, tmp_path) -> None:
     """A header that lies raises at once; nothing is allocated by what it says."""
     path = written(name, tmp_path)
     file = tensors_file(name, path)
@@ -317,9 +313,7 @@ def test_losses_are_said() -> None:
     assert lost == ["the", "slices", "frozen", "scales"]
 
 
-def test_what_any_format_reads_and_writes_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_any_format_reads_and_writes_is_checked(tmp_path, monkeypatch) -> None:
     state = make_state(KIND_SPECS["linear"])
     [(name, site)] = state.sites.items()
     wrong = replace(state, sites={name: replace(site, A=site.A[:, 1:])})

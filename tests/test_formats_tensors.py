@@ -1,7 +1,5 @@
 """The tensors of a safetensors file, compared with the reference library in both directions."""
 
-from __future__ import annotations
-
 import copy
 import operator
 import os
@@ -40,9 +38,7 @@ def assert_equal(found: dict[str, Tensor], due: dict[str, Tensor]) -> None:
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_tensors_are_read_as_the_library_reads_them(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_any_tensors_are_read_as_the_library_reads_them(tensors, tmp_path) -> None:
     path = tmp_path / "any.safetensors"
     save_file(tensors, path, {"k": "v"})
     found, metadata = read_tensors(path)
@@ -75,9 +71,7 @@ def views(t: Tensor) -> list[Tensor]:
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_tensors_on_disk_and_their_views_hold_what_is_read(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_tensors_on_disk_and_their_views_hold_what_is_read(tensors, tmp_path) -> None:
     path = tmp_path / "any.safetensors"
     save_file(tensors, path)
     found, due = read_tensors(path)[0], load_file(path)
@@ -106,9 +100,7 @@ WRITES: list[Callable[[Tensor], object]] = [
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_what_is_read_from_a_file_cannot_be_written_to(
-    write: Callable[[Tensor], object], tmp_path: Path
-) -> None:
+def test_what_is_read_from_a_file_cannot_be_written_to(write, tmp_path) -> None:
     save_file({"w": torch.ones(1000)}, tmp_path / "a.safetensors")
     w = read_tensors(tmp_path / "a.safetensors")[0]["w"]
     with pytest.raises(FormatError, match=r"its values are in the file. Use a copy"):

@@ -1,7 +1,5 @@
 """Experts for vLLM: single matrices under the names of the base's files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

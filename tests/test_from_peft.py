@@ -1,7 +1,5 @@
 """A LoraConfig of PEFT: the same sites, ranks, scales and trained tensors as PEFT makes of it."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

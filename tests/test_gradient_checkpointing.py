@@ -1,20 +1,12 @@
 """Gradient checkpointing of adapted models works, or says what to call."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    ALPHA,
-    RANK,
-    error,
-    fill,
-    refusal,
-)
+from conftest import ALPHA, RANK, error, fill, refusal
 from helpers.reference import gpt2_of_two_layers
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -1,7 +1,5 @@
 """A verb that is interrupted at any of its lines has done all of its work or none of it."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Forwards that somebody keeps, wraps or replicates: hooks of accelerate, patches, DataParallel."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref
@@ -99,9 +97,7 @@ def replicated(module: nn.Module) -> nn.Module:
 
 @every_way
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_replica_of_data_parallel_computes_the_same_and_passes_gradients(
-    way: str, bias: bool
-) -> None:
+def test_a_replica_of_data_parallel_computes_the_same_and_passes_gradients(way, bias) -> None:
     _, model = made(way)
     if not bias:
         model[0].bias = None

@@ -1,7 +1,5 @@
 """What an adapter costs a device: launches, bytes and syncs of one layer, counted exactly."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -147,9 +145,7 @@ def test_routed_rows_need_no_sync_and_no_cpu_tensor(kind: str, tokens: int, grad
     assert counted.on_cpu == []
 
 
-def test_rows_go_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_go_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait(monkeypatch) -> None:
     made = Mock()
     monkeypatch.setattr(torch, "tensor", made)
     sending.sent([1, 2], torch.device("cuda"))
@@ -186,9 +182,7 @@ def test_launches_of_a_routed_layer_depend_on_no_number_and_no_rank(ranks: Seque
 
 @pytest.mark.parametrize("float32", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_the_path_of_a_cpu_gives_the_values_of_every_other(
-    dtype: torch.dtype, float32: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_path_of_a_cpu_gives_the_values_of_every_other(dtype, float32, monkeypatch) -> None:
     torch.manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     x, W = torch.randn(300, 40).to(dtype).requires_grad_(), torch.randn(700, 40).to(dtype)

@@ -4,8 +4,6 @@ A forward of a class's own may scale, clamp, renumber or take other arguments, t
 base is loaded: nothing of that is guessed from its answers.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error, fill, same_bits, snapshot
+from conftest import conv1d, error, fill, same_bits, snapshot
+from helpers.reference import with_deltas
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -64,8 +63,7 @@ class Host(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        found: Tensor = self.layer(x, **options)
-        return found
+        return self.layer(x, **options)
 
 
 def idefics() -> nn.Module:
@@ -106,12 +104,7 @@ def made(build: Callable[[], nn.Module]) -> tuple[Host, Host]:
 
 def dense(model: nn.Module) -> Any:
     """The model as it is now, with `W + scale B A` as its weight."""
-    wide = copy.deepcopy(model)
-    li.eject(wide)
-    (site,) = li.adapter_state(model).sites.values()
-    delta = site.scale * site.B @ site.A
-    wide.get_parameter(site.spec.weight).data += delta.t() if site.spec.transposed else delta
-    return wide
+    return with_deltas(li.eject(copy.deepcopy(model)), model)
 
 
 @pytest.mark.parametrize("name", BUILD)
@@ -152,14 +145,18 @@ def test_further_arguments_reach_the_layer(options: dict[str, Any]) -> None:
     assert error(named, wide.layer(residual=X, x=2 * X)) < 1e-12
 
 
-@pytest.mark.parametrize("target", ["linear", "embedding"])
-def test_a_stock_layer_takes_the_arguments_that_torch_takes(target: str) -> None:
-    build, x = {
-        "linear": (lambda: nn.Linear(N, N), X),
-        "embedding": (lambda: nn.Embedding(12, N), IDS),
-    }[target]
+@pytest.mark.parametrize(
+    ("build", "x", "name"),
+    [
+        (lambda: nn.Linear(N, N), X, "input"),
+        (lambda: conv1d(N, N), X, "x"),
+        (lambda: nn.Embedding(12, N), IDS, "input"),
+    ],
+    ids=["linear", "conv1d", "embedding"],
+)
+def test_a_stock_layer_takes_the_arguments_that_its_class_takes(build, x, name) -> None:
     _, model = made(build)
-    assert same_bits(model.layer(input=x), model.layer(x))
+    assert same_bits(model.layer(**{name: x}), model.layer(x))
     for args, options in (((x, x), {}), ((), {}), ((x,), {"scale": 3}), ((), {"ids": x})):
         with pytest.raises(TypeError):
             model.layer(*args, **options)

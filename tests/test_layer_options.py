@@ -1,7 +1,5 @@
 """Options of stock layers: groups, padding, max_norm, slices; bilinear layers and cells."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +21,7 @@ from conftest import (
     injected,
     same_bits,
 )
-from helpers.reference import (
-    SCALE,
-    adapted,
-    finite_differences,
-    hold,
-    random,
-)
+from helpers.reference import SCALE, adapted, finite_differences, hold, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -47,8 +39,7 @@ def test_recurrent_cells_read_their_weights(make: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             found = self.cell(x)
             found = self.cell(x, found)
-            result: Tensor = found[0] if isinstance(found, tuple) else found
-            return result
+            return found[0] if isinstance(found, tuple) else found
 
     plain, x = Once().double(), random(3, 4)
     hold(plain, adapted(plain, "weight_ih", "weight_hh"), lambda m: m(x))
@@ -62,8 +53,7 @@ def test_a_bilinear_layer_between_others() -> None:
             self.pair = nn.Bilinear(3, 4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.pair(self.left(x), x)
-            return found
+            return self.pair(self.left(x), x)
 
     plain, x = Pair().double(), random(3, 4)
     hold(plain, adapted(plain, "left", "pair"), lambda m: m(x))
@@ -118,7 +108,6 @@ def test_embedding_max_norm(dtype: torch.dtype, norm_type: float) -> None:
     model = li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["layer"]})
     ids = torch.randint(0, 300, (9, 40))
     W = model.layer._parameters["weight"]
-    assert W is not None
     bits, version = W.detach().clone(), W._version
     assert same_bits(model(ids), copy.deepcopy(plain)(ids))
     fill(model)
@@ -168,9 +157,7 @@ def test_embedding_options_keep_their_gradients(options: dict[str, Any]) -> None
     rank=st.integers(1, 2),
     seed=st.integers(0, 9999),
 )
-def test_fused_slices(
-    sizes: list[int], data: st.DataObject, transposed: bool, rank: int, seed: int
-) -> None:
+def test_fused_slices(sizes, data, transposed, rank, seed) -> None:
     torch.manual_seed(seed)
     names = [f"s{i}" for i in range(len(sizes))]
     wide = [n for n, size in zip(names, sizes, strict=True) if size >= rank]

@@ -4,8 +4,6 @@ Imports are read from the source (`ast`), also those inside functions and under 
 that nothing can be hidden in a corner.
 """
 
-from __future__ import annotations
-
 import ast
 from collections import Counter
 from collections.abc import Iterable, Mapping

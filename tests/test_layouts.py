@@ -1,16 +1,15 @@
 """What the shapes of a weight mean: several axes, stacks, what a class states, and odd ranks."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.models import tiny_gpt_oss
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, GptOssConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig
 
 import lora_inject as li
 from lora_inject.checkpoint import WeightedAdapter, merge_checkpoint
@@ -78,9 +77,7 @@ def test_several_axes_are_one_matrix_forward_backward_and_merged(case: Any) -> N
     assert torch.equal(li.eject(model)[0].Wq, plain[0].Wq)
 
 
-def test_several_axes_survive_a_save_and_a_load_or_peft_is_refused(
-    case: Any, tmp_path: Path
-) -> None:
+def test_several_axes_survive_a_save_and_a_load_or_peft_is_refused(case, tmp_path) -> None:
     plain, axes, x = case
     model, _, _ = adapted(plain, axes)
     with pytest.raises(li.FormatError, match="dimensions"):
@@ -110,14 +107,6 @@ def test_a_rank_above_the_smaller_side_computes_w_plus_delta(update: str) -> Non
 
 
 # What a model states
-
-
-def tiny_gpt_oss() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = GptOssConfig(**sizes, **heads, num_local_experts=2, num_experts_per_tok=1)
-    return AutoModelForCausalLM.from_config(config)
 
 
 def test_the_layout_of_experts_is_the_one_that_transformers_class_states() -> None:

@@ -5,8 +5,6 @@ with its own graph. Whatever is done with the lazy weight must give that value a
 whether it was formed on the way is told by counting.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -122,8 +120,7 @@ def grouped(x: Tensor, stack: Tensor) -> Tensor:
     """`F.grouped_mm` takes no float64: what transformers puts in its place does."""
     import transformers.integrations.moe  # noqa: F401 - registers the operation
 
-    found: Tensor = torch.ops.transformers.grouped_mm_fallback(x, stack, ENDS)
-    return found
+    return torch.ops.transformers.grouped_mm_fallback(x, stack, ENDS)
 
 
 # Name to what is done with the weight (E, M, N), and the shape of the input.
@@ -247,7 +244,6 @@ def test_the_gradient_of_a_gradient(how: str) -> None:
     for w in (case.lazy(), case.dense()):
         once = torch.autograd.grad(use(w, x).square().sum(), leaves, create_graph=True)
         total = sum(g.sin().sum() for g in once)
-        assert isinstance(total, Tensor)
         twice.append(torch.autograd.grad(total, leaves))
     for found, wanted in zip(*twice, strict=True):
         assert error(found, wanted) < 1e-12
@@ -431,8 +427,7 @@ def made(**options: Any) -> Any:
 def effective(model: Any) -> Tensor:
     found = li.adapter_state(model).sites["w"]
     delta = SCALE * found.B.double() @ found.A.double()
-    value: Tensor = model._parameters["w"].detach() + delta
-    return value
+    return model._parameters["w"].detach() + delta
 
 
 def test_a_forward_reads_lazily_and_nothing_else_does() -> None:
@@ -488,7 +483,6 @@ def test_function_transforms_read_the_formed_weight(how: str) -> None:
     tangents = {n: torch.randn_like(p) for n, p in adapters.items()}
     _, slope = torch.func.jvp(lambda p: loss(p, x), (adapters,), (tangents,))
     by_hand = sum((g * t).sum() for g, t in zip(wanted, tangents.values(), strict=True))
-    assert isinstance(by_hand, Tensor)
     assert error(slope, by_hand) < 1e-12
 
 
@@ -511,7 +505,6 @@ def test_forward_mode_reads_the_formed_weight() -> None:
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         slope = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
-    assert slope is not None
     assert model.seen == [Tensor]
     assert error(slope, F.linear(torch.ones_like(x), effective(model)[1])) < 1e-12
 
@@ -552,8 +545,6 @@ def test_checkpointing(reentrant: bool, inside: bool) -> None:
         y.square().sum().backward()
     found = [x.grad, *(p.grad for p in adapters)]
     for one, other in zip(found, wanted, strict=True):
-        assert one is not None
-        assert other is not None
         assert error(one, other) < 1e-12
 
 
@@ -623,9 +614,7 @@ def test_trained_copies_several_adapters_and_the_selection() -> None:
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0, M - 1, -1])
-def test_rows_are_looked_up_thinly_and_padding_has_no_gradient(
-    padding_idx: int | None, formed: list[LowRank]
-) -> None:
+def test_rows_are_looked_up_thinly_and_padding_has_no_gradient(padding_idx, formed) -> None:
     ids = torch.tensor([[M - 1, 0, 1], [0, 2, M - 1]])
     Case(site("out_in", None)).compare(lambda w: F.embedding(ids, w, padding_idx))
     assert formed == []

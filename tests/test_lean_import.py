@@ -3,8 +3,6 @@
 A fresh interpreter imports and runs one thing after the other, and says what each brought in.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

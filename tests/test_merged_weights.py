@@ -1,7 +1,5 @@
 """Merged weights handed out one at a time, as to a server beside a run: W is not written."""
 
-from __future__ import annotations
-
 import weakref
 
 import pytest
@@ -16,9 +14,7 @@ CONFIG = {"rank": 2, "targets": ["q_proj", "down_proj", "lm_head"], "train": [r"
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_is_what_a_merge_would_leave_and_nothing_is_written(
-    tied: bool, dtype: torch.dtype
-) -> None:
+def test_each_is_what_a_merge_would_leave_and_nothing_is_written(tied, dtype) -> None:
     model = llama(tie_word_embeddings=tied).to(dtype)
     names = set(model.state_dict())
     fill(li.inject(model, CONFIG))

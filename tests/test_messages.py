@@ -4,15 +4,13 @@ A message is part of the interface, so a table holds it word for word, one row f
 kind of mistake, each made the way a user would make it.
 """
 
-from __future__ import annotations
-
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import fill
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -66,15 +64,6 @@ class Mistakes:
         'layers.0.v_proj', 'layers.0.q_proj'."""
         li.plan(net(), {"targets": [r"layers\.\d+\.v_prj"]})
 
-    def an_exclude_that_matches_nothing(self, path):
-        """MatchError: exclude 1 ('haed'): matched none of 25 names. Nearest: 'head'."""
-        li.plan(net(), {**Q, "exclude": ["haed"]})
-
-    def an_expectation_that_is_missed(self, path):
-        """MatchError: expect {sites: 3}: found sites: 2 (rule 1 ('q_proj') 2 sites). Correct the
-        rules, or the counts."""
-        li.plan(net(), {**Q, "expect": {"sites": 3, "lora": 56}})
-
     # Layers
 
     def a_class_instead_of_a_model(self, path):
@@ -98,10 +87,7 @@ class Mistakes:
         """LayerError: merge with min_kept=0.9: rounding would leave 0.000 of the delta of
         'layers.0.q_proj.weight', and less than asked at 2 of 2 tensors. Stay unmerged, or merge in
         float32."""
-        model = li.inject(net().bfloat16(), Q)
-        for parameter in li.adapter_parameters(model).values():
-            nn.init.normal_(parameter, std=1e-4)
-        li.merge(model, min_kept=0.9)
+        li.merge(fill(li.inject(net().bfloat16(), Q), std=1e-4), min_kept=0.9)
 
     def rows_that_are_not_the_batch(self, path):
         """LayerError: routed() with 3 rows: a Linear got an input of shape (2, 4), whose first
@@ -118,26 +104,12 @@ class Mistakes:
         another name."""
         li.inject(injected(), Q)
 
-    def an_unknown_adapter(self, path):
-        """StateError: activate 'sqk': the model's adapters are: 'sql'. Did you mean 'sql'?"""
-        li.activate(li.inject(net(), Q, "sql"), "sqk")
-
-    def merging_twice(self, path):
-        """StateError: merge: 'default' is merged into the weights. Call unmerge(model) first."""
-        model = injected()
-        li.merge(model)
-        li.merge(model)
-
     def unmerging_what_was_not_kept(self, path):
         """StateError: unmerge: the merge kept nothing to restore (undo=False). Eject the adapters,
         load the base weights, then load the adapters again."""
         model = injected()
         li.merge(model, undo=False)
         li.unmerge(model)
-
-    def an_infinite_weight(self, path):
-        """StateError: activate 'default': its weight is inf. Give a finite number."""
-        li.activate(injected(), {"default": math.inf})
 
     def saving_what_training_left_out(self, path):
         """StateError: save adapter 'default': neither a forward nor training has reached 'head' (1

@@ -1,24 +1,12 @@
 """Adapters with the names of modules or parameters work, or are refused at once."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    ALPHA,
-    KINDS,
-    RANK,
-    TOLERANCE,
-    error,
-    fill,
-    injected,
-    same_bits,
-    snapshot,
-)
+from conftest import ALPHA, KINDS, RANK, TOLERANCE, error, fill, injected, same_bits, snapshot
 from helpers.reference import with_deltas
 from torch import Tensor, nn
 
@@ -53,8 +41,7 @@ def test_name_collisions(name: str, tmp_path: Path) -> None:
             self.lora_A = nn.Linear(5, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.lora_A(self.mlp(self.lora_in(x)))
-            return found
+            return self.lora_A(self.mlp(self.lora_in(x)))
 
     model = Mlp()
     plain, before = copy.deepcopy(model), snapshot(model)

@@ -1,21 +1,12 @@
 """accelerate's hooks: they hide no adapter, and what they offload is not trained in vain."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
-from helpers.reference import (
-    Block,
-    adapted,
-    config,
-    dense,
-    hold,
-    random,
-)
+from helpers.reference import Block, adapted, config, dense, hold, random
 from torch import nn
 
 import lora_inject as li

@@ -1,16 +1,13 @@
 """The tables of options of other programs: each line is what it says."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from helpers.models import tiny_llama
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_inject as li
 
@@ -58,9 +55,7 @@ def test_the_table_has_every_field_of_this_peft():
 
 @pytest.fixture(scope="module")
 def llama():
-    torch.manual_seed(0)
-    small = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 20}
-    return LlamaForCausalLM(LlamaConfig(**small, num_hidden_layers=2, num_key_value_heads=1))
+    return tiny_llama()
 
 
 @pytest.mark.parametrize("right", sorted({right for _, right in OTHERS}))

@@ -4,8 +4,6 @@ A foreign kind is held to what the built-in ones are held to, both ways: zero st
 the dense float64 reference, merge, eject, files in both formats, and refusals that name it.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
-from helpers.reference import EXACT, SCALE, config, random, refused, saved
+from helpers.reference import EXACT, SCALE, config, random, refused, saved, with_deltas
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -54,8 +52,7 @@ class Net(nn.Module):
         self.after = nn.Linear(N_OUT, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.after(self.layer(x))
-        return found
+        return self.after(self.layer(x))
 
 
 class LoRADense(LoRALinear):
@@ -111,16 +108,6 @@ def build(row: str) -> Net:
     return Net(ROWS[row][0]()).double()
 
 
-def dense_net(row: str, plain: Net, model: nn.Module) -> Net:
-    wide = copy.deepcopy(plain)
-    site = li.adapter_state(model).sites["layer"]
-    delta = SCALE * site.B @ site.A
-    weight = getattr(wide.layer, ROWS[row][2])
-    with torch.no_grad():
-        weight += delta.t() if weight.shape == (N_IN, N_OUT) else delta
-    return wide
-
-
 @pytest.mark.parametrize("row", ROWS)
 def test_a_foreign_kind_holds_the_contract(row: str) -> None:
     plain, x = build(row), random(3, N_IN)
@@ -133,7 +120,7 @@ def test_a_foreign_kind_holds_the_contract(row: str) -> None:
     assert [k for k in model.state_dict() if "lora_" not in k] == [*plain.state_dict()]
 
     fill(model)
-    wide = dense_net(row, plain, model)
+    wide = with_deltas(plain, model)
     assert error(plain(x), wide(x)) > 0.01
     for training in (True, False):
         assert error(model.train(training)(x), wide(x)) < EXACT
@@ -143,8 +130,6 @@ def test_a_foreign_kind_holds_the_contract(row: str) -> None:
     assert error(model(x), wide(x)) < EXACT
     li.unmerge(model)
     raw, first = model.layer._parameters[ROWS[row][2]], plain.layer._parameters[ROWS[row][2]]
-    assert raw is not None
-    assert first is not None
     assert same_bits(raw, first)
     li.eject(fill(li.inject(plain, config("layer"))))
     assert snapshot(plain) == before

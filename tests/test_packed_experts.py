@@ -3,8 +3,6 @@
 The reference is the same checkpoint unpacked by transformers, `Mxfp4Config(dequantize=True)`.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
@@ -29,9 +27,7 @@ IDS = torch.arange(24).view(2, 12)
 HIDDEN, WIDE, N = 32, 64, 4
 
 
-def test_older_transformers_which_would_unpack_them_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_older_transformers_which_would_unpack_them_is_refused(monkeypatch) -> None:
     monkeypatch.setattr("transformers.__version__", "5.23.1")
     found = r"transformers 5\.23\.1 .* Install transformers 5\.24"
     with pytest.raises(li.LayerError, match=found), li.packed_experts():
@@ -118,9 +114,7 @@ def test_the_values_are_those_that_transformers_unpacks(folder: Path, dtype: tor
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("targets", TARGETS)
-def test_outputs_and_gradients_are_those_over_the_unpacked_base(
-    folder: Path, how: str, targets: str, seen: list[int]
-) -> None:
+def test_outputs_and_gradients_are_those_over_the_unpacked_base(folder, how, targets, seen) -> None:
     found: list[Any] = []
     for make in (load, unpacked):
         model = adapted(make(folder, how=how), TARGETS[targets])
@@ -157,9 +151,7 @@ def test_what_waits_for_the_backward_pass_is_packed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_in_bfloat16_it_trains_as_the_unpacked_one(
-    folder: Path, reentrant: bool
-) -> None:
+def test_checkpointed_in_bfloat16_it_trains_as_the_unpacked_one(folder, reentrant) -> None:
     found = []
     for make in (load, unpacked):
         model = adapted(make(folder, torch.bfloat16, "grouped_mm"), TARGETS["both"]).train()

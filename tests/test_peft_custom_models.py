@@ -4,8 +4,6 @@ The list is `TEST_CASES` of peft 0.21.2, tests/test_custom_models.py, but for va
 change how a model trains (VeLoRA) or what a file needs of the base (KaSA, MiCA, MonteCLoRA).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +37,7 @@ class EmbConv1D(nn.Module):
         self.emb, self.conv1d, self.lin0 = nn.Embedding(20, 5), Conv1D(1, 5), nn.Linear(2, 2)
 
     def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.lin0(torch.relu(self.conv1d(self.emb(ids))).flatten(1))
-        return found
+        return self.lin0(torch.relu(self.conv1d(self.emb(ids))).flatten(1))
 
 
 def conv(layer: Callable[[], nn.Module], name: str, width: int) -> Callable[[], nn.Module]:
@@ -63,8 +60,7 @@ class Mha(nn.Module):
         self.mha, self.lin0 = nn.MultiheadAttention(10, 2), nn.Linear(10, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.lin0(self.mha(x, x, x)[0])
-        return found
+        return self.lin0(self.mha(x, x, x)[0])
 
 
 class Parameters(nn.Module):
@@ -83,8 +79,7 @@ class Parameters(nn.Module):
         self.lin0, self.lin1 = self.Held(10, 20), self.Held(20, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.lin1(torch.relu(self.lin0(x)))
-        return found
+        return self.lin1(torch.relu(self.lin0(x)))
 
 
 IMAGE, CUBE = (2, 5, 10, 10), (2, 5, 6, 6, 6)

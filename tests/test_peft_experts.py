@@ -4,8 +4,6 @@ Every model has square experts (hidden size equal to intermediate size), so that
 which way round a stack lies. Adapters of transformers 4 have single experts, and other names.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Iterator
@@ -14,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import merged_on_disk
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_inject as li
-from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter
 
@@ -124,11 +122,7 @@ def test_stacks_of_peft_are_read_and_written_again(kind: str, stacks: str, tmp_p
 @pytest.mark.parametrize("kind", ["gpt_oss", "mixtral"])
 def test_stacks_of_peft_are_merged_on_disk(kind: str, tmp_path: Path) -> None:
     due = adapted_by_peft(kind, tmp_path / "peft", STACKS["both"])
-    build(kind).save_pretrained(tmp_path / "base")
-    base = Checkpoint.open(tmp_path / "base")
-    merge_checkpoint(base, [read_weighted(tmp_path / "peft", base)], tmp_path / "merged")
-    merged = type(build(kind)).from_pretrained(tmp_path / "merged")
-    assert off(logits(merged), due) < 1e-5
+    assert off(logits(merged_on_disk(build(kind), tmp_path / "peft", tmp_path)), due) < 1e-5
 
 
 def test_square_stacks_are_refused_where_nothing_says_which_way_round(tmp_path: Path) -> None:
@@ -243,10 +237,7 @@ def test_single_experts_become_stacks(kind: str, tmp_path: Path) -> None:
     assert off(logits(model), due) < 1e-5
     li.save_adapter(model, tmp_path / "new")
     assert off(logits(peft.PeftModel.from_pretrained(build(kind), tmp_path / "new")), due) < 1e-5
-    build(kind).save_pretrained(tmp_path / "base")
-    base = Checkpoint.open(tmp_path / "base")
-    merge_checkpoint(base, [read_weighted(path, base)], tmp_path / "merged")
-    assert off(logits(type(build(kind)).from_pretrained(tmp_path / "merged")), due) < 1e-5
+    assert off(logits(merged_on_disk(build(kind), path, tmp_path)), due) < 1e-5
 
 
 def test_a_stack_has_zeros_where_an_expert_has_no_adapter(tmp_path: Path) -> None:
@@ -267,9 +258,7 @@ def test_a_stack_has_zeros_where_an_expert_has_no_adapter(tmp_path: Path) -> Non
     ("expert", "dora", "words"),
     [(7, False, "of which it would be a part"), (1, True, "which cannot hold the m of each")],
 )
-def test_experts_that_a_stack_cannot_hold_are_refused(
-    expert: int, dora: bool, words: str, tmp_path: Path
-) -> None:
+def test_experts_that_a_stack_cannot_hold_are_refused(expert, dora, words, tmp_path) -> None:
     """A magnitude of each expert has no place on a stack; without it, the model is another."""
     name = f"model.layers.0.block_sparse_moe.experts.{expert}.w1"
     path = write_old(tmp_path / "old", {name: 16}, ["w1"])

@@ -6,8 +6,6 @@ shown in test_matching, attention in test_attention, convolutions in test_layer_
 test_name_collisions, what is saved in test_saving, and mixes and undoing in test_state_machine.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -35,10 +33,7 @@ from helpers.reference import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import lora_inject as li
 
@@ -51,8 +46,7 @@ class Attention(nn.Module):
         self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.attn(x, x, x, need_weights=False)[0]
-        return found
+        return self.attn(x, x, x, need_weights=False)[0]
 
 
 def test_attention_matched_with_its_own_child_is_adapted_once_or_refused(tmp_path: Path) -> None:
@@ -228,9 +222,7 @@ li.save_adapter(net, sys.argv[1])
 
 
 @pytest.mark.slow
-def test_the_same_adapter_is_written_to_the_same_bytes_in_every_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_adapter_is_written_to_the_same_bytes_in_every_run(tmp_path, monkeypatch) -> None:
     """Sets of texts have another order in each process."""
     env = {**os.environ, "PYTHONHASHSEED": "1"}
     subprocess.run([sys.executable, "-c", ORDER, str(tmp_path / "there")], check=True, env=env)

@@ -1,13 +1,12 @@
 """What a saved folder says of the model that it came from, as the libraries that open it use it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import fill
 from helpers.models import denoised, tiny_unet
 from torch import Tensor, nn
 
@@ -37,10 +36,7 @@ def saved_base(name: str, path: Path, **options: Any) -> nn.Module:
 def adapted(model: nn.Module, targets: list[str], **config: Any) -> nn.Module:
     li.inject(model, {"rank": 2, "alpha": 6, "targets": targets, **config})
     torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in li.adapter_parameters(model).values():
-            parameter.normal_(0, 0.3)
-    return model
+    return fill(model, std=0.3)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -77,9 +73,7 @@ def test_transformers_finds_the_base_of_a_saved_adapter(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("train_head", [True, False])
-def test_the_task_changes_no_output_in_peft(
-    name: str, task: str | None, train_head: bool, tmp_path: Path
-) -> None:
+def test_the_task_changes_no_output_in_peft(name, task, train_head, tmp_path) -> None:
     """PEFT looks for the heads of classification tasks in every file of theirs."""
     base = saved_base(name, tmp_path / "base")
     head = [r"(score|classifier)\..*"] if train_head and task else []

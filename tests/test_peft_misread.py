@@ -1,7 +1,5 @@
 """Adapters that PEFT would load without a word and compute something else with: refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,7 @@ class Asks(nn.Module):
         self.child = child
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.child(x.to(self.child.weight.dtype))
-        return out
+        return self.child(x.to(self.child.weight.dtype))
 
 
 class Standardized(nn.Conv1d):
@@ -60,8 +57,7 @@ class Scaled(nn.Embedding):
         self.register_buffer("embed_scale", torch.tensor(3.0), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = super().forward(ids) * self.embed_scale
-        return out
+        return super().forward(ids) * self.embed_scale
 
 
 X, IDS = torch.randn(3, 4), torch.tensor([[0, 4]])
@@ -94,9 +90,7 @@ def test_what_peft_would_compute_otherwise_is_not_written_for_it(case: str, tmp_
     ],
     ids=["asked for its dtype", "a kernel asked for its dtype", "a gain that PEFT knows"],
 )
-def test_what_peft_computes_the_same_is_written(
-    make: Any, site: str, x: Tensor, tmp_path: Path
-) -> None:
+def test_what_peft_computes_the_same_is_written(make, site, x, tmp_path) -> None:
     peft = pytest.importorskip("peft")
     plain = make()
     before = {key: value.clone() for key, value in plain.state_dict().items()}

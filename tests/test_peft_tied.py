@@ -1,18 +1,17 @@
 """Full copies of tied weights, exchanged with PEFT, which knows them by their names one by one."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import merged_on_disk
+from helpers.models import tiny_llama
 from torch import Tensor, nn
 
 import lora_inject as li
 from lora_inject.adapter.state import AdapterState
-from lora_inject.checkpoint import Checkpoint, merge_checkpoint, read_weighted
 from lora_inject.formats import read_adapter, write_adapter
 
 transformers = pytest.importorskip("transformers")
@@ -24,11 +23,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def tied_llama() -> Any:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 30, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=True)
-    return transformers.LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 30, "hidden_size": 12, "num_hidden_layers": 1}
+    return tiny_llama(**sizes, tie_word_embeddings=True).eval()
 
 
 def logits(model: Any) -> Tensor:
@@ -49,13 +45,6 @@ def with_copies(copies: dict[str, Tensor]) -> Any:
     return model
 
 
-def merged_on_disk(folder: Path, adapter: str) -> Any:
-    tied_llama().save_pretrained(folder / "base")
-    base = Checkpoint.open(folder / "base")
-    merge_checkpoint(base, [read_weighted(folder / adapter, base)], folder / "merged")
-    return transformers.LlamaForCausalLM.from_pretrained(folder / "merged")
-
-
 def test_peft_reads_a_tied_copy_under_each_of_its_names(tmp_path: Path) -> None:
     model, value = tied_llama(), torch.randn(30, 12)
     copies = {EMBEDDING: value, HEAD: value}
@@ -65,9 +54,8 @@ def test_peft_reads_a_tied_copy_under_each_of_its_names(tmp_path: Path) -> None:
         module_names=[name for name, _ in model.named_modules()],
         tensor_names=list(model.state_dict()),
     )
-    assert (
-        off(logits(peft.PeftModel.from_pretrained(model, path)), logits(with_copies(copies))) < 1e-6
-    )
+    read = peft.PeftModel.from_pretrained(model, path)
+    assert off(logits(read), logits(with_copies(copies))) < 1e-6
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
@@ -89,7 +77,8 @@ def test_copies_of_peft_are_read_live_and_merged_on_disk(saved: list[str], tmp_p
     li.save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(tied_llama(), tmp_path / "ours")
     assert off(logits(again), logits(wrapped)) < 1e-6
-    assert off(logits(merged_on_disk(tmp_path, "peft")), logits(wrapped)) < 1e-6
+    merged = merged_on_disk(tied_llama(), tmp_path / "peft", tmp_path)
+    assert off(logits(merged), logits(wrapped)) < 1e-6
 
 
 def test_an_optimizer_gets_the_copy_of_a_tied_tensor_once() -> None:
@@ -110,4 +99,5 @@ def test_a_tied_copy_that_was_trained_is_read_the_same_by_peft(train: str, tmp_p
     again = peft.PeftModel.from_pretrained(tied_llama(), tmp_path / "ours")
     assert off(logits(again), logits(model)) < 1e-6
     assert off(logits(li.load_adapter(tied_llama(), tmp_path / "ours")), logits(model)) < 1e-6
-    assert off(logits(merged_on_disk(tmp_path, "ours")), logits(model)) < 1e-6
+    merged = merged_on_disk(tied_llama(), tmp_path / "ours", tmp_path)
+    assert off(logits(merged), logits(model)) < 1e-6

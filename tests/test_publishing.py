@@ -1,7 +1,5 @@
 """Adapters on the hub, against a stand-in for its HTTP end, and versions for a server to follow."""
 
-from __future__ import annotations
-
 import json
 import threading
 import urllib.request
@@ -15,6 +13,7 @@ import torch
 import yaml
 from conftest import fill, same_bits
 from helpers.hub import Hub, stand_in_hub
+from helpers.models import tiny_llama
 from safetensors.torch import load_file
 
 import lora_inject as li
@@ -31,10 +30,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def base() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 17}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = tiny_llama(hidden_size=8, intermediate_size=8, num_hidden_layers=1).eval()
     model.config._name_or_path = "org/tiny-llama"
     return model
 
@@ -110,9 +106,7 @@ def test_a_single_file_of_another_format_is_found(hub: Hub, tmp_path: Path) -> N
         li.load_adapter(base(), "user/one")
 
 
-def test_what_cannot_be_had_is_said_in_plain_words(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_cannot_be_had_is_said_in_plain_words(hub, monkeypatch, tmp_path) -> None:
     from huggingface_hub import constants
 
     with pytest.raises(li.FormatError, match="no such folder here, and no such repository"):

@@ -501,9 +501,7 @@ def test_weights_for_a_server_are_those_that_a_merge_would_leave(form: str) -> N
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
 @every
-def test_a_load_onto_the_same_quantized_base_needs_no_word(
-    form: str, layout: str, tmp_path: Path
-) -> None:
+def test_a_load_onto_the_same_quantized_base_needs_no_word(form, layout, tmp_path) -> None:
     net, x = build(form)
     fill(li.inject(net, config("0", "2")))
     adapted, state = net(x), li.adapter_state(net)
@@ -516,9 +514,7 @@ def test_a_load_onto_the_same_quantized_base_needs_no_word(
 
 
 @packed
-def test_another_quantized_base_is_refused_in_values_in_format_and_plain(
-    form: str, tmp_path: Path
-) -> None:
+def test_another_quantized_base_is_refused_in_values_in_format_and_plain(form, tmp_path) -> None:
     net, x = build(form)
     fill(li.inject(net, config("0", "2")))
     path, _ = saved(net, tmp_path, "peft")
@@ -537,9 +533,7 @@ def test_another_quantized_base_is_refused_in_values_in_format_and_plain(
 
 
 @packed
-def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(
-    form: str, tmp_path: Path
-) -> None:
+def test_an_adapter_made_on_a_quantized_base_serves_the_plain_one(form, tmp_path) -> None:
     """The way out of the refused merge: load it onto the floating point base, and merge there."""
     net, _ = build(form)
     fill(li.inject(net, config("0", "2")))

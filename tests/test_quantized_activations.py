@@ -1,7 +1,5 @@
 """Bases with layers that hand no gradient to what lies before them."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from types import SimpleNamespace

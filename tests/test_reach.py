@@ -1,7 +1,5 @@
 """A probe, `unreached` and saving after training find sites that take no part."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,15 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    fill,
-    same_bits,
-    snapshot,
-)
-from helpers.reference import (
-    config,
-    refused,
-)
+from conftest import fill, same_bits, snapshot
+from helpers.reference import config, refused
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -34,8 +25,7 @@ class WeightUpdate(nn.Module):
         self.drop = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.drop(F.linear(self.called(x), self.read.weight))
-        return found
+        return self.drop(F.linear(self.called(x), self.read.weight))
 
 
 @pytest.mark.parametrize("targets", [["idle"], ["called", "read", "idle"]], ids=str)
@@ -118,8 +108,7 @@ class Routed(nn.Module):
         self.spare = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.tasks["text"](self.layers[1](self.experts[2](self.first(x))))
-        return found
+        return self.tasks["text"](self.layers[1](self.experts[2](self.first(x))))
 
 
 def trained(model: nn.Module, *targets: str, compiled: bool = False, **options: Any) -> nn.Module:
@@ -185,10 +174,7 @@ BEFORE: dict[str, Callable[[nn.Module], Any]] = {
         trained(m, "first", "spare"),
         li.inject(m, config("first"), "other"),
     ),
-    "frozen there": lambda m: (
-        trained(m, "first", "spare"),
-        m.spare.requires_grad_(False),
-    ),
+    "frozen there": lambda m: (trained(m, "first", "spare"), m.spare.requires_grad_(False)),
 }
 
 

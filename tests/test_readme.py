@@ -5,8 +5,6 @@ folder holds a tiny GPT-2 with random weights under the name `gpt2`. Expected ou
 out with `...`.
 """
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import json

@@ -1,7 +1,5 @@
 """LSTM, GRU and RNN: what their fused kernel is handed is W + delta, and everybody else finds W."""
 
-from __future__ import annotations
-
 import copy
 import io
 from pathlib import Path
@@ -33,13 +31,11 @@ class Reads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.rnn.flatten_parameters()
-        found: Tensor = self.rnn(x)[0]
-        return found
+        return self.rnn(x)[0]
 
 
 def run(model: nn.Module) -> Tensor:
-    found: Tensor = model(X)
-    return found
+    return model(X)
 
 
 X = torch.linspace(-2, 2, 24, dtype=torch.float64).view(2, 3, 4)

@@ -1,7 +1,5 @@
 """Modules without a class to swap or without values, and modules that hold their parent."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    ALPHA,
-    RANK,
-)
-from helpers.reference import (
-    Block,
-    config,
-    saved,
-)
+from conftest import ALPHA, RANK
+from helpers.reference import Block, config, saved
 from torch import nn
 
 import lora_inject as li

@@ -5,8 +5,6 @@ so that every stage is run end to end without a download. Claims that are exact 
 (full rank, what each method trains, the formula of adapter layers) are tested for themselves.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,23 +1,12 @@
 """The root as a site, and base modules with the names of parts of an adapter."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import error, fill, snapshot
-from helpers.reference import (
-    EXACT,
-    Block,
-    adapted,
-    config,
-    hold,
-    random,
-    refused,
-    saved,
-)
+from helpers.reference import EXACT, Block, adapted, config, hold, random, refused, saved
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -35,8 +24,7 @@ class Recurrent(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        found: Tensor = self.last["again"](x)
-        return found
+        return self.last["again"](x)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Models that hold several injected modules: names, parts and shared layers."""
 
-from __future__ import annotations
-
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,8 +24,7 @@ class Towers(nn.Module):
         self.left, self.right = layers(), layers()
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.left(x) + self.right(x)
-        return out
+        return self.left(x) + self.right(x)
 
 
 class Encoded(nn.Module):
@@ -38,8 +35,7 @@ class Encoded(nn.Module):
         self.encoder, self.head = encoder, nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.encoder(x))
-        return out
+        return self.head(self.encoder(x))
 
 
 RULE = {"rank": 2, "alpha": 3, "targets": ["2"]}

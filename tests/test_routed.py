@@ -1,7 +1,5 @@
 """The arithmetic of `routed`: a batch against each row alone. Nothing is kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -42,9 +40,7 @@ def batch(kind: str, dtype: torch.dtype, n_tokens: int | None) -> Tensor:
 @pytest.mark.parametrize("n_tokens", [None, 1, 3, 32], ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", ["linear", "one slice", "conv1d"])
-def test_with_and_without_gradients_alike(
-    kind: str, rows: str, n_tokens: int | None, dtype: torch.dtype
-) -> None:
+def test_with_and_without_gradients_alike(kind, rows, n_tokens, dtype) -> None:
     model, x = crowded(kind, dtype), batch(kind, dtype, n_tokens)
     with li.routed(model, ROWS[rows]):
         wanted = model(x)
@@ -163,9 +159,7 @@ def test_function_transforms_over_a_routed_batch() -> None:
         ([0, 0, 1], (2,)),
     ],
 )
-def test_any_distribution_of_rows_by_hand(
-    rows: list[int], ranks: tuple[int, ...], n_tokens: int
-) -> None:
+def test_any_distribution_of_rows_by_hand(rows, ranks, n_tokens) -> None:
     """Output, gradients and their gradients against dense matrices, row by row."""
     tensors = [
         t.double().requires_grad_() for r in ranks for t in (torch.randn(r, 5), torch.randn(7, r))
@@ -241,9 +235,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("conv", CONVOLUTIONS)
-def test_rows_of_convolutions_are_those_of_each_adapter_alone(
-    conv: str, checkpointed: bool
-) -> None:
+def test_rows_of_convolutions_are_those_of_each_adapter_alone(conv, checkpointed) -> None:
     """Outputs and gradients; what each adapter alone gives is the dense W + delta."""
     make, size = CONVOLUTIONS[conv]
     model = nn.Sequential(make()).double()
@@ -272,10 +264,7 @@ def test_rows_of_convolutions_are_those_of_each_adapter_alone(
 
 def test_a_convolution_without_a_batch_is_refused() -> None:
     model = li.inject(nn.Sequential(nn.Conv1d(2, 3, 1)), {"rank": 1, "targets": ["0"]}, "a")
-    with (
-        li.routed(model, ["a", None]),
-        pytest.raises(li.LayerError, match=r"without a batch"),
-    ):
+    with li.routed(model, ["a", None]), pytest.raises(li.LayerError, match=r"without a batch"):
         model(torch.randn(2, 5))
 
 
@@ -323,11 +312,8 @@ def test_rows_get_the_layers_and_biases_that_their_adapters_train(checkpointed: 
 
 
 def test_biases_by_row_keep_the_dtype_of_autocast() -> None:
-    model = nn.Sequential(nn.Linear(4, 6))
-    li.inject(model, {"rank": 1, "targets": ["0"], "bias": "adapted"})
-    for parameter in li.adapter_parameters(model).values():
-        nn.init.normal_(parameter)
-    x = torch.randn(2, 3, 4)
+    config = {"rank": 1, "targets": ["0"], "bias": "adapted"}
+    model, x = fill(li.inject(nn.Sequential(nn.Linear(4, 6)), config)), torch.randn(2, 3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         alone = model(x)
         with li.routed(model, ["default", "default"]):
@@ -351,8 +337,7 @@ class TimeMajor(nn.Module):
         self.lstm, self.fc = nn.LSTM(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.fc(self.lstm(x)[0])
-        return found
+        return self.fc(self.lstm(x)[0])
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,15 +1,12 @@
 """`save_pretrained` and Trainer's `save_model` of an adapted model write its adapters."""
 
-from __future__ import annotations
-
-import copy
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import fill, same_bits
+from conftest import COPIES, fill, same_bits
+from helpers.models import tiny_llama
 
 import lora_inject as li
 
@@ -19,10 +16,7 @@ CONFIG = {"rank": 2, "alpha": 3, "targets": ["q_proj", "down_proj"]}
 
 
 def base() -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 17}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_llama(num_hidden_layers=1).eval()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -34,10 +28,7 @@ def adapted(name: str = "default") -> Any:
     return fill(li.inject(base(), CONFIG, name), name)
 
 
-@pytest.mark.parametrize(
-    "again", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-    ids=["itself", "deepcopy", "pickle"],
-)  # fmt: skip
+@pytest.mark.parametrize("again", [lambda m: m, *COPIES.values()], ids=["itself", *COPIES])
 def test_it_writes_the_adapter_which_loads_onto_the_base(again: Any, tmp_path: Path) -> None:
     model = again(adapted())
     model.save_pretrained(tmp_path)

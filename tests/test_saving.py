@@ -3,9 +3,9 @@
 The formats are tested in test_formats_*.py; here it is the model that must come out right.
 """
 
-from __future__ import annotations
-
 import copy
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from conftest import (
     same_bits,
     snapshot,
 )
-from helpers.models import IDS, Net
+from helpers.models import IDS, Net, Packed, TiedDecoder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -55,9 +55,7 @@ def save(model: nn.Module, folder: Path, layout: str, name: str = "default") -> 
 )
 @every_format
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_comes_back_bit_for_bit(
-    kind: str, layout: str, dtype: torch.dtype, init: str, tmp_path: Path
-) -> None:
+def test_every_kind_comes_back_bit_for_bit(kind, layout, dtype, init, tmp_path) -> None:
     row = KINDS[kind]
     plain = host(row, dtype)
     config = {**row.config, "init": init, "dropout": 0.25 if row.update == "forward" else 0.0}
@@ -114,32 +112,17 @@ def test_everything_that_an_adapter_is_comes_back(layout: str, tmp_path: Path) -
 
 @every_format
 @pytest.mark.parametrize("config", [{"bias": "all"}, {"train": ["head"]}], ids=str)
-def test_adapters_without_sites_come_back(
-    config: dict[str, Any], layout: str, tmp_path: Path
-) -> None:
+def test_adapters_without_sites_come_back(config, layout, tmp_path) -> None:
     plain = Net()
     model = fill(li.inject(copy.deepcopy(plain), config))
     loaded = li.load_adapter(copy.deepcopy(plain), save(model, tmp_path, layout))
     assert same_bits(loaded(IDS), model(IDS))
 
 
-class Tied(nn.Module):
-    """A head that is the embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.up, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.head(self.up(self.embed(ids)))
-        return out
-
-
 @every_format
 def test_a_trained_copy_of_a_tied_tensor_comes_back(layout: str, tmp_path: Path) -> None:
-    plain, ids = Tied(), torch.tensor([[0, 3, 6]])
-    config = {**CONFIG, "targets": ["up"], "train": [r"head\.weight"]}
+    plain, ids = TiedDecoder(), torch.tensor([[0, 3, 6]])
+    config = {**CONFIG, "targets": ["fc"], "train": [r"head\.weight"]}
     model = fill(li.inject(copy.deepcopy(plain), config))
     assert list(li.adapter_state(model).trained) == ["embed.weight", "head.weight"]
     assert "embed.weight" in li.adapter_parameters(model)
@@ -153,8 +136,8 @@ def test_a_copy_of_a_tied_tensor_is_read_under_the_names_that_the_adapter_gives(
     named: list[str], tmp_path: Path
 ) -> None:
     """The base is never written, and what is not named stays the base's."""
-    plain, ids = Tied(), torch.tensor([[0, 3, 6]])
-    trained = {f"{name}.weight": torch.randn(7, 6) for name in named}
+    plain, ids = TiedDecoder(), torch.tensor([[0, 3, 6]])
+    trained = {f"{name}.weight": torch.randn(9, 4) for name in named}
     model = li.install(copy.deepcopy(plain), li.AdapterState({}, trained))
     wanted = copy.deepcopy(plain)
     for name, tensor in trained.items():
@@ -244,23 +227,8 @@ def test_another_base_is_refused_unless_told(saved: Path, key: str, how: str) ->
     assert li.load_adapter(model, saved, base="any") is model
 
 
-def test_a_quantized_base_is_named_and_needs_the_argument(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Packed(nn.Linear):
-        """Holds codes; multiplies by what they stand for."""
-
-        def __init__(self, plain: nn.Linear) -> None:
-            super().__init__(plain.in_features, plain.out_features)
-            self.bias = plain.bias
-            self.scale = plain.weight.detach().abs().max() / 127
-            codes = (plain.weight.detach() / self.scale).round().to(torch.int8)
-            self.weight = nn.Parameter(codes, requires_grad=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight.float() * self.scale, self.bias)
-
-    monkeypatch.setattr(linear_kinds, "MULTIPLY", {(__name__, Packed.__qualname__)})
+def test_a_quantized_base_is_named_and_needs_the_argument(saved, monkeypatch) -> None:
+    monkeypatch.setattr(linear_kinds, "MULTIPLY", {(Packed.__module__, "Packed")})
     model = base()
     model.fc = Packed(model.fc)
     refused(model, saved, "cannot be compared at 1 sites, of which 'fc.weight'")
@@ -331,25 +299,12 @@ def test_what_is_let_through_is_named(saved: Path) -> None:
 
 
 def test_an_adapter_loads_under_any_name_of_a_shared_module(tmp_path: Path) -> None:
-    class Shared(nn.Module):
-        def __init__(self, first: str, second: str) -> None:
-            super().__init__()
-            layer = nn.Linear(5, 5)
-            self.add_module(first, layer)
-            self.add_module(second, layer)
-
-        def forward(self, x: Tensor) -> Tensor:
-            found: Tensor = self.b(self.a(x))
-            return found
-
-    torch.manual_seed(0)
-    model = fill(li.inject(Shared("a", "b"), {**CONFIG, "targets": ["a"]}))
-    torch.manual_seed(0)
-    turned = Shared("b", "a")
-    x = torch.randn(2, 5)
+    layer, x = nn.Linear(5, 5), torch.randn(2, 5)
+    turned = nn.ModuleDict(dict.fromkeys("ba", copy.deepcopy(layer)))
+    model = fill(li.inject(nn.ModuleDict(dict.fromkeys("ab", layer)), {**CONFIG, "targets": ["a"]}))
     loaded = li.load_adapter(turned, save(model, tmp_path, "native"))
     assert list(li.adapters(loaded)["default"].sites) == ["b"]
-    assert same_bits(loaded(x), model(x))
+    assert same_bits(loaded["a"](x), model["a"](x))
 
 
 class Twice(nn.Module):
@@ -367,16 +322,13 @@ class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        found: Tensor = self.b(self.a(x).tanh())
-        return found
+        return self.b(self.a(x).tanh())
 
 
 @pytest.mark.parametrize(("targets", "layout"), [
     (["a", r"blocks\.0\.0"], "native"), ([r"b\.weight"], "native"), ([r"blocks\.1\.0"], "peft"),
 ], ids=str)  # fmt: skip
-def test_an_adapter_of_a_shared_layer_goes_to_each_of_its_names(
-    targets: list[str], layout: str, tmp_path: Path
-) -> None:
+def test_an_adapter_of_a_shared_layer_goes_to_each_of_its_names(targets, layout, tmp_path) -> None:
     model, x = fill(li.inject(Twice(), {**CONFIG, "targets": targets})), torch.randn(2, 5)
     path = save(model, tmp_path, layout)
     for shared in (True, False):
@@ -432,32 +384,6 @@ def test_save_refuses_unknown_names_and_formats(tmp_path: Path) -> None:
     x = torch.randn(2, 5)
     wanted = model(x)
     assert same_bits(li.load_adapter(li.eject(model), path)(x), wanted)
-
-
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_peft_reads_what_a_model_saved_and_the_model_what_peft_saved(tmp_path: Path) -> None:
-    """One end to end pass; the exchange at large is in test_formats_peft_exchange.py."""
-    from peft import PeftModel
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 13, "n_positions": 16}
-    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
-    plain = GPT2LMHeadModel(config).eval()
-    rules = [{"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}, "c_proj"]
-    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": rules, "train": ["ln_f"]}))
-    ids = torch.arange(10).view(2, 5)
-    wanted = model(ids).logits
-    theirs = PeftModel.from_pretrained(copy.deepcopy(plain), save(model, tmp_path, "peft"))
-    assert error(theirs(ids).logits, wanted) < TOLERANCE[torch.float32]
-    theirs.save_pretrained(tmp_path / "theirs")
-    loaded = li.load_adapter(copy.deepcopy(plain), tmp_path / "theirs", leave_out=[])
-    sites_only = copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in li.adapter_parameters(sites_only).items():
-            if "ln_f" in name:
-                parameter.copy_(dict(plain.named_parameters())[name])
-    either = (wanted, sites_only(ids).logits)
-    assert min(error(loaded(ids).logits, w) for w in either) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -530,3 +456,49 @@ def test_constant_buffers_of_a_module_in_train_are_asked_about_once(how: str) ->
     li.inject(model, {"rank": 1, "targets": ["0"], "train": ["1"]})
     model(torch.randn(5, 3))
     assert model[1]._lora.still
+
+
+def test_scales_come_back_and_a_config_that_contradicts_them_is_refused(tmp_path: Path) -> None:
+    rules = [
+        {"match": "before", "rank": 1, "alpha": 5},
+        {"match": "layer", "rank": 2, "alpha": 0.5, "scaling": "rslora"},
+    ]
+    wanted = {"before": 5.0, "layer": 0.5 / math.sqrt(2)}
+    plain = Host(nn.Linear(5, 6))
+    model = fill(li.inject(copy.deepcopy(plain), {"alpha": 99, "targets": rules}))
+    x, x2 = torch.randn(3, 5), torch.randn(3, 2)
+    li.save_adapter(model, tmp_path / "a")
+    other = copy.deepcopy(plain)
+    fill(
+        li.inject(other, {"rank": 1, "alpha": 7, "targets": ["layer", "before"]}, "older"), "older"
+    )
+    li.load_adapter(other, tmp_path / "a", "newer")
+    for loaded, name in ((model, "default"), (other, "newer"), (copy.deepcopy(other), "newer")):
+        sites = li.adapter_state(loaded, name).sites
+        assert {n: site.scale for n, site in sites.items()} == wanted
+        li.activate(loaded, name)
+        assert same_bits(loaded(x), model(x))
+        assert same_bits(loaded.before(x2), model.before(x2))
+    assert li.adapter_state(other, "older").sites["layer"].scale == 7.0
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    config["lora_alpha"] = 12345
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    # A side file that contradicts the tensors is neither believed nor ignored in silence.
+    with pytest.raises(li.FormatError, match=r"(?i)alpha"):
+        li.load_adapter(copy.deepcopy(plain), tmp_path / "a", "again")
+
+
+def test_dropout_acts_in_training_alone_also_after_a_load(tmp_path: Path) -> None:
+    config = {**CONFIG, "dropout": 0.5, "targets": ["layer"]}
+    model = fill(li.inject(Host(nn.Linear(5, 6)).eval(), config))
+    x = torch.randn(50, 5)
+    li.save_adapter(model, tmp_path / "a")
+    loaded = li.load_adapter(li.eject(copy.deepcopy(model)), tmp_path / "a")
+    for m in (model, loaded):
+        assert not m.layer.training
+        assert same_bits(m(x), m(x)), "dropout is active in an eval model"
+        m.train()
+        assert not same_bits(m(x), m(x))
+        m.eval()
+        assert same_bits(m(x), m(x))
+    assert same_bits(loaded(x), model(x))

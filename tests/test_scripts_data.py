@@ -1,7 +1,5 @@
 """The data and objective of scripts/: which functions are pairs, which tokens carry the loss."""
 
-from __future__ import annotations
-
 import ast
 import math
 import shutil
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import script
+from helpers.models import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -165,9 +164,7 @@ def test_split_holds_out_the_share_that_was_asked_for() -> None:
     assert not pairs.split_by_module(many, share=1.0).train
 
 
-def test_collect_reads_the_standard_library_without_importing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_collect_reads_the_standard_library_without_importing_it(tmp_path, monkeypatch) -> None:
     """A part of it: all of it takes seconds."""
     library = Path(pairs.sysconfig.get_path("stdlib"))
     for name in ("asyncio", "email", "http", "importlib", "logging", "unittest"):
@@ -248,19 +245,7 @@ def test_batches_hold_every_example_once_and_like_lengths(examples: list, size: 
 
 @pytest.fixture(scope="module")
 def decoder() -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return tiny_llama(vocab_size=40, tie_word_embeddings=True).double().eval()
 
 
 BATCH = [

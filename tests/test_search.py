@@ -1,7 +1,5 @@
 """Search: what is tried, rung by rung, what comes out, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

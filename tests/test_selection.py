@@ -4,8 +4,6 @@ A run with checkpoints must give the gradients of the same run without. The scen
 change the selection in every way between a forward and its backward.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -63,8 +61,7 @@ class Net(nn.Module):
     def call(self, function: Callable[..., Tensor], *args: Any, mode: bool | None) -> Tensor:
         if self.mode is None or mode is None or not self.training:
             return function(*args)
-        found: Tensor = checkpoint(function, *args, use_reentrant=mode)
-        return found
+        return checkpoint(function, *args, use_reentrant=mode)
 
 
 SLICED = {"match": "qkv", "slices": ["q", "k", "v"], "adapt": ["q", "v"], "rank": 1}
@@ -260,9 +257,7 @@ inner_modes = pytest.mark.parametrize("nested", [True, False], ids=["reentrant",
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @modes
 @pytest.mark.parametrize("name", SCENARIOS | ROUTES | FREEZES)
-def test_recomputation_runs_under_the_selection_of_its_forward(
-    name: str, mode: bool, dropout: float
-) -> None:
+def test_recomputation_runs_under_the_selection_of_its_forward(name, mode, dropout) -> None:
     assert_recomputed((SCENARIOS | ROUTES | FREEZES)[name], net(dropout), mode)
 
 
@@ -275,9 +270,7 @@ READ = {
 @modes
 @pytest.mark.parametrize("update", READ)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_reads_are_recomputed_under_the_selection_of_their_forward(
-    name: str, update: str, mode: bool
-) -> None:
+def test_reads_are_recomputed_under_the_selection_of_their_forward(name, update, mode) -> None:
     """Weight updates and trained copies, which read where others add to the output."""
     plain = Net().double()
     for adapter in "abc":
@@ -297,9 +290,7 @@ INSIDE = {"disabled": li.disabled, "routed": routed("b", "a", None, "c")}
 @modes
 @pytest.mark.parametrize("inside", INSIDE)
 @pytest.mark.parametrize("change", [None, "b"])
-def test_contexts_inside_the_checkpointed_function(
-    inside: str, mode: bool, change: str | None
-) -> None:
+def test_contexts_inside_the_checkpointed_function(inside, mode, change) -> None:
     plain = net()
     plain.inside = INSIDE[inside]
     assert_recomputed(selecting("a", change), plain, mode)
@@ -574,8 +565,7 @@ def alone(model: Any, name: str | None, inputs: Sequence[Tensor], row: int) -> T
     li.activate(model, name)
     if name is None:  # with max_norm the plain layer writes W
         model = copy.deepcopy(model)
-    found: Tensor = model(*(x[row : row + 1] for x in inputs))
-    return found
+    return model(*(x[row : row + 1] for x in inputs))
 
 
 def unrouted(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
@@ -596,9 +586,7 @@ def unrouted(model: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
     ids=str,
 )
 @pytest.mark.parametrize("kind", ROUTABLE)
-def test_each_row_gets_its_own_adapter(
-    kind: str, dtype: torch.dtype, rows: list[str | None]
-) -> None:
+def test_each_row_gets_its_own_adapter(kind, dtype, rows) -> None:
     model = several_ranks(kind, dtype)
     inputs = KINDS[kind].inputs(dtype)
     plain = unrouted(model, inputs)
@@ -614,9 +602,7 @@ def test_each_row_gets_its_own_adapter(
 
 @pytest.mark.parametrize("rows", [ROWS, ["thin", "wide", "thin", None]], ids=str)
 @pytest.mark.parametrize("kind", ROUTABLE)
-def test_gradients_reach_exactly_the_adapters_of_the_rows(
-    kind: str, rows: list[str | None]
-) -> None:
+def test_gradients_reach_exactly_the_adapters_of_the_rows(kind, rows) -> None:
     model = several_ranks(kind, torch.float64)
     inputs = KINDS[kind].inputs(torch.float64)
     with li.routed(model, rows):
@@ -689,11 +675,7 @@ def test_routed_refuses_at_entry(rows: list[str], repeat: int, words: str) -> No
 
 @pytest.mark.parametrize(
     "config",
-    [
-        {"targets": ["up"]},
-        {"targets": [r"fc\.weight"]},
-        {"targets": ["fc"], "train": ["conv"]},
-    ],
+    [{"targets": ["up"]}, {"targets": [r"fc\.weight"]}, {"targets": ["fc"], "train": ["conv"]}],
     ids=str,
 )
 def test_routed_refuses_whole_weights(config: dict[str, Any]) -> None:

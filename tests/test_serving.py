@@ -1,7 +1,5 @@
 """A small server: requests of several tenants on a thread pool, with hot-swapped adapters."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill
+from helpers.models import tiny_llama
 from torch import Tensor, nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
 import lora_inject as li
 
@@ -19,17 +18,7 @@ TENANTS = ("sql", "style", None)
 
 @pytest.fixture(scope="module")
 def server() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).double().eval()
+    model = tiny_llama(vocab_size=50, pad_token_id=0, eos_token_id=None).double().eval()
     for name in ("sql", "style"):
         fill(li.inject(model, {"rank": 2, "alpha": 16, "targets": ["all-linear"]}, name), name)
     return li.activate(model, None)

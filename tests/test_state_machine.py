@@ -11,10 +11,8 @@ LORA_MACHINE_STEPS make a longer search among others.
 from __future__ import annotations
 
 import copy
-import io
 import math
 import os
-import pickle
 import re
 import tempfile
 import threading
@@ -25,7 +23,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from conftest import same_bits
+from conftest import COPIES, same_bits
 from helpers import trees
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -71,8 +69,6 @@ class Site:
         return self.weight.removesuffix(self.of.weight) + self.of.bias
 
     def delta(self, W: Tensor) -> Tensor:
-        assert self.A is not None
-        assert self.B is not None
         found = self.of.delta(self.A, self.B)
         if self.start is not None:
             found = found - self.of.delta(*self.start)
@@ -210,8 +206,7 @@ class Truth:
 
     def run(self, x: Tensor, ids: Tensor, mix: Mix | None = None) -> Tensor:
         tensors, inputs = {**self.base(), **self.weights(mix)}, (x.double(), ids)
-        found: Tensor = torch.func.functional_call(self.plain, tensors, inputs, tie_weights=False)
-        return found
+        return torch.func.functional_call(self.plain, tensors, inputs, tie_weights=False)
 
 
 def under(root: str) -> Callable[[str], bool]:
@@ -293,18 +288,6 @@ def add_one(module: nn.Module, args: Any, output: Any) -> Any:
     return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
 
 
-def through_torch_save(model: nn.Module) -> Any:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_torch_save,
-}
 TIES: dict[str, Callable[[trees.Tree], None]] = {
     "no": lambda tree: None,
     "share": trees.share_branch,
@@ -350,8 +333,7 @@ class Machine(RuleBasedStateMachine):
     # What rules use ------------------------------------------------------------------------------
 
     def out(self) -> Tensor:
-        found: Tensor = self.model(self.x.to(self.truth.dtype), self.ids)
-        return found
+        return self.model(self.x.to(self.truth.dtype), self.ids)
 
     def at(self, root: str) -> Any:
         return self.model.get_submodule(root.removesuffix("."))
@@ -543,12 +525,7 @@ class Machine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(sorted({name, *NAMES} - {*self.truth.on("")} | {name})))
 
     def replaced(
-        self,
-        root: str,
-        name: str,
-        new: str,
-        adapter: Adapter,
-        load: Callable[[], Any],
+        self, root: str, name: str, new: str, adapter: Adapter, load: Callable[[], Any]
     ) -> bool:
         """Eject an adapter and load another; whether it was, and not refused."""
         li.eject(self.at(root), name)

@@ -5,8 +5,6 @@ unit matrix, and after `merge(requantize=True)` off a new layer of the library's
 `test_state_machine`, a verb that is refused must leave everything as it was.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os
@@ -188,7 +186,6 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.merged is not None)
     @rule()
     def unmerge(self) -> None:
-        assert self.merged is not None
         li.unmerge(self.model)
         (self.forms, self.W), self.active, self.merged = self.before, self.merged, None
 

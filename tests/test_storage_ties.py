@@ -1,7 +1,5 @@
 """Parameters over the same memory are tied, and no merge writes a part of another's."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
+from helpers.reference import with_deltas
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -24,8 +23,7 @@ class Tied(nn.Module):
         self.head = nn.Linear(D, V, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.head(self.emb(ids))
-        return found
+        return self.head(self.emb(ids))
 
 
 def assigned(model: Any) -> None:
@@ -53,9 +51,7 @@ def test_merging_unties_and_unmerging_ties_again(tie: str, targets: list[str]) -
     wide: Any = copy.deepcopy(model)
     li.eject(wide)
     wide.head.weight = nn.Parameter(wide.head.weight.detach().clone())
-    for site in li.adapter_state(model).sites.values():
-        delta = site.scale * site.B @ site.A
-        wide.get_parameter(site.spec.weight).data += delta.t() if site.spec.transposed else delta
+    wide = with_deltas(wide, model)
     assert error(model(IDS), wide(IDS)) < 1e-12
     before, emb = snapshot(model), model.emb.weight.detach().clone()
     li.merge(model)

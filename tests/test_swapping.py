@@ -1,7 +1,5 @@
 """New values into an adapter on the model: what loading would give, in the same Parameters."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable

@@ -4,8 +4,6 @@ A run that ends with an exception in the middle of a step is resumed by a new Tr
 new model, and all that was logged must be the same, bit for bit.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import shutil
@@ -103,9 +101,7 @@ def test_killed_twice_and_resumed_equals_not_killed(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["rng_state.pth", "optimizer.pt", "model.safetensors"])
-def test_the_curve_depends_on_what_is_restored(
-    name: str, whole: Any, killed_at_5: Path, tmp_path: Path
-) -> None:
+def test_the_curve_depends_on_what_is_restored(name, whole, killed_at_5, tmp_path) -> None:
     """The comparison above sees a generator, an optimizer or weights that were not restored."""
     out = shutil.copytree(killed_at_5, tmp_path / "out")
     (out / "checkpoint-4" / name).unlink()

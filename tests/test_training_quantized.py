@@ -1,7 +1,5 @@
 """Trainer on a quantized base: it trains the adapter as PEFT does, and saves and loads it."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any
@@ -9,16 +7,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import fill
+from helpers.models import tiny_llama
 from peft import PeftModel
 from training_models import as_peft, curve, rows
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import lora_inject as li
 
@@ -32,10 +24,8 @@ FORMATS = {"nf4": NF4 | {"bnb_4bit_use_double_quant": True}, "int8": {"load_in_8
 
 def llama_folder(out: Path) -> Path:
     """As large as bitsandbytes' kernels for CPUs take."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, vocab_size=103)
-    LlamaForCausalLM(config).save_pretrained(out)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 2}
+    tiny_llama(**sizes, vocab_size=103).save_pretrained(out)
     return out
 
 
@@ -54,9 +44,7 @@ def trainer(out: Path, model: Any, **changes: Any) -> Trainer:
 
 # PEFT's DoRA on int8 loses the scales of a weight on a CPU (`dequantize_module_weight`).
 @pytest.mark.parametrize(("form", "variant"), [("nf4", "lora"), ("nf4", "dora"), ("int8", "lora")])
-def test_trainer_trains_saves_and_loads_on_a_quantized_base(
-    form: str, variant: str, tmp_path: Path
-) -> None:
+def test_trainer_trains_saves_and_loads_on_a_quantized_base(form, variant, tmp_path) -> None:
     folder = llama_folder(tmp_path / "llama")
     model = quantized(folder, form)
     with pytest.raises(ValueError, match="purely quantized"):

@@ -4,8 +4,6 @@ SFTTrainer knows nothing of this package, so what it is to leave alone is compar
 bit, and what it is to train is seen to have changed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,7 @@ import pytest
 import torch
 from conftest import fill
 from training_models import CONFIG, as_peft, curve, llama_folder
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lora_inject as li
 

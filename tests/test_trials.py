@@ -1,7 +1,5 @@
 """Trials: many runs in one, each equal to the same run alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -32,11 +30,13 @@ from lora_inject.trials import isolation
 COSINE = {"schedule": "cosine", "steps": 6}
 
 
+GPT2 = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 31}
+GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 31}
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(**sizes, **none))
+    return GPT2LMHeadModel(GPT2Config(**GPT2))
 
 
 def norms_in_their_dtype(decoder: Any) -> None:
@@ -53,19 +53,11 @@ def of_llama() -> nn.Module:
     return model
 
 
+C_ATTN = {"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}
+C_FC = {"rank": 3, "dropout": 0.1, "targets": ["c_fc"]}
 GPT2_TRIALS = {
-    "slices": Trial(
-        {
-            "rank": 2,
-            "dropout": 0.3,
-            "targets": [{"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}],
-        },
-        lr=1e-2,
-        clip=0.05,
-    ),
-    "mlp": Trial(
-        {"rank": 3, "dropout": 0.1, "targets": ["c_fc"]}, lr=3e-3, weight_decay=0.1, seed=1
-    ),
+    "slices": Trial({"rank": 2, "dropout": 0.3, "targets": [C_ATTN]}, lr=1e-2, clip=0.05),
+    "mlp": Trial(C_FC, lr=3e-3, weight_decay=0.1, seed=1),
     "table": Trial({"rank": 1, "targets": ["wte", "c_proj"]}, lr=1e-2, b_lr_ratio=4, **COSINE),
     "tied": Trial({"rank": 1, "targets": ["c_fc"], "train": ["wte"]}, lr=1e-2),
 }
@@ -88,6 +80,15 @@ def batches(names: Any, step: int, rows: dict[str, int]) -> dict[str, Any]:
 
 def values(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {k: p.detach().clone() for k, p in li.adapter_parameters(model, name).items()}
+
+
+def check_equal(found: nn.Module, wanted: Any, name: str, within: float = 1e-12) -> None:
+    """An adapter of one model has the values of another's, or those that are given."""
+    mine = values(found, name)
+    theirs = values(wanted, name) if isinstance(wanted, nn.Module) else wanted
+    for key, value in theirs.items():
+        error = (mine[key] - value).norm()
+        assert error <= within * value.norm(), (name, key, error / value.norm())
 
 
 def train(
@@ -120,17 +121,17 @@ def test_each_trial_equals_the_same_run_alone(make, trials, rows, checkpointing)
     together = train(in_float64(make, checkpointing), trials, 4, rows)
     for name in trials:
         alone = trained_alone(make, checkpointing, name, rows.get(name, 2))
-        for key, value in alone.items():
-            mine = values(together.model, name)[key]
-            error = (mine - value).norm() / value.norm()
-            assert error < 1e-12, (name, key, error)
+        check_equal(together.model, alone, name)
 
 
 def in_float64(make: Callable[[], Any], checkpointing: bool) -> Any:
-    found = make().double().train()
+    return in_training(make().double(), checkpointing)
+
+
+def in_training(model: Any, checkpointing: bool) -> Any:
     if checkpointing:
-        found.activation_checkpointing_enable({"use_reentrant": False})
-    return found
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
 
 
 @cache
@@ -216,10 +217,7 @@ def test_rows_of_unequal_lengths_give_each_trial_the_same_run_as_alone(
     make, trials, checkpointing
 ) -> None:
     def run(some: dict[str, Trial]) -> Trials:
-        model = make().double().train()
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        running, bert = Trials(model, some), make is of_bert
+        running, bert = Trials(in_float64(make, checkpointing), some), make is of_bert
 
         def loss(out: Any, batch: Any) -> torch.Tensor:
             wide = out.logits if bert else out.logits[..., :3].mean(1)
@@ -230,38 +228,31 @@ def test_rows_of_unequal_lengths_give_each_trial_the_same_run_as_alone(
             running.step(rows, loss=loss if step % 2 or bert else None)
         return running
 
+    def held_out(running: Trials) -> dict[str, float]:
+        rows = own_lengths(running.trials, 9, make is of_bert)
+        return running.evaluate(rows, loss=lambda out, _: out.logits.sum())
+
     together = run(trials)
-    held_out = together.evaluate(
-        own_lengths(trials, 9, make is of_bert), loss=lambda o, b: o.logits.sum()
-    )
+    losses = held_out(together)
     for name, trial in trials.items():
         alone = run({name: trial})
-        found = alone.evaluate(
-            own_lengths([name], 9, make is of_bert), loss=lambda o, b: o.logits.sum()
-        )
-        assert abs(found[name] - held_out[name]) < 1e-11
-        for key, value in values(alone.model, name).items():
-            assert (values(together.model, name)[key] - value).norm() < 1e-12 * value.norm(), key
+        assert abs(held_out(alone)[name] - losses[name]) < 1e-11
+        check_equal(together.model, alone.model, name)
 
 
 def test_padding_that_changes_an_output_is_refused() -> None:
-    running = Trials(of_bert().double(), BERT_TRIALS)
-    rows = own_lengths(BERT_TRIALS, 0, False)
-    with pytest.raises(li.StateError, match=r"padding to one length changes the outputs of 'all'"):
-        running.step(rows, loss=lambda out, batch: out.logits.sum())
-    assert running.n_steps == 0
-
-
-def test_outputs_whose_tensors_depend_on_the_rows_are_refused_where_rows_are_padded() -> None:
+    """Without a mask; or since there are as many output tensors as rows."""
     running = Trials(of_bert().double(), BERT_TRIALS)
 
-    def forward(batch: Any) -> tuple[torch.Tensor, ...]:
+    def by_row(batch: Any) -> tuple[torch.Tensor, ...]:
         logits = running.model(batch["input_ids"], batch["attention_mask"]).logits
         return (logits,) * len(logits)
 
-    with pytest.raises(li.StateError, match="padding to one length changes the outputs of 'all'"):
-        running.step(own_lengths(BERT_TRIALS, 0, True), forward=forward, loss=lambda out, _: out[0])
-    assert running.n_steps == 0
+    for masked, forward in ((False, None), (True, by_row)):
+        rows = own_lengths(BERT_TRIALS, 0, masked)
+        with pytest.raises(li.StateError, match="changes the outputs of 'all'"):
+            running.step(rows, forward=forward, loss=lambda out, _: out[0].sum())
+        assert running.n_steps == 0
 
 
 def test_the_batches_of_a_collator_train_as_dicts_in_any_order_of_entries() -> None:
@@ -308,9 +299,7 @@ def test_packed_rows_give_each_trial_the_same_run_as_alone(make, trials) -> None
 
     together = run(trials, True)
     for name, trial in trials.items():
-        alone = run({name: trial}, packed=False)
-        for key, value in values(alone.model, name).items():
-            assert (values(together.model, name)[key] - value).norm() < 1e-11 * value.norm(), key
+        check_equal(together.model, run({name: trial}, packed=False).model, name, 1e-11)
 
 
 def test_packed_rows_that_meet_are_refused() -> None:
@@ -330,9 +319,7 @@ def test_in_16_bits_a_trial_equals_the_same_run_alone(compute) -> None:
     assert len(together.losses["lr 0.001"]) == 3
     for name, trial in trials.items():
         alone = train(llama(vocab=31).bfloat16().train(), {name: trial}, 3, {})
-        for key, value in values(alone.model, name).items():
-            mine = values(together.model, name)[key]
-            assert (mine - value).norm() < 0.05 * value.norm()
+        check_equal(together.model, alone.model, name, 0.05)
 
 
 def test_under_autocast_a_trial_equals_the_same_run_alone() -> None:
@@ -351,9 +338,7 @@ def test_under_autocast_a_trial_equals_the_same_run_alone() -> None:
     together = run(LLAMA_TRIALS)
     for name in ("all", "qv"):
         alone = run({name: LLAMA_TRIALS[name]})
-        for key, value in values(alone.model, name).items():
-            mine = values(together.model, name)[key]
-            assert (mine - value).norm() < 0.05 * value.norm()
+        check_equal(together.model, alone.model, name, 0.05)
 
 
 def test_a_derivative_within_a_loss_adds_to_no_gradient() -> None:
@@ -375,8 +360,7 @@ def test_a_derivative_within_a_loss_adds_to_no_gradient() -> None:
 
     plain, penal = run(False), run(True)
     for name in "ab":
-        for key, value in values(plain, name).items():
-            assert torch.equal(values(penal, name)[key], value)
+        check_equal(penal, plain, name, 0.0)
 
 
 def test_a_model_that_was_moved_since_is_refused() -> None:
@@ -389,9 +373,7 @@ def test_a_model_that_was_moved_since_is_refused() -> None:
 
 def of_gpt2_classes() -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 31}
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2ForSequenceClassification(GPT2Config(**sizes, **none, num_labels=3, pad_token_id=30))
+    return GPT2ForSequenceClassification(GPT2Config(**GPT2, num_labels=3, pad_token_id=30))
 
 
 def of_llama_classes() -> nn.Module:
@@ -403,25 +385,18 @@ def of_llama_classes() -> nn.Module:
     return model
 
 
-C_ATTN = {"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}
+BIASES = {"rank": 1, "targets": ["c_proj"], "bias": "all", "train": ["score"]}
+OF_DORA = {"rank": 2, "targets": ["c_fc"], "variant": "dora", "bias": "adapted"}
+TABLE = {"rank": 2, "targets": ["c_fc", "wte"], "train": ["ln_f", "score"]}
 CLASSIFIERS = {
     "gpt2": {
         "head": Trial({"rank": 2, "targets": [C_ATTN], "train": ["score"]}, lr=1e-2, clip=0.1),
         "low head": Trial({"rank": 2, "dropout": 0.2, "targets": ["score", "c_fc"]}, lr=1e-2),
-        "biases": Trial(
-            {"rank": 1, "targets": ["c_proj"], "bias": "all", "train": ["score"]},
-            lr=3e-3,
-            weight_decay=0.1,
-            seed=1,
-        ),
+        "biases": Trial(BIASES, lr=3e-3, weight_decay=0.1, seed=1),
         "of B": Trial({"rank": 2, "targets": ["c_fc"], "lora_bias": True}, lr=1e-2, **COSINE),
         "own": Trial({"rank": 3, "targets": ["c_fc"], "bias": "adapted"}, lr=1e-2),
-        "dora": Trial(
-            {"rank": 2, "targets": ["c_fc"], "variant": "dora", "bias": "adapted"}, lr=1e-2
-        ),
-        "table": Trial(
-            {"rank": 2, "targets": ["c_fc", "wte"], "train": ["ln_f", "score"]}, lr=1e-2
-        ),
+        "dora": Trial(OF_DORA, lr=1e-2),
+        "table": Trial(TABLE, lr=1e-2),
         "tables": Trial({"train": ["wte", "c_fc"]}, lr=1e-2),
     },
     "llama": {
@@ -459,30 +434,16 @@ def by_hand(
         optimizer.step()
 
 
-def check_equal(found: nn.Module, wanted: nn.Module, name: str, within: float = 1e-12) -> None:
-    mine = values(found, name)
-    for key, value in values(wanted, name).items():
-        error = (mine[key] - value).norm()
-        assert error <= within * value.norm(), (name, key, error / value.norm())
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("make", [of_gpt2_classes, of_llama_classes], ids=["gpt2", "llama"])
 def test_trained_heads_norms_tables_and_biases_equal_a_plain_loop(make, checkpointing) -> None:
     trials = CLASSIFIERS["gpt2" if make is of_gpt2_classes else "llama"]
-
-    def model() -> Any:
-        found = make().double().train()
-        if checkpointing:
-            found.activation_checkpointing_enable({"use_reentrant": False})
-        return found
-
-    running = Trials(model(), trials)
+    running = Trials(in_float64(make, checkpointing), trials)
     data = [batches(trials, step, {"head": 1, "low head": 3}) for step in range(4)]
     for batch in data:
         running.step(batch, loss=classes)
     for name, trial in trials.items():
-        alone = model()
+        alone = in_float64(make, checkpointing)
         by_hand(alone, name, trial, [batch[name] for batch in data], classes)
         check_equal(running.model, alone, name)
 
@@ -497,15 +458,10 @@ def test_trained_heads_norms_tables_and_biases_equal_a_plain_loop(make, checkpoi
 def test_stacked_experts_and_their_routers_equal_a_plain_loop(family, how, checkpointing) -> None:
     deepseek = ("q_b_proj", "kv_b_proj") if family == "deepseek_v3" else ()
     trials = experts_trials(MOE[family][2], *deepseek)
-
-    within = 1e-3 if how == "grouped_mm" else 1e-12
+    dtype, within = (torch.float32, 1e-3) if how == "grouped_mm" else (torch.float64, 1e-12)
 
     def model() -> Any:
-        found = of_experts(family, how).train()
-        found = found if how == "grouped_mm" else found.double()
-        if checkpointing:
-            found.activation_checkpointing_enable({"use_reentrant": False})
-        return found
+        return in_training(of_experts(family, how).to(dtype), checkpointing)
 
     def run(some: dict[str, Trial], leave: str = "") -> Trials:
         running = Trials(model(), some)
@@ -661,8 +617,7 @@ def test_layers_that_a_step_leaves_out_are_left_as_they_are(resumed, tmp_path: P
 def test_dropout_of_the_adapter_acts_over_a_base_in_eval_mode() -> None:
     of_eval = train(of_llama().double().eval(), {"all": LLAMA_TRIALS["all"]}, 3, {})
     of_train = train(of_llama().double().train(), {"all": LLAMA_TRIALS["all"]}, 3, {})
-    for key, value in values(of_train.model, "all").items():
-        assert torch.equal(values(of_eval.model, "all")[key], value)
+    check_equal(of_eval.model, of_train.model, "all", 0.0)
     assert not any(module.training for module in of_eval.model.modules())
 
 
@@ -679,8 +634,7 @@ def test_a_trial_that_diverges_is_stopped_and_changes_no_other() -> None:
     assert "loss is nan at step 0" in running.stopped["wild"]
     others = train(of_llama().double(), LLAMA_TRIALS, 3, {})
     for name in LLAMA_TRIALS:
-        for key, value in values(others.model, name).items():
-            torch.testing.assert_close(values(model, name)[key], value, rtol=1e-12, atol=0.0)
+        check_equal(model, others.model, name)
     assert "loss is nan" in running.table()
 
 
@@ -696,8 +650,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
             batches(GPT2_TRIALS, step, {})
         )
     for name in GPT2_TRIALS:
-        for key, value in values(running.model, name).items():
-            assert torch.equal(values(again.model, name)[key], value)
+        check_equal(again.model, running.model, name, 0.0)
     other = gpt2()
     with torch.no_grad():
         other.transformer.h[0].attn.c_attn.weight.add_(1.0)
@@ -712,10 +665,7 @@ def test_groups_of_few_tokens_give_the_same_run() -> None:
     for step in range(2):
         grouped.step(batches(LLAMA_TRIALS, step, {}))
     for name in LLAMA_TRIALS:
-        for key, value in values(whole.model, name).items():
-            torch.testing.assert_close(
-                values(grouped.model, name)[key], value, rtol=1e-12, atol=1e-15
-            )
+        check_equal(grouped.model, whole.model, name)
 
 
 def test_the_best_is_the_least_held_out_loss_and_a_dropped_trial_leaves_nothing() -> None:
@@ -774,8 +724,7 @@ def test_what_would_leak_or_does_not_fit_is_refused_before_a_step(make, batch, m
         running.step(batch, loss=lambda out, _: out.sum())
     assert running.n_steps == 0
     for name in "ab":
-        for key, value in values(model, name).items():
-            assert torch.equal(value, before[name][key])
+        check_equal(model, before[name], name, 0.0)
 
 
 def test_a_base_that_draws_from_its_devices_own_generator_is_refused(monkeypatch) -> None:

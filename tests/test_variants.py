@@ -1,7 +1,5 @@
 """Variants of LoRA: DoRA on every kind of layer, against dense layers in float64 and PEFT."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,9 +20,11 @@ from conftest import (
     fill,
     host,
     injected,
+    output_with,
     same_bits,
 )
 from helpers.checkpoints import save_checkpoint
+from helpers.models import TiedDecoder
 from helpers.reference import llama, refused
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -70,15 +70,6 @@ def dense_dora(kind: Kind, plain: nn.Module, A: Tensor, B: Tensor, m: Tensor) ->
     return (total * wanted / norms).reshape(W.shape)
 
 
-def dense_output(kind: Kind, plain: nn.Module, weight: Tensor, inputs: Any) -> Tensor:
-    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    if kind.formula is not None:
-        return kind.formula(weight, *inputs)
-    wide = copy.deepcopy(plain).double()
-    found: Tensor = torch.func.functional_call(wide, {kind.key: weight}, inputs)
-    return found
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).split(".")[1])
 @every_kind
 def test_dora_equals_the_dense_layer_with_a_detached_norm(kind: Kind, dtype: torch.dtype) -> None:
@@ -93,14 +84,13 @@ def test_dora_equals_the_dense_layer_with_a_detached_norm(kind: Kind, dtype: tor
     wide = [t.detach().double().requires_grad_() for t in found]
     wide_inputs = [x.detach().double().requires_grad_() if x.requires_grad else x for x in inputs]
     weight = dense_dora(kind, plain, *wide)
-    wanted = dense_output(kind, plain, weight, wide_inputs)
+    wanted = output_with(kind, plain, weight, wide_inputs)
     wanted.backward(g.double())
     assert error(y, wanted) <= TOLERANCE[dtype]
     with torch.no_grad():
         assert error(model(*inputs), wanted) <= TOLERANCE[dtype]
     for one, other in zip((*found, *inputs), (*wide, *wide_inputs), strict=True):
         if other.requires_grad:
-            assert one.grad is not None
             assert error(one.grad, other.grad) <= TOLERANCE[dtype]
     before = {key: t.clone() for key, t in model.state_dict().items()}
     report = li.merge(model)
@@ -395,27 +385,12 @@ def test_a_bias_of_b_is_refused_where_it_has_no_place() -> None:
 # ----------------------------------------------------------------------------- rows of embeddings
 
 
-class Tied(nn.Module):
-    """An embedding whose table is the head's as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 4)
-        self.fc = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 9, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.head(self.fc(self.embed(ids)))
-        return found
-
-
 TOKENS = {"rank": 1, "targets": ["fc"], "tokens": {"embed": [7, 2]}}
 IDS = torch.tensor([[1, 2, 7, 2]])
 
 
 def test_rows_that_train_are_read_in_place_of_the_bases_under_all_names() -> None:
-    plain = Tied().double()
+    plain = TiedDecoder().double()
     model = li.inject(copy.deepcopy(plain), {**TOKENS, "expect": {"trainable": 2 * 4 + 8}})
     assert same_bits(model(IDS), plain(IDS))
     fill(model)
@@ -439,7 +414,7 @@ def test_rows_that_train_are_read_in_place_of_the_bases_under_all_names() -> Non
 
 
 def test_rows_of_two_adapters_are_mixed_as_copies_are() -> None:
-    model = fill(li.inject(Tied(), {"tokens": {"embed": [7, 2]}}, "a"), "a")
+    model = fill(li.inject(TiedDecoder(), {"tokens": {"embed": [7, 2]}}, "a"), "a")
     fill(li.inject(model, {"tokens": {"embed": [2, 3]}}, "b"), "b")
     W = model.embed.weight.detach().clone()
     a, b = (li.adapter_state(model, n).trained["embed.weight"].clone() for n in ("a", "b"))
@@ -455,7 +430,7 @@ def test_rows_of_two_adapters_are_mixed_as_copies_are() -> None:
 
 @pytest.mark.parametrize("layout", ["native", "peft"])
 def test_files_hold_rows(layout: str, tmp_path: Path) -> None:
-    plain = Tied()
+    plain = TiedDecoder()
     model = fill(li.inject(copy.deepcopy(plain), TOKENS))
     path = tmp_path / ("a.safetensors" if layout == "native" else "a")
     li.save_adapter(model, path, format=layout)
@@ -472,14 +447,14 @@ def test_files_hold_rows(layout: str, tmp_path: Path) -> None:
         li.merge(model)
         assert error(merged["embed.weight"], model.embed.weight) <= 1e-6
         assert error(merged["head.weight"], model.embed.weight) <= 1e-6
-    small = Tied()
+    small = TiedDecoder()
     small.embed = nn.Embedding(5, 4)
     refused(small, lambda: li.load_adapter(small, path), li.FormatError, "Resize the vocabulary")
 
 
 def test_peft_reads_rows_of_every_name_and_table(tmp_path: Path) -> None:
     """PEFT knows ties by the config of transformers only; files on disk have no memory to share."""
-    model = fill(li.inject(Tied(), TOKENS))
+    model = fill(li.inject(TiedDecoder(), TOKENS))
     li.save_adapter(model, tmp_path / "a")
     plain = li.eject(copy.deepcopy(model))
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
@@ -504,7 +479,7 @@ def test_tokens_are_refused_where_they_cannot_train() -> None:
         ({"tokens": {"embed": [1]}, "targets": ["embed"]}, "adapted and trained both"),
         ({"tokens": {"embed": [1]}, "train": ["embed"]}, "is also named by train 1"),
     ):
-        model = Tied()
+        model = TiedDecoder()
         refused(model, lambda m=model, c=config: li.inject(m, c), li.MatchError, words)
     with pytest.raises(li.ConfigError, match="repeated"):
         li.Config(tokens={"embed": [1, 1]})

@@ -3,8 +3,6 @@
 A parent may compute with the weight of a child instead of calling it, or besides calling it.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable
@@ -16,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import error, fill, same_bits
+from helpers.reference import with_deltas
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -39,8 +38,7 @@ class Reading(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.linear(torch.tanh(self.called(x)), self.read.weight, self.read.bias)
-        found: Tensor = self.both(x) + x @ self.both.weight
-        return found
+        return self.both(x) + x @ self.both.weight
 
 
 class TiedByHand(nn.Module):
@@ -66,8 +64,7 @@ class AsksOnly(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.wo.weight.dtype:
             x = x.to(self.wo.weight.dtype)
-        found: Tensor = self.wo(x)
-        return found
+        return self.wo(x)
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], list[str], Tensor]] = {
@@ -90,20 +87,10 @@ def made(case: str, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
     return plain, fill(li.inject(copy.deepcopy(plain), config)), x
 
 
-def dense(plain: nn.Module, model: nn.Module) -> nn.Module:
-    """The plain model with `W + scale B A` as its weights, which require gradients."""
-    wide = copy.deepcopy(plain)
-    for site in li.adapter_state(model).sites.values():
-        delta = site.scale * site.B @ site.A
-        W = wide.get_parameter(site.spec.weight).data
-        W += (delta.t() if site.spec.transposed else delta).reshape(W.shape)
-    return wide
-
-
 @every_case
 def test_a_weight_that_a_forward_reads_is_the_dense_one(case: str) -> None:
     plain, model, x = made(case)
-    wide = dense(plain, model)
+    wide = with_deltas(plain, model)
     assert error(plain(x), wide(x)) > 0.01
     for training in (True, False):
         assert error(model.train(training)(x), wide(x)) < 1e-12
@@ -124,7 +111,6 @@ def check_gradients(model: nn.Module, wide: nn.Module, run: Callable[[nn.Module]
     parameters = li.adapter_parameters(model)
     for name, site in li.adapter_state(model).sites.items():
         G = wide.get_parameter(site.spec.weight).grad
-        assert G is not None
         G = G.t() if site.spec.transposed else G
         assert error(parameters[f"{name}.lora_A"].grad, site.scale * site.B.t() @ G) < 1e-12
         assert error(parameters[f"{name}.lora_B"].grad, site.scale * G @ site.A.t()) < 1e-12
@@ -134,7 +120,7 @@ def check_gradients(model: nn.Module, wide: nn.Module, run: Callable[[nn.Module]
 @pytest.mark.parametrize("how", ["plain", "reentrant", "not reentrant", "checkpointed function"])
 def test_gradients_flow_through_what_was_read(case: str, how: str) -> None:
     plain, model, x = made(case)
-    wide, scale = dense(plain, model), torch.ones((), dtype=torch.float64, requires_grad=True)
+    wide, scale = with_deltas(plain, model), torch.ones((), dtype=torch.float64, requires_grad=True)
 
     def run(m: nn.Module) -> Tensor:
         if how == "plain":
@@ -152,7 +138,7 @@ def test_gradients_flow_through_what_was_read(case: str, how: str) -> None:
 )
 def test_the_whole_is_one_compiled_graph(case: str) -> None:
     plain, model, x = made(case)
-    wide = dense(plain, model)
+    wide = with_deltas(plain, model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert error(compiled(x), wide(x)) < 1e-12
     check_gradients(model, wide, lambda m: compiled(x) if m is model else m(x))
@@ -160,7 +146,7 @@ def test_the_whole_is_one_compiled_graph(case: str) -> None:
 
 def test_a_part_that_is_called_directly_and_its_forward() -> None:
     plain, model, _ = made("embedding and layers")
-    wide: Any = dense(plain, model)
+    wide: Any = with_deltas(plain, model)
     assert error(model.inner[0](X), wide.inner[0](X)) < 1e-12
     assert error(model.inner[0].forward(X), wide.inner[0](X)) < 1e-12
     assert error(torch.func.functional_call(model, {}, (IDS,)), wide(IDS)) < 1e-12
@@ -168,7 +154,7 @@ def test_a_part_that_is_called_directly_and_its_forward() -> None:
 
 def test_threads_do_not_see_each_others_forwards() -> None:
     plain, model, x = made("all")
-    wanted, found, raw = dense(plain, model)(x), [], []
+    wanted, found, raw = with_deltas(plain, model)(x), [], []
 
     def serve() -> None:
         for _ in range(20):
@@ -233,36 +219,11 @@ def test_over_16_bits_a_read_weight_keeps_its_dtype(compute: str) -> None:
     model = fill(li.inject(copy.deepcopy(plain), config))
     found = model(IDS)
     assert found.dtype == torch.bfloat16
-    wide = dense(plain.double(), model.double())
+    wide = with_deltas(plain, model)
     assert error(found.double(), wide(IDS)) < 0.05
 
 
 # --------------------------------------------------------------------------------- other libraries
-
-
-def test_a_wavlm_whose_attention_reads_its_projections() -> None:
-    from transformers import WavLMConfig, WavLMModel
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
-        "conv_dim": (4,), "conv_kernel": (3,), "conv_stride": (2,), "num_feat_extract_layers": 1,
-        "num_conv_pos_embeddings": 2, "num_conv_pos_embedding_groups": 1, "num_buckets": 4,
-        "max_bucket_distance": 8, "feat_extract_norm": "layer",
-    }  # fmt: skip
-    plain = WavLMModel(WavLMConfig(**sizes)).eval().double()
-    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
-    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": targets}))
-    audio = torch.randn(1, 60, dtype=torch.float64)
-    wide = dense(plain, model)
-
-    def run(m: Any) -> Tensor:
-        return m(audio).last_hidden_state  # type: ignore[no-any-return]
-
-    assert error(run(plain), run(wide)) > 1e-3
-    assert error(run(model), run(wide)) < 1e-12
-    assert li.unreached(model, lambda: run(model)) == []
-    check_gradients(model, wide, run)
 
 
 def test_torchvisions_swin() -> None:
@@ -274,7 +235,7 @@ def test_torchvisions_swin() -> None:
     plain = plain.eval().double()
     model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["qkv", "proj"]}))
     x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
-    wide = dense(plain, model)
+    wide = with_deltas(plain, model)
     assert error(plain(x), wide(x)) > 1e-3
     assert error(model(x), wide(x)) < 1e-12
     check_gradients(model, wide, lambda m: m(x))
@@ -323,7 +284,7 @@ def test_a_write_from_outside_reaches_the_base(kind: str, write: str) -> None:
     x = x.t()[..., None] if kind == "convolution" else x
     plain = copy.deepcopy(net)
     li.eject(plain)
-    assert error(net(x), dense(plain, net)(x)) < 1e-12
+    assert error(net(x), with_deltas(plain, net)(x)) < 1e-12
 
 
 REPLACING: dict[str, Callable[[Any], Any]] = {

@@ -1,7 +1,5 @@
 """Values of a wrong type in a call are refused in the package's own words, before any change."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
@@ -56,10 +54,7 @@ CALLS = {
     "a zero byte": (lambda m, s: li.inject(m, "a\0b", "b"), r"^a\\x00b: .*null byte"),
     "a rank beyond memory": (lambda m, s: li.inject(m, Q | {"rank": 10**11}, "b"), "rank.*1048576"),
     "names to train": (lambda m, s: li.train_only(m, 3), "train_only: it is an int"),
-    "a list of lists": (
-        lambda m, s: li.train_only(m, [["a"]]),
-        "it is a list. Give the name",
-    ),
+    "a list of lists": (lambda m, s: li.train_only(m, [["a"]]), "it is a list. Give the name"),
     "several to eject": (lambda m, s: li.eject(m, ["default"]), "eject .*: it is a list"),
     "no rate": (lambda m, s: li.parameter_groups(m, None), "parameter_groups, lr: it is None"),
     "rate below 0": (lambda m, s: li.parameter_groups(m, {"default": -1}), "lr: it is -1"),

@@ -4,8 +4,6 @@ A sample of twenty runs with the ordinary tests, the others with the marker `zoo
 prints the count that passes at the end of a run.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,19 +1,17 @@
 """What the tests of training share: tiny models and tokenizers, runs of Trainer, and curves."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.models import tiny_llama
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
@@ -34,9 +32,7 @@ CONFIG = {
 
 
 def llama(vocab: int = 17, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    more = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": vocab}
-    return LlamaForCausalLM(LlamaConfig(**SIZES | more | changes))
+    return tiny_llama(vocab_size=vocab, **changes)
 
 
 def injected(config: dict[str, Any] | None = None, **changes: Any) -> LlamaForCausalLM:

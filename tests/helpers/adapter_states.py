@@ -3,8 +3,6 @@
 The reference is written from `SiteSpec.blocks` in float64, independently of every format.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

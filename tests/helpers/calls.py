@@ -1,7 +1,5 @@
 """How many Python functions a piece of work calls: exact, where a time would be noise."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import (
+    Checkpoint,
     MergeOptions,
     merge_checkpoint,
+    read_weighted,
     verify_checkpoint,
 )
 from lora_inject.functional import dense_delta
@@ -154,6 +156,21 @@ def assert_equal_to_dense(found, wanted, touched):
 
 def merge(base, adapters, out, progress=None, **options):
     return merge_checkpoint(base, adapters, out, options=MergeOptions(**options), progress=progress)
+
+
+def merged(tmp_path, tensors, *adapters, shards=1, config=None, **options):
+    """Merge adapters into a checkpoint of such tensors; return the tensors that come out."""
+    base = save_checkpoint(tmp_path / "base", tensors, shards, config)
+    merge(base, [*adapters], tmp_path / "out", **options)
+    return load_checkpoint(tmp_path / "out")
+
+
+def merged_on_disk(model, adapter, folder):
+    """Save a model, merge an adapter's files into it, and load the model that comes out."""
+    model.save_pretrained(folder / "base")
+    base = Checkpoint.open(folder / "base")
+    merge(base, [read_weighted(adapter, base)], folder / "merged")
+    return type(model).from_pretrained(folder / "merged").eval()
 
 
 def assert_verified(base, adapters, out, **options):

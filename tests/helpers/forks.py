@@ -63,7 +63,6 @@ class Forks:
         return Fork(pid, lambda: self._ask(pid), place)
 
     def _ask(self, asked: object) -> int:
-        assert self._server is not None
         self._server.send(asked)
         return int(self._server.recv())
 

@@ -1,7 +1,5 @@
 """A stand-in for the HTTP end of the Hugging Face hub: as much as an adapter needs, in memory."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import hashlib

@@ -1,13 +1,12 @@
 """Small models that several tests adapt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-from conftest import conv1d
+from conftest import OwnForward, conv1d
 from torch import Tensor, nn
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 IDS = torch.arange(6).view(2, 3)
 
@@ -23,8 +22,7 @@ class Net(nn.Module):
         self.head = nn.Linear(6, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.head(self.norm(torch.tanh(self.fc(self.embed(ids)))))
-        return found
+        return self.head(self.norm(torch.tanh(self.fc(self.embed(ids)))))
 
 
 class Tied(nn.Module):
@@ -37,8 +35,35 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        found: Tensor = self.head(torch.tanh(self.embed(ids)))
-        return found
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+class TiedDecoder(nn.Module):
+    """A layer between an embedding and the head that shares its tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc = nn.Embedding(9, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.fc(self.embed(ids)))
+
+
+class Packed(nn.Linear):
+    """A quantized layer: holds flat int8 codes, multiplies by what they stand for."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features)
+        self.bias, weight = plain.bias, plain.weight.detach()
+        self.step = weight.abs().max() / 127
+        codes = (weight / self.step).round().to(torch.int8)
+        self.weight = nn.Parameter(codes.flatten(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(self.out_features, -1) * self.step
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
 
 
 class Several(nn.Module):
@@ -48,6 +73,7 @@ class Several(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(7, 4)
         self.fc = nn.Linear(4, 6)
+        self.own = OwnForward(6, 6)
         self.c = conv1d(4, 6)
         self.conv = nn.Conv1d(4, 4, 1)
         self.mix = nn.Parameter(torch.randn(4, 4))
@@ -62,10 +88,10 @@ class Several(nn.Module):
     def resize_token_embeddings(self) -> None:
         raise NotImplementedError
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.c(self.fc(self.embed(ids)))
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.c(torch.tanh(self.own(torch.tanh(self.fc(self.embed(ids))))))
         x = self.conv(x.transpose(1, 2)).transpose(1, 2) @ self.mix
-        return self.lm_head(x), self.head(x)
+        return torch.cat([self.lm_head(x), self.head(x)], dim=-1)
 
 
 SEVERAL = {
@@ -75,6 +101,22 @@ SEVERAL = {
     "bias": "all",
 }
 OTHER = {"rank": 1, "targets": ["fc", "lm_head"], "train": ["head.bias"], "init": "pissa"}
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 17}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, **changes}
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def tiny_gpt_oss() -> GptOssForCausalLM:
+    """Its hidden size is its intermediate size: the shape of down_proj says nothing."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)
+    return GptOssForCausalLM(config).eval()
 
 
 def tiny_unet() -> Any:

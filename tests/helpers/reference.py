@@ -1,7 +1,5 @@
 """Tiny models in float64, adapted, and the dense reference that they are held to."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
+from helpers.models import tiny_llama
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import lora_inject as li
 
@@ -21,19 +20,8 @@ IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 
 
 def llama(**options: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 13,
-        "max_position_embeddings": 16,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.3,
-    }
-    return LlamaForCausalLM(LlamaConfig(**(sizes | options))).eval().double()
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 13, "initializer_range": 0.3}
+    return tiny_llama(**sizes | options).eval().double()
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -66,7 +54,6 @@ def dense(
         owner = wide.get_submodule(path)
         delta = weight * SCALE * site.B.detach().double() @ site.A.detach().double()
         W = owner._parameters[key]
-        assert W is not None
         delta = delta.t() if site.spec.transposed else delta
         owner._parameters[key] = nn.Parameter((W + delta.reshape(W.shape)).detach())
     return wide
@@ -127,8 +114,7 @@ def saved(model: nn.Module, folder: Path, layout: str, name: str = "default") ->
 
 
 def logits(model: nn.Module) -> Tensor:
-    found: Tensor = model(IDS).logits
-    return found
+    return model(IDS).logits
 
 
 def random(*shape: int) -> Tensor:
@@ -145,13 +131,12 @@ def gpt2_of_two_layers(**options: Any) -> GPT2LMHeadModel:
 
 
 def with_deltas(plain: nn.Module, model: nn.Module, name: str = "default") -> nn.Module:
-    """A float64 copy of the plain model with the dense deltas of plain matrices in its weights."""
+    """A float64 copy of the plain model with the dense deltas in its weights; ties stay tied."""
     wide = copy.deepcopy(plain).double()
     parameters = dict(wide.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for site in li.adapter_state(model, name).sites.values():
-            delta = SCALE * site.B.double() @ site.A.double()
-            parameters[site.spec.weight] += delta.t() if site.spec.transposed else delta
+    for site in li.adapter_state(model, name).sites.values():
+        delta, W = SCALE * site.B.double() @ site.A.double(), parameters[site.spec.weight].data
+        W += (delta.t() if site.spec.transposed else delta).reshape(W.shape)
     return wide
 
 
@@ -178,8 +163,7 @@ class Block(nn.Module):
         self.down = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = x + self.down(torch.tanh(self.up(x)))
-        return found
+        return x + self.down(torch.tanh(self.up(x)))
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:

@@ -4,8 +4,6 @@ All branches map `(rows, LENGTH, WIDTH)` and ids of `(rows, LENGTH)` to the firs
 rows alike, and have no state, so that any of them can follow any other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

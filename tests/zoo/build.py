@@ -1,7 +1,5 @@
 """Build a tiny, randomly initialized instance of a model type."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

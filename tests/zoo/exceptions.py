@@ -5,8 +5,6 @@ test shows that the model's own weights there have none either; `untying` says t
 not be untied, and the test shows that merge refuses and changes nothing. All other steps hold.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 # Verdicts on an exchange with PEFT.

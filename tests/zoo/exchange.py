@@ -6,8 +6,6 @@ we adapt every target. A verdict other than SAME says what PEFT cannot do, and t
 show that it is PEFT's: it raises by itself, or contradicts its own merge.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import tempfile

@@ -5,8 +5,6 @@ shape that the config gives; the special tokens that stand for pictures or sound
 text as often as the model itself makes features of them.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Keys are dotted paths into the config. Each line is about what the model demands
 about a tower that would otherwise not run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

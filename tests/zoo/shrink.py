@@ -5,8 +5,6 @@ picture sizes each have one small value, the same wherever the name occurs, so t
 between the towers of a model agrees by itself. What a name does not tell is in `overrides`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -9,8 +9,6 @@ keys, classes. Beyond these, what this package alone promises: adapted equals a 
 is formed here; loading and unmerge give the same bits; eject restores objects, attributes, flags.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import tempfile
@@ -368,7 +366,6 @@ def make_dense(model: nn.Module, state: li.AdapterState) -> None:
         owner, _, key = site.spec.weight.rpartition(".")
         module = model.get_submodule(owner)
         weight = module._parameters[key]
-        assert weight is not None
         delta = ALPHA / site.spec.rank * (site.B.double() @ site.A.double())
         if site.spec.transposed:
             delta = delta.transpose(-1, -2)

@@ -3,8 +3,6 @@
 A model that has neither is held to the same steps on its convolutions.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
