@@ -54,16 +54,9 @@ vit = made_of("ViT", "ForImageClassification", **VISION)
 mixtral = made_of(
     "Mixtral", "ForCausalLM", **{**TEXT, "intermediate_size": 24}, num_local_experts=4
 )
-qwen_moe = made_of(
-    "Qwen3Moe",
-    "ForCausalLM",
-    **TEXT,
-    moe_intermediate_size=24,
-    num_experts=4,
-    num_experts_per_tok=2,
-    head_dim=8,
-    decoder_sparse_step=1,
-)
+ROUTED = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+QWEN_MOE = {"num_experts": 4, "head_dim": 8, "decoder_sparse_step": 1}
+qwen_moe = made_of("Qwen3Moe", "ForCausalLM", **TEXT, **ROUTED, **QWEN_MOE)
 llava = made_of(
     "Llava",
     "ForConditionalGeneration",
@@ -91,20 +84,9 @@ qwen2_vl = made_of(
     vision_start_token_id=61,
     vision_end_token_id=60,
 )
-deepseek = made_of(
-    "DeepseekV3",
-    "ForCausalLM",
-    **{**TEXT, "num_key_value_heads": 4},
-    **LATENT,
-    moe_intermediate_size=24,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    v_head_dim=8,
-    first_k_dense_replace=1,
-    n_shared_experts=1,
-)
+DEEPSEEK = {**TEXT, **LATENT, **ROUTED, "num_key_value_heads": 4, "v_head_dim": 8, "n_group": 2}
+DEEPSEEK |= {"topk_group": 1, "first_k_dense_replace": 1}
+deepseek = made_of("DeepseekV3", "ForCausalLM", **DEEPSEEK, n_routed_experts=4, n_shared_experts=1)
 EXPERTS = {"num_local_experts": 4, "head_dim": 8}
 gpt_oss = made_of("GptOss", "ForCausalLM", **TEXT, **EXPERTS, num_experts_per_tok=2)
 LLAMA4 = {"intermediate_size_mlp": 48, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1}
@@ -119,71 +101,50 @@ def t5():
 
 
 STACKS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+
+
+def on(*targets, **options):
+    """The options of a LoraConfig."""
+    return {"target_modules": [*targets], **options}
+
+
+PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.1.mlp.up_proj": 5}}
+VIT = ("q_proj", "v_proj", "query", "value", "projection")
 MODELS = {
-    "llama": (llama(), {"target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"]}),
+    "llama": (llama(), on("q_proj", "v_proj", "gate_proj", "down_proj")),
     "llama, rslora and patterns": (
-        llama(),
-        {
-            "target_modules": ["q_proj", "o_proj", "up_proj"],
-            "use_rslora": True,
-            "rank_pattern": {"q_proj": 3},
-            "alpha_pattern": {"layers.1.mlp.up_proj": 5},
-        },
+        llama(), on("q_proj", "o_proj", "up_proj", use_rslora=True, **PATTERNS),
     ),
-    "llama, all biases": (
-        llama(attention_bias=True),
-        {"target_modules": ["q_proj"], "bias": "all"},
-    ),
-    "llama, head trained": (
-        llama(),
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
-    ),
-    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "bert": (bert, {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
-    "vit": (
-        vit,
-        {
-            "target_modules": ["q_proj", "v_proj", "query", "value", "projection"],
-            "modules_to_save": ["classifier"],
-        },
-    ),
-    "mixtral": (mixtral, {"target_modules": ["q_proj"], **STACKS}),
-    "mixtral, down only": (
-        mixtral,
-        {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
-    ),
-    "qwen moe": (qwen_moe, {"target_modules": ["q_proj"], **STACKS}),
-}
+    "llama, all biases": (llama(attention_bias=True), on("q_proj", bias="all")),
+    "llama, head trained": (llama(), on("q_proj", modules_to_save=["lm_head", "norm"])),
+    "gpt2": (gpt2, on("c_attn", "c_proj", "c_fc", fan_in_fan_out=True)),
+    "bert": (bert, on("query", "value", "dense", task_type="SEQ_CLS")),
+    "vit": (vit, on(*VIT, modules_to_save=["classifier"])),
+    "mixtral": (mixtral, on("q_proj", **STACKS)),
+    "mixtral, down only": (mixtral, on(target_parameters=["mlp.experts.down_proj"])),
+    "qwen moe": (qwen_moe, on("q_proj", **STACKS)),
+}  # fmt: skip
+TOKENS_OF_TIED = {"embed_tokens": [5, 9]}
 FAMILIES = {
-    "llava": (llava, {"target_modules": ["q_proj", "v_proj", "linear_1", "lm_head"]}),
-    "gemma3": (gemma3, {"target_modules": ["q_proj", "v_proj", "fc1"]}),
-    "gemma3, tied embedding": (gemma3, {"target_modules": ["q_proj", "embed_tokens"]}),
-    "gemma3, tied head": (gemma3, {"target_modules": ["q_proj", "lm_head"]}),
-    "qwen2-vl": (qwen2_vl, {"target_modules": ["q_proj", "qkv", "fc1"]}),
-    "deepseek": (deepseek, {"target_modules": ["q_a_proj", "o_proj"], **STACKS}),
-    "gpt-oss": (gpt_oss, {"target_modules": ["q_proj"], **STACKS}),
-    "llama4": (llama4, {"target_modules": ["q_proj"], **STACKS}),
-    "phi3": (phi3, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "llava": (llava, on("q_proj", "v_proj", "linear_1", "lm_head")),
+    "gemma3": (gemma3, on("q_proj", "v_proj", "fc1")),
+    "gemma3, tied embedding": (gemma3, on("q_proj", "embed_tokens")),
+    "gemma3, tied head": (gemma3, on("q_proj", "lm_head")),
+    "qwen2-vl": (qwen2_vl, on("q_proj", "qkv", "fc1")),
+    "deepseek": (deepseek, on("q_a_proj", "o_proj", **STACKS)),
+    "gpt-oss": (gpt_oss, on("q_proj", **STACKS)),
+    "llama4": (llama4, on("q_proj", **STACKS)),
+    "phi3": (phi3, on("qkv_proj", "gate_up_proj")),
     # What carries more than A and B.
-    "dora": (llama(), {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
-    "dora, gpt2": (
-        gpt2,
-        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True},
-    ),
-    "dora, rslora": (llama(), {"target_modules": ["v_proj"], "use_dora": True, "use_rslora": True}),
-    "lora bias": (
-        llama(attention_bias=True),
-        {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
-    ),
-    "trainable tokens": (
-        llama(),
-        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 60, 7]},
-    ),
+    "dora": (llama(), on("q_proj", "down_proj", use_dora=True)),
+    "dora, gpt2": (gpt2, on("c_attn", "c_proj", fan_in_fan_out=True, use_dora=True)),
+    "dora, rslora": (llama(), on("v_proj", use_dora=True, use_rslora=True)),
+    "lora bias": (llama(attention_bias=True), on("q_proj", "v_proj", lora_bias=True)),
+    "trainable tokens": (llama(), on("q_proj", trainable_token_indices=[3, 60, 7])),
     "trainable tokens, tied": (
-        llama(tie_word_embeddings=True),
-        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [5, 9]}},
+        llama(tie_word_embeddings=True), on("q_proj", trainable_token_indices=TOKENS_OF_TIED),
     ),
-}
+}  # fmt: skip
 
 
 def filled(model, seed, size):
@@ -290,16 +251,13 @@ def random_everywhere(make):
 
 
 DISTILBERT = {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
+DISTILBERT |= {"max_position_embeddings": 64}
 TOKENS = dict.fromkeys((f"{kind}_token_id" for kind in ("pad", "eos", "bos", "cls", "sep")), 0)
 WORDS = "word_embeddings"
 ENDS = {
     "bert": (masked("Bert", **ENCODER), WORDS, "decoder"),
     "roberta": (masked("Roberta", **ENCODER, pad_token_id=1), WORDS, "decoder"),
-    "distilbert": (
-        masked("DistilBert", **DISTILBERT, max_position_embeddings=64),
-        WORDS,
-        "vocab_projector",
-    ),
+    "distilbert": (masked("DistilBert", **DISTILBERT), WORDS, "vocab_projector"),
     "electra": (masked("Electra", **ENCODER, embedding_size=32), WORDS, "generator_lm_head"),
     "albert": (masked("Albert", **ENCODER, embedding_size=16), WORDS, "decoder"),
     "deberta": (masked("DebertaV2", **ENCODER), WORDS, "decoder"),

@@ -71,6 +71,14 @@ def deberta_xxl() -> Inventory:
     return on_meta(tf.DebertaV2ForSequenceClassification, config)
 
 
+def smollm2() -> Inventory:
+    config = tf.LlamaConfig(
+        num_hidden_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    return on_meta(tf.LlamaForCausalLM, config)
+
+
 def mixtral() -> Inventory:
     return on_meta(tf.MixtralForCausalLM, tf.MixtralConfig(num_hidden_layers=2))
 
@@ -79,6 +87,8 @@ gpt3 = gpt2(96, 12288, 96, 2048)
 roberta_base, roberta_large = roberta(12, 768, 12), roberta(24, 1024, 16)
 gpt2_medium, gpt2_large = gpt2(24, 1024, 16), gpt2(36, 1280, 20)
 
+# The dropout of each of GPT-2's runs.
+DROPOUTS = {"e2e": 0.1, "webnlg": 0.1, "dart_script": 0.1, "dart_paper": 0.0}
 # The paper's runs: model, then sites, A and B, all that trains; the files expect the same counts.
 RUNS: dict[str, tuple[Callable[[], Inventory], int, int, int]] = {
     "roberta_base_glue_script": (roberta_base, 24, 294_912, 887_811),
@@ -86,34 +96,16 @@ RUNS: dict[str, tuple[Callable[[], Inventory], int, int, int]] = {
     "roberta_large_glue": (roberta_large, 48, 786_432, 1_839_107),
     "deberta_v2_xxl_glue_script": (deberta_xxl, 96, 4_718_592, 7_084_035),
     "deberta_v2_xxl_glue_paper": (deberta_xxl, 96, 2_359_296, 4_724_739),
-    "gpt2_medium_e2e": (gpt2_medium, 24, 393_216, 393_216),
-    "gpt2_medium_webnlg": (gpt2_medium, 24, 393_216, 393_216),
-    "gpt2_medium_dart_script": (gpt2_medium, 24, 393_216, 393_216),
-    "gpt2_medium_dart_paper": (gpt2_medium, 24, 393_216, 393_216),
-    "gpt2_large_e2e": (gpt2_large, 36, 737_280, 737_280),
-    "gpt2_large_webnlg": (gpt2_large, 36, 737_280, 737_280),
-    "gpt2_large_dart_script": (gpt2_large, 36, 737_280, 737_280),
-    "gpt2_large_dart_paper": (gpt2_large, 36, 737_280, 737_280),
+    **{f"gpt2_medium_{task}": (gpt2_medium, 24, 393_216, 393_216) for task in DROPOUTS},
+    **{f"gpt2_large_{task}": (gpt2_large, 36, 737_280, 737_280) for task in DROPOUTS},
     "gpt3_175b_qv_r1": (gpt3, 96, 4_718_592, 4_718_592),
     "gpt3_175b_qv_r4": (gpt3, 96, 18_874_368, 18_874_368),
     "gpt3_175b_qv_r8": (gpt3, 96, 37_748_736, 37_748_736),
     "gpt3_175b_qk_r4": (gpt3, 96, 18_874_368, 18_874_368),
     "gpt3_175b_qkvo_r2": (gpt3, 192, 18_874_368, 18_874_368),
-    "gpt3_175b_q_r8": (gpt3, 96, 18_874_368, 18_874_368),
-    "gpt3_175b_k_r8": (gpt3, 96, 18_874_368, 18_874_368),
-    "gpt3_175b_v_r8": (gpt3, 96, 18_874_368, 18_874_368),
-    "gpt3_175b_o_r8": (gpt3, 96, 18_874_368, 18_874_368),
-    "smollm2_135m": (
-        lambda: on_meta(
-            tf.LlamaForCausalLM,
-            tf.LlamaConfig(
-                num_hidden_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152,
-                num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
-            ),
-        ),
-        60, 230_400, 230_400,
-    ),
-}  # fmt: skip
+    **{f"gpt3_175b_{part}_r8": (gpt3, 96, 18_874_368, 18_874_368) for part in "qkvo"},
+    "smollm2_135m": (smollm2, 60, 230_400, 230_400),
+}
 
 
 def sizes(rank: int, *shapes: tuple[int, int], times: int = 1) -> int:
@@ -141,100 +133,48 @@ def experts(n: int, width: int, inner: int) -> int:
 FAMILIES: list[tuple[str, Callable[[], Inventory], int, int, int]] = [
     ("llama", causal("Llama", num_hidden_layers=32), 224, 19_988_480, 0),  # known: 7B, r 8
     ("mistral", causal("Mistral"), 14, dense(4096, 4096, 1024, 14336), 0),
-    (
-        "qwen2",
-        causal("Qwen2", hidden_size=896, num_attention_heads=14, num_key_value_heads=2,
-               intermediate_size=4864),
-        14, dense(896, 896, 128, 4864), 0,
-    ),
-    (
-        "qwen3",
-        causal("Qwen3", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8,
-               head_dim=128, intermediate_size=3072),
-        14, dense(1024, 2048, 1024, 3072), 0,
-    ),
+    ("qwen2",
+     causal("Qwen2", hidden_size=896, num_attention_heads=14, num_key_value_heads=2,
+            intermediate_size=4864),
+     14, dense(896, 896, 128, 4864), 0),
+    ("qwen3",
+     causal("Qwen3", hidden_size=1024, num_attention_heads=16, num_key_value_heads=8,
+            head_dim=128, intermediate_size=3072),
+     14, dense(1024, 2048, 1024, 3072), 0),
     ("gemma", causal("Gemma"), 14, dense(3072, 4096, 4096, 24576), 0),
     ("gemma", causal("Gemma2"), 14, dense(2304, 2048, 1024, 9216), 0),
     ("gemma", causal("Gemma3Text"), 14, dense(2304, 2048, 1024, 9216), 0),
-    (
-        "phi3_mini",
-        causal("Phi3"),
-        8,
-        sizes(8, *[(3072, 3072)] * 4, *[(3072, 8192)] * 2, (8192, 3072), times=2),
-        0,
-    ),
-    (
-        "phi3_medium",
-        causal("Phi3", hidden_size=5120, num_attention_heads=40, num_key_value_heads=10,
-               intermediate_size=17920),
-        8, dense(5120, 5120, 1280, 17920), 0,
-    ),
+    ("phi3_mini", causal("Phi3"), 8,
+     sizes(8, *[(3072, 3072)] * 4, *[(3072, 8192)] * 2, (8192, 3072), times=2), 0),
+    ("phi3_medium",
+     causal("Phi3", hidden_size=5120, num_attention_heads=40, num_key_value_heads=10,
+            intermediate_size=17920),
+     8, dense(5120, 5120, 1280, 17920), 0),
     ("gpt2", gpt2(12, 768, 12), 12, sizes(8, (768, 768), (768, 768), times=12), 0),
-    (
-        "gpt_neox",
-        causal("GPTNeoX", hidden_size=512, num_attention_heads=8, intermediate_size=2048),
-        8, sizes(8, (512, 1536), (512, 512), (512, 2048), (2048, 512), times=2), 0,
-    ),
-    (
-        "bloom",
-        causal("Bloom", hidden_size=1024, n_head=16),
-        8, sizes(8, (1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), times=2), 0,
-    ),
-    (
-        "t5",
-        lambda: on_meta(tf.T5ForConditionalGeneration, tf.T5Config(num_layers=2)),
-        12, sizes(8, (512, 512), times=12), 0,
-    ),
-    (
-        "bert",
-        lambda: on_meta(tf.BertForSequenceClassification, tf.BertConfig()),
-        24, sizes(8, (768, 768), times=24), 2 * 768 + 2,
-    ),
+    ("gpt_neox", causal("GPTNeoX", hidden_size=512, num_attention_heads=8, intermediate_size=2048),
+     8, sizes(8, (512, 1536), (512, 512), (512, 2048), (2048, 512), times=2), 0),
+    ("bloom", causal("Bloom", hidden_size=1024, n_head=16),
+     8, sizes(8, (1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), times=2), 0),
+    ("t5", lambda: on_meta(tf.T5ForConditionalGeneration, tf.T5Config(num_layers=2)),
+     12, sizes(8, (512, 512), times=12), 0),
+    ("bert", lambda: on_meta(tf.BertForSequenceClassification, tf.BertConfig()),
+     24, sizes(8, (768, 768), times=24), 2 * 768 + 2),
     ("roberta", roberta_base, 24, 294_912, 592_899),
     ("deberta", deberta_xxl, 96, sizes(8, (1536, 1536), times=96), 2_365_443),
-    (
-        "vit",
-        lambda: on_meta(tf.ViTForImageClassification, tf.ViTConfig(num_labels=10)),
-        24, sizes(8, (768, 768), times=24), 7_690,
-    ),
-    (
-        "clip",
-        lambda: on_meta(tf.CLIPModel, tf.CLIPConfig()),
-        48, sizes(8, (512, 512), (768, 768), times=24), 0,
-    ),
-    (
-        "whisper",
-        lambda: on_meta(tf.WhisperForConditionalGeneration, tf.WhisperConfig()),
-        24, sizes(8, (384, 384), times=24), 0,
-    ),
-    (
-        "mixtral",
-        mixtral,
-        12,
-        sizes(8, *[(4096, 4096), (4096, 1024)] * 2, times=2) + experts(8, 4096, 14336),
-        0,
-    ),
-    (
-        "qwen3_moe",
-        causal("Qwen3Moe"),
-        12,
-        sizes(8, *[(2048, 2048), (2048, 256)] * 2, times=2) + experts(128, 2048, 768),
-        0,
-    ),
-    (
-        "qwen2_moe",
-        causal("Qwen2Moe"),
-        18,
-        dense(2048, 2048, 2048, 5632) + experts(60, 2048, 1408),
-        0,
-    ),
-    (
-        "gpt_oss",
-        causal("GptOss"),
-        12,
-        sizes(8, *[(2880, 4096), (2880, 512)] * 2, times=2) + experts(128, 2880, 2880),
-        0,
-    ),
+    ("vit", lambda: on_meta(tf.ViTForImageClassification, tf.ViTConfig(num_labels=10)),
+     24, sizes(8, (768, 768), times=24), 7_690),
+    ("clip", lambda: on_meta(tf.CLIPModel, tf.CLIPConfig()),
+     48, sizes(8, (512, 512), (768, 768), times=24), 0),
+    ("whisper", lambda: on_meta(tf.WhisperForConditionalGeneration, tf.WhisperConfig()),
+     24, sizes(8, (384, 384), times=24), 0),
+    ("mixtral", mixtral, 12,
+     sizes(8, *[(4096, 4096), (4096, 1024)] * 2, times=2) + experts(8, 4096, 14336), 0),
+    ("qwen3_moe", causal("Qwen3Moe"), 12,
+     sizes(8, *[(2048, 2048), (2048, 256)] * 2, times=2) + experts(128, 2048, 768), 0),
+    ("qwen2_moe", causal("Qwen2Moe"), 18,
+     dense(2048, 2048, 2048, 5632) + experts(60, 2048, 1408), 0),
+    ("gpt_oss", causal("GptOss"), 12,
+     sizes(8, *[(2880, 4096), (2880, 512)] * 2, times=2) + experts(128, 2880, 2880), 0),
     ("stable_diffusion_unet", unet, 128, 797_184, 0),  # known: SD 1.5, attention, r 4
 ]  # fmt: skip
 
@@ -279,11 +219,9 @@ SETTINGS = {
     **{
         f"gpt2_{size}_{task}": (4, 32, dropout, "kaiming")
         for size in ("medium", "large")
-        for task, dropout in (
-            ("e2e", 0.1), ("webnlg", 0.1), ("dart_script", 0.1), ("dart_paper", 0.0),
-        )
+        for task, dropout in DROPOUTS.items()
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -16,32 +16,29 @@ from lora_inject.formats import read_adapter, write_adapter
 
 lora = pytest.importorskip("loralib")
 
+
+def linear(**options: Any) -> Any:
+    return lambda: lora.Linear(5, 7, r=2, lora_alpha=6, **options)
+
+
+def fused(*parts: bool, **options: Any) -> Any:
+    return lambda: lora.MergedLinear(5, 9, r=2, lora_alpha=6, enable_lora=[*parts], **options)
+
+
+TURNED = {"fan_in_fan_out": True}
 LAYERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "linear": (lambda: lora.Linear(5, 7, r=2, lora_alpha=6), {}),
-    "fan_in_fan_out": (
-        lambda: lora.Linear(5, 7, r=2, lora_alpha=6, fan_in_fan_out=True),
-        {"fan_in_fan_out": True},
-    ),
-    "by name": (
-        lambda: lora.Linear(5, 7, r=2, lora_alpha=6, fan_in_fan_out=True),
-        {"fan_in_fan_out": ["layer"]},
-    ),
+    "linear": (linear(), {}),
+    "fan_in_fan_out": (linear(**TURNED), TURNED),
+    "by name": (linear(**TURNED), {"fan_in_fan_out": ["layer"]}),
     "embedding": (lambda: lora.Embedding(11, 4, r=2, lora_alpha=6), {"embeddings": ["layer"]}),
-    "merged": (
-        lambda: lora.MergedLinear(5, 9, r=2, lora_alpha=6, enable_lora=[True, False, True]),
-        {"enable_lora": [True, False, True]},
-    ),
+    "merged": (fused(True, False, True), {"enable_lora": [True, False, True]}),
     "merged, one part": (
-        lambda: lora.MergedLinear(5, 9, r=2, lora_alpha=6, enable_lora=[False, True, False]),
-        {"enable_lora": {"layer": [False, True, False]}},
+        fused(False, True, False), {"enable_lora": {"layer": [False, True, False]}},
     ),
     "merged, (in, out)": (
-        lambda: lora.MergedLinear(
-            5, 9, r=2, lora_alpha=6, enable_lora=[True, True, False], fan_in_fan_out=True
-        ),
-        {"enable_lora": [True, True, False], "fan_in_fan_out": True},
+        fused(True, True, False, **TURNED), {"enable_lora": [True, True, False], **TURNED},
     ),
-}
+}  # fmt: skip
 
 
 def loralib_delta(layer: nn.Module) -> torch.Tensor:
@@ -134,47 +131,29 @@ def test_pickles_are_read_only_when_allowed_and_run_nothing(tmp_path: Path) -> N
             read_adapter(path, alpha=1, allow_pickle=True)
 
 
-PAIR = {"fc.lora_A": torch.ones(2, 4), "fc.lora_B": torch.ones(6, 2)}
+PAIR, ALPHA = {"fc.lora_A": torch.ones(2, 4), "fc.lora_B": torch.ones(6, 2)}, {"alpha": 1}
 BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "no alpha": (PAIR, {}, "do not hold alpha"),
     "alpha 0": (PAIR, {"alpha": 0}, "do not hold alpha"),
     "no B": (
-        {"fc.lora_A": PAIR["fc.lora_A"], "x.lora_A": PAIR["fc.lora_A"]},
-        {"alpha": 1},
-        "lora_B is missing",
+        {f"{name}.lora_A": PAIR["fc.lora_A"] for name in ("fc", "x")}, ALPHA, "lora_B is missing",
     ),
     "no A": (
-        {"fc.lora_B": PAIR["fc.lora_B"], **{f"x.{k}": v for k, v in PAIR.items()}},
-        {"alpha": 1},
+        {"fc.lora_B": PAIR["fc.lora_B"], **{f"x.{k}": v for k, v in PAIR.items()}}, ALPHA,
         "lora_A is missing",
     ),
-    "fused": (
-        {"fc.lora_A": torch.ones(4, 4), "fc.lora_B": PAIR["fc.lora_B"]},
-        {"alpha": 1},
-        "fused layer with 2",
-    ),
+    "fused": (PAIR | {"fc.lora_A": torch.ones(4, 4)}, ALPHA, "fused layer with 2"),
     "too many parts": (
-        {"fc.lora_A": torch.ones(4, 4), "fc.lora_B": PAIR["fc.lora_B"]},
-        {"alpha": 1, "enable_lora": [True] * 3},
+        PAIR | {"fc.lora_A": torch.ones(4, 4)}, {**ALPHA, "enable_lora": [True] * 3},
         "of 2 adapted parts",
     ),
     "one part, unnamed": (
-        PAIR,
-        {"alpha": 1, "enable_lora": [True, False]},
-        "cannot be distinguished from a plain layer",
+        PAIR, {**ALPHA, "enable_lora": [True, False]}, "cannot be distinguished from a plain layer",
     ),
-    "ranks": (
-        {"fc.lora_A": torch.ones(3, 4), "fc.lora_B": PAIR["fc.lora_B"]},
-        {"alpha": 1},
-        "do not fit",
-    ),
-    "name": (PAIR, {"alpha": 1, "embeddings": ["wte"]}, "no site is called 'wte'"),
-    "shapes": (
-        {"fc.lora_A": torch.ones(2), "fc.lora_B": PAIR["fc.lora_B"]},
-        {"alpha": 1},
-        "shapes",
-    ),
-}
+    "ranks": (PAIR | {"fc.lora_A": torch.ones(3, 4)}, ALPHA, "do not fit"),
+    "name": (PAIR, {**ALPHA, "embeddings": ["wte"]}, "no site is called 'wte'"),
+    "shapes": (PAIR | {"fc.lora_A": torch.ones(2)}, ALPHA, "shapes"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)

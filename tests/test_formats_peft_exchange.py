@@ -249,28 +249,22 @@ def random_state(model: nn.Module, names: list[str], **numbers: Any) -> AdapterS
     return AdapterState(sites)
 
 
+def written_for(model: nn.Module, state: AdapterState, folder: Path) -> Path:
+    names = {"module_names": [name for name, _ in model.named_modules()]}
+    return write_adapter(state, folder / "a", **names, tensor_names=list(model.state_dict()))
+
+
+T5 = [f"{half}.block.{n}.layer.0.SelfAttention" for half in ("encoder", "decoder") for n in (0, 1)]
+MIXTRAL = ("self_attn.q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+LLAMA = [f"model.layers.{n}.self_attn.q_proj" for n in range(2)]
+BERT = [f"bert.encoder.layer.{n}.attention.self" for n in range(2)]
 OURS = {
     "gpt2": [f"transformer.h.{n}.attn.c_attn" for n in range(2)] + ["transformer.wte"],
-    "llama": [
-        "model.embed_tokens",
-        *(f"model.layers.{n}.self_attn.q_proj" for n in range(2)),
-        "lm_head",
-    ],
-    "bert": [
-        f"bert.encoder.layer.{n}.attention.self.{m}" for n in range(2) for m in ("query", "value")
-    ],
-    "t5": [
-        f"{s}.block.{n}.layer.0.SelfAttention.{m}"
-        for s in ("encoder", "decoder")
-        for n in range(2)
-        for m in "qv"
-    ],
+    "llama": ["model.embed_tokens", *LLAMA, "lm_head"],
+    "bert": [f"{attention}.{m}" for attention in BERT for m in ("query", "value")],
+    "t5": [f"{attention}.{m}" for attention in T5 for m in "qv"],
     "vit": ["embeddings.patch_embeddings.projection"],
-    "mixtral": [
-        f"model.layers.{n}.{m}"
-        for n in range(2)
-        for m in ("self_attn.q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-    ],
+    "mixtral": [f"model.layers.{n}.{m}" for n in range(2) for m in MIXTRAL],
 }
 BUILD = {name: build for name, (build, _) in FAMILIES.items()} | {"mixtral": mixtral}
 
@@ -285,13 +279,7 @@ def test_peft_reads_what_is_written(family: str, scaling: str, tmp_path: Path) -
         first = next(iter(state.sites))
         spec = spec_of(model, first, rank=2, alpha=3.0, scaling="rslora")
         state = AdapterState({**state.sites, first: make_site(spec)})
-    path = write_adapter(
-        state,
-        tmp_path / "a",
-        module_names=[n for n, _ in model.named_modules()],
-        tensor_names=list(model.state_dict()),
-    )
-    wrapped = loaded_by_peft(model, path)
+    wrapped = loaded_by_peft(model, written_for(model, state, tmp_path))
     due = {name: dense(site) for name, site in state.sites.items()}
     assert_same_deltas(peft_deltas(wrapped), due)
 
@@ -362,22 +350,11 @@ def test_peft_loads_trained_tensors(tmp_path: Path) -> None:
     model = bert()
     query = "bert.encoder.layer.0.attention.self.query"
     norm = "bert.encoder.layer.0.output.LayerNorm.weight"
-    names = [
-        "classifier.weight",
-        "classifier.bias",
-        norm,
-        f"{query}.bias",
-        "bert.pooler.dense.bias",
-    ]
+    names = ["classifier.weight", "classifier.bias", "bert.pooler.dense.bias"]
+    names += [norm, f"{query}.bias"]
     trained = {name: torch.randn_like(model.get_parameter(name)) for name in names}
     state = AdapterState({query: make_site(spec_of(model, query, rank=2, alpha=4.0))}, trained)
-    path = write_adapter(
-        state,
-        tmp_path / "a",
-        module_names=[n for n, _ in model.named_modules()],
-        tensor_names=list(model.state_dict()),
-    )
-
+    path = written_for(model, state, tmp_path)
     dense_model = bert()
     dense_model.load_state_dict(model.state_dict())
     with torch.no_grad():

@@ -52,12 +52,8 @@ class Attention(nn.Module):
 def test_attention_matched_with_its_own_child_is_adapted_once_or_refused(tmp_path: Path) -> None:
     plain, x = Attention().double(), random(2, 3, 8)
     bare = copy.deepcopy(plain)
-    refused(
-        bare,
-        lambda: li.inject(bare, config("attn", "out_proj")),
-        li.MatchError,
-        r"rule 2.*taken by rule 1",
-    )
+    overlapping = config("attn", "out_proj")
+    refused(bare, lambda: li.inject(bare, overlapping), li.MatchError, "rule 2.*taken by rule 1")
     model = adapted(plain, "out_proj", "attn")
     assert {*li.adapters(model)["default"].sites} == {"attn.out_proj", "attn.in_proj_weight"}
     hold(plain, model, lambda m: m(x))
@@ -145,16 +141,10 @@ def test_a_peft_file_whose_base_embedding_differs_is_refused(tmp_path: Path) -> 
 
 def mixtral() -> MixtralForCausalLM:
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 8,
-        "intermediate_size": 6,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 13,
-        "num_local_experts": 3,
-    }
-    return MixtralForCausalLM(MixtralConfig(**sizes, initializer_range=0.3)).eval().double()
+    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 1, "vocab_size": 13}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3}
+    settings = MixtralConfig(**sizes, **heads, initializer_range=0.3)
+    return MixtralForCausalLM(settings).eval().double()
 
 
 def test_every_projection_reaches_the_stacked_experts() -> None:
