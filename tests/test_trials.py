@@ -1,6 +1,7 @@
 """Trials: many runs in one, each equal to the same run alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,7 +323,13 @@ def test_in_16_bits_a_trial_equals_the_same_run_alone(compute) -> None:
         check_equal(together.model, alone.model, name, 0.05)
 
 
-def test_under_autocast_a_trial_equals_the_same_run_alone() -> None:
+@pytest.mark.parametrize("compute", ["base", "float32"])
+def test_under_autocast_a_trial_equals_the_same_run_alone(compute: str) -> None:
+    all_trials = {
+        name: replace(trial, config={**trial.config.to_dict(), "compute": compute})
+        for name, trial in LLAMA_TRIALS.items()
+    }
+
     def run(trials: dict[str, Trial]) -> Trials:
         model = llama(vocab=31).train()
         running = Trials(model, trials)
@@ -335,9 +342,9 @@ def test_under_autocast_a_trial_equals_the_same_run_alone() -> None:
             running.step(batches(trials, step, {}), forward=forward)
         return running
 
-    together = run(LLAMA_TRIALS)
+    together = run(all_trials)
     for name in ("all", "qv"):
-        alone = run({name: LLAMA_TRIALS[name]})
+        alone = run({name: all_trials[name]})
         check_equal(together.model, alone.model, name, 0.05)
 
 

@@ -23,7 +23,7 @@ from lora_inject.functional.factors import needs_plain_operations
 from lora_inject.functional.gain import Gain
 from lora_inject.functional.linear import differentiate
 from lora_inject.functional.packed_experts import PackedExperts
-from lora_inject.functional.picking import PICKED
+from lora_inject.functional.picking import PICKED, writes
 from lora_inject.functional.weight import (
     LowRank,
     Update,
@@ -71,11 +71,7 @@ def lazy_weight(
     if not can_wait:
         used()
         return effective_weight(weight, updates, float32=float32, gain=gain)
-    read = _Read(weight, updates, gain, used, matrices)
-    if not torch.is_grad_enabled():
-        return _made(read, weight.shape, weight.stride())
-    found: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
-    return found
+    return _begun(_Read(weight, updates, gain, used, matrices))
 
 
 def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
@@ -83,9 +79,12 @@ def lazy_stack(weight: Tensor, each: Sequence[Sequence[Update]]) -> Tensor:
 
     Adapter by adapter for one expert, then the next expert; see `low_rank_of_each`.
     """
-    read = _ReadForEach(weight, each)
+    return _begun(_ReadForEach(weight, each))
+
+
+def _begun(read: _Read) -> Tensor:
     if not torch.is_grad_enabled():
-        return _made(read, read.shape, weight.stride())
+        return _made(read, read.shape, read.weight.stride())
     found: Tensor = _Deferred.apply(read, *read.leaves)  # type: ignore[no-untyped-call]
     return found
 
@@ -268,10 +267,8 @@ class LazyWeight(Tensor):
         found = PICKED[func](*args) if func in PICKED else func.decompose(*args, **kwargs)
         if found is not NotImplemented:
             return found
-        for i, argument in enumerate(func._schema.arguments):
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            if argument.is_write and isinstance(given, LazyWeight):
-                _refuse_change(func)
+        if writes(func, args, kwargs, LazyWeight):
+            _refuse_change(func)
         args, kwargs = tree_map_only(LazyWeight, LazyWeight.beneath, (tuple(args), kwargs))
         return func(*args, **kwargs)
 

@@ -228,7 +228,7 @@ def _add(
                 inputs, dropped = cpu.drop(x2, u.dropout)
             h = torch.mm(inputs, A.t())
             for y_part, h_part, B_part in _parts(u.spans, y2, h, B):
-                added = _plus_product(y_part, h_part, B_part.mT, u.scale, in_place=in_place)
+                added = add_product(y_part, h_part, B_part.mT, u.scale, in_place=in_place)
             y2 = added if u.spans is None else y2
         kept.append(Kept(h, A, B, dropped))
         in_place = True
@@ -259,14 +259,15 @@ def _parts(
     return list(zip(wides, torch.split(thin, rank, 1), torch.split(B, widths), strict=True))
 
 
-def _plus_product(
-    y: Tensor | None, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True
+def add_product(
+    y: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool = True
 ) -> Tensor:
-    """Return `y + scale * left @ right`, of matrices or stacks, rounded once to the dtype of y."""
-    if y is None:
-        return _scaled_product(left, right, scale)
+    """Return `y + scale * left @ right`, of matrices or stacks, rounded once to the dtype of y.
+
+    Autograd cannot differentiate it where the dtypes differ.
+    """
     if y.dtype != left.dtype:
-        if cpu.is_cpu(y):
+        if cpu.is_cpu(y) and y.dtype.itemsize < left.dtype.itemsize:
             return cpu.plus_product(y, left, right, scale, in_place=in_place)
         out = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
         return torch.add(y, torch.matmul(left, right), alpha=scale, out=out)
@@ -390,7 +391,9 @@ def _backward_one(
 def _plus_share(gx2: Tensor | None, gh: Tensor, kept: Kept, scale: float) -> Tensor:
     """Return `gx2 + scale * gh A` without dropped elements, in the memory of `gx2` if any."""
     if kept.dropped is None:
-        return _plus_product(gx2, gh, kept.A, scale)
+        if gx2 is None:
+            return _scaled_product(gh, kept.A, scale)
+        return add_product(gx2, gh, kept.A, scale)
     if kept.dropped.dtype != torch.bool:
         return cpu.plus_share(gx2, gh, kept.A, scale, kept.dropped)
     share = torch.mm(gh, kept.A)

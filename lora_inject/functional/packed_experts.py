@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lora_inject.errors import LayerError
-from lora_inject.functional.picking import PICKED
+from lora_inject.functional.picking import PICKED, writes
 
 
 def unpacked_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
@@ -136,14 +136,12 @@ class PackedExperts(Tensor):
         found = known(*args, **kwargs) if known else NotImplemented
         if found is not NotImplemented:
             return found
-        for i, argument in enumerate(func._schema.arguments):
-            given = args[i] if i < len(args) else kwargs.get(argument.name)
-            if argument.is_write and isinstance(given, PackedExperts):
-                raise LayerError(
-                    f"{func} on experts in MXFP4",
-                    "their values are packed, and what is written would be lost",
-                    "Load the base with Mxfp4Config(dequantize=True) to change it",
-                )
+        if writes(func, args, kwargs, PackedExperts):
+            raise LayerError(
+                f"{func} on experts in MXFP4",
+                "their values are packed, and what is written would be lost",
+                "Load the base with Mxfp4Config(dequantize=True) to change it",
+            )
         args, kwargs = tree_map_only(PackedExperts, PackedExperts.unpacked, (tuple(args), kwargs))
         return func(*args, **kwargs)
 

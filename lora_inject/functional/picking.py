@@ -5,7 +5,7 @@ Such a tensor has `part`, `turned` and `is_stack`. What is not a pick returns No
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,3 +47,12 @@ PICKED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.unbind.int: _unbound,
     torch.ops.aten.index.Tensor: _gathered,
 }
+
+
+def writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], cls: type) -> bool:
+    """Whether an operation would write into a tensor of a class."""
+    for i, argument in enumerate(func._schema.arguments):
+        given = args[i] if i < len(args) else kwargs.get(argument.name)
+        if argument.is_write and isinstance(given, cls):
+            return True
+    return False

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from lora_inject.functional.factors import Spans, cast, without_autocast
-from lora_inject.functional.linear import as_matrix, frozen_output, lowered
+from lora_inject.functional.factors import Spans, cast, compute_dtype, without_autocast
+from lora_inject.functional.linear import add_product, as_matrix, frozen_output, lowered
 
 
 class Range(NamedTuple):
@@ -74,6 +74,7 @@ def ranged_linear(
     reached: Callable[[], Any],
     *,
     transposed: bool = False,
+    float32: bool = False,
 ) -> Tensor:
     """Apply a frozen linear layer with the updates of ranges of its tokens.
 
@@ -82,25 +83,25 @@ def ranged_linear(
         kept: x after dropout, or x itself.
         weight: `(out, in)`, or `(in, out)` where `transposed`.
         bias: `(out,)` or None.
-        ranges: Factors in the dtype of the product.
+        ranges: Factors in the dtype of their arithmetic.
         anchor: A leaf that requires a gradient and gets none: the backward runs for it, and adds to
             the gradients of the ranges.
         reached: Called where the backward has added to these gradients.
         transposed: Whether the weight is stored as transformers' Conv1D stores it.
+        float32: Keep the low-rank arithmetic in float32 over a 16-bit base.
 
     Returns:
         `(..., out)`, in the dtype of the plain layer's output.
     """
     dtype, context = None, without_autocast(x)
     if context is not None:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        same = kept is x
-        x = lowered(x, dtype)
-        kept = x if same else lowered(kept, dtype)
+        dtype, same = torch.get_autocast_dtype(x.device.type), kept is x
+        if not float32:
+            x = lowered(x, dtype)
+            kept = x if same else lowered(kept, dtype)
+    how = (ranges, reached, transposed, float32, dtype)
     with context or nullcontext():
-        found: Tensor = _Ranged.apply(  # type: ignore[no-untyped-call]
-            x, kept, weight, bias, anchor, (ranges, reached, transposed, dtype)
-        )
+        found: Tensor = _Ranged.apply(x, kept, weight, bias, anchor, how)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -113,16 +114,17 @@ class _Ranged(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         anchor: Tensor,
-        how: tuple[Sequence[Range], Callable[[], Any], bool, torch.dtype | None],
+        how: tuple[Sequence[Range], Callable[[], Any], bool, bool, torch.dtype | None],
     ) -> Tensor:
-        ranges, ctx.reached, transposed, dtype = how
+        ranges, ctx.reached, transposed, ctx.float32, dtype = how
         out = frozen_output(x, weight, bias, transposed, dtype)
-        x2, y2, thin = as_matrix(kept), as_matrix(out), []
+        low = compute_dtype(out.dtype, ctx.float32)
+        x2, y2, thin = cast(as_matrix(kept), low), as_matrix(out), []
         for one in ranges:
             # The rank as rows: on a CPU `x A^T` takes up to twice as long.
             h = torch.bmm(one.A, one.of(x2).mT)
             for y_part, h_part, B_part in one.parts(one.of(y2), h, one.B):
-                y_part.baddbmm_(h_part.mT, B_part.mT, alpha=one.scale)
+                add_product(y_part, h_part.mT, B_part.mT, one.scale)
             thin.append(h)
         ctx.ranges, ctx.transposed, ctx.apart = ranges, transposed, kept is not x
         ctx.anchor = get_gradient_edge(anchor).node
@@ -135,10 +137,13 @@ class _Ranged(torch.autograd.Function):
         kept, weight, *thin = ctx.saved_tensors
         of_x, of_kept, *_ = ctx.needs_input_grad
         g2, x2, gx, into = as_matrix(g), as_matrix(kept), None, None
+        low = compute_dtype(g.dtype, ctx.float32)
         if of_x:
             gx = torch.mm(g2, cast(weight.t() if ctx.transposed else weight, g.dtype))
+            gx = cast(gx, low) if x2.dtype == low else gx
         if of_kept:
             into = torch.zeros_like(x2) if ctx.apart else gx
+        g2, x2 = cast(g2, low), cast(x2, low)
         # A derivative with respect to other tensors must leave these gradients as they are.
         trains = torch._C._will_engine_execute_node(ctx.anchor)
         if trains:
@@ -148,19 +153,11 @@ class _Ranged(torch.autograd.Function):
             for g_part, gh_part, B_part in one.parts(g3, gh, one.B):
                 torch.bmm(B_part.mT, g_part.mT, out=gh_part)
             if trains and one.grads is not None:
-                _add_product(one.grads[0], gh, x3, one.scale)
+                add_product(one.grads[0], gh, x3, one.scale)
                 for g_part, h_part, gB_part in one.parts(g3, h, one.grads[1]):
-                    _add_product(gB_part, g_part.mT, h_part.mT, one.scale)
+                    add_product(gB_part, g_part.mT, h_part.mT, one.scale)
             if into is not None:
-                one.of(into).baddbmm_(gh.mT, one.A, alpha=one.scale)
+                add_product(one.of(into), gh.mT, one.A, one.scale)
         gx = None if gx is None else gx.view(kept.shape)
         g_kept = into.view(kept.shape) if into is not None and ctx.apart else None
         return gx, g_kept, None, None, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Add `scale * left @ right` to stacks of matrices, in place."""
-    if total.dtype == left.dtype:
-        total.baddbmm_(left, right, alpha=scale)
-    else:
-        total.add_(torch.bmm(left, right), alpha=scale)

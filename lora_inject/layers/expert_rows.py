@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_inject.functional.lazy import lazy_stack
 from lora_inject.layers.attached import Entry, attached_to, held_by
+from lora_inject.layers.sending import sent_once
 
 # Forwards that only pick matrices and multiply; kernels would get the stack formed.
 _FORWARDS = {"eager", "batched_mm", "grouped_mm"}
@@ -56,8 +57,9 @@ def by_expert(
     attached.used(entries)
     module._lora_refuse_vain(held[entry.mark] for entry in entries)
     experts = given[numbers[0]]
-    sizes = torch.tensor([n for _, n in runs], device=experts.device)
-    adapter = torch.arange(len(runs), device=experts.device).repeat_interleave(sizes)
+    sizes = sent_once(tuple(n for _, n in runs), experts.device)
+    adapter = torch.arange(len(runs), device=experts.device)
+    adapter = adapter.repeat_interleave(sizes, output_size=len(experts))  # else the host waits
     given[numbers[0]] = experts * len(runs) + adapter[:, None]
     args = tuple(given.pop(i) for i in range(len(args)))
     found: Tensor = type(module)._lora_plain.forward(_Pairs(module, names), *args, **given)

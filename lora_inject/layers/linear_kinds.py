@@ -18,6 +18,7 @@ from lora_inject.errors import LayerError
 from lora_inject.functional import add_updates, linear
 from lora_inject.functional.factors import cast, compute_dtype, needs_plain_operations
 from lora_inject.functional.gain import gained
+from lora_inject.functional.linear import frozen_output
 from lora_inject.functional.ranges import ranged_linear
 from lora_inject.layers.adapted import plain_class
 from lora_inject.layers.attached import Entry, held_by
@@ -105,7 +106,7 @@ class LoRALinear(ForwardUpdate):
                 transposed, float32 = self.transposed, attached.float32
                 return linear(x, weight, bias, updates, transposed=transposed, float32=float32)
             if hasattr(weight, "full_tensor") and any(u.spans for u in updates):
-                return self._lora_formula(x, self._lora_formed(), bias)
+                return frozen_output(x, self._lora_formed(), bias, self.transposed, None)
         y = self._lora_plain_forward(args, kwargs)
         if compiling:
             updates = self._lora_compiled(y, state)
@@ -116,7 +117,8 @@ class LoRALinear(ForwardUpdate):
         if not self._lora_stock:
             return super().forward(*args, **kwargs)
         # The plain forward would read the effective weight.
-        return self._lora_formula(self._lora_input(args, kwargs), *self._lora_weight_and_bias())
+        x, (weight, bias) = self._lora_input(args, kwargs), self._lora_weight_and_bias()
+        return frozen_output(x, weight, bias, self.transposed, None)
 
     def _lora_by_rows(
         self, x: Tensor, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -136,7 +138,7 @@ class LoRALinear(ForwardUpdate):
             found: Tensor = apart(self, by_itself, state, args, kwargs)
             return found
         fresh = self._lora_stock and type(self._lora_raw("weight")) in PLAIN and not whole
-        if fresh and self._lora_in_trials(x, state):
+        if fresh and state.one_pass is not None and not needs_plain_operations():
             y = self._lora_by_ranges(x, state)
         else:
             routing = self._lora_routing(x, state)
@@ -175,19 +177,14 @@ class LoRALinear(ForwardUpdate):
             )
         return gained(y, y if bias is None else y - bias.to(y.dtype), gains)
 
-    def _lora_in_trials(self, x: Tensor, state: State) -> bool:
-        """Whether trials train here, in the dtype of the layer."""
-        if state.one_pass is None or needs_plain_operations():
-            return False
-        dtype = _product_dtype(x)
-        return compute_dtype(dtype, self._lora.float32) == dtype
-
     def _lora_by_ranges(self, x: Tensor, state: State) -> Tensor:
         """Compute a stock layer with the update of each trial's own tokens."""
-        kept, *ranges = state.one_pass.of_layer(self, x, _product_dtype(x))
-        self._lora_refuse_vain(ranges[1:2])
+        transposed, float32 = self.transposed, self._lora.float32
+        dtype = compute_dtype(_product_dtype(x), float32)
+        kept, *of = state.one_pass.of_layer(self, x, dtype)
+        self._lora_refuse_vain(of[1:2])
         weight, bias = self._lora_weight_and_bias()
-        return ranged_linear(x, kept, weight, bias, *ranges, transposed=self.transposed)
+        return ranged_linear(x, kept, weight, bias, *of, transposed=transposed, float32=float32)
 
     def _lora_gained(
         self, entry: Entry, x: Tensor, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -227,11 +224,6 @@ class LoRALinear(ForwardUpdate):
             return self._lora_own(self.weight_of(self)), self._lora_own("bias")
         return held["weight"], held["bias"]
 
-    @staticmethod
-    def _lora_formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the stock class computes."""
-        return F.linear(x, weight, bias)
-
 
 class LoRAConv1D(LoRALinear):
     """Forward update of Conv1D (`transformers/pytorch_utils.py`), with the weight `(in, out)`."""
@@ -254,13 +246,6 @@ class LoRAConv1D(LoRALinear):
     def stock(plain: type[nn.Module]) -> bool:
         """Return whether `forward` is Conv1D's own, and the weight a parameter."""
         return _defines_forward(plain) == CONV1D and not hasattr(plain, "weight")
-
-    @staticmethod
-    def _lora_formula(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What Conv1D computes."""
-        assert bias is not None
-        y = torch.addmm(bias, x.view(-1, x.size(-1)), weight)
-        return y.view(*x.shape[:-1], weight.shape[1])
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

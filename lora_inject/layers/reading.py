@@ -18,7 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from lora_inject.errors import LayerError, article
 from lora_inject.functional import lazy_weight
-from lora_inject.functional.factors import needs_plain_operations
+from lora_inject.functional.factors import is_watched
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.attached import (
     Attached,
@@ -33,7 +33,7 @@ from lora_inject.layers.moving_buffers import buffers_to_watch, refuse_moved
 from lora_inject.layers.readers import computes, running_module
 from lora_inject.layers.routed_forward import adds_bias, adds_rows
 from lora_inject.layers.selection import State
-from lora_inject.layers.sending import queue_of, sent
+from lora_inject.layers.sending import sent_once
 
 # Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
 PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
@@ -255,16 +255,14 @@ def trained(entry: Entry, value: Tensor, raw: Tensor, copy: Tensor, weight: floa
     return mixed if index is None else value.index_copy(0, index, mixed)
 
 
-@functools.lru_cache(maxsize=64)
-def _kept_index(rows: tuple[int, ...], device: torch.device, queue: Any) -> Tensor:
-    del queue  # what is sent is there for later work in it
-    return sent(rows, device)
-
-
 def _index(rows: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return row indices as a cached tensor, to save a transfer in each forward."""
-    if type(like) in (nn.Parameter, Tensor) and not needs_plain_operations():
-        return _kept_index(rows, like.device, queue_of(like.device))
+    """Return row indices as a tensor on the device of another, which is not sent in each forward.
+
+    A fake one, or one that a transform wraps, would outlive its trace.
+    """
+    plain = type(like) in (nn.Parameter, Tensor)
+    if torch.compiler.is_compiling() or (plain and not is_watched()):
+        return sent_once(rows, like.device)
     return torch.tensor(rows, device=like.device)
 
 

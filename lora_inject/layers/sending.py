@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,3 +25,23 @@ def sent(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None
 def queue_of(device: torch.device) -> Any:
     """Return what orders the work of the caller on a device: on CUDA its current stream."""
     return (device, torch.cuda.current_stream(device)) if device.type == "cuda" else device
+
+
+def sent_once(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return numbers as a tensor that is kept, for code that asks for them in each forward."""
+    if torch.compiler.is_compiling():
+        found: Tensor = _constant(numbers, device)
+        return found
+    return _kept(numbers, device, queue_of(device))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(numbers: tuple[int, ...], device: torch.device, queue: Any) -> Tensor:
+    del queue  # what is sent is there for later work in it
+    return sent(numbers, device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return a constant of a graph, which would else make and send them in each forward."""
+    return torch.tensor(numbers, device=device)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from lora_inject.errors import StateError, check_type
+from lora_inject.layers.sending import sent_once
 from lora_inject.layers.survey import unwrapped
 from lora_inject.trials.batches import Joined
 
@@ -74,7 +75,8 @@ def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple
         raise StateError("step", found, "Give a loss of your own: loss=...")
     repeat = labels.numel() // sum(of.sizes.values())
     sizes, kept = [repeat * n for n in of.sizes.values()], labels != IGNORED
-    counts = _sums(kept, sizes).repeat_interleave(torch.tensor(sizes, device=kept.device))
+    repeats = sent_once(tuple(sizes), kept.device)
+    counts = _sums(kept, sizes).repeat_interleave(repeats, output_size=len(kept))
     weights = kept / counts if logits.dtype.itemsize < 8 else kept.double() / counts
     losses: Tensor = _NextToken.apply(logits.flatten(0, 1), labels, weights)  # type: ignore[no-untyped-call]
     return _sums(losses, sizes).unbind()

@@ -60,7 +60,8 @@ class Counted(TorchDispatchMode):
         """Run one operation, and count it."""
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        if name in SYNCS or (name == "index" and _has_bool(args)):
+        waits = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in SYNCS or waits or (name == "index" and _has_bool(args)):
             self.syncs.append(name)
         found = func(*args, **kwargs)
         if any(t.device.type == "cpu" for t in _tensors((args, kwargs, found))):

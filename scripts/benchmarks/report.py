@@ -60,7 +60,8 @@ BY_HAND = "<!-- Below this line: written by hand, kept by scripts/bench.py -->"
 
 def machine(device: str) -> dict[str, Any]:
     """Say where the numbers come from."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    on_cuda = torch.device(device).type == "cuda"
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if on_cuda else {}
     return {
         **gpu,
         "processor": _processor(),

@@ -287,7 +287,7 @@ def routed_batch(options: Options) -> Result:
         result.over_bare(case, times, dict.fromkeys(contexts, goal))
     result.notes.append(
         "With 32 adapters a batch of 16 rows names 16 of them, others being ready. Decode makes "
-        "ten forwards in one `routed`, the first of which gathers the factors for all."
+        "ten forwards in one `routed`; each gathers the factors anew, the bare operations none."
     )
     return result
 

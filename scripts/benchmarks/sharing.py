@@ -267,11 +267,11 @@ def _in_turn(model: Any, ids: Tensor) -> Callable[[], None]:
     return run
 
 
-def launches_of_trials(n: int) -> float:
+def launches_of_trials(n: int, dtype: torch.dtype = torch.float32, compute: str = "base") -> float:
     """Count what a step starts on any device but the CPU, on a tiny model."""
     tiny = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 31}
-    model = llama(**tiny, num_attention_heads=2, device="cpu").train()
-    rules = {"rank": 2, "targets": [LLAMA]}
+    model = llama(dtype, **tiny, num_attention_heads=2, device="cpu").train()
+    rules = {"rank": 2, "compute": compute, "targets": [LLAMA]}
     many = Trials(model, {f"t{i}": Trial(rules, lr=1e-4) for i in range(n)})
     ids = some_ids(1, 6).cpu() % 31
     batch = {"input_ids": ids, "labels": ids}
