@@ -128,6 +128,16 @@ init: {std: 0.1}
 lora_alpha: 4
 => f:1:1 (lora_alpha): unknown key 'lora_alpha'. Did you mean 'alpha'?
 
+x-common: &common {rank: 4}
+=> f:1:1 (x-common): unknown key 'x-common'. The keys are version, rank, alpha, dropout, init,
+   scaling, compute, variant, lora_bias, targets, exclude, train, tokens, bias, expect. A key cannot
+   only hold an anchor: put it where its value is used first.
+
+rnak: &rank 4
+alpha: *rank
+=> f:1:1 (rnak): unknown key 'rnak'. Did you mean 'rank'? A key cannot only hold an anchor: put it
+   where its value is used first.
+
 targets: [{match: q, train: [a]}]
 => f:1:22 (targets[0].train): unknown key 'train'. 'train' belongs at the top level.
 

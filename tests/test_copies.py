@@ -306,3 +306,12 @@ def test_verbs_reach_through_the_compiled_wrapper() -> None:
     li.merge(compiled)
     li.unmerge(compiled)
     assert snapshot(model) == before
+
+
+def test_verbs_reach_through_torchs_averaged_model(tmp_path: Path) -> None:
+    model = build()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    li.save_adapter(average, tmp_path / "one.safetensors", "one", format="native")
+    found = li.read_adapter(tmp_path / "one.safetensors")
+    assert found.sites == li.adapter_state(model, "one").sites

@@ -190,3 +190,39 @@ def test_what_does_not_train_may_be_unused(how: str, tmp_path: Path) -> None:
     model = Routed()
     BEFORE[how](model)
     li.save_adapter(model, tmp_path / "a")
+
+
+class Cut(Routed):
+    """The output of one layer is detached."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.spare(x).detach()
+
+
+def test_a_site_whose_output_is_detached_is_not_saved(tmp_path: Path) -> None:
+    model = trained(Cut(), "first", "spare", *EXPERTS)
+    with pytest.raises(li.StateError, match=r"forwards used 'spare' \(1 .*\), and no gradient"):
+        li.save_adapter(model, tmp_path / "a")
+    li.save_adapter(model, tmp_path / "a", unused=["spare"])
+    model.zero_grad()  # nothing tells any more
+    li.save_adapter(model, tmp_path / "b")
+
+
+def steps(model: nn.Module, *runs: Callable[[Tensor], Tensor]) -> None:
+    """Train as Trainer does, with a forward for each step."""
+    callback = li.AdapterCheckpoint()
+    for run in runs:
+        model.zero_grad()
+        run(torch.randn(2, 4)).sum().backward()
+        callback.on_pre_optimizer_step(None, None, None, model)
+
+
+def test_a_list_of_layers_has_ten_steps_to_be_reached() -> None:
+    model: Any = li.inject(Routed(), config("first", *EXPERTS))
+    steps(model, model.first, model.first, model, *[model.first] * 9)
+    model = li.inject(Routed(), config("first", r"layers\.\d\.0"))
+    with pytest.raises(li.StateError, match=r"train adapter.* reached 'layers\.0\.0', 'layers"):
+        steps(model, *[model.first] * 10)
+    model = li.inject(Cut(), config("first", "spare"))
+    with pytest.raises(li.StateError, match=r"train adapter.* used 'spare' \(1 .* no gradient"):
+        steps(model, model)

@@ -27,6 +27,7 @@ from helpers.calls import python_calls
 from helpers.models import IDS, Net, Packed, Tied
 from helpers.reference import gpt2_of_two_layers
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import lora_inject as li
 from lora_inject.layers import linear_kinds
@@ -324,6 +325,38 @@ def test_a_class_built_from_a_carrier_is_plain() -> None:
     assert repr(other) == "Linear(in_features=3, out_features=4, bias=True)"
     assert "default: r=2" in repr(model.layer)
     assert type(injected(KINDS["linear"]).layer) is type(model.layer), "one class per base class"
+
+
+def test_a_base_that_registers_its_subclasses_does_not_hear_of_the_swapped_class() -> None:
+    known = {}
+
+    class Registered(nn.Linear):
+        def __init_subclass__(cls, *, kind: str) -> None:
+            known[kind] = cls
+
+    class Mine(Registered, kind="mine"):
+        pass
+
+    model = li.inject(nn.Sequential(Mine(3, 3)), {**RANK2, "targets": ["0"]})
+    assert known == {"mine": Mine}
+    assert isinstance(model[0], Mine)
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [
+        prune.identity,
+        lambda m, name: nn.utils.parametrize.register_parametrization(m, name, nn.Tanh()),
+    ],
+    ids=["prune", "parametrize"],
+)
+def test_the_tensors_of_an_adapter_are_not_replaced(replace: Any) -> None:
+    layer = injected(KINDS["linear"]).layer
+    held, hooks = dict(layer._parameters), len(layer._forward_pre_hooks)
+    with pytest.raises(li.LayerError, match=r"replacing parameter 'lora_A__default'"):
+        replace(layer, "lora_A__default")
+    assert layer._parameters == held
+    assert len(layer._forward_pre_hooks) == hooks
 
 
 # ---------------------------------------------------------------------- trained copies: train, bias

@@ -16,6 +16,7 @@ import torchvision
 from conftest import error, fill, same_bits
 from helpers.reference import with_deltas
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -101,6 +102,38 @@ def test_a_weight_that_a_forward_reads_is_the_dense_one(case: str) -> None:
         assert same_bits(model(x), plain(x))
     li.merge(model)
     assert error(model(x), wide(x)) < 1e-12
+
+
+class Parts(nn.Module):
+    """Methods that users call in place of the forward, as those of CLIP, timm and Lightning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Parameter(torch.randn(D, D))
+        self.fc = nn.Linear(D, D)
+
+    def encode_image(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.fc.weight) @ self.proj
+
+    decode = torch.no_grad()(encode_image)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.encode_image(x)
+
+    def training_step(self, batch: tuple[Tensor], _: int) -> Tensor:
+        return F.linear(batch[0], self.fc.weight) @ self.proj
+
+    def initialize_encoder(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.fc.weight) @ self.proj
+
+
+def test_a_part_of_the_forward_that_users_call_reads_as_the_forward_does() -> None:
+    plain: Any = Parts().double()
+    model: Any = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["proj", "fc"]}))
+    wanted = dense(plain, model).encode_image(X)  # type: ignore[operator]
+    found = model.encode_image(X), model.decode(X), model.forward_features(X)
+    assert all(error(each, wanted) < 1e-12 for each in (*found, model.training_step((X,), 0)))
+    assert same_bits(model.initialize_encoder(X), plain.encode_image(X))
 
 
 def check_gradients(model: nn.Module, wide: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:
@@ -294,6 +327,7 @@ REPLACING: dict[str, Callable[[Any], Any]] = {
     "parametrizations.weight_norm": lambda m: nn.utils.parametrizations.weight_norm(m),
     "weight_norm": nn.utils.weight_norm,
     "spectral_norm": nn.utils.spectral_norm,
+    "parametrizations.orthogonal": lambda m: nn.utils.parametrizations.orthogonal(m),
     "prune": lambda m: prune.l1_unstructured(m, "weight", 2),
     "None": lambda m: setattr(m, "weight", None),
     "register None": lambda m: m.register_parameter("weight", None),
@@ -306,12 +340,51 @@ REPLACING: dict[str, Callable[[Any], Any]] = {
 def test_a_weight_that_would_be_computed_from_now_on_is_refused(kind: str, how: str) -> None:
     _, m = layer(kind)
     held, cls = dict(m._parameters), type(m)
-    with pytest.raises(li.LayerError, match=r"Eject the adapter first|merge.*then normalize"):
+    values = m._parameters["weight"].clone()
+    with pytest.raises(li.LayerError, match=r"Eject the adapter first|merge\(model"):
         REPLACING[how](m)
     assert type(m) is cls
     assert not m._buffers
     assert not m._forward_pre_hooks
     assert [(k, id(p)) for k, p in m._parameters.items()] == [(k, id(p)) for k, p in held.items()]
+    assert same_bits(m._parameters["weight"], values)
+
+
+def fuse_conv_and_bn(layer: Any) -> Tensor:
+    """As ultralytics names it: what reads the weight puts another in its place."""
+    return layer.weight.clone()
+
+
+class Fused(nn.Linear):
+    """Computes with a weight that it fuses in each forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ fuse_conv_and_bn(self).T
+
+
+def test_a_layer_that_would_be_replaced_is_refused_and_one_that_fuses_as_it_runs_is_not() -> None:
+    from transformers.pytorch_utils import prune_linear_layer
+
+    for kind in LAYERS:
+        _, m = layer(kind)
+        with pytest.raises(li.LayerError, match=r"^fuse_conv_and_bn: .* merge\(model"):
+            fuse_conv_and_bn(m)
+    _, m = layer("forward update")
+    with pytest.raises(li.LayerError, match=r"^prune_linear_layer: "):
+        prune_linear_layer(m, torch.tensor([1]))
+    plain = nn.Sequential(Fused(D, D)).double()
+    model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["0"]}))
+    assert error(model(X), dense(plain, model)(X)) < 1e-12
+
+
+def test_a_graph_that_would_hold_the_sum_as_a_constant_is_refused() -> None:
+    plain, model, x = made("read")
+    with torch.no_grad(), pytest.raises(li.LayerError, match=r"symbolic_trace.*torch\.export"):
+        torch.fx.symbolic_trace(model)
+    traced = make_fx(model)(x)
+    assert error(traced(x), dense(plain, model)(x)) < 1e-12
+    with li.disabled(model):
+        assert error(torch.fx.symbolic_trace(model)(x), plain(x)) < 1e-12
 
 
 def test_fusing_with_a_batch_norm_is_refused() -> None:
@@ -321,7 +394,7 @@ def test_fusing_with_a_batch_norm_is_refused() -> None:
         ("forward update", nn.BatchNorm1d(D), nn.utils.fuse_linear_bn_eval),
     ):
         net, m = layer(kind)
-        with pytest.raises(li.LayerError, match=r"has an adapter.*then fuse"):
+        with pytest.raises(li.LayerError, match=r"has an adapter.*merge\(model"):
             fuse(m.eval(), bn.double().eval())
         li.merge(net)
         li.eject(net)

@@ -17,13 +17,14 @@ from torch import nn
 
 from lora_inject.errors import StateError
 from lora_inject.layers.survey import Survey, unwrapped
-from lora_inject.model.carried import reach
+from lora_inject.model.carried import Carried, reach
 from lora_inject.model.reached import has_gradient, refuse_unused
 from lora_inject.model.save import adapter_tensors
 from lora_inject.model.stand_ins import SAVE
 from lora_inject.model.train import adapter_parameters
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+_N_WATCHED = 10  # steps in which a list of layers may be left out as a whole
 
 
 class AdapterCheckpoint:
@@ -34,7 +35,8 @@ class AdapterCheckpoint:
     - When the Trainer is made, half-written checkpoints in `args.output_dir` are renamed to
       `checkpoint-N.incomplete`.
     - Resuming does not warn that checkpoints of adapters lack the base.
-    - What the first step did not use is an error at once, and not when it is saved.
+    - What the first step did not use, or got no gradient, is an error at once, and not when it is
+      saved. Lists of layers, all of which may be dropped at random, have ten steps.
 
     Schedules, file names, rotation, best model and resuming are left to Trainer. PEFT and
     `load_adapter` can read each `checkpoint-N`.
@@ -72,7 +74,8 @@ class AdapterCheckpoint:
     def __init__(self, format: str = "peft", *, unused: Sequence[str] = ()) -> None:  # noqa: A002
         self.format, self.unused = format, unused
         self._hook: Any = None
-        self._stepped = False
+        self._watched = 0  # steps, until all sites have got a gradient
+        self._reached: set[tuple[str, str]] = set()
 
     def __getattr__(self, event: str) -> Any:
         # Trainer calls every event of every callback, and its list of events grows.
@@ -116,11 +119,22 @@ class AdapterCheckpoint:
     ) -> None:
         """Refuse inert sites when the first gradients are there."""
         del args, state, control
-        if not self._stepped:
-            survey, self._stepped = Survey(model), True
-            for name in reach(survey.model, survey).names:
-                asked = f"train adapter {name!r}"
-                refuse_unused(survey, name, has_gradient, self.unused, asked)
+        if self._watched == _N_WATCHED:
+            return
+        survey, self._watched = Survey(model), self._watched + 1
+        last = self._watched == _N_WATCHED
+        each = [self._all_reached(survey, n, last) for n in reach(survey.model, survey).names]
+        if all(each):
+            self._watched = _N_WATCHED
+
+    def _all_reached(self, survey: Survey, name: str, last: bool) -> bool:
+        def changed(item: Carried) -> bool:
+            if has_gradient(item):
+                self._reached.add((name, item.name))
+            return (name, item.name) in self._reached
+
+        asked = f"train adapter {name!r}"
+        return refuse_unused(survey, name, changed, self.unused, asked, lists=last)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log at each save, so that the losses since the last log are not lost."""

@@ -72,6 +72,11 @@ class Adapted(Reading):
         """Return whether a class computes exactly what its kind's own torch class does."""
         return False
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Keep a swapped class from bases that register their subclasses, or want options."""
+        if "_lora_plain" not in cls.__dict__:
+            super().__init_subclass__(**options)
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Build the plain class: `type(layer)(...)` must not make a carrier without adapters."""
         if "_lora_plain" not in cls.__dict__ and not args and not kwargs:
@@ -149,12 +154,13 @@ class Adapted(Reading):
         return f"{plain}, lora={{{', '.join(notes)}}}" if notes else plain
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register like nn.Module, but no None and no second name for an adapted weight.
+        """Register like nn.Module, but no None and no second name for an adapted weight, or for A.
 
         A second name is the first step of torch's `prune`, which later cannot be undone.
         """
         attached = self._lora
-        for adapted in (*attached.reads, *((self.weight_name,) if attached.forward else ())):
+        weight = (self.weight_name,) if attached.forward else ()
+        for adapted in (*attached.reads, *weight, *attached.flat):
             held = self._parameters.get(adapted)
             if held is not None and param is (None if name == adapted else held):
                 self._lora_refuse_replaced(adapted)
@@ -162,7 +168,8 @@ class Adapted(Reading):
 
     def __delattr__(self, name: str) -> None:
         """Delete like nn.Module, but not what carries an adapter."""
-        if name in self._parameters and any(e.param == name for e in self._lora.entries()):
+        adapted = name in self._lora.flat or any(e.param == name for e in self._lora.entries())
+        if name in self._parameters and adapted:
             self._lora_refuse_replaced(name)
         super().__delattr__(name)
 

@@ -1,8 +1,9 @@
 """Detect who reads a weight: a forward gets W + delta, all other code gets W itself.
 
-Initialization, ties, optimizers, FSDP2 and user code read and write the raw Parameter. The caller
-is found on the stack. This costs nothing in forwards that read no weight, and works in every
-thread and for submodules that are called directly.
+Initialization, ties, optimizers, FSDP2 and user code read and write the raw Parameter. A forward is
+a method `forward`, or one that is named like a part of it. The caller is found on the stack. This
+costs nothing in forwards that read no weight, and works in every thread and for submodules that are
+called directly.
 """
 
 from __future__ import annotations
@@ -11,28 +12,31 @@ import inspect
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn.utils import fusion
+from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_inject.errors import LayerError
 
 _CALL = nn.Module._call_impl.__code__
-# Functions of torch that read a weight to put another in its place, to the name of the step.
+# Functions that read a weight to put another in its place: torch's by their code, those of
+# diffusers, timm, ultralytics and transformers by the name of what reads the weight.
 _REPLACING = {
-    inspect.unwrap(function).__code__: (name, step)
-    for function, name, step in (
-        (fusion.fuse_conv_bn_eval, "fuse_conv_bn_eval", "fuse"),
-        (fusion.fuse_linear_bn_eval, "fuse_linear_bn_eval", "fuse"),
-        (WeightNorm.apply, "weight_norm", "normalize"),
-    )
+    inspect.unwrap(function).__code__
+    for function in (parametrize.register_parametrization, WeightNorm.apply)
 }
+_FUSING, _PRUNING = ("fuse", "_fuse"), "prune_linear_layer"
 
 # FSDP1 exchanges parameters and views here, in forwards and in backward passes.
 _FSDP1 = str(Path(torch.__file__).parent / "distributed" / "fsdp" / "_flat_param.py")
+
+# Methods that users call in place of a forward: how the names of those of timm, CLIP and diffusers
+# begin, and those that Lightning calls.
+_PARTS = ("forward", "encode", "decode")
+_STEPS = {"training_step", "validation_step", "test_step", "predict_step"}
 
 # A forward whose module is not known: compiled or recomputed.
 SOME_FORWARD = object()
@@ -47,6 +51,7 @@ def running_module() -> Any:
     if torch.compiler.is_compiling():
         return SOME_FORWARD
     frame = sys._getframe(2)
+    by = frame.f_back  # what reads the property
     while frame is not None:
         code = frame.f_code
         if code.co_filename == _FSDP1:
@@ -56,14 +61,17 @@ def running_module() -> Any:
         if (found := _forward_of(frame)) is not None:
             return found
         if code in _REPLACING:
-            name, step = _REPLACING[code]
-            raise LayerError(
-                f"torch.nn.utils.{name}",
-                "the layer has an adapter, whose update the new weight would not have",
-                f"Call merge(model, eject=True) first, then {step}",
-            )
+            _refuse_replacing(code.co_qualname)
         frame = frame.f_back  # type: ignore[assignment]
+    name = "" if by is None else by.f_code.co_name
+    if name.startswith(_FUSING) or name == _PRUNING:
+        _refuse_replacing(name)
     return SOME_FORWARD if torch._C._current_graph_task_id() != -1 else None
+
+
+def _refuse_replacing(name: str) -> NoReturn:
+    found = "the layer has an adapter, whose update the new weight would not have"
+    raise LayerError(name, found, "Call merge(model, eject=True) first")
 
 
 def computes() -> bool:
@@ -77,9 +85,12 @@ def computes() -> bool:
 
 
 def _forward_of(frame: FrameType) -> nn.Module | None:
-    """Return the module whose method `forward` a frame runs."""
+    """Return the module whose method a frame runs, if the method computes as `forward` does."""
     code = frame.f_code
-    if code.co_name != "forward" or not code.co_argcount:
+    name = code.co_name
+    if not (name.startswith(_PARTS) or name in _STEPS) or not code.co_argcount:
         return None
     found = frame.f_locals.get(code.co_varnames[0])
-    return found if isinstance(found, nn.Module) else None
+    if not isinstance(found, nn.Module):
+        return None
+    return found if name == "forward" or hasattr(type(found), name) else None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import _symbolic_trace
 
 from lora_inject.errors import LayerError, article
 from lora_inject.functional import lazy_weight
@@ -58,6 +59,17 @@ def refuse_offloaded(module: nn.Module) -> None:
             f"training an adapter on a {type(module).__name__} that is offloaded",
             "its forward gets copies of all parameters, whose gradients are lost",
             "Train without offload; for inference call model.eval()",
+        )
+
+
+def refuse_symbolic_trace() -> None:
+    """Raise in torch.fx.symbolic_trace, whose graph would keep today's W + delta as a constant."""
+    traces = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    if not traces and not torch.compiler.is_compiling():  # make_fx and export run what is read
+        raise LayerError(
+            "torch.fx.symbolic_trace of a forward that reads a weight",
+            "the weight has an adapter, and the graph would hold their sum as a constant",
+            "Use torch.export, or call merge(model, eject=True) first",
         )
 
 
@@ -125,6 +137,8 @@ class Reading(nn.Module):
         taking = [(entries[n], weight) for n, weight in active if n is not None and n in entries]
         if not taking:
             return raw
+        if _symbolic_trace._is_fx_tracing_flag:
+            refuse_symbolic_trace()
         if type(raw) not in (*PLAIN, PackedExperts):
             return self._lora_other(raw, taking, outside)
         # A value read under no_grad would cut the gradient of a later read in the same forward.

@@ -11,10 +11,13 @@ from functools import cached_property
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_inject.errors import LayerError, article
 from lora_inject.layers.attached import attached_to
 from lora_inject.spec.names import canonical, joined, parent
+
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 # Deeper than torch's own train() and eval() get before Python's limit on recursion.
 MAX_DEPTH = 1000
@@ -32,7 +35,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         found = f"it is {article(type(model).__name__)}"
         raise LayerError("the model", found, "Give a torch.nn.Module")
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if isinstance(model, _WRAPPERS):
             model = model.module
         elif len(model._modules) == 1 and (inner := model._modules.get("_orig_mod")) is not None:
             model = inner

@@ -86,40 +86,64 @@ def _missed_sites(model: nn.Module, run: Callable[[], Any]) -> list[str]:
 
 
 def refuse_unused(
-    survey: Survey, name: str, changed: Callable[[Carried], bool], unused: Iterable[str], asked: str
-) -> None:
-    """Raise if an adapter was trained and a site of it neither changed nor took part in a forward.
+    survey: Survey,
+    name: str,
+    changed: Callable[[Carried], bool],
+    unused: Iterable[str],
+    asked: str,
+    *,
+    lists: bool = True,
+) -> bool:
+    """Raise if an adapter was trained, and a site of it neither changed nor takes part in training.
 
+    A site takes part if a forward has used it and, where others have gradients, it has one too.
     What stands in a ModuleList or ModuleDict may be skipped, as experts and dropped layers are:
     members of one list count together. `changed` says whether training has reached an entry, which
     it also does in compiled graphs; `unused` are patterns of sites that may stay without use. Where
     there is neither a forward nor a gradient, values were only set, and nothing is said of use.
+
+    Returns:
+        Whether nothing is missing, which without `lists` may be members of lists.
     """
     items = list(entries(survey, name))
     names = [item.name for item in items]
     may = {n for each in unused for n in matching(each, names, asked=asked, error=StateError)}
+    ran, seen = any(map(has_gradient, items)), False
     used: set[str] = set()
     idle: dict[str, list[str]] = {}
-    ran = any(map(has_gradient, items))
-    for site, (_, module, entry) in zip(names, items, strict=True):
-        attached, group = attached_to(module), _in_any_member(survey, site)
-        if attached is None or entry.mark in attached.took_part:
+    cut: set[str] = set()  # used by a forward, and no gradient came back
+    for site, item in zip(names, items, strict=True):
+        attached, group = attached_to(item.module), _in_any_member(survey, site)
+        ran_here = attached is None or item.entry.mark in attached.took_part
+        seen = seen or ran_here
+        if ran_here and (has_gradient(item) or not ran or _shares_work()):
             used.add(group)
-        elif site not in may and entry.held(module).requires_grad:
+        elif site not in may and item.entry.held(item.module).requires_grad:
             idle.setdefault(group, []).append(site)
-    if used.issuperset(idle) or not (used or ran):
-        return
+            cut.update({site} if ran_here else ())
+    if used.issuperset(idle) or not (seen or ran):
+        return True
     reached = {_in_any_member(survey, item.name) for item in items if changed(item)}
-    missed = [site for group in idle.keys() - used - reached for site in idle[group]]
-    if reached and missed:
-        missed.sort(key=names.index)
+    absent = {group: idle[group] for group in idle.keys() - used - reached} if reached else {}
+    missed = [s for group, sites in absent.items() if lists or "*" not in group for s in sites]
+    if missed:
+        found = "neither a forward nor training has reached {} ({}): the adapter is inert there"
+        if cut.issuperset(missed):
+            found = "forwards used {} ({}), and no gradient came back: the output is detached, or "
+            found += "the loss does not depend on it"
+        missed = sorted(set(missed) - cut or missed, key=names.index)
         raise StateError(
             asked,
-            f"neither a forward nor training has reached {quoted(missed[:3])} "
-            f"({counted(len(missed), 'such site')}): the adapter is inert there",
+            found.format(quoted(missed[:3]), counted(len(missed), "such site")),
             "Inject without them, or give patterns of all that may be without use: "
             f"unused=[{missed[0]!r}{', ...' if missed[1:] else ''}]",
         )
+    return not absent
+
+
+def _shares_work() -> bool:
+    """Whether this is one of several processes, each of which may hold the gradients of a part."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def has_gradient(item: Carried) -> bool:

@@ -163,6 +163,9 @@ def _config_error(
         path = _path(detail["loc"], data)
         found, remedy = _explain(detail, path, models)
         unknown = detail["type"] == "extra_forbidden"
+        if unknown and document is not None and document.anchors(path):
+            remedy += "" if remedy.endswith("?") else "."
+            remedy += " A key cannot only hold an anchor: put it where its value is used first"
         missing = detail["type"] == "missing"  # sorted last: a misspelled key explains it
         if document is None:
             outer = cls.__name__.replace("Config", "config")

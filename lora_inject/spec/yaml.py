@@ -100,7 +100,7 @@ class Document:
     """
 
     def __init__(self, text: str, source: str) -> None:
-        self.source = source
+        self.source, self._text = source, text
         self._nodes: dict[Loc, yaml.Node] = {}
         self._keys: dict[Loc, yaml.Node] = {}
         self._n_nodes = 0
@@ -115,6 +115,13 @@ class Document:
     def place(self, path: Loc, *, key: bool = False) -> str:
         """Return `FILE:LINE:COLUMN (key)` of a value, or of its key."""
         return self._at(self._keys[path] if key else self._node(path), path)
+
+    def anchors(self, path: Loc) -> bool:
+        """Return whether an anchor is defined by the value of a key, or inside it."""
+        inside = (node for at, node in self._nodes.items() if at[: len(path)] == path)
+        first = self._keys[path].start_mark.index  # what an alias stands for is before it
+        marks = [n.start_mark.index for n in inside if n.start_mark.index > first]
+        return any(self._text[mark] == "&" for mark in marks)
 
     def order(self, path: Loc) -> tuple[int, int]:
         """Return the line and column of a value, to sort by."""
