@@ -174,3 +174,12 @@ def test_attention_out_proj(target: str, options: dict[str, Any]) -> None:
     assert all(same_bits(p, before[n][0]) for n, p in base.items())
     li.merge(model)
     assert error(model(x), wanted) < 1e-12
+
+
+def test_pefts_files_hold_no_attention_with_dora(tmp_path: Path) -> None:
+    """PEFT raises where it should load one, and so did reading it here."""
+    config = {**CONFIG, "variant": "dora", "targets": ["attn"]}
+    model = fill(li.inject(Attention().double(), config))
+    with pytest.raises(li.FormatError, match=r"attn\.in_proj_weight.*DoRA.*format=\"native\""):
+        li.save_adapter(model, tmp_path / "a")
+    assert not any(tmp_path.iterdir())

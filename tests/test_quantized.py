@@ -621,6 +621,8 @@ def test_float8_layers_of_transformers_merge_into_plain_floats(block: Any) -> No
     wanted[0] += SCALE * site.B.double() @ site.A.double()
     with pytest.raises(li.LayerError, match="only bitsandbytes' formats can be quantized again"):
         li.merge(net, requantize=True)
+    with pytest.raises(li.LayerError, match=r'Write plain floats, merge\(.*="bfloat16"\)\.$'):
+        li.merge(net)
     li.merge(net, dequantize="float32")
     for layer, W in zip(net, wanted, strict=True):
         assert error(layer.weight, W) < 1e-6

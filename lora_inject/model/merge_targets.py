@@ -270,8 +270,10 @@ def _why_not_quantized(target: Target, into: Into) -> Iterator[tuple[str, str]]:
     if reason := why_not_dense(module, weight, again=into == "same"):
         yield f"{found}: {reason}", "Load the adapter onto the base in 16 bits and merge there"
     if into is None:
-        remedy = 'Write plain floats, merge(model, dequantize="bfloat16"), or its own format, '
-        yield found, remedy + "merge(model, requantize=True)"
+        remedy = 'Write plain floats, merge(model, dequantize="bfloat16")'
+        if why_not_dense(module, weight, again=True) is None:
+            remedy += ", or its own format, merge(model, requantize=True)"
+        yield found, remedy
     if target.copies:
         yield "a trained copy stands for a quantized weight", "Leave it out"
 

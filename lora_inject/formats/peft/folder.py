@@ -255,7 +255,8 @@ def _check_expressible(specs: Sequence[SiteSpec], tensor_names: Sequence[str] | 
     known = {*(tensor_names or ()), *parameters}
     called = attentions(specs)
     for spec in specs:
-        reason = "" if spec.name in called else _inexpressible(spec, modules, known)
+        plain = spec.name in called and spec.variant == "lora"  # its attention has no DoRA
+        reason = "" if plain else _inexpressible(spec, modules, known)
         if reason:
             raise FormatError(f"site '{spec.name}'", f"PEFT cannot {reason}", _OTHER)
 
