@@ -308,10 +308,8 @@ def test_verbs_reach_through_the_compiled_wrapper() -> None:
     assert snapshot(model) == before
 
 
-def test_verbs_reach_through_torchs_averaged_model(tmp_path: Path) -> None:
+def test_verbs_reach_through_torchs_averaged_model() -> None:
     model = build()
     average = torch.optim.swa_utils.AveragedModel(model)
     average.update_parameters(model)
-    li.save_adapter(average, tmp_path / "one.safetensors", "one", format="native")
-    found = li.read_adapter(tmp_path / "one.safetensors")
-    assert found.sites == li.adapter_state(model, "one").sites
+    assert li.adapter_state(average, "one").sites == li.adapter_state(model, "one").sites

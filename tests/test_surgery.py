@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Iterable
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -204,6 +205,20 @@ def test_an_instance_forward_does_not_hide_the_adapter() -> None:
     assert not same_bits(model(x), plain(x)), "the adapter went with the hook"
     li.eject(model)
     assert same_bits(model(x), plain(x))
+
+
+def test_a_forward_that_is_an_object_which_calls_another_is_right() -> None:
+    """What accelerate makes of the forward of a model in mixed precision."""
+    from accelerate.utils.operations import ConvertOutputsToFp32
+
+    plain = Host(nn.Linear(5, 6))
+    model = copy.deepcopy(plain)
+    model.layer.forward = MethodType(ConvertOutputsToFp32(nn.Linear.forward), model.layer)
+    fill(li.inject(model, {**RANK2, "targets": ["layer"]}))
+    A, B = (p.detach().double() for p in li.adapter_parameters(model).values())
+    x = torch.randn(2, 5)
+    wanted = dense_output(KINDS["linear"], plain, A, B, [x])
+    assert error(model(x), wanted) < TOLERANCE[torch.float32]
 
 
 def test_backward_hooks_see_the_whole_layer() -> None:

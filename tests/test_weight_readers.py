@@ -130,7 +130,7 @@ class Parts(nn.Module):
 def test_a_part_of_the_forward_that_users_call_reads_as_the_forward_does() -> None:
     plain: Any = Parts().double()
     model: Any = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["proj", "fc"]}))
-    wanted = dense(plain, model).encode_image(X)  # type: ignore[operator]
+    wanted = with_deltas(plain, model).encode_image(X)  # type: ignore[operator]
     found = model.encode_image(X), model.decode(X), model.forward_features(X)
     assert all(error(each, wanted) < 1e-12 for each in (*found, model.training_step((X,), 0)))
     assert same_bits(model.initialize_encoder(X), plain.encode_image(X))
@@ -355,6 +355,11 @@ def fuse_conv_and_bn(layer: Any) -> Tensor:
     return layer.weight.clone()
 
 
+def from_float(layer: Any) -> Tensor:
+    """As torchao names what makes a float8 layer of another."""
+    return layer.weight
+
+
 class Fused(nn.Linear):
     """Computes with a weight that it fuses in each forward."""
 
@@ -367,14 +372,15 @@ def test_a_layer_that_would_be_replaced_is_refused_and_one_that_fuses_as_it_runs
 
     for kind in LAYERS:
         _, m = layer(kind)
-        with pytest.raises(li.LayerError, match=r"^fuse_conv_and_bn: .* merge\(model"):
-            fuse_conv_and_bn(m)
+        for put_another in (fuse_conv_and_bn, from_float):
+            with pytest.raises(li.LayerError, match=rf"^{put_another.__name__}: .* merge\(model"):
+                put_another(m)
     _, m = layer("forward update")
     with pytest.raises(li.LayerError, match=r"^prune_linear_layer: "):
         prune_linear_layer(m, torch.tensor([1]))
     plain = nn.Sequential(Fused(D, D)).double()
     model = fill(li.inject(copy.deepcopy(plain), {**CONFIG, "targets": ["0"]}))
-    assert error(model(X), dense(plain, model)(X)) < 1e-12
+    assert error(model(X), with_deltas(plain, model)(X)) < 1e-12
 
 
 def test_a_graph_that_would_hold_the_sum_as_a_constant_is_refused() -> None:
@@ -382,7 +388,7 @@ def test_a_graph_that_would_hold_the_sum_as_a_constant_is_refused() -> None:
     with torch.no_grad(), pytest.raises(li.LayerError, match=r"symbolic_trace.*torch\.export"):
         torch.fx.symbolic_trace(model)
     traced = make_fx(model)(x)
-    assert error(traced(x), dense(plain, model)(x)) < 1e-12
+    assert error(traced(x), with_deltas(plain, model)(x)) < 1e-12
     with li.disabled(model):
         assert error(torch.fx.symbolic_trace(model)(x), plain(x)) < 1e-12
 

@@ -222,7 +222,7 @@ def _calls_class(forward: Any) -> bool:
     """Whether a forward is one of compressed-tensors' that calls the forward of the class."""
     function = getattr(forward, "__func__", None)
     while function is not None:
-        owner = function.__globals__.get("__name__", "")
+        owner = getattr(function, "__globals__", {}).get("__name__", "")
         if owner.startswith("compressed_tensors.") and "__class__" in function.__code__.co_names:
             return True
         function = getattr(function, "__wrapped__", None)

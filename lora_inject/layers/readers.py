@@ -22,13 +22,14 @@ from torch.nn.utils.weight_norm import WeightNorm
 from lora_inject.errors import LayerError
 
 _CALL = nn.Module._call_impl.__code__
-# Functions that read a weight to put another in its place: torch's by their code, those of
-# diffusers, timm, ultralytics and transformers by the name of what reads the weight.
+# Functions that read a weight to put another layer or tensor in its place: torch's by their code,
+# those of diffusers, timm, torchao, transformers and ultralytics by the name of what reads it.
 _REPLACING = {
     inspect.unwrap(function).__code__
     for function in (parametrize.register_parametrization, WeightNorm.apply)
 }
-_FUSING, _PRUNING = ("fuse", "_fuse"), "prune_linear_layer"
+_FUSING = ("fuse", "_fuse")
+_CONVERTING = {"from_float", "from_linear", "prune_linear_layer"}
 
 # FSDP1 exchanges parameters and views here, in forwards and in backward passes.
 _FSDP1 = str(Path(torch.__file__).parent / "distributed" / "fsdp" / "_flat_param.py")
@@ -64,7 +65,7 @@ def running_module() -> Any:
             _refuse_replacing(code.co_qualname)
         frame = frame.f_back  # type: ignore[assignment]
     name = "" if by is None else by.f_code.co_name
-    if name.startswith(_FUSING) or name == _PRUNING:
+    if name.startswith(_FUSING) or name in _CONVERTING:
         _refuse_replacing(name)
     return SOME_FORWARD if torch._C._current_graph_task_id() != -1 else None
 
