@@ -1,20 +1,10 @@
 """Trials: what would make a trial other than the same run alone is found, or refused in words."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-from test_trials import (
-    BERT_TRIALS,
-    Mixing,
-    batches,
-    by_hand,
-    check_equal,
-    of_bert,
-    of_llama,
-)
+from test_trials import BERT_TRIALS, Mixing, batches, by_hand, check_equal, of_bert, of_llama
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
