@@ -8,120 +8,75 @@ commands on checkpoints start without what only models need.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lora_inject.version import __version__
+from lora_inject.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lora_inject import analysis as analysis
-    from lora_inject.adapter.site_state import SiteState
-    from lora_inject.adapter.state import AdapterState
-    from lora_inject.adapter.variants import Variant, register_variant
-    from lora_inject.checkpoint.conversion import check_adapter, convert
-    from lora_inject.checkpoint.extract import extract_adapter
-    from lora_inject.checkpoint.merge_files import merge_checkpoint
-    from lora_inject.checkpoint.options import MergeOptions
-    from lora_inject.errors import (
-        CheckpointError,
-        ConfigError,
-        FormatError,
-        LayerError,
-        LoraInjectError,
-        MatchError,
-        StateError,
-    )
-    from lora_inject.formats import read_adapter, register_format, write_adapter
-    from lora_inject.formats.combine_files import combine, diff, truncate
-    from lora_inject.functional.merge_report import MergeReport
-    from lora_inject.integrations.mxfp4 import packed_experts
-    from lora_inject.integrations.trainer import AdapterCheckpoint
-    from lora_inject.integrations.trl import reference
-    from lora_inject.layers.kinds import register_kind
-    from lora_inject.model.eject import eject
-    from lora_inject.model.inject import inject, plan
-    from lora_inject.model.listing import adapters, summary
-    from lora_inject.model.load import install, load_adapter
-    from lora_inject.model.merge import merge, merged_weights, unmerge
-    from lora_inject.model.reached import unreached
-    from lora_inject.model.save import adapter_state, push, save_adapter
-    from lora_inject.model.select import activate, disabled, routed
-    from lora_inject.model.swap import swap_adapter
-    from lora_inject.model.train import adapter_parameters, parameter_groups, train_only
-    from lora_inject.spec.config import Config, Expect, Rule
-    from lora_inject.spec.plan import Plan
-    from lora_inject.spec.space import Space
-    from lora_inject.trials.advise import advise
-    from lora_inject.trials.losses import causal_loss
-    from lora_inject.trials.runs import Trials
-    from lora_inject.trials.search import Search, search
-    from lora_inject.trials.trial import Trial
-
-__all__ = [
-    "AdapterCheckpoint",
-    "AdapterState",
-    "CheckpointError",
-    "Config",
-    "ConfigError",
-    "Expect",
-    "FormatError",
-    "LayerError",
-    "LoraInjectError",
-    "MatchError",
-    "MergeOptions",
-    "MergeReport",
-    "Plan",
-    "Rule",
-    "Search",
-    "SiteState",
-    "Space",
-    "StateError",
-    "Trial",
-    "Trials",
-    "Variant",
-    "__version__",
-    "activate",
-    "adapter_parameters",
-    "adapter_state",
-    "adapters",
-    "advise",
-    "causal_loss",
-    "check_adapter",
-    "combine",
-    "convert",
-    "diff",
-    "disabled",
-    "eject",
-    "extract_adapter",
-    "inject",
-    "install",
-    "load_adapter",
-    "merge",
-    "merge_checkpoint",
-    "merged_weights",
-    "packed_experts",
-    "parameter_groups",
-    "plan",
-    "push",
-    "read_adapter",
-    "reference",
-    "register_format",
-    "register_kind",
-    "register_variant",
-    "routed",
-    "save_adapter",
-    "search",
-    "summary",
-    "swap_adapter",
-    "train_only",
-    "truncate",
-    "unmerge",
-    "unreached",
-    "write_adapter",
-]
+    from lora_inject.adapter.site_state import SiteState as SiteState
+    from lora_inject.adapter.state import AdapterState as AdapterState
+    from lora_inject.adapter.variants import Variant as Variant
+    from lora_inject.adapter.variants import register_variant as register_variant
+    from lora_inject.checkpoint.conversion import check_adapter as check_adapter
+    from lora_inject.checkpoint.conversion import convert as convert
+    from lora_inject.checkpoint.extract import extract_adapter as extract_adapter
+    from lora_inject.checkpoint.merge_files import merge_checkpoint as merge_checkpoint
+    from lora_inject.checkpoint.options import MergeOptions as MergeOptions
+    from lora_inject.errors import CheckpointError as CheckpointError
+    from lora_inject.errors import ConfigError as ConfigError
+    from lora_inject.errors import FormatError as FormatError
+    from lora_inject.errors import LayerError as LayerError
+    from lora_inject.errors import LoraInjectError as LoraInjectError
+    from lora_inject.errors import MatchError as MatchError
+    from lora_inject.errors import StateError as StateError
+    from lora_inject.formats import read_adapter as read_adapter
+    from lora_inject.formats import register_format as register_format
+    from lora_inject.formats import write_adapter as write_adapter
+    from lora_inject.formats.combine_files import combine as combine
+    from lora_inject.formats.combine_files import diff as diff
+    from lora_inject.formats.combine_files import truncate as truncate
+    from lora_inject.functional.merge_report import MergeReport as MergeReport
+    from lora_inject.integrations.mxfp4 import packed_experts as packed_experts
+    from lora_inject.integrations.trainer import AdapterCheckpoint as AdapterCheckpoint
+    from lora_inject.integrations.trl import reference as reference
+    from lora_inject.layers.kinds import register_kind as register_kind
+    from lora_inject.model.eject import eject as eject
+    from lora_inject.model.inject import inject as inject
+    from lora_inject.model.inject import plan as plan
+    from lora_inject.model.listing import adapters as adapters
+    from lora_inject.model.listing import summary as summary
+    from lora_inject.model.load import install as install
+    from lora_inject.model.load import load_adapter as load_adapter
+    from lora_inject.model.merge import merge as merge
+    from lora_inject.model.merge import merged_weights as merged_weights
+    from lora_inject.model.merge import unmerge as unmerge
+    from lora_inject.model.reached import unreached as unreached
+    from lora_inject.model.save import adapter_state as adapter_state
+    from lora_inject.model.save import push as push
+    from lora_inject.model.save import save_adapter as save_adapter
+    from lora_inject.model.select import activate as activate
+    from lora_inject.model.select import disabled as disabled
+    from lora_inject.model.select import routed as routed
+    from lora_inject.model.swap import swap_adapter as swap_adapter
+    from lora_inject.model.train import adapter_parameters as adapter_parameters
+    from lora_inject.model.train import parameter_groups as parameter_groups
+    from lora_inject.model.train import train_only as train_only
+    from lora_inject.spec.config import Config as Config
+    from lora_inject.spec.config import Expect as Expect
+    from lora_inject.spec.config import Rule as Rule
+    from lora_inject.spec.plan import Plan as Plan
+    from lora_inject.spec.space import Space as Space
+    from lora_inject.trials.advise import advise as advise
+    from lora_inject.trials.losses import causal_loss as causal_loss
+    from lora_inject.trials.runs import Trials as Trials
+    from lora_inject.trials.search import Search as Search
+    from lora_inject.trials.search import search as search
+    from lora_inject.trials.trial import Trial as Trial
 
 _HOMES = {
     "adapter.site_state": "SiteState",
     "adapter.state": "AdapterState",
-    "checkpoint.conversion": "check_adapter convert",
     "adapter.variants": "Variant register_variant",
+    "checkpoint.conversion": "check_adapter convert",
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",
     "checkpoint.options": "MergeOptions",
@@ -156,6 +111,8 @@ _HOMES = {
 """File to the public names that it has; the imports above say the same to type checkers."""
 
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+if not TYPE_CHECKING:  # the imports above export to type checkers
+    __all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -170,4 +127,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__, "analysis"]
+    return [*globals(), *_HOME, "analysis"]
