@@ -55,7 +55,7 @@ def advise(
     One rank on all linear layers of MODEL.
     """
     from lora_inject.cli.models import source_of
-    from lora_inject.spec.advice import advised
+    from lora_inject.trials.advise import advised
 
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", budget)
     if number is None:
