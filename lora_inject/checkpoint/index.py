@@ -22,7 +22,7 @@ from lora_inject.storage.strict_json import read_json
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
-_INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Checkpoint:
         asked = f"open the checkpoint '{path}'"
         if path.is_file() and path.suffix == ".safetensors":
             folder = path.parent.resolve()
-            alone = not any(folder.glob("*" + _INDEX_SUFFIX))
+            alone = not any(folder.glob("*" + INDEX_SUFFIX))
             config = read_config(folder) if alone else {}  # else it is that of all files together
             return cls(folder, _read_shards(folder, [path.name]), None, None, config)
         if not path.is_dir():
@@ -126,7 +126,7 @@ class Checkpoint:
     def stem(self) -> str:
         """The beginning of the weight files' names: `model`, `diffusion_pytorch_model`, ..."""
         if self.index_name is not None:
-            return self.index_name.removesuffix(_INDEX_SUFFIX)
+            return self.index_name.removesuffix(INDEX_SUFFIX)
         return next(iter(self.shards)).removesuffix(".safetensors")
 
     def __iter__(self) -> Iterator[TensorEntry]:
@@ -147,10 +147,10 @@ def read_config(folder: Path, name: str = "config.json") -> Mapping[str, Any]:
 
 def _find_shards(folder: Path, asked: str) -> tuple[str | None, set[str], Any]:
     """Return the index's file name, the shards' names, and the index as parsed."""
-    indexes = sorted(p.name for p in folder.glob("*" + _INDEX_SUFFIX))
+    indexes = sorted(p.name for p in folder.glob("*" + INDEX_SUFFIX))
     files = sorted(p.name for p in folder.glob("*.safetensors") if p.name[0] != ".")
     if index_name := _prefer_model(indexes, asked):
-        stem = index_name.removesuffix(_INDEX_SUFFIX)
+        stem = index_name.removesuffix(INDEX_SUFFIX)
         if stem + ".safetensors" in files:
             found = f"it holds both '{stem}.safetensors' and '{index_name}'"
             remedy = "Programs differ in which they load; remove the one that is not meant"

@@ -5,14 +5,18 @@ The package is imported inside the commands, so that `--help` does not wait for 
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Option
 
 from lora_inject.cli import given, show
 from lora_inject.cli.program import app
+
+if TYPE_CHECKING:
+    from lora_inject.spec.inventory import Inventory
 
 
 @app.command()
@@ -32,14 +36,11 @@ def plan(
     output: given.Output,
 ) -> None:
     """List the layers of MODEL that CONFIG selects. Reads no weights, changes nothing."""
-    from lora_inject.cli.models import source_of
     from lora_inject.spec.config import Config
     from lora_inject.spec.matching import resolve
 
     wanted = Config.from_yaml(config)
-    inventory, about = source_of(model, keys=keys)
-    show.note(f"planned on {about}")
-    planned = resolve(wanted, inventory)
+    planned = resolve(wanted, _inventory_of(model, keys=keys))
     output.show(planned.to_dict(), show.say, planned.text(show.width()))
 
 
@@ -54,22 +55,53 @@ def advise(
 
     One rank on all linear layers of MODEL.
     """
-    from lora_inject.cli.models import source_of
     from lora_inject.trials.advise import advised
 
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", budget)
     if number is None:
         raise BadParameter(f"{budget!r} is not a number such as 170k", param_hint="--budget")
     most = int(float(number[1]) * {"": 1, "k": 1000, "m": 1_000_000}[number[2].lower()])
-    inventory, about = source_of(model)
-    show.note(f"planned on {about}")
-    config = advised(inventory, most)
+    config = advised(_inventory_of(model), most)
     show.say(
         "# One rank on all linear layers: at an equal number of parameters hard to beat.\n"
         "# Tune the learning rate at a small rank: it matters more, and hardly depends\n"
         "# on the rank."
     )
     show.say(config.to_yaml().rstrip())
+
+
+def _inventory_of(path: Path, *, keys: bool = False) -> Inventory:
+    """Return the names and shapes of a model that is never loaded; print what they come from.
+
+    A `config.json` is enough to build the model on the meta device, where every kind of layer is
+    known. If there is only a checkpoint, or with `keys`, kinds are assumed from its keys.
+    """
+    from lora_inject.checkpoint import Checkpoint
+    from lora_inject.checkpoint.base_class import meta_model
+    from lora_inject.checkpoint.index import INDEX_SUFFIX, read_config
+    from lora_inject.errors import CheckpointError
+    from lora_inject.layers.candidates import inventory
+    from lora_inject.layers.survey import Survey
+    from lora_inject.spec.inventory import Inventory
+
+    if not path.exists():
+        asked = f"plan on '{path}'"
+        raise CheckpointError(asked, "there is no such file or folder", "Check the path")
+    folder = path if path.is_dir() else path.parent
+    is_keys = path.name.endswith(INDEX_SUFFIX) or path.suffix == ".safetensors"
+    if path.is_dir():
+        is_keys = not os.path.lexists(path / "config.json")
+    if keys or is_keys:  # of an index or a config, those of the folder that it lies in
+        checkpoint = Checkpoint.open(path if path.suffix == ".safetensors" else folder)
+        shapes = {entry.name: entry.shape for entry in checkpoint}
+        n_files = len(checkpoint.shards)
+        show.note(f"planned on {len(shapes):,} keys of {n_files:,} safetensors file(s)")
+        return Inventory.from_keys(shapes)
+    config = read_config(folder, path.name if path.is_file() else "config.json")
+    remedy = "pass --keys to plan on the names in the checkpoint"
+    model = meta_model(config, f"build the model of '{path}'", remedy)
+    show.note(f"planned on {type(model).__name__}, built from its config.json")
+    return inventory(Survey(model))
 
 
 @app.command()
