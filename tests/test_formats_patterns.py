@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 
 from lora_inject.errors import FormatError
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.peft import number_patterns
-from lora_inject.formats.peft.module_fields import bias_setting, target_modules, whole_modules
-from lora_inject.formats.peft.number_patterns import pattern_keys, values_of
+from lora_inject.formats.peft import name_patterns
+from lora_inject.formats.peft.name_patterns import (
+    bias_setting,
+    pattern_keys,
+    target_modules,
+    values_of,
+    whole_modules,
+)
 
 NAMES = [
     "lin", "xlin", "a.lin", "a.b.lin", "a.bxlin", "a-b", "a.l+n", "lin.a", "a.b", "aXb", "x.aXb",
@@ -44,7 +49,7 @@ def test_a_key_that_is_not_an_expression_is_refused(key: str) -> None:
 
 
 def test_a_key_that_takes_forever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(number_patterns, "MATCH_SECONDS", 0.2)
+    monkeypatch.setattr(name_patterns, "MATCH_SECONDS", 0.2)
     bombs = {f"(a|a)+b|(a|a)+c{n}": 4 for n in range(50)}
     start = time.process_time()
     with pytest.raises(FormatError, match="to match"):

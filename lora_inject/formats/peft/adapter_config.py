@@ -18,13 +18,15 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.checks import one_line
 from lora_inject.formats.model_facts import ModelFacts
-from lora_inject.formats.peft.module_fields import (
+from lora_inject.formats.peft.name_patterns import (
     allowed_task,
     bias_setting,
+    common,
+    pattern_keys,
     target_modules,
+    values_of,
     whole_modules,
 )
-from lora_inject.formats.peft.number_patterns import common, pattern_keys, values_of
 from lora_inject.formats.peft.tensor_layout import attentions, file_alpha, file_rank, wrapped
 from lora_inject.spec.names import leaf, parent
 from lora_inject.spec.sites import SiteSpec

@@ -25,11 +25,10 @@ from lora_inject.errors import FormatError, within
 from lora_inject.formats.checks import CONVERT, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims
-from lora_inject.formats.peft.module_fields import ancestors
-from lora_inject.formats.peft.number_patterns import ends
+from lora_inject.formats.peft.name_patterns import ends
 from lora_inject.formats.peft.tensor_layout import PREFIX, ROWS, unpack
 from lora_inject.formats.plain import check_shapes, pairs_of, plain_site
-from lora_inject.spec.names import canonical, joined, leaf, parent
+from lora_inject.spec.names import around, canonical, joined, leaf, parent
 from lora_inject.spec.sites import SiteSpec
 
 _REPAIR = "The file is incomplete or was edited; fetch it again"
@@ -310,12 +309,12 @@ class Foreign:
         trained: dict[str, Tensor] = {}
         copies: dict[str, Tensor] = {}
         for key, tensor in rest.items():
-            name, around, where = _AROUND.sub("", key), key.split("."), f"'{key[:200]}'"
-            is_copy = "original_module" in around[:-1] or (
-                "base_layer" in around[:-1] and around[-1] != "bias"
+            name, parts, where = _AROUND.sub("", key), key.split("."), f"'{key[:200]}'"
+            is_copy = "original_module" in parts[:-1] or (
+                "base_layer" in parts[:-1] and parts[-1] != "bias"
             )
             # A plain tensor may be a resized embedding; one that looks like an adapter's may not.
-            adapted = any(part.startswith("lora_") for part in around)
+            adapted = any(part.startswith("lora_") for part in parts)
             if adapted and not is_copy and not self._explained(name):
                 found = f"the tensor {where} is of no known kind"
                 remedy = "It belongs to a variant of LoRA that cannot be read; merge it with PEFT"
@@ -333,7 +332,7 @@ class Foreign:
         """Whether the config says that this tensor travels in full."""
         saved = tuple(self.claims.modules_to_save)
         of_bias = self.claims.bias != "none" and leaf(name) == "bias"
-        return of_bias or any(module.endswith(saved) for module in ancestors(name))
+        return of_bias or any(module.endswith(saved) for module in around([name]))
 
 
 def _ends(name: str, end: str) -> bool:
