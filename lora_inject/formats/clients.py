@@ -25,7 +25,7 @@ from lora_inject.formats.checks import one_line
 from lora_inject.formats.gguf_file import FAMILIES
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import check_field
-from lora_inject.formats.peft.files import CONFIG, MODEL
+from lora_inject.formats.peft.folder import CONFIG, MODEL
 from lora_inject.formats.peft.name_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
 from lora_inject.spec.names import leaf, parent

@@ -1,7 +1,6 @@
 """PEFT's folder: `adapter_model.safetensors` and `adapter_config.json`."""
 
-from lora_inject.formats.peft.files import detects
-from lora_inject.formats.peft.folder import read, write
+from lora_inject.formats.peft.folder import detects, read, write
 from lora_inject.formats.peft.tensor_layout import PREFIX
 
 __all__ = ["PREFIX", "detects", "read", "write"]

@@ -19,21 +19,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
-from lora_inject.formats.checks import check_keys, check_no_clash
+from lora_inject.formats.checks import check_keys, check_no_clash, one_line
 from lora_inject.formats.metadata import Described, describe, is_native, parse
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, build, read_claims
-from lora_inject.formats.peft.files import CARD, CONFIG, MODEL, check_files, read_all
 from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
     KINDS,
@@ -51,8 +51,12 @@ from lora_inject.formats.peft.tensor_layout import (
 from lora_inject.spec.names import parent
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.strict_json import read_json
-from lora_inject.storage.tensors import serialize
+from lora_inject.storage.tensors import read_names, read_tensors, serialize
 
+CONFIG, CARD = "adapter_config.json", "README.md"
+MODEL, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_INDEX = f"{MODEL}.index.json"
+_WHOLE = "model.safetensors"
 _OTHER = 'Write it with format="native"'
 _IN_PROJ = ".in_proj_weight"  # of a MultiheadAttention
 
@@ -142,12 +146,12 @@ def read(
     """
     if prefer not in {None, "metadata", "config"}:
         raise FormatError("", f"prefer is {prefer!r}", "Give 'metadata', 'config' or None")
-    check_files(path)
+    _check_files(path)
     claims = None
     if prefer != "metadata":
         with within(CONFIG):
             claims = read_claims(read_json(path / CONFIG, ""), allow)
-    tensors, text = read_all(path)
+    tensors, text = _read_all(path)
     ours = is_native(text, "peft")
     if claims is None and not ours:
         found = f"its {MODEL} holds no metadata of this package"
@@ -301,3 +305,74 @@ def _odd(spec: SiteSpec) -> str:
     if spec.kind == "conv" and spec.weight_shape[:1] != (spec.out_features,):
         return "a convolution whose weight does not begin with its outputs"
     return ""
+
+
+# The files --------------------------------------------------------------------------------------
+
+
+def detects(path: Path) -> bool:
+    """Whether a path looks like a PEFT adapter, a part of one, or the parent of one."""
+    if not path.is_dir():
+        return False
+    parts = any((path / name).is_file() for name in (CONFIG, MODEL, PICKLE, _INDEX))
+    return parts or bool(_adapters_in(path)) or _in_base(path)
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a path that is not a directory with a config and tensors."""
+    if not path.is_dir():
+        found = "it is a file" if path.exists() else "there is no such directory"
+        raise FormatError("", found, f"Give the directory that holds {CONFIG}")
+    there = any((path / name).is_file() for name in (MODEL, _INDEX))
+    inside = _adapters_in(path)
+    if not there and _in_base(path):
+        found = f"its {_WHOLE} holds the base and an adapter's tensors together"
+        remedy = "Load it with the program that saved it and save the adapter alone (in PEFT: "
+        remedy += "save_pretrained of the PeftModel, not of the model inside)"
+        raise FormatError("", found, remedy)
+    if not (path / CONFIG).is_file():
+        found, remedy = f"there is no {CONFIG} in it", "Check the path"
+        if inside:
+            found += f", but in its subfolders {one_line(inside)}"
+            remedy = f"Give the subfolder: '{path / inside[0]}'"
+        raise FormatError("", found, remedy)
+    if not there and (path / PICKLE).is_file():
+        found = f"its tensors are in {PICKLE}, a pickle, which can run code when it is read"
+        remedy = "Load it with PEFT where you trust it and save it again: save_pretrained writes "
+        raise FormatError("", found, f"{remedy}safetensors")
+    if not there:
+        raise FormatError("", f"there is no {MODEL} in it", "Copy the whole directory")
+
+
+def _read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors, of one file or of all that the index names, and the metadata."""
+    if (path / MODEL).is_file():
+        return read_tensors(path / MODEL)
+    index: Any = read_json(path / _INDEX, _INDEX)
+    table: Any = index.get("weight_map") if isinstance(index, dict) else None
+    names: list[Any] = [*table.values()] if isinstance(table, dict) else [None]
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
+        raise FormatError(_INDEX, "its weight_map is not a table of file names", "Fetch it again")
+    tensors: dict[str, Tensor] = {}
+    found = ""
+    for name in sorted(set(names)):
+        held = read_tensors(path / name)[0]
+        if strangers := [key for key in held if table.get(key) != name]:
+            found = f"'{name}' holds {one_line(strangers)}, which it does not list"
+        tensors |= held
+    if missing := table.keys() - tensors.keys():
+        found = f"its files lack {one_line(sorted(missing))}"
+    if found:
+        raise FormatError(_INDEX, found, "The files do not belong together")
+    return tensors, {}
+
+
+def _in_base(path: Path) -> bool:
+    """Whether a checkpoint's one file has an adapter's tensors among the base's."""
+    file = path / _WHOLE
+    return file.is_file() and any(".lora_A." in key for key in read_names(file)[0])
+
+
+def _adapters_in(path: Path) -> list[str]:
+    """The names of the subfolders that hold an adapter."""
+    return sorted(child.name for child in path.iterdir() if (child / CONFIG).is_file())
