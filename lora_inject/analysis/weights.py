@@ -19,11 +19,11 @@ from lora_inject.adapter.svd import decompose
 from lora_inject.analysis.amplifying import Amplification, amplification
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, blocks_of_terms
 from lora_inject.analysis.rounding import Rounded, rounding_of_rows
-from lora_inject.checkpoint import Checkpoint, WeightedAdapter
+from lora_inject.checkpoint import Checkpoint, MergeOptions, WeightedAdapter
+from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
 from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized import why_not
-from lora_inject.checkpoint.same_base import check_same_base
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Delta
 from lora_inject.storage.tensor_rows import FLOATS, RowReader
@@ -78,7 +78,7 @@ class Weights:
         part = WeightedAdapter(updates, label=label)
         self.checkpoint = checkpoint
         self._state = state
-        self._fit = _fit(part, checkpoint, any_base=any_base)
+        self._fit = _fit(part, checkpoint, MergeOptions(any_base=any_base))
 
     def n_bytes(self, site: str) -> int:
         """Return how many bytes of W belong to a site."""
@@ -151,12 +151,10 @@ class _Rows:
             yield start - top, some[:, columns]
 
 
-def _fit(part: WeightedAdapter, checkpoint: Checkpoint, *, any_base: bool) -> Fit:
+def _fit(part: WeightedAdapter, checkpoint: Checkpoint, options: MergeOptions) -> Fit:
     asked = f"compare {part.label} with '{checkpoint.folder}'"
     try:
-        fit = choose(part, checkpoint)
-        if not any_base:
-            check_same_base(fit)
+        fit = choose(part, BaseClass(checkpoint), options)
     except CheckpointError as error:  # its words are about merging
         raise CheckpointError(asked, error.found, error.remedy) from None
     entries = [placed.source for job in fit.jobs.values() for placed in job.placed]

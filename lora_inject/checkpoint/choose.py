@@ -3,22 +3,27 @@
 The names are the checkpoint's own, or renamed as the user says, or as the checkpoint's class says.
 No tensor is left out silently: an error lists those without a place, with the reason and the
 nearest name.
+
+What the adapter holds of the base is compared with it: the sixteen values of each adapted weight in
+its fingerprint (`adapter.fingerprint`), and the whole embeddings that PEFT stores. If a vocabulary
+grew, only such a copy has the new rows, and it is used as the base.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_inject.adapter.fingerprint import Fingerprint, compare
+from lora_inject.adapter.mixing import same_values
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass
-from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.place import NoPlace, Orientation, Placed, Update
@@ -27,6 +32,7 @@ from lora_inject.checkpoint.weighted_adapter import WeightedAdapter
 from lora_inject.errors import CheckpointError, nearest
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
+from lora_inject.storage.tensor_rows import FLOATS, RowReader
 from lora_inject.storage.tensors import in_memory
 
 MAX_SHOWN = 8
@@ -35,19 +41,11 @@ Rule = Callable[[str], str]
 """Gives the checkpoint's name of a tensor that the adapter names."""
 
 
-def choose(
-    adapter: WeightedAdapter,
-    checkpoint: Checkpoint,
-    options: MergeOptions | None = None,
-    of: BaseClass | None = None,
-) -> Fit:
-    """Find the place of every tensor of an adapter, or refuse it.
+def choose(adapter: WeightedAdapter, of: BaseClass, options: MergeOptions) -> Fit:
+    """Find the place of every tensor of an adapter in the checkpoint of a class, or refuse it.
 
-    Reads the options `allow_new`, `rename` and `tie`. `of` is the class of the base, if it is
-    already known.
+    Reads the options `allow_new`, `any_base` and `rename`.
     """
-    options = options or MergeOptions()
-    of = of or BaseClass(checkpoint, options.tie)
     if adapter.state.rows and adapter.weight != 1:
         found = f"rows cannot be replaced with weight {adapter.weight}"
         raise clash(next(iter(adapter.state.rows)), found)
@@ -68,6 +66,8 @@ def choose(
             refusal = error  # it explains itself only where nothing fits
     if best.left:
         raise _nothing_fits(best) from refusal
+    if not options.any_base:
+        best.check_same_base()
     return best
 
 
@@ -154,6 +154,56 @@ class Fit:
     def places(self, site: str) -> list[Placed]:
         """Return the places of a site's update, in the order of its experts."""
         return [p for job in self.jobs.values() for p in job.placed if p.site == site]
+
+    def check_same_base(self) -> None:
+        """Refuse an adapter whose fingerprint is off by more than a rounding to bfloat16."""
+        checkpoint, saved = self.checkpoint, self.adapter.state.fingerprint
+        if saved is None:
+            return
+        shapes, samples, packed = {}, {}, {}
+        for name, shape in saved.shapes.items():
+            entry = checkpoint.tensors.get(self.rule(name) or name)
+            if entry is None:
+                continue
+            if entry.name in checkpoint.packed:
+                if name in saved.quantized and (said := checkpoint.packed[entry.name].packing()):
+                    shapes[name], packed[name] = tuple(shape), said
+            # Places depend on the shape: in stacked, cut and grown tensors they have other values.
+            elif entry.shape == tuple(shape) and entry.dtype in FLOATS:
+                shapes[name], samples[name] = entry.shape, checkpoint.sample(entry)
+        known = Fingerprint(
+            {name: saved.shapes[name] for name in shapes},
+            {name: values for name, values in saved.samples.items() if name in shapes},
+            saved.quantized,
+        )
+        if differences := compare(known, Fingerprint(shapes, samples, packed)):
+            name, how = next(iter(differences.items()))
+            raise CheckpointError(
+                f"merge {self.adapter.label} into '{checkpoint.folder}'",
+                f"it was made on another base: {len(differences)} of {len(shapes)} weights differ, "
+                f"'{name}' {how}",
+                "Use the base that it was trained on, or pass any_base=True to merge all the same",
+            )
+
+    def grown_copies(self) -> Iterator[tuple[str, TensorEntry, Tensor]]:
+        """Yield the adapter's copies of base tensors that grew; refuse others that differ."""
+        for name, (entry, copy) in self.copies.items():
+            if entry.name in self.checkpoint.packed:
+                continue  # the copy has the values before they were quantized
+            if tuple(copy.shape) != entry.shape:
+                yield name, entry, copy
+            elif entry.dtype not in FLOATS or not self._equal(entry, copy):
+                raise CheckpointError(
+                    f"merge {self.adapter.label}",
+                    f"it carries a copy of '{name}' that differs from the base",
+                    "Use the base that it was trained on, or list the tensor among its trained "
+                    "ones",
+                )
+
+    def _equal(self, entry: TensorEntry, copy: Tensor) -> bool:
+        reader = RowReader(self.checkpoint.path_of(entry.name))
+        blocks = reader.blocks(entry, entry.shape[1])
+        return all(same_values(rows, copy[start : start + len(rows)]) for start, rows in blocks)
 
     def _site(self, name: str, state: SiteState) -> None:
         entry = self._find(name)

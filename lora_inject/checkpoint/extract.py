@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_inject.adapter.fingerprint import Fingerprint
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.adapter.svd import Decomposed, decompose
@@ -23,7 +24,6 @@ from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.conversion import facts_of
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.place import matrix_of
-from lora_inject.checkpoint.same_base import fingerprint
 from lora_inject.checkpoint.write import Progress, counted
 from lora_inject.errors import CheckpointError
 from lora_inject.formats import write_adapter
@@ -158,8 +158,12 @@ def difference_of(
         held = f"{n_equal} tensors equal the base's and {len(found)} differ in what is not low rank"
         remedy = "Check the paths; where only small tensors were trained, pass full=True"
         raise CheckpointError(f"extract an adapter from '{tuned}'", held, remedy)
-    names = {site.spec.weight for site in extraction.sites.values()}
-    known = fingerprint(extraction.base, sorted(names & extraction.base.tensors.keys()))
+    stored, weights = extraction.base.tensors, (s.spec.weight for s in extraction.sites.values())
+    entries = {name: stored[name] for name in sorted({*weights} & stored.keys())}
+    known = Fingerprint(
+        {name: entry.shape for name, entry in entries.items()},
+        {name: extraction.base.sample(entry) for name, entry in entries.items()},
+    )
     state = AdapterState(extraction.sites, extraction.trained, fingerprint=known)
     return state, ExtractReport(tuple(found), n_equal, len(state.sites))
 

@@ -13,11 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora_inject.adapter.fingerprint import sample_positions
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.spec.names import leaf, parent
 from lora_inject.storage.safetensors_file import Header, TensorEntry, read_header
 from lora_inject.storage.strict_json import read_json
+from lora_inject.storage.tensor_rows import RowReader
 
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000
@@ -105,6 +107,12 @@ class Checkpoint:
     def path_of(self, name: str) -> Path:
         """Return the file that a tensor is in."""
         return self.shards[self.shard_of[name]].path
+
+    def sample(self, entry: TensorEntry) -> tuple[float, ...]:
+        """Return a few values of a float tensor, by which an adapter knows its base."""
+        reader = RowReader(self.path_of(entry.name))
+        values = (reader.rows(entry, 1, at, at + 1) for at in sample_positions(entry.shape))
+        return tuple(float(value.float()) for value in values)
 
     @property
     def facts(self) -> ModelFacts:

@@ -19,7 +19,6 @@ from lora_inject.checkpoint.index import Checkpoint, resolve_inside
 from lora_inject.checkpoint.options import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
 from lora_inject.checkpoint.quantized import unpacked
-from lora_inject.checkpoint.same_base import check_same_base, grown_copies
 from lora_inject.checkpoint.settled import Settled
 from lora_inject.checkpoint.side_files import QUANTIZED_FILES, edit_config, find_side_files
 from lora_inject.checkpoint.weighted_adapter import (
@@ -160,8 +159,8 @@ def plan_merge(
     check_adapters(weighted)
     _check_ties(checkpoint, options.tie or {})
     of = BaseClass(checkpoint, options.tie)
-    fits = [choose(adapter, checkpoint, options, of) for adapter in weighted]
-    settled = Settled(of, options, _joined(fits, options))
+    fits = [choose(adapter, of, options) for adapter in weighted]
+    settled = Settled(of, options, _joined(fits))
     shards, notes = lay_out(checkpoint, settled.jobs), list(settled.notes)
     side_files, code_left = find_side_files(checkpoint.folder, code=options.copy_code)
     if options.dequantize is not None:
@@ -181,13 +180,11 @@ def plan_merge(
     )
 
 
-def _joined(fits: Sequence[Fit], options: MergeOptions) -> dict[str, TensorJob]:
+def _joined(fits: Sequence[Fit]) -> dict[str, TensorJob]:
     """Return the jobs of all adapters, by output tensor."""
     jobs: dict[str, TensorJob] = {}
     for fit in fits:
-        if not options.any_base:
-            check_same_base(fit)
-        for name, source, copy in grown_copies(fit):
+        for name, source, copy in fit.grown_copies():
             job = fit.job(name, source)
             job.shape, job.base_copy = tuple(copy.shape), copy
         for name, job in fit.jobs.items():
