@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_inject.checkpoint.conversion import convert as convert
     from lora_inject.checkpoint.extract import extract_adapter as extract_adapter
     from lora_inject.checkpoint.merge_files import merge_checkpoint as merge_checkpoint
-    from lora_inject.checkpoint.options import MergeOptions as MergeOptions
+    from lora_inject.checkpoint.merge_inputs import MergeOptions as MergeOptions
     from lora_inject.errors import CheckpointError as CheckpointError
     from lora_inject.errors import ConfigError as ConfigError
     from lora_inject.errors import FormatError as FormatError
@@ -79,7 +79,7 @@ _HOMES = {
     "checkpoint.conversion": "check_adapter convert",
     "checkpoint.extract": "extract_adapter",
     "checkpoint.merge_files": "merge_checkpoint",
-    "checkpoint.options": "MergeOptions",
+    "checkpoint.merge_inputs": "MergeOptions",
     "errors": "CheckpointError ConfigError FormatError LayerError LoraInjectError MatchError "
     "StateError",
     "formats": "read_adapter register_format write_adapter",

@@ -103,7 +103,7 @@ def test_blocks_and_threads_do_not_change_a_bit(tmp_path, monkeypatch, workers):
     state = AdapterState(sites)
     merge(base, [state], tmp_path / "whole", workers=1)
     monkeypatch.setattr(reading, "BLOCK_ELEMENTS", 100)
-    monkeypatch.setattr("lora_inject.checkpoint.output_rows.SPAN_ELEMENTS", 500)
+    monkeypatch.setattr("lora_inject.checkpoint.write.SPAN_ELEMENTS", 500)
     monkeypatch.setattr("lora_inject.checkpoint.write.COPY_BYTES", 64)
     merge(base, [state], tmp_path / "out", workers=workers)
     whole, blocks = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "out")

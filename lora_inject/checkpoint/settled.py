@@ -14,7 +14,7 @@ import torch
 
 from lora_inject.checkpoint.base_class import UNTIED, BaseClass
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.options import MergeOptions
+from lora_inject.checkpoint.merge_inputs import MergeOptions
 from lora_inject.checkpoint.output_files import TensorJob, clash
 from lora_inject.checkpoint.quantized import FORMAT_DTYPES, why_not
 from lora_inject.errors import CheckpointError

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lora_inject.checkpoint.index import Checkpoint, read_config, resolve_inside
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
-from lora_inject.checkpoint.options import MergeOptions
+from lora_inject.checkpoint.merge_inputs import MergeOptions
 from lora_inject.checkpoint.output_files import Copy, OutputShard
-from lora_inject.checkpoint.weighted_adapter import Given
+from lora_inject.checkpoint.merge_inputs import Given
 from lora_inject.checkpoint.write import BytesDone, Progress, work_through
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import read_at
