@@ -160,9 +160,7 @@ def test_the_top_directions_of_w(name, tmp_path):
 
 def test_a_large_w_is_decomposed_at_random(tmp_path, monkeypatch):
     """Above `EXACT_ELEMENTS` the randomized SVD is asked."""
-    from lora_inject.analysis import amplifying
-
-    monkeypatch.setattr(amplifying, "EXACT_ELEMENTS", 0)
+    monkeypatch.setattr("lora_inject.analysis.weights.EXACT_ELEMENTS", 0)
     kind = KINDS["linear"]
     model = injected(kind)
     W = model.layer._parameters["weight"].detach().double()

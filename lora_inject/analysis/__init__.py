@@ -5,24 +5,23 @@ them, and is then streamed from a checkpoint. Nothing here needs a model.
 """
 
 from lora_inject.adapter.svd import ThinProduct
-from lora_inject.analysis.amplifying import Amplification, amplification
-from lora_inject.analysis.blocks import SiteBlock, site_blocks
-from lora_inject.analysis.comparison import Comparison, across_layers, compare
+from lora_inject.analysis.blocks import SHARES, SiteBlock, Spectrum, site_blocks, spectrum
 from lora_inject.analysis.drawings import draw_similarity, draw_spectra, need_matplotlib
-from lora_inject.analysis.figures import Analysis, analyze
-from lora_inject.analysis.findings import Finding, findings
+from lora_inject.analysis.figures import Analysis, Finding, analyze, findings
 from lora_inject.analysis.gallery import draw_gallery
 from lora_inject.analysis.inspection import Inspection, inspect_state
 from lora_inject.analysis.report.write_page import report, write_report
 from lora_inject.analysis.rounding import FORMATS, Rounded, rounding
-from lora_inject.analysis.spectra import SHARES, Spectrum, spectrum
 from lora_inject.analysis.subspaces import (
+    Comparison,
+    across_layers,
+    compare,
     directions,
     gaussian_similarity,
     similarity,
     subspace_similarity,
 )
-from lora_inject.analysis.weights import Weights
+from lora_inject.analysis.weights import Amplification, Weights, amplification
 
 __all__ = [
     "FORMATS",

@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis.blocks import Place, by_kind, site_blocks
-from lora_inject.analysis.comparison import Comparison, Pair, across_layers
+from lora_inject.analysis.subspaces import Comparison, Pair, across_layers
 from lora_inject.analysis.drawings import (
     draw_similarity,
     draw_spectra,
@@ -23,7 +23,7 @@ from lora_inject.analysis.drawings import (
     similarity_figure,
     spread,
 )
-from lora_inject.analysis.spectra import spectrum
+from lora_inject.analysis.blocks import spectrum
 from lora_inject.analysis.subspaces import gaussian_similarity, similarity
 from lora_inject.analysis.weights import Weights
 

@@ -8,9 +8,9 @@ from operator import attrgetter
 from statistics import median
 
 from lora_inject.analysis.blocks import Place, by_kind
-from lora_inject.analysis.comparison import Comparison
+from lora_inject.analysis.subspaces import Comparison
 from lora_inject.analysis.figures import Analysis
-from lora_inject.analysis.spectra import SHARES
+from lora_inject.analysis.blocks import SHARES
 from lora_inject.spec.columns import Rows, number
 
 

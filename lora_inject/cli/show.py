@@ -236,9 +236,8 @@ def print_analysis(found: Analysis, compared: Comparison | None, *, everything: 
         head = f"  {len(finding.names):,}:"
         say_list(head, templates(finding.names), everything=everything)
     needed = median(block.spectrum.rank_for(0.99) for block in found.blocks)
-    n_sites = len({block.site for block in found.blocks})
     blocks = count(len(found.blocks), "block")
-    say(f"{count(n_sites, 'site')}, {blocks}; rank {needed:g} holds 99% (median)")
+    say(f"{count(found.n_sites, 'site')}, {blocks}; rank {needed:g} holds 99% (median)")
 
 
 # -------------------------------------------------------------------------------- merge and verify

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import tables
 from lora_inject.analysis.blocks import Place, by_kind
-from lora_inject.analysis.comparison import Comparison, across_layers
+from lora_inject.analysis.subspaces import Comparison, across_layers
 from lora_inject.analysis.drawings import (
     heat_map,
     lines_figure,
@@ -27,7 +27,7 @@ from lora_inject.analysis.drawings import (
     svg,
 )
 from lora_inject.analysis.figures import Analysis
-from lora_inject.analysis.findings import findings
+from lora_inject.analysis.figures import findings
 from lora_inject.analysis.gallery import LAYERS, comparable
 from lora_inject.errors import StateError
 from lora_inject.spec.columns import number
