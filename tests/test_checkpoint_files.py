@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint
 from lora_inject.checkpoint.side_files import edit_config, find_side_files
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.disk import copy_range, open_read, read_at
+from lora_inject.storage.disk import copy_range, read_at
 from lora_inject.storage.safetensors_file import build_header, read_header
 
 
@@ -36,7 +36,7 @@ def test_header_agrees_with_the_reference_library(tmp_path):
     header = read_header(path)
     assert header.metadata == {"format": "pt"}
     assert set(header.tensors) == set(tensors)
-    fd = open_read(path)
+    fd = os.open(path, os.O_RDONLY)
     for name, tensor in tensors.items():
         found = header.tensors[name]
         assert found.shape == tuple(tensor.shape)
@@ -289,20 +289,20 @@ def test_copy_range_copies_exactly(tmp_path, monkeypatch, kernel):
         monkeypatch.delattr(os, "copy_file_range", raising=False)
     data = os.urandom(100_001)
     (tmp_path / "a").write_bytes(data)
-    source, target = open_read(tmp_path / "a"), os.open(tmp_path / "b", WRITE)
+    source, target = os.open(tmp_path / "a", os.O_RDONLY), os.open(tmp_path / "b", WRITE)
     copy_range(source, target, 17, 5, 99_000)
     os.close(source)
     os.close(target)
     assert (tmp_path / "b").read_bytes() == bytes(5) + data[17 : 17 + 99_000]
 
 
-def test_platform_without_positioned_reads_and_writes_merges_the_same(tmp_path, monkeypatch):
-    """As on Windows: no preadv, pwrite, copy_file_range, posix_fallocate."""
+def test_platform_without_copies_in_the_kernel_merges_the_same(tmp_path, monkeypatch):
+    """As on macOS: no copy_file_range, no posix_fallocate."""
     tensors = llama_tensors()
     base = save_checkpoint(tmp_path / "base", tensors, 2, LLAMA)
     state = llama_adapter(tensors)
     merge_checkpoint(base, [state], tmp_path / "with")
-    for name in ("preadv", "pwrite", "copy_file_range", "posix_fallocate"):
+    for name in ("copy_file_range", "posix_fallocate"):
         monkeypatch.delattr(os, name, raising=False)
     merge_checkpoint(base, [state], tmp_path / "without", options=MergeOptions(workers=3))
     for path in (tmp_path / "with").iterdir():
@@ -315,7 +315,7 @@ def test_copy_range_falls_back_across_file_systems(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "copy_file_range", exdev)
     (tmp_path / "a").write_bytes(b"0123456789")
-    source, target = open_read(tmp_path / "a"), os.open(tmp_path / "b", WRITE)
+    source, target = os.open(tmp_path / "a", os.O_RDONLY), os.open(tmp_path / "b", WRITE)
     copy_range(source, target, 0, 0, 10)
     with pytest.raises(CheckpointError, match="ends after"):
         copy_range(source, target, 5, 0, 10)

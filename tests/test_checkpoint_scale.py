@@ -180,7 +180,6 @@ def merge_until_interrupted(base, out):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_ctrl_c_stops_all_threads_and_leaves_no_half_file(tmp_path, forks):
     tensors = llama_tensors(layers=4, hidden=512, inner=2048, vocab=2048)
     base = save_checkpoint(tmp_path / "base", tensors, 4, LLAMA)

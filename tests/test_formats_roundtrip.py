@@ -254,7 +254,6 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
         assert (paths[0] / name).read_bytes() == (paths[1] / name).read_bytes()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 @pytest.mark.parametrize(
     ("umask", "file", "directory"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)]
 )

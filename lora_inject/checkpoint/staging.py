@@ -144,9 +144,7 @@ class Staging:
             write_new(path, data)
         for folder in {(self.files / name).parent for name in side_files} | {self.files}:
             fsync_dir(folder)
-        if os.name != "posix" and self.output.exists():
-            self.output.rmdir()  # POSIX renames over an empty folder
-        self.files.rename(self.output)
+        self.files.rename(self.output)  # over an empty folder as well
         fsync_dir(self.output.parent)
         self.remove()
 

@@ -100,10 +100,7 @@ def _check_directory(target: Path, names: Collection[str]) -> None:
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Rename `temporary` to `target`; what had that name gets the temporary one."""
     if not target.exists() or not any(target.iterdir()):
-        # POSIX renames over an empty directory; Windows needs the name to be free.
-        if os.name != "posix" and target.exists():
-            target.rmdir()
-        temporary.rename(target)
+        temporary.rename(target)  # over an empty directory as well
     elif not _exchange(temporary, target):
         aside = temporary_name(target)
         target.rename(aside)
@@ -119,7 +116,7 @@ def _exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step; return False if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
+    except (AttributeError, OSError):
         return False
     names = os.fsencode(first), os.fsencode(second)
     if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:

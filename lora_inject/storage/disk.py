@@ -7,19 +7,13 @@ Nothing depends on a file position, so threads can share a descriptor.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
-import threading
 from pathlib import Path
 
 from lora_inject.errors import CheckpointError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _FICLONE = 0x40049409  # linux/fs.h: share the extents of a whole file (XFS, btrfs)
 _NOT_SUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 _CANNOT_COPY_IN_KERNEL = {*_NOT_SUPPORTED, errno.EXDEV, errno.EPERM, errno.EBADF}
@@ -29,26 +23,17 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Give a folder that you may write to"),
     errno.EROFS: "Give a folder on a disk that is not read-only",
 }
-_position_lock = threading.Lock()  # for platforms whose reads and writes move a file position
-
-
-def open_read(path: Path) -> int:
-    """Open a regular file for reading and return its descriptor."""
-    return os.open(path, os.O_RDONLY | _BINARY)
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> None:
     """Fill `buffer` from `fd`, beginning at byte `offset`."""
     done, n_bytes = 0, len(buffer)
     while done < n_bytes:
-        n = _read_some(fd, buffer[done:], offset + done)
+        n = os.preadv(fd, [buffer[done:]], offset + done)
         if n == 0:
-            asked, found = (
-                f"read {n_bytes} bytes at {offset}",
-                f"the file ends after {done} of them",
-            )
+            found = f"the file ends after {done} of them"
             remedy = "It was truncated while it was being read; restore it and run again"
-            raise CheckpointError(asked, found, remedy)
+            raise CheckpointError(f"read {n_bytes} bytes at {offset}", found, remedy)
         done += n
 
 
@@ -56,25 +41,7 @@ def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
     """Write all of `data` to `fd`, beginning at byte `offset`."""
     view, done = memoryview(data), 0
     while done < len(view):
-        done += _write_some(fd, view[done:], offset + done)
-
-
-def _read_some(fd: int, buffer: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [buffer], offset)
-    with _position_lock:
-        os.lseek(fd, offset, os.SEEK_SET)
-        chunk = os.read(fd, len(buffer))
-    buffer[: len(chunk)] = chunk
-    return len(chunk)
-
-
-def _write_some(fd: int, view: memoryview, offset: int) -> int:
-    if hasattr(os, "pwrite"):
-        return os.pwrite(fd, view, offset)
-    with _position_lock:
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.write(fd, view)
+        done += os.pwrite(fd, view[done:], offset + done)
 
 
 def copy_range(
@@ -107,8 +74,6 @@ def _copy_some(source: int, target: int, n_bytes: int, first: int, to: int) -> i
 
 def clone(source: Path, target: int) -> bool:
     """Make `target` share all of `source`'s extents; return False if this is not supported."""
-    if fcntl is None or not hasattr(os, "copy_file_range"):
-        return False
     with source.open("rb") as file:
         try:
             fcntl.ioctl(target, _FICLONE, file.fileno())
@@ -132,7 +97,7 @@ def reserve(fd: int, n_bytes: int) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Make the names in a folder durable; does nothing on Windows, which opens no folders."""
+    """Make the names in a folder durable, if the folder may be read."""
     try:
         fd = os.open(folder, os.O_RDONLY)
     except PermissionError:

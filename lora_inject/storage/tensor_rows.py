@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_inject.storage.disk import open_read, read_at
+from lora_inject.storage.disk import read_at
 from lora_inject.storage.safetensors_file import TensorEntry
 
 FLOATS: Mapping[str, torch.dtype] = {
@@ -82,7 +82,7 @@ class RowReader:
         if isinstance(file, int):
             self._fd = file
         else:
-            self._fd = open_read(file)
+            self._fd = os.open(file, os.O_RDONLY)
             weakref.finalize(self, os.close, self._fd)
 
     def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lora_inject.errors import CheckpointError, FormatError
-from lora_inject.storage.disk import open_read
 from lora_inject.storage.safetensors_file import (
     TensorEntry,
     build_header,
@@ -85,7 +84,7 @@ def bytes_of(tensor: Tensor) -> bytearray:
     return content
 
 
-_MOST_OPEN = 64 if os.name == "posix" else 0  # Windows replaces and deletes no open file
+_MOST_OPEN = 64
 _TICK_NS = 20_000_000  # the clock of a file system is not coarser on Linux
 _OPEN: weakref.WeakSet[_File] = weakref.WeakSet()
 
@@ -98,7 +97,7 @@ class _File:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.fd = path, open_read(path)
+        self.path, self.fd = path, os.open(path, os.O_RDONLY)
         close = weakref.finalize(self, os.close, self.fd)
         self._written, self._last = self._when(), threading.local()
         self._bytes: bytearray | None = None

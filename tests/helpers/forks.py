@@ -2,7 +2,7 @@
 
 A function of a test module runs in a child of its own, in which no test has run: there is no
 adapter, compiled graph or gradient. What starting the interpreter itself does is not shown.
-Where forks are not safe, on macOS, or not there, on Windows, each child imports for itself.
+Where forks are not safe, on macOS, each child imports for itself.
 """
 
 from __future__ import annotations
