@@ -1,14 +1,14 @@
-"""Arithmetic on the updates of one site, on their thin factors: no dense delta is formed.
+"""Arithmetic on the updates of one site, on their thin factors, and on trained tensors.
 
-An update has one part for each adapted span of the output: `left @ right`, of shapes
-`(experts, width, k)` and `(experts, k, in)`, with the scale in `left`. Sites with the same slices
-are added slice by slice, other sites over the whole output.
+No dense delta is formed. An update has one part for each adapted span of the output,
+`left @ right`, of shapes `(experts, width, k)` and `(experts, k, in)`, with the scale in `left`.
+Sites with the same slices are added slice by slice, other sites over the whole output.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple
@@ -234,3 +234,33 @@ def compared(one: SiteState | None, two: SiteState | None) -> Compared:
         dot += float((ours * theirs).sum())
     first, second, apart = squares.sqrt().tolist()
     return Compared((first, second), dot, 0.0 if one == two else apart)
+
+
+def mixed(several: Sequence[tuple[Mapping[str, Tensor], float]], asked: str) -> dict[str, Tensor]:
+    """Return trained tensors T mixed by their weights, `W + sum of w (T - W)`.
+
+    W is not known here, so the weights of a tensor must add up to 1: then W cancels out.
+    """
+    found = {}
+    for name in dict.fromkeys(name for trained, _ in several for name in trained):
+        there = [(trained[name], weight) for trained, weight in several if name in trained]
+        tensors, where = [tensor for tensor, _ in there], f"{asked}, trained tensor '{name}'"
+        if not math.isclose(sum(weight for _, weight in there), 1, rel_tol=1e-9):
+            added = " + ".join(f"{weight:g}" for _, weight in there)
+            raise StateError(
+                where,
+                f"it is a full copy of the base's tensor, with weight {added}: its change from the "
+                "base is not known here",
+                "Fold the adapters into the base with `lora-inject merge`, give weights that add "
+                "up to 1, or leave it out (select)",
+            )
+        if len({tensor.shape for tensor in tensors}) > 1:
+            shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
+            raise StateError(where, f"its shapes are {shapes}", "Give adapters of one base")
+        if len(there) == 1:
+            found[name] = tensors[0]
+            continue
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        products = [weight * tensor.detach().double() for tensor, weight in there]
+        found[name] = torch.stack(products).sum(0).to(dtype)
+    return found

@@ -2,14 +2,15 @@
 
 Sixteen values at evenly spaced places of each adapted weight identify the base. They are compared
 to the precision of bfloat16, so the same base in another dtype passes and another base does not. Of
-a quantized weight the class, the settings and a few packed bytes are compared.
+a quantized weight the class, the settings and a few packed bytes are compared. Whole tensors of the
+base that an adapter carries are compared as such.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
@@ -220,3 +221,21 @@ def _close(a: float, b: float) -> bool:
     if math.isfinite(a) and math.isfinite(b):
         return abs(a - b) <= _RELATIVE * max(abs(a), abs(b)) + _ABSOLUTE
     return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def same_values(one: Tensor, two: Tensor) -> bool:
+    """Compare two copies of a tensor in the narrower of their dtypes: one may have been rounded."""
+    narrow = min(one.dtype, two.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.to(narrow), two.to(narrow))
+
+
+def common_copies(several: Sequence[Mapping[str, Tensor]], asked: str) -> dict[str, Tensor]:
+    """Return the copies of the base's tensors that any of several adapters carries."""
+    found: dict[str, Tensor] = {}
+    for copies in several:
+        for name, tensor in copies.items():
+            held = found.setdefault(name, tensor)
+            if not same_values(held, tensor):
+                different = "the adapters hold different copies of this base tensor"
+                raise StateError(f"{asked}, '{name}'", different, "Give adapters of one base")
+    return found

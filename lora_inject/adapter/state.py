@@ -24,11 +24,11 @@ from lora_inject.adapter.algebra import (
     check_alike,
     check_finite,
     compared,
+    mixed,
     total,
     truncated,
 )
-from lora_inject.adapter.fingerprint import Fingerprint, check_one_base
-from lora_inject.adapter.mixing import common_copies, mixed
+from lora_inject.adapter.fingerprint import Fingerprint, check_one_base, common_copies
 from lora_inject.adapter.renaming import distinct, named, renaming, some_of
 from lora_inject.adapter.site_state import SiteState, plain, same
 from lora_inject.errors import StateError, check_type

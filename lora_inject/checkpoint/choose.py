@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.fingerprint import Fingerprint, compare
-from lora_inject.adapter.mixing import same_values
+from lora_inject.adapter.fingerprint import Fingerprint, compare, same_values
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint.base_class import BaseClass

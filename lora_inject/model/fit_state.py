@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.fingerprint import Fingerprint, compare, unverifiable
-from lora_inject.adapter.mixing import same_values
+from lora_inject.adapter.fingerprint import Fingerprint, compare, same_values, unverifiable
 from lora_inject.adapter.renaming import named
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
