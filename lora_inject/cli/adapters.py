@@ -15,9 +15,9 @@ from lora_inject.spec.columns import Rows
 from lora_inject.spec.names import templates
 
 if TYPE_CHECKING:
-    from lora_inject.adapter.difference import Difference
     from lora_inject.adapter.state import AdapterState
     from lora_inject.formats.clients import Finding
+    from lora_inject.formats.combine_files import Difference
 
 WriteDtype = Annotated[given.Dtype | None, Option(help="Dtype to write. (default: the adapters')")]
 Base = Annotated[
@@ -91,9 +91,9 @@ def diff(
     listing: given.Listing,
 ) -> None:
     """Compare the adapters ONE and TWO, site by site."""
-    from lora_inject.adapter.difference import difference
+    from lora_inject.formats.combine_files import diff as compared
 
-    found = difference(*reading.read([one, two]))
+    found = compared(*reading.read([one, two]))
     listing.show(found.to_dict(), _print_difference, found)
 
 
