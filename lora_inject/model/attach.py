@@ -37,7 +37,7 @@ from lora_inject.model.carried import (
     roots_of,
     structure_changed,
 )
-from lora_inject.model.cpu_packing import forbid_packing
+from lora_inject.model.quantized_layers import forbid_packing
 from lora_inject.model.reached import refuse_unreached
 from lora_inject.model.sharding import fsdp2_modules, refuse_sharded, reshard
 from lora_inject.model.stand_ins import stand_in

@@ -28,7 +28,7 @@ from lora_inject.model.carried import (
     structure_changed,
     whole_adapter,
 )
-from lora_inject.model.cpu_packing import allow_packing
+from lora_inject.model.quantized_layers import allow_packing
 from lora_inject.model.sharding import fsdp2_modules, reshard, sharded_by
 from lora_inject.model.stand_ins import give_back
 

@@ -22,7 +22,7 @@ from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import watch_loading
 from lora_inject.layers.survey import Holder, Survey, memory_of
 from lora_inject.model.carried import Root, check_names, reach, refuse_merged, roots_of
-from lora_inject.model.dequantizing import (
+from lora_inject.model.quantized_layers import (
     dtype_of,
     refuse_fixed_class,
     replace_weight,

@@ -27,7 +27,7 @@ from lora_inject.layers.dense_values import dense, why_not_dense
 from lora_inject.layers.reading import is_quantized
 from lora_inject.layers.survey import Holder, Survey, memory_of
 from lora_inject.model.carried import whole_adapter
-from lora_inject.model.dequantizing import quantized_again, quantized_weights
+from lora_inject.model.quantized_layers import quantized_again, quantized_weights
 from lora_inject.model.sharding import reshard, sharded_by
 from lora_inject.model.untying import refuse_overlaps
 from lora_inject.spec.names import joined

@@ -27,7 +27,7 @@ from lora_inject.model.carried import (
     records_of,
     refuse_merged,
 )
-from lora_inject.model.cpu_packing import forbid_packing
+from lora_inject.model.quantized_layers import forbid_packing
 from lora_inject.model.sharding import reshard
 from lora_inject.spec.names import joined
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_inject.errors import StateError
 from lora_inject.layers.survey import Holder, Survey
-from lora_inject.model.dequantizing import Layer
+from lora_inject.model.quantized_layers import Layer
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 17  # words: 1 MiB, which a CPU's cache holds

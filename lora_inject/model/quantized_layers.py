@@ -1,13 +1,17 @@
-"""Quantized weights of a live model, replaced in their layers.
+"""Quantized weights of a live model: replaced in their layers, and kept in a form that trains.
 
-The layer stays the same object. Its weight, and the class of a bitsandbytes layer, are replaced;
+A layer stays the same object. Its weight, and the class of a bitsandbytes layer, are replaced;
 `Layer` restores the original objects.
+
+On a CPU bitsandbytes' 4-bit layers rearrange their codes in an evaluation, for a kernel without a
+backward pass, and leave them so (0.50, `bitsandbytes/nn/modules.py: Linear4bit.forward`): training
+that goes on would silently get wrong gradients. So no codes are rearranged while adapters train.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_inject.adapter.fingerprint import codes_of
 from lora_inject.errors import LayerError
 from lora_inject.functional.packed_experts import PackedExperts
 from lora_inject.layers.adapted import plain_class
@@ -30,6 +35,8 @@ _ON_MODEL = ("hf_quantizer", "is_quantized", "quantization_method")
 # Attributes that others leave on a layer, whatever its class: hooks, adapters.
 _KEPT = ("forward", "_lora", "_hf_", "_old_forward", "_is_")
 _ON_CONFIG = ("quantization_config", "_pre_quantization_dtype", "_is_quantized")
+_PACKS = "support_avx512bf16_for_cpu"  # the flag of a layer that would be rearranged
+_OURS = ""  # as false as False, and says whose it is
 
 
 def dtype_of(dequantize: str | torch.dtype) -> torch.dtype:
@@ -178,3 +185,28 @@ def said_quantized(survey: Survey) -> list[tuple[Any, dict[str, Any]]]:
         for owner, names in owners
         if owner is not None
     ]
+
+
+def forbid_packing(modules: Iterable[nn.Module]) -> None:
+    """Rearrange no codes for inference from now on, and undo it where it was done.
+
+    What scales lost by it when they were rounded to bfloat16 is not restored.
+    """
+    for module in modules:
+        own: Any = module.__dict__
+        if not own.get(_PACKS):
+            continue
+        own[_PACKS] = _OURS
+        weight: Any = own["_parameters"]["weight"]
+        state: Any = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            weight.data = codes_of(weight.data, state)
+            state.absmax, state.nested = state.absmax.t().reshape(-1).float(), False
+            state.dtype, state.packing_format_for_cpu = state.original_dtype, False
+
+
+def allow_packing(modules: Iterable[nn.Module]) -> None:
+    """Give layers what they said themselves."""
+    for module in modules:
+        if module.__dict__.get(_PACKS) == _OURS:
+            module.__dict__[_PACKS] = True
