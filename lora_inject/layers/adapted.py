@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_inject.errors import LayerError
-from lora_inject.layers import recurrent
 from lora_inject.layers.attached import held_by
+from lora_inject.layers.readers import RECURRENT
 from lora_inject.layers.reading import Reading, cached_forward, weight_property
 from lora_inject.layers.routed_forward import with_rows
 from lora_inject.layers.state_dict import refuse_loading
@@ -222,7 +222,7 @@ def adapted_class(
             "__module__": plain.__module__,
             "__qualname__": plain.__qualname__,
             "__doc__": plain.__doc__,
-            **(recurrent.MEMBERS if issubclass(plain, nn.RNNBase) else {}),
+            **(RECURRENT if issubclass(plain, nn.RNNBase) else {}),
         }
         if mixin is WeightUpdate:
             namespace["forward"] = with_rows(plain, cached_forward(plain))

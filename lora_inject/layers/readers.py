@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lora_inject.errors import LayerError
+from lora_inject.functional.lazy import formed
 
 _CALL = nn.Module._call_impl.__code__
 # Functions that read a weight to put another layer or tensor in its place: torch's by their code,
@@ -95,3 +96,38 @@ def _forward_of(frame: FrameType) -> nn.Module | None:
     if not isinstance(found, nn.Module):
         return None
     return found if name == "forward" or hasattr(type(found), name) else None
+
+
+# LSTM, GRU and RNN hand their weights to a fused kernel in a list of their own. Torch's forward reads
+# it under the name `_flat_weights`, which a swapped class makes a property: within a forward it holds
+# W + delta, formed there and then, else what torch put into it.
+
+_FLATTENING = nn.RNNBase.flatten_parameters.__code__
+
+
+def _flat_weights(self: Any) -> Any:
+    stored = self.__dict__["_flat_weights"]
+    if not torch.compiler.is_compiling():
+        # Their places in memory are those of the raw weights, whoever asks for them to be moved.
+        flattening = sys._getframe(1).f_code is _FLATTENING
+        if flattening or running_module() is None:
+            return stored
+    return _effective(self)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator] # dynamo runs such layers as they are
+def _effective(self: Any) -> Any:
+    """Return what the kernel gets."""
+    return [formed(getattr(self, name, None)) for name in self._flat_weights_names]
+
+
+def _write(self: Any, weights: list[Any]) -> None:
+    self.__dict__["_flat_weights"] = weights
+
+
+def _update(self: Any) -> None:
+    """What torch does where a weight was replaced: here the attributes are read each time."""
+
+
+RECURRENT = {"_flat_weights": property(_flat_weights, _write), "_update_flat_weights": _update}
+"""Members of the swapped class of an LSTM, GRU or RNN."""

@@ -29,11 +29,19 @@ from lora_inject.model.quantized_layers import (
     said_quantized,
 )
 from lora_inject.model.eject import eject as take_off
-from lora_inject.model.merge_targets import Into, Target, check_results, merge_targets, not_finite
+from lora_inject.model.merge_targets import (
+    Into,
+    Target,
+    check_results,
+    check_ties,
+    merge_targets,
+    not_finite,
+    refuse_new_ties,
+    tied_configs,
+)
 from lora_inject.model.select import weights_of
 from lora_inject.model.train import trainable_tensors
 from lora_inject.model.undo import Undo, held_back_interrupts, restore
-from lora_inject.model.untying import check_ties, refuse_new_ties, tied_configs
 from lora_inject.spec.names import joined
 
 M = TypeVar("M", bound=nn.Module)
