@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_inject.checkpoint import Checkpoint, MergeOptions, merge_checkpoint
-from lora_inject.checkpoint.side_files import edit_config, find_side_files
+from lora_inject.checkpoint.index import edit_config, find_side_files
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import copy_range, read_at
 from lora_inject.storage.safetensors_file import build_header, read_header

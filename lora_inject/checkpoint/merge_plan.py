@@ -15,12 +15,17 @@ from typing import Any
 
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.choose import Fit, choose
-from lora_inject.checkpoint.index import Checkpoint, resolve_inside
+from lora_inject.checkpoint.index import (
+    QUANTIZED_FILES,
+    Checkpoint,
+    edit_config,
+    find_side_files,
+    resolve_inside,
+)
 from lora_inject.checkpoint.merge_inputs import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
 from lora_inject.checkpoint.quantized import unpacked
 from lora_inject.checkpoint.settled import Settled
-from lora_inject.checkpoint.side_files import QUANTIZED_FILES, edit_config, find_side_files
 from lora_inject.checkpoint.merge_inputs import (
     Given,
     WeightedAdapter,

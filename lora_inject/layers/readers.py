@@ -98,9 +98,9 @@ def _forward_of(frame: FrameType) -> nn.Module | None:
     return found if name == "forward" or hasattr(type(found), name) else None
 
 
-# LSTM, GRU and RNN hand their weights to a fused kernel in a list of their own. Torch's forward reads
-# it under the name `_flat_weights`, which a swapped class makes a property: within a forward it holds
-# W + delta, formed there and then, else what torch put into it.
+# LSTM, GRU and RNN hand their weights to a fused kernel in a list of their own. Torch's forward
+# reads it under the name `_flat_weights`, which a swapped class makes a property: within a forward
+# it holds W + delta, formed there and then, else what torch put into it.
 
 _FLATTENING = nn.RNNBase.flatten_parameters.__code__
 
