@@ -26,7 +26,7 @@ from lora_inject.adapter.fingerprint import Fingerprint
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError
 from lora_inject.formats import read_adapter, write_adapter
-from lora_inject.formats.metadata import describe
+from lora_inject.formats.native import describe
 from lora_inject.spec.sites import SiteSpec, Slices
 from lora_inject.storage.tensors import read_names
 
