@@ -28,7 +28,7 @@ from lora_inject.checkpoint import (
     verify_checkpoint,
 )
 from lora_inject.checkpoint import merge_files as merging
-from lora_inject.checkpoint.staging import Staging, free_bytes
+from lora_inject.checkpoint.merge_files import Staging, free_bytes
 from lora_inject.errors import CheckpointError
 
 
@@ -386,7 +386,7 @@ def test_full_disk_is_one_clear_error_and_the_merge_goes_on_afterwards(
     with pytest.raises(CheckpointError, match="are free"):
         merge(base, [state], small_disk / "out")
     # Somebody fills the disk after the check.
-    monkeypatch.setattr(merging, "check_space", lambda *_: 0)
+    monkeypatch.setattr(merging, "_check_space", lambda *_: 0)
     with pytest.raises(CheckpointError, match=r"No space left.*Free some space"):
         merge(base, [state], small_disk / "out")
     assert not list(small_disk.rglob("*.partial"))

@@ -10,7 +10,7 @@ from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.merge_files import merge_checkpoint, merge_planned
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
 from lora_inject.checkpoint.merge_inputs import MergeOptions
-from lora_inject.checkpoint.staging import check_output, free_bytes
+from lora_inject.checkpoint.merge_files import check_output, free_bytes
 from lora_inject.checkpoint.verify import VerifyReport, verify_checkpoint
 from lora_inject.checkpoint.merge_inputs import WeightedAdapter, read_weighted
 
