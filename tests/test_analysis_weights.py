@@ -28,12 +28,12 @@ from lora_inject.analysis import (
 )
 from lora_inject.checkpoint import Checkpoint
 from lora_inject.spec.sites import SiteSpec
-from lora_inject.storage import tensor_rows
+from lora_inject.storage import safetensors_file
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(tensor_rows, "BLOCK_ELEMENTS", 12)
+    monkeypatch.setattr(safetensors_file, "BLOCK_ELEMENTS", 12)
 
 
 def saved(model: nn.Module, path: Path) -> Path:

@@ -30,7 +30,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.checkpoint import WeightedAdapter
 from lora_inject.checkpoint import merge_files as merging
 from lora_inject.errors import CheckpointError
-from lora_inject.storage import tensor_rows as reading
+from lora_inject.storage import safetensors_file as reading
 
 
 def names_of(folder):

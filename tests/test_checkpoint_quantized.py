@@ -31,7 +31,7 @@ from lora_inject.checkpoint import (
 )
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import dense_delta
-from lora_inject.storage import tensor_rows as reading
+from lora_inject.storage import safetensors_file as reading
 
 N = 64
 BF16, AGAIN = MergeOptions(dequantize="bfloat16"), MergeOptions(requantize=True)

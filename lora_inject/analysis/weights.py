@@ -31,7 +31,7 @@ from lora_inject.checkpoint.place import Placed
 from lora_inject.checkpoint.quantized import why_not
 from lora_inject.errors import CheckpointError, StateError
 from lora_inject.functional import Delta
-from lora_inject.storage.tensor_rows import FLOATS, RowReader
+from lora_inject.storage.safetensors_file import FLOATS, RowReader
 
 
 RowsOfW = Callable[[], Iterator[tuple[int, Tensor]]]

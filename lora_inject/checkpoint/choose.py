@@ -31,7 +31,7 @@ from lora_inject.checkpoint.merge_inputs import WeightedAdapter
 from lora_inject.errors import CheckpointError, nearest
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.safetensors_file import TensorEntry
-from lora_inject.storage.tensor_rows import FLOATS, RowReader
+from lora_inject.storage.safetensors_file import FLOATS, RowReader
 from lora_inject.storage.tensors import in_memory
 
 MAX_SHOWN = 8

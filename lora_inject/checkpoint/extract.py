@@ -30,7 +30,7 @@ from lora_inject.formats import write_adapter
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.atomic import check_free
 from lora_inject.storage.safetensors_file import TensorEntry
-from lora_inject.storage.tensor_rows import FLOATS, RowReader
+from lora_inject.storage.safetensors_file import FLOATS, RowReader
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from lora_inject.checkpoint.merge_inputs import (
 )
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.safetensors_file import DTYPE_BITS
-from lora_inject.storage.tensor_rows import FLOATS
+from lora_inject.storage.safetensors_file import FLOATS
 
 
 @dataclass(frozen=True)

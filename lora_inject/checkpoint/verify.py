@@ -25,7 +25,7 @@ from lora_inject.checkpoint.write import BytesDone, Progress, work_through
 from lora_inject.errors import CheckpointError
 from lora_inject.storage.disk import read_at
 from lora_inject.storage.safetensors_file import TensorEntry, read_header
-from lora_inject.storage.tensor_rows import FLOATS
+from lora_inject.storage.safetensors_file import FLOATS
 
 MOST_NEIGHBORS = 1e-3
 """Share of a tensor's values that may be one unit in the last place off."""

@@ -1,7 +1,10 @@
-"""The header of a safetensors file: parsed as untrusted input, and built byte by byte.
+"""A safetensors file: its header, parsed as untrusted input and built byte by byte, and its rows.
 
 With the byte positions a tensor can be read in row blocks, which the reference library does not
-offer. Format: 8 bytes little-endian length N, N bytes of JSON, then the tensors end to end
+offer. So memory does not depend on its size: each thread has one buffer, filled by positioned
+reads. The file is not mapped: the pages of a mapping count as memory of the process.
+
+Format: 8 bytes little-endian length N, N bytes of JSON, then the tensors end to end
 (https://github.com/huggingface/safetensors, README "Format").
 """
 
@@ -13,12 +16,17 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
+import torch
+from torch import Tensor
+
 from lora_inject.errors import CheckpointError, LoraInjectError
+from lora_inject.storage.disk import read_at
 from lora_inject.storage.strict_json import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
@@ -29,15 +37,31 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udff
 MAX_DIMENSIONS = 16
 MAX_DIMENSION = 1 << 48
 
+FLOATS: Mapping[str, torch.dtype] = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Dtypes that take an update, by the format's name."""
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    **FLOATS,
+}
+"""Dtypes whose values can be read, and that an adapter's file may hold."""
+
 DTYPE_BITS: Mapping[str, int] = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
+    **{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()},
     **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
 }
 """Bits an element takes, by the format's dtype name."""
 
@@ -184,3 +208,73 @@ def build_header(
     raw = struct.pack("<Q", len(text)) + text
     entries = {row[0]: TensorEntry(*row[:3], *(len(raw) + at for at in row[3:])) for row in rows}
     return Header(raw, entries, metadata, len(raw) + position)
+
+
+# Rows -------------------------------------------------------------------------------------------
+
+BLOCK_ELEMENTS = 1 << 20
+"""Elements read and written at a time.
+
+2 MiB of a 16-bit weight: longer writes cost less in the kernel."""
+
+
+def rows_per_block(n_cols: int, n_blocks: int = 1) -> int:
+    """Return how many rows make some blocks; at least one."""
+    return max(1, n_blocks * BLOCK_ELEMENTS // max(1, n_cols))
+
+
+class Room:
+    """Memory for one block of rows, reused for the next.
+
+    New memory for each block costs more in page faults than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self.data = memoryview(self._buffer)
+        """The bytes of the last result of `rows`."""
+
+    def rows(self, dtype: torch.dtype, n_rows: int, n_cols: int) -> Tensor:
+        """Return the memory as `(n_rows, n_cols)`, with its previous contents."""
+        n_bytes = n_rows * n_cols * dtype.itemsize
+        if len(self._buffer) < n_bytes:
+            self._buffer = bytearray(n_bytes)
+        self.data = memoryview(self._buffer)[:n_bytes]
+        if not n_bytes:
+            return torch.empty(n_rows, n_cols, dtype=dtype, device="cpu")
+        return torch.frombuffer(self.data, dtype=dtype).view(n_rows, n_cols)
+
+
+class RowReader:
+    """Reads rows of tensors of one file into `room`, which it reuses.
+
+    The file is a path, which is open while the reader exists, or a descriptor of the caller.
+    """
+
+    def __init__(self, file: Path | int) -> None:
+        self.room = Room()
+        if isinstance(file, int):
+            self._fd = file
+        else:
+            self._fd = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._fd)
+
+    def rows(self, entry: TensorEntry, n_cols: int, start: int, stop: int) -> Tensor:
+        """Return `(stop - start, n_cols)` rows of a tensor's matrix; valid until the next call."""
+        dtype = DTYPES[entry.dtype]
+        rows = self.room.rows(dtype, stop - start, n_cols)
+        read_at(self._fd, self.room.data, entry.start + start * n_cols * dtype.itemsize)
+        return rows
+
+    def whole(self, entry: TensorEntry) -> Tensor:
+        """Return a whole tensor of its own shape; valid until the next call."""
+        return self.rows(entry, 1, 0, entry.n_elements).view(entry.shape)
+
+    def blocks(
+        self, entry: TensorEntry, n_cols: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(first row, rows)` over a whole tensor, or over some of its rows."""
+        stop = entry.n_elements // max(1, n_cols) if stop is None else stop
+        step = rows_per_block(n_cols)
+        for first in range(start, stop, step):
+            yield first, self.rows(entry, n_cols, first, min(stop, first + step))

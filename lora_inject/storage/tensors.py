@@ -29,7 +29,7 @@ from lora_inject.storage.safetensors_file import (
     is_plain_name,
     read_header,
 )
-from lora_inject.storage.tensor_rows import DTYPES, RowReader
+from lora_inject.storage.safetensors_file import DTYPES, RowReader
 
 _WRITTEN = "the file was written to after it was opened", "Read the adapter again"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
