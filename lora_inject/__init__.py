@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from lora_inject.model.inject import plan as plan
     from lora_inject.model.listing import adapters as adapters
     from lora_inject.model.listing import summary as summary
-    from lora_inject.model.load import install as install
-    from lora_inject.model.load import load_adapter as load_adapter
+    from lora_inject.model.inject import install as install
+    from lora_inject.model.inject import load_adapter as load_adapter
     from lora_inject.model.merge import merge as merge
     from lora_inject.model.merge import merged_weights as merged_weights
     from lora_inject.model.merge import unmerge as unmerge
@@ -90,11 +90,10 @@ _HOMES = {
     "integrations.trl": "reference",
     "layers.kinds": "register_kind",
     "model.eject": "eject",
-    "model.inject": "inject plan",
+    "model.inject": "inject install load_adapter plan",
     "model.listing": "adapters summary",
     "model.merge": "merge merged_weights unmerge",
     "model.reached": "unreached",
-    "model.load": "install load_adapter",
     "model.save": "adapter_state push save_adapter",
     "model.select": "activate disabled routed",
     "model.swap": "swap_adapter",
