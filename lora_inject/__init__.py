@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from lora_inject.layers.kinds import register_kind as register_kind
     from lora_inject.model.eject import eject as eject
     from lora_inject.model.inject import inject as inject
+    from lora_inject.model.inject import install as install
+    from lora_inject.model.inject import load_adapter as load_adapter
     from lora_inject.model.inject import plan as plan
     from lora_inject.model.listing import adapters as adapters
     from lora_inject.model.listing import summary as summary
-    from lora_inject.model.inject import install as install
-    from lora_inject.model.inject import load_adapter as load_adapter
     from lora_inject.model.merge import merge as merge
     from lora_inject.model.merge import merged_weights as merged_weights
     from lora_inject.model.merge import unmerge as unmerge
@@ -109,9 +109,9 @@ _HOMES = {
 }
 """File to the public names that it has; the imports above say the same to type checkers."""
 
-_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+_HOME = dict(sorted((name, home) for home, names in _HOMES.items() for name in names.split()))
 if not TYPE_CHECKING:  # the imports above export to type checkers
-    __all__ = sorted([*_HOME, "__version__"])
+    __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

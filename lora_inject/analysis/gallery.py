@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_inject.adapter.state import AdapterState
-from lora_inject.analysis.blocks import Place, by_kind, site_blocks
-from lora_inject.analysis.subspaces import Comparison, Pair, across_layers
+from lora_inject.analysis.blocks import Place, by_kind, site_blocks, spectrum
 from lora_inject.analysis.drawings import (
     draw_similarity,
     draw_spectra,
@@ -23,8 +22,13 @@ from lora_inject.analysis.drawings import (
     similarity_figure,
     spread,
 )
-from lora_inject.analysis.blocks import spectrum
-from lora_inject.analysis.subspaces import gaussian_similarity, similarity
+from lora_inject.analysis.subspaces import (
+    Comparison,
+    Pair,
+    across_layers,
+    gaussian_similarity,
+    similarity,
+)
 from lora_inject.analysis.weights import Weights
 
 WEIGHT_DIRECTIONS = 128

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from operator import attrgetter
 from statistics import median
 
-from lora_inject.analysis.blocks import Place, by_kind
-from lora_inject.analysis.subspaces import Comparison
+from lora_inject.analysis.blocks import SHARES, Place, by_kind
 from lora_inject.analysis.figures import Analysis
-from lora_inject.analysis.blocks import SHARES
+from lora_inject.analysis.subspaces import Comparison
 from lora_inject.spec.columns import Rows, number
 
 

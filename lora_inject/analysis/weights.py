@@ -33,7 +33,6 @@ from lora_inject.errors import CheckpointError, StateError
 from lora_inject.functional import Delta
 from lora_inject.storage.safetensors_file import FLOATS, RowReader
 
-
 RowsOfW = Callable[[], Iterator[tuple[int, Tensor]]]
 """Gives `(first row, rows)` over a whole weight matrix, anew at every call."""
 STEP_ROWS = 4096

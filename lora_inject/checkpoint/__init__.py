@@ -7,12 +7,15 @@ An output file is the base's file with some rows computed again, so most of a me
 
 from lora_inject.checkpoint.extract import ExtractReport, difference_of, extract_adapter
 from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.merge_files import merge_checkpoint, merge_planned
+from lora_inject.checkpoint.merge_files import (
+    check_output,
+    free_bytes,
+    merge_checkpoint,
+    merge_planned,
+)
+from lora_inject.checkpoint.merge_inputs import MergeOptions, WeightedAdapter, read_weighted
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
-from lora_inject.checkpoint.merge_inputs import MergeOptions
-from lora_inject.checkpoint.merge_files import check_output, free_bytes
 from lora_inject.checkpoint.verify import VerifyReport, verify_checkpoint
-from lora_inject.checkpoint.merge_inputs import WeightedAdapter, read_weighted
 
 __all__ = [
     "Checkpoint",

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_inject.checkpoint.index import Checkpoint
-from lora_inject.checkpoint.index import changed_config
+from lora_inject.checkpoint.index import Checkpoint, changed_config
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.older_names import Place, places

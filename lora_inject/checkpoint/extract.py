@@ -29,8 +29,7 @@ from lora_inject.errors import CheckpointError
 from lora_inject.formats import write_adapter
 from lora_inject.spec.sites import SiteSpec
 from lora_inject.storage.atomic import check_free
-from lora_inject.storage.safetensors_file import TensorEntry
-from lora_inject.storage.safetensors_file import FLOATS, RowReader
+from lora_inject.storage.safetensors_file import FLOATS, RowReader, TensorEntry
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from lora_inject.adapter.fingerprint import sample_positions
 from lora_inject.errors import CheckpointError
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.spec.names import leaf, parent
-from lora_inject.storage.safetensors_file import Header, TensorEntry, read_header
+from lora_inject.storage.safetensors_file import Header, RowReader, TensorEntry, read_header
 from lora_inject.storage.strict_json import read_json
-from lora_inject.storage.safetensors_file import RowReader
 
 MAX_INDEX_BYTES = 200_000_000
 MAX_CONFIG_BYTES = 20_000_000

@@ -24,11 +24,10 @@ from typing import Any
 from torch import distributed
 
 from lora_inject.checkpoint.index import Checkpoint
+from lora_inject.checkpoint.merge_inputs import Given, MergeOptions, digest
 from lora_inject.checkpoint.merge_plan import MergePlan, plan_merge
-from lora_inject.checkpoint.merge_inputs import MergeOptions
 from lora_inject.checkpoint.output_files import OutputShard
 from lora_inject.checkpoint.verify import verify_shards
-from lora_inject.checkpoint.merge_inputs import Given, digest
 from lora_inject.checkpoint.write import BytesDone, Progress, check_unchanged, write_shard
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import MergeReport, TensorReport

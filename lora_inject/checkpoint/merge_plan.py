@@ -28,18 +28,17 @@ from lora_inject.checkpoint.index import (
     find_side_files,
     resolve_inside,
 )
-from lora_inject.checkpoint.merge_inputs import MergeOptions
-from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
-from lora_inject.checkpoint.quantized import FORMAT_DTYPES, unpacked, why_not
 from lora_inject.checkpoint.merge_inputs import (
     Given,
+    MergeOptions,
     WeightedAdapter,
     check_adapters,
     weighted_adapter,
 )
+from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
+from lora_inject.checkpoint.quantized import FORMAT_DTYPES, unpacked, why_not
 from lora_inject.errors import CheckpointError
-from lora_inject.storage.safetensors_file import DTYPE_BITS
-from lora_inject.storage.safetensors_file import FLOATS
+from lora_inject.storage.safetensors_file import DTYPE_BITS, FLOATS
 
 
 @dataclass(frozen=True)

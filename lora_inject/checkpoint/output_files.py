@@ -19,8 +19,7 @@ from lora_inject.checkpoint.packed import Packed
 from lora_inject.checkpoint.place import Placed, matrix_of
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Tally, TensorReport
-from lora_inject.storage.safetensors_file import Header, TensorEntry, build_header
-from lora_inject.storage.safetensors_file import FLOATS
+from lora_inject.storage.safetensors_file import FLOATS, Header, TensorEntry, build_header
 
 
 @dataclass

@@ -19,8 +19,13 @@ from torch.nn.functional import pad
 from lora_inject.adapter.fingerprint import glimpse
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.functional.packed_experts import unpacked_mxfp4
-from lora_inject.storage.safetensors_file import TensorEntry
-from lora_inject.storage.safetensors_file import DTYPES, FLOATS, RowReader, rows_per_block
+from lora_inject.storage.safetensors_file import (
+    DTYPES,
+    FLOATS,
+    RowReader,
+    TensorEntry,
+    rows_per_block,
+)
 
 _MAX_FLOAT8 = 448.0  # of e4m3
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the places in a word of eight neighbors

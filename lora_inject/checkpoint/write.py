@@ -35,8 +35,13 @@ from lora_inject.checkpoint.packed import Packed
 from lora_inject.errors import CheckpointError
 from lora_inject.functional import Delta, Gain, Tally, TensorReport, Term, fold_rows, mix_copies
 from lora_inject.storage.disk import clone, copy_range, reserve, write_at
-from lora_inject.storage.safetensors_file import TensorEntry
-from lora_inject.storage.safetensors_file import FLOATS, Room, RowReader, rows_per_block
+from lora_inject.storage.safetensors_file import (
+    FLOATS,
+    Room,
+    RowReader,
+    TensorEntry,
+    rows_per_block,
+)
 from lora_inject.storage.tensors import bytes_of, in_memory
 
 SPAN_ELEMENTS = 1 << 24

@@ -22,12 +22,6 @@ from lora_inject.layers.snapshot import all_or_nothing
 from lora_inject.layers.state_dict import watch_loading
 from lora_inject.layers.survey import Holder, Survey, memory_of
 from lora_inject.model.carried import Root, check_names, reach, refuse_merged, roots_of
-from lora_inject.model.quantized_layers import (
-    dtype_of,
-    refuse_fixed_class,
-    replace_weight,
-    said_quantized,
-)
 from lora_inject.model.eject import eject as take_off
 from lora_inject.model.merge_targets import (
     Into,
@@ -38,6 +32,12 @@ from lora_inject.model.merge_targets import (
     not_finite,
     refuse_new_ties,
     tied_configs,
+)
+from lora_inject.model.quantized_layers import (
+    dtype_of,
+    refuse_fixed_class,
+    replace_weight,
+    said_quantized,
 )
 from lora_inject.model.select import weights_of
 from lora_inject.model.train import trainable_tensors

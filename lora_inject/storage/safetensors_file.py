@@ -61,7 +61,11 @@ DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_BITS: Mapping[str, int] = {
     **{name: 8 * dtype.itemsize for name, dtype in DTYPES.items()},
     **dict.fromkeys(("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("U64", "C64"), 64),
+    "F4": 4,
+    "U16": 16,
+    "U32": 32,
 }
 """Bits an element takes, by the format's dtype name."""
 

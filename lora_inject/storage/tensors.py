@@ -23,13 +23,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lora_inject.errors import CheckpointError, FormatError
 from lora_inject.storage.safetensors_file import (
+    DTYPES,
+    RowReader,
     TensorEntry,
     build_header,
     header_of,
     is_plain_name,
     read_header,
 )
-from lora_inject.storage.safetensors_file import DTYPES, RowReader
 
 _WRITTEN = "the file was written to after it was opened", "Read the adapter again"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -15,7 +15,6 @@ from torch import Tensor
 from lora_inject.adapter.state import AdapterState
 from lora_inject.analysis import tables
 from lora_inject.analysis.blocks import Place, by_kind
-from lora_inject.analysis.subspaces import Comparison, across_layers
 from lora_inject.analysis.drawings import (
     heat_map,
     lines_figure,
@@ -26,9 +25,9 @@ from lora_inject.analysis.drawings import (
     spectra_figure,
     svg,
 )
-from lora_inject.analysis.figures import Analysis
-from lora_inject.analysis.figures import findings
+from lora_inject.analysis.figures import Analysis, findings
 from lora_inject.analysis.gallery import LAYERS, comparable
+from lora_inject.analysis.subspaces import Comparison, across_layers
 from lora_inject.errors import StateError
 from lora_inject.spec.columns import number
 from lora_inject.spec.names import printable, templates

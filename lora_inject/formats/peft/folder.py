@@ -31,8 +31,8 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, within
 from lora_inject.formats.card import model_card
 from lora_inject.formats.checks import check_keys, check_no_clash, one_line
-from lora_inject.formats.native import Described, describe, is_native, parse
 from lora_inject.formats.model_facts import ModelFacts
+from lora_inject.formats.native import Described, describe, is_native, parse
 from lora_inject.formats.peft.adapter_config import Claims, build, read_claims
 from lora_inject.formats.peft.foreign import Foreign
 from lora_inject.formats.peft.tensor_layout import (
