@@ -109,9 +109,9 @@ _HOMES = {
 }
 """File to the public names that it has; the imports above say the same to type checkers."""
 
-_HOME = dict(sorted((name, home) for home, names in _HOMES.items() for name in names.split()))
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 if not TYPE_CHECKING:  # the imports above export to type checkers
-    __all__ = [*_HOME, "__version__"]
+    __all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605  (a list, made of the table)
 
 
 def __getattr__(name: str) -> Any:
