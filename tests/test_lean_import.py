@@ -16,7 +16,7 @@ from lora_inject.formats import write_adapter
 
 HEAVY = ("transformers", "peft", "accelerate", "gguf", "loralib", "huggingface_hub", "datasets")
 HEAVY += ("matplotlib",)
-OWN = ("model.inject", "layers", "spec.config", "checkpoint", "analysis", "cli.searching")
+OWN = ("model.inject", "layers", "spec.config", "checkpoint", "analysis")
 NAMES = (*HEAVY, "torch", "pydantic", *(f"lora_inject.{name}" for name in OWN))
 
 REPORT = """
