@@ -1,12 +1,16 @@
 """Merge the active adapters into the frozen weights, or into new ones, and restore the weights.
 
 A weight that shares memory with another module is untied first: the adapted module gets a separate
-tensor, and the others keep theirs.
+tensor, and the others keep theirs. Nothing is subtracted to restore it: the values of before are
+kept. A sum over the bits of what was written tells whether somebody has changed it since, which
+costs a pass over it at either end and no memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from numbers import Real
@@ -34,6 +38,7 @@ from lora_inject.model.merge_targets import (
     tied_configs,
 )
 from lora_inject.model.quantized_layers import (
+    Layer,
     dtype_of,
     refuse_fixed_class,
     replace_weight,
@@ -41,11 +46,12 @@ from lora_inject.model.quantized_layers import (
 )
 from lora_inject.model.select import weights_of
 from lora_inject.model.train import trainable_tensors
-from lora_inject.model.undo import Undo, held_back_interrupts, restore
 from lora_inject.spec.names import joined
 
 M = TypeVar("M", bound=nn.Module)
 Mix = tuple[tuple[str, float], ...]
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 17  # words: 1 MiB, which a CPU's cache holds
 
 
 @dataclass
@@ -54,7 +60,7 @@ class _Merged:
 
     was: State
     trainable: list[nn.Parameter]
-    undos: list[Undo] | None
+    undos: list[_Undo] | None
     # What models and configs said of quantization and ties: each with attributes of its.
     said: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
@@ -134,10 +140,10 @@ def merge(
             refuse_fixed_class(target.holder.module, target.weight, asked)
     check_results(targets, min_kept, undo)
 
-    undos: list[Undo] = []
+    undos: list[_Undo] = []
     trainable = [p for *_, p in trainable_tensors(survey) if p.requires_grad]
     kept = _Merged(selection.state, trainable, undos if undo else None)
-    waiting = nullcontext() if undo else held_back_interrupts()
+    waiting = nullcontext() if undo else _held_back_interrupts()
     whole = all_or_nothing((module for _, module in survey.modules), (selection, root))
     with waiting, whole, _taken_back(kept, undos, len(targets)):
         root.undo = kept
@@ -157,13 +163,13 @@ def merge(
 
 
 @contextmanager
-def _taken_back(kept: _Merged, undos: list[Undo], n: int) -> Iterator[None]:
+def _taken_back(kept: _Merged, undos: list[_Undo], n: int) -> Iterator[None]:
     """If the body raises, restore configs and weights, as far as these were kept."""
     try:
         yield
     except BaseException as error:
         kept.say_again()
-        restore(undos)
+        _restore(undos)
         if any(undo.lost for undo in undos):
             raise StateError(
                 "merge(undo=False)",
@@ -205,7 +211,7 @@ def _mix_and_targets(
     return mix, merge_targets(survey, mix, into)
 
 
-def _write(targets: list[Target], undo: bool, undos: list[Undo]) -> None:
+def _write(targets: list[Target], undo: bool, undos: list[_Undo]) -> None:
     """Write every merged weight, and note in `undos`, before each, what would take it back."""
     untied: set[Holder] = set()
     # First: a layer that becomes a plain one may get its bias in another dtype.
@@ -217,22 +223,22 @@ def _write(targets: list[Target], undo: bool, undos: list[Undo]) -> None:
             written = target.written
             layer = replace_weight(holder.module, holder.param, weight)
             target.holder = holder = written
-            undos.append(Undo(holder, weight, before, layer=layer))
+            undos.append(_Undo(holder, weight, before, layer=layer))
         elif left := [other for other in target.sharers if other not in untied]:
             own = nn.Parameter(before.detach().clone(), requires_grad=False)
-            undos.append(Undo(holder, own, before, partner=left[-1]))
+            undos.append(_Undo(holder, own, before, partner=left[-1]))
             holder.module._parameters[holder.param] = own
             untied.add(holder)
             _write_rows(target, undos[-1])
         else:  # nobody shares it, or nobody any more
             matrix = before.detach().view(target.matrix_shape)
-            undos.append(Undo(holder, before, before, matrix.clone() if undo else None))
+            undos.append(_Undo(holder, before, before, matrix.clone() if undo else None))
             _write_rows(target, undos[-1])
         if undo and target.into != "same":  # bitsandbytes rearranges its codes as it runs
             undos[-1].note_written()
 
 
-def _write_rows(target: Target, undo: Undo) -> None:
+def _write_rows(target: Target, undo: _Undo) -> None:
     """Write all merged rows; count what is left after rounding unless it was counted."""
     tally = Tally() if target.narrow and target.tally is None else None
     for start, rows in target.blocks():
@@ -347,8 +353,8 @@ def unmerge(model: M, *, discard: bool = False) -> M:
         )
     for undo in kept.undos:
         undo.check(survey, discard)
-    with held_back_interrupts():
-        restore(kept.undos)
+    with _held_back_interrupts():
+        _restore(kept.undos)
         with all_or_nothing((module for _, module in survey.modules), (selection, root)):
             selection.replace(kept.was)
             kept.say_again()
@@ -356,3 +362,117 @@ def unmerge(model: M, *, discard: bool = False) -> M:
                 parameter.requires_grad_(True)
             root.undo = None
     return model
+
+
+# What is put back -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Undo:
+    """What `unmerge` puts back for one tensor."""
+
+    holder: Holder  # where it stands
+    merged: nn.Parameter  # what was written there
+    before: nn.Parameter  # what stood there
+    # The values before as a matrix; None where `before` still has them or nothing is kept.
+    original: Tensor | None = None
+    partner: Holder | None = None  # of an untied tensor: who else held its memory, and still does
+    layer: Layer | None = None  # of a quantized weight that was replaced: the state of its layer
+    written: tuple[torch.dtype, Tensor] | None = None  # dtype and `_checksum` of what was written
+
+    @property
+    def lost(self) -> bool:
+        """Whether values are written over that nobody keeps."""
+        return self.original is None and self.partner is None and self.layer is None
+
+    def note_written(self) -> None:
+        """Note what stands there now, unless running the layer changes it."""
+        # An embedding with max_norm scales the rows that it looks up, in place.
+        if getattr(self.holder.module, "max_norm", None) is None:
+            self.written = self.merged.dtype, _checksum(self.merged)
+
+    def check(self, survey: Survey, discard: bool) -> None:
+        """Check that the weight is still the one that was merged, in a layer of the model."""
+        asked, module = f"unmerge of {self.holder.name!r}", self.holder.module
+        if id(module) not in survey.paths:
+            found = "its layer is not in the model any more"
+            raise StateError(asked, found, "Put the layer back first")
+        now: Any = module._parameters.get(self.holder.param)
+        same = now is self.merged or now is self.before
+        if same and self.layer is not None and now.device != self.before.device:
+            remedy = f"Move the model back to {self.before.device} first"
+            raise StateError(asked, f"it was moved to {now.device} since the merge", remedy)
+        if not same or (self.original is not None and now.numel() != self.original.numel()):
+            raise StateError(
+                asked,
+                "the weight was replaced since the merge, and what was kept is not its base",
+                "Put the merged Parameter back, or eject the adapters and load the base again",
+            )
+        if not discard and self._edited(now):
+            raise StateError(
+                asked,
+                "its values were changed since the merge, which unmerge would drop",
+                "Call unmerge(model, discard=True) to drop the change, or eject(model) to keep it "
+                "with what was merged",
+            )
+
+    def _edited(self, now: nn.Parameter) -> bool:
+        """Whether a weight has other values than were written; not known once it was cast."""
+        if now is not self.merged or self.written is None or now.dtype != self.written[0]:
+            return False
+        if int(_checksum(now)) == int(self.written[1]):
+            return False
+        if self.original is None:
+            return True
+        # An interrupted call may have restored it already.
+        return not torch.equal(now.detach().view(self.original.shape), self.original.to(now.device))
+
+    def restore(self) -> None:
+        """Put the values, or the tie, back."""
+        with torch.no_grad():
+            if self.layer is not None:
+                self.layer.put_back()
+            elif self.partner is not None:
+                there = self.partner.tensor
+                if there.untyped_storage().data_ptr() != self.before.untyped_storage().data_ptr():
+                    self.before.data = there.data  # the model was cast or moved meanwhile
+                self.holder.module._parameters[self.holder.param] = self.before
+            elif self.original is not None:
+                self.merged.detach().view(self.original.shape).copy_(self.original)
+
+
+def _restore(undos: Iterable[_Undo]) -> None:
+    """Put everything back, the last first: a tie is restored to a tensor that already was."""
+    for undo in reversed(list(undos)):
+        undo.restore()
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """Return a sum over the bits of a tensor, on its device, in which each word has its own factor.
+
+    It is exact, so equal on every device. No word can change alone without it.
+    """
+    flat = values.detach().reshape(-1)
+    whole = flat.numel() * flat.element_size() % 8 == 0
+    words = flat.view(torch.int64 if whole else _WORDS[flat.element_size()])
+    factors = torch.arange(1, 2 * _CHUNK, 2, device=flat.device)  # odd: none loses a bit
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for chunk in words.split(_CHUNK):  # type: ignore[no-untyped-call]
+        total = total * 31 + (chunk * factors[: len(chunk)]).sum()
+    return total
+
+
+@contextmanager
+def _held_back_interrupts() -> Iterator[None]:
+    """Let Ctrl-C wait until the last weight is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
