@@ -16,7 +16,7 @@ import lora_inject as li
 
 PACKAGE = Path(li.__file__).parent
 # The files whose lines change a model. What only looks at it fails as the line that calls it.
-LOOKING = {"candidates", "survey", "kinds", "linear_kinds", "embedding_kind", "initial", "sharding"}
+LOOKING = {"candidates", "survey", "kinds", "linear_kinds", "initial", "sharding"}
 LOOKING |= {"fit_state", "checkpointing", "contexts", "routed_forward"}
 CHANGING = {
     str(path)
