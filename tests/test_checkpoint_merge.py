@@ -112,7 +112,7 @@ def test_blocks_and_threads_do_not_change_a_bit(tmp_path, monkeypatch, workers):
     assert_equal_to_dense(blocks, dense(tensors, (state, 1.0)), {n + ".weight" for n in sites})
 
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -136,9 +136,8 @@ def test_dtype_is_rewritten_everywhere(tmp_path, shards, dtype):
             near = torch.allclose(found[name].double(), t.double(), rtol=rtol, atol=2e-6)
             assert near or int(ulps(found[name], t).max()) <= 1
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    full = {"fp16": "float16", "bf16": "bfloat16"}.get(dtype, dtype)
-    assert written["torch_dtype"] == full
-    assert written["text_config"]["dtype"] == full
+    assert written["torch_dtype"] == dtype
+    assert written["text_config"]["dtype"] == dtype
     if shards > 1:
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         size = sum(t.numel() * t.element_size() for t in found.values())
@@ -165,7 +164,7 @@ def test_what_would_become_infinite_is_refused_and_nothing_appears(tmp_path, cas
     tensors, found = INFINITE[case]
     base = save_checkpoint(tmp_path / "base", tensors)
     with pytest.raises(CheckpointError, match=found):
-        merge(base, [adapter(site("q", (4, 4), size=100.0))], tmp_path / "out", dtype="fp16")
+        merge(base, [adapter(site("q", (4, 4), size=100.0))], tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 
 
@@ -180,7 +179,7 @@ def test_values_whose_squares_overflow_are_merged_all_the_same(tmp_path):
 
 def test_infinite_mask_is_cast_as_it_is(tmp_path):
     tensors = {"q.weight": torch.zeros(4, 4), "mask": torch.tensor([0.0, float("-inf")])}
-    found = merged(tmp_path, tensors, adapter(site("q", (4, 4))), dtype="fp16")
+    found = merged(tmp_path, tensors, adapter(site("q", (4, 4))), dtype="float16")
     assert found["mask"].tolist() == [0.0, float("-inf")]
 
 
