@@ -19,7 +19,7 @@ from lora_inject.adapter.state import AdapterState
 from lora_inject.adapter.svd import decompose
 from lora_inject.errors import StateError
 from lora_inject.spec.sites import SiteSpec, Slices
-from lora_inject.storage import tensor_rows
+from lora_inject.storage import safetensors_file
 from lora_inject.storage.disk import read_at
 
 KINDS = list(KIND_SPECS)
@@ -417,7 +417,7 @@ def test_adapters_in_files_are_compared_in_one_reading(act, most, tmp_path, monk
         sizes.append(len(buffer))
         read_at(fd, buffer, offset)
 
-    monkeypatch.setattr(tensor_rows, "read_at", counted)
+    monkeypatch.setattr(safetensors_file, "read_at", counted)
     values = []
     for seed in (0, 1):
         state = one_site(KIND_SPECS["linear"], seed=seed)
