@@ -1,6 +1,6 @@
 """What an adapter costs a device: launches, bytes and syncs of one layer, counted exactly."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,9 +8,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import KINDS, fill, host, script
 from helpers.calls import python_calls
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import lora_inject as li
 from lora_inject.functional import Factors, cpu, linear
@@ -201,6 +204,50 @@ def test_a_compiled_forward_sends_no_numbers_to_a_device() -> None:
     torch.testing.assert_close(found, model(ids))
     (graph,) = graphs
     assert not [node for node in graph.graph.nodes if node.target is torch.tensor]
+
+
+class _Formula(nn.Module):
+    """The textbook formula around a layer, for a compiler to fuse."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.plain = plain.requires_grad_(False)
+        self.A, self.B = nn.Parameter(torch.randn(8, 48)), nn.Parameter(torch.zeros(64, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
+        return self.plain(x) + 2 * F.linear(F.linear(x, A), B)
+
+
+def _compiled_operations(model: nn.Module, x: Tensor) -> Counter[str]:
+    """Count what a compiler gets to fuse, in forward and backward."""
+    found: Counter[str] = Counter()
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and not node.target.is_view:
+                found[node.target._schema.name.removeprefix("aten::")] += 1
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
+    del found["_unsafe_view"]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_step_has_no_more_operations_than_the_textbooks_formula(
+    dtype: torch.dtype,
+) -> None:
+    x = torch.randn(2, 4, 48, dtype=dtype, requires_grad=True)
+    ours = nn.Sequential(nn.Linear(48, 64)).to(dtype)
+    li.inject(ours, {"rank": 8, "alpha": 16, "targets": ["0"]})
+    wanted = _compiled_operations(_Formula(nn.Linear(48, 64).to(dtype)), x)
+    found = _compiled_operations(ours, x)
+    products = [c["mm"] + c["addmm"] for c in (found, wanted)]
+    assert products == [8, 8]
+    assert found.total() <= wanted.total(), (found, wanted)
 
 
 def test_rows_go_to_a_gpu_from_pinned_memory_and_the_host_does_not_wait(monkeypatch) -> None:

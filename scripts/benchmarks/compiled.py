@@ -82,6 +82,11 @@ def compiled(options: Options) -> Result:
         if options.quick:
             break
     _recompilations(result)
+    result.notes.append(
+        "Inductor makes as many kernels of a layer's step as of the formula: 3 forward and 8 "
+        "backward in float32, where the formula has 4 and 7, and 5 and 7 in bfloat16, where it has "
+        "6 and 7. The scale multiplies two thin gradients, in the formula one of the output's size."
+    )
     return result
 
 
