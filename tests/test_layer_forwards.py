@@ -317,3 +317,35 @@ def test_a_nested_tensor_beside_an_adapter_with_a_gain_is_refused() -> None:
     nested = torch.nested.nested_tensor([X[:1], X[1:]], layout=torch.jagged)
     with pytest.raises(li.LayerError, match="an adapter with a gain: a Linear got a nested tensor"):
         model(nested)
+
+
+class Graph(nn.Module):
+    """Multiplies a sparse matrix with a layer that it calls, and one whose weight it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.read = nn.Linear(N, N), nn.Linear(N, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.read.weight
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [Tensor.to_sparse, Tensor.to_sparse_csr], ids=["coo", "csr"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_sparse_input_gives_what_a_dense_one_gives(layout: Any, variant: str) -> None:
+    plain = Graph().double()
+    config = {**CONFIG, "variant": variant, "targets": ["layer", "read"]}
+    model = fill(li.inject(copy.deepcopy(plain), config))
+    x = X.relu()
+    g = torch.randn(4, N, dtype=torch.float64)
+    (model(x) * g).sum().backward()
+    wanted = {k: p.grad.clone() for k, p in li.adapter_parameters(model).items()}
+    model.zero_grad()
+    found = model(layout(x))
+    assert error(found.to_dense(), model(x)) < 1e-12
+    assert error(model.eval()(layout(x)).to_dense(), model(x)) < 1e-12
+    (found.to_dense() * g).sum().backward()
+    assert all(error(p.grad, wanted[k]) < 1e-12 for k, p in li.adapter_parameters(model).items())
+    with li.disabled(model):
+        assert error(model(layout(x)).to_dense(), plain(x)) < 1e-12

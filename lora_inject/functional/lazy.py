@@ -347,7 +347,12 @@ def _is_thin(product: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     if len(args) > len(known) or not set(kwargs) <= set(known):
         return False
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-    return all(t._read.is_thin if isinstance(t, LazyWeight) else type(t) in PLAIN for t in tensors)
+    return all(
+        t._read.is_thin
+        if isinstance(t, LazyWeight)
+        else type(t) in PLAIN and t.layout is torch.strided
+        for t in tensors
+    )
 
 
 def _fit(x: Any, weight: Any) -> bool:

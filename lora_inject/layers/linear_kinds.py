@@ -96,6 +96,9 @@ class LoRALinear(ForwardUpdate):
         state = attached.selection.current()
         if state.routed:
             return self._lora_by_rows(x, state, args, kwargs)
+        if x.layout is not torch.strided and self._lora_stock and not x.is_nested:  # sparse
+            bias = self._lora_own("bias")
+            return frozen_output(x, self._lora_formed(), bias, self.transposed, None)
         if attached.gains and (alone := attached.gained(state)) is not None:
             return self._lora_gained(alone, x, state, args, kwargs)
         compiling = torch.compiler.is_compiling()
