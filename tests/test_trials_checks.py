@@ -1,5 +1,6 @@
 """Trials: what would make a trial other than the same run alone is found, or refused in words."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -376,3 +377,43 @@ def test_a_layer_of_a_base_in_eval_mode_stays_in_eval_mode() -> None:
         alone = Noisy().eval()
         by_hand(alone, name, trial, [{"x": x[0]} for x in X], square)
         check_equal(running.model, alone, name)
+
+
+# ------------------------------------------------------------------- checkpoints and dropping
+
+WAYS = {
+    "a": Trial({"rank": 2, "dropout": 0.2, "targets": ["all-linear"]}, lr=1e-2, clip=0.5),
+    "b": Trial({"rank": 3, "dropout": 0.1, "targets": ["[qv]_proj"]}, lr=1e-2, seed=1),
+}
+
+
+def test_each_trial_equals_a_plain_loop_under_reentrant_checkpoints() -> None:
+    def make() -> Any:
+        model = of_llama().double().train()
+        model.activation_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        return model
+
+    running = Trials(make(), WAYS)
+    data = [batches("a", step, {})["a"] for step in range(3)]
+    for batch in data:
+        running.step(batch)
+    for name, trial in WAYS.items():
+        alone = make()
+        by_hand(alone, name, trial, data, li.causal_loss)
+        check_equal(running.model, alone, name)
+
+
+def test_a_run_goes_on_bit_for_bit_after_a_trial_was_dropped(tmp_path: Path) -> None:
+    rules = {"rank": 2, "dropout": 0.1, "targets": ["all-linear"]}
+    trials = {n: Trial(rules, lr=1e-2, seed=i, clip=0.5) for i, n in enumerate("abcd")}
+    running = Trials(of_llama().train(), trials)
+    running.step(batches("a", 0, {})["a"])
+    running.drop("b")
+    running.step(batches("a", 1, {})["a"])
+    again = Trials.resume(of_llama().train(), running.save(tmp_path / "run.pt"))
+    for step in (2, 3):
+        batch = batches("a", step, {})["a"]
+        assert again.step(batch) == running.step(batch)
+    for name in again.trials:
+        check_equal(again.model, running.model, name, 0.0)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
 from lora_inject.functional.factors import Spans, cast, compute_dtype, without_autocast
 from lora_inject.functional.linear import add_product, as_matrix, frozen_output, lowered
@@ -50,7 +49,8 @@ class Range(NamedTuple):
     def of(self, t: Tensor) -> Tensor:
         """Return the tokens of each adapter as a view `(n, tokens each, width)` of a matrix."""
         start, stop = self.tokens
-        return t[start:stop].view(len(self.A), -1, t.shape[1])
+        mine = t if stop - start == t.shape[0] else t[start:stop]
+        return mine.view(self.A.shape[0], -1, t.shape[1])
 
     def parts(self, wide: Tensor, thin: Tensor, B: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield matching views of outputs, of `A x^T` and of B, or of their gradients."""
@@ -113,7 +113,7 @@ class _Ranged(torch.autograd.Function):
         kept: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        anchor: Tensor,
+        _anchor: Tensor,
         how: tuple[Sequence[Range], Callable[[], Any], bool, bool, torch.dtype | None],
     ) -> Tensor:
         ranges, ctx.reached, transposed, ctx.float32, dtype = how
@@ -127,7 +127,6 @@ class _Ranged(torch.autograd.Function):
                 add_product(y_part, h_part.mT, B_part.mT, one.scale)
             thin.append(h)
         ctx.ranges, ctx.transposed, ctx.apart = ranges, transposed, kept is not x
-        ctx.anchor = get_gradient_edge(anchor).node
         ctx.save_for_backward(kept, weight, *thin)
         return torch.ops.aten._unsafe_view.default(out, out.shape)  # type: ignore[no-any-return]
 
@@ -145,7 +144,7 @@ class _Ranged(torch.autograd.Function):
             into = torch.zeros_like(x2) if ctx.apart else gx
         g2, x2 = cast(g2, low), cast(x2, low)
         # A derivative with respect to other tensors must leave these gradients as they are.
-        trains = torch._C._will_engine_execute_node(ctx.anchor)
+        trains = torch._C._will_engine_execute_node(ctx.next_functions[-1][0])  # of the anchor
         if trains:
             ctx.reached()
         for one, h in zip(ctx.ranges, thin, strict=True):
@@ -153,9 +152,10 @@ class _Ranged(torch.autograd.Function):
             for g_part, gh_part, B_part in one.parts(g3, gh, one.B):
                 torch.bmm(B_part.mT, g_part.mT, out=gh_part)
             if trains and one.grads is not None:
-                add_product(one.grads[0], gh, x3, one.scale)
+                # Not by baddbmm_: on a CPU it multiplies matrices apart that do not touch.
+                one.grads[0].add_(torch.bmm(gh, x3), alpha=one.scale)
                 for g_part, h_part, gB_part in one.parts(g3, h, one.grads[1]):
-                    add_product(gB_part, g_part.mT, h_part.mT, one.scale)
+                    gB_part.add_(torch.bmm(g_part.mT, h_part.mT), alpha=one.scale)
             if into is not None:
                 add_product(one.of(into), gh.mT, one.A, one.scale)
         gx = None if gx is None else gx.view(kept.shape)

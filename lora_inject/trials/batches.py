@@ -191,7 +191,7 @@ def parted(outputs: Any, of: Joined) -> dict[str, Any]:
         )
     sizes, columns = list(of.sizes.values()), []
     total, dim = sum(sizes), int(of.packed)
-    lengths = of.lengths or {}
+    lengths, unit = of.lengths or {}, "tokens" if dim else "rows"
     padded = iter(() if of.padding is None else of.padding.outputs)
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
@@ -200,8 +200,8 @@ def parted(outputs: Any, of: Joined) -> dict[str, Any]:
         if leaf.dim() <= dim or leaf.shape[dim] != total:
             raise StateError(
                 "step",
-                f"the forward returned {_shown(leaf)} for {total} {'tokens' if dim else 'rows'}: a "
-                "mean over the batch would mix the trials",
+                f"the forward returned {_shown(leaf)} for {total} {unit}, which "
+                "cannot be split by trial: a mean over the batch would mix the trials",
                 "Give a forward that returns one row of outputs for each row, without a loss",
             )
         parts = list(torch.split(leaf, sizes, dim))
