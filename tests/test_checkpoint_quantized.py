@@ -403,10 +403,8 @@ def test_gptq_and_awq_merge_into_plain_floats(form, shards, tmp_path, monkeypatc
         due = {n: t.to(dtype) for n, t in dense(due, (state, 1.0)).items()}
         due["q.bias"] = wanted["q.bias"]
         assert_equal_to_dense(load_checkpoint(out), due, {"q.weight"})
-        assert {p.name for p in out.glob("*.json")} <= {
-            "config.json",
-            "model.safetensors.index.json",
-        }
+        side = {"config.json", "model.safetensors.index.json"}
+        assert {path.name for path in out.glob("*.json")} <= side
         assert "quantization_config" not in json.loads((out / "config.json").read_text())
         assert verify_checkpoint(base, [state], out, options=options).problems == ()
         shutil.rmtree(out)

@@ -248,15 +248,10 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = base_model().config.to_dict()
     file = tmp_path / "a/hyperparameters.yaml"
     said = yaml.safe_load(file.read_text())
-    for change, words in [
-        ({"lora_query": False}, "A has 4 rows and B 24, which are not those of"),
-        ({"lora_r": 3}, "its rank is 2, hyperparameters.yaml says 3"),
-        ({"lora_alpha": "x"}, "lora_alpha is 'x'"),
-    ]:
-        file.write_text(yaml.safe_dump({**said, **change}))
-        with pytest.raises(FormatError, match=words):
-            read_adapter(tmp_path / "a", config=config, allow_pickle=True)
     for text, words in [
+        (yaml.safe_dump(said | {"lora_query": False}), "A has 4 rows and B 24, which are not"),
+        (yaml.safe_dump(said | {"lora_r": 3}), "its rank is 2, hyperparameters.yaml says 3"),
+        (yaml.safe_dump(said | {"lora_alpha": "x"}), "lora_alpha is 'x'"),
         ("a: [", "not valid YAML"),
         (yaml.safe_dump(said) + "'lora_alpha': 400\n", "'lora_alpha' is given twice"),
     ]:

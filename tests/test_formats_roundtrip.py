@@ -79,10 +79,8 @@ def test_experts_are_written_as_their_module_holds_them(transposed, holds, tmp_p
 
 
 def test_everything_else_comes_back(tmp_path: Path) -> None:
-    sites = {
-        s.name: make_site(s, dtype=torch.bfloat16)
-        for s in (KIND_SPECS["linear"], KIND_SPECS["slices"])
-    }
+    specs = [KIND_SPECS["linear"], KIND_SPECS["slices"]]
+    sites = {spec.name: make_site(spec, dtype=torch.bfloat16) for spec in specs}
     trained = {
         "h.0.fc.bias": torch.randn(7),
         "ln.weight": torch.randn(3).half(),
@@ -105,12 +103,9 @@ def test_everything_else_comes_back(tmp_path: Path) -> None:
 
 def test_numbers_come_back_exactly(tmp_path: Path) -> None:
     numbers = {"rank": 3, "alpha": 0.1 + 0.2, "scaling": "rslora", "dropout": 0.1}
-    spec = dataclasses.replace(
-        KIND_SPECS["linear"], **numbers, init=("normal", 1e-3), compute="float32"
-    )
-    assert_same_state(
-        read_adapter(write_adapter(make_state(spec), tmp_path / "a")), make_state(spec)
-    )
+    options = {**numbers, "init": ("normal", 1e-3), "compute": "float32"}
+    state = make_state(dataclasses.replace(KIND_SPECS["linear"], **options))
+    assert_same_state(read_adapter(write_adapter(state, tmp_path / "a")), state)
 
 
 # Random adapters --------------------------------------------------------------------------------
@@ -142,20 +137,13 @@ def specs(draw: st.DrawFn, name: str) -> SiteSpec:
     shape: tuple[int, ...] = (n_out, n_in) if kind == "linear" else (n_in, n_out)
     if kind == "conv":
         shape, n_in = (n_out, n_in, 2, 1), n_in * 2
-    return SiteSpec(
-        name,
-        kind,
-        n_in,
-        n_out,
-        shape,
-        rank,
-        draw(alphas),
-        transposed=kind in {"conv1d", "embedding"},
-        scaling=draw(st.sampled_from(["standard", "rslora"])),
-        dropout=draw(st.sampled_from([0.0, 0.1])),
-        slices=slices,
-        weight=f"{name}.weight",
-    )
+    options = {
+        "scaling": draw(st.sampled_from(["standard", "rslora"])),
+        "dropout": draw(st.sampled_from([0.0, 0.1])),
+        "transposed": kind in {"conv1d", "embedding"},
+        "weight": f"{name}.weight",
+    }
+    return SiteSpec(name, kind, n_in, n_out, shape, rank, draw(alphas), slices=slices, **options)
 
 
 @st.composite
@@ -167,11 +155,8 @@ def states(draw: st.DrawFn) -> AdapterState:
     }
     extra = [n for n in draw(st.lists(names, max_size=3, unique=True)) if n not in chosen]
     trained = {name: torch.full((2,), float(n)) for n, name in enumerate(extra)}
-    trained |= (
-        {f"{n}.bias": torch.ones(1) for n in draw(st.sets(st.sampled_from(chosen)))}
-        if chosen
-        else {}
-    )
+    biased = draw(st.sets(st.sampled_from(chosen))) if chosen else ()
+    trained |= {f"{name}.bias": torch.ones(1) for name in biased}
     return AdapterState(sites, trained, draw(st.none() | st.just({"rank": 2})))
 
 
@@ -260,10 +245,9 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_permissions_follow_the_umask(umask, file, directory, tmp_path) -> None:
     before = os.umask(umask)
     try:
-        path = write_adapter(make_state(KIND_SPECS["linear"]), tmp_path / "a")
-        single = write_adapter(
-            make_state(KIND_SPECS["linear"]), tmp_path / "b.safetensors", format="native"
-        )
+        state = make_state(KIND_SPECS["linear"])
+        path = write_adapter(state, tmp_path / "a")
+        single = write_adapter(state, tmp_path / "b.safetensors", format="native")
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == directory
@@ -273,12 +257,10 @@ def test_permissions_follow_the_umask(umask, file, directory, tmp_path) -> None:
 def test_the_card_says_what_the_adapter_is(tmp_path: Path) -> None:
     import yaml
 
-    state = make_state(
-        KIND_SPECS["linear"], KIND_SPECS["embedding"], trained={"ln.weight": torch.ones(3)}
-    )
-    text = (
-        write_adapter(state, tmp_path / "a", base_model="org/base: 1") / "README.md"
-    ).read_text()
+    specs = [KIND_SPECS["linear"], KIND_SPECS["embedding"]]
+    state = make_state(*specs, trained={"ln.weight": torch.ones(3)})
+    path = write_adapter(state, tmp_path / "a", base_model="org/base: 1")
+    text = (path / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert front == {
         "base_model": "org/base: 1",

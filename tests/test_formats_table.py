@@ -78,6 +78,8 @@ class Case:
     damaged: str = ""  # the file of tensors, inside a folder
 
 
+PICKLED: dict[str, Any] = {"write": {"config": LLAMA}, "odd": (), "whole": True}
+PICKLED["read"] = {"config": LLAMA, "allow_pickle": True}
 CASES = {
     "peft": Case(damaged="adapter_model.safetensors"),
     "portable": Case(damaged="adapter_model.safetensors"),
@@ -89,20 +91,8 @@ CASES = {
         write={"config": LLAMA}, odd=("embedding", "fused"), damaged="adapters.safetensors"
     ),
     "gguf": Case("a.gguf", {"config": LLAMA}, {"config": LLAMA}, odd=("embedding",)),
-    "torchtune": Case(
-        write={"config": LLAMA},
-        read={"config": LLAMA, "allow_pickle": True},
-        odd=(),
-        whole=True,
-        damaged="adapter_model.pt",
-    ),
-    "litgpt": Case(
-        write={"config": LLAMA},
-        read={"config": LLAMA, "allow_pickle": True},
-        odd=(),
-        whole=True,
-        damaged="lit_model.pth.lora",
-    ),
+    "torchtune": Case(**PICKLED, damaged="adapter_model.pt"),
+    "litgpt": Case(**PICKLED, damaged="lit_model.pth.lora"),
     "loralib": Case("a.safetensors", read={"alpha": 3.0}, odd=(), derived=False, uniform=True),
 }
 

@@ -72,6 +72,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     spans: list[tuple[Span, ...] | None] = [
         None, ((0, 2), (3, 6)), ((1, 2),), ((0, 6),), ((1, 3), (4, 6)),
     ]  # fmt: skip
+    updates = st.tuples(st.integers(1, 3), st.sampled_from(spans), st.floats(-2, 2))
     return {
         "lead": draw(st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0), (2, 1, 2)])),
         "n_in": draw(st.integers(1, 6)),
@@ -80,13 +81,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "on a cpu": draw(st.booleans()),
         "layout": draw(st.sampled_from(["contiguous", "strided", "expanded"])),
         "train": draw(st.sets(st.sampled_from(["x", "weight", "bias", "A", "B"]))),
-        "updates": draw(
-            st.lists(
-                st.tuples(st.integers(1, 3), st.sampled_from(spans), st.floats(-2, 2)),
-                min_size=1,
-                max_size=3,
-            )
-        ),
+        "updates": draw(st.lists(updates, min_size=1, max_size=3)),
     }
 
 
@@ -98,16 +93,8 @@ def _input(lead: tuple[int, ...], n_in: int, layout: str, dtype: torch.dtype) ->
     return torch.randn(*lead, n_in).to(dtype)
 
 
-ONE_TOKEN: dict[str, Any] = {
-    "lead": (),
-    "n_in": 1,
-    "transposed": False,
-    "bias": False,
-    "on a cpu": True,
-    "layout": "contiguous",
-    "train": set(),
-    "updates": [(1, None, 1.0)],
-}
+ONE_TOKEN: dict[str, Any] = {"lead": (), "n_in": 1, "layout": "contiguous", "train": set()}
+ONE_TOKEN |= {"transposed": False, "bias": False, "on a cpu": True, "updates": [(1, None, 1.0)]}
 
 
 @settings(max_examples=150, deadline=None)

@@ -227,10 +227,7 @@ END = "\nbudget: {steps: 8}"
         (f"{SHORT}lr: []{END}", r"s.yaml:2:5 \(lr\): it is empty. Give one entry"),
         (f"{SHORT}lr: [1e-3, 1e-3]{END}", "has a repeated entry"),
         (f"{SHORT}lr: [1e-3, -1]{END}", r"2:12 \(lr\[1\]\): -1 is not accepted.*greater than 0"),
-        (
-            f"{SHORT}lr: {{from: 1e-2, to: 1e-4}}\ntrials: 4{END}",
-            "from 0.01 is not below to 0.0001",
-        ),
+        (f"{SHORT}lr: {{from: 1e-2, to: 1e-4}}\ntrials: 4{END}", "0.01 is not below to 0.0001"),
         (f"{SHORT}lr: {{from: 1e-4, to: 1e-2}}{END}", "lr is a range, and trials is missing. Say"),
         (f"{SHORT}lr: [1, 2]\nbudget: {{}}", "steps and minutes are missing. Give one of them"),
         (f"{SHORT}lr: [1, 2]\nbudget: {{steps: 1, minutes: 1}}", "are both given. Give one"),
