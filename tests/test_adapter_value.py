@@ -51,9 +51,8 @@ def test_equality_looks_at_every_tensor_its_dtype_and_every_number():
 
 def test_its_repr_counts_and_prints_no_values():
     assert repr(_state()) == "AdapterState(1 site, rank 2, 1 trained tensor, 32 parameters)"
-    assert (
-        repr(AdapterState({})) == "AdapterState(0 sites, rank 0, 0 trained tensors, 0 parameters)"
-    )
+    shown = "AdapterState(0 sites, rank 0, 0 trained tensors, 0 parameters)"
+    assert repr(AdapterState({})) == shown
 
 
 def test_the_signed_pairs_of_a_frozen_start_add_up_to_nothing_at_the_start():

@@ -327,9 +327,7 @@ def test_what_nothing_here_knows_is_refused_with_the_way_out(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"'q.qweight'.*packed.*16-bit checkpoint"):
         merge_checkpoint(base, [adapter(site("v", (8, 8)))], tmp_path / "out", options=BF16)
     plain = save_checkpoint(tmp_path / "plain", {"v.weight": torch.zeros(8, 8)})
-    with pytest.raises(
-        CheckpointError, match=r"none of its tensors is quantized.*dtype='bfloat16'"
-    ):
+    with pytest.raises(CheckpointError, match=r"none of its tensors is .*dtype='bfloat16'"):
         merge_checkpoint(plain, [adapter(site("v", (8, 8)))], tmp_path / "out", options=BF16)
     with pytest.raises(CheckpointError, match="write dequantize 'int8'"):
         MergeOptions(dequantize="int8")

@@ -84,9 +84,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(write, tmp_path, monkeypatch) -
 
     monkeypatch.setattr(files, "write_new", full)
     monkeypatch.setattr(disk, "write_new", full)
-    with pytest.raises(
-        FormatError, match=r"write '.*a': No space left on device\. Free some space"
-    ):
+    with pytest.raises(FormatError, match=r"write '.*a': No space left .*\. Free some space"):
         write(tmp_path / "a")
     assert [*tmp_path.iterdir()] == []
 
@@ -98,9 +96,7 @@ def test_an_exchange_that_fails_leaves_the_old_adapter(tmp_path, monkeypatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "_exchange", fail)
-    with pytest.raises(
-        FormatError, match=r"write '.*a': No space left on device\. Free some space"
-    ):
+    with pytest.raises(FormatError, match=r"write '.*a': No space left .*\. Free some space"):
         write_directory(tmp_path / "a", NEW, overwrite=True)
     assert content(tmp_path / "a") == OLD
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

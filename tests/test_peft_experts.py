@@ -171,9 +171,7 @@ def test_targets_that_peft_renamed_are_read(kind: str, tmp_path: Path) -> None:
     randomize(p for name, p in wrapped.named_parameters() if "lora_" in name)
     wrapped.save_pretrained(tmp_path)
     assert off(logits(li.load_adapter(build(kind), tmp_path)), logits(wrapped)) < 1e-5
-    with pytest.raises(
-        FormatError, match=r"experts': the file does not say which pair is whose.*--base"
-    ):
+    with pytest.raises(FormatError, match=r"experts': .* not say which pair is whose.*--base"):
         read_adapter(tmp_path)
 
 

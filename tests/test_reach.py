@@ -136,9 +136,8 @@ def test_a_trained_adapter_with_a_site_that_nothing_reached_is_not_saved(
         li.save_adapter(model, tmp_path / "a")
     assert not any(tmp_path.iterdir())
     li.save_adapter(model, tmp_path / "a", unused=["spare"])
-    assert (
-        li.read_adapter(tmp_path / "a").sites.keys() == li.adapters(model)["default"].sites.keys()
-    )
+    sites = li.read_adapter(tmp_path / "a").sites
+    assert sites.keys() == li.adapters(model)["default"].sites.keys()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -169,9 +169,7 @@ def test_the_budget_leaves_out_what_is_too_large() -> None:
     assert "3 more were over the budget" in found.to_yaml()
     same = searched(net(), SPACE | {"budget": {"steps": 4, "bytes": 88}})
     assert same.candidates == found.candidates
-    with pytest.raises(
-        li.MatchError, match=r"smallest trial, 'last r1 lr 0.001', has 10 parameters"
-    ):
+    with pytest.raises(li.MatchError, match=r"'last r1 lr 0.001', has 10 parameters"):
         searched(net(), SPACE | {"budget": {"steps": 4, "bytes": 39}})
 
 

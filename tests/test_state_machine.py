@@ -680,10 +680,8 @@ class Machine(RuleBasedStateMachine):
                 return self.in_step(together)
 
         if merged or not routes:
-            assert (
-                self.refused(lambda: li.routed(self.model, rows).__enter__(), may=True)
-                or not merged
-            )
+            enter = li.routed(self.model, rows).__enter__
+            assert self.refused(enter, may=True) or not merged
             return
         each: list[Mix] = [{} if name is None else {name: 1.0} for name in rows]
         dues = [

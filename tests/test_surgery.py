@@ -728,9 +728,8 @@ def test_unknown_adapters_are_named_with_the_nearest(verb: str) -> None:
     before = snapshot(model)
     with pytest.raises(li.StateError) as caught:
         UNKNOWN[verb](model)
-    assert str(caught.value) == (
-        f"{verb} 'sqll': the model's adapters are: 'sql'. Did you mean 'sql'?"
-    )
+    words = f"{verb} 'sqll': the model's adapters are: 'sql'. Did you mean 'sql'?"
+    assert str(caught.value) == words
     assert snapshot(model) == before
 
 
@@ -754,9 +753,8 @@ def test_a_merged_model_refuses_what_would_double_or_hide_the_delta(asked: str) 
     before, wanted = snapshot(model), model(IDS)
     with pytest.raises(li.StateError) as caught:
         MERGED[asked](model)
-    assert str(caught.value) == (
-        f"{asked}: 'sql' is merged into the weights. Call unmerge(model) first."
-    )
+    words = f"{asked}: 'sql' is merged into the weights. Call unmerge(model) first."
+    assert str(caught.value) == words
     assert snapshot(model) == before
     assert same_bits(model(IDS), wanted)
 
