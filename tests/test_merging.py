@@ -410,6 +410,22 @@ def test_unmerge_follows_a_cast() -> None:
     assert same_bits(model.layer.weight, W.bfloat16())
 
 
+def test_unmerge_follows_a_change_of_strides() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3))
+    W = model[0].weight.detach().clone()
+    fill(li.inject(model, {**RANK2, "targets": ["0"]}))
+    li.merge(model)
+    model.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        model[0].weight += 1
+    with pytest.raises(li.StateError, match="its values were changed since the merge"):
+        li.unmerge(model)
+    li.unmerge(model, discard=True)
+    assert torch.equal(model[0].weight, W)
+    with pytest.raises(li.LayerError, match=r"torch\.contiguous_format"):
+        li.merge(model)
+
+
 def test_without_undo_nothing_is_kept_and_the_errors_name_the_way_back() -> None:
     model = injected(KINDS["linear"])
     x = torch.randn(2, 5)

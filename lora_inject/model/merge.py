@@ -425,7 +425,7 @@ class _Undo:
         if self.original is None:
             return True
         # An interrupted call may have restored it already.
-        return not torch.equal(now.detach().view(self.original.shape), self.original.to(now.device))
+        return not torch.equal(now.detach(), self.original.to(now.device).view(now.shape))
 
     def restore(self) -> None:
         """Put the values, or the tie, back."""
@@ -438,7 +438,7 @@ class _Undo:
                     self.before.data = there.data  # the model was cast or moved meanwhile
                 self.holder.module._parameters[self.holder.param] = self.before
             elif self.original is not None:
-                self.merged.detach().view(self.original.shape).copy_(self.original)
+                self.merged.detach().copy_(self.original.view(self.merged.shape))  # any strides
 
 
 def _restore(undos: Iterable[_Undo]) -> None:

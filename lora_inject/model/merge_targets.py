@@ -261,7 +261,8 @@ def _why_not(target: Target, into: Into) -> Iterator[tuple[str, str]]:
         remedy = "Merge into an unsharded copy (FSDP1: within summon_full_params(model))"
         yield f"{found}{tuple(shape)}: it is sharded or was replaced", remedy
     if not weight.is_contiguous():
-        yield "the weight is not contiguous", "Call .contiguous() on it first"
+        remedy = "Make it so first: model.to(memory_format=torch.contiguous_format), or "
+        yield "the weight is not contiguous", remedy + "weight.data = weight.data.contiguous()"
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         found = "the weight was made in inference mode, outside of which nobody may write it"
         remedy = "Call merge within torch.inference_mode(), or load the base outside of it"
