@@ -256,6 +256,16 @@ def test_padding_that_changes_an_output_is_refused() -> None:
         assert running.n_steps == 0
 
 
+def test_labels_of_another_length_than_the_tokens_of_one_trial_are_refused() -> None:
+    running = Trials(of_llama(), LLAMA_TRIALS)
+    rows = batches(LLAMA_TRIALS, 0, {})
+    rows["qv"]["labels"] = rows["qv"]["labels"][:, 1:]
+    words = r"batch of 'qv': its labels have the shape \(2, 6\), and its input_ids \(2, 7\)"
+    with pytest.raises(li.StateError, match=words):
+        running.step(rows)
+    assert running.n_steps == 0
+
+
 def test_the_batches_of_a_collator_train_as_dicts_in_any_order_of_entries() -> None:
     def run(kind: Any, names: list[str]) -> dict[str, float]:
         rows = batches(LLAMA_TRIALS, 0, {})

@@ -67,6 +67,12 @@ def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple
     if of.even:
         labels = _next(of.batch["labels"]).flatten()
     else:
+        for name, batch in batches.items() if of.lengths is not None else ():
+            ids, mine = batch.get("input_ids"), batch["labels"]
+            if isinstance(ids, Tensor) and ids.shape[:2] != mine.shape:
+                found = f"its labels have the shape {tuple(mine.shape)}, and its input_ids "
+                remedy = "Give each token a label, or -100"
+                raise StateError(f"step, batch of {name!r}", found + str(tuple(ids.shape)), remedy)
         length = of.batch["labels"].shape[1]
         each = [_next(b["labels"], 0 if of.packed else length) for b in batches.values()]
         labels = torch.cat([one.flatten() for one in each])
