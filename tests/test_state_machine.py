@@ -495,7 +495,9 @@ class Machine(RuleBasedStateMachine):
         parts = sorted([*moved.sites, *moved.copies]) if leave else []
         gone = {data.draw(st.sampled_from(parts), "gone")} if len(parts) > 1 else set[str]()
         gone.update(*(self.tied(key) for key in gone & moved.copies.keys()))
-        out = [exactly(key.removeprefix(root)) for key in gone]
+        # Files have a module that stands in two places under its first name.
+        first = {f"{p}.{key}" for p, m in self.model.named_modules() for key in m._parameters}
+        out = [exactly(key.removeprefix(root)) for key in gone & {*moved.sites, *first}]
         state: Any = None
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.safetensors"
