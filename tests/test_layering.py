@@ -180,3 +180,11 @@ def test_an_import_on_the_way_is_seen_at_every_depth():
     )
     text += "def f():\n    import transformers\n"
     assert top_level(text) == {"torch", "peft", "gguf"}
+
+
+def test_no_test_module_imports_another() -> None:
+    for path in Path(__file__).parent.glob("test_*.py"):
+        for node in _nodes(path.read_text(encoding="utf-8")):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [n for n in names if n.startswith("test_")], path.name

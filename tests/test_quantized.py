@@ -10,12 +10,9 @@ reason. int4 weights of torchao need its kernel package `mslk`, which has no bui
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import importlib
 import re
-import warnings
 from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import error, fill, same_bits
+from helpers.packages import imported, installed
 from helpers.reference import SCALE, config, saved
 from torch import Tensor, nn
 
@@ -35,17 +33,6 @@ N = 64  # the smallest block of the 4-bit formats
 def plain_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(N, N), nn.Tanh(), nn.Linear(N, 32)).to(dtype)
-
-
-def found(package: str) -> Any:
-    """Import quietly, since the packages warn of what this machine lacks; None without it."""
-    with warnings.catch_warnings(), contextlib.suppress(ImportError):
-        warnings.simplefilter("ignore")
-        return importlib.import_module(package)
-
-
-def imported(package: str) -> Any:
-    return found(package) or pytest.skip(f"{package} is not installed")
 
 
 def torchao(config_name: str, seed: int, **options: Any) -> nn.Module:
@@ -150,7 +137,7 @@ class QLinear(QModuleMixin, nn.Linear):
 
 def gptq(plain: nn.Linear) -> nn.Module:
     """A layer of gptqmodel with symmetric codes, where that is installed."""
-    if (kernels := found("gptqmodel.nn_modules.qlinear.torch")) is None:
+    if (kernels := installed("gptqmodel.nn_modules.qlinear.torch")) is None:
         return TorchLinear(plain)
     layer: Any = kernels.TorchLinear(
         bits=4, group_size=plain.in_features, sym=True, desc_act=False, bias=True,
@@ -172,14 +159,14 @@ def replaced(make: Callable[[Any], nn.Module], seed: int) -> nn.Module:
 
 
 def hqq(plain: nn.Linear) -> nn.Module:
-    if (quantize := found("hqq.core.quantize")) is None:
+    if (quantize := installed("hqq.core.quantize")) is None:
         return HQQLinear(plain)
     how = quantize.BaseQuantizeConfig(nbits=4, group_size=32)
     return quantize.HQQLinear(plain, how, compute_dtype=torch.float32, device="cpu")
 
 
 def quanto(bits: str, seed: int) -> nn.Module:
-    if (quanto := found("optimum.quanto")) is None:
+    if (quanto := installed("optimum.quanto")) is None:
         return replaced(QLinear.of, seed)
     net = plain_net(seed=seed)
     quanto.quantize(net, weights=getattr(quanto, bits))
@@ -200,7 +187,7 @@ def quantized_forward(self, input):
 def compressed_tensors(seed: int) -> nn.Module:
     """As its first forward leaves a model: weights unpacked, a forward on each instance."""
     net: Any = plain_net(seed=seed).requires_grad_(False)
-    quantization = found("compressed_tensors.quantization")
+    quantization = installed("compressed_tensors.quantization")
     if quantization is None:
         made: dict[str, Any] = {"__name__": "compressed_tensors.quantization.lifecycle.forward"}
         exec(FORWARD, made)
@@ -212,7 +199,7 @@ def compressed_tensors(seed: int) -> nn.Module:
                 layer
             )
         return net
-    compressors = found("compressed_tensors.compressors")
+    compressors = installed("compressed_tensors.compressors")
     weights = quantization.QuantizationArgs(num_bits=4, strategy="group", group_size=32)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
     how = {"format": "pack-quantized", "quantization_status": "frozen"}

@@ -16,9 +16,9 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from helpers.packages import imported
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from test_quantized import imported
 from torch import Tensor, nn
 
 import lora_inject as li

@@ -9,20 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from test_experts import MOE, expert_rule, experts
+from helpers.experts import MOE, expert_rule, experts
+from helpers.trials import (
+    BERT_TRIALS,
+    Mixing,
+    batches,
+    by_hand,
+    check_equal,
+    norms_in_their_dtype,
+    of_bert,
+    of_llama,
+    values,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_models import llama
 from transformers import (
     BatchEncoding,
-    BertConfig,
-    BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaForSequenceClassification,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lora_inject as li
 from lora_inject import Trial, Trials
@@ -40,20 +48,6 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(**GPT2))
 
 
-def norms_in_their_dtype(decoder: Any) -> None:
-    """Replace Llama's norms, which compute in float32: that makes a last bit 1e-8."""
-    for layer in (decoder, *decoder.layers):
-        for name, norm in list(layer.named_children()):
-            if isinstance(norm, LlamaRMSNorm):
-                setattr(layer, name, nn.RMSNorm(len(norm.weight), norm.variance_epsilon))
-
-
-def of_llama() -> nn.Module:
-    model = llama(vocab=31)
-    norms_in_their_dtype(model.model)
-    return model
-
-
 C_ATTN = {"match": "c_attn", "slices": ["q", "k", "v"], "adapt": ["q", "v"]}
 C_FC = {"rank": 3, "dropout": 0.1, "targets": ["c_fc"]}
 GPT2_TRIALS = {
@@ -67,29 +61,6 @@ LLAMA_TRIALS = {
     "qv": Trial({"rank": 4, "scaling": "rslora", "targets": ["[qv]_proj"]}, lr=2e-2, warmup=2),
     "pissa": Trial({"rank": 2, "init": "pissa", "targets": ["q_proj", "down_proj"]}, lr=1e-3),
 }
-
-
-def batches(names: Any, step: int, rows: dict[str, int]) -> dict[str, Any]:
-    """Each trial's own rows, which depend on its name and the step alone."""
-    found = {}
-    for name in names:
-        generator = torch.Generator().manual_seed(step * 1000 + sum(map(ord, name)))
-        ids = torch.randint(0, 13, (rows.get(name, 2), 7), generator=generator)
-        found[name] = {"input_ids": ids, "labels": ids}
-    return found
-
-
-def values(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    return {k: p.detach().clone() for k, p in li.adapter_parameters(model, name).items()}
-
-
-def check_equal(found: nn.Module, wanted: Any, name: str, within: float = 1e-12) -> None:
-    """An adapter of one model has the values of another's, or those that are given."""
-    mine = values(found, name)
-    theirs = values(wanted, name) if isinstance(wanted, nn.Module) else wanted
-    for key, value in theirs.items():
-        error = (mine[key] - value).norm()
-        assert error <= within * value.norm(), (name, key, error / value.norm())
 
 
 def train(
@@ -144,14 +115,6 @@ def trained_alone(
     return values(train(model, {name: trial}, 4, {name: n_rows}).model, name)
 
 
-def of_bert() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = BertConfig(**sizes, **none, intermediate_size=24, vocab_size=31)
-    return BertForSequenceClassification(config)
-
-
 HEADS = {
     "full": Trial({"rank": 2, "targets": ["q_proj"], "train": ["norm", "lm_head"]}, lr=1e-2),
     "low": Trial(
@@ -183,12 +146,6 @@ def of_mixtral() -> nn.Module:
 
 
 EXPERTS = experts_trials("out_in")
-DENSE = "query|value|dense"
-BERT_TRIALS = {
-    "all": Trial({"rank": 2, "dropout": 0.3, "targets": [DENSE]}, lr=1e-2, clip=0.1),
-    "qv": Trial({"rank": 2, "targets": ["query|value"], "train": ["classifier"]}, lr=2e-2),
-    "more": Trial({"rank": 2, "dropout": 0.1, "targets": [DENSE]}, lr=1e-2, seed=3),
-}
 LENGTHS = {"slices": 5, "mlp": 7, "table": 6, "all": 4, "qv": 7, "pissa": 6, "more": 5}
 
 
@@ -427,28 +384,6 @@ CLASSIFIERS = {
 
 def classes(out: Any, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(out.logits, batch["labels"][:, 0] % 3)
-
-
-def by_hand(
-    model: nn.Module, name: str, trial: Trial, data: list[Any], loss: Any, before: Any = None
-) -> None:
-    """A plain training loop of one adapter."""
-    torch.manual_seed(trial.seed)
-    li.inject(model, trial.config, name)
-    torch.manual_seed(trial.seed)
-    groups = li.parameter_groups(model, trial.lr, trial.b_lr_ratio)
-    rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, weight_decay=trial.weight_decay)
-    for step, batch in enumerate(data):
-        if before is not None:
-            before(step)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * trial.factor(step)
-        optimizer.zero_grad()
-        loss(model(**{k: v for k, v in batch.items() if k != "labels"}), batch).backward()
-        if trial.clip:
-            nn.utils.clip_grad_norm_(li.adapter_parameters(model, name).values(), trial.clip)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
@@ -702,17 +637,6 @@ def test_the_best_is_the_least_held_out_loss_and_a_dropped_trial_leaves_nothing(
     assert all(torch.equal(model.state_dict()[key], plain[key]) for key in plain)
     with pytest.raises(li.StateError, match="no trial is running"):
         running.step(batches(["all"], 3, {}))
-
-
-class Mixing(nn.Module):
-    """A forward whose rows meet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.fc(x))
 
 
 FC = {"rank": 1, "targets": ["fc"]}

@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_trials import BERT_TRIALS, Mixing, batches, by_hand, check_equal, of_bert, of_llama
+from helpers.trials import (
+    BERT_TRIALS,
+    Mixing,
+    batches,
+    by_hand,
+    check_each,
+    check_equal,
+    of_bert,
+    of_llama,
+)
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
@@ -267,9 +276,7 @@ def test_dropout_of_a_decoder_is_not_that_of_the_encoders_padding(n_decoder) -> 
             running.step(rows, loss=seq2seq)
         return running
 
-    together = run(T5_TRIALS)
-    for name, trial in T5_TRIALS.items():
-        check_equal(together.model, run({name: trial}).model, name)
+    check_each(run, T5_TRIALS)
 
 
 class Channels(nn.Module):
@@ -294,9 +301,7 @@ def test_outputs_are_without_padding_in_any_dimension() -> None:
             running.step(rows, loss=lambda out, _: square(out[1]))
         return running
 
-    together = run(trials)
-    for name, trial in trials.items():
-        check_equal(together.model, run({name: trial}).model, name)
+    check_each(run, trials)
     with pytest.raises(li.StateError, match="padding to one length changes the outputs of 'b'"):
         run(trials, stride=2)
 

@@ -1,0 +1,106 @@
+"""Trials of tests: models, rows of each trial, and the plain loop that they are compared with."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from training_models import llama
+from transformers import BertConfig, BertForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import lora_inject as li
+from lora_inject import Trial, Trials
+
+
+def norms_in_their_dtype(decoder: Any) -> None:
+    """Replace Llama's norms, which compute in float32: that makes a last bit 1e-8."""
+    for layer in (decoder, *decoder.layers):
+        for name, norm in list(layer.named_children()):
+            if isinstance(norm, LlamaRMSNorm):
+                setattr(layer, name, nn.RMSNorm(len(norm.weight), norm.variance_epsilon))
+
+
+def of_llama() -> nn.Module:
+    model = llama(vocab=31)
+    norms_in_their_dtype(model.model)
+    return model
+
+
+def batches(names: Any, step: int, rows: dict[str, int]) -> dict[str, Any]:
+    """Each trial's own rows, which depend on its name and the step alone."""
+    found = {}
+    for name in names:
+        generator = torch.Generator().manual_seed(step * 1000 + sum(map(ord, name)))
+        ids = torch.randint(0, 13, (rows.get(name, 2), 7), generator=generator)
+        found[name] = {"input_ids": ids, "labels": ids}
+    return found
+
+
+def values(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    return {k: p.detach().clone() for k, p in li.adapter_parameters(model, name).items()}
+
+
+def check_equal(found: nn.Module, wanted: Any, name: str, within: float = 1e-12) -> None:
+    """An adapter of one model has the values of another's, or those that are given."""
+    mine = values(found, name)
+    theirs = values(wanted, name) if isinstance(wanted, nn.Module) else wanted
+    for key, value in theirs.items():
+        error = (mine[key] - value).norm()
+        assert error <= within * value.norm(), (name, key, error / value.norm())
+
+
+def of_bert() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**sizes, **none, intermediate_size=24, vocab_size=31)
+    return BertForSequenceClassification(config)
+
+
+DENSE = "query|value|dense"
+BERT_TRIALS = {
+    "all": Trial({"rank": 2, "dropout": 0.3, "targets": [DENSE]}, lr=1e-2, clip=0.1),
+    "qv": Trial({"rank": 2, "targets": ["query|value"], "train": ["classifier"]}, lr=2e-2),
+    "more": Trial({"rank": 2, "dropout": 0.1, "targets": [DENSE]}, lr=1e-2, seed=3),
+}
+
+
+def check_each(run: Any, trials: dict[str, Trial], within: float = 1e-12) -> Trials:
+    """All trials of one run equal the same run of each alone."""
+    together: Trials = run(trials)
+    for name, trial in trials.items():
+        check_equal(together.model, run({name: trial}).model, name, within)
+    return together
+
+
+def by_hand(
+    model: nn.Module, name: str, trial: Trial, data: list[Any], loss: Any, before: Any = None
+) -> None:
+    """A plain training loop of one adapter."""
+    torch.manual_seed(trial.seed)
+    li.inject(model, trial.config, name)
+    torch.manual_seed(trial.seed)
+    groups = li.parameter_groups(model, trial.lr, trial.b_lr_ratio)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=trial.weight_decay)
+    for step, batch in enumerate(data):
+        if before is not None:
+            before(step)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * trial.factor(step)
+        optimizer.zero_grad()
+        loss(model(**{k: v for k, v in batch.items() if k != "labels"}), batch).backward()
+        if trial.clip:
+            nn.utils.clip_grad_norm_(li.adapter_parameters(model, name).values(), trial.clip)
+        optimizer.step()
+
+
+class Mixing(nn.Module):
+    """A forward whose rows meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.fc(x))
