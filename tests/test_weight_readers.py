@@ -123,7 +123,7 @@ class Parts(nn.Module):
     def training_step(self, batch: tuple[Tensor], _: int) -> Tensor:
         return F.linear(batch[0], self.fc.weight) @ self.proj
 
-    def initialize_encoder(self, x: Tensor) -> Tensor:
+    def encoder_init(self, x: Tensor) -> Tensor:
         return F.linear(x, self.fc.weight) @ self.proj
 
 
@@ -133,7 +133,7 @@ def test_a_part_of_the_forward_that_users_call_reads_as_the_forward_does() -> No
     wanted = with_deltas(plain, model).encode_image(X)  # type: ignore[operator]
     found = model.encode_image(X), model.decode(X), model.forward_features(X)
     assert all(error(each, wanted) < 1e-12 for each in (*found, model.training_step((X,), 0)))
-    assert same_bits(model.initialize_encoder(X), plain.encode_image(X))
+    assert same_bits(model.encoder_init(X), plain.encode_image(X))
 
 
 def check_gradients(model: nn.Module, wide: nn.Module, run: Callable[[nn.Module], Tensor]) -> None:

@@ -29,16 +29,17 @@ _REPLACING = {
     inspect.unwrap(function).__code__
     for function in (parametrize.register_parametrization, WeightNorm.apply)
 }
-_FUSING = ("fuse", "_fuse")
-_CONVERTING = {"from_float", "from_linear", "prune_linear_layer"}
+_FUSING = ("fuse_", "_fuse_")
+_CONVERTING = {"fuse", "from_float", "from_linear", "prune_linear_layer"}
 
 # FSDP1 exchanges parameters and views here, in forwards and in backward passes.
 _FSDP1 = str(Path(torch.__file__).parent / "distributed" / "fsdp" / "_flat_param.py")
 
 # Methods that users call in place of a forward: how the names of those of timm, CLIP and diffusers
-# begin, and those that Lightning calls.
-_PARTS = ("forward", "encode", "decode")
-_STEPS = {"training_step", "validation_step", "test_step", "predict_step"}
+# begin, and those that Lightning calls. `encoder_init` and the like are none of them.
+_PARTS = ("forward_", "encode_", "decode_")
+_FORWARDS = {"forward", "encode", "decode"}
+_FORWARDS |= {"training_step", "validation_step", "test_step", "predict_step"}
 
 # A forward whose module is not known: compiled or recomputed.
 SOME_FORWARD = object()
@@ -90,7 +91,7 @@ def _forward_of(frame: FrameType) -> nn.Module | None:
     """Return the module whose method a frame runs, if the method computes as `forward` does."""
     code = frame.f_code
     name = code.co_name
-    if not (name.startswith(_PARTS) or name in _STEPS) or not code.co_argcount:
+    if not (name in _FORWARDS or name.startswith(_PARTS)) or not code.co_argcount:
         return None
     found = frame.f_locals.get(code.co_varnames[0])
     if not isinstance(found, nn.Module):
