@@ -24,7 +24,7 @@ SPACE = {
     "lr": [1e-3, 1e-2, 0.1],
     "config": {"dropout": 0.2},
     "training": {"clip": 1.0},
-    "budget": {"steps": 16},
+    "budget": {"steps": 20},
 }
 
 
@@ -55,7 +55,7 @@ def searched(model: nn.Module, space: Any = SPACE, **more: Any) -> li.Search:
 def test_each_rung_is_a_whole_run_equal_to_the_same_run_alone() -> None:
     model = net()
     found = searched(model)
-    assert found.plan == [(12, 4), (2, 16)]
+    assert found.plan == [(12, 4), (2, 20)]
     assert not li.adapters(model)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), net().parameters(), strict=True)
@@ -91,9 +91,9 @@ def test_the_result_is_a_config_that_injects_and_an_adapter_with_its_loss() -> N
     loss = fmean(nn.functional.mse_loss(model(x), y).item() for x, y in HELD_OUT)
     assert loss == pytest.approx(fmean(found.rungs[-1].held_out[found.best]), rel=1e-5)
     best = found.candidates[found.best]
-    assert f"lr {best.lr:g} (cosine, 16 steps, 1 of warm-up)" in text
+    assert f"lr {best.lr:g} (cosine, 20 steps, 2 of warm-up)" in text
     assert f"Held-out loss {loss:.4f}; the base {fmean(found.base):.4f}; batches: 3" in text
-    assert "12 for 4 steps, then 2 for 16 steps" in text
+    assert "12 for 4 steps, then 2 for 20 steps" in text
     assert text.count(" \u00b1 ") == text.count(" (over batches, one seed)") == 1
     assert "\u00b1" not in searched(net(), held_out=HELD_OUT[:1]).to_yaml()  # no error from one
 
@@ -178,7 +178,7 @@ def test_minutes_become_steps_by_timing_some(monkeypatch) -> None:
     clock = SimpleNamespace(monotonic=lambda: float(next(ticks)))
     monkeypatch.setattr(module, "time", clock)  # one second for each look: a step takes half of one
     found = searched(net(), SPACE | {"budget": {"minutes": 0.2}})  # a held-out batch takes one
-    assert found.plan == rungs(12, steps_within(12.0 - 3.0, 12, 0.5)) == [(12, 10), (2, 40)]
+    assert found.plan == rungs(12, steps_within(12.0 - 3.0, 12, 0.5)) == [(12, 9), (2, 45)]
 
 
 def test_a_trial_that_diverges_is_reported_and_all_of_them_are_an_error() -> None:
@@ -376,8 +376,8 @@ def test_a_live_table_has_losses_curves_and_the_rungs_before() -> None:
         seen.append(shown.get())
 
     searched(net(), watch=watch)
-    assert len(seen) == 20
-    assert "rung 2 of 2, step 16 of 16" in seen[-1]
+    assert len(seen) == 24
+    assert "rung 2 of 2, step 20 of 20" in seen[-1]
     assert "held out, rung 1" in seen[-1]
     assert "█" in seen[-1]
     assert "held out" not in seen[0]

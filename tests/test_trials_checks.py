@@ -68,6 +68,16 @@ def test_layers_of_a_later_trial_are_checked_if_no_earlier_one_has_them() -> Non
         running.step(torch.randn(1, 4, 4), loss=square)
 
 
+def test_the_check_of_many_trials_runs_two_of_them() -> None:
+    running = Trials(
+        nn.Sequential(nn.Linear(4, 4)), {f"t{i}": Trial(ZERO, lr=1e-2) for i in range(6)}
+    )
+    rows: list[int] = []
+    running.model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    running.step(torch.randn(3, 4), loss=square)
+    assert rows == [6, 6, 18]
+
+
 @pytest.mark.parametrize(
     ("of_a", "of_b", "message"),
     [

@@ -70,7 +70,8 @@ class Checks:
                 new.append(name)
                 safe |= sites
         if known is None or (new and not alone):
-            check_apart(run, of, {n: flats[n] for n in new}, self._layers(), exact=self._exact)
+            some = joined({n: batches[n] for n in _two_at_least(new, batches)}, packed=packed)
+            check_apart(run, some, {n: flats[n] for n in new}, self._layers(), exact=self._exact)
             self._apart[key] = safe
         if of.lengths is None:
             return of
@@ -92,6 +93,14 @@ class Checks:
                 for entry in attached.entries(name)
             )
         return self._sites[name]
+
+
+def _two_at_least(names: Sequence[str], of: Iterable[str]) -> list[str]:
+    """Return names, with another one next to a name that would be alone.
+
+    Whether rows mix does not depend on how many there are, so few trials make a check cheap.
+    """
+    return [*names, *(name for name in of if name not in names)][: max(2, len(names))]
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def search(
     """Find the config and learning rate of a space that fit the data best, in one run.
 
     All trials of a rung train together on the same batches. Each rung is a whole run with its own
-    schedule. The best fifth, two trials at least, starts again in the next rung, with four times
+    schedule. The best fifth, two trials at least, starts again in the next rung, with five times
     the steps. Rungs before the last are judged by every third held-out batch.
 
     Args:
@@ -174,12 +174,12 @@ def search(
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> space = {"targets": {"all": ["all-linear"], "last": ["2"]}, "rank": [1, 2],
-        ...          "lr": [1e-3, 1e-2], "budget": {"steps": 16}}
+        ...          "lr": [1e-3, 1e-2], "budget": {"steps": 20}}
         >>> x, y = torch.randn(32, 4), torch.randn(32, 2)
         >>> found = search(model, space, [(x, y)], [(x, y)], forward=lambda b: model(b[0]),
         ...     loss=lambda out, b: nn.functional.mse_loss(out, b[1]))
         >>> found.plan, [len(rung.held_out) for rung in found.rungs]
-        ([(8, 4), (2, 16)], [8, 2])
+        ([(8, 4), (2, 20)], [8, 2])
         >>> found.config.expect.sites in (1, 2)
         True
     """

@@ -1,7 +1,8 @@
 """What `lora_inject.search` finds, compared with every one of its trials run in full, alone.
 
-    PYTHONPATH=scripts python -m reproduction.searching             writes docs/search.md
-    PYTHONPATH=scripts python -m reproduction.searching --quick     tiny random models
+    export PYTHONPATH=scripts MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
+    python -m reproduction.searching             writes docs/search.md
+    python -m reproduction.searching --quick     tiny random models
 
 Two tasks: sentences of movie reviews on an encoder, and pairs of code and summary on a decoder. The
 weights are those of scripts/reproduce.sh. Each finished run is kept as there.
@@ -66,7 +67,7 @@ class Task:
             "lr": [5e-4, 2e-3, 8e-3, 3.2e-2],
             "seed": seed,
             "training": {"schedule": "linear"},
-            "budget": {"steps": 16 if quick else self.steps},
+            "budget": {"steps": 20 if quick else self.steps},
         }
 
 
