@@ -5,6 +5,7 @@ TRL knows adapters by PEFT's class, and loads a second base as reference for any
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lora_inject.errors import StateError
+from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import reach
 from lora_inject.model.select import disabled
@@ -28,7 +30,8 @@ def reference(model: nn.Module) -> nn.Module:
 
     Returns:
         A module without parameters of its own. Whatever else is asked of it, such as `config`, is
-        the model's. A call runs under `disabled(model)`, in its own mode, which is evaluation.
+        the model's. It runs under `disabled(model)`, in its own mode, which is evaluation; so do
+        its methods and parts, such as `generate` and `base_model`.
 
     Raises:
         StateError: The model has no adapter; in a call: it is merged.
@@ -46,27 +49,52 @@ def reference(model: nn.Module) -> nn.Module:
     if not reach(model, Survey(model)).names:
         found = "the model has no adapter"
         raise StateError("reference", found, "Inject or load one first")
-    return _Reference(model).eval()
+    return _Reference(model, model).eval()
 
 
 class _Reference(nn.Module):
-    """The model without its adapters; see `reference`."""
+    """A model without its adapters, or a part of one; see `reference`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, policy: nn.Module, part: nn.Module) -> None:
         super().__init__()
-        self.__dict__["policy"] = model  # not a child: it has no parameters, modes or hooks of it
+        # Not children: this module has no parameters, modes or hooks of them.
+        self.__dict__.update(policy=policy, part=part)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["policy"], name)
+        part = self.__dict__["part"]
+        if attached_to(part) is None:
+            return self._plain(getattr(part, name))
+        with disabled(self.policy):  # a forward of the model would read W + delta
+            return self._plain(getattr(part, name))
+
+    def _plain(self, found: Any) -> Any:
+        """Return a part or a method of the model so that it computes without adapters as well."""
+        if isinstance(found, nn.Module):
+            return _Reference(self.policy, found).train(self.training)
+        if not isinstance(getattr(found, "__self__", None), nn.Module):
+            return found
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with self._alone():
+                return self._plain(found(*args, **kwargs))
+
+        return method
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with disabled(self.policy), _mode(self.part, self.training):
+            yield
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call under `disabled`, also where somebody has put another `forward` on this module."""
-        with disabled(self.policy), _mode(self.policy, self.training):
+        """Call without adapters, also where somebody has put another `forward` on this module."""
+        with self._alone():
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the model does."""
-        return self.policy(*args, **kwargs)
+        with self._alone():
+            return self.part(*args, **kwargs)
 
 
 @contextmanager
