@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import error, fill, same_bits, snapshot
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lora_inject as li
 
@@ -56,19 +57,33 @@ def test_eject_after_somebody_has_kept_the_bound_forward(way: str) -> None:
     assert error(with_adapter, 2 * plain(X)) > 0.01
 
 
-def test_a_forward_on_the_instance_computes_with_the_dense_weight() -> None:
+PRODUCTS: dict[str, tuple[Any, Any]] = {
+    "linear": (nn.Linear, lambda W, x: x @ W.t()),
+    "conv1d": (Conv1D, lambda W, x: x @ W),
+    "embedding": (nn.Embedding, lambda W, ids: W[ids]),
+}
+
+
+@pytest.mark.parametrize("when", ["before inject", "after it"])
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_a_forward_on_the_instance_computes_with_the_dense_weight(kind: str, when: str) -> None:
     """Not known, so its weight reads as W + delta; eject leaves it where it is."""
-    plain, _ = made("forward update")
-    layer: Any = plain[0]
-    layer.forward = lambda x: 3 * torch.relu(nn.functional.linear(x, layer.weight))
-    before, x = snapshot(plain), plain(X)
-    fill(li.inject(plain, {"rank": 2, "alpha": 3.0, "targets": ["0"]}))
-    site = li.adapter_state(plain).sites["0"]
-    W = layer._parameters["weight"] + site.scale * site.B @ site.A
-    assert error(plain(X), 3 * torch.relu(X @ W.t())) < 1e-12
-    li.eject(plain)
-    assert snapshot(plain) == before
-    assert same_bits(plain(X), x)
+    torch.manual_seed(0)
+    make, product = PRODUCTS[kind]
+    layer, x = make(N, N).double(), torch.arange(N) if kind == "embedding" else X
+    model, config = nn.Sequential(layer), {"rank": 2, "alpha": 3.0, "targets": ["0"]}
+    if when == "after it":
+        li.inject(model, config)
+    layer.forward = own = lambda x: 3 * torch.relu(product(layer.weight, x))
+    if when == "before inject":
+        li.inject(model, config)
+    site = li.adapter_state(fill(model)).sites["0"]
+    delta = site.scale * site.B @ site.A
+    W = layer._parameters["weight"] + (delta if kind == "linear" else delta.t())
+    assert error(model(x), 3 * torch.relu(product(W, x))) < 1e-12
+    li.eject(model)
+    assert layer.forward is own
+    assert same_bits(model(x), 3 * torch.relu(product(layer.weight, x)))
 
 
 def test_a_kept_forward_of_a_layer_that_keeps_a_weight_update() -> None:

@@ -42,7 +42,6 @@ class Adapted(Reading):
     # Set on each swapped class by `adapted_class`.
     _lora_mixin: ClassVar[type[Adapted]]
     _lora_reads: ClassVar[frozenset[str]]
-    _lora_stock: ClassVar[bool]
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

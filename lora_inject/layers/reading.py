@@ -80,6 +80,7 @@ class Reading(nn.Module):
     weight_name: ClassVar[str] = "weight"
     # Set on each swapped class by `adapted_class`.
     _lora_plain: ClassVar[type[nn.Module]]
+    _lora_stock: ClassVar[bool]
     # Set on each module by `swap`.
     _lora: Attached
 
@@ -111,9 +112,14 @@ class Reading(nn.Module):
             return raw
         attached = self._lora
         entries = attached.reads.get(param, {})
-        if attached.forward and reader is not self and param == self.weight_name:
+        # A forward that somebody has put on the instance since inject computes with the weight;
+        # accelerate's and those that wrap ours do not read it here.
+        own = self.__dict__
+        put_on = "forward" in own and "_old_forward" not in own and not attached.running
+        adds = reader is self and not (put_on and self._lora_stock)  # to the output
+        if attached.forward and not adds and param == self.weight_name:
             entries = {**attached.forward, **entries}
-        by_rows = reader is self and adds_rows(self._lora_plain, param)
+        by_rows = reader is self and not put_on and adds_rows(self._lora_plain, param)
         if by_rows and (state := attached.selection.current()).routed and not state.alone:
             return raw
         outside = reader is not self and not attached.running and isinstance(reader, nn.Module)
