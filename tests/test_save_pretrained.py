@@ -91,6 +91,8 @@ def test_eject_gives_the_method_back_and_hub_upload_has_its_own_name(tmp_path: P
     model = adapted()
     with pytest.raises(li.StateError, match=r"Call model\.push_to_hub"):
         model.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(li.StateError, match=r"takes no selected_adapters\. Call save_adapter"):
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
     li.inject(model, CONFIG, "other")
     li.eject(model, "other")
     assert "save_pretrained" in model.__dict__

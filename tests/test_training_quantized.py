@@ -135,3 +135,13 @@ def test_a_flag_of_somebody_else_stays(tmp_path: Path) -> None:
     model._hf_peft_config_loaded = True
     li.eject(li.inject(model, CONFIG))
     assert model._hf_peft_config_loaded is True
+
+
+def test_unpacking_a_base_would_drop_its_adapters_and_is_refused(tmp_path: Path) -> None:
+    model = quantized(llama_folder(tmp_path / "llama"), "nf4")
+    before = model.dequantize
+    li.inject(model, CONFIG)
+    with pytest.raises(li.LayerError, match=r"adapters would be gone\. Call merge\("):
+        model.dequantize()
+    li.eject(model)
+    assert model.dequantize == before

@@ -2,7 +2,8 @@
 
 `save_pretrained` writes the adapters, as PEFT's does: the library would write the base with extra
 keys, which `from_pretrained` drops. Trainer's `save_model` and `push_to_hub` call this method, so
-they write the adapters as well. `resize_token_embeddings` is refused where it meets an adapter.
+they write the adapters as well. Methods that would drop adapters with the layers that they replace
+are refused: `resize_token_embeddings` where it meets one, and `dequantize`.
 What stands in for a method is an attribute of the instance; copies and pickles keep it. So is
 `_hf_peft_config_loaded`, without which Trainer refuses a quantized model: what transformers' own
 adapter mixin sets (`transformers/trainer_utils.py: validate_quantization_for_training`).
@@ -31,12 +32,15 @@ from lora_inject.model.carried import reach
 from lora_inject.model.save import adapter_tensors, facts_for, read_off, refuse_inert
 from lora_inject.storage.disk import replace_file
 
-SAVE, RESIZE = "save_pretrained", "resize_token_embeddings"
+SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
 CARD = "create_or_update_model_card"
 LOADED = "_hf_peft_config_loaded"
 # As true as True, and says whose it is: what transformers' own mixin has set is left alone.
 OURS = "lora_inject"
 _CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX_CHECKPOINT_DIR
+# What transformers and diffusers ask of the files of a base; those of an adapter have no choice.
+_OF_A_BASE = {"distributed_checkpoint", "max_shard_size", "safe_serialization", "save_function"}
+_OF_A_BASE |= {"save_original_format", "save_peft_format", "token", "use_flashpack", "variant"}
 
 
 class _SaveAdapters:
@@ -66,7 +70,7 @@ class _SaveAdapters:
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
-        **_: Any,
+        **options: Any,
     ) -> None:
         """Write each adapter as a PEFT folder.
 
@@ -77,6 +81,9 @@ class _SaveAdapters:
         In a folder named `checkpoint-N` they are also written in the form that Trainer resumes
         from; it would silently ignore others (`Trainer._load_from_checkpoint`).
         """
+        if unknown := sorted(options.keys() - _OF_A_BASE):
+            found = f"an adapted model takes no {unknown[0]}"
+            raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
         survey, given = self._survey(), state_dict or {}
         there = reach(survey.model, survey)
         names = sorted(there.names)
@@ -136,20 +143,13 @@ def _files_of(survey: Survey, name: str, state: AdapterState, format: str) -> di
 
 
 class _Refusal:
-    """Stands in for `resize_token_embeddings`, which would silently drop an adapter.
+    """Stands in for a method that puts new layers in the place of old ones, without adapters."""
 
-    It replaces the head by a new layer and refills the embedding.
-    """
-
-    def __init__(self, site: str) -> None:
-        self.site = site
+    def __init__(self, asked: str, found: str, remedy: str) -> None:
+        self.words = asked, found, remedy
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        raise LayerError(
-            RESIZE,
-            f"{self.site!r} carries an adapter, which would not fit the resized layer",
-            "Eject first, resize, then inject again",
-        )
+        raise LayerError(*self.words)
 
 
 def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
@@ -162,7 +162,13 @@ def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> Non
             own[SAVE] = saving = _SaveAdapters(module)
             own[CARD] = saving.card
         if _replaceable(module, RESIZE) and (name := _vocabulary_on(module, carrying)) is not None:
-            own[RESIZE] = _Refusal(name)
+            found = f"{name!r} carries an adapter, which would not fit the resized layer"
+            own[RESIZE] = _Refusal(RESIZE, found, "Eject first, resize, then inject again")
+        quantizer = getattr(module, "hf_quantizer", None)
+        if quantizer and _replaceable(module, DEQUANTIZE) and reach(module).names:
+            found = "it replaces layers, whose adapters would be gone"
+            remedy = "Call merge(model, dequantize=True), or eject first"
+            own[DEQUANTIZE] = _Refusal(DEQUANTIZE, found, remedy)
 
 
 def _replaceable(module: nn.Module, method: str) -> bool:
@@ -183,6 +189,8 @@ def give_back(modules: Iterable[nn.Module]) -> None:
             del own[LOADED]
         if isinstance(own.get(RESIZE), _Refusal) and _vocabulary_on(module, carrying) is None:
             del own[RESIZE]
+        if isinstance(own.get(DEQUANTIZE), _Refusal) and not reach(module).names:
+            del own[DEQUANTIZE]
 
 
 def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:
