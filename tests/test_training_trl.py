@@ -187,6 +187,40 @@ def test_a_reference_is_the_base_in_its_own_mode_and_nothing_of_the_model(tmp_pa
         li.reference(li.eject(model))
 
 
+def test_dropout_that_trl_is_to_disable_and_does_not_reach_is_refused(tmp_path: Path) -> None:
+    trl, folder = pytest.importorskip("trl"), llama_folder(tmp_path / "llama")
+    model = li.inject(plain(folder), {**LORA, "dropout": 0.1})
+    trainer = trl.DPOTrainer(
+        model,
+        ref_model=li.reference(model),
+        args=trl.DPOConfig(str(tmp_path / "out"), **SETTINGS),
+        train_dataset=dataset(CHOICES),
+        processing_class=tokenizer(folder),
+        callbacks=[li.AdapterCheckpoint()],
+    )
+    with pytest.raises(li.StateError, match=r"disable_dropout is set, and .* \(0\.1\)"):
+        trainer.train()
+
+
+def test_methods_and_parts_of_a_reference_compute_without_adapters(tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path / "llama")
+    model = fill(li.inject(plain(folder), {**LORA, "targets": ["q_proj", "lm_head"]})).eval()
+    reference, base, ids = li.reference(model), plain(folder).eval(), torch.arange(9)[None]
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    found, wanted = reference.generate(ids, **greedy), base.generate(ids, **greedy)
+    assert torch.equal(found, wanted)
+    assert not torch.equal(model.generate(ids, **greedy), wanted)
+    assert torch.equal(reference.forward(ids).logits, base(ids).logits)
+    assert torch.equal(reference.base_model(ids)[0], base.base_model(ids)[0])
+    # A forward of the model reads W + delta, and the weight of the teacher, as TRL's distillation.
+    read: list[Any] = []
+    heads = [each.get_output_embeddings for each in (model, reference)]
+    model.model.norm.register_forward_hook(lambda *_: read.extend(h().weight for h in heads))
+    model(ids)
+    assert not torch.equal(read[0], base.lm_head.weight)
+    assert torch.equal(read[1], base.lm_head.weight)
+
+
 def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

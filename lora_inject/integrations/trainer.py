@@ -17,7 +17,7 @@ from torch import nn
 
 from lora_inject.errors import StateError
 from lora_inject.layers.survey import Survey, unwrapped
-from lora_inject.model.carried import Carried, reach
+from lora_inject.model.carried import Carried, entries, reach
 from lora_inject.model.reached import has_gradient, refuse_unused
 from lora_inject.model.save import adapter_tensors
 from lora_inject.model.stand_ins import SAVE
@@ -49,8 +49,8 @@ class AdapterCheckpoint:
 
     Raises:
         StateError: At the start of training: the model has no adapter, or parameters outside of
-            adapters train, which would not be saved. In the first step: a site of an adapter that
-            trains is inert.
+            adapters train, which would not be saved, or TRL is to disable dropout and adapters have
+            one of their own. In the first step: a site of an adapter that trains is inert.
 
     Examples:
         >>> import tempfile, torch, lora_inject as li
@@ -103,7 +103,7 @@ class AdapterCheckpoint:
         self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any
     ) -> None:
         """Refuse a run that could not be resumed."""
-        del args, state, control
+        del state, control
         ours = {id(parameter) for parameter in adapter_parameters(model).values()}
         others = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
         if not ours or others:
@@ -112,6 +112,12 @@ class AdapterCheckpoint:
                 found = f"{len(others)} parameters outside of adapters train, of which "
                 found += repr(others[0])
             remedy = "Inject first, and list other trained parameters under `train` in the config"
+            raise StateError("AdapterCheckpoint", found, remedy)
+        drops = [item.entry.spec.dropout for item in entries(Survey(model)) if item.entry.spec]
+        if getattr(args, "disable_dropout", False) and any(drops):
+            found = "TRL's disable_dropout is set, and reaches modules only, not the dropout of an "
+            found += f"adapter ({max(drops):g})"
+            remedy = "Inject with dropout: 0, or pass disable_dropout=False"
             raise StateError("AdapterCheckpoint", found, remedy)
 
     def on_pre_optimizer_step(
