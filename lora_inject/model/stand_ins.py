@@ -81,15 +81,10 @@ class _SaveAdapters:
         In a folder named `checkpoint-N` they are also written in the form that Trainer resumes
         from; it would silently ignore others (`Trainer._load_from_checkpoint`).
         """
-        if unknown := sorted(options.keys() - _OF_A_BASE):
-            found = f"an adapted model takes no {unknown[0]}"
-            raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
+        _refuse_options(options, push_to_hub=push_to_hub)
         survey, given = self._survey(), state_dict or {}
         there = reach(survey.model, survey)
         names = sorted(there.names)
-        if push_to_hub:
-            found = "an adapted model takes no push_to_hub=True"
-            raise StateError(SAVE, found, "Call model.push_to_hub(repo_id)")
         if any(selection.state.merged for selection in there.selections):
             raise StateError(
                 SAVE,
@@ -131,6 +126,16 @@ class _SaveAdapters:
         name = min(names, key=lambda name: (name != "default", name))
         ours = _files_of(survey, name, read_off(survey, name), "peft")["README.md"]
         replace_file(path, joined_cards(path.read_text("utf-8"), ours.decode()).encode())
+
+
+def _refuse_options(options: Mapping[str, Any], *, push_to_hub: bool) -> None:
+    """Raise for what `save_pretrained` of an adapted model would ignore."""
+    if push_to_hub:
+        found = "an adapted model takes no push_to_hub=True"
+        raise StateError(SAVE, found, "Call model.push_to_hub(repo_id)")
+    if unknown := sorted(options.keys() - _OF_A_BASE):
+        found = f"an adapted model takes no {unknown[0]}"
+        raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
 
 
 def _files_of(survey: Survey, name: str, state: AdapterState, format: str) -> dict[str, bytes]:  # noqa: A002
