@@ -35,7 +35,7 @@ import lora_inject as li
 
 EQUAL = 1e-3  # of log-probabilities, or of the outputs of an image model
 SUFFIX = {"gguf": ".gguf", "kohya": ".safetensors"}
-COMPONENT = {"unet": "unet", "flux": "transformer"}
+COMPONENT = {"unet": "unet", "flux": "transformer", "sd3": "transformer", "clip": "text_encoder"}
 MERGED = ("plain", "unequal ranks and alphas", "tied: head", "tied: embeddings", "slices")
 MERGED += ("SmolLM2: plain",)
 
@@ -122,9 +122,10 @@ def of_case(program: Any, run: Any, base: Path, alone: Result, case: Case) -> It
     for layout in [layout for layout in program.FILES if layout != "merged"]:
         result = replace(alone, layout=layout, effect=effect)
         path = base.parent / f"{alone.case} {layout}{SUFFIX.get(layout, '')}".replace(":", "")
-        component = {"component": COMPONENT[base.name]} if base.name in COMPONENT else {}
+        part = None if layout == "peft" else COMPONENT.get(base.name)
+        part = "te" if (part, layout) == ("text_encoder", "kohya") else part
         try:
-            li.convert(state, path, layout, base=base, **({} if layout == "peft" else component))
+            li.convert(state, path, layout, base=base, **({"component": part} if part else {}))
         except li.FormatError as error:
             yield replace(result, problem=f"not written: {first_line(error)}")
             continue

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers.adapter_states import KIND_SPECS, make_state
 from helpers.reference import llama
@@ -163,6 +164,7 @@ def in_image_model(name: str, **numbers: Any) -> SiteSpec:
 
 
 TO_OUT = "down_blocks.0.attn1.to_out.0"
+Q, FC1 = "encoder.layers.0.self_attn.q_proj", "encoder.layers.0.mlp.fc1"
 
 
 @pytest.mark.parametrize(
@@ -176,15 +178,59 @@ TO_OUT = "down_blocks.0.attn1.to_out.0"
         ("comfyui", "kohya", "transformer", ["transformer_blocks.0.attn.to_q"], False),
         ("diffusers", "kohya", "unet", [TO_OUT, "mid_block.proj"], False),
         ("diffusers", "kohya", "unet", [TO_OUT, "mid_block.of another alpha"], True),
+        ("diffusers", "kohya", "unet", ["a.to_q of another alpha", "b.proj", "c.proj"], True),
+        ("diffusers", "kohya", "unet", ["a.proj of another alpha", "b.to_q", "c.to_q"], False),
+        ("diffusers", "kohya", "unet", ["add_embedding.linear_1"], True),
+        ("diffusers", "kohya", "te1", [FC1, "encoder.layers.1.mlp.fc1 of another alpha"], True),
+        ("diffusers", "kohya", "te2", [FC1], False),
+        ("diffusers", "kohya", "te3", [FC1], True),
+        ("diffusers", "kohya", "te2", ["encoder.block.0.layer.0.SelfAttention.q"], True),
+        ("diffusers", "diffusers", "text_encoder", [Q], False),
+        ("diffusers", "diffusers", "text_encoder", [FC1], True),
+        ("diffusers", "diffusers", "text_encoder_2", [Q, "text_projection of another rank"], True),
+        ("diffusers", "diffusers", "text_encoder_3", ["encoder.block.0.layer.0.q"], True),
         ("diffusers", "kohya", "transformer", ["transformer_blocks.0.attn.to_q"], False),
         ("diffusers", "kohya", "transformer", ["transformer_blocks.0.ff.net.2"], True),
+        ("comfyui", "kohya", "te1", [Q], False),
+        ("comfyui", "kohya", "te", ["text_projection"], True),
+        ("comfyui", "diffusers", "text_encoder", [Q], False),
+        ("comfyui", "diffusers", "text_encoder_2", ["encoder.block.0.layer.0.q"], True),
+        ("comfyui", "diffusers", "transformer_2", ["blocks.0.attn1.to_q"], True),
     ],
 )
 def test_files_of_image_models(client, layout, component, sites, stops, tmp_path) -> None:
-    specs = [in_image_model(name, alpha=1.0 if "alpha" in name else 4.0) for name in sites]
+    specs = [
+        in_image_model(
+            name.partition(" ")[0],
+            alpha=1.0 if "alpha" in name else 4.0,
+            rank=3 if "rank" in name else 2,
+        )
+        for name in sites
+    ]
     path = tmp_path / "a.safetensors"
     write_adapter(make_state(*specs), path, layout, component=component)
     assert any(finding.stops for finding in li.check_adapter(path, client)) is stops
+
+
+@pytest.mark.parametrize(
+    ("client", "kind", "stops"),
+    [
+        ("diffusers", "FluxTransformer2DModel", False),
+        ("diffusers", "SD3Transformer2DModel", True),
+        ("comfyui", "SD3Transformer2DModel", False),
+        ("comfyui", "SanaTransformer2DModel", True),
+    ],
+)
+def test_kohya_files_of_a_transformer_are_for_some_only(client, kind, stops, tmp_path) -> None:
+    state = make_state(in_image_model("transformer_blocks.0.attn.to_q"))
+    path = tmp_path / "a.safetensors"
+    write_adapter(state, path, "kohya", component="transformer")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind}))
+    safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    found = li.check_adapter(path, client, base=tmp_path)
+    assert any(f.stops and "only" in f.problem for f in found) is stops
+    (noted,) = [f for f in li.check_adapter(path, client) if "only" in f.problem]
+    assert not noted.stops
 
 
 def test_tokens_beside_an_adapter_are_noted_for_sglang(tmp_path: Path) -> None:

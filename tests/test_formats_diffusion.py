@@ -114,6 +114,68 @@ def test_diffusers_computes_the_same_for_its_transformers(build: Any, tmp_path: 
             torch.testing.assert_close(found(**inputs).sample, due, rtol=1e-4, atol=1e-5)
 
 
+def clip(projection: bool) -> tuple[Any, Any]:
+    """A text encoder and the mixin of the pipelines that load its files."""
+    from diffusers.loaders import lora_pipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "vocab_size": 32, "max_position_embeddings": 8}
+    config = CLIPTextConfig(**sizes, projection_dim=12, eos_token_id=2, initializer_factor=5.0)
+    model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    name = "StableDiffusionXL" if projection else "StableDiffusion"
+    return model, getattr(lora_pipeline, f"{name}LoraLoaderMixin")
+
+
+def encoded(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.tensor([[1, 5, 9, 2]])).last_hidden_state
+    return found
+
+
+IN_CLIP = [r"self_attn\.(q|k|v|out)_proj", r"mlp\.fc[12]"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("layout", "component", "start"),
+    [
+        ("kohya", "te", "lora_te_text_model_encoder_layers_0_"),
+        ("kohya", "te1", "lora_te1_text_model_encoder_layers_0_"),
+        ("kohya", "te2", "lora_te2_text_model_encoder_layers_0_"),
+        ("diffusers", "text_encoder", "text_encoder.text_model.encoder.layers.0."),
+        ("diffusers", "text_encoder_2", "text_encoder_2.text_model.encoder.layers.0."),
+    ],
+)
+def test_text_encoders_have_the_names_that_other_programs_ask_for(
+    layout: str, component: str, start: str, tmp_path: Path
+) -> None:
+    """With `text_model`, which CLIPTextModel has no more; ComfyUI ignores names without it."""
+    pytest.importorskip("diffusers", reason="pip install diffusers")
+    plain, mixin = clip(projection=component.endswith("2"))
+    config = {"rank": 2, "alpha": 5.0, "targets": IN_CLIP}
+    model = fill(li.inject(copy.deepcopy(plain), config))
+    due, path = encoded(model), tmp_path / "a.safetensors"
+    assert (due - encoded(plain)).abs().max() > 0.05
+    li.save_adapter(model, path, format=layout, component=component)
+    assert sorted(load_file(path))[0].startswith(start)
+    save_file(load_file(path), path)  # without metadata
+    prefix = "text_encoder_2" if component.endswith("2") else "text_encoder"
+    tensors, alphas = mixin.lora_state_dict(tmp_path, weight_name=path.name)
+    theirs = copy.deepcopy(plain)
+    mixin.load_lora_into_text_encoder(tensors, alphas, theirs, prefix=prefix)
+    ours = li.load_adapter(copy.deepcopy(plain), path)
+    plain.save_pretrained(tmp_path / "base")
+    folder = li.convert(path, tmp_path / "peft", "peft", base=tmp_path / "base")
+    peft = li.load_adapter(copy.deepcopy(plain), folder)
+    li.merge_checkpoint(tmp_path / "base", [path], tmp_path / "merged")
+    merged = type(plain).from_pretrained(tmp_path / "merged").eval()
+    for found in (theirs, ours, peft, merged):
+        torch.testing.assert_close(encoded(found), due, rtol=1e-4, atol=2e-5)
+    assert set(read_adapter(folder).sites) == set(li.adapter_state(model).sites)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_diffusers_wrote_is_read_right(unet: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
@@ -136,6 +198,8 @@ def test_older_names_of_diffusers(tmp_path: Path) -> None:
         "unet.mid.attn1.processor.to_out_lora": "mid.attn1.to_out.0",
         "unet.mid.ff.lora": "mid.ff",
         "unet.text.q_proj.lora_linear_layer": "text.q_proj",
+        "unet.text.self_attn.to_k_lora": "text.self_attn.k_proj",
+        "unet.text.self_attn.to_out_lora": "text.self_attn.out_proj",
     }
     tensors = {f"{path}.{end}.weight": t.clone() for path in paths for end, t in pair.items()}
     save_file(tensors, tmp_path / "a.safetensors")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,14 @@ _PAIR = {
 }
 NO_HEAD = ("gemma", "gemma2", "mixtral", "phi3", "solar")
 _BLOCK = r"(single_)?transformer_blocks_\d+_"
+_CLIP = r"encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
+_LOST_ALPHAS = {"unet": r"_to_(q|k|v|out_0)", "te1?": "", "te2": r"_self_attn_\w+"}
+_COMFYUI_LACKS = re.compile(
+    rf"unet\..*\.to_(q|k|v|out\.0)\.lora_[AB]\.weight|lora_unet_{_BLOCK}"
+    rf"|(prior|decoder|transformer_2|text_encoder_3)\."
+    rf"|text_encoder(_2)?\.(?!text_model\.encoder\.layers\.)|lora_te\d?_{_CLIP}"
+    r"|lora_te_(text_projection|encoder_block_)"
+)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -388,16 +397,63 @@ def _diffusers(files: Files) -> Findings:
         load = f"Load it with model.load_lora_adapter(path, {options})"
         yield Finding("it is a PEFT folder", load, stops=False)
     elif files.layout == "kohya":
-        tensors = read_tensors(files.path)[0]
-        unet = {n: float(t) for n, t in tensors.items() if re.match(r"lora_unet_.*\.alpha", n)}
-        lost = (name for name in unet if "_to_out_" in name and len({*unet.values()}) > 1)
-        found = "diffusers loses alphas of attention where alphas differ: {}"
-        yield from _about(lost, found, fix)
-        strange = (n for n in tensors if re.match(rf"lora_transformer_{_BLOCK}(?!attn_)", n))
-        found = "diffusers reads only attention of a transformer's blocks in kohya files: {}"
-        yield from _about(strange, found, f"{CONVERT}diffusers`")
-    elif files.layout != "diffusers":
+        yield from _kohya_in_diffusers(files)
+    elif files.layout == "diffusers":
+        tensors, up = read_tensors(diffusers.file_of(files.path))[0], ".lora_B.weight"
+        parts: dict[str, dict[str, float]] = {}
+        for name in tensors:
+            if name.startswith("text_encoder") and name.endswith(up):
+                ranks = parts.setdefault(name.partition(".")[0], {})
+                ranks[name.removesuffix(up)] = tensors[name].shape[1]
+        for part, ranks in parts.items():
+            yield from _text_encoder(ranks)
+            if not any(re.search(r"(q|k|v|out)_proj$", name) for name in ranks):
+                found = f"diffusers refuses a {part} without attention of CLIP's names"
+                yield Finding(found, MERGE)
+    else:
         yield Finding(f"diffusers does not read the format '{files.layout}'", fix)
+
+
+def _kohya_in_diffusers(files: Files) -> Findings:
+    """Find what diffusers' conversion of kohya's names loses; it has one for all UNets."""
+    fix = f"{CONVERT}diffusers --component COMPONENT`"
+    tensors, down = read_tensors(files.path)[0], ".lora_down.weight"
+    ranks = {n.removesuffix(down): float(len(t)) for n, t in tensors.items() if n.endswith(down)}
+    alphas = {n: float(tensors[f"{n}.alpha"]) for n in ranks if f"{n}.alpha" in tensors}
+    lost = []
+    for part, ends in _LOST_ALPHAS.items():
+        mine = [n for n in ranks if re.match(f"lora_{part}_", n)]
+        counts = Counter(alphas[n] for n in mine if n in alphas)
+        used = {alpha for alpha, count in counts.items() if count == max(counts.values())}
+        own = {n for n in mine if n in alphas and not re.search(f"{ends}$", n)}
+        lost += [n for n in mine if n not in own and used - {alphas.get(n, ranks[n])}]
+    found = "diffusers would apply the component's most frequent alpha to {}"
+    yield from _about(lost, found, fix)
+    text = (n for n in ranks if n.startswith("lora_te"))
+    known = rf"lora_te[12]?_((text_model_)?{_CLIP}|text_projection)"
+    found = "of text encoders diffusers reads only CLIP's in kohya files, not {}"
+    yield from _about((n for n in text if not re.fullmatch(known, n)), found, fix)
+    for part in ("te1?", "te2"):
+        yield from _text_encoder({n: r for n, r in ranks.items() if re.match(f"lora_{part}_", n)})
+    strange = (n for n in ranks if re.match(r"lora_unet_((add|class)_embedding|encoder_hid)_", n))
+    yield from _about(strange, "diffusers misreads the names {} in kohya files", fix)
+    strange = (n for n in ranks if re.match(rf"lora_transformer_{_BLOCK}(?!attn_)", n))
+    found = "diffusers reads only attention of a transformer's blocks in kohya files: {}"
+    yield from _about(strange, found, fix)
+    if any(n.startswith("lora_transformer_") for n in ranks):
+        kind = files.base.get("_class_name")
+        if kind != "FluxTransformer2DModel":
+            found = "diffusers reads kohya files of a transformer for Flux only"
+            yield Finding(found, fix, stops=kind is not None)
+
+
+def _text_encoder(ranks: Mapping[str, float]) -> Findings:
+    """Find ranks that diffusers loses: it looks for those of CLIP's layers only."""
+    found = {n: r for n, r in ranks.items() if re.search(r"((q|k|v|out)_proj|fc[12])$", n)}
+    counts = Counter(found.values())
+    used = {rank for rank, count in counts.items() if count == max(counts.values())}
+    lost = (n for n, rank in ranks.items() if n not in found and {rank} != used)
+    yield from _about(lost, "diffusers would look for another rank of {}", MERGE)
 
 
 def _comfyui(files: Files) -> Findings:
@@ -405,10 +461,14 @@ def _comfyui(files: Files) -> Findings:
     if files.layout not in ("diffusers", "kohya"):
         yield Finding(f"ComfyUI reads one file, and this has the format '{files.layout}'", fix)
         return
-    file = files.path / diffusers.FILE if files.path.is_dir() else files.path
-    new, bare = r"unet\..*\.to_(q|k|v|out\.0)\.lora_[AB]\.weight", rf"lora_unet_{_BLOCK}"
-    lost = [n for n in read_names(file)[0] if re.fullmatch(new, n) or re.match(bare, n)]
+    file = diffusers.file_of(files.path)
+    lost = [n for n in read_names(file)[0] if _COMFYUI_LACKS.match(n)]
     yield from _about(lost, "ComfyUI does not know these names and ignores them: {}", fix)
+    kind = files.base.get("_class_name")
+    whole = kind not in ("FluxTransformer2DModel", "SD3Transformer2DModel")
+    if whole and any(n.startswith("lora_transformer_") for n in read_names(file)[0]):
+        found = "ComfyUI reads kohya files of a transformer for Flux and SD3 only"
+        yield Finding(found, MERGE, stops=kind is not None)
     if files.layout == "diffusers" and not lost:
         found = "ComfyUI takes scale 1 where a file has no alpha; scales in the header are not read"
         ours = f"{fix}, unless it was written by this package, which folds scales into B"

@@ -26,7 +26,13 @@ from lora_inject.errors import FormatError, within
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import Claims, read_claims
 from lora_inject.formats.peft.tensor_layout import pack
-from lora_inject.formats.plain import check_component, in_component, plain_site, plain_sites
+from lora_inject.formats.plain import (
+    check_component,
+    in_component,
+    name_in_files,
+    plain_site,
+    plain_sites,
+)
 from lora_inject.storage.strict_json import parse_json
 from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
@@ -42,9 +48,14 @@ _KEY = re.compile(
 )
 
 
+def file_of(path: Path) -> Path:
+    """Return the file that a path names, or the one in the folder."""
+    return path / FILE if path.is_dir() else path
+
+
 def detects(path: Path) -> bool:
     """Whether a path is such a file, by its keys, or a folder that holds one."""
-    file = path / FILE if path.is_dir() else path
+    file = file_of(path)
     found = [_KEY.fullmatch(key) for key in read_names(file)[0]] if is_safetensors(file) else []
     return any(match and (match[1] or file.name == FILE) for match in found)
 
@@ -62,28 +73,36 @@ def write(
     `component` is the adapted model's name in the pipeline, such as `unet`, `transformer` or
     `text_encoder`; `diffusion_model` for ComfyUI. The path is a folder or a `.safetensors` file.
     """
-    check_component(component, COMPONENTS)
+    part = check_component(component, COMPONENTS)
     kinds = ("linear", "conv")
     sites = plain_sites(state, "a pipeline of diffusers", kinds, dtype=dtype, alpha="rank")
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
-        pair = zip("AB", pack(site), strict=True)
-        tensors |= {f"{component}.{name}.lora_{role}.weight": tensor for role, tensor in pair}
+        pair, key = zip("AB", pack(site), strict=True), name_in_files(name, part)
+        tensors |= {f"{part}.{key}.lora_{role}.weight": tensor for role, tensor in pair}
     content = serialize(tensors, {"format": "pt"})
     return content if path.suffix == ".safetensors" else {FILE: content}
 
 
-def read(path: Path, _facts: ModelFacts, *, component: str | None = None) -> AdapterState:
+def read(path: Path, facts: ModelFacts, *, component: str | None = None) -> AdapterState:
     """Read the adapter of one component; name the component if the file holds several."""
-    tensors, said = read_tensors(path / FILE if path.is_dir() else path)
+    tensors, said = read_tensors(file_of(path))
     component, pairs = in_component(tensors, _parsed, component)
     claims = _claims(said, f"{component}." if component else "")
-    sites = {name: plain_site(name, *pair) for name, pair in pairs.items()}
+    known = set(facts.module_names or ())
+    others = known - pairs.keys()
+
+    def own(name: str) -> str:
+        """Return a name as in the model; see `name_in_files`."""
+        bare = name.removeprefix("text_model.")
+        return bare if name not in known and bare in others else name
+
+    sites = {name: plain_site(own(name), *pair) for name, pair in pairs.items()}
     if claims is not None:
         for name, (_, alpha) in claims.numbers(pairs).items():
             spec = replace(sites[name].spec, alpha=alpha, scaling=claims.scaling)
             sites[name] = replace(sites[name], spec=spec)
-    return AdapterState(sites)
+    return AdapterState({site.spec.name: site for site in sites.values()})
 
 
 def _parsed(key: str) -> tuple[str, str, str]:
@@ -94,6 +113,7 @@ def _parsed(key: str) -> tuple[str, str, str]:
         raise FormatError("", f"the tensor '{key[:200]}' is not known", remedy)
     module, side = match[2], match[3] or match[4] or match[6] or match[7]
     if match[5]:  # attention processors used to hold the LoRA of their layers
+        module = re.sub(r"(self_attn)\.to_(q|k|v|out)$", r"\1.\2_proj", module)
         module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor.", "."))
     return match[1] or "", module, {"down": "A", "up": "B"}.get(side, side)
 

@@ -25,7 +25,13 @@ from lora_inject.errors import FormatError, nearest, within
 from lora_inject.formats.checks import CONVERT, check_no_clash, one_line
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.tensor_layout import pack
-from lora_inject.formats.plain import check_component, in_component, plain_site, plain_sites
+from lora_inject.formats.plain import (
+    check_component,
+    in_component,
+    name_in_files,
+    plain_site,
+    plain_sites,
+)
 from lora_inject.storage.strict_json import misfit, parse_json
 from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors, serialize
 
@@ -66,9 +72,10 @@ def write(
     `component` says which: `unet`, `te` (text encoder), `te1` and `te2` (of SDXL), `te3`,
     `transformer` (Flux and SD3, for ComfyUI too). Alphas are float32.
     """
-    check_component(component, COMPONENTS)
+    part = check_component(component, COMPONENTS)
     sites = plain_sites(state, "a file of kohya's", ("linear", "conv"), dtype=dtype)
-    flat = {name: f"lora_{component}_{name.replace('.', '_')}" for name in sites}
+    keys = {name: name_in_files(name, part) for name in sites}
+    flat = {name: f"lora_{part}_{key.replace('.', '_')}" for name, key in keys.items()}
     check_no_clash(flat.values())
     tensors: dict[str, Tensor] = {}
     for name, site in sites.items():
@@ -141,7 +148,7 @@ def _unflattened(flat: str, known: Mapping[str, Sequence[str]] | None) -> str:
         found = "dots of names are written as '_', so the file alone does not give the names"
         remedy = f"Load it onto the model, pass module_names, or {CONVERT}"
         raise FormatError("", found, remedy)
-    names = known.get(flat, ())
+    names = known.get(flat) or known.get(flat.removeprefix("text_model_"), ())
     if len(names) > 1:
         raise FormatError("", f"it can mean any of {one_line(names)}", "Rename one of them")
     if not names:

@@ -7,6 +7,7 @@ rank and one scale, scales are folded into B and ranks padded with zeros. Deltas
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 """Dtypes that writers accept, by name."""
 _DAMAGED = "The file is damaged or was edited; fetch it again"
 _MERGE = "Merge the adapter into its base (lora-inject merge)"
+_CLIP = re.compile(r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 
 
 def plain_sites(
@@ -184,12 +186,27 @@ def matrices(
     return pairs_of(parts, ends[0].strip("."), ends[1].strip("."))
 
 
-def check_component(component: str | None, known: Collection[str]) -> None:
-    """Refuse to write a file that does not name a part of a pipeline."""
-    if component not in known:
+def check_component(component: str | None, known: Collection[str]) -> str:
+    """Return the part of a pipeline that a file is to name; refuse to write one without it."""
+    if component is None or component not in known:
         unsaid = "the file has to name the part of a pipeline that the adapted model is"
         found = unsaid if component is None else f"component is {component!r}"
         raise FormatError("", found, f'Pass component="unet", or one of {", ".join(known)}')
+    return component
+
+
+def name_in_files(name: str, component: str) -> str:
+    """Return the name of a module of a pipeline's component in files for other programs.
+
+    Transformers 5.6 took `text_model.` off the names of CLIPTextModel. ComfyUI, sd-scripts and
+    older versions of diffusers read only the names with it, diffusers 0.42.1 both.
+
+    Examples:
+        >>> name_in_files("encoder.layers.0.mlp.fc1", "te1")
+        'text_model.encoder.layers.0.mlp.fc1'
+    """
+    flattened = component.startswith("te") and _CLIP.fullmatch(name)
+    return f"text_model.{name}" if flattened else name
 
 
 def in_component(

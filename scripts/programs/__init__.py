@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CLIPTextModel
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6], [300, 7, 8, 9, 7, 200]])
 SOURCES = Path()  # of a program that is not installed
@@ -28,7 +28,8 @@ def base_model(base: Path) -> Any:
     """Load a model of transformers or diffusers in float32."""
     config = json.loads((base / "config.json").read_text())
     if "_class_name" not in config:
-        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        kind: Any = CLIPTextModel if base.name == "clip" else AutoModelForCausalLM
+        return kind.from_pretrained(base, dtype=torch.float32).eval()
     import diffusers
 
     return getattr(diffusers, config["_class_name"]).from_pretrained(base).eval()
@@ -44,8 +45,12 @@ def outputs(model: Any) -> Tensor:
     with torch.no_grad():
         if hasattr(model, "lm_head"):
             return model(IDS).logits.log_softmax(-1)
+        if isinstance(model, CLIPTextModel):
+            return model(IDS).last_hidden_state
         if hasattr(model, "conv_in"):
             return model(noise(1, 4, 8, 8), 10, noise(1, 5, 16)).sample
+        if hasattr(model, "pos_embed"):
+            return model(noise(1, 4, 8, 8), noise(1, 5, 16), noise(1, 16), torch.ones(1)).sample
         text, image = torch.zeros(5, 3), torch.cartesian_prod(*map(torch.arange, (1.0, 2.0, 2.0)))
         return model(
             noise(1, 4, 64), noise(1, 5, 32), noise(1, 32), torch.tensor([0.5]), image, text

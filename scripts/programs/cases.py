@@ -128,8 +128,36 @@ FLUX = {
     "guidance_embeds": False,
     "axes_dims_rope": (8, 12, 12),
 }
-IMAGE_BASES = {"unet": ("UNet2DConditionModel", UNET), "flux": ("FluxTransformer2DModel", FLUX)}
+SD3 = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 16,
+}
+CLIP = {
+    "hidden_size": 32,
+    "hidden_act": "quick_gelu",
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 16,
+    "projection_dim": 32,
+    "eos_token_id": 2,
+}
+IMAGE_BASES = {
+    "unet": ("UNet2DConditionModel", UNET),
+    "flux": ("FluxTransformer2DModel", FLUX),
+    "sd3": ("SD3Transformer2DModel", SD3),
+}
 PLACES = {
+    "clip": [r"self_attn\.(q|k|v|out)_proj", "fc1", "fc2"],
+    "sd3": [r"attn\.to_(q|k|v)", r"to_out\.0", r"ff\.net\..*"],
     "unet": [r"attn\d\.to_(q|k|v)", r"to_out\.0", r"ff\.net\..*", "proj_in", "conv1", "conv_out"],
     "flux": [r"to_(q|k|v)", r"add_(q|k|v)_proj", r"to_out\.0", r"ff\.net\..*", "proj_(mlp|out)"],
 }
@@ -145,18 +173,26 @@ CHANGES: dict[str, Case] = {
 }
 
 
-def image_cases(base: str) -> dict[str, Case]:
+def image_cases(base: str, *changes: str) -> dict[str, Case]:
     unequal = [
         {"match": place, "rank": 2 + n % 3, "alpha": 1.0 + n}
         for n, place in enumerate(PLACES[base])
     ]
     plain = {"targets": PLACES[base]}
-    cases = {name: Case({**plain, **c.config}, base, c.dtype) for name, c in CHANGES.items()}
+    chosen = {name: CHANGES[name] for name in changes or CHANGES}
+    cases = {name: Case({**plain, **c.config}, base, c.dtype) for name, c in chosen.items()}
     cases["unequal ranks and alphas"] = Case({"targets": unequal}, base)
     return {f"{base}: {name}": case for name, case in cases.items()}
 
 
-IMAGE_CASES = {**image_cases("unet"), **image_cases("flux")}
+ALPHAS = [{"match": r"attn1\.to_q", "alpha": 2.0}, {"match": r"ff\.net\..*", "alpha": 8.0}]
+IMAGE_CASES = {
+    **image_cases("unet"),
+    "unet: alpha of q": Case({"targets": ALPHAS}, "unet"),
+    **image_cases("flux"),
+    **image_cases("sd3", "plain"),
+    **image_cases("clip", "plain", "bfloat16", "rsLoRA", "DoRA"),
+}
 
 
 def make_base(name: str, folder: Path) -> Path:
@@ -169,6 +205,8 @@ def make_base(name: str, folder: Path) -> Path:
 
         kind, sizes = IMAGE_BASES[name]
         model = getattr(diffusers, kind)(**sizes)
+    elif name == "clip":
+        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP))
     else:
         kind, changes = BASES[name]
         config = getattr(transformers, f"{kind}Config")(**{**SIZES, **changes})

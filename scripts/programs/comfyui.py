@@ -13,11 +13,11 @@ import torch
 
 import programs
 from programs import Outputs, base_model, outputs
-from programs.cases import IMAGE_CASES
+from programs.cases import CLIP, IMAGE_CASES
 
 CHECK = "comfyui"
 FILES = ("kohya", "diffusers", "peft")
-CASES = IMAGE_CASES
+CASES = {name: case for name, case in IMAGE_CASES.items() if case.base != "sd3"}
 UNET: dict[str, Any] = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32,
     "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1],
@@ -45,6 +45,8 @@ def start(base: Path) -> Outputs:
     from comfy.cli_args import args
 
     args.cpu = True
+    if base.name == "clip":
+        return of_text_encoder(base)
     import comfy.sd
     import comfy.supported_models
     import comfy.utils
@@ -84,6 +86,40 @@ def start(base: Path) -> Outputs:
         weights = dict(places(dict(theirs.diffusion_model.state_dict())))
         kept = result.state_dict()
         result.load_state_dict({**kept, **{name: w.clone() for name, w in weights.items()}})
+        patched.unpatch_model()
+        return outputs(result)
+
+    return run
+
+
+def of_text_encoder(base: Path) -> Outputs:
+    """CLIP alone; its weights have transformers' older names in ComfyUI."""
+    import comfy.clip_model
+    import comfy.lora
+    import comfy.ops
+    import comfy.utils
+    from comfy.model_patcher import ModelPatcher
+
+    cpu, place = torch.device("cpu"), "clip_l.transformer.text_model."
+    clip = comfy.clip_model.CLIPTextModel(CLIP, torch.float32, cpu, comfy.ops.disable_weight_init)
+    theirs = torch.nn.ModuleDict({"clip_l": torch.nn.ModuleDict({"transformer": clip})})
+    own = {f"{place}{name}": weight for name, weight in base_model(base).state_dict().items()}
+    own = {name: weight for name, weight in own.items() if ".embeddings." not in name}
+    theirs.load_state_dict(own, strict=False)
+
+    def run(path: Path | None) -> torch.Tensor:
+        patched = ModelPatcher(theirs, cpu, cpu)
+        if path is not None:
+            folders = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+            file = next((path / name for name in folders if (path / name).exists()), path)
+            tensors = comfy.utils.load_torch_file(str(file), safe_load=True)
+            patched.add_patches(
+                comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_clip(theirs, {}))
+            )
+        patched.patch_model()
+        result = base_model(base)
+        weights = {n.removeprefix(place): w.clone() for n, w in theirs.state_dict().items()}
+        result.load_state_dict({n: w for n, w in weights.items() if place + n in own})
         patched.unpatch_model()
         return outputs(result)
 
