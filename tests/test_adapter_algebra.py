@@ -143,16 +143,18 @@ def test_sites_that_do_not_fit_are_refused_by_name():
     spec = KIND_SPECS["linear"]
     a = one_site(spec)
     wide = one_site(replace(spec, in_features=9, weight_shape=(7, 9)))
-    with pytest.raises(StateError, match=r"site 'h.0.fc': one maps 5 to 7 features .* 9 to 7"):
+    with pytest.raises(
+        StateError, match=r"'h.0.fc': adapter 1 of 2 maps 5 to 7 .* adapter 2 of 2 9"
+    ):
         a + wide
     square = replace(KIND_SPECS["parameter"], out_features=5, weight_shape=(5, 5))
-    with pytest.raises(StateError, match=r"\(out, in\) in one and \(in, out\) in the other"):
+    with pytest.raises(StateError, match=r"\(out, in\) in adapter 1 .*\(in, out\) in adapter 2"):
         one_site(square) + one_site(replace(square, transposed=True))
     for weight in (0, math.nan, math.inf):
-        with pytest.raises(StateError, match=r"other than 0"):
+        with pytest.raises(StateError, match=r"the weight of the adapter: it is .*other than 0"):
             a * weight
     poor = AdapterState({"h.0.fc": replace(a.sites["h.0.fc"], A=a.sites["h.0.fc"].A * math.nan)})
-    with pytest.raises(StateError, match=r"'h.0.fc': its A or B holds NaN"):
+    with pytest.raises(StateError, match=r"truncate, A of site 'h.0.fc': it holds 10 NaN"):
         poor.truncate(rank=1)
 
 

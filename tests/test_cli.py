@@ -12,12 +12,13 @@ import runpy
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import fill
+from helpers.adapter_states import spoil
 from helpers.forks import program
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
@@ -26,7 +27,7 @@ import lora_inject as li
 from lora_inject.analysis.tables import Rows
 from lora_inject.cli import app, show
 from lora_inject.cli.program import EXAMPLES
-from lora_inject.formats import read_adapter, write_adapter
+from lora_inject.formats import read_adapter
 
 CONFIG = """\
 rank: 2
@@ -259,17 +260,9 @@ def test_inspect_leaves_out_the_frozen_start(run, tmp_path, init):
 def test_inspect_counts_what_is_not_finite(run, tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5))
     li.inject(net, {"rank": 2, "targets": ["0"], "train": ["1"]})
-    state = li.adapter_state(net)
-    A = state.sites["0"].A.clone()
-    A[0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
-    norm = state.trained["1.weight"].clone()
-    norm[1] = math.nan
-    broken = replace(
-        state,
-        sites={"0": replace(state.sites["0"], A=A)},
-        trained={**state.trained, "1.weight": norm},
-    )
-    path = write_adapter(broken, tmp_path / "broken.safetensors", format="native")
+    path = li.save_adapter(net, tmp_path / "broken.safetensors", format="native")
+    spoil(path, "A/0", math.nan, math.inf, -math.inf)
+    spoil(path, "trained/1.weight", math.nan)
     found = run("inspect", path, "--json")
     assert found.code == 0
     data = json.loads(found.out, parse_constant=pytest.fail)  # NaN is no JSON
@@ -308,12 +301,10 @@ def test_inspect_shows_and_counts_the_further_tensors(run, tmp_path, more, role,
     assert said in unwrapped(table)
     assert unwrapped(table).endswith("finite")
 
-    with torch.no_grad():
-        parameters[f"0.lora_{role}"][1] = math.nan
-    broken = replace(state, sites=li.adapter_state(net).sites)
-    path = write_adapter(broken, tmp_path / "broken")
+    path = li.save_adapter(net, tmp_path / "broken.safetensors", format="native")
+    spoil(path, f"{role}/0", math.nan)
     assert "NaN or Inf in 0 (1)" in run("inspect", path).out
-    assert "it holds NaN or Inf" in unwrapped(run("analyze", path).err)
+    assert f"{role} of site '0': it holds 1 NaN" in unwrapped(run("analyze", path).err)
 
 
 def test_inspect_prints_one_line_a_kind_or_each_site_and_the_totals(run, files):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.adapter_states import KIND_SPECS, dense, make_state
+from helpers.adapter_states import KIND_SPECS, dense, make_state, spoil
 from helpers.checkpoints import save_checkpoint
 from helpers.forks import program
 from safetensors.torch import save_file
@@ -45,14 +45,28 @@ def test_combine_writes_the_weighted_sum(run, files, tmp_path):
     assert "density is missing" in found.err
 
 
-def test_combine_does_not_hand_nan_on(run, files, tmp_path):
-    (path, state), two = files[0], files[1][0]
-    next(iter(state.sites.values())).A[0, 0] = torch.nan
-    li.write_adapter(state, path, overwrite=True)
-    found = run("combine", path, two, "-o", tmp_path / "both")
-    assert found.code == 1
-    assert "holds NaN or Inf" in found.err
-    assert not (tmp_path / "both").exists()
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("command", ["combine", "combine --method linear", "diff", "analyze"])
+def test_the_one_of_two_adapters_that_holds_nan_is_named(run, files, tmp_path, command, bad):
+    paths = [path for path, _ in files]
+    spoil(paths[bad], "fc.lora_B.weight", torch.nan, -torch.inf)
+    verb, *options = command.split()
+    options += ["-o", tmp_path / "sum"] * (verb == "combine")
+    found = run(verb, *paths, *options)
+    assert (found.code, found.out, (tmp_path / "sum").exists()) == (1, "", False)
+    said = "".join(found.err.split())
+    assert "Bofsite'h.0.fc':itholds2NaNorinfinitevalues" in said
+    assert (str(paths[bad]) in said, str(paths[1 - bad]) in said) == (True, False)
+
+
+@pytest.mark.parametrize("command", ["truncate {} --rank 1", "rename {} h=x", "convert {}"])
+def test_an_adapter_with_nan_is_shown_and_not_written(run, files, tmp_path, command):
+    one, out = spoil(files[0][0], "fc.lora_A.weight", torch.inf), tmp_path / "out.safetensors"
+    verb, *rest = command.format(one).split()
+    found = run(verb, *rest, *([out, "--to", "native"] if verb == "convert" else ["-o", out]))
+    assert (found.code, found.out, out.exists()) == (1, "", False)
+    assert "A of site" in found.err
+    assert "NaN or Inf in h.0.fc (1)" in " ".join(run("inspect", one).out.split())
 
 
 def test_truncate_says_the_error_of_each_site(run, files, tmp_path):

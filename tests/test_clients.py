@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import safetensors.torch
 import torch
-from helpers.adapter_states import KIND_SPECS, make_state
+from helpers.adapter_states import KIND_SPECS, make_state, spoil
 from helpers.reference import llama
 
 import lora_inject as li
@@ -266,3 +267,34 @@ def test_configs_without_numbers_are_refused(value: Any, tmp_path: Path) -> None
         words = r"is not a (table of )?numbers? above 0|is not a list of names"
         with pytest.raises(FormatError, match=words):
             li.check_adapter(path, "diffusers")
+
+
+OWN = {"mlx": "mlx", "diffusers": "diffusers", "comfyui": "kohya"}
+
+
+@pytest.mark.parametrize("client", [*CLIENTS, *(f"own {client}" for client in OWN)])
+def test_nan_stops_every_program(client: str, run: Any, tmp_path: Path) -> None:
+    client, own = client.removeprefix("own "), client.startswith("own ")
+    layout = OWN[client] if own else "peft"
+    options = {"component": "unet"} if layout in ("diffusers", "kohya") else {}
+    path = tmp_path / ("a.safetensors" if options else "a")
+    write_adapter(make_state(PLAIN[1]), path, layout, **options)
+    found = [f for f in li.check_adapter(path, client) if "NaN" in f.problem]
+    assert not found
+    spoil(
+        path, {"mlx": "lora_b", "kohya": "lora_up.weight"}.get(layout, "lora_B.weight"), torch.nan
+    )
+    (found,) = (f for f in li.check_adapter(path, client) if "NaN" in f.problem)
+    assert found.stops
+    assert "v_proj" in found.problem
+    assert run("check", path, "--for", client).code == 1
+
+
+def test_nan_in_a_file_of_llama_cpp_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    write_adapter(make_state(PLAIN[1]), path, "gguf", config=llama().config.to_dict())
+    assert not li.check_adapter(path, "llama.cpp")
+    gguf.GGUFReader(path, "r+").tensors[0].data.flat[0] = torch.nan
+    (found,) = li.check_adapter(path, "llama.cpp")
+    assert found.stops
+    assert "NaN or Inf" in found.problem

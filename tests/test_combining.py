@@ -127,18 +127,32 @@ def test_what_cannot_be_combined_is_refused():
         (([a, a], None), {"method": "mean"}, "no such method"),
         (([], None), {}, "no adapter"),
         (([a], [1, 2]), {}, "2 weights for 1 adapters"),
-        (([a], [0]), {}, "a weight is 0"),
+        (([a, a], [1, 0]), {}, "the weight of adapter 2 of 2: it is 0"),
         (([a, a], None), {"method": "ties"}, "density is missing"),
         (([a, a], None), {"method": "ties", "density": 1.5}, "density is 1.5"),
         (([a, a], None), {"density": 0.5}, "density is given"),
         (([a, a], None), {"rank": 2}, "rank is given"),
         (([a, a], None), {"method": "svd", "rank": 0}, "rank is 0"),
-        (([a, make_state(replace(spec, rank=3))], None), {"method": "linear"}, "ranks are 2 and 3"),
+        (([a, make_state(replace(spec, rank=3))], None), {"method": "linear"}, "2 of 2 rank 3"),
         (([make_state(spec, derived=True)], None), {"method": "linear"}, "frozen start"),
     ]
     for args, options, message in cases:
         with pytest.raises(StateError, match=message):
             li.combine(*args, **options)
+
+
+@pytest.mark.parametrize("where", ["A of site", "trained tensor"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapter_that_holds_nan_is_named(method, where):
+    a = make_state(KIND_SPECS["linear"], trained={"head": torch.ones(2)})
+    broken = make_state(KIND_SPECS["linear"], trained={"head": torch.ones(2)})
+    bad = broken.trained["head"] if where == "trained tensor" else broken.sites["h.0.fc"].A[0]
+    bad[0] = torch.nan
+    density = None if method in ("cat", "svd", "linear") else 0.5
+    with pytest.raises(StateError, match=rf"adapter 2 of 3, {where} '.*': it holds 1 NaN"):
+        li.combine([a, broken, a], [1, -1, 1], method=method, density=density)
+    with pytest.raises(StateError, match=rf"diff, adapter 1 of 2, {where}"):
+        li.diff(broken, a)
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
@@ -150,9 +164,9 @@ def test_an_update_and_a_trained_copy_of_one_tensor_are_refused(method):
         AdapterState({spec.name: site}),
         AdapterState({}, {f"{spec.name}.bias": torch.ones(7)}),
     ]
-    with pytest.raises(StateError, match=r"updates '.*bias' and another holds a trained copy"):
+    with pytest.raises(StateError, match=r"1 of 2 updates '.*bias' and adapter 2 of 2 holds"):
         li.combine(states, method=method)
     trained = AdapterState({}, {f"{spec.name}.weight": torch.ones(7, 5)})
     states = [make_state(KIND_SPECS["linear"]), trained]
-    with pytest.raises(StateError, match=r"updates '.*weight' and another"):
+    with pytest.raises(StateError, match=r"updates '.*weight' and adapter 2"):
         li.combine(states, method=method)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ALPHA, KINDS, RANK, Host, fill, host, snapshot
+from helpers.adapter_states import spoil
 from torch import Tensor, nn
 
 import lora_inject as li
@@ -60,32 +61,42 @@ def test_non_finite(key: str, value: float) -> None:
 
 
 LOADED = {
-    "A of site 'layer'": lambda state: state.sites["layer"].A,
-    "B of site 'layer'": lambda state: state.sites["layer"].B,
-    "trained tensor 'after.bias'": lambda state: state.trained["after.bias"],
+    "A of site 'layer'": ("A/layer", lambda state: state.sites["layer"].A),
+    "B of site 'layer'": ("B/layer", lambda state: state.sites["layer"].B),
+    "trained tensor 'after.bias'": (
+        "trained/after.bias",
+        lambda state: state.trained["after.bias"],
+    ),
 }
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 @pytest.mark.parametrize("key", LOADED)
-def test_non_finite_files_are_read_and_put_on_no_model(key, value, tmp_path) -> None:
+def test_non_finite_adapters_are_read_and_neither_put_on_a_model_nor_written(
+    key, value, tmp_path
+) -> None:
     config = {**CONFIG, "targets": ["layer", "before"], "train": ["after"]}
     model = fill(li.inject(Host(nn.Linear(5, 6)), config))
-    state = li.adapter_state(copy.deepcopy(model))
-    LOADED[key](state).view(-1)[1] = value
-    path = li.write_adapter(state, tmp_path / "broken")
-    assert not LOADED[key](li.read_adapter(path)).isfinite().all()
+    diverged, (stored, of) = copy.deepcopy(model), LOADED[key]
+    path = li.save_adapter(model, tmp_path / "broken.safetensors", format="native")
+    spoil(path, stored, value)
+    assert not of(li.read_adapter(path)).isfinite().all()
+    state = li.adapter_state(diverged)
+    of(state).view(-1)[1] = value
     plain, before = li.eject(copy.deepcopy(model)), snapshot(model)
-    bare = snapshot(plain)
+    bare, new = snapshot(plain), tmp_path / "new"
     for call, words in (
-        (lambda: li.load_adapter(plain, path), rf"load '.*broken', {key}: .* 1 NaN or infinite"),
+        (lambda: li.load_adapter(plain, path), rf"load '.*broken.*', {key}: .* 1 NaN or infinite"),
         (lambda: li.install(plain, state), rf"install, {key}"),
-        (lambda: li.swap_adapter(model, path), rf"swap adapter 'default' for '.*broken', {key}"),
+        (lambda: li.swap_adapter(model, path), rf"swap adapter 'default' for '.*broken.*', {key}"),
         (lambda: li.swap_adapter(model, state), rf"swap adapter 'default', {key}"),
+        (lambda: li.save_adapter(diverged, new), rf"save adapter 'default', {key}"),
+        (lambda: li.write_adapter(state, new), rf"write peft adapter to '.*new', {key}"),
+        (lambda: li.convert(path, new, "portable"), rf"write portable adapter to '.*new', {key}"),
     ):
         with pytest.raises(li.FormatError, match=words):
             call()
-        assert (snapshot(plain), snapshot(model)) == (bare, before)
+        assert (snapshot(plain), snapshot(model), new.exists()) == (bare, before, False)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,9 @@ PACKAGE = Path(lora_inject.__file__).parent
 # From the top down. Files of one folder may use each other.
 FOLDERS = (
     "spec",
-    "adapter",
     "storage",
     "functional",
+    "adapter",
     "formats",
     "layers",
     "model",

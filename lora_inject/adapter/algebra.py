@@ -45,32 +45,21 @@ class Cut(NamedTuple):
     error: float
 
 
-def check_alike(specs: Sequence[SiteSpec], asked: str) -> None:
-    """Refuse sites of one name that differ in features, experts or orientation."""
+def check_alike(specs: Sequence[SiteSpec], names: Sequence[str], asked: str) -> None:
+    """Refuse sites, which messages call by `names`, of other features, experts or orientation."""
     one = specs[0]
-    for two in specs[1:]:
+    for two, name in zip(specs[1:], names[1:], strict=True):
         maps = [
             (s.in_features, s.out_features, s.experts, s.kind == "parameter" and s.transposed)
             for s in (one, two)
         ]
         if maps[0] != maps[1]:
             shapes = [f"{m[0]} to {m[1]}" + f" ({m[2]} experts)" * bool(m[2]) for m in maps]
-            found = f"one maps {shapes[0]} features and the other {shapes[1]}"
+            found = f"{names[0]} maps {shapes[0]} features and {name} {shapes[1]}"
             if shapes[0] == shapes[1]:
-                found = "the weight is (out, in) in one and (in, out) in the other"
+                layouts = ["(in, out)" if m[3] else "(out, in)" for m in maps]
+                found = f"the weight is {layouts[0]} in {names[0]} and {layouts[1]} in {name}"
             raise StateError(f"{asked}, site '{one.name}'", found, "Give adapters of one base")
-
-
-def check_finite(site: SiteState, asked: str) -> None:
-    """Refuse NaN and Inf, which can be neither decomposed nor handed on, and the meta device."""
-    for A, B, _ in site.pairs:
-        if A.is_meta or B.is_meta:
-            found = "it is on the meta device and has no values"
-            raise StateError(f"{asked}, site '{site.spec.name}'", found, "Load its values first")
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-            found = "its A or B holds NaN or Inf"
-            remedy = "Its training diverged; take an earlier checkpoint of the adapter"
-            raise StateError(f"{asked}, site '{site.spec.name}'", found, remedy)
 
 
 def _contributions(
@@ -176,7 +165,7 @@ def truncated(
     All parts of a site get one rank: the smallest that keeps `energy` of the site's sum of squares,
     at most `rank`, and at most the rank of the update.
     """
-    check_finite(plain(site, asked, bias=True), asked)
+    plain(site, asked, bias=True)
     parts = gathered([(site, 1.0)])
     found = [thin_svd(left, right) for _, left, right in parts]
     largest = max(S.shape[-1] for _, S, _ in found)
@@ -236,10 +225,13 @@ def compared(one: SiteState | None, two: SiteState | None) -> Compared:
     return Compared((first, second), dot, 0.0 if one == two else apart)
 
 
-def mixed(several: Sequence[tuple[Mapping[str, Tensor], float]], asked: str) -> dict[str, Tensor]:
+def mixed(
+    several: Sequence[tuple[Mapping[str, Tensor], float]], names: Sequence[str], asked: str
+) -> dict[str, Tensor]:
     """Return trained tensors T mixed by their weights, `W + sum of w (T - W)`.
 
-    W is not known here, so the weights of a tensor must add up to 1: then W cancels out.
+    W is not known here, so the weights of a tensor must add up to 1: then W cancels out. `names`
+    are what messages call the adapters.
     """
     found = {}
     for name in dict.fromkeys(name for trained, _ in several for name in trained):
@@ -255,8 +247,10 @@ def mixed(several: Sequence[tuple[Mapping[str, Tensor], float]], asked: str) -> 
                 "up to 1, or leave it out (select)",
             )
         if len({tensor.shape for tensor in tensors}) > 1:
-            shapes = " and ".join(str(list(tensor.shape)) for tensor in tensors)
-            raise StateError(where, f"its shapes are {shapes}", "Give adapters of one base")
+            holders = (n for n, (trained, _) in zip(names, several, strict=True) if name in trained)
+            each = zip(tensors, holders, strict=True)
+            shapes = " and ".join(f"{list(tensor.shape)} in {holder}" for tensor, holder in each)
+            raise StateError(where, f"its shape is {shapes}", "Give adapters of one base")
         if len(there) == 1:
             found[name] = tensors[0]
             continue

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.algebra import MADE, Term, check_finite, gathered, truncated
+from lora_inject.adapter.algebra import MADE, Term, gathered, truncated
 from lora_inject.adapter.site_state import SiteState, plain
-from lora_inject.adapter.state import AdapterState, weighted_sum, with_sites
+from lora_inject.adapter.state import AdapterState, called, weighted_sum, with_sites
 from lora_inject.adapter.svd import decompose
 from lora_inject.errors import StateError, check_type
 from lora_inject.spec.sites import SiteSpec
@@ -83,13 +83,13 @@ class Method:
         if len(weights) != len(states):
             found = f"there are {len(weights)} weights for {len(states)} adapters"
             raise StateError(self.asked, found, "Give one for each")
+        for state, name in zip(states, called(states), strict=True):
+            state.check_finite(f"{self.asked}, {name}")
         if self.name not in ("cat", "svd"):
             make = self._on_delta if self.name.endswith("_svd") else self._on_factors
             return with_sites(states, weights, make, self.asked)
         summed = weighted_sum(states, weights, self.asked)
         if self.name == "cat":
-            for site in summed.sites.values():
-                check_finite(site, self.asked)
             return summed
         sites = {}
         for name, site in summed.sites.items():
@@ -97,17 +97,18 @@ class Method:
             sites[name], _ = truncated(site, self.rank or max(there), None, self.asked)
         return replace(summed, sites=sites)
 
-    def _on_factors(self, there: Sequence[Term], like: SiteSpec) -> SiteState:
+    def _on_factors(self, there: Sequence[Term], like: SiteSpec, names: Sequence[str]) -> SiteState:
         """Mix the A and mix the B, each weighted by the root of weight times scale."""
-        asked = f"{self.asked}, site '{like.name}'"
         first = there[0][0].spec
-        for site, _ in there:
-            check_finite(plain(site, asked), asked)
-            spec = site.spec
+        for (site, _), name in zip(there, names, strict=True):
+            spec = plain(site, f"{self.asked}, {name}").spec
             if (spec.rank, spec.slices) != (first.rank, first.slices) or site.A0 is not None:
-                found = f"its ranks are {first.rank} and {spec.rank}"
+                found = f"{names[0]} has rank {first.rank} and {name} rank {spec.rank}"
                 if spec.rank == first.rank:
-                    found = "they have different slices, or one has a frozen start"
+                    found = f"{name} has other slices than {names[0]}"
+                if site.A0 is not None:
+                    found = f"{name} has a frozen start"
+                asked = f"{self.asked}, site '{like.name}'"
                 raise StateError(asked, found, "Use cat, svd, or a method with _svd")
         factors = [weight * site.scale for site, weight in there]
         roots = [math.sqrt(abs(factor)) for factor in factors]
@@ -116,10 +117,10 @@ class Method:
         B = self._mixed([site.B.detach().cpu().double() for site, _ in there], roots, like, "B")
         return _made(replace(like, slices=first.slices), first.rank, A, B, there)
 
-    def _on_delta(self, there: Sequence[Term], like: SiteSpec) -> SiteState:
+    def _on_delta(self, there: Sequence[Term], like: SiteSpec, names: Sequence[str]) -> SiteState:
         """Mix the dense deltas of one site, and return the best approximation of low rank."""
-        for site, _ in there:
-            check_finite(plain(site, self.asked), f"{self.asked}, site '{like.name}'")
+        for (site, _), name in zip(there, names, strict=True):
+            plain(site, f"{self.asked}, {name}")
         wide = all(site.A.dtype == torch.float64 for site, _ in there)
         dtype = torch.float64 if wide else torch.float32
         deltas = [_dense(site, dtype) for site, _ in there]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
@@ -194,17 +194,20 @@ def compare(saved: Fingerprint, found: Fingerprint) -> dict[str, str]:
     return differences
 
 
-def check_one_base(several: Iterable[Fingerprint | None], asked: str) -> None:
-    """Refuse adapters of different bases, by the weights that two fingerprints have in common."""
-    marks = [mark for mark in several if mark is not None]
-    for one, two in combinations(marks, 2):
+def check_one_base(several: Iterable[Fingerprint | None], names: Iterable[str], asked: str) -> None:
+    """Refuse adapters of different bases, by the weights that two fingerprints have in common.
+
+    `names` are what messages call the adapters.
+    """
+    marks = [(mark, name) for mark, name in zip(several, names, strict=True) if mark is not None]
+    for (one, first), (two, second) in combinations(marks, 2):
         unknown = {*(one.shapes.keys() - two.shapes.keys()), *unverifiable(one, two)}
         common = one.without(unknown)  # not where only one of the bases was quantized
         if common is not None and (wrong := compare(common, two)):
             name, what = next(iter(wrong.items()))
             what = what.replace("in the file", "in one").replace("here", "in the other")
             found = f"they were made on different bases: '{name}' {what}"
-            raise StateError(asked, found, "Give adapters of one base")
+            raise StateError(f"{asked}, {first} and {second}", found, "Give adapters of one base")
 
 
 def unverifiable(saved: Fingerprint, found: Fingerprint) -> tuple[str, ...]:
@@ -229,13 +232,19 @@ def same_values(one: Tensor, two: Tensor) -> bool:
     return torch.equal(one.to(narrow), two.to(narrow))
 
 
-def common_copies(several: Sequence[Mapping[str, Tensor]], asked: str) -> dict[str, Tensor]:
-    """Return the copies of the base's tensors that any of several adapters carries."""
+def common_copies(
+    several: Iterable[Mapping[str, Tensor]], names: Iterable[str], asked: str
+) -> dict[str, Tensor]:
+    """Return the copies of the base's tensors that any of several adapters carries.
+
+    `names` are what messages call the adapters.
+    """
     found: dict[str, Tensor] = {}
-    for copies in several:
+    holders: dict[str, str] = {}
+    for copies, holder in zip(several, names, strict=True):
         for name, tensor in copies.items():
-            held = found.setdefault(name, tensor)
+            held, first = found.setdefault(name, tensor), holders.setdefault(name, holder)
             if not same_values(held, tensor):
-                different = "the adapters hold different copies of this base tensor"
+                different = f"{first} and {holder} hold different copies of this base tensor"
                 raise StateError(f"{asked}, '{name}'", different, "Give adapters of one base")
     return found

@@ -71,7 +71,8 @@ def join(
     parts = [part for part in sizes if part in members]
     first = members[parts[0]].spec
     width = first.out_features
-    check_alike([replace(members[part].spec, out_features=width) for part in parts], asked)
+    specs = [replace(members[part].spec, out_features=width) for part in parts]
+    check_alike(specs, [repr(spec.name) for spec in specs], asked)
     fused = _resized(first, name, sum(sizes.values()))
     terms = []
     for part in parts:
@@ -108,7 +109,8 @@ def split_experts(site: SiteState) -> dict[str, SiteState]:
 def join_experts(name: str, members: Mapping[int, SiteState], n: int, asked: str) -> SiteState:
     """Return one site on a stack of experts from the sites on them, zeros for missing ones."""
     asked = f"{asked}, site '{name}'"
-    check_alike([site.spec for site in members.values()], asked)
+    specs = [site.spec for site in members.values()]
+    check_alike(specs, [repr(spec.name) for spec in specs], asked)
     first = next(iter(members.values())).spec
     if first.kind != "linear" or len({site.spec.slices for site in members.values()}) > 1:
         found = "its experts are not all plain linear layers with the same slices"

@@ -22,7 +22,6 @@ from lora_inject.adapter.algebra import (
     Cut,
     Term,
     check_alike,
-    check_finite,
     compared,
     mixed,
     total,
@@ -31,7 +30,8 @@ from lora_inject.adapter.algebra import (
 from lora_inject.adapter.fingerprint import Fingerprint, check_one_base, common_copies
 from lora_inject.adapter.renaming import distinct, named, renaming, some_of
 from lora_inject.adapter.site_state import SiteState, plain, same
-from lora_inject.errors import StateError, check_type
+from lora_inject.errors import LoraInjectError, StateError, check_type
+from lora_inject.functional import all_finite
 from lora_inject.spec.names import counted, joined, matching
 from lora_inject.spec.sites import SiteSpec
 
@@ -64,6 +64,7 @@ class AdapterState:
             name: PEFT stores a whole embedding that way. They are not part of the adapter: loading
             compares them with the base, and refuses others.
         rows: For a trained tensor of which only some rows are held: their indices in the base.
+        source: The files that it was read from, for messages; not part of its value.
     """
 
     sites: Mapping[str, SiteState]
@@ -72,12 +73,14 @@ class AdapterState:
     fingerprint: Fingerprint | None = None
     base_copies: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    source: str = field(default="", compare=False)
 
     def __eq__(self, other: object) -> bool:
         """Compare by content: specs, config, fingerprint, and tensors with their dtypes."""
         if not isinstance(other, AdapterState):
             return NotImplemented
-        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        parts = (f.name for f in fields(self) if f.compare)
+        return all(same(getattr(self, name), getattr(other, name)) for name in parts)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -94,6 +97,28 @@ class AdapterState:
         n_parameters += sum(t.numel() for t in self.trained.values())
         counts = counted(len(self.sites), "site"), counted(len(self.trained), "trained tensor")
         return f"AdapterState({counts[0]}, {rank}, {counts[1]}, {n_parameters:,} parameters)"
+
+    def check_finite(self, asked: str, error: type[LoraInjectError] = StateError) -> None:
+        """Refuse values that are NaN or infinite, or on the meta device, by raising `error`.
+
+        A model with one of them returns NaN.
+        """
+        tensors = {
+            f"{role} of site {name!r}": tensor
+            for name, site in self.sites.items()
+            for role, tensor in site.tensors.items()
+        }
+        tensors |= {f"trained tensor {name!r}": t for name, t in self.trained.items()}
+        ok = all_finite(*tensors.values()) and not any(t.is_meta for t in tensors.values())
+        for name, tensor in () if ok else tensors.items():
+            where = f"{asked}, {name}" if asked else name
+            if tensor.is_meta:
+                found = "it is on the meta device and has no values"
+                raise error(where, found, "Load its values first")
+            if not all_finite(tensor):
+                found = f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
+                remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+                raise error(where, found, remedy)
 
     # Arithmetic ---------------------------------------------------------------------------------
 
@@ -399,11 +424,20 @@ def truncation(state: AdapterState, rank: int | None, energy: float | None) -> T
         check_type(f"{asked}, energy", energy, Real, "Give a share, in (0, 1]")
         if not 0 < energy <= 1:
             raise StateError(asked, f"energy is {energy}", "Give a share of the squares, in (0, 1]")
+    state.check_finite(asked)
     made = {name: truncated(site, rank, energy, asked) for name, site in state.sites.items()}
     sites = {name: site for name, (site, _) in made.items()}
     return Truncated(
         replace(state, sites=sites, config=None), {name: cut for name, (_, cut) in made.items()}
     )
+
+
+def called(states: Sequence[Any]) -> list[str]:
+    """Return what messages call each of several adapters: its files, or its place among them."""
+    places = [f"adapter {n} of {len(states)}" for n in range(1, 1 + len(states))]
+    sources = [getattr(state, "source", "") for state in states]
+    names = [repr(s) if s else place for s, place in zip(sources, places, strict=True)]
+    return names if len(names) > 1 or any(sources) else ["the adapter"][: len(names)]
 
 
 def paired(
@@ -413,16 +447,19 @@ def paired(
 
     Values that are in a file are read here, once.
     """
-    _check_adapters([one, two], asked)
-    for name in {**one.sites, **two.sites}:
-        pair = [state.sites.get(name) for state in (one, two)]
-        there = [plain(site, asked) for site in pair if site is not None]
-        check_alike([site.spec for site in there], asked)
-        first, second = (site and site.mapped(_read) for site in pair)
-        for site in (first, second):
-            if site is not None:
-                check_finite(site, asked)
-        yield name, first, second
+    names = _check_adapters([one, two], asked)
+    for state, name in zip((one, two), names, strict=True):
+        replace(state, sites={}).check_finite(f"{asked}, {name}")
+    for site in {**one.sites, **two.sites}:
+        found: list[SiteState | None] = []
+        for state, name in zip((one, two), names, strict=True):
+            found.append(state.sites.get(site) and state.sites[site].mapped(_read))
+            if (there := found[-1]) is not None:
+                plain(there, where := f"{asked}, {name}")
+                AdapterState({site: there}).check_finite(where)
+        holders = [name for name, s in zip(names, found, strict=True) if s]
+        check_alike([s.spec for s in found if s], holders, asked)
+        yield site, found[0], found[1]
 
 
 def _read(tensor: Tensor) -> Tensor:
@@ -434,18 +471,19 @@ def weighted_sum(
 ) -> AdapterState:
     """Return the exact `sum of weight * adapter`, ranks concatenated."""
 
-    def make(sites: Sequence[Term], like: SiteSpec) -> SiteState:
+    def make(sites: Sequence[Term], like: SiteSpec, names: Sequence[str]) -> SiteState:
         if len(sites) == 1 and sites[0][1] == 1:
             return sites[0][0]
-        for site, _ in sites:
-            plain(site, asked, bias=True)
+        for (site, _), name in zip(sites, names, strict=True):
+            plain(site, f"{asked}, {name}", bias=True)
         if len(sites) > 1:
             return total(sites, like)
         ((site, weight),) = sites
         spec = replace(site.spec, alpha=site.spec.alpha * abs(weight))
         if not 0 < spec.alpha < math.inf:
+            where = f"{asked}, {names[0]}, site '{spec.name}'"
             found = f"its alpha would become {spec.alpha}"
-            raise StateError(f"{asked}, site '{spec.name}'", found, "Give a weight nearer to 1")
+            raise StateError(where, found, "Give a weight nearer to 1")
         turned = {r: t if r[0] == "A" or weight > 0 else -t for r, t in site.tensors.items()}
         return SiteState.of(spec, turned)
 
@@ -455,49 +493,58 @@ def weighted_sum(
 def with_sites(
     states: Sequence[AdapterState],
     weights: Sequence[float],
-    make: Callable[[Sequence[Term], SiteSpec], SiteState],
+    make: Callable[[Sequence[Term], SiteSpec, Sequence[str]], SiteState],
     asked: str,
 ) -> AdapterState:
-    """Return one adapter of several: `make` makes each site; trained tensors are mixed."""
-    _check_adapters(states, asked)
-    for weight in weights:
-        check_type(f"{asked}, a weight", weight, Real, "Give finite numbers other than 0")
+    """Return one adapter of several: `make` makes each site; trained tensors are mixed.
+
+    `make` gets the sites with their weights, what the new site is like, and the adapters' names.
+    """
+    names, several = _check_adapters(states, asked), list(zip(states, weights, strict=True))
+    for (state, weight), name in zip(several, names, strict=True):
+        where, remedy = f"{asked}, the weight of {name}", "Give a finite number other than 0"
+        check_type(where, weight, Real, remedy)
         if not math.isfinite(weight) or weight == 0:
-            raise StateError(asked, f"a weight is {weight}", "Give finite numbers other than 0")
-    if rows := [name for state in states for name in state.rows]:
-        found = f"it trains single rows of '{rows[0]}', which replace the base's"
-        raise StateError(asked, found, "Merge the adapters into the base one after the other")
-    weighted = list(zip(states, weights, strict=True))
+            raise StateError(where, f"it is {weight}", remedy)
+        for rows in state.rows:
+            found = f"it trains single rows of '{rows}', which replace the base's"
+            remedy = "Merge the adapters into the base one after the other"
+            raise StateError(f"{asked}, {name}", found, remedy)
     marked = sorted(states, key=lambda state: state.fingerprint is None)
+    trained = mixed([(state.trained, weight) for state, weight in several], names, asked)
     sites = {}
-    for name in dict.fromkeys(name for state in states for name in state.sites):
-        there = [(state.sites[name], weight) for state, weight in weighted if name in state.sites]
-        check_alike([site.spec for site, _ in there], asked)
+    for site in dict.fromkeys(name for state in states for name in state.sites):
+        there = [(state.sites[site], weight) for state, weight in several if site in state.sites]
+        holders = [n for n, state in zip(names, states, strict=True) if site in state.sites]
+        check_alike([one.spec for one, _ in there], holders, asked)
         # With the base known, kinds of layers are known; for a foreign file they are assumed.
-        like = next(state.sites[name].spec for state in marked if name in state.sites)
-        sites[name] = make(there, like)
-    trained = mixed([(state.trained, weight) for state, weight in weighted], asked)
-    for site in sites.values():
-        _check_once(site.spec, trained, asked)
+        like = next(state.sites[site].spec for state in marked if site in state.sites)
+        sites[site] = make(there, like, holders)
+        if twice := _tensors_of(sites[site].spec) & trained.keys():
+            (name,) = sorted(twice)[:1]
+            other = next(n for n, s in zip(names, states, strict=True) if name in s.trained)
+            found = f"{holders[0]} updates '{name}' and {other} holds a trained copy of it"
+            raise StateError(asked, found, "Merge both adapters into the base instead")
     marks = [state.fingerprint for state in states if state.fingerprint is not None]
-    copies = common_copies([state.base_copies for state in states], asked)
+    copies = common_copies([state.base_copies for state in states], names, asked)
     union = Fingerprint.union(marks) if marks else None
     return AdapterState(sites, trained, None, union, copies)
 
 
-def _check_adapters(states: Sequence[AdapterState], asked: str) -> None:
-    for state in states:
-        check_type(asked, state, AdapterState, "Give an AdapterState, as adapter_state(model) does")
-    check_one_base([state.fingerprint for state in states], asked)
+def _check_adapters(states: Sequence[AdapterState], asked: str) -> list[str]:
+    """Refuse what is no adapter, and adapters of different bases; return what to call each."""
+    names = called(states)
+    remedy = "Give an AdapterState, as adapter_state(model) does"
+    for state, name in zip(states, names, strict=True):
+        check_type(f"{asked}, {name}", state, AdapterState, remedy)
+    check_one_base([state.fingerprint for state in states], names, asked)
+    return names
 
 
-def _check_once(spec: SiteSpec, trained: Mapping[str, Tensor], asked: str) -> None:
-    """Refuse a tensor that is updated and trained: no one adapter holds both."""
+def _tensors_of(spec: SiteSpec) -> set[str]:
+    """Return the names of the base's tensors that a site updates."""
     bias = f"{spec.weight.removesuffix('weight')}bias"
-    for name in [spec.weight, *([bias] if spec.lora_bias else [])]:
-        if name in trained:
-            found = f"one adapter updates '{name}' and another holds a trained copy of it"
-            raise StateError(asked, found, "Merge both adapters into the base instead")
+    return {spec.weight, *([bias] if spec.lora_bias else [])}
 
 
 def _check_sizes(asked: str, sizes: Mapping[str, int]) -> None:

@@ -97,6 +97,7 @@ def analyze(
     if not state.sites:
         found = "it has no low-rank sites"
         raise StateError(f"analyze {label}", found, "Only A and B can be analyzed")
+    state.check_finite(f"analyze {label}")
     if isinstance(base, str | Path):
         base = Weights(state, Checkpoint.open(base), label, any_base=any_base)
     sizes = {

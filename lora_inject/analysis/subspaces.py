@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.adapter.state import AdapterState, called
 from lora_inject.analysis.blocks import Figures, Place, SiteBlock, by_kind, site_blocks
 from lora_inject.checkpoint.write import Progress, counted
 from lora_inject.errors import StateError
@@ -190,7 +190,7 @@ def compare(
         Phi for every block that both have.
 
     Raises:
-        StateError: They have no site in common, a common site has different widths, or a tensor
+        StateError: They have no site in common, a common site has different widths, or one of them
             holds NaN or Inf.
 
     Examples:
@@ -202,6 +202,8 @@ def compare(
         >>> pair.right.whole, pair.right.whole_by_chance
         (1.0, 0.5)
     """
+    for state, name in zip((first, second), called((first, second)), strict=True):
+        state.check_finite(f"compare, {name}")
     common = [name for name in first.sites if name in second.sites]
     if not common:
         found = f"of {len(first.sites)} and {len(second.sites)} sites none has the same name"
@@ -222,7 +224,8 @@ def _pairs(name: str, first: AdapterState, second: AdapterState) -> Iterator[Pai
         if two is None:
             continue
         if one.delta.shape != two.delta.shape:
-            found = f"one updates {list(one.delta.shape)}, the other {list(two.delta.shape)}"
+            shapes = zip(called((first, second)), (one, two), strict=True)
+            found = " and ".join(f"{n} updates {list(b.delta.shape)}" for n, b in shapes)
             remedy = "Compare adapters of one base"
             raise StateError(f"compare '{name}' of two adapters", found, remedy)
         ranks = one.rank, two.rank

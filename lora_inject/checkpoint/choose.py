@@ -44,7 +44,7 @@ def choose(adapter: WeightedAdapter, of: BaseClass, options: MergeOptions) -> Fi
     Reads the options `allow_new`, `any_base` and `rename`.
     """
     if adapter.state.rows and adapter.weight != 1:
-        found = f"rows cannot be replaced with weight {adapter.weight}"
+        found = f"rows of {adapter.label} cannot be replaced with weight {adapter.weight}"
         raise clash(next(iter(adapter.state.rows)), found)
 
     def fit(rule: Rule, label: str) -> Fit:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_inject.adapter.state import AdapterState
+from lora_inject.adapter.state import AdapterState, called
 from lora_inject.checkpoint.base_class import BaseClass
 from lora_inject.checkpoint.index import Checkpoint
 from lora_inject.checkpoint.quantized import FORMAT_DTYPES
@@ -43,20 +43,27 @@ class WeightedAdapter:
     Attributes:
         state: The adapter.
         weight: Mixing weight: the base gets `weight` times its delta.
-        label: Its name in messages, such as its path.
+        label: Its name in messages, such as its path; by default its place among those to merge.
     """
 
     state: AdapterState
     weight: float = 1.0
-    label: str = "the adapter"
+    label: str = ""
 
 
 Given = WeightedAdapter | AdapterState | str | os.PathLike[str]
 """An adapter as a caller may give it: with a weight, as a value, or by its path."""
 
 
-def weighted_adapter(given: Given, base: Checkpoint) -> WeightedAdapter:
-    """Return an adapter with its weight, 1 by default."""
+def weighted_adapters(several: Iterable[Given], base: Checkpoint) -> list[WeightedAdapter]:
+    """Return adapters with their weights, 1 by default, and their labels."""
+    found = [_weighted(given, base) for given in several]
+    names = called([one.state for one in found])
+    both = zip(found, names, strict=True)
+    return [replace(one, label=one.label or name) for one, name in both]
+
+
+def _weighted(given: Given, base: Checkpoint) -> WeightedAdapter:
     if isinstance(given, WeightedAdapter):
         return given
     return WeightedAdapter(given) if isinstance(given, AdapterState) else read_weighted(given, base)

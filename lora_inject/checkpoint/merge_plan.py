@@ -33,7 +33,7 @@ from lora_inject.checkpoint.merge_inputs import (
     MergeOptions,
     WeightedAdapter,
     check_adapters,
-    weighted_adapter,
+    weighted_adapters,
 )
 from lora_inject.checkpoint.output_files import OutputShard, TensorJob, clash, lay_out
 from lora_inject.checkpoint.quantized import FORMAT_DTYPES, unpacked, why_not
@@ -165,7 +165,7 @@ def plan_merge(
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     if options.dequantize is not None or options.requantize:
         checkpoint = unpacked(checkpoint, options.dequantize)
-    weighted = [weighted_adapter(adapter, checkpoint) for adapter in adapters]
+    weighted = weighted_adapters(adapters, checkpoint)
     check_adapters(weighted)
     _check_ties(checkpoint, options.tie or {})
     of = BaseClass(checkpoint, options.tie)
@@ -200,6 +200,7 @@ def _joined(fits: Sequence[Fit]) -> dict[str, TensorJob]:
         for name, job in fit.jobs.items():
             if sum(map(bool, (job.placed, job.added, job.trained, job.rows))) > 1:
                 raise clash(name, f"{fit.adapter.label} holds values of it and an update as well")
+            job.adapters = (fit.adapter.label,)
             jobs[name] = jobs[name].joined(job) if name in jobs else job
     return jobs
 
@@ -392,7 +393,7 @@ def _check_job(checkpoint: Checkpoint, job: TensorJob) -> None:
     }
     for found, is_so in clashes.items():
         if is_so:
-            raise clash(job.name, found)
+            raise clash(job.name, found, job.adapters)
 
 
 def _check_plain(checkpoint: Checkpoint, job: TensorJob) -> None:

@@ -7,7 +7,7 @@ kernel then copies everything but the merged tensors in long runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ class TensorJob:
     packed: Packed | None = None  # reader of a quantized source
     added: tuple[tuple[Tensor, float], ...] = ()  # vectors to add, with their weights
     rows: tuple[tuple[tuple[int, ...], Tensor], ...] = ()  # rows to replace: `(indices, values)`
+    adapters: tuple[str, ...] = ()  # what messages call those that change it
 
     @classmethod
     def of(
@@ -94,7 +95,7 @@ class TensorJob:
     def joined(self, other: TensorJob) -> TensorJob:
         """Return this job combined with a later adapter's job on the same tensor."""
         if self.base_copy is not None and other.base_copy is not None:
-            raise clash(self.name, "two adapters hold a copy of it")
+            raise clash(self.name, "both hold a copy of it", self.adapters + other.adapters)
         reshapes = other.trained or other.base_copy is not None
         return replace(
             self,
@@ -104,6 +105,7 @@ class TensorJob:
             trained=self.trained + other.trained,
             added=self.added + other.added,
             rows=self.rows + other.rows,
+            adapters=self.adapters + other.adapters,
         )
 
     @property
@@ -120,10 +122,11 @@ class TensorJob:
         return TensorReport(self.name, self.action, dtype, self.shape, self.sites).counted(tally)
 
 
-def clash(name: str, found: str) -> CheckpointError:
+def clash(name: str, found: str, adapters: Sequence[str] = ()) -> CheckpointError:
     """Return the error for updates of one tensor that exclude each other."""
     remedy = "Merge one adapter after the other, or leave one out"
-    return CheckpointError(f"merge into '{name}'", found, remedy)
+    both = f"{' and '.join(adapters)} " if len(adapters) > 1 else ""
+    return CheckpointError(f"merge {both}into '{name}'", found, remedy)
 
 
 class Copy(NamedTuple):

@@ -238,8 +238,8 @@ def check(
 ) -> None:
     """List what a program would refuse or misread in ADAPTER.
 
-    Reads no values. The exit code is 1 if the program refuses the adapter, ignores a part of it or
-    applies another scale.
+    The exit code is 1 if the program refuses the adapter, ignores a part of it or applies another
+    scale, or if the adapter holds NaN.
     """
     from dataclasses import asdict
 

@@ -165,8 +165,8 @@ def write_adapter(
         The path of the files, symbolic links resolved.
 
     Raises:
-        FormatError: The format does not exist or cannot express the adapter, or the target exists
-            and `overwrite` is not set.
+        FormatError: The format does not exist or cannot express the adapter, which may hold no NaN
+            and no Inf, or the target exists and `overwrite` is not set.
 
     Examples:
         >>> import tempfile, torch
@@ -186,7 +186,8 @@ def write_adapter(
         if row.endings and target.suffix not in row.endings:
             found = f"its name does not end in {' or '.join(row.endings)}"
             raise FormatError("", found, "Rename it")
-        content = row.write(check_state(state), target, facts, **own)
+        check_state(state).check_finite("", FormatError)
+        content = row.write(state, target, facts, **own)
         remedy = "Return the bytes of the file, or of each file by its name"
         check_type("what the format wrote", content, (bytes, Mapping), remedy, FormatError)
     if isinstance(content, bytes):
@@ -207,7 +208,7 @@ def read_adapter(
     memory. The file may be moved, deleted or replaced meanwhile. If it was written to in place, as
     PEFT saves, using a value raises a FormatError. The tensors cannot be changed in place;
     `copy.deepcopy` of the value reads all of it into memory. Values that are not finite are read,
-    so that `inspect` shows them; loading, merging and converting refuse them.
+    so that `inspect` shows them; loading, merging, combining and writing refuse them.
 
     Args:
         path: Where from.
@@ -228,7 +229,7 @@ def read_adapter(
     row = _row(format, f"read adapter '{path}'")
     with within(f"read {format} adapter '{path}'"):
         facts, own = _split(row.read, facts, options)
-        return check_state(row.read(place, facts, **own))
+        return replace(check_state(row.read(place, facts, **own)), source=str(path))
 
 
 def detected(path: Path) -> str:

@@ -1,8 +1,9 @@
 """Checks of adapter files for programs that load them.
 
 Each program is one function of the config and of the names and shapes of the tensors. Of values it
-reads only alphas. Anything that the program would refuse, ignore or scale differently is a finding
-with a remedy. `scripts/clients.py` runs the programs themselves and compares.
+reads only alphas; that all are finite is checked here. Anything that the program would refuse,
+ignore or scale differently is a finding with a remedy. `scripts/clients.py` runs the programs
+themselves and compares.
 
 Sources: vLLM 0.33, lora/peft_helper.py, lora/lora_model.py, lora/utils.py; SGLang 0.5.23,
 srt/lora/lora_config.py, lora.py, utils.py; llama.cpp, convert_lora_to_gguf.py,
@@ -23,16 +24,17 @@ from typing import Any
 from lora_inject.errors import FormatError, nearest, within
 from lora_inject.formats import detected, diffusers, mlx
 from lora_inject.formats.checks import one_line
-from lora_inject.formats.gguf_file import FAMILIES
+from lora_inject.formats.gguf_file import FAMILIES, content
 from lora_inject.formats.model_facts import ModelFacts
 from lora_inject.formats.peft.adapter_config import check_field
 from lora_inject.formats.peft.folder import CONFIG, MODEL
 from lora_inject.formats.peft.name_patterns import values_of
 from lora_inject.formats.peft.tensor_layout import PREFIX
+from lora_inject.functional import all_finite
 from lora_inject.spec.names import leaf, parent
 from lora_inject.storage.safetensors_file import read_header
 from lora_inject.storage.strict_json import read_json
-from lora_inject.storage.tensors import read_names, read_tensors
+from lora_inject.storage.tensors import is_safetensors, read_names, read_tensors
 
 CONVERT = "Write it with `lora-inject convert --to "
 PORTABLE = f"{CONVERT}portable`"
@@ -131,7 +133,8 @@ def findings(path: Path, client: str, facts: ModelFacts) -> list[Finding]:
     files = Files(path, detected(path), facts.module_names, base)
     with within(f"check '{path}'"):
         files = replace(files, **_read(path, files.layout))
-        return sorted(CLIENTS[client](files), key=lambda finding: not finding.stops)
+        listed = [*_damaged(files), *CLIENTS[client](files)]
+        return sorted(listed, key=lambda finding: not finding.stops)
 
 
 def _read(path: Path, layout: str) -> dict[str, Any]:
@@ -175,6 +178,20 @@ def _check_config(config: Mapping[str, Any]) -> None:
         value = config.get(name)
         if value is not None or name in ("r", "lora_alpha"):
             check_field(name, value)
+
+
+def _damaged(files: Files) -> Findings:
+    """Find tensors with values that are not finite, which every program loads and computes with."""
+    name = {"peft": MODEL, "mlx": mlx.FILE, "diffusers": diffusers.FILE}.get(files.layout, "")
+    file = files.path / name if files.path.is_dir() else files.path
+    tensors: Mapping[str, Any] = {}
+    if files.layout == "gguf":
+        tensors = content(file)[1]
+    elif is_safetensors(file):
+        tensors = read_tensors(file)[0]
+    bad = (key.removeprefix(PREFIX) for key, t in tensors.items() if not all_finite(t))
+    remedy = "Its training diverged; take an earlier checkpoint of the adapter"
+    return _about(bad, "NaN or Inf, which makes all outputs NaN, is in {}", remedy)
 
 
 # What several programs have in common -------------------------------------------------------------

@@ -79,7 +79,9 @@ def combine(
     for what, given in (("adapters", adapters), ("weights", () if weights is None else weights)):
         check_type(f"combine, {what}", given, Iterable, "Give a list, with one entry for each")
     made = Method(method, rank, density, majority_sign, seed)
-    return made.combined([_state(adapter) for adapter in adapters], weights)
+    given = list(adapters)
+    names = (f"combine, adapter {n} of {len(given)}" for n in range(1, 1 + len(given)))
+    return made.combined([_state(*each) for each in zip(given, names, strict=True)], weights)
 
 
 def truncate(
@@ -112,7 +114,7 @@ def truncate(
         >>> truncate(AdapterState({"fc": SiteState(spec, A, B)}), rank=1).sites["fc"]
         Cut(before=2, rank=1, error=0.6)
     """
-    return truncation(_state(adapter), rank, energy)
+    return truncation(_state(adapter, "truncate"), rank, energy)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def diff(one: Adapter, two: Adapter) -> Difference:
 
     Raises:
         StateError: They are of different bases, a site has another shape or an update that depends
-            on the base (DoRA), or a tensor holds NaN or Inf.
+            on the base (DoRA), or one holds NaN or Inf. It says which of the two.
         FormatError: A file cannot be read.
 
     Examples:
@@ -184,7 +186,7 @@ def diff(one: Adapter, two: Adapter) -> Difference:
         >>> found.equal, [round(n, 4) for n in found.sites["fc"].norms], round(found.distance, 4)
         (False, [2.8284, 8.4853], 5.6569)
     """
-    one, two = _state(one), _state(two)
+    one, two = _state(one, "diff, one"), _state(two, "diff, two")
     sites = {name: _site(*pair) for name, *pair in paired(one, two, "diff")}
     trained: dict[str, float | None] = {}
     for name in {**one.trained, **two.trained}:
@@ -196,12 +198,12 @@ def diff(one: Adapter, two: Adapter) -> Difference:
     return Difference(sites, trained, one == two)
 
 
-def _state(adapter: Adapter) -> AdapterState:
+def _state(adapter: Adapter, asked: str) -> AdapterState:
     """Return a value as it is, or that of a file; its tensors are read when they are used."""
     if isinstance(adapter, AdapterState):
         return adapter
     remedy = "Give an AdapterState, or the path of its files"
-    check_type("an adapter", adapter, (str, PathLike), remedy)
+    check_type(asked, adapter, (str, PathLike), remedy)
     return read_adapter(adapter)
 
 

@@ -102,7 +102,7 @@ def read(path: Path, facts: ModelFacts) -> AdapterState:
 
     The base's config gives the heads of the architecture `llama`.
     """
-    fields, tensors = _content(path)
+    fields, tensors = content(path)
     types = {key: fields.get(key) for key in ("general.type", "adapter.type")}
     if types != {"general.type": "adapter", "adapter.type": "lora"}:
         raise FormatError("", f"it says {types}", "Give a LoRA adapter, not a model")
@@ -137,7 +137,7 @@ def _library() -> Any:
     return gguf
 
 
-def _content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the scalar fields and the tensors of a file, copied."""
     gguf = _library()
     try:

@@ -46,7 +46,7 @@ def plain_sites(
     and further tensors of variants are refused. With `one_rank` ranks are padded with zeros to
     `rank`, by default the largest. `alpha` is each site's `own`, `one` for all, or the `rank`, for
     a scale of 1: B is multiplied in float32 at least and rounded once, to `dtype` or each tensor's
-    own dtype. NaN and infinity are refused, also if they come from a cast to a narrower dtype.
+    own dtype. Values that become infinite by a cast to a narrower dtype are refused.
     """
     if state.trained:
         found = f"{client} cannot hold trained tensors, such as {one_line(state.trained)}"
@@ -75,18 +75,10 @@ def plain_sites(
         width = (rank or largest) if one_rank else site.spec.rank
         due = None if keep else float(largest if alpha == "one" else width)
         made[name] = _changed(site, width, due, None if dtype is None else DTYPES[dtype])
-        _check_finite(made[name])
+        if not all_finite(made[name].A, made[name].B):
+            found = f"its values are not finite in {made[name].B.dtype}"
+            raise FormatError(f"site '{name}'", found, "Give a wider dtype")
     return made
-
-
-def _check_finite(site: SiteState) -> None:
-    for role, tensor in (("A", site.A), ("B", site.B)):
-        if not all_finite(tensor):
-            found = f"{role} has values that are not finite in {tensor.dtype}"
-            remedy = (
-                "Look at it with `lora-inject inspect`; use a wider dtype if it is finite there"
-            )
-            raise FormatError(f"site '{site.spec.name}'", found, remedy)
 
 
 def _plain(site: SiteState) -> SiteState:

@@ -20,7 +20,6 @@ from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
 from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats.older_names import in_names_of
-from lora_inject.functional import all_finite
 from lora_inject.layers.candidates import inventory
 from lora_inject.layers.kinds import KINDS
 from lora_inject.layers.survey import Survey
@@ -50,7 +49,7 @@ def fit(
         here = {old: survey.at(name).tensor for old, name in new.items()}
         check_base(state.fingerprint, fingerprint(here), base, asked)
     check_base_copies(state, weights, asked)
-    check_finite(state, asked)
+    state.check_finite(asked, FormatError)
     sites = {
         spec.name: dataclasses.replace(state.sites[key], spec=spec) for key, spec in specs.items()
     }
@@ -209,18 +208,3 @@ def check_base_copies(state: AdapterState, weights: Mapping[str, Tensor], asked:
             found = "the file carries a copy of this base tensor that is not the model's"
             remedy = "Load the adapter onto the base that it was made on (was the vocabulary "
             raise FormatError(f"{asked}, {key!r}", found, remedy + "resized?)")
-
-
-def check_finite(state: AdapterState, asked: str) -> None:
-    """Refuse an adapter with NaN or infinity: every output of the model would be NaN."""
-    named = {
-        f"{role} of site {name!r}": tensor
-        for name, site in state.sites.items()
-        for role, tensor in site.tensors.items()
-    }
-    named |= {f"trained tensor {name!r}": tensor for name, tensor in state.trained.items()}
-    for what, tensor in () if all_finite(*named.values()) else named.items():
-        if not all_finite(tensor):
-            found = f"it holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
-            remedy = "Its training diverged; take an earlier checkpoint of the adapter"
-            raise FormatError(f"{asked}, {what}", found, remedy)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_inject.adapter.fingerprint import Fingerprint, packing, samples
 from lora_inject.adapter.site_state import SiteState
 from lora_inject.adapter.state import AdapterState
-from lora_inject.errors import StateError, check_path
+from lora_inject.errors import FormatError, StateError, check_path
 from lora_inject.formats import ModelFacts, write_adapter
 from lora_inject.formats.checks import FLOATS
 from lora_inject.layers.attached import Entry
@@ -218,12 +218,13 @@ def save_adapter(
 
     Raises:
         StateError: There is no such adapter, or a site of it is inert.
-        FormatError: The format cannot express it, or the path cannot be written.
+        FormatError: It holds NaN or Inf, the format cannot express it, or the path cannot be
+            written.
     """
     check_path("save adapter", path)
     survey = Survey(model)
     state, facts = read_off(survey, name), facts_for(survey, format, name)
-    refuse_inert(survey, name, state, unused)
+    refuse_useless(survey, name, state, unused)
     target = Path(path) if version is None else Path(path, str(version))
     if writes_here(survey):
         if version is not None:
@@ -237,11 +238,12 @@ def save_adapter(
     return target
 
 
-def refuse_inert(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
-    """Raise if an adapter that was trained has sites that no forward has used; see `save_adapter`.
+def refuse_useless(survey: Survey, name: str, state: AdapterState, unused: Sequence[str]) -> None:
+    """Raise if an adapter holds NaN or Inf, or was trained and has sites that no forward has used.
 
-    `state` is the adapter as it was read from the model.
+    `state` is the adapter as it was read from the model. Of several processes all raise.
     """
+    state.check_finite(f"save adapter {name!r}", FormatError)
 
     def changed(item: Carried) -> bool:
         if item.entry.spec is not None:

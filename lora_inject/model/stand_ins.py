@@ -29,7 +29,7 @@ from lora_inject.formats.card import joined_cards
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.survey import Survey, base_parameters
 from lora_inject.model.carried import reach
-from lora_inject.model.save import adapter_tensors, facts_for, read_off, refuse_inert
+from lora_inject.model.save import adapter_tensors, facts_for, read_off, refuse_useless
 from lora_inject.storage.disk import replace_file
 
 SAVE, RESIZE, DEQUANTIZE = "save_pretrained", "resize_token_embeddings", "dequantize"
@@ -98,7 +98,7 @@ class _SaveAdapters:
                 raise StateError(SAVE, found, "Call save_adapter(model, path, name)")
         states = {name: read_off(survey, name, given) for name in names}
         for name, state in states.items():
-            refuse_inert(survey, name, state, self.unused)
+            refuse_useless(survey, name, state, self.unused)
         if not is_main_process:
             return
         for name, state in states.items():

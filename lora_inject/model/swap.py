@@ -21,7 +21,7 @@ from lora_inject.errors import FormatError, LayerError, nearest
 from lora_inject.formats import read_adapter
 from lora_inject.layers.survey import Survey
 from lora_inject.model.carried import reach, records_of, refuse_merged
-from lora_inject.model.fit_state import Base, check_base, check_base_copies, check_finite
+from lora_inject.model.fit_state import Base, check_base, check_base_copies
 from lora_inject.model.save import base_weights, fingerprint, model_facts, values_on
 from lora_inject.model.sharding import copy_into
 from lora_inject.storage.tensors import in_memory
@@ -94,7 +94,7 @@ def swap_adapter(
         weights[new.spec.weight] = here[site.spec.weight]
     into, values = [held for held, _ in pairs], [value for _, value in pairs]
     _check_fit(into, values, asked)
-    check_finite(state, asked if state is source else f"{asked} for {str(source)!r}")
+    state.check_finite(asked if state is source else f"{asked} for {str(source)!r}", FormatError)
     if state.fingerprint is not None and base != "any":
         check_base(state.fingerprint, fingerprint(weights), base, asked)
     if state.base_copies:

@@ -4,8 +4,11 @@ The reference is written from `SiteSpec.blocks` in float64, independently of eve
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_inject.adapter.fingerprint import Fingerprint
@@ -130,3 +133,15 @@ def effect(site: SiteState) -> Tensor:
     delta = delta.mT if site.spec.transposed else delta
     lead = () if site.spec.experts is None else (site.spec.experts,)
     return delta.reshape(*lead, site.spec.out_features, -1)
+
+
+def spoil(path: Path, end: str, *values: float) -> Path:
+    """Overwrite the first values of the tensor of an adapter's file whose key ends so."""
+    file = path if path.is_file() else next(path.glob("*.safetensors"))
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    (key,) = (k for k in tensors if k.endswith(end))
+    tensors[key].view(-1)[: len(values)] = torch.tensor(values)
+    save_file(tensors, file, metadata)
+    return path
