@@ -14,6 +14,7 @@ from helpers.trials import (
     check_equal,
     of_bert,
     of_llama,
+    values,
 )
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
@@ -239,6 +240,44 @@ def test_gradients_that_somebody_sets_to_none_train_all_the_same() -> None:
     plain, cleared = run(False), run(True)
     for name in trials:
         check_equal(cleared.model, plain.model, name, 0.0)
+
+
+@pytest.mark.parametrize("verb", ["step", "evaluate"])
+@pytest.mark.parametrize("which", ["all", "qv"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: ids + 31, r"'{}'.*a label is \d\d, and the logits are of 31 tokens"),
+        (lambda ids: ids - 101, r"'{}'.*a label is -\d+, and the logits"),
+        (lambda ids: ids * 0 - 100, r"'{}'.*each label after the first of a row is -100"),
+        (lambda ids: ids.double(), r"labels of torch.int64, and these are torch.float64"),
+        (lambda ids: ids[:, 1:], r"logits of shape \(.*\) for \d+ labels. Give a label for each"),
+    ],
+    ids=["too large", "negative", "all ignored", "floats", "too few"],
+)
+def test_labels_that_are_no_tokens_are_refused_in_words(verb, which, change, message) -> None:
+    """Of equally many rows, and of fewer of one trial."""
+    trials = {name: Trial({"rank": 2, "targets": ["q_proj"]}, lr=1e-2) for name in ("all", "qv")}
+    for n_rows in ({}, {"all": 1}):
+        running, rows = Trials(of_llama(), trials), batches(trials, 0, n_rows)
+        changed = [which] if "{}" in message else list(trials)  # rows of all have one form
+        for name in changed:
+            rows[name]["labels"] = change(rows[name]["labels"])
+        before = {name: values(running.model, name) for name in trials}
+        with pytest.raises(li.StateError, match=message.replace("{}", which)):
+            getattr(running, verb)(rows)
+        for name in trials:
+            check_equal(running.model, before[name], name, 0.0)
+
+
+def test_labels_that_are_all_too_short_do_not_ask_for_padding() -> None:
+    running = Trials(of_llama(), {n: Trial({"targets": ["q_proj"]}, lr=1e-2) for n in "ab"})
+    rows = {n: {key: t[:, i:] for key, t in b.items()}
+            for i, (n, b) in enumerate(batches("ab", 0, {}).items())}  # fmt: skip
+    for batch in rows.values():
+        batch["labels"] = batch["labels"][:, 1:]
+    with pytest.raises(li.StateError, match=r"\(7, 6\).* \(a label for each token, or -100\)"):
+        running.step(rows)
 
 
 def test_trials_that_were_frozen_since_are_refused() -> None:

@@ -145,7 +145,9 @@ def _lengths(widths: Iterable[tuple[int, ...]], names: Sequence[str]) -> dict[st
     found = {lengths for lengths in widths if len(set(lengths)) > 1}
     if len(found) > 1:
         shown = " and ".join(map(str, sorted(found)))
-        raise StateError("step", f"the rows of the trials have the lengths {shown}", "Pad them")
+        remedy = "Give all entries of a batch one length (a label for each token, or -100), or pad "
+        remedy += "each entry to one length for all trials"
+        raise StateError("step", f"the rows of the trials have the lengths {shown}", remedy)
     return dict(zip(names, found.pop(), strict=True)) if found else None
 
 

@@ -7,7 +7,9 @@ is the peak of a step's memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,14 +18,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
-from lora_inject.errors import StateError, check_type
+from lora_inject.errors import StateError, check_type, within
 from lora_inject.layers.sending import sent_once
 from lora_inject.layers.survey import unwrapped
 from lora_inject.trials.batches import Joined
 
 Loss = Callable[[Any, Any], Tensor]
-IGNORED = -100
-"""The label that cross entropy leaves out."""
+IGNORED, LABELS = -100, "a label for each token, or -100"
+"""The label that cross entropy leaves out, and what errors ask for."""
 PARTS = 8
 LEAST = 2**20
 """Number of parts, and the fewest logits in one: the launches do not grow with the batch."""
@@ -42,7 +44,9 @@ def default_loss(model: nn.Module) -> Loss:
 
 def scalar_loss(loss: Loss, outputs: Any, batch: Any, whose: str) -> Tensor:
     """Return one trial's loss, which must be a single number in a tensor."""
-    value, asked = loss(outputs, batch), f"loss of trial {whose!r}"
+    asked = f"loss of trial {whose!r}"
+    with within(asked):
+        value = loss(outputs, batch)
     check_type(asked, value, Tensor, "Return a scalar tensor")
     if value.numel() != 1:
         raise StateError(asked, f"it has the shape {tuple(value.shape)}", "Return its mean")
@@ -54,11 +58,17 @@ def causal_loss(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         outputs: With `logits (rows, tokens, vocabulary)`.
-        batch: With `labels (rows, tokens)`; -100 is ignored.
+        batch: With `labels (rows, tokens)`, int64; -100 is ignored.
+
+    Raises:
+        StateError: There are no such logits or labels, or a label is no token of the vocabulary
+            (on the CPU; on a device torch stops the process, so that the host need not wait).
     """
-    logits = _logits(outputs, batch).flatten(0, 1)
+    logits, labels = _logits(outputs, batch), _next(batch["labels"]).flatten()
+    _check_labels(labels, logits, {})
+    logits = logits.flatten(0, 1)
     wide = logits.float() if logits.dtype.itemsize < 4 else logits
-    return F.cross_entropy(wide, _next(batch["labels"]).flatten())
+    return F.cross_entropy(wide, labels)
 
 
 def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple[Tensor, ...]:
@@ -71,14 +81,12 @@ def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple
             ids, mine = batch.get("input_ids"), batch["labels"]
             if isinstance(ids, Tensor) and ids.shape[:2] != mine.shape:
                 found = f"its labels have the shape {tuple(mine.shape)}, and its input_ids "
-                remedy = "Give each token a label, or -100"
-                raise StateError(f"step, batch of {name!r}", found + str(tuple(ids.shape)), remedy)
+                found += str(tuple(ids.shape))
+                raise StateError(f"step, batch of {name!r}", found, f"Give {LABELS}")
         length = of.batch["labels"].shape[1]
         each = [_next(b["labels"], 0 if of.packed else length) for b in batches.values()]
         labels = torch.cat([one.flatten() for one in each])
-    if labels.numel() != logits.shape[:2].numel():
-        found = f"logits of shape {tuple(logits.shape)} for {labels.numel()} labels"
-        raise StateError("step", found, "Give a loss of your own: loss=...")
+    _check_labels(labels, logits, of.sizes)
     repeat = labels.numel() // sum(of.sizes.values())
     sizes, kept = [repeat * n for n in of.sizes.values()], labels != IGNORED
     repeats = sent_once(tuple(sizes), kept.device)
@@ -86,6 +94,31 @@ def causal_losses(outputs: Any, batches: Mapping[str, Any], of: Joined) -> tuple
     weights = kept / counts if logits.dtype.itemsize < 8 else kept.double() / counts
     losses: Tensor = _NextToken.apply(logits.flatten(0, 1), labels, weights)  # type: ignore[no-untyped-call]
     return _sums(losses, sizes).unbind()
+
+
+def _check_labels(labels: Tensor, logits: Tensor, sizes: Mapping[str, int]) -> None:
+    """Refuse labels `(n,)` that are not one for each of the logits, or no token on the CPU."""
+    asked, n_classes = "the default loss", logits.shape[2]
+    if len(labels) != logits.shape[:2].numel():
+        found = f"logits of shape {tuple(logits.shape)} for {len(labels)} labels"
+        raise StateError(asked, found, f"Give {LABELS}, or a loss of your own: loss=...")
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels >= n_classes) | ((labels < 0) & (labels != IGNORED))
+    if wrong.any():
+        place = int(wrong.nonzero()[0]) * sum(sizes.values()) // len(labels)
+        ends = zip(accumulate(sizes.values()), sizes, strict=True)
+        whose = next((f", batch of {name!r}" for end, name in ends if place < end), "")
+        found = f"a label is {int(labels[wrong][0])}, and the logits are of {n_classes} tokens"
+        raise StateError(f"{asked}{whose}", found, f"Give {LABELS}")
+
+
+def refuse_unlabeled(found: Mapping[str, float], batches: Mapping[str, Any]) -> None:
+    """Refuse batches whose labels are all ignored: NaN then does not come from the training."""
+    for name in (name for name, value in found.items() if math.isnan(value)):
+        if bool((_next(batches[name]["labels"]) == IGNORED).all()):
+            why = f"each label after the first of a row is {IGNORED}, which makes its loss NaN"
+            raise StateError(f"step, batch of {name!r}", why, "Label a token, or leave it out")
 
 
 def ends_of(loss: Tensor, outputs: Any) -> frozenset[Any]:
@@ -113,14 +146,18 @@ def _sums(t: Tensor, sizes: list[int]) -> Tensor:
 
 
 def _logits(outputs: Any, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping) or "labels" not in batch or not hasattr(outputs, "logits"):
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor) or not hasattr(outputs, "logits"):
         found = "the default loss needs logits of the model and a batch with 'labels'"
         raise StateError("step", found, "Give both, or a loss of your own: loss=...")
     logits: Tensor = outputs.logits
-    if logits.dim() != 3 or batch["labels"].dim() != 2:
-        shapes = f"{tuple(logits.shape)} and {tuple(batch['labels'].shape)}"
+    if logits.dim() != 3 or labels.dim() != 2:
+        shapes = f"{tuple(logits.shape)} and {tuple(labels.shape)}"
         found = f"the default loss needs a label for each token; logits and labels are {shapes}"
         raise StateError("step", found, "Give a loss of your own: loss=...")
+    if labels.dtype != torch.int64:
+        found = f"the default loss needs labels of torch.int64, and these are {labels.dtype}"
+        raise StateError("step", found, "Convert them, or give a loss of your own: loss=...")
     return logits
 
 

@@ -49,6 +49,7 @@ from lora_inject.trials.losses import (
     causal_losses,
     default_loss,
     ends_of,
+    refuse_unlabeled,
     scalar_loss,
 )
 from lora_inject.trials.passes import Pass, seeded
@@ -225,6 +226,8 @@ class Trials:
             _refuse_untrained(constant[0])
         values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
         found = dict(zip(losses, values, strict=True))
+        if loss is causal_loss:
+            refuse_unlabeled(found, batches)
         # A loss that leads to other outputs than another one may leave layers out.
         alike: dict[Any, list[str]] = {}
         for name in (name for name, value in found.items() if math.isfinite(value)):
@@ -320,6 +323,8 @@ class Trials:
             found = self._evaluated(self._groups(batches), forward, loss)
             if self.packed and not all(map(math.isfinite, found.values())):  # as in `step`
                 found = self._evaluated(({n: b} for n, b in batches.items()), forward, loss)
+        if loss is causal_loss:
+            refuse_unlabeled(found, batches)
         self._held_out |= found
         return found
 
