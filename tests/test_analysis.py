@@ -237,7 +237,7 @@ def test_nan_is_refused_with_the_name_of_the_site():
     A[0, 0] = math.nan
     broken = AdapterState({"layer": replace(state.sites["layer"], A=A)})
     for verb in (analyze, across_layers, lambda s: compare(s, s)):
-        with pytest.raises(li.StateError, match="analyze 'layer': it holds NaN or Inf"):
+        with pytest.raises(li.StateError, match=r"'layer': it holds (1 )?NaN or"):
             verb(broken)
 
 
@@ -450,7 +450,7 @@ def test_a_comparison_is_phi_of_every_common_block():
 def test_adapters_of_different_bases_are_not_compared():
     with pytest.raises(li.StateError, match="of 1 and 1 sites none has the same name"):
         compare(adapter("a"), adapter("b"))
-    with pytest.raises(li.StateError, match=r"one updates \[7, 9\], the other \[7, 8\]"):
+    with pytest.raises(li.StateError, match=r"1 of 2 updates \[7, 9\] and .* updates \[7, 8\]"):
         compare(adapter("a"), adapter("a", n_in=8))
 
 

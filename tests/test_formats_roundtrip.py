@@ -86,7 +86,7 @@ def test_everything_else_comes_back(tmp_path: Path) -> None:
         "ln.weight": torch.randn(3).half(),
         "empty": torch.zeros(0, 4),
         "count": torch.tensor(3),
-        "nan": torch.tensor([math.nan, math.inf]),
+        "extreme": torch.tensor([torch.finfo().max, -0.0, 1e-45]),
     }
     config = {"rank": 4, "targets": ["a|b", {"match": "ü\n", "alpha": 0.1}]}
     samples = {"w": (math.nan, math.inf, -math.inf, 0.5)}
