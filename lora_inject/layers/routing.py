@@ -53,6 +53,8 @@ def routing_of(
             f"dimension is not the number of rows{multiple}",
             "Give one adapter for each row of the batch; for beams use repeat=n",
         )
+    if state.one_pass is not None and not torch.compiler.is_compiling():
+        state.one_pass.check(module, x)
     attached = attached_to(module)
     if attached is not None and attached.time_major:
         _refuse_ambiguous(module, x, n_rows * state.repeat, n_rows)

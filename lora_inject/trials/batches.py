@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lora_inject.errors import StateError
+from lora_inject.trials.counts import Counts
 
 Forward = Callable[[Any], Any]
 
@@ -40,6 +41,7 @@ class Joined(NamedTuple):
         shared: Second dimensions that are the same for all trials.
         packed: Whether the batches are packed.
         padding: What has their positions; None until it was seen.
+        counts: The numbers of tokens that layers must have; None where any will do.
     """
 
     batch: Any
@@ -48,6 +50,7 @@ class Joined(NamedTuple):
     shared: frozenset[int]
     packed: bool
     padding: Padding | None = None
+    counts: Counts | None = None
 
     @property
     def even(self) -> bool:

@@ -14,13 +14,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_inject.adapter.generators import generators_of
-from lora_inject.errors import StateError
+from lora_inject.errors import LoraInjectError, StateError
 from lora_inject.layers.attached import attached_to
 from lora_inject.layers.expert_rows import sorts_tokens
 from lora_inject.trials.batches import Joined, Padding, joined, parted
+from lora_inject.trials.counts import Counts
 from lora_inject.trials.flat import Flat
 
 Run = Callable[[Joined], Any]
@@ -39,6 +40,7 @@ class Checks:
         self._sites: dict[str, frozenset[Any]] = {}
         self._apart: dict[Any, frozenset[Any]] = {}
         self._paddings: dict[Any, Padding] = {}
+        self._counts: dict[Any, Counts] = {}
 
     def joined(
         self,
@@ -63,6 +65,7 @@ class Checks:
         modes = tuple(module.training for module in self._modules)
         entries = tuple(of.batch) if isinstance(of.batch, Mapping) else type(of.batch)
         key = (getattr(plain, "__code__", type(plain)), modes, entries, alone)
+        of = of._replace(counts=(counts := self._counts.setdefault(key, Counts())))
         known, new = self._apart.get(key), []
         safe = known or frozenset()
         for name in batches:
@@ -71,7 +74,10 @@ class Checks:
                 safe |= sites
         if known is None or (new and not alone):
             some = joined({n: batches[n] for n in _two_at_least(new, batches)}, packed=packed)
+            some, counts.learns = some._replace(counts=counts), True
             check_apart(run, some, {n: flats[n] for n in new}, self._layers(), exact=self._exact)
+            if counts.unsure:
+                _check_counts(run, some)
             self._apart[key] = safe
         if of.lengths is None:
             return of
@@ -115,6 +121,8 @@ def check_apart(
     sources = generators_of(p.device for layer in layers for p in layer.parameters())
     before = [source.get_state() for source in sources]
     plain = parted(run(of), of)
+    if of.counts is not None:
+        of.counts.learns = False
     after = [source.get_state() for source in sources]
     if not all(map(torch.equal, after, before)):
         for source, state in zip(sources, before, strict=True):
@@ -143,6 +151,26 @@ def check_apart(
                 what = f"the forward returns NaN for the rows of {name!r} before any training"
                 remedy = "Look at its batch, and at the dtype and the values of the base"
             raise StateError("step", what, remedy)
+
+
+def _check_counts(run: Run, of: Joined) -> None:
+    """Check that layers get as many tokens of other rows: all alike, and each of one token.
+
+    A model picks other numbers of tokens then.
+    """
+    for n_dims in (1, 2):
+        places = (slice(1),) * n_dims
+
+        def alike(t: Any, places: Any = places) -> Any:
+            is_row = isinstance(t, Tensor) and t.dim()
+            return t[places[: t.dim()]].expand_as(t).clone() if is_row else t
+
+        try:
+            run(of._replace(batch=tree_map(alike, of.batch)))
+        except LoraInjectError:
+            raise
+        except Exception:  # noqa: BLE001, S112 - the model may refuse such rows
+            continue
 
 
 def _refuse_mixing(name: str, other: str, *, packed: bool) -> NoReturn:

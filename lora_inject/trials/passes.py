@@ -23,6 +23,7 @@ from lora_inject.functional.ranges import Range
 from lora_inject.functional.routed import dropped
 from lora_inject.layers.attached import held_by
 from lora_inject.trials.batches import Joined
+from lora_inject.trials.counts import REMEDY, widths_of
 from lora_inject.trials.flat import Buffer
 
 
@@ -45,11 +46,14 @@ class Pass:
         self._total, self._tokens = sum(self._each), dict[int, tuple[int, ...]]()
         self._buffer, self._random, self.drops = buffer, random, random is not None
         self._known: dict[int, dict[str, Tensor]] = {}
+        self._counts = of.counts
+        self._widths = () if self.packed or of.counts is None else widths_of(of.batch)
 
     def only(self, name: str | None, n: int) -> Pass:
         """Return the pass of n rows of one trial by themselves; it draws the same numbers."""
         made = copy.copy(self)
         made._names, made._each, made._total, made._tokens = (str(name),), [n], n, {}
+        made._counts = None
         return made
 
     def of_layer(
@@ -75,17 +79,26 @@ class Pass:
             partial(self._buffer.note, found.trained),
         )
 
+    def check(self, layer: Any, x: Tensor) -> None:
+        """Refuse an input of a layer that does not hold the tokens of each row, one after another.
+
+        Raises:
+            LayerError: It has another number of tokens.
+        """
+        n, total = x.shape[0], self._total
+        asked = f"Trials with {total} {'tokens' if self.packed else 'rows'}"
+        if n % total:
+            found = f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}"
+            raise LayerError(asked, found, REMEDY)
+        if self._counts is not None and (n != total or x.dim() < 3):
+            self._counts.check(layer, n // total, self._widths, asked)
+
     def _sizes(self, layer: Any, x: Tensor) -> tuple[int, ...]:
         """Return the tokens that each trial has of a layer's input."""
-        total, tokens = self._total, x.numel() // x.shape[-1]
-        if x.shape[0] % total:
-            raise LayerError(
-                f"Trials with {total} {'tokens' if self.packed else 'rows'}",
-                f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}",
-                "Use a forward whose layers keep them, one after the other",
-            )
+        self.check(layer, x)
+        tokens = x.numel() // x.shape[-1]
         if tokens not in self._tokens:
-            self._tokens[tokens] = tuple([tokens // total * n for n in self._each])
+            self._tokens[tokens] = tuple([tokens // self._total * n for n in self._each])
         return self._tokens[tokens]
 
     def dropped(self, layer: Any, x: Tensor, dropout: Mapping[str, float]) -> Tensor:
