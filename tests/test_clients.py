@@ -234,6 +234,17 @@ def test_kohya_files_of_a_transformer_are_for_some_only(client, kind, stops, tmp
     assert not noted.stops
 
 
+def test_magnitudes_are_lost_on_a_text_encoder(tmp_path: Path) -> None:
+    """Transformers 5.24 looks for them under another key, in PEFT's own files as well."""
+    llama().save_pretrained(tmp_path / "base")
+    path = write_adapter(STATES["plain"], tmp_path / "a")
+    said = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**said, "use_dora": True}))
+    found = li.check_adapter(path, "diffusers", base=tmp_path / "base")
+    assert any(f.stops and "magnitudes of DoRA" in f.problem for f in found)
+    assert not any(f.stops for f in li.check_adapter(path, "diffusers"))
+
+
 def test_tokens_beside_an_adapter_are_noted_for_sglang(tmp_path: Path) -> None:
     path = write_adapter(STATES["plain"], tmp_path / "a")
     (path / "added_tokens.json").write_text('{"<x>": 32000}')

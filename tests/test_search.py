@@ -157,6 +157,12 @@ def test_trials_of_a_search_whose_state_is_missing_are_not_used(tmp_path) -> Non
     assert found.rungs[0].losses == searched(net(), other).rungs[0].losses
 
 
+def test_numpy_is_not_needed(tmp_path, monkeypatch) -> None:
+    """Torch does not bring it along."""
+    monkeypatch.setattr(torch.Tensor, "numpy", None)
+    assert searched(net(), SPACE | {"budget": {"steps": 4}}, folder=tmp_path).adapter is not None
+
+
 def test_close_learning_rates_are_different_trials() -> None:
     space = Space.coerce(SPACE | {"targets": {"a": ["2"]}, "rank": 1, "lr": [1e-3, 1.0000001e-3]})
     assert list(searched(net(), space).candidates) == ["lr 0.001", "lr 0.0010000001"]

@@ -410,8 +410,12 @@ def _diffusers(files: Files) -> Findings:
         if "lora_adapter_metadata" not in files.metadata:
             client = "diffusers (which reads no adapter_config.json)"
             yield from _scaled(files, client, lambda _: 1.0, fix)
+        if files.config.get("use_dora") and "model_type" in files.base:
+            found = "the load_adapter of transformers' models leaves out the magnitudes of DoRA"
+            yield Finding(found, f"Load it with PEFT, or: {MERGE}")
         options = f'prefix="{PREFIX[:-1]}", weight_name="{MODEL}"'
         load = f"Load it with model.load_lora_adapter(path, {options})"
+        load += ", or onto a text encoder with model.load_adapter(path)"
         yield Finding("it is a PEFT folder", load, stops=False)
     elif files.layout == "kohya":
         yield from _kohya_in_diffusers(files)

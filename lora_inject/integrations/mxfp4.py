@@ -25,7 +25,7 @@ def packed_experts() -> Iterator[None]:
     the backward pass. Other threads must not load models meanwhile.
 
     Raises:
-        LayerError: transformers is older than 5.24.
+        LayerError: transformers is not installed, or older than 5.24.
 
     Examples:
         >>> from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -33,9 +33,12 @@ def packed_experts() -> Iterator[None]:
         ...     AUTO_QUANTIZER_MAPPING["mxfp4"].__name__
         'KeptPacked'
     """
-    import transformers
-    from packaging.version import Version
-
+    try:
+        import transformers
+        from packaging.version import Version
+    except ImportError:
+        remedy = "Run pip install 'lora-inject[transformers]'"
+        raise LayerError("packed_experts()", "transformers is not installed", remedy) from None
     if Version(transformers.__version__) < Version("5.24"):
         raise LayerError(
             "packed_experts()",

@@ -29,6 +29,7 @@ from lora_inject.spec.names import counted
 from lora_inject.spec.space import Candidate, Space
 from lora_inject.storage.atomic import write_file
 from lora_inject.storage.strict_json import read_json
+from lora_inject.storage.tensors import bytes_of
 from lora_inject.trials.batches import Forward, evaluating, in_one_order, plain_forward, size_of
 from lora_inject.trials.losses import Loss, default_loss, scalar_loss
 from lora_inject.trials.rungs import JUDGED, behind, ranked, rungs, steps_within
@@ -361,7 +362,7 @@ def _digest(batches: Sequence[Any]) -> str:
     for leaf in tree_leaves(list(batches)):
         if isinstance(leaf, Tensor):
             found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
-            found.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(bytes_of(leaf.cpu()))
     return found.hexdigest()
 
 

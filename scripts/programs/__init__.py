@@ -49,7 +49,7 @@ def outputs(model: Any) -> Tensor:
             return model(IDS).last_hidden_state
         if hasattr(model, "conv_in"):
             return model(noise(1, 4, 8, 8), 10, noise(1, 5, 16)).sample
-        if hasattr(model, "pos_embed"):
+        if "caption_projection_dim" in model.config:
             return model(noise(1, 4, 8, 8), noise(1, 5, 16), noise(1, 16), torch.ones(1)).sample
         text, image = torch.zeros(5, 3), torch.cartesian_prod(*map(torch.arange, (1.0, 2.0, 2.0)))
         return model(
