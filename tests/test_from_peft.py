@@ -301,6 +301,8 @@ def test_what_would_mean_something_else_is_refused(models):
     assert "model.layers.1.self_attn.q_proj" in of_peft(models["mixtral"], config)[0]
     with pytest.raises(li.ConfigError, match=r"'target_modules': .* 'model.layers.1.*q_proj' too"):
         li.plan(models["mixtral"], config)
+    with pytest.raises(li.ConfigError, match=r"experts.down_proj' is a parameter, and PEFT"):
+        li.plan(models["mixtral"], LoraConfig(target_modules=["q_proj", "down_proj"]))
     with pytest.raises(li.ConfigError, match=r"'w3' is missing, and is one tensor with 'w1'"):
         li.plan(models["mixtral"], LoraConfig(target_modules=["w1", "w2"]))
     config = LoraConfig(

@@ -506,7 +506,10 @@ class _Rules:
             return [name for name, kind in self.kinds.items() if kind in LINEAR_KINDS]
         found = self._known_by(target)
         meant = [name for name in found if self._is_tensor(name) == target.parameter]
-        return meant if meant or target.parameter else found
+        if found and not meant and not target.parameter:
+            words = f"'{found[0]}' is a parameter, and PEFT adapts modules by target_modules"
+            raise _error(self.asked, "target_modules", words, "Name it in target_parameters")
+        return meant
 
     def _known_by(self, pattern: _Pattern) -> list[str]:
         return self._matching(pattern.regex, self.kinds)
