@@ -101,3 +101,21 @@ def test_a_tied_copy_that_was_trained_is_read_the_same_by_peft(train: str, tmp_p
     assert off(logits(li.load_adapter(tied_llama(), tmp_path / "ours")), logits(model)) < 1e-6
     merged = merged_on_disk(tied_llama(), tmp_path / "ours", tmp_path)
     assert off(logits(merged), logits(model)) < 1e-6
+
+
+@pytest.mark.parametrize("named", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_rows_of_peft_follow_the_tie_of_the_input_embedding_only(named, tmp_path: Path) -> None:
+    rows = {name: [1, 4] for name in named}
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows, r=2)
+    wrapped = peft.get_peft_model(tied_llama(), config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "trainable_tokens" in name:
+                parameter.normal_()
+    wrapped.save_pretrained(tmp_path / "peft")
+    model = li.load_adapter(tied_llama(), tmp_path / "peft")
+    assert off(logits(model), logits(wrapped)) < 1e-6
+    li.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(tied_llama(), tmp_path / "ours")
+    assert off(logits(again), logits(wrapped)) < 1e-6

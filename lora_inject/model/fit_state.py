@@ -25,6 +25,7 @@ from lora_inject.layers.kinds import KINDS
 from lora_inject.layers.survey import Survey
 from lora_inject.model.save import base_weights, fingerprint
 from lora_inject.spec.inventory import Candidate, Inventory
+from lora_inject.spec.names import joined
 from lora_inject.spec.sites import SiteSpec
 
 Base = Literal["same", "quantized", "any"]
@@ -41,6 +42,10 @@ def fit(
     sites = {key: _stack_of_one(site, names) for key, site in state.sites.items()}
     state = dataclasses.replace(state, sites=sites | _under_further_names(sites, names))
     specs = {key: fit_site(site.spec, names, asked) for key, site in state.sites.items()}
+    for key in state.trained.keys() & set(names.buffers):
+        found = "it is a buffer of the model, and adapters hold parameters only"
+        remedy = "Merge it into the base with PEFT (merge_and_unload) and start from that model"
+        raise FormatError(f"{asked}, trained tensor {key!r}", found, remedy)
     trained, rows = _fit_trained(state, survey, weights, asked)
     if state.fingerprint is not None and base != "any":
         new = {state.sites[key].spec.weight: spec.weight for key, spec in specs.items()}
@@ -133,12 +138,13 @@ def _fit_trained(
     """Return the full copies by the model's names; equal copies of a tied tensor are one tensor.
 
     A tied tensor that the adapter names once, or with two values, is read as a copy under the names
-    that it gives and nowhere else, as PEFT does. Rows, which PEFT gives to tied heads as well, are
-    read under all its names.
+    that it gives and nowhere else, as PEFT does. Rows of the input embedding, which PEFT gives to
+    what is tied to it as well, are read under all its names.
     """
     rows_of: dict[str, tuple[int, ...]] = {}
     fitted: dict[str, Tensor] = {}
     first: dict[int, list[Tensor]] = {}
+    table = _input_table(survey)
     for key, tensor in state.trained.items():
         weight, rows = weights.get(key), state.rows.get(key)
         if reason := _why_not_copied(key, tensor, rows, weight):
@@ -150,10 +156,21 @@ def _fit_trained(
             same.append(tensor)
         fitted[name] = tensor if held is None else held
         if rows is not None:
-            further = [n for n in survey.names_of(name) if n not in state.trained]
+            tied = survey.names_of(name) if name == table else ()
+            further = [n for n in tied if n not in state.trained]
             fitted.update(dict.fromkeys(further, fitted[name]))
             rows_of.update(dict.fromkeys((name, *further), rows))
     return fitted, rows_of
+
+
+def _input_table(survey: Survey) -> str | None:
+    """Return the name of the weight of a model's input embedding, None if it states none."""
+    get = getattr(survey.model, "get_input_embeddings", None)
+    try:
+        path = survey.paths.get(id(get())) if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if path is None else joined(path, "weight")
 
 
 def _why_not_copied(
