@@ -102,3 +102,23 @@ def test_tokens_of_whole_rows_of_any_length_equal_a_plain_loop(model) -> None:
         alone = Whole(*model)
         by_hand(alone, name, trial, data[name], square)
         check_equal(running.model, alone, name)
+
+
+class Windows(Whole):
+    """Experts that get pairs of tokens, as layers of images get windows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, down = (expert(x.view(-1, 2, 4)) for expert in self.experts)
+        return (up.sigmoid() * down).view_as(x)
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_visible_rows_need_no_further_run_to_be_checked(ids) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)).double() if ids else Windows(0)
+    rules, n_runs = {"rank": 1, "targets": ["0" if ids else r"experts\.\d"]}, []
+    running = Trials(model, {n: Trial(rules, lr=1e-2) for n in "ab"})
+    model.register_forward_pre_hook(lambda *_: n_runs.append(1))
+    for n in (4, 6, 2):
+        running.step(torch.arange(n)[None] % 5 if ids else rows("+" * n, n), loss=square)
+    assert len(n_runs) == 2 + 3

@@ -39,8 +39,10 @@ class Counts:
         Raises:
             LayerError: It is another one.
         """
+        if (key := (layer, per_row, widths)) in self._right:
+            return
         known = self._known.setdefault(layer, [])
-        if (key := (layer, per_row, widths)) in self._right or not (per_row or known):
+        if not (per_row or known):
             return
         # As many as positions are all tokens. Else the number stays, or its distance to a width.
         sure = per_row == max(widths, default=1)

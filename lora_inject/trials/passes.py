@@ -46,6 +46,7 @@ class Pass:
         self._total, self._tokens = sum(self._each), dict[int, tuple[int, ...]]()
         self._buffer, self._random, self.drops = buffer, random, random is not None
         self._known: dict[int, dict[str, Tensor]] = {}
+        self._asked = f"Trials with {self._total} {'tokens' if self.packed else 'rows'}"
         self._counts = of.counts
         self._widths = () if self.packed or of.counts is None else widths_of(of.batch)
 
@@ -53,7 +54,7 @@ class Pass:
         """Return the pass of n rows of one trial by themselves; it draws the same numbers."""
         made = copy.copy(self)
         made._names, made._each, made._total, made._tokens = (str(name),), [n], n, {}
-        made._counts = None
+        made._counts, made._asked = None, f"Trials with {n} rows"
         return made
 
     def of_layer(
@@ -86,12 +87,11 @@ class Pass:
             LayerError: It has another number of tokens.
         """
         n, total = x.shape[0], self._total
-        asked = f"Trials with {total} {'tokens' if self.packed else 'rows'}"
         if n % total:
             found = f"a {type(layer).__name__} got an input of shape {tuple(x.shape)}"
-            raise LayerError(asked, found, REMEDY)
-        if self._counts is not None and (n != total or x.dim() < 3):
-            self._counts.check(layer, n // total, self._widths, asked)
+            raise LayerError(self._asked, found, REMEDY)
+        if self._counts is not None and x.dim() < (3 if x.is_floating_point() else 2):
+            self._counts.check(layer, n // total, self._widths, self._asked)
 
     def _sizes(self, layer: Any, x: Tensor) -> tuple[int, ...]:
         """Return the tokens that each trial has of a layer's input."""
