@@ -124,6 +124,10 @@ def test_names_that_the_base_lacks_are_found(tmp_path: Path) -> None:
     assert "no module 'model.layers.0.self_attn.v_porj'" in found.problem
     assert "nearest to the first: 'model.layers.0.self_attn.v_proj'" in found.fix
 
+    experts = layer(0, "switch_mlp.up_proj")  # mlx-lm's name, which transformers has not
+    path = write_adapter(make_state(PLAIN[1], experts), tmp_path / "c", "mlx")
+    assert not li.check_adapter(path, "mlx", base=tmp_path / "base")
+
     path = write_adapter(state, tmp_path / "b", "mlx")
     (found,) = li.check_adapter(path, "mlx", base=tmp_path / "base")
     assert found.stops

@@ -208,6 +208,17 @@ EMBEDDING = make_state(
     KIND_SPECS["embedding"].at("model.embed_tokens", "model.embed_tokens.weight")
 )
 HEAD = make_state(KIND_SPECS["linear"].at("lm_head", "lm_head.weight"))
+
+
+def test_an_embedding_that_mlx_ties_to_the_head_is_refused(tmp_path: Path) -> None:
+    """There its adapter is one of the head as well; read for the embedding alone it was off."""
+    untied = {**CONFIG, "tie_word_embeddings": False}
+    path = write_adapter(EMBEDDING, tmp_path / "a", "mlx", config=untied)
+    assert list(read_adapter(path, config=untied).sites) == ["model.embed_tokens"]
+    with pytest.raises(FormatError, match="as one tensor"):
+        read_adapter(path, config=CONFIG)
+
+
 REFUSED: list[tuple[str, AdapterState, Any, str]] = [
     ("torchtune litgpt gguf", at("self_attn.o_proj"), None, r"depends on the base.*--base"),
     ("torchtune litgpt gguf", at("self_attn.o_proj"), {"model_type": "gpt2"}, "type is 'gpt2'"),

@@ -498,7 +498,8 @@ def _comfyui(files: Files) -> Findings:
 
 def _mlx(files: Files) -> Findings:
     if files.layout == "mlx":
-        yield from _names(files)
+        pairs = {n: pair for n, pair in files.pairs.items() if ".switch_mlp." not in n}
+        yield from _names(replace(files, pairs=pairs))  # its own name for stacks of experts
         if files.base.get("tie_word_embeddings") and "lm_head" in files.pairs:
             yield Finding("mlx-lm refuses an adapter of a tied head", MERGE)
     else:

@@ -12,6 +12,7 @@ Source: mlx-lm 0.32.2, tuner/utils.py (`load_adapters`, `linear_to_lora_layers`)
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,11 @@ def write(
     return {FILE: serialize(tensors, {"format": "mlx"}), CONFIG: content}
 
 
-def read(path: Path, _facts: ModelFacts) -> AdapterState:
-    """Read a folder of mlx-lm; embeddings are recognized when it is loaded onto a model."""
+def read(path: Path, facts: ModelFacts) -> AdapterState:
+    """Read a folder of mlx-lm; embeddings are recognized when it is loaded onto a model.
+
+    If the base is known, an adapter of an embedding that is tied to the head is refused.
+    """
     rank, scale = _numbers(path)
     tensors, _ = read_tensors(path / FILE)
     sites = {}
@@ -69,6 +73,8 @@ def read(path: Path, _facts: ModelFacts) -> AdapterState:
             found = f"its tensors have rank {a.shape[1]}, {CONFIG} says {rank}"
             remedy = "The two do not belong together; fetch them again"
             raise FormatError(f"site '{name[:200]}'", found, remedy)
+        if facts.config and re.search("emb|wte", leaf(name)):
+            facts.refuse_tied(name, "mlx-lm")
         sites[name] = plain_site(name, contiguous(a.T), contiguous(b.T), scale * rank)
     return AdapterState(sites)
 
