@@ -547,6 +547,22 @@ def test_float32_masters_stay_under_narrowing_casts(cast: str) -> None:
     assert {p.dtype for n, p in model.named_parameters() if "lora" in n} == {torch.float32}
 
 
+@pytest.mark.parametrize("target", ["fc", r"fc\.weight"])
+def test_a_base_kept_in_float8_between_forwards(target: str) -> None:
+    """As diffusers' layerwise casting does: each forward casts a layer, and casts it back."""
+    model, plain = Net(), Net()
+    li.inject(model, {**RANK2, "targets": [target]})
+    bits = {n: p.detach().clone() for n, p in li.adapter_parameters(model).items()}
+    for layer in (model.fc, plain.fc):
+        layer.to(torch.float8_e4m3fn)
+    assert model.fc.state_dict()["weight"].dtype == torch.float8_e4m3fn
+    model.fc.to(torch.float32)
+    assert all(same_bits(p, bits[n]) for n, p in li.adapter_parameters(model).items())
+    plain.fc.forward = lambda x: x
+    with pytest.raises(li.LayerError, match=r"kept in float8_e4m3fn\. Inject first"):
+        li.inject(plain, {**RANK2, "targets": ["fc"]})
+
+
 def test_a_frozen_part_on_the_meta_device_moves_with_to_empty() -> None:
     model = Host(nn.Linear(5, 6)).to("meta")
     li.inject(model, {**RANK2, "targets": ["layer"]})

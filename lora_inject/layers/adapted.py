@@ -96,9 +96,9 @@ class Adapted(Reading):
 
         def keep_wide(t: Tensor) -> Tensor:
             out: Tensor = fn(t)
-            if out.dtype == t.dtype or id(t) not in masters:
+            if out.dtype == t.dtype or id(t) not in masters or out.dtype.itemsize >= 4:
                 return out
-            return t.to(out.device, torch.promote_types(out.dtype, torch.float32))
+            return t.to(out.device, torch.float32)
 
         super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
         for name in self._lora.flat:

@@ -206,6 +206,9 @@ def _unfit(
     if is_quantized(weight):
         if adds:
             return None  # a packed weight has another shape by design
+        if type(weight) is nn.Parameter and weight.is_floating_point():  # cast in each forward
+            found = f"its weight is kept in {_dtype(weight.dtype)}"
+            return found, "Inject first, then cast (diffusers: enable_layerwise_casting)"
         found = (
             f"its weight is a packed {type(weight).__name__}, and the forward of {cls} is not known"
         )
