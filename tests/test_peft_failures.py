@@ -114,6 +114,15 @@ def test_tensors_that_the_model_has_no_place_for_are_refused(tmp_path: Path) -> 
     refused(plain, run, li.FormatError, "k_proj")
 
 
+def test_statistics_of_a_base_in_pefts_files_are_refused_by_what_they_are(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    config = peft.LoraConfig(target_modules=["0"], modules_to_save=["1"])
+    peft.get_peft_model(copy.deepcopy(plain), config).save_pretrained(tmp_path)
+    run = lambda: li.load_adapter(plain, tmp_path)  # noqa: E731
+    refused(plain, run, li.FormatError, r"it is a buffer of the model.*merge_and_unload")
+
+
 @pytest.mark.parametrize("layout", ["native", "peft"])
 def test_an_adapter_named_like_a_module_leaves_the_others_file(layout: str, tmp_path: Path) -> None:
     model = adapted(llama(), "q_proj", "down_proj")
