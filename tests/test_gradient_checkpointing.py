@@ -50,8 +50,13 @@ def test_gradient_checkpointing(reentrant: bool, targets: list[str]) -> None:
     ],
     ids=str,
 )
-def test_gradient_checkpointing_never_trains_in_vain(config: dict[str, Any], routed: bool) -> None:
+@pytest.mark.parametrize("frozen", ["nothing", "lora_A"])
+def test_gradient_checkpointing_never_trains_in_vain(
+    config: dict[str, Any], routed: bool, frozen: str
+) -> None:
     model = fill(li.inject(nn.Sequential(nn.Linear(5, 5)), {**CONFIG, **config}))
+    for name, parameter in li.adapter_parameters(model).items():
+        parameter.requires_grad_(not name.endswith(frozen))
     x = torch.randn(2, 5)
     context = li.routed(model, ["default", None]) if routed else contextlib.nullcontext()
     words = "no input of the checkpoint requires a gradient"

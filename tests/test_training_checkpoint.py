@@ -253,12 +253,14 @@ def test_parameters_that_would_not_be_saved_are_refused(tmp_path: Path) -> None:
         trainer(tmp_path, llama()).train()
 
 
-@pytest.mark.parametrize("step", [0, 2])
-def test_a_layer_that_the_model_never_uses_is_refused(step: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "frozen"), [(0, "nothing"), (2, "nothing"), (0, "lora_A")])
+def test_a_layer_that_the_model_never_uses_is_refused(step, frozen, tmp_path: Path) -> None:
     """In the first step by the callback, and without it when Trainer saves."""
     model: Any = llama()
     model.spare = torch.nn.Linear(16, 16)
     li.inject(model, CONFIG | {"targets": ["q_proj", "spare"]})
+    for name, parameter in li.adapter_parameters(model).items():
+        parameter.requires_grad_(not name.endswith(frozen))
     words = r"(train|save) adapter 'default': .* reached 'spare'"
     made = trainer(tmp_path, model, checkpoint=None if step == 0 else False)
     with pytest.raises(li.StateError, match=words):

@@ -43,7 +43,7 @@ def by_expert(
         args: What the forward takes, among it the experts of each token `(tokens, k)`.
         kwargs: Likewise, by name.
     """
-    attached, held = attached_to(module), held_by(module)
+    attached = attached_to(module)
     assert attached is not None
     names = [name for name, _ in runs]
     entries = [e for table in attached.reads.values() for n in names if (e := table.get(n or ""))]
@@ -55,7 +55,7 @@ def by_expert(
     if len(numbers) != 1 or not known or not bare or not all(map(_is_plain, entries)):
         return None
     attached.used(entries)
-    module._lora_refuse_vain(held[entry.mark] for entry in entries)
+    module._lora_refuse_vain(t for e in entries for t in e.tensors(module).values())
     experts = given[numbers[0]]
     sizes = sent_once(tuple(n for _, n in runs), experts.device)
     adapter = torch.arange(len(runs), device=experts.device)

@@ -62,7 +62,7 @@ class ForwardUpdate(Adapted):
             return []
         updates = factors_of(recipes, held_by(self), training=self.training)
         if self.training:
-            self._lora_refuse_vain(u.A for u in updates)
+            self._lora_refuse_vain(t for u in updates for t in (u.A, u.B))
         return updates
 
     # ------------------------------------------------------------------------------- routed rows
@@ -78,7 +78,7 @@ class ForwardUpdate(Adapted):
         if found is None:
             found = state.kept[key] = routing_of(self, mine, x, state)
             self._lora.used(found.entries)
-        self._lora_refuse_vain(e.tensor(self, "A") for e in found.entries)
+        self._lora_refuse_vain(t for e in found.entries for t in e.tensors(self).values())
         return found
 
     def _lora_routed(

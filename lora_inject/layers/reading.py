@@ -218,7 +218,7 @@ class Reading(nn.Module):
             return
         if entry.mark not in self._lora.took_part:
             self._lora.used((entry,))
-        self._lora_refuse_vain((held_by(self)[entry.mark],))
+        self._lora_refuse_vain(entry.tensors(self).values())
         if entry.on_output and entry.spec and entry.spec.dropout and self._lora_drops():
             raise LayerError(
                 f"reading the weight of site {entry.spec.name!r} in a forward",

@@ -183,7 +183,7 @@ def _added(module: Any, forward: Callable[..., Any], x: Tensor, state: State) ->
         return y
     if not torch.compiler.is_compiling():
         attached.used(routing.entries)
-    module._lora_refuse_vain(e.tensor(module, "A") for e in routing.entries)
+    module._lora_refuse_vain(t for e in routing.entries for t in e.tensors(module).values())
     plain = type(module)._lora_plain
     convolve = _STOCK[plain.forward, plain._conv_forward]
     padding = module.padding

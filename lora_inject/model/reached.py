@@ -118,7 +118,7 @@ def refuse_unused(
         seen = seen or ran_here
         if ran_here and (has_gradient(item) or not ran or _shares_work()):
             used.add(group)
-        elif site not in may and item.entry.held(item.module).requires_grad:
+        elif site not in may and trains(item):
             idle.setdefault(group, []).append(site)
             cut.update({site} if ran_here else ())
     if used.issuperset(idle) or not (seen or ran):
@@ -149,6 +149,11 @@ def _shares_work() -> bool:
 def has_gradient(item: Carried) -> bool:
     """Return whether a tensor of an entry has a gradient."""
     return any(t.grad is not None for t in item.entry.tensors(item.module).values())
+
+
+def trains(item: Carried) -> bool:
+    """Return whether a tensor of an entry is trainable."""
+    return any(t.requires_grad for t in item.entry.tensors(item.module).values())
 
 
 def _in_any_member(survey: Survey, site: str) -> str:
