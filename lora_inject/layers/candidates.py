@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_inject.layers.adapted import Adapted, plain_class
 from lora_inject.layers.kinds import kind_of
-from lora_inject.layers.reading import is_quantized
+from lora_inject.layers.reading import has_own_forward, is_quantized
 from lora_inject.layers.survey import Holder, Survey, memory_of
 from lora_inject.spec.inventory import Candidate, Geometry, Inventory
 from lora_inject.spec.names import is_bias, joined, parent
@@ -102,10 +101,11 @@ class _Listing:
     ) -> None:
         stated, key = row.geometry(module), row.weight_of(module)
         weight = own.get(key, module._buffers.get(key))
-        # A forward on the instance is not that of the class; accelerate's calls it, and is rebound.
-        patched = "forward" in module.__dict__ and "_old_forward" not in module.__dict__
-        patched = patched and not _calls_class(module.__dict__["forward"])
-        adds = not patched and id(module) not in self.read and row.adds_to_output(module)
+        adds = (
+            not has_own_forward(module)
+            and id(module) not in self.read
+            and row.adds_to_output(module)
+        )
         found = self._candidate(
             name, row.kind, stated, Holder(joined(name, key), module, key), weight
         )
@@ -219,17 +219,6 @@ def _unfit(
         )
         return found, "Set the layer's sizes to those of its weight (was it resized or sharded?)"
     return None
-
-
-def _calls_class(forward: Any) -> bool:
-    """Whether a forward is one of compressed-tensors' that calls the forward of the class."""
-    function = getattr(forward, "__func__", None)
-    while function is not None:
-        owner = getattr(function, "__globals__", {}).get("__name__", "")
-        if owner.startswith("compressed_tensors.") and "__class__" in function.__code__.co_names:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def _computed(module: nn.Module) -> dict[str, str]:

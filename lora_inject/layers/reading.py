@@ -47,6 +47,26 @@ def is_quantized(weight: Tensor) -> bool:
     return not plain or (type(weight) not in PLAIN and not sharded)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Return whether the instance has a forward, and one that does not call that of its class.
+
+    Those of accelerate, which are rebound, and of compressed-tensors call it.
+    """
+    own = module.__dict__
+    return "forward" in own and "_old_forward" not in own and not _calls_class(own["forward"])
+
+
+def _calls_class(forward: Any) -> bool:
+    """Whether a forward is one of compressed-tensors' that calls the forward of the class."""
+    function = getattr(forward, "__func__", None)
+    while function is not None:
+        owner = getattr(function, "__globals__", {}).get("__name__", "")
+        if owner.startswith("compressed_tensors.") and "__class__" in function.__code__.co_names:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
 def refuse_offloaded(module: nn.Module) -> None:
     """Raise if accelerate or compressed-tensors offloads a module: gradients of copies are lost."""
     hook, held = module.__dict__.get("_hf_hook"), module._parameters
@@ -112,10 +132,9 @@ class Reading(nn.Module):
             return raw
         attached = self._lora
         entries = attached.reads.get(param, {})
-        # A forward that somebody has put on the instance since inject computes with the weight;
-        # accelerate's and those that wrap ours do not read it here.
-        own = self.__dict__
-        put_on = "forward" in own and "_old_forward" not in own and not attached.running
+        # Such a forward, put on since inject, computes with the weight; one around ours does not
+        # read it here.
+        put_on = not attached.running and has_own_forward(self)
         adds = reader is self and not (put_on and self._lora_stock)  # to the output
         if attached.forward and not adds and param == self.weight_name:
             entries = {**attached.forward, **entries}
