@@ -383,6 +383,55 @@ def test_a_layer_that_would_be_replaced_is_refused_and_one_that_fuses_as_it_runs
     assert error(model(X), with_deltas(plain, model)(X)) < 1e-12
 
 
+def replaced_by_accelerate(model: nn.Module) -> None:
+    from accelerate.utils import BnbQuantizationConfig
+    from accelerate.utils.bnb import replace_with_bnb_layers
+
+    replace_with_bnb_layers(model, BnbQuantizationConfig(load_in_8bit=True), [])
+
+
+def replaced_by_bitsandbytes(model: nn.Module) -> None:
+    from bitsandbytes.utils import replace_linear
+
+    replace_linear(model, nn.Linear, copy_weights=True)
+
+
+def replaced_by_lightning(model: nn.Module) -> None:
+    plugins = pytest.importorskip("lightning.fabric.plugins")
+    plugins.BitsandbytesPrecision("int8").convert_module(model)
+
+
+def replaced_for_torchao_qat(model: nn.Module) -> None:
+    from torchao.quantization.qat.linear import Int8DynActInt4WeightQATQuantizer
+
+    Int8DynActInt4WeightQATQuantizer(groupsize=32).prepare(model)
+
+
+def replaced_by_torchao_sparsity(model: nn.Module) -> None:
+    from torchao.sparsity.training import SemiSparseLinear, swap_linear_with_semi_sparse_linear
+
+    swap_linear_with_semi_sparse_linear(model, {"0": SemiSparseLinear})
+
+
+@pytest.mark.filterwarnings("ignore:Deprecation. TorchAODType")
+@pytest.mark.parametrize(
+    "replace",
+    [
+        replaced_by_accelerate,
+        replaced_by_bitsandbytes,
+        replaced_by_lightning,
+        replaced_for_torchao_qat,
+        replaced_by_torchao_sparsity,
+    ],
+)
+def test_a_library_that_replaces_layers_after_inject_is_refused(replace: Any) -> None:
+    plain = nn.Sequential(nn.Linear(32, 32, bias=False))
+    replace(copy.deepcopy(plain))
+    model = fill(li.inject(plain, {**CONFIG, "targets": ["0"]}))
+    with pytest.raises(li.LayerError, match=r"the layer has an adapter.*merge\(model"):
+        replace(model)
+
+
 def test_a_graph_that_would_hold_the_sum_as_a_constant_is_refused() -> None:
     plain, model, x = made("read")
     with torch.no_grad(), pytest.raises(li.LayerError, match=r"symbolic_trace.*torch\.export"):

@@ -24,13 +24,15 @@ from lora_inject.functional.lazy import formed
 
 _CALL = nn.Module._call_impl.__code__
 # Functions that read a weight to put another layer or tensor in its place: torch's by their code,
-# those of diffusers, timm, torchao, transformers and ultralytics by the name of what reads it.
+# those of other libraries (accelerate, bitsandbytes, diffusers, Lightning, timm, torchao,
+# transformers, ultralytics) by the name of what reads it.
 _REPLACING = {
     inspect.unwrap(function).__code__
     for function in (parametrize.register_parametrization, WeightNorm.apply)
 }
-_FUSING = ("fuse_", "_fuse_")
-_CONVERTING = {"fuse", "from_float", "from_linear", "prune_linear_layer"}
+_FUSING = ("fuse_", "_fuse_", "replace", "_replace")
+_CONVERTING = {"fuse", "from_float", "from_linear", "from_dense", "convert_model"}
+_CONVERTING |= {"_convert_layers", "prune_linear_layer"}
 
 # FSDP1 exchanges parameters and views here, in forwards and in backward passes.
 _FSDP1 = str(Path(torch.__file__).parent / "distributed" / "fsdp" / "_flat_param.py")
