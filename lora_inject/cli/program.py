@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
@@ -238,6 +239,8 @@ def main() -> None:
     """Run the command line and exit."""
     # Importing torch makes 250,000 objects that stay: collecting garbage meanwhile costs 0.15 s.
     gc.set_threshold(400_000)
+    # Torch says so when it is imported; no command needs numpy.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     try:
         app(prog_name="lora-inject")
     except SystemExit as left:
