@@ -37,6 +37,19 @@ def test_it_writes_the_adapter_which_loads_onto_the_base(again: Any, tmp_path: P
     assert same_bits(logits(li.load_adapter(base(), tmp_path)), logits(model))
 
 
+def test_a_model_that_nobody_holds_any_more_is_an_error_in_words(tmp_path: Path) -> None:
+    with pytest.raises(li.StateError, match="no longer in memory. Keep it in a variable"):
+        adapted().save_pretrained(tmp_path)
+
+
+def test_a_readme_of_somebody_else_stays_and_an_own_one_is_replaced(tmp_path: Path) -> None:
+    readme, model = tmp_path / "README.md", adapted()
+    for before, after in (("# Mine", False), ("tags: [lora-inject]", True)):
+        readme.write_text(before)
+        model.save_pretrained(tmp_path)
+        assert ("# LoRA adapter" in readme.read_text()) == after
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_peft_and_transformers_read_what_it_wrote(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -60,8 +60,8 @@ class _SaveAdapters:
         self.__dict__.update(state, _model=weakref.ref(state["_model"]))
 
     def _survey(self) -> Survey:
-        model = self._model()
-        assert model is not None
+        if (model := self._model()) is None:  # `load_adapter(make(), path).save_pretrained(out)`
+            raise StateError(SAVE, "the model is no longer in memory", "Keep it in a variable")
         return Survey(model)
 
     def __call__(
@@ -76,7 +76,7 @@ class _SaveAdapters:
 
         The only adapter, or else the one named `default`, is written to `save_directory`, every
         other into a folder of its name inside, as with PEFT. The tensors of `state_dict` stand in
-        for those of which this process holds a shard.
+        for those of which this process holds a shard. A README.md of somebody else stays.
 
         In a folder named `checkpoint-N` they are also written in the form that Trainer resumes
         from; it would silently ignore others (`Trainer._load_from_checkpoint`).
@@ -106,7 +106,8 @@ class _SaveAdapters:
             folder = Path(save_directory) if alone else Path(save_directory, name)
             folder.mkdir(parents=True, exist_ok=True)
             for file, data in _files_of(survey, name, state, self.format).items():
-                replace_file(folder / file, data)
+                if file != "README.md" or not _is_of_others(folder / file):
+                    replace_file(folder / file, data)
         if _CHECKPOINT.fullmatch(Path(save_directory).name):
             tensors = {
                 key: given.get(key, tensor).detach().to("cpu", copy=True).contiguous()
@@ -145,6 +146,11 @@ def _files_of(survey: Survey, name: str, state: AdapterState, format: str) -> di
         made = write_adapter(state, target, format, facts=facts_for(survey, format, name))
         paths = sorted(made.iterdir()) if made.is_dir() else [made]
         return {path.name: path.read_bytes() for path in paths}
+
+
+def _is_of_others(card: Path) -> bool:
+    """Whether a card exists that is not one of ours, which all have this tag."""
+    return card.exists() and b"lora-inject" not in card.read_bytes()
 
 
 class _Refusal:
