@@ -38,7 +38,7 @@ def test_it_writes_the_adapter_which_loads_onto_the_base(again: Any, tmp_path: P
 
 
 def test_a_model_that_nobody_holds_any_more_is_an_error_in_words(tmp_path: Path) -> None:
-    with pytest.raises(li.StateError, match="no longer in memory. Keep it in a variable"):
+    with pytest.raises(li.StateError, match=r"no longer in memory\. Keep it in a variable"):
         adapted().save_pretrained(tmp_path)
 
 
