@@ -230,7 +230,7 @@ REFUSED: list[tuple[str, AdapterState, Any, str]] = [
     ("torchtune litgpt", EMBEDDING, CONFIG, "cannot hold a site of kind 'embedding'"),
     ("gguf mlx", EMBEDDING, CONFIG, "as one tensor"),
     ("mlx", EMBEDDING, None, r"depends on the base.*--base"),
-    ("gguf mlx", HEAD, CONFIG, "as one tensor"),
+    ("gguf mlx torchtune", HEAD, CONFIG, "as one tensor"),
     ("gguf", at("self_attn.q_proj"), {"model_type": "llama"}, "'num_attention_heads'"),
 ]
 

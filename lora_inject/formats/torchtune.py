@@ -60,6 +60,8 @@ def write(
     kinds = ("linear",)
     sites = plain_sites(state, "torchtune", kinds, dtype=dtype, one_rank=True, alpha="one")
     decoder = _decoder(facts)
+    if "lm_head" in sites:
+        facts.refuse_tied("lm_head", "torchtune")
     check_whole(sites, facts.heads("").n_layers, "torchtune")
     tensors = decoder.stored({n: (s.A, s.B) for n, s in sites.items()}, facts)
     first = next(iter(sites.values()))
