@@ -119,7 +119,8 @@ def of_text_encoder(base: Path) -> Outputs:
         patched.patch_model()
         result = base_model(base)
         weights = {n.removeprefix(place): w.clone() for n, w in theirs.state_dict().items()}
-        result.load_state_dict({n: w for n, w in weights.items() if place + n in own})
+        mine = {n: w for n, w in weights.items() if place + n in own}
+        result.load_state_dict({**result.state_dict(), **mine})
         patched.unpatch_model()
         return outputs(result)
 
