@@ -97,7 +97,8 @@ class _Inert(Ours):
         factors = super().factors(model)
         name = next(iter(factors))
         module = model.get_submodule(name)
-        module.forward = type(module)._lora_plain.forward.__get__(module)
+        raw = module.weight
+        module.forward = lambda x: nn.functional.linear(x, raw, module.bias)
         return factors
 
 
