@@ -309,3 +309,34 @@ def test_modules_of_one_flattened_name_are_refused(tmp_path: Path) -> None:
     state = make_state(spec.at("a.b", "a.b.weight"), spec.at("a_b", "a_b.weight"))
     with pytest.raises(FormatError, match="two tensors would be called 'lora_unet_a_b'"):
         write_adapter(state, tmp_path / "a.safetensors", "kohya", component="unet")
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "instead"),
+    [
+        ("disable_lora", (), r"lora_inject\.disabled\(model\)"),
+        ("fuse_lora", (), r"lora_inject\.merge\(model\)"),
+        ("unload_lora", (), r"lora_inject\.eject\(model\)"),
+        ("set_adapters", ("default", 0.5), r"lora_inject\.activate\(model, \{name: weight\}\)"),
+    ],
+)
+def test_methods_of_diffusers_that_do_nothing_are_refused(
+    adapted: Any, method: str, args: tuple[Any, ...], instead: str
+) -> None:
+    for model in (adapted, copy.deepcopy(adapted)):
+        with pytest.raises(li.StateError, match=f"{method}: .*PEFT only.*Call {instead}"):
+            getattr(model, method)(*args)
+    li.eject(adapted)
+    assert method not in vars(adapted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_methods_of_diffusers_act_on_its_own_adapters_beside_ours(unet: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = fill(li.inject(copy.deepcopy(unet), {"rank": 2, "targets": [r"attn\d\.to_q"]}))
+    due = denoised(model)
+    config = peft.LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False)
+    model.add_adapter(config, "theirs")
+    assert not torch.equal(denoised(model), due)
+    model.disable_lora()
+    torch.testing.assert_close(denoised(model), due)

@@ -3,7 +3,8 @@
 `save_pretrained` writes the adapters, as PEFT's does: the library would write the base with extra
 keys, which `from_pretrained` drops. Trainer's `save_model` and `push_to_hub` call this method, so
 they write the adapters as well. Methods that would drop adapters with the layers that they replace
-are refused: `resize_token_embeddings` where it meets one, and `dequantize`.
+are refused: `resize_token_embeddings` where it meets one, and `dequantize`. So are methods of
+diffusers that would do nothing, because they look for layers of PEFT.
 What stands in for a method is an attribute of the instance; copies and pickles keep it. So is
 `_hf_peft_config_loaded`, without which Trainer refuses a quantized model: what transformers' own
 adapter mixin sets (`transformers/trainer_utils.py: validate_quantization_for_training`).
@@ -16,6 +17,7 @@ import re
 import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,17 +43,23 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")  # transformers.trainer_utils.PREFIX
 # What transformers and diffusers ask of the files of a base; those of an adapter have no choice.
 _OF_A_BASE = {"distributed_checkpoint", "max_shard_size", "safe_serialization", "save_function"}
 _OF_A_BASE |= {"save_original_format", "save_peft_format", "token", "use_flashpack", "variant"}
+# Methods of diffusers' models (loaders/peft.py: PeftAdapterMixin), and what does the same here.
+_INSTEAD = {
+    "delete_adapters": "lora_inject.eject(model, name)",
+    "disable_lora": "lora_inject.disabled(model)",
+    "enable_lora": "lora_inject.activate(model, names)",
+    "fuse_lora": "lora_inject.merge(model)",
+    "set_adapters": "lora_inject.activate(model, {name: weight})",
+    "unfuse_lora": "lora_inject.unmerge(model)",
+    "unload_lora": "lora_inject.eject(model)",
+}
 
 
-class _SaveAdapters:
-    """The replacement of `save_pretrained`.
+class _StandIn:
+    """Stands in for a method of a model, without holding the model, which holds it."""
 
-    `format` is a row of `formats.FORMATS`, `unused` as in `save_adapter`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.format, self.unused = "peft", ()
-        self._model = weakref.ref(model)  # else the model would hold itself
+    def __init__(self, model: nn.Module, method: str) -> None:
+        self._model, self.method = weakref.ref(model), method
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": self._model()}
@@ -59,10 +67,28 @@ class _SaveAdapters:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _model=weakref.ref(state["_model"]))
 
-    def _survey(self) -> Survey:
-        if (model := self._model()) is None:  # `load_adapter(make(), path).save_pretrained(out)`
-            raise StateError(SAVE, "the model is no longer in memory", "Keep it in a variable")
-        return Survey(model)
+    @property
+    def model(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            StateError: It is gone, as in `load_adapter(make(), path).save_pretrained(out)`.
+        """
+        if (model := self._model()) is None:
+            found = "the model is no longer in memory"
+            raise StateError(self.method, found, "Keep it in a variable")
+        return model
+
+
+class _SaveAdapters(_StandIn):
+    """The replacement of `save_pretrained`.
+
+    `format` is a row of `formats.FORMATS`, `unused` as in `save_adapter`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, SAVE)
+        self.format, self.unused = "peft", ()
 
     def __call__(
         self,
@@ -82,7 +108,7 @@ class _SaveAdapters:
         from; it would silently ignore others (`Trainer._load_from_checkpoint`).
         """
         _refuse_options(options, push_to_hub=push_to_hub)
-        survey, given = self._survey(), state_dict or {}
+        survey, given = Survey(self.model), state_dict or {}
         there = reach(survey.model, survey)
         names = sorted(there.names)
         if any(selection.state.merged for selection in there.selections):
@@ -122,7 +148,7 @@ class _SaveAdapters:
         Trainer calls it by this name if the card of a folder names PEFT as its library
         (`Trainer.create_model_card`).
         """
-        survey, path = self._survey(), Path(output_dir, "README.md")
+        survey, path = Survey(self.model), Path(output_dir, "README.md")
         names = reach(survey.model, survey).names
         name = min(names, key=lambda name: (name != "default", name))
         ours = _files_of(survey, name, read_off(survey, name), "peft")["README.md"]
@@ -163,6 +189,16 @@ class _Refusal:
         raise LayerError(*self.words)
 
 
+class _OfPeft(_StandIn):
+    """Stands in for a method of diffusers that does nothing where no layers of PEFT are."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.model, "peft_config", None):
+            return getattr(type(self.model), self.method)(self.model, *args, **kwargs)
+        found = "it acts on layers of PEFT only, and the model has none"
+        raise StateError(self.method, found, f"Call {_INSTEAD[self.method]}")
+
+
 def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> None:
     """Put what stands in for their methods onto models with adapters, new ones on `carrying`."""
     for module in modules:
@@ -180,6 +216,10 @@ def stand_in(modules: Sequence[nn.Module], carrying: Sequence[nn.Module]) -> Non
             found = "it replaces layers, whose adapters would be gone"
             remedy = "Call merge(model, dequantize=True), or eject first"
             own[DEQUANTIZE] = _Refusal(DEQUANTIZE, found, remedy)
+        for method in filter(partial(_replaceable, module), _INSTEAD):
+            of_diffusers = getattr(type(module), method).__module__.startswith("diffusers.")
+            if of_diffusers and reach(module).names:
+                own[method] = _OfPeft(module, method)
 
 
 def _replaceable(module: nn.Module, method: str) -> bool:
@@ -202,6 +242,9 @@ def give_back(modules: Iterable[nn.Module]) -> None:
             del own[RESIZE]
         if isinstance(own.get(DEQUANTIZE), _Refusal) and not reach(module).names:
             del own[DEQUANTIZE]
+        for method in _INSTEAD:
+            if isinstance(own.get(method), _OfPeft) and not reach(module).names:
+                del own[method]
 
 
 def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:
