@@ -233,18 +233,13 @@ def give_back(modules: Iterable[nn.Module]) -> None:
     carrying = [module for module in listed if attached_to(module) is not None]
     for module in listed:
         own = module.__dict__
-        if isinstance(own.get(SAVE), _SaveAdapters) and not reach(module).names:
-            del own[SAVE]
-            own.pop(CARD, None)
-        if own.get(LOADED) == OURS and not reach(module).names:
-            del own[LOADED]
         if isinstance(own.get(RESIZE), _Refusal) and _vocabulary_on(module, carrying) is None:
             del own[RESIZE]
-        if isinstance(own.get(DEQUANTIZE), _Refusal) and not reach(module).names:
-            del own[DEQUANTIZE]
-        for method in _INSTEAD:
-            if isinstance(own.get(method), _OfPeft) and not reach(module).names:
-                del own[method]
+        mine = [key for key, value in own.items() if isinstance(value, _StandIn | _Refusal)]
+        mine += [CARD] * (SAVE in mine) + [LOADED] * (own.get(LOADED) == OURS)
+        if mine and not reach(module).names:
+            for key in mine:
+                own.pop(key, None)
 
 
 def _vocabulary_on(model: nn.Module, carrying: Sequence[nn.Module]) -> str | None:
