@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import _symbolic_trace
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lora_inject.errors import LayerError, article
 from lora_inject.functional import lazy_weight
@@ -35,6 +36,11 @@ from lora_inject.layers.readers import computes, running_module
 from lora_inject.layers.routed_forward import adds_bias, adds_rows
 from lora_inject.layers.selection import State
 from lora_inject.layers.sending import sent_once
+
+# Older torch has the second only.
+_is_tracing: Callable[[], bool] = getattr(
+    _symbolic_trace, "is_fx_symbolic_tracing", _symbolic_trace.is_fx_tracing
+)
 
 # Tensors that W + delta can be formed from: neither packed nor sharded, or their fakes in a trace.
 PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
@@ -84,8 +90,7 @@ def refuse_offloaded(module: nn.Module) -> None:
 
 def refuse_symbolic_trace() -> None:
     """Raise in torch.fx.symbolic_trace, whose graph would keep today's W + delta as a constant."""
-    traces = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-    if not traces and not torch.compiler.is_compiling():  # make_fx and export run what is read
+    if get_proxy_mode() is None and not torch.compiler.is_compiling():  # these run what is read
         raise LayerError(
             "torch.fx.symbolic_trace of a forward that reads a weight",
             "the weight has an adapter, and the graph would hold their sum as a constant",
@@ -162,7 +167,7 @@ class Reading(nn.Module):
         taking = [(entries[n], weight) for n, weight in active if n is not None and n in entries]
         if not taking:
             return raw
-        if _symbolic_trace._is_fx_tracing_flag:
+        if _is_tracing():
             refuse_symbolic_trace()
         if type(raw) not in (*PLAIN, PackedExperts):
             return self._lora_other(raw, taking, outside)
